@@ -1,0 +1,156 @@
+"""What a component of each kind is: one Protocol a kind, all made the same way.
+
+A registered target is called with one argument, its validated options, and gives an object of the
+kind's Protocol. Making it is cheap; weights are read by ``load``. A plain function, a class or a
+generator function will do: the Protocols are structural.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from llavactl.core.schema import Answer, FeatureShape, Question, Sample, Segment, Turn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
+
+class Source(Protocol):
+    """Records, in the same order every time it is made. A generator function is a source."""
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A vision backbone with its weights loaded, frozen."""
+
+    shape: FeatureShape
+    """What ``encode`` gives for one image."""
+
+    preprocess: Callable[[Image.Image], np.ndarray]
+    """RGB image to pixels [3, H, W] float32; picklable, free of weights, safe in any thread."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [I, 3, H, W] to features [I, P, Dv], on the device it was loaded on."""
+
+
+@runtime_checkable
+class Vision(Protocol):
+    """A frozen vision backbone."""
+
+    def identity(self) -> Mapping[str, Json]:
+        """All that changes a number of the features, without reading weights into memory.
+
+        At least the backbone's id, a hash of its weights, layer, token selection, image size,
+        ``square`` or ``pad`` and the image processor's class. It becomes part of the fingerprint.
+        """
+
+    def load(self, device: str, dtype: str) -> Encoder:
+        """The backbone on ``device`` computing in ``dtype`` (``float32``, ``bfloat16``, ``float16``)."""
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """What turns vision features into language embeddings."""
+
+    def tokens(self, shape: FeatureShape) -> int:
+        """Q, how many embeddings one image becomes."""
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        """A module from features [I, P, Dv] to embeddings [I, Q, Dl]; its state dict is what is saved."""
+
+
+@runtime_checkable
+class Language(Protocol):
+    """A causal language model and its tokenizer."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A fast tokenizer (character offsets are needed to place labels)."""
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """The causal language model, on the CPU, weights in ``dtype``."""
+
+    def reference(self) -> str:
+        """The id or absolute folder of the weights: where a run that kept them frozen finds them again."""
+
+
+@runtime_checkable
+class Template(Protocol):
+    """How a conversation is written for a language model, and which of it is trained."""
+
+    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+        """The conversation as text and image slots; answers and their end are ``trained``.
+
+        With ``generate`` the turns end with the user's, and the text ends where the answer begins.
+        """
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Strings that end an answer, beside the tokenizer's end-of-sequence token."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A benchmark: what it asks and how answers become scores."""
+
+    protocols: tuple[str, ...]
+    """Names of its ways of scoring, the default first."""
+
+    def questions(self) -> Iterable[Question]: ...
+
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Mapping[str, Json]:
+        """Scores of the ``answers`` (by question id; every question has one), named as published."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a teacher is asked: chat ``messages`` ({"role", "content"}), and the sample it is about."""
+
+    id: str
+    kind: str
+    messages: tuple[Mapping[str, str], ...]
+    sample: Sample
+    seed: int = 0
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A language-only model that writes instruction data or judges answers."""
+
+    def reply(self, request: Request) -> str: ...
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A layout of a finished model on disk."""
+
+    def recognise(self, folder: Path) -> bool:
+        """True when ``folder`` is in this layout; looks at files, never at the folder's name."""
+
+    def read(self, folder: Path) -> Mapping[str, Json]:
+        """The model's description: the content of ``llavactl.json``, weights named by path."""
+
+    def write(self, model: Path, to: Path) -> None:
+        """Writes the run's model folder ``model`` to ``to`` in this layout."""
+
+
+KINDS: Mapping[str, type] = {
+    "sources": Source,
+    "vision": Vision,
+    "connectors": Connector,
+    "languages": Language,
+    "templates": Template,
+    "teachers": Teacher,
+    "tasks": Task,
+    "formats": Format,
+}
+"""The kinds, by the name they carry everywhere: folder, hook, command line."""

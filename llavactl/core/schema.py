@@ -1,0 +1,226 @@
+"""What flows through llavactl, from a record to a loss. Frozen, plain, picklable; no torch, no PIL.
+
+Shape letters used everywhere: B batch, T tokens, I images, P patches, Q connector tokens an image,
+Dv width of the vision features, Dl width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os.path import commonpath
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from llavactl.core.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+
+IMAGE_TOKEN = -200
+"""Stands for one connector token of an image in ``Encoded.ids`` and ``Batch.ids`` (LLaVA's value)."""
+
+IGNORE = -100
+"""The label of a position that is not trained (torch's ``ignore_index``)."""
+
+
+@runtime_checkable
+class ImageRef(Protocol):
+    """An image where it lies: a file, a member of an archive, or one that is drawn when it is read."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message: a path relative to its root."""
+
+    def read(self) -> bytes:
+        """The encoded image (JPEG, PNG, …).
+
+        Raises:
+            OSError: it can't be read; the image is then skipped and listed with this reason.
+        """
+
+    def stamp(self) -> str | None:
+        """Changes when the content may have changed, and is cheap; None when only reading can tell."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file ``path`` below ``root``.
+
+    Raises:
+        DataError: ``path`` leads outside ``root``. A record must never reach a file its owner didn't mean.
+    """
+
+    root: str
+    path: str
+
+    def __post_init__(self) -> None:
+        parts = PurePosixPath(self.path.replace("\\", "/")).parts
+        if ".." in parts or Path(self.path).is_absolute() or not parts or "\0" in self.path:
+            raise DataError(
+                f"image path {self.path!r} leads outside its root {self.root}",
+                hint="image paths are relative to the source's `images` folder and stay below it",
+            )
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def file(self) -> Path:
+        return Path(self.root, self.path)
+
+    def read(self) -> bytes:
+        root, target = Path(self.root).resolve(), self.file.resolve()
+        if commonpath([root, target]) != str(root):
+            raise OSError(f"a symbolic link leads out of {self.root}")
+        return target.read_bytes()
+
+    def stamp(self) -> str | None:
+        status = self.file.stat()
+        return f"{self.file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+
+
+Content = str | ImageRef
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: text and images in the order they are said. A literal ``<image>`` in text is text."""
+
+    role: Role
+    content: tuple[Content, ...]
+
+    @property
+    def text(self) -> str:
+        """The text alone, images left out."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        return tuple(part for part in self.content if not isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A labelled box: ``xyxy`` are (left, top, right, bottom) as shares of width and height, 0 to 1."""
+
+    category: str
+    xyxy: tuple[float, float, float, float]
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record: a conversation about images, and what is known of the image for a teacher.
+
+    ``where`` names the record for messages (``file.json record 17``).
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    where: str = ""
+    captions: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of a rendered conversation; ``trained`` text is a target of the loss."""
+
+    text: str
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """Where the next image of the conversation goes."""
+
+
+Segment = Text | ImageSlot
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens: ``ids`` [T] with IMAGE_TOKEN where images go, ``labels`` [T] with IGNORE.
+
+    Built together from one tokenisation. ``images`` are the conversation's images in order, each
+    owning as many consecutive IMAGE_TOKENs as the connector makes of it.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained(self) -> int:
+        """How many positions are targets of the loss."""
+        return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """The features of one image: ``grid`` (h, w) patches in reading order, ``width`` Dv."""
+
+    grid: tuple[int, int]
+    width: int
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model sees: ``ids`` [B, T], ``mask`` [B, T] (False: padding), ``labels`` [B, T], ``features`` [I, P, Dv].
+
+    The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order.
+    ``names`` says whose rows these are, for messages.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor | None
+    names: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        features = None if self.features is None else self.features.to(device, non_blocking=True)
+        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), features, self.names)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be read, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing a task asks: a conversation that ends with the user's turn, and what a right answer is."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    reference: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to ``Question`` ``id``."""
+
+    id: str
+    text: str
