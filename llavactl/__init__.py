@@ -1,0 +1,61 @@
+"""llavactl: build LLaVA-type vision-language assistants.
+
+The public API, imported lazily (PEP 562): plugins and scripts use these names and ``llavactl.testing`` only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "Answer": "llavactl.core.schema",
+    "Box": "llavactl.core.schema",
+    "Connector": "llavactl.core.protocols",
+    "DataError": "llavactl.core.errors",
+    "Encoder": "llavactl.core.protocols",
+    "FeatureShape": "llavactl.core.schema",
+    "Format": "llavactl.core.protocols",
+    "ImageFile": "llavactl.core.schema",
+    "ImageRef": "llavactl.core.schema",
+    "ImageSlot": "llavactl.core.schema",
+    "Language": "llavactl.core.protocols",
+    "LlavactlError": "llavactl.core.errors",
+    "ModelError": "llavactl.core.errors",
+    "ModelId": "llavactl.core.options",
+    "Options": "llavactl.core.registry",
+    "PluginError": "llavactl.core.errors",
+    "Problem": "llavactl.core.errors",
+    "Question": "llavactl.core.schema",
+    "RecipeError": "llavactl.core.errors",
+    "RecipePath": "llavactl.core.options",
+    "Request": "llavactl.core.protocols",
+    "Sample": "llavactl.core.schema",
+    "Source": "llavactl.core.protocols",
+    "StoreError": "llavactl.core.errors",
+    "Task": "llavactl.core.protocols",
+    "Teacher": "llavactl.core.protocols",
+    "Template": "llavactl.core.protocols",
+    "Text": "llavactl.core.schema",
+    "TransformersLanguage": "llavactl.components.languages.transformers",
+    "TransformersLanguageOptions": "llavactl.components.languages.transformers",
+    "TransformersVision": "llavactl.components.vision.transformers",
+    "TransformersVisionOptions": "llavactl.components.vision.transformers",
+    "Turn": "llavactl.core.schema",
+    "Vision": "llavactl.core.protocols",
+    "cache_dir": "llavactl.core.paths",
+    "hookimpl": "llavactl.core.hookspecs",
+}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605 - the names are the keys above
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'llavactl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""What every room knows: errors, the schema, the protocols, hooks and plugins, the registry, paths."""

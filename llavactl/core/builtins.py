@@ -1,0 +1,86 @@
+"""The built-in plugin: what llavactl itself registers, through the hooks that a stranger's plugin uses."""
+
+from __future__ import annotations
+
+from llavactl.core.hookspecs import Register, hookimpl
+
+_COMPONENTS = "llavactl.components"
+
+
+@hookimpl
+def register_sources(register: Register) -> None:
+    register(
+        "llava-json",
+        f"{_COMPONENTS}.sources.llava_json:llava_json",
+        options=f"{_COMPONENTS}.sources.llava_json:LlavaJsonOptions",
+        summary="LLaVA's records: JSON or JSONL with `image` and `conversations`",
+    )
+    register(
+        "scenes",
+        f"{_COMPONENTS}.sources.scenes:scenes",
+        options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",
+        summary="drawn scenes of coloured shapes, with captions, boxes and exact questions",
+    )
+
+
+@hookimpl
+def register_vision(register: Register) -> None:
+    register(
+        "clip",
+        f"{_COMPONENTS}.vision.transformers:TransformersVision",
+        options=f"{_COMPONENTS}.vision.transformers:ClipOptions",
+        summary="any CLIPVisionModel, an id or a folder",
+    )
+
+
+@hookimpl
+def register_connectors(register: Register) -> None:
+    for name, summary in (
+        ("linear", "one linear layer (LLaVA v1)"),
+        ("mlp2x-gelu", "two linear layers with a GELU between (LLaVA v1.5)"),
+    ):
+        target = name.replace("-", "_")
+        register(
+            name,
+            f"{_COMPONENTS}.connectors.projection:{target}",
+            options=f"{_COMPONENTS}.connectors.projection:ProjectionOptions",
+            summary=summary,
+        )
+
+
+@hookimpl
+def register_languages(register: Register) -> None:
+    register(
+        "hf",
+        f"{_COMPONENTS}.languages.transformers:TransformersLanguage",
+        options=f"{_COMPONENTS}.languages.transformers:TransformersLanguageOptions",
+        summary="any causal language model of transformers with a fast tokenizer, an id or a folder",
+    )
+
+
+@hookimpl
+def register_templates(register: Register) -> None:
+    register("plain", f"{_COMPONENTS}.templates.plain:Plain", summary="image, caption, newline (stage 1)")
+    register("vicuna-v1", f"{_COMPONENTS}.templates.vicuna:VicunaV1", summary="USER: … ASSISTANT: … (LLaVA v1.5)")
+    register("tokenizer", f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate", summary="the tokenizer's own chat template")
+
+
+@hookimpl
+def register_tasks(register: Register) -> None:
+    register(
+        "scenes",
+        f"{_COMPONENTS}.tasks.scenes:ScenesTask",
+        options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
+        summary="questions about drawn scenes never trained on",
+    )
+
+
+@hookimpl
+def register_recipes(register: Register) -> None:
+    for name, summary in (
+        ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K then 158K instructions"),
+        ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K then mix-665K"),
+        ("llava-v1.5-13b", "LLaVA v1.5 with Vicuna v1.5 13B"),
+        ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),
+    ):
+        register(name, f"llavactl:recipes/{name}.yaml", summary=summary)

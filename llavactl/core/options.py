@@ -1,0 +1,48 @@
+"""Types for a component's options that name files: relative to the recipe that says so.
+
+A string read from a recipe file remembers that file's folder (``Located``), one from ``-o`` or from a
+recipe given by name the working directory; these types use it while the options are validated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+
+class Located(str):
+    """A string that knows which folder its paths are relative to."""
+
+    base: Path
+
+    def __new__(cls, text: str, base: Path) -> Located:
+        made = super().__new__(cls, text)
+        made.base = base
+        return made
+
+
+def _base(value: str) -> Path:
+    return getattr(value, "base", None) or Path.cwd()
+
+
+def _path(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return Path(_base(value), Path(value).expanduser()).absolute()
+
+
+def _model(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    folder = _path(value)
+    looks_local = value.startswith((".", "~")) or Path(value).is_absolute()
+    return str(folder) if folder.is_dir() or looks_local else str(value)
+
+
+RecipePath = Annotated[Path, BeforeValidator(_path)]
+"""A file or folder: relative to the recipe that names it, made absolute."""
+
+ModelId = Annotated[str, BeforeValidator(_model)]
+"""A model's id, or its folder: made absolute where the folder exists or is written like a path."""

@@ -1,0 +1,60 @@
+"""Where llavactl keeps things on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """What can be made again: features, hashes, converted weights. ``LLAVACTL_HOME`` overrides it."""
+    return _home("cache")
+
+
+def data_dir() -> Path:
+    """What can't be made again. ``LLAVACTL_HOME`` overrides it."""
+    return _home("data")
+
+
+def _home(kind: str) -> Path:
+    if home := os.environ.get("LLAVACTL_HOME"):
+        return Path(home).expanduser().absolute() / kind
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("llavactl") if kind == "cache" else platformdirs.user_data_dir("llavactl"))
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes ``path`` whole or not at all: a temporary sibling, flushed to disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """``document`` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# mkstemp makes private files; what we write is as readable as anything else the user writes.
+_UMASK = _umask()

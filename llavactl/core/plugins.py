@@ -1,0 +1,183 @@
+"""Loading plugins one at a time, each isolated: what one breaks is one line on stderr and stays its own.
+
+``LLAVACTL_PLUGINS`` selects by entry-point name (comma-separated; empty: none; unset: all).
+``LLAVACTL_STRICT_PLUGINS=1`` raises where otherwise a line would be logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from llavactl.core import builtins, hookspecs
+from llavactl.core.errors import LlavactlError, PluginError
+from llavactl.core.paths import cache_dir, write_json
+
+log = logging.getLogger(__name__)
+
+GROUP = "llavactl"
+BUILTIN = "llavactl"
+SLOW_S = 0.3
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed plugin, loaded or not."""
+
+    name: str
+    package: str
+    version: str
+    module: str
+    error: str = ""
+
+
+@contextlib.contextmanager
+def isolated(plugin: str) -> Iterator[None]:
+    """Turns what ``plugin`` raises into one logged line, or into a PluginError when strict.
+
+    The built-in plugin is never excused: its faults are ours.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = str(error) if isinstance(error, PluginError) else f"plugin {plugin}: {type(error).__name__}: {error}"
+        if plugin == BUILTIN or strict():
+            raise error if isinstance(error, LlavactlError) else PluginError(message) from error
+        log.warning("%s", " ".join(message.split()))
+
+
+def strict() -> bool:
+    return os.environ.get("LLAVACTL_STRICT_PLUGINS", "") not in ("", "0")
+
+
+@cache
+def entry_points() -> tuple[metadata.EntryPoint, ...]:
+    """The installed plugins that ``LLAVACTL_PLUGINS`` selects, in order of name."""
+    found = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    chosen = os.environ.get("LLAVACTL_PLUGINS")
+    if chosen is None:
+        return tuple(found)
+    names = {name.strip() for name in chosen.split(",") if name.strip()}
+    for missing in sorted(names - {point.name for point in found}):
+        with isolated(missing):
+            raise PluginError(f"LLAVACTL_PLUGINS names {missing!r}, which is not installed")
+    return tuple(point for point in found if point.name in names)
+
+
+@cache
+def manager() -> pluggy.PluginManager:
+    """The one plugin manager: the built-in plugin first, then every installed one that loads."""
+    made = pluggy.PluginManager("llavactl")
+    made.add_hookspecs(hookspecs)
+    made.register(builtins, BUILTIN)
+    for point in entry_points():
+        _load(made, point)
+    return made
+
+
+_failures: dict[str, str] = {}
+
+
+def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
+    started = time.perf_counter()
+    try:
+        module = point.load()
+        if made.has_plugin(point.name):
+            raise PluginError(f"plugin name {point.name!r} is taken twice: {point.value} is left out")
+        _register(made, module, point.name)
+    except BaseException as error:
+        # A plugin may even call sys.exit at import; only the user's own interrupt passes.
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        _failures[f"{point.name}={point.value}"] = reason = f"{type(error).__name__}: {error}"
+        with isolated(point.name):
+            raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
+        return
+    if (took := time.perf_counter() - started) > SLOW_S:
+        log.warning("plugin %s took %.1f s to import; `register` takes module:attr strings so that it needn't", point.name, took)
+
+
+def _register(made: pluggy.PluginManager, module: Any, name: str) -> None:
+    made.register(module, name)
+    try:
+        made.check_pending()
+    except Exception:
+        made.unregister(module, name)
+        raise
+
+
+def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Each plugin's implementation of ``hook``, by plugin name, built-in first then in order of name."""
+    for implementation in getattr(manager().hook, hook).get_hookimpls():
+        yield implementation.plugin_name, _by_keyword(implementation)
+
+
+def _by_keyword(implementation: Any) -> Callable[..., Any]:
+    def call(**arguments: Any) -> Any:
+        return implementation.function(**{name: arguments[name] for name in implementation.argnames})
+
+    return call
+
+
+def notify(hook: str, **arguments: Any) -> None:
+    """Calls an observer hook on every plugin; one that raises is a logged line and nothing more."""
+    for plugin, implementation in implementations(hook):
+        with isolated(plugin):
+            implementation(**arguments)
+
+
+def installed() -> list[Plugin]:
+    """The built-in plugin and the selected ones, with what went wrong while loading them."""
+    manager()
+    found = [Plugin(BUILTIN, "llavactl", metadata.version("llavactl"), "llavactl.core.builtins")]
+    for point in entry_points():
+        dist = point.dist
+        package, version = (dist.name, dist.version) if dist else ("?", "?")
+        found.append(Plugin(point.name, package, version, point.value, _failures.get(f"{point.name}={point.value}", "")))
+    return found
+
+
+def commands() -> dict[str, str]:
+    """Names and summaries of the commands that plugins add, without importing plugins seen before.
+
+    ``llavactl --help`` lists them. What a plugin registers is remembered by its module file's time and
+    size, so a plugin that is slow to import makes the help slow once, not every time.
+    """
+    points = entry_points()
+    if not points:
+        return {}
+    memory = cache_dir() / "plugin-commands.json"
+    key = json.dumps([_stamp(point) for point in points])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        remembered = json.loads(memory.read_text())
+        if remembered["key"] == key:
+            return dict(remembered["commands"])
+    from llavactl.core.registry import registry
+
+    found = {entry.name: entry.summary for entry in registry().entries.get("commands", {}).values()}
+    if not _failures:
+        with contextlib.suppress(OSError):
+            write_json(memory, {"key": key, "commands": found})
+    return found
+
+
+def _stamp(point: metadata.EntryPoint) -> list[Any]:
+    """Changes when the plugin's code may have changed; finds its module without importing it."""
+    spec = importlib.util.find_spec(point.value.partition(":")[0].partition(".")[0])
+    files = [Path(spec.origin)] if spec and spec.origin else []
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        files += sorted(Path(folder).rglob("*.py"))
+    stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return [point.name, point.value, stats]

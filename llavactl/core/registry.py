@@ -1,0 +1,155 @@
+"""What is registered, by kind and exact name; imported on first use."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llavactl.core import plugins
+from llavactl.core.errors import LlavactlError, PluginError, RecipeError
+from llavactl.core.protocols import KINDS
+
+log = logging.getLogger(__name__)
+
+
+class Options(BaseModel):
+    """Base of a component's options: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered thing and the plugin it came from."""
+
+    kind: str
+    name: str
+    target: str
+    options: str | None
+    summary: str
+    plugin: str
+
+    def load(self) -> Any:
+        """The target, imported now."""
+        return _import(self.target, self)
+
+    def options_model(self) -> type[BaseModel]:
+        """The model of its options; without one, a model that takes none."""
+        return Options if self.options is None else _import(self.options, self)
+
+    def path(self) -> Path:
+        """The file that a recipe's target (``package:path``) names.
+
+        Inside the package, or beside it: our own ``recipes/`` lies at the top of a checkout and inside
+        the package in a wheel.
+        """
+        package, _, inside = self.target.partition(":")
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for root in (Path(folder), Path(folder).parent):
+                if (file := root / inside).is_file():
+                    return file
+        raise PluginError(f"{singular(self.kind)} {self.name!r} of plugin {self.plugin}: there is no file {self.target}")
+
+
+@dataclass
+class Registry:
+    """Entries by kind and name; the first to take a name keeps it."""
+
+    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
+
+    def add(self, entry: Entry) -> None:
+        names = self.entries.setdefault(entry.kind, {})
+        if (first := names.get(entry.name)) is not None:
+            raise PluginError(
+                f"{entry.kind} {entry.name!r} is registered by plugin {first.plugin} and again by plugin "
+                f"{entry.plugin}; the one of {first.plugin} is kept"
+            )
+        names[entry.name] = entry
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(self.entries.get(kind, {}))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for names in self.entries.values() for entry in names.values())
+
+    def get(self, kind: str, name: str) -> Entry:
+        """The entry ``name`` of ``kind``.
+
+        Raises:
+            RecipeError: there is none; the hint has the nearest name and all the others.
+        """
+        names = self.entries.get(kind, {})
+        if name not in names:
+            raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
+        return names[name]
+
+    def create(self, kind: str, spec: Mapping[str, Any]) -> Any:
+        """The component that ``spec`` ({"name": …, options}) describes."""
+        entry = self.get(kind, spec["name"])
+        options = entry.options_model().model_validate({k: v for k, v in spec.items() if k != "name"})
+        return entry.load()(options)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` when something near exists, and what there is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + (f"there is: {', '.join(names)}" if names else "")
+
+
+def singular(kind: str) -> str:
+    """``sources`` → ``source``; ``vision`` → ``vision backbone``."""
+    return "vision backbone" if kind == "vision" else kind.removesuffix("s")
+
+
+@cache
+def registry() -> Registry:
+    """Everything that the built-in plugin and the installed ones register."""
+    found = Registry()
+    for kind in (*KINDS, "recipes", "commands"):
+        for plugin, implementation in plugins.implementations(f"register_{kind}"):
+
+            def register(
+                name: str,
+                target: str,
+                *,
+                options: str | None = None,
+                summary: str = "",
+                kind: str = kind,
+                plugin: str = plugin,
+            ) -> None:
+                with plugins.isolated(plugin):
+                    if ":" not in target:
+                        raise PluginError(f"plugin {plugin}: the target {target!r} of {kind} {name!r} is not module:attr")
+                    found.add(Entry(kind, name, target, options, summary, plugin))
+
+            with plugins.isolated(plugin):
+                implementation(register=register)
+    return found
+
+
+def _import(target: str, entry: Entry) -> Any:
+    module, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except LlavactlError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
+            f"{type(error).__name__}: {error}",
+            hint=f"`llavactl plugins check {entry.plugin}` shows more",
+        ) from error
+    return found

@@ -1,0 +1,143 @@
+"""The frame of a recipe: every key llavactl itself reads, with its default. Frozen; a misspelt key is an error.
+
+A component (``Spec``) is always ``{name: …, its own options}``; its options belong to whoever
+registered it and are validated by its own model (see ``recipe.load``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llavactl.core.options import RecipePath
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
+ImageOrder = Literal["first", "random", "as-data"]
+
+
+class Section(BaseModel):
+    """A mapping of the frame."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Spec(BaseModel):
+    """A component: its registered ``name`` and its own options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    def spec(self) -> dict[str, Any]:
+        """``{"name": …, options}``, as ``Registry.create`` takes it."""
+        return self.model_dump(exclude=self.frame_keys())
+
+    @classmethod
+    def frame_keys(cls) -> set[str]:
+        """Keys that the frame reads itself and the component never sees."""
+        return set()
+
+
+class VisionSpec(Spec):
+    image: Literal["square", "pad"] = "pad"
+
+
+class LanguageSpec(Spec):
+    template: str = "vicuna-v1"
+
+    @classmethod
+    def frame_keys(cls) -> set[str]:
+        return {"template"}
+
+
+class SourceSpec(Spec):
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @classmethod
+    def frame_keys(cls) -> set[str]:
+        return {"weight"}
+
+
+class Features(Section):
+    mode: Literal["cached", "live"] = "cached"
+    dtype: Literal["float16"] = "float16"
+    compute: Precision = "float32"
+    batch_size: Count = 16
+    workers: Count = 2
+    shard_images: Count = 1024
+
+
+class Lora(Section):
+    r: Count = 128
+    alpha: Count = 256
+    dropout: Share = 0.05
+
+
+class Stage(Section):
+    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes."""
+
+    template: str | None = None
+    image: Literal["square", "pad"] | None = None
+    image_order: ImageOrder = "first"
+    epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Count | None = None
+    batch_size: Count = 128
+    micro_batch_size: Count = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    connector_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    warmup: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_length: Count = 2048
+    validation: Share = 0.01
+    precision: Precision = "bfloat16"
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 500
+    keep_last: Count = 2
+
+    @model_validator(mode="after")
+    def _divides(self) -> Stage:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class Stage1(Stage):
+    template: str | None = "plain"
+    batch_size: Count = 256
+    micro_batch_size: Count = 32
+
+
+class Stage2(Stage):
+    method: Literal["full", "lora"] = "full"
+    lora: Lora = Lora()
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+
+
+class Data(Section):
+    stage1: tuple[SourceSpec, ...] = ()
+    stage2: tuple[SourceSpec, ...] = ()
+
+
+class Eval(Section):
+    tasks: tuple[Spec, ...] = ()
+    batch_size: Count = 8
+    max_new_tokens: Count = 128
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: defaults filled in, paths absolute, options validated."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    vision: VisionSpec
+    connector: Spec
+    language: LanguageSpec
+    features: Features = Features()
+    data: Data = Data()
+    stage1: Stage1 = Stage1()
+    stage2: Stage2 = Stage2()
+    eval: Eval = Eval()
+    seed: int = 0
+    run_dir: RecipePath
