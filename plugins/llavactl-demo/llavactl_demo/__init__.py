@@ -1,0 +1,1 @@
+"""Two small pretrained models and a recipe for llavactl."""
