@@ -80,9 +80,6 @@ class Language(Protocol):
     def load(self, dtype: str) -> PreTrainedModel:
         """The causal language model, on the CPU, weights in ``dtype``."""
 
-    def reference(self) -> str:
-        """The id or absolute folder of the weights: where a run that kept them frozen finds them again."""
-
 
 @runtime_checkable
 class Template(Protocol):

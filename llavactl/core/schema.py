@@ -170,14 +170,19 @@ class Encoded:
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """The features of one image: ``grid`` (h, w) patches in reading order, ``width`` Dv."""
+    """The features of one image: ``prefix`` tokens (CLS, registers), then ``grid`` (h, w) patches in reading order.
+
+    ``width`` is Dv.
+    """
 
     grid: tuple[int, int]
     width: int
+    prefix: int = 0
 
     @property
     def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """P, the rows of one image's features."""
+        return self.prefix + self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Connectors: vision features in, language embeddings out."""

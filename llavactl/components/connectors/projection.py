@@ -1,0 +1,64 @@
+"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally over folded patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from llavactl.core.errors import RecipeError
+from llavactl.core.registry import Options
+from llavactl.core.schema import FeatureShape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ProjectionOptions(Options):
+    """``fold: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide."""
+
+    fold: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A connector of ``layers`` linear layers (1 or 2)."""
+
+    fold: int
+    layers: int
+
+    def tokens(self, shape: FeatureShape) -> int:
+        return shape.patches // self.fold**2
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        """Features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
+
+        Raises:
+            RecipeError: the grid can't be folded so.
+        """
+        from torch import nn
+
+        from llavactl.components.connectors.fold import Fold
+
+        if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
+            grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
+            raise RecipeError(f"connector.fold {self.fold} does not divide the patch grid {grid}")
+        width = shape.width * self.fold**2
+        if self.layers == 1:
+            projection: nn.Module = nn.Linear(width, language_width)
+        else:
+            projection = nn.Sequential(
+                nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
+            )
+        return projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
+
+
+def linear(options: ProjectionOptions) -> Projection:
+    """LLaVA v1's ``W``."""
+    return Projection(options.fold, 1)
+
+
+def mlp2x_gelu(options: ProjectionOptions) -> Projection:
+    """LLaVA v1.5's ``mlp2x_gelu``."""
+    return Projection(options.fold, 2)

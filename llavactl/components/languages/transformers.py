@@ -1,0 +1,69 @@
+"""Any causal language model of transformers with a fast tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavactl.core.errors import ModelError
+from llavactl.core.options import ModelId
+from llavactl.core.registry import Options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TransformersLanguageOptions(Options):
+    model: ModelId
+
+
+class TransformersLanguage:
+    """A causal language model, an id or a folder."""
+
+    def __init__(self, options: TransformersLanguageOptions) -> None:
+        self.options = options
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._checked())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._wrong(f"no tokenizer: {_first_line(error)}") from error
+        if not tokenizer.is_fast:
+            raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
+        if tokenizer.eos_token_id is None:
+            raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+        return tokenizer  # type: ignore[no-any-return]
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """Raises ModelError when weights are missing or not finite."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self._checked(), dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise self._wrong(_first_line(error)) from error
+        if missing := sorted(info["missing_keys"]):
+            raise self._wrong(f"{len(missing)} weights are missing, such as {missing[0]}")
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
+        return model  # type: ignore[no-any-return]
+
+    def _checked(self) -> str:
+        model = self.options.model
+        if Path(model).is_absolute() and not Path(model, "config.json").is_file():
+            raise self._wrong("there is no config.json" if Path(model).is_dir() else "there is no such folder")
+        return model
+
+    def _wrong(self, why: str, hint: str = "`language.model` takes an id or a folder of transformers") -> ModelError:
+        return ModelError(f"language model {self.options.model}: {why}", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,133 @@
+"""LLaVA's records: ``{"id", "image", "conversations": [{"from", "value"}, …]}``, a JSON list or one a line (JSONL)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llavactl.core.errors import DataError
+from llavactl.core.options import RecipePath
+from llavactl.core.registry import Options
+from llavactl.core.schema import Content, ImageFile, Role, Sample, Turn
+
+ROLES: Mapping[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+TAG = "<image>"
+
+
+class LlavaJsonOptions(Options):
+    """``images``: the folder that image paths are relative to (default: the records' own folder)."""
+
+    path: RecipePath
+    images: RecipePath | None = None
+
+
+def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
+    """One sample a record, in the file's order.
+
+    ``image`` may be a string, a list or absent; every ``<image>`` of the user's turns takes the next
+    one, images without any tag go before the first question, and ``<image>`` in an answer is text.
+
+    Raises:
+        DataError: a file or record that can't be read, with its line or number.
+    """
+    if not options.path.is_file():
+        raise DataError(f"{options.path}: there is no such file", hint="`path` names LLaVA's JSON or JSONL")
+    root = str(options.images or options.path.parent)
+    if not Path(root).is_dir() and options.images is not None:
+        raise DataError(f"{root}: there is no such folder", hint="`images` is the folder that image paths are relative to")
+    for where, record in _records(options.path):
+        yield _sample(record, where, root)
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            start = file.read(4096).lstrip()[:1]
+            file.seek(0)
+            if start != "[":
+                yield from _lines(path, file)
+                return
+            records = json.load(file)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    for index, record in enumerate(records):
+        yield f"{path} record {index}", record
+
+
+def _lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error.msg} (column {error.colno})") from error
+
+
+def _sample(record: Any, where: str, root: str) -> Sample:
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise DataError(f"{where}: not a LLaVA record: it needs a list `conversations`")
+    images = _images(record, where, root)
+    turns = _alternating([_turn(message, where) for message in record["conversations"]], where)
+    if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
+        raise DataError(f"{where}: no answer: nothing of this record could be trained")
+    extra = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
+    sample_id = str(record.get("id", where.rsplit(" ", 1)[-1]))
+    return Sample(sample_id, tuple(_place(turns, images, where)), where, extra=extra)
+
+
+def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageFile]:
+    named = record.get("image")
+    paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
+    if not all(isinstance(path, str) for path in paths):
+        raise DataError(f"{where}: `image` is {named!r}, not a path or a list of paths")
+    try:
+        return [ImageFile(root, path) for path in paths]
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, dict) or not isinstance(message.get("value"), str) or message.get("from") not in ROLES:
+        raise DataError(f"{where}: a message needs `from` ({', '.join(ROLES)}) and a text `value`, not {message!r:.80}")
+    return Turn(ROLES[message["from"]], (message["value"],))
+
+
+def _alternating(turns: list[Turn], where: str) -> list[Turn]:
+    """User and assistant in turn; an assistant who speaks before any user is left out, as LLaVA does."""
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    talk = turns[len(system) :]
+    while talk and talk[0].role == "assistant":
+        talk = talk[1:]
+    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(talk)):
+        raise DataError(f"{where}: user and assistant don't take turns: {', '.join(turn.role for turn in turns)}")
+    return system + talk
+
+
+def _place(turns: list[Turn], images: list[ImageFile], where: str) -> Iterator[Turn]:
+    """Puts the images where the user's turns have their tags."""
+    tags = sum(turn.text.count(TAG) for turn in turns if turn.role == "user")
+    if tags and tags != len(images):
+        raise DataError(f"{where}: {tags} {TAG} tags for {len(images)} images")
+    queue = list(images)
+    for turn in turns:
+        if turn.role != "user":
+            yield turn
+        elif tags:
+            pieces: list[Content] = [piece for piece in re.split(f"({TAG})", turn.text) if piece]
+            yield Turn("user", tuple(queue.pop(0) if piece == TAG else piece for piece in pieces))
+        else:
+            front = [part for image in queue for part in (image, "\n")]
+            queue = []
+            yield Turn("user", (*front, *turn.content))

@@ -1,0 +1,1 @@
+"""Conversation templates: what is written, and which of it is trained."""

@@ -1,0 +1,29 @@
+"""Stage 1's template: the image, then its caption, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.schema import ImageSlot, Segment, Text, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Plain:
+    """BOS, image, caption, newline. The caption and the newline are trained; what the user says is left out; no EOS."""
+
+    def __init__(self, options: Any) -> None:
+        pass
+
+    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+        segments: list[Segment] = []
+        for turn in turns:
+            segments += [ImageSlot() for _ in turn.images]
+            if turn.role == "assistant":
+                segments.append(Text(turn.text + "\n", trained=True))
+        return segments
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        return ("\n",)

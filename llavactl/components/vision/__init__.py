@@ -1,0 +1,1 @@
+"""Frozen vision backbones: pixels in, patch features out."""

@@ -1,0 +1,154 @@
+"""A vision transformer with its weights: pixels [I, 3, H, W] in, features [I, P, Dv] out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import FeatureShape
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llavactl.components.vision.transformers import TransformersVision
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """An RGB image to pixels [3, H, W] float32: padded to a square when asked, then the model's own processor."""
+
+    processor: Any
+    image: Literal["square", "pad"]
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        if self.image == "pad":
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
+        pixels = self.processor(images=image, return_tensors="np")["pixel_values"][0]
+        return np.asarray(pixels, dtype=np.float32)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """``image`` in the middle of a square of ``colour``; an odd remainder goes right or below (LLaVA's expand2square)."""
+    from PIL import Image as PIL
+
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = PIL.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+class Tower:
+    """The frozen backbone, an ``Encoder``."""
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess, shape: FeatureShape, layers: tuple[int, ...], skip: int):
+        self.model = model
+        self.preprocess = preprocess
+        self.shape = shape
+        self._layers = layers
+        self._skip = skip
+        self._blocks = _blocks(model)
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        first = next(self.model.parameters())
+        seen: dict[int, torch.Tensor] = {}
+        hooks = [self._watch(layer, seen) for layer in set(self._layers)]
+        try:
+            self.model(pixels.to(first.device, first.dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([seen[layer] for layer in self._layers], dim=-1)[:, self._skip :]
+
+    def _watch(self, layer: int, seen: dict[int, torch.Tensor]) -> Any:
+        """Keeps hidden state ``layer``: what goes into the first block (0) or comes out of block ``layer - 1``.
+
+        Not ``output_hidden_states``: some models put their final norm into the last one, which after
+        the cut would be the one we need.
+        """
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[0] = args[0] if args else kwargs["hidden_states"]
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        if layer == 0:
+            return self._blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        return self._blocks[layer - 1].register_forward_hook(after)
+
+
+def load_tower(vision: TransformersVision, device: str, dtype: str) -> Tower:
+    """The tower of ``vision`` on ``device`` in ``dtype``, cut after the last block it needs.
+
+    Raises:
+        ModelError: a layer that doesn't exist, weights that don't fit, or pixels of another size.
+    """
+    model = _read(vision).to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise ModelError(f"vision model {vision.options.model} has weights that are not finite in {dtype}")
+    depth = len(_blocks(model))
+    layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in vision.layers)
+    if not all(0 <= layer <= depth for layer in layers) or not layers:
+        raise ModelError(f"vision.layer {vision.options.layer}: the model has hidden states 0 to {depth}")
+    _cut(model, max(max(layers), 1))
+    side, patch = int(vision.config["image_size"]), int(vision.config["patch_size"])
+    grid = (side // patch, side // patch)
+    tower = Tower(model, Preprocess(vision.processor, vision.options.image), FeatureShape(grid, 0), layers, 0)
+    return _measured(tower, vision, side)
+
+
+def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
+    """The same tower, its shape read off one blank image: tokens beyond the grid are CLS and registers."""
+    from PIL import Image
+
+    pixels = torch.from_numpy(tower.preprocess(Image.new("RGB", (side, side))))[None]
+    if pixels.shape[-2:] != (side, side):
+        got = "x".join(map(str, pixels.shape[-2:]))
+        raise ModelError(
+            f"vision model {vision.options.model}: its image processor makes {got} pixels, the model takes {side}x{side}",
+            hint="mend preprocessor_config.json beside the weights",
+        )
+    features = tower.encode(pixels)
+    grid = tower.shape.grid
+    prefix = features.shape[1] - grid[0] * grid[1]
+    keep = prefix if vision.options.select == "cls-patch" else 0
+    shape = FeatureShape(grid, features.shape[2], keep)
+    return Tower(tower.model, tower.preprocess, shape, tower._layers, prefix - keep)
+
+
+def _read(vision: TransformersVision) -> nn.Module:
+    import transformers
+
+    kinds = {"clip": transformers.CLIPVisionModel, "clip_vision_model": transformers.CLIPVisionModel}
+    kinds |= {"siglip": transformers.SiglipVisionModel, "siglip_vision_model": transformers.SiglipVisionModel}
+    kind = kinds.get(str(vision.config["model_type"]), transformers.AutoModel)
+    try:
+        model, info = kind.from_pretrained(vision.options.model, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"vision model {vision.options.model}: {len(missing)} weights are missing, such as {missing[0]}")
+    return model  # type: ignore[no-any-return]
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks: the longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of blocks to take hidden states from")
+    return max(lists, key=len)
+
+
+def _cut(model: nn.Module, keep: int) -> None:
+    """Drops the blocks after ``keep``: what they compute is never looked at."""
+    blocks = _blocks(model)
+    del blocks[keep:]

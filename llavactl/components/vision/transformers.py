@@ -1,0 +1,138 @@
+"""Vision transformers from transformers: CLIP, SigLIP, DINOv2 and whatever else gives hidden states.
+
+Nothing here reads weights into memory; ``load`` does, in ``tower.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llavactl.core.errors import ModelError
+from llavactl.core.options import ModelId
+from llavactl.core.registry import Options
+
+if TYPE_CHECKING:
+    from llavactl.components.vision.tower import Tower
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class TransformersVisionOptions(Options):
+    """``layer`` indexes transformers' ``hidden_states`` (0: embeddings); several are concatenated in width."""
+
+    model: ModelId
+    layer: int | tuple[int, ...] = -2
+    select: Literal["patch", "cls-patch"] = "patch"
+    image: Literal["square", "pad"] = "pad"
+
+
+class TransformersVision:
+    """A vision transformer, an id or a folder, cut after the last layer that is needed."""
+
+    def __init__(self, options: TransformersVisionOptions) -> None:
+        self.options = options
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        layer = self.options.layer
+        return (layer,) if isinstance(layer, int) else tuple(layer)
+
+    def file(self, name: str, *, required: bool = True) -> Path | None:
+        """The path of ``name`` in the model's folder, or in the hub's cache (downloaded if need be)."""
+        model = self.options.model
+        if Path(model).is_absolute():
+            path = Path(model, name)
+            if path.is_file():
+                return path
+            if not required:
+                return None
+            raise ModelError(f"vision model {model}: there is no {name}", hint="`vision.model` takes an id or a folder")
+        from transformers.utils import cached_file
+
+        try:
+            found = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"vision model {model!r}: {reason}", hint="give a local folder as `vision.model`") from error
+        return None if found is None else Path(found)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The vision part of config.json."""
+        path = self.file("config.json")
+        assert path is not None
+        whole = json.loads(path.read_text())
+        return {"model_type": whole.get("model_type", "")} | whole.get("vision_config", whole)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's image processor.
+
+        A folder without one gets CLIP's preprocessing at the model's own size: bare towers are saved so.
+        """
+        from transformers import AutoImageProcessor, CLIPImageProcessor
+
+        if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
+            return AutoImageProcessor.from_pretrained(self.options.model)
+        side = int(self.config["image_size"])
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+    def identity(self) -> Mapping[str, Any]:
+        depth = int(self.config["num_hidden_layers"])
+        processor = self.processor
+        return {
+            "backbone": _model_type(self.config),
+            "weights": self.weights_hash(),
+            "layers": [layer % (depth + 1) for layer in self.layers],
+            "select": self.options.select,
+            "image": self.options.image,
+            "image_size": int(self.config["image_size"]),
+            "patch_size": int(self.config["patch_size"]),
+            "processor": type(processor).__name__,
+            "preprocessing": hashlib.sha256(_canonical(processor).encode()).hexdigest()[:16],
+        }
+
+    def weights_hash(self) -> str:
+        """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read."""
+        first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
+        if first is None:
+            raise ModelError(f"vision model {self.options.model}: there are no weights", hint=f"looked for {', '.join(WEIGHTS)}")
+        files = [first]
+        if first.suffix == ".json":
+            shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
+            files = [path for shard in shards if (path := self.file(shard))]
+        digests = [_file_hash(file) for file in files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def load(self, device: str, dtype: str) -> Tower:
+        from llavactl.components.vision.tower import load_tower
+
+        return load_tower(self, device, dtype)
+
+
+class ClipOptions(TransformersVisionOptions):
+    """LLaVA's choice: the last layer but one, patches without CLS."""
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    kind = str(config["model_type"])
+    return kind if kind.endswith("_vision_model") or kind not in ("clip", "siglip") else f"{kind}_vision_model"
+
+
+def _canonical(processor: Any) -> str:
+    settings = {k: v for k, v in processor.to_dict().items() if not k.startswith("_") and k != "image_processor_type"}
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _file_hash(file: Path) -> str:
+    blob = file.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""Opening images that nobody has looked at: to RGB, the right way up, or a short reason why not."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING
+
+from llavactl.core.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+MAX_PIXELS = 89_478_485
+"""Pillow warns above this, we refuse: at most 4 bytes a pixel are in memory, about 360 MB an image and copy."""
+
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What Pillow may try. EPS is left out, for Pillow would start Ghostscript on it."""
+
+_LONGEST_REASON = 200
+
+
+class UnreadableImage(DataError):
+    """Bytes that are no image we can decode; ``reason`` is short and the same for the same bytes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the image can't be read: {reason}")
+        self.reason = reason
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame of the encoded image ``data`` in RGB, turned as its EXIF says.
+
+    Like ``load_image`` of transformers, and LLaVA but for EXIF, alpha is dropped, not composited
+    (``.convert("RGB")``): what was trained so is asked so. Sixteen-bit grey keeps its high byte, where a
+    plain conversion would make nearly all of it white.
+
+    Raises:
+        UnreadableImage: empty, of no known format, truncated, corrupt, or beyond ``MAX_PIXELS``; the size
+            is taken from the header, before any pixel is decoded.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not data:
+        raise UnreadableImage("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image)
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("not an image of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImage(f"more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # noqa: BLE001 - Pillow's parsers raise anything at all on broken bytes
+        raise UnreadableImage(_short(error)) from error
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+    if not width * height:
+        raise UnreadableImage(f"{width}x{height} has no pixels")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _high_byte(image).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        # The same colours by a way on which Pillow doesn't warn of the alpha it drops.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits to 8, as Pillow reads 16-bit colour. 32-bit integers of small range are taken as they are."""
+    import numpy as np
+    from PIL import Image as PIL
+
+    values = np.asarray(image).astype(np.int64)
+    if values.max() > 255:
+        values >>= 8
+    return PIL.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def _short(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 1] + "…"

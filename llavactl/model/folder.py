@@ -1,0 +1,129 @@
+"""A finished model on disk: everything to use it again, and nothing guessed from names.
+
+    model/
+      llavactl.json            what it is: components, template, fingerprint of its features, versions
+      connector.safetensors    the connector, always its own file
+      language/                the language model and its tokenizer, where stage 2 trained them whole
+      adapter/                 a PEFT adapter, where stage 2 trained one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import write_json
+from llavactl.core.schema import FeatureShape
+from llavactl.model.build import Parts, build
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+DESCRIPTION = "llavactl.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model folder, read: its ``parts`` and its description."""
+
+    parts: Parts
+    description: Mapping[str, Any]
+
+
+def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
+    """Writes ``folder`` whole or not at all: beside it first, then renamed.
+
+    ``connector`` is its state dict in full precision. ``description["method"]`` says what else was
+    trained: ``connector`` (nothing), ``full`` or ``lora``.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: weight.contiguous() for name, weight in connector.items()}, temporary / "connector.safetensors")
+    method, language = description["method"], parts.model.language
+    if method == "full":
+        language.save_pretrained(temporary / "language")
+        parts.tokenizer.save_pretrained(temporary / "language")
+    elif method == "lora":
+        language.save_pretrained(temporary / "adapter")
+    write_json(temporary / DESCRIPTION, {"format": FORMAT, **description})
+    replace_folder(temporary, folder)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts ``temporary`` in the place of ``folder``; a folder that was there is gone only after that."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The description of the model in ``folder``.
+
+    Raises:
+        ModelError: there is none, or a newer llavactl wrote it.
+    """
+    path = folder / DESCRIPTION
+    try:
+        description: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        found = sorted(str(p.parent) for p in folder.glob(f"**/{DESCRIPTION}")) if folder.is_dir() else []
+        hint = f"did you mean {found[-1]}?" if found else "`--model` takes the model/ folder of a finished stage"
+        raise ModelError(f"{folder}: no model here (there is no {DESCRIPTION})", hint=hint) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if description.get("format") != FORMAT:
+        raise ModelError(f"{path}: format {description.get('format')}, this llavactl reads {FORMAT}")
+    return description
+
+
+def load(folder: Path, *, dtype: str | None = None) -> Loaded:
+    """The model in ``folder`` on the CPU, in ``dtype`` (default: the precision it was trained in), not training.
+
+    Raises:
+        ModelError: anything missing, of the wrong shape, or not finite.
+    """
+    description = describe(folder)
+    language = description["language"]
+    if description["method"] == "full":
+        language = {"name": "hf", "model": str((folder / "language").absolute())}
+    shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
+    parts = build(description["connector"], language, shape, dtype=dtype or description["precision"])
+    load_connector(parts.model.connector, folder)
+    if description["method"] == "lora":
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
+        parts.model.language = adapted.to(next(parts.model.connector.parameters()).dtype)
+    parts.model.eval().requires_grad_(False)
+    return Loaded(parts, description)
+
+
+def load_connector(connector: nn.Module, folder: Path) -> None:
+    """Fills ``connector`` from ``folder``; every weight must be there, of the right shape and finite."""
+    path = folder / "connector.safetensors"
+    try:
+        weights = load_file(path)
+        connector.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path}: {' '.join(str(error).split())}") from error
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ModelError(f"{path}: holds weights that are not finite")

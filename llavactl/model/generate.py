@@ -1,0 +1,75 @@
+"""Writing answers, token by token, over a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llavactl.core.errors import ModelError
+from llavactl.model.llava import positions
+
+if TYPE_CHECKING:
+    from llavactl.core.schema import Batch
+    from llavactl.model.llava import LlavaModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: LlavaModel, batch: Batch, sampling: Sampling, stop: Collection[int], cache: Any = None
+) -> Iterator[list[int | None]]:
+    """Yields the next token of each row of ``batch`` (left-padded [B, T]); None once a row has stopped.
+
+    ``cache`` (a transformers ``Cache``) holds earlier tokens of the same conversation, and grows with
+    all tokens but the last; rows of a fresh call are independent of each other.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache() if cache is None else cache
+    mask = batch.mask
+    if past := cache.get_seq_length():
+        mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
+    generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
+    embeds = model.embed(batch.ids, batch.features)
+    running = [True] * len(batch.ids)
+    for _ in range(sampling.max_new_tokens):
+        logits = model.language(
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, -embeds.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        chosen = _choose(logits.float(), sampling, generator)
+        tokens = chosen.tolist()
+        running = [on and token not in stop for on, token in zip(running, tokens, strict=True)]
+        yield [token if on else None for on, token in zip(running, tokens, strict=True)]
+        if not any(running):
+            return
+        embeds = model.embed(chosen[:, None], None)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """The next token [B] from logits [B, V]: the likeliest, or drawn from the nucleus of mass ``top_p``."""
+    if not torch.isfinite(logits).all():
+        raise ModelError("the model's logits are not finite", hint="use bfloat16 or float32; the weights may be broken")
+    if sampling.temperature <= 0:
+        return logits.argmax(-1)
+    probabilities, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
+    return tokens.gather(-1, drawn)[:, 0]

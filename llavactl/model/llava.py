@@ -1,0 +1,93 @@
+"""LlavaModel: a connector and a causal language model over vision features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LlavaModel(nn.Module):
+    """Features [I, P, Dv] through ``connector`` to embeddings [I, Q, Dl], which take their places among the
+    text's embeddings [B, T, Dl]; ``language`` does the rest.
+    """
+
+    def __init__(self, connector: nn.Module, language: PreTrainedModel) -> None:
+        super().__init__()
+        self.connector = connector
+        self.language = language
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.connector.parameters()).device
+
+    def embed(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+        """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; IMAGE_TOKENs take the images' in reading order.
+
+        Raises:
+            ModelError: the places and the connector's tokens don't match in number.
+        """
+        places = ids == IMAGE_TOKEN
+        embedded = self.language.get_input_embeddings()(ids.masked_fill(places, 0))
+        if features is None:
+            return embedded
+        weight = next(self.connector.parameters())
+        tokens = self.connector(features.to(weight.dtype)).flatten(0, 1)
+        if (wanted := int(places.sum())) != len(tokens):
+            raise ModelError(f"{wanted} places for image tokens, but the connector made {len(tokens)}")
+        return embedded.masked_scatter(places[..., None], tokens.to(embedded.dtype))
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [B, T, V] of every position."""
+        output = self.language(**self._inputs(batch), use_cache=False)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The sum of the cross entropy over the trained positions, a float32 scalar.
+
+        A sum, not a mean: the caller divides by the trained positions of the whole global batch, so
+        that neither accumulation nor the number of processes changes the loss. Logits are made at
+        trained positions alone, [N, V].
+        """
+        targets = batch.labels[:, 1:]
+        trained = functional.pad(targets != IGNORE, (0, 1), value=False)
+        with _head_sees(self.language, lambda hidden: hidden[trained]):
+            logits = self.language(**self._inputs(batch), use_cache=False).logits
+        return functional.cross_entropy(logits.float(), targets[targets != IGNORE], reduction="sum")
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.features)}
+        if not bool(batch.mask.all()):
+            inputs["attention_mask"] = batch.mask.long()
+            inputs["position_ids"] = positions(batch.mask)
+        return inputs
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] that count real tokens only, whichever side is padded (mask [B, T], False: padding)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _head_sees(language: nn.Module, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While this lasts, the language model's head is given ``choose(hidden)`` in place of hidden [B, T, Dl].
+
+    A hook, because what a model does to logits after its head (scaling, soft caps) must still happen.
+    """
+    head = language.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _module, args: (choose(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

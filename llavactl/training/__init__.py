@@ -1,0 +1,1 @@
+"""Training: the loop, what is frozen, the optimiser and its schedule, checkpoints, metrics."""

@@ -1,0 +1,179 @@
+"""The training loop, from a plan to trained weights.
+
+Step k of a run is a function of the seed, the data and the weights after step k - 1 alone: the plan
+gives its samples, the random state is set from (seed, k), and the checkpoint holds masters and moments.
+So a resumed run equals an uninterrupted one, to the bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llavactl.core import progress
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import IGNORE, Batch
+from llavactl.data.plan import Plan
+from llavactl.training import checkpoints
+from llavactl.training.metrics import Metrics
+from llavactl.training.optimizer import Optimizer, cosine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llavactl.data.training_set import TrainingSet
+    from llavactl.model.llava import LlavaModel
+    from llavactl.recipe.frame import Stage
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a stage's training takes. ``digest`` names settings and data: only its own checkpoints are resumed."""
+
+    model: LlavaModel
+    rates: Mapping[str, float]
+    stage: Stage
+    data: TrainingSet
+    validation: TrainingSet
+    folder: Path
+    seed: int
+    digest: str
+    resume: bool
+    accelerator: Accelerator
+    observe: Observer
+
+
+def train(run: Run) -> tuple[Optimizer, int]:
+    """Trains to the end of the plan; returns the optimiser, whose masters are the result, and the first step done.
+
+    Raises:
+        ModelError: the loss is no longer finite; the message names the samples.
+    """
+    stage, accelerator = run.stage, run.accelerator
+    run.model.to(accelerator.device)
+    optimizer = Optimizer(run.model, run.rates, stage.weight_decay)
+    plan = Plan(
+        run.data.weights, epochs=stage.epochs, batch_size=stage.batch_size, seed=run.seed, max_steps=stage.max_steps
+    )
+    start = _restore(run, optimizer)
+    metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
+    run.observe("train_started", {"steps": plan.steps})
+    with progress.bar(plan.steps, run.folder.name, "step", start) as bar:
+        for step in range(start, plan.steps):
+            line = _step(run, optimizer, plan, step)
+            done = step + 1
+            lines = [{"step": done, **line}]
+            last = done == plan.steps
+            if (last or done % stage.checkpoint_every == 0) and len(run.validation):
+                lines.append({"step": done, "val_loss": validate(run)})
+            for each in lines if metrics else []:
+                assert metrics is not None
+                metrics.write(each)
+                run.observe("train_logged", {"line": each})
+            if last or done % stage.checkpoint_every == 0:
+                _save(run, optimizer, done)
+            bar.show(loss=f"{line['loss']:.4f}", **({"val": f"{lines[-1]['val_loss']:.4f}"} if len(lines) > 1 else {}))
+    if metrics:
+        metrics.close()
+    return optimizer, start
+
+
+def _step(run: Run, optimizer: Optimizer, plan: Plan, step: int) -> dict[str, Any]:
+    """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient."""
+    accelerator, model = run.accelerator, run.model
+    batches = list(_micro_batches(run, plan.batch(step)))
+    counts = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        counts += torch.tensor([int((batch.labels != IGNORE).sum()), int(batch.mask.sum())])
+    counts = _sum(accelerator, counts)
+    torch.manual_seed(hash_seed(run.seed, step, accelerator.process_index))
+    model.train()
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        part = model(batch.to(accelerator.device)) / counts[0].item()
+        part.backward()
+        optimizer.accumulate()
+        loss += part.detach().double().cpu()
+        _check_finite(part, batch, step)
+    if accelerator.num_processes > 1:
+        for gradient in optimizer.gradients():
+            gradient.copy_(_sum(accelerator, gradient))
+    rate = optimizer.step(cosine(step, plan.steps, run.stage.warmup))
+    return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
+
+
+def _micro_batches(run: Run, members: list[tuple[int, int]]) -> Iterator[Batch]:
+    """This process's share of a global batch, longest first, in micro batches."""
+    accelerator = run.accelerator
+    mine = members[accelerator.process_index :: accelerator.num_processes]
+    encoded = sorted(((run.data.encoded(*member), member) for member in mine), key=lambda item: -len(item[0]))
+    size = max(1, min(run.stage.micro_batch_size, run.stage.batch_size // accelerator.num_processes))
+    for at in range(0, len(encoded), size):
+        yield run.data.batch(encoded[at : at + size])
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """The mean loss of a trained token over the held-out samples."""
+    run.model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    members = [(0, index) for index in range(len(run.validation))]
+    size, rank, world = run.stage.micro_batch_size, run.accelerator.process_index, run.accelerator.num_processes
+    for at in range(rank * size, len(members), size * world):
+        batch = run.validation.batch([(run.validation.encoded(*m), m) for m in members[at : at + size]])
+        loss = run.model(batch.to(run.accelerator.device))
+        total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum())], dtype=torch.float64)
+    total = _sum(run.accelerator, total)
+    return float(total[0] / total[1])
+
+
+def _restore(run: Run, optimizer: Optimizer) -> int:
+    found = checkpoints.restore(run.folder / "checkpoints", run.digest) if run.resume else None
+    if found is None:
+        return 0
+    step, tensors = found
+    optimizer.load(tensors)
+    log.info("%s: going on behind step %d", run.folder.name, step)
+    return step
+
+
+def _save(run: Run, optimizer: Optimizer, step: int) -> None:
+    if run.accelerator.is_main_process:
+        folder = checkpoints.save(
+            run.folder / "checkpoints", step, optimizer.state(), run.digest, run.stage.keep_last
+        )
+        run.observe("checkpoint_saved", {"folder": folder, "step": step})
+    run.accelerator.wait_for_everyone()
+
+
+def _check_finite(loss: torch.Tensor, batch: Batch, step: int) -> None:
+    if not math.isfinite(loss.item()):
+        raise ModelError(
+            f"the loss of step {step + 1} is {loss.item()}; its samples: {', '.join(batch.names)}",
+            hint="a lower learning rate or precision: float32; the last checkpoint is from before",
+        )
+
+
+def _sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` added up over all processes."""
+    if accelerator.num_processes == 1:
+        return tensor
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").to(tensor.device)  # type: ignore[no-any-return]
+
+
+def hash_seed(*parts: int) -> int:
+    """One seed out of several numbers, different whenever one of them is."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part + 1) % 2**63
+    return seed

@@ -1,0 +1,99 @@
+"""AdamW over full-precision masters, and LLaVA's cosine schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate at ``step`` (from 0) of ``steps``: linear warm-up over the first ``warmup``
+    share, then half a cosine to 0 (transformers' ``get_cosine_schedule_with_warmup``, which LLaVA uses).
+    """
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return step / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+class Optimizer:
+    """AdamW (no clipping, as LLaVA) over float32 masters of the trained parameters.
+
+    Where the model computes in bfloat16, small updates would be lost in its weights: they go to a
+    float32 copy, which the weights then follow. Gradients of micro batches add up in float32 too. A
+    float32 parameter is its own master.
+    """
+
+    def __init__(self, model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> None:
+        """``rates``: the learning rate of each trained parameter, by name."""
+        parameters = dict(model.named_parameters())
+        self.parameters = {name: parameters[name] for name in rates}
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        groups = [
+            {"params": [self.masters[name] for name in rates if rates[name] == rate], "peak": rate}
+            for rate in sorted(set(rates.values()))
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+
+    def accumulate(self) -> None:
+        """Takes the gradients of one micro batch from the model."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def step(self, share: float) -> float:
+        """One update at ``share`` of the peak learning rates; returns the highest rate used."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak"] * share
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self._follow()
+        return max(group["lr"] for group in self.adamw.param_groups)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The accumulated gradient of every master, zeros where a step gave none: equal in number on every process."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and moments as one flat mapping of tensors."""
+        flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                flat[f"{key}.{name}"] = value
+        return {name: tensor.contiguous() for name, tensor in flat.items()}
+
+    @torch.no_grad()
+    def load(self, flat: Mapping[str, torch.Tensor]) -> None:
+        """Restores what ``state`` gave, to the bit."""
+        for name, master in self.masters.items():
+            master.copy_(flat[f"master.{name}"])
+            moments: dict[str, Any] = {
+                key: flat[f"{key}.{name}"].to(device="cpu" if key == "step" else master.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{name}" in flat
+            }
+            if moments:
+                self.adamw.state[master] = moments
+        self._follow()

@@ -1,0 +1,51 @@
+"""What each stage trains, and how fast: the two stages as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llavactl.core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from llavactl.model.llava import LlavaModel
+    from llavactl.recipe.frame import Stage, Stage2
+
+
+def trained(model: LlavaModel, stage: Stage) -> dict[str, float]:
+    """Freezes and unfreezes ``model`` for ``stage``; returns the learning rate of each trained parameter by name.
+
+    Stage 1 trains the connector alone; stage 2 the connector and the language model, whole or through
+    LoRA on all of its linear layers but the head (LLaVA's choice).
+    """
+    method = getattr(stage, "method", "connector")
+    model.requires_grad_(False)
+    model.connector.requires_grad_(True)
+    if method == "full":
+        model.language.requires_grad_(True)
+    elif method == "lora":
+        _add_lora(model, stage)  # type: ignore[arg-type]
+    if stage.gradient_checkpointing:
+        model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    connector = stage.connector_learning_rate or stage.learning_rate
+    return {
+        name: connector if name.startswith("connector.") else stage.learning_rate
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _add_lora(model: LlavaModel, stage: Stage2) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=stage.lora.r,
+        lora_alpha=stage.lora.alpha,
+        lora_dropout=stage.lora.dropout,
+        target_modules="all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model.language = get_peft_model(model.language, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise RecipeError(f"stage2.method lora: {error}", hint="`stage2.method: full` needs no adapters") from error
