@@ -6,14 +6,20 @@ registered it and are validated by its own model (see ``recipe.load``).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llavactl.core.options import RecipePath
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+# Strict: without it pydantic takes `true` for 1 and the text "on" for true.
+Switch = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_', '-'")]
 Precision = Literal["float32", "bfloat16", "float16"]
 ImageOrder = Literal["first", "random", "as-data"]
 
@@ -29,6 +35,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
+    kind: ClassVar[str]
+    """The kind of component, as the registry calls it."""
+
     name: str
 
     def spec(self) -> dict[str, Any]:
@@ -42,10 +51,18 @@ class Spec(BaseModel):
 
 
 class VisionSpec(Spec):
+    kind = "vision"
+
     image: Literal["square", "pad"] = "pad"
 
 
+class ConnectorSpec(Spec):
+    kind = "connectors"
+
+
 class LanguageSpec(Spec):
+    kind = "languages"
+
     template: str = "vicuna-v1"
 
     @classmethod
@@ -54,11 +71,17 @@ class LanguageSpec(Spec):
 
 
 class SourceSpec(Spec):
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    kind = "sources"
+
+    weight: Positive = 1.0
 
     @classmethod
     def frame_keys(cls) -> set[str]:
         return {"weight"}
+
+
+class TaskSpec(Spec):
+    kind = "tasks"
 
 
 class Features(Section):
@@ -82,25 +105,37 @@ class Stage(Section):
     template: str | None = None
     image: Literal["square", "pad"] | None = None
     image_order: ImageOrder = "first"
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Positive = 1
     max_steps: Count | None = None
     batch_size: Count = 128
     micro_batch_size: Count = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    connector_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Positive = 1e-3
+    connector_learning_rate: Positive | None = None
     warmup: Share = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     max_length: Count = 2048
     validation: Share = 0.01
     precision: Precision = "bfloat16"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     checkpoint_every: Count = 500
     keep_last: Count = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _micro_batch_fits(cls, given: Any) -> Any:
+        """A ``batch_size`` alone is enough: the default micro batch shrinks to a divisor of it."""
+        size = given.get("batch_size") if isinstance(given, dict) else None
+        if type(size) is not int or size < 1 or "micro_batch_size" in given:
+            return given
+        most = cls.model_fields["micro_batch_size"].default
+        return {**given, "micro_batch_size": max(n for n in range(1, most + 1) if size % n == 0)}
 
     @model_validator(mode="after")
     def _divides(self) -> Stage:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
 
@@ -113,7 +148,7 @@ class Stage1(Stage):
 class Stage2(Stage):
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    learning_rate: Positive = 2e-5
 
 
 class Data(Section):
@@ -122,7 +157,7 @@ class Data(Section):
 
 
 class Eval(Section):
-    tasks: tuple[Spec, ...] = ()
+    tasks: tuple[TaskSpec, ...] = ()
     batch_size: Count = 8
     max_new_tokens: Count = 128
 
@@ -130,14 +165,16 @@ class Eval(Section):
 class Recipe(Section):
     """A whole recipe, resolved: defaults filled in, paths absolute, options validated."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-'")
+    ]
     vision: VisionSpec
-    connector: Spec
+    connector: ConnectorSpec
     language: LanguageSpec
     features: Features = Features()
     data: Data = Data()
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
     eval: Eval = Eval()
-    seed: int = 0
+    seed: Whole = 0
     run_dir: RecipePath

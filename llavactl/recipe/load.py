@@ -1,0 +1,155 @@
+"""Loading a recipe: one call from a name or a path to a validated, resolved, frozen ``Recipe``.
+
+    load_recipe("llava-v1.5-7b", ["stage1.epochs=2"])
+
+Every problem is found before any is reported, each as ``file:line: key: why``. A component's
+options are validated by its own options model, so a recipe that loads has absolute paths and every default
+written out; the component itself is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from llavactl.core import plugins
+from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core.options import Located
+from llavactl.core.registry import registry
+from llavactl.recipe.document import Key, Node, write
+from llavactl.recipe.frame import Recipe, Spec
+from llavactl.recipe.resolve import document, sentence
+from llavactl.recipe.wording import explain
+
+TEMPLATES = (("language", "template"), ("stage1", "template"), ("stage2", "template"))
+"""Keys of the frame that name a template."""
+
+KeyPath = tuple[Key, ...]
+Found = tuple[KeyPath, str]
+"""A path in the recipe and what is wrong there."""
+
+Written = tuple[KeyPath, type[Spec], dict[str, Any]]
+"""A component: its path, its class in the frame and what was written."""
+
+
+def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
+
+    Raises:
+        RecipeError: with all its problems at once.
+    """
+    root, place, problems = document(source, overrides)
+    data = root.plain()
+    data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
+    found = [*_components(data), *_templates(data)]
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        recipe = None
+        found += explain(error, Recipe, data)
+    problems += _placed(found, root)
+    if recipe is not None and not problems:
+        problems += _asked(recipe, root)
+    if recipe is None or problems:
+        raise RecipeError.from_problems(sorted(dict.fromkeys(problems), key=_by_line))
+    return recipe
+
+
+def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Everything wrong with a recipe; nothing when it loads."""
+    try:
+        load_recipe(source, overrides)
+    except RecipeError as error:
+        return list(error.problems) or [Problem(str(source or "recipe"), "", sentence(error))]
+    return []
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML; loading it gives an equal recipe."""
+    return write(recipe.model_dump(mode="json"))
+
+
+def specs(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[Written]:
+    """Every component in the raw ``data`` of a ``section``."""
+    if not isinstance(data, dict):
+        return
+    for name, field in section.model_fields.items():
+        if (inner := _model_in(field.annotation)) is None:
+            continue
+        value, here = data.get(name), (*path, name)
+        many = isinstance(value, list)
+        for place, item in [((*here, i), item) for i, item in enumerate(value)] if many else [(here, value)]:
+            if not issubclass(inner, Spec):
+                yield from specs(inner, item, place)
+            elif isinstance(item, dict):
+                yield place, inner, item
+
+
+def _components(data: dict[str, Any]) -> list[Found]:
+    """Validates every component's options and writes the resolved ones into ``data``."""
+    found: list[Found] = []
+    for path, kind, given in specs(Recipe, data):
+        found += [((*path, *key), why) for key, why in _component(kind, given)]
+    return found
+
+
+def _component(kind: type[Spec], given: dict[str, Any]) -> list[Found]:
+    name = given.get("name")
+    if not isinstance(name, str):
+        return []  # the frame says so
+    try:
+        model = registry().get(kind.kind, name).options_model()
+        own = {key: value for key, value in given.items() if key not in {"name", *kind.frame_keys()}}
+        for key in kind.model_fields.keys() - {"name", *kind.frame_keys()}:
+            own.setdefault(key, kind.model_fields[key].default)
+        options = model.model_validate(own)
+    except LlavactlError as error:
+        return [(("name",), sentence(error))]
+    except ValidationError as error:
+        return list(explain(error, model, own, also=kind.frame_keys()))
+    given.update(options.model_dump(mode="json"))
+    return []
+
+
+def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
+    for section, key in TEMPLATES:
+        inside = data.get(section)
+        name = inside.get(key) if isinstance(inside, dict) else None
+        if isinstance(name, str):
+            try:
+                registry().get("templates", name)
+            except RecipeError as error:
+                yield (section, key), sentence(error)
+
+
+def _asked(recipe: Recipe, root: Node) -> Iterator[Problem]:
+    """What plugins object to (hook ``check_recipe``); a problem without a place gets that of its key."""
+    document = recipe.model_dump(mode="json")
+    for plugin, implementation in plugins.implementations("check_recipe"):
+        with plugins.isolated(plugin):
+            for problem in implementation(recipe=document) or ():
+                path = [int(key) if key.isdecimal() else key for key in problem.key.split(".")]
+                yield Problem(problem.where or root.whereabouts(path), problem.key, problem.why)
+
+
+def _placed(found: Sequence[Found], root: Node) -> Iterator[Problem]:
+    """The frame and a component may both refuse a key that they share: once is enough."""
+    for path, why in dict(reversed(found)).items():
+        yield Problem(root.whereabouts(path), ".".join(map(str, path)), why)
+
+
+def _by_line(problem: Problem) -> tuple[bool, str, int]:
+    """Files first, line by line, then what came with -o."""
+    file, _, line = problem.where.rpartition(":")
+    override = problem.where.startswith("-o ")
+    return (override, file, int(line)) if line.isdecimal() and not override else (override, problem.where, 0)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in ``Model``, ``Model | None`` or ``tuple[Model, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

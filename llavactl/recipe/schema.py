@@ -1,0 +1,52 @@
+"""The JSON schema of a recipe file, for editors: the frame, and in it every registered component's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llavactl.core import plugins
+from llavactl.core.registry import Entry, registry
+from llavactl.recipe.frame import Recipe, Spec
+
+
+def schema() -> dict[str, Any]:
+    """The schema: a component is one of those registered for its kind, told apart by ``name``.
+
+    A recipe that ``extends`` another may leave out anything, a component's ``name`` too.
+    """
+    whole = Recipe.model_json_schema()
+    definitions = whole["$defs"]
+    for spec in Spec.__subclasses__():
+        if spec.__name__ in definitions:
+            definitions[spec.__name__] = _choice(spec, definitions[spec.__name__], definitions)
+    required = [key for key in whole.pop("required") if key != "run_dir"]
+    whole["properties"]["extends"] = {"type": "string", "description": "the recipe under this one: a name or a path"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **whole,
+        "anyOf": [{"required": required}, {"required": ["extends"]}],
+    }
+
+
+def _choice(spec: type[Spec], shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """``oneOf`` the registered components of ``spec``'s kind; ``shared`` are the keys that the frame gives them all."""
+    options = [{"title": "the parent recipe's component, changed", "not": {"required": ["name"]}}]
+    for entry in registry().entries.get(spec.kind, {}).values():
+        with plugins.isolated(entry.plugin):
+            options.append(_component(entry, shared, definitions))
+    return {"title": spec.kind, "type": "object", "oneOf": options}
+
+
+def _component(entry: Entry, shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    where = f"{entry.kind}.{entry.name}"
+    own = entry.options_model().model_json_schema(ref_template=f"#/$defs/{where}.{{model}}")
+    for name, definition in own.get("$defs", {}).items():
+        definitions[f"{where}.{name}"] = definition
+    return {
+        "title": entry.name,
+        "description": entry.summary,
+        "type": "object",
+        "properties": {**own.get("properties", {}), **shared["properties"], "name": {"const": entry.name}},
+        "required": ["name", *own.get("required", ())],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,145 @@
+"""What pydantic found, in words for the person who wrote the recipe.
+
+What a key should hold is read from the model's JSON schema, the same that editors get: one
+description of a field, whoever defined it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
+
+from llavactl.core.registry import suggest
+from llavactl.recipe.document import Key
+
+Schema = Mapping[str, Any]
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list",
+    "object": "a section of keys",
+    "null": "null",
+}
+# Errors that say "this kind of value was expected"; for others pydantic's own words are better.
+_EXPECTED = ("_type", "_parsing", "_error", "from_float", "_than", "_than_equal", "finite_number", "_mismatch")
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], given: Any, also: Iterable[str] = ()
+) -> Iterator[tuple[tuple[Key, ...], str]]:
+    """Each place in ``given`` that ``model`` refused, once, and why; ``also`` are keys known beside the model's."""
+    schema = schema_of(model)
+    seen = set()
+    for found in error.errors(include_url=False):
+        path = _said(found["loc"], given)
+        if found["type"] == "missing":
+            path = (*path, *found["loc"][len(path) : len(path) + 1])
+        if path not in seen:
+            seen.add(path)
+            yield path, _why(found, path, schema, given, also if len(path) == 1 else ())
+
+
+@cache
+def schema_of(model: type[BaseModel]) -> Schema:
+    """The model's JSON schema; empty for a model that has none."""
+    try:
+        return model.model_json_schema()
+    except PydanticInvalidForJsonSchema:
+        return {}
+
+
+def _why(found: Mapping[str, Any], path: Sequence[Key], schema: Schema, given: Any, also: Iterable[str]) -> str:
+    kind = found["type"]
+    if kind in ("value_error", "assertion_error"):
+        return str(found["ctx"]["error"])
+    if kind == "extra_forbidden" and len(path) == len(found["loc"]):
+        known = {*_resolve(_at(schema, path[:-1], schema), schema).get("properties", {}), *also}
+        return f"there is no such key; {_meant(str(path[-1]), known)}".removesuffix("; ")
+    expected = describe(_at(schema, path, schema), schema)
+    if kind == "missing":
+        return f"is missing: {expected}" if expected else "is missing"
+    if expected and (len(path) < len(found["loc"]) or kind.endswith(_EXPECTED)):
+        return f"must be {expected}, not {_shown(_value(given, path))}"
+    return str(found["msg"])
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    """The nearest key; all of them only when none is near."""
+    near, _, every = suggest(key, known).rpartition("there is: ")
+    return near.strip() or f"there is: {every}" if every else ""
+
+
+def describe(field: Schema, schema: Schema) -> str:
+    """``a whole number ≥ 1``: what a value of ``field`` is; nothing when the schema doesn't say."""
+    field = _resolve(field, schema)
+    if options := field.get("anyOf") or field.get("oneOf"):
+        return " or ".join(filter(None, (describe(option, schema) for option in options)))
+    if "enum" in field:
+        return f"one of {', '.join(map(repr, field['enum']))}"
+    if "const" in field:
+        return repr(field["const"])
+    if "pattern" in field:
+        return str(field.get("description", f"text like {field['pattern']}"))
+    if field.get("format") in ("path", "file-path", "directory-path"):
+        return "a file or folder"
+    bounds = " and ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
+    return f"{_TYPES.get(field.get('type', ''), '')} {bounds}".strip()
+
+
+def _at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:
+    """The schema of what lies at ``path`` in ``field``."""
+    if not path:
+        return field
+    field = _resolve(field, schema)
+    for option in field.get("anyOf", [field]):
+        option = _resolve(option, schema)
+        inner = option.get("items") if isinstance(path[0], int) else option.get("properties", {}).get(path[0])
+        if inner is not None:
+            return _at(inner, path[1:], schema)
+    return {}
+
+
+def _resolve(field: Schema, schema: Schema) -> Schema:
+    reference = field.get("$ref", "")
+    return schema["$defs"][reference.rpartition("/")[2]] if reference else field
+
+
+def _said(loc: Sequence[Key], given: Any) -> tuple[Key, ...]:
+    """The part of ``loc`` that is in ``given``: pydantic adds which branch of a union it tried."""
+    path: list[Key] = []
+    for key in loc:
+        known = len(given) > key if isinstance(given, list) and isinstance(key, int) else key in _keys(given)
+        if not known:
+            break
+        given = given[key]
+        path.append(key)
+    return tuple(path)
+
+
+def _keys(given: Any) -> Iterable[Key]:
+    return given if isinstance(given, Mapping) else ()
+
+
+def _value(given: Any, path: Sequence[Key]) -> Any:
+    for key in path:
+        given = given[key]
+    return given
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, Mapping):
+        return "a section of keys"
+    if isinstance(value, list):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
