@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
@@ -11,10 +10,12 @@ from llavactl.core.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-log = logging.getLogger(__name__)
-
 MAX_PIXELS = 89_478_485
 """Pillow warns above this, we refuse: at most 4 bytes a pixel are in memory, about 360 MB an image and copy."""
+
+MAX_SIDE = 16_384
+MAX_RATIO = 200
+"""Padding a long image to a square, or scaling its short side up, must not make gigapixels of it."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """What Pillow may try. EPS is left out, for Pillow would start Ghostscript on it."""
@@ -22,7 +23,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 _LONGEST_REASON = 200
 
 
-class UnreadableImage(DataError):
+class ImageError(DataError):
     """Bytes that are no image we can decode; ``reason`` is short and the same for the same bytes."""
 
     def __init__(self, reason: str) -> None:
@@ -38,34 +39,37 @@ def decode(data: bytes) -> Image.Image:
     plain conversion would make nearly all of it white.
 
     Raises:
-        UnreadableImage: empty, of no known format, truncated, corrupt, or beyond ``MAX_PIXELS``; the size
-            is taken from the header, before any pixel is decoded.
+        ImageError: empty, of no known format, truncated, corrupt, or beyond ``MAX_PIXELS``,
+            ``MAX_SIDE`` or ``MAX_RATIO``; the size is taken from the header, before any pixel is decoded.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not data:
-        raise UnreadableImage("the file is empty")
+        raise ImageError("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image)
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
-    except UnreadableImage:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a known format") from None
+        raise ImageError("not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadableImage(f"more than {MAX_PIXELS} pixels") from None
-    except Exception as error:  # noqa: BLE001 - Pillow's parsers raise anything at all on broken bytes
-        raise UnreadableImage(_short(error)) from error
+        raise ImageError(f"more than {MAX_PIXELS} pixels") from None
+    except Exception as error:
+        # Pillow's parsers raise anything at all on broken bytes.
+        raise ImageError(_short(error)) from error
 
 
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+        raise ImageError(f"{width}x{height} is more than {MAX_PIXELS} pixels")
     if not width * height:
-        raise UnreadableImage(f"{width}x{height} has no pixels")
+        raise ImageError(f"{width}x{height} has no pixels")
+    if max(width, height) > min(MAX_SIDE, MAX_RATIO * min(width, height)):
+        raise ImageError(f"{width}x{height} is longer than {MAX_SIDE} or than {MAX_RATIO} times its other side")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -80,12 +84,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _high_byte(image: Image.Image) -> Image.Image:
     """Grey of 16 bits to 8, as Pillow reads 16-bit colour. 32-bit integers of small range are taken as they are."""
     import numpy as np
-    from PIL import Image as PIL
+    from PIL import Image as Images
 
     values = np.asarray(image).astype(np.int64)
     if values.max() > 255:
         values >>= 8
-    return PIL.fromarray(values.clip(0, 255).astype(np.uint8))
+    return Images.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _short(error: Exception) -> str:

@@ -1,0 +1,150 @@
+"""Where training gets features from: the store or the backbone, behind one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from llavactl.core.errors import DataError, StoreError
+from llavactl.core.registry import registry
+from llavactl.core.schema import FeatureShape
+from llavactl.features.fingerprint import Fingerprint, fingerprint
+from llavactl.features.keys import ContentKeys, why
+from llavactl.features.prepare import OVERFLOW, Failure, default_device, encode, finite, ordered, prepare
+from llavactl.features.store import FeatureStore
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Encoder, Vision
+    from llavactl.core.schema import ImageRef
+    from llavactl.recipe.frame import Recipe
+
+StageNumber = Literal[1, 2]
+
+_NAMED = 3
+
+
+class FeatureReader(Protocol):
+    """Features by image. The same image gives the same bits, cached or live."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the features are made with."""
+
+    @property
+    def shape(self) -> FeatureShape:
+        """What ``load`` gives."""
+
+    def load(self, image: ImageRef) -> np.ndarray:
+        """The features [P, Dv] float16 of ``image``, an array of the caller's own.
+
+        Raises:
+            DataError: it can't be read any more.
+            StoreError: its content has no features in the store.
+        """
+
+    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        """Those of ``images`` that ``load`` will never give features of, and why; to be asked once, before training.
+
+        Raises:
+            StoreError: images that could be read were not extracted yet.
+        """
+
+
+class CachedFeatures:
+    """Features from a store; the backbone is never loaded. Can be pickled, and used after a fork."""
+
+    def __init__(self, store: FeatureStore, keys: ContentKeys) -> None:
+        self.store = store
+        self.keys = keys
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.store.fingerprint
+
+    @property
+    def shape(self) -> FeatureShape:
+        return self.store.shape
+
+    def load(self, image: ImageRef) -> np.ndarray:
+        try:
+            key = self.keys.key(image)
+        except OSError as error:
+            raise DataError(f"image {image.name} can't be read any more: {why(error)}") from error
+        return self.store.read(key)
+
+    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        found = list(zip(images, self.keys.many(images), strict=True))
+        reasons = {image: why(key) for image, key in found if isinstance(key, OSError)}
+        read = [(image, key) for image, key in found if isinstance(key, str)]
+        stored = self.store.holds([key for _, key in read])
+        absent = [pair for pair, here in zip(read, stored, strict=True) if not here]
+        reasons |= {image: self.store.skipped[key] for image, key in absent if key in self.store.skipped}
+        if missing := {key: image.name for image, key in absent if key not in self.store.skipped}:
+            named = ", ".join(list(missing.values())[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+            raise StoreError(f"{len(missing)} images have no features yet: {named}", hint="run `llavactl extract`")
+        return reasons
+
+
+class LiveFeatures:
+    """Features of ``fingerprint`` encoded when they are asked for, rounded as the store rounds them."""
+
+    def __init__(self, encoder: Encoder, fingerprint: Fingerprint, device: str = "cpu", *, workers: int = 2) -> None:
+        self.encoder = encoder
+        self.fingerprint = fingerprint
+        self.device = device
+        self.workers = workers
+
+    @property
+    def shape(self) -> FeatureShape:
+        return self.encoder.shape
+
+    def load(self, image: ImageRef) -> np.ndarray:
+        pixels = prepare(self.encoder, image)
+        if isinstance(pixels, Failure):
+            raise DataError(f"image {image.name} can't be read: {pixels.reason}")
+        features = encode(self.encoder, [pixels], self.device)
+        if not finite(features)[0]:
+            raise DataError(f"image {image.name} can't be used: {OVERFLOW}")
+        return np.asarray(features[0])
+
+    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            done = ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
+            return {image: found.reason for image, found in done if isinstance(found, Failure)}
+
+
+def stage_image(recipe: Recipe, stage: StageNumber) -> str:
+    """How images of ``stage`` are made square: its own ``image`` or the backbone's."""
+    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image
+
+
+def stage_vision(recipe: Recipe, stage: StageNumber) -> Vision:
+    """The vision backbone of ``stage``, no weights loaded."""
+    made: Vision = registry().create("vision", {**recipe.vision.spec(), "image": stage_image(recipe, stage)})
+    return made
+
+
+def stage_fingerprint(recipe: Recipe, stage: StageNumber) -> Fingerprint:
+    """What the features of ``stage`` are made with."""
+    return fingerprint(stage_vision(recipe, stage), recipe.features)
+
+
+def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
+    """The features of ``stage`` as ``features.mode`` says: from the store, or encoded on ``device``.
+
+    Raises:
+        StoreError: cached, and nothing was extracted for this fingerprint.
+        ModelError: the backbone can't be read.
+    """
+    vision = stage_vision(recipe, stage)
+    made_with = fingerprint(vision, recipe.features)
+    if recipe.features.mode == "cached":
+        return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
+    device = device or default_device()
+    encoder = vision.load(device, recipe.features.compute)
+    return LiveFeatures(encoder, made_with, device, workers=recipe.features.workers)

@@ -1,0 +1,191 @@
+"""Writing a feature store: shards appear whole or not at all, whatever kills the writer.
+
+A shard is written as ``*.partial``, fsynced, renamed, its folder fsynced, and then listed with its checksum in
+the manifest, which is itself replaced in one step. One process writes to a store at a time, so every
+``*.partial`` found by a new writer belongs to a dead one, and a shard that was renamed and not yet listed is
+whole and is listed now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+import numpy as np
+
+from llavactl.core.errors import StoreError
+from llavactl.core.schema import FeatureShape
+from llavactl.features.fingerprint import Fingerprint
+from llavactl.features.manifest import (
+    Entry,
+    Manifest,
+    check_fingerprint,
+    read_fingerprint,
+    read_manifest,
+    store_dir,
+    write_fingerprint,
+)
+from llavactl.features.shards import Partial, Shard, checksum, sync_folder
+
+log = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"shard-(\d+)\.")
+
+
+class StoreWriter:
+    """Appends features to the store of ``fingerprint``, ``shard_images`` a shard; a context manager.
+
+    On the way out the shard being filled is finished as it is, also when an exception (or Ctrl-C) leads out,
+    unless writing itself had failed: then it is dropped. Every method raises StoreError when the store
+    can't be written; what was finished before stays.
+    """
+
+    def __init__(self, fingerprint: Fingerprint, shape: FeatureShape, shard_images: int) -> None:
+        self.folder = store_dir(fingerprint)
+        self.fingerprint = fingerprint
+        self.shard_images = shard_images
+        self.bytes_written = 0
+        self._manifest = Manifest(shape)
+        self._skipped: dict[str, str] = {}
+        self._partial: Partial | None = None
+        self._failed = False
+        self._lock = contextlib.ExitStack()
+
+    def __enter__(self) -> StoreWriter:
+        self._lock.enter_context(exclusive(self.folder))
+        try:
+            with self._writing():
+                self._recover()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def append(self, keys: Sequence[str], features: np.ndarray) -> None:
+        """Stores ``features`` [n, P, Dv] float16, all finite, of the images with these content ``keys``."""
+        with self._writing():
+            while len(keys):
+                partial = self._partial = self._partial or self._begin()
+                now = min(partial.room, len(keys))
+                partial.append(keys[:now], features[:now])
+                keys, features = keys[now:], features[now:]
+                if not partial.room:
+                    self._finish()
+
+    def skip(self, key: str, reason: str) -> None:
+        """Remembers that the content ``key`` has no features and why; listed with the next finished shard."""
+        self._skipped[key] = reason
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._failed:
+                with self._writing():
+                    self._finish()
+        finally:
+            if self._partial is not None:
+                self._partial.discard()
+            self._lock.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            raise StoreError(
+                f"features can't be written to {self.folder}: {error.strerror or error}",
+                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept and the next extract goes on",
+            ) from error
+
+    def _begin(self) -> Partial:
+        taken = [int(number[1]) for path in self.folder.iterdir() if (number := _NUMBERED.match(path.name))]
+        path = self.folder / f"shard-{max(taken, default=-1) + 1:05}.h5.partial"
+        return Partial(path, self.fingerprint, self._manifest.shape, self.shard_images)
+
+    def _finish(self) -> None:
+        """Makes the partial a finished, listed shard; without one only the manifest is brought up to date."""
+        if (partial := self._partial) is not None:
+            partial.finish()
+            finished = partial.path.with_suffix("")
+            entry = Entry(finished.name, len(partial.keys), partial.path.stat().st_size, checksum(partial.path))
+            partial.path.rename(finished)
+            self._partial = None
+            sync_folder(self.folder)
+            self._manifest = self._manifest.listing(entry)
+            self.bytes_written += entry.bytes
+        self._manifest = replace(self._manifest, skipped=dict(self._skipped))
+        self._manifest.write(self.folder)
+
+    def _recover(self) -> None:
+        """Makes the folder what its manifest says, after whatever ended the last writer."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (found := read_fingerprint(self.folder)) is None:
+            write_fingerprint(self.folder, self.fingerprint)
+        check_fingerprint(self.folder, found or self.fingerprint, self.fingerprint)
+        for stale in leftovers(self.folder, "*.partial"):
+            log.info("removing %s, left by an extract that was interrupted", stale)
+            stale.unlink()
+        manifest = read_manifest(self.folder)
+        if manifest is not None and manifest.shape != self._manifest.shape:
+            raise StoreError(
+                f"{self.folder} holds features of {manifest.shape}, the backbone makes {self._manifest.shape}",
+                hint="the backbone's identity() misses what changed; remove the folder and extract again",
+            )
+        self._manifest = manifest or self._manifest
+        self._skipped = dict(self._manifest.skipped)
+        listed = {entry.file for entry in self._manifest.shards}
+        for path in leftovers(self.folder, "*.h5"):
+            if path.name not in listed:
+                self._adopt(path)
+        self._manifest.write(self.folder)
+
+    def _adopt(self, path: Path) -> None:
+        """Lists a shard that was renamed and then not listed; one that isn't whole is set aside."""
+        try:
+            shard = Shard.open(path)
+            check_fingerprint(path, shard.fingerprint, self.fingerprint)
+        except StoreError as error:
+            log.warning("%s; set aside", error)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            return
+        self._manifest = self._manifest.listing(Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path)))
+
+
+def leftovers(folder: Path, pattern: str) -> list[Path]:
+    """The files of ``folder`` that match ``pattern``, in order of name."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """The right to change the store in ``folder``, alone; the system gives it back if the process dies.
+
+    Raises:
+        StoreError: another process has it, or the lock can't be made.
+    """
+    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise StoreError(
+            f"another process is writing to the feature store {folder}",
+            hint="wait until it has finished, then run this again: it goes on from there",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"the feature store {folder} can't be written: {error.strerror or error}",
+            hint="set LLAVACTL_HOME to a folder that can be written",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
