@@ -31,6 +31,7 @@ _WHERE = {
     "RecipePath": "llavactl.core.options",
     "Request": "llavactl.core.protocols",
     "Sample": "llavactl.core.schema",
+    "Scores": "llavactl.core.protocols",
     "Source": "llavactl.core.protocols",
     "StoreError": "llavactl.core.errors",
     "Task": "llavactl.core.protocols",

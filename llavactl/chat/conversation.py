@@ -48,7 +48,8 @@ class Conversation:
         if cache is not None:
             keep = _keep(self._read[: cache.get_seq_length()], wanted)
         if keep:
-            cache.crop(keep)
+            if surplus := cache.get_seq_length() - keep:
+                cache.crop(-surplus)
         else:
             cache = DynamicCache()
         self._cache, self._read = cache, wanted

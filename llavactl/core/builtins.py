@@ -6,6 +6,20 @@ from llavactl.core.hookspecs import Register, hookimpl
 
 _COMPONENTS = "llavactl.components"
 
+COMMANDS = {
+    "recipes": "list, show, copy, check: what a run is made of",
+    "run": "a recipe's whole pipeline; finished steps are skipped",
+    "extract": "vision features into the store",
+    "cache": "what the feature stores hold; verify and prune them",
+    "train": "one stage: the connector, then the language model",
+    "chat": "talk with a model about images",
+    "eval": "run or score a benchmark",
+    "components": "what is registered, and by which plugin",
+    "plugins": "the installed plugins",
+    "doctor": "what will work on this machine and what will not",
+}
+"""llavactl's own commands in the order that they are used, each the ``command`` of a module of its name."""
+
 
 @hookimpl
 def register_sources(register: Register) -> None:
@@ -62,7 +76,8 @@ def register_languages(register: Register) -> None:
 def register_templates(register: Register) -> None:
     register("plain", f"{_COMPONENTS}.templates.plain:Plain", summary="image, caption, newline (stage 1)")
     register("vicuna-v1", f"{_COMPONENTS}.templates.vicuna:VicunaV1", summary="USER: … ASSISTANT: … (LLaVA v1.5)")
-    register("tokenizer", f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate", summary="the tokenizer's own chat template")
+    own = f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate"
+    register("tokenizer", own, summary="the tokenizer's own chat template")
 
 
 @hookimpl
@@ -73,6 +88,12 @@ def register_tasks(register: Register) -> None:
         options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
         summary="questions about drawn scenes never trained on",
     )
+
+
+@hookimpl
+def register_commands(register: Register) -> None:
+    for name, summary in COMMANDS.items():
+        register(name, f"llavactl.cli.{name}:command", summary=summary)
 
 
 @hookimpl

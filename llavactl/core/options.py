@@ -30,7 +30,12 @@ def _base(value: str) -> Path:
 def _path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return Path(_base(value), Path(value).expanduser()).absolute()
+    if not value or "\0" in value:
+        raise ValueError(f"must be a file or folder, not {str(value)!r}")
+    try:
+        return Path(_base(value), Path(value).expanduser()).absolute()
+    except RuntimeError as error:  # ~name of nobody
+        raise ValueError(f"{value}: {error}") from error
 
 
 def _model(value: Any) -> Any:

@@ -11,8 +11,9 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,14 +23,14 @@ from typing import Any
 import pluggy
 
 from llavactl.core import builtins, hookspecs
-from llavactl.core.errors import LlavactlError, PluginError
+from llavactl.core.errors import PluginError
 from llavactl.core.paths import cache_dir, write_json
 
 log = logging.getLogger(__name__)
 
 GROUP = "llavactl"
 BUILTIN = "llavactl"
-SLOW_S = 0.3
+SLOW_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Plugin:
     error: str = ""
 
 
+_faults: dict[str, list[str]] = {}
+"""What each plugin did wrong so far, one line each."""
+
+
 @contextlib.contextmanager
 def isolated(plugin: str) -> Iterator[None]:
     """Turns what ``plugin`` raises into one logged line, or into a PluginError when strict.
@@ -51,11 +56,15 @@ def isolated(plugin: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if plugin == BUILTIN:
+            raise
         message = str(error) if isinstance(error, PluginError) else f"plugin {plugin}: {type(error).__name__}: {error}"
-        if plugin == BUILTIN or strict():
-            raise error if isinstance(error, LlavactlError) else PluginError(message) from error
-        log.warning("%s", " ".join(message.split()))
+        line = " ".join(message.split())
+        if strict():
+            raise PluginError(line) from error
+        _faults.setdefault(plugin, []).append(line)
+        log.warning("%s", line)
 
 
 def strict() -> bool:
@@ -87,34 +96,32 @@ def manager() -> pluggy.PluginManager:
     return made
 
 
-_failures: dict[str, str] = {}
-
-
 def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
     started = time.perf_counter()
-    try:
-        module = point.load()
-        if made.has_plugin(point.name):
-            raise PluginError(f"plugin name {point.name!r} is taken twice: {point.value} is left out")
-        _register(made, module, point.name)
-    except BaseException as error:
-        # A plugin may even call sys.exit at import; only the user's own interrupt passes.
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        _failures[f"{point.name}={point.value}"] = reason = f"{type(error).__name__}: {error}"
-        with isolated(point.name):
-            raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
-        return
+    with isolated(point.name):
+        if first := made.get_plugin(point.name):
+            kept = "llavactl itself" if point.name == BUILTIN else getattr(first, "__name__", "?")
+            raise PluginError(
+                f"plugin name {point.name!r} is taken by {kept} and again by {point.value} "
+                f"of package {_package(point)[0]}; the first is kept"
+            )
+        try:
+            _register(made, point.load(), point.name)
+        except (Exception, SystemExit) as error:  # one may even call sys.exit at import
+            raise PluginError(f"plugin {point.name} can't be loaded: {type(error).__name__}: {error}") from error
     if (took := time.perf_counter() - started) > SLOW_S:
-        log.warning("plugin %s took %.1f s to import; `register` takes module:attr strings so that it needn't", point.name, took)
+        advice = "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
+        log.warning("plugin %s took %.1f s to import; %s", point.name, took, advice)
 
 
 def _register(made: pluggy.PluginManager, module: Any, name: str) -> None:
-    made.register(module, name)
+    """All of the plugin's hooks or none: a wrong one is found while others are registered already."""
     try:
+        made.register(module, name)
         made.check_pending()
     except Exception:
-        made.unregister(module, name)
+        if made.get_plugin(name) is module:
+            made.unregister(module, name)
         raise
 
 
@@ -139,38 +146,51 @@ def notify(hook: str, **arguments: Any) -> None:
 
 
 def installed() -> list[Plugin]:
-    """The built-in plugin and the selected ones, with what went wrong while loading them."""
-    manager()
-    found = [Plugin(BUILTIN, "llavactl", metadata.version("llavactl"), "llavactl.core.builtins")]
+    """The built-in plugin and the selected ones, with what went wrong while loading and registering them."""
+    from llavactl import __version__
+    from llavactl.core.registry import registry
+
+    registry()
+    found = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtins")]
     for point in entry_points():
-        dist = point.dist
-        package, version = (dist.name, dist.version) if dist else ("?", "?")
-        found.append(Plugin(point.name, package, version, point.value, _failures.get(f"{point.name}={point.value}", "")))
+        package, version = _package(point)
+        found.append(Plugin(point.name, package, version, point.value, "; ".join(_faults.get(point.name, ()))))
     return found
+
+
+def _package(point: metadata.EntryPoint) -> tuple[str, str]:
+    return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 
 def commands() -> dict[str, str]:
     """Names and summaries of the commands that plugins add, without importing plugins seen before.
 
     ``llavactl --help`` lists them. What a plugin registers is remembered by its module file's time and
-    size, so a plugin that is slow to import makes the help slow once, not every time.
+    size, so a plugin that is slow to import makes the help slow once, not every time. Nothing is
+    remembered while any plugin is at fault: its line is to be seen every time.
     """
     points = entry_points()
     if not points:
         return {}
     memory = cache_dir() / "plugin-commands.json"
-    key = json.dumps([_stamp(point) for point in points])
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         remembered = json.loads(memory.read_text())
-        if remembered["key"] == key:
+        if remembered["key"] == _key(points):
             return dict(remembered["commands"])
     from llavactl.core.registry import registry
 
-    found = {entry.name: entry.summary for entry in registry().entries.get("commands", {}).values()}
-    if not _failures:
-        with contextlib.suppress(OSError):
-            write_json(memory, {"key": key, "commands": found})
+    entries = registry().entries.get("commands", {}).values()
+    found = {entry.name: entry.summary for entry in entries if entry.plugin != BUILTIN}
+    if not _faults:
+        with contextlib.suppress(OSError, ValueError):
+            write_json(memory, {"key": _key(points), "commands": found})
     return found
+
+
+def _key(points: Sequence[metadata.EntryPoint]) -> list[Any]:
+    from llavactl import __version__
+
+    return [__version__, list(sys.version_info), *map(_stamp, points)]
 
 
 def _stamp(point: metadata.EntryPoint) -> list[Any]:
@@ -179,5 +199,5 @@ def _stamp(point: metadata.EntryPoint) -> list[Any]:
     files = [Path(spec.origin)] if spec and spec.origin else []
     for folder in (spec.submodule_search_locations or []) if spec else []:
         files += sorted(Path(folder).rglob("*.py"))
-    stats = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    stats = [[file.stat().st_mtime_ns, file.stat().st_size] for file in files]
     return [point.name, point.value, stats]

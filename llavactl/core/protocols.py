@@ -95,6 +95,14 @@ class Template(Protocol):
         """Strings that end an answer, beside the tokenizer's end-of-sequence token."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """``scores`` by their published names, rates as percentages; ``failed`` answers that could not be read as one."""
+
+    scores: Mapping[str, Json]
+    failed: int = 0
+
+
 @runtime_checkable
 class Task(Protocol):
     """A benchmark: what it asks and how answers become scores."""
@@ -104,8 +112,8 @@ class Task(Protocol):
 
     def questions(self) -> Iterable[Question]: ...
 
-    def score(self, answers: Mapping[str, Answer], protocol: str) -> Mapping[str, Json]:
-        """Scores of the ``answers`` (by question id; every question has one), named as published."""
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
+        """Scores of the ``answers`` (by question id; every question has one)."""
 
 
 @dataclass(frozen=True)

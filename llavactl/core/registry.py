@@ -58,7 +58,7 @@ class Entry:
             for root in (Path(folder), Path(folder).parent):
                 if (file := root / inside).is_file():
                     return file
-        raise PluginError(f"{singular(self.kind)} {self.name!r} of plugin {self.plugin}: there is no file {self.target}")
+        raise PluginError(f"{self.kind} {self.name!r} of plugin {self.plugin}: there is no file {self.target}")
 
 
 @dataclass
@@ -130,7 +130,7 @@ def registry() -> Registry:
             ) -> None:
                 with plugins.isolated(plugin):
                     if ":" not in target:
-                        raise PluginError(f"plugin {plugin}: the target {target!r} of {kind} {name!r} is not module:attr")
+                        raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
                     found.add(Entry(kind, name, target, options, summary, plugin))
 
             with plugins.isolated(plugin):
@@ -146,7 +146,7 @@ def _import(target: str, entry: Entry) -> Any:
             found = getattr(found, part)
     except LlavactlError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
             f"{type(error).__name__}: {error}",

@@ -95,6 +95,14 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
+def of_run(run_dir: Path) -> Path:
+    """The last model that a run has finished: stage 2's, else stage 1's."""
+    for stage in ("stage2", "stage1"):
+        if (folder := run_dir / stage / "model").is_dir():
+            return folder
+    raise ModelError(f"{run_dir}: no stage is trained yet", hint="`llavactl run` trains; `--model DIR` names another model")
+
+
 def load(folder: Path, *, dtype: str | None = None) -> Loaded:
     """The model in ``folder`` on the CPU, in ``dtype`` (default: the precision it was trained in), not training.
 

@@ -54,5 +54,10 @@ def restore(folder: Path, digest: str) -> tuple[int, dict[str, torch.Tensor]] | 
     return None
 
 
+def remove(folder: Path) -> None:
+    """Removes ``folder`` and all checkpoints in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _newest_first(folder: Path) -> Iterator[Path]:
     return iter(sorted(folder.glob("step-*"), reverse=True))

@@ -22,7 +22,7 @@ from llavactl.core.schema import IGNORE, Batch
 from llavactl.data.plan import Plan
 from llavactl.training import checkpoints
 from llavactl.training.metrics import Metrics
-from llavactl.training.optimizer import Optimizer, cosine
+from llavactl.training.optimizer import cosine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Stage
+    from llavactl.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Run:
     """All that a stage's training takes. ``digest`` names settings and data: only its own checkpoints are resumed."""
 
     model: LlavaModel
-    rates: Mapping[str, float]
+    optimizer: Optimizer
     stage: Stage
     data: TrainingSet
     validation: TrainingSet
@@ -53,24 +54,22 @@ class Run:
     observe: Observer
 
 
-def train(run: Run) -> tuple[Optimizer, int]:
-    """Trains to the end of the plan; returns the optimiser, whose masters are the result, and the first step done.
+def train(run: Run) -> int:
+    """Trains to the end of the plan; returns the step it went on behind (0: from the start).
 
     Raises:
         ModelError: the loss is no longer finite; the message names the samples.
     """
     stage, accelerator = run.stage, run.accelerator
-    run.model.to(accelerator.device)
-    optimizer = Optimizer(run.model, run.rates, stage.weight_decay)
     plan = Plan(
         run.data.weights, epochs=stage.epochs, batch_size=stage.batch_size, seed=run.seed, max_steps=stage.max_steps
     )
-    start = _restore(run, optimizer)
+    start = _restore(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
     with progress.bar(plan.steps, run.folder.name, "step", start) as bar:
         for step in range(start, plan.steps):
-            line = _step(run, optimizer, plan, step)
+            line = _step(run, plan, step)
             done = step + 1
             lines = [{"step": done, **line}]
             last = done == plan.steps
@@ -81,16 +80,16 @@ def train(run: Run) -> tuple[Optimizer, int]:
                 metrics.write(each)
                 run.observe("train_logged", {"line": each})
             if last or done % stage.checkpoint_every == 0:
-                _save(run, optimizer, done)
+                _save(run, done)
             bar.show(loss=f"{line['loss']:.4f}", **({"val": f"{lines[-1]['val_loss']:.4f}"} if len(lines) > 1 else {}))
     if metrics:
         metrics.close()
-    return optimizer, start
+    return start
 
 
-def _step(run: Run, optimizer: Optimizer, plan: Plan, step: int) -> dict[str, Any]:
+def _step(run: Run, plan: Plan, step: int) -> dict[str, Any]:
     """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient."""
-    accelerator, model = run.accelerator, run.model
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     batches = list(_micro_batches(run, plan.batch(step)))
     counts = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
@@ -137,21 +136,20 @@ def validate(run: Run) -> float:
     return float(total[0] / total[1])
 
 
-def _restore(run: Run, optimizer: Optimizer) -> int:
+def _restore(run: Run) -> int:
     found = checkpoints.restore(run.folder / "checkpoints", run.digest) if run.resume else None
     if found is None:
         return 0
     step, tensors = found
-    optimizer.load(tensors)
+    run.optimizer.load(tensors)
     log.info("%s: going on behind step %d", run.folder.name, step)
     return step
 
 
-def _save(run: Run, optimizer: Optimizer, step: int) -> None:
+def _save(run: Run, step: int) -> None:
     if run.accelerator.is_main_process:
-        folder = checkpoints.save(
-            run.folder / "checkpoints", step, optimizer.state(), run.digest, run.stage.keep_last
-        )
+        tensors = run.optimizer.state()
+        folder = checkpoints.save(run.folder / "checkpoints", step, tensors, run.digest, run.stage.keep_last)
         run.observe("checkpoint_saved", {"folder": folder, "step": step})
     run.accelerator.wait_for_everyone()
 

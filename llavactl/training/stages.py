@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from llavactl.core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.frame import Stage, Stage2
 
 
-def trained(model: LlavaModel, stage: Stage) -> dict[str, float]:
+def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     """Freezes and unfreezes ``model`` for ``stage``; returns the learning rate of each trained parameter by name.
 
     Stage 1 trains the connector alone; stage 2 the connector and the language model, whole or through
@@ -23,6 +25,7 @@ def trained(model: LlavaModel, stage: Stage) -> dict[str, float]:
     if method == "full":
         model.language.requires_grad_(True)
     elif method == "lora":
+        torch.manual_seed(seed)
         _add_lora(model, stage)  # type: ignore[arg-type]
     if stage.gradient_checkpointing:
         model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

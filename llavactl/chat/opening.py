@@ -1,0 +1,43 @@
+"""From a model folder to an assistant that sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llavactl.chat.assistant import Assistant
+from llavactl.core.errors import ModelError
+from llavactl.core.registry import registry
+from llavactl.data.encode import Encoding
+from llavactl.features import Fingerprint, LiveFeatures, fingerprint
+from llavactl.features.prepare import default_device
+from llavactl.model import folder as model_folder
+from llavactl.recipe.frame import Features
+
+
+def open_assistant(folder: Path, device: str | None = None) -> Assistant:
+    """The model in ``folder`` with its vision backbone, on ``device`` (default: the best there is).
+
+    Raises:
+        ModelError: the model can't be read, or the backbone is not the one it was trained with.
+    """
+    device = device or default_device()
+    description = model_folder.describe(folder)
+    features = Features(**description["features"])
+    vision = registry().create("vision", description["vision"])
+    now, then = fingerprint(vision, features), Fingerprint(description["fingerprint"])
+    if different := then.differences(now):
+        raise ModelError(
+            f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
+            hint="`vision` in llavactl.json names it",
+        )
+    loaded = model_folder.load(folder)
+    loaded.parts.model.to(device)
+    template: Any = registry().create("templates", {"name": description["template"]})
+    return Assistant(
+        loaded.parts.model,
+        Encoding(template, loaded.parts.tokenizer, loaded.parts.image_tokens),
+        LiveFeatures(vision.load(device, features.compute), device),
+        description["image_order"],
+        str(folder),
+    )

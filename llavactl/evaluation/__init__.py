@@ -1,0 +1,1 @@
+"""Asking a model what tasks ask, and scoring the answers."""

@@ -1,0 +1,25 @@
+"""The kit that plugin authors and our own tests share: toy models and data, a runner, conformance checks.
+
+Everything is made locally in a second, with real transformers classes: no hub, no network.
+"""
+
+from __future__ import annotations
+
+from llavactl.testing.conformance import check_connector, check_language, check_plugin, check_source, check_vision
+from llavactl.testing.runner import Result, run_cli
+from llavactl.testing.toys import toy_clip, toy_language, toy_photos, toy_recipe, toy_records
+
+__all__ = [
+    "Result",
+    "check_connector",
+    "check_language",
+    "check_plugin",
+    "check_source",
+    "check_vision",
+    "run_cli",
+    "toy_clip",
+    "toy_language",
+    "toy_photos",
+    "toy_recipe",
+    "toy_records",
+]

@@ -1,0 +1,124 @@
+"""Checks that a component does what its Protocol says; a plugin's tests call them, and so do ours.
+
+Each returns what is wrong, one line a fault; an empty list is a component that llavactl can use.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core import plugins
+from llavactl.core.registry import registry
+from llavactl.core.schema import FeatureShape, ImageRef, Sample
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Connector, Language, Source, Vision
+
+
+def check_source(source: Source, *, at_most: int = 50) -> list[str]:
+    """Samples with ids, turns that alternate, images that are ImageRefs and survive pickling."""
+    faults: list[str] = []
+    for index, sample in zip(range(at_most), source, strict=False):
+        if not isinstance(sample, Sample):
+            return [f"item {index} is a {type(sample).__name__}, not a Sample"]
+        roles = [turn.role for turn in sample.turns if turn.role != "system"]
+        if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
+            faults.append(f"sample {sample.id!r}: turns go {', '.join(roles) or 'nowhere'}, not user, assistant, …")
+        for image in sample.images:
+            if not isinstance(image, ImageRef):
+                faults.append(f"sample {sample.id!r}: {image!r} is not an ImageRef")
+            elif pickle.loads(pickle.dumps(image)) != image:  # noqa: S301 - what we pickled ourselves
+                faults.append(f"sample {sample.id!r}: image {image.name!r} is another after pickling")
+    return faults
+
+
+def check_vision(vision: Vision) -> list[str]:
+    """An identity that is JSON and stays the same; finite features of the promised shape, alike in any batch."""
+    import json
+
+    import torch
+    from PIL import Image
+
+    faults: list[str] = []
+    if json.dumps(dict(vision.identity()), sort_keys=True) != json.dumps(dict(vision.identity()), sort_keys=True):
+        faults.append("identity() changes from call to call")
+    encoder = vision.load("cpu", "float32")
+    images = [Image.new("RGB", size, colour) for size, colour in (((40, 30), "red"), ((30, 50), "blue"))]
+    pixels = torch.stack([torch.from_numpy(encoder.preprocess(image)) for image in images])
+    features = encoder.encode(pixels)
+    wanted = (2, encoder.shape.patches, encoder.shape.width)
+    if tuple(features.shape) != wanted:
+        faults.append(f"encode() gives {tuple(features.shape)}, its shape promises {wanted}")
+    elif not torch.isfinite(features).all():
+        faults.append("encode() gives numbers that are not finite")
+    elif not torch.allclose(encoder.encode(pixels[1:]), features[1:], rtol=1e-4, atol=1e-4):
+        faults.append("an image's features change with the other images of its batch")
+    return faults
+
+
+def check_connector(connector: Connector, *, grid: tuple[int, int] = (4, 4), width: int = 16) -> list[str]:
+    """Embeddings [I, Q, Dl], a gradient to every weight, and a state dict that loads again."""
+    import torch
+
+    shape, language_width = FeatureShape(grid, width), 24
+    module = connector.build(shape, language_width)
+    made = module(torch.randn(2, shape.patches, width))
+    wanted = (2, connector.tokens(shape), language_width)
+    if tuple(made.shape) != wanted:
+        return [f"build() gives a module that makes {tuple(made.shape)}, tokens() promises {wanted}"]
+    made.sum().backward()
+    faults = [f"weight {name} gets no gradient" for name, p in module.named_parameters() if p.grad is None]
+    try:
+        connector.build(shape, language_width).load_state_dict(module.state_dict())
+    except RuntimeError as error:
+        faults.append(f"its state dict does not load again: {error}")
+    return faults
+
+
+def check_language(language: Language) -> list[str]:
+    """A fast tokenizer with an end-of-sequence token, and a model that takes embeddings."""
+    import torch
+
+    faults: list[str] = []
+    tokenizer = language.tokenizer()
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        faults.append("tokenizer() must be fast and have an end-of-sequence token")
+    model = language.load("float32")
+    ids = torch.tensor([tokenizer("hello")["input_ids"]])
+    with torch.no_grad():
+        by_ids = model(input_ids=ids).logits
+        by_embeddings = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    if not torch.allclose(by_ids, by_embeddings, rtol=1e-4, atol=1e-4):
+        faults.append("the model gives other logits for embeddings than for the ids they come from")
+    return faults
+
+
+def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
+    """Everything that plugin ``name`` registers can be imported; components given ``options`` (by component
+    name) are made and checked too.
+    """
+    failed = {plugin.name: plugin.error for plugin in plugins.installed()}
+    if name not in failed:
+        return [f"plugin {name!r} is not installed, or LLAVACTL_PLUGINS leaves it out"]
+    faults = [failed[name]] if failed[name] else []
+    checks: dict[str, Any] = {
+        "sources": check_source,
+        "vision": check_vision,
+        "connectors": check_connector,
+        "languages": check_language,
+    }
+    for entry in registry():
+        if entry.plugin != name:
+            continue
+        if entry.kind == "recipes":
+            entry.path()
+            continue
+        entry.load(), entry.options_model()
+        if options is not None and entry.name in options and entry.kind in checks:
+            made = registry().create(entry.kind, {"name": entry.name, **options[entry.name]})
+            faults += [f"{entry.kind} {entry.name}: {fault}" for fault in checks[entry.kind](made)]
+    return faults
+
+

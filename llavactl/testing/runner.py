@@ -1,0 +1,47 @@
+"""Running the command line in this process, as a user would see it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command printed, and how it ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """stdout as the one JSON document that ``--json`` promises."""
+        return json.loads(self.stdout)
+
+
+def run_cli(*arguments: str, cwd: Path | None = None, stdin: str = "") -> Result:
+    """``llavactl ARGUMENTS`` with the error boundary of the real command; never raises SystemExit."""
+    from llavactl.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    before, argv, real_in = Path.cwd(), sys.argv, sys.stdin
+    code = 0
+    try:
+        if cwd is not None:
+            os.chdir(cwd)
+        sys.argv, sys.stdin = ["llavactl", *arguments], io.StringIO(stdin)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        os.chdir(before)
+        sys.argv, sys.stdin = argv, real_in
+    return Result(code, out.getvalue(), err.getvalue())

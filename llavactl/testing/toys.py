@@ -1,0 +1,134 @@
+"""Tiny models of the real classes, and data to go with them; each function fills a folder and returns it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 70), "blue": (50, 80, 220), "yellow": (240, 210, 50)}
+
+_TEXT = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "USER: What colour is the picture? ASSISTANT: The picture is red, green, blue or yellow.",
+    "Describe the image in detail. What is in the photo? How many are there? Yes, no.",
+]
+
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_clip(folder: Path, *, size: int = 28, patch: int = 14, width: int = 32, layers: int = 3, seed: int = 0) -> Path:
+    """A CLIPVisionModel with random weights and its image processor."""
+    import torch
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=patch,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    return folder
+
+
+def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: int = 400, seed: int = 0) -> Path:
+    """A LlamaForCausalLM with random weights, and a byte-level BPE tokenizer with a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": specials[2:]})
+    tokenizer.chat_template = _CHAT
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def toy_photos(folder: Path, count: int = 12, *, seed: int = 0) -> list[Path]:
+    """``count`` JPEGs of one colour each with some noise, of odd sizes."""
+    from PIL import Image
+
+    chance = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(count):
+        colour = list(COLOURS.values())[index % len(COLOURS)]
+        image = Image.new("RGB", (chance.randint(20, 60), chance.randint(20, 60)), colour)
+        for _ in range(20):
+            at = chance.randrange(image.width), chance.randrange(image.height)
+            image.putpixel(at, (chance.randrange(256), chance.randrange(256), chance.randrange(256)))
+        paths.append(folder / f"photo-{index:03d}.jpg")
+        image.save(paths[-1], quality=95)
+    return paths
+
+
+def toy_records(path: Path, photos: Sequence[Path], *, turns: int = 2) -> Path:
+    """LLaVA records about ``photos``, one each: ``turns`` questions with answers that a picture decides."""
+    names = list(COLOURS)
+    records = []
+    for index, photo in enumerate(photos):
+        said = []
+        for turn in range(turns):
+            tag = "<image>\n" if turn == 0 else ""
+            said.append({"from": "human", "value": f"{tag}What colour is the picture?"})
+            said.append({"from": "gpt", "value": f"The picture is {names[index % len(names)]}."})
+        records.append({"id": f"r{index}", "image": photo.name, "conversations": said})
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+def toy_recipe(folder: Path, *, photos: int = 12) -> Path:
+    """A whole recipe, models and data included, in ``folder``; runs in seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    toy_clip(folder / "clip")
+    toy_language(folder / "language")
+    records = toy_records(folder / "records.json", toy_photos(folder / "images", photos))
+    path = folder / "recipe.yaml"
+    path.write_text(f"""\
+# llavactl run -r recipe.yaml
+name: toy
+vision: {{name: clip, model: clip, layer: -2, select: patch, image: pad}}
+connector: {{name: mlp2x-gelu}}
+language: {{name: hf, model: language, template: vicuna-v1}}
+features: {{shard_images: 5, batch_size: 4}}
+data:
+  stage1: [{{name: llava-json, path: {records.name}, images: images/}}]
+  stage2: [{{name: llava-json, path: {records.name}, images: images/}}]
+stage1: {{epochs: 2, batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, checkpoint_every: 2, precision: float32}}
+stage2: {{epochs: 2, batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, checkpoint_every: 2, precision: float32}}
+""")
+    return path

@@ -1,0 +1,106 @@
+"""``llavactl chat``: one question, a file of questions, or a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.chat.conversation import Conversation
+from llavactl.chat.opening import open_assistant
+from llavactl.core.errors import DataError
+from llavactl.core.schema import Content, ImageFile, Turn
+from llavactl.data.images import ImageError, decode
+from llavactl.model.folder import of_run
+from llavactl.model.generate import Sampling
+
+if TYPE_CHECKING:
+    from llavactl.chat.assistant import Assistant
+    from llavactl.recipe.frame import Recipe
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class ChatReport:
+    """One answer."""
+
+    answer: str
+    prompt: str
+    images: tuple[str, ...]
+    model: str
+
+
+def open_chat(recipe: Recipe | None, model: str | None = None) -> Conversation:
+    """A conversation with ``model``, else with the recipe's last finished stage."""
+    if model is not None:
+        return Conversation(open_assistant(Path(model).absolute()))
+    assert recipe is not None
+    return Conversation(open_assistant(of_run(recipe.run_dir)))
+
+
+def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:
+    """What the user says: the image files, then ``prompt``.
+
+    Raises:
+        DataError: an image that can't be read, by name, before a model is asked.
+    """
+    parts: list[Content] = []
+    for name in images:
+        path = Path(name).absolute()
+        image = ImageFile(str(path.parent), path.name)
+        try:
+            decode(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"image {name}: {error.strerror or error}", hint="--image takes an image file") from error
+        except ImageError as error:
+            raise DataError(f"image {name}: {error.reason}", hint="--image takes an image file") from error
+        parts += [image, "\n"]
+    return (*parts, prompt)
+
+
+def say(conversation: Conversation, prompt: str, images: Sequence[str], sampling: Sampling) -> ChatReport:
+    """One question and its whole answer."""
+    pieces = conversation.ask(*content(prompt, images), sampling=sampling)
+    answer = "".join(pieces).strip()
+    return ChatReport(answer, prompt, tuple(images), conversation.assistant.name)
+
+
+def answer_batch(assistant: Assistant, file: Path, sampling: Sampling) -> list[dict[str, Any]]:
+    """Answers a JSONL of ``{"image", "prompt"}``: the records in order, each with its ``answer``.
+
+    ``image`` may be a list, or absent; paths are relative to ``file``. All records are checked before any is asked.
+    """
+    records = [_record(line, f"{file}:{number}", file.parent) for number, line in _lines(file)]
+    answers: list[str] = []
+    for at in range(0, len(records), BATCH):
+        asked = [(Turn("user", said),) for _, said in records[at : at + BATCH]]
+        answers += assistant.answer(asked, sampling)
+    return [{**record, "answer": answer} for (record, _), answer in zip(records, answers, strict=True)]
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}", hint='--batch takes a JSONL of {"image": …, "prompt": …}') from error
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _record(line: str, where: str, base: Path) -> tuple[dict[str, Any], tuple[Content, ...]]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise DataError(f'{where}: a line is {{"image": "file", "prompt": "text"}}')
+    named = record.get("image") or []
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: `image` is {named!r}, not a path or a list of paths")
+    try:
+        return record, content(record["prompt"], [str(base / name) for name in names])
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=error.hint) from error

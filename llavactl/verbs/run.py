@@ -1,0 +1,42 @@
+"""``llavactl run``: a recipe's whole pipeline. What is finished is skipped, what was cut goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llavactl.report.page import write_report
+from llavactl.verbs.evaluate import EvalReport, evaluate
+from llavactl.verbs.extract import ExtractReport, extract
+from llavactl.verbs.train import TrainReport, train
+
+if TYPE_CHECKING:
+    from llavactl.recipe.frame import Recipe
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What every step did, None where the recipe has no such step."""
+
+    name: str
+    run_dir: str
+    model: str | None
+    extract: ExtractReport | None
+    stage1: TrainReport | None
+    stage2: TrainReport | None
+    eval: tuple[EvalReport, ...]
+    report: str
+
+
+def run(recipe: Recipe) -> RunReport:
+    """Extract, stage 1, stage 2, every task: each step decides by content whether it has work to do."""
+    cached = recipe.features.mode == "cached"
+    extracted = extract(recipe) if cached and (recipe.data.stage1 or recipe.data.stage2) else None
+    stage1 = train(recipe, 1) if recipe.data.stage1 else None
+    stage2 = train(recipe, 2) if recipe.data.stage2 else None
+    scored = [evaluate(recipe, task.name, task.spec()) for task in recipe.eval.tasks]
+    last: Any = stage2 or stage1
+    page = write_report(recipe.run_dir)
+    return RunReport(
+        recipe.name, str(recipe.run_dir), last.model if last else None, extracted, stage1, stage2, tuple(scored), str(page)
+    )

@@ -1,0 +1,274 @@
+"""``llavactl train``: one stage, from the feature cache (or live) to a model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llavactl.chat.assistant import Assistant
+from llavactl.core import plugins
+from llavactl.core.errors import ModelError, RecipeError, StoreError
+from llavactl.core.paths import write_atomic, write_json
+from llavactl.core.registry import registry
+from llavactl.data.encode import Encoding
+from llavactl.data.training_set import Split, split
+from llavactl.features import Fingerprint, open_features, stage_fingerprint
+from llavactl.model import folder as model_folder
+from llavactl.model.build import Parts, build
+from llavactl.recipe.load import dump
+from llavactl.report.page import write_report
+from llavactl.report.plots import plot_loss
+from llavactl.report.thumbnails import thumbnail
+from llavactl.training import checkpoints, stages
+from llavactl.training.loop import Run, train as run_loop
+from llavactl.training.metrics import read as read_metrics
+from llavactl.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llavactl.recipe.frame import Recipe, Stage
+
+log = logging.getLogger(__name__)
+SAMPLE_ANSWERS = 8
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a stage did. ``finished_before``: nothing had to be done; ``first_step`` > 0: it was resumed."""
+
+    stage: int
+    model: str
+    steps: int
+    first_step: int
+    samples: int
+    validation_samples: int
+    left_out: int
+    trained_parameters: int
+    loss: float
+    val_loss: float | None
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    digest: str
+    finished_before: bool = False
+
+
+def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto") -> TrainReport:
+    """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or goes on where it was cut off.
+
+    Raises:
+        LlavactlError: whatever stands in the way, before any work where it can be known.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    settings: Stage = recipe.stage1 if stage == 1 else recipe.stage2
+    sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
+    if not sources:
+        raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")
+    folder = recipe.run_dir / f"stage{stage}"
+    features = open_features(recipe, stage, device=str(accelerator.device))
+    start = _start(recipe, stage)
+    parts = build(recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed)
+    template = settings.template or recipe.language.template
+    encoding = Encoding(
+        registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
+    )
+    data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
+    fingerprint = stage_fingerprint(recipe, stage)
+    digest = _digest(recipe, stage, fingerprint, data, start)
+    if resume == "auto" and (done := finished(folder, digest)):
+        return done
+    if start is not None:
+        model_folder.load_connector(parts.model.connector, start)
+    rates = stages.trained(parts.model, settings, recipe.seed)
+    parts.model.to(accelerator.device)
+    optimizer = Optimizer(parts.model, rates, settings.weight_decay)
+    description = _description(recipe, stage, fingerprint, digest) | {"shape": asdict(features.shape), "template": template}
+    run = Run(
+        model=parts.model, optimizer=optimizer, stage=settings, data=data.train, validation=data.validation, folder=folder,
+        seed=recipe.seed, digest=digest, resume=resume == "auto", accelerator=accelerator, observe=_observer(stage, folder),
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
+        _left_out(folder, data)
+    return _run(recipe, run, parts, data, description)
+
+
+def finished(folder: Path, digest: str) -> TrainReport | None:
+    """The report of ``folder``'s finished run, if it is the run ``digest``."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        if report["digest"] != digest or model_folder.describe(folder / "model")["digest"] != digest:
+            return None
+    except (OSError, ValueError, KeyError, ModelError):
+        return None
+    known = {field.name for field in fields(TrainReport)}
+    return TrainReport(**{key: value for key, value in report.items() if key in known} | {"finished_before": True})
+
+
+def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mapping[str, Any]) -> TrainReport:
+    main = run.accelerator.is_main_process
+    if main:
+        _dry_save(run, parts, description)
+    run.accelerator.wait_for_everyone()
+    began = time.perf_counter()
+    first = run_loop(run)
+    seconds = time.perf_counter() - began
+    report = _report(run, data, first, seconds, description)
+    if main:
+        _save_model(run.folder / "model", parts, run.optimizer, description)
+        answers = _sample_answers(recipe, run, parts, data)
+        write_json(run.folder / "samples.json", {"samples": answers})
+        plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+        write_json(run.folder / "report.json", asdict(report))
+        write_report(recipe.run_dir)
+        plugins.notify("train_finished", report=asdict(report))
+    run.accelerator.wait_for_everyone()
+    return report
+
+
+def _start(recipe: Recipe, stage: int) -> Path | None:
+    """The model folder whose connector this stage starts from; None: from scratch."""
+    if stage == 1 or recipe.stage2.init == "scratch":
+        return None
+    folder = recipe.run_dir / "stage1" / "model"
+    if not (folder / model_folder.DESCRIPTION).is_file():
+        raise ModelError(
+            f"{folder}: stage 2 starts from stage 1's connector, and there is none",
+            hint="`llavactl train --stage 1` first, or `-o stage2.init=scratch` to go without",
+        )
+    return folder
+
+
+def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
+    """Names all that decides the result: settings, data, features and the model it starts from.
+
+    Left out is what doesn't, or only how fast it comes: a run goes on when these change.
+    """
+    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    free = {"micro_batch_size", "checkpoint_every", "keep_last", "gradient_checkpointing"}
+    parts = {
+        "stage": settings.model_dump(mode="json", exclude=free),
+        "connector": recipe.connector.spec(),
+        "language": recipe.language.model_dump(mode="json"),
+        "fingerprint": fingerprint.id,
+        "data": data.digest,
+        "seed": recipe.seed,
+        "start": model_folder.describe(start)["digest"] if start else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: str) -> dict[str, Any]:
+    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    image = settings.image or recipe.vision.image
+    return {
+        "stage": stage,
+        "method": "connector" if stage == 1 else recipe.stage2.method,
+        "vision": {**recipe.vision.spec(), "image": image},
+        "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
+        "fingerprint": dict(fingerprint.fields),
+        "connector": recipe.connector.spec(),
+        "language": recipe.language.spec(),
+        "image_order": settings.image_order,
+        "precision": settings.precision,
+        "digest": digest,
+        "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
+    }
+
+
+def _dry_save(run: Run, parts: Parts, description: Mapping[str, Any]) -> None:
+    """Saves all that will be saved, once, before step 1: what would fail after hours fails now."""
+    moments = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
+    run.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run.folder).free
+    if (needed := moments * (run.stage.keep_last + 1)) > free:
+        raise StoreError(
+            f"{run.folder}: {run.stage.keep_last} checkpoints take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            hint=f"free some disk, or `-o stage{description['stage']}.keep_last=1`, or another `run_dir`",
+        )
+    trial = run.folder / ".dry-run"
+    checkpoints.save(trial, 0, run.optimizer.state(), run.digest, 1)
+    _save_model(trial / "model", parts, run.optimizer, description)
+    checkpoints.remove(trial)
+
+
+def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
+    connector = {name: weight.detach().cpu() for name, weight in parts.model.connector.state_dict().items()}
+    for name, master in optimizer.masters.items():
+        if name.startswith("connector."):
+            connector[name.removeprefix("connector.")] = master.detach().cpu()
+    model_folder.save(folder, parts, connector, description)
+
+
+def _report(run: Run, data: Split, first: int, seconds: float, description: Mapping[str, Any]) -> TrainReport:
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    validations = [line["val_loss"] for line in lines if "val_loss" in line]
+    tokens = sum(line["tokens"] for line in steps if line["step"] > first)
+    return TrainReport(
+        stage=description["stage"],
+        model=str(run.folder / "model"),
+        steps=steps[-1]["step"],
+        first_step=first,
+        samples=len(data.train),
+        validation_samples=len(data.validation),
+        left_out=len(data.left_out),
+        trained_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
+        loss=steps[-1]["loss"],
+        val_loss=validations[-1] if validations else None,
+        tokens=tokens,
+        seconds=round(seconds, 3),
+        tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
+        digest=run.digest,
+    )
+
+
+def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list[dict[str, str]]:
+    """What the trained model says to the first question of a few held-out samples."""
+    from llavactl.model.generate import Sampling
+
+    shown = (data.validation if len(data.validation) else data.train).samples[:SAMPLE_ANSWERS]
+    parts.model.eval()
+    assistant = Assistant(parts.model, data.train.encoding, data.train.features, run.stage.image_order)
+    sampling = Sampling(max_new_tokens=min(64, recipe.eval.max_new_tokens))
+    rows = []
+    for sample in shown:
+        asked = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
+        (answer,) = assistant.answer([sample.turns[:asked]], sampling)
+        image = sample.images[0] if sample.images else None
+        rows.append(
+            {
+                "image": image.name if image else "",
+                "thumbnail": thumbnail(image.read()) if image else "",
+                "question": sample.turns[asked - 1].text.strip(),
+                "reference": sample.turns[asked].text,
+                "answer": answer,
+            }
+        )
+    return rows
+
+
+def _left_out(folder: Path, data: Split) -> None:
+    if data.left_out:
+        log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
+    lines = (json.dumps({"id": name, "reason": why}, ensure_ascii=False) for name, why in data.left_out.items())
+    write_atomic(folder / "left_out.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def _observer(stage: int, folder: Path) -> Any:
+    def observe(hook: str, facts: Mapping[str, Any]) -> None:
+        extra = {"folder": folder} if hook == "train_started" else {}
+        plugins.notify(hook, stage=stage, **extra, **facts)
+
+    return observe

@@ -1,0 +1,36 @@
+"""Every test has its own LLAVACTL_HOME; toy models and data are made once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user folder of its own, so that no test sees another's cache or the developer's."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("LLAVACTL_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny CLIP, a tiny Llama, photos, records and recipe.yaml; don't write into it."""
+    from llavactl.testing import toy_recipe
+
+    return toy_recipe(tmp_path_factory.mktemp("toys")).parent
+
+
+@pytest.fixture
+def toy(toys: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of ``toys`` to run in."""
+    folder = tmp_path / "toy"
+    shutil.copytree(toys, folder)
+    yield folder

@@ -1,0 +1,50 @@
+"""A plan holds every sample as often as its weight says, and no image is on both sides of the split."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavactl.data.plan import Plan, held_out
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
+def test_every_epoch_holds_every_sample_once(count: int, batch: int, epochs: int, seed: int) -> None:
+    plan = Plan([1.0] * count, epochs=epochs, batch_size=batch, seed=seed)
+    members = [member for step in range(plan.steps) for member in plan.batch(step)]
+    assert len(members) == count * epochs
+    assert all(len(plan.batch(step)) == batch for step in range(plan.steps - 1))
+    assert Counter(members) == {(epoch, index): 1 for epoch in range(epochs) for index in range(count)}
+
+
+def test_weights_are_copies_an_epoch() -> None:
+    plan = Plan([2.0, 0.5] * 500, epochs=1, batch_size=10, seed=0)
+    counts = Counter(index % 2 for step in range(plan.steps) for _, index in plan.batch(step))
+    assert counts[0] == 1000
+    assert 200 < counts[1] < 300
+
+
+def test_fractions_of_epochs_and_max_steps() -> None:
+    assert Plan([1.0] * 100, epochs=1.5, batch_size=10, seed=0).steps == 15
+    assert Plan([1.0] * 100, epochs=3, batch_size=10, seed=0, max_steps=7).steps == 7
+
+
+def test_another_seed_is_another_order() -> None:
+    first, second = (Plan([1.0] * 50, epochs=1, batch_size=50, seed=seed).batch(0) for seed in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+@given(st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1), st.floats(0, 0.9), st.integers(0, 3))
+def test_the_split_is_by_group(groups: list[str], share: float, seed: int) -> None:
+    held = held_out(groups, share, seed)
+    assert held <= set(groups)
+    assert abs(len(held) - share * len(set(groups))) <= 1
+
+
+def test_ten_images_spare_one_for_validation_and_two_do_not() -> None:
+    assert len(held_out([str(n) for n in range(10)], 0.01, 0)) == 1
+    assert not held_out(["a", "b"], 0.01, 0)
+    assert not held_out([str(n) for n in range(100)], 0.0, 0)

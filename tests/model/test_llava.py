@@ -1,0 +1,141 @@
+"""Ours = transformers' LlavaForConditionalGeneration, with the same weights; the loss is that of plain forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch, FeatureShape
+from llavactl.model.build import Parts, build
+from llavactl.model.generate import Sampling, generate
+
+SHAPE = FeatureShape((2, 2), 32)
+
+
+@pytest.fixture
+def parts(toys: Path) -> Parts:
+    made = build({"name": "mlp2x-gelu"}, {"name": "hf", "model": str(toys / "language")}, SHAPE, dtype="float32")
+    made.model.eval()
+    return made
+
+
+def hugging_face(parts: Parts, clip: Path) -> nn.Module:
+    """LlavaForConditionalGeneration around the very same weights."""
+    from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+
+    tower, language = CLIPVisionModel.from_pretrained(clip), parts.model.language
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=len(parts.tokenizer) - 1,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    llava.model.language_model.load_state_dict(language.model.state_dict())
+    llava.lm_head.load_state_dict(language.lm_head.state_dict())
+    projector = llava.model.multi_modal_projector
+    projector.linear_1.load_state_dict(parts.model.connector[0].state_dict())
+    projector.linear_2.load_state_dict(parts.model.connector[2].state_dict())
+    return llava
+
+
+def batch_of(rows: list[list[int]], features: torch.Tensor | None, side: str = "right") -> Batch:
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[index, at], mask[index, at] = torch.tensor(row), True
+    labels = torch.where((ids == IMAGE_TOKEN) | ~mask, IGNORE, ids)
+    return Batch(ids, mask, labels, features, tuple(f"row {i}" for i in range(len(rows))))
+
+
+IMAGE = [IMAGE_TOKEN] * 4
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_equal_those_of_transformers(parts: Parts, toys: Path, side: str) -> None:
+    from llavactl.core.registry import registry
+
+    llava = hugging_face(parts, toys / "clip")
+    encoder = registry().create("vision", {"name": "clip", "model": str(toys / "clip")}).load("cpu", "float32")
+    pixels = torch.randn(3, 3, 28, 28)
+    rows = [[0, *IMAGE, 40, 41, 42, *IMAGE, 50], [0, 60, 61, *IMAGE, 62], [0, 70, 71, 72]]
+    batch = batch_of(rows, encoder.encode(pixels), side)
+    with torch.no_grad():
+        ours = parts.model.logits(batch)
+        theirs = llava(
+            input_ids=batch.ids.masked_fill(batch.ids == IMAGE_TOKEN, llava.config.image_token_id),
+            attention_mask=batch.mask.long(),
+            position_ids=(batch.mask.long().cumsum(-1) - 1).clamp(min=0),
+            pixel_values=pixels,
+        ).logits
+    assert (ours - theirs)[batch.mask].abs().max() < 1e-4
+
+
+def test_loss_is_the_sum_over_plain_forwards(parts: Parts) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 32)
+    rows = [[0, *IMAGE, 40, 41, 42], [0, 60, 61, *IMAGE, 62, 63, 64, 65]]
+    batch = batch_of(rows, features)
+    parts.model(batch).backward()
+    ours = {name: p.grad.clone() for name, p in parts.model.named_parameters()}
+    parts.model.zero_grad()
+    total = torch.zeros(())
+    for index, row in enumerate(rows):
+        alone = batch_of([row], features[index : index + 1])
+        logits = parts.model.language(inputs_embeds=parts.model.embed(alone.ids, alone.features)).logits[0, :-1]
+        total = total + functional.cross_entropy(logits, alone.labels[0, 1:], reduction="sum")
+    total.backward()
+    for name, parameter in parts.model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_places_and_tokens_must_match(parts: Parts) -> None:
+    with pytest.raises(ModelError, match="3 places for image tokens, but the connector made 4"):
+        parts.model.logits(batch_of([[0, *IMAGE[:3], 40]], torch.randn(1, 4, 32)))
+
+
+def answers(parts: Parts, batch: Batch, count: int = 12, **sampling: float) -> list[list[int | None]]:
+    steps = list(generate(parts.model, batch, Sampling(count, **sampling), stop={parts.tokenizer.eos_token_id}))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def test_a_batch_answers_as_single_questions_do(parts: Parts) -> None:
+    torch.manual_seed(1)
+    features = torch.randn(2, 4, 32)
+    rows = [[0, *IMAGE, 40, 41, 42, 43, 44], [0, *IMAGE, 62]]
+    together = answers(parts, batch_of(rows, features, "left"))
+    for index, row in enumerate(rows):
+        assert answers(parts, batch_of([row], features[index : index + 1], "left"))[0] == together[index]
+
+
+def test_generation_equals_that_of_transformers(parts: Parts) -> None:
+    batch = batch_of([[0, *IMAGE, 40, 41, 42]], torch.randn(1, 4, 32))
+    embeds = parts.model.embed(batch.ids, batch.features)
+    theirs = parts.model.language.generate(
+        inputs_embeds=embeds, attention_mask=batch.mask.long(), max_new_tokens=12, do_sample=False, use_cache=True
+    )[0].tolist()
+    ours = [token for token in answers(parts, batch)[0] if token is not None]
+    assert ours == [token for token in theirs if token != parts.tokenizer.eos_token_id]
+
+
+def test_sampling_is_seeded_and_a_tiny_nucleus_is_greedy(parts: Parts) -> None:
+    batch = batch_of([[0, 40, 41, 42]], None)
+    assert answers(parts, batch, temperature=1.0, seed=3) == answers(parts, batch, temperature=1.0, seed=3)
+    assert answers(parts, batch, temperature=1.0, seed=3) != answers(parts, batch, temperature=1.0, seed=4)
+    assert answers(parts, batch, temperature=1.0, top_p=1e-6) == answers(parts, batch)
+
+
+def test_non_finite_logits_are_an_error(parts: Parts) -> None:
+    with torch.no_grad():
+        parts.model.language.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        answers(parts, batch_of([[0, 40, 41]], None))
