@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -90,7 +90,7 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def ordered(pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[tuple[In, Out]]:
+def ordered(pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Generator[tuple[In, Out]]:
     """Each item with what ``work`` makes of it, in order; at most ``ahead`` are done before they are asked for."""
     waiting: deque[tuple[In, Future[Out]]] = deque()
     try:

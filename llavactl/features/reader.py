@@ -20,7 +20,7 @@ from llavactl.features.store import FeatureStore
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Recipe, SourceSpec
 
 StageNumber = Literal[1, 2]
 
@@ -132,6 +132,13 @@ def stage_vision(recipe: Recipe, stage: StageNumber) -> Vision:
 def stage_fingerprint(recipe: Recipe, stage: StageNumber) -> Fingerprint:
     """What the features of ``stage`` are made with."""
     return fingerprint(stage_vision(recipe, stage), recipe.features)
+
+
+def recipe_fingerprints(recipe: Recipe) -> list[Fingerprint]:
+    """The fingerprints that the stages with data need; stages whose images are made alike share one."""
+    sources: dict[StageNumber, tuple[SourceSpec, ...]] = {1: recipe.data.stage1, 2: recipe.data.stage2}
+    stages = {stage_image(recipe, stage): stage for stage, specs in sources.items() if specs}
+    return [stage_fingerprint(recipe, stage) for stage in stages.values()]
 
 
 def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None) -> FeatureReader:

@@ -96,6 +96,8 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        if self._failed:
+            raise StoreError(f"features can't be written to {self.folder}: an earlier write failed")
         try:
             yield
         except OSError as error:

@@ -1,0 +1,251 @@
+"""Filling feature stores: which images a recipe wants, which of them are not stored yet, and making these.
+
+Reading, decoding and preprocessing run in threads ahead of the backbone, writing in one beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llavactl.core.schema import FeatureShape, Skipped
+from llavactl.data.records import samples
+from llavactl.features.fingerprint import Fingerprint, fingerprint
+from llavactl.features.keys import ContentKeys, why
+from llavactl.features.prepare import OVERFLOW, Failure, encode, finite, ordered, prepare
+from llavactl.features.reader import StageNumber, stage_image, stage_vision
+from llavactl.features.shards import KEY_BYTES
+from llavactl.features.store import FeatureStore
+from llavactl.features.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Encoder, Vision
+    from llavactl.core.schema import ImageRef
+    from llavactl.recipe.frame import Features, Recipe
+
+_WRITES_WAITING = 2
+
+Advance = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The distinct images of the stages whose features have one fingerprint."""
+
+    vision: Vision
+    fingerprint: Fingerprint
+    image: str
+    stages: tuple[StageNumber, ...]
+    images: tuple[ImageRef, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for one fingerprint.
+
+    ``keys`` [N] are the content keys of ``wanted.images``, or the errors that reading them raised; ``todo``
+    has the contents without features, each with one image that holds it, in the records' order; ``known`` has
+    the contents of which an earlier extract found out that they have none.
+    """
+
+    wanted: Wanted
+    keys: Sequence[str | OSError]
+    todo: Mapping[str, ImageRef]
+    known: Mapping[str, str]
+
+    @property
+    def unique(self) -> int:
+        """How many different contents could be read."""
+        return len({key for key in self.keys if isinstance(key, str)})
+
+    @property
+    def stored(self) -> int:
+        """How many of them need no work, stored or known to be undecodable."""
+        return self.unique - len(self.todo)
+
+    def skipped(self, failures: Mapping[str, str]) -> list[Skipped]:
+        """Every image without features: unreadable, known from before, or among ``failures`` by content key."""
+        reasons = {**self.known, **failures}
+        found = []
+        for image, key in zip(self.wanted.images, self.keys, strict=True):
+            reason = why(key) if isinstance(key, OSError) else reasons.get(key)
+            if reason is not None:
+                found.append(Skipped(image.name, reason))
+        return found
+
+
+def wanted_features(recipe: Recipe) -> list[Wanted]:
+    """The images of both stages by fingerprint; reads every record, so that a bad one stops the run here.
+
+    Raises:
+        DataError: a record can't be used.
+    """
+    by_image: dict[str, dict[ImageRef, None]] = {}
+    stages: dict[str, tuple[StageNumber, ...]] = {}
+    both: tuple[StageNumber, StageNumber] = (1, 2)
+    for stage in both:
+        specs = recipe.data.stage1 if stage == 1 else recipe.data.stage2
+        images = dict.fromkeys(image for sample in samples(specs) for image in sample.images)
+        if images:
+            option = stage_image(recipe, stage)
+            by_image.setdefault(option, {}).update(images)
+            stages[option] = (*stages.get(option, ()), stage)
+    found = []
+    for option, images in by_image.items():
+        vision = stage_vision(recipe, stages[option][0])
+        found.append(Wanted(vision, fingerprint(vision, recipe.features), option, stages[option], tuple(images)))
+    return found
+
+
+def plan(wanted: Wanted, keys: ContentKeys, advance: Callable[[int], object] = lambda _count: None) -> Plan:
+    """What of ``wanted`` is not stored; hashes images never seen before.
+
+    Raises:
+        StoreError: the store is damaged or belongs to another fingerprint.
+    """
+    found = keys.many(wanted.images, advance)
+    by_key: dict[str, ImageRef] = {}
+    for image, key in zip(wanted.images, found, strict=True):
+        if isinstance(key, str):
+            by_key.setdefault(key, image)
+    store = FeatureStore.find(wanted.fingerprint)
+    known = {} if store is None else {key: store.skipped[key] for key in by_key if key in store.skipped}
+    return Plan(wanted, found, by_key if store is None else _absent(by_key, store), known)
+
+
+def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, ImageRef]:
+    """Those of ``images`` that ``store`` knows nothing of."""
+    here = store.holds(list(images))
+    return {
+        key: image
+        for (key, image), stored in zip(images.items(), here, strict=True)
+        if not stored and key not in store.skipped
+    }
+
+
+def row_bytes(shape: FeatureShape) -> int:
+    """What one image takes in a store."""
+    return 2 * shape.patches * shape.width + KEY_BYTES
+
+
+@dataclass(frozen=True)
+class Work:
+    """What features are made with: a loaded backbone, the device it is on, and the recipe's ``features``."""
+
+    encoder: Encoder
+    device: str
+    settings: Features
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of some images: ``features`` [n, P, Dv] float16 of the contents ``keys``, and failures by key."""
+
+    keys: list[str]
+    features: np.ndarray
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+
+def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
+    """The features of ``todo``, one batch at a time; every image is in exactly one ``Made``."""
+    size, workers = work.settings.batch_size, work.settings.workers
+    keys: list[str] = []
+    pixels: list[np.ndarray] = []
+    failures: dict[str, Failure] = {}
+
+    def ready(item: tuple[str, ImageRef]) -> np.ndarray | Failure:
+        return prepare(work.encoder, item[1], item[0])
+
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool,
+        contextlib.closing(ordered(pool, ready, todo.items(), ahead=2 * size + workers)) as items,
+    ):
+        for (key, _), found in items:
+            if isinstance(found, Failure):
+                failures[key] = found
+                continue
+            keys.append(key)
+            pixels.append(found)
+            if len(keys) == size:
+                yield _made(keys, pixels, failures, work)
+                keys, pixels, failures = [], [], {}
+    if keys or failures:
+        yield _made(keys, pixels, failures, work)
+
+
+def _made(keys: list[str], pixels: list[np.ndarray], failures: dict[str, Failure], work: Work) -> Made:
+    if not keys:
+        shape = work.encoder.shape
+        return Made([], np.empty((0, shape.patches, shape.width), np.float16), failures)
+    features = encode(work.encoder, pixels, work.device)
+    good = finite(features)
+    if not good.all():
+        failures |= {key: Failure(OVERFLOW, lasting=True) for key, fine in zip(keys, good, strict=True) if not fine}
+        keys, features = [key for key, fine in zip(keys, good, strict=True) if fine], features[good]
+    return Made(keys, features, failures)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What ``fill`` did: images ``encoded``, ``bytes`` of new shards, and by content key why there are no features."""
+
+    encoded: int
+    bytes: int
+    failures: Mapping[str, str]
+
+
+def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Advance) -> Filled:
+    """Makes the features of ``todo`` and stores them; ``advance`` is told images and bytes.
+
+    What was made when an exception or Ctrl-C ends it is stored.
+
+    Raises:
+        StoreError: the store can't be written, or another process writes to it.
+    """
+    count = 0
+    failures: dict[str, str] = {}
+    with StoreWriter(wanted.fingerprint, work.encoder.shape, work.settings.shard_images) as writer:
+        # Another process, or the recovery of what a dead one left, may have stored some since the plan was made.
+        todo = _absent(todo, FeatureStore.open(wanted.fingerprint))
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+            contextlib.closing(encoded(todo, work)) as batches,
+        ):
+            waiting: deque[Future[None]] = deque()
+            for made in batches:
+                waiting.append(pool.submit(_store, writer, made))
+                if len(waiting) > _WRITES_WAITING:
+                    waiting.popleft().result()
+                count += len(made.keys)
+                failures |= {key: failure.reason for key, failure in made.failures.items()}
+                advance(len(made.keys) + len(made.failures), made.features.nbytes)
+            for future in waiting:
+                future.result()
+    return Filled(count, writer.bytes_written, failures)
+
+
+def _store(writer: StoreWriter, made: Made) -> None:
+    for key, failure in made.failures.items():
+        if failure.lasting:
+            writer.skip(key, failure.reason)
+    writer.append(made.keys, made.features)
+
+
+def images_per_second(todo: Mapping[str, ImageRef], work: Work) -> float:
+    """Measured on one batch of ``todo``, taken from all over it, reading and decoding included; stores nothing."""
+    size = work.settings.batch_size
+    some = dict(list(todo.items())[:: max(1, len(todo) // size)][:size])
+    first = next(iter(some))
+    for _ in encoded({first: some[first]}, work):
+        pass  # the first image pays for what is made once
+    began = time.perf_counter()
+    for _ in encoded(some, work):
+        pass
+    return len(some) / (time.perf_counter() - began)
