@@ -37,7 +37,7 @@ def open_assistant(folder: Path, device: str | None = None) -> Assistant:
     return Assistant(
         loaded.parts.model,
         Encoding(template, loaded.parts.tokenizer, loaded.parts.image_tokens),
-        LiveFeatures(vision.load(device, features.compute), device),
+        LiveFeatures(vision.load(device, features.compute), now, device),
         description["image_order"],
         str(folder),
     )

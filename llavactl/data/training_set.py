@@ -69,7 +69,7 @@ def split(
     stage: Stage,
     encoding: Encoding,
     features: Loads,
-    unreadable: Callable[[Sequence[ImageRef]], Sequence[str | None]],
+    unreadable: Callable[[Sequence[ImageRef]], Mapping[ImageRef, str]],
     seed: int,
 ) -> Split:
     """The samples of ``specs``, less those with an ``unreadable`` image, split so that no image is on both sides.
@@ -79,8 +79,7 @@ def split(
         StoreError: images whose features were never extracted.
     """
     found = [(sample, spec.weight) for spec in specs for sample in samples([spec])]
-    images = list(dict.fromkeys(image for sample, _ in found for image in sample.images))
-    reasons = {image: why for image, why in zip(images, unreadable(images), strict=True) if why}
+    reasons = unreadable(list(dict.fromkeys(image for sample, _ in found for image in sample.images)))
     kept, left_out = [], {}
     for sample, weight in found:
         bad = [image for image in sample.images if image in reasons]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,8 @@ def train(run: Run) -> int:
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
     with progress.bar(plan.steps, run.folder.name, "step", start) as bar:
-        for step in range(start, plan.steps):
-            line = _step(run, plan, step)
+        for step, batches in _prepared(run, plan, start):
+            line = _step(run, batches, step, plan.steps)
             done = step + 1
             lines = [{"step": done, **line}]
             last = done == plan.steps
@@ -87,10 +88,20 @@ def train(run: Run) -> int:
     return start
 
 
-def _step(run: Run, plan: Plan, step: int) -> dict[str, Any]:
+def _prepared(run: Run, plan: Plan, start: int) -> Iterator[tuple[int, list[Batch]]]:
+    """Each step with its batches, the next one made ready while this one computes."""
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(_micro_batches, run, plan.batch(start))
+        for step in range(start, plan.steps):
+            batches = coming.result()
+            if step + 1 < plan.steps:
+                coming = ahead.submit(_micro_batches, run, plan.batch(step + 1))
+            yield step, batches
+
+
+def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str, Any]:
     """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    batches = list(_micro_batches(run, plan.batch(step)))
     counts = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         counts += torch.tensor([int((batch.labels != IGNORE).sum()), int(batch.mask.sum())])
@@ -107,18 +118,17 @@ def _step(run: Run, plan: Plan, step: int) -> dict[str, Any]:
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
-    rate = optimizer.step(cosine(step, plan.steps, run.stage.warmup))
+    rate = optimizer.step(cosine(step, steps, run.stage.warmup))
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 
-def _micro_batches(run: Run, members: list[tuple[int, int]]) -> Iterator[Batch]:
+def _micro_batches(run: Run, members: list[tuple[int, int]]) -> list[Batch]:
     """This process's share of a global batch, longest first, in micro batches."""
     accelerator = run.accelerator
     mine = members[accelerator.process_index :: accelerator.num_processes]
     encoded = sorted(((run.data.encoded(*member), member) for member in mine), key=lambda item: -len(item[0]))
     size = max(1, min(run.stage.micro_batch_size, run.stage.batch_size // accelerator.num_processes))
-    for at in range(0, len(encoded), size):
-        yield run.data.batch(encoded[at : at + size])
+    return [run.data.batch(encoded[at : at + size]) for at in range(0, len(encoded), size)]
 
 
 @torch.no_grad()

@@ -28,7 +28,9 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         torch.manual_seed(seed)
         _add_lora(model, stage)  # type: ignore[arg-type]
     if stage.gradient_checkpointing:
-        model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 6 keeps the first name alone, 5.17 knows the second alone.
+        enable = getattr(model.language, "activation_checkpointing_enable", None)
+        (enable or model.language.gradient_checkpointing_enable)({"use_reentrant": False})
     connector = stage.connector_learning_rate or stage.learning_rate
     return {
         name: connector if name.startswith("connector.") else stage.learning_rate

@@ -20,7 +20,7 @@ from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
-from llavactl.features import Fingerprint, open_features, stage_fingerprint
+from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.recipe.load import dump
@@ -84,8 +84,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
     )
     data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
-    fingerprint = stage_fingerprint(recipe, stage)
-    digest = _digest(recipe, stage, fingerprint, data, start)
+    digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest)):
         return done
     if start is not None:
@@ -93,7 +92,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
     optimizer = Optimizer(parts.model, rates, settings.weight_decay)
-    description = _description(recipe, stage, fingerprint, digest) | {"shape": asdict(features.shape), "template": template}
+    description = _description(recipe, stage, features.fingerprint, digest) | {"shape": asdict(features.shape), "template": template}
     run = Run(
         model=parts.model, optimizer=optimizer, stage=settings, data=data.train, validation=data.validation, folder=folder,
         seed=recipe.seed, digest=digest, resume=resume == "auto", accelerator=accelerator, observe=_observer(stage, folder),
@@ -128,7 +127,7 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
     if main:
         _save_model(run.folder / "model", parts, run.optimizer, description)
         answers = _sample_answers(recipe, run, parts, data)
-        write_json(run.folder / "samples.json", {"samples": answers})
+        write_atomic(run.folder / "samples.json", json.dumps(answers, indent=2, ensure_ascii=False))
         plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         write_json(run.folder / "report.json", asdict(report))
         write_report(recipe.run_dir)

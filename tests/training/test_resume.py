@@ -1,0 +1,125 @@
+"""A run that was killed and goes on equals one that was not: every loss and every weight, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavactl.recipe.load import load_recipe
+from llavactl.testing import run_cli
+from llavactl.training.metrics import read
+
+LORA = ["-o", "stage2.method=lora", "-o", "stage2.lora.r=4", "-o", "stage2.lora.dropout=0.1"]
+STEADY = ["-o", "stage1.epochs=8", "-o", "stage2.epochs=8", "-o", "features.mode=live"]
+
+
+def command(toy: Path, stage: int, *more: str) -> list[str]:
+    return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *STEADY, *more, "--json"]
+
+
+def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
+    """Trains in a process of its own and kills it as soon as metrics.jsonl shows ``step``."""
+    metrics = toy / f"runs/toy/stage{stage}/metrics.jsonl"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llavactl", *command(toy, stage, *more)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    while process.poll() is None:
+        if any(line["step"] >= step for line in read(metrics)):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run ended before step {step}: {process.stderr.read().decode() if process.stderr else ''}")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same(left: Path, right: Path) -> None:
+    assert read(left / "metrics.jsonl") == read(right / "metrics.jsonl")
+    ours, theirs = weights(left / "model"), weights(right / "model")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+def test_killed_and_resumed_is_uninterrupted(toy: Path, more: list[str]) -> None:
+    whole = ["-o", f"run_dir={toy}/whole"]
+    for stage in (1, 2):
+        assert run_cli(*command(toy, stage, *more, *whole)).exit_code == 0
+    for stage in (1, 2):
+        kill_after(toy, stage, 11, *more)
+        result = run_cli(*command(toy, stage, *more))
+        assert result.exit_code == 0, result.stderr
+        first = result.json()["first_step"]
+        assert 0 < first and 11 - first <= 2 + 1, "at most one checkpoint interval is repeated"
+        same(toy / f"runs/toy/stage{stage}", toy / f"whole/stage{stage}")
+
+
+def test_a_cut_newest_checkpoint_is_passed_over(toy: Path) -> None:
+    whole = ["-o", f"run_dir={toy}/whole"]
+    assert run_cli(*command(toy, 1, *whole)).exit_code == 0
+    kill_after(toy, 1, 9)
+    newest = max((toy / "runs/toy/stage1/checkpoints").glob("step-*"))
+    tensors = newest / "optimizer.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    result = run_cli(*command(toy, 1))
+    assert "is damaged" in result.stderr
+    assert 0 < result.json()["first_step"] < int(newest.name.partition("-")[2])
+    same(toy / "runs/toy/stage1", toy / "whole/stage1")
+
+
+def test_never_starts_anew_and_other_settings_do_too(toy: Path) -> None:
+    assert run_cli(*command(toy, 1)).json()["finished_before"] is False
+    assert run_cli(*command(toy, 1)).json()["finished_before"] is True
+    assert run_cli(*command(toy, 1, "--resume", "never")).json()["finished_before"] is False
+    assert run_cli(*command(toy, 1, "-o", "stage1.micro_batch_size=4")).json()["finished_before"] is True
+    assert run_cli(*command(toy, 1, "-o", "stage1.learning_rate=2e-3")).json()["finished_before"] is False
+    records = toy / "records.json"
+    changed = json.loads(records.read_text())
+    changed[0]["conversations"][1]["value"] = "Something else."
+    records.write_text(json.dumps(changed))
+    again = run_cli(*command(toy, 1, "-o", "stage1.learning_rate=2e-3")).json()
+    assert (again["finished_before"], again["first_step"]) == (False, 0)
+
+
+def test_two_processes_train_what_one_does(toy: Path) -> None:
+    """Gradients add up over processes, and the loss is divided by the trained tokens of all of them."""
+    steady = ["-o", "stage1.batch_size=8", "-o", "stage1.micro_batch_size=4", "-o", "stage1.max_steps=4"]
+    assert run_cli(*command(toy, 1, *steady, "-o", f"run_dir={toy}/one")).exit_code == 0
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "llavactl",
+         *command(toy, 1, *steady, "-o", f"run_dir={toy}/two")],
+        capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    one, two = weights(toy / "one/stage1/model"), weights(toy / "two/stage1/model")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    for left, right in zip(read(toy / "one/stage1/metrics.jsonl"), read(toy / "two/stage1/metrics.jsonl"), strict=True):
+        assert left["step"] == right["step"]
+        assert left.get("tokens") == right.get("tokens")
+        assert left.get("loss", left.get("val_loss")) == pytest.approx(right.get("loss", right.get("val_loss")), rel=1e-4)
+
+
+def test_accumulation_does_not_change_the_loss(toy: Path) -> None:
+    recipe = load_recipe(toy / "recipe.yaml")
+    assert recipe.stage1.batch_size == 4
+    runs = {}
+    for micro in (1, 4):
+        args = ["-o", f"stage1.micro_batch_size={micro}", "-o", f"run_dir={toy}/m{micro}", "-o", "stage1.max_steps=5"]
+        assert run_cli(*command(toy, 1, *args)).exit_code == 0
+        runs[micro] = [line["loss"] for line in read(toy / f"m{micro}/stage1/metrics.jsonl") if "loss" in line]
+    assert runs[1] == pytest.approx(runs[4], rel=1e-4)
