@@ -79,9 +79,8 @@ def specs(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[W
     for name, field in section.model_fields.items():
         if (inner := _model_in(field.annotation)) is None:
             continue
-        value, here = data.get(name), (*path, name)
-        many = isinstance(value, list)
-        for place, item in [((*here, i), item) for i, item in enumerate(value)] if many else [(here, value)]:
+        here, at = (*path, name), data.get(name)
+        for place, item in [((*here, i), item) for i, item in enumerate(at)] if isinstance(at, list) else [(here, at)]:
             if not issubclass(inner, Spec):
                 yield from specs(inner, item, place)
             elif isinstance(item, dict):

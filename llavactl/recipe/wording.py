@@ -6,6 +6,7 @@ description of a field, whoever defined it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -92,6 +93,18 @@ def describe(field: Schema, schema: Schema) -> str:
         return "a file or folder"
     bounds = " and ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
     return f"{_TYPES.get(field.get('type', ''), '')} {bounds}".strip()
+
+
+def describe_options(model: type[BaseModel]) -> dict[str, str]:
+    """Every option of a component in words: what it holds, its default, what it is for."""
+    schema = schema_of(model)
+    described = {}
+    for name, field in schema.get("properties", {}).items():
+        default = "required" if name in schema.get("required", ()) else f"default {json.dumps(field.get('default'))}"
+        what = describe(field, schema) or "any value"
+        about = f"; {field['description']}" if "description" in field and "pattern" not in field else ""
+        described[name] = f"{what}; {default}{about}"
+    return described
 
 
 def _at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:

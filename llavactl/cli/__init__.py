@@ -1,0 +1,75 @@
+"""The command line: parse, call the verb, print. Here is its one error boundary.
+
+stdout has results and nothing else; logs, progress and errors go to stderr. Exit codes: 0 done,
+1 a typed error, 2 usage, 130 interrupted. What isn't a ``LlavactlError`` is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from llavactl.cli.root import root
+from llavactl.core.errors import LlavactlError, RecipeError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
+    _log_to_stderr()
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = root.main(list(arguments), prog_name="llavactl", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("interrupted; the same command goes on from here", err=True)
+        return INTERRUPTED
+    except LlavactlError as error:
+        _report(error)
+        return 1
+    except Exception:  # noqa: BLE001 - the one boundary; what arrives here is a defect
+        traceback.print_exc()
+        click.echo(
+            "this is a defect of llavactl or of a plugin named above: please report it with these lines", err=True
+        )
+        return 1
+
+
+def _report(error: LlavactlError) -> None:
+    """One line a problem, and one with the way out."""
+    problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
+    for problem in problems or [error.message]:
+        click.echo(f"error: {_line(problem)}", err=True)
+    if error.hint:
+        click.echo(f"hint: {_line(error.hint)}", err=True)
+
+
+class _Stderr(logging.Handler):
+    """One line a record, on whatever stderr is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"llavactl: {_line(self.format(record))}", err=True)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("llavactl")
+    log.handlers = [_Stderr()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

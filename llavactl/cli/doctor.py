@@ -1,0 +1,27 @@
+"""``llavactl doctor``: what will work on this machine and what will not."""
+
+from __future__ import annotations
+
+import click
+
+from llavactl.cli import output
+from llavactl.cli.options import json_option
+
+
+@click.command()
+@json_option
+def command(as_json: bool) -> None:
+    """Versions, devices, disk and plugins: what will work here and what will not."""
+    from llavactl.verbs.doctor import doctor
+
+    report = doctor()
+    if as_json:
+        output.document(report)
+        return
+    click.echo(f"llavactl {report.llavactl}, Python {report.python}, {report.platform}")
+    output.table([(f"  {name}", version) for name, version in report.packages.items()])
+    for device in report.devices:
+        click.echo(f"{device.name}: {device.memory_gb:.0f} GB, {' '.join(device.dtypes)}")
+    output.table([("plugin", plugin.name, f"{plugin.package} {plugin.version}") for plugin in report.plugins])
+    click.echo("")
+    output.table([("yes" if each.works else "NO", each.what, each.why) for each in report.findings])

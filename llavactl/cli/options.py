@@ -1,0 +1,53 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from llavactl.recipe.frame import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def recipe_options(command: Command) -> Command:
+    """``-r/--recipe`` and ``-o``; the command receives ``source`` and ``overrides``, for ``load``."""
+    command = click.option(
+        "-o",
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="KEY.PATH=VALUE",
+        help="Set one value of the recipe (repeatable).",
+    )(command)
+    return click.option(
+        "-r", "--recipe", "source", metavar="NAME|PATH", help="A recipe's name or file.  [default: ./recipe.yaml]"
+    )(command)
+
+
+def json_option(command: Command) -> Command:
+    """``--json``; the command receives ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def load(source: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe that ``recipe_options`` name."""
+    from llavactl.recipe.load import load_recipe
+
+    return load_recipe(source, overrides)
+
+
+def load_if_given(source: str | None, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe that ``-r`` or ``-o`` asks for; None where neither is there, whatever lies in this folder."""
+    return load(source, overrides) if source or overrides else None
+
+
+def load_if_there(source: str | None, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe asked for, else ``./recipe.yaml`` if there is one, else None."""
+    from llavactl.recipe.resolve import DEFAULT
+
+    return load(source, overrides) if Path(DEFAULT).is_file() else load_if_given(source, overrides)

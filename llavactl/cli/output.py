@@ -1,0 +1,46 @@
+"""What goes to stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+
+def document(value: Any) -> None:
+    """``value`` as one JSON document."""
+    _print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def report(value: Any, as_json: bool) -> None:
+    """A verb's report: JSON, or ``key: value`` lines."""
+    if as_json:
+        document(value)
+    else:
+        from llavactl.recipe.document import write
+
+        _print(write(_plain(value)).rstrip())
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be; the last one runs on."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print(text: str) -> None:
+    """Once, however many processes torchrun or accelerate started."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON has them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,64 @@
+"""The root command: lists every command from a table and imports one only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from llavactl import __version__
+from llavactl.core import plugins
+from llavactl.core.builtins import COMMANDS
+
+
+class LazyGroup(click.Group):
+    """llavactl's own commands, then those of plugins; ``--help`` imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return [*COMMANDS, *sorted(plugins.commands())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name in COMMANDS:
+            found: Any = importlib.import_module(f"llavactl.cli.{cmd_name}").command
+        elif cmd_name in plugins.commands():
+            found = _from_plugin(cmd_name)
+        else:
+            return None
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from llavactl.core.registry import suggest
+
+            raise click.UsageError(f"{error.message} {suggest(args[0], self.list_commands(ctx))}", ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        for title, rows in (("Commands", COMMANDS), ("Commands of plugins", plugins.commands())):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(list(rows.items()))
+
+
+def _from_plugin(name: str) -> click.Command:
+    from llavactl.core.errors import PluginError
+    from llavactl.core.registry import registry
+
+    entry = registry().get("commands", name)
+    found = entry.load()
+    if not isinstance(found, click.Command):
+        raise PluginError(f"command {name!r} of plugin {entry.plugin}: {entry.target} is not a click command")
+    return found
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llavactl")
+def root() -> None:
+    """Build LLaVA-type assistants: cached vision features, a connector, a tuned language model.
+
+    `llavactl recipes copy demo`, then `llavactl run`, is a first try.
+    """
