@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llavactl.core.schema import FeatureShape, Skipped
 from llavactl.data.records import samples
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.prepare import OVERFLOW, Failure, encode, finite, ordered, prepare
 from llavactl.features.reader import StageNumber, stage_image, stage_vision
-from llavactl.features.shards import KEY_BYTES
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
@@ -70,14 +68,14 @@ class Plan:
         """How many of them need no work, stored or known to be undecodable."""
         return self.unique - len(self.todo)
 
-    def skipped(self, failures: Mapping[str, str]) -> list[Skipped]:
+    def skipped(self, failures: Mapping[str, str]) -> dict[ImageRef, str]:
         """Every image without features: unreadable, known from before, or among ``failures`` by content key."""
         reasons = {**self.known, **failures}
-        found = []
+        found = {}
         for image, key in zip(self.wanted.images, self.keys, strict=True):
             reason = why(key) if isinstance(key, OSError) else reasons.get(key)
             if reason is not None:
-                found.append(Skipped(image.name, reason))
+                found[image] = reason
         return found
 
 
@@ -128,11 +126,6 @@ def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, Im
         for (key, image), stored in zip(images.items(), here, strict=True)
         if not stored and key not in store.skipped
     }
-
-
-def row_bytes(shape: FeatureShape) -> int:
-    """What one image takes in a store."""
-    return 2 * shape.patches * shape.width + KEY_BYTES
 
 
 @dataclass(frozen=True)
@@ -194,10 +187,11 @@ def _made(keys: list[str], pixels: list[np.ndarray], failures: dict[str, Failure
 
 @dataclass(frozen=True)
 class Filled:
-    """What ``fill`` did: images ``encoded``, ``bytes`` of new shards, and by content key why there are no features."""
+    """What ``fill`` did: images ``encoded``, ``bytes`` of new shards, and why contents have no features, by key."""
 
     encoded: int
     bytes: int
+    seconds: float
     failures: Mapping[str, str]
 
 
@@ -209,7 +203,7 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Adva
     Raises:
         StoreError: the store can't be written, or another process writes to it.
     """
-    count = 0
+    began, count = time.perf_counter(), 0
     failures: dict[str, str] = {}
     with StoreWriter(wanted.fingerprint, work.encoder.shape, work.settings.shard_images) as writer:
         # Another process, or the recovery of what a dead one left, may have stored some since the plan was made.
@@ -228,7 +222,7 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Adva
                 advance(len(made.keys) + len(made.failures), made.features.nbytes)
             for future in waiting:
                 future.result()
-    return Filled(count, writer.bytes_written, failures)
+    return Filled(count, writer.bytes_written, time.perf_counter() - began, failures)
 
 
 def _store(writer: StoreWriter, made: Made) -> None:

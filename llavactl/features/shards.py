@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from llavactl.features.fingerprint import FORMAT, Fingerprint
 KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _ROW = np.dtype("<f2")
-_PAGE = 4096
+_LAYOUT_BYTES = 6144  # what h5py puts before the features, whatever their number
 _COPY_BYTES = 8 << 20
 
 
@@ -64,6 +65,12 @@ class Shard:
         return np.memmap(
             self.path, _ROW, mode="r", offset=self.offset, shape=(len(self.keys), self.shape.patches, self.shape.width)
         )
+
+
+def bytes_of(shape: FeatureShape, images: int, shard_images: int) -> int:
+    """What ``images`` take on disk, ``shard_images`` a shard."""
+    row = _ROW.itemsize * shape.patches * shape.width + KEY_BYTES
+    return images * row + math.ceil(images / shard_images) * _LAYOUT_BYTES
 
 
 def damaged(path: Path, reason: str) -> StoreError:
@@ -143,7 +150,7 @@ class Partial:
 
 def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[int, int]:
     """An HDF5 file with room for ``images``; where its features and its keys begin, in bytes."""
-    with h5py.File(path, "w", alignment_threshold=_PAGE, alignment_interval=_PAGE) as file:
+    with h5py.File(path, "w") as file:
         file.attrs["fingerprint"] = fingerprint.json
         file.attrs["format"] = FORMAT
         file.attrs["grid"] = shape.grid

@@ -6,22 +6,23 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core import plugins
 from llavactl.core.errors import DataError, RecipeError, StoreError
 from llavactl.core.paths import write_atomic
-from llavactl.core.schema import Skipped
-from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, row_bytes, wanted_features
+from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
 from llavactl.features.prepare import default_device
 from llavactl.features.progress import Progress
+from llavactl.features.shards import bytes_of
 
 if TYPE_CHECKING:
+    from llavactl.core.schema import ImageRef
     from llavactl.recipe.frame import Recipe
 
 log = logging.getLogger(__name__)
@@ -45,32 +46,37 @@ class StoreReport:
 class ExtractReport:
     """What was extracted, or with ``dry_run`` what would be.
 
-    ``images`` are the distinct images that records name, ``unique`` their distinct contents, ``stored_before``
-    those of the contents that needed no work, all summed over ``stores``. ``skipped`` counts images, and
-    ``skipped_file`` has a line for each. ``bytes`` were written (in a dry run: will be).
+    ``images`` are the distinct images that records name, ``unique`` their distinct contents, ``skipped`` the
+    images without features (``skipped_file`` has a line for each). Work is counted a store: ``stored_before``
+    are contents that needed none, ``to_encode`` those that did, ``encoded`` those that got features. ``bytes``
+    were written, in a dry run will be. ``images_per_s`` is the rate of encoding, in a dry run measured on one batch.
     """
 
     images: int
     unique: int
     stored_before: int
     to_encode: int
-    encoded: int
     skipped: int
-    bytes: int
     free_bytes: int
-    seconds: float
-    images_per_s: float
-    estimated_seconds: float | None
     device: str
     stores: tuple[StoreReport, ...]
-    skipped_file: str | None
-    dry_run: bool
+    encoded: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    images_per_s: float = 0.0
+    estimated_seconds: float | None = None
+    skipped_file: str | None = None
+    dry_run: bool = False
+
+
+Job = tuple[Plan, Work]
 
 
 def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = None) -> ExtractReport:
     """Makes the features that ``recipe`` needs and the store doesn't have yet; interrupted, it goes on next time.
 
-    An image that can't be read is skipped and listed with its reason in ``<run_dir>/skipped.jsonl``.
+    An image that can't be read is skipped and listed with its reason in ``<run_dir>/skipped.jsonl``. A dry
+    run writes nothing at all.
 
     Raises:
         DataError: a record can't be used (before any work), or more than ``max_skipped`` images were
@@ -80,29 +86,26 @@ def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = 
     if not (recipe.data.stage1 or recipe.data.stage2):
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="there is nothing to extract features of")
     began = time.perf_counter()
-    plans = _plans(recipe, remember=not dry_run)
-    device = default_device()
+    plans, device = _plans(recipe, remember=not dry_run), default_device()
     jobs = [(each, _work(each, recipe, device)) for each in plans if each.todo]
-    needed, free = sum(len(each.todo) * row_bytes(work.encoder.shape) for each, work in jobs), _free_bytes()
+    report = _before(plans, device)
+    needed = sum(_bytes(each, work) for each, work in jobs)
     if dry_run:
-        seconds = sum(len(each.todo) / images_per_second(each.todo, work) for each, work in jobs)
-        lines = [line for each in plans for line in each.skipped({})]
-        return _report(plans, device, began, [], lines, size=needed, free=free, estimated=seconds)
-    if needed > free:
+        return _planned(report, jobs, needed, began)
+    if needed > report.free_bytes:
         raise StoreError(
-            f"{stores_dir()}: the features take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"{stores_dir()}: the features take {needed / 1e9:.1f} GB, {report.free_bytes / 1e9:.1f} GB are free",
             hint="free some disk, or set LLAVACTL_HOME to a folder on a larger one",
         )
     filled = _fill(jobs)
-    failures = {each.wanted.fingerprint.id: done.failures for (each, _), done in zip(jobs, filled, strict=True)}
-    lines = [line for each in plans for line in each.skipped(failures.get(each.wanted.fingerprint.id, {}))]
-    file = _list(recipe.run_dir / "skipped.jsonl", lines)
-    report = _report(plans, device, began, filled, lines, size=sum(done.bytes for done in filled), free=free, file=file)
-    if max_skipped is not None and len(lines) > max_skipped:
+    skipped = _skipped(plans, {each.wanted.fingerprint.id: done for (each, _), done in zip(jobs, filled, strict=True)})
+    file = _list(recipe.run_dir / "skipped.jsonl", skipped)
+    if max_skipped is not None and len(skipped) > max_skipped:
         raise DataError(
-            f"{len(lines)} images were skipped, more than {max_skipped}; the features of all others are stored",
+            f"{len(skipped)} images were skipped, more than {max_skipped}; the features of all others are stored",
             hint=f"{file} says which and why",
         )
+    report = _after(report, filled, len(skipped), file, began)
     plugins.notify("extract_finished", report=asdict(report))
     return report
 
@@ -119,49 +122,21 @@ def _work(each: Plan, recipe: Recipe, device: str) -> Work:
     return Work(each.wanted.vision.load(device, recipe.features.compute), device, recipe.features)
 
 
-def _fill(jobs: Sequence[tuple[Plan, Work]]) -> list[Filled]:
-    with Progress("encoding", sum(len(each.todo) for each, _ in jobs)) as progress:
-        return [fill(each.todo, each.wanted, work, progress.advance) for each, work in jobs]
+def _bytes(each: Plan, work: Work) -> int:
+    return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images)
 
 
-def _list(file: Path, skipped: Sequence[Skipped]) -> Path:
-    """Writes a line for each skipped image; an empty file says that there was none."""
-    write_atomic(file, "".join(f"{json.dumps(asdict(each), ensure_ascii=False)}\n" for each in skipped))
-    if skipped:
-        log.warning("%d images were skipped; %s says which and why", len(skipped), file)
-    return file
-
-
-def _report(
-    plans: Sequence[Plan],
-    device: str,
-    began: float,
-    filled: Sequence[Filled],
-    skipped: Sequence[Skipped],
-    *,
-    size: int,
-    free: int,
-    file: Path | None = None,
-    estimated: float | None = None,
-) -> ExtractReport:
-    stores = tuple(_store_report(each) for each in plans)
-    seconds, encoded = time.perf_counter() - began, sum(done.encoded for done in filled)
+def _before(plans: Sequence[Plan], device: str) -> ExtractReport:
+    keys = {key for each in plans for key in each.keys if isinstance(key, str)}
     return ExtractReport(
-        images=sum(store.images for store in stores),
-        unique=sum(store.unique for store in stores),
-        stored_before=sum(store.stored_before for store in stores),
-        to_encode=sum(store.to_encode for store in stores),
-        encoded=encoded,
-        skipped=len(skipped),
-        bytes=size,
-        free_bytes=free,
-        seconds=round(seconds, 3),
-        images_per_s=round(encoded / seconds, 2),
-        estimated_seconds=estimated if estimated is None else round(estimated, 1),
+        images=len({image for each in plans for image in each.wanted.images}),
+        unique=len(keys),
+        stored_before=sum(each.stored for each in plans),
+        to_encode=sum(len(each.todo) for each in plans),
+        skipped=len(_skipped(plans, {})),
+        free_bytes=_free_bytes(),
         device=device,
-        stores=stores,
-        skipped_file=None if file is None else str(file),
-        dry_run=file is None,
+        stores=tuple(_store_report(each) for each in plans),
     )
 
 
@@ -176,6 +151,60 @@ def _store_report(each: Plan) -> StoreReport:
         unique=each.unique,
         stored_before=each.stored,
         to_encode=len(each.todo),
+    )
+
+
+def _planned(report: ExtractReport, jobs: Sequence[Job], needed: int, began: float) -> ExtractReport:
+    """The report of a dry run: what it will take, going by how fast one batch was."""
+    encoding_s = sum(len(each.todo) / images_per_second(each.todo, work) for each, work in jobs)
+    return replace(
+        report,
+        bytes=needed,
+        seconds=round(time.perf_counter() - began, 3),
+        images_per_s=round(report.to_encode / encoding_s, 2) if jobs else 0.0,
+        estimated_seconds=round(encoding_s, 1),
+        dry_run=True,
+    )
+
+
+def _fill(jobs: Sequence[Job]) -> list[Filled]:
+    with Progress("encoding", sum(len(each.todo) for each, _ in jobs)) as progress:
+        return [fill(each.todo, each.wanted, work, progress.advance) for each, work in jobs]
+
+
+def _skipped(plans: Sequence[Plan], filled: Mapping[str, Filled]) -> dict[ImageRef, str]:
+    """Every image without features and why; one that two stores want is there once. ``filled`` by fingerprint id."""
+    reasons: dict[ImageRef, str] = {}
+    for each in plans:
+        done = filled.get(each.wanted.fingerprint.id)
+        reasons |= each.skipped(done.failures if done else {})
+    return reasons
+
+
+def _list(file: Path, skipped: Mapping[ImageRef, str]) -> Path:
+    """Writes a line for each skipped image; an empty file says that there was none."""
+    lines = (json.dumps({"image": image.name, "reason": why}, ensure_ascii=False) for image, why in skipped.items())
+    try:
+        write_atomic(file, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise StoreError(
+            f"{file} can't be written: {error.strerror or error}", hint="the features are stored; mend `run_dir`"
+        ) from error
+    if skipped:
+        log.warning("%d images were skipped; %s says which and why", len(skipped), file)
+    return file
+
+
+def _after(report: ExtractReport, filled: Sequence[Filled], skipped: int, file: Path, began: float) -> ExtractReport:
+    encoded, encoding_s = sum(done.encoded for done in filled), sum(done.seconds for done in filled)
+    return replace(
+        report,
+        encoded=encoded,
+        bytes=sum(done.bytes for done in filled),
+        skipped=skipped,
+        skipped_file=str(file),
+        seconds=round(time.perf_counter() - began, 3),
+        images_per_s=round(encoded / encoding_s, 2) if encoded else 0.0,
     )
 
 
