@@ -1,0 +1,166 @@
+"""report.html: a run on one page that needs nothing else, neither a network nor a script.
+
+Whatever the run folder holds so far is shown. All text comes from data that others wrote: the template escapes
+every value, images are taken only whole and inline, and the page forbids its browser to load anything.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.paths import write_atomic
+from llavactl.report.figures import Table, duration, score_tables, show
+from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
+from llavactl.report.plots import DARK, LIGHT, draw_loss
+from llavactl.report.thumbnails import data_uri, safe_image
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+SHOWN_SKIPPED = 20
+STAGES = (
+    ("stage1", "Stage 1", "the connector learns to translate"),
+    ("stage2", "Stage 2", "the model learns to answer"),
+)
+TILES = (("steps", "steps"), ("samples", "samples"), ("loss", "final loss"), ("val_loss", "validation loss"))
+PACKAGES = ("llavactl", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class SampleAnswer:
+    """A question, what the data says and what the model said; ``right``: word for word the same."""
+
+    image: str
+    picture: str
+    question: str
+    reference: str
+    answer: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage as the page shows it; ``report`` is empty until the stage is finished."""
+
+    title: str
+    purpose: str
+    curves: tuple[str, str]
+    tiles: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str], ...]
+    answers: tuple[SampleAnswer, ...]
+    held_out: bool
+    finished: bool
+    step: str
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """One scored task."""
+
+    name: str
+    about: str
+    tables: tuple[Table, ...]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes ``run_dir/report.html`` from what is in ``run_dir`` so far; returns its path."""
+    text, recipe = read_recipe(run_dir)
+    skipped = read_lines(run_dir / "skipped.jsonl")
+    page = _template().render(
+        name=show(recipe.get("name") or run_dir.absolute().name),
+        parts=_parts(recipe),
+        stages=[view for each in STAGES if (view := _stage(run_dir, *each))],
+        tasks=[_task(file) for file in sorted((run_dir / "eval").glob("*.json"))],
+        skipped=[(show(each.get("image")), show(each.get("reason"))) for each in skipped[:SHOWN_SKIPPED]],
+        skipped_count=len(skipped),
+        versions=_versions(),
+        recipe=text,
+    )
+    path = run_dir / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("llavactl.report", package_path="")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
+        "page.html"
+    )
+
+
+def _parts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """(kind, component, its model) of what the assistant is made of."""
+    specs = [(kind, recipe.get(kind)) for kind in ("vision", "connector", "language")]
+    return tuple(
+        (kind, show(spec.get("name")), Path(str(spec.get("model") or "")).name)
+        for kind, spec in specs
+        if isinstance(spec, Mapping)
+    )
+
+
+def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | None:
+    """The stage in ``folder``; None before its first step."""
+    metrics = run_dir / folder / "metrics.jsonl"
+    report = read_document(run_dir / folder / "report.json")
+    lines = read_lines(metrics)
+    if not report and not lines:
+        return None
+    seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
+    speed = [("tokens a second", show(report["tokens_per_s"]))] if "tokens_per_s" in report else []
+    light, dark = (data_uri(draw_loss(metrics, palette), "png") for palette in (LIGHT, DARK))
+    return StageView(
+        title=title,
+        purpose=purpose,
+        curves=(light, dark) if lines else ("", ""),
+        tiles=(*((label, show(report[key])) for key, label in TILES if report.get(key) is not None), *seconds, *speed),
+        facts=tuple(
+            (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
+        ),
+        answers=tuple(map(_answer, read_list(run_dir / folder / "samples.json"))),
+        held_out=bool(report.get("validation_samples")),
+        finished=bool(report),
+        step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
+    )
+
+
+def _answer(row: Mapping[str, Any]) -> SampleAnswer:
+    reference, answer = (show(row.get(key)).strip() for key in ("reference", "answer"))
+    return SampleAnswer(
+        image=show(row.get("image")),
+        picture=safe_image(row.get("thumbnail")),
+        question=show(row.get("question")),
+        reference=reference,
+        answer=answer,
+        right=reference.casefold() == answer.casefold() != "–",
+    )
+
+
+def _task(file: Path) -> TaskView:
+    report = read_document(file)
+    scores = report.get("scores")
+    about = [
+        f"{show(report[key])} {word}" for key, word in (("n", "questions"), ("failed", "failed")) if report.get(key)
+    ]
+    if protocol := report.get("protocol"):
+        about.append(f"protocol {show(protocol)}")
+    name = show(report.get("task") or file.stem)
+    return TaskView(name, " · ".join(about), score_tables(scores) if isinstance(scores, Mapping) else ())
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("Python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

@@ -1,0 +1,62 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llavactl.report.plots import DARK, LIGHT, draw_loss, plot_loss, smooth
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "loss": 3 / step, "tokens": 10, "learning_rate": 1e-3} for step in range(1, 61)]
+    lines.append({"step": 60, "val_loss": 0.2})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 61, "lo')
+    return path
+
+
+def colours(png: bytes) -> set[tuple[int, ...]]:
+    return set(map(tuple, np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3).tolist()))
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def test_draws_each_step_the_smoothed_curve_and_validation(metrics: Path, tmp_path: Path) -> None:
+    plot_loss(metrics, tmp_path / "loss.png")
+    drawn = colours((tmp_path / "loss.png").read_bytes())
+    assert {rgb(LIGHT.ground), rgb(LIGHT.curve), rgb(LIGHT.validation)} <= drawn
+    assert not [file for file in tmp_path.iterdir() if file.name not in ("loss.png", "metrics.jsonl")]
+
+
+def test_draws_no_validation_where_there_is_none(metrics: Path) -> None:
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "val_loss" not in line))
+    assert rgb(DARK.validation) not in colours(draw_loss(metrics, DARK))
+
+
+def test_leaves_matplotlibs_global_state_alone(metrics: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    draw_loss(metrics, DARK)
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.mark.parametrize("text", [None, "", "not json\n", '{"step": 1, "loss": NaN}\n', '{"step": 1, "loss": 2.0}\n'])
+def test_any_file_gives_a_picture(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.width > picture.height
+
+
+def test_smoothing_keeps_a_straight_line_but_for_its_cut_end_and_a_constant_whole() -> None:
+    line = [float(value) for value in range(100)]
+    assert smooth(line)[:-4] == pytest.approx(line[:-4])
+    assert smooth([2.5] * 7) == pytest.approx([2.5] * 7)
+    assert smooth([]) == []
