@@ -146,6 +146,7 @@ class Stage1(Stage):
 
 
 class Stage2(Stage):
+    init: Literal["stage1", "scratch"] = "stage1"
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
     learning_rate: Positive = 2e-5
@@ -165,9 +166,7 @@ class Eval(Section):
 class Recipe(Section):
     """A whole recipe, resolved: defaults filled in, paths absolute, options validated."""
 
-    name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_' and '-'")
-    ]
+    name: FileName
     vision: VisionSpec
     connector: ConnectorSpec
     language: LanguageSpec

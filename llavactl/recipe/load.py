@@ -140,11 +140,13 @@ def _placed(found: Sequence[Found], root: Node) -> Iterator[Problem]:
         yield Problem(root.whereabouts(path), ".".join(map(str, path)), why)
 
 
-def _by_line(problem: Problem) -> tuple[bool, str, int]:
+def _by_line(problem: Problem) -> tuple[bool, str, int, str]:
     """Files first, line by line, then what came with -o."""
-    file, _, line = problem.where.rpartition(":")
     override = problem.where.startswith("-o ")
-    return (override, file, int(line)) if line.isdecimal() and not override else (override, problem.where, 0)
+    file, _, line = problem.where.rpartition(":")
+    if override or not line.isdecimal():
+        return override, problem.where, 0, problem.key
+    return override, file, int(line), problem.key
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

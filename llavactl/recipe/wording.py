@@ -91,6 +91,10 @@ def describe(field: Schema, schema: Schema) -> str:
         return str(field.get("description", f"text like {field['pattern']}"))
     if field.get("format") in ("path", "file-path", "directory-path"):
         return "a file or folder"
+    if "name" in field.get("required", ()):
+        return "a component, {name: …}"
+    if each := describe(field["items"], schema) if "items" in field else "":
+        return f"a list, each {each}"
     bounds = " and ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
     return f"{_TYPES.get(field.get('type', ''), '')} {bounds}".strip()
 
@@ -114,8 +118,9 @@ def _at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:
     field = _resolve(field, schema)
     for option in field.get("anyOf", [field]):
         option = _resolve(option, schema)
-        inner = option.get("items") if isinstance(path[0], int) else option.get("properties", {}).get(path[0])
-        if inner is not None:
+        others = option.get("items" if isinstance(path[0], int) else "additionalProperties")
+        inner = option.get("properties", {}).get(path[0], others)
+        if isinstance(inner, Mapping):
             return _at(inner, path[1:], schema)
     return {}
 
@@ -149,10 +154,6 @@ def _value(given: Any, path: Sequence[Key]) -> Any:
 
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, Mapping):
-        return "a section of keys"
-    if isinstance(value, list):
-        return "a list"
+        return json.dumps(value)
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,120 @@
+"""``extends``: one parent under a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llavactl.core.errors import RecipeError
+from llavactl.recipe.load import check, load_recipe
+
+PARENT = """\
+name: parent
+vision: {name: clip, model: a/b, layer: -3}
+connector: {name: mlp2x-gelu, fold: 2}
+language: {name: hf, model: c/d, template: plain}
+data: {stage1: [{name: llava-json, path: x.json}]}
+stage1: {epochs: 3, batch_size: 64}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    (folder / "base").mkdir(parents=True)
+    (folder / "base/parent.yaml").write_text(PARENT)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def child(text: str, file: str = "recipe.yaml") -> Path:
+    Path(file).write_text(text)
+    return Path(file)
+
+
+def test_the_child_is_over_the_parent(here: Path) -> None:
+    child("extends: base/parent.yaml\nname: child\nstage1: {epochs: 1}\nvision: {layer: -2}\nconnector: {name: linear}\n")
+    recipe = load_recipe()
+    assert recipe.name == "child"
+    assert (recipe.stage1.epochs, recipe.stage1.batch_size) == (1, 64)
+    assert recipe.vision.spec()["layer"] == -2
+    assert recipe.vision.spec()["model"] == "a/b"
+    assert recipe.connector.spec() == {"name": "linear", "fold": 1}, "another component replaces the parent's whole"
+    assert recipe.language.template == "plain"
+    assert recipe.run_dir == here / "runs/child"
+
+
+def test_each_files_paths_are_relative_to_it(here: Path) -> None:
+    child("extends: base/parent.yaml\ndata: {stage2: [{name: llava-json, path: y.json}]}\n")
+    recipe = load_recipe()
+    assert recipe.name == "parent"
+    assert recipe.data.stage1[0].spec()["path"] == str(here / "base/x.json")
+    assert recipe.data.stage2[0].spec()["path"] == str(here / "y.json")
+
+
+def test_a_parent_found_by_name_is_relative_to_its_child(here: Path) -> None:
+    (here / "sub").mkdir()
+    child("extends: llava-v1.5-7b\nname: mine\n", "sub/recipe.yaml")
+    recipe = load_recipe("sub/recipe.yaml")
+    assert recipe.data.stage1[0].spec()["images"].startswith(str(here / "sub/data"))
+    assert recipe.run_dir == here / "sub/runs/mine"
+
+
+def test_a_run_folder_is_not_inherited_by_another_name(here: Path) -> None:
+    (here / "base/parent.yaml").write_text(PARENT + "run_dir: out\n")
+    child("extends: base/parent.yaml\n")
+    assert load_recipe().run_dir == here / "base/out"
+    child("extends: base/parent.yaml\nname: child\n")
+    assert load_recipe().run_dir == here / "runs/child"
+
+
+def test_grandparents(here: Path) -> None:
+    (here / "base/middle.yaml").write_text("extends: parent.yaml\nstage1: {epochs: 2}\n")
+    child("extends: base/middle.yaml\nseed: 4\n")
+    recipe = load_recipe()
+    assert (recipe.stage1.epochs, recipe.stage1.batch_size, recipe.seed) == (2, 64, 4)
+
+
+def test_problems_are_told_where_they_were_written(here: Path) -> None:
+    (here / "base/parent.yaml").write_text(PARENT.replace("epochs: 3", "epochs: x").replace("fold: 2", "fold: x"))
+    child("extends: base/parent.yaml\nconnector: {fold: y}\nseed: z\n")
+    assert [str(problem) for problem in check()] == [
+        "base/parent.yaml:6: stage1.epochs: must be a number > 0, not 'x'",
+        "recipe.yaml:2: connector.fold: must be a whole number ≥ 1, not 'y'",
+        "recipe.yaml:3: seed: must be a whole number, not 'z'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extends", "why"),
+    [
+        ("llava-v1.5-7", "there is no recipe named 'llava-v1.5-7'; did you mean 'llava-v1.5-7b'?"),
+        ("none.yaml", "there is no recipe file none.yaml"),
+        ("base/", "there is no recipe file base"),
+        ("3", "must be the name or the path of a recipe"),
+        ("[a, b]", "must be the name or the path of a recipe"),
+        ("''", "must be the name or the path of a recipe"),
+        ("recipe.yaml", "extends itself: recipe.yaml → recipe.yaml"),
+    ],
+)
+def test_what_cannot_be_extended(extends: str, why: str) -> None:
+    child(f"name: child\nextends: {extends}\n")
+    (problem,) = check()
+    assert (problem.where, problem.key) == ("recipe.yaml:2", "extends")
+    assert why in problem.why
+
+
+def test_a_longer_cycle_is_told_whole(here: Path) -> None:
+    child("extends: base/b.yaml\n", "a.yaml")
+    (here / "base/b.yaml").write_text("# b\nextends: ../a.yaml\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("a.yaml")
+    assert "extends itself: a.yaml → base/b.yaml → base/../a.yaml" in str(caught.value)
+
+
+def test_a_broken_parent_is_the_parents_problem(here: Path) -> None:
+    (here / "base/parent.yaml").write_text("a: [1\n")
+    child("extends: base/parent.yaml\n")
+    (problem,) = check()
+    assert problem.where == "base/parent.yaml:2"
