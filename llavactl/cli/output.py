@@ -26,6 +26,11 @@ def report(value: Any, as_json: bool) -> None:
         _print(write(_plain(value)).rstrip())
 
 
+def lines(texts: Sequence[str]) -> None:
+    """Lines of text."""
+    _print("\n".join(texts))
+
+
 def table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need to be; the last one runs on."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
+
+if TYPE_CHECKING:
+    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.verbs.run import RunReport
 
 
 @click.command()
@@ -15,4 +21,48 @@ def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> No
     """Extract, stage 1, stage 2, eval: finished steps are skipped, an interrupted one resumes."""
     from llavactl.verbs.run import run
 
-    output.report(run(load(source, overrides)), as_json)
+    report = run(load(source, overrides))
+    if as_json:
+        output.document(report)
+    else:
+        output.lines(_summary(report))
+
+
+def _summary(report: RunReport) -> list[str]:
+    """What a person wants to know: each step, the scores, one question to try again."""
+    lines = [f"{report.name} in {report.run_dir}"]
+    if report.extract is not None:
+        done, took = report.extract, f"{report.extract.seconds:.0f} s"
+        lines.append(f"extract  {done.unique} images, {done.encoded} encoded now, {done.skipped} skipped, {took}")
+    for stage in filter(None, (report.stage1, report.stage2)):
+        held = "" if stage.val_loss is None else f", validation {stage.val_loss:.4f}"
+        took = "finished before" if stage.finished_before else f"{stage.seconds:.0f} s"
+        lines.append(f"stage {stage.stage}  {stage.steps} steps, loss {stage.loss:.4f}{held}, {took}")
+    for task in report.eval:
+        lines += _scores(task)
+    lines.append(f"report   {report.report}")
+    if report.example is not None and report.model is not None:
+        shown = report.example
+        lines += ["", f"asked    {shown['question']}", f"answered {shown['answer']} (right is: {shown['reference']})", ""]
+        image = f" --image {shown['file']}" if shown["file"] else ""
+        lines.append(f"llavactl chat --model {report.model}{image}")
+    return lines
+
+
+def _scores(task: EvalReport) -> list[str]:
+    """One line a score, with what stands beside it under the same name (chance, say)."""
+    plain = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
+    groups = {name: value for name, value in task.scores.items() if isinstance(value, dict)}
+    beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
+    lines = [f"eval     {task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} not understood"]
+    for name, value in plain.items():
+        also = "".join(f"   {other} {_number(group[name])}" for other, group in beside.items() if name in group)
+        lines.append(f"           {name:<12} {_number(value):>6}{also}")
+    for name, group in groups.items():
+        if name not in beside:
+            lines.append(f"           {name:<12} " + "  ".join(f"{key} {_number(each)}" for key, each in group.items()))
+    return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +13,20 @@ from pydantic import ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.evaluation import runner
 from llavactl.model.folder import describe, of_run
 from llavactl.recipe.frame import Eval
+from llavactl.report.examples import example
+from llavactl.report.page import write_report
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Task
+    from llavactl.core.schema import Answer, Question
     from llavactl.recipe.frame import Recipe
+
+EXAMPLES = 12
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,19 @@ def _ask(recipe: Recipe | None, task: Task, spec: Mapping[str, Any], folder: Pat
         )
     chosen, n, scored = runner.score(task, questions, answers, protocol)
     report = EvalReport(spec["name"], chosen, str(folder), n, scored.scores, scored.failed, str(file))
+    _examples(runs / "examples", spec["name"], questions, answers)
     write_json(file, {**asdict(report), "digest": digest, "answers": str(kept)})
     if recipe is not None:
-        from llavactl.report.page import write_report
-
         write_report(recipe.run_dir)
     plugins.notify("eval_finished", report=asdict(report))
     return report
+
+
+def _examples(folder: Path, task: str, questions: Sequence[Question], answers: Mapping[str, Answer]) -> None:
+    """Keeps EXAMPLES questions, spread evenly over the task, with their pictures."""
+    shown = questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]
+    rows = [example(folder / task, each.turns, each.reference, answers[each.id].text) for each in shown]
+    write_atomic(folder / f"{task}.json", json.dumps(rows, indent=2, ensure_ascii=False))
 
 
 def _spec(recipe: Recipe | None, task: str, options: Mapping[str, Any]) -> dict[str, Any]:

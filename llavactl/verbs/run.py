@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What every step did, None where the recipe has no such step."""
+    """What every step did, None where the recipe has no such step; ``example``: one held-out question and its answer."""
 
     name: str
     run_dir: str
@@ -26,6 +28,7 @@ class RunReport:
     stage2: TrainReport | None
     eval: tuple[EvalReport, ...]
     report: str
+    example: Mapping[str, str] | None
 
 
 def run(recipe: Recipe) -> RunReport:
@@ -38,5 +41,22 @@ def run(recipe: Recipe) -> RunReport:
     last: Any = stage2 or stage1
     page = write_report(recipe.run_dir)
     return RunReport(
-        recipe.name, str(recipe.run_dir), last.model if last else None, extracted, stage1, stage2, tuple(scored), str(page)
+        name=recipe.name,
+        run_dir=str(recipe.run_dir),
+        model=last.model if last else None,
+        extract=extracted,
+        stage1=stage1,
+        stage2=stage2,
+        eval=tuple(scored),
+        report=str(page),
+        example=_example(recipe),
     )
+
+
+def _example(recipe: Recipe) -> Mapping[str, str] | None:
+    """The first example of the last task, else of the last stage, without its inline picture."""
+    files = [recipe.run_dir / "eval" / "examples" / f"{task.name}.json" for task in recipe.eval.tasks][::-1]
+    for file in (*files, recipe.run_dir / "stage2" / "samples.json", recipe.run_dir / "stage1" / "samples.json"):
+        if file.is_file() and (rows := json.loads(file.read_text())):
+            return {key: value for key, value in rows[0].items() if key != "thumbnail"}
+    return None

@@ -24,9 +24,9 @@ from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.recipe.load import dump
+from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
-from llavactl.report.thumbnails import thumbnail
 from llavactl.training import checkpoints, stages
 from llavactl.training.loop import Run, train as run_loop
 from llavactl.training.metrics import read as read_metrics
@@ -245,16 +245,7 @@ def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list
     for sample in shown:
         asked = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
         (answer,) = assistant.answer([sample.turns[:asked]], sampling)
-        image = sample.images[0] if sample.images else None
-        rows.append(
-            {
-                "image": image.name if image else "",
-                "thumbnail": thumbnail(image.read()) if image else "",
-                "question": sample.turns[asked - 1].text.strip(),
-                "reference": sample.turns[asked].text,
-                "answer": answer,
-            }
-        )
+        rows.append(example(run.folder / "samples", sample.turns[:asked], sample.turns[asked].text, answer))
     return rows
 
 

@@ -1,0 +1,92 @@
+"""The whole pipeline on real COCO photos and captions, most of whose images are missing, as in life."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.registry import registry
+from llavactl.core.schema import IMAGE_TOKEN
+from llavactl.data.encode import Encoding, arrange
+from llavactl.testing import run_cli, toy_clip, toy_language
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data folder beside the checkout")
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A recipe over all 80 annotated images of COCO-MINI, 26 of which are there."""
+    toy_clip(tmp_path / "clip", size=56)
+    toy_language(tmp_path / "language")
+    captions = json.loads((DATA / "coco-mini/annotations/captions_train2017.json").read_text())
+    names = {image["id"]: image["file_name"] for image in captions["images"]}
+    records = [
+        {
+            "id": note["id"],
+            "image": names[note["image_id"]],
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe it."},
+                {"from": "gpt", "value": note["caption"]},
+            ],
+        }
+        for note in captions["annotations"]
+    ]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = f"{{name: llava-json, path: captions.jsonl, images: {DATA}/coco-mini/train2017}}"
+    (tmp_path / "recipe.yaml").write_text(f"""\
+name: coco
+vision: {{name: clip, model: clip, image: pad}}
+connector: {{name: linear}}
+language: {{name: hf, model: language, template: tokenizer}}
+data: {{stage1: [{source}], stage2: [{source}]}}
+stage1: {{image: square, batch_size: 16, micro_batch_size: 8, max_steps: 3, checkpoint_every: 2}}
+stage2: {{batch_size: 16, micro_batch_size: 8, max_steps: 3, checkpoint_every: 2, image_order: random}}
+""")
+    return tmp_path
+
+
+def test_run_on_coco_photos(coco: Path) -> None:
+    result = run_cli("run", "--json", cwd=coco)
+    assert result.exit_code == 0, result.stderr
+    report = result.json()
+    assert report["extract"]["images"] == 80
+    assert report["extract"]["skipped"] == 54
+    assert len(report["extract"]["stores"]) == 2, "stage 1 crops and stage 2 pads: two fingerprints"
+    skipped = [json.loads(line) for line in (coco / "runs/coco/skipped.jsonl").read_text().splitlines()]
+    present = {path.name for path in (DATA / "coco-mini/train2017").iterdir()}
+    assert len(skipped) == 54
+    assert not present & {each["image"] for each in skipped}
+    for stage in ("stage1", "stage2"):
+        assert report[stage]["left_out"] == 54 * 5
+        assert report[stage]["samples"] + report[stage]["validation_samples"] == 26 * 5
+        assert report[stage]["steps"] == 3
+    photo = DATA / "coco-mini/val2017/000000062554.jpg"
+    answer = run_cli("chat", "--image", str(photo), "--prompt", "What is it?", "--json", "--max-new-tokens", "5", cwd=coco)
+    assert answer.exit_code == 0, answer.stderr
+    assert isinstance(answer.json()["answer"], str)
+    again = run_cli("run", "--json", cwd=coco).json()
+    assert again["extract"]["encoded"] == 0
+    assert again["stage1"]["finished_before"] is again["stage2"]["finished_before"] is True
+
+
+@pytest.mark.parametrize("name", ["llava_instruct_100.json", "blip_laion_cc_sbu_2k.json"])
+@pytest.mark.parametrize("template", ["plain", "vicuna-v1", "tokenizer"])
+def test_real_records_are_read_and_encoded_whole(toys: Path, name: str, template: str) -> None:
+    source = registry().create("sources", {"name": "llava-json", "path": str(DATA / "llava" / name)})
+    tokenizer: Any = registry().create("languages", {"name": "hf", "model": str(toys / "language")}).tokenizer()
+    encoding = Encoding(registry().create("templates", {"name": template}), tokenizer, 4)
+    records = json.loads((DATA / "llava" / name).read_text())
+    samples = list(source)[:300]
+    assert [sample.id for sample in samples] == [record["id"] for record in records][:300]
+    for sample, record in zip(samples, records, strict=False):
+        encoded = encoding.encode(arrange(sample.turns, "first", ""))
+        assert sum(token == IMAGE_TOKEN for token in encoded.ids) == 4
+        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        said = tokenizer.decode([label for label in encoded.labels if label >= 0])
+        at = 0
+        for answer in answers:
+            at = said.index(answer, at) + len(answer)
