@@ -68,7 +68,6 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("llavactl")
     log.handlers = [_Stderr()]
     log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def _line(text: str) -> str:

@@ -43,7 +43,12 @@ def _summary(report: RunReport) -> list[str]:
     lines.append(f"report   {report.report}")
     if report.example is not None and report.model is not None:
         shown = report.example
-        lines += ["", f"asked    {shown['question']}", f"answered {shown['answer']} (right is: {shown['reference']})", ""]
+        lines += [
+            "",
+            f"asked    {shown['question']}",
+            f"answered {shown['answer']} (right is: {shown['reference']})",
+            "",
+        ]
         image = f" --image {shown['file']}" if shown["file"] else ""
         lines.append(f"llavactl chat --model {report.model}{image}")
     return lines

@@ -45,7 +45,7 @@ class Plugin:
 
 
 _faults: dict[str, list[str]] = {}
-"""What each plugin did wrong so far, one line each."""
+"""What each plugin did wrong so far, one line each: while loading by its module, later by its name."""
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def manager() -> pluggy.PluginManager:
 
 def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
     started = time.perf_counter()
-    with isolated(point.name):
+    with isolated(point.value):
         if first := made.get_plugin(point.name):
             kept = "llavactl itself" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(
@@ -154,7 +154,8 @@ def installed() -> list[Plugin]:
     found = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtins")]
     for point in entry_points():
         package, version = _package(point)
-        found.append(Plugin(point.name, package, version, point.value, "; ".join(_faults.get(point.name, ()))))
+        faults = dict.fromkeys([*_faults.get(point.value, ()), *_faults.get(point.name, ())])
+        found.append(Plugin(point.name, package, version, point.value, "; ".join(faults)))
     return found
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml as pyyaml
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llavactl.core.errors import Problem, RecipeError
 from llavactl.core.options import Located

@@ -34,7 +34,9 @@ def child(text: str, file: str = "recipe.yaml") -> Path:
 
 
 def test_the_child_is_over_the_parent(here: Path) -> None:
-    child("extends: base/parent.yaml\nname: child\nstage1: {epochs: 1}\nvision: {layer: -2}\nconnector: {name: linear}\n")
+    child(
+        "extends: base/parent.yaml\nname: child\nstage1: {epochs: 1}\nvision: {layer: -2}\nconnector: {name: linear}\n"
+    )
     recipe = load_recipe()
     assert recipe.name == "child"
     assert (recipe.stage1.epochs, recipe.stage1.batch_size) == (1, 64)

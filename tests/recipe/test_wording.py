@@ -30,7 +30,7 @@ class Everything(Options):
     either: Inner | str | None = None
     many: tuple[Inner, ...] = ()
     pair: tuple[int, int] = (0, 0)
-    names: dict[str, int] = {}
+    names: dict[str, int] = Field(default_factory=dict)
     even: int = 0
     anything: Any = None
 

@@ -117,7 +117,8 @@ def test_a_wheel_has_them_too(tmp_path: Path) -> None:
         shutil.copytree(ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     for source, target in included["force-include"].items():
         shutil.copytree(ROOT / source, site / target)
-    program = "import json, llavactl, llavactl.cli; print(llavactl.__file__); llavactl.cli.main(['recipes', 'list', '--json'])"
+    program = "import llavactl, llavactl.cli; print(llavactl.__file__); "
+    program += "llavactl.cli.main(['recipes', 'list', '--json'])"
     environment = {**os.environ, "PYTHONPATH": str(site), "LLAVACTL_PLUGINS": ""}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True

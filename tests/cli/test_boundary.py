@@ -1,0 +1,172 @@
+"""Exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from llavactl import __version__, cli
+from llavactl.cli.root import LazyGroup
+from llavactl.core.errors import DataError, LlavactlError, ModelError, PluginError, RecipeError, StoreError
+from llavactl.testing import run_cli
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes ``llavactl doctor`` do what it is told."""
+
+    def install(action: Any) -> None:
+        command = click.Command("doctor", callback=action)
+        monkeypatch.setattr(LazyGroup, "get_command", lambda self, ctx, name: command)
+
+    return install
+
+
+def raising(error: BaseException) -> Any:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("kind", [RecipeError, DataError, StoreError, ModelError, PluginError, LlavactlError])
+def test_a_typed_error_is_one_line_and_a_hint(fails: Any, kind: type[LlavactlError]) -> None:
+    fails(raising(kind("it\n  broke", hint="mend it")))
+    result = run_cli("doctor")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: it broke\nhint: mend it\n"
+
+
+def test_without_a_hint_there_is_no_second_line(fails: Any) -> None:
+    fails(raising(DataError("it broke")))
+    assert run_cli("doctor").stderr == "error: it broke\n"
+
+
+def test_a_recipes_problems_are_one_line_each(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: x\nseed: y\nfoo: 1\n")
+    result = run_cli("extract", cwd=tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("error: recipe.yaml:") for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [["--nope"], ["recipes", "show", "--nope"], ["nope"], [], ["train"]])
+def test_usage_is_2(arguments: list[str]) -> None:
+    result = run_cli(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: llavactl" in result.stderr
+
+
+def test_a_misspelt_command_gets_a_suggestion() -> None:
+    assert "did you mean 'recipes'?" in run_cli("recpes").stderr
+
+
+def test_done_is_0() -> None:
+    result = run_cli("--version")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"llavactl, version {__version__}\n"
+
+
+def test_an_exit_code_of_a_command_is_kept(fails: Any) -> None:
+    fails(lambda: click.get_current_context().exit(7))
+    assert run_cli("doctor").exit_code == 7
+
+
+def test_interrupted_is_130_and_one_line(fails: Any) -> None:
+    fails(raising(KeyboardInterrupt()))
+    result = run_cli("doctor")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted; the same command goes on from here"
+
+
+@pytest.mark.parametrize("error", [ValueError("oops"), OSError("oops"), AssertionError("oops")])
+def test_a_defect_keeps_its_traceback(fails: Any, error: Exception) -> None:
+    fails(raising(error))
+    result = run_cli("doctor")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Traceback (most recent call last)" in result.stderr
+    assert f"{type(error).__name__}: oops" in result.stderr
+    assert "please report it" in result.stderr.splitlines()[-1]
+
+
+def test_logs_are_lines_on_stderr(fails: Any) -> None:
+    def action() -> None:
+        logging.getLogger("llavactl.some.room").warning("one\ntwo %d", 3)
+        click.echo(json.dumps({"a": 1}))
+
+    fails(action)
+    result = run_cli("doctor")
+    assert result.json() == {"a": 1}
+    assert result.stderr == "llavactl: one two 3\n"
+
+
+def test_running_twice_logs_once(fails: Any) -> None:
+    fails(lambda: logging.getLogger("llavactl").warning("hello"))
+    run_cli("doctor")
+    assert run_cli("doctor").stderr == "llavactl: hello\n"
+
+
+def test_only_the_first_of_many_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_cli("recipes", "list").stdout == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "llava-v1-7b" in run_cli("recipes", "list").stdout
+
+
+def test_main_takes_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert "llavactl" in capsys.readouterr().out
+
+
+def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    code = [sys.executable, "-m", "llavactl.cli", *arguments]
+    return subprocess.Popen(code, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    process = program("recipes", "schema")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() != 0
+
+
+SLEEPER = """
+import time
+import click
+from llavactl import __version__, cli
+from llavactl.cli.root import LazyGroup
+
+def sleep():
+    click.echo("ready")
+    time.sleep(60)
+
+LazyGroup.get_command = lambda *_: click.Command("doctor", callback=sleep)
+cli.main(["doctor"])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_is_130() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted; the same command goes on from here"

@@ -1,0 +1,109 @@
+"""``--help`` is quick and imports nothing heavy, whatever plugins there are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llavactl.core.builtins import COMMANDS
+from llavactl.testing import run_cli
+
+ROOMS = Path(__file__).parents[2] / "llavactl"
+HEAVY = ("torch", "transformers", "h5py", "numpy", "PIL", "peft", "accelerate", "matplotlib")
+LIMIT = 2.0
+
+
+def test_every_command_is_listed_with_its_summary() -> None:
+    listed = run_cli("--help").stdout
+    for name, summary in COMMANDS.items():
+        assert any(line.split() == [name, *summary.split()] for line in listed.splitlines())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    result = run_cli(name, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: llavactl {name}" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("components", "plugins", "doctor")])
+def test_every_verb_takes_a_recipe(name: str) -> None:
+    command = {"recipes": ["recipes", "check"], "cache": ["cache", "info"]}.get(name, [name])
+    shown = run_cli(*command, "--help").stdout
+    assert "-r, --recipe NAME|PATH" in shown
+    assert "-o, --override KEY.PATH=VALUE" in shown
+    assert "--json" in shown
+
+
+def test_no_room_that_the_help_needs_imports_anything_heavy() -> None:
+    modules = [
+        ".".join(("llavactl", *path.relative_to(ROOMS).with_suffix("").parts)).removesuffix(".__init__")
+        for room in ("cli", "recipe", "core")
+        for path in sorted((ROOMS / room).rglob("*.py"))
+        if path.name != "__main__.py"
+    ]
+    code = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes", "--help"], ["train", "--help"], ["recipes", "list"]])
+def test_the_help_does_not_even_import_what_recipes_need(arguments: list[str]) -> None:
+    code = f"import sys\nfrom llavactl.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+    code += f"print([name for name in {(*HEAVY, 'ruamel')} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LLAVACTL_PLUGINS": ""},
+    )
+    assert done.stderr.strip() == "[]"
+
+
+PLUGIN = """
+from llavactl import hookimpl
+
+@hookimpl
+def register_vision(register):
+    register("heavy", "torch:nothing", options="torch:nothing", summary="never imported here")
+
+@hookimpl
+def register_commands(register):
+    register("hello", "torch:nothing", summary="says hello")
+"""
+
+
+def seconds(code: list[str], environment: dict[str, str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(code, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("with_plugin", [False, True])
+def test_the_help_takes_at_most_twice_what_its_libraries_take(with_plugin: bool, tmp_path: Path) -> None:
+    """Minimum of five runs each, taken in turn; once more where another process was in the way."""
+    info = tmp_path / "quick_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: quick-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llavactl]\nquick = quick_plugin\n")
+    (tmp_path / "quick_plugin.py").write_text(PLUGIN)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "LLAVACTL_PLUGINS": "quick" if with_plugin else ""}
+    help_ = [sys.executable, "-c", "from llavactl.cli import main; main(['--help'])"]
+    bare = [sys.executable, "-c", "import click, pluggy, pydantic, yaml"]
+    shown = subprocess.run(help_, env=environment, capture_output=True, text=True, check=True).stdout
+    assert ("says hello" in shown) == with_plugin
+    ratio = 0.0
+    for _ in range(3):
+        pairs = [(seconds(help_, environment), seconds(bare, environment)) for _ in range(5)]
+        ratio = min(pair[0] for pair in pairs) / min(pair[1] for pair in pairs)
+        if ratio <= LIMIT:
+            return
+    pytest.fail(f"--help takes {ratio:.2f} times as long as its libraries")

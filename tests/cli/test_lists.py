@@ -1,0 +1,221 @@
+"""``recipes``, ``components``, ``plugins`` and ``doctor``: what there is."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.protocols import KINDS
+from llavactl.core.registry import Entry, registry
+from llavactl.recipe.load import load_recipe
+from llavactl.testing import run_cli
+from llavactl.verbs import doctor
+
+SMALL = """\
+name: small
+vision: {name: clip, model: a/b}
+connector: {name: linear}
+language: {name: hf, model: c/d}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+class TestRecipes:
+    def test_list(self) -> None:
+        assert "llava-v1-7b" in run_cli("recipes", "list").stdout
+        listed = run_cli("recipes", "list", "--json").json()
+        assert [each["name"] for each in listed] == registry().names("recipes")
+        assert all(each["summary"] and each["plugin"] for each in listed)
+
+    @pytest.mark.parametrize("how", [["llava-v1-7b"], ["-r", "llava-v1-7b"]])
+    def test_show_prints_the_file(self, how: list[str]) -> None:
+        shown = run_cli("recipes", "show", *how).stdout
+        assert shown == registry().get("recipes", "llava-v1-7b").path().read_text()
+
+    def test_show_resolved_loads_to_the_same(self, here: Path) -> None:
+        shown = run_cli("recipes", "show", "llava-v1-7b", "-o", "seed=3", cwd=here).stdout
+        (here / "recipe.yaml").write_text(shown)
+        assert load_recipe(here / "recipe.yaml").seed == 3
+        assert run_cli("recipes", "show", "--resolved", cwd=here).stdout == shown
+
+    def test_show_json(self, here: Path) -> None:
+        (here / "recipe.yaml").write_text(SMALL)
+        assert run_cli("recipes", "show", "--json", cwd=here).json()["vision"]["layer"] == -2
+
+    def test_copy_then_check(self, here: Path) -> None:
+        result = run_cli("recipes", "copy", "llava-v1.5-7b-lora", cwd=here)
+        assert (result.exit_code, result.stdout) == (0, "recipe.yaml\n")
+        assert run_cli("recipes", "check", cwd=here).stdout == "recipe.yaml: ok\n"
+        again = run_cli("recipes", "copy", "llava-v1-7b", cwd=here)
+        assert (again.exit_code, again.stdout) == (1, "")
+        assert again.stderr.startswith("error: recipe.yaml exists\nhint: --force")
+        assert run_cli("recipes", "copy", "llava-v1-7b", "--force", cwd=here).exit_code == 0
+        assert run_cli("recipes", "copy", "llava-v1-7b", "other.yaml", cwd=here).stdout == "other.yaml\n"
+
+    def test_check_prints_every_problem_and_exits_1(self, here: Path) -> None:
+        (here / "recipe.yaml").write_text(SMALL + "seed: x\nstage1: {epoch: 1}\n")
+        result = run_cli("recipes", "check", "-o", "foo=1", cwd=here)
+        assert result.exit_code == 1
+        assert result.stdout.splitlines() == [
+            "recipe.yaml:5: seed: must be a whole number, not 'x'",
+            "recipe.yaml:6: stage1.epoch: there is no such key; did you mean 'epochs'?",
+            f"-o foo=1: foo: there is no such key; {KEYS}",
+        ]
+
+    def test_check_json(self, here: Path) -> None:
+        (here / "recipe.yaml").write_text(SMALL + "seed: x\n")
+        result = run_cli("recipes", "check", "--json", cwd=here)
+        assert result.exit_code == 1
+        assert result.json() == {
+            "ok": False,
+            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "must be a whole number, not 'x'"}],
+        }
+        assert run_cli("recipes", "check", "--json", "-o", "seed=1", cwd=here).json() == {"ok": True, "problems": []}
+
+    def test_check_without_any_recipe(self, here: Path) -> None:
+        result = run_cli("recipes", "check", cwd=here)
+        assert result.exit_code == 1
+        assert "there is no ./recipe.yaml here" in result.stdout
+
+    def test_a_recipe_is_named_once(self, here: Path) -> None:
+        assert run_cli("recipes", "check", "llava-v1-7b", "-r", "llava-v1-7b", cwd=here).exit_code == 2
+
+    def test_schema(self) -> None:
+        assert run_cli("recipes", "schema").json()["title"] == "Recipe"
+
+
+KEYS = "there is: connector, data, eval, features, language, name, run_dir, seed, stage1, stage2, vision"
+
+
+class TestComponents:
+    def test_all(self) -> None:
+        listed = run_cli("components", "--json").json()
+        assert {each["kind"] for each in listed} <= set(KINDS)
+        clip = next(each for each in listed if each["name"] == "clip")
+        assert clip == {"kind": "vision", "name": "clip", "plugin": "llavactl", "summary": clip["summary"]}
+        assert "clip" in run_cli("components").stdout
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_kind_with_its_options(self, kind: str) -> None:
+        listed = run_cli("components", kind, "--json").json()
+        assert [each["name"] for each in listed] == registry().names(kind)
+        text = run_cli("components", kind)
+        assert text.exit_code == 0
+        assert all(each["name"] in text.stdout for each in listed)
+
+    def test_options_in_words(self) -> None:
+        (clip,) = [each for each in run_cli("components", "vision", "--json").json() if each["name"] == "clip"]
+        assert clip["options"]["model"] == "text; required"
+        assert clip["options"]["image"] == "one of 'square', 'pad'; default \"pad\""
+        assert "  fold  a whole number ≥ 1; default 1" in run_cli("components", "connectors").stdout
+
+    def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        entry = Entry("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
+        monkeypatch.setitem(registry().entries["connectors"], "broken", entry)
+        result = run_cli("components", "connectors")
+        assert result.exit_code == 0
+        assert "linear" in result.stdout
+        assert len(result.stderr.splitlines()) == 1
+        assert "stranger" in result.stderr
+
+    def test_an_unknown_kind_is_usage(self) -> None:
+        assert run_cli("components", "connector").exit_code == 2
+
+
+def test_plugins_list() -> None:
+    first = run_cli("plugins", "list", "--json").json()[0]
+    assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtins", "")
+    assert run_cli("plugins", "list").stdout.startswith("llavactl ")
+
+
+class TestDoctor:
+    def test_json(self, home: Path) -> None:
+        report = run_cli("doctor", "--json").json()
+        assert set(report["packages"]) >= {"torch", "transformers", "click", "pydantic"}
+        assert report["devices"][0]["name"].startswith("cpu")
+        assert "float32" in report["devices"][0]["dtypes"]
+        assert report["disks"][0]["folder"] == str(home / "cache")
+        assert report["disks"][0]["free_gb"] > 0
+        assert {"what", "works", "why"} == set(report["findings"][0])
+
+    def test_text(self) -> None:
+        result = run_cli("doctor")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("llavactl ")
+        assert any(line.startswith(("yes ", "NO ")) for line in result.stdout.splitlines())
+
+    def findings(self) -> dict[str, doctor.Finding]:
+        return {finding.what: finding for finding in doctor.doctor().findings}
+
+    def test_it_writes_nothing(self, home: Path) -> None:
+        doctor.doctor()
+        assert not (home / "cache" / "features").exists()
+
+    def test_a_full_disk(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(10, 9, 1_000_000_000))
+        found = self.findings()["feature stores"]
+        assert not found.works
+        assert "1 GB free" in found.why
+
+    def test_a_folder_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+        found = self.findings()["run folders"]
+        assert not found.works
+        assert "can't be written" in found.why
+
+    def test_an_old_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = doctor.metadata.version
+        monkeypatch.setattr(doctor.metadata, "version", lambda name: "4.0" if name == "transformers" else real(name))
+        found = self.findings()["package transformers"]
+        assert not found.works
+        assert "4.0 does not meet" in found.why
+
+    def test_a_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = doctor.metadata.version
+
+        def version(name: str) -> str:
+            if name == "peft":
+                raise doctor.metadata.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.setattr(doctor.metadata, "version", version)
+        assert "pip install" in self.findings()["package peft"].why
+
+    def test_offline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.findings()["downloads from the model hub"].works
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        found = self.findings()["downloads from the model hub"]
+        assert not found.works
+        assert "HF_HUB_OFFLINE" in found.why
+
+    @pytest.mark.parametrize(
+        ("devices", "bfloat16", "large"),
+        [
+            ([("cpu x", 25, ("float32", "bfloat16"))], True, False),
+            ([("cpu x", 500, ("float32",))], False, False),
+            ([("cpu x", 64, ("float32",)), ("cuda:0 T4", 15, ("float32", "float16"))], False, False),
+            ([("cpu x", 64, ("float32",)), ("cuda:0 A100", 80, ("float32", "bfloat16"))], True, True),
+        ],
+    )
+    def test_devices(self, monkeypatch: pytest.MonkeyPatch, devices: list[Any], bfloat16: bool, large: bool) -> None:
+        monkeypatch.setattr(doctor, "_devices", lambda: (tuple(doctor.Device(*each) for each in devices), []))
+        found = self.findings()
+        assert found["bfloat16, as recipes train by default"].works == bfloat16
+        assert found["a 7B language model"].works == large
+
+
+def test_every_json_output_is_one_document() -> None:
+    for command in (["recipes", "list"], ["recipes", "schema"], ["components"], ["plugins", "list"], ["doctor"]):
+        result = run_cli(*command, *(["--json"] if command != ["recipes", "schema"] else []))
+        json.loads(result.stdout)

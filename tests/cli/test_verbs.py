@@ -1,0 +1,283 @@
+"""The commands that call a verb: what they hand on, when they need a recipe, what they print."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, create_autospec
+
+import pytest
+
+from llavactl.core.options import Located
+from llavactl.testing import run_cli
+
+SMALL = """\
+name: small
+vision: {name: clip, model: a/b}
+connector: {name: linear}
+language: {name: hf, model: c/d}
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    name: str = "x"
+    where: Path = Path("/somewhere")
+    loss: float = 0.5
+    steps: tuple[int, ...] = (1, 2)
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces ``llavactl.verbs.<module>.<name>`` by a mock with its signature."""
+
+    def replace_(module: str, name: str, answer: Any) -> MagicMock:
+        real = importlib.import_module(f"llavactl.verbs.{module}")
+        mock: MagicMock = create_autospec(getattr(real, name), return_value=answer)
+        monkeypatch.setattr(real, name, mock)
+        return mock
+
+    return replace_
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def here(empty: Path) -> Path:
+    (empty / "recipe.yaml").write_text(SMALL)
+    return empty
+
+
+def test_a_report_is_lines_or_one_document(verb: Any, here: Path) -> None:
+    verb("run", "run", Report())
+    assert run_cli("run", cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
+    assert run_cli("run", "--json", cwd=here).json() == {
+        "name": "x",
+        "where": "/somewhere",
+        "loss": 0.5,
+        "steps": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("command", [["run"], ["extract"], ["train", "--stage", "1"], ["chat"], ["eval", "scenes"]])
+def test_without_a_recipe_they_say_so(command: list[str], empty: Path) -> None:
+    result = run_cli(*command, cwd=empty)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: there is no ./recipe.yaml here\nhint: ")
+    assert "llava-v1-7b" in result.stderr
+
+
+def test_the_recipe_is_loaded_with_its_overrides(verb: Any, here: Path) -> None:
+    run = verb("run", "run", Report())
+    run_cli("run", "-o", "seed=3", "-o", "stage1.epochs=2", cwd=here)
+    (recipe,) = run.call_args.args
+    assert (recipe.seed, recipe.stage1.epochs) == (3, 2)
+
+
+def test_extract(verb: Any, here: Path) -> None:
+    extract = verb("extract", "extract", Report())
+    run_cli("extract", cwd=here)
+    assert extract.call_args.kwargs == {"dry_run": False, "max_skipped": None}
+    run_cli("extract", "--dry-run", "--max-skipped", "0", cwd=here)
+    assert extract.call_args.kwargs == {"dry_run": True, "max_skipped": 0}
+    assert run_cli("extract", "--max-skipped", "-1", cwd=here).exit_code == 2
+
+
+def test_train(verb: Any, here: Path) -> None:
+    train = verb("train", "train", Report())
+    run_cli("train", "--stage", "2", cwd=here)
+    assert train.call_args.args[1:] == (2, "auto")
+    run_cli("train", "--stage", "1", "--resume", "never", cwd=here)
+    assert train.call_args.args[1:] == (1, "never")
+    assert run_cli("train", "--stage", "3", cwd=here).exit_code == 2
+    assert run_cli("train", cwd=here).exit_code == 2
+
+
+class TestEval:
+    def test_options(self, verb: Any, here: Path) -> None:
+        evaluate = verb("evaluate", "evaluate", Report())
+        run_cli("eval", "scenes", "-t", "a=1", "-t", "reviews=x", "-t", "reviews=y=z", "--protocol", "exact", cwd=here)
+        recipe, task, options = evaluate.call_args.args
+        assert (recipe.name, task) == ("small", "scenes")
+        assert options == {"a": "1", "reviews": ["x", "y=z"]}
+        assert isinstance(options["a"], Located)
+        assert options["a"].base == here
+        assert evaluate.call_args.kwargs == {"answers": None, "protocol": "exact", "model": None}
+
+    @pytest.mark.parametrize("option", ["a", "=1"])
+    def test_an_option_is_key_and_value(self, option: str, here: Path) -> None:
+        result = run_cli("eval", "scenes", "-t", option, cwd=here)
+        assert result.exit_code == 2
+        assert "is not KEY=VALUE" in result.stderr
+
+    @pytest.mark.parametrize("alone", [["--answers", "a.jsonl"], ["--model", "m"], ["-t", "reviews=r.jsonl"]])
+    def test_what_needs_no_recipe(self, verb: Any, alone: list[str], empty: Path) -> None:
+        evaluate = verb("evaluate", "evaluate", Report())
+        assert run_cli("eval", "scenes", *alone, cwd=empty).exit_code == 0
+        assert evaluate.call_args.args[0] is None
+
+    def test_answers_are_scored_with_the_recipe_that_is_there(self, verb: Any, here: Path) -> None:
+        evaluate = verb("evaluate", "evaluate", Report())
+        run_cli("eval", "scenes", "--answers", "a.jsonl", cwd=here)
+        assert evaluate.call_args.args[0].name == "small"
+        assert evaluate.call_args.kwargs["answers"] == Path("a.jsonl")
+
+    def test_another_model_is_not_the_recipes(self, verb: Any, here: Path) -> None:
+        evaluate = verb("evaluate", "evaluate", Report())
+        run_cli("eval", "scenes", "--model", "m", cwd=here)
+        assert evaluate.call_args.args[0] is None
+        run_cli("eval", "scenes", "--model", "m", "-r", "recipe.yaml", cwd=here)
+        assert evaluate.call_args.args[0].name == "small"
+
+
+@dataclass(frozen=True)
+class Verified(Report):
+    sound: bool = True
+    damaged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    stores: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    bytes: int = 0
+    dry_run: bool = False
+
+
+class TestCache:
+    def test_without_a_recipe_it_is_every_store(self, verb: Any, here: Path) -> None:
+        info = verb("cache", "info", Report())
+        assert run_cli("cache", "info", cwd=here).exit_code == 0
+        assert info.call_args.args == (None,)
+        run_cli("cache", "info", "-r", "recipe.yaml", cwd=here)
+        assert info.call_args.args[0].name == "small"
+
+    def test_verify_exits_1_when_something_is_damaged(self, verb: Any, empty: Path) -> None:
+        verify = verb("cache", "verify", Verified())
+        assert run_cli("cache", "verify", cwd=empty).exit_code == 0
+        verify.return_value = Verified(sound=False, damaged=("a.h5",))
+        result = run_cli("cache", "verify", "--json", cwd=empty)
+        assert result.exit_code == 1
+        assert result.json()["damaged"] == ["a.h5"]
+        assert result.stderr.startswith("error: 1 damaged shards were set aside\nhint: `llavactl extract`")
+
+    def prune(self, verb: Any, found: Pruned) -> MagicMock:
+        mock: MagicMock = verb("cache", "prune", None)
+        mock.side_effect = lambda *recipes, dry_run=False: replace(found, dry_run=dry_run)
+        return mock
+
+    def test_prune_asks_nobody_when_nothing_goes(self, verb: Any, empty: Path) -> None:
+        self.prune(verb, Pruned())
+        result = run_cli("cache", "prune", "--json", cwd=empty)
+        assert (result.exit_code, result.json()["dry_run"]) == (0, False)
+
+    def test_prune_without_anyone_to_ask(self, verb: Any, empty: Path) -> None:
+        prune = self.prune(verb, Pruned(stores=("s",)))
+        result = run_cli("cache", "prune", cwd=empty)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert all(call.kwargs == {"dry_run": True} for call in prune.call_args_list)
+        assert run_cli("cache", "prune", "--dry-run", "--json", cwd=empty).json()["dry_run"] is True
+        assert run_cli("cache", "prune", "--yes", "--json", cwd=empty).json()["dry_run"] is False
+
+    @pytest.mark.parametrize(("answer", "code"), [(True, 0), (False, 1)])
+    def test_prune_asks(self, verb: Any, empty: Path, answer: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        prune = self.prune(verb, Pruned(stores=("s",), bytes=2_000_000_000))
+        asked = []
+        monkeypatch.setattr("llavactl.cli.cache._agreed", lambda question: asked.append(question) or answer)
+        assert run_cli("cache", "prune", cwd=empty).exit_code == code
+        assert asked == ["Remove 1 stores and 0 files, 2.0 GB?"]
+        assert any(call.kwargs == {} for call in prune.call_args_list) == answer
+
+    def test_prune_keeps_what_any_named_recipe_needs(self, verb: Any, here: Path) -> None:
+        prune = self.prune(verb, Pruned())
+        run_cli("cache", "prune", "llava-v1-7b", "llava-v1.5-7b", "-r", "recipe.yaml", cwd=here)
+        assert [recipe.name for recipe in prune.call_args.args] == ["small", "llava-v1-7b", "llava-v1.5-7b"]
+
+
+class Talker:
+    """Says back what it hears."""
+
+    assistant = SimpleNamespace(name="m")
+
+    def ask(self, *content: Any, sampling: Any) -> Iterator[str]:
+        if content[-1] == "interrupt":
+            yield "half"
+            raise KeyboardInterrupt
+        yield f"{len(content) // 2} images, "
+        yield str(content[-1])
+
+
+class TestChat:
+    @pytest.fixture
+    def opened(self, verb: Any) -> MagicMock:
+        mock: MagicMock = verb("chat", "open_chat", Talker())
+        return mock
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--json"], ["--batch", "b", "--prompt", "p"], ["--batch", "b", "--image", "i"], ["--max-new-tokens", "0"]],
+    )
+    def test_what_does_not_go_together(self, arguments: list[str], here: Path) -> None:
+        result = run_cli("chat", *arguments, cwd=here)
+        assert (result.exit_code, result.stdout) == (2, "")
+
+    def test_one_answer(self, opened: MagicMock, toys: Path, here: Path) -> None:
+        photo = str(toys / "images/photo-000.jpg")
+        result = run_cli("chat", "--prompt", "hello", "--image", photo, "--image", photo, cwd=here)
+        assert result.stdout == "2 images, hello\n"
+        assert opened.call_args.args[0].name == "small"
+
+    def test_one_answer_as_json(self, opened: MagicMock, here: Path) -> None:
+        answered = run_cli("chat", "--prompt", "hello", "--json", cwd=here).json()
+        assert answered == {"answer": "0 images, hello", "prompt": "hello", "images": [], "model": "m"}
+
+    def test_a_model_needs_no_recipe(self, opened: MagicMock, empty: Path) -> None:
+        assert run_cli("chat", "--model", "m", "--prompt", "x", cwd=empty).exit_code == 0
+        assert opened.call_args.args == (None, "m")
+
+    def test_a_missing_image_is_told_before_the_model_is_read(self, opened: MagicMock, here: Path) -> None:
+        result = run_cli("chat", "--prompt", "x", "--image", "none.jpg", cwd=here)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: image none.jpg: ")
+        opened.assert_not_called()
+
+    def test_a_batch(self, opened: MagicMock, verb: Any, here: Path) -> None:
+        answers = [{"image": "i", "prompt": "p", "answer": "ä"}] * 2
+        batch = verb("chat", "answer_batch", answers)
+        result = run_cli("chat", "--batch", "b.jsonl", "--max-new-tokens", "7", cwd=here)
+        assert [json.loads(line) for line in result.stdout.splitlines()] == answers
+        assert batch.call_args.args[1] == Path("b.jsonl")
+        assert batch.call_args.args[2].max_new_tokens == 7
+        assert run_cli("chat", "--batch", "b.jsonl", "--json", cwd=here).json() == answers
+
+    def test_a_conversation(self, opened: MagicMock, toys: Path, here: Path) -> None:
+        photo = toys / "images/photo-000.jpg"
+        said = (
+            f"hello\n\n/image {photo}\nwhat is it?\nand now?\n/image none.jpg\nthis?\n/what\ninterrupt\n/quit\nnever\n"
+        )
+        result = run_cli("chat", cwd=here, stdin=said)
+        assert result.exit_code == 0
+        assert result.stdout.splitlines() == ["0 images, hello", "1 images, what is it?", "0 images, and now?", "half"]
+        assert "error: image none.jpg: " in result.stderr
+        assert result.stderr.count("/image FILE shows a picture") == 2
+
+    def test_a_new_conversation_forgets(self, opened: MagicMock, monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+        made: list[Any] = []
+
+        def conversation(assistant: Any) -> Talker:
+            made.append(assistant)
+            return Talker()
+
+        monkeypatch.setattr("llavactl.chat.conversation.Conversation", conversation)
+        assert run_cli("chat", cwd=here, stdin="/new\nhello").stdout == "0 images, hello\n"
+        assert made == [Talker.assistant]

@@ -1,0 +1,75 @@
+"""Real little plugin packages: a module and a dist-info folder, as pip leaves them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+
+@dataclass
+class Site:
+    """A folder of installed packages, and ``llavactl`` run with it."""
+
+    folder: Path
+    home: Path
+    names: list[str] = field(default_factory=list)
+
+    def install(self, name: str, code: str, **files: str) -> None:
+        """A plugin ``name`` whose module ``<name>_plugin`` has ``code``."""
+        module = f"{name}_plugin"
+        self.add_entry_point(f"{module}-1.2", name, module)
+        package = self.folder / module
+        package.mkdir(exist_ok=True)
+        (package / "__init__.py").write_text(code)
+        for file, content in files.items():
+            path = package / file.replace("__", ".")
+            path.write_text(content)
+
+    def add_entry_point(self, distribution: str, name: str, module: str) -> None:
+        info = self.folder / f"{distribution}.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        package, _, version = distribution.rpartition("-")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: {version}\n"
+        )
+        (info / "entry_points.txt").write_text(f"[llavactl]\n{name} = {module}\n")
+        self.names.append(name)
+
+    def run(self, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """``llavactl ARGUMENTS`` in a fresh interpreter; only our plugins are selected unless said otherwise."""
+        return self.python("from llavactl.cli import main; main()", *arguments, code=code, **environment)
+
+    def python(
+        self, program: str, *arguments: str, code: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(self.folder),
+                "LLAVACTL_HOME": str(self.home),
+                "LLAVACTL_PLUGINS": ",".join(dict.fromkeys(self.names)),
+                **environment,
+            },
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+        assert code is None or done.returncode == code, done.stderr
+        return done
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    return Site(folder, tmp_path / "user")
+
+
+Install = Callable[..., None]

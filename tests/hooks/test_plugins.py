@@ -1,0 +1,344 @@
+"""Plugins as strangers write them: broken, slow, rude. What one breaks is one line and stays its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HEAD = "from llavactl import hookimpl\n\n"
+
+GOOD = (
+    HEAD
+    + """
+@hookimpl
+def register_connectors(register):
+    register("good", "no.such.module:thing", summary="a good one")
+"""
+)
+
+BROKEN = {
+    "import": "import no_such_package_anywhere\n",
+    "syntax": "def (:\n",
+    "exit": "import sys\nsys.exit(3)\n",
+    "signature": HEAD + "@hookimpl\ndef register_vision(registr, more):\n    pass\n",
+    "unknown": HEAD + "@hookimpl\ndef register_visions(register):\n    pass\n",
+    "half": HEAD
+    + "@hookimpl\ndef register_connectors(register):\n    register('partial', 'x:y')\n\n"
+    + "@hookimpl\ndef train_started(nope):\n    pass\n",
+}
+# These load and fail when a hook is called.
+FAILING = {
+    "raises": HEAD + "@hookimpl\ndef register_vision(register):\n    raise RuntimeError('two\\nlines')\n",
+    "exits": HEAD + "@hookimpl\ndef register_vision(register):\n    raise SystemExit(4)\n",
+    "target": HEAD + "@hookimpl\ndef register_vision(register):\n    register('x', 'no-colon')\n",
+}
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line]
+
+
+class TestBroken:
+    """All the ways at once: each is one line, none is in another's way or in ours."""
+
+    @pytest.fixture(autouse=True)
+    def bad(self, site: Any) -> None:
+        for how, code in {**BROKEN, **FAILING}.items():
+            site.install(f"bad_{how}", code)
+        site.install("good", GOOD)
+
+    @pytest.mark.parametrize("command", ["--help", "components"])
+    def test_each_is_one_line_and_stops_nothing(self, site: Any, command: str) -> None:
+        done = site.run(command)
+        found = sorted(line.split()[2].rstrip(":") for line in lines(done.stderr))
+        assert found == sorted(f"bad_{how}" for how in {**BROKEN, **FAILING})
+        assert ("good" in done.stdout) == (command == "components")
+        assert "partial" not in done.stdout, "of a plugin that can't be loaded nothing is registered"
+
+    def test_the_list_of_plugins_says_what_is_wrong(self, site: Any) -> None:
+        listed = {each["name"]: each for each in json.loads(site.run("plugins", "list", "--json").stdout)}
+        assert (listed["good"]["package"], listed["good"]["version"]) == ("good-plugin", "1.2")
+        assert [name for name, each in listed.items() if not each["error"]] == ["llavactl", "good"]
+        for how in BROKEN:
+            assert listed[f"bad_{how}"]["error"].startswith(f"plugin bad_{how} can't be loaded: ")
+        assert "SystemExit: 3" in listed["bad_exit"]["error"]
+        assert "no_such_package_anywhere" in listed["bad_import"]["error"]
+        assert "registr" in listed["bad_signature"]["error"]
+        assert listed["bad_raises"]["error"] == "plugin bad_raises: RuntimeError: two lines"
+
+    @pytest.mark.parametrize("how", ["exit", "signature", "raises", "target"])
+    def test_strict_raises(self, site: Any, how: str) -> None:
+        done = site.run("components", code=1, LLAVACTL_STRICT_PLUGINS="1", LLAVACTL_PLUGINS=f"bad_{how}")
+        assert done.stdout == ""
+        (line,) = lines(done.stderr)
+        assert line.startswith(f"error: plugin bad_{how}")
+
+    def test_a_command_goes_on_whatever_is_broken(self, site: Any) -> None:
+        assert site.run("recipes", "check", "llava-v1-7b").stdout == "llava-v1-7b: ok\n"
+
+
+def test_the_users_own_interrupt_passes(site: Any) -> None:
+    site.install("slow", "raise KeyboardInterrupt\n")
+    done = site.run("components", code=130)
+    assert done.stderr.strip() == "interrupted; the same command goes on from here"
+
+
+def test_a_slow_plugin_is_slow_once(site: Any) -> None:
+    slow = "import time\ntime.sleep(1.5)\n" + HEAD
+    slow += "@hookimpl\ndef register_commands(register):\n    register('nap', 'slow_plugin:nap', summary='sleeps')\n"
+    site.install("slow", slow)
+    timed = "import time\nbegan = time.perf_counter()\nfrom llavactl.cli import main\ntry: main()\n"
+    timed += "finally: print('took', time.perf_counter() - began)"
+
+    def took(done: Any) -> float:
+        return float(done.stdout.splitlines()[-1].split()[1])
+
+    first = site.python(timed, "--help")
+    assert took(first) > 1.5
+    assert lines(first.stderr) == [
+        f"llavactl: plugin slow took {first.stderr.split(' took ')[1].split()[0]} s to import; "
+        "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
+    ]
+    second = site.python(timed, "--help")
+    assert took(second) < 1.5
+    assert second.stderr == ""
+    for shown in (first, second):
+        assert "nap  sleeps" in shown.stdout
+    site.install("slow", slow + "# changed\n")
+    assert took(site.python(timed, "--help")) > 1.5, "an edited plugin is read again"
+
+
+def test_the_help_never_imports_a_target(site: Any) -> None:
+    code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('boom', 'lazy_plugin.boom:command')\n"
+    site.install("lazy", code, boom__py="raise RuntimeError('imported')\n")
+    for _ in range(2):
+        done = site.run("--help")
+        assert "boom" in done.stdout
+        assert done.stderr == ""
+    used = site.run("boom", code=1)
+    (error, hint) = lines(used.stderr)
+    assert error.startswith("error: command 'boom' of plugin lazy can't be loaded from 'lazy_plugin.boom:command'")
+    assert hint.startswith("hint: ")
+
+
+def test_a_plugin_command(site: Any) -> None:
+    code = HEAD + "@hookimpl\ndef register_commands(register):\n"
+    code += "    register('greet', 'polite_plugin.greet:command', summary='says hello')\n"
+    greet = (
+        "import click\n@click.command()\n@click.argument('whom')\ndef command(whom):\n    click.echo(f'hello {whom}')\n"
+    )
+    site.install("polite", code, greet__py=greet)
+    shown = site.run("--help").stdout
+    assert "Commands of plugins:\n  greet  says hello" in shown
+    assert site.run("greet", "you").stdout == "hello you\n"
+    assert site.run("greet", code=2).stdout == ""
+
+
+def test_a_command_must_be_clicks(site: Any) -> None:
+    code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('odd', 'odd_plugin:thing')\n\nthing = 3\n"
+    site.install("odd", code)
+    done = site.run("odd", code=1)
+    assert lines(done.stderr) == ["error: command 'odd' of plugin odd: odd_plugin:thing is not a click command"]
+
+
+def test_a_plugin_cannot_take_a_command_of_ours(site: Any) -> None:
+    code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('recipes', 'rude_plugin:thing')\n"
+    site.install("rude", code)
+    done = site.run("--help")
+    (line,) = lines(done.stderr)
+    assert "commands 'recipes' is registered by plugin llavactl and again by plugin rude" in line
+    assert "Commands of plugins" not in done.stdout
+    assert "llava-v1-7b" in site.run("recipes", "list").stdout
+
+
+def test_a_duplicate_name_keeps_the_first_and_names_both(site: Any) -> None:
+    register = HEAD + "@hookimpl\ndef register_connectors(register):\n    register('same', 'x:y', summary='of {0}')\n"
+    site.install("aaa", register.format("aaa"))
+    site.install("bbb", register.format("bbb"))
+    done = site.run("components", "--json")
+    assert lines(done.stderr) == [
+        "llavactl: connectors 'same' is registered by plugin aaa and again by plugin bbb; the one of aaa is kept"
+    ]
+    (same,) = [each for each in json.loads(done.stdout) if each["name"] == "same"]
+    assert same["summary"] == "of aaa"
+    listed = {each["name"]: each["error"] for each in json.loads(site.run("plugins", "list", "--json").stdout)}
+    assert listed["aaa"] == ""
+    assert "again by plugin bbb" in listed["bbb"]
+
+
+def test_a_builtin_component_cannot_be_replaced(site: Any) -> None:
+    site.install("rude", HEAD + "@hookimpl\ndef register_connectors(register):\n    register('linear', 'x:y')\n")
+    done = site.run("components", "connectors", "--json")
+    assert "by plugin llavactl and again by plugin rude" in done.stderr
+    assert [each["plugin"] for each in json.loads(done.stdout) if each["name"] == "linear"] == ["llavactl"]
+
+
+def test_two_packages_with_one_plugin_name(site: Any) -> None:
+    site.install("twin", GOOD)
+    (site.folder / "other_module.py").write_text(GOOD.replace('"good"', '"other"'))
+    site.add_entry_point("zweite-3.0", "twin", "other_module")
+    done = site.run("components")
+    (line,) = lines(done.stderr)
+    assert "plugin name 'twin' is taken by other_module and again by twin_plugin of package twin-plugin" in line
+    assert "other" in done.stdout
+
+
+def test_a_plugin_cannot_be_called_llavactl(site: Any) -> None:
+    site.install("llavactl", GOOD)
+    (line,) = lines(site.run("components").stderr)
+    assert "taken by llavactl itself and again by llavactl_plugin" in line
+
+
+class TestSelection:
+    @pytest.fixture(autouse=True)
+    def two(self, site: Any) -> None:
+        site.install("one", GOOD.replace('"good"', '"first"'))
+        site.install("two", GOOD.replace('"good"', '"second"'))
+
+    def names(self, site: Any, **environment: str) -> set[str]:
+        return {each["name"] for each in json.loads(site.run("components", "--json", **environment).stdout)}
+
+    def test_empty_is_none(self, site: Any) -> None:
+        assert not {"first", "second"} & self.names(site, LLAVACTL_PLUGINS="")
+
+    def test_by_name(self, site: Any) -> None:
+        assert "first" in self.names(site, LLAVACTL_PLUGINS=" one ")
+        assert "second" not in self.names(site, LLAVACTL_PLUGINS="one")
+        assert {"first", "second"} <= self.names(site, LLAVACTL_PLUGINS="two,one")
+
+    def test_unset_is_all(self, site: Any) -> None:
+        program = "import os; del os.environ['LLAVACTL_PLUGINS']\nfrom llavactl.cli import main; main()"
+        done = site.python(program, "components", "--json")
+        assert {"first", "second"} <= {each["name"] for each in json.loads(done.stdout)}
+
+    def test_a_name_that_is_not_installed(self, site: Any) -> None:
+        done = site.run("components", LLAVACTL_PLUGINS="one,three")
+        assert lines(done.stderr) == ["llavactl: LLAVACTL_PLUGINS names 'three', which is not installed"]
+        strict = site.run("components", code=1, LLAVACTL_PLUGINS="three", LLAVACTL_STRICT_PLUGINS="1")
+        assert "which is not installed" in strict.stderr
+
+
+RECIPE = """\
+# llavactl run -r ours
+extends: base.yaml
+name: ours
+connector: {name: wide, width: 8}
+"""
+BASE = """\
+name: base
+vision: {name: clip, model: a/b}
+connector: {name: linear}
+language: {name: hf, model: c/d}
+"""
+WITH_RECIPE = (
+    HEAD
+    + """
+from llavactl import Problem
+
+@hookimpl
+def register_connectors(register):
+    register("wide", "never.imported:thing", options="birds_plugin.options:WideOptions", summary="wider")
+
+@hookimpl
+def register_recipes(register):
+    register("ours", "birds_plugin:ours.yaml", summary="with a wide connector")
+    register("gone", "birds_plugin:gone.yaml")
+
+@hookimpl
+def check_recipe(recipe):
+    if recipe["connector"]["width"] % 2:
+        return [Problem("", "connector.width", "must be even")]
+"""
+)
+OPTIONS = """
+from llavactl import Options
+from pydantic import Field
+
+class WideOptions(Options):
+    width: int = Field(4, ge=2, description="how wide")
+"""
+
+
+class TestARecipeOfAPlugin:
+    @pytest.fixture(autouse=True)
+    def birds(self, site: Any) -> None:
+        site.install("birds", WITH_RECIPE, ours__yaml=RECIPE, base__yaml=BASE, options__py=OPTIONS)
+
+    def test_it_is_listed_and_sound(self, site: Any) -> None:
+        assert "ours" in site.run("recipes", "list").stdout
+        assert site.run("recipes", "check", "ours").stdout == "ours: ok\n"
+
+    def test_its_options_are_checked_in_our_words(self, site: Any) -> None:
+        done = site.run("recipes", "check", "ours", "-o", "connector.width=1", "-o", "connector.wdth=2", code=1)
+        assert done.stdout.splitlines() == [
+            "-o connector.wdth=2: connector.wdth: there is no such key; did you mean 'width'?",
+            "-o connector.width=1: connector.width: must be a whole number ≥ 2, not 1",
+        ]
+
+    def test_its_own_check_is_asked(self, site: Any) -> None:
+        done = site.run("recipes", "check", "ours", "-o", "connector.width=3", code=1)
+        assert done.stdout == "-o connector.width=3: connector.width: must be even\n"
+
+    def test_a_copy_works_from_its_new_place(self, site: Any) -> None:
+        site.run("recipes", "copy", "ours", "new/mine.yaml")
+        assert site.run("recipes", "check", "-r", "new/mine.yaml").stdout == "new/mine.yaml: ok\n"
+
+    def test_a_recipe_whose_file_is_missing(self, site: Any) -> None:
+        done = site.run("recipes", "show", "gone", code=1)
+        assert "recipes 'gone' of plugin birds: there is no file birds_plugin:gone.yaml" in done.stderr
+
+
+OBSERVER = (
+    HEAD
+    + """
+from pathlib import Path
+
+@hookimpl
+def train_logged(line):
+    if line["step"] == 2:
+        raise ValueError("no twos")
+    with Path("seen.txt").open("a") as file:
+        file.write(f"{line['step']}\\n")
+
+@hookimpl
+def train_finished(report):
+    raise SystemExit(9)
+"""
+)
+
+
+def test_observers_that_raise_are_a_line_each_and_nothing_more(site: Any) -> None:
+    site.install("watch", OBSERVER)
+    site.install("zulu", OBSERVER.replace("no twos", "nothing").replace("seen", "zulu"))
+    program = """
+import logging
+logging.basicConfig(format="%(message)s")
+from llavactl.core.plugins import notify
+for step in (1, 2, 3):
+    notify("train_logged", stage=1, line={"step": step})
+notify("train_finished", report={})
+notify("train_started", stage=1, folder=None, steps=3)
+print("done")
+"""
+    done = site.python(program)
+    assert done.stdout == "done\n"
+    assert lines(done.stderr) == [
+        "plugin watch: ValueError: no twos",
+        "plugin zulu: ValueError: nothing",
+        "plugin watch: SystemExit: 9",
+        "plugin zulu: SystemExit: 9",
+    ]
+    for name in ("seen.txt", "zulu.txt"):
+        assert Path(site.folder, name).read_text() == "1\n3\n"
+    strict = site.python(program, code=1, LLAVACTL_STRICT_PLUGINS="1")
+    assert "PluginError: plugin watch: ValueError: no twos" in strict.stderr
+
+
+def test_no_plugin_and_no_home_is_no_problem(site: Any) -> None:
+    site.home.write_text("a file where the folder should be")
+    site.install("good", GOOD)
+    assert site.run("--help").stderr == ""
+    assert "good" in site.run("components").stdout
