@@ -48,7 +48,7 @@ _WHERE = {
     "hookimpl": "llavactl.core.hookspecs",
 }
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605 - the names are the keys above
+__all__ = sorted(_WHERE)
 __version__ = "0.1.0"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,8 +28,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy(toys: Path, tmp_path: Path) -> Iterator[Path]:
+def toy(toys: Path, tmp_path: Path) -> Path:
     """A copy of ``toys`` to run in."""
     folder = tmp_path / "toy"
     shutil.copytree(toys, folder)
-    yield folder
+    return folder

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core.schema import IMAGE_TOKEN, Encoded, Turn
+from llavactl.core.schema import Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
-from llavactl.model.generate import Sampling, generate
+from llavactl.model.generate import GREEDY, Sampling, generate
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
@@ -35,7 +35,7 @@ class Assistant:
     def stops(self) -> Stops:
         return Stops.of(self.encoding)
 
-    def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = Sampling()) -> list[str]:
+    def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a conversation, made together as one left-padded batch."""
         batch = collate([self.encode(turns) for turns in conversations], self.features, side="left")
         writers = [Writer(self.encoding.tokenizer, self.stops) for _ in conversations]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.chat.assistant import Assistant, Writer
 from llavactl.core.schema import IMAGE_TOKEN, Content, Encoded, Turn
 from llavactl.data.batches import collate
-from llavactl.model.generate import Sampling, generate
+from llavactl.model.generate import GREEDY, Sampling, generate
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -23,7 +23,7 @@ class Conversation:
         self._cache: Any = None
         self._read: list[Any] = []
 
-    def ask(self, *content: Content, sampling: Sampling = Sampling()) -> Iterator[str]:
+    def ask(self, *content: Content, sampling: Sampling = GREEDY) -> Iterator[str]:
         """Says ``content`` (text and images) and yields the answer in pieces as it is written."""
         self.turns.append(Turn("user", content))
         writer = Writer(self.assistant.encoding.tokenizer, self.assistant.stops)

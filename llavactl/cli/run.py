@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -49,8 +50,8 @@ def _summary(report: RunReport) -> list[str]:
             f"answered {shown['answer']} (right is: {shown['reference']})",
             "",
         ]
-        image = f" --image {shown['file']}" if shown["file"] else ""
-        lines.append(f"llavactl chat --model {report.model}{image}")
+        words = ["llavactl", "chat", "--model", report.model, *(["--image", shown["file"]] if shown["file"] else [])]
+        lines.append(shlex.join(words))
     return lines
 
 

@@ -28,6 +28,12 @@ def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar
 
     lively = sys.stderr.isatty()
     with tqdm(
-        total=total, desc=what, unit=unit, initial=start, file=sys.stderr, mininterval=0.1 if lively else 10, ascii=not lively
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=start,
+        file=sys.stderr,
+        mininterval=0.1 if lively else 10,
+        ascii=not lively,
     ) as inner:
         yield Bar(inner)

@@ -85,7 +85,9 @@ class Language(Protocol):
 class Template(Protocol):
     """How a conversation is written for a language model, and which of it is trained."""
 
-    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+    def render(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
+    ) -> list[Segment]:
         """The conversation as text and image slots; answers and their end are ``trained``.
 
         With ``generate`` the turns end with the user's, and the text ends where the answer begins.

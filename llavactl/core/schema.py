@@ -187,7 +187,7 @@ class FeatureShape:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model sees: ``ids`` [B, T], ``mask`` [B, T] (False: padding), ``labels`` [B, T], ``features`` [I, P, Dv].
+    """What the model sees: ``ids``, ``labels`` and ``mask`` (False: padding) [B, T], ``features`` [I, P, Dv].
 
     The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order.
     ``names`` says whose rows these are, for messages.

@@ -17,7 +17,7 @@ MAX_SIDE = 16_384
 MAX_RATIO = 200
 """Padding a long image to a square, or scaling its short side up, must not make gigapixels of it."""
 
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """What Pillow may try. EPS is left out, for Pillow would start Ghostscript on it."""
 
 _LONGEST_REASON = 200
@@ -46,8 +46,9 @@ def decode(data: bytes) -> Image.Image:
 
     if not data:
         raise ImageError("the file is empty")
+    Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             _check_size(image)
             image.load()
             return _rgb(ImageOps.exif_transpose(image))

@@ -91,7 +91,9 @@ def _answer(line: str, where: str) -> Answer:
     raise DataError(f'{where}: an answer is {{"id": …, "text": …}}')
 
 
-def score(task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str | None) -> tuple[str, int, Scores]:
+def score(
+    task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str | None
+) -> tuple[str, int, Scores]:
     """(protocol, number of questions, scores); answers beyond the questions are ignored.
 
     Raises:

@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llavactl.core.paths import cache_dir
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _TABLE = "CREATE TABLE IF NOT EXISTS keys (stamp BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID"
 _ROUND = 4096
@@ -98,36 +100,36 @@ class ContentKeys:
 
     def _recall(self, stamps: Iterable[bytes]) -> dict[bytes, str]:
         wanted = list(stamps)
-        found: dict[bytes, str] = {}
-        with self._database() as database:
+
+        def look(database: sqlite3.Connection) -> dict[bytes, str]:
+            found: dict[bytes, str] = {}
             for start in range(0, len(wanted), _VARIABLES):
-                if database is None:
-                    break
                 some = wanted[start : start + _VARIABLES]
                 marks = ",".join("?" * len(some))
-                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", some)  # noqa: S608 - only marks
+                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", some)  # noqa: S608
                 found |= {stamp: key.hex() for stamp, key in rows}
-        return found
+            return found
+
+        return self._ask(look) or {}
 
     def _keep(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        if rows and self.remember:
-            with self._database() as database:
-                if database:
-                    with database:
-                        database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", rows)
+        def insert(database: sqlite3.Connection) -> None:
+            with database:
+                database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", rows)
 
-    @contextlib.contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection | None]:
-        """A connection, or None without a usable file; what goes wrong inside makes the file unusable.
+        if rows and self.remember:
+            self._ask(insert)
+
+    def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """What ``work`` makes of the database; None without a usable file. The first fault makes it unusable.
 
         Connected anew each time (0.1 ms), since SQLite's connections must cross neither a fork nor threads.
         """
         if self._broken or not (self.remember or self.file.exists()):
-            yield None
-            return
+            return None
         try:
             with contextlib.closing(self._connect()) as database:
-                yield database
+                return work(database)
         except (sqlite3.Error, OSError) as error:
             self._broken = True
             log.warning("%s can't be used (%s): images are hashed again each time", self.file, error)
@@ -135,6 +137,7 @@ class ContentKeys:
             if garbage and self.remember:
                 with contextlib.suppress(OSError):
                     self.file.unlink()
+            return None
 
     def _connect(self) -> sqlite3.Connection:
         mode = "rwc" if self.remember else "ro"

@@ -1,10 +1,10 @@
 """A finished model on disk: everything to use it again, and nothing guessed from names.
 
-    model/
-      llavactl.json            what it is: components, template, fingerprint of its features, versions
-      connector.safetensors    the connector, always its own file
-      language/                the language model and its tokenizer, where stage 2 trained them whole
-      adapter/                 a PEFT adapter, where stage 2 trained one
+model/
+  llavactl.json            what it is: components, template, fingerprint of its features, versions
+  connector.safetensors    the connector, always its own file
+  language/                the language model and its tokenizer, where stage 2 trained them whole
+  adapter/                 a PEFT adapter, where stage 2 trained one
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def of_run(run_dir: Path) -> Path:
     for stage in ("stage2", "stage1"):
         if (folder := run_dir / stage / "model").is_dir():
             return folder
-    raise ModelError(f"{run_dir}: no stage is trained yet", hint="`llavactl run` trains; `--model DIR` names another model")
+    raise ModelError(
+        f"{run_dir}: no stage is trained yet", hint="`llavactl run` trains; `--model DIR` names another model"
+    )
 
 
 def load(folder: Path, *, dtype: str | None = None) -> Loaded:

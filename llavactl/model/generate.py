@@ -26,6 +26,9 @@ class Sampling:
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 @torch.inference_mode()
 def generate(
     model: LlavaModel, batch: Batch, sampling: Sampling, stop: Collection[int], cache: Any = None

@@ -120,5 +120,3 @@ def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = No
             made = registry().create(entry.kind, {"name": entry.name, **options[entry.name]})
             faults += [f"{entry.kind} {entry.name}: {fault}" for fault in checks[entry.kind](made)]
     return faults
-
-

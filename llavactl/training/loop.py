@@ -82,7 +82,8 @@ def train(run: Run) -> int:
                 run.observe("train_logged", {"line": each})
             if last or done % stage.checkpoint_every == 0:
                 _save(run, done)
-            bar.show(loss=f"{line['loss']:.4f}", **({"val": f"{lines[-1]['val_loss']:.4f}"} if len(lines) > 1 else {}))
+            facts = {name: f"{value:.4f}" for each in lines for name, value in each.items() if name.endswith("loss")}
+            bar.show(1, **facts)
     if metrics:
         metrics.close()
     return start
@@ -176,7 +177,7 @@ def _sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` added up over all processes."""
     if accelerator.num_processes == 1:
         return tensor
-    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").to(tensor.device)  # type: ignore[no-any-return]
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").to(tensor.device)
 
 
 def hash_seed(*parts: int) -> int:

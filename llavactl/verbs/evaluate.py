@@ -85,7 +85,12 @@ def _ask(recipe: Recipe | None, task: Task, spec: Mapping[str, Any], folder: Pat
 
         assistant = open_assistant(folder)
         answers = runner.ask(
-            assistant, questions, answers, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens, file=kept
+            assistant,
+            questions,
+            answers,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            file=kept,
         )
     chosen, n, scored = runner.score(task, questions, answers, protocol)
     report = EvalReport(spec["name"], chosen, str(folder), n, scored.scores, scored.failed, str(file))

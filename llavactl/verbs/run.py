@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What every step did, None where the recipe has no such step; ``example``: one held-out question and its answer."""
+    """What every step did, None where the recipe has no such step; ``example`` is a question with its answer."""
 
     name: str
     run_dir: str

@@ -28,12 +28,12 @@ from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import checkpoints, stages
-from llavactl.training.loop import Run, train as run_loop
+from llavactl.training.loop import Run
+from llavactl.training.loop import train as run_loop
 from llavactl.training.metrics import read as read_metrics
 from llavactl.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
 
     from llavactl.recipe.frame import Recipe, Stage
 
@@ -78,7 +78,9 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     folder = recipe.run_dir / f"stage{stage}"
     features = open_features(recipe, stage, device=str(accelerator.device))
     start = _start(recipe, stage)
-    parts = build(recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed)
+    parts = build(
+        recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
+    )
     template = settings.template or recipe.language.template
     encoding = Encoding(
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
@@ -92,11 +94,23 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
     optimizer = Optimizer(parts.model, rates, settings.weight_decay)
-    description = _description(recipe, stage, features.fingerprint, digest) | {"shape": asdict(features.shape), "template": template}
+    description = _description(recipe, stage, features.fingerprint, digest) | {
+        "shape": asdict(features.shape),
+        "template": template,
+    }
     run = Run(
-        model=parts.model, optimizer=optimizer, stage=settings, data=data.train, validation=data.validation, folder=folder,
-        seed=recipe.seed, digest=digest, resume=resume == "auto", accelerator=accelerator, observe=_observer(stage, folder),
-    )  # fmt: skip
+        model=parts.model,
+        optimizer=optimizer,
+        stage=settings,
+        data=data.train,
+        validation=data.validation,
+        folder=folder,
+        seed=recipe.seed,
+        digest=digest,
+        resume=resume == "auto",
+        accelerator=accelerator,
+        observe=_observer(stage, folder),
+    )
     if accelerator.is_main_process:
         write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
         _left_out(folder, data)

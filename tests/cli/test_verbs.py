@@ -59,14 +59,27 @@ def here(empty: Path) -> Path:
 
 
 def test_a_report_is_lines_or_one_document(verb: Any, here: Path) -> None:
-    verb("run", "run", Report())
-    assert run_cli("run", cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
-    assert run_cli("run", "--json", cwd=here).json() == {
-        "name": "x",
-        "where": "/somewhere",
-        "loss": 0.5,
-        "steps": [1, 2],
-    }
+    verb("extract", "extract", Report())
+    assert run_cli("extract", cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
+    document = run_cli("extract", "--json", cwd=here).json()
+    assert document == {"name": "x", "where": "/somewhere", "loss": 0.5, "steps": [1, 2]}
+
+
+def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path) -> None:
+    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.verbs.run import RunReport
+
+    scores = {"accuracy": 81.25, "chance": {"accuracy": 25.0}, "by kind": {"colour": 90.0, "count": 72.5}}
+    scored = EvalReport("scenes", "exact", "m", 16, scores, 1)
+    example = {"question": "What?", "answer": "red", "reference": "red", "file": "a b.png"}
+    verb("run", "run", RunReport("small", "runs/small", "m", None, None, None, (scored,), "report.html", example))
+    shown = run_cli("run", cwd=here).stdout.splitlines()
+    assert shown[0] == "small in runs/small"
+    assert "eval     scenes, 16 questions, protocol exact, 1 not understood" in shown
+    assert any("accuracy" in line and "81.2" in line and "chance 25.0" in line for line in shown)
+    assert any("colour 90.0  count 72.5" in line for line in shown)
+    assert shown[-1] == "llavactl chat --model m --image 'a b.png'"
+    assert run_cli("run", "--json", cwd=here).json()["eval"][0]["scores"] == scores
 
 
 @pytest.mark.parametrize("command", [["run"], ["extract"], ["train", "--stage", "1"], ["chat"], ["eval", "scenes"]])
@@ -78,9 +91,9 @@ def test_without_a_recipe_they_say_so(command: list[str], empty: Path) -> None:
 
 
 def test_the_recipe_is_loaded_with_its_overrides(verb: Any, here: Path) -> None:
-    run = verb("run", "run", Report())
-    run_cli("run", "-o", "seed=3", "-o", "stage1.epochs=2", cwd=here)
-    (recipe,) = run.call_args.args
+    extract = verb("extract", "extract", Report())
+    run_cli("extract", "-o", "seed=3", "-o", "stage1.epochs=2", cwd=here)
+    (recipe,) = extract.call_args.args
     assert (recipe.seed, recipe.stage1.epochs) == (3, 2)
 
 

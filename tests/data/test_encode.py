@@ -72,7 +72,9 @@ def test_plain_trains_caption_and_newline_and_no_end(tokenizer: Any) -> None:
 
 def test_the_tokenizers_own_template(tokenizer: Any) -> None:
     made = encoding("tokenizer", tokenizer).encode(TALK)
-    assert read(tokenizer, made.ids).startswith("<|im_start|>user\n▣▣▣\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog.")
+    assert read(tokenizer, made.ids).startswith(
+        "<|im_start|>user\n▣▣▣\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA dog."
+    )
     assert trained(tokenizer, made.labels) == "A dog.<|im_end|>Red.<|im_end|>"
 
 
@@ -97,9 +99,9 @@ def test_a_prompt_is_what_training_saw_before_the_answer(tokenizer: Any, templat
 
 
 def test_a_bos_is_put_before_everything_once(tokenizer: Any) -> None:
-    from tokenizers.processors import TemplateProcessing
-
     import copy
+
+    from tokenizers.processors import TemplateProcessing
 
     begins = copy.deepcopy(tokenizer)
     begins.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -112,7 +114,10 @@ words = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, m
 
 
 @settings(max_examples=60, deadline=None)
-@given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=4), template=st.sampled_from(["vicuna-v1", "tokenizer"]))
+@given(
+    turns=st.lists(st.tuples(words, words), min_size=1, max_size=4),
+    template=st.sampled_from(["vicuna-v1", "tokenizer"]),
+)
 def test_exactly_the_answers_are_trained(tokenizer: Any, turns: list[tuple[str, str]], template: str) -> None:
     talk = [turn for q, a in turns for turn in (Turn("user", (q,)), Turn("assistant", (a,)))]
     made = encoding(template, tokenizer).encode(talk)
@@ -125,7 +130,12 @@ def test_exactly_the_answers_are_trained(tokenizer: Any, turns: list[tuple[str, 
 @settings(max_examples=80, deadline=None)
 @given(length=st.integers(1, 120))
 def test_truncation_never_cuts_an_image(tokenizer: Any, length: int) -> None:
-    talk = [Turn("user", (PHOTO, "\nWhat?")), Turn("assistant", ("A dog.",)), Turn("user", ("And ", OTHER, "?")), Turn("assistant", ("No.",))]
+    talk = [
+        Turn("user", (PHOTO, "\nWhat?")),
+        Turn("assistant", ("A dog.",)),
+        Turn("user", ("And ", OTHER, "?")),
+        Turn("assistant", ("No.",)),
+    ]
     made = encoding("vicuna-v1", tokenizer, 7, length).encode(talk)
     assert len(made) <= length
     assert sum(token == IMAGE_TOKEN for token in made.ids) == 7 * len(made.images)

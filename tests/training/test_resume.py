@@ -40,7 +40,9 @@ def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
             process.wait()
             return
         time.sleep(0.005)
-    raise AssertionError(f"the run ended before step {step}: {process.stderr.read().decode() if process.stderr else ''}")
+    raise AssertionError(
+        f"the run ended before step {step}: {process.stderr.read().decode() if process.stderr else ''}"
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +66,7 @@ def test_killed_and_resumed_is_uninterrupted(toy: Path, more: list[str]) -> None
         result = run_cli(*command(toy, stage, *more))
         assert result.exit_code == 0, result.stderr
         first = result.json()["first_step"]
-        assert 0 < first and 11 - first <= 2 + 1, "at most one checkpoint interval is repeated"
+        assert first >= 11 - 3, "at most one checkpoint interval is repeated"
         same(toy / f"runs/toy/stage{stage}", toy / f"whole/stage{stage}")
 
 
@@ -111,7 +113,9 @@ def test_two_processes_train_what_one_does(toy: Path) -> None:
     for left, right in zip(read(toy / "one/stage1/metrics.jsonl"), read(toy / "two/stage1/metrics.jsonl"), strict=True):
         assert left["step"] == right["step"]
         assert left.get("tokens") == right.get("tokens")
-        assert left.get("loss", left.get("val_loss")) == pytest.approx(right.get("loss", right.get("val_loss")), rel=1e-4)
+        assert left.get("loss", left.get("val_loss")) == pytest.approx(
+            right.get("loss", right.get("val_loss")), rel=1e-4
+        )
 
 
 def test_accumulation_does_not_change_the_loss(toy: Path) -> None:

@@ -65,7 +65,9 @@ def test_run_on_coco_photos(coco: Path) -> None:
         assert report[stage]["samples"] + report[stage]["validation_samples"] == 26 * 5
         assert report[stage]["steps"] == 3
     photo = DATA / "coco-mini/val2017/000000062554.jpg"
-    answer = run_cli("chat", "--image", str(photo), "--prompt", "What is it?", "--json", "--max-new-tokens", "5", cwd=coco)
+    answer = run_cli(
+        "chat", "--image", str(photo), "--prompt", "What is it?", "--json", "--max-new-tokens", "5", cwd=coco
+    )
     assert answer.exit_code == 0, answer.stderr
     assert isinstance(answer.json()["answer"], str)
     again = run_cli("run", "--json", cwd=coco).json()

@@ -35,7 +35,7 @@ class TransformersLanguage:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
             raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
-        return tokenizer  # type: ignore[no-any-return]
+        return tokenizer
 
     def load(self, dtype: str) -> PreTrainedModel:
         """Raises ModelError when weights are missing or not finite."""
@@ -53,7 +53,7 @@ class TransformersLanguage:
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
-        return model  # type: ignore[no-any-return]
+        return model
 
     def _checked(self) -> str:
         model = self.options.model

@@ -43,7 +43,9 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
         raise DataError(f"{options.path}: there is no such file", hint="`path` names LLaVA's JSON or JSONL")
     root = str(options.images or options.path.parent)
     if not Path(root).is_dir() and options.images is not None:
-        raise DataError(f"{root}: there is no such folder", hint="`images` is the folder that image paths are relative to")
+        raise DataError(
+            f"{root}: there is no such folder", hint="`images` is the folder that image paths are relative to"
+        )
     for where, record in _records(options.path):
         yield _sample(record, where, root)
 

@@ -17,7 +17,9 @@ class Plain:
     def __init__(self, options: Any) -> None:
         pass
 
-    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+    def render(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
+    ) -> list[Segment]:
         segments: list[Segment] = []
         for turn in turns:
             segments += [ImageSlot() for _ in turn.images]

@@ -20,7 +20,9 @@ class TokenizerTemplate:
     def __init__(self, options: Any) -> None:
         pass
 
-    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+    def render(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
+    ) -> list[Segment]:
         messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
         segments: list[Segment] = []
         written = ""

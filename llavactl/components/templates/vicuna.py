@@ -22,7 +22,9 @@ class VicunaV1:
     def __init__(self, options: Any) -> None:
         pass
 
-    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False) -> list[Segment]:
+    def render(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
+    ) -> list[Segment]:
         system = [turn.text for turn in turns if turn.role == "system"]
         segments: list[Segment] = [Text((system[0] if system else SYSTEM) + " ")]
         for turn in turns:

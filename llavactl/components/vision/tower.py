@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """An RGB image to pixels [3, H, W] float32: padded to a square when asked, then the model's own processor."""
+    """An RGB image to pixels [3, H, W] float32: padded to a square if asked, then the model's own processor."""
 
     processor: Any
     image: Literal["square", "pad"]
@@ -33,14 +33,14 @@ class Preprocess:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """``image`` in the middle of a square of ``colour``; an odd remainder goes right or below (LLaVA's expand2square)."""
-    from PIL import Image as PIL
+    """``image`` in the middle of a square of ``colour``; what is odd goes right or below (LLaVA's expand2square)."""
+    import PIL.Image
 
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
-    square = PIL.new("RGB", (side, side), colour)
+    square = PIL.Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
@@ -48,7 +48,9 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 class Tower:
     """The frozen backbone, an ``Encoder``."""
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, shape: FeatureShape, layers: tuple[int, ...], skip: int):
+    def __init__(
+        self, model: nn.Module, preprocess: Preprocess, shape: FeatureShape, layers: tuple[int, ...], skip: int
+    ):
         self.model = model
         self.preprocess = preprocess
         self.shape = shape
@@ -114,7 +116,7 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     if pixels.shape[-2:] != (side, side):
         got = "x".join(map(str, pixels.shape[-2:]))
         raise ModelError(
-            f"vision model {vision.options.model}: its image processor makes {got} pixels, the model takes {side}x{side}",
+            f"vision model {vision.options.model}: its processor makes {got} pixels, the model takes {side}x{side}",
             hint="mend preprocessor_config.json beside the weights",
         )
     features = tower.encode(pixels)
@@ -136,8 +138,11 @@ def _read(vision: TransformersVision) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"vision model {vision.options.model}: {len(missing)} weights are missing, such as {missing[0]}")
-    return model  # type: ignore[no-any-return]
+        raise ModelError(
+            f"vision model {vision.options.model}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
+    found: nn.Module = model
+    return found
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:

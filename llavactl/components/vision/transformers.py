@@ -59,7 +59,9 @@ class TransformersVision:
             found = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"vision model {model!r}: {reason}", hint="give a local folder as `vision.model`") from error
+            raise ModelError(
+                f"vision model {model!r}: {reason}", hint="give a local folder as `vision.model`"
+            ) from error
         return None if found is None else Path(found)
 
     @cached_property
@@ -102,7 +104,9 @@ class TransformersVision:
         """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read."""
         first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
-            raise ModelError(f"vision model {self.options.model}: there are no weights", hint=f"looked for {', '.join(WEIGHTS)}")
+            raise ModelError(
+                f"vision model {self.options.model}: there are no weights", hint=f"looked for {', '.join(WEIGHTS)}"
+            )
         files = [first]
         if first.suffix == ".json":
             shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
