@@ -6,6 +6,7 @@ stdout has results and nothing else; logs, progress and errors go to stderr. Exi
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -23,8 +24,16 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
+    _speak_utf8()
     _log_to_stderr()
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _speak_utf8() -> None:
+    """Answers and paths have signs that a locale may not; what isn't text in a file's name goes through as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -46,6 +46,7 @@ def list_(as_json: bool) -> None:
 @json_option
 def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
     """Print a recipe."""
+    from llavactl.recipe.document import content
     from llavactl.recipe.load import dump
     from llavactl.recipe.resolve import find
 
@@ -55,7 +56,7 @@ def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], res
     elif resolved or overrides:
         click.echo(dump(load(chosen, overrides)), nl=False)
     else:
-        click.echo(find(chosen).file.read_text(encoding="utf-8"), nl=False)
+        click.echo(content(find(chosen).file), nl=False)
 
 
 @command.command()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.recipe.document import display
+from llavactl.recipe.document import content, display
 from llavactl.recipe.resolve import DEFAULT, find, is_path
 
 _EXTENDS = re.compile(r"^extends:[ \t]*(['\"]?)(?P<parent>[^'\"#\n]+?)\1(?=[ \t]*(#.*)?$)", re.MULTILINE)
@@ -27,7 +27,7 @@ def copy(name: str, destination: Path | None = None, *, force: bool = False) -> 
     file = destination / DEFAULT if destination.is_dir() else destination
     if file.exists() and not force:
         raise RecipeError(f"{display(file)} exists", hint="--force overwrites it, or name another file")
-    text = place.file.read_text(encoding="utf-8")
+    text = content(place.file)
     try:
         write_atomic(file, _EXTENDS.sub(lambda line: _extends(line["parent"], place.file.parent), text))
     except OSError as error:

@@ -90,13 +90,33 @@ def read(file: Path, base: Path, problems: list[Problem]) -> Node:
         RecipeError: there is no such file, or it holds something else.
     """
     shown = display(file)
-    text = _text(file, shown)
-    root = parse(text, base, lambda line: f"{shown}:{line}", problems)
+    root = parse(content(file), base, lambda line: f"{shown}:{line}", problems)
     if root.value is None:
         raise _refused(shown, "empty")
     if not isinstance(root.value, dict):
         raise _refused(root.where, "not a recipe: the file must hold `key: value` lines")
     return root
+
+
+def content(file: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        RecipeError: there is no such file, or it can't be a recipe.
+    """
+    shown = display(file)
+    try:
+        if file.is_dir():
+            raise _refused(shown, "a folder, not a recipe file", hint=_inside(file))
+        if file.stat().st_size > MAX_BYTES:
+            raise _refused(shown, f"not a recipe: {file.stat().st_size} bytes")
+        return file.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise _refused(shown, "there is no such file") from error
+    except UnicodeDecodeError as error:
+        raise _refused(shown, "not a text file (UTF-8)") from error
+    except (OSError, ValueError) as error:
+        raise _refused(shown, f"can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def merge(parent: Node, child: Node, *, top: bool = True) -> Node:
@@ -231,21 +251,6 @@ def _scalar(tag: str, text: str) -> str | float | bool | None:
     except ValueError:
         pass  # a number of YAML 1.1, such as 12:30:00 below a %YAML 1.1 line
     return text
-
-
-def _text(file: Path, shown: str) -> str:
-    try:
-        if file.is_dir():
-            raise _refused(shown, "a folder, not a recipe file", hint=_inside(file))
-        if file.stat().st_size > MAX_BYTES:
-            raise _refused(shown, f"not a recipe: {file.stat().st_size} bytes")
-        return file.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise _refused(shown, "there is no such file") from error
-    except UnicodeDecodeError as error:
-        raise _refused(shown, "not a text file (UTF-8)") from error
-    except (OSError, ValueError) as error:
-        raise _refused(shown, f"can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _inside(folder: Path) -> str:

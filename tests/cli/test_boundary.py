@@ -135,6 +135,16 @@ def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(code, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
+def test_output_is_utf_8_in_any_locale(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: ä\nseed: x\nstage1: {epochs: 0, batch_size: 0}\n")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    process = program("recipes", "check", cwd=tmp_path, env=environment, encoding="utf-8")
+    out, err = process.communicate()
+    assert "must be a whole number ≥ 1, not 0" in out
+    assert "not 'ä'" in out
+    assert err == ""
+
+
 def test_a_closed_pipe_is_silent() -> None:
     process = program("recipes", "schema")
     assert process.stdout is not None

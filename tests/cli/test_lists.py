@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +53,11 @@ class TestRecipes:
     def test_show_json(self, here: Path) -> None:
         (here / "recipe.yaml").write_text(SMALL)
         assert run_cli("recipes", "show", "--json", cwd=here).json()["vision"]["layer"] == -2
+
+    def test_show_what_is_no_recipe(self, here: Path) -> None:
+        (here / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+        result = run_cli("recipes", "show", cwd=here)
+        assert (result.exit_code, result.stderr) == (1, "error: recipe.yaml: not a text file (UTF-8)\n")
 
     def test_copy_then_check(self, here: Path) -> None:
         result = run_cli("recipes", "copy", "llava-v1.5-7b-lora", cwd=here)
@@ -213,6 +220,25 @@ class TestDoctor:
         found = self.findings()
         assert found["bfloat16, as recipes train by default"].works == bfloat16
         assert found["a 7B language model"].works == large
+
+    def test_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        about = [
+            SimpleNamespace(name="H200", major=9, total_memory=150e9),
+            SimpleNamespace(name="T4", major=7, total_memory=15e9),
+        ]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", about.__getitem__)
+        _, first, second = doctor.doctor().devices
+        assert first == doctor.Device("cuda:0 H200", 150.0, ("float32", "float16", "bfloat16"))
+        assert second == doctor.Device("cuda:1 T4", 15.0, ("float32", "float16"))
+
+    def test_a_torch_that_cannot_be_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch", None)
+        found = self.findings()["torch"]
+        assert not found.works
+        assert "can't be imported" in found.why
 
 
 def test_every_json_output_is_one_document() -> None:
