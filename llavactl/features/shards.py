@@ -149,15 +149,18 @@ class Partial:
 
 
 def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[int, int]:
-    """An HDF5 file with room for ``images``; where its features and its keys begin, in bytes."""
-    with h5py.File(path, "w") as file:
-        file.attrs["fingerprint"] = fingerprint.json
-        file.attrs["format"] = FORMAT
-        file.attrs["grid"] = shape.grid
-        file.attrs["prefix"] = shape.prefix
-        features = _allocate(file, "features", (images, shape.patches, shape.width), _ROW)
-        keys = _allocate(file, "keys", (images,), _KEY)
-        return features, keys
+    """An HDF5 file with room for ``images``; where its features and its keys begin, in bytes. Raises OSError."""
+    try:
+        with h5py.File(path, "w") as file:
+            file.attrs["fingerprint"] = fingerprint.json
+            file.attrs["format"] = FORMAT
+            file.attrs["grid"] = shape.grid
+            file.attrs["prefix"] = shape.prefix
+            features = _allocate(file, "features", (images, shape.patches, shape.width), _ROW)
+            keys = _allocate(file, "keys", (images,), _KEY)
+            return features, keys
+    except RuntimeError as error:  # what h5py makes of a full disk while it closes a file
+        raise OSError(str(error)) from error
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llavactl.core.errors import StoreError
 from llavactl.features.manifest import Entry, check_fingerprint, read_fingerprint, read_manifest
 from llavactl.features.shards import Shard, checksum
-from llavactl.features.writer import exclusive, leftovers
+from llavactl.features.writer import exclusive, unfinished
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _damage(folder: Path, entry: Entry) -> str:
 
 def debris(folder: Path) -> list[Path]:
     """Files that no reader uses: shards that were never finished and those set aside as damaged."""
-    return [*leftovers(folder, "*.partial"), *leftovers(folder, "*.damaged")]
+    return [*unfinished(folder), *sorted(folder.glob("*.damaged"))]
 
 
 @contextlib.contextmanager

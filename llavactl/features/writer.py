@@ -132,7 +132,7 @@ class StoreWriter:
         if (found := read_fingerprint(self.folder)) is None:
             write_fingerprint(self.folder, self.fingerprint)
         check_fingerprint(self.folder, found or self.fingerprint, self.fingerprint)
-        for stale in leftovers(self.folder, "*.partial"):
+        for stale in unfinished(self.folder):
             log.info("removing %s, left by an extract that was interrupted", stale)
             stale.unlink()
         manifest = read_manifest(self.folder)
@@ -144,7 +144,7 @@ class StoreWriter:
         self._manifest = manifest or self._manifest
         self._skipped = dict(self._manifest.skipped)
         listed = {entry.file for entry in self._manifest.shards}
-        for path in leftovers(self.folder, "*.h5"):
+        for path in sorted(self.folder.glob("*.h5")):
             if path.name not in listed:
                 self._adopt(path)
         self._manifest.write(self.folder)
@@ -161,9 +161,9 @@ class StoreWriter:
         self._manifest = self._manifest.listing(Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path)))
 
 
-def leftovers(folder: Path, pattern: str) -> list[Path]:
-    """The files of ``folder`` that match ``pattern``, in order of name."""
-    return sorted(path for path in folder.glob(pattern) if path.is_file())
+def unfinished(folder: Path) -> list[Path]:
+    """What writers that died have left in ``folder``: partial shards and unnamed manifests."""
+    return sorted([*folder.glob("*.partial"), *folder.glob(".*.json.*")])
 
 
 @contextlib.contextmanager

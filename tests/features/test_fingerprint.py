@@ -1,0 +1,56 @@
+"""The fingerprint: the same for the same numbers, another for anything that changes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from llavactl.features import Fingerprint, fingerprint
+from llavactl.recipe.frame import Features
+
+FIELDS = {"backbone": "toy", "layers": [2], "image": "pad"}
+
+
+class Identified:
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+
+    def identity(self) -> Mapping[str, Any]:
+        return self.fields
+
+
+def test_the_id_never_changes() -> None:
+    """Stores of earlier versions are found by it."""
+    assert Fingerprint({"a": 1, "b": [2, "ü"]}).id == "163397a6bcd326c1"
+
+
+def test_the_order_of_fields_and_tuples_do_not_matter() -> None:
+    reordered = {"image": "pad", "layers": (2,), "backbone": "toy"}
+    assert fingerprint(Identified(FIELDS), Features()) == fingerprint(Identified(reordered), Features())
+    assert fingerprint(Identified(FIELDS), Features()).id == fingerprint(Identified(reordered), Features()).id
+
+
+@pytest.mark.parametrize("changed", [{"backbone": "other"}, {"layers": [3]}, {"image": "square"}, {"new": None}])
+def test_every_field_of_the_identity_counts(changed: dict[str, Any]) -> None:
+    before, after = (fingerprint(Identified(fields), Features()) for fields in (FIELDS, FIELDS | changed))
+    assert before.id != after.id
+    assert [line.split(":")[0] for line in before.differences(after)] == list(changed)
+
+
+def test_computing_in_another_precision_is_another_fingerprint() -> None:
+    before = fingerprint(Identified(FIELDS), Features())
+    after = fingerprint(Identified(FIELDS), Features(compute="bfloat16"))
+    assert before.differences(after) == ['compute: "float32", not "bfloat16"']
+
+
+def test_how_it_is_batched_and_stored_is_not_part_of_it() -> None:
+    other = Features(batch_size=3, workers=5, shard_images=7, mode="live")
+    assert fingerprint(Identified(FIELDS), Features()).id == fingerprint(Identified(FIELDS), other).id
+
+
+def test_differences_show_both_values_and_what_is_absent() -> None:
+    ours, theirs = Fingerprint({"a": 1, "b": "x", "c": True}), Fingerprint({"a": 2, "c": True, "d": None})
+    assert ours.differences(theirs) == ["a: 1, not 2", 'b: "x", not nothing', "d: nothing, not null"]
+    assert ours.differences(ours) == []

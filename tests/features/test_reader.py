@@ -1,0 +1,149 @@
+"""Features by image, cached or live: the same bits, the same answers to bad images."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llavactl import DataError, FeatureShape, ImageFile, StoreError, TransformersVision
+from llavactl.features import FeatureStore, Fingerprint, LiveFeatures, open_features, stage_fingerprint, stage_vision
+from llavactl.features.prepare import encode, prepare
+from llavactl.recipe.frame import Recipe
+from llavactl.verbs.extract import extract
+
+Load = Callable[..., Recipe]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cached_is_live_bit_for_bit(recipe: Load, images: list[ImageFile], compute: str, stage: int) -> None:
+    settings = (f"features.compute={compute}", "stage1.image=square")
+    extract(recipe(*settings))
+    cached = open_features(recipe(*settings), stage)
+    live = open_features(recipe(*settings, "features.mode=live"), stage, "cpu")
+    assert cached.shape == live.shape
+    assert cached.fingerprint == live.fingerprint == stage_fingerprint(recipe(*settings), stage)
+    for image in images:
+        ours, theirs = cached.load(image), live.load(image)
+        assert ours.dtype == theirs.dtype == np.float16
+        assert np.array_equal(ours, theirs)
+    assert not np.array_equal(cached.load(images[0]), cached.load(images[1]))
+
+
+def test_the_stages_preprocess_as_they_say(recipe: Load, images: list[ImageFile]) -> None:
+    both = recipe("stage1.image=square")
+    assert stage_fingerprint(both, 1).differences(stage_fingerprint(both, 2)) == ['image: "square", not "pad"']
+    assert stage_fingerprint(recipe(), 1) == stage_fingerprint(recipe(), 2)
+    extract(both)
+    long = next(image for image in images if not np.array_equal(*(open_features(both, s).load(image) for s in (1, 2))))
+    assert long
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_features_do_not_depend_on_the_batch(recipe: Load, images: list[ImageFile], dtype: str) -> None:
+    encoder = stage_vision(recipe(), 1).load("cpu", dtype)
+    pixels = [prepare(encoder, image) for image in images]
+    whole = encode(encoder, pixels, "cpu")
+    assert whole.shape == (len(images), encoder.shape.patches, encoder.shape.width)
+    for size in (1, 2, 3, 5, 7):
+        parts = [encode(encoder, pixels[at : at + size], "cpu") for at in range(0, len(pixels), size)]
+        assert np.array_equal(np.concatenate(parts), whole), size
+
+
+def test_cached_never_loads_the_backbone(
+    recipe: Load, images: list[ImageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(recipe())
+
+    def load(*_: object) -> None:
+        raise AssertionError("the backbone's weights were loaded")
+
+    monkeypatch.setattr(TransformersVision, "load", load)
+    features = open_features(recipe(), 2)
+    assert features.unreadable(images) == {}
+    assert features.load(images[0]).shape == (features.shape.patches, features.shape.width)
+    report = extract(recipe())
+    assert (report.encoded, report.stored_before) == (0, len(images))
+
+
+def test_without_extract_there_is_an_error_that_says_so(recipe: Load) -> None:
+    with pytest.raises(StoreError, match=r"no features for this recipe yet$") as caught:
+        open_features(recipe(), 1)
+    assert caught.value.hint == "run `llavactl extract`"
+    extract(recipe())
+    with pytest.raises(StoreError, match=r"layers: \[1\], not \[2\]"):
+        open_features(recipe("vision.layer=-3"), 1)
+
+
+def test_images_not_extracted_yet_are_counted_and_named(recipe: Load, images: list[ImageFile]) -> None:
+    extract(recipe())
+    for index, image in enumerate(images[:5]):
+        image.file.write_bytes(images[6].file.read_bytes() + bytes([index]))
+    with pytest.raises(StoreError, match=f"5 images have no features yet: {images[0].name}, .*, …") as caught:
+        open_features(recipe(), 1).unreadable(images)
+    assert caught.value.hint == "run `llavactl extract`"
+    with pytest.raises(StoreError):
+        open_features(recipe(), 1).load(images[0])
+
+
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_unreadable_images_are_told_with_their_reasons(recipe: Load, images: list[ImageFile], mode: str) -> None:
+    images[1].file.unlink()
+    images[3].file.write_bytes(b"")
+    images[5].file.write_bytes(images[5].file.read_bytes()[:-100])
+    if mode == "cached":
+        extract(recipe())
+    features = open_features(recipe(f"features.mode={mode}"), 1, "cpu")
+    found = features.unreadable(images)
+    assert list(found) == [images[1], images[3], images[5]]
+    assert found[images[1]] == "No such file or directory"
+    assert found[images[3]] == "the file is empty"
+    assert "truncated" in found[images[5]]
+    with pytest.raises(DataError, match="can't be read"):
+        features.load(images[1])
+
+
+def test_a_cached_reader_can_be_pickled(recipe: Load, images: list[ImageFile]) -> None:
+    extract(recipe())
+    features = open_features(recipe(), 1)
+    again = pickle.loads(pickle.dumps(features))
+    assert np.array_equal(features.load(images[2]), again.load(images[2]))
+
+
+class Overflowing:
+    """A backbone whose features grow with the brightness of the image."""
+
+    shape = FeatureShape((1, 1), 1)
+
+    def preprocess(self, image: object) -> np.ndarray:
+        return np.asarray(image, np.float32).mean().reshape(1, 1, 1)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.reshape(-1, 1, 1) * 1000
+
+
+def test_live_features_that_overflow_float16_are_refused(images: list[ImageFile]) -> None:
+    live = LiveFeatures(Overflowing(), Fingerprint({}))
+    with pytest.raises(DataError, match="not finite in float16"):
+        live.load(images[0])
+
+
+def test_a_backbone_that_refuses_an_image_is_a_reason_and_not_a_crash(images: list[ImageFile]) -> None:
+    class Picky(Overflowing):
+        def preprocess(self, image: object) -> np.ndarray:
+            raise ValueError("too small for me")
+
+    live = LiveFeatures(Picky(), Fingerprint({}))
+    assert set(live.unreadable(images[:2]).values()) == {"it can't be preprocessed: too small for me"}
+
+
+def test_the_store_is_shared_between_runs(recipe: Load, images: list[ImageFile], tmp_path: Path) -> None:
+    extract(recipe())
+    again = extract(recipe(f"run_dir={tmp_path / 'elsewhere'}"))
+    assert again.encoded == 0
+    assert len(FeatureStore.open(stage_fingerprint(recipe(), 1))) == len(images)
