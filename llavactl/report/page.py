@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.paths import write_atomic
-from llavactl.report.figures import Table, duration, score_tables, show
+from llavactl.report.figures import MISSING, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
 from llavactl.report.plots import DARK, LIGHT, draw_loss
 from llavactl.report.thumbnails import data_uri, safe_image
@@ -34,7 +34,7 @@ PACKAGES = ("llavactl", "torch", "transformers")
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """A question, what the data says and what the model said; ``right``: word for word the same."""
+    """A question, what the data says and what the model said; ``right``: the same words."""
 
     image: str
     picture: str
@@ -66,6 +66,7 @@ class TaskView:
     name: str
     about: str
     tables: tuple[Table, ...]
+    answers: tuple[SampleAnswer, ...]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -140,8 +141,12 @@ def _answer(row: Mapping[str, Any]) -> SampleAnswer:
         question=show(row.get("question")),
         reference=reference,
         answer=answer,
-        right=reference.casefold() == answer.casefold() != "–",
+        right=_words(reference) == _words(answer) != MISSING,
     )
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".")
 
 
 def _task(file: Path) -> TaskView:
@@ -153,7 +158,12 @@ def _task(file: Path) -> TaskView:
     if protocol := report.get("protocol"):
         about.append(f"protocol {show(protocol)}")
     name = show(report.get("task") or file.stem)
-    return TaskView(name, " · ".join(about), score_tables(scores) if isinstance(scores, Mapping) else ())
+    return TaskView(
+        name=name,
+        about=" · ".join(about),
+        tables=score_tables(scores) if isinstance(scores, Mapping) else (),
+        answers=tuple(map(_answer, read_list(file.parent / "examples" / file.name))),
+    )
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -68,7 +68,7 @@ def run_dir(tmp_path: Path) -> Path:
         write(folder / stage / "metrics.jsonl", text)
         report = {"stage": 1, "steps": 8, "samples": 640, "seconds": 95.2, "tokens_per_s": 1234.5, "loss": 0.375}
         write(folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "left_out": 0})
-        answers = [("What is it?", "A cat.", "a cat."), ("How many?", "Two.", "Three.")]
+        answers = [("What is it?", "A cat.", "a cat"), ("How many?", "Two.", "Three.")]
         rows = [{"image": "a.jpg", "question": q, "reference": r, "answer": a} for q, r, a in answers]
         write(folder / stage / "samples.json", [{**rows[0], "thumbnail": PIXEL}, {**rows[1], "thumbnail": ""}])
     scores = {"accuracy": 61.25, "unparsed": 1, "chance": {"accuracy": 33.5}}
@@ -84,12 +84,20 @@ def test_a_whole_run_is_on_the_page(run_dir: Path) -> None:
     shown = page(run_dir)
     for text in ("my-run", "clip-vit", "vicuna-7b", "Stage 1", "Stage 2", "finished", "640", "1 min 35 s", "0.375"):
         assert text in shown.text
-    for text in ("What is it?", "a cat. ✓", "Three.", "61.2", "33.5", "400 questions · 3 failed · protocol exact"):
+    for text in ("What is it?", "a cat ✓", "Three.", "61.2", "33.5", "400 questions · 3 failed · protocol exact"):
         assert text in shown.text
     for text in ("25 could not be read", "19.jpg", "and 5 more", "transformers", "Python", "name: linear"):
         assert text in shown.text
     assert "20.jpg" not in shown.text
     assert shown.images.count(PIXEL) == 2
+
+
+def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
+    row = {"image": "b.png", "thumbnail": PIXEL, "question": "Which colour?", "reference": "Red.", "answer": "Blue."}
+    write(run_dir / "eval/examples/scenes.json", [row])
+    shown = page(run_dir)
+    assert "Which colour?" in shown.text
+    assert shown.images.count(PIXEL) == 3
 
 
 def test_needs_nothing_but_itself(run_dir: Path) -> None:
@@ -118,6 +126,7 @@ def test_hostile_text_stays_text(run_dir: Path) -> None:
     write(run_dir / "recipe.yaml", json.dumps({"name": HOSTILE, "connector": {"name": HOSTILE, "model": HOSTILE}}))
     task = {"task": HOSTILE, "protocol": HOSTILE, "n": 1, "scores": {HOSTILE: 1.0, "group": {HOSTILE: HOSTILE}}}
     write(run_dir / "eval/scenes.json", task)
+    write(run_dir / "eval/examples/scenes.json", [row])
     write(run_dir / "skipped.jsonl", json.dumps({"image": HOSTILE, "reason": HOSTILE}) + "\n")
     shown = page(run_dir)
     assert shown.tags["script"] == 0
