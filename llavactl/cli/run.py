@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @recipe_options
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Extract, stage 1, stage 2, eval: finished steps are skipped, an interrupted one resumes."""
+    """Generate, extract, stage 1, stage 2, eval: finished steps are skipped, an interrupted one resumes."""
     from llavactl.verbs.run import run
 
     report = run(load(source, overrides))
@@ -32,6 +32,9 @@ def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> No
 def _summary(report: RunReport) -> list[str]:
     """What a person wants to know: each step, the scores, one question to try again."""
     lines = [f"{report.name} in {report.run_dir}"]
+    if report.generate is not None:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.generate.kinds.items())
+        lines.append(f"generate {report.generate.samples} samples ({kinds}), {report.generate.refused} refused")
     if report.extract is not None:
         done, took = report.extract, f"{report.extract.seconds:.0f} s"
         lines.append(f"extract  {done.unique} images, {done.encoded} encoded now, {done.skipped} skipped, {took}")

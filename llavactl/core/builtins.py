@@ -9,6 +9,7 @@ _COMPONENTS = "llavactl.components"
 COMMANDS = {
     "recipes": "list, show, copy, check: what a run is made of",
     "run": "a recipe's whole pipeline; finished steps are skipped",
+    "data": "instruction data from a teacher",
     "extract": "vision features into the store",
     "cache": "what the feature stores hold; verify and prune them",
     "train": "one stage: the connector, then the language model",
@@ -78,6 +79,17 @@ def register_templates(register: Register) -> None:
     register("vicuna-v1", f"{_COMPONENTS}.templates.vicuna:VicunaV1", summary="USER: … ASSISTANT: … (LLaVA v1.5)")
     own = f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate"
     register("tokenizer", own, summary="the tokenizer's own chat template")
+
+
+@hookimpl
+def register_teachers(register: Register) -> None:
+    """Teachers that come with llavactl."""
+    register(
+        "rules",
+        f"{_COMPONENTS}.teachers.rules:Rules",
+        options=f"{_COMPONENTS}.teachers.rules:RulesOptions",
+        summary="captions and boxes to conversations, details and reasoning by rules, without a network",
+    )
 
 
 @hookimpl

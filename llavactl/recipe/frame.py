@@ -84,6 +84,44 @@ class TaskSpec(Spec):
     kind = "tasks"
 
 
+class PictureSpec(Spec):
+    """A source for its pictures: their captions and boxes are what a teacher is told."""
+
+    kind = "sources"
+
+
+class TeacherSpec(Spec):
+    kind = "teachers"
+
+
+class Kinds(Section):
+    """Weights; 0 leaves a kind out."""
+
+    conversation: NotNegative = 0
+    detail: NotNegative = 0
+    reasoning: NotNegative = 0
+
+    @model_validator(mode="after")
+    def _some(self) -> Kinds:
+        if not any(self.weights().values()):
+            raise ValueError("at least one of conversation, detail, reasoning needs a weight above 0")
+        return self
+
+    def weights(self) -> dict[Literal["conversation", "detail", "reasoning"], float]:
+        """The weight of every kind."""
+        return {"conversation": self.conversation, "detail": self.detail, "reasoning": self.reasoning}
+
+
+class Generate(Section):
+    """Instruction data made by a teacher; without ``samples``, one of each kind about every picture."""
+
+    source: PictureSpec
+    teacher: TeacherSpec
+    kinds: Kinds
+    samples: Count | None = None
+    out: RecipePath
+
+
 class Features(Section):
     mode: Literal["cached", "live"] = "cached"
     dtype: Literal["float16"] = "float16"
@@ -175,5 +213,6 @@ class Recipe(Section):
     stage1: Stage1 = Stage1()
     stage2: Stage2 = Stage2()
     eval: Eval = Eval()
+    generate: Generate | None = None
     seed: Whole = 0
     run_dir: RecipePath

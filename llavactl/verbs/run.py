@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.report.page import write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.extract import ExtractReport, extract
+from llavactl.verbs.generate import GenerateReport, generate
 from llavactl.verbs.train import TrainReport, train
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class RunReport:
     name: str
     run_dir: str
     model: str | None
+    generate: GenerateReport | None
     extract: ExtractReport | None
     stage1: TrainReport | None
     stage2: TrainReport | None
@@ -32,7 +34,8 @@ class RunReport:
 
 
 def run(recipe: Recipe) -> RunReport:
-    """Extract, stage 1, stage 2, every task: each step decides by content whether it has work to do."""
+    """Generate, extract, stage 1, stage 2, every task: each step decides by content whether it has work to do."""
+    generated = generate(recipe) if recipe.generate is not None else None
     cached = recipe.features.mode == "cached"
     extracted = extract(recipe) if cached and (recipe.data.stage1 or recipe.data.stage2) else None
     stage1 = train(recipe, 1) if recipe.data.stage1 else None
@@ -44,6 +47,7 @@ def run(recipe: Recipe) -> RunReport:
         name=recipe.name,
         run_dir=str(recipe.run_dir),
         model=last.model if last else None,
+        generate=generated,
         extract=extracted,
         stage1=stage1,
         stage2=stage2,

@@ -1,0 +1,1 @@
+"""Teachers: what writes instruction data about a picture it is told of in words."""
