@@ -1,0 +1,61 @@
+"""The generated pages say what the code says, and leave nothing out."""
+
+import inspect
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llavactl.core import hookspecs, protocols
+from llavactl.core.builtins import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+GENERATE = ROOT / "docs" / "generate.py"
+PLUGINS = (ROOT / "docs" / "plugins.md").read_text()
+CLI = (ROOT / "docs" / "cli.md").read_text()
+HOOKS = [name for name, each in vars(hookspecs).items() if hasattr(each, "llavactl_spec")]
+
+
+def test_the_pages_are_up_to_date() -> None:
+    """In a process of its own: other tests load plugins, the pages know none."""
+    script = (
+        f"import runpy; m = runpy.run_path({str(GENERATE)!r}); read = lambda page: (m['ROOT'] / page).read_text()\n"
+        "print(*(page for page in m['PAGES'] if m['filled'](read(page)) != read(page)))"
+    )
+    stale = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert stale.stdout.split() == [], "run `make docs`"
+
+
+def test_every_block_is_in_some_page() -> None:
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/*.md"))))
+    for name in ("commands", "cli", "hooks", "kinds", "components", "recipes", "names"):
+        assert f"<!-- generated: {name} -->" in pages
+        assert f"<!-- end: {name} -->" in pages
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_in_the_reference_with_its_parameters(hook: str) -> None:
+    _, _, entry = PLUGINS.partition(f"### `{hook}`\n")
+    signature, _, about = entry.partition("\n```\n")
+    for parameter in inspect.signature(getattr(hookspecs, hook)).parameters:
+        assert f"{parameter}: " in signature
+    assert about.strip().split("\n")[0].endswith((".", "time.", "once."))
+
+
+@pytest.mark.parametrize("kind", protocols.KINDS)
+def test_every_kind_is_in_the_reference(kind: str) -> None:
+    assert f"### `{kind}`\n\n```python\nclass {protocols.KINDS[kind].__name__}(Protocol):" in PLUGINS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_reference(command: str) -> None:
+    assert f"## `llavactl {command}`\n" in CLI
+
+
+def test_a_stale_page_is_noticed() -> None:
+    filled = runpy.run_path(str(GENERATE))["filled"]
+    page = "a\n<!-- generated: recipes -->\nold\n<!-- end: recipes -->\nb\n"
+    assert "old" not in filled(page)
+    assert filled(filled(page)) == filled(page)
