@@ -59,13 +59,19 @@ def _summary(report: RunReport) -> list[str]:
 
 
 def _scores(task: EvalReport) -> list[str]:
-    """One line a score, with what stands beside it under the same name (chance, say)."""
+    """One line a score, with its interval and what stands beside it under the same name (chance, say)."""
     plain = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
     groups = {name: value for name, value in task.scores.items() if isinstance(value, dict)}
+    groups |= {name: {key: each[key] for key in plain if key in each} for name, each in task.beside.items()}
     beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
     lines = [f"eval     {task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} not understood"]
     for name, value in plain.items():
-        also = "".join(f"   {other} {_number(group[name])}" for other, group in beside.items() if name in group)
+        low_high = (
+            f" [{_number(task.interval[name][0])}, {_number(task.interval[name][1])}]" if name in task.interval else ""
+        )
+        also = low_high + "".join(
+            f"   {other} {_number(group[name])}" for other, group in beside.items() if name in group
+        )
         lines.append(f"           {name:<12} {_number(value):>6}{also}")
     for name, group in groups.items():
         if name not in beside:

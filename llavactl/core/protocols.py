@@ -8,7 +8,7 @@ generator function will do: the Protocols are structural.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -99,10 +99,14 @@ class Template(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """``scores`` by their published names, rates as percentages; ``failed`` answers that could not be read as one."""
+    """``scores`` by their published names, rates as percentages; ``failed`` answers that could not be read as one.
+
+    ``right`` says of each question whether its answer is right, where that can be said: intervals need it.
+    """
 
     scores: Mapping[str, Json]
     failed: int = 0
+    right: Mapping[str, bool] = field(default_factory=dict)
 
 
 @runtime_checkable

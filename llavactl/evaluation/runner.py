@@ -16,28 +16,28 @@ from llavactl.core.schema import Answer, Question
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
-    from llavactl.chat.assistant import Assistant
     from llavactl.core.protocols import Scores, Task
+    from llavactl.evaluation.views import View
 
 
 def ask(
-    assistant: Assistant,
-    questions: Sequence[Question],
-    before: Mapping[str, Answer],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    file: Path,
+    view: View, questions: Sequence[Question], batch_size: int, max_new_tokens: int, file: Path
 ) -> dict[str, Answer]:
-    """Asks every question that has no answer ``before``; each answer goes to ``file`` (JSONL) as it comes."""
-    answers = dict(before)
+    """Asks every question that has no answer in ``file`` (JSONL) yet; each answer goes there as it comes."""
+    answers = read_answers(file, cut=True) if file.is_file() else {}
     wanted = [question for question in questions if question.id not in answers]
+    if not wanted:
+        return answers
+    assistant = view.open(questions)
     # Prompts of like length share a batch, so that little is padded.
     wanted.sort(key=lambda question: len(question.turns[-1].text))
     sampling = Sampling(max_new_tokens=max_new_tokens)
     # What a kill cut short is left behind: the file holds the answers we know, then the new ones.
     write_atomic(file, "".join(_line(answer) for answer in answers.values()))
-    with file.open("a", encoding="utf-8") as out, progress.bar(len(questions), "eval", "question", len(answers)) as bar:
+    with (
+        file.open("a", encoding="utf-8") as out,
+        progress.bar(len(questions), f"eval {view.name}".strip(), "question", len(answers)) as bar,
+    ):
         for at in range(0, len(wanted), batch_size):
             asked = wanted[at : at + batch_size]
             texts = assistant.answer([question.turns for question in asked], sampling)
@@ -93,8 +93,8 @@ def _answer(line: str, where: str) -> Answer:
 
 def score(
     task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str | None
-) -> tuple[str, int, Scores]:
-    """(protocol, number of questions, scores); answers beyond the questions are ignored.
+) -> tuple[str, Scores]:
+    """(protocol, scores); answers beyond the questions are ignored.
 
     Raises:
         DataError: a question without an answer, or an unknown protocol.
@@ -109,4 +109,4 @@ def score(
             f"{len(missing)} of {len(ids)} questions have no answer, the first is {missing[0]!r}",
             hint="are these the answers to this task's questions?",
         )
-    return chosen, len(ids), task.score({name: answers[name] for name in ids}, chosen)
+    return chosen, task.score({name: answers[name] for name in ids}, chosen)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavactl.data.records import samples
+from llavactl.features.backbone import Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
-from llavactl.features.prepare import OVERFLOW, Failure, encode, finite, ordered, prepare
+from llavactl.features.prepare import OVERFLOW, Failure, ordered, prepare
 from llavactl.features.reader import StageNumber, stage_image, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
@@ -130,11 +131,14 @@ def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, Im
 
 @dataclass(frozen=True)
 class Work:
-    """What features are made with: a loaded backbone, the device it is on, and the recipe's ``features``."""
+    """What features are made with: a loaded backbone, and the recipe's ``features``."""
 
-    encoder: Encoder
-    device: str
+    backbone: Backbone
     settings: Features
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.backbone.encoder
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def _made(keys: list[str], pixels: list[np.ndarray], failures: dict[str, Failure
     if not keys:
         shape = work.encoder.shape
         return Made([], np.empty((0, shape.patches, shape.width), np.float16), failures)
-    features = encode(work.encoder, pixels, work.device)
+    features = work.backbone.encode(pixels)
     good = finite(features)
     if not good.all():
         failures |= {key: Failure(OVERFLOW, lasting=True) for key, fine in zip(keys, good, strict=True) if not fine}
@@ -236,9 +240,8 @@ def images_per_second(todo: Mapping[str, ImageRef], work: Work) -> float:
     """Measured on one batch of ``todo``, taken from all over it, reading and decoding included; stores nothing."""
     size = work.settings.batch_size
     some = dict(list(todo.items())[:: max(1, len(todo) // size)][:size])
-    first = next(iter(some))
-    for _ in encoded({first: some[first]}, work):
-        pass  # the first image pays for what is made once
+    for _ in encoded(dict(list(some.items())[: work.backbone.group]), work):
+        pass  # the first group pays for what is done once
     began = time.perf_counter()
     for _ in encoded(some, work):
         pass

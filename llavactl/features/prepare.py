@@ -1,16 +1,15 @@
-"""From an image to its features: read, decode, preprocess, encode, round; the same steps cached and live."""
+"""From an image to the pixels that a backbone takes: read, decode, preprocess; in threads, ahead of the backbone."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llavactl.core.errors import ModelError
 from llavactl.data.images import ImageError, decode
 from llavactl.features.keys import content_key, why
 
@@ -51,34 +50,6 @@ def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.nda
         return encoder.preprocess(picture)
     except Exception as error:  # noqa: BLE001 - a backbone that refuses one image must not end the run
         return Failure(f"it can't be preprocessed: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def encode(encoder: Encoder, pixels: Sequence[np.ndarray], device: str) -> np.ndarray:
-    """The features [n, P, Dv] float16 of ``pixels``, n times [3, H, W]; those beyond float16 are infinite.
-
-    Raises:
-        ModelError: the device has not enough memory, or the features are not of the encoder's shape.
-    """
-    import torch
-
-    try:
-        with torch.inference_mode():
-            made = encoder.encode(torch.from_numpy(np.stack(pixels)).to(device))
-            features: np.ndarray = made.to(torch.float16).cpu().numpy()
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{len(pixels)} images at once are too many for the memory of {device}",
-            hint="lower features.batch_size: it changes no feature",
-        ) from error
-    wanted = (len(pixels), encoder.shape.patches, encoder.shape.width)
-    if features.shape != wanted:
-        raise ModelError(f"the vision backbone says it makes features of {wanted} and made {features.shape}")
-    return features
-
-
-def finite(features: np.ndarray) -> np.ndarray:
-    """Which of ``features`` [n, P, Dv] are finite throughout, bool [n]."""
-    return np.asarray(np.isfinite(features).all(axis=(1, 2)))
 
 
 def default_device() -> str:

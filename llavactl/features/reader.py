@@ -12,9 +12,10 @@ import numpy as np
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape
+from llavactl.features.backbone import Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
-from llavactl.features.prepare import OVERFLOW, Failure, default_device, encode, finite, ordered, prepare
+from llavactl.features.prepare import OVERFLOW, Failure, default_device, ordered, prepare
 from llavactl.features.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -92,10 +93,18 @@ class CachedFeatures:
 class LiveFeatures:
     """Features of ``fingerprint`` encoded when they are asked for, rounded as the store rounds them."""
 
-    def __init__(self, encoder: Encoder, fingerprint: Fingerprint, device: str = "cpu", *, workers: int = 2) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        fingerprint: Fingerprint,
+        device: str = "cpu",
+        *,
+        workers: int = 2,
+        batch_size: int = 16,
+    ) -> None:
         self.encoder = encoder
         self.fingerprint = fingerprint
-        self.device = device
+        self.backbone = Backbone(encoder, device, batch_size)
         self.workers = workers
 
     @property
@@ -106,7 +115,7 @@ class LiveFeatures:
         pixels = prepare(self.encoder, image)
         if isinstance(pixels, Failure):
             raise DataError(f"image {image.name} can't be read: {pixels.reason}")
-        features = encode(self.encoder, [pixels], self.device)
+        features = self.backbone.encode([pixels])
         if not finite(features)[0]:
             raise DataError(f"image {image.name} can't be used: {OVERFLOW}")
         return np.asarray(features[0])
@@ -153,5 +162,6 @@ def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None)
     if recipe.features.mode == "cached":
         return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
     device = device or default_device()
-    encoder = vision.load(device, recipe.features.compute)
-    return LiveFeatures(encoder, made_with, device, workers=recipe.features.workers)
+    settings = recipe.features
+    encoder = vision.load(device, settings.compute)
+    return LiveFeatures(encoder, made_with, device, workers=settings.workers, batch_size=settings.batch_size)

@@ -42,6 +42,7 @@ class SampleAnswer:
     reference: str
     answer: str
     right: bool
+    blind: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def _answer(row: Mapping[str, Any]) -> SampleAnswer:
         reference=reference,
         answer=answer,
         right=_words(reference) == _words(answer) != MISSING,
+        blind=show(row["blind"]) if "blind" in row else "",
     )
 
 
@@ -151,7 +153,7 @@ def _words(text: str) -> str:
 
 def _task(file: Path) -> TaskView:
     report = read_document(file)
-    scores = report.get("scores")
+    scores = _with_those_beside(report)
     about = [
         f"{show(report[key])} {word}" for key, word in (("n", "questions"), ("failed", "failed")) if report.get(key)
     ]
@@ -161,9 +163,26 @@ def _task(file: Path) -> TaskView:
     return TaskView(
         name=name,
         about=" · ".join(about),
-        tables=score_tables(scores) if isinstance(scores, Mapping) else (),
+        tables=score_tables(scores),
         answers=tuple(map(_answer, read_list(file.parent / "examples" / file.name))),
     )
+
+
+def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores, and as groups beside them their intervals and the same scores of others."""
+    found = report.get("scores")
+    scores = dict(found) if isinstance(found, Mapping) else {}
+    ranges, others = report.get("interval"), report.get("beside")
+    if isinstance(ranges, Mapping) and ranges:
+        scores["95 %"] = {name: _range(each) for name, each in ranges.items() if name in scores}
+    for other, theirs in others.items() if isinstance(others, Mapping) else ():
+        if isinstance(theirs, Mapping):
+            scores[other] = {n: v for n, v in theirs.items() if n in scores and not isinstance(v, Mapping)}
+    return scores
+
+
+def _range(each: Any) -> str:
+    return f"{show(each[0])} to {show(each[1])}" if isinstance(each, list) and len(each) == 2 else show(each)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

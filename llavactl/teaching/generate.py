@@ -13,7 +13,9 @@ from llavactl.core.schema import Sample
 from llavactl.teaching.replies import Kind, turns
 
 
-def requests(pictures: Sequence[Sample], kinds: Mapping[Kind, float], samples: int | None, seed: int) -> Iterator[Request]:
+def requests(
+    pictures: Sequence[Sample], kinds: Mapping[Kind, float], samples: int | None, seed: int
+) -> Iterator[Request]:
     """What the teacher is asked. Without ``samples`` every picture gets one of each kind whose weight is above 0.
 
     With it, ``samples`` are shared among the kinds by their weights and go round the pictures.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.evaluation import runner
+from llavactl.evaluation.statistics import intervals
+from llavactl.evaluation.views import BLIND, STAGE1, View
 from llavactl.model.folder import describe, of_run
 from llavactl.recipe.frame import Eval
 from llavactl.report.examples import example
@@ -28,10 +30,16 @@ if TYPE_CHECKING:
 
 EXAMPLES = 12
 
+Answers = Mapping[str, "Answer"]
+
 
 @dataclass(frozen=True)
 class EvalReport:
-    """A scored task; ``failed`` answers could not be read as one and count as wrong. ``file``: this report as JSON."""
+    """A scored task; ``failed`` answers could not be read as one and count as wrong.
+
+    ``interval``: the 95 % interval of a score, where there is one. ``beside``: the scores of those that
+    this one must be held against (``blind twin``, ``stage 1``). ``file``: this report as JSON.
+    """
 
     task: str
     protocol: str
@@ -39,6 +47,8 @@ class EvalReport:
     n: int
     scores: Mapping[str, Any]
     failed: int
+    interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file: str | None = None
     finished_before: bool = False
 
@@ -60,52 +70,80 @@ def evaluate(
     spec = _spec(recipe, task, options or {})
     made: Task = _create(spec)
     if answers is not None:
-        chosen, n, scored = runner.score(made, made.questions(), runner.read_answers(answers), protocol)
-        return EvalReport(task, chosen, str(answers), n, scored.scores, scored.failed)
-    if model is None:
-        assert recipe is not None
-        return _ask(recipe, made, spec, of_run(recipe.run_dir), protocol)
-    return _ask(recipe, made, spec, Path(model).absolute(), protocol)
+        return _scored(made, spec, list(made.questions()), runner.read_answers(answers), protocol, str(answers))
+    if model is not None:
+        return _asked(recipe, made, spec, Path(model).absolute(), protocol)
+    assert recipe is not None
+    return _asked(recipe, made, spec, of_run(recipe.run_dir), protocol)
 
 
-def _ask(recipe: Recipe | None, task: Task, spec: Mapping[str, Any], folder: Path, protocol: str | None) -> EvalReport:
+def _asked(
+    recipe: Recipe | None, task: Task, spec: Mapping[str, Any], folder: Path, protocol: str | None
+) -> EvalReport:
+    """Asks the model and those beside it, unless that was done before."""
     settings = recipe.eval if recipe is not None else Eval()
     runs = (recipe.run_dir if recipe is not None else folder.parent) / "eval"
-    asked = {"model": describe(folder)["digest"], "task": spec, "max_new_tokens": settings.max_new_tokens}
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
-    file = runs / f"{spec['name']}.json"
+    views = _views(recipe, folder, settings)
+    digests = {view.name: _digest(view, spec, settings) for view in views}
+    digest, file = _hash(digests), runs / f"{spec['name']}.json"
     if (done := _finished(file, digest, protocol or task.protocols[0])) is not None:
         return done
     questions = list(task.questions())
-    # Answers belong to one model and one set of questions: their file carries both in its name.
-    kept = runs / "answers" / f"{spec['name']}-{digest[:12]}.jsonl"
-    answers = runner.read_answers(kept, cut=True) if kept.is_file() else {}
-    if any(question.id not in answers for question in questions):
-        from llavactl.chat.opening import open_assistant
-
-        assistant = open_assistant(folder)
-        answers = runner.ask(
-            assistant,
-            questions,
-            answers,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            file=kept,
-        )
-    chosen, n, scored = runner.score(task, questions, answers, protocol)
-    report = EvalReport(spec["name"], chosen, str(folder), n, scored.scores, scored.failed, str(file))
-    _examples(runs / "examples", spec["name"], questions, answers)
-    write_json(file, {**asdict(report), "digest": digest, "answers": str(kept)})
+    said: dict[str, Answers] = {}
+    for view in views:
+        # Answers belong to one model and one set of questions: their file carries both in its name.
+        kept = runs / "answers" / f"{spec['name']}-{digests[view.name][:12]}.jsonl"
+        said[view.name] = runner.ask(view, questions, settings.batch_size, settings.max_new_tokens, kept)
+    report = _scored(task, spec, questions, said[""], protocol, str(folder))
+    others = {name: dict(runner.score(task, questions, said[name], protocol)[1].scores) for name in said if name}
+    report = replace(report, beside=others, file=str(file))
+    _examples(runs / "examples", spec["name"], questions, said)
+    write_json(file, {**asdict(report), "digest": digest})
     if recipe is not None:
         write_report(recipe.run_dir)
     plugins.notify("eval_finished", report=asdict(report))
     return report
 
 
-def _examples(folder: Path, task: str, questions: Sequence[Question], answers: Mapping[str, Answer]) -> None:
-    """Keeps EXAMPLES questions, spread evenly over the task, with their pictures."""
+def _views(recipe: Recipe | None, folder: Path, settings: Eval) -> list[View]:
+    """The model itself (without a name), and those that the recipe wants beside it."""
+    views = [View("", folder)]
+    if settings.blind_twin:
+        views.append(View(BLIND, folder, blind=True))
+    first = None if recipe is None else recipe.run_dir / "stage1" / "model"
+    if settings.stage1 and first is not None and first.is_dir() and first != folder:
+        views.append(View(STAGE1, first))
+    return views
+
+
+def _scored(
+    task: Task,
+    spec: Mapping[str, Any],
+    questions: Sequence[Question],
+    answers: Answers,
+    protocol: str | None,
+    model: str,
+) -> EvalReport:
+    chosen, scored = runner.score(task, questions, answers, protocol)
+    ranges = intervals(questions, scored.right)
+    return EvalReport(spec["name"], chosen, model, len(questions), scored.scores, scored.failed, ranges)
+
+
+def _digest(view: View, spec: Mapping[str, Any], settings: Eval) -> str:
+    return _hash([describe(view.folder)["digest"], view.blind, spec, settings.max_new_tokens])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _examples(folder: Path, task: str, questions: Sequence[Question], said: Mapping[str, Answers]) -> None:
+    """Keeps EXAMPLES questions, spread evenly over the task, with their pictures and what each view said."""
     shown = questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]
-    rows = [example(folder / task, each.turns, each.reference, answers[each.id].text) for each in shown]
+    rows = []
+    for each in shown:
+        row = example(folder / task, each.turns, each.reference, said[""][each.id].text)
+        rows.append(row | {"blind": said[BLIND][each.id].text} if BLIND in said else row)
     write_atomic(folder / f"{task}.json", json.dumps(rows, indent=2, ensure_ascii=False))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llavactl.core import plugins
 from llavactl.core.errors import DataError, RecipeError, StoreError
 from llavactl.core.paths import write_atomic
+from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
@@ -119,7 +120,8 @@ def _plans(recipe: Recipe, *, remember: bool) -> list[Plan]:
 
 
 def _work(each: Plan, recipe: Recipe, device: str) -> Work:
-    return Work(each.wanted.vision.load(device, recipe.features.compute), device, recipe.features)
+    settings = recipe.features
+    return Work(Backbone(each.wanted.vision.load(device, settings.compute), device, settings.batch_size), settings)
 
 
 def _bytes(each: Plan, work: Work) -> int:

@@ -34,7 +34,6 @@ from llavactl.training.metrics import read as read_metrics
 from llavactl.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
-
     from llavactl.recipe.frame import Recipe, Stage
 
 log = logging.getLogger(__name__)

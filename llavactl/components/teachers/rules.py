@@ -19,7 +19,9 @@ from llavactl.core.protocols import Request
 from llavactl.core.registry import Options
 from llavactl.core.schema import Box, Sample
 
-COLORS = frozenset("red green blue yellow purple orange black white brown gray grey pink".split())
+COLORS = frozenset(
+    ["red", "green", "blue", "yellow", "purple", "orange", "black", "white", "brown", "gray", "grey", "pink"]
+)
 CLEAR = 0.18
 """How far apart two centers are, as a share of the picture, before one is said to be left of the other."""
 
@@ -162,7 +164,8 @@ def _description(sample: Sample, things: Sequence[Thing], rng: Random) -> str:
     number = NUMBERS.get(len(things), str(len(things)))
     noun = "shape" if all(thing.color for thing in things) else "object"
     said = [rng.choice(sample.captions)] if sample.captions else []
-    said.append(f"There {'is' if len(things) == 1 else 'are'} {number} {noun}{'s' * (len(things) != 1)} in the picture.")
+    several = len(things) != 1
+    said.append(f"There {'are' if several else 'is'} {number} {noun}{'s' * several} in the picture.")
     said += [_sentence(f"{article(thing.name)} is {_place(thing)}.") for thing in _shuffled(things, rng)]
     one, other = max(things, key=lambda thing: thing.area), min(things, key=lambda thing: thing.area)
     if one.name != other.name and one.area > 1.3 * other.area:
@@ -178,7 +181,7 @@ def _reasoning(things: Sequence[Thing], rng: Random) -> QA:
     for way in _shuffled(ways, rng):
         if (found := way()) is not None:
             return found
-    return "How many objects can be seen, and what are they?", f"There is 1: {article(things[0].name)}."
+    return "What is the one thing to be seen?", f"It is {article(things[0].name)}."
 
 
 def _left_over(things: Sequence[Thing], rng: Random) -> QA | None:

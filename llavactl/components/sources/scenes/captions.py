@@ -1,0 +1,87 @@
+"""What is said about a scene: a few true captions, each drawn from several ways to put it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from random import Random
+
+from llavactl.components.sources.scenes.layout import Staged
+from llavactl.components.sources.scenes.questions import PLURALS, WHERE, article
+from llavactl.components.sources.scenes.things import Thing, clear_axes, side
+
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
+LISTS = (
+    "{listed}.",
+    "{number} shapes: {listed}.",
+    "There are {number} shapes: {listed}.",
+    "The picture shows {listed}.",
+    "{listed} on a light background.",
+)
+IN_ORDER = 18
+"""How far neighbors are apart along an axis when a caption gives them in order."""
+
+
+def captions(staged: Staged) -> tuple[str, ...]:
+    """Three captions: one lists the things, one says where two of them are, one counts or orders them."""
+    rng = Random(f"llavactl scenes/captions/{staged.key}")
+    things = rng.sample(staged.scene.things, len(staged.scene.things))
+    said = (_listed(things, rng), _related(things, rng), _counted(things, rng) or _ordered(things, rng))
+    return tuple(text[0].upper() + text[1:] for text in said)
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """The names with commas and an "and"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _named(things: Sequence[Thing]) -> str:
+    return enumerated([article(thing.name) for thing in things])
+
+
+def _listed(things: Sequence[Thing], rng: Random) -> str:
+    return rng.choice(LISTS).format(number=NUMBERS[len(things)], listed=_named(things))
+
+
+def _related(things: Sequence[Thing], rng: Random) -> str:
+    """Where one thing is as seen from another, then what else there is."""
+    one, other, axis = rng.choice([(*both, axis) for both in combinations(things, 2) for axis in clear_axes(*both)])
+    where = WHERE[side(one, other, axis)]
+    rest = [thing for thing in things if thing not in (one, other)]
+    if rng.random() < 0.5:
+        also = f" There {'is' if len(rest) == 1 else 'are'} also {_named(rest)}." if rest else ""
+        return f"the {one.name} is {where} the {other.name}.{also}"
+    beside = f", with {_named(rest)}" if rest else ""
+    return f"{article(one.name)} {where} {article(other.name)}{beside}."
+
+
+def _counted(things: Sequence[Thing], rng: Random) -> str | None:
+    """How many there are of each shape or each color, where some has more than one."""
+    ways = []
+    for by_color in (False, True):
+        numbers = Counter(thing.color if by_color else thing.shape for thing in things)
+        if max(numbers.values()) > 1:
+            ways.append(enumerated([_several(kind, number, by_color) for kind, number in numbers.items()]))
+    if not ways:
+        return None
+    return rng.choice(("{}: {}.", "the image has {}: {}.")).format(rng.choice(ways), _named(things))
+
+
+def _several(kind: str, number: int, by_color: bool) -> str:
+    if by_color:
+        return f"{NUMBERS[number]} {kind} {'shape' if number == 1 else 'shapes'}"
+    return f"{NUMBERS[number]} {kind if number == 1 else PLURALS[kind]}"
+
+
+def _ordered(things: Sequence[Thing], rng: Random) -> str:
+    """The things from left to right or from top to bottom, where that is clear; else a list."""
+    across = sorted(things, key=lambda thing: thing.x)
+    down = sorted(things, key=lambda thing: thing.y)
+    ways = []
+    if all(right.x - left.x >= IN_ORDER for left, right in pairwise(across)):
+        ways.append(f"from left to right: {_named(across)}.")
+    if all(lower.y - upper.y >= IN_ORDER for upper, lower in pairwise(down)):
+        ways.append(f"from top to bottom: {_named(down)}.")
+    return rng.choice(ways) if ways else _listed(things, rng)

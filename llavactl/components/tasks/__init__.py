@@ -1,0 +1,1 @@
+"""Benchmarks: what they ask and how answers become scores."""

@@ -1,0 +1,109 @@
+"""LLaVA's records with all their oddities; what can't be used is refused with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.core.registry import registry
+from llavactl.core.schema import ImageFile, Sample
+from llavactl.testing import check_source
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+
+
+def read(folder: Path, records: Any, name: str = "records.json") -> list[Sample]:
+    path = folder / name
+    path.write_text(records if isinstance(records, str) else json.dumps(records))
+    return list(registry().create("sources", {"name": "llava-json", "path": str(path), "images": str(folder)}))
+
+
+def test_images_take_the_places_of_their_tags(tmp_path: Path) -> None:
+    a, b = ImageFile(str(tmp_path), "a.jpg"), ImageFile(str(tmp_path), "sub/b.jpg")
+    said = {"from": "gpt", "value": "An <image> tag in an answer is text."}
+    (front,) = read(tmp_path, [{"id": 7, "image": "a.jpg", "conversations": TALK}])
+    assert (front.id, front.turns[0].content) == ("7", (a, "\nWhat?"))
+    (end,) = read(
+        tmp_path, [{"id": "x", "image": "a.jpg", "conversations": [{"from": "human", "value": "What?\n<image>"}, said]}]
+    )
+    assert end.turns[0].content == ("What?\n", a)
+    assert end.turns[1].content == ("An <image> tag in an answer is text.",)
+    two = [{"from": "human", "value": "<image> or <image>?"}, said]
+    (both,) = read(tmp_path, [{"image": ["a.jpg", "sub/b.jpg"], "conversations": two, "model": "gpt-4"}])
+    assert both.turns[0].content == (a, " or ", b, "?")
+    assert both.extra == {"model": "gpt-4"}
+    (untagged,) = read(
+        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "What?"}, said]}]
+    )
+    assert untagged.turns[0].content == (a, "\n", "What?")
+    (later,) = read(
+        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "Hi"}, said, *TALK]}]
+    )
+    assert later.turns[2].content == (a, "\nWhat?")
+    (text,) = read(tmp_path, [{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, said]}])
+    assert text.images == ()
+
+
+def test_json_and_jsonl_are_alike(tmp_path: Path) -> None:
+    records = [{"id": n, "image": f"{n}.jpg", "conversations": TALK} for n in range(3)]
+    lines = "\n".join(map(json.dumps, records)) + "\n\n"
+    turns = [sample.turns for sample in read(tmp_path, records)]
+    assert turns == [sample.turns for sample in read(tmp_path, lines, "records.jsonl")]
+    assert turns == [sample.turns for sample in read(tmp_path, "\ufeff" + json.dumps(records), "bom.json")]
+    assert check_source(read(tmp_path, records)) == []
+
+
+def test_an_assistant_who_speaks_first_is_left_out(tmp_path: Path) -> None:
+    (sample,) = read(
+        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "Hello!"}, *TALK]}]
+    )
+    assert [turn.role for turn in sample.turns] == ["user", "assistant"]
+
+
+WRONG: list[tuple[Any, str]] = [
+    ('[{"id": 1,\n "conversations": [}]', r"records\.json:2: not JSON"),
+    ('{"conversations": []}\n{broken\n', "no answer|:2: not JSON"),
+    ([3], "record 0: not a LLaVA record"),
+    ([{"id": 1, "conversations": "hi"}], "not a LLaVA record"),
+    (
+        [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image><image>"}, TALK[1]]}],
+        "2 <image> tags for 1 images",
+    ),
+    ([{"id": 1, "conversations": TALK}], "1 <image> tags for 0 images"),
+    ([{"id": 1, "image": "../a.jpg", "conversations": TALK}], "leads outside its root"),
+    ([{"id": 1, "image": "/etc/passwd", "conversations": TALK}], "leads outside its root"),
+    ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "not a path or a list of paths"),
+    ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}], "no answer"),
+    ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}], "no answer"),
+    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "a message needs `from`"),
+    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "a message needs `from`"),
+    ([{"id": 1, "image": "a.jpg", "conversations": [TALK[0], TALK[0], TALK[1]]}], "don't take turns"),
+]
+
+
+@pytest.mark.parametrize(("records", "message"), WRONG)
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, records: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path, records)
+    assert "records.json" in caught.value.message
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.json: there is no such file"):
+        list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "gone.json")}))
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(DataError, match="there is no such folder"):
+        list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "r.json"), "images": "/gone"}))
+
+
+def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    with pytest.raises(OSError, match="leads out of"):
+        ImageFile(str(root), "link.jpg").read()

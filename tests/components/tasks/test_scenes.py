@@ -1,0 +1,259 @@
+"""The task on drawn scenes: what it asks, how it reads an answer, what it makes of all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from llavactl.components.sources.scenes import ScenesOptions, scenes
+from llavactl.components.sources.scenes.questions import CATEGORIES
+from llavactl.components.tasks.scenes import ScenesTask, ScenesTaskOptions, read_answer
+from llavactl.core.protocols import Task
+from llavactl.core.schema import Answer, ImageRef, Question
+
+REFERENCES = ("red", "circle", "2", "yes", "no", "left", "above")
+
+
+def _score(task: ScenesTask, say: Callable[[Question], str]) -> dict:
+    answers = {question.id: Answer(question.id, say(question)) for question in task.questions()}
+    found = task.score(answers, "exact")
+    return {**found.scores, "unparsed": found.failed}
+
+
+@pytest.fixture(scope="module")
+def task() -> ScenesTask:
+    return ScenesTask(ScenesTaskOptions())
+
+
+# What is asked
+
+
+def test_it_is_a_task(task: ScenesTask) -> None:
+    assert isinstance(task, Task)
+    assert task.protocols == ("exact",)
+
+
+def test_each_question_is_asked_alone_with_its_picture(task: ScenesTask) -> None:
+    questions = list(task.questions())
+    assert len(questions) == 1200
+    assert len({question.id for question in questions}) == 1200
+    assert questions[-1].id == "test-00199/5"
+    for question in questions:
+        (turn,) = question.turns
+        image, text = turn.content
+        assert turn.role == "user"
+        assert isinstance(image, ImageRef)
+        assert isinstance(text, str)
+        assert text.startswith("\n")
+        assert text.endswith("?")
+        assert question.id.startswith(image.name.removeprefix("scenes/").removesuffix(".png"))
+    assert set(Counter(question.category for question in questions)) == set(CATEGORIES)
+
+
+def test_it_asks_what_the_source_would_train_on() -> None:
+    task = ScenesTask(ScenesTaskOptions(split="train", scenes=9, seed=4, questions=3, size=112))
+    source = list(scenes(ScenesOptions(split="train", scenes=9, seed=4, questions=3, size=112)))
+    told = [turn.text.strip() for sample in source for turn in sample.turns]
+    questions = list(task.questions())
+    assert [question.turns[0].text.strip() for question in questions] == told[::2]
+    assert [question.reference for question in questions] == told[1::2]
+    assert {question.turns[0].images for question in questions} == {sample.images for sample in source}
+
+
+@pytest.mark.parametrize("wrong", [{"scenes": 0}, {"split": "dev"}, {"content": "questions"}])
+def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        ScenesTaskOptions.model_validate(wrong)
+
+
+# How an answer is read
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "read"),
+    [
+        ("red", "red", "red"),
+        ("Red.", "blue", "red"),
+        ("The circle is red.", "red", "red"),
+        ("**Red**", "red", "red"),
+        ("It is a RED circle\nand there is a blue one", "red", "red"),
+        ("Red or blue.", "red", None),
+        ("red, red", "red", "red"),
+        ("It's not red, it's blue.", "red", "blue"),
+        ("not red", "red", None),
+        ("reddish", "red", None),
+        ("pink", "red", None),
+        ("Answer:\nred", "red", "red"),
+        ("red or blue\nred", "red", None),
+        ("", "red", None),
+        ("circle", "square", "circle"),
+        ("The red object is a circle.", "circle", "circle"),
+        ("They are crosses", "cross", "cross"),
+        ("a plus sign", "cross", "cross"),
+        ("It is a star, not a circle.", "circle", "star"),
+        ("a circle rather than a square", "circle", "circle"),
+        ("2", "2", "2"),
+        ("two", "2", "2"),
+        ("There are Two (2) circles.", "2", "2"),
+        ("There are no circles.", "2", "0"),
+        ("02", "2", "2"),
+        ("12", "2", "12"),
+        ("2 or 3", "2", None),
+        ("2.5", "2", None),
+        ("several", "2", None),
+        ("someone", "1", None),
+        ("9" * 5000, "2", "9" * 5000),
+        ("left", "left", "left"),
+        ("It is to the left.", "left", "left"),
+        ("No, it is left", "right", "left"),
+        ("Left, not right.", "left", "left"),
+        ("to the left, not to the right", "left", "left"),
+        ("left or right", "left", None),
+        ("It is to the right of the square and below it.", "right", "right"),
+        ("Above the circle", "below", "above"),
+        ("yes", "left", None),
+        ("yes", "yes", "yes"),
+        ("Yes.", "no", "yes"),
+        ("YES!!", "no", "yes"),
+        ("Yes, it is not far from it.", "yes", "yes"),
+        ("yeah", "yes", "yes"),
+        ("No", "no", "no"),
+        ("no, it is left", "no", "no"),
+        ("No, it isn't.", "no", "no"),
+        ("No, there is. Yes", "no", "no"),
+        ("It is not.", "no", "no"),
+        ("It isn't.", "no", "no"),
+        ("It isn’t.", "no", "no"),
+        ("There is no red circle.", "no", "no"),
+        ("The image does not show a red circle.", "no", "no"),
+        ("That is not correct.", "no", "no"),
+        ("The answer is yes.", "yes", "yes"),
+        ("It is.", "yes", "yes"),
+        ("There is.", "no", "yes"),
+        ("It is on the right.", "no", None),
+        ("yes or no", "yes", None),
+        ("Yes and no.", "yes", None),
+        ("yes/no", "yes", None),
+        ("I am not sure.", "no", None),
+        ("Not sure, maybe no", "no", None),
+        ("I can't tell.", "no", None),
+        ("I don't know", "no", None),
+        ("No idea.", "no", None),
+        ("Nowhere, I know north", "no", None),
+        ("maybe", "no", None),
+        (" \n\n ", "no", None),
+    ],
+)
+def test_an_answer_is_read(text: str, reference: str, read: str | None) -> None:
+    assert read_answer(text, reference) == read
+
+
+@given(st.text(), st.sampled_from(REFERENCES))
+def test_any_text_can_be_read(text: str, reference: str) -> None:
+    read = read_answer(text, reference)
+    assert read is None or read_answer(read, reference) == read
+
+
+@given(
+    st.sampled_from(REFERENCES), st.sampled_from(["{}", "{}.", " {}\n", "**{}**", "{}\nred blue yes no 3 left right"])
+)
+def test_the_reference_itself_is_read_however_it_is_wrapped(reference: str, wrapped: str) -> None:
+    assert read_answer(wrapped.format(reference.capitalize()), reference) == reference
+
+
+# What the answers come to
+
+
+def test_all_right(task: ScenesTask) -> None:
+    scores = _score(task, lambda question: question.reference)
+    assert {name: scores[name] for name in ("accuracy", *CATEGORIES, "pairs")} == dict.fromkeys(
+        ("accuracy", *CATEGORIES, "pairs"), 100.0
+    )
+    assert scores["unparsed"] == 0
+
+
+def test_nothing_said_is_all_wrong_and_counted(task: ScenesTask) -> None:
+    scores = _score(task, lambda question: "I cannot say.")
+    assert all(scores[name] == 0 for name in ("accuracy", *CATEGORIES, "pairs"))
+    assert scores["unparsed"] == 1200
+
+
+def test_a_share_of_right_answers_is_counted_by_category(task: ScenesTask) -> None:
+    scores = _score(task, lambda question: question.reference if question.category == "count" else "?")
+    counted = sum(question.category == "count" for question in task.questions())
+    assert scores["count"] == 100
+    assert scores["color"] == scores["pairs"] == 0
+    assert scores["accuracy"] == pytest.approx(100 * counted / 1200)
+    assert scores["unparsed"] == 1200 - counted
+
+
+def test_pairs_need_both(task: ScenesTask) -> None:
+    """One that answers by the text alone gets half the questions of the pairs, and no pair."""
+    lucky = {"yes", "left", "above"}
+    blind = _score(
+        task,
+        lambda question: (
+            {"right": "left", "below": "above", "no": "yes"}.get(question.reference, "yes")
+            if question.reference not in lucky
+            else question.reference
+        ),
+    )
+    assert blind["pair"] == 50
+    assert blind["pairs"] == 0
+    opposite = {"yes": "no", "no": "yes", "left": "right", "right": "left", "above": "below", "below": "above"}
+    pairs = sorted({q.id.split("/")[0] for q in task.questions() if q.category == "pair"})
+    spoilt = set(pairs[:20:2])
+    half = _score(
+        task,
+        lambda question: (
+            opposite[question.reference]
+            if question.category == "pair" and question.id.split("/")[0] in spoilt
+            else question.reference
+        ),
+    )
+    assert half["pairs"] == pytest.approx(100 * (len(pairs) / 2 - 10) / (len(pairs) / 2))
+    assert half["pair"] == pytest.approx(100 * (len(pairs) - 10) / len(pairs))
+
+
+def test_half_a_pair_is_no_pair() -> None:
+    right = {
+        number: _score(ScenesTask(ScenesTaskOptions(scenes=number)), lambda q: q.reference) for number in (2, 3, 4)
+    }
+    assert "pairs" not in right[2]
+    assert "pair" not in right[2]
+    assert "pairs" not in right[3]
+    assert "pairs" not in right[3]["chance"]
+    assert right[3]["pair"] == 100
+    assert right[4]["pairs"] == 100
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_chance_is_told_for_every_score(split: str) -> None:
+    task = ScenesTask(ScenesTaskOptions.model_validate({"split": split}))
+    scores = _score(task, lambda question: question.reference)
+    one_of = 5 if split == "train" else 6
+    chance = scores["chance"]
+    assert set(chance) == set(scores) - {"chance", "unparsed"}
+    expected = {
+        "color": 100 / one_of,
+        "shape": 100 / one_of,
+        "count": 100 / 3,
+        "presence": 50,
+        "relation": 50,
+        "pair": 50,
+    }
+    assert {name: chance[name] for name in expected} == pytest.approx(expected)
+    assert chance["pairs"] == 25
+    asked = Counter(question.category for question in task.questions())
+    assert chance["accuracy"] == pytest.approx(sum(expected[name] * n for name, n in asked.items()) / asked.total())
+    assert 30 < chance["accuracy"] < 50
+
+
+def test_a_missing_answer_is_no_wrong_answer(task: ScenesTask) -> None:
+    with pytest.raises(KeyError):
+        task.score({}, "exact")
