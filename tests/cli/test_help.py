@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from llavactl.core.builtins import COMMANDS
@@ -32,10 +35,26 @@ def test_every_command_explains_itself(name: str) -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("components", "plugins", "doctor")])
-def test_every_verb_takes_a_recipe(name: str) -> None:
-    command = {"recipes": ["recipes", "check"], "cache": ["cache", "info"]}.get(name, [name])
-    shown = run_cli(*command, "--help").stdout
+def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from leaves(inner, (*path, name))
+    else:
+        yield path
+
+
+WITHOUT = {("components",), ("plugins",), ("doctor",), ("recipes", "list"), ("recipes", "copy"), ("recipes", "schema")}
+LEAVES = [
+    leaf
+    for name in COMMANDS
+    for leaf in leaves(importlib.import_module(f"llavactl.cli.{name}").command, (name,))
+    if leaf not in WITHOUT and leaf[:1] not in WITHOUT
+]
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_every_verb_takes_a_recipe(path: tuple[str, ...]) -> None:
+    shown = run_cli(*path, "--help").stdout
     assert "-r, --recipe NAME|PATH" in shown
     assert "-o, --override KEY.PATH=VALUE" in shown
     assert "--json" in shown

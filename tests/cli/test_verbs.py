@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +72,9 @@ def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path) -
     scores = {"accuracy": 81.25, "chance": {"accuracy": 25.0}, "by kind": {"colour": 90.0, "count": 72.5}}
     scored = EvalReport("scenes", "exact", "m", 16, scores, 1)
     example = {"question": "What?", "answer": "red", "reference": "red", "file": "a b.png"}
-    verb("run", "run", RunReport("small", "runs/small", "m", None, None, None, (scored,), "report.html", example))
+    made: dict[str, Any] = dict.fromkeys(field.name for field in fields(RunReport))
+    made |= {"name": "small", "run_dir": "runs/small", "model": "m", "report": "r.html"}
+    verb("run", "run", RunReport(**made | {"eval": (scored,), "example": example}))
     shown = run_cli("run", cwd=here).stdout.splitlines()
     assert shown[0] == "small in runs/small"
     assert "eval     scenes, 16 questions, protocol exact, 1 not understood" in shown
