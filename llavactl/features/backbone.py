@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _CPU_GROUP = 4
 
+OVERFLOW = "its features are not finite in float16"
+
 
 class Backbone:
     """``encoder``, loaded on ``device``; ``group`` images go through it at once.

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavactl.data.records import samples
-from llavactl.features.backbone import Backbone, finite
+from llavactl.features.backbone import OVERFLOW, Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
-from llavactl.features.prepare import OVERFLOW, Failure, ordered, prepare
+from llavactl.features.prepare import Failure, ordered, prepare
 from llavactl.features.reader import StageNumber, stage_image, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter

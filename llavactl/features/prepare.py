@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder
     from llavactl.core.schema import ImageRef
 
-OVERFLOW = "its features are not finite in float16"
-
 In = TypeVar("In")
 Out = TypeVar("Out")
 

@@ -12,10 +12,10 @@ import numpy as np
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape
-from llavactl.features.backbone import Backbone, finite
+from llavactl.features.backbone import OVERFLOW, Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
-from llavactl.features.prepare import OVERFLOW, Failure, default_device, ordered, prepare
+from llavactl.features.prepare import Failure, default_device, ordered, prepare
 from llavactl.features.store import FeatureStore
 
 if TYPE_CHECKING:

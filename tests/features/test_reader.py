@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from llavactl import DataError, FeatureShape, ImageFile, StoreError, TransformersVision
+from llavactl import DataError, FeatureShape, ImageFile, ModelError, StoreError, TransformersVision
 from llavactl.features import FeatureStore, Fingerprint, LiveFeatures, open_features, stage_fingerprint, stage_vision
-from llavactl.features.prepare import encode, prepare
+from llavactl.features.backbone import Backbone
+from llavactl.features.prepare import prepare
 from llavactl.recipe.frame import Recipe
 from llavactl.verbs.extract import extract
 
@@ -48,11 +49,56 @@ def test_the_stages_preprocess_as_they_say(recipe: Load, images: list[ImageFile]
 def test_features_do_not_depend_on_the_batch(recipe: Load, images: list[ImageFile], dtype: str) -> None:
     encoder = stage_vision(recipe(), 1).load("cpu", dtype)
     pixels = [prepare(encoder, image) for image in images]
-    whole = encode(encoder, pixels, "cpu")
+    whole = Backbone(encoder, "cpu", 16).encode(pixels)
     assert whole.shape == (len(images), encoder.shape.patches, encoder.shape.width)
     for size in (1, 2, 3, 5, 7):
-        parts = [encode(encoder, pixels[at : at + size], "cpu") for at in range(0, len(pixels), size)]
-        assert np.array_equal(np.concatenate(parts), whole), size
+        for batch_size in (1, 2, 3, 16):
+            backbone = Backbone(encoder, "cpu", batch_size)
+            parts = [backbone.encode(pixels[at : at + size]) for at in range(0, len(pixels), size)]
+            assert np.array_equal(np.concatenate(parts), whole), (size, batch_size)
+
+
+class Counting:
+    """A backbone that notes how many images it gets at once; ``company`` is what a neighbour does to an image."""
+
+    shape = FeatureShape((1, 1), 1)
+
+    def __init__(self, company: float) -> None:
+        self.company = company
+        self.sizes: list[int] = []
+
+    def preprocess(self, image: object) -> np.ndarray:
+        raise NotImplementedError
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(pixels))
+        return pixels.reshape(-1, 1, 1) + self.company * (len(pixels) > 1)
+
+
+def test_on_the_cpu_batches_are_used_where_they_change_no_bit() -> None:
+    pixels = [np.full((1, 1, 1), index, np.float32) for index in range(10)]
+    harmless, harmful = Counting(0), Counting(1e-6)
+    for encoder in (harmless, harmful):
+        features = Backbone(encoder, "cpu", 4).encode(pixels)
+        assert np.array_equal(features.reshape(-1), np.arange(10))
+    assert harmless.sizes == [1, 1, 1, 1, 4, 4, 1, 1]
+    assert harmful.sizes == [1, 1, 1, 1, 4, 1, 1, 1, 1, 1, 1]
+
+
+def test_other_devices_see_one_size_of_group_only() -> None:
+    encoder = Counting(0)
+    backbone = Backbone(encoder, "meta", 4)
+    backbone.device = torch.device("cpu")  # type: ignore[assignment]  # any device that isn't called "cpu"
+    pixels = [np.full((1, 1, 1), index, np.float32) for index in range(6)]
+    assert np.array_equal(backbone.encode(pixels).reshape(-1), np.arange(6))
+    assert encoder.sizes == [4, 4]
+
+
+def test_a_backbone_that_makes_another_shape_is_named() -> None:
+    encoder = Counting(0)
+    encoder.shape = FeatureShape((2, 2), 1)
+    with pytest.raises(ModelError, match=r"should make features \(1, 4, 1\) and made \(1, 1, 1\)"):
+        Backbone(encoder, "cpu", 4).encode([np.zeros((1, 1, 1), np.float32)])
 
 
 def test_cached_never_loads_the_backbone(
