@@ -76,8 +76,8 @@ def score_tables(scores: Mapping[str, Any]) -> tuple[Table, ...]:
     ``{"all": {"relative": 80.1, "n": 90}, "conv": {…}}`` a line a group. In scores a float is a percentage.
     """
     plain = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
-    groups = {name: value for name, value in scores.items() if isinstance(value, Mapping)}
-    beside = {name: group for name, group in groups.items() if group and group.keys() <= plain.keys()}
+    groups = {name: value for name, value in scores.items() if isinstance(value, Mapping) and value}
+    beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
     alone = {name: group for name, group in groups.items() if name not in beside}
     tables = []
     if plain:

@@ -170,15 +170,18 @@ def _task(file: Path) -> TaskView:
 
 def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
     """The scores, and as groups beside them their intervals and the same scores of others."""
-    found = report.get("scores")
-    scores = dict(found) if isinstance(found, Mapping) else {}
-    ranges, others = report.get("interval"), report.get("beside")
-    if isinstance(ranges, Mapping) and ranges:
-        scores["95 %"] = {name: _range(each) for name, each in ranges.items() if name in scores}
-    for other, theirs in others.items() if isinstance(others, Mapping) else ():
-        if isinstance(theirs, Mapping):
-            scores[other] = {n: v for n, v in theirs.items() if n in scores and not isinstance(v, Mapping)}
-    return scores
+    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "beside"))
+    plain = {name: each for name, each in scores.items() if not isinstance(each, Mapping)}
+    interval = {name: _range(each) for name, each in ranges.items() if name in plain}
+    theirs = {
+        other: {name: each for name, each in _mapping(found).items() if name in plain}
+        for other, found in others.items()
+    }
+    return {**plain, "95 %": interval, **scores, **theirs}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _range(each: Any) -> str:

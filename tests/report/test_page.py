@@ -1,6 +1,7 @@
 """The page on whole runs, half ones, broken ones and hostile ones."""
 
 import json
+import re
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
     shown = page(run_dir)
     assert "Which colour?" in shown.text
     assert shown.images.count(PIXEL) == 3
+
+
+def test_intervals_and_others_stand_beside_the_scores(run_dir: Path) -> None:
+    report = json.loads((run_dir / "eval/scenes.json").read_text())
+    others = {"blind twin": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
+    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "beside": others})
+    html = write_report(run_dir).read_text()
+    columns = re.findall(r'<th class="number">(.*?)</th>', html)
+    cells = re.findall(r'<td class="number">(.*?)</td>', html)
+    assert columns == ["score", "95 %", "chance", "blind twin", "stage 1"]
+    assert cells[:5] == ["61.2", "57.5 to 65.0", "33.5", "34.5", "20.2"]
+
+
+def test_a_task_with_groups_alone_has_no_empty_lines(run_dir: Path) -> None:
+    groups = {"all": {"relative": 80.0}, "conv": {"relative": 75.0}}
+    write(run_dir / "eval/scenes.json", {"task": "llava-bench", "scores": groups, "interval": {}, "beside": {}})
+    assert re.findall(r"<tr><td>(.*?)</td>", write_report(run_dir).read_text())[:3] == ["all", "conv", "0.jpg"]
 
 
 def test_needs_nothing_but_itself(run_dir: Path) -> None:
