@@ -40,12 +40,12 @@ any_scene = st.builds(stage, st.sampled_from(SPLITS), st.integers(0, 10**6), st.
 
 
 @cache
-def staged(split: str, number: int = 3000) -> tuple[Staged, ...]:
+def staged(split: str, number: int = 2000) -> tuple[Staged, ...]:
     return tuple(stage(split, 0, index) for index in range(number))
 
 
 @cache
-def asked(split: str, number: int = 7000) -> dict[str, list[Asked]]:
+def asked(split: str, number: int = 5000) -> dict[str, list[Asked]]:
     """What is asked about many scenes, by category."""
     found: dict[str, list[Asked]] = {category: [] for category in CATEGORIES}
     for scene in staged(split, number):
@@ -166,7 +166,7 @@ def test_captions_are_true(split: str) -> None:
                     assert said == sorted(said, key=places.__getitem__), caption
                     forms[opening] += 1
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), caption
-    assert min(forms.values()) > 100, forms
+    assert min(forms.values()) > 60, forms
     assert len(forms) == 5
 
 
@@ -246,7 +246,7 @@ def test_nobody_does_better_than_chance_by_the_text(splits: tuple[str, str], cat
     right = total = 0
     for form in ("", "left", "above"):
         # Who reads "left or right?" doesn't say yes: every form is learned by itself.
-        known, new = ([one for one in part if _form(one.text) == form][:2500] for part in (learned, tried))
+        known, new = ([one for one in part if _form(one.text) == form][:2000] for part in (learned, tried))
         if known and new:
             predict = learn(known)
             total += len(new)
@@ -267,7 +267,7 @@ def test_each_count_is_as_likely_in_every_phrase() -> None:
         assert set(by_form[True]) == {"2", "3", "4"}
         assert set(by_form[False]) == {"1", "2", "3"}
         for counts in by_form.values():
-            assert all(abs(100 * count / counts.total() - 100 / 3) < 3 for count in counts.values()), counts
+            assert all(abs(100 * count / counts.total() - 100 / 3) < 4 for count in counts.values()), counts
 
 
 # Questions and minimal pairs
@@ -285,7 +285,7 @@ def test_fewer_questions_are_as_fair() -> None:
     for limit in (1, 3):
         counted = Counter(
             one.answer
-            for scene in staged("train", 7000)
+            for scene in staged("train", 5000)
             for one in ask(scene, limit)
             if re.search("many (shapes|objects) ", one.text)
         )
@@ -342,6 +342,7 @@ def _texts(samples: Iterable[Sample]) -> Iterable[str]:
         yield from (turn.text for turn in sample.turns)
         yield from sample.captions
         yield from (box.category for box in sample.boxes)
+        yield from sample.extra["absent"]
 
 
 def test_a_record_of_questions() -> None:
@@ -355,6 +356,14 @@ def test_a_record_of_questions() -> None:
         assert image.name == f"scenes/{sample.id}.png"
         assert len(sample.boxes) in (2, 3, 4)
         assert len(sample.captions) == 3
+
+
+@pytest.mark.parametrize(("split", "nameable"), [("train", 30), ("test", 36)])
+def test_a_record_tells_what_is_not_there(split: str, nameable: int) -> None:
+    for sample in scenes(_options("questions", split=split)):
+        there, absent = {box.category for box in sample.boxes}, set(sample.extra["absent"])
+        assert not there & absent
+        assert len(there | absent) == nameable
 
 
 def test_a_record_of_a_caption() -> None:
@@ -392,7 +401,7 @@ def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
 # Pictures
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(any_scene, st.sampled_from((64, 224, 300)))
 def test_boxes_hold_just_what_is_drawn(scene: Staged, size: int) -> None:
     image = picture(scene, size)

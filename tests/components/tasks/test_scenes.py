@@ -22,7 +22,7 @@ REFERENCES = ("red", "circle", "2", "yes", "no", "left", "above")
 def _score(task: ScenesTask, say: Callable[[Question], str]) -> dict:
     answers = {question.id: Answer(question.id, say(question)) for question in task.questions()}
     found = task.score(answers, "exact")
-    return {**found.scores, "unparsed": found.failed}
+    return {**found.scores, "failed": found.failed}
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +174,13 @@ def test_all_right(task: ScenesTask) -> None:
     assert {name: scores[name] for name in ("accuracy", *CATEGORIES, "pairs")} == dict.fromkeys(
         ("accuracy", *CATEGORIES, "pairs"), 100.0
     )
-    assert scores["unparsed"] == 0
+    assert scores["failed"] == 0
 
 
 def test_nothing_said_is_all_wrong_and_counted(task: ScenesTask) -> None:
     scores = _score(task, lambda question: "I cannot say.")
     assert all(scores[name] == 0 for name in ("accuracy", *CATEGORIES, "pairs"))
-    assert scores["unparsed"] == 1200
+    assert scores["failed"] == 1200
 
 
 def test_a_share_of_right_answers_is_counted_by_category(task: ScenesTask) -> None:
@@ -189,7 +189,14 @@ def test_a_share_of_right_answers_is_counted_by_category(task: ScenesTask) -> No
     assert scores["count"] == 100
     assert scores["color"] == scores["pairs"] == 0
     assert scores["accuracy"] == pytest.approx(100 * counted / 1200)
-    assert scores["unparsed"] == 1200 - counted
+    assert scores["failed"] == 1200 - counted
+
+
+def test_it_tells_of_each_question_whether_it_was_right(task: ScenesTask) -> None:
+    questions = list(task.questions())
+    found = task.score({question.id: Answer(question.id, "Yes.") for question in questions}, "exact")
+    assert dict(found.right) == {question.id: question.reference == "yes" for question in questions}
+    assert found.scores["accuracy"] == pytest.approx(100 * sum(found.right.values()) / len(questions))
 
 
 def test_pairs_need_both(task: ScenesTask) -> None:
@@ -238,7 +245,7 @@ def test_chance_is_told_for_every_score(split: str) -> None:
     scores = _score(task, lambda question: question.reference)
     one_of = 5 if split == "train" else 6
     chance = scores["chance"]
-    assert set(chance) == set(scores) - {"chance", "unparsed"}
+    assert set(chance) == set(scores) - {"chance", "failed"}
     expected = {
         "color": 100 / one_of,
         "shape": 100 / one_of,

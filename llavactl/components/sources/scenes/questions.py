@@ -50,7 +50,7 @@ class Asked:
 
 
 def chance(category: str, split: Split) -> float:
-    """The percentage of right answers of one who sees the questions' texts alone, and all others' answers."""
+    """The percentage of right answers of one who sees no picture, but knows how often each answer is right."""
     if category in ("color", "shape"):
         # A color goes with all shapes but the one held out, unless that one is tested.
         return 100 / (len(SHAPES) - 1 if split == "train" else len(SHAPES))
