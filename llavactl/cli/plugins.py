@@ -30,3 +30,20 @@ def list_(as_json: bool) -> None:
         output.document([asdict(plugin) for plugin in found])
     else:
         output.table([(p.name, f"{p.package} {p.version}", p.module, p.error or "ok") for p in found])
+
+
+@command.command()
+@click.argument("name")
+@json_option
+def check(name: str, as_json: bool) -> None:
+    """Import all that plugin NAME registers and say what is wrong. Exit 1 if anything is.
+
+    Components that need options are checked by `llavactl.testing` in the plugin's own tests.
+    """
+    from llavactl.core.errors import PluginError
+    from llavactl.testing import check_plugin
+
+    faults = check_plugin(name)
+    output.report({"plugin": name, "faults": faults}, as_json)
+    if faults:
+        raise PluginError(f"plugin {name}: {len(faults)} faults, listed above")

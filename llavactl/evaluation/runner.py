@@ -29,8 +29,6 @@ def ask(
     if not wanted:
         return answers
     assistant = view.open(questions)
-    # Prompts of like length share a batch, so that little is padded.
-    wanted.sort(key=lambda question: len(question.turns[-1].text))
     sampling = Sampling(max_new_tokens=max_new_tokens)
     # What a kill cut short is left behind: the file holds the answers we know, then the new ones.
     write_atomic(file, "".join(_line(answer) for answer in answers.values()))

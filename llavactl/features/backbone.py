@@ -23,10 +23,10 @@ class Backbone:
     """``encoder``, loaded on ``device``; ``group`` images go through it at once.
 
     The same image must get the same bits in any company, or cached features would not be live ones. But
-    products of matrices with another number of rows may be summed in another order. On the CPU those of real
-    backbones are not (CLIP S to L), those of tiny ones are: so the first group is encoded both together
-    and one by one, and where a bit differs all images are encoded one by one, as incomplete groups always are.
-    Other devices see groups of one size only, the last one filled up.
+    products of matrices with another number of rows may be summed in another order. On the CPU several threads
+    do so with tiny backbones, not with real ones (CLIP S to L): so the first group is encoded both
+    together and one by one, and where a bit differs all images are encoded one by one, as incomplete groups
+    always are. Other devices see groups of one size only, the last one filled up.
     """
 
     def __init__(self, encoder: Encoder, device: str, batch_size: int) -> None:

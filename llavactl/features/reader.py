@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 StageNumber = Literal[1, 2]
 
 _NAMED = 3
+RECENT = 16
 
 
 class FeatureReader(Protocol):
@@ -106,12 +107,17 @@ class LiveFeatures:
         self.fingerprint = fingerprint
         self.backbone = Backbone(encoder, device, batch_size)
         self.workers = workers
+        self._recent = lru_cache(maxsize=RECENT)(self._encoded)
 
     @property
     def shape(self) -> FeatureShape:
         return self.encoder.shape
 
     def load(self, image: ImageRef) -> np.ndarray:
+        """The features of the last RECENT images are kept: several questions about one picture follow each other."""
+        return self._recent(image).copy()
+
+    def _encoded(self, image: ImageRef) -> np.ndarray:
         pixels = prepare(self.encoder, image)
         if isinstance(pixels, Failure):
             raise DataError(f"image {image.name} can't be read: {pixels.reason}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import plugins
+from llavactl.core.errors import PluginError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageRef, Sample
 
@@ -112,10 +113,14 @@ def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = No
     for entry in registry():
         if entry.plugin != name:
             continue
-        if entry.kind == "recipes":
-            entry.path()
+        try:
+            if entry.kind == "recipes":
+                entry.path()
+                continue
+            entry.load(), entry.options_model()
+        except PluginError as error:
+            faults.append(error.message)
             continue
-        entry.load(), entry.options_model()
         if options is not None and entry.name in options and entry.kind in checks:
             made = registry().create(entry.kind, {"name": entry.name, **options[entry.name]})
             faults += [f"{entry.kind} {entry.name}: {fault}" for fault in checks[entry.kind](made)]
