@@ -28,7 +28,12 @@ IGNORE = -100
 
 @runtime_checkable
 class ImageRef(Protocol):
-    """An image where it lies: a file, a member of an archive, or one that is drawn when it is read."""
+    """An image where it lies: a file, a member of an archive, or one that is drawn when it is read.
+
+    Hashable, equal when it is the same image, and picklable: a frozen dataclass is all three.
+    """
+
+    def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str:

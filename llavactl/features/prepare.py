@@ -40,6 +40,11 @@ def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.nda
         return Failure(why(error))
     if key is not None and content_key(data) != key:
         return Failure("it changed while features were being extracted")
+    return pixels_of(encoder, data)
+
+
+def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
+    """The pixels [3, H, W] float32 of the encoded image ``data``, or why there are none."""
     try:
         picture = decode(data)
     except ImageError as error:

@@ -15,7 +15,7 @@ from llavactl.core.schema import FeatureShape
 from llavactl.features.backbone import OVERFLOW, Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
-from llavactl.features.prepare import Failure, default_device, ordered, prepare
+from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
 from llavactl.features.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -114,17 +114,21 @@ class LiveFeatures:
         return self.encoder.shape
 
     def load(self, image: ImageRef) -> np.ndarray:
-        """The features of the last RECENT images are kept: several questions about one picture follow each other."""
-        return self._recent(image).copy()
+        """Keeps the features of the last RECENT contents: several questions about one picture follow each other."""
+        try:
+            found = self._recent(image.read())
+        except OSError as error:
+            raise DataError(f"image {image.name} can't be read: {why(error)}") from error
+        if isinstance(found, Failure):
+            raise DataError(f"image {image.name} can't be read: {found.reason}")
+        return found.copy()
 
-    def _encoded(self, image: ImageRef) -> np.ndarray:
-        pixels = prepare(self.encoder, image)
+    def _encoded(self, data: bytes) -> np.ndarray | Failure:
+        pixels = pixels_of(self.encoder, data)
         if isinstance(pixels, Failure):
-            raise DataError(f"image {image.name} can't be read: {pixels.reason}")
+            return pixels
         features = self.backbone.encode([pixels])
-        if not finite(features)[0]:
-            raise DataError(f"image {image.name} can't be used: {OVERFLOW}")
-        return np.asarray(features[0])
+        return np.asarray(features[0]) if finite(features)[0] else Failure(OVERFLOW)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
         """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""

@@ -161,6 +161,19 @@ def test_a_cached_reader_can_be_pickled(recipe: Load, images: list[ImageFile]) -
     assert np.array_equal(features.load(images[2]), again.load(images[2]))
 
 
+def test_a_live_image_is_encoded_once_and_anew_when_its_file_changes(recipe: Load, images: list[ImageFile]) -> None:
+    encoder = stage_vision(recipe(), 1).load("cpu", "float32")
+    live = LiveFeatures(encoder, stage_fingerprint(recipe(), 1))
+    first = live.load(images[0])
+    first[:] = 0
+    before = live.load(images[0])
+    assert before.any(), "what is kept is not what was given away"
+    assert live._recent.cache_info().hits == 1
+    images[0].file.write_bytes(images[1].file.read_bytes())
+    assert np.array_equal(live.load(images[0]), live.load(images[1]))
+    assert not np.array_equal(live.load(images[0]), before)
+
+
 class Overflowing:
     """A backbone whose features grow with the brightness of the image."""
 
