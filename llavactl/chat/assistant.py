@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.chat.prefix import shared, signature, split
 from llavactl.core.schema import Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
-from llavactl.model.generate import GREEDY, Sampling, generate
+from llavactl.model.generate import GREEDY, Sampling, generate, read
 
 if TYPE_CHECKING:
+    from llavactl.core.schema import Batch
     from llavactl.model.llava import LlavaModel
+
+WORTH_SHARING = 16
 
 
 @dataclass
@@ -36,15 +40,30 @@ class Assistant:
         return Stops.of(self.encoding)
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer a conversation, made together as one left-padded batch."""
-        batch = collate([self.encode(turns) for turns in conversations], self.features, side="left")
+        """One answer a conversation, made together as one left-padded batch.
+
+        What all of them begin with, a picture for one, is read once.
+        """
+        batch, cache = self._batch([self.encode(turns) for turns in conversations])
         writers = [Writer(self.encoding.tokenizer, self.stops) for _ in conversations]
-        for tokens in generate(self.model, batch.to(self.model.device), sampling, self.stops.ids):
+        for tokens in generate(self.model, batch, sampling, self.stops.ids, cache):
             for writer, token in zip(writers, tokens, strict=True):
                 writer.take(token)
             if all(writer.done for writer in writers):
                 break
         return [writer.text.strip() for writer in writers]
+
+    def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
+        """The prompts as a batch behind what they share, and a cache that has read that (None: too little)."""
+        per_image, device = self.encoding.image_tokens, self.model.device
+        places = [signature(prompt, per_image) for prompt in prompts]
+        keep = min((shared(places[0], other) for other in places[1:]), default=0)
+        if keep < WORTH_SHARING:
+            return collate(prompts, self.features, side="left").to(device), None
+        halves = [split(prompt, keep, per_image) for prompt in prompts]
+        cache = read(self.model, collate([halves[0][0]], self.features).to(device))
+        cache.batch_repeat_interleave(len(prompts))
+        return collate([rest for _, rest in halves], self.features, side="left").to(device), cache
 
 
 @dataclass(frozen=True)

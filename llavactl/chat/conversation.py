@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llavactl.chat.assistant import Assistant, Writer
-from llavactl.core.schema import IMAGE_TOKEN, Content, Encoded, Turn
+from llavactl.chat.prefix import shared, signature, split
+from llavactl.core.schema import Content, Turn
 from llavactl.data.batches import collate
 from llavactl.model.generate import GREEDY, Sampling, generate
-
-if TYPE_CHECKING:
-    from llavactl.core.schema import Batch
 
 
 class Conversation:
@@ -43,10 +41,11 @@ class Conversation:
         from transformers import DynamicCache
 
         encoded = self.assistant.encode(self.turns)
-        wanted = _signature(encoded, self.assistant.encoding.image_tokens)
+        per_image = self.assistant.encoding.image_tokens
+        wanted = signature(encoded, per_image)
         cache, keep = self._cache, 0
         if cache is not None:
-            keep = _keep(self._read[: cache.get_seq_length()], wanted)
+            keep = shared(self._read[: cache.get_seq_length()], wanted)
         if keep:
             if surplus := cache.get_seq_length() - keep:
                 cache.crop(-surplus)
@@ -54,38 +53,8 @@ class Conversation:
             cache = DynamicCache()
         self._cache, self._read = cache, wanted
         model = self.assistant.model
-        batch = self._rest(encoded, keep).to(model.device)
+        batch = collate([split(encoded, keep, per_image)[1]], self.assistant.features, side="left").to(model.device)
         for (token,) in generate(model, batch, sampling, self.assistant.stops.ids, cache):
             if token is not None:
                 self._read = [*self._read, token]
             yield token
-
-    def _rest(self, encoded: Encoded, keep: int) -> Batch:
-        """What is left to read behind the first ``keep`` tokens, which end no image halfway."""
-        per_image = max(self.assistant.encoding.image_tokens, 1)
-        seen = sum(token == IMAGE_TOKEN for token in encoded.ids[:keep]) // per_image
-        rest = Encoded(encoded.ids[keep:], encoded.labels[keep:], encoded.images[seen:])
-        return collate([rest], self.assistant.features, side="left")
-
-
-def _signature(encoded: Encoded, per_image: int) -> list[Any]:
-    """The tokens, each image token as (which image, place in it): equal for the same image alone."""
-    signature: list[Any] = []
-    count = 0
-    for token in encoded.ids:
-        if token == IMAGE_TOKEN:
-            signature.append((encoded.images[count // per_image], count % per_image))
-            count += 1
-        else:
-            signature.append(token)
-    return signature
-
-
-def _keep(read: list[Any], wanted: list[Any]) -> int:
-    """How many tokens of ``wanted`` were read already: not all (the last gives the next), no image halfway."""
-    keep = 0
-    while keep < min(len(read), len(wanted) - 1) and read[keep] == wanted[keep]:
-        keep += 1
-    while keep and isinstance(wanted[keep], tuple) and wanted[keep][1] > 0:
-        keep -= 1
-    return keep

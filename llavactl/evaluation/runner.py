@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,7 @@ def ask(
         file.open("a", encoding="utf-8") as out,
         progress.bar(len(questions), f"eval {view.name}".strip(), "question", len(answers)) as bar,
     ):
-        for at in range(0, len(wanted), batch_size):
-            asked = wanted[at : at + batch_size]
+        for asked in _batches(wanted, batch_size):
             texts = assistant.answer([question.turns for question in asked], sampling)
             for question, text in zip(asked, texts, strict=True):
                 answers[question.id] = Answer(question.id, text)
@@ -45,6 +45,18 @@ def ask(
             out.flush()
             bar.show(len(asked))
     return answers
+
+
+def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    """Questions about the same picture together, as they read it once; the others as they come."""
+    by_image: dict[object, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_image[tuple(image for turn in question.turns for image in turn.images)].append(question)
+    groups = list(by_image.values())
+    alone = [question for group in groups if len(group) == 1 for question in group]
+    for group in (*(group for group in groups if len(group) > 1), alone):
+        for at in range(0, len(group), size):
+            yield group[at : at + size]
 
 
 def _line(answer: Answer) -> str:

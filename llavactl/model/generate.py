@@ -30,6 +30,17 @@ GREEDY = Sampling()
 
 
 @torch.inference_mode()
+def read(model: LlavaModel, batch: Batch) -> Any:
+    """A fresh cache that has read ``batch``, whose rows are not padded."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    embeds = model.embed(batch.ids, batch.features)
+    model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+@torch.inference_mode()
 def generate(
     model: LlavaModel, batch: Batch, sampling: Sampling, stop: Collection[int], cache: Any = None
 ) -> Iterator[list[int | None]]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llavactl.chat.assistant import Assistant, Stops, Writer
-from llavactl.chat.conversation import Conversation, _keep
+from llavactl.chat.conversation import Conversation
+from llavactl.chat.prefix import shared
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageFile, Turn
 from llavactl.data.encode import Encoding
@@ -68,10 +69,10 @@ def test_leaving_early_does_not_spoil_the_next_turn(assistant: Assistant) -> Non
 
 def test_another_image_in_the_same_place_is_read_anew(assistant: Assistant) -> None:
     read: list[Any] = [1, (PHOTO, 0), (PHOTO, 1), 2, 3]
-    assert _keep(read, [1, (PHOTO, 0), (PHOTO, 1), 2, 3, 4]) == 5
-    assert _keep(read, [1, (OTHER, 0), (OTHER, 1), 2, 3, 4]) == 1
-    assert _keep(read, read) == 4
-    assert _keep(read[:2], [1, (PHOTO, 0), (PHOTO, 1), 2]) == 1
+    assert shared(read, [1, (PHOTO, 0), (PHOTO, 1), 2, 3, 4]) == 5
+    assert shared(read, [1, (OTHER, 0), (OTHER, 1), 2, 3, 4]) == 1
+    assert shared(read, read) == 4
+    assert shared(read[:2], [1, (PHOTO, 0), (PHOTO, 1), 2]) == 1
 
 
 def test_writer_holds_back_half_a_character_and_stops_at_text(assistant: Assistant) -> None:
@@ -87,3 +88,11 @@ def test_a_batch_answers_as_single_questions_do(assistant: Assistant) -> None:
     torch.manual_seed(0)
     talks = [(Turn("user", (PHOTO, "\nWhat is it?")),), (Turn("user", ("Hello, who are you, and why?",)),)]
     assert assistant.answer(talks, SHORT) == [assistant.answer([talk], SHORT)[0] for talk in talks]
+
+
+def test_questions_about_one_picture_read_it_once_and_answer_alike(assistant: Assistant) -> None:
+    talks = [(Turn("user", (PHOTO, f"\n{text}")),) for text in ("What is it?", "Who are you, and why?", "Is it a dog?")]
+    alone = [assistant.answer([talk], SHORT)[0] for talk in talks]
+    assistant.features.loaded.clear()  # type: ignore[attr-defined]
+    assert assistant.answer(talks, SHORT) == alone
+    assert assistant.features.loaded == ["a.jpg"]  # type: ignore[attr-defined]
