@@ -1,39 +1,49 @@
-"""The one progress bar: on stderr, with rate and time left; sparse where stderr is a file."""
+"""How far a long work is: a bar on a terminal's stderr, sparse log lines elsewhere; with rate and time left."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 30.0
+
 
 class Bar:
-    """Counts what is done."""
+    """Counts what is done of ``total``."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, what: str, unit: str, total: int, start: int) -> None:
+        self._inner, self._what, self._unit, self._total = inner, what, unit, total
+        self._start = self._done = start
+        self._began = self._said = time.perf_counter()
 
-    def show(self, count: int = 1, **facts: Any) -> None:
+    def show(self, count: int = 1, **facts: str) -> None:
         """``count`` more are done; ``facts`` stand behind the bar."""
-        if facts:
+        self._done += count
+        if not self._inner.disable:
             self._inner.set_postfix(facts, refresh=False)
-        self._inner.update(count)
+            self._inner.update(count)
+        elif (now := time.perf_counter()) - self._said >= LINE_EVERY_S:
+            self._said = now
+            self._line((self._done - self._start) / (now - self._began), facts)
+
+    def _line(self, rate: float, facts: dict[str, str]) -> None:
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        also = "".join(f", {name} {value}" for name, value in facts.items())
+        unit = f"{self._unit}s"
+        log.info("%s: %d of %d %s, %.2g a second%s%s", self._what, self._done, self._total, unit, rate, also, left)
 
 
 @contextmanager
-def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
+def bar(total: int, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
     """A bar of ``total`` ``unit``s, of which ``start`` are done already."""
     from tqdm import tqdm
 
-    lively = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        initial=start,
-        file=sys.stderr,
-        mininterval=0.1 if lively else 10,
-        ascii=not lively,
-    ) as inner:
-        yield Bar(inner)
+    off = not (sys.stderr.isatty() and total)
+    with tqdm(total=total, desc=what, unit=unit, initial=start, file=sys.stderr, disable=off, smoothing=0.05) as inner:
+        yield Bar(inner, what, unit, total, start)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core import plugins
+from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, RecipeError, StoreError
 from llavactl.core.paths import write_atomic
 from llavactl.features.backbone import Backbone
@@ -19,7 +19,6 @@ from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_se
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
 from llavactl.features.prepare import default_device
-from llavactl.features.progress import Progress
 from llavactl.features.shards import bytes_of
 
 if TYPE_CHECKING:
@@ -115,8 +114,8 @@ def _plans(recipe: Recipe, *, remember: bool) -> list[Plan]:
     """One plan a store. All records are read before the first image is."""
     wanted = wanted_features(recipe)
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
-    with Progress("hashing", sum(len(each.images) for each in wanted)) as progress:
-        return [plan(each, keys, progress.advance) for each in wanted]
+    with progress.bar(sum(len(each.images) for each in wanted), "hashing", "image") as bar:
+        return [plan(each, keys, bar.show) for each in wanted]
 
 
 def _work(each: Plan, recipe: Recipe, device: str) -> Work:
@@ -170,8 +169,15 @@ def _planned(report: ExtractReport, jobs: Sequence[Job], needed: int, began: flo
 
 
 def _fill(jobs: Sequence[Job]) -> list[Filled]:
-    with Progress("encoding", sum(len(each.todo) for each, _ in jobs)) as progress:
-        return [fill(each.todo, each.wanted, work, progress.advance) for each, work in jobs]
+    written = 0
+
+    def advance(images: int, size: int) -> None:
+        nonlocal written
+        written += size
+        bar.show(images, GB=f"{written / 1e9:.2f}")
+
+    with progress.bar(sum(len(each.todo) for each, _ in jobs), "encoding", "image") as bar:
+        return [fill(each.todo, each.wanted, work, advance) for each, work in jobs]
 
 
 def _skipped(plans: Sequence[Plan], filled: Mapping[str, Filled]) -> dict[ImageRef, str]:
