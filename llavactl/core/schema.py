@@ -77,15 +77,19 @@ class ImageFile:
     def file(self) -> Path:
         return Path(self.root, self.path)
 
-    def read(self) -> bytes:
+    def _inside(self) -> Path:
         root, target = Path(self.root).resolve(), self.file.resolve()
         if commonpath([root, target]) != str(root):
             raise OSError(f"a symbolic link leads out of {self.root}")
-        return target.read_bytes()
+        return target
+
+    def read(self) -> bytes:
+        return self._inside().read_bytes()
 
     def stamp(self) -> str | None:
-        status = self.file.stat()
-        return f"{self.file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        target = self._inside()
+        status = target.stat()
+        return f"{target}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
 Content = str | ImageRef

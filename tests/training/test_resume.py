@@ -101,11 +101,14 @@ def test_two_processes_train_what_one_does(toy: Path) -> None:
     """Gradients add up over processes, and the loss is divided by the trained tokens of all of them."""
     steady = ["-o", "stage1.batch_size=8", "-o", "stage1.micro_batch_size=4", "-o", "stage1.max_steps=4"]
     assert run_cli(*command(toy, 1, *steady, "-o", f"run_dir={toy}/one")).exit_code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "llavactl",
-         *command(toy, 1, *steady, "-o", f"run_dir={toy}/two")],
-        capture_output=True, text=True, check=False, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*torchrun, "-m", "llavactl", *command(toy, 1, *steady, "-o", f"run_dir={toy}/two")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     assert launched.returncode == 0, launched.stderr[-3000:]
     one, two = weights(toy / "one/stage1/model"), weights(toy / "two/stage1/model")
     for name in one:
