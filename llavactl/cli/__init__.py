@@ -49,12 +49,19 @@ def _run(arguments: Sequence[str]) -> int:
     except LlavactlError as error:
         _report(error)
         return 1
-    except Exception:  # noqa: BLE001 - the one boundary; what arrives here is a defect
-        traceback.print_exc()
-        click.echo(
-            "this is a defect of llavactl or of a plugin named above: please report it with these lines", err=True
-        )
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            return _defect()
+        _report(LlavactlError(f"{error.filename}: {error.strerror}", hint="free some disk, or mend its permissions"))
         return 1
+    except Exception:  # noqa: BLE001 - the one boundary; what arrives here is a defect
+        return _defect()
+
+
+def _defect() -> int:
+    traceback.print_exc()
+    click.echo("this is a defect of llavactl or of a plugin named above: please report it with these lines", err=True)
+    return 1
 
 
 def _report(error: LlavactlError) -> None:
