@@ -265,6 +265,7 @@ run_dir: 3
         assert load_recipe(None, ["connector={name: mlp2x-gelu, fold: 2}"]).connector.spec() == {
             "name": "mlp2x-gelu",
             "fold": 2,
+            "norm": False,
         }
 
     def test_nothing_is_a_value(self) -> None:

@@ -1,4 +1,4 @@
-"""Folding neighbouring patches into one token before a projection (pixel unshuffle, as InternVL does)."""
+"""What may come before a projection, as in InternVL: neighbouring patches folded into one token, patches normalised."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ class Fold(nn.Module):
         blocks = features.view(i, h // f, f, w // f, f, d).permute(0, 1, 3, 2, 4, 5)
         folded: torch.Tensor = self.projection(blocks.reshape(i, (h // f) * (w // f), f * f * d))
         return folded
+
+
+class Normed(nn.Module):
+    """Features [I, P, Dv], each patch brought to mean 0 and variance 1 over its Dv channels, then ``projection``."""
+
+    def __init__(self, width: int, projection: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.projection = projection
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.projection(self.norm(features))
+        return projected

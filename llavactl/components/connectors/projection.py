@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 
 class ProjectionOptions(Options):
-    """``fold: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide."""
+    """``fold: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide.
+
+    ``norm: true`` first brings every patch to mean 0 and variance 1, for hidden states whose numbers are much
+    smaller or larger than the language model's embeddings; it has no weights.
+    """
 
     fold: Annotated[int, Field(ge=1)] = 1
+    norm: Annotated[bool, Field(strict=True)] = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Projection:
 
     fold: int
     layers: int
+    norm: bool = False
 
     def tokens(self, shape: FeatureShape) -> int:
         return shape.patches // self.fold**2
@@ -39,7 +45,7 @@ class Projection:
         """
         from torch import nn
 
-        from llavactl.components.connectors.fold import Fold
+        from llavactl.components.connectors.fold import Fold, Normed
 
         if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
@@ -51,14 +57,15 @@ class Projection:
             projection = nn.Sequential(
                 nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
             )
-        return projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
+        connector = projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
+        return Normed(shape.width, connector) if self.norm else connector
 
 
 def linear(options: ProjectionOptions) -> Projection:
     """LLaVA v1's ``W``."""
-    return Projection(options.fold, 1)
+    return Projection(options.fold, 1, options.norm)
 
 
 def mlp2x_gelu(options: ProjectionOptions) -> Projection:
     """LLaVA v1.5's ``mlp2x_gelu``."""
-    return Projection(options.fold, 2)
+    return Projection(options.fold, 2, options.norm)
