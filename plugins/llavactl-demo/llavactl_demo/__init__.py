@@ -29,6 +29,7 @@ def register_languages(register: Any) -> None:
     register(
         "smollm2-demo",
         "llavactl_demo.components:Smollm2Demo",
+        options="llavactl_demo.components:Smollm2Options",
         summary="SmolLM2-135M-Instruct, from an installed wheel",
     )
 

