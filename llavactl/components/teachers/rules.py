@@ -7,8 +7,9 @@ from the question's words. It names nothing that the picture doesn't have, but w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import permutations
+from itertools import pairwise, permutations
 from random import Random
 from typing import TypeVar
 
@@ -24,6 +25,9 @@ COLORS = frozenset(
 )
 CLEAR = 0.18
 """How far apart two centers are, as a share of the picture, before one is said to be left of the other."""
+
+IN_ORDER = 0.08
+"""How far apart neighbours are, as a share of the picture, before things are told in their order."""
 
 QA = tuple[str, str]
 T = TypeVar("T")
@@ -97,19 +101,19 @@ def _kinds(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
 
 
 def _counts(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
-    """How many of all, of a kind, of a color; a number that occurs is drawn first, then what there are so many of."""
+    """How many of all, of a kind, of a color, the largest groups first.
+
+    Most groups are of one; were they drawn alike, "1" would be the answer to most questions.
+    """
     every = rng.choice(("How many shapes are there?", "How many objects are in the image?"))
     everything = (every if all(thing.color for thing in things) else "How many objects are there?", str(len(things)))
-    groups: dict[int, list[str]] = {}
-    for kind in {thing.kind for thing in things}:
-        groups.setdefault(sum(thing.kind == kind for thing in things), []).append(plural(kind))
-    for color in {thing.color for thing in things if thing.color}:
-        groups.setdefault(sum(thing.color == color for thing in things), []).append(f"{color} objects")
-    if rng.random() < 0.5:
-        yield everything
-    for number in _shuffled(sorted(groups), rng):
-        wording = rng.choice(("How many {} are there?", "How many {} are in the image?"))
-        yield wording.format(rng.choice(sorted(groups[number]))), str(number)
+    groups = Counter([plural(thing.kind) for thing in things])
+    groups.update(f"{thing.color} objects" for thing in things if thing.color)
+    wordings = ("How many {} are there?", "How many {} are in the image?")
+    largest = sorted(_shuffled(sorted(groups), rng), key=lambda name: -groups[name])
+    asked = [(rng.choice(wordings).format(name), str(groups[name])) for name in largest]
+    asked.insert(rng.randrange(2), everything)
+    yield from asked
 
 
 def _presence(things: Sequence[Thing], absent: Sequence[str], rng: Random) -> Iterator[QA]:
@@ -167,10 +171,19 @@ def _description(sample: Sample, things: Sequence[Thing], rng: Random) -> str:
     several = len(things) != 1
     said.append(f"There {'are' if several else 'is'} {number} {noun}{'s' * several} in the picture.")
     said += [_sentence(f"{article(thing.name)} is {_place(thing)}.") for thing in _shuffled(things, rng)]
+    said += _shuffled([*_order(things, "From left to right", "x"), *_order(things, "From top to bottom", "y")], rng)
     one, other = max(things, key=lambda thing: thing.area), min(things, key=lambda thing: thing.area)
     if one.name != other.name and one.area > 1.3 * other.area:
         said.append(f"The {one.name} is larger than the {other.name}.")
     return " ".join(said)
+
+
+def _order(things: Sequence[Thing], way: str, axis: str) -> list[str]:
+    """The things in their order along an axis, where nobody would argue about it."""
+    order = sorted(things, key=lambda thing: float(getattr(thing, axis)))
+    clear = all(getattr(b, axis) - getattr(a, axis) >= IN_ORDER for a, b in pairwise(order))
+    names = [article(thing.name) for thing in order]
+    return [f"{way}: {', '.join(names[:-1])} and {names[-1]}."] if clear and len(order) > 1 else []
 
 
 def _reasoning(things: Sequence[Thing], rng: Random) -> QA:

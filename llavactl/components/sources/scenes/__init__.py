@@ -34,7 +34,9 @@ class ScenesOptions(Options):
     split: Split = Field("train", description="test shows pairs of color and shape that train never does")
     scenes: int = Field(ge=1, description="how many; a larger number begins with the same scenes")
     seed: int = Field(0, description="other scenes for another seed")
-    content: Literal["captions", "questions"] = Field("questions", description="what a scene's conversation is")
+    content: Literal["captions", "descriptions", "questions"] = Field(
+        "questions", description="what a scene's conversation is: one caption, all of them, or questions"
+    )
     questions: int = Field(MOST, ge=1, le=MOST, description="questions a scene, with content: questions")
     size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the pictures in pixels")
 
@@ -45,9 +47,12 @@ def scenes(options: ScenesOptions) -> Iterator[Sample]:
         staged = stage(options.split, options.seed, index)
         said = captions(staged)
         image = picture(staged, options.size)
-        turns = _caption(staged, image, said) if options.content == "captions" else _questions(staged, image, options)
         boxes = tuple(thing.box() for thing in staged.scene.things)
         extra = {"absent": _absent(staged)}
+        if options.content == "questions":
+            turns = _questions(staged, image, options)
+        else:
+            turns = _caption(staged, image, said, whole=options.content == "descriptions")
         yield Sample(staged.id, turns, where=f"scene {staged.id}", captions=said, boxes=boxes, extra=extra)
 
 
@@ -64,9 +69,10 @@ def picture(staged: Staged, size: int) -> SceneImage:
     return SceneImage(f"scenes/{staged.id}.png", staged.scene, size)
 
 
-def _caption(staged: Staged, image: SceneImage, said: tuple[str, ...]) -> tuple[Turn, ...]:
+def _caption(staged: Staged, image: SceneImage, said: tuple[str, ...], *, whole: bool) -> tuple[Turn, ...]:
     rng = Random(f"llavactl scenes/instruction/{staged.key}")
-    return Turn("user", (image, "\n" + rng.choice(INSTRUCTIONS))), Turn("assistant", (rng.choice(said),))
+    asked = Turn("user", (image, "\n" + rng.choice(INSTRUCTIONS)))
+    return asked, Turn("assistant", (" ".join(rng.sample(said, len(said))) if whole else rng.choice(said),))
 
 
 def _questions(staged: Staged, image: SceneImage, options: ScenesOptions) -> tuple[Turn, ...]:
