@@ -206,7 +206,10 @@ class Eval(Section):
 
 
 class Recipe(Section):
-    """A whole recipe, resolved: defaults filled in, paths absolute, options validated."""
+    """A whole recipe, resolved: defaults filled in, paths absolute, options validated.
+
+    ``try_next`` are lines for whoever reads the report of a finished run.
+    """
 
     name: FileName
     vision: VisionSpec
@@ -218,5 +221,6 @@ class Recipe(Section):
     stage2: Stage2 = Stage2()
     eval: Eval = Eval()
     generate: Generate | None = None
+    try_next: tuple[str, ...] = ()
     seed: Whole = 0
     run_dir: RecipePath

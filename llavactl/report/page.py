@@ -23,6 +23,9 @@ from llavactl.report.thumbnails import data_uri, safe_image
 if TYPE_CHECKING:
     from jinja2 import Template
 
+TIMES = "times.json"
+"""In a run folder: the seconds of each step, written by ``llavactl run``."""
+
 SHOWN_SKIPPED = 20
 STAGES = (
     ("stage1", "Stage 1", "the connector learns to translate"),
@@ -81,6 +84,8 @@ def write_report(run_dir: Path) -> Path:
         tasks=[_task(file) for file in sorted((run_dir / "eval").glob("*.json"))],
         skipped=[(show(each.get("image")), show(each.get("reason"))) for each in skipped[:SHOWN_SKIPPED]],
         skipped_count=len(skipped),
+        times=_times(read_document(run_dir / TIMES)),
+        try_next=[show(line) for line in _list(recipe.get("try_next"))],
         versions=_versions(),
         recipe=text,
     )
@@ -186,6 +191,17 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _range(each: Any) -> str:
     return f"{show(each[0])} to {show(each[1])}" if isinstance(each, list) and len(each) == 2 else show(each)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _times(seconds: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(step, time) in the order they were first done, then all of them together."""
+    known = {step: each for step, each in seconds.items() if isinstance(each, int | float)}
+    rows = [(show(step), duration(each)) for step, each in known.items()]
+    return [*rows, ("together", duration(sum(known.values())))] if len(rows) > 1 else rows
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from llavactl.report.page import write_report
+from llavactl.core.paths import write_json
+from llavactl.report.inputs import read_document
+from llavactl.report.page import TIMES, write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
 from llavactl.verbs.train import TrainReport, train
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Recipe, TaskSpec
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,12 @@ class RunReport:
 
 def run(recipe: Recipe) -> RunReport:
     """Generate, extract, stage 1, stage 2, every task: each step decides by content whether it has work to do."""
-    generated = generate(recipe) if recipe.generate is not None else None
-    cached = recipe.features.mode == "cached"
-    extracted = extract(recipe) if cached and (recipe.data.stage1 or recipe.data.stage2) else None
-    stage1 = train(recipe, 1) if recipe.data.stage1 else None
-    stage2 = train(recipe, 2) if recipe.data.stage2 else None
-    scored = [evaluate(recipe, task.name, task.spec()) for task in recipe.eval.tasks]
+    cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
+    generated = _timed(recipe, "generate", lambda: generate(recipe)) if recipe.generate is not None else None
+    extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
+    stage1 = _timed(recipe, "stage 1", lambda: train(recipe, 1)) if recipe.data.stage1 else None
+    stage2 = _timed(recipe, "stage 2", lambda: train(recipe, 2)) if recipe.data.stage2 else None
+    scored = [_scored(recipe, task) for task in recipe.eval.tasks]
     last: Any = stage2 or stage1
     page = write_report(recipe.run_dir)
     return RunReport(
@@ -55,6 +60,23 @@ def run(recipe: Recipe) -> RunReport:
         report=str(page),
         example=_example(recipe),
     )
+
+
+def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:
+    return _timed(recipe, f"eval {task.name}", lambda: evaluate(recipe, task.name, task.spec()))
+
+
+def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:
+    """The report of ``work``; the seconds it took go to ``times.json``, unless it was finished before.
+
+    A step that was cut and went on counts from where it went on.
+    """
+    began = time.perf_counter()
+    report = work()
+    if not (getattr(report, "finished_before", False) or getattr(report, "encoded", None) == 0):
+        file = recipe.run_dir / TIMES
+        write_json(file, {**read_document(file), step: round(time.perf_counter() - began, 1)})
+    return report
 
 
 def _example(recipe: Recipe) -> Mapping[str, str] | None:
