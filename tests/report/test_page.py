@@ -93,6 +93,16 @@ def test_a_whole_run_is_on_the_page(run_dir: Path) -> None:
     assert shown.images.count(PIXEL) == 2
 
 
+def test_times_and_what_to_try_stand_at_the_end(run_dir: Path) -> None:
+    write(run_dir / "times.json", {"extract": 30.0, "stage 1": 95.0, "odd": "later"})
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "try_next: [try <this> first]\n")
+    shown = page(run_dir)
+    for text in ("30 s", "1 min 35 s", "together", "2 min 5 s", "try <this> first"):
+        assert text in shown.text
+    assert "later" not in shown.text
+
+
 def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
     row = {"image": "b.png", "thumbnail": PIXEL, "question": "Which colour?", "reference": "Red.", "answer": "Blue."}
     write(run_dir / "eval/examples/scenes.json", [row])

@@ -97,6 +97,29 @@ def test_rules_say_what_is_true() -> None:
     assert abs(asked["presence yes"] - asked["presence no"]) < 0.35 * (asked["presence yes"] + asked["presence no"])
 
 
+def test_no_count_is_the_answer_to_most_questions() -> None:
+    """Who says "1" whenever a kind or a color is counted must not be right much more often than by chance."""
+    teacher = registry().create("teachers", {"name": "rules"})
+    counts = Counter[str]()
+    for picture in pictures(300):
+        said = turns("conversation", teacher.reply(Request(picture.id, "conversation", (), picture)), "")
+        counts.update(a for q, a in said if q.startswith("How many") and not re.search("many (shapes|objects)", q))
+    assert set(counts) == {"1", "2", "3"}
+    assert max(counts.values()) < 0.5 * counts.total(), counts
+
+
+def test_a_description_has_all_things_in_order() -> None:
+    teacher = registry().create("teachers", {"name": "rules"})
+    for picture in pictures(60):
+        told = teacher.reply(Request(picture.id, "detail", (), picture))
+        for start, axis in (("From left to right", 0), ("From top to bottom", 1)):
+            places = {box.category: box.xyxy[axis] + box.xyxy[axis + 2] for box in picture.boxes}
+            if found := re.search(rf"{start}: (.+?)\.", told):
+                assert re.findall(r"an? (\w+ \w+)", found[1]) == sorted(places, key=places.__getitem__)
+            else:
+                assert all(name in told for name in places), "then each has its place"
+
+
 def test_training_never_mentions_a_held_out_pair() -> None:
     teacher = registry().create("teachers", {"name": "rules"})
     unseen = [f"{color} {shape}" for color in COLORS for shape in SHAPES if held_out(color, shape)]

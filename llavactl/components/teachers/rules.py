@@ -26,7 +26,7 @@ COLORS = frozenset(
 CLEAR = 0.18
 """How far apart two centers are, as a share of the picture, before one is said to be left of the other."""
 
-IN_ORDER = 0.08
+IN_ORDER = 0.03
 """How far apart neighbours are, as a share of the picture, before things are told in their order."""
 
 QA = tuple[str, str]
@@ -52,7 +52,7 @@ class Rules:
         rng = Random(f"{request.seed}/{request.kind}/{request.id}")
         things = [Thing(box) for box in request.sample.boxes if not box.crowd]
         if request.kind == "detail":
-            return _description(request.sample, things, rng)
+            return _description(things, rng)
         pairs = [_reasoning(things, rng)]
         if request.kind == "conversation":
             pairs = _conversation(request.sample, things, rng, self.options.questions)
@@ -101,16 +101,19 @@ def _kinds(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
 
 
 def _counts(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
-    """How many of all, of a kind, of a color, the largest groups first.
+    """How many of all, of a kind, of a color, the largest groups mostly first.
 
-    Most groups are of one; were they drawn alike, "1" would be the answer to most questions.
+    Most groups are of one: drawn alike, "1" would be the answer to most questions, and with the largest
+    always first "2" would.
     """
     every = rng.choice(("How many shapes are there?", "How many objects are in the image?"))
     everything = (every if all(thing.color for thing in things) else "How many objects are there?", str(len(things)))
     groups = Counter([plural(thing.kind) for thing in things])
     groups.update(f"{thing.color} objects" for thing in things if thing.color)
     wordings = ("How many {} are there?", "How many {} are in the image?")
-    largest = sorted(_shuffled(sorted(groups), rng), key=lambda name: -groups[name])
+    largest = _shuffled(sorted(groups), rng)
+    if rng.random() < 0.75:
+        largest.sort(key=lambda name: -groups[name])
     asked = [(rng.choice(wordings).format(name), str(groups[name])) for name in largest]
     asked.insert(rng.randrange(2), everything)
     yield from asked
@@ -163,15 +166,16 @@ def _side(along: float, aside: float, words: tuple[str, str]) -> str:
     return "" if abs(along) < max(CLEAR, abs(aside) / 2) else words[along > 0]
 
 
-def _description(sample: Sample, things: Sequence[Thing], rng: Random) -> str:
-    """A caption, how many things there are, and each with its place."""
+def _description(things: Sequence[Thing], rng: Random) -> str:
+    """How many things there are, which and where: in their order along both axes, else each with its place."""
     number = NUMBERS.get(len(things), str(len(things)))
     noun = "shape" if all(thing.color for thing in things) else "object"
-    said = [rng.choice(sample.captions)] if sample.captions else []
     several = len(things) != 1
-    said.append(f"There {'are' if several else 'is'} {number} {noun}{'s' * several} in the picture.")
-    said += [_sentence(f"{article(thing.name)} is {_place(thing)}.") for thing in _shuffled(things, rng)]
-    said += _shuffled([*_order(things, "From left to right", "x"), *_order(things, "From top to bottom", "y")], rng)
+    said = [f"There {'are' if several else 'is'} {number} {noun}{'s' * several} in the picture."]
+    orders = [*_order(things, "From left to right", "x"), *_order(things, "From top to bottom", "y")]
+    said += _shuffled(orders, rng)
+    if len(orders) < 2:
+        said += [_sentence(f"{article(thing.name)} is {_place(thing)}.") for thing in _shuffled(things, rng)]
     one, other = max(things, key=lambda thing: thing.area), min(things, key=lambda thing: thing.area)
     if one.name != other.name and one.area > 1.3 * other.area:
         said.append(f"The {one.name} is larger than the {other.name}.")

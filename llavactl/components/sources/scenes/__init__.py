@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llavactl.components.sources.scenes.captions import captions
+from llavactl.components.sources.scenes.captions import captions, description
 from llavactl.components.sources.scenes.draw import SceneImage
 from llavactl.components.sources.scenes.layout import Staged, stage
 from llavactl.components.sources.scenes.questions import MOST, ask
@@ -35,7 +35,7 @@ class ScenesOptions(Options):
     scenes: int = Field(ge=1, description="how many; a larger number begins with the same scenes")
     seed: int = Field(0, description="other scenes for another seed")
     content: Literal["captions", "descriptions", "questions"] = Field(
-        "questions", description="what a scene's conversation is: one caption, all of them, or questions"
+        "questions", description="what a scene is told or asked: a short caption, all things in their order, questions"
     )
     questions: int = Field(MOST, ge=1, le=MOST, description="questions a scene, with content: questions")
     size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the pictures in pixels")
@@ -52,7 +52,7 @@ def scenes(options: ScenesOptions) -> Iterator[Sample]:
         if options.content == "questions":
             turns = _questions(staged, image, options)
         else:
-            turns = _caption(staged, image, said, whole=options.content == "descriptions")
+            turns = _caption(staged, image, (description(staged),) if options.content == "descriptions" else said)
         yield Sample(staged.id, turns, where=f"scene {staged.id}", captions=said, boxes=boxes, extra=extra)
 
 
@@ -69,10 +69,10 @@ def picture(staged: Staged, size: int) -> SceneImage:
     return SceneImage(f"scenes/{staged.id}.png", staged.scene, size)
 
 
-def _caption(staged: Staged, image: SceneImage, said: tuple[str, ...], *, whole: bool) -> tuple[Turn, ...]:
+def _caption(staged: Staged, image: SceneImage, said: tuple[str, ...]) -> tuple[Turn, ...]:
     rng = Random(f"llavactl scenes/instruction/{staged.key}")
     asked = Turn("user", (image, "\n" + rng.choice(INSTRUCTIONS)))
-    return asked, Turn("assistant", (" ".join(rng.sample(said, len(said))) if whole else rng.choice(said),))
+    return asked, Turn("assistant", (rng.choice(said),))
 
 
 def _questions(staged: Staged, image: SceneImage, options: ScenesOptions) -> tuple[Turn, ...]:

@@ -32,6 +32,15 @@ def captions(staged: Staged) -> tuple[str, ...]:
     return tuple(text[0].upper() + text[1:] for text in said)
 
 
+def description(staged: Staged) -> str:
+    """All things twice, from left to right and from top to bottom: what and where each is, in few words."""
+    things = staged.scene.things
+    across = _named(sorted(things, key=lambda thing: thing.x))
+    down = _named(sorted(things, key=lambda thing: thing.y))
+    ways = [f"From left to right: {across}.", f"From top to bottom: {down}."]
+    return " ".join(Random(f"llavactl scenes/description/{staged.key}").sample(ways, 2))
+
+
 def enumerated(names: Sequence[str]) -> str:
     """The names with commas and an "and"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,41 @@
+"""Connectors: how many tokens come out, in which order, and on what scale patches go in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llavactl.core.errors import RecipeError
+from llavactl.core.registry import registry
+from llavactl.core.schema import FeatureShape
+
+SHAPE = FeatureShape((4, 6), 8)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp2x-gelu"])
+@pytest.mark.parametrize("fold", [1, 2])
+def test_tokens_are_counted_and_ordered(name: str, fold: int) -> None:
+    maker = registry().create("connectors", {"name": name, "fold": fold})
+    connector = maker.build(SHAPE, 5)
+    features = torch.randn(3, 24, 8)
+    made = connector(features)
+    assert made.shape == (3, maker.tokens(SHAPE), 5)
+    # The last patch belongs to the last token alone.
+    features[:, -1] += 1
+    changed = (connector(features) != made).any(-1)
+    assert changed[:, -1].all()
+    assert not changed[:, :-1].any()
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_norm_makes_the_scale_of_features_irrelevant(fold: int) -> None:
+    maker = registry().create("connectors", {"name": "mlp2x-gelu", "fold": fold, "norm": True})
+    connector = maker.build(SHAPE, 5)
+    features = torch.randn(2, 24, 8)
+    torch.testing.assert_close(connector(features * 30 + 4), connector(features), rtol=1e-3, atol=1e-3)
+    assert not any("norm" in name for name in connector.state_dict()), "it has no weights of its own"
+
+
+def test_a_fold_that_does_not_divide_the_grid_is_refused() -> None:
+    with pytest.raises(RecipeError, match="4x6"):
+        registry().create("connectors", {"name": "linear", "fold": 4}).build(SHAPE, 5)
