@@ -13,22 +13,33 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def order(weights: Sequence[float], epoch: int, seed: int) -> np.ndarray:
-    """The sample indices of one epoch, shuffled; a weight of 1.5 is one copy and, for half of the samples, another."""
+def order(weights: Sequence[float], epoch: int, seed: int, groups: Sequence[int] | None = None) -> np.ndarray:
+    """The sample indices of one epoch, shuffled; a weight of 1.5 is one copy and, for half of the samples, another.
+
+    With ``groups`` (a number a sample) those of a lower group come before those of a higher one.
+    """
     generator = np.random.default_rng([seed, epoch])
     share = np.asarray(weights, dtype=np.float64)
     copies = np.floor(share).astype(np.int64)
     copies += generator.random(len(share)) < share - copies
-    return generator.permutation(np.repeat(np.arange(len(share)), copies))
+    shuffled = generator.permutation(np.repeat(np.arange(len(share)), copies))
+    return shuffled if groups is None else shuffled[np.argsort(np.asarray(groups)[shuffled], kind="stable")]
 
 
 class Plan:
     """The global batches of a run: ``epochs`` over samples with ``weights`` (copies an epoch)."""
 
     def __init__(
-        self, weights: Sequence[float], *, epochs: float, batch_size: int, seed: int, max_steps: int | None = None
+        self,
+        weights: Sequence[float],
+        *,
+        epochs: float,
+        batch_size: int,
+        seed: int,
+        max_steps: int | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
-        rounds = [order(weights, epoch, seed) for epoch in range(math.ceil(epochs))]
+        rounds = [order(weights, epoch, seed, groups) for epoch in range(math.ceil(epochs))]
         if rounds and epochs % 1:
             rounds[-1] = rounds[-1][: math.ceil(len(rounds[-1]) * (epochs % 1))]
         self._samples = np.concatenate(rounds)

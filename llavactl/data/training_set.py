@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Batch, Encoded, ImageRef, Sample
@@ -23,10 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Samples with their weights (copies an epoch), and how they become tokens and features."""
+    """Samples with their weights (copies an epoch) and the number of their source, and how they become tokens and
+    features.
+    """
 
     samples: Sequence[Sample]
     weights: Sequence[float]
+    sources: Sequence[int]
     encoding: Encoding
     features: Loads
     image_order: Literal["first", "random", "as-data"]
@@ -64,6 +67,14 @@ class Split:
     digest: str
 
 
+class Member(NamedTuple):
+    """A sample with its copies an epoch and the number of the source it is from."""
+
+    sample: Sample
+    weight: float
+    source: int
+
+
 def split(
     specs: Sequence[SourceSpec],
     stage: Stage,
@@ -78,21 +89,29 @@ def split(
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
-    found = [(sample, spec.weight) for spec in specs for sample in samples([spec])]
-    reasons = unreadable(list(dict.fromkeys(image for sample, _ in found for image in sample.images)))
+    found = [Member(sample, spec.weight, at) for at, spec in enumerate(specs) for sample in samples([spec])]
+    reasons = unreadable(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
     kept, left_out = [], {}
-    for sample, weight in found:
+    for member in found:
+        sample = member.sample
         bad = [image for image in sample.images if image in reasons]
         if bad:
             left_out[sample.id] = f"{bad[0].name}: {reasons[bad[0]]}"
         else:
-            kept.append((sample, weight))
-    groups = [_group(sample) for sample, _ in kept]
+            kept.append(member)
+    groups = [_group(member.sample) for member in kept]
     validation = held_out(groups, stage.validation, seed)
 
-    def subset(members: Sequence[tuple[Sample, float]]) -> TrainingSet:
-        chosen, weights = [sample for sample, _ in members], [weight for _, weight in members]
-        return TrainingSet(chosen, weights, encoding, features, stage.image_order, seed)
+    def subset(members: Sequence[Member]) -> TrainingSet:
+        return TrainingSet(
+            [member.sample for member in members],
+            [member.weight for member in members],
+            [member.source for member in members],
+            encoding,
+            features,
+            stage.image_order,
+            seed,
+        )
 
     train = subset([member for member, group in zip(kept, groups, strict=True) if group not in validation])
     if not train.samples:
@@ -100,7 +119,7 @@ def split(
             f"no sample to train on: {len(found)} records, {len(left_out)} with images that can't be read",
             hint="`data.stage1` and `data.stage2` name the sources",
         )
-    held = subset([(sample, 1.0) for (sample, _), group in zip(kept, groups, strict=True) if group in validation])
+    held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
     return Split(train, held, left_out, _digest(kept))
 
 
@@ -109,11 +128,11 @@ def _group(sample: Sample) -> str:
     return sample.images[0].name if sample.images else f"text {sample.id}"
 
 
-def _digest(members: Sequence[tuple[Sample, float]]) -> str:
-    """Changes with any word, image or weight that is trained on."""
+def _digest(members: Sequence[Member]) -> str:
+    """Changes with any word, image, weight or source that is trained on."""
     total = hashlib.sha256()
-    for sample, weight in members:
-        total.update(f"{sample.id}\0{weight}".encode())
+    for sample, weight, source in members:
+        total.update(f"{sample.id}\0{weight}\0{source}".encode())
         for turn in sample.turns:
             said = [part if isinstance(part, str) else f"\0{part.name}" for part in turn.content]
             total.update("\0".join([turn.role, *said]).encode("utf-8", "surrogatepass"))

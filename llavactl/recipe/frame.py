@@ -138,11 +138,15 @@ class Lora(Section):
 
 
 class Stage(Section):
-    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes."""
+    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes.
+
+    ``order`` of an epoch: ``by-source`` takes the sources one after the other, each of them shuffled.
+    """
 
     template: str | None = None
     image: Literal["square", "pad"] | None = None
     image_order: ImageOrder = "first"
+    order: Literal["shuffled", "by-source"] = "shuffled"
     epochs: Positive = 1
     max_steps: Count | None = None
     batch_size: Count = 128
@@ -151,6 +155,7 @@ class Stage(Section):
     connector_learning_rate: Positive | None = None
     warmup: Share = 0.03
     weight_decay: NotNegative = 0.0
+    adam_beta2: Share = 0.999
     max_length: Count = 2048
     validation: Share = 0.01
     precision: Precision = "bfloat16"

@@ -63,7 +63,12 @@ def train(run: Run) -> int:
     """
     stage, accelerator = run.stage, run.accelerator
     plan = Plan(
-        run.data.weights, epochs=stage.epochs, batch_size=stage.batch_size, seed=run.seed, max_steps=stage.max_steps
+        run.data.weights,
+        epochs=stage.epochs,
+        batch_size=stage.batch_size,
+        seed=run.seed,
+        max_steps=stage.max_steps,
+        groups=run.data.sources if stage.order == "by-source" else None,
     )
     start = _restore(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None

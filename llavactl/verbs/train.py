@@ -92,7 +92,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         model_folder.load_connector(parts.model.connector, start)
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
-    optimizer = Optimizer(parts.model, rates, settings.weight_decay)
+    optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2)
     description = _description(recipe, stage, features.fingerprint, digest) | {
         "shape": asdict(features.shape),
         "template": template,
