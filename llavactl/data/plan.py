@@ -13,17 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def order(weights: Sequence[float], epoch: int, seed: int, groups: Sequence[int] | None = None) -> np.ndarray:
+def order(weights: Sequence[float], epoch: int, seed: int, phases: Sequence[int] | None = None) -> np.ndarray:
     """The sample indices of one epoch, shuffled; a weight of 1.5 is one copy and, for half of the samples, another.
 
-    With ``groups`` (a number a sample) those of a lower group come before those of a higher one.
+    With ``phases`` (a number a sample) those of a lower phase come before those of a higher one.
     """
     generator = np.random.default_rng([seed, epoch])
     share = np.asarray(weights, dtype=np.float64)
     copies = np.floor(share).astype(np.int64)
     copies += generator.random(len(share)) < share - copies
     shuffled = generator.permutation(np.repeat(np.arange(len(share)), copies))
-    return shuffled if groups is None else shuffled[np.argsort(np.asarray(groups)[shuffled], kind="stable")]
+    return shuffled if phases is None else shuffled[np.argsort(np.asarray(phases)[shuffled], kind="stable")]
 
 
 class Plan:
@@ -37,9 +37,9 @@ class Plan:
         batch_size: int,
         seed: int,
         max_steps: int | None = None,
-        groups: Sequence[int] | None = None,
+        phases: Sequence[int] | None = None,
     ) -> None:
-        rounds = [order(weights, epoch, seed, groups) for epoch in range(math.ceil(epochs))]
+        rounds = [order(weights, epoch, seed, phases) for epoch in range(math.ceil(epochs))]
         if rounds and epochs % 1:
             rounds[-1] = rounds[-1][: math.ceil(len(rounds[-1]) * (epochs % 1))]
         self._samples = np.concatenate(rounds)

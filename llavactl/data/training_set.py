@@ -23,13 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Samples with their weights (copies an epoch) and the number of their source, and how they become tokens and
-    features.
-    """
+    """Samples with their weights (copies an epoch) and phases, and how they become tokens and features."""
 
     samples: Sequence[Sample]
     weights: Sequence[float]
-    sources: Sequence[int]
+    phases: Sequence[int]
     encoding: Encoding
     features: Loads
     image_order: Literal["first", "random", "as-data"]
@@ -68,11 +66,11 @@ class Split:
 
 
 class Member(NamedTuple):
-    """A sample with its copies an epoch and the number of the source it is from."""
+    """A sample with its source's copies an epoch and phase."""
 
     sample: Sample
     weight: float
-    source: int
+    phase: int
 
 
 def split(
@@ -89,7 +87,7 @@ def split(
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
-    found = [Member(sample, spec.weight, at) for at, spec in enumerate(specs) for sample in samples([spec])]
+    found = [Member(sample, spec.weight, spec.phase) for spec in specs for sample in samples([spec])]
     reasons = unreadable(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
     kept, left_out = [], {}
     for member in found:
@@ -106,7 +104,7 @@ def split(
         return TrainingSet(
             [member.sample for member in members],
             [member.weight for member in members],
-            [member.source for member in members],
+            [member.phase for member in members],
             encoding,
             features,
             stage.image_order,
@@ -129,10 +127,10 @@ def _group(sample: Sample) -> str:
 
 
 def _digest(members: Sequence[Member]) -> str:
-    """Changes with any word, image, weight or source that is trained on."""
+    """Changes with any word, image, weight or phase that is trained on."""
     total = hashlib.sha256()
-    for sample, weight, source in members:
-        total.update(f"{sample.id}\0{weight}\0{source}".encode())
+    for sample, weight, phase in members:
+        total.update(f"{sample.id}\0{weight}\0{phase}".encode())
         for turn in sample.turns:
             said = [part if isinstance(part, str) else f"\0{part.name}" for part in turn.content]
             total.update("\0".join([turn.role, *said]).encode("utf-8", "surrogatepass"))

@@ -71,13 +71,16 @@ class LanguageSpec(Spec):
 
 
 class SourceSpec(Spec):
+    """A source of training samples: ``weight`` copies an epoch; those of a lower ``phase`` come first in it."""
+
     kind = "sources"
 
     weight: Positive = 1.0
+    phase: Count = 1
 
     @classmethod
     def frame_keys(cls) -> set[str]:
-        return {"weight"}
+        return {"weight", "phase"}
 
 
 class TaskSpec(Spec):
@@ -138,15 +141,11 @@ class Lora(Section):
 
 
 class Stage(Section):
-    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes.
-
-    ``order`` of an epoch: ``by-source`` takes the sources one after the other, each of them shuffled.
-    """
+    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes."""
 
     template: str | None = None
     image: Literal["square", "pad"] | None = None
     image_order: ImageOrder = "first"
-    order: Literal["shuffled", "by-source"] = "shuffled"
     epochs: Positive = 1
     max_steps: Count | None = None
     batch_size: Count = 128

@@ -68,7 +68,7 @@ def train(run: Run) -> int:
         batch_size=stage.batch_size,
         seed=run.seed,
         max_steps=stage.max_steps,
-        groups=run.data.sources if stage.order == "by-source" else None,
+        phases=run.data.phases,
     )
     start = _restore(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None

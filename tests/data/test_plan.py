@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.data.plan import Plan, held_out
+from llavactl.data.plan import Plan, held_out, order
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
@@ -48,3 +48,12 @@ def test_ten_images_spare_one_for_validation_and_two_do_not() -> None:
     assert len(held_out([str(n) for n in range(10)], 0.01, 0)) == 1
     assert not held_out(["a", "b"], 0.01, 0)
     assert not held_out([str(n) for n in range(100)], 0.0, 0)
+
+
+def test_a_lower_phase_comes_first_and_is_shuffled_within() -> None:
+    phases = [2] * 20 + [1] * 30
+    members = list(order([1.0] * 50, 0, 7, phases))
+    assert set(members[:30]) == set(range(20, 50))
+    assert members[:30] != sorted(members[:30])
+    assert sorted(members) == list(range(50))
+    assert list(order([1.0] * 50, 0, 7, [1] * 50)) == list(order([1.0] * 50, 0, 7)), "one phase changes nothing"
