@@ -1,5 +1,6 @@
 """What the plugin registers: the conformance kit, the recipe, and no weight before one is needed."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from llavactl_demo import components
 from llavactl_demo.components import Dinov2Demo, Dinov2Options, Smollm2Demo, Smollm2Options
 from llavactl_demo.weights import LANGUAGE, VISION
@@ -41,6 +43,15 @@ def test_every_number_of_the_recipe_says_why():
         key, _, value = line.strip().partition(": ")
         if value[:1].isdigit() and key != "seed":
             assert "  # " in value, line
+
+
+def test_what_to_try_next_are_recipes_without_a_problem(tmp_path: Path):
+    recipe = yaml.safe_load((Path(components.__file__).parent / "demo.yaml").read_text())
+    for line in recipe["try_next"]:
+        command = shlex.split(line.partition(": llavactl run ")[2])
+        assert command[:2] == ["-r", "demo"], line
+        checked = run_cli("recipes", "check", *command, cwd=tmp_path)
+        assert checked.exit_code == 0, checked.stderr
 
 
 @pytest.mark.parametrize(("layer", "width"), [(-3, 384), ((3, -3), 768)])
