@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from llavactl.model import folder as model_folder
 from llavactl.recipe.frame import Features
 
 
-def open_assistant(folder: Path, device: str | None = None) -> Assistant:
+def open_assistant(
+    folder: Path, device: str | None = None, *, template: str | None = None, language: Mapping[str, Any] | None = None
+) -> Assistant:
     """The model in ``folder`` with its vision backbone, on ``device`` (default: the best there is).
+
+    ``template`` takes the place of the model's own; ``language`` stands behind a connector that names none.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
@@ -25,18 +30,20 @@ def open_assistant(folder: Path, device: str | None = None) -> Assistant:
     description = model_folder.describe(folder)
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
-    now, then = fingerprint(vision, features), Fingerprint(description["fingerprint"])
+    now = fingerprint(vision, features)
+    # A checkpoint that another program wrote names its backbone and has no fingerprint of it.
+    then = Fingerprint(description["fingerprint"] or now.fields)
     if different := then.differences(now):
         raise ModelError(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
             hint="`vision` in llavactl.json names it",
         )
-    loaded = model_folder.load(folder)
+    loaded = model_folder.load(folder, language=language)
     loaded.parts.model.to(device)
-    template: Any = registry().create("templates", {"name": description["template"]})
+    writes: Any = registry().create("templates", {"name": template or description["template"]})
     return Assistant(
         loaded.parts.model,
-        Encoding(template, loaded.parts.tokenizer, loaded.parts.image_tokens),
+        Encoding(writes, loaded.parts.tokenizer, loaded.parts.image_tokens),
         LiveFeatures(vision.load(device, features.compute), now, device),
         description["image_order"],
         str(folder),

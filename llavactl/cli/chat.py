@@ -30,6 +30,7 @@ HELP = "/image FILE shows a picture with the next question; /new begins again; /
 @click.option(
     "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL of {"image": …, "prompt": …}.'
 )
+@click.option("--template", metavar="NAME", help="How the conversation is written, for a model that doesn't say.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest.")
 @json_option
@@ -40,6 +41,7 @@ def command(
     images: tuple[str, ...],
     prompt: str | None,
     batch: Path | None,
+    template: str | None,
     max_new_tokens: int,
     temperature: float,
     as_json: bool,
@@ -54,7 +56,7 @@ def command(
     from llavactl.verbs import chat
 
     chat.content("", images)  # a wrong file is told before a model is read
-    conversation = chat.open_chat(recipe, model)
+    conversation = chat.open_chat(recipe, model, template)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if batch is not None:
         _print_batch(chat.answer_batch(conversation.assistant, batch, sampling), as_json)

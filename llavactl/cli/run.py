@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @recipe_options
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Generate, extract, stage 1, stage 2, eval: finished steps are skipped, an interrupted one resumes."""
+    """Generate, extract, stage 1, stage 2, eval, export: finished steps are skipped, an interrupted one resumes."""
     from llavactl.verbs.run import run
 
     report = run(load(source, overrides))
@@ -44,6 +44,9 @@ def _summary(report: RunReport) -> list[str]:
         lines.append(f"stage {stage.stage}  {stage.steps} steps, loss {stage.loss:.4f}{held}, {took}")
     for task in report.eval:
         lines += _scores(task)
+    for made in report.export:
+        seen = "" if made.verified is None else f", verified: logits differ by at most {made.verified.logits:.2g}"
+        lines.append(f"export   {made.format} in {made.to}{seen}")
     lines.append(f"report   {report.report}")
     if report.example is not None and report.model is not None:
         shown = report.example

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "one stage: the connector, then the language model",
     "chat": "talk with a model about images",
     "eval": "run or score a benchmark",
+    "export": "a folder that other programs load",
     "components": "what is registered, and by which plugin",
     "plugins": "the installed plugins",
     "doctor": "what will work on this machine and what will not",
@@ -100,6 +101,16 @@ def register_tasks(register: Register) -> None:
         options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
         summary="questions about drawn scenes never trained on",
     )
+
+
+@hookimpl
+def register_formats(register: Register) -> None:
+    for name, target, summary in (
+        ("hf", "hf:HfLlava", "LlavaForConditionalGeneration of transformers, with its processor"),
+        ("llava", "llava:OriginalLlava", "the original LLaVA's checkpoints: full, LoRA, or a bare mm_projector.bin"),
+        ("peft", "peft:Peft", "a LoRA adapter as peft loads it, beside the LLaVA of transformers it belongs to"),
+    ):
+        register(name, f"{_COMPONENTS}.formats.{target}", summary=summary)
 
 
 @hookimpl

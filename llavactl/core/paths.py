@@ -38,11 +38,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
+        share(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def share(path: Path) -> None:
+    """Gives a file that some library made private the permissions of any other file that the user writes."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

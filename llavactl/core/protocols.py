@@ -144,14 +144,20 @@ class Teacher(Protocol):
 class Format(Protocol):
     """A layout of a finished model on disk."""
 
+    reload: Path | None
+    """A script that loads the layout without llavactl (see ``components/formats/reload_hf.py``), for ``--verify``."""
+
     def recognise(self, folder: Path) -> bool:
         """True when ``folder`` is in this layout; looks at files, never at the folder's name."""
 
-    def read(self, folder: Path) -> Mapping[str, Json]:
-        """The model's description: the content of ``llavactl.json``, weights named by path."""
+    def read(self, folder: Path, model: Path) -> None:
+        """Writes the model folder ``model`` (llavactl's own layout) that stands for what is in ``folder``.
+
+        Small weights are copied, large ones are named where they are.
+        """
 
     def write(self, model: Path, to: Path) -> None:
-        """Writes the run's model folder ``model`` to ``to`` in this layout."""
+        """Writes the model folder ``model`` (llavactl's own layout) to ``to`` in this one."""
 
 
 KINDS: Mapping[str, type] = {

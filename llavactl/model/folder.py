@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import share, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
 
@@ -65,6 +65,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts ``temporary`` in the place of ``folder``; a folder that was there is gone only after that."""
     for file in temporary.rglob("*"):
         if file.is_file():
+            share(file)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
     old = folder.with_name(f".{folder.name}.old")
@@ -105,16 +106,29 @@ def of_run(run_dir: Path) -> Path:
     )
 
 
-def load(folder: Path, *, dtype: str | None = None) -> Loaded:
+def language_of(folder: Path, description: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The language component of a model: what stage 2 trained whole, else the one it began with (None: unknown)."""
+    if description["method"] == "full":
+        return {"name": "hf", "model": str((folder / "language").absolute())}
+    spec: Mapping[str, Any] | None = description["language"]
+    return spec
+
+
+def load(folder: Path, *, dtype: str | None = None, language: Mapping[str, Any] | None = None) -> Loaded:
     """The model in ``folder`` on the CPU, in ``dtype`` (default: the precision it was trained in), not training.
+
+    ``language`` stands in where the model names no language model of its own.
 
     Raises:
         ModelError: anything missing, of the wrong shape, or not finite.
     """
     description = describe(folder)
-    language = description["language"]
-    if description["method"] == "full":
-        language = {"name": "hf", "model": str((folder / "language").absolute())}
+    language = language_of(folder, description) or language
+    if language is None:
+        raise ModelError(
+            f"{folder}: a connector that doesn't name its language model",
+            hint="name it in a recipe: `-r recipe.yaml`, key `language`",
+        )
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     parts = build(description["connector"], language, shape, dtype=dtype or description["precision"])
     load_connector(parts.model.connector, folder)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llavactl.core.options import RecipePath
+from llavactl.core.options import ModelId, RecipePath
 
 # Strict: without it pydantic takes `true` for 1 and the text "on" for true.
 Switch = Annotated[bool, Field(strict=True)]
@@ -188,7 +188,9 @@ class Stage1(Stage):
 
 
 class Stage2(Stage):
-    init: Literal["stage1", "scratch"] = "stage1"
+    """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id)."""
+
+    init: Literal["stage1", "scratch"] | ModelId = "stage1"
     method: Literal["full", "lora"] = "full"
     lora: Lora = Lora()
     learning_rate: Positive = 2e-5
@@ -209,6 +211,14 @@ class Eval(Section):
     max_new_tokens: Count = 128
 
 
+class Export(Section):
+    """One layout of the finished model for other programs; ``verify`` reloads it without llavactl and compares."""
+
+    format: str
+    to: RecipePath
+    verify: Switch = False
+
+
 class Recipe(Section):
     """A whole recipe, resolved: defaults filled in, paths absolute, options validated.
 
@@ -225,6 +235,7 @@ class Recipe(Section):
     stage2: Stage2 = Stage2()
     eval: Eval = Eval()
     generate: Generate | None = None
+    export: tuple[Export, ...] = ()
     try_next: tuple[str, ...] = ()
     seed: Whole = 0
     run_dir: RecipePath

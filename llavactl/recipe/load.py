@@ -44,7 +44,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     root, place, problems = document(source, overrides)
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
-    found = [*_components(data), *_templates(data)]
+    found = [*_components(data), *_templates(data), *_formats(data)]
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -111,6 +111,17 @@ def _component(kind: type[Spec], given: dict[str, Any]) -> list[Found]:
         return list(explain(error, model, own, also=kind.frame_keys()))
     given.update(options.model_dump(mode="json"))
     return []
+
+
+def _formats(data: Mapping[str, Any]) -> Iterator[Found]:
+    given = data.get("export")
+    for index, each in enumerate(given if isinstance(given, list) else []):
+        name = each.get("format") if isinstance(each, dict) else None
+        if isinstance(name, str):
+            try:
+                registry().get("formats", name)
+            except RecipeError as error:
+                yield ("export", index, "format"), sentence(error)
 
 
 def _templates(data: Mapping[str, Any]) -> Iterator[Found]:

@@ -14,6 +14,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.schema import Content, ImageFile, Turn
 from llavactl.data.images import ImageError, decode
 from llavactl.model.folder import of_run
+from llavactl.model.foreign import resolve
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ class ChatReport:
     model: str
 
 
-def open_chat(recipe: Recipe | None, model: str | None = None) -> Conversation:
-    """A conversation with ``model``, else with the recipe's last finished stage."""
-    if model is not None:
-        return Conversation(open_assistant(Path(model).absolute()))
-    assert recipe is not None
-    return Conversation(open_assistant(of_run(recipe.run_dir)))
+def open_chat(recipe: Recipe | None, model: str | None = None, template: str | None = None) -> Conversation:
+    """A conversation with ``model`` (of any format), else with the recipe's last finished stage."""
+    if model is None:
+        assert recipe is not None
+        return Conversation(open_assistant(of_run(recipe.run_dir), template=template))
+    language = recipe.language.spec() if recipe is not None else None
+    return Conversation(open_assistant(resolve(model), template=template, language=language))
 
 
 def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:

@@ -19,6 +19,7 @@ from llavactl.evaluation import runner
 from llavactl.evaluation.statistics import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View
 from llavactl.model.folder import describe, of_run
+from llavactl.model.foreign import resolve
 from llavactl.recipe.frame import Eval
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -72,7 +73,7 @@ def evaluate(
     if answers is not None:
         return _scored(made, spec, list(made.questions()), runner.read_answers(answers), protocol, str(answers))
     if model is not None:
-        return _asked(recipe, made, spec, Path(model).absolute(), protocol)
+        return _asked(recipe, made, spec, resolve(model), protocol)
     assert recipe is not None
     return _asked(recipe, made, spec, of_run(recipe.run_dir), protocol)
 

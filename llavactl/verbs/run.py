@@ -12,12 +12,13 @@ from llavactl.core.paths import write_json
 from llavactl.report.inputs import read_document
 from llavactl.report.page import TIMES, write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
+from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
 from llavactl.verbs.train import TrainReport, train
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Recipe, TaskSpec
+    from llavactl.recipe.frame import Export, Recipe, TaskSpec
 
 R = TypeVar("R")
 
@@ -34,18 +35,20 @@ class RunReport:
     stage1: TrainReport | None
     stage2: TrainReport | None
     eval: tuple[EvalReport, ...]
+    export: tuple[ExportReport, ...]
     report: str
     example: Mapping[str, str] | None
 
 
 def run(recipe: Recipe) -> RunReport:
-    """Generate, extract, stage 1, stage 2, every task: each step decides by content whether it has work to do."""
+    """From generate to export, one step after the other: each decides by content whether it has work to do."""
     cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
     generated = _timed(recipe, "generate", lambda: generate(recipe)) if recipe.generate is not None else None
     extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
     stage1 = _timed(recipe, "stage 1", lambda: train(recipe, 1)) if recipe.data.stage1 else None
     stage2 = _timed(recipe, "stage 2", lambda: train(recipe, 2)) if recipe.data.stage2 else None
     scored = [_scored(recipe, task) for task in recipe.eval.tasks]
+    exported = [_exported(recipe, each) for each in recipe.export]
     last: Any = stage2 or stage1
     page = write_report(recipe.run_dir)
     return RunReport(
@@ -57,6 +60,7 @@ def run(recipe: Recipe) -> RunReport:
         stage1=stage1,
         stage2=stage2,
         eval=tuple(scored),
+        export=tuple(exported),
         report=str(page),
         example=_example(recipe),
     )
@@ -64,6 +68,12 @@ def run(recipe: Recipe) -> RunReport:
 
 def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:
     return _timed(recipe, f"eval {task.name}", lambda: evaluate(recipe, task.name, task.spec()))
+
+
+def _exported(recipe: Recipe, wanted: Export) -> ExportReport:
+    return _timed(
+        recipe, f"export {wanted.format}", lambda: export(recipe, wanted.format, wanted.to, check=wanted.verify)
+    )
 
 
 def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:

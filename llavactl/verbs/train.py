@@ -23,6 +23,7 @@ from llavactl.data.training_set import Split, split
 from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
+from llavactl.model.foreign import resolve
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -34,10 +35,12 @@ from llavactl.training.metrics import read as read_metrics
 from llavactl.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
+    from llavactl.core.schema import FeatureShape
     from llavactl.recipe.frame import Recipe, Stage
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
+OWN_INITS = ("stage1", "scratch")
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,13 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     folder = recipe.run_dir / f"stage{stage}"
     features = open_features(recipe, stage, device=str(accelerator.device))
     start = _start(recipe, stage)
-    parts = build(
-        recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
-    )
+    if stage == 2 and recipe.stage2.init not in OWN_INITS:
+        assert start is not None
+        parts = _whole(recipe, start, features.shape)
+    else:
+        parts = build(
+            recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
+        )
     template = settings.template or recipe.language.template
     encoding = Encoding(
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
@@ -150,9 +157,11 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
 
 
 def _start(recipe: Recipe, stage: int) -> Path | None:
-    """The model folder whose connector this stage starts from; None: from scratch."""
+    """The model folder that this stage starts from; None: from scratch."""
     if stage == 1 or recipe.stage2.init == "scratch":
         return None
+    if recipe.stage2.init != "stage1":
+        return resolve(recipe.stage2.init)
     folder = recipe.run_dir / "stage1" / "model"
     if not (folder / model_folder.DESCRIPTION).is_file():
         raise ModelError(
@@ -160,6 +169,36 @@ def _start(recipe: Recipe, stage: int) -> Path | None:
             hint="`llavactl train --stage 1` first, or `-o stage2.init=scratch` to go without",
         )
     return folder
+
+
+def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
+    """Connector and language model of ``start``, an adapter merged; a bare connector stands before the recipe's own.
+
+    Raises:
+        ModelError: it has another connector, or was trained on features of another shape, than the recipe says.
+    """
+    loaded = model_folder.load(start, dtype=recipe.stage2.precision, language=recipe.language.spec())
+    description = loaded.description
+    for key, theirs, ours in (
+        ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),
+        ("shape of the vision features", description["shape"], json.loads(json.dumps(asdict(shape)))),
+    ):
+        if theirs != ours:
+            raise ModelError(
+                f"stage2.init {recipe.stage2.init}: its {key} is {theirs}, the recipe's {ours}",
+                hint="`connector` and `vision` must be those of the model that stage 2 starts from",
+            )
+    if description["method"] == "lora":
+        language: Any = loaded.parts.model.language
+        loaded.parts.model.language = language.merge_and_unload()
+    return loaded.parts
+
+
+def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A connector with its defaults written out."""
+    options = {key: value for key, value in spec.items() if key != "name"}
+    model = registry().get("connectors", spec["name"]).options_model()
+    return {"name": spec["name"], **model.model_validate(options).model_dump(mode="json")}
 
 
 def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
@@ -21,7 +22,7 @@ class TransformersLanguageOptions(Options):
 
 
 class TransformersLanguage:
-    """A causal language model, an id or a folder."""
+    """A causal language model, an id or a folder; or the one inside a LLaVA checkpoint of either layout."""
 
     def __init__(self, options: TransformersLanguageOptions) -> None:
         self.options = options
@@ -51,9 +52,12 @@ class TransformersLanguage:
                 dtype=getattr(torch, dtype),
                 attn_implementation=self.options.attention,
                 output_loading_info=True,
+                **_inside(self.options.model),
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise self._wrong(_first_line(error)) from error
+        # transformers would save it under the checkpoint's names again, as if it were still a part of that.
+        model.__dict__.pop("_weight_conversions", None)
         if missing := sorted(info["missing_keys"]):
             raise self._wrong(f"{len(missing)} weights are missing, such as {missing[0]}")
         for name, weight in model.named_parameters():
@@ -69,6 +73,29 @@ class TransformersLanguage:
 
     def _wrong(self, why: str, hint: str = "`language.model` takes an id or a folder of transformers") -> ModelError:
         return ModelError(f"language model {self.options.model}: {why}", hint=hint)
+
+
+# transformers writes keys as before its 4.52, other programs as since then.
+_INSIDE_HF = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
+}
+
+
+def _inside(model: str) -> dict[str, Any]:
+    """What to tell ``from_pretrained`` when the language model is a part of the checkpoint; else nothing."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    whole, _ = PreTrainedConfig.get_config_dict(model)
+    if "text_config" in whole:
+        return {"config": AutoConfig.from_pretrained(model).get_text_config(), "key_mapping": _INSIDE_HF}
+    if "mm_vision_tower" in whole:
+        (architecture, *_) = whole.get("architectures") or ["LlavaLlamaForCausalLM"]
+        kind = re.fullmatch(r"Llava(\w+)ForCausalLM", architecture)
+        known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}
+        return {"config": AutoConfig.for_model(kind[1].lower() if kind else "llama", **known)}
+    return {}
 
 
 def _first_line(error: Exception) -> str:

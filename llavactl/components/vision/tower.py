@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llavactl.components.vision.transformers import INSIDE
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import FeatureShape
 
@@ -94,7 +95,7 @@ def load_tower(vision: TransformersVision, device: str, dtype: str) -> Tower:
     Raises:
         ModelError: a layer that doesn't exist, weights that don't fit, or pixels of another size.
     """
-    model = _read(vision).to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    model = read_whole(vision).to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise ModelError(f"vision model {vision.options.model} has weights that are not finite in {dtype}")
     depth = len(_blocks(model))
@@ -127,14 +128,19 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     return Tower(tower.model, tower.preprocess, shape, tower._layers, prefix - keep)
 
 
-def _read(vision: TransformersVision) -> nn.Module:
+def read_whole(vision: TransformersVision) -> nn.Module:
+    """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
     import transformers
 
+    part: dict[str, Any] = {}
+    if vision.inside:
+        part["config"] = transformers.AutoConfig.from_pretrained(vision.options.model).vision_config
+        part["key_mapping"] = {INSIDE.pattern: ""}
     kinds = {"clip": transformers.CLIPVisionModel, "clip_vision_model": transformers.CLIPVisionModel}
     kinds |= {"siglip": transformers.SiglipVisionModel, "siglip_vision_model": transformers.SiglipVisionModel}
     kind = kinds.get(str(vision.config["model_type"]), transformers.AutoModel)
     try:
-        model, info = kind.from_pretrained(vision.options.model, output_loading_info=True)
+        model, info = kind.from_pretrained(vision.options.model, output_loading_info=True, **part)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
     if missing := sorted(info["missing_keys"]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,12 @@ from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from llavactl.components.vision.tower import Tower
+
+INSIDE = re.compile(r"^(model\.)?vision_tower\.(?!vision_tower\.)")
+"""What the backbone's weights are called inside a LLaVA checkpoint of transformers, before 4.52 and since."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -100,8 +105,19 @@ class TransformersVision:
             "preprocessing": hashlib.sha256(_canonical(processor).encode()).hexdigest()[:16],
         }
 
+    @property
+    def inside(self) -> bool:
+        """Whether the backbone is a part of a checkpoint that has more."""
+        path = self.file("config.json")
+        assert path is not None
+        whole = json.loads(path.read_text())
+        return "vision_config" in whole and bool({"image_token_index", "image_token_id"} & whole.keys())
+
     def weights_hash(self) -> str:
-        """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read."""
+        """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read.
+
+        Of a checkpoint that has more than the backbone, over the backbone's own tensors.
+        """
         first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
             raise ModelError(
@@ -111,8 +127,16 @@ class TransformersVision:
         if first.suffix == ".json":
             shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
             files = [path for shard in shards if (path := self.file(shard))]
+        if self.inside and first.name.startswith("model.safetensors"):
+            return _tensors_hash(files)
         digests = [_file_hash(file) for file in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def whole(self) -> nn.Module:
+        """The backbone uncut, on the CPU as it is stored, for an export that holds it."""
+        from llavactl.components.vision.tower import read_whole
+
+        return read_whole(self)
 
     def load(self, device: str, dtype: str) -> Tower:
         from llavactl.components.vision.tower import load_tower
@@ -132,6 +156,24 @@ def _model_type(config: Mapping[str, Any]) -> str:
 def _canonical(processor: Any) -> str:
     settings = {k: v for k, v in processor.to_dict().items() if not k.startswith("_") and k != "image_processor_type"}
     return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _tensors_hash(files: Sequence[Path]) -> str:
+    """sha256 over the backbone's tensors in ``files``, by name."""
+    import torch
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= {name: file for name in opened.keys() if INSIDE.match(name)}  # noqa: SIM118 - it is no dict
+    total = hashlib.sha256()
+    for name in sorted(found, key=lambda name: INSIDE.sub("", name)):
+        with safe_open(found[name], "pt") as opened:
+            tensor = opened.get_tensor(name).contiguous()
+        total.update(INSIDE.sub("", name).encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def _file_hash(file: Path) -> str:

@@ -1,0 +1,38 @@
+"""``llavactl export``: a folder that other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llavactl.cli import output
+from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+
+
+@click.command()
+@recipe_options
+@click.option("--format", "form", required=True, metavar="NAME", help="`llavactl components formats` lists them.")
+@click.option("--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's; no recipe is needed then.")
+@click.option("--verify", is_flag=True, help="Reload it without llavactl and compare ids, pixels, logits and answers.")
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="A photo to verify with (repeatable).  [default: the recipe's]",
+)  # fmt: skip
+@json_option
+def command(
+    source: str | None,
+    overrides: tuple[str, ...],
+    form: str,
+    to: Path,
+    model: str | None,
+    verify: bool,
+    images: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Write the recipe's last finished stage, or --model, as a folder that other programs load."""
+    recipe = load_if_given(source, overrides) if model is not None else load(source, overrides)
+    from llavactl.verbs.export import export
+
+    output.report(export(recipe, form, to, model=model, check=verify, images=images), as_json)

@@ -1,0 +1,140 @@
+"""llavactl's own model folder as the formats need it: read whole, or written around a foreign checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import write_json
+from llavactl.core.registry import registry
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = "llavactl.json"
+CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
+"""The connectors that other programs know, by their linear layers."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """The model in ``folder``."""
+
+    folder: Path
+
+    @cached_property
+    def description(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = json.loads((self.folder / DESCRIPTION).read_text())
+        return found
+
+    @property
+    def method(self) -> str:
+        return str(self.description["method"])
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def projection(self) -> dict[str, torch.Tensor]:
+        """The connector's weights by LLaVA's names: ``weight``, ``bias``; with two layers ``0.weight`` … ``2.bias``.
+
+        Raises:
+            ModelError: it is a connector that other programs don't have.
+        """
+        from safetensors.torch import load_file
+
+        spec = self.description["connector"]
+        extra = [key for key, plain in (("fold", 1), ("norm", False)) if spec.get(key, plain) != plain]
+        if spec["name"] not in CONNECTORS or extra:
+            what = (
+                f"{spec['name']} with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else spec["name"]
+            )
+            raise ModelError(
+                f"{self.folder}: other programs have no connector {what}",
+                hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
+            )
+        return load_file(self.folder / "connector.safetensors")
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
+        return found
+
+    def base(self) -> PreTrainedModel:
+        """The language model below the adapter, where there is one, in the precision it was trained in."""
+        found: PreTrainedModel = registry().create("languages", self._language).load(self.description["precision"])
+        return found
+
+    def language(self) -> PreTrainedModel:
+        """The language model with its adapter merged into it.
+
+        Merged in float32: in bfloat16 an update much smaller than the weight it is added to would be lost.
+        """
+        base = self.base()
+        if self.method != "lora":
+            return base
+        import torch
+        from peft import PeftModel
+
+        dtype = base.dtype
+        whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
+        merged: PreTrainedModel = whole.merge_and_unload().to(dtype)
+        return merged
+
+    @property
+    def _language(self) -> Mapping[str, Any]:
+        if self.method == "full":
+            return {"name": "hf", "model": str((self.folder / "language").absolute())}
+        spec: Mapping[str, Any] = self.description["language"]
+        return spec
+
+
+def adopt(
+    model: Path, projection: Mapping[str, torch.Tensor], description: Mapping[str, Any], *, seen: Mapping[str, Any]
+) -> None:
+    """Writes the model folder ``model`` of a checkpoint that another program wrote.
+
+    ``description`` is what ``llavactl.json`` says of a model beside what is the same for all of these;
+    ``seen`` is what identifies the checkpoint.
+    """
+    from safetensors.torch import save_file
+
+    model.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous().clone() for name, weight in projection.items()}
+    save_file(weights, model / "connector.safetensors")
+    total = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode())
+    total.update((model / "connector.safetensors").read_bytes())
+    defaults = {
+        "format": 1,
+        "stage": 2,
+        "method": "connector",
+        "features": {"dtype": "float16", "compute": "float32"},
+        "fingerprint": None,
+        "image_order": "first",
+        "digest": total.hexdigest(),
+        "versions": {},
+    }
+    write_json(model / DESCRIPTION, {**defaults, **description})
+
+
+def connector_of(projection: Mapping[str, torch.Tensor], where: Path) -> dict[str, Any]:
+    """The connector that weights of LLaVA's names belong to.
+
+    Raises:
+        ModelError: none of ours.
+    """
+    names = frozenset(projection)
+    if names == {"weight", "bias"}:
+        return {"name": "linear"}
+    if names == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        return {"name": "mlp2x-gelu"}
+    raise ModelError(
+        f"{where}: a connector of {', '.join(sorted(names)) or 'no weights at all'}",
+        hint="llavactl reads linear and mlp2x_gelu projectors",
+    )

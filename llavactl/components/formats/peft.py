@@ -1,0 +1,69 @@
+"""A LoRA adapter as ``peft`` loads it, beside the LLaVA of transformers that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llavactl.components.formats.hf import assemble
+from llavactl.components.formats.native import Native
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import write_json
+
+BASE = "base"
+OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model."
+
+
+class Peft:
+    """The layout ``peft``: the adapter at the top, ``base/`` with the language model as it was and the connector."""
+
+    reload = Path(__file__).with_name("reload_hf.py")
+
+    def __init__(self, options: Any) -> None:
+        pass
+
+    def recognise(self, folder: Path) -> bool:
+        return (folder / BASE / "config.json").is_file() and (folder / "adapter_config.json").is_file()
+
+    def read(self, folder: Path, model: Path) -> None:
+        """Writes the model folder ``model`` that stands for the adapter and its base."""
+        from safetensors.torch import load_file, save_file
+
+        from llavactl.components.formats.hf import HfLlava
+
+        HfLlava(None).read(folder / BASE, model)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(folder / "adapter_model.safetensors")
+        (model / "adapter").mkdir(exist_ok=True)
+        ours = {name.replace(THEIRS, OURS, 1): weight for name, weight in weights.items()}
+        save_file(ours, model / "adapter" / "adapter_model.safetensors")
+        names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in ours})
+        language = str((folder / BASE).absolute())
+        own = {**config, "target_modules": names, "base_model_name_or_path": language}
+        write_json(model / "adapter" / "adapter_config.json", own)
+        description = json.loads((model / "llavactl.json").read_text())
+        write_json(model / "llavactl.json", {**description, "method": "lora"})
+
+    def write(self, model: Path, to: Path) -> None:
+        """Writes the model folder ``model`` to ``to``.
+
+        Raises:
+            ModelError: it has no adapter, or one that is more than LoRA on linear layers.
+        """
+        from safetensors.torch import load_file, save_file
+
+        native = Native(model)
+        if native.method != "lora":
+            raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
+        weights = load_file(native.adapter / "adapter_model.safetensors")
+        if others := sorted(name for name in weights if not name.startswith(OURS)):
+            raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")
+        assemble(native, native.base(), to / BASE)
+        renamed = {name.replace(OURS, THEIRS, 1): weight for name, weight in weights.items()}
+        save_file(renamed, to / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.loads((native.adapter / "adapter_config.json").read_text())
+        names = "|".join(sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights}))
+        # By path: the vision tower has layers of the same names.
+        own = {"base_model_name_or_path": BASE, "target_modules": rf".*language_model.*\.({names})"}
+        write_json(to / "adapter_config.json", {**config, **own})

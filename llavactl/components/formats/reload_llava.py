@@ -1,0 +1,105 @@
+"""Loads an original-layout export by LLaVA's own rules, written anew with transformers alone. Run, never imported.
+
+    python -I reload_llava.py FOLDER PROMPTS.json OUT.safetensors
+
+It can't import llavactl. The prompts come as text with ``<image>`` in it (LLaVA's conversation templates are code,
+not part of a checkpoint); it is split there and tokenised piece by piece, as LLaVA does.
+"""
+
+# ruff: noqa: E402 - the first line of code shuts the door
+import sys
+
+sys.modules["llavactl"] = None  # type: ignore[assignment]
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+
+
+def language(folder: Path, config: dict[str, Any]) -> Any:
+    """The language model; behind a bare projector, the base that config.json names."""
+    if (folder / "mm_projector.bin").is_file():
+        return AutoModelForCausalLM.from_pretrained(config["_name_or_path"], dtype=torch.float32)
+    known = {key: value for key, value in config.items() if not key.startswith("mm_") and key != "model_type"}
+    own = AutoConfig.for_model(config["model_type"].removeprefix("llava_"), **known)
+    return AutoModelForCausalLM.from_pretrained(folder, config=own, dtype=torch.float32)
+
+
+def projector(folder: Path, config: dict[str, Any], width: int) -> nn.Module:
+    """LLaVA's build_vision_projector: ``linear`` or ``mlp2x_gelu``."""
+    if (folder / "mm_projector.bin").is_file():
+        weights = torch.load(folder / "mm_projector.bin", weights_only=True)
+    else:
+        weights = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= {k: v for k, v in load_file(file).items() if "mm_projector" in k}
+    first = nn.Linear(config["mm_hidden_size"], width)
+    made = (
+        first if config["mm_projector_type"] == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
+    )
+    made.load_state_dict({name.removeprefix("model.mm_projector."): weight for name, weight in weights.items()})
+    return made.float().eval()
+
+
+def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
+    """expand2square with the processor's mean where the checkpoint says ``pad``, then the processor."""
+    if aspect == "pad" and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in processor.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    found: torch.Tensor = processor(images=image, return_tensors="pt")["pixel_values"]
+    return found
+
+
+def main(folder: Path, prompts: Path, out: Path) -> None:
+    """Ids (image positions -200), logits [T, V] and greedy ids of every prompt, to ``out``."""
+    config = json.loads((folder / "config.json").read_text())
+    speaker, tokenizer = language(folder, config).eval(), AutoTokenizer.from_pretrained(folder)
+    embed = speaker.get_input_embeddings()
+    connector = projector(folder, config, embed.weight.shape[1])
+    beside = folder / config["mm_vision_tower"]
+    place = beside if beside.is_dir() else config["mm_vision_tower"]
+    tower = CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
+    processor = CLIPImageProcessor.from_pretrained(place)
+    asked = json.loads(prompts.read_text())
+    found: dict[str, torch.Tensor] = {}
+    for index, prompt in enumerate(asked["prompts"]):
+        images = [Image.open(name).convert("RGB") for name in prompt["images"]]
+        stack = [pixels(image, processor, config["image_aspect_ratio"]) for image in images]
+        with torch.no_grad():
+            ids, rows = [], []
+            for at, piece in enumerate(prompt["text"].split("<image>")):
+                if at:
+                    seen = tower(stack[at - 1], output_hidden_states=True)
+                    state = seen.hidden_states[config["mm_vision_select_layer"]]
+                    state = state[:, 1:] if config["mm_vision_select_feature"] == "patch" else state
+                    rows.append(connector(state)[0])
+                    ids.append(torch.full((len(rows[-1]),), -200))
+                tokens = tokenizer(piece, add_special_tokens=at == 0)["input_ids"] if piece or at == 0 else []
+                ids.append(torch.tensor(tokens, dtype=torch.long))
+                rows.append(embed(ids[-1]))
+            inputs = torch.cat(rows)[None]
+            logits = speaker(inputs_embeds=inputs).logits[0]
+            said = speaker.generate(
+                inputs_embeds=inputs,
+                attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long),
+                max_new_tokens=asked["max_new_tokens"],
+                do_sample=False,
+            )
+        found[f"{index}.ids"] = torch.cat(ids)
+        found[f"{index}.logits"] = logits.contiguous()
+        found[f"{index}.said"] = said[0].contiguous()
+        if stack:
+            found[f"{index}.pixels"] = torch.cat(stack).contiguous()
+    save_file(found, out)
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
