@@ -76,7 +76,14 @@ def register_languages(register: Register) -> None:
 @hookimpl
 def register_templates(register: Register) -> None:
     register("plain", f"{_COMPONENTS}.templates.plain:Plain", summary="image, caption, newline (stage 1)")
-    register("vicuna-v1", f"{_COMPONENTS}.templates.vicuna:VicunaV1", summary="USER: … ASSISTANT: … (LLaVA v1.5)")
+    for name, summary in (
+        ("vicuna-v1", "USER: … ASSISTANT: … (LLaVA v1.5)"),
+        ("llava-v1", "the same, its system sentence says human for user (LLaVA v1 on ScienceQA)"),
+        ("vicuna-v0", "### Human: … ### Assistant: … (LLaVA v1)"),
+        ("llama-2", "[INST] … [/INST] … (Llama 2 chat)"),
+        ("chatml", "<|im_start|>user … <|im_end|>"),
+    ):
+        register(name, f"{_COMPONENTS}.templates.styles:{name.replace('-', '_')}", summary=summary)
     own = f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate"
     register("tokenizer", own, summary="the tokenizer's own chat template")
 

@@ -19,6 +19,7 @@ from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
     from llavactl.components.vision.tower import Tower
+    from llavactl.core.schema import FeatureShape
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -113,6 +114,12 @@ class TransformersVision:
             files = [path for shard in shards if (path := self.file(shard))]
         digests = [_file_hash(file) for file in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def shape(self) -> FeatureShape:
+        """What ``load`` will give, read off a tower without weights."""
+        from llavactl.components.vision.tower import measure
+
+        return measure(self)
 
     def load(self, device: str, dtype: str) -> Tower:
         from llavactl.components.vision.tower import load_tower
