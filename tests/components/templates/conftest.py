@@ -7,7 +7,9 @@ itself, or by the JavaScript of another hand.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
+import os
 import re
 import shutil
 import struct
@@ -192,20 +194,14 @@ def bpe(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.Tem
         return Vocabulary(language(toys / "language"))
     convert = pytest.importorskip("llavactl_demo.convert")
     weights = pytest.importorskip("llavactl_demo.weights")
-    if not Path(sys.prefix).is_dir() or not _installed(weights.LANGUAGE.module):
+    if importlib.util.find_spec(weights.LANGUAGE.module) is None:
         pytest.skip("the demo's language model is not installed")
     base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        # The folder that the demo plugin's own tests convert to.
-        shared = base.parent if base.name.startswith("popen-") else base
+        # The folder that the demo plugin's own tests convert to: once for all of them.
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setenv("LLAVACTL_HOME", str(shared / "llavactl-demo-home"))
         return Vocabulary(language(convert.language_folder()))
-
-
-def _installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 PHOTO = ImageFile("/photos", "a.jpg")
