@@ -79,7 +79,7 @@ def llama_2(turns: Sequence[Turn], speak: Tokenise, legacy: bool) -> Made:
     for number, value in enumerate(values(turns)):
         system = f"<<SYS>>\n{VISION}\n<</SYS>>\n\n" if number == 0 else ""
         text += f"<s>[INST] {system}{value} [/INST]" if number % 2 == 0 else f" {value} </s>"
-    return rounds(text.lstrip("<s>"), "[/INST] ", speak, 0)  # noqa: B005 - so does LLaVA
+    return rounds(text.lstrip("<s>"), "[/INST] ", speak, 0)
 
 
 def plain(turns: Sequence[Turn], speak: Tokenise, legacy: bool) -> Made:
@@ -139,7 +139,66 @@ def test_as_llava_does(llama: Any, samples: list[Sample], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LLAVA)
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not-legacy"])
-def test_as_llava_does_with_llamas_own_vocabulary(
-    vicuna: Any, samples: list[Sample], name: str, legacy: bool
-) -> None:
+def test_as_llava_does_with_llamas_own_vocabulary(vicuna: Any, samples: list[Sample], name: str, legacy: bool) -> None:
     compare(name, vicuna(legacy), samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not-legacy"])
+def test_v0_is_as_llavas_with_the_vocabulary_it_was_written_for(
+    vicuna: Any, samples: list[Sample], legacy: bool
+) -> None:
+    """It counts a BOS a turn, and a turn alone begins with one token where inside it begins with two (## and #)."""
+    vocabulary = vicuna(legacy)
+    assert len(vocabulary.speaker.bare("###")[0]) == 1
+    assert len(vocabulary.speaker.bare("\n###")[0]) == 2 + 2
+    for turns in told(samples, "vicuna-v0"):
+        assert v0(turns, with_image(vocabulary.speaker), legacy) == encode("vicuna-v0", vocabulary, turns)
+
+
+def test_v0_drifts_with_any_other_vocabulary(llama: Any, samples: list[Sample]) -> None:
+    """Here ### is one token inside, too: LLaVA's masks slip by one more token with every turn, ours don't."""
+    turns = told(samples, "vicuna-v0")[1]
+    assert len(turns) == 6
+    theirs = v0(turns, with_image(llama.speaker), llama.speaker.legacy)
+    ids, labels = encode("vicuna-v0", llama, turns)
+    assert theirs is not None
+    assert theirs[0] == ids
+    slipped = [llama.speaker.pieces[token] for token, label in zip(ids, theirs[1], strict=True) if label == IGNORE]
+    assert slipped.count("###") == 3, "what every answer begins with is not trained"
+    assert slipped.count("▁Human") == 0, "but the user's name is"
+    assert [label for token, label in zip(ids, labels, strict=True) if llama.speaker.pieces[token] == "###"] == (
+        [llama.speaker.pieces.index("###")] * 7
+    )
+
+
+PHOTO = ImageFile("/photos", "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What does ASSISTANT: mean?", "The one who answers."),
+        ("Who speaks?", "First USER: then ASSISTANT: speaks."),
+        ("What is </s>?", "The end."),
+        ("What ends it?", "It is </s> that ends it."),
+    ],
+)
+def test_where_llava_drops_a_sample_we_train_its_answer(llama: Any, question: str, answer: str) -> None:
+    turns = (Turn("user", (PHOTO, f"\n{question}")), Turn("assistant", (answer,)))
+    assert LLAVA["vicuna-v1"](turns, with_image(llama.speaker), llama.speaker.legacy) is None
+    _, labels = encode("vicuna-v1", llama, turns)
+    trained = [label for label in labels if label != IGNORE]
+    assert trained[-1] == llama.tokenizer.eos_token_id
+    assert llama.tokenizer.eos_token_id not in trained[:-1]
+    assert llama.tokenizer.decode(trained[:-1]) == answer
+
+
+def test_a_tag_in_an_answer_is_text_where_llava_looks_for_a_second_image(llama: Any) -> None:
+    turns = (Turn("user", (PHOTO, "\nWhich tag?")), Turn("assistant", ("Write <image> there.",)))
+    theirs = LLAVA["vicuna-v1"](turns, with_image(llama.speaker), llama.speaker.legacy)
+    assert theirs is not None
+    assert theirs[0].count(IMAGE_TOKEN) == 2
+    ids, labels = encode("vicuna-v1", llama, turns)
+    assert ids.count(IMAGE_TOKEN) == 1
+    assert llama.tokenizer.decode([label for label in labels if label != IGNORE]) == "Write <image> there.</s>"
