@@ -26,7 +26,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile, Sample, Turn
 
 MODEL = Path(sys.prefix, "vocabularies/mistral_common/data/tokenizer.model.v1")
-DATA = Path(__file__).parents[4] / "shared/data/llava"
+DATA = Path(__file__).parents[3] / "shared/data/llava"
 SPACE = "▁"
 
 
