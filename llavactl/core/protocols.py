@@ -98,7 +98,9 @@ class Template(Protocol):
     ) -> list[Segment]:
         """The conversation as text and image slots; answers and their end are ``trained``.
 
-        With ``generate`` the turns end with the user's, and the text ends where the answer begins.
+        With ``generate`` the turns end with the user's, and the text ends where the answer begins. In ``turns`` the
+        name of a special token is broken by a noncharacter, so that only the template writes special tokens:
+        what is said must be passed on as it is.
         """
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
