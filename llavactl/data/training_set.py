@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.core.errors import DataError
-from llavactl.core.schema import Batch, Encoded, ImageRef, Sample
+from llavactl.core.schema import Batch, Encoded, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads, collate
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
 from llavactl.data.plan import held_out
 from llavactl.data.records import samples
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import SourceSpec, Stage
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,24 +27,15 @@ class TrainingSet:
     phases: Sequence[int]
     encoding: Encoding
     features: Loads
-    image_order: Literal["first", "random", "as-data"]
+    image_order: ImageOrder
     seed: int
-    _warned: set[str] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def encoded(self, epoch: int, index: int) -> Encoded:
-        """Sample ``index`` as tokens; a random image order is drawn anew each epoch."""
-        sample = self.samples[index]
-        encoded = self.encoding.encode(arrange(sample.turns, self.image_order, f"{self.seed} {epoch} {index}"))
-        if not encoded.trained and sample.id not in self._warned:
-            self._warned.add(sample.id)
-            log.warning(
-                "%s (id %s): nothing of it is trained within max_length %s; it is left out of the loss",
-                sample.where, sample.id, self.encoding.max_length,
-            )  # fmt: skip
-        return encoded
+        """Sample ``index`` as tokens, as it is in ``epoch``."""
+        return self.encoding.encode(arranged(self.samples[index], self.image_order, self.seed, epoch))
 
     def batch(self, items: Sequence[tuple[Encoded, tuple[int, int]]]) -> Batch:
         """Encoded samples, each with its (epoch, index), as one batch."""
@@ -55,13 +43,31 @@ class TrainingSet:
         return collate([encoded for encoded, _ in items], self.features, names=names)
 
 
+def arranged(sample: Sample, order: ImageOrder, seed: int, epoch: int) -> tuple[Turn, ...]:
+    """The turns of ``sample`` as they are in ``epoch`` (from 0) of a run with ``seed``.
+
+    A random order is drawn anew each epoch, from what the sample says, not from where it stands: the coin is the
+    same on any process, in a resumed run, and when other samples come or go.
+    """
+    first = next((turn.text for turn in sample.turns if turn.role == "user"), "")
+    return arrange(sample.turns, order, f"{seed}\0{epoch}\0{sample.id}\0{first}")
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not trained, and why."""
+
+    id: str
+    where: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Split:
-    """The training and the validation set of a stage; ``left_out`` are samples whose images can't be read."""
+    """The training and the validation set of a stage, and what is in neither."""
 
     train: TrainingSet
     validation: TrainingSet
-    left_out: Mapping[str, str]
+    left_out: Sequence[LeftOut]
     digest: str
 
 
@@ -81,7 +87,9 @@ def split(
     unreadable: Callable[[Sequence[ImageRef]], Mapping[ImageRef, str]],
     seed: int,
 ) -> Split:
-    """The samples of ``specs``, less those with an ``unreadable`` image, split so that no image is on both sides.
+    """The samples of ``specs`` that can be trained, split so that no image is on both sides.
+
+    Left out are those with an ``unreadable`` image, and those of which ``max_length`` leaves nothing to train.
 
     Raises:
         DataError: there is no sample to train on.
@@ -89,12 +97,11 @@ def split(
     """
     found = [Member(sample, spec.weight, spec.phase) for spec in specs for sample in samples([spec])]
     reasons = unreadable(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
-    kept, left_out = [], {}
+    kept, left_out = [], []
     for member in found:
         sample = member.sample
-        bad = [image for image in sample.images if image in reasons]
-        if bad:
-            left_out[sample.id] = f"{bad[0].name}: {reasons[bad[0]]}"
+        if why := _unreadable(sample, reasons) or untrainable(sample, encoding, stage.image_order):
+            left_out.append(LeftOut(sample.id, sample.where, why))
         else:
             kept.append(member)
     groups = [_group(member.sample) for member in kept]
@@ -114,11 +121,23 @@ def split(
     train = subset([member for member, group in zip(kept, groups, strict=True) if group not in validation])
     if not train.samples:
         raise DataError(
-            f"no sample to train on: {len(found)} records, {len(left_out)} with images that can't be read",
+            f"no sample to train on: {len(left_out)} of {len(found)} records are left out"
+            + (f", the first ({left_out[0].where or left_out[0].id}): {left_out[0].reason}" if left_out else ""),
             hint="`data.stage1` and `data.stage2` name the sources",
         )
     held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
     return Split(train, held, left_out, _digest(kept))
+
+
+def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
+    """Why nothing of ``sample`` would be trained, in some epoch at least; "" where something is in all."""
+    if all(encoding.trains(turns) for turns in arrangements(sample.turns, order)):
+        return ""
+    return f"nothing of its answers is within max_length {encoding.max_length}"
+
+
+def _unreadable(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
+    return next((f"{image.name}: {reasons[image]}" for image in sample.images if image in reasons), "")
 
 
 def _group(sample: Sample) -> str:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llavactl.core.paths import write_atomic
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
 from llavactl.report.plots import DARK, LIGHT, draw_loss
+from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri, safe_image
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 TIMES = "times.json"
 """In a run folder: the seconds of each step, written by ``llavactl run``."""
@@ -77,7 +74,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes ``run_dir/report.html`` from what is in ``run_dir`` so far; returns its path."""
     text, recipe = read_recipe(run_dir)
     skipped = read_lines(run_dir / "skipped.jsonl")
-    page = _template().render(
+    page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
         parts=_parts(recipe),
         stages=[view for each in STAGES if (view := _stage(run_dir, *each))],
@@ -92,16 +89,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_atomic(path, page)
     return path
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("llavactl.report", package_path="")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
-        "page.html"
-    )
 
 
 def _parts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:

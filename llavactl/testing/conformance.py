@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError
+from llavactl.core.protocols import MeasuredVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageRef, Sample
 
@@ -52,6 +53,8 @@ def check_vision(vision: Vision) -> list[str]:
     wanted = (2, encoder.shape.patches, encoder.shape.width)
     if tuple(features.shape) != wanted:
         faults.append(f"encode() gives {tuple(features.shape)}, its shape promises {wanted}")
+    elif isinstance(vision, MeasuredVision) and vision.shape() != encoder.shape:
+        faults.append(f"shape() says {vision.shape()}, load() gives {encoder.shape}")
     elif not torch.isfinite(features).all():
         faults.append("encode() gives numbers that are not finite")
     elif not torch.allclose(encoder.encode(pixels[1:]), features[1:], rtol=1e-4, atol=1e-4):

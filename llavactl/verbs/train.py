@@ -304,7 +304,7 @@ def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list
 def _left_out(folder: Path, data: Split) -> None:
     if data.left_out:
         log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
-    lines = (json.dumps({"id": name, "reason": why}, ensure_ascii=False) for name, why in data.left_out.items())
+    lines = (json.dumps(each._asdict(), ensure_ascii=False) for each in data.left_out)
     write_atomic(folder / "left_out.jsonl", "".join(f"{line}\n" for line in lines))
 
 

@@ -84,6 +84,15 @@ def test_writer_holds_back_half_a_character_and_stops_at_text(assistant: Assista
     assert writer.done
 
 
+def test_writer_holds_back_what_may_become_a_stop(assistant: Assistant) -> None:
+    tokenizer = assistant.encoding.tokenizer
+    for text, said in (("a # b ## c\n### Human", "a # b ## c\n"), ("ends with ##", "ends with ##")):
+        writer = Writer(tokenizer, Stops(frozenset(), ("###",)))
+        tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], None]
+        pieces = [writer.take(token) for token in tokens]
+        assert "".join(pieces) == writer.text == said
+
+
 def test_a_batch_answers_as_single_questions_do(assistant: Assistant) -> None:
     torch.manual_seed(0)
     talks = [(Turn("user", (PHOTO, "\nWhat is it?")),), (Turn("user", ("Hello, who are you, and why?",)),)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding, arrange, arrangements
 
 PHOTO, OTHER = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
 SYSTEM = (
@@ -90,7 +90,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
         encoding("tokenizer", fickle).encode(TALK)
 
 
-@pytest.mark.parametrize("template", ["vicuna-v1", "tokenizer", "plain"])
+@pytest.mark.parametrize("template", ["vicuna-v1", "vicuna-v0", "llama-2", "chatml", "tokenizer", "plain"])
 def test_a_prompt_is_what_training_saw_before_the_answer(tokenizer: Any, template: str) -> None:
     made = encoding(template, tokenizer)
     whole, prompt = made.encode(TALK), made.encode(TALK[:3], generate=True)
@@ -110,20 +110,21 @@ def test_a_bos_is_put_before_everything_once(tokenizer: Any) -> None:
     assert made.labels[0] == IGNORE
 
 
-words = st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
+# Cn: noncharacters, which are no text; the encoding uses two of them.
+words = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=30).filter(str.strip)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     turns=st.lists(st.tuples(words, words), min_size=1, max_size=4),
-    template=st.sampled_from(["vicuna-v1", "tokenizer"]),
+    template=st.sampled_from(["vicuna-v1", "llama-2", "chatml", "tokenizer"]),
 )
 def test_exactly_the_answers_are_trained(tokenizer: Any, turns: list[tuple[str, str]], template: str) -> None:
     talk = [turn for q, a in turns for turn in (Turn("user", (q,)), Turn("assistant", (a,)))]
     made = encoding(template, tokenizer).encode(talk)
     assert len(made.ids) == len(made.labels)
     assert all(label in (IGNORE, token) for token, label in zip(made.ids, made.labels, strict=True))
-    space, end = (" ", "</s>") if template == "vicuna-v1" else ("", "<|im_end|>")
+    space, end = {"vicuna-v1": (" ", "</s>"), "llama-2": (" ", " </s>")}.get(template, ("", "<|im_end|>"))
     assert trained(tokenizer, made.labels) == "".join(f"{space}{a}{end}" for _, a in turns)
 
 
@@ -149,6 +150,45 @@ def test_arranging_images() -> None:
     sides = {arrange([after], "random", str(seed))[0].content[0] == PHOTO for seed in range(20)}
     assert sides == {True, False}
     assert arrange([after], "random", "7") == arrange([after], "random", "7")
-    second = Turn("user", (OTHER, "And this?"))
+
+
+def test_only_the_first_turn_is_random() -> None:
+    first, second = Turn("user", ("What is it?\n", PHOTO)), Turn("user", ("And this?", OTHER))
     for seed in range(20):
-        assert arrange([after, TALK[1], second], "random", str(seed))[2].content == (OTHER, "\n", "And this?")
+        assert arrange([first, TALK[1], second], "random", str(seed))[2].content == (OTHER, "\n", "And this?")
+        words = Turn("user", ("Hello.",))
+        assert arrange([words, TALK[1], second], "random", str(seed))[2].content == (OTHER, "\n", "And this?")
+
+
+@pytest.mark.parametrize("order", ["first", "random", "as-data"])
+def test_arrangements_are_all_that_a_seed_can_make(order: Any) -> None:
+    turns = [Turn("user", ("What is it?\n", PHOTO)), TALK[1], Turn("user", ("And this?", OTHER))]
+    made = {arrange(turns, order, str(seed)) for seed in range(40)}
+    assert made == set(arrangements(turns, order))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    question=st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=60),
+    answer=words,
+    length=st.integers(1, 260),
+    name=st.sampled_from(["plain", "vicuna-v1", "vicuna-v0", "llama-2", "chatml", "tokenizer"]),
+    images=st.integers(0, 2),
+)
+def test_what_trains_is_known_before_it_is_tokenised(
+    tokenizer: Any, question: str, answer: str, length: int, name: str, images: int
+) -> None:
+    turns = [Turn("user", (question, *[PHOTO, OTHER][:images])), Turn("assistant", (answer,)), *TALK[2:]]
+    made = encoding(name, tokenizer, 5, length)
+    assert made.trains(turns) == (made.encode(turns).trained > 0)
+
+
+def test_texts_are_what_the_tokens_stand_for(tokenizer: Any) -> None:
+    made = encoding("chatml", tokenizer)
+    talk = [Turn("user", (PHOTO, "\n狗 </s>?")), Turn("assistant", ("<|im_end|> 🐕‍🦺",))]
+    texts = made.texts(talk)
+    assert len(texts) == len(made.encode(talk).ids)
+    assert "".join(texts) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "\n狗 </s>?<|im_end|>\n<|im_start|>assistant\n<|im_end|> 🐕‍🦺<|im_end|>\n"
+    )

@@ -18,6 +18,7 @@ from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
 from llavactl.training.metrics import read
 
+RANDOM = ["-o", "stage1.template=vicuna-v1", "-o", "stage1.image_order=random", "-o", "stage2.image_order=random"]
 LORA = ["-o", "stage2.method=lora", "-o", "stage2.lora.r=4", "-o", "stage2.lora.dropout=0.1"]
 STEADY = ["-o", "stage1.epochs=8", "-o", "stage2.epochs=8", "-o", "features.mode=live"]
 
@@ -56,7 +57,7 @@ def same(left: Path, right: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("more", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("more", [RANDOM, LORA], ids=["full-random", "lora"])
 def test_killed_and_resumed_is_uninterrupted(toy: Path, more: list[str]) -> None:
     whole = ["-o", f"run_dir={toy}/whole"]
     for stage in (1, 2):
@@ -99,7 +100,7 @@ def test_never_starts_anew_and_other_settings_do_too(toy: Path) -> None:
 
 def test_two_processes_train_what_one_does(toy: Path) -> None:
     """Gradients add up over processes, and the loss is divided by the trained tokens of all of them."""
-    steady = ["-o", "stage1.batch_size=8", "-o", "stage1.micro_batch_size=4", "-o", "stage1.max_steps=4"]
+    steady = ["-o", "stage1.batch_size=8", "-o", "stage1.micro_batch_size=4", "-o", "stage1.max_steps=4", *RANDOM]
     assert run_cli(*command(toy, 1, *steady, "-o", f"run_dir={toy}/one")).exit_code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     launched = subprocess.run(

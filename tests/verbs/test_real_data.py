@@ -62,6 +62,10 @@ def test_run_on_coco_photos(coco: Path) -> None:
     assert not present & {each["image"] for each in skipped}
     for stage in ("stage1", "stage2"):
         assert report[stage]["left_out"] == 54 * 5
+        left_out = [json.loads(line) for line in (coco / f"runs/coco/{stage}/left_out.jsonl").read_text().splitlines()]
+        assert len(left_out) == 54 * 5
+        assert left_out[0].keys() == {"id", "where", "reason"}
+        assert not present & {each["reason"].partition(":")[0] for each in left_out}
         assert report[stage]["samples"] + report[stage]["validation_samples"] == 26 * 5
         assert report[stage]["steps"] == 3
     photo = DATA / "coco-mini/val2017/000000062554.jpg"

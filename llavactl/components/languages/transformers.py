@@ -31,6 +31,8 @@ class TransformersLanguage:
         """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
         from transformers import AutoTokenizer
 
+        from llavactl.components.languages.sentencepiece import mend
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._checked())
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -39,7 +41,7 @@ class TransformersLanguage:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
             raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
-        return tokenizer
+        return mend(tokenizer)
 
     def load(self, dtype: str) -> PreTrainedModel:
         """Raises ModelError when weights are missing or not finite."""

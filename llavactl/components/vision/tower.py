@@ -98,6 +98,28 @@ def load_tower(vision: TransformersVision, device: str, dtype: str) -> Tower:
     model = read_whole(vision).to(device=torch.device(device), dtype=getattr(torch, dtype)).eval().requires_grad_(False)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise ModelError(f"vision model {vision.options.model} has weights that are not finite in {dtype}")
+    return _tower(vision, model)
+
+
+def measure(vision: TransformersVision) -> FeatureShape:
+    """The shape of the features of ``vision`` from its configuration: on PyTorch's meta device nothing is computed.
+
+    Raises:
+        ModelError: as ``load_tower``.
+    """
+    from transformers import AutoConfig
+
+    kind = _kind(vision)
+    try:
+        config = AutoConfig.from_pretrained(vision.options.model)
+        with torch.device("meta"):
+            made = getattr(kind, "from_config", kind)(getattr(config, "vision_config", config))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
+    return _tower(vision, made.eval()).shape
+
+
+def _tower(vision: TransformersVision, model: nn.Module) -> Tower:
     depth = len(_blocks(model))
     layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in vision.layers)
     if not all(0 <= layer <= depth for layer in layers) or not layers:
@@ -128,19 +150,25 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     return Tower(tower.model, tower.preprocess, shape, tower._layers, prefix - keep)
 
 
-def read_whole(vision: TransformersVision) -> nn.Module:
-    """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
+def _kind(vision: TransformersVision) -> Any:
+    """The class of its model."""
     import transformers
 
-    part: dict[str, Any] = {}
-    if vision.inside:
-        part["config"] = transformers.AutoConfig.from_pretrained(vision.options.model).vision_config
-        part["key_mapping"] = {INSIDE.pattern: ""}
     kinds = {"clip": transformers.CLIPVisionModel, "clip_vision_model": transformers.CLIPVisionModel}
     kinds |= {"siglip": transformers.SiglipVisionModel, "siglip_vision_model": transformers.SiglipVisionModel}
-    kind = kinds.get(str(vision.config["model_type"]), transformers.AutoModel)
+    return kinds.get(str(vision.config["model_type"]), transformers.AutoModel)
+
+
+def read_whole(vision: TransformersVision) -> nn.Module:
+    """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
+    from transformers import AutoConfig
+
+    part: dict[str, Any] = {}
     try:
-        model, info = kind.from_pretrained(vision.options.model, output_loading_info=True, **part)
+        if vision.inside:
+            part["config"] = AutoConfig.from_pretrained(vision.options.model).vision_config
+            part["key_mapping"] = {INSIDE.pattern: ""}
+        model, info = _kind(vision).from_pretrained(vision.options.model, output_loading_info=True, **part)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
     if missing := sorted(info["missing_keys"]):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llavactl.components.vision.tower import Tower
+    from llavactl.core.schema import FeatureShape
 
 INSIDE = re.compile(r"^(model\.)?vision_tower\.(?!vision_tower\.)")
 """What the backbone's weights are called inside a LLaVA checkpoint of transformers, before 4.52 and since."""
@@ -137,6 +138,12 @@ class TransformersVision:
         from llavactl.components.vision.tower import read_whole
 
         return read_whole(self)
+
+    def shape(self) -> FeatureShape:
+        """What ``load`` will give, read off a tower without weights."""
+        from llavactl.components.vision.tower import measure
+
+        return measure(self)
 
     def load(self, device: str, dtype: str) -> Tower:
         from llavactl.components.vision.tower import load_tower

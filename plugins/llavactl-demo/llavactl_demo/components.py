@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl import (
     Encoder,
+    FeatureShape,
     Options,
     TransformersLanguage,
     TransformersLanguageOptions,
@@ -56,6 +57,9 @@ class Dinov2Demo:
     def identity(self) -> Mapping[str, Any]:
         identity: Mapping[str, Any] = self._vision.identity()
         return identity
+
+    def shape(self) -> FeatureShape:
+        return self._vision.shape()
 
     def load(self, device: str, dtype: str) -> Encoder:
         return self._vision.load(device, dtype)

