@@ -188,10 +188,15 @@ class Stage1(Stage):
 
 
 class Stage2(Stage):
-    """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id)."""
+    """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id).
+
+    ``only``: parts of names, such as ``self_attn``; with method ``full``, no other weights of the language model are
+    trained.
+    """
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
     method: Literal["full", "lora"] = "full"
+    only: tuple[str, ...] = ()
     lora: Lora = Lora()
     learning_rate: Positive = 2e-5
 

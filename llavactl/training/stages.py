@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     """Freezes and unfreezes ``model`` for ``stage``; returns the learning rate of each trained parameter by name.
 
-    Stage 1 trains the connector alone; stage 2 the connector and the language model, whole or through
-    LoRA on all of its linear layers but the head (LLaVA's choice).
+    Stage 1 trains the connector alone; stage 2 the connector and the language model: whole, some
+    of its weights (``only``), or through LoRA on all of its linear layers but the head (LLaVA's choice).
     """
     method = getattr(stage, "method", "connector")
     model.requires_grad_(False)
     model.connector.requires_grad_(True)
     if method == "full":
         model.language.requires_grad_(True)
+        _only(model, stage.only)  # type: ignore[attr-defined]
     elif method == "lora":
         torch.manual_seed(seed)
         _add_lora(model, stage)  # type: ignore[arg-type]
@@ -37,6 +39,18 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _only(model: LlavaModel, parts: Sequence[str]) -> None:
+    """Freezes the language model's weights whose names have none of ``parts``, if there are any."""
+    names = [name for name, _ in model.language.named_parameters()]
+    if unknown := [part for part in parts if not any(part in name for name in names)]:
+        raise RecipeError(
+            f"stage2.only: the language model has no weight with {unknown[0]!r} in its name",
+            hint=f"its names are like {names[0]}, {names[len(names) // 2]}",
+        )
+    for name, parameter in model.language.named_parameters():
+        parameter.requires_grad_(not parts or any(part in name for part in parts))
 
 
 def _add_lora(model: LlavaModel, stage: Stage2) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,9 @@ class TransformersLanguage:
             tokenizer = AutoTokenizer.from_pretrained(self._checked())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._wrong(f"no tokenizer: {_first_line(error)}") from error
+        if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
+            # Where processors of older versions keep theirs; a tokenizer does not look there.
+            tokenizer.chat_template = json.loads(own.read_text(encoding="utf-8"))["chat_template"]
         if not tokenizer.is_fast:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:

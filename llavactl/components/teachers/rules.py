@@ -29,6 +29,9 @@ CLEAR = 0.18
 IN_ORDER = 0.03
 """How far apart neighbours are, as a share of the picture, before things are told in their order."""
 
+OPENS_ANYHOW = 0.3
+"""How often any question may open the conversation: each is asked alone, too."""
+
 QA = tuple[str, str]
 T = TypeVar("T")
 
@@ -71,33 +74,41 @@ class Thing:
 
 
 def _conversation(sample: Sample, things: Sequence[Thing], rng: Random, limit: int) -> list[QA]:
-    """Questions of every sort by turns, none twice."""
+    """Questions of every sort by turns, none twice, those whose text tells the most last.
+
+    What an earlier text has told needs no picture any more, and teaches nothing of it.
+    """
     absent = [str(name) for name in sample.extra.get("absent", ())]
-    sorts: list[Iterator[QA]] = [_colors(things, rng), _kinds(things, rng), _counts(things, rng)]
-    sorts += [_presence(things, absent, rng), _relations(things, rng), _relations(things, rng)]
+    looks, counts, presence = _looks(things, rng), _counts(things, rng), _presence(things, absent, rng)
+    relations = _relations(things, rng)
+    # Each with how much its text tells.
+    sorts: list[tuple[int, Iterator[QA]]] = [(0, looks), (0, looks), (0, counts), (1, presence)]
+    sorts += [(2, relations), (2, relations)]
     rng.shuffle(sorts)
-    asked: dict[str, str] = {}
+    asked: dict[str, tuple[int, str]] = {}
     while sorts and len(asked) < limit:
         for sort in list(sorts):
-            found = next(sort, None)
+            found = next(sort[1], None)
             if found is None:
                 sorts.remove(sort)
             elif len(asked) < limit:
-                asked.setdefault(*found)
-    pairs = list(asked.items())
-    rng.shuffle(pairs)
-    return pairs
+                asked.setdefault(found[0], (sort[0], found[1]))
+    pairs = sorted(_shuffled(list(asked.items()), rng), key=lambda each: each[1][0])
+    if rng.random() < OPENS_ANYHOW:
+        pairs.insert(0, pairs.pop(rng.randrange(len(pairs))))
+    return [(question, answer) for question, (_, answer) in pairs]
 
 
-def _colors(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
-    for thing in _shuffled([thing for thing in things if thing.color and _only(things, "kind", thing)], rng):
-        yield rng.choice(("What color is the {}?", "Which color does the {} have?")).format(thing.kind), thing.color
-
-
-def _kinds(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
-    for thing in _shuffled([thing for thing in things if thing.color and _only(things, "color", thing)], rng):
-        wording = rng.choice(("What shape is the {} object?", "Which shape does the {} object have?"))
-        yield wording.format(thing.color), thing.kind
+def _looks(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
+    """The color of a thing, or its kind: one question about each, as each answer is told by the other's question."""
+    for thing in _shuffled([thing for thing in things if thing.color], rng):
+        color = rng.choice(("What color is the {}?", "Which color does the {} have?")).format(thing.kind)
+        kind = rng.choice(("What shape is the {} object?", "Which shape does the {} object have?")).format(thing.color)
+        ways = [(color, thing.color)] * _only(things, "kind", thing) + [(kind, thing.kind)] * _only(
+            things, "color", thing
+        )
+        if ways:
+            yield rng.choice(ways)
 
 
 def _counts(things: Sequence[Thing], rng: Random) -> Iterator[QA]:

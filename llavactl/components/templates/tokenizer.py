@@ -11,6 +11,8 @@ from llavactl.core.schema import ImageSlot, Segment, Text, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IMAGE = "<image>"
+_MARK = "\ufdd2"
 _SLOT = "\ufdd0"  # a Unicode noncharacter: never in a text, so it marks where an image goes while the template runs
 
 
@@ -23,7 +25,8 @@ class TokenizerTemplate:
     def render(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
     ) -> list[Segment]:
-        messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
+        content = _content if _takes_text(tokenizer) else _items
+        messages = [{"role": turn.role, "content": content(turn)} for turn in turns]
         segments: list[Segment] = []
         written = ""
         for index, turn in enumerate(turns):
@@ -51,15 +54,28 @@ def _content(turn: Turn) -> str:
     return "".join(part.replace(_SLOT, "") if isinstance(part, str) else _SLOT for part in turn.content)
 
 
-def _write(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generate: bool) -> str:
+def _items(turn: Turn) -> list[dict[str, str]]:
+    """The turn as the templates of vision-language models want it; where an image goes is theirs to say."""
+    return [*({"type": "image"} for _ in turn.images), {"type": "text", "text": turn.text.replace(_SLOT, "").strip()}]
+
+
+def _takes_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a plain text; those of vision-language models may only write lists of items."""
+    return _MARK in _write(tokenizer, [{"role": "user", "content": _MARK}], False)
+
+
+def _write(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], generate: bool) -> str:
     if not tokenizer.chat_template:
         raise ModelError("this tokenizer has no chat template", hint="name one, such as `language.template: vicuna-v1`")
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
+        written = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
     except TemplateError as error:
         raise ModelError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+    if messages and not isinstance(messages[-1]["content"], str):
+        written = written.replace(str(getattr(tokenizer, "image_token", None) or IMAGE), _SLOT)
+    return written
 
 
 def _after(text: str, start: str) -> str:

@@ -1,0 +1,196 @@
+"""Exports are the model they were made of, as a process that can't import llavactl loads them; and come back exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import ModelError
+from llavactl.model import folder as model_folder
+from llavactl.model.foreign import resolve
+from llavactl.testing import run_cli
+
+from .conftest import Make
+
+
+def exported(model: Path, form: str, to: Path, *photos: Path) -> Any:
+    shown = [part for photo in photos for part in ("--image", str(photo))]
+    return written(model, form, to, "--verify", *shown)
+
+
+def written(model: Path, form: str, to: Path, *more: str) -> Any:
+    result = run_cli("export", "--model", str(model), "--format", form, "--to", str(to), "--json", *more)
+    assert result.exit_code == 0, result.stderr
+    return result.json()
+
+
+def weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Connector and language model of a model folder, adapter merged."""
+    loaded = model_folder.load(folder)
+    language: Any = loaded.parts.model.language
+    if loaded.description["method"] == "lora":
+        language = language.merge_and_unload()
+    return loaded.parts.model.connector.state_dict(), language.state_dict()
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any], rows: int | None = None) -> None:
+    """Equal to the bit; ``rows`` of the embeddings, which a layout may have more of."""
+    import torch
+
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        other = theirs[name][: len(weight)] if rows is not None else theirs[name]
+        assert torch.equal(weight, other), name
+
+
+@pytest.mark.parametrize(
+    ("form", "connector", "image", "template"),
+    [
+        ("hf", "linear", "pad", "vicuna-v1"),
+        ("hf", "mlp2x-gelu", "square", "tokenizer"),
+        ("llava", "linear", "square", "tokenizer"),
+        ("llava", "mlp2x-gelu", "pad", "vicuna-v1"),
+    ],
+)
+def test_out_and_back(
+    native: Make, toys: Path, tmp_path: Path, form: str, connector: str, image: str, template: str
+) -> None:
+    model = native("ours", connector=connector, image=image, template=template)
+    photos = sorted((toys / "images").iterdir())[:2]
+    report = exported(model, form, tmp_path / "out", *photos)
+    verified = report["verified"]
+    assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 6
+    assert verified["logits"] < 1e-4
+    assert verified["pixels"] == 0
+    back = resolve(tmp_path / "out")
+    for ours, theirs in zip(weights(model), weights(back), strict=True):
+        same(ours, theirs, rows=1 if form == "hf" else None)
+    assert model_folder.describe(back)["template"] == template
+
+
+@pytest.mark.parametrize("form", ["hf", "llava", "peft"])
+def test_adapters_merged_or_kept(native: Make, tmp_path: Path, form: str) -> None:
+    """In float32 merging changes nothing that can be seen; kept, the adapter comes back to the bit."""
+    model = native("ours", method="lora")
+    report = exported(model, form, tmp_path / "out")
+    assert report["verified"]["logits"] < 1e-4
+    assert report["verified"]["text_equal"] == report["verified"]["prompts"]
+    if form == "peft":
+        back = resolve(tmp_path / "out")
+        for ours, theirs in zip(weights(model), weights(back), strict=True):
+            same(ours, theirs, rows=1)
+        assert exported(tmp_path / "out", "llava", tmp_path / "llava")["verified"]["logits"] < 1e-4
+
+
+@pytest.mark.parametrize("form", ["hf", "llava"])
+def test_from_one_layout_to_the_other(native: Make, tmp_path: Path, form: str) -> None:
+    other = {"hf": "llava", "llava": "hf"}[form]
+    written(native("ours"), form, tmp_path / "one")
+    assert exported(tmp_path / "one", other, tmp_path / "two")["verified"]["logits"] < 1e-4
+    if other == "llava":
+        # It is whole without the folder that it was made of.
+        shutil.rmtree(tmp_path / "one")
+        assert run_cli("chat", "--model", str(tmp_path / "two"), "--prompt", "Hello?").exit_code == 0
+
+
+def test_a_stage_1_model(native: Make, tmp_path: Path) -> None:
+    """In the original layout a bare projector; its template holds no conversation, so there is no chat template."""
+    model = native("ours", method="connector", template="plain")
+    assert exported(model, "llava", tmp_path / "llava")["verified"]["logits"] < 1e-4
+    assert (tmp_path / "llava" / "mm_projector.bin").is_file()
+    assert not list((tmp_path / "llava").glob("*.safetensors"))
+    assert exported(model, "hf", tmp_path / "hf")["verified"]["logits"] < 1e-4
+    assert not (tmp_path / "hf" / "chat_template.jinja").exists()
+
+
+def test_with_the_class_token(native: Make, tmp_path: Path) -> None:
+    assert exported(native("ours", select="cls-patch"), "hf", tmp_path / "out")["verified"]["logits"] < 1e-4
+    assert model_folder.describe(resolve(tmp_path / "out"))["vision"]["select"] == "cls-patch"
+
+
+def test_bfloat16_is_saved_as_it_is(native: Make, tmp_path: Path) -> None:
+    model = native("ours", precision="bfloat16")
+    written(model, "hf", tmp_path / "out")
+    for ours, theirs in zip(weights(model), weights(resolve(tmp_path / "out")), strict=True):
+        same(ours, theirs, rows=1)
+
+
+def test_new_rows_never_win(native: Make, tmp_path: Path) -> None:
+    """The embeddings grow to a multiple of 64; no new token is ever the likeliest."""
+    import torch
+    from safetensors.torch import load_file
+
+    written(native("ours"), "hf", tmp_path / "out")
+    head = load_file(tmp_path / "out" / "model.safetensors")["language_model.lm_head.weight"]
+    old = 400
+    assert len(head) == 448
+    torch.manual_seed(0)
+    logits = torch.randn(1000, head.shape[1]) @ head.T
+    assert int(logits.argmax(-1).max()) < old
+
+
+def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
+    """--verify looks at what is on disk: a weight that is another is told, and exits 1."""
+    from safetensors.torch import load_file, save_file
+
+    model = native("ours")
+    written(model, "hf", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    held = load_file(file)
+    held["multi_modal_projector.linear_2.bias"] += 1
+    save_file(held, file, metadata={"format": "pt"})
+    again = ("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"), "--verify")
+    result = run_cli(*again)
+    assert result.exit_code == 1
+    assert "logits differ" in result.stderr
+    template = tmp_path / "out" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("USER", "HUMAN"))
+    assert "other token ids" in run_cli(*again).stderr
+    file.write_bytes(b"no weights")
+    assert "another program can't load it" in run_cli(*again).stderr
+
+
+def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) -> None:
+    model = native("ours")
+    description = json.loads((model / "llavactl.json").read_text())
+    (model / "llavactl.json").write_text(json.dumps(description | {"connector": {"name": "mlp2x-gelu", "fold": 2}}))
+    result = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "no connector mlp2x-gelu, fold 2" in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = run_cli("export", "--model", str(native("full")), "--format", "peft", "--to", str(tmp_path / "out"))
+    assert "no adapter" in result.stderr
+
+
+def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    model = str(native("ours"))
+    result = run_cli("export", "--model", model, "--format", "hf", "--to", str(mine))
+    assert result.exit_code == 1
+    assert "no export of llavactl" in result.stderr
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    to = ("export", "--model", model, "--to", str(tmp_path / "out"), "--json")
+    assert not run_cli(*to, "--format", "hf").json()["finished_before"]
+    assert run_cli(*to, "--format", "hf").json()["finished_before"]
+    assert not run_cli(*to, "--format", "llava").json()["finished_before"]
+    assert (tmp_path / "out" / "config.json").read_text().count("mm_vision_tower") == 1
+
+
+def test_unknown_format(native: Make, tmp_path: Path) -> None:
+    result = run_cli("export", "--model", str(native("ours")), "--format", "hff", "--to", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "did you mean 'hf'" in result.stderr
+
+
+def test_a_model_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model here"):
+        resolve(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="no format recognises"):
+        resolve(tmp_path)
