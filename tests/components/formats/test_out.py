@@ -1,4 +1,4 @@
-"""Exports are the model they were made of, as a process that can't import llavactl loads them; and come back exactly."""
+"""Exports are the model they were made of, as a process that can't import llavactl loads them; and come back whole."""
 
 from __future__ import annotations
 
