@@ -140,15 +140,13 @@ def templates() -> Iterator[str]:
     talk = (asked, Turn("assistant", ("A dog.",)), Turn("user", ("Which colour?",)), Turn("assistant", ("Red.",)))
     tokenizer = SimpleNamespace(bos_token="<s>", eos_token="</s>", unk_token_id=0, convert_tokens_to_ids=len)
     for name in ("plain", *STYLES):
-        entry = registry().get("templates", name)
-        segments = (
-            registry().create("templates", {"name": name}).render(talk[:2] if name == "plain" else talk, tokenizer)
-        )
+        template = registry().create("templates", {"name": name})
+        segments = template.render(talk[:2] if name == "plain" else talk, tokenizer)
         text = ""
         for trained, run in itertools.groupby(segments, lambda each: isinstance(each, Text) and each.trained):
             written = "".join(each.text if isinstance(each, Text) else "<image>" for each in run)
             text += f"«{written}»" if trained else written
-        yield f"### `{name}`\n\n{entry.summary}\n\n```text\n{text}\n```\n"
+        yield f"### `{name}`\n\n```text\n{text}\n```\n"
 
 
 def names() -> Iterator[str]:
