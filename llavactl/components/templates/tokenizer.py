@@ -11,7 +11,6 @@ from llavactl.core.schema import ImageSlot, Segment, Text, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IMAGE = "<image>"
 _MARK = "\ufdd2"
 _SLOT = "\ufdd0"  # a Unicode noncharacter: never in a text, so it marks where an image goes while the template runs
 
@@ -25,8 +24,8 @@ class TokenizerTemplate:
     def render(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
     ) -> list[Segment]:
-        content = _content if _takes_text(tokenizer) else _items
-        messages = [{"role": turn.role, "content": content(turn)} for turn in turns]
+        tag = None if _takes_text(tokenizer) else _tag(tokenizer)
+        messages = [{"role": turn.role, "content": _items(turn, tag) if tag else _content(turn)} for turn in turns]
         segments: list[Segment] = []
         written = ""
         for index, turn in enumerate(turns):
@@ -54,9 +53,15 @@ def _content(turn: Turn) -> str:
     return "".join(part.replace(_SLOT, "") if isinstance(part, str) else _SLOT for part in turn.content)
 
 
-def _items(turn: Turn) -> list[dict[str, str]]:
+def _tag(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template of a vision-language model writes for an image."""
+    return str(getattr(tokenizer, "image_token", None) or "<image>")
+
+
+def _items(turn: Turn, tag: str) -> list[dict[str, str]]:
     """The turn as the templates of vision-language models want it; where an image goes is theirs to say."""
-    return [*({"type": "image"} for _ in turn.images), {"type": "text", "text": turn.text.replace(_SLOT, "").strip()}]
+    said = turn.text.replace(_SLOT, "").replace(tag, tag[0] + _MARK + tag[1:]).strip()
+    return [*({"type": "image"} for _ in turn.images), {"type": "text", "text": said}]
 
 
 def _takes_text(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -74,7 +79,8 @@ def _write(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], g
     except TemplateError as error:
         raise ModelError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     if messages and not isinstance(messages[-1]["content"], str):
-        written = written.replace(str(getattr(tokenizer, "image_token", None) or IMAGE), _SLOT)
+        # Only the template's own tag is an image; one that somebody wrote was marked as text.
+        written = written.replace(_tag(tokenizer), _SLOT).replace(_MARK, "")
     return written
 
 

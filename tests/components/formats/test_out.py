@@ -160,7 +160,7 @@ def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) 
     (model / "llavactl.json").write_text(json.dumps(description | {"connector": {"name": "mlp2x-gelu", "fold": 2}}))
     result = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "no connector mlp2x-gelu, fold 2" in result.stderr
+    assert "no connector mlp2x-gelu with fold: 2" in result.stderr
     assert not (tmp_path / "out").exists()
     result = run_cli("export", "--model", str(native("full")), "--format", "peft", "--to", str(tmp_path / "out"))
     assert "no adapter" in result.stderr
