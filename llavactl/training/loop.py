@@ -19,7 +19,7 @@ import torch
 
 from llavactl.core import progress
 from llavactl.core.errors import ModelError
-from llavactl.core.schema import IGNORE, Batch
+from llavactl.core.schema import IGNORE, Batch, Encoded
 from llavactl.data.plan import Plan
 from llavactl.training import checkpoints
 from llavactl.training.metrics import Metrics
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from llavactl.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
+
+ALIKE = 0.75
+"""A row shorter than this share of the longest begins a micro batch of its own: padding costs as much as text."""
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 
@@ -129,12 +132,18 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
 
 
 def _micro_batches(run: Run, members: list[tuple[int, int]]) -> list[Batch]:
-    """This process's share of a global batch, longest first, in micro batches."""
+    """This process's share of a global batch, longest first, in micro batches of rows alike in length."""
     accelerator = run.accelerator
     mine = members[accelerator.process_index :: accelerator.num_processes]
     encoded = sorted(((run.data.encoded(*member), member) for member in mine), key=lambda item: -len(item[0]))
     size = max(1, min(run.stage.micro_batch_size, run.stage.batch_size // accelerator.num_processes))
-    return [run.data.batch(encoded[at : at + size]) for at in range(0, len(encoded), size)]
+    groups: list[list[tuple[Encoded, tuple[int, int]]]] = []
+    for item in encoded:
+        if groups and len(groups[-1]) < size and len(item[0]) >= ALIKE * len(groups[-1][0][0]):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [run.data.batch(group) for group in groups]
 
 
 @torch.no_grad()
