@@ -10,6 +10,7 @@ COMMANDS = (
     "generate",
     "show",
     "check",
+    "stats",
 )
 """Each the ``command`` of a module of its name, in the order that they are used."""
 
