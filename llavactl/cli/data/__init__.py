@@ -11,6 +11,8 @@ COMMANDS = (
     "show",
     "check",
     "stats",
+    "filter",
+    "expand",
 )
 """Each the ``command`` of a module of its name, in the order that they are used."""
 
