@@ -37,7 +37,7 @@ KINDS: Mapping[str, Kind] = {
     "truncated": Kind("noted", "longer than max_length: its end is not trained"),
     "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
     "duplicate-id": Kind("noted", "an id that was there before"),
-    "no-id": Kind("noted", "no id: its line or number is its name"),
+    "no-id": Kind("noted", "no id: its number in the file is its name"),
     "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
     "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
     "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
