@@ -28,7 +28,7 @@ from llavactl.core.registry import registry
 from llavactl.recipe.wording import describe_options
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md", "docs/data.md")
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -124,6 +124,15 @@ def components() -> Iterator[str]:
             yield ""
 
 
+def problems() -> Iterator[str]:
+    """What ``data check`` finds, and what each does to a run."""
+    from llavactl.data.problems import KINDS
+
+    yield "| problem | effect | |\n|---|---|---|"
+    for name, kind in KINDS.items():
+        yield f"| `{name}` | {kind.effect} | {kind.what.replace('<image>', '`<image>`')} |"
+
+
 def recipes() -> Iterator[str]:
     """The recipes that llavactl brings."""
     yield "| recipe | |\n|---|---|"
@@ -174,7 +183,7 @@ def _below_assignment(name: str) -> str | None:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    each.__name__: each for each in (commands, cli, hooks, kinds, components, recipes, templates, names)
+    each.__name__: each for each in (commands, cli, hooks, kinds, components, problems, recipes, templates, names)
 }
 
 

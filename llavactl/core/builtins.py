@@ -9,7 +9,7 @@ _COMPONENTS = "llavactl.components"
 COMMANDS = {
     "recipes": "list, show, copy, check: what a run is made of",
     "run": "a recipe's whole pipeline; finished steps are skipped",
-    "data": "instruction data: made by a teacher, shown token by token",
+    "data": "records: made by a teacher, checked, shown, measured, chosen",
     "extract": "vision features into the store",
     "cache": "what the feature stores hold; verify and prune them",
     "train": "one stage: the connector, then the language model",

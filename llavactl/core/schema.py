@@ -125,7 +125,7 @@ class Box:
 class Sample:
     """One record: a conversation about images, and what is known of the image for a teacher.
 
-    ``where`` names the record for messages (``file.json record 17``).
+    ``where`` names the record for messages (``file.json:12 (record 3)``).
     """
 
     id: str

@@ -72,6 +72,37 @@ class Encoding:
         """The characters that each token of ``turns`` stands for, nothing cut; none for those of images."""
         return [text for run in self._runs(turns, False) for text in run.texts()]
 
+    def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
+        """T of each of ``conversations``, uncut: as ``encode`` makes them, but tokenised at once, on all cores."""
+        written = [self._written(turns) for turns in conversations]
+        texts = list(dict.fromkeys(part for parts in written for part in parts if part and _BREAK not in part))
+        bare = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        known = dict(zip(texts, self.tokenizer(texts, **bare)["input_ids"] if texts else [], strict=True))
+        totals = []
+        for parts in written:
+            runs = [self._alone(part) if part is None or part not in known else known[part] for part in parts]
+            begins = bool(runs) and list(runs[0][:1]) == [self._bos]
+            totals.append(sum(map(len, runs)) + (self._bos is not None and not begins))
+        return totals
+
+    def may_exceed(self, turns: Sequence[Turn], length: int) -> bool:
+        """False where ``turns`` can't have more than ``length`` tokens, which no tokenizer is asked for.
+
+        Of ASCII a token has a character at least, but for one that some tokenizers put before a text.
+        """
+        parts = self._written(turns)
+        most = 1 + sum(self.image_tokens if part is None else 1 + len(part) for part in parts)
+        return most > length or not all(part is None or part.isascii() for part in parts)
+
+    def _written(self, turns: Sequence[Turn]) -> list[str | None]:
+        """The texts between images as the template has them; None is an image."""
+        found = _pieces(self._render(turns, False))
+        return [None if piece is None else "".join(segment.text for segment in piece) for piece in found]
+
+    def _alone(self, part: str | None) -> Sequence[int]:
+        """The ids of one part of ``_written``."""
+        return [IMAGE_TOKEN] * self.image_tokens if part is None else _tokenise([Text(part)], self.tokenizer).ids
+
     def trains(self, turns: Sequence[Turn]) -> bool:
         """Whether ``turns`` have a target within ``max_length``.
 

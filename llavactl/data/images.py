@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
 
 from llavactl.core.errors import DataError
+from llavactl.core.schema import ImageFile
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from llavactl.core.schema import ImageRef
 
 MAX_PIXELS = 89_478_485
 """Pillow warns above this, we refuse: at most 4 bytes a pixel are in memory, about 360 MB an image and copy."""
@@ -21,6 +27,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA",
 """What Pillow may try. EPS is left out, for Pillow would start Ghostscript on it."""
 
 _LONGEST_REASON = 200
+_TAIL = 32
 
 
 class ImageError(DataError):
@@ -42,16 +49,60 @@ def decode(data: bytes) -> Image.Image:
         ImageError: empty, of no known format, truncated, corrupt, or beyond ``MAX_PIXELS``,
             ``MAX_SIDE`` or ``MAX_RATIO``; the size is taken from the header, before any pixel is decoded.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     if not data:
         raise ImageError("the file is empty")
+    with _opened(io.BytesIO(data)) as image:
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def inspect(image: ImageRef, *, whole: bool) -> None:
+    """Finds out whether ``image`` can be decoded: ``whole`` by doing so, else by its header and its end.
+
+    A JPEG or PNG file whose end is not where it should be is decoded to find out. Images that are not files are always
+    decoded, for they are whole in memory anyway.
+
+    Raises:
+        OSError: it can't be read.
+        ImageError: as of ``decode``.
+    """
+    if not isinstance(image, ImageFile):
+        decode(image.read())
+        return
+    image.stamp()  # stays below its root
+    with image.file.open("rb") as file:
+        if not whole:
+            complete = _ends_well(file)
+            with _opened(file):
+                if complete:
+                    return
+            file.seek(0)
+        decode(file.read())
+
+
+def _ends_well(file: IO[bytes]) -> bool:
+    """Whether a file that begins like JPEG or PNG ends like one, too."""
+    start = file.read(3)
+    file.seek(0, os.SEEK_END)
+    file.seek(max(file.tell() - _TAIL, 0))
+    tail = file.read()
+    file.seek(0)
+    end = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PN": b"IEND"}.get(start)
+    return end is None or end in tail
+
+
+@contextmanager
+def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
+    """The image in ``file`` if we take its size, nothing decoded yet; whatever goes wrong with it is an ImageError."""
+    from PIL import Image, UnidentifiedImageError
+
     Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             _check_size(image)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.core.protocols import MeasuredVision
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.images import ImageError, decode
+from llavactl.data.lengths import image_tokens
 from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
 from llavactl.data.training_set import arranged, untrainable
 from llavactl.features.keys import why
-from llavactl.features.reader import stage_vision
 from llavactl.report.thumbnails import thumbnail
 from llavactl.report.tokens import page
 
@@ -114,13 +113,6 @@ def show(
         ),
     )
     return report if html is None else _written(report, html, chosen)
-
-
-def image_tokens(recipe: Recipe, stage: Literal[1, 2]) -> int:
-    """Q, how many tokens an image of ``stage`` becomes; the backbone is loaded only where it can't say otherwise."""
-    vision = stage_vision(recipe, stage)
-    shape = vision.shape() if isinstance(vision, MeasuredVision) else vision.load("cpu", recipe.features.compute).shape
-    return int(registry().create("connectors", recipe.connector.spec()).tokens(shape))
 
 
 def _find(every: Sequence[Sample], wanted: str | None, where: str) -> int:

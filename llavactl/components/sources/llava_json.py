@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llavactl.core.errors import DataError
+from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
 from llavactl.core.registry import Options
 from llavactl.core.schema import Content, ImageFile, Role, Sample, Turn
@@ -46,38 +46,19 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
         raise DataError(
             f"{root}: there is no such folder", hint="`images` is the folder that image paths are relative to"
         )
-    for where, record in _records(options.path):
-        yield _sample(record, where, root)
+    for entry in read_stream(options.path):
+        where = f"{options.path}:{entry.place}"
+        if entry.problem:
+            raise DataError(f"{where}: {entry.problem}", hint="`llavactl data check` finds all of them at once")
+        yield sample_of(entry.value, where, root, entry.index)
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = file.read(4096).lstrip()[:1]
-            file.seek(0)
-            if start != "[":
-                yield from _lines(path, file)
-                return
-            records = json.load(file)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    for index, record in enumerate(records):
-        yield f"{path} record {index}", record
+def sample_of(record: Any, where: str, root: str, index: int = 0) -> Sample:
+    """``record`` as a sample; its images are relative to ``root``. ``index`` is the id of one without.
 
-
-def _lines(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg} (column {error.colno})") from error
-
-
-def _sample(record: Any, where: str, root: str) -> Sample:
+    Raises:
+        DataError: it can't be used; the message begins with ``where``.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise DataError(f"{where}: not a LLaVA record: it needs a list `conversations`")
     images = _images(record, where, root)
@@ -85,7 +66,7 @@ def _sample(record: Any, where: str, root: str) -> Sample:
     if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
         raise DataError(f"{where}: no answer: nothing of this record could be trained")
     extra = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
-    sample_id = str(record.get("id", where.rsplit(" ", 1)[-1]))
+    sample_id = str(record.get("id", index))
     return Sample(sample_id, tuple(_place(turns, images, where)), where, extra=extra)
 
 
@@ -101,9 +82,10 @@ def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageFile]
 
 
 def _turn(message: Any, where: str) -> Turn:
-    if not isinstance(message, dict) or not isinstance(message.get("value"), str) or message.get("from") not in ROLES:
+    speaker = message.get("from") if isinstance(message, dict) else None
+    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(message.get("value"), str):
         raise DataError(f"{where}: a message needs `from` ({', '.join(ROLES)}) and a text `value`, not {message!r:.80}")
-    return Turn(ROLES[message["from"]], (message["value"],))
+    return Turn(ROLES[speaker], (message["value"],))
 
 
 def _alternating(turns: list[Turn], where: str) -> list[Turn]:

@@ -67,7 +67,7 @@ def test_an_assistant_who_speaks_first_is_left_out(tmp_path: Path) -> None:
 WRONG: list[tuple[Any, str]] = [
     ('[{"id": 1,\n "conversations": [}]', r"records\.json:2: not JSON"),
     ('{"conversations": []}\n{broken\n', "no answer|:2: not JSON"),
-    ([3], "record 0: not a LLaVA record"),
+    ([3], r"json:1 \(record 0\): not a LLaVA record"),
     ([{"id": 1, "conversations": "hi"}], "not a LLaVA record"),
     (
         [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image><image>"}, TALK[1]]}],

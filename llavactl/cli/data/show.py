@@ -1,4 +1,4 @@
-"""``llavactl data``: instruction data."""
+"""``llavactl data show``: training samples token by token."""
 
 from __future__ import annotations
 
@@ -22,23 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a terminal would obey: others wrote the data."""
 
 
-@click.group()
-def command() -> None:
-    """Instruction data: what a teacher makes of captions and boxes, and what training sees of it."""
-
-
-@command.command()
-@recipe_options
-@click.option("--dry-run", is_flag=True, help="Say what would be asked; ask and write nothing.")
-@json_option
-def generate(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Have the recipe's teacher write samples about the pictures of `generate.source`."""
-    from llavactl.verbs.generate import generate
-
-    output.report(generate(load(source, overrides), dry_run=dry_run), as_json)
-
-
-@command.command()
+@click.command("show")
 @recipe_options
 @click.option("--stage", type=click.Choice(["1", "2"]), help="Whose samples.  [default: the last stage with data]")
 @click.option("--sample", metavar="ID|N", help="The first one: its id, else its number from 0.  [default: 0]")
@@ -51,7 +35,7 @@ def generate(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_j
     "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page that needs nothing else to this file."
 )
 @json_option
-def show(
+def command(
     source: str | None,
     overrides: tuple[str, ...],
     stage: Literal["1", "2"] | None,

@@ -1,0 +1,26 @@
+"""``llavactl data``: instruction data. One file a command."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+COMMANDS = (
+    "generate",
+    "show",
+    "check",
+    "stats",
+    "filter",
+    "expand",
+)
+"""Each the ``command`` of a module of its name, in the order that they are used."""
+
+
+@click.group()
+def command() -> None:
+    """Instruction data: what a teacher makes of captions and boxes, and what training sees of it."""
+
+
+for _name in COMMANDS:
+    command.add_command(importlib.import_module(f"{__name__}.{_name}").command)

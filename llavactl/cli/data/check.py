@@ -1,0 +1,81 @@
+"""``llavactl data check``: a look at every record and image before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from llavactl.cli import output
+from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.core.errors import DataError
+
+if TYPE_CHECKING:
+    from llavactl.data.scan import Decode
+    from llavactl.features.reader import StageNumber
+    from llavactl.verbs.check import CheckReport
+
+
+@click.command("check")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@recipe_options
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="The folder of FILE's images; without it none is opened."
+)
+@click.option(
+    "--decode",
+    type=click.Choice(["no", "header", "full"]),
+    default="header",
+    show_default=True,
+    help="How images are tried: not at all, by their header and end, or decoded whole.",
+)
+@click.option(
+    "--stage", type=click.Choice(["1", "2"]), help="Of one stage alone; FILE trains it.  [default: both; FILE: 2]"
+)
+@click.option("--fix", type=click.Path(path_type=Path), metavar="OUT", help="Write FILE, mended, to OUT.")
+@json_option
+def command(
+    file: Path | None,
+    source: str | None,
+    overrides: tuple[str, ...],
+    images: Path | None,
+    decode: Decode,
+    stage: str | None,
+    fix: Path | None,
+    as_json: bool,
+) -> None:
+    """Find every problem of the recipe's records, or of FILE, before training does. Exit 1 if one would hurt it.
+
+    FILE has LLaVA's records, as JSON or JSONL. With -r its lengths are counted in tokens, too. OUT is JSON or JSONL by
+    its suffix; OUT's .fixes.jsonl says what was done to each record.
+    """
+    from llavactl.verbs.check import check
+
+    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    report = check(recipe, file, images, stage=cast("StageNumber | None", stage and int(stage)), decode=decode, fix=fix)
+    if as_json:
+        output.document(report)
+    else:
+        _print(report)
+    if not report.ok and report.mended is None:
+        raise DataError(
+            f"{report.hurts} problems would hurt training",
+            hint="`llavactl data check FILE --fix OUT` mends or drops such records",
+        )
+
+
+def _print(report: CheckReport) -> None:
+    click.echo(
+        f"{report.records:,} records, {report.images:,} images (decode: {report.decode}), {report.seconds:.1f} s"
+    )
+    click.echo(f"tokens: {report.lengths}")
+    if report.problems:
+        rows = [(each.problem, each.effect, f"{each.count:,}", each.what) for each in report.problems]
+        output.table([("problem", "effect", "count", ""), *rows])
+        for each in report.problems:
+            for place in each.places:
+                click.echo(f"{each.problem}: {place}")
+    if (mended := report.mended) is not None:
+        counts = f"{mended.written:,} records written, {mended.changed:,} changed, {mended.dropped:,} dropped"
+        click.echo(f"{mended.out}: {counts}; {mended.log} says why")

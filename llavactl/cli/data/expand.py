@@ -1,0 +1,48 @@
+"""``llavactl data expand``: captions to stage 1's conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llavactl.cli import output
+from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+
+if TYPE_CHECKING:
+    from llavactl.data.captions import TagPlace
+
+
+@click.command("expand")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .json or .jsonl.")
+@click.option(
+    "--image-tag",
+    type=click.Choice(["first", "last", "random"]),
+    default="random",
+    show_default=True,
+    help="Where <image> stands: before the instruction, after it, or either.",
+)
+@click.option("--seed", type=int, help="What instruction each record gets.  [default: the recipe's, or 0]")
+@json_option
+def command(
+    file: Path | None,
+    source: str | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    image_tag: TagPlace,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Make a conversation of one turn of each caption of FILE, or of the recipe's stage 1: records for stage 1.
+
+    FILE is JSON or JSONL of {id, image, caption}, or of LLaVA's records, whose first answers are taken.
+    """
+    from llavactl.data.inputs import caption_file
+    from llavactl.verbs.expand import expand
+
+    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    seed = seed if seed is not None else recipe.seed if recipe else 0
+    output.report(expand(caption_file(recipe, file), out, image_tag=image_tag, seed=seed), as_json)

@@ -1,0 +1,54 @@
+"""``llavactl data filter``: captions balanced by concept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from llavactl.cli import output
+from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+
+
+@click.command("filter")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .json or .jsonl.")
+@click.option("--at-least", type=click.IntRange(min=1), default=3, show_default=True, help="Rarer phrases are skipped.")
+@click.option("--at-most", type=click.IntRange(min=1), default=100, show_default=True, help="Captions a phrase.")
+@click.option("--seed", type=int, help="What is drawn of frequent phrases.  [default: the recipe's, or 0]")
+@click.option("--extractor", metavar="MODULE:ATTR", help="Another finder of noun phrases (docs/data.md).")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as many as cores; small files: 1]")
+@json_option
+def command(
+    file: Path | None,
+    source: str | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    at_least: int,
+    at_most: int,
+    seed: int | None,
+    extractor: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Keep captions of FILE, or of the recipe's stage 1, so that no noun phrase outnumbers the others.
+
+    As LLaVA made 595K of CC3M's 3 million: every caption with a phrase that is in 3 to 100 of them, and for phrases in
+    more, 100 drawn at random. FILE is JSON or JSONL of records with a `caption`, or of LLaVA's.
+    """
+    from llavactl.data.inputs import caption_file
+    from llavactl.data.noun_phrases import DEFAULT
+    from llavactl.verbs.filter import filter_captions
+
+    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    report = filter_captions(
+        caption_file(recipe, file),
+        out,
+        at_least=at_least,
+        at_most=at_most,
+        seed=seed if seed is not None else recipe.seed if recipe else 0,
+        extractor=extractor or DEFAULT,
+        workers=workers,
+    )
+    output.report(report, as_json)

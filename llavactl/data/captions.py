@@ -1,0 +1,90 @@
+"""Captions of pictures, one a record, from a file of many; and how a caption becomes a conversation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llavactl.core.errors import DataError
+from llavactl.core.json_stream import read_stream
+
+TagPlace = Literal["first", "last", "random"]
+
+INSTRUCTIONS = (
+    "What does this picture show?",
+    "Say in a few words what can be seen here.",
+    "Sum up this photo in one line.",
+    "What is there to see?",
+    "Put this picture into words.",
+    "Tell me shortly what this is a picture of.",
+    "How would you caption this?",
+    "Name what is in view.",
+    "Write one line about this image.",
+    "In short, what is pictured?",
+    "What has been photographed here?",
+    "Give the gist of this picture.",
+    "State the content of this image in a sentence.",
+    "Which scene is this?",
+)
+"""Ways to ask for a caption, our own; one is drawn for each record."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption's ``text``, the record that it is in and where that is; ``done`` characters of the file are read."""
+
+    text: str
+    record: Mapping[str, Any]
+    where: str
+    done: int
+
+
+def read_captions(path: Path) -> Iterator[Caption]:
+    """The captions in a JSON or JSONL file: each record's ``caption``, or the first answer of its ``conversations``.
+
+    Raises:
+        DataError: a record that can't be read or has no caption, with its place.
+    """
+    for entry in read_stream(path):
+        where = f"{path}:{entry.place}"
+        if entry.problem:
+            raise DataError(f"{where}: {entry.problem}", hint="`llavactl data check --fix` drops what is not JSON")
+        if (text := caption_of(entry.value)) is None:
+            raise DataError(f"{where}: no text `caption`, and no `conversations` with an answer")
+        yield Caption(text, entry.value, where, entry.done)
+
+
+def caption_of(record: Any) -> str | None:
+    """The caption of ``record``, if it has one."""
+    if not isinstance(record, dict):
+        return None
+    found = record.get("caption")
+    if found is None and isinstance(messages := record.get("conversations"), list):
+        answers = [m.get("value") for m in messages if isinstance(m, dict) and m.get("from") in ("gpt", "assistant")]
+        found = answers[0] if answers else None
+    return found.strip() if isinstance(found, str) and found.strip() else None
+
+
+def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str, Any]:
+    """``caption``, the ``index``-th of its file, as a LLaVA record: an instruction, and the caption for an answer.
+
+    The instruction and a random place of the tag depend on ``seed`` and the record's own id (or index), so adding
+    records changes no other.
+
+    Raises:
+        DataError: the record names no image.
+    """
+    image = caption.record.get("image")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{caption.where}: no `image`", hint="a record is {id, image, caption}")
+    name = caption.record.get("id")
+    name = str(index) if name is None else str(name)
+    chance = random.Random(f"{seed} {name}")
+    instruction = chance.choice(INSTRUCTIONS)
+    last = chance.random() < 0.5 if tag == "random" else tag == "last"
+    asked = f"{instruction}\n<image>" if last else f"<image>\n{instruction}"
+    said = [{"from": "human", "value": asked}, {"from": "gpt", "value": caption.text}]
+    return {"id": name, "image": image, "conversations": said}

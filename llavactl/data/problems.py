@@ -1,0 +1,81 @@
+"""What can be wrong with training records, what each does to a run, and counts of what was found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Effect = Literal["stops", "lost", "harms", "noted"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A problem's ``effect``: it ``stops`` the run before any work, the record is ``lost`` to training, what is
+    trained ``harms``, or it is only ``noted``; and what it means.
+    """
+
+    effect: Effect
+    what: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "json": Kind("stops", "not JSON, or not UTF-8 text"),
+    "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
+    "message": Kind("stops", "a message without a text `value`"),
+    "role": Kind("stops", "a message `from` somebody unknown"),
+    "turns": Kind("stops", "user and assistant don't take turns"),
+    "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
+    "tags": Kind("stops", "<image> tags and images differ in number"),
+    "image-path": Kind("stops", "an image path outside its root"),
+    "source": Kind("stops", "a source that can't be read to its end"),
+    "image-missing": Kind("lost", "an image that is not there"),
+    "image-broken": Kind("lost", "an image that can't be decoded"),
+    "untrained": Kind("lost", "no token is trained within max_length"),
+    "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
+    "truncated": Kind("noted", "longer than max_length: its end is not trained"),
+    "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
+    "duplicate-id": Kind("noted", "an id that was there before"),
+    "no-id": Kind("noted", "no id: its number in the file is its name"),
+    "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
+    "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
+    "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
+    "unanswered": Kind("noted", "a last question without an answer"),
+    "empty-question": Kind("noted", "a question without text or image"),
+}
+"""In the order that they are shown."""
+
+REFUSED = frozenset({"record", "message", "role", "turns", "no-answer", "tags", "image-path"})
+"""The problems of one record for which the source `llava-json` refuses it."""
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of one record; ``detail`` says what exactly."""
+
+    kind: str
+    detail: str = ""
+
+
+@dataclass
+class Tally:
+    """How often each kind of problem was found, and the first places."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, where: str, findings: Iterable[Finding]) -> None:
+        """``findings`` of the record at ``where``."""
+        for finding in findings:
+            self.counts[finding.kind] += 1
+            shown = self.places.setdefault(finding.kind, [])
+            if len(shown) < SHOWN:
+                shown.append(f"{where}: {finding.detail}" if finding.detail else where)
+
+    @property
+    def hurts(self) -> int:
+        """Problems that would stop a run, lose records or harm what is trained."""
+        return sum(count for kind, count in self.counts.items() if KINDS[kind].effect != "noted")

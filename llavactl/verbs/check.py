@@ -1,0 +1,130 @@
+"""``llavactl data check``: every problem of the training records at once, before anything is trained; and mended."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavactl.core.errors import DataError
+from llavactl.core.json_stream import write_stream
+from llavactl.data.inputs import counted_lengths, inputs, with_bar
+from llavactl.data.mend import Mender
+from llavactl.data.problems import KINDS, Tally
+from llavactl.data.scan import Decode, Images, scan
+
+if TYPE_CHECKING:
+    from llavactl.features.reader import StageNumber
+    from llavactl.recipe.frame import Recipe
+
+
+@dataclass(frozen=True)
+class ProblemCount:
+    """A kind of problem, its effect on a run, how often it was found and the first places."""
+
+    problem: str
+    effect: str
+    count: int
+    what: str
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MendedFile:
+    """What ``--fix`` wrote: ``log`` has a line for each record that was changed or dropped."""
+
+    out: str
+    log: str
+    written: int
+    changed: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found in ``records``; ``ok``: nothing of it hurts training.
+
+    ``images`` counts the distinct ones, ``decode`` says how they were looked at, ``lengths`` by which stage's
+    template and tokenizer tokens were counted, or why they were not.
+    """
+
+    ok: bool
+    records: int
+    images: int
+    decode: str
+    lengths: str
+    hurts: int
+    problems: tuple[ProblemCount, ...]
+    seconds: float
+    mended: MendedFile | None = None
+
+
+def check(
+    recipe: Recipe | None,
+    file: Path | None = None,
+    images: Path | None = None,
+    *,
+    stage: StageNumber | None = None,
+    decode: Decode = "header",
+    fix: Path | None = None,
+) -> CheckReport:
+    """Examines the records of ``recipe``, or of ``file`` with images in ``images``; of ``stage`` alone if given.
+
+    Without ``images`` those of ``file`` are not looked for. ``fix`` is a file to write ``file`` to, mended.
+
+    Raises:
+        DataError: a file or folder is not there, or ``fix`` can't be written.
+        RecipeError: there is nothing to check.
+    """
+    began = time.perf_counter()
+    given = inputs(recipe, file, images, stage)
+    looked = Images("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
+    tally, said, records = Tally(), [], 0
+    with _mender(file, fix, given[0].root) as mender:
+        for each in given:
+            lengths, how = counted_lengths(recipe, each.stage)
+            said.append(how)
+            for examined in with_bar(scan(each.records(lengths is not None), looked, lengths), each, "check"):
+                records += not any(finding.kind in ("json", "source") for finding in examined.findings)
+                tally.add(examined.where, examined.findings)
+                if mender is not None:
+                    mender.take(examined.where, examined.record, examined.findings)
+    return CheckReport(
+        ok=not tally.hurts,
+        records=records,
+        images=len(looked.seen),
+        decode=looked.decode,
+        lengths="; ".join(dict.fromkeys(said)),
+        hurts=tally.hurts,
+        problems=_problems(tally),
+        seconds=round(time.perf_counter() - began, 3),
+        mended=None
+        if mender is None or fix is None
+        else MendedFile(str(fix), str(_log(fix)), mender.written, mender.changed, mender.dropped),
+    )
+
+
+def _problems(tally: Tally) -> tuple[ProblemCount, ...]:
+    found = [(name, kind, tally.counts[name]) for name, kind in KINDS.items() if tally.counts[name]]
+    return tuple(ProblemCount(name, kind.effect, n, kind.what, tuple(tally.places[name])) for name, kind, n in found)
+
+
+def _log(out: Path) -> Path:
+    return out.with_suffix(".fixes.jsonl")
+
+
+@contextmanager
+def _mender(file: Path | None, out: Path | None, root: str) -> Iterator[Mender | None]:
+    if out is None:
+        yield None
+        return
+    if file is None:
+        raise DataError("one file is mended at a time", hint="`llavactl data check FILE --fix OUT`")
+    if out.exists() and out.samefile(file):
+        raise DataError(f"{out}: the file that is checked is never altered", hint="give --fix another name")
+    with write_stream(out) as write, write_stream(_log(out)) as note:
+        yield Mender(root, write, note)

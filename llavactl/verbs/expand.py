@@ -1,0 +1,37 @@
+"""``llavactl data expand``: captions to one-turn conversations, the records of stage 1."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavactl.core.json_stream import write_stream
+from llavactl.data.captions import TagPlace, expanded, read_captions
+from llavactl.data.inputs import reading
+
+
+@dataclass(frozen=True)
+class ExpandReport:
+    """How many records were written."""
+
+    out: str
+    records: int
+    image_tag: TagPlace
+    seed: int
+    seconds: float
+
+
+def expand(file: Path, out: Path, *, image_tag: TagPlace = "random", seed: int = 0) -> ExpandReport:
+    """Writes a LLaVA record to ``out`` for each caption of ``file``, with an instruction drawn by ``seed``.
+
+    Raises:
+        DataError: a record that can't be read, or has no caption or no image.
+    """
+    began = time.perf_counter()
+    records = 0
+    with reading(file, "expand") as show, write_stream(out) as write:
+        for records, caption in enumerate(read_captions(file), 1):
+            write(expanded(caption, records - 1, seed, image_tag))
+            show(caption.done, records)
+    return ExpandReport(str(out), records, image_tag, seed, round(time.perf_counter() - began, 3))

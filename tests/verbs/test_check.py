@@ -1,0 +1,213 @@
+"""``data check`` on files and recipes with seeded faults: each is found in its place, and mending leaves none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.data.encode import arrange
+from llavactl.data.lengths import stage_lengths
+from llavactl.data.problems import KINDS
+from llavactl.data.records import samples
+from llavactl.recipe.load import load_recipe
+from llavactl.testing import run_cli
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "llava"
+
+
+def record(number: int, image: str | None = "photo-000.jpg", **changes: Any) -> dict[str, Any]:
+    said = [{"from": "human", "value": "<image>\nWhat?" if image else "What?"}, {"from": "gpt", "value": "A dog."}]
+    return {"id": f"r{number}", **({"image": image} if image else {}), "conversations": said, **changes}
+
+
+def said(*messages: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": speaker, "value": text} for speaker, text in messages]
+
+
+FAULTS: dict[str, Any] = {
+    "record": {"id": "f"},
+    "message": record(0, conversations=[{"from": "human"}, {"from": "gpt", "value": "Yes."}]),
+    "role": record(0, None, conversations=said(("martian", "Hi"), ("gpt", "Yes."))),
+    "turns": record(0, conversations=said(("human", "<image>"), ("human", "Hi"), ("gpt", "Yes."))),
+    "no-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", " "))),
+    "tags": record(0, None, conversations=said(("human", "<image>\nHi"), ("gpt", "Yes."))),
+    "image-path": record(0, "../../etc/passwd"),
+    "image-missing": record(0, "none.jpg"),
+    "image-broken": record(0, "cut.jpg"),
+    "empty-answer": record(0, None, conversations=said(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", ""))),
+    "duplicate-id": record(1, None),
+    "no-id": record(0, None, id=None),
+    "no-tag": record(0, conversations=said(("human", "Hi"), ("gpt", "Yes."))),
+    "tag-in-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", "An <image>."))),
+    "assistant-first": record(0, None, conversations=said(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yes."))),
+    "unanswered": record(0, None, conversations=said(("human", "Hi"), ("gpt", "Yes."), ("human", "More?"))),
+    "empty-question": record(0, None, conversations=said(("human", ""), ("gpt", "Yes."))),
+}
+
+
+@pytest.fixture
+def photos(toys: Path, tmp_path: Path) -> Path:
+    """Images, one of them cut in half; its header is whole."""
+    folder = tmp_path / "photos"
+    shutil.copytree(toys / "images", folder)
+    whole = (folder / "photo-001.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def check(file: Path, *more: str) -> tuple[int, Any]:
+    result = run_cli("data", "check", str(file), "--json", *more)
+    return result.exit_code, result.json()
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, suffix: str) -> None:
+    records = [
+        record(1),
+        record(2),
+        {"id": f"{kind}", **FAULTS[kind], **({"id": "r1"} if kind == "duplicate-id" else {})},
+    ]
+    if kind == "no-id":
+        del records[2]["id"]
+    path = tmp_path / f"records.{suffix}"
+    lines = [json.dumps(each) for each in records]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]" if suffix == "json" else "\n".join(lines))
+    code, report = check(path, "--images", str(photos))
+    (found,) = report["problems"]
+    assert (found["problem"], found["count"], found["effect"]) == (kind, 1, KINDS[kind].effect)
+    place = f"{path}:4 (record 2)" if suffix == "json" else f"{path}:3"
+    assert found["places"][0].startswith(place)
+    assert report["ok"] == (KINDS[kind].effect == "noted")
+    assert code == (0 if report["ok"] else 1)
+    assert report["records"] == 3
+
+
+def test_every_kind_has_its_fault() -> None:
+    assert set(KINDS) - set(FAULTS) == {"json", "source", "untrained", "truncated", "image-cut"}
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix: str) -> None:
+    faults = list(FAULTS.values())
+    lines = [json.dumps(each) for fault in faults for each in (record(7), fault)]
+    lines.insert(5, '{"id": "broken", "conversations": [')
+    path, out = tmp_path / "in.json", tmp_path / f"out.{suffix}"
+    path.write_text("[" + ",\n".join(lines) + "]")
+    before = path.read_bytes()
+    code, report = check(path, "--images", str(photos), "--fix", str(out))
+    assert code == 0
+    assert not report["ok"]
+    assert path.read_bytes() == before
+    after = check(out, "--images", str(photos))
+    assert after[0] == 0
+    assert after[1]["hurts"] == 0
+    assert after[1]["records"] == report["mended"]["written"] >= 2 * len(FAULTS) - 9
+    notes = [json.loads(line) for line in Path(report["mended"]["log"]).read_text().splitlines()]
+    assert len(notes) == report["mended"]["changed"] + report["mended"]["dropped"]
+    assert any("image-broken cut.jpg" in did for note in notes for did in note["did"])
+    read = json.loads(out.read_text()) if suffix == "json" else [json.loads(line) for line in out.open()]
+    assert sum(each == record(7) for each in read) == len(FAULTS)
+    assert run_cli("data", "check", str(path), "--fix", str(path)).exit_code == 1
+    assert path.read_bytes() == before
+
+
+def test_headers_are_cheap_and_whole_images_are_sure(photos: Path, tmp_path: Path) -> None:
+    """A fault inside the pixels of a file with a right beginning and end is found by decoding alone."""
+    data = bytearray((photos / "photo-002.jpg").read_bytes())
+    scan = data.index(b"\xff\xda")
+    data[scan + 20 : -2] = b"\xff\xc3" * ((len(data) - scan - 22) // 2)
+    (photos / "photo-002.jpg").write_bytes(data)
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([record(1, "photo-002.jpg")]))
+    found = {mode: check(path, "--images", str(photos), "--decode", mode) for mode in ("no", "header", "full")}
+    assert [code for code, _ in found.values()] == [0, 0, 1]
+    assert found["full"][1]["problems"][0]["problem"] == "image-broken"
+    assert [report["images"] for _, report in found.values()] == [1, 1, 1]
+
+
+def test_a_recipe_is_checked_in_both_stages_with_its_tokenizer(toy: Path) -> None:
+    (toy / "images" / "photo-003.jpg").unlink()
+    result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "--json")
+    report = result.json()
+    assert report["records"] == 24
+    assert [(each["problem"], each["count"]) for each in report["problems"]] == [("image-missing", 2)]
+    assert "stage 1, max_length 2048" in report["lengths"]
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("length", [3, 70, 90])
+def test_what_truncation_cuts_is_what_training_cuts(toy: Path, length: int) -> None:
+    recipe = load_recipe(str(toy / "recipe.yaml"), [f"stage2.max_length={length}"])
+    lengths = stage_lengths(recipe, 2)
+    report = run_cli(
+        "data", "check", "-r", str(toy / "recipe.yaml"), "-o", f"stage2.max_length={length}", "--stage", "2", "--json"
+    ).json()
+    counted = {each["problem"]: each["count"] for each in report["problems"]}
+    wanted: Counter[str] = Counter()
+    for sample in samples(recipe.data.stage2):
+        whole = lengths.encoding.encode(arrange(sample.turns, "first", ""))
+        trained = sum(label != -100 for label in whole.labels[:length])
+        wanted["untrained"] += len(whole) > length and not trained
+        wanted["truncated"] += len(whole) > length and trained > 0
+    assert counted == {kind: count for kind, count in wanted.items() if count}
+
+
+def test_lengths_in_bulk_are_lengths_one_by_one(toy: Path) -> None:
+    for path in [REAL / "llava_instruct_100.json", toy / "records.json"]:
+        if not path.is_file():
+            continue
+        where = [f"data.stage2=[{{name: llava-json, path: {path}, images: {toy}}}]"]
+        for change in ("stage2.image_order=first", "stage2.image_order=as-data", "stage2.template=tokenizer"):
+            recipe = load_recipe(str(toy / "recipe.yaml"), [*where, change])
+            lengths = stage_lengths(recipe, 2)
+            found = list(samples(recipe.data.stage2))
+            one_by_one = [
+                len(lengths.encoding.encode(arrange(each.turns, recipe.stage2.image_order, each.id))) for each in found
+            ]
+            assert lengths.count(found) == one_by_one
+            for most in (0, 400, 1200, 10_000):
+                asked = replace(lengths, max_length=most)
+                assert asked.too_long(found) == [length > most for length in one_by_one]
+
+
+def test_a_recipe_without_its_weights_is_checked_all_the_same(toy: Path) -> None:
+    shutil.rmtree(toy / "language")
+    result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "--json")
+    assert result.exit_code == 0
+    assert "not counted for stage 1" in result.json()["lengths"]
+
+
+def test_a_source_that_is_no_file_is_checked_too(toy: Path) -> None:
+    scenes = "data.stage2=[{name: scenes, scenes: 3}]"
+    result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "-o", scenes, "--stage", "2", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.json()["images"] > 0
+
+
+def test_wrong_calls_say_what_to_do(toy: Path, tmp_path: Path) -> None:
+    for words in (
+        [str(tmp_path / "none.json")],
+        [str(toy / "records.json"), "--images", str(tmp_path / "none")],
+        ["-r", str(toy / "recipe.yaml"), "--fix", str(tmp_path / "out.json")],
+        [str(toy / "records.json"), "--fix", str(tmp_path / "out.csv")],
+    ):
+        result = run_cli("data", "check", *words)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+def test_real_records_are_sound() -> None:
+    code, report = check(REAL / "llava_instruct_100.json")
+    assert (code, report["problems"], report["records"]) == (0, [], 100)
+    code, report = check(REAL / "blip_laion_cc_sbu_2k.json", "--images", str(REAL))
+    assert (code, report["records"], report["hurts"]) == (1, 2183, 2183)
