@@ -32,6 +32,12 @@ def register_sources(register: Register) -> None:
         summary="LLaVA's records: JSON or JSONL with `image` and `conversations`",
     )
     register(
+        "scienceqa",
+        f"{_COMPONENTS}.sources.scienceqa:scienceqa",
+        options=f"{_COMPONENTS}.sources.scienceqa:ScienceqaOptions",
+        summary="ScienceQA's problems.json: reasons, then the answer",
+    )
+    register(
         "scenes",
         f"{_COMPONENTS}.sources.scenes:scenes",
         options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",
@@ -108,6 +114,23 @@ def register_tasks(register: Register) -> None:
         options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
         summary="questions about drawn scenes never trained on",
     )
+    for name, target, options, summary in (
+        ("pope", "pope:Pope", "pope:PopeOptions", "is an object in the picture? object hallucination, yes or no"),
+        ("scienceqa", "scienceqa:Scienceqa", "scienceqa:ScienceqaTaskOptions", "multiple choice about science"),
+        (
+            "llava-bench",
+            "llava_bench:LlavaBench",
+            "llava_bench:LlavaBenchOptions",
+            "in the wild: 60 open questions, judged",
+        ),
+        (
+            "llava-bench-coco",
+            "llava_bench:LlavaBench",
+            "llava_bench:LlavaBenchOptions",
+            "90 open questions about COCO, judged",
+        ),
+    ):
+        register(name, f"{_COMPONENTS}.tasks.{target}", options=f"{_COMPONENTS}.tasks.{options}", summary=summary)
 
 
 @hookimpl
