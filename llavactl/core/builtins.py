@@ -115,22 +115,18 @@ def register_tasks(register: Register) -> None:
         summary="questions about drawn scenes never trained on",
     )
     for name, target, options, summary in (
-        ("pope", "pope:Pope", "pope:PopeOptions", "is an object in the picture? object hallucination, yes or no"),
-        ("scienceqa", "scienceqa:Scienceqa", "scienceqa:ScienceqaTaskOptions", "multiple choice about science"),
-        (
-            "llava-bench",
-            "llava_bench:LlavaBench",
-            "llava_bench:LlavaBenchOptions",
-            "in the wild: 60 open questions, judged",
-        ),
-        (
-            "llava-bench-coco",
-            "llava_bench:LlavaBench",
-            "llava_bench:LlavaBenchOptions",
-            "90 open questions about COCO, judged",
-        ),
+        ("pope", "pope:Pope", "PopeOptions", "is an object in the picture? object hallucination, yes or no"),
+        ("scienceqa", "scienceqa:Scienceqa", "ScienceqaTaskOptions", "multiple choice about science"),
+        ("llava-bench", "llava_bench:LlavaBench", "LlavaBenchOptions", "in the wild: 60 open questions, judged"),
+        ("llava-bench-coco", "llava_bench:LlavaBench", "LlavaBenchOptions", "90 open questions about COCO, judged"),
+        ("vqa", "vqa:Vqa", "VqaOptions", "short answers, held against those of ten people"),
+        ("textvqa", "vqa:TextVqa", "TextVqaOptions", "short answers about text in pictures"),
+        ("mme", "mme:Mme", "MmeOptions", "two yes-or-no questions a picture, in 14 categories"),
+        ("multiple-choice", "multiple_choice:MultipleChoice", "MultipleChoiceOptions", "MMBench and its like"),
+        ("chair", "chair:Chair", "ChairOptions", "objects that descriptions of COCO's pictures make up"),
     ):
-        register(name, f"{_COMPONENTS}.tasks.{target}", options=f"{_COMPONENTS}.tasks.{options}", summary=summary)
+        module = f"{_COMPONENTS}.tasks.{target.partition(':')[0]}"
+        register(name, f"{_COMPONENTS}.tasks.{target}", options=f"{module}:{options}", summary=summary)
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llavactl.core.errors import DataError
 from llavactl.core.records import Record
-from llavactl.core.schema import Answer, ImageFile, Turn
+from llavactl.core.schema import Answer, ImageFile, ImageRef, Turn
 
 
 def picture(record: Record, folder: Path) -> ImageFile:
@@ -18,7 +18,7 @@ def picture(record: Record, folder: Path) -> ImageFile:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 
 
-def asked(image: ImageFile | None, text: str) -> tuple[Turn, ...]:
+def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
     """The picture, then the question."""
     return (Turn("user", (text,) if image is None else (image, f"\n{text}")),)
 
