@@ -149,6 +149,7 @@ def register_commands(register: Register) -> None:
 def register_recipes(register: Register) -> None:
     for name, summary in (
         ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K then 158K instructions"),
+        ("llava-v1-13b-scienceqa", "LLaVA v1 13B tuned on ScienceQA, 12 epochs of reasons and answers"),
         ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K then mix-665K"),
         ("llava-v1.5-13b", "LLaVA v1.5 with Vicuna v1.5 13B"),
         ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),

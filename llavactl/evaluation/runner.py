@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 
 
 def ask(
-    view: View, questions: Sequence[Question], batch_size: int, max_new_tokens: int, file: Path
+    view: View,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    file: Path,
+    limit: int | None = None,
 ) -> dict[str, Answer]:
-    """Asks every question that has no answer in ``file`` (JSONL) yet; each answer goes there as it comes."""
+    """Asks the first ``limit`` questions that have no answer in ``file`` (JSONL) yet; each goes there as it comes.
+
+    All questions are given, so that a view is the same however many of them are asked.
+    """
     answers = read_answers(file, cut=True) if file.is_file() else {}
-    wanted = [question for question in questions if question.id not in answers]
+    wanted = [question for question in questions[:limit] if question.id not in answers]
     if not wanted:
         return answers
+    total = len(questions[:limit])
     _refuse_unreadable(wanted)
     assistant = view.open(questions)
     sampling = Sampling(max_new_tokens=max_new_tokens)
@@ -36,7 +45,7 @@ def ask(
     write_atomic(file, "".join(_line(answer) for answer in answers.values()))
     with (
         file.open("a", encoding="utf-8") as out,
-        progress.bar(len(questions), f"eval {view.name}".strip(), "question", len(answers)) as bar,
+        progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
     ):
         for asked in _batches(wanted, batch_size):
             texts = assistant.answer([question.turns for question in asked], sampling)

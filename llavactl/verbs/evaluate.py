@@ -62,12 +62,18 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A task, its questions, and how they are scored."""
+    """A task, all of its questions, how many of them are asked (None: all), and how answers are scored."""
 
     task: Task
     spec: Mapping[str, Any]
-    questions: Sequence[Question]
+    everything: Sequence[Question]
+    limit: int | None
     protocol: str
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """Those that are asked."""
+        return self.everything[: self.limit]
 
     def report(self, answers: Answers, model: str, file: Path) -> tuple[EvalReport, Scores]:
         scored = runner.score(self.task, self.questions, answers, self.protocol)
@@ -99,7 +105,7 @@ def evaluate(
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged):
         return _judged(made, task, chosen)
-    asked = _Asked(made, spec, list(made.questions())[:limit], chosen)
+    asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
         given = read_answers(answers)
         report, scored = asked.report(given, str(answers), answers)
@@ -113,7 +119,7 @@ def evaluate(
     else:
         assert recipe is not None
         folder = of_run(recipe.run_dir)
-    return _ask(recipe, asked, folder, cases, limited=limit is not None)
+    return _ask(recipe, asked, folder, cases)
 
 
 def _judged(task: Judged, name: str, protocol: str) -> EvalReport:
@@ -128,12 +134,12 @@ def _judged(task: Judged, name: str, protocol: str) -> EvalReport:
     return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
 
 
-def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None, *, limited: bool) -> EvalReport:
+def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None) -> EvalReport:
     """Asks the model and those beside it, unless that was done before."""
     settings = recipe.eval if recipe is not None else Eval()
     runs, name = (recipe.run_dir if recipe is not None else folder.parent) / "eval", asked.spec["name"]
     # Some questions are another result than all of them, and take no page or file of it.
-    into = runs / "limited" if limited else runs
+    into = runs if asked.limit is None else runs / "limited"
     views = _views(recipe, folder, settings)
     digests = {view.name: _digest(view, asked.spec, settings) for view in views}
     digest, file = _hash([digests, len(asked.questions)]), into / f"{name}.json"
@@ -144,7 +150,7 @@ def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None,
     kept = {view.name: runs / "answers" / f"{name}-{digests[view.name][:12]}.jsonl" for view in views}
     for view in views:
         said[view.name] = runner.ask(
-            view, asked.questions, settings.batch_size, settings.max_new_tokens, kept[view.name]
+            view, asked.everything, settings.batch_size, settings.max_new_tokens, kept[view.name], asked.limit
         )
     report, scored = asked.report(said[""], str(folder), kept[""])
     others = {
@@ -156,7 +162,7 @@ def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None,
     _examples(into / "examples", name, asked.questions, said, scored)
     write_json(file, {**asdict(report), "digest": digest})
     write_cases(cases or into / "cases", asdict(report), asked.questions, said[""], scored)
-    if recipe is not None and not limited:
+    if recipe is not None and asked.limit is None:
         write_report(recipe.run_dir)
     plugins.notify("eval_finished", report=asdict(report))
     return report

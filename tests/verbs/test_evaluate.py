@@ -60,6 +60,17 @@ def test_some_questions_then_all_of_them(run: Path) -> None:
     assert evaluate(run, "--limit", "5")["n"] == 5
 
 
+def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path) -> None:
+    blind = ("-o", "eval.blind_twin=true")
+    evaluate(run, *blind, "--limit", "7")
+    some = {file.name: file.read_text().splitlines() for file in (run / "runs/toy/eval/answers").iterdir()}
+    assert sorted(map(len, some.values())) == [7, 7]
+    shutil.rmtree(run / "runs/toy/eval")
+    evaluate(run, *blind)
+    for name, lines in some.items():
+        assert set(lines) <= set((run / "runs/toy/eval/answers" / name).read_text().splitlines())
+
+
 def test_a_file_cut_by_a_kill_goes_on(run: Path) -> None:
     whole = evaluate(run)
     (file,) = (run / "runs/toy/eval/answers").glob("scenes-*.jsonl")

@@ -119,10 +119,15 @@ def split_of(file: Path) -> str:
 
 
 def _files(given: Sequence[Path]) -> list[Path]:
-    files = [file for path in given for file in (sorted(path.glob("*.json*")) if path.is_dir() else [path])]
+    files = [file for path in given for file in (_inside(path) if path.is_dir() else [path])]
     if not files:
         raise DataError(f"{given[0]}: there are no labels in this folder", hint="POPE's are coco_pope_random.json, …")
     return files
+
+
+def _inside(folder: Path) -> list[Path]:
+    """A folder's files of labels: those with POPE's names, else all."""
+    return sorted(folder.glob("coco_pope_*.json*")) or sorted(folder.glob("*.json*"))
 
 
 def _by_split(questions: Mapping[str, Record], splits: Sequence[str]) -> dict[str, dict[str, Record]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llavactl.components.tasks.multiple_choice import MultipleChoice, MultipleChoiceOptions, read_letter
+from llavactl.testing import check_task
 
 ROWS = [
     {"index": 1, "question": "Which?", "A": "red", "B": "blue", "C": "green", "answer": "B", "category": "colour"},
@@ -88,3 +89,8 @@ def test_mmbench_s_table(tmp_path: Path) -> None:
 def test_no_right_option(scored: Any, lines: Any, change: dict[str, Any]) -> None:
     said = scored("multiple-choice", "--answers", lines("a.jsonl", []), questions=lines("q.jsonl", [ROWS[0] | change]))
     assert "q.jsonl:1: " in said
+
+
+def test_it_conforms(questions: Path) -> None:
+    for circular in (False, True):
+        assert check_task(MultipleChoice(MultipleChoiceOptions(questions=questions, circular=circular))) == []

@@ -227,6 +227,10 @@ class TestProblems:
             ids("x")
         assert caught.value.hint == "there is: minitest, test, val"
 
+    def test_without_any_split_all_are_asked(self, problems: Path) -> None:
+        problems.write_text(json.dumps({name: {**each, "split": None} for name, each in PROBLEMS.items()}))
+        assert len(list(Scienceqa(ScienceqaTaskOptions(questions=problems)).questions())) == 3
+
     @pytest.mark.parametrize(
         ("change", "why"),
         [

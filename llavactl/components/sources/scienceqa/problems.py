@@ -58,7 +58,9 @@ def read_problems(path: Path, split: str, splits: Path | None, meta: Path | None
 
 
 def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | None) -> list[str]:
-    """The ids of ``split``: as ``pid_splits.json`` has them, else those whose ``split`` it is."""
+    """The ids of ``split``: as ``pid_splits.json`` has them, else those whose ``split`` it is, all if none has any."""
+    if splits is None and not any(each.get("split") for each in problems.values()):
+        return list(problems)
     if splits is None:
         ids = [name for name, each in problems.items() if each.get("split") == split]
         known = sorted({str(each.get("split")) for each in problems.values()})
