@@ -47,8 +47,8 @@ class Chair:
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
         """In percent: ``chair_s`` of descriptions with an object that isn't there, ``chair_i`` of objects named.
 
-        ``recall`` is the share of the objects there that are named, ``named`` how many are, on average. A
-        description's grade is the share of its objects that are there.
+        ``recall`` is the share of the objects there that are named, ``named`` counts all that are. A description's
+        grade is the share of its objects that are there.
         """
         named = {name: objects_in(answers[name].text) for name in self._pictures if name in answers}
         wrong = {name: [each for each in said if each not in self._objects[name]] for name, said in named.items()}
@@ -58,7 +58,7 @@ class Chair:
             "chair_s": _share(sum(map(bool, wrong.values())), len(named)),
             "chair_i": _share(sum(map(len, wrong.values())), total),
             "recall": _share(sum(len(there[name] & set(named[name])) for name in named), sum(map(len, there.values()))),
-            "named": total / len(named) if named else None,
+            "named": total,
         }
         grades = {name: 1 - len(wrong[name]) / len(named[name]) if named[name] else 1.0 for name in named}
         failed = sum(not answers[name].text.strip() for name in named)

@@ -17,8 +17,8 @@ person: people, man, woman, boy, girl, child, kid, baby, lady, guy, gentleman, a
     family, crowd
 bicycle: bike, cycle
 car: automobile, sedan, suv, van, minivan, jeep, taxi, cab, limousine
-motorcycle: motorbike, scooter, moped
-airplane: plane, aeroplane, aircraft, jet, jetliner, airliner, biplane
+motorcycle: motorbike, motor bike, motor cycle, scooter, moped
+airplane: plane, air plane, aeroplane, aircraft, jet, jetliner, airliner, biplane
 bus: minibus
 train: locomotive, tram
 truck: lorry, pickup, firetruck
@@ -178,7 +178,12 @@ def _phrases() -> dict[str, str | None]:
         names = [phrase for phrase, category in found.items() if category == animal]
         found |= {f"{young} {name}": animal for young in ("baby", "adult") for name in names}
     found |= {f"{sport} player": "person" for sport in ("tennis", "baseball", "football", "soccer")}
-    return found | {"toilet seat": "toilet", "passenger train": "train", "passenger jet": "airplane"}
+    return found | {
+        "toilet seat": "toilet",
+        "truck bed": "truck",
+        "passenger train": "train",
+        "passenger jet": "airplane",
+    }
 
 
 def _named() -> list[tuple[str, list[str]]]:

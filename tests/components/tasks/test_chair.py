@@ -80,7 +80,7 @@ def test_what_is_made_up_counts_by_mention_and_by_description(scored: Any, tmp_p
     said = {1: "A dog, another dog and a cat.", 2: "Nothing.", 3: ""}
     answers = lines("a.jsonl", ({"image_id": name, "caption": text} for name, text in said.items()))
     report = scored("chair", "--answers", answers, instances=tmp_path / "i.json")
-    assert report["scores"] == pytest.approx({"chair_s": 100 / 3, "chair_i": 100 / 3, "recall": 50, "named": 1})
+    assert report["scores"] == pytest.approx({"chair_s": 100 / 3, "chair_i": 100 / 3, "recall": 50, "named": 3})
     assert report["failed"] == 1
     only = lines("o.jsonl", [{"image_id": 2}])
     assert scored("chair", "--answers", answers, instances=tmp_path / "i.json", only=only)["scores"]["chair_s"] == 0
