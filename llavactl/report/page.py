@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
@@ -62,12 +63,13 @@ class StageView:
 
 @dataclass(frozen=True)
 class TaskView:
-    """One scored task."""
+    """One scored task; ``more`` is the address of its page of cases, "" where there is none."""
 
     name: str
     about: str
     tables: tuple[Table, ...]
     answers: tuple[SampleAnswer, ...]
+    more: str
 
 
 def write_report(run_dir: Path) -> Path:
@@ -146,11 +148,13 @@ def _words(text: str) -> str:
 
 def _task(file: Path) -> TaskView:
     report = read_document(file)
+    cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
         name=show(report.get("task") or file.stem),
         about=about(report),
         tables=tables(report),
         answers=tuple(map(sample_answer, read_list(file.parent / "examples" / file.name))),
+        more=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
     )
 
 

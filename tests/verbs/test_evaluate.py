@@ -90,6 +90,7 @@ def test_the_worst_cases_beside_their_pictures(run: Path) -> None:
     pictures = [line[5:-2] for line in markdown.splitlines() if line.startswith("![](<")]
     assert len(pictures) >= 18
     assert all((folder / picture).is_file() for picture in pictures)
+    assert '<a href="eval/cases/scenes.html">' in (run / "runs/toy/report.html").read_text()
     evaluate(run, "--cases", "elsewhere")
     assert (run / "elsewhere/scenes.md").read_text() == markdown
 

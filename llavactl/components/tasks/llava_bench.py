@@ -63,8 +63,7 @@ class LlavaBench:
             yield Question(name, asked(image, record.text("text")), reference, kind_of(record))
 
     def reviews(self) -> Sequence[Mapping[str, str]]:
-        runs = [{name: each.text("content") for name, each in run.items()} for run in self._reviews]
-        return [{name: run[name] for name in self._kinds} for run in runs]
+        return [{name: _verdict(run[name]) for name in self._kinds} for run in self._reviews]
 
     def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:
         """``all`` and each kind: ``relative``, and the mean points of both in percent of 10.
@@ -152,6 +151,11 @@ def kind_of(record: Record) -> str:
     if kind not in KINDS:
         raise DataError(f"{record.where}: `category` is {kind!r:.40}, not one of {', '.join(KINDS)}")
     return kind
+
+
+def _verdict(record: Record) -> str:
+    """What the judge said; a judge who said nothing has failed, and is counted so."""
+    return record.text("content") if record.fields.get("content", 0) is not None else ""
 
 
 def as_llava(verdict: str) -> Pair | None:

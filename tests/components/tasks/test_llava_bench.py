@@ -75,6 +75,13 @@ class TestFailed:
         assert report["scores"]["conv"] == {"relative": 50, "reference": 80, "candidate": 40, "n": 1}
         assert report["scores"]["all"]["relative"] == pytest.approx(100 * 14 / 13)
 
+    @pytest.mark.parametrize(("content", "failed"), [(None, 1), ("", 1), ("8 9", 0)])
+    def test_a_judge_who_said_nothing_has_failed(self, scored: Any, lines: Any, content: Any, failed: int) -> None:
+        rows = [{"question_id": 1, "category": "conv", "content": content}]
+        assert scored("llava-bench", reviews=lines("r.jsonl", rows))["failed"] == failed
+        del rows[0]["content"]
+        assert "there is no `content`" in scored("llava-bench", reviews=lines("r.jsonl", rows))
+
     def test_nothing_but_failures_is_no_score(self, scored: Any, lines: Any) -> None:
         reviews = lines("r.jsonl", [{"question_id": 1, "category": "conv", "content": "?"}])
         report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
