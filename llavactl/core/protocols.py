@@ -125,7 +125,10 @@ class Scores:
 
 @runtime_checkable
 class Task(Protocol):
-    """A benchmark: what it asks and how answers become scores. One that needs a judge is a ``Judged``."""
+    """A benchmark: what it asks and how answers become scores.
+
+    One that needs a judge is a ``Judged`` instead; one whose questions others name otherwise is a ``Finds``, too.
+    """
 
     protocols: tuple[str, ...]
     """Names of its ways of scoring, the default first."""
@@ -134,6 +137,14 @@ class Task(Protocol):
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
         """Scores of the ``answers`` by question id: one to each question that was asked, be it all or the first few."""
+
+
+@runtime_checkable
+class Finds(Protocol):
+    """A task with published files of answers that name its questions otherwise than by their ids."""
+
+    def id_of(self, answer: Answer) -> str:
+        """The id of the question that a stored ``answer`` is to; its own id where nothing says otherwise."""
 
 
 @runtime_checkable

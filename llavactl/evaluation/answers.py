@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
+from llavactl.core.protocols import Finds
 from llavactl.core.records import Record, read_records
 from llavactl.core.schema import Answer
 
@@ -16,8 +18,10 @@ TEXTS = ("text", "answer", "pred", "caption")
 """What published files call a question's id and the answer to it."""
 
 
-def read_answers(file: Path, *, cut: bool = False) -> dict[str, Answer]:
+def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[str, Answer]:
     """Answers by question id; with ``cut`` a last line may be half written and is left out.
+
+    ``task`` may know what others call its questions (``llavactl.core.protocols.Finds``).
 
     One object an answer, as a JSON list or in lines, ``{"question_id" or "id", "text"}``; or LLaVA's files
     for ScienceQA: ``{"correct": […], "incorrect": […]}``, and ``{"results": {id: index}, "outputs": {id: text}}``.
@@ -36,6 +40,8 @@ def read_answers(file: Path, *, cut: bool = False) -> dict[str, Answer]:
         ]
     for record in records:
         answer = _answer(record)
+        if isinstance(task, Finds):
+            answer = replace(answer, id=task.id_of(answer))
         if answer.id in answers:
             raise DataError(f"{record.where}: question {answer.id!r} is answered twice")
         answers[answer.id] = answer

@@ -107,7 +107,7 @@ def evaluate(
         return _judged(made, task, chosen)
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
-        given = read_answers(answers)
+        given = read_answers(answers, made)
         report, scored = asked.report(given, str(answers), answers)
         if report.ignored and limit is None:
             log.info("%d answers are to no question of this task and are left out", report.ignored)

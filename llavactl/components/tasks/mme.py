@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked
+from llavactl.components.tasks.pictures import asked, prompt_of
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Json, Scores
@@ -88,12 +88,27 @@ class Mme:
         }
         return Scores({**sums, **points}, sum(each is None for each in said.values()), right)
 
+    def id_of(self, answer: Answer) -> str:
+        """LLaVA's answers have ``CATEGORY/picture`` for ``question_id``: the question is in their prompt."""
+        return self._by_words.get((answer.id, _words(str(prompt_of(answer)))), answer.id)
+
+    @cached_property
+    def _by_words(self) -> Mapping[tuple[str, str], str]:
+        return {(f"{each.category}/{each.image}", _words(each.text)): each.id for each in self._items}
+
     @cached_property
     def _items(self) -> list[Item]:
         files = sorted(self.options.questions.glob("*.txt"))
         if not files:
             raise DataError(f"{self.options.questions}: there is no CATEGORY.txt in this folder")
         return [item for file in files for item in _read(file)]
+
+
+def _words(text: str) -> str:
+    """A question without the ways to answer it, which LLaVA's prompts have and MME's files have otherwise."""
+    for way in ("Answer the question using a single word or phrase.", "Please answer yes or no."):
+        text = text.replace(way, "")
+    return " ".join(text.split())
 
 
 def says(text: str) -> str | None:

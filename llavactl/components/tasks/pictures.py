@@ -29,7 +29,7 @@ def refuse_others(questions: Mapping[str, str], answers: Mapping[str, Answer]) -
     Raises:
         DataError: answers whose ``prompt`` doesn't hold the question, in ``questions`` by id.
     """
-    said = {name: _prompt(answers[name]) for name in questions if name in answers}
+    said = {name: prompt_of(answers[name]) for name in questions if name in answers}
     wrong = [name for name, prompt in said.items() if isinstance(prompt, str) and not _holds(prompt, questions[name])]
     if wrong:
         raise DataError(
@@ -39,7 +39,8 @@ def refuse_others(questions: Mapping[str, str], answers: Mapping[str, Answer]) -
         )
 
 
-def _prompt(answer: Answer) -> object:
+def prompt_of(answer: Answer) -> object:
+    """What an answer's file says was asked; None where it doesn't."""
     return answer.extra.get("prompt", answer.extra.get("question"))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, picture
+from llavactl.components.tasks.pictures import asked, picture, prompt_of
 from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
@@ -101,6 +101,20 @@ class TextVqa:
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
         """``accuracy`` in percent."""
         return _scores(self._items, answers, text_vqa_grade)
+
+    def id_of(self, answer: Answer) -> str:
+        """LLaVA's answers have the picture for ``question_id``; the question is in their prompt."""
+        prompt = prompt_of(answer)
+        lines = prompt.lower().split("\n") if isinstance(prompt, str) else []
+        return next((self._by_words[key] for line in lines if (key := (answer.id, line)) in self._by_words), answer.id)
+
+    @cached_property
+    def _by_words(self) -> Mapping[tuple[str, str], str]:
+        """Question ids by the picture and the question."""
+        return {
+            (record.name("image_id"), record.text("question").lower()): record.name("question_id")
+            for record in _records(self.options.questions, "data")
+        }
 
     @cached_property
     def _items(self) -> list[Item]:

@@ -67,3 +67,18 @@ def test_an_empty_folder(scored: Any, tmp_path: Path, lines: Any) -> None:
     (tmp_path / "none").mkdir()
     answers = lines("a.jsonl", [])
     assert "no CATEGORY.txt" in scored("mme", "--answers", answers, questions=tmp_path / "none", images=tmp_path)
+
+
+def test_llava_s_answers_name_the_picture(scored: Any, folder: Path, lines: Any) -> None:
+    rows = [
+        {
+            "question_id": f"{category}/{at}.jpg",
+            "prompt": f"Is it {word}?\nAnswer the question using a single word or phrase.",
+            "text": word,
+        }
+        for category in ("existence", "code_reasoning")
+        for at in range(2)
+        for word in ("No", "Yes")
+    ]
+    report = scored("mme", "--answers", lines("a.jsonl", rows), questions=folder, images=folder)
+    assert report["scores"]["perception"] == report["scores"]["cognition"] == 200

@@ -143,3 +143,20 @@ def test_textvqa(scored: Any, tmp_path: Path, lines: Any) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"data": data}))
     answers = lines("a.jsonl", [{"question_id": 7, "text": "coca cola"}])
     assert scored("textvqa", "--answers", answers, questions=tmp_path / "t.json")["scores"] == {"accuracy": 100}
+
+
+def test_llava_s_answers_to_textvqa_name_the_picture(scored: Any, tmp_path: Path, lines: Any) -> None:
+    data = [
+        {"question_id": at, "image_id": "00a", "question": question, "answers": [gold] * 10}
+        for at, (question, gold) in enumerate((("What does it say?", "stop"), ("Which colour?", "red")))
+    ]
+    (tmp_path / "t.json").write_text(json.dumps({"data": data}))
+    rows = [
+        {"question_id": "00a", "prompt": "which colour?\nReference OCR token: STOP\nAnswer …", "text": "red"},
+        {"question_id": "00a", "prompt": "What does it say?\nAnswer the question …", "text": "go"},
+    ]
+    report = scored("textvqa", "--answers", lines("a.jsonl", rows), questions=tmp_path / "t.json")
+    assert report["scores"] == {"accuracy": 50}
+    assert "answered twice" in scored(
+        "textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json"
+    )
