@@ -23,6 +23,19 @@ from llavactl.cli.options import json_option, load, load_if_given, load_if_there
     "-t", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Set an option of the task (repeatable)."
 )
 @click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N questions alone.")
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="RUN|FILE",
+    help="Compare runs or files of answers in pairs (repeatable); nothing is asked.",
+)
+@click.option(
+    "--cases",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a page and a Markdown file of the worst answers there.  [default: in the run, for a model]",
+)
 @json_option
 def command(
     task: str,
@@ -32,22 +45,32 @@ def command(
     protocol: str | None,
     options: tuple[str, ...],
     model: str | None,
+    limit: int | None,
+    compare: tuple[Path, ...],
+    cases: Path | None,
     as_json: bool,
 ) -> None:
     """Ask TASK's questions and score the answers.
 
-    `llavactl components tasks` lists the tasks and their options. With --answers or --model no recipe is needed.
+    `llavactl components tasks` lists the tasks and their options. With --answers, --compare, --model or
+    -t reviews= no recipe is needed.
     """
-    from llavactl.verbs.evaluate import evaluate
-
     given = task_options(options)
-    if answers is not None or "reviews" in given:
+    if answers is not None or compare or "reviews" in given:
         recipe = load_if_there(source, overrides)
     elif model is not None:
         recipe = load_if_given(source, overrides)
     else:
         recipe = load(source, overrides)
-    output.report(evaluate(recipe, task, given, answers=answers, protocol=protocol, model=model), as_json)
+    if compare:
+        from llavactl.verbs.compare import compare as compared
+
+        output.report(compared(recipe, task, given, compare, protocol=protocol, limit=limit), as_json)
+        return
+    from llavactl.verbs.evaluate import evaluate
+
+    made = evaluate(recipe, task, given, answers=answers, protocol=protocol, model=model, limit=limit, cases=cases)
+    output.report(made, as_json)
 
 
 def task_options(given: Sequence[str]) -> dict[str, Any]:

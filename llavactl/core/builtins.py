@@ -32,6 +32,12 @@ def register_sources(register: Register) -> None:
         summary="LLaVA's records: JSON or JSONL with `image` and `conversations`",
     )
     register(
+        "scienceqa",
+        f"{_COMPONENTS}.sources.scienceqa:scienceqa",
+        options=f"{_COMPONENTS}.sources.scienceqa:ScienceqaOptions",
+        summary="ScienceQA's problems.json: reasons, then the answer",
+    )
+    register(
         "scenes",
         f"{_COMPONENTS}.sources.scenes:scenes",
         options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",
@@ -108,6 +114,19 @@ def register_tasks(register: Register) -> None:
         options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
         summary="questions about drawn scenes never trained on",
     )
+    for name, target, options, summary in (
+        ("pope", "pope:Pope", "PopeOptions", "is an object in the picture? object hallucination, yes or no"),
+        ("scienceqa", "scienceqa:Scienceqa", "ScienceqaTaskOptions", "multiple choice about science"),
+        ("llava-bench", "llava_bench:LlavaBench", "LlavaBenchOptions", "in the wild: 60 open questions, judged"),
+        ("llava-bench-coco", "llava_bench:LlavaBench", "LlavaBenchOptions", "90 open questions about COCO, judged"),
+        ("vqa", "vqa:Vqa", "VqaOptions", "short answers, held against those of ten people"),
+        ("textvqa", "vqa:TextVqa", "TextVqaOptions", "short answers about text in pictures"),
+        ("mme", "mme:Mme", "MmeOptions", "two yes-or-no questions a picture, in 14 categories"),
+        ("multiple-choice", "multiple_choice:MultipleChoice", "MultipleChoiceOptions", "MMBench and its like"),
+        ("chair", "chair:Chair", "ChairOptions", "objects that descriptions of COCO's pictures make up"),
+    ):
+        module = f"{_COMPONENTS}.tasks.{target.partition(':')[0]}"
+        register(name, f"{_COMPONENTS}.tasks.{target}", options=f"{module}:{options}", summary=summary)
 
 
 @hookimpl
@@ -130,6 +149,7 @@ def register_commands(register: Register) -> None:
 def register_recipes(register: Register) -> None:
     for name, summary in (
         ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K then 158K instructions"),
+        ("llava-v1-13b-scienceqa", "LLaVA v1 13B tuned on ScienceQA, 12 epochs of reasons and answers"),
         ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K then mix-665K"),
         ("llava-v1.5-13b", "LLaVA v1.5 with Vicuna v1.5 13B"),
         ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),

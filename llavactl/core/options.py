@@ -51,3 +51,11 @@ RecipePath = Annotated[Path, BeforeValidator(_path)]
 
 ModelId = Annotated[str, BeforeValidator(_model)]
 """A model's id, or its folder: made absolute where the folder exists or is written like a path."""
+
+
+def _paths(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+RecipePaths = Annotated[tuple[RecipePath, ...], BeforeValidator(_paths)]
+"""One file or folder, or a list of them."""

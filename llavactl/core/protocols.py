@@ -112,16 +112,23 @@ class Scores:
     """``scores`` by their published names, rates as percentages; ``failed`` answers that could not be read as one.
 
     ``right`` says of each question whether its answer is right, where that can be said: intervals need it.
+    ``about`` names the questions of each share in ``scores``, where those are not the question's categories.
+    ``grades`` are for answers that are more or less right, 0 to 1.
     """
 
     scores: Mapping[str, Json]
     failed: int = 0
     right: Mapping[str, bool] = field(default_factory=dict)
+    about: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    grades: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A benchmark: what it asks and how answers become scores."""
+    """A benchmark: what it asks and how answers become scores.
+
+    One that needs a judge is a ``Judged`` instead; one whose questions others name otherwise is a ``Finds``, too.
+    """
 
     protocols: tuple[str, ...]
     """Names of its ways of scoring, the default first."""
@@ -129,7 +136,30 @@ class Task(Protocol):
     def questions(self) -> Iterable[Question]: ...
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
-        """Scores of the ``answers`` (by question id; every question has one)."""
+        """Scores of the ``answers`` by question id: one to each question that was asked, be it all or the first few."""
+
+
+@runtime_checkable
+class Finds(Protocol):
+    """A task with published files of answers that name its questions otherwise than by their ids."""
+
+    def id_of(self, answer: Answer) -> str:
+        """The id of the question that a stored ``answer`` is to; its own id where nothing says otherwise."""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A task whose answers a judge compares with reference answers; its scores come from the verdicts."""
+
+    protocols: tuple[str, ...]
+
+    def questions(self) -> Iterable[Question]: ...
+
+    def reviews(self) -> Sequence[Mapping[str, str]]:
+        """Stored verdicts by question id, one mapping for each time that all was judged; () when there are none."""
+
+    def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:
+        """Scores of such verdicts."""
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to ``Question`` ``id``."""
+    """What a model said to ``Question`` ``id``; ``extra``: whatever else a file of answers says of it."""
 
     id: str
     text: str
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)

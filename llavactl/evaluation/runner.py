@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic
 from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, Question
+from llavactl.evaluation.answers import read_answers
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
@@ -22,20 +22,30 @@ if TYPE_CHECKING:
 
 
 def ask(
-    view: View, questions: Sequence[Question], batch_size: int, max_new_tokens: int, file: Path
+    view: View,
+    questions: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    file: Path,
+    limit: int | None = None,
 ) -> dict[str, Answer]:
-    """Asks every question that has no answer in ``file`` (JSONL) yet; each answer goes there as it comes."""
+    """Asks the first ``limit`` questions that have no answer in ``file`` (JSONL) yet; each goes there as it comes.
+
+    All questions are given, so that a view is the same however many of them are asked.
+    """
     answers = read_answers(file, cut=True) if file.is_file() else {}
-    wanted = [question for question in questions if question.id not in answers]
+    wanted = [question for question in questions[:limit] if question.id not in answers]
     if not wanted:
         return answers
+    total = len(questions[:limit])
+    _refuse_unreadable(wanted)
     assistant = view.open(questions)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     # What a kill cut short is left behind: the file holds the answers we know, then the new ones.
     write_atomic(file, "".join(_line(answer) for answer in answers.values()))
     with (
         file.open("a", encoding="utf-8") as out,
-        progress.bar(len(questions), f"eval {view.name}".strip(), "question", len(answers)) as bar,
+        progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
     ):
         for asked in _batches(wanted, batch_size):
             texts = assistant.answer([question.turns for question in asked], sampling)
@@ -45,6 +55,22 @@ def ask(
             out.flush()
             bar.show(len(asked))
     return answers
+
+
+def _refuse_unreadable(questions: Sequence[Question]) -> None:
+    """Stops before any work where a picture is missing: a score without it would be another task's."""
+    images = dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images)
+    missing: list[str] = []
+    for image in images:
+        try:
+            image.stamp()
+        except OSError as error:
+            missing.append(f"{image.name}: {error.strerror or error}")
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(images)} pictures can't be read, the first is {missing[0]}",
+            hint="-t images=FOLDER, where the task takes it, names their folder",
+        )
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
@@ -60,63 +86,33 @@ def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question
 
 
 def _line(answer: Answer) -> str:
-    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+    return json.dumps({"id": answer.id, "text": answer.text}, ensure_ascii=False) + "\n"
 
 
-def read_answers(file: Path, *, cut: bool = False) -> dict[str, Answer]:
-    """Answers by question id, from a JSONL of ``{"id" or "question_id", "text"}``; with ``cut`` a last line may be.
-
-    Raises:
-        DataError: a line that isn't one, or a question answered twice.
-    """
-    answers: dict[str, Answer] = {}
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}", hint="answers are JSONL, a line an answer") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            answer = _answer(line, f"{file}:{number}")
-        except DataError:
-            if cut and number == len(lines):
-                break
-            raise
-        if answer.id in answers:
-            raise DataError(f"{file}:{number}: question {answer.id!r} is answered twice")
-        answers[answer.id] = answer
-    return answers
-
-
-def _answer(line: str, where: str) -> Answer:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if isinstance(record, dict):
-        name = record.get("id", record.get("question_id"))
-        if name is not None and isinstance(record.get("text"), str):
-            return Answer(str(name), record["text"])
-    raise DataError(f'{where}: an answer is {{"id": …, "text": …}}')
-
-
-def score(
-    task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str | None
-) -> tuple[str, Scores]:
-    """(protocol, scores); answers beyond the questions are ignored.
+def score(task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str) -> Scores:
+    """The scores of the answers to ``questions``; those beyond them are ignored.
 
     Raises:
-        DataError: a question without an answer, or an unknown protocol.
+        DataError: a question without an answer, or no question at all.
     """
-    chosen = protocol or task.protocols[0]
-    if chosen not in task.protocols:
-        raise DataError(f"no protocol {chosen!r} for this task", hint=suggest(chosen, task.protocols))
     ids = [question.id for question in questions]
+    if not ids:
+        raise DataError("this task has no questions", hint="is its file of questions empty?")
     missing = [name for name in ids if name not in answers]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(ids)} questions have no answer, the first is {missing[0]!r}",
-            hint="are these the answers to this task's questions?",
+            hint="are these the answers to this task's questions? is the file cut?",
         )
-    return chosen, task.score({name: answers[name] for name in ids}, chosen)
+    return task.score({name: answers[name] for name in ids}, protocol)
+
+
+def choose(protocols: Sequence[str], wanted: str | None) -> str:
+    """``wanted`` where it is one of ``protocols``, the first of them where nothing is.
+
+    Raises:
+        DataError: there is no such protocol.
+    """
+    if wanted is not None and wanted not in protocols:
+        raise DataError(f"no protocol {wanted!r} for this task", hint=suggest(wanted, protocols))
+    return wanted or protocols[0]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def example(folder: Path, turns: tuple[Turn, ...], reference: str, answer: str) -> dict[str, str]:
     """One row for the page: the last question of ``turns``, what is right and what was said.
 
-    The first image of the conversation is copied into ``folder``, whose ``file`` another command can be given.
+    The first image of the conversation is copied into ``folder``, whose ``file`` another command can be given;
+    one that can't be read is left out.
     """
     images = [image for turn in turns for image in turn.images]
     row = {"question": turns[-1].text.strip(), "reference": reference, "answer": answer}
@@ -23,7 +24,10 @@ def example(folder: Path, turns: tuple[Turn, ...], reference: str, answer: str) 
 
 
 def _picture(folder: Path, image: ImageRef) -> dict[str, str]:
-    data = image.read()
+    try:
+        data = image.read()
+    except OSError:
+        return {"image": image.name, "thumbnail": "", "file": ""}
     file = folder / PurePosixPath(image.name.replace("\\", "/")).name
     write_atomic(file, data)
     return {"image": image.name, "thumbnail": thumbnail(data), "file": str(file)}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
@@ -34,7 +35,7 @@ PACKAGES = ("llavactl", "torch", "transformers")
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """A question, what the data says and what the model said; ``right``: the same words."""
+    """A question, what the data says and what the model said; ``right``: as the task says, else the same words."""
 
     image: str
     picture: str
@@ -62,12 +63,13 @@ class StageView:
 
 @dataclass(frozen=True)
 class TaskView:
-    """One scored task."""
+    """One scored task; ``more`` is the address of its page of cases, "" where there is none."""
 
     name: str
     about: str
     tables: tuple[Table, ...]
     answers: tuple[SampleAnswer, ...]
+    more: str
 
 
 def write_report(run_dir: Path) -> Path:
@@ -119,14 +121,15 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | 
         facts=tuple(
             (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
         ),
-        answers=tuple(map(_answer, read_list(run_dir / folder / "samples.json"))),
+        answers=tuple(map(sample_answer, read_list(run_dir / folder / "samples.json"))),
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
         step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
     )
 
 
-def _answer(row: Mapping[str, Any]) -> SampleAnswer:
+def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:
+    """A row of ``report.examples`` as the page shows it."""
     reference, answer = (show(row.get(key)).strip() for key in ("reference", "answer"))
     return SampleAnswer(
         image=show(row.get("image")),
@@ -134,7 +137,7 @@ def _answer(row: Mapping[str, Any]) -> SampleAnswer:
         question=show(row.get("question")),
         reference=reference,
         answer=answer,
-        right=_words(reference) == _words(answer) != MISSING,
+        right=bool(row["right"]) if "right" in row else _words(reference) == _words(answer) != MISSING,
         blind=show(row["blind"]) if "blind" in row else "",
     )
 
@@ -145,19 +148,26 @@ def _words(text: str) -> str:
 
 def _task(file: Path) -> TaskView:
     report = read_document(file)
-    scores = _with_those_beside(report)
-    about = [
-        f"{show(report[key])} {word}" for key, word in (("n", "questions"), ("failed", "failed")) if report.get(key)
-    ]
-    if protocol := report.get("protocol"):
-        about.append(f"protocol {show(protocol)}")
-    name = show(report.get("task") or file.stem)
+    cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
-        name=name,
-        about=" · ".join(about),
-        tables=score_tables(scores),
-        answers=tuple(map(_answer, read_list(file.parent / "examples" / file.name))),
+        name=show(report.get("task") or file.stem),
+        about=about(report),
+        tables=tables(report),
+        answers=tuple(map(sample_answer, read_list(file.parent / "examples" / file.name))),
+        more=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
     )
+
+
+def about(report: Mapping[str, Any]) -> str:
+    """A scored task in a line: questions, what failed, protocol."""
+    counts = ("n", "questions"), ("failed", "failed")
+    known = [f"{show(report[key])} {word}" for key, word in counts if report.get(key)]
+    return " · ".join([*known, f"protocol {show(report['protocol'])}"] if report.get("protocol") else known)
+
+
+def tables(report: Mapping[str, Any]) -> tuple[Table, ...]:
+    """The scores of a task, beside them their intervals and the scores of others."""
+    return score_tables(_with_those_beside(report))
 
 
 def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +187,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _range(each: Any) -> str:
-    return f"{show(each[0])} to {show(each[1])}" if isinstance(each, list) and len(each) == 2 else show(each)
+    return f"{show(each[0])} to {show(each[1])}" if isinstance(each, list | tuple) and len(each) == 2 else show(each)
 
 
 def _list(value: Any) -> list[Any]:

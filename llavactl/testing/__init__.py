@@ -5,7 +5,14 @@ Everything is made locally in a second, with real transformers classes: no hub, 
 
 from __future__ import annotations
 
-from llavactl.testing.conformance import check_connector, check_language, check_plugin, check_source, check_vision
+from llavactl.testing.conformance import (
+    check_connector,
+    check_language,
+    check_plugin,
+    check_source,
+    check_task,
+    check_vision,
+)
 from llavactl.testing.runner import Result, run_cli
 from llavactl.testing.toys import toy_clip, toy_language, toy_photos, toy_recipe, toy_records
 
@@ -15,6 +22,7 @@ __all__ = [
     "check_language",
     "check_plugin",
     "check_source",
+    "check_task",
     "check_vision",
     "run_cli",
     "toy_clip",

@@ -5,7 +5,9 @@ Each returns what is wrong, one line a fault; an empty list is a component that 
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,10 @@ from llavactl.core import plugins
 from llavactl.core.errors import PluginError
 from llavactl.core.protocols import MeasuredVision
 from llavactl.core.registry import registry
-from llavactl.core.schema import FeatureShape, ImageRef, Sample
+from llavactl.core.schema import Answer, FeatureShape, ImageRef, Sample
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Connector, Language, Source, Vision
+    from llavactl.core.protocols import Connector, Judged, Language, Source, Task, Vision
 
 
 def check_source(source: Source, *, at_most: int = 50) -> list[str]:
@@ -38,8 +40,6 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
 
 def check_vision(vision: Vision) -> list[str]:
     """An identity that is JSON and stays the same; finite features of the promised shape, alike in any batch."""
-    import json
-
     import torch
     from PIL import Image
 
@@ -99,6 +99,33 @@ def check_language(language: Language) -> list[str]:
     return faults
 
 
+def check_task(task: Task | Judged) -> list[str]:
+    """Questions of one id each, the same every time, that end with the user; scores of all answers and of some."""
+    questions = list(task.questions())
+    ids = [question.id for question in questions]
+    faults = [f"question {name!r} is there twice" for name, count in Counter(ids).items() if count > 1]
+    if ids != [question.id for question in task.questions()]:
+        faults.append("questions() changes from call to call")
+    silent = [each.id for each in questions if each.turns[-1].role != "user"]
+    faults += [f"question {name!r} does not end with the user" for name in silent]
+    if not task.protocols:
+        faults.append("it has no protocol")
+    if not hasattr(task, "score"):
+        return faults
+    for protocol in task.protocols:
+        for asked in (questions, questions[: len(questions) // 2 + 1]):
+            answers = {each.id: Answer(each.id, each.reference) for each in asked}
+            try:
+                scored = task.score(answers, protocol)
+                json.dumps(dict(scored.scores))
+            except (KeyError, TypeError, ZeroDivisionError) as error:
+                faults.append(f"{protocol}: {len(asked)} of {len(questions)} answers give no scores: {error!r}")
+                continue
+            if beyond := [name for name in (*scored.right, *scored.grades) if name not in ids]:
+                faults.append(f"{protocol}: a grade for {beyond[0]!r}, which is no question")
+    return faults
+
+
 def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
     """Everything that plugin ``name`` registers can be imported; components given ``options`` (by component
     name) are made and checked too.
@@ -112,6 +139,7 @@ def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = No
         "vision": check_vision,
         "connectors": check_connector,
         "languages": check_language,
+        "tasks": check_task,
     }
     for entry in registry():
         if entry.plugin != name:

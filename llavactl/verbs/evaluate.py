@@ -1,33 +1,36 @@
-"""``llavactl eval``: a task's questions to a model, or stored answers to scores."""
+"""``llavactl eval``: a task's questions to a model, or stored answers or verdicts to scores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from llavactl.core import plugins
-from llavactl.core.errors import RecipeError
+from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic, write_json
-from llavactl.core.registry import registry
-from llavactl.evaluation import runner
+from llavactl.core.protocols import Judged
+from llavactl.evaluation import runner, tasks
+from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.statistics import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View
 from llavactl.model.folder import describe, of_run
 from llavactl.model.foreign import resolve
 from llavactl.recipe.frame import Eval
+from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Task
+    from llavactl.core.protocols import Scores, Task
     from llavactl.core.schema import Answer, Question
     from llavactl.recipe.frame import Recipe
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = 12
 
@@ -36,10 +39,11 @@ Answers = Mapping[str, "Answer"]
 
 @dataclass(frozen=True)
 class EvalReport:
-    """A scored task; ``failed`` answers could not be read as one and count as wrong.
+    """A scored task; ``failed`` answers could not be read as one and count as the protocol says.
 
     ``interval``: the 95 % interval of a score, where there is one. ``beside``: the scores of those that
-    this one must be held against (``blind twin``, ``stage 1``). ``file``: this report as JSON.
+    this one must be held against (``blind twin``, ``stage 1``). ``ignored``: answers beyond the questions.
+    ``answers``: the file they are kept in. ``file``: this report as JSON.
     """
 
     task: str
@@ -50,8 +54,33 @@ class EvalReport:
     failed: int
     interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ignored: int = 0
+    answers: str | None = None
     file: str | None = None
     finished_before: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A task, all of its questions, how many of them are asked (None: all), and how answers are scored."""
+
+    task: Task
+    spec: Mapping[str, Any]
+    everything: Sequence[Question]
+    limit: int | None
+    protocol: str
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """Those that are asked."""
+        return self.everything[: self.limit]
+
+    def report(self, answers: Answers, model: str, file: Path) -> tuple[EvalReport, Scores]:
+        scored = runner.score(self.task, self.questions, answers, self.protocol)
+        ranges, name = intervals(self.questions, scored), self.spec["name"]
+        beyond = len(answers) - len(self.questions)
+        made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
+        return replace(made, ignored=beyond, answers=str(file)), scored
 
 
 def evaluate(
@@ -62,45 +91,78 @@ def evaluate(
     answers: Path | None = None,
     protocol: str | None = None,
     model: str | None = None,
+    limit: int | None = None,
+    cases: Path | None = None,
 ) -> EvalReport:
-    """Asks ``task``'s questions (or takes ``answers``) and scores them under ``protocol``.
+    """Asks ``task``'s questions, the first ``limit`` of them, and scores the answers under ``protocol``.
 
-    Options are the recipe's for this task, with ``options`` over them. The model is ``model``, else
-    the recipe's last finished stage.
+    Options are the recipe's for this task, with ``options`` over them. The model is ``model``, else the recipe's
+    last finished stage; with ``answers``, or where the task has stored verdicts, none is asked. ``cases`` is the
+    folder of a page with the worst answers and some of all; a model's is in its run.
     """
-    spec = _spec(recipe, task, options or {})
-    made: Task = _create(spec)
+    spec = tasks.describe(recipe, task, options or {})
+    made: Task | Judged = tasks.create(spec)
+    chosen = runner.choose(made.protocols, protocol)
+    if isinstance(made, Judged):
+        return _judged(made, task, chosen)
+    asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
-        return _scored(made, spec, list(made.questions()), runner.read_answers(answers), protocol, str(answers))
+        given = read_answers(answers, made)
+        report, scored = asked.report(given, str(answers), answers)
+        if report.ignored and limit is None:
+            log.info("%d answers are to no question of this task and are left out", report.ignored)
+        if cases is not None:
+            write_cases(cases, asdict(report), asked.questions, given, scored)
+        return report
     if model is not None:
-        return _asked(recipe, made, spec, resolve(model), protocol)
-    assert recipe is not None
-    return _asked(recipe, made, spec, of_run(recipe.run_dir), protocol)
+        folder = resolve(model)
+    else:
+        assert recipe is not None
+        folder = of_run(recipe.run_dir)
+    return _ask(recipe, asked, folder, cases)
 
 
-def _asked(
-    recipe: Recipe | None, task: Task, spec: Mapping[str, Any], folder: Path, protocol: str | None
-) -> EvalReport:
+def _judged(task: Judged, name: str, protocol: str) -> EvalReport:
+    """The scores of stored verdicts."""
+    reviews = task.reviews()
+    if not reviews:
+        raise DataError(
+            f"{name} is scored by a judge, who compares each answer with a reference answer; no verdicts are given",
+            hint="-t reviews=FILE, repeated for several runs of the judge: JSONL of question_id, category and content",
+        )
+    scored = task.judge(reviews, protocol)
+    return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
+
+
+def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None) -> EvalReport:
     """Asks the model and those beside it, unless that was done before."""
     settings = recipe.eval if recipe is not None else Eval()
-    runs = (recipe.run_dir if recipe is not None else folder.parent) / "eval"
+    runs, name = (recipe.run_dir if recipe is not None else folder.parent) / "eval", asked.spec["name"]
+    # Some questions are another result than all of them, and take no page or file of it.
+    into = runs if asked.limit is None else runs / "limited"
     views = _views(recipe, folder, settings)
-    digests = {view.name: _digest(view, spec, settings) for view in views}
-    digest, file = _hash(digests), runs / f"{spec['name']}.json"
-    if (done := _finished(file, digest, protocol or task.protocols[0])) is not None:
+    digests = {view.name: _digest(view, asked.spec, settings) for view in views}
+    digest, file = _hash([digests, len(asked.questions)]), into / f"{name}.json"
+    if cases is None and (done := _finished(file, digest, asked.protocol)) is not None:
         return done
-    questions = list(task.questions())
     said: dict[str, Answers] = {}
+    # Answers belong to one model and one set of questions: their file carries both in its name.
+    kept = {view.name: runs / "answers" / f"{name}-{digests[view.name][:12]}.jsonl" for view in views}
     for view in views:
-        # Answers belong to one model and one set of questions: their file carries both in its name.
-        kept = runs / "answers" / f"{spec['name']}-{digests[view.name][:12]}.jsonl"
-        said[view.name] = runner.ask(view, questions, settings.batch_size, settings.max_new_tokens, kept)
-    report = _scored(task, spec, questions, said[""], protocol, str(folder))
-    others = {name: dict(runner.score(task, questions, said[name], protocol)[1].scores) for name in said if name}
-    report = replace(report, beside=others, file=str(file))
-    _examples(runs / "examples", spec["name"], questions, said)
+        said[view.name] = runner.ask(
+            view, asked.everything, settings.batch_size, settings.max_new_tokens, kept[view.name], asked.limit
+        )
+    report, scored = asked.report(said[""], str(folder), kept[""])
+    others = {
+        other: dict(runner.score(asked.task, asked.questions, said[other], asked.protocol).scores)
+        for other in said
+        if other
+    }
+    report = replace(report, beside=others, file=str(file), ignored=0)
+    _examples(into / "examples", name, asked.questions, said, scored)
     write_json(file, {**asdict(report), "digest": digest})
-    if recipe is not None:
+    write_cases(cases or into / "cases", asdict(report), asked.questions, said[""], scored)
+    if recipe is not None and asked.limit is None:
         write_report(recipe.run_dir)
     plugins.notify("eval_finished", report=asdict(report))
     return report
@@ -117,19 +179,6 @@ def _views(recipe: Recipe | None, folder: Path, settings: Eval) -> list[View]:
     return views
 
 
-def _scored(
-    task: Task,
-    spec: Mapping[str, Any],
-    questions: Sequence[Question],
-    answers: Answers,
-    protocol: str | None,
-    model: str,
-) -> EvalReport:
-    chosen, scored = runner.score(task, questions, answers, protocol)
-    ranges = intervals(questions, scored.right)
-    return EvalReport(spec["name"], chosen, model, len(questions), scored.scores, scored.failed, ranges)
-
-
 def _digest(view: View, spec: Mapping[str, Any], settings: Eval) -> str:
     return _hash([describe(view.folder)["digest"], view.blind, spec, settings.max_new_tokens])
 
@@ -138,36 +187,25 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _examples(folder: Path, task: str, questions: Sequence[Question], said: Mapping[str, Answers]) -> None:
+def _examples(
+    folder: Path, task: str, questions: Sequence[Question], said: Mapping[str, Answers], scored: Scores
+) -> None:
     """Keeps EXAMPLES questions, spread evenly over the task, with their pictures and what each view said."""
     shown = questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in shown:
-        row = example(folder / task, each.turns, each.reference, said[""][each.id].text)
-        rows.append(row | {"blind": said[BLIND][each.id].text} if BLIND in said else row)
+        row: dict[str, Any] = dict(example(folder / task, each.turns, each.reference, said[""][each.id].text))
+        if each.id in scored.right:
+            row["right"] = scored.right[each.id]
+        if BLIND in said:
+            row["blind"] = said[BLIND][each.id].text
+        rows.append(row)
     write_atomic(folder / f"{task}.json", json.dumps(rows, indent=2, ensure_ascii=False))
-
-
-def _spec(recipe: Recipe | None, task: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    own = [spec.spec() for spec in recipe.eval.tasks if spec.name == task] if recipe is not None else []
-    registry().get("tasks", task)
-    return {**(own[0] if own else {"name": task}), **options}
-
-
-def _create(spec: Mapping[str, Any]) -> Any:
-    try:
-        return registry().create("tasks", spec)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(
-            f"task {spec['name']}: -t {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            hint=f"`llavactl components tasks` lists what {spec['name']} takes",
-        ) from error
 
 
 def _finished(file: Path, digest: str, protocol: str) -> EvalReport | None:
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text(encoding="utf-8"))
         if report["digest"] != digest or report["protocol"] != protocol:
             return None
         names = EvalReport.__dataclass_fields__

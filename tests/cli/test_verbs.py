@@ -127,7 +127,8 @@ class TestEval:
         assert options == {"a": "1", "reviews": ["x", "y=z"]}
         assert isinstance(options["a"], Located)
         assert options["a"].base == here
-        assert evaluate.call_args.kwargs == {"answers": None, "protocol": "exact", "model": None}
+        others = dict.fromkeys(("answers", "model", "limit", "cases"))
+        assert evaluate.call_args.kwargs == {**others, "protocol": "exact"}
 
     @pytest.mark.parametrize("option", ["a", "=1"])
     def test_an_option_is_key_and_value(self, option: str, here: Path) -> None:

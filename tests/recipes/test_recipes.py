@@ -100,6 +100,15 @@ def test_the_13b_differs_in_its_language_model_alone(v15: Recipe) -> None:
     assert ours == theirs
 
 
+def test_scienceqa_is_the_scripts(v1: Recipe) -> None:
+    ours = load_recipe("llava-v1-13b-scienceqa")
+    assert (ours.stage2.epochs, ours.stage2.batch_size, ours.stage2.learning_rate) == (12, 128, 2e-5)
+    assert ours.language.spec()["model"] == "lmsys/vicuna-13b-v1.3"
+    assert (ours.stage1, ours.vision, ours.connector) == (v1.stage1, v1.vision, v1.connector)
+    assert [source.name for source in ours.data.stage2] == ["scienceqa"]
+    assert [task.spec()["prompt"] for task in ours.eval.tasks] == ["qcm-lea"]
+
+
 def test_lora_is_the_scripts(v15: Recipe) -> None:
     lora = load_recipe("llava-v1.5-7b-lora")
     two = lora.stage2

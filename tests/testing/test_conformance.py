@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from llavactl.core.protocols import Scores
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile, Sample, Turn
-from llavactl.testing import check_connector, check_language, check_plugin, check_source, check_vision, run_cli
+from llavactl.core.schema import ImageFile, Question, Sample, Turn
+from llavactl.testing import (
+    check_connector,
+    check_language,
+    check_plugin,
+    check_source,
+    check_task,
+    check_vision,
+    run_cli,
+)
 
 PHOTO = ImageFile("/photos", "a.jpg")
 
@@ -24,7 +33,32 @@ def test_built_in_components_pass(toys: Path) -> None:
         assert check_connector(make("connectors", {"name": name})) == []
         assert check_connector(make("connectors", {"name": name, "fold": 2})) == []
     assert check_source(make("sources", {"name": "scenes", "scenes": 4})) == []
+    assert check_task(make("tasks", {"name": "scenes", "scenes": 4})) == []
     assert check_plugin("llavactl") == []
+
+
+class Hasty:
+    """A task that needs an answer to everything, whose second question has the first one's id."""
+
+    protocols = ("any",)
+
+    def questions(self) -> list[Question]:
+        return [Question(name, (Turn("user", ("?",)),), "yes") for name in ("a", "b", "c", "a")]
+
+    def score(self, answers: Any, protocol: str) -> Scores:
+        return Scores({"n": sum(answers[name].text == "yes" for name in "abc")}, right={"d": True})
+
+
+def test_a_task_that_is_wrong_is_told_how() -> None:
+    faults = check_task(Hasty())
+    assert faults[0] == "question 'a' is there twice"
+    assert "a grade for 'd'" in faults[1]
+
+    class Sparing(Hasty):
+        def questions(self) -> list[Question]:
+            return super().questions()[:3]
+
+    assert "2 of 3 answers give no scores" in check_task(Sparing())[1]
 
 
 def test_a_source_that_is_wrong_is_told_how() -> None:

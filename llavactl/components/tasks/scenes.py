@@ -60,6 +60,8 @@ class ScenesTask:
         pairs: dict[str, list[bool]] = defaultdict(list)
         unparsed = 0
         for question, _, asked in self._asked():
+            if question not in answers:
+                continue
             said = read_answer(answers[question].text, asked.answer)
             unparsed += said is None
             outcome[question] = said == asked.answer

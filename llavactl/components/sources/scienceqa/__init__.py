@@ -1,0 +1,45 @@
+"""ScienceQA to train on: the reasoning before the answer, as LLaVA was tuned on it (order QCM-LEA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from llavactl.components.sources.scienceqa.problems import Problem, read_problems
+from llavactl.core.options import RecipePath
+from llavactl.core.registry import Options
+from llavactl.core.schema import Content, Sample, Turn
+
+
+class ScienceqaOptions(Options):
+    """Options of the source ``scienceqa``."""
+
+    path: RecipePath = Field(description="ScienceQA's problems.json")
+    splits: RecipePath | None = Field(None, description="pid_splits.json; null: each problem's own `split`")
+    split: str = Field("train", description="train, val, trainval, minitrain, …")
+    images: RecipePath | None = Field(None, description="folder with train/1/image.png; null: images/ beside `path`")
+    answer: Literal["lea", "a"] = Field(
+        "lea", description="lea: lecture and explanation, then the answer; a: the answer"
+    )
+
+
+def scienceqa(options: ScienceqaOptions) -> Iterator[Sample]:
+    """One sample a problem, in the split's order.
+
+    Raises:
+        DataError: a file or problem that can't be read.
+    """
+    for problem in read_problems(options.path, options.split, options.splits, None, options.images):
+        content: tuple[Content, ...] = (problem.prompt,)
+        if problem.image is not None:
+            content = (problem.image, f"\n{problem.prompt}")
+        turns = (Turn("user", content), Turn("assistant", (told(problem, options.answer),)))
+        yield Sample(problem.id, turns, f"{options.path} problem {problem.id}")
+
+
+def told(problem: Problem, answer: Literal["lea", "a"]) -> str:
+    """The answer in words; with ``lea`` the lecture and the solution come first, where the problem has them."""
+    reasons = (problem.lecture, problem.solution) if answer == "lea" else ()
+    return " ".join([*(each.strip() for each in reasons if each.strip()), f"The answer is {problem.letter}."])

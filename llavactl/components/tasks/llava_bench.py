@@ -1,0 +1,204 @@
+"""LLaVA-Bench: open questions, judged against a reference answer (Liu et al. 2023, arXiv 2304.08485, section 5).
+
+A judge gives the reference answer and the candidate 1 to 10 points each; the score is relative, the candidate's
+mean as a percentage of the reference's. In the wild: 60 questions about 24 pictures; COCO: 30 pictures, each with
+a question of every kind.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from statistics import fmean, stdev
+
+from pydantic import Field, model_validator
+
+from llavactl.components.tasks.pictures import asked, picture
+from llavactl.core.errors import DataError
+from llavactl.core.options import RecipePath, RecipePaths
+from llavactl.core.protocols import Json, Scores
+from llavactl.core.records import Record, read_records, unique
+from llavactl.core.registry import Options
+from llavactl.core.schema import Question
+
+KINDS = ("conv", "detail", "complex")
+GROUPS = ("all", *KINDS)
+FAILED = (-1.0, -1.0)
+"""What LLaVA's script notes where it can't read a verdict."""
+
+Pair = tuple[float, float]
+
+
+class LlavaBenchOptions(Options):
+    """Options of the tasks ``llava-bench`` and ``llava-bench-coco``."""
+
+    questions: RecipePath | None = Field(None, description="JSONL of question_id, image, text, category")
+    context: RecipePath | None = Field(None, description="JSONL of image and caption(s), what the judge is told")
+    reference: RecipePath | None = Field(None, description="JSONL of question_id and text, the reference answers")
+    reviews: RecipePaths = Field((), description="stored verdicts, JSONL of question_id and content; a file a run")
+    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+
+    @model_validator(mode="after")
+    def _something(self) -> LlavaBenchOptions:
+        if self.questions is None and not self.reviews:
+            raise ValueError("questions=FILE or reviews=FILE is needed")
+        return self
+
+
+class LlavaBench:
+    """The tasks ``llava-bench`` and ``llava-bench-coco``; see ``llavactl.core.protocols.Judged``."""
+
+    protocols = ("llava", "excluding-failed")
+
+    def __init__(self, options: LlavaBenchOptions) -> None:
+        self.options = options
+
+    def questions(self) -> Iterator[Question]:
+        for name, record in self._questions.items():
+            assert self.options.questions is not None
+            image = picture(record, self.options.images or self.options.questions.parent)
+            reference = self._references[name].text("text") if self._references else ""
+            yield Question(name, asked(image, record.text("text")), reference, kind_of(record))
+
+    def reviews(self) -> Sequence[Mapping[str, str]]:
+        return [{name: _verdict(run[name]) for name in self._kinds} for run in self._reviews]
+
+    def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:
+        """``all`` and each kind: ``relative``, and the mean points of both in percent of 10.
+
+        Under ``llava`` a verdict that can't be read counts as −1 for both, as in LLaVA's summary. With several
+        runs a score is the mean of theirs; ``runs`` has each, ``spread`` their sample standard deviation.
+        """
+        read = READERS[protocol]
+        runs = [{name: read(text) for name, text in run.items()} for run in reviews]
+        failed = sum(pair is None for run in runs for pair in run.values())
+        counted = [
+            {name: FAILED if pair is None else pair for name, pair in run.items() if pair or protocol == "llava"}
+            for run in runs
+        ]
+        scores: dict[str, Json] = {}
+        for group in GROUPS:
+            names = [name for name, kind in self._kinds.items() if group in ("all", kind)]
+            if names:
+                scores[group] = _together([_group([run[name] for name in names if name in run]) for run in counted])
+        told = {name: [run[name][1] for run in counted if name in run] for name in self._kinds}
+        return Scores(scores, failed, grades={name: max(0.0, fmean(each) / 10) for name, each in told.items() if each})
+
+    @cached_property
+    def _questions(self) -> Mapping[str, Record]:
+        if self.options.questions is None:
+            return {}
+        found = unique(read_records(self.options.questions), "question_id")
+        if self.options.context is not None:
+            told = unique(read_records(self.options.context), "image", what="picture")
+            if missing := [name for name, each in found.items() if each.text("image") not in told]:
+                raise DataError(f"{self.options.context}: nothing about the picture of question {missing[0]!r}")
+        return found
+
+    @cached_property
+    def _references(self) -> Mapping[str, Record]:
+        if self.options.reference is None:
+            return {}
+        found = unique(read_records(self.options.reference), "question_id", what="answer")
+        if missing := [name for name in self._questions if name not in found]:
+            raise DataError(
+                f"{self.options.reference}: no answer to {len(missing)} questions, the first is {missing[0]!r}"
+            )
+        return found
+
+    @cached_property
+    def _reviews(self) -> list[dict[str, Record]]:
+        files = self.options.reviews
+        if twice := [file for at, file in enumerate(files) if file in files[:at]]:
+            raise DataError(f"{twice[0]}: given twice as reviews", hint="a run counts once")
+        return [unique(read_records(file), "question_id", what="the review of question") for file in files]
+
+    @cached_property
+    def _kinds(self) -> Mapping[str, str]:
+        """The kind of every question, as its file says, else as the first run does; the other runs have to agree."""
+        source = self._questions or self._reviews[0]
+        kinds = {name: kind_of(record) for name, record in source.items()}
+        for file, run in zip(self.options.reviews, self._reviews, strict=True):
+            if missing := [name for name in kinds if name not in run]:
+                raise DataError(
+                    f"{file}: {len(missing)} of {len(kinds)} questions have no review, the first is {missing[0]!r}",
+                    hint="are these the reviews of answers to this task's questions? is the file cut?",
+                )
+            self._check(run, kinds)
+        return kinds
+
+    def _check(self, run: Mapping[str, Record], kinds: Mapping[str, str]) -> None:
+        """Reviews name the kind of their question and the answers they are about: both have to be the given ones."""
+        for name, kind in kinds.items():
+            record = run[name]
+            if record.get("category") is not None and kind_of(record) != kind:
+                raise DataError(
+                    f"{record.where}: a review of kind {kind_of(record)!r}, question {name!r} is of {kind!r}"
+                )
+            known = self._references.get(name)
+            about, answer = record.get("answer1_id"), known.get("answer_id") if known else None
+            if about is not None and answer is not None and about != answer:
+                raise DataError(
+                    f"{record.where}: about another reference answer than the one of {self.options.reference}"
+                )
+
+
+def kind_of(record: Record) -> str:
+    """``conv``, ``detail`` or ``complex``; LLaVA's reviews put the benchmark's name before it."""
+    kind = record.text("category").rpartition("_")[2]
+    if kind not in KINDS:
+        raise DataError(f"{record.where}: `category` is {kind!r:.40}, not one of {', '.join(KINDS)}")
+    return kind
+
+
+def _verdict(record: Record) -> str:
+    """What the judge said; a judge who said nothing has failed, and is counted so."""
+    return record.text("content") if record.fields.get("content", 0) is not None else ""
+
+
+def as_llava(verdict: str) -> Pair | None:
+    """The points as ``parse_score`` of LLaVA's ``eval_gpt_review_bench.py`` reads them; None where it gives up.
+
+    The first line is two numbers with one comma or space between them, and nothing else.
+    """
+    found = verdict.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        pair = [float(each) for each in found]
+    except ValueError:
+        return None
+    return (pair[0], pair[1]) if len(pair) == 2 and all(map(math.isfinite, pair)) else None
+
+
+def leniently(verdict: str) -> Pair | None:
+    """The two numbers of the first line that isn't empty, however they are set apart: ``8, 9``."""
+    first = next((line for line in verdict.splitlines() if line.strip()), "")
+    numbers = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[,\s/;]\s*(\d+(?:\.\d+)?)\s*", first)
+    return (float(numbers[1]), float(numbers[2])) if numbers else None
+
+
+READERS: Mapping[str, Callable[[str], Pair | None]] = {"llava": as_llava, "excluding-failed": leniently}
+
+
+def _group(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
+    """A ratio of means, not a mean of ratios."""
+    reference, candidate = (fmean(each) if pairs else None for each in zip(*pairs or [FAILED], strict=True))
+    relative = 100 * candidate / reference if candidate is not None and reference else None
+    both = {"reference": reference, "candidate": candidate}
+    return {"relative": relative, **{key: None if x is None else 10 * x for key, x in both.items()}, "n": len(pairs)}
+
+
+def _together(runs: Sequence[Mapping[str, float | int | None]]) -> Json:
+    if len(runs) == 1:
+        return dict(runs[0])
+    means = {key: _mean([run[key] for run in runs]) for key in ("relative", "reference", "candidate")}
+    each = [run["relative"] for run in runs]
+    known = [value for value in each if value is not None]
+    n = round(fmean(run["n"] or 0 for run in runs))
+    return {**means, "n": n, "spread": stdev(known) if len(known) > 1 else None, "runs": each}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,183 @@
+"""Multiple choice with lettered options, if wanted in a circle, as MMBench does (Liu et al. 2023, arXiv 2307.06281).
+
+In a circle every question is asked once for each of its options, all options moved on by one each time: who always
+says A, or guesses, seldom gets all of them right.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from string import ascii_uppercase
+
+from pydantic import Field
+
+from llavactl.components.tasks.pictures import asked, picture
+from llavactl.core.errors import DataError
+from llavactl.core.options import RecipePath
+from llavactl.core.protocols import Json, Scores
+from llavactl.core.records import Record, read_records, read_table, unique
+from llavactl.core.registry import Options
+from llavactl.core.schema import Answer, ImageRef, Question
+
+LETTERS = ascii_uppercase[:8]
+_LETTER = r"\(?([A-Z])(?:[).:,\n]|$)"
+DIRECTLY = "Answer with the option's letter from the given choices directly."
+
+
+class MultipleChoiceOptions(Options):
+    """Options of the task ``multiple-choice``."""
+
+    questions: RecipePath = Field(
+        description="MMBench's .tsv, or JSON: index, question, A, B, …, answer; hint, category, image: path or base64"
+    )
+    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    circular: bool = Field(False, description="ask each question once for each of its options, moved on by one")
+
+
+@dataclass(frozen=True)
+class InlineImage:
+    """A picture that lies in its record, as base64."""
+
+    name: str
+    text: str
+
+    def read(self) -> bytes:
+        try:
+            return base64.b64decode(self.text, validate=True)
+        except binascii.Error as error:
+            raise OSError(f"not base64: {error}") from error
+
+    def stamp(self) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question; ``right`` is an option's place from 0."""
+
+    name: str
+    text: str
+    options: tuple[str, ...]
+    right: int
+    category: str
+    image: ImageRef | None
+
+    def turned(self, by: int) -> Item:
+        """The same question with its options moved on by ``by`` places: ``A B C`` → ``B C A`` by one."""
+        options = self.options[by:] + self.options[:by]
+        right = (self.right - by) % len(options)
+        return Item(f"{self.name}+{by}" if by else self.name, self.text, options, right, self.category, self.image)
+
+
+class MultipleChoice:
+    """The task ``multiple-choice``; see ``llavactl.core.protocols.Task``. Question 7 turned by 2 is ``7+2``."""
+
+    protocols = ("letter",)
+
+    def __init__(self, options: MultipleChoiceOptions) -> None:
+        self.options = options
+
+    def questions(self) -> Iterator[Question]:
+        for item in self._asked:
+            options = "\n".join(f"{letter}. {each}" for letter, each in zip(LETTERS, item.options, strict=False))
+            words = f"{item.text}\n{options}\n{DIRECTLY}"
+            yield Question(item.name, asked(item.image, words), LETTERS[item.right], item.category)
+
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
+        """``accuracy`` and each category in percent; in a circle a question counts when all of its turns are right.
+
+        ``once`` is then the share of the questions as they stand in the file. A question with some of its turns
+        unasked (``--limit``) is left out of both.
+        """
+        chosen = {
+            item.name: read_letter(answers[item.name].text, item.options)
+            for item in self._asked
+            if item.name in answers
+        }
+        right = {item.name: chosen[item.name] == item.right for item in self._asked if item.name in chosen}
+        turns = {item.name: [each.name for each in self._turns(item)] for item in self._items}
+        whole = {name: all(right[each] for each in ids) for name, ids in turns.items() if right.keys() >= set(ids)}
+        groups: dict[str, list[bool]] = {}
+        for item in self._items:
+            if item.name in whole and item.category:
+                groups.setdefault(item.category, []).append(whole[item.name])
+        scores: dict[str, Json] = {"accuracy": _percent(list(whole.values()))}
+        if self.options.circular:
+            scores["once"] = _percent([right[name] for name in whole])
+        about = {"accuracy": list(whole)} | {
+            name: [item.name for item in self._items if item.name in whole and item.category == name] for name in groups
+        }
+        shares = {name: _percent(each) for name, each in sorted(groups.items())}
+        return Scores(scores | shares, sum(each is None for each in chosen.values()), whole, about)
+
+    def _turns(self, item: Item) -> list[Item]:
+        return [item.turned(by) for by in range(len(item.options) if self.options.circular else 1)]
+
+    @cached_property
+    def _asked(self) -> list[Item]:
+        return [turned for item in self._items for turned in self._turns(item)]
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        file = self.options.questions
+        records = (
+            read_table(file, "question", "answer", delimiter="\t") if file.suffix == ".tsv" else read_records(file)
+        )
+        folder = self.options.images or file.parent
+        return [_item(name, record, folder) for name, record in unique(records, "index", "question_id", "id").items()]
+
+
+def read_letter(text: str, options: Sequence[str]) -> int | None:
+    """The place of the option that ``text`` chooses, None where it chooses none or several.
+
+    A letter alone, at the beginning (``B.``, ``(B)``, ``B:``) or after "answer is"; else an option word for word.
+    """
+    said = text.strip()
+    first = re.match(rf"{_LETTER}", said)
+    letters = {first[1]} if first else set(re.findall(rf"\b[Aa]nswer(?: is)?:? {_LETTER}", said))
+    if letters:
+        place = ascii_uppercase.index(letters.pop()) if len(letters) == 1 else len(options)
+        return place if place < len(options) else None
+    plain = said.rstrip(".").casefold()
+    found = [at for at, option in enumerate(options) if option.strip().rstrip(".").casefold() == plain]
+    return found[0] if len(found) == 1 else None
+
+
+def _item(name: str, record: Record, folder: Path) -> Item:
+    # A table has "nan" or nothing where a question has fewer options.
+    given = [str(record.get(letter) or "") for letter in LETTERS]
+    count = next((at for at, each in enumerate(given) if each in ("", "nan")), len(LETTERS))
+    answer = record.text("answer").strip()
+    if count < 2 or len(answer) != 1 or answer not in LETTERS[:count]:
+        raise DataError(f"{record.where}: `answer` is {answer!r:.40}, the options are {count}: A, B, …")
+    hint = str(record.get("hint") or "")
+    text = f"{hint}\n{record.text('question')}" if hint not in ("", "nan") else record.text("question")
+    return Item(
+        name,
+        text,
+        tuple(given[:count]),
+        LETTERS.index(answer),
+        str(record.get("category") or ""),
+        _image(record, folder),
+    )
+
+
+def _image(record: Record, folder: Path) -> ImageRef | None:
+    image = record.get("image")
+    if not image:
+        return None
+    # A path of a picture is short and has a suffix; base64 is long and has no full stop.
+    if isinstance(image, str) and len(image) > 260 and "." not in image:
+        return InlineImage(record.where.rpartition("/")[2], image)
+    return picture(record, folder)
+
+
+def _percent(right: Sequence[bool]) -> float | None:
+    return 100 * fmean(right) if right else None

@@ -1,0 +1,48 @@
+"""Questions about one picture each, as tasks ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llavactl.core.errors import DataError
+from llavactl.core.records import Record
+from llavactl.core.schema import Answer, ImageFile, ImageRef, Turn
+
+
+def picture(record: Record, folder: Path) -> ImageFile:
+    """The record's ``image``, below ``folder``."""
+    try:
+        return ImageFile(str(folder), record.text("image"))
+    except DataError as error:
+        raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
+
+
+def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
+    """The picture, then the question."""
+    return (Turn("user", (text,) if image is None else (image, f"\n{text}")),)
+
+
+def refuse_others(questions: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
+    """Stops where an answer's file says that something else was asked: ids alone may agree by chance.
+
+    Raises:
+        DataError: answers whose ``prompt`` doesn't hold the question, in ``questions`` by id.
+    """
+    said = {name: prompt_of(answers[name]) for name in questions if name in answers}
+    wrong = [name for name, prompt in said.items() if isinstance(prompt, str) and not _holds(prompt, questions[name])]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(said)} answers are to other questions; the first is {wrong[0]!r}: it answers "
+            f"{said[wrong[0]]!r:.60}, the question is {questions[wrong[0]]!r:.60}",
+            hint="take the questions that these answers were given to",
+        )
+
+
+def prompt_of(answer: Answer) -> object:
+    """What an answer's file says was asked; None where it doesn't."""
+    return answer.extra.get("prompt", answer.extra.get("question"))
+
+
+def _holds(prompt: str, question: str) -> bool:
+    return " ".join(question.split()) in " ".join(prompt.split())

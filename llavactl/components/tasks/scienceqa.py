@@ -1,0 +1,121 @@
+"""ScienceQA: multiple choice about science, with and without pictures (Lu et al. 2022, arXiv 2209.09513).
+
+Its nine columns are shares of the right answers: by subject (NAT, SOC, LAN), by what a problem comes with (TXT a
+text, IMG a picture, NO neither), by grade, and over all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from string import ascii_uppercase
+from typing import Literal
+
+from pydantic import Field
+
+from llavactl.components.sources.scienceqa.problems import Problem, read_problems
+from llavactl.components.tasks.pictures import asked
+from llavactl.core.options import RecipePath
+from llavactl.core.protocols import Json, Scores
+from llavactl.core.registry import Options
+from llavactl.core.schema import Answer, Question
+
+COLUMNS: Mapping[str, Callable[[Problem], bool]] = {
+    "NAT": lambda each: each.subject == "natural science",
+    "SOC": lambda each: each.subject == "social science",
+    "LAN": lambda each: each.subject == "language science",
+    "TXT": lambda each: each.context,
+    "IMG": lambda each: each.image is not None,
+    "NO": lambda each: not each.context and each.image is None,
+    "G1-6": lambda each: each.grade <= 6,
+    "G7-12": lambda each: each.grade > 6,
+    "Avg": lambda each: True,  # noqa: ARG005 - every problem
+}
+LETTERS = tuple("ABCDE")
+DIRECTLY = "Answer with the option's letter from the given choices directly."
+
+
+class ScienceqaTaskOptions(Options):
+    """Options of the task ``scienceqa``."""
+
+    questions: RecipePath = Field(description="problems.json, or LLaVA's converted JSON (then `meta`, too)")
+    meta: RecipePath | None = Field(None, description="CSV of question_id, grade, subject")
+    splits: RecipePath | None = Field(None, description="pid_splits.json; null: each problem's own `split`")
+    split: str = Field("test", description="of problems.json")
+    images: RecipePath | None = Field(None, description="folder of the pictures; null: images/ or beside `questions`")
+    pictures: bool = Field(True, description="false: the model is asked without them")
+    prompt: Literal["qcm-a", "qcm-lea"] = Field(
+        "qcm-a", description="qcm-a asks for a letter; qcm-lea leaves room for reasons (give it eval.max_new_tokens)"
+    )
+
+
+class Scienceqa:
+    """The task ``scienceqa``; see ``llavactl.core.protocols.Task``."""
+
+    protocols = ("llava", "official", "strict")
+
+    def __init__(self, options: ScienceqaTaskOptions) -> None:
+        self.options = options
+
+    def questions(self) -> Iterator[Question]:
+        for problem in self._problems:
+            prompt = f"{problem.prompt}\n{DIRECTLY}" if self.options.prompt == "qcm-a" else problem.prompt
+            turns = asked(problem.image if self.options.pictures else None, prompt)
+            yield Question(problem.id, turns, problem.letter, problem.subject)
+
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
+        """The nine columns in percent, None for one that nothing was asked of; an unreadable answer is wrong."""
+        here = [problem for problem in self._problems if problem.id in answers]
+        chosen = {each.id: PROTOCOLS[protocol](answers[each.id], each.options) for each in here}
+        right = {each.id: chosen[each.id] == each.right for each in here}
+        about = {name: [each.id for each in here if holds(each)] for name, holds in COLUMNS.items()}
+        scores: dict[str, Json] = {
+            name: 100 * sum(right[each] for each in ids) / len(ids) if ids else None for name, ids in about.items()
+        }
+        return Scores(scores, sum(each is None for each in chosen.values()), right, about)
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        given = self.options
+        return read_problems(given.questions, given.split, given.splits, given.meta, given.images)
+
+
+def as_llava(answer: Answer, options: int) -> int | None:  # noqa: ARG001 - beyond the options is wrong, not unread
+    """The place of the option that LLaVA's ``eval_science_qa.py`` reads, None where it reads none.
+
+    The text is a letter, or begins with one as ``B. ``, or says ``The answer is B.`` once.
+    """
+    text = answer.text
+    if text in LETTERS:
+        return LETTERS.index(text)
+    if text[:1] in LETTERS and text[1:3] == ". ":
+        return LETTERS.index(text[0])
+    # The last sign stands for any: so it is in the original, too.
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return ascii_uppercase.index(found[0]) if len(found) == 1 else None
+
+
+def as_stored(answer: Answer, options: int) -> int | None:
+    """The option that a file of results holds, whoever read or guessed it; a plain text is read as LLaVA does."""
+    if "index" not in answer.extra:
+        return as_llava(answer, options)
+    index = answer.extra["index"]
+    return index if isinstance(index, int) and index >= 0 else None
+
+
+def strictly(answer: Answer, options: int) -> int | None:
+    """The option where nothing is left to interpret: a letter alone, or one sentence that names one, of those asked."""
+    text = answer.text.strip()
+    alone = re.fullmatch(r"\(?([A-Z])\)?\.?", text)
+    named = set(re.findall(r"\b[Tt]he answer is:? \(?([A-Z])\)?(?:\.|$)", text, re.MULTILINE))
+    letter = alone[1] if alone else named.pop() if len(named) == 1 else None
+    place = ascii_uppercase.index(letter) if letter else options
+    return place if place < options else None
+
+
+PROTOCOLS: Mapping[str, Callable[[Answer, int], int | None]] = {
+    "llava": as_llava,
+    "official": as_stored,
+    "strict": strictly,
+}

@@ -1,0 +1,38 @@
+"""From what a recipe and a command say about a task to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from llavactl.core.errors import RecipeError
+from llavactl.core.registry import registry
+
+if TYPE_CHECKING:
+    from llavactl.recipe.frame import Recipe
+
+
+def describe(recipe: Recipe | None, task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"name": task, …}``: what the recipe says of ``task``, and ``options`` over it."""
+    own = [spec.spec() for spec in recipe.eval.tasks if spec.name == task] if recipe is not None else []
+    registry().get("tasks", task)
+    return {**(own[0] if own else {"name": task}), **options}
+
+
+def create(spec: Mapping[str, Any]) -> Any:
+    """The task that ``spec`` describes.
+
+    Raises:
+        RecipeError: an option that it doesn't take.
+    """
+    try:
+        return registry().create("tasks", spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"-t {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        raise RecipeError(
+            f"task {spec['name']}: {where}{first['msg'].removeprefix('Value error, ')}",
+            hint=f"`llavactl components tasks` lists what {spec['name']} takes",
+        ) from error

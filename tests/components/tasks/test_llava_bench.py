@@ -1,0 +1,170 @@
+"""LLaVA-Bench: the published relative scores from stored verdicts, and verdicts that are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.components.tasks.llava_bench import LlavaBench, LlavaBenchOptions, as_llava, leniently
+from llavactl.core.protocols import Judged
+
+PUBLISHED = (64.8, 65.3, 66.3)
+
+
+@pytest.fixture
+def files(real: Path) -> dict[str, Path]:
+    names = {"questions": "questions", "context": "context", "reference": "answers_gpt4"}
+    return {option: real / f"llava-bench/{name}.jsonl" for option, name in names.items()}
+
+
+@pytest.fixture
+def runs(real: Path) -> list[Path]:
+    return [real / f"llava-bench/llava-v1.5-7b-eval{run}.jsonl" for run in (1, 2, 3)]
+
+
+class TestPublished:
+    @pytest.mark.parametrize("protocol", ["llava", "excluding-failed"])
+    def test_each_run(self, scored: Any, files: dict[str, Path], runs: list[Path], protocol: str) -> None:
+        for run, published in zip(runs, PUBLISHED, strict=True):
+            report = scored("llava-bench", "--protocol", protocol, **files, reviews=run)
+            assert list(report["scores"]) == ["all", "conv", "detail", "complex"]
+            assert all(set(each) == {"relative", "reference", "candidate", "n"} for each in report["scores"].values())
+            assert round(report["scores"]["all"]["relative"], 1) == published
+            assert [each["n"] for each in report["scores"].values()] == [60, 17, 15, 28]
+            assert (report["n"], report["failed"]) == (60, 0)
+
+    def test_all_runs_and_their_spread(self, scored: Any, runs: list[Path]) -> None:
+        """Without the questions, too: the verdicts know their kind."""
+        scores = scored("llava-bench", reviews=runs)["scores"]
+        assert tuple(round(each, 1) for each in scores["all"]["runs"]) == PUBLISHED
+        assert round(scores["all"]["relative"], 2) == 65.47
+        assert 0.7 < scores["all"]["spread"] < 0.9
+        assert scores["detail"]["n"] == 15
+
+    def test_order_means_nothing(self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path) -> None:
+        (tmp_path / "r.jsonl").write_text("\r\n".join(reversed(runs[0].read_text().splitlines())), newline="")
+        report = scored("llava-bench", **files, reviews=tmp_path / "r.jsonl")
+        assert round(report["scores"]["all"]["relative"], 1) == 64.8
+
+
+class TestFailed:
+    @pytest.fixture
+    def reviews(self, lines: Any) -> Path:
+        said = {"conv": ("8 4\nfine", "I can not judge this."), "complex": ("5,10\n…", "")}
+        rows = [
+            {"question_id": f"{kind}{at}", "category": f"llava_bench_{kind}", "content": text}
+            for kind, each in said.items()
+            for at, text in enumerate(each)
+        ]
+        return lines("r.jsonl", rows)
+
+    def test_they_average_in_as_minus_one(self, scored: Any, reviews: Path) -> None:
+        report = scored("llava-bench", reviews=reviews)
+        assert report["failed"] == 2
+        assert report["scores"]["conv"]["relative"] == pytest.approx(100 * (4 - 1) / (8 - 1))
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * (4 + 10 - 2) / (8 + 5 - 2))
+        assert report["scores"]["all"]["n"] == 4
+        assert "detail" not in report["scores"]
+
+    def test_or_are_left_out(self, scored: Any, reviews: Path) -> None:
+        report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
+        assert report["failed"] == 2
+        assert report["scores"]["conv"] == {"relative": 50, "reference": 80, "candidate": 40, "n": 1}
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * 14 / 13)
+
+    @pytest.mark.parametrize(("content", "failed"), [(None, 1), ("", 1), ("8 9", 0)])
+    def test_a_judge_who_said_nothing_has_failed(self, scored: Any, lines: Any, content: Any, failed: int) -> None:
+        rows = [{"question_id": 1, "category": "conv", "content": content}]
+        assert scored("llava-bench", reviews=lines("r.jsonl", rows))["failed"] == failed
+        del rows[0]["content"]
+        assert "there is no `content`" in scored("llava-bench", reviews=lines("r.jsonl", rows))
+
+    def test_nothing_but_failures_is_no_score(self, scored: Any, lines: Any) -> None:
+        reviews = lines("r.jsonl", [{"question_id": 1, "category": "conv", "content": "?"}])
+        report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
+        assert report["scores"]["all"] == {"relative": None, "reference": None, "candidate": None, "n": 0}
+
+    @pytest.mark.parametrize(
+        ("verdict", "llava", "lenient"),
+        [
+            ("8 9", (8, 9), (8, 9)),
+            ("8,9\nbecause", (8, 9), (8, 9)),
+            ("7.5 10", (7.5, 10), (7.5, 10)),
+            ("8 9\r\nbecause", (8, 9), (8, 9)),
+            ("8, 9", None, (8, 9)),
+            ("\n8 9", None, (8, 9)),
+            (" 8 9 ", None, (8, 9)),
+            ("Assistant 1: 8", None, None),
+            ("8 9 10", None, None),
+            ("nan inf", None, None),
+            ("8", None, None),
+            ("", None, None),
+        ],
+    )
+    def test_reading(self, verdict: str, llava: Any, lenient: Any) -> None:
+        assert as_llava(verdict) == llava
+        assert leniently(verdict) == lenient
+
+
+class TestWrongFiles:
+    def test_no_verdicts(self, scored: Any, files: dict[str, Path]) -> None:
+        said = scored("llava-bench", "--answers", files["reference"], **files)
+        assert "is scored by a judge" in said
+        assert "hint: -t reviews=FILE" in said
+
+    @pytest.mark.parametrize("name", ["llava-bench", "llava-bench-coco"])
+    def test_nothing_at_all(self, scored: Any, name: str, lines: Any) -> None:
+        assert "questions=FILE or reviews=FILE is needed" in scored(name, "--answers", lines("a.jsonl", []))
+
+    def test_cut(self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path) -> None:
+        rows = runs[0].read_text().splitlines()
+        (tmp_path / "r.jsonl").write_text("\n".join(rows[:-2]))
+        assert "2 of 60 questions have no review, the first is '58'" in scored(
+            "llava-bench", **files, reviews=tmp_path / "r.jsonl"
+        )
+        (tmp_path / "r.jsonl").write_text("\n".join(rows)[:-9])
+        assert "r.jsonl:60: not JSON" in scored("llava-bench", **files, reviews=tmp_path / "r.jsonl")
+
+    def test_twice(self, scored: Any, runs: list[Path], tmp_path: Path) -> None:
+        assert "given twice as reviews" in scored("llava-bench", reviews=[runs[0], runs[0]])
+        (tmp_path / "r.jsonl").write_text(runs[0].read_text() + runs[1].read_text())
+        assert "r.jsonl:61: the review of question '0' is there twice" in scored(
+            "llava-bench", reviews=tmp_path / "r.jsonl"
+        )
+
+    def test_of_another_kind_or_about_another_answer(
+        self, scored: Any, files: dict[str, Path], runs: list[Path], lines: Any
+    ) -> None:
+        rows = [json.loads(row) for row in runs[0].read_text().splitlines()]
+        shifted = [{**row, "question_id": (row["question_id"] + 1) % 60} for row in rows]
+        assert "a review of kind" in scored("llava-bench", **files, reviews=lines("r.jsonl", shifted))
+        rows[7]["answer1_id"] = "other"
+        assert "about another reference answer" in scored("llava-bench", **files, reviews=lines("r.jsonl", rows))
+
+    def test_a_context_without_its_picture(
+        self, scored: Any, files: dict[str, Path], runs: list[Path], lines: Any
+    ) -> None:
+        rows = files["context"].read_text().splitlines()[:-1]
+        files["context"] = lines("c.jsonl", map(json.loads, rows))
+        assert "nothing about the picture of question" in scored("llava-bench", **files, reviews=runs[0])
+
+
+def test_the_questions_of_both(real: Path, files: dict[str, Path]) -> None:
+    wild = LlavaBench(LlavaBenchOptions(**files))
+    assert isinstance(wild, Judged)
+    coco = LlavaBench(
+        LlavaBenchOptions(
+            questions=real / "llava/qa90_questions.jsonl",
+            context=real / "llava/caps_boxes_coco2014_val_80.jsonl",
+            reference=real / "llava/qa90_gpt4_answer.jsonl",
+        )
+    )
+    for task, count in ((wild, 60), (coco, 90)):
+        questions = list(task.questions())
+        assert len(questions) == count
+        assert all(each.reference and each.turns[0].images for each in questions)
+        assert task.reviews() == []
+    assert [each.category for each in questions[:3]] == ["conv", "detail", "complex"]

@@ -1,0 +1,229 @@
+"""POPE: LLaVA-1.5's published figure, and files that don't belong together."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavactl.components.tasks.pope import rates, says_yes, split_of
+
+PUBLISHED = {"tp": 1182, "fp": 31, "tn": 1379, "fn": 318}
+
+
+def pope(real: Path, labels: int = 2910) -> dict[str, Path]:
+    folder = real / "pope"
+    return {"questions": folder / "questions_llava_random.jsonl", "labels": folder / f"coco_pope_random_{labels}.json"}
+
+
+class TestPublished:
+    def test_llava_13b(self, real: Path, scored: Any) -> None:
+        report = scored("pope", "--answers", real / "pope/answers_llava-v1.5-13b_random.jsonl", **pope(real))
+        scores = report["scores"]
+        assert {name: scores[name] for name in PUBLISHED} == PUBLISHED
+        assert scores["accuracy"] == pytest.approx(100 * (1182 + 1379) / 2910, abs=1e-9)
+        assert scores["precision"] == pytest.approx(100 * 1182 / 1213, abs=1e-9)
+        assert scores["recall"] == pytest.approx(78.8, abs=1e-9)
+        assert round(scores["f1"], 2) == 87.14
+        assert round(scores["yes_ratio"], 2) == 41.68
+        assert (report["task"], report["protocol"], report["n"], report["failed"]) == ("pope", "llava", 2910, 0)
+        low, high = report["interval"]["accuracy"]
+        assert low < scores["accuracy"] < high
+
+    def test_order_means_nothing(self, real: Path, scored: Any, tmp_path: Path) -> None:
+        chance = random.Random(0)
+        shuffled: dict[str, Path] = {}
+        for name, path in {**pope(real), "answers": real / "pope/answers_llava-v1.5-13b_random.jsonl"}.items():
+            rows = path.read_text().splitlines()
+            chance.shuffle(rows)
+            shuffled[name] = tmp_path / path.name
+            shuffled[name].write_text("\n".join(rows))
+        answers = shuffled.pop("answers")
+        scores = scored("pope", "--answers", answers, **shuffled)["scores"]
+        assert {name: scores[name] for name in PUBLISHED} == PUBLISHED
+
+    @pytest.mark.parametrize("form", ["list", "bom", "crlf", "indented"])
+    def test_the_same_in_other_clothes(self, real: Path, scored: Any, tmp_path: Path, form: str) -> None:
+        given: dict[str, Path] = {}
+        for name, path in {**pope(real), "answers": real / "pope/answers_llava-v1.5-13b_random.jsonl"}.items():
+            rows = path.read_text().splitlines()
+            text = {
+                "list": "[" + ",".join(rows) + "]",
+                "bom": "\ufeff" + "\n".join(rows),
+                "crlf": "\r\n".join(rows) + "\r\n\r\n",
+                "indented": json.dumps([json.loads(row) for row in rows], indent=2),
+            }[form]
+            given[name] = tmp_path / path.name
+            given[name].write_text(text, encoding="utf-8", newline="")
+        answers = given.pop("answers")
+        assert round(scored("pope", "--answers", answers, **given)["scores"]["f1"], 2) == 87.14
+
+
+class TestWrongFiles:
+    def test_labels_of_the_other_version_are_refused(self, real: Path, scored: Any) -> None:
+        said = scored("pope", "--answers", real / "pope/answers_llava-v1.5-13b_random.jsonl", **pope(real, 3000))
+        assert "144 of 2910 questions have none, 234 of 3000 labels have no question" in said
+        assert "hint: the random split has 2,910 questions" in said
+
+    @pytest.mark.parametrize("version", [2910, 3000])
+    def test_answers_to_the_other_version_are_refused(self, real: Path, scored: Any, lines: Any, version: int) -> None:
+        """Ids 1 to 2910 are in both versions, for other questions from the eleventh on: the prompt tells."""
+        rows = [json.loads(row) for row in (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text().splitlines()]
+        answers = lines("a.jsonl", ({**row, "question_id": row["question_id"] - 10_000_000} for row in rows))
+        labels = real / f"pope/coco_pope_random_{version}.json"
+        said = scored("pope", "--answers", answers, questions=labels, labels=labels)
+        if version == 2910:
+            assert round(said["scores"]["f1"], 2) == 87.14
+        else:
+            assert "90 of 3000 questions have no answer" in said
+            cut = lines("q.jsonl", map(json.loads, labels.read_text().splitlines()[:2910]))
+            assert "of 2910 answers are to other questions" in scored("pope", "--answers", answers, questions=cut)
+
+    def test_a_cut_file_of_answers(self, real: Path, scored: Any, tmp_path: Path) -> None:
+        whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_bytes()
+        (tmp_path / "cut.jsonl").write_bytes(whole[:-40])
+        assert "cut.jsonl:2910: not JSON" in scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
+        (tmp_path / "cut.jsonl").write_bytes(whole[: whole[:-1].rindex(b"\n") + 1])
+        said = scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
+        assert "1 of 2910 questions have no answer, the first is '10002910'" in said
+
+    def test_an_answer_twice(self, real: Path, scored: Any, tmp_path: Path) -> None:
+        whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
+        (tmp_path / "a.jsonl").write_text(whole + whole.splitlines()[4] + "\n")
+        said = scored("pope", "--answers", tmp_path / "a.jsonl", **pope(real))
+        assert "a.jsonl:2911: question '10000005' is answered twice" in said
+
+
+QUESTIONS = [
+    {
+        "question_id": split * 10 + at,
+        "image": f"{at}.jpg",
+        "text": f"Is there a {thing} in the image?",
+        "category": name,
+    }
+    for split, name in enumerate(("random", "popular", "adversarial"))
+    for at, thing in enumerate(("dog", "cat", "café ☕", "fork"))
+]
+
+
+def labels_of(split: str, last: str = "no") -> list[dict[str, Any]]:
+    gold = ["yes", "no", "yes", last]
+    own = [each for each in QUESTIONS if each["category"] == split]
+    return [
+        {"image": each["image"], "text": each["text"], "label": label} for each, label in zip(own, gold, strict=True)
+    ]
+
+
+class TestSplits:
+    @pytest.fixture
+    def files(self, lines: Any, tmp_path: Path) -> dict[str, Any]:
+        (tmp_path / "coco").mkdir()
+        labels = [
+            lines(f"coco/coco_pope_{name}.json", labels_of(name)) for name in ("random", "popular", "adversarial")
+        ]
+        said = ("Yes, there is.", "No.", "It is not there.", "no")
+        answers = ({"question_id": each["question_id"], "text": said[at % 4]} for at, each in enumerate(QUESTIONS))
+        return {
+            "questions": lines("q.jsonl", QUESTIONS),
+            "labels": labels,
+            "answers": lines("a.jsonl", answers),
+            "folder": tmp_path / "coco",
+        }
+
+    def test_each_and_all_of_them(self, scored: Any, files: dict[str, Any]) -> None:
+        for labels in (files["labels"], files["folder"]):
+            report = scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
+            scores = report["scores"]
+            assert report["n"] == 12
+            assert (scores["tp"], scores["fp"], scores["tn"], scores["fn"]) == (3, 0, 6, 3)
+            for split in ("random", "popular", "adversarial"):
+                assert scores[split]["tp"] == scores[split]["fn"] == 1
+                assert scores[split]["f1"] == pytest.approx(200 / 3)
+            assert scores["mean"]["f1"] == pytest.approx(200 / 3)
+            assert set(report["interval"]) == {"accuracy", "random", "popular", "adversarial"}
+
+    def test_one_of_them_counts_and_ignores_the_rest(self, scored: Any, files: dict[str, Any]) -> None:
+        report = scored("pope", "--answers", files["answers"], questions=files["questions"], labels=files["labels"][1])
+        assert (report["n"], report["ignored"]) == (4, 8)
+        assert "popular" not in report["scores"]
+
+    def test_one_twice(self, scored: Any, files: dict[str, Any]) -> None:
+        twice = [files["labels"][0], files["labels"][0]]
+        assert "split 'random' is there twice" in scored(
+            "pope", "--answers", files["answers"], questions=files["questions"], labels=twice
+        )
+
+    def test_labels_by_id_alone(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
+        own = [each for each in QUESTIONS if each["category"] == "random"]
+        rows = [{"question_id": each["question_id"], "label": "Yes"} for each in own]
+        report = scored(
+            "pope", "--answers", files["answers"], questions=lines("r.jsonl", own), labels=lines("l.json", rows)
+        )
+        assert report["scores"]["recall"] == 25
+
+    @pytest.mark.parametrize(
+        ("row", "why"),
+        [
+            ({"label": "maybe"}, "`label` is 'maybe', not yes or no"),
+            ({"label": None}, "there is no `label`"),
+            ({"label": 1}, "`label` is 1, not text"),
+            ({"image": "0.jpg", "text": QUESTIONS[0]["text"]}, "the question of"),
+        ],
+    )
+    def test_a_label_that_is_none(
+        self, scored: Any, files: dict[str, Any], lines: Any, row: dict[str, Any], why: str
+    ) -> None:
+        rows = labels_of("random")
+        rows[2] |= row
+        labels = lines("coco_pope_random.json", rows)
+        assert why in scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
+
+    def test_a_limit_asks_the_first(self, scored: Any, files: dict[str, Any]) -> None:
+        options = {"questions": files["questions"], "labels": files["labels"]}
+        report = scored("pope", "--answers", files["answers"], "--limit", 2, **options)
+        assert report["n"] == 2
+        assert report["scores"]["accuracy"] == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        ("No", False),
+        ("no, there isn't", False),
+        ("Yes. No dogs, though", True),
+        ("There is not", False),
+        ("NO", True),
+        ("None", True),
+        ("", True),
+        ("nothing of the kind", True),
+        ("Yes,no", True),
+        ("ｎｏ", True),
+    ],
+)
+def test_reading_as_llava_does(text: str, yes: bool) -> None:
+    assert says_yes(text) is yes
+
+
+def test_an_answer_without_a_word_is_counted_apart(scored: Any, lines: Any) -> None:
+    questions = lines("q.jsonl", [{**QUESTIONS[0], "label": "yes"}, {**QUESTIONS[1], "label": "no"}])
+    answers = lines("a.jsonl", [{"question_id": 0, "text": "  "}, {"question_id": 1, "text": ""}])
+    report = scored("pope", "--answers", answers, questions=questions)
+    assert (report["failed"], report["scores"]["fp"], report["scores"]["tp"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["coco_pope_popular.json", "popular-9000.jsonl", "gqa_pope_seem_popular.json"])
+def test_the_split_of_a_file(name: str) -> None:
+    assert split_of(Path(name)) == "popular"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans())))
+def test_rates_are_shares_or_none(pairs: list[tuple[bool, bool]]) -> None:
+    found = rates(pairs)
+    assert found["tp"] + found["fp"] + found["tn"] + found["fn"] == len(pairs)  # type: ignore[operator]
+    for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        assert found[name] is None or 0 <= found[name] <= 100  # type: ignore[operator]

@@ -1,0 +1,79 @@
+"""Files of answers, ours and others'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.evaluation.answers import read_answers
+
+
+def read(tmp_path: Path, *rows: Any) -> dict[str, str]:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return {name: answer.text for name, answer in read_answers(path).items()}
+
+
+def test_names_of_others(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "text": "one\u2028two\x85three"},
+        {"question_id": 2, "id": 9, "answer": ""},
+        {"questionId": 3, "pred": "x"},
+        {"image_id": 4, "caption": "y"},
+    ]
+    assert read(tmp_path, *rows) == {"a": "one\u2028two\x85three", "2": "", "3": "x", "4": "y"}
+
+
+def test_what_else_they_say_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"id": 1, "text": "x", "prompt": "p"}]')
+    assert read_answers(tmp_path / "a.json")["1"].extra == {"id": 1, "prompt": "p"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": 1},
+        {"text": "x"},
+        {"id": None, "text": "x"},
+        {"id": 1, "text": None},
+        {"id": True, "text": ""},
+        {"id": [1], "text": ""},
+    ],
+)
+def test_no_answer(tmp_path: Path, row: Any) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:1: an answer is"):
+        read(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("document", "why"),
+    [
+        ({"results": {"1": "B"}}, "`results` of question '1' is 'B'"),
+        ({"results": {"1": True}}, "is True, not an option's place"),
+        ({"results": {"1": 99}}, "is 99"),
+        ({"results": {"1": 0}, "outputs": {"2": "A"}}, "`outputs` are not those of the questions"),
+        ({"results": {"1": 0}, "outputs": {"1": None}}, "is None, not text"),
+        ({"correct": [{"question_id": "1", "pred": "A"}], "incorrect": [{"question_id": "1", "pred": "B"}]}, "twice"),
+        ({"correct": [3], "incorrect": []}, "an answer is"),
+    ],
+)
+def test_no_file_of_results(tmp_path: Path, document: Any, why: str) -> None:
+    for indent in (None, 2):
+        (tmp_path / "r.json").write_text(json.dumps(document, indent=indent))
+        with pytest.raises(DataError) as caught:
+            read_answers(tmp_path / "r.json")
+        assert why in caught.value.message
+
+
+def test_results_without_outputs(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"results": {"1": 2, "7": -1}}')
+    answers = read_answers(tmp_path / "r.json")
+    assert [(each.text, each.extra["index"]) for each in answers.values()] == [("C", 2), ("", -1)]
+
+
+def test_an_empty_file_holds_none(tmp_path: Path) -> None:
+    assert read(tmp_path) == {}

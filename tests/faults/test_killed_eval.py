@@ -1,0 +1,52 @@
+"""`llavactl eval` killed while it asks, and run again: no answer is asked for twice, and the scores are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llavactl.testing import run_cli
+
+OPTIONS = ("-t", "scenes=15", "-o", "eval.max_new_tokens=3", "-o", "eval.batch_size=2", "--json")
+
+
+def start(toy: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llavactl", "eval", "scenes", *OPTIONS],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=toy,
+    )  # fmt: skip
+
+
+def answers(toy: Path) -> list[bytes]:
+    return [line for file in (toy / "runs/toy/eval/answers").glob("*.jsonl") for line in file.read_bytes().splitlines()]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again_is_uninterrupted(toy: Path) -> None:
+    short = ("-o", "features.mode=live", "-o", "stage1.max_steps=1")
+    assert run_cli("train", "--stage", "1", *short, cwd=toy).exit_code == 0
+    process = start(toy)
+    while len(answers(toy)) < 10:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = answers(toy)
+    assert 10 <= len(before) < 90
+    whole = [line for line in before if line.endswith(b"}")]
+    again = run_cli("eval", "scenes", *OPTIONS, cwd=toy)
+    assert again.exit_code == 0, again.stderr
+    assert answers(toy)[: len(whole)] == whole
+    assert len(answers(toy)) == 90
+    for file in (toy / "runs/toy/eval/answers").iterdir():
+        file.unlink()
+    (toy / "runs/toy/eval/scenes.json").unlink()
+    uninterrupted = run_cli("eval", "scenes", *OPTIONS, cwd=toy).json()
+    assert uninterrupted["finished_before"] is False
+    assert uninterrupted["scores"] == again.json()["scores"]

@@ -1,0 +1,166 @@
+"""Asking a model: answers on disk as they come, some questions only, pages of cases, and candidates compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.evaluation.answers import read_answers
+from llavactl.testing import run_cli
+
+SCENES = ("-t", "scenes=3")
+
+
+@pytest.fixture(scope="module")
+def trained(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy recipe with a model of one step."""
+    folder = tmp_path_factory.mktemp("trained") / "toy"
+    shutil.copytree(toys, folder)
+    short = ("-o", "features.mode=live", "-o", "stage1.max_steps=1", "-o", "eval.max_new_tokens=4")
+    assert run_cli("train", "--stage", "1", *short, cwd=folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "toy"
+    shutil.copytree(trained, folder)
+    return folder
+
+
+def evaluate(folder: Path, *arguments: str, code: int = 0) -> Any:
+    options = ("-o", "eval.max_new_tokens=4", "--json")
+    result = run_cli("eval", "scenes", *SCENES, *options, *arguments, cwd=folder)
+    assert result.exit_code == code, result.stderr
+    return result.json() if code == 0 else result.stderr
+
+
+def kept(folder: Path) -> list[str]:
+    (file,) = (folder / "runs/toy/eval/answers").glob("scenes-*.jsonl")
+    return file.read_text().splitlines()
+
+
+def test_some_questions_then_all_of_them(run: Path) -> None:
+    some = evaluate(run, "--limit", "4")
+    assert some["n"] == 4
+    assert len(kept(run)) == 4
+    assert not (run / "runs/toy/eval/scenes.json").exists()
+    assert json.loads((run / "runs/toy/eval/limited/scenes.json").read_text())["n"] == 4
+    before = kept(run)
+    whole = evaluate(run)
+    assert (whole["n"], whole["ignored"], whole["finished_before"]) == (18, 0, False)
+    assert kept(run)[:4] == before
+    assert len(kept(run)) == 18
+    assert evaluate(run)["finished_before"] is True
+    assert evaluate(run, "--limit", "4")["finished_before"] is True
+    assert evaluate(run, "--limit", "5")["n"] == 5
+
+
+def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path) -> None:
+    blind = ("-o", "eval.blind_twin=true")
+    evaluate(run, *blind, "--limit", "7")
+    some = {file.name: file.read_text().splitlines() for file in (run / "runs/toy/eval/answers").iterdir()}
+    assert sorted(map(len, some.values())) == [7, 7]
+    shutil.rmtree(run / "runs/toy/eval")
+    evaluate(run, *blind)
+    for name, lines in some.items():
+        assert set(lines) <= set((run / "runs/toy/eval/answers" / name).read_text().splitlines())
+
+
+def test_a_file_cut_by_a_kill_goes_on(run: Path) -> None:
+    whole = evaluate(run)
+    (file,) = (run / "runs/toy/eval/answers").glob("scenes-*.jsonl")
+    text = file.read_text()
+    file.write_text(text[: len(text) // 2])
+    (run / "runs/toy/eval/scenes.json").unlink()
+    assert evaluate(run)["scores"] == whole["scores"]
+    assert len(read_answers(file)) == 18
+
+
+def test_the_worst_cases_beside_their_pictures(run: Path) -> None:
+    evaluate(run)
+    folder = run / "runs/toy/eval/cases"
+    page, markdown = (folder / "scenes.html").read_text(), (folder / "scenes.md").read_text()
+    assert "The worst answers" in page
+    assert page.count("data:image/jpeg;base64,") >= 18
+    pictures = [line[5:-2] for line in markdown.splitlines() if line.startswith("![](<")]
+    assert len(pictures) >= 18
+    assert all((folder / picture).is_file() for picture in pictures)
+    assert '<a href="eval/cases/scenes.html">' in (run / "runs/toy/report.html").read_text()
+    evaluate(run, "--cases", "elsewhere")
+    assert (run / "elsewhere/scenes.md").read_text() == markdown
+
+
+def test_cases_of_stored_answers_hold_no_markup_of_theirs(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script> ![](http://x) | `x`\n# no title\n</div>"
+    rows = [{"question_id": at, "image": f"{at}.jpg", "text": f"Is it {evil}?", "label": "yes"} for at in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": at, "text": f"no {evil}"}) + "\n" for at in range(3)))
+    answers = ("--answers", "a.jsonl", "-t", "questions=q.jsonl")
+    assert run_cli("eval", "pope", *answers, "--cases", "cases", cwd=tmp_path).exit_code == 0
+    page, markdown = ((tmp_path / f"cases/pope.{kind}").read_text() for kind in ("html", "md"))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    for line in markdown.splitlines():
+        assert line.startswith("    ") or not any(mark in line for mark in ("<script", "![](http", "# no"))
+
+
+def test_missing_pictures_stop_it_before_the_model(run: Path) -> None:
+    rows = [{"question_id": at, "image": f"{at}.jpg", "text": "Is it?", "label": "yes"} for at in range(3)]
+    (run / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_cli("eval", "pope", "-t", "questions=q.jsonl", cwd=run)
+    assert result.exit_code == 1
+    assert "3 of 3 pictures can't be read, the first is 0.jpg: No such file or directory" in result.stderr
+    assert not (run / "runs/toy/eval/answers").exists()
+
+
+class TestCompare:
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Path:
+        """Twenty questions; `a` gets the first ten right, `b` all but the last two."""
+        rows = [{"question_id": at, "image": "x.jpg", "text": f"{at}?", "label": "yes"} for at in range(20)]
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, right in (("a", 10), ("b", 18)):
+            said = [{"id": at, "text": "yes" if at < right else "no"} for at in range(20)]
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+        return tmp_path
+
+    def compare(self, folder: Path, *given: str) -> Any:
+        words = [word for each in given for word in ("--compare", each)]
+        return run_cli("eval", "pope", "-t", "questions=q.jsonl", "--json", *words, cwd=folder)
+
+    def test_files(self, files: Path) -> None:
+        report = self.compare(files, "a.jsonl", "b.jsonl").json()
+        assert [each["scores"]["accuracy"] for each in report["candidates"]] == [50, 90]
+        (pair,) = report["pairs"]
+        assert (pair["a"], pair["b"], pair["only_a"], pair["only_b"]) == ("a.jsonl", "b.jsonl", 0, 8)
+        assert pair["difference"] == pytest.approx(40)
+        assert pair["interval"][0] > 15
+        assert pair["p"] == 2 / 2**8
+
+    def test_one_alone_or_twice(self, files: Path) -> None:
+        for given in (["a.jsonl"], ["a.jsonl", "a.jsonl"]):
+            assert "two or more different runs" in self.compare(files, *given).stderr
+
+    def test_runs(self, run: Path) -> None:
+        evaluate(run)
+        shutil.copytree(run / "runs/toy", run / "runs/other")
+        (file,) = (run / "runs/other/eval/answers").glob("*.jsonl")
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "text": "yes"}) + "\n" for row in rows))
+        report = evaluate(run, "--compare", "runs/toy", "--compare", "runs/other")
+        assert report["n"] == 18
+        assert (
+            report["candidates"][0]["scores"] == json.loads((run / "runs/toy/eval/scenes.json").read_text())["scores"]
+        )
+        assert report["pairs"][0]["only_b"] > 0
+        assert "was not evaluated in this run" in evaluate(run, "--compare", "runs/toy", "--compare", ".", code=1)
+
+    def test_what_is_judged_has_nothing_to_pair(self, files: Path) -> None:
+        (files / "r.jsonl").write_text('{"question_id": 1, "category": "conv", "content": "8 9"}')
+        words = ("--compare", "a.jsonl", "--compare", "b.jsonl", "-t", "reviews=r.jsonl")
+        assert "nothing to pair" in run_cli("eval", "llava-bench", *words, cwd=files).stderr
