@@ -74,7 +74,7 @@ def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path) -
     example = {"question": "What?", "answer": "red", "reference": "red", "file": "a b.png"}
     made: dict[str, Any] = dict.fromkeys(field.name for field in fields(RunReport))
     made |= {"name": "small", "run_dir": "runs/small", "model": "m", "report": "r.html"}
-    verb("run", "run", RunReport(**made | {"eval": (scored,), "example": example}))
+    verb("run", "run", RunReport(**made | {"eval": (scored,), "export": (), "example": example}))
     shown = run_cli("run", cwd=here).stdout.splitlines()
     assert shown[0] == "small in runs/small"
     assert "eval     scenes, 16 questions, protocol exact, 1 not understood" in shown
@@ -259,7 +259,7 @@ class TestChat:
 
     def test_a_model_needs_no_recipe(self, opened: MagicMock, empty: Path) -> None:
         assert run_cli("chat", "--model", "m", "--prompt", "x", cwd=empty).exit_code == 0
-        assert opened.call_args.args == (None, "m")
+        assert opened.call_args.args == (None, "m", None)
 
     def test_a_missing_image_is_told_before_the_model_is_read(self, opened: MagicMock, here: Path) -> None:
         result = run_cli("chat", "--prompt", "x", "--image", "none.jpg", cwd=here)
