@@ -15,11 +15,17 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Request
 from llavactl.core.registry import registry
 from llavactl.core.schema import Box, Sample
-from llavactl.teaching.generate import made, requests, symbols
-from llavactl.teaching.replies import DETAIL_QUESTIONS, turns
+from llavactl.teaching.generate import made, requests
+from llavactl.teaching.messages import prompts, symbols
+from llavactl.teaching.replies import Kind
+from llavactl.teaching.replies import turns as turns_of
 from llavactl.testing import check_source, run_cli
 
 WEIGHTS: dict[Any, float] = {"conversation": 8, "detail": 1, "reasoning": 1}
+
+
+def turns(kind: Kind, reply: str, seed: str) -> list[tuple[str, str]]:
+    return turns_of(kind, reply, seed, prompts().questions)
 
 
 def pictures(count: int, split: str = "train") -> list[Sample]:
@@ -31,8 +37,8 @@ def pictures(count: int, split: str = "train") -> list[Sample]:
 def test_replies_are_read_and_malformed_ones_refused() -> None:
     blocks = "Question:\nWhat?\n===\nAnswer:\nA dog\non a mat.\n===\nQuestion: Why?\n===\nAnswer: It is.\n"
     assert turns("conversation", blocks, "") == [("What?", "A dog\non a mat."), ("Why?", "It is.")]
-    assert turns("detail", " A dog. ", "x")[0][0] in DETAIL_QUESTIONS
-    assert len(set(DETAIL_QUESTIONS)) == 16
+    assert turns("detail", " A dog. ", "x")[0][0] in prompts().questions
+    assert len(set(prompts().questions)) == 16
     for wrong in (
         "",
         "hello",
