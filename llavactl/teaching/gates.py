@@ -81,8 +81,8 @@ class Gatekeeper:
         if gates.leaks:
             for text in (*questions, *answers):
                 yield from (("leak", f"{what}: {_around(text, m)}") for rule, what in LEAKS if (m := rule.search(text)))
-        if gates.language is not None and (why := _not_english(" ".join((*questions, *answers)))):
-            yield "language", why
+        if gates.language is not None:
+            yield from (("language", why) for text in (*questions, *answers) if (why := _not_english(text)))
         if gates.duplicates:
             yield from self._duplicates(made, questions)
         if gates.similarity is not None:

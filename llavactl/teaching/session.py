@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,12 +78,11 @@ class Session:
 
     def estimate(self, wishes: Wishes) -> Estimate:
         """What is still to be asked and would take; nothing is asked or written."""
-        journal = Journal(self.kept_in) if self.kept_in.is_file() else None
-        answered = journal.answered() if journal else set()
-        todo = [each for each in self.keyed if each.key not in answered]
-        money = f"{self.prices.currency}, prices of {self.prices.date}"
-        kept = len(self.keyed) - len(todo)
-        return estimate(todo, kept, self.teacher.limits, self.told, self.budget(wishes), journal, money)
+        with Journal(self.kept_in) if self.kept_in.is_file() else nullcontext() as journal:
+            todo = self._todo(wishes, journal) if journal else list(self.keyed)
+            money = f"{self.prices.currency}, prices of {self.prices.date}"
+            kept = len(self.keyed) - len(todo)
+            return estimate(todo, kept, self.teacher.limits, self.told, self.budget(wishes), journal, money)
 
     def run(self, wishes: Wishes, journal: Journal) -> Done:
         """Asks for what has no reply yet, within the budget, or by files."""

@@ -183,4 +183,4 @@ def _finished(out: Path, digest: str) -> GenerateReport | None:
         return None
     known = {each.name for each in fields(GenerateReport)}
     facts: dict[str, Any] = {key: value for key, value in report.items() if key in known}
-    return GenerateReport(**facts | {"finished_before": True})
+    return GenerateReport(**facts | {"finished_before": True, "asking": None, "estimate": None})

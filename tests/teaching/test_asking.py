@@ -134,6 +134,15 @@ def test_money_is_never_more_than_allowed(recipe: Folder) -> None:
         assert more["asking"]["spent"]["cost"] <= 5
 
 
+def test_a_whole_run_does_not_train_on_a_part(recipe: Folder) -> None:
+    with toy_endpoint() as endpoint:
+        folder = recipe(endpoint.url, 20)
+        result = run_cli("run", "-o", "generate.max_cost=2", cwd=folder)
+        assert result.exit_code == 1
+        assert "requests to the teacher are left" in result.stderr
+        assert not (folder / "runs").exists()
+
+
 def test_what_may_have_been_charged_counts_with_its_most(recipe: Folder) -> None:
     with toy_endpoint(lambda number, body: Answers(wait_s=2)) as endpoint:
         folder = recipe(endpoint.url, 50, more=", timeout_s: 0.2, retries: 50, concurrency: 2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,16 @@ def test_generate_writes_records_that_are_whole_in_themselves(tmp_path: Path) ->
     assert again.json()["finished_before"] is True
     other = run_cli("data", "generate", "-o", "seed=1", "--json", cwd=tmp_path)
     assert other.json()["finished_before"] is False
+
+
+def test_a_hostile_reply_takes_no_time_and_a_thought_is_no_reply() -> None:
+    began = time.monotonic()
+    for wrong in (" " * 2_000_000, "\n" * 2_000_000, "=" * 2_000_000, "===\n" * 500_000, "Question: " * 200_000):
+        with pytest.raises(DataError):
+            turns("conversation", wrong, "")
+    assert time.monotonic() - began < 5
+    for wrong in ("a\0b", "\ud800", "\x1b[31mred", "see <image> here"):
+        with pytest.raises(DataError, match="holds"):
+            turns("detail", wrong, "")
+    assert turns("detail", "<think>\nThe user wants…\n</think>\n\nA dog.", "x")[0][1] == "A dog."
+    assert turns("detail", "Tabs\tand\r\nlines are fine – “so” are these 🐕", "x")
