@@ -84,9 +84,15 @@ def size(request: Request) -> Size:
 
 
 def ask(
-    teacher: LanguageTeacher, todo: Sequence[Keyed], journal: Journal, budget: Budget, *, answered: int = 0
+    teacher: LanguageTeacher,
+    todo: Sequence[Keyed],
+    journal: Journal,
+    budget: Budget,
+    *,
+    answered: int = 0,
+    what: str = "generate",
 ) -> Asked:
-    """Sends ``todo`` and keeps every reply in ``journal``; ``answered`` are for the progress line alone.
+    """Sends ``todo`` and keeps every reply in ``journal``; ``answered`` and ``what`` are for the progress line alone.
 
     Raises:
         TeacherError: no request will ever be answered; what was answered before is kept.
@@ -94,7 +100,7 @@ def ask(
     """
     asking = _Asking(teacher, todo, journal, budget)
     with _interrupts(asking.interrupt):
-        return asking.run(answered)
+        return asking.run(answered, what)
 
 
 @contextmanager
@@ -151,9 +157,9 @@ class _Asking:
         self.replies = self.failures = 0
         self.refusals: list[int] = []
 
-    def run(self, answered: int) -> Asked:
+    def run(self, answered: int, what: str) -> Asked:
         total = answered + len(self.fresh)
-        with progress.bar(total, "generate", "reply", start=answered) as self.bar:
+        with progress.bar(total, what, "reply", start=answered) as self.bar:
             try:
                 while self.flying or (not self.stopped and (self.fresh or self.again)):
                     self._take(self._send())

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import eq
 from typing import TYPE_CHECKING
 
 from llavactl.teaching.generate import Made
@@ -44,7 +47,7 @@ COMMON = frozenset(
 
 ENGLISH_LETTERS, ENGLISH_COMMON, ENGLISH_WORDS = 0.8, 0.1, 12
 BINS, SHINGLE, SHORT = 64, 3, 8
-ROWS = 4
+ROWS, CROWD = 4, 20
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
 
 
@@ -54,7 +57,8 @@ class Gatekeeper:
     def __init__(self, gates: Gates) -> None:
         self.gates = gates
         self._asked: dict[str, set[str]] = {}
-        self._like: dict[tuple[int, ...], list[tuple[str, tuple[int, ...]]]] = {}
+        self._sketches: list[tuple[array[int], str]] = []
+        self._like: dict[int, list[int]] = {}  # which of the sketches have this band
 
     def check(self, made: Made) -> Made:
         """``made`` as it is, or without its record and with the reason."""
@@ -102,17 +106,23 @@ class Gatekeeper:
         sketch = _sketch(text)
         if sketch is None:
             return
-        bands = [(start, *sketch[start : start + ROWS]) for start in range(0, BINS, ROWS)]
-        for band in bands:
-            for other, theirs in self._like.get(band, ()):
-                alike = sum(a == b for a, b in zip(sketch, theirs, strict=True)) / BINS
-                if alike >= least:
-                    yield "near-duplicate", f"{alike:.0%} like {other}"
-                    return
+        bands = [hash((start, *sketch[start : start + ROWS])) for start in range(0, BINS, ROWS)]
+        shared = Counter(other for band in bands for other in self._like.get(band, ()))
+        # Two texts that are alike to that degree share so many bands on average; half of that is nearly always there.
+        enough = max(1, round(BINS / ROWS * least**ROWS / 2))
+        for other, hits in shared.items():
+            if hits < enough:
+                continue
+            theirs, theirs_name = self._sketches[other]
+            alike = sum(map(eq, sketch, theirs)) / BINS
+            if alike >= least:
+                yield "near-duplicate", f"{alike:.0%} like {theirs_name}"
+                return
         for band in bands:
             bucket = self._like.setdefault(band, [])
-            if len(bucket) < 20:  # a phrase that everybody writes must not make this quadratic
-                bucket.append((name, sketch))
+            if len(bucket) < CROWD:  # a phrase that everybody writes must not make this quadratic
+                bucket.append(len(self._sketches))
+        self._sketches.append((sketch, name))
 
 
 def _structure(kind: str, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -140,7 +150,7 @@ def _not_english(text: str) -> str:
     return ""
 
 
-def _sketch(text: str) -> tuple[int, ...] | None:
+def _sketch(text: str) -> array[int] | None:
     """The least hash of its three-word runs in each of 64 bins; equal shares estimate how many runs two texts share.
 
     None for less than 8 words. An empty bin takes its left neighbour's value (Shrivastava and Li 2014, rotation).
@@ -160,7 +170,7 @@ def _sketch(text: str) -> tuple[int, ...] | None:
     for each in bins:
         last = last if each is None else each
         sketch.append(last)
-    return tuple(sketch)
+    return array("L", sketch)
 
 
 def _picture(made: Made) -> str:
