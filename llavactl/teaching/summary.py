@@ -38,7 +38,8 @@ class Summary:
         self.words.setdefault(f"{kind}: questions", []).extend(len(text.split()) for text in said[::2])
         self.words.setdefault(f"{kind}: answers", []).extend(len(text.split()) for text in said[1::2])
         self.words.setdefault(f"{kind}: turns", []).append(len(said) // 2)
-        self.openings.update(" ".join(text.lower().split()[:2]) for text in said[::2])
+        if kind != "detail":  # whose questions are drawn from a list
+            self.openings.update(" ".join(text.lower().split()[:2]) for text in said[::2])
         # Each of n records stays with the same chance (reservoir sampling, Vitter's algorithm R).
         place = self._draw.randrange(self.kinds.total())
         if len(self.examples) < EXAMPLES:

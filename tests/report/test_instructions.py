@@ -65,7 +65,7 @@ def test_figures_and_samples(folder: Path) -> None:
             "reasoning: questions": {"least": 3, "median": 3, "90 %": 3, "most": 3},
             "reasoning: turns": {"least": 1, "median": 1, "90 %": 1, "most": 1},
         },
-        "openings": {"what is": 30},
+        "openings": {"what is": 15},
     }
     assert json.loads(json.dumps(summary.document())) == summary.document()
     assert len({each.request.id for each in summary.examples}) == 10
