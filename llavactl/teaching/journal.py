@@ -152,8 +152,8 @@ class Journal:
     def spent(self) -> Spent:
         """What all attempts together took."""
         (row,) = self._run(_SPENT)
-        *counts, cost = row
-        return Spent(*counts, round(cost, 9))
+        requests, replies, tokens_in, tokens_out, cost = row
+        return Spent(requests, replies, tokens_in, tokens_out, round(cost, 9))
 
     def usual(self, kind: str) -> Usual:
         """What a reply of ``kind`` took on average."""
