@@ -102,8 +102,8 @@ def test_retry_after_is_honoured_by_all(recipe: Folder) -> None:
 
 
 def test_eight_at_a_time(recipe: Folder) -> None:
-    with toy_endpoint(lambda number, body: Answers(wait_s=0.2)) as endpoint:
-        generate(recipe(endpoint.url, 20))
+    with toy_endpoint(lambda number, body: Answers(wait_s=1.0)) as endpoint:
+        generate(recipe(endpoint.url, 16))
         assert endpoint.most == 8
 
 
