@@ -159,7 +159,7 @@ class _Asking:
 
     def run(self, answered: int, what: str) -> Asked:
         total = answered + len(self.fresh)
-        with progress.bar(total, what, "reply", start=answered) as self.bar:
+        with progress.bar(total, what, "answer", start=answered) as self.bar:
             try:
                 while self.flying or (not self.stopped and (self.fresh or self.again)):
                     self._take(self._send())

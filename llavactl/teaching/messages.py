@@ -20,6 +20,8 @@ from llavactl.recipe.document import display
 from llavactl.teaching import files
 from llavactl.teaching.replies import Kind, turns
 
+OURS = files.HERE / "prompts"
+
 Filled = Annotated[str, Field(pattern=r"\S", description="text that isn't empty")]
 
 
@@ -73,27 +75,32 @@ def _numbers(xyxy: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in xyxy)
 
 
-@cache
 def prompts(folder: Path | None = None) -> Prompts:
     """Those in ``folder`` (``conversation.yaml``, …), and the package's for kinds that it doesn't have.
 
     Raises:
         RecipeError: a file isn't a prompt, or an example's reply is not of the form that it asks for.
     """
-    ours = files.HERE / "prompts"
-    if folder is not None and not any((folder / f"{kind}.yaml").is_file() for kind in get_args(Kind)):
+    if folder is None:
+        return _ours()
+    kinds = get_args(Kind)
+    if not any((folder / f"{kind}.yaml").is_file() for kind in kinds):
         raise RecipeError(
             f"generate.prompts: {folder} holds no prompt",
-            hint=f"it may hold {', '.join(f'{kind}.yaml' for kind in get_args(Kind))}; the package's are in {ours}",
+            hint=f"it may hold {', '.join(f'{kind}.yaml' for kind in kinds)}; the package's are in {OURS}",
         )
-    found: dict[Kind, Prompt] = {}
-    for kind in get_args(Kind):
-        own = (folder or ours) / f"{kind}.yaml"
-        found[kind] = _prompt(own if own.is_file() else ours / own.name, kind)
+    found = dict(_ours().kinds)
+    for kind in kinds:
+        if (own := folder / f"{kind}.yaml").is_file():
+            found[kind] = _prompt(own, kind)
     if not found["detail"].questions:
-        questions = _prompt(ours / "detail.yaml", "detail").questions
-        found["detail"] = found["detail"].model_copy(update={"questions": questions})
+        found["detail"] = found["detail"].model_copy(update={"questions": _ours().questions})
     return Prompts(found)
+
+
+@cache
+def _ours() -> Prompts:
+    return Prompts({kind: _prompt(OURS / f"{kind}.yaml", kind) for kind in get_args(Kind)})
 
 
 def _prompt(file: Path, kind: Kind) -> Prompt:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llavactl.core import progress
 from llavactl.core.errors import TeacherError
 from llavactl.core.protocols import Limits, Reply, Request
 from llavactl.core.schema import Sample
@@ -378,3 +379,24 @@ def test_refusals_stop(tmp_path: Path) -> None:
     teacher = Plain(said)
     with Journal(tmp_path / "j.sqlite") as journal, pytest.raises(TeacherError, match="all 5"):
         ask(teacher, list(keys(teacher, some(10))), journal, Budget())
+
+
+def test_prompts_of_ones_own_are_what_is_sent_and_the_cost_is_told(
+    recipe: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    caplog.set_level("INFO")
+    with toy_endpoint() as endpoint:
+        folder = recipe(endpoint.url, 3)
+        (folder / "mine").mkdir()
+        (folder / "mine/detail.yaml").write_text("system: Say what is there.\nquestions: [Well?]\n")
+        generate(folder, "-o", "generate.prompts=mine", "-o", "generate.max_cost=9")
+        assert {body["messages"][0]["content"] for body in endpoint.bodies} == {"Say what is there."}
+        assert {len(body["messages"]) for body in endpoint.bodies} == {2}
+        assert {row["conversations"][0]["value"] for row in records(folder)} == {"<image>\nWell?"}
+        assert "generate: 3 of 3 answers" in caplog.text
+        assert "cost 0.1530 of 9" in caplog.text
+        before = len(endpoint.bodies)
+        (folder / "mine/detail.yaml").write_text("system: Say all that is there.\nquestions: [Well?]\n")
+        generate(folder, "-o", "generate.prompts=mine")
+        assert len(endpoint.bodies) == before + 3, "another prompt is another question"

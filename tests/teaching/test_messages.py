@@ -58,13 +58,13 @@ def test_what_is_wrong_with_a_prompt_is_said_with_its_line(tmp_path: Path) -> No
         prompts(tmp_path)
     (tmp_path / "detail.yaml").write_text("system: x\nexampels: []\nexamples:\n  - {picture: a, reply: 7}\n")
     with pytest.raises(RecipeError) as caught:
-        prompts(tmp_path / ".")
+        prompts(tmp_path)
     assert "detail.yaml:2: exampels: there is no such key" in caught.value.message
     assert "detail.yaml:4: examples.0.reply: must be" in caught.value.message
     (tmp_path / "detail.yaml").unlink()
     (tmp_path / "reasoning.yaml").write_text("system: x\nexamples:\n  - {picture: a, reply: no blocks}\n")
     with pytest.raises(RecipeError, match=r"examples.0.reply: the reply is not in blocks"):
-        prompts(tmp_path / "." / ".." / tmp_path.name)
+        prompts(tmp_path)
 
 
 def test_prices_have_a_date_and_a_users_file_is_checked(tmp_path: Path) -> None:
