@@ -10,7 +10,7 @@ from typing import Any
 
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.paths import open_atomic
-from llavactl.core.protocols import BatchTeacher
+from llavactl.core.protocols import BatchTeacher, Limits
 from llavactl.teaching.asking import Keyed, size
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.journal import Journal
@@ -31,6 +31,18 @@ class Results:
     failed: int = 0
     known: int = 0
     strange: int = 0
+
+
+def affordable(todo: Sequence[Keyed], budget: Budget, limits: Limits) -> tuple[list[Keyed], str]:
+    """As many of ``todo`` as may be sent when each costs its most, and why no more."""
+    some: list[Keyed] = []
+    for keyed in todo:
+        most = budget.most(size(keyed.request), limits)
+        if refused := budget.refuses(most):
+            return some, refused
+        budget.sent, budget.flying = budget.sent + 1, budget.flying + (most or 0.0)
+        some.append(keyed)
+    return some, ""
 
 
 def write_requests(teacher: BatchTeacher, todo: Sequence[Keyed], file: Path) -> list[Path]:

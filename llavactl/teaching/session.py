@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request
 from llavactl.teaching.asking import Asked, Keyed, ask, keys
-from llavactl.teaching.batch import Results, read_results, write_requests
+from llavactl.teaching.batch import Results, affordable, read_results, write_requests
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.estimate import Estimate, estimate
 from llavactl.teaching.gates import Gatekeeper
@@ -93,7 +93,9 @@ class Session:
         todo = self._todo(wishes, journal)
         budget.spent = journal.spent().cost
         if wishes.batch_requests:
-            files = write_requests(self._by_files(), todo, wishes.batch_requests)
+            some, stopped = affordable(todo, self._cheaper(budget), self.teacher.limits)
+            files = write_requests(self._by_files(), some, wishes.batch_requests)
+            outcome = Asked(stopped=stopped)
         elif results is None:
             outcome = self._ask(todo, journal, budget)
         answered = journal.answered()
@@ -157,7 +159,8 @@ class Session:
         return gated(self.teacher, self.wanted, found)
 
     def _cheaper(self, budget: Budget) -> Budget:
-        return Budget(budget.price and budget.price.times(self.prices.batch), budget.max_cost)
+        """The budget of requests by batch file."""
+        return replace(budget, price=budget.price and budget.price.times(self.prices.batch))
 
     def _by_files(self) -> BatchTeacher:
         if not isinstance(self.teacher, BatchTeacher):

@@ -56,6 +56,16 @@ def test_there_and_back(recipe: Folder) -> None:
         assert len(endpoint.bodies) == 3, "the address is no part of what is asked"
 
 
+def test_a_batch_keeps_to_the_budget(recipe: Folder) -> None:
+    """At half the price a request can cost 512 tokens' worth out at 1000 a million, and a little for what it reads."""
+    folder = recipe("http://127.0.0.1:9/v1", 10)
+    made = generate(folder, "--batch-requests", "r.jsonl", "--max-cost", "2.2")
+    assert len((folder / "r.jsonl").read_text().splitlines()) == 4
+    assert "left of 2.2" in made["asking"]["stopped"]
+    assert generate(folder, "--batch-requests", "r.jsonl", "--max-requests", "3")["asking"]["unanswered"] == 10
+    assert len((folder / "r.jsonl").read_text().splitlines()) == 3
+
+
 def test_large_batches_are_cut(recipe: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MOST_REQUESTS", 4)
     folder = recipe("http://127.0.0.1:9/v1", 10)
