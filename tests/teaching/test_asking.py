@@ -262,6 +262,17 @@ def test_a_dry_run_says_what_it_would_take_and_touches_nothing(recipe: Folder) -
         assert len(endpoint.bodies) == 4
 
 
+def test_out_says_how_records_are_written(recipe: Folder) -> None:
+    with toy_endpoint() as endpoint:
+        folder = recipe(endpoint.url, 2)
+        wrong = run_cli("data", "generate", "-o", "generate.out=made.txt", cwd=folder)
+        assert wrong.exit_code == 1
+        assert "generate.out: made.txt must end in .jsonl" in wrong.stderr
+        assert not endpoint.bodies
+        generate(folder, "-o", "generate.out=made.json")
+        assert len(json.loads((folder / "made.json").read_text())) == 2
+
+
 def test_a_free_teacher_has_no_budget(recipe: Folder) -> None:
     folder = recipe("http://127.0.0.1:9")
     text = (folder / "recipe.yaml").read_text()

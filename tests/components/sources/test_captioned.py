@@ -151,6 +151,9 @@ def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplo
     with pytest.raises(DataError) as caught:
         source("caps-boxes", path=path)
     assert [f"caps.jsonl:{n}: " in caught.value.message for n in range(1, 10)] == [False] + [True] * 8
+    path.write_text(f"{json.dumps(good)}\n{{broken\n7\n")
+    with pytest.raises(DataError, match=r"caps.jsonl:2: (.|\n)*caps.jsonl:3: "):
+        source("caps-boxes", path=path)
     path.write_text(json.dumps([good]))
     assert len(source("caps-boxes", path=path)) == 1
     caplog.set_level(logging.WARNING)
