@@ -10,6 +10,7 @@ from typing import Any
 
 _WHERE = {
     "Answer": "llavactl.core.schema",
+    "BatchTeacher": "llavactl.core.protocols",
     "Box": "llavactl.core.schema",
     "Connector": "llavactl.core.protocols",
     "DataError": "llavactl.core.errors",
@@ -21,6 +22,8 @@ _WHERE = {
     "ImageSlot": "llavactl.core.schema",
     "Judged": "llavactl.core.protocols",
     "Language": "llavactl.core.protocols",
+    "LanguageTeacher": "llavactl.core.protocols",
+    "Limits": "llavactl.core.protocols",
     "LlavactlError": "llavactl.core.errors",
     "ModelError": "llavactl.core.errors",
     "ModelId": "llavactl.core.options",
@@ -31,6 +34,7 @@ _WHERE = {
     "RecipeError": "llavactl.core.errors",
     "RecipePath": "llavactl.core.options",
     "RecipePaths": "llavactl.core.options",
+    "Reply": "llavactl.core.protocols",
     "Request": "llavactl.core.protocols",
     "Sample": "llavactl.core.schema",
     "Scores": "llavactl.core.protocols",
@@ -38,6 +42,7 @@ _WHERE = {
     "StoreError": "llavactl.core.errors",
     "Task": "llavactl.core.protocols",
     "Teacher": "llavactl.core.protocols",
+    "TeacherError": "llavactl.core.errors",
     "Template": "llavactl.core.protocols",
     "Text": "llavactl.core.schema",
     "TransformersLanguage": "llavactl.components.languages.transformers",

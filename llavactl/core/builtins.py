@@ -38,6 +38,18 @@ def register_sources(register: Register) -> None:
         summary="ScienceQA's problems.json: reasons, then the answer",
     )
     register(
+        "coco",
+        f"{_COMPONENTS}.sources.coco:coco",
+        options=f"{_COMPONENTS}.sources.coco:CocoOptions",
+        summary="COCO's pictures with their captions and boxes",
+    )
+    register(
+        "caps-boxes",
+        f"{_COMPONENTS}.sources.caps_boxes:caps_boxes",
+        options=f"{_COMPONENTS}.sources.caps_boxes:CapsBoxesOptions",
+        summary="captions and boxes, a picture a record, as LLaVA's own JSONL has them",
+    )
+    register(
         "scenes",
         f"{_COMPONENTS}.sources.scenes:scenes",
         options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",
@@ -104,6 +116,13 @@ def register_teachers(register: Register) -> None:
         options=f"{_COMPONENTS}.teachers.rules:RulesOptions",
         summary="captions and boxes to conversations, details and reasoning by rules, without a network",
     )
+    for name, attribute, summary in (
+        ("openai", "OpenAI", "any OpenAI-style endpoint: OpenAI, vLLM, llama.cpp, Ollama, transformers serve"),
+        ("transformers", "Transformers", "a language model in this process, an id or a folder"),
+        ("replay", "Replay", "replies from a file, or kept by an earlier run"),
+    ):
+        where = f"{_COMPONENTS}.teachers.{name}"
+        register(name, f"{where}:{attribute}", options=f"{where}:{attribute}Options", summary=summary)
 
 
 @hookimpl

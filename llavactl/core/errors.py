@@ -5,6 +5,7 @@
     ├── DataError       the user, in records, images or answers
     ├── StoreError      the user, in the feature store: extract again, free disk, another fingerprint
     ├── ModelError      the user, in weights or a tokenizer: wrong folder, missing file, non-finite numbers
+    ├── TeacherError    whoever runs the teacher: busy, cut off, a wrong key, a request too long for it
     └── PluginError     the author of a plugin, named in the message
 
 Every message says what is wrong and where; ``hint`` says what to do next. The command line prints
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 class LlavactlError(Exception):
@@ -61,6 +63,27 @@ class StoreError(LlavactlError):
 
 class ModelError(LlavactlError):
     """Weights, a tokenizer or a model folder that can't be used."""
+
+
+class TeacherError(LlavactlError):
+    """A teacher gave no reply to a request; ``then`` says what that means.
+
+    ``again``: ask later, not before ``wait_s`` where the teacher named a time (busy, cut off, timed out). ``apart``:
+    this request will never have a reply, the others may (too long, refused). ``stop``: none will (wrong key, no such
+    model). ``paid``: it may have been charged for, so that a budget must count it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        then: Literal["again", "apart", "stop"] = "apart",
+        wait_s: float | None = None,
+        paid: bool = False,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.then, self.wait_s, self.paid = then, wait_s, paid
 
 
 class PluginError(LlavactlError):

@@ -173,11 +173,67 @@ class Request:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a teacher said, the tokens it read and wrote (None: it doesn't say) and why it ended.
+
+    ``finish`` is ``stop``, or ``length`` for a reply that was cut at the limit of tokens.
+    """
+
+    text: str
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    finish: str = "stop"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a language teacher may be asked: how many at a time, how many and how many tokens a minute (None: any).
+
+    A request that fails for a while is asked ``retries`` times more. ``model`` names its price; ``max_tokens`` bounds
+    a reply, which a budget needs.
+    """
+
+    concurrency: int = 8
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    retries: int = 5
+    model: str = ""
+    max_tokens: int | None = None
+
+
 @runtime_checkable
 class Teacher(Protocol):
-    """A language-only model that writes instruction data or judges answers."""
+    """What writes instruction data or judges answers; one that costs money or hours is a ``LanguageTeacher``.
 
-    def reply(self, request: Request) -> str: ...
+    Replies pass the recipe's ``gates``, unless the teacher has ``exact = True``: a program that can't say too much.
+    """
+
+    def reply(self, request: Request) -> str | Reply:
+        """Raises DataError for a request that it can't answer; a LanguageTeacher is called from several threads."""
+
+
+@runtime_checkable
+class LanguageTeacher(Teacher, Protocol):
+    """A language model as a teacher: every reply is kept before it is read, and none is asked for twice.
+
+    Its ``reply`` raises TeacherError. It may have ``close()``, which ends what is still in flight.
+    """
+
+    limits: Limits
+
+    def content(self, request: Request) -> Mapping[str, Json]:
+        """All that decides the reply, and nothing else: its hash is the name under which the reply is kept."""
+
+
+@runtime_checkable
+class BatchTeacher(LanguageTeacher, Protocol):
+    """A language teacher that can be asked by files: ``content`` is the body of a request to ``batch_url``."""
+
+    batch_url: str
+
+    def read(self, status: int, body: bytes) -> Reply:
+        """The reply in the ``body`` that came with an HTTP ``status``; raises TeacherError."""
 
 
 @runtime_checkable

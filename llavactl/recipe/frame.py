@@ -6,9 +6,10 @@ registered it and are validated by its own model (see ``recipe.load``).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llavactl.core.options import ModelId, RecipePath
 
@@ -115,14 +116,39 @@ class Kinds(Section):
         return {"conversation": self.conversation, "detail": self.detail, "reasoning": self.reasoning}
 
 
+class Gates(Section):
+    """What a language model's samples must pass; ``teaching.gates`` has the rules."""
+
+    leaks: Switch = True
+    structure: Switch = True
+    duplicates: Switch = True
+    similarity: Annotated[float, Field(strict=True, gt=0, le=1)] | None = 0.8
+    max_words: Count | None = 400
+    language: Literal["english"] | None = "english"
+
+
 class Generate(Section):
-    """Instruction data made by a teacher; without ``samples``, one of each kind about every picture."""
+    """Instruction data made by a teacher; without ``samples``, one of each kind about every picture.
+
+    ``max_cost`` is in the currency of the prices, for all that was ever spent on ``out``.
+    """
 
     source: PictureSpec
     teacher: TeacherSpec
     kinds: Kinds
     samples: Count | None = None
     out: RecipePath
+    prompts: RecipePath | None = None
+    prices: RecipePath | None = None
+    gates: Gates = Gates()
+    max_cost: NotNegative | None = None
+
+    @field_validator("out")
+    @classmethod
+    def _records(cls, given: Path) -> Path:
+        if given.suffix not in (".json", ".jsonl"):
+            raise ValueError(f"{given.name} must end in .jsonl, or in .json for one list")
+        return given
 
 
 class Features(Section):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.report.figures import show
 from llavactl.report.histograms import draw_histogram
 from llavactl.report.plots import DARK, LIGHT
+from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ QUANTILES: Sequence[str] = ("n", "mean", "min", "p5", "median", "p95", "max")
 
 def statistics_page(name: str, report: Mapping[str, Any], distributions: Mapping[str, Mapping[int, int]]) -> str:
     """The HTML of ``report`` (a StatsReport as a dictionary) about ``name``, with plots of ``distributions``."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     plots = [
         (each, *(data_uri(draw_histogram(counts, each, palette), "png") for palette in (LIGHT, DARK)))
         for each, counts in distributions.items()
@@ -27,9 +26,7 @@ def statistics_page(name: str, report: Mapping[str, Any], distributions: Mapping
     ]
     rows = [(each, [show(summary[key]) for key in QUANTILES]) for each, summary in report["measures"].items()]
     most = max(report["openings"].values(), default=1)
-    loader = PackageLoader("llavactl.report", "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("statistics.html").render(
+    return template("statistics.html").render(
         name=name,
         samples=show(report["samples"]),
         unusable=show(report["unusable"]),

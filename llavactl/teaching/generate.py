@@ -8,27 +8,37 @@ from random import Random
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Request, Teacher
+from llavactl.core.protocols import Reply, Request, Teacher
 from llavactl.core.schema import Sample
+from llavactl.teaching.messages import Prompts, prompts
 from llavactl.teaching.replies import Kind, turns
+
+MALFORMED = "malformed"
+UNANSWERED = "refused by the teacher"
+CUT = "cut at max_tokens"
 
 
 def requests(
-    pictures: Sequence[Sample], kinds: Mapping[Kind, float], samples: int | None, seed: int
+    pictures: Sequence[Sample],
+    kinds: Mapping[Kind, float],
+    samples: int | None,
+    seed: int,
+    told: Prompts | None = None,
 ) -> Iterator[Request]:
     """What the teacher is asked. Without ``samples`` every picture gets one of each kind whose weight is above 0.
 
     With it, ``samples`` are shared among the kinds by their weights and go round the pictures.
     """
+    told = told or prompts()
     wanted = [kind for kind, weight in kinds.items() if weight > 0]
     if samples is None:
         for picture in pictures:
-            yield from (_request(picture, kind, 0, seed) for kind in wanted)
+            yield from (_request(picture, kind, 0, seed, told) for kind in wanted)
         return
     order = _shared(samples, {kind: kinds[kind] for kind in wanted}, seed)
     for number, kind in enumerate(order):
         lap, place = divmod(number, len(pictures))
-        yield _request(pictures[place], kind, lap, seed)
+        yield _request(pictures[place], kind, lap, seed, told)
 
 
 def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind]:
@@ -43,37 +53,41 @@ def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind
     return order
 
 
-def _request(picture: Sample, kind: Kind, lap: int, seed: int) -> Request:
+def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts) -> Request:
     name = f"{picture.id}-{kind}" + (f"-{lap}" if lap else "")
-    return Request(name, kind, ({"role": "user", "content": symbols(picture, kind)},), picture, seed)
-
-
-def symbols(picture: Sample, kind: Kind) -> str:
-    """The picture in words: its captions, and but for a conversation its boxes, as LLaVA tells them to GPT-4."""
-    boxes = [] if kind == "conversation" else [f"{box.category}: [{_numbers(box.xyxy)}]" for box in picture.boxes]
-    return "\n\n".join("\n".join(lines) for lines in (picture.captions, boxes) if lines)
-
-
-def _numbers(xyxy: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in xyxy)
+    return Request(name, kind, told.messages(picture, kind), picture, seed)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A request's record, or why there is none."""
+    """A request's record, or why there is none: in a word or two (``sort``), in full, and what the teacher said."""
 
     request: Request
     record: Mapping[str, Any] | None
     reason: str = ""
+    sort: str = ""
+    reply: str = ""
 
 
-def made(teacher: Teacher, request: Request) -> Made:
-    """Asks the teacher and reads its reply into a LLaVA record; what can't be read is kept apart with its reason."""
-    kind: Any = request.kind
+def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> Made:
+    """Asks the teacher and reads its reply."""
     try:
-        said = turns(kind, teacher.reply(request), request.id)
+        reply = teacher.reply(request)
     except DataError as error:
-        return Made(request, None, error.message)
+        return Made(request, None, error.message, UNANSWERED)
+    return record(request, reply if isinstance(reply, Reply) else Reply(reply), told or prompts())
+
+
+def record(request: Request, reply: Reply, told: Prompts) -> Made:
+    """A reply read into a LLaVA record; what can't be read is kept apart with its reason."""
+    kind: Any = request.kind
+    if reply.finish == "length":
+        return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
+    try:
+        said = turns(kind, reply.text, request.id, told.questions)
+    except DataError as error:
+        ended = "" if reply.finish == "stop" else f" (it ended with {reply.finish})"
+        return Made(request, None, f"{error.message}{ended}", MALFORMED, reply.text)
     images = request.sample.images
     messages = [
         {"from": role, "value": text}
@@ -81,7 +95,7 @@ def made(teacher: Teacher, request: Request) -> Made:
         for role, text in (("human", question), ("gpt", answer))
     ]
     messages[0]["value"] = "<image>\n" * len(images) + messages[0]["value"]
-    record: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": messages}
+    row: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": messages}
     if images:
-        record["image"] = images[0].name if len(images) == 1 else [image.name for image in images]
-    return Made(request, record)
+        row["image"] = images[0].name if len(images) == 1 else [image.name for image in images]
+    return Made(request, row, reply=reply.text)

@@ -6,17 +6,25 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError
+from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import write_atomic, write_json
+from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile, Sample
+from llavactl.report.instructions import write_instructions
 from llavactl.teaching import generate as teaching
+from llavactl.teaching.estimate import Estimate
+from llavactl.teaching.journal import Journal, alone
+from llavactl.teaching.messages import Prompts, prompts
+from llavactl.teaching.session import Done, Session, Wishes, gated
+from llavactl.teaching.summary import Summary
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Generate, Recipe
@@ -24,7 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What the teacher made: ``kinds`` counts the samples written, ``refused`` the replies that could not be used."""
+    """What the teacher made: ``kinds`` counts the samples written, ``refused`` the replies that could not be used.
+
+    ``reasons`` counts those by sort, ``page`` shows it all with some of the samples. Of a language teacher also
+    ``asking``: what was sent and spent, and what is still unanswered; or of a dry run the ``estimate``.
+    """
 
     out: str
     pictures: int
@@ -35,53 +47,96 @@ class GenerateReport:
     seconds: float
     digest: str
     finished_before: bool = False
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    page: str = ""
+    asking: Done | None = None
+    estimate: Estimate | None = None
 
 
-def generate(recipe: Recipe, *, dry_run: bool = False) -> GenerateReport:
-    """Asks the recipe's teacher about every picture of ``generate.source`` and writes ``generate.out`` (JSONL).
+def generate(recipe: Recipe, *, dry_run: bool = False, wishes: Wishes | None = None) -> GenerateReport:
+    """Asks the recipe's teacher about every picture of ``generate.source`` and writes ``generate.out``.
 
-    Pictures that are not files are written beside it, so that the records are whole in themselves.
+    JSONL, or a JSON list where ``out`` ends in ``.json``. Pictures that are not files are written beside it, so that
+    the records are whole in themselves. A language teacher's replies are kept beside it, too: what was answered once
+    is never asked again.
 
     Raises:
-        RecipeError: the recipe has no ``generate``.
-        DataError: the source can't be read, or has no picture.
+        RecipeError: the recipe has no ``generate``, or prompts or prices that can't be used.
+        DataError: the source can't be read, or has no picture; another process is at it.
+        TeacherError: the teacher will not answer; what it answered before is kept.
     """
     if (wanted := recipe.generate) is None:
         raise RecipeError("the recipe has no `generate`", hint="generate: {source: …, teacher: …, kinds: …, out: …}")
+    wishes = wishes or Wishes()
     began = time.perf_counter()
+    told = prompts(wanted.prompts)
     pictures = list(registry().create("sources", wanted.source.spec()))
     if not pictures:
         raise DataError(f"generate.source {wanted.source.name}: there is no picture to ask about")
-    digest = _digest(wanted, pictures, recipe.seed)
-    refused = wanted.out.with_suffix(".refused.jsonl")
-    if not dry_run and (done := _finished(wanted.out, digest)):
+    digest = _digest(wanted, pictures, recipe.seed, told)
+    by_hand = wishes.retry_refused or wishes.batch_requests or wishes.batch_results
+    if not dry_run and not by_hand and (done := _finished(wanted.out, digest)):
         return done
-    asked = list(teaching.requests(pictures, wanted.kinds.weights(), wanted.samples, recipe.seed))
-    if dry_run:
-        kinds = dict(Counter(each.kind for each in asked))
-        return GenerateReport(str(wanted.out), len(pictures), len(asked), kinds, 0, str(refused), 0.0, digest)
+    asked = list(teaching.requests(pictures, wanted.kinds.weights(), wanted.samples, recipe.seed, told))
     teacher = registry().create("teachers", wanted.teacher.spec())
-    found = []
-    with progress.bar(len(asked), "generate", "sample") as bar:
-        for request in asked:
-            found.append(teaching.made(teacher, request))
-            bar.show()
-    _keep_pictures(wanted.out.parent, pictures)
-    write_atomic(refused, _lines([{"id": m.request.id, "reason": m.reason} for m in found if m.record is None]))
-    write_atomic(wanted.out, _lines([m.record for m in found if m.record is not None]))
-    made = Counter(m.request.kind for m in found if m.record is not None)
-    report = GenerateReport(
+    session = Session(wanted, teacher, told, asked) if isinstance(teacher, LanguageTeacher) else None
+    if session is None and wishes != Wishes():
+        raise RecipeError(
+            f"the teacher {wanted.teacher.name!r} costs nothing: there is no budget, retry or batch for it"
+        )
+    plain = GenerateReport(
         out=str(wanted.out),
         pictures=len(pictures),
-        samples=made.total(),
-        kinds=dict(made),
-        refused=len(found) - made.total(),
-        refused_file=str(refused),
-        seconds=round(time.perf_counter() - began, 3),
+        samples=len(asked),
+        kinds=dict(Counter(each.kind for each in asked)),
+        refused=0,
+        refused_file=str(_beside(wanted.out, "refused.jsonl")),
+        seconds=0.0,
         digest=digest,
     )
-    write_json(_memory(wanted.out), asdict(report))
+    if dry_run:
+        return replace(plain, estimate=session.estimate(wishes) if session else None)
+    with alone(wanted.out):
+        if session is None:
+            summary, asking = _write(wanted, gated(teacher, wanted, _at_once(teacher, asked, told)), recipe.seed), None
+        else:
+            with Journal(session.kept_in) as journal:
+                asking = session.run(wishes, journal)
+                summary = _write(wanted, session.made(journal), recipe.seed)
+        _keep_pictures(wanted.out.parent, pictures)
+        report = replace(
+            plain,
+            samples=summary.kinds.total(),
+            kinds=dict(summary.kinds),
+            refused=sum(summary.reasons.values()),
+            reasons=summary.reasons,
+            page=str(_page(wanted.out, summary)),
+            asking=asking,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        _remember(wanted.out, report)
     return report
+
+
+def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Iterator[teaching.Made]:
+    """Replies that cost nothing need not be kept."""
+    with progress.bar(len(asked), "generate", "sample") as bar:
+        for request in asked:
+            yield teaching.made(teacher, request, told)
+            bar.show()
+
+
+def _write(wanted: Generate, found: Iterable[teaching.Made], seed: int) -> Summary:
+    """Records and refusals to their files as they come: a hundred thousand need not be in memory at once."""
+    summary = Summary(seed)
+    with write_stream(wanted.out) as keep, write_stream(_beside(wanted.out, "refused.jsonl")) as refuse:
+        for made in found:
+            summary.add(made)
+            if made.record is not None:
+                keep(made.record)
+            else:
+                refuse({"id": made.request.id, "sort": made.sort, "reason": made.reason, "reply": made.reply})
+    return summary
 
 
 def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
@@ -93,29 +148,39 @@ def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
             write_atomic(file, image.read())
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _page(out: Path, summary: Summary) -> Path:
+    examples = [(made.request.kind, made.request.sample.images, made.record) for made in summary.examples]
+    return write_instructions(_beside(out, "report.html"), out.stem, summary.document(), examples)
 
 
-def _digest(wanted: Generate, pictures: Sequence[Sample], seed: int) -> str:
+def _digest(wanted: Generate, pictures: Sequence[Sample], seed: int, told: Prompts) -> str:
     """Changes with the teacher, what it is asked for and all that it is told."""
-    total = hashlib.sha256(json.dumps([wanted.model_dump(mode="json", exclude={"out"}), seed], sort_keys=True).encode())
+    settings = wanted.model_dump(mode="json", exclude={"out", "max_cost", "prices"})
+    total = hashlib.sha256(json.dumps([settings, seed, told.digest], sort_keys=True).encode())
     for picture in pictures:
         total.update(repr((picture.id, picture.captions, picture.boxes)).encode())
     return total.hexdigest()
 
 
-def _memory(out: Path) -> Path:
-    return out.with_suffix(".report.json")
+def _beside(out: Path, what: str) -> Path:
+    return out.with_suffix(f".{what}")
+
+
+def _remember(out: Path, report: GenerateReport) -> None:
+    """What is whole is not made again; while requests are unanswered, the next run goes on."""
+    _beside(out, "report.json").unlink(missing_ok=True)
+    if report.asking is None or not report.asking.unanswered:
+        write_json(_beside(out, "report.json"), asdict(report))
 
 
 def _finished(out: Path, digest: str) -> GenerateReport | None:
     """The report of what was made before from the same settings, if it is still there."""
     try:
-        report = json.loads(_memory(out).read_text())
+        report = json.loads(_beside(out, "report.json").read_text())
     except (OSError, ValueError):
         return None
     if report.get("digest") != digest or not out.is_file():
         return None
-    known = {field.name for field in fields(GenerateReport)}
-    return GenerateReport(**{key: value for key, value in report.items() if key in known} | {"finished_before": True})
+    known = {each.name for each in fields(GenerateReport)}
+    facts: dict[str, Any] = {key: value for key, value in report.items() if key in known}
+    return GenerateReport(**facts | {"finished_before": True, "asking": None, "estimate": None})

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
 from llavactl.report.inputs import read_document
 from llavactl.report.page import TIMES, write_report
@@ -43,7 +44,7 @@ class RunReport:
 def run(recipe: Recipe) -> RunReport:
     """From generate to export, one step after the other: each decides by content whether it has work to do."""
     cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
-    generated = _timed(recipe, "generate", lambda: generate(recipe)) if recipe.generate is not None else None
+    generated = _timed(recipe, "generate", lambda: _generated(recipe)) if recipe.generate is not None else None
     extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
     stage1 = _timed(recipe, "stage 1", lambda: train(recipe, 1)) if recipe.data.stage1 else None
     stage2 = _timed(recipe, "stage 2", lambda: train(recipe, 2)) if recipe.data.stage2 else None
@@ -64,6 +65,21 @@ def run(recipe: Recipe) -> RunReport:
         report=str(page),
         example=_example(recipe),
     )
+
+
+def _generated(recipe: Recipe) -> GenerateReport:
+    """The recipe's instruction data; nothing is trained on the part that a budget allowed.
+
+    Raises:
+        TeacherError: not all was asked.
+    """
+    report = generate(recipe)
+    if report.asking is not None and report.asking.stopped:
+        raise TeacherError(
+            f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
+            hint="raise the limit or wait, then run this again; or train on what there is: -o generate=null",
+        )
+    return report
 
 
 def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Request
 from llavactl.core.registry import registry
 from llavactl.core.schema import Box, Sample
-from llavactl.teaching.generate import made, requests, symbols
-from llavactl.teaching.replies import DETAIL_QUESTIONS, turns
+from llavactl.teaching.generate import made, requests
+from llavactl.teaching.messages import prompts, symbols
+from llavactl.teaching.replies import Kind
+from llavactl.teaching.replies import turns as turns_of
 from llavactl.testing import check_source, run_cli
 
 WEIGHTS: dict[Any, float] = {"conversation": 8, "detail": 1, "reasoning": 1}
+
+
+def turns(kind: Kind, reply: str, seed: str) -> list[tuple[str, str]]:
+    return turns_of(kind, reply, seed, prompts().questions)
 
 
 def pictures(count: int, split: str = "train") -> list[Sample]:
@@ -31,8 +38,8 @@ def pictures(count: int, split: str = "train") -> list[Sample]:
 def test_replies_are_read_and_malformed_ones_refused() -> None:
     blocks = "Question:\nWhat?\n===\nAnswer:\nA dog\non a mat.\n===\nQuestion: Why?\n===\nAnswer: It is.\n"
     assert turns("conversation", blocks, "") == [("What?", "A dog\non a mat."), ("Why?", "It is.")]
-    assert turns("detail", " A dog. ", "x")[0][0] in DETAIL_QUESTIONS
-    assert len(set(DETAIL_QUESTIONS)) == 16
+    assert turns("detail", " A dog. ", "x")[0][0] in prompts().questions
+    assert len(set(prompts().questions)) == 16
     for wrong in (
         "",
         "hello",
@@ -164,3 +171,16 @@ def test_generate_writes_records_that_are_whole_in_themselves(tmp_path: Path) ->
     assert again.json()["finished_before"] is True
     other = run_cli("data", "generate", "-o", "seed=1", "--json", cwd=tmp_path)
     assert other.json()["finished_before"] is False
+
+
+def test_a_hostile_reply_takes_no_time_and_a_thought_is_no_reply() -> None:
+    began = time.monotonic()
+    for wrong in (" " * 2_000_000, "\n" * 2_000_000, "=" * 2_000_000, "===\n" * 500_000, "Question: " * 200_000):
+        with pytest.raises(DataError):
+            turns("conversation", wrong, "")
+    assert time.monotonic() - began < 5
+    for wrong in ("a\0b", "\ud800", "\x1b[31mred", "see <image> here"):
+        with pytest.raises(DataError, match="holds"):
+            turns("detail", wrong, "")
+    assert turns("detail", "<think>\nThe user wants…\n</think>\n\nA dog.", "x")[0][1] == "A dog."
+    assert turns("detail", "Tabs\tand\r\nlines are fine – “so” are these 🐕", "x")

@@ -35,6 +35,7 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
 
     ``image`` may be a string, a list or absent; every ``<image>`` of the user's turns takes the next
     one, images without any tag go before the first question, and ``<image>`` in an answer is text.
+    The only answer of a record with an image is its caption too: what a teacher can be told.
 
     Raises:
         DataError: a file or record that can't be read, with its line or number.
@@ -67,7 +68,9 @@ def sample_of(record: Any, where: str, root: str, index: int = 0) -> Sample:
         raise DataError(f"{where}: no answer: nothing of this record could be trained")
     extra = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
     sample_id = str(record.get("id", index))
-    return Sample(sample_id, tuple(_place(turns, images, where)), where, extra=extra)
+    answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
+    captions = tuple(answers) if len(answers) == 1 and images else ()
+    return Sample(sample_id, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
 
 
 def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageFile]:

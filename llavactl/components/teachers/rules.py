@@ -45,6 +45,8 @@ class RulesOptions(Options):
 class Rules:
     """The teacher ``rules``; the same request always has the same reply."""
 
+    exact = True
+
     def __init__(self, options: RulesOptions) -> None:
         self.options = options
 

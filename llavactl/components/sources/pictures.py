@@ -1,0 +1,80 @@
+"""What sources of captioned pictures share: which of them to leave out, boxes within the picture, problems at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from llavactl.core.errors import DataError
+from llavactl.core.options import RecipePath
+from llavactl.core.registry import Options
+from llavactl.core.schema import Box, ImageFile, Sample, Turn
+
+log = logging.getLogger(__name__)
+
+SHOWN = 20
+QUESTION = "\nDescribe the image briefly."
+
+
+class PicturesOptions(Options):
+    """Options of every source of captioned pictures."""
+
+    images: RecipePath | None = Field(None, description="the folder that image paths are relative to")
+    missing: bool = Field(False, description="true: pictures that aren't in `images` are there, too")
+    crowds: bool = Field(False, description="true: boxes around crowds are there, too")
+    min_area: float = Field(0.0, ge=0, lt=1, description="boxes below this share of the picture are left out")
+
+
+def root_of(options: PicturesOptions, records: Path) -> str:
+    """The folder that image paths are relative to: ``images``, else that of the ``records``.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if options.images is not None and not options.images.is_dir():
+        raise DataError(
+            f"{options.images}: there is no such folder", hint="`images` is the folder that image paths are relative to"
+        )
+    return str(options.images or records.parent)
+
+
+def present(samples: Iterator[Sample], options: PicturesOptions) -> Iterator[Sample]:
+    """``samples`` without those whose picture isn't on disk; how many is said once, in a line of the log."""
+    total = absent = 0
+    for sample in samples:
+        total += 1
+        images = [image for image in sample.images if isinstance(image, ImageFile)]
+        if options.images is not None and not options.missing and not all(each.file.is_file() for each in images):
+            absent += 1
+        else:
+            yield sample
+    if absent:
+        log.warning("%d of %d pictures are not in %s and are left out", absent, total, options.images)
+
+
+def captioned(name: str, image: ImageFile, captions: Sequence[str], boxes: Sequence[Box], where: str) -> Sample:
+    """A picture with what is known of it; as a record its first caption answers a plain question."""
+    said = tuple(caption for caption in (" ".join(each.split()) for each in captions) if caption)
+    turns = (Turn("user", (image, QUESTION)), Turn("assistant", said[:1]))
+    return Sample(name, turns, where, captions=said, boxes=tuple(boxes))
+
+
+def wanted(boxes: Sequence[Box], options: PicturesOptions) -> list[Box]:
+    """The ``boxes`` that the options leave, cut at the picture's edges; one without an area is none."""
+    found = []
+    for box in boxes:
+        left, top, right, bottom = (min(max(value, 0.0), 1.0) for value in box.xyxy)
+        area = (right - left) * (bottom - top)
+        if right > left and bottom > top and area >= options.min_area and (options.crowds or not box.crowd):
+            found.append(Box(box.category, (left, top, right, bottom), box.crowd))
+    return found
+
+
+def refuse(problems: Sequence[str], hint: str = "") -> None:
+    """Raises DataError with all ``problems``, a line each, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise DataError("\n".join([*problems[:SHOWN], *more]), hint=hint)

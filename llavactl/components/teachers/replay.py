@@ -1,0 +1,67 @@
+"""Replies that were recorded: from JSONL, or from what an earlier run kept beside its ``out``."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llavactl.core.errors import DataError
+from llavactl.core.json_stream import read_stream
+from llavactl.core.options import RecipePath
+from llavactl.core.protocols import Reply, Request
+from llavactl.core.registry import Options
+
+
+class ReplayOptions(Options):
+    """Options of the teacher ``replay``."""
+
+    path: RecipePath = Field(description='JSONL of {"id", "reply"}, or the .replies.sqlite of a run')
+
+
+class Replay:
+    """The teacher ``replay``: by the request's id, its kind ending it (``000000001-detail``)."""
+
+    def __init__(self, options: ReplayOptions) -> None:
+        self.options = options
+
+    def reply(self, request: Request) -> Reply:
+        """Raises DataError when there is none for the request."""
+        if request.id not in self._recorded:
+            raise DataError(f"{self.options.path} has no reply for {request.id}")
+        return self._recorded[request.id]
+
+    @cached_property
+    def _recorded(self) -> dict[str, Reply]:
+        path = self.options.path
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file", hint='`path` names JSONL of {"id", "reply"}')
+        return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Reply]]:
+    for entry in read_stream(path):
+        record = entry.value
+        if not isinstance(record, dict) or not isinstance(record.get("reply"), str):
+            why = entry.problem or 'it needs {"id", "reply"}'
+            raise DataError(f"{path}:{entry.place}: not a recorded reply: {why}")
+        yield str(record.get("id")), Reply(record["reply"])
+
+
+def _kept(path: Path) -> Iterator[tuple[str, Reply]]:
+    """Later replies to one request come later, and are the ones that count."""
+    try:
+        database: Any = sqlite3.connect(path)
+        try:
+            rows = database.execute("select id, text, finish from attempts where state = 'reply' order by number")
+            yield from ((name, Reply(text, finish=finish)) for name, text, finish in rows)
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        raise DataError(
+            f"{path}: not what a run keeps: {error}", hint="a run's replies end in .replies.sqlite"
+        ) from error

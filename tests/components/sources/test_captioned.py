@@ -1,0 +1,161 @@
+"""Pictures with captions and boxes: COCO's real files, LLaVA's real file, and files that are wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.core.registry import registry
+from llavactl.core.schema import Sample
+from llavactl.testing import check_source
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+COCO = DATA / "coco-mini"
+real = pytest.mark.skipif(not DATA.is_dir(), reason="the real data is not here")
+
+
+def source(name: str, **options: Any) -> list[Sample]:
+    return list(registry().create("sources", {"name": name, **options}))
+
+
+def coco(**options: Any) -> list[Sample]:
+    annotations = COCO / "annotations"
+    return source(
+        "coco", captions=annotations / "captions_train2017.json", instances=annotations / "instances_train2017.json",
+        **options,
+    )  # fmt: skip
+
+
+@real
+def test_cocos_own_files(caplog: pytest.LogCaptureFixture) -> None:
+    samples = coco(images=COCO / "train2017")
+    assert len(samples) == 26
+    assert "54 of 80 pictures are not in" in caplog.text
+    assert check_source(samples) == []
+    assert all(len(sample.captions) >= 5 and sample.images[0].read()[:2] == b"\xff\xd8" for sample in samples)
+    assert len(coco()) == 80, "without a folder of images all are there"
+    assert len(coco(images=COCO / "train2017", missing=True)) == 80
+    boxes = [box for sample in coco() for box in sample.boxes]
+    assert all(0 <= edge <= 1 for box in boxes for edge in box.xyxy)
+    assert not any(box.crowd for box in boxes)
+    crowds = [box for sample in coco(crowds=True) for box in sample.boxes if box.crowd]
+    assert len(crowds) == 8
+    large = [box for sample in coco(min_area=0.1) for box in sample.boxes]
+    assert 0 < len(large) < len(boxes) / 2
+
+
+@real
+def test_a_box_of_coco_is_where_it_says() -> None:
+    document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
+    row = next(each for each in document["annotations"] if not each["iscrowd"])
+    image = next(each for each in document["images"] if each["id"] == row["image_id"])
+    left, top, width, height = row["bbox"]
+    wanted = (left / image["width"], top / image["height"])
+    wanted += ((left + width) / image["width"], (top + height) / image["height"])
+    sample = next(each for each in coco() if each.id == Path(image["file_name"]).stem)
+    assert any(box.xyxy == pytest.approx(wanted, abs=1e-6) for box in sample.boxes)
+
+
+@real
+def test_llavas_own_captions_and_boxes() -> None:
+    samples = source("caps-boxes", path=DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl")
+    assert len(samples) == 80
+    assert check_source(samples) == []
+    first = json.loads((DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl").read_text().splitlines()[0])
+    assert list(samples[0].captions) == first["captions"]
+    assert samples[0].boxes[0].xyxy == tuple(first["instances"][0]["bbox"])
+
+
+@real
+def test_a_caption_of_llavas_pretraining_records_can_be_told(tmp_path: Path) -> None:
+    samples = source("llava-json", path=DATA / "llava" / "blip_laion_cc_sbu_2k.json")
+    assert all(sample.captions == (sample.turns[-1].text.strip(),) for sample in samples)
+    talks = source("llava-json", path=DATA / "llava" / "llava_instruct_100.json")
+    assert not any(sample.captions for sample in talks if len(sample.turns) > 2)
+
+
+def write(folder: Path, captions: Any = None, instances: Any = None) -> dict[str, Any]:
+    images = [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}]
+    captions = [{"image_id": 1, "caption": " A  dog. "}] if captions is None else captions
+    (folder / "c.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    document = {"images": images, "annotations": instances or [], "categories": [{"id": 7, "name": "dog"}]}
+    (folder / "i.json").write_text(json.dumps(document))
+    return {"captions": folder / "c.json", "instances": folder / "i.json"}
+
+
+def box(*bbox: float, **more: Any) -> dict[str, Any]:
+    return {"image_id": 1, "category_id": 7, "bbox": list(bbox), "segmentation": [[1.0] * 9], **more}
+
+
+def test_boxes_are_cut_at_the_edges_and_empty_ones_are_none(tmp_path: Path) -> None:
+    made = [box(50, 25, 80, 50), box(10, 10, 0, 5), box(200, 10, 5, 5), box(0, 0, 1, 1), box(0, 0, 9, 9, iscrowd=1)]
+    options = write(tmp_path, instances=made)
+    (sample,) = source("coco", **options)
+    assert sample.captions == ("A dog.",)
+    assert [each.xyxy for each in sample.boxes] == [(0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.01, 0.02)]
+    (sample,) = source("coco", **options, min_area=0.01)
+    assert len(sample.boxes) == 1
+
+
+def test_every_wrong_entry_of_coco_is_named(tmp_path: Path) -> None:
+    wrong = [box(0, 0, 1), box(0, 0, "x", 1), box(0, 0, 1, float("nan")), box(0, 0, 1, 1, category_id=8),  # type: ignore[arg-type]
+             box(0, 0, 1, 1, image_id=2), {"image_id": 1}, 7]  # fmt: skip
+    options = write(tmp_path, captions=[{"image_id": 1}, {"image_id": 1, "caption": 7}], instances=wrong)
+    with pytest.raises(DataError) as caught:
+        source("coco", **options)
+    for number in range(7):
+        assert f"i.json annotation {number}: " in caught.value.message
+    for number in range(2):
+        assert f"c.json annotation {number}: " in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"images": 7}', "\xff", "[" * 100_000])
+def test_what_is_not_coco_is_refused_in_words(tmp_path: Path, text: str) -> None:
+    options = write(tmp_path)
+    (tmp_path / "i.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"i\.json"):
+        source("coco", **options)
+    with pytest.raises(DataError, match="there is no such file"):
+        source("coco", captions=tmp_path / "none.json")
+    with pytest.raises(DataError, match="there is no such folder"):
+        source("coco", **write(tmp_path), images=tmp_path / "none")
+
+
+def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    options = write(tmp_path)
+    text = (tmp_path / "c.json").read_text().replace("a.jpg", "../../etc/passwd")
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(DataError, match="leads outside its root"):
+        source("coco", **options)
+
+
+def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = {
+        "id": "a",
+        "image": "a.jpg",
+        "captions": ["A dog."],
+        "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}],
+    }
+    rows = [
+        good, {}, 7, {**good, "captions": "A dog."}, {**good, "captions": [], "instances": []},
+        {**good, "instances": [{"category": "dog", "bbox": [0, 0, 640, 480]}]}, {**good, "image": "/etc/passwd"},
+        {**good, "instances": [{"bbox": [0, 0, 1, 1]}]}, {**good, "instances": 7},
+    ]  # fmt: skip
+    path = tmp_path / "caps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        source("caps-boxes", path=path)
+    assert [f"caps.jsonl:{n}: " in caught.value.message for n in range(1, 10)] == [False] + [True] * 8
+    path.write_text(f"{json.dumps(good)}\n{{broken\n7\n")
+    with pytest.raises(DataError, match=r"caps.jsonl:2: (.|\n)*caps.jsonl:3: "):
+        source("caps-boxes", path=path)
+    path.write_text(json.dumps([good]))
+    assert len(source("caps-boxes", path=path)) == 1
+    caplog.set_level(logging.WARNING)
+    assert source("caps-boxes", path=path, images=tmp_path) == []
+    assert "1 of 1 pictures are not in" in caplog.text

@@ -1,0 +1,153 @@
+"""`llavactl data generate` killed, interrupted and started twice: an endpoint counts what it was really asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from llavactl.teaching.journal import Journal
+from llavactl.testing import Answers, ToyEndpoint, run_cli, toy_endpoint
+
+RECIPE = """\
+name: made
+vision: {{name: clip, model: clip}}
+connector: {{name: linear}}
+language: {{name: hf, model: language}}
+generate:
+  source: {{name: caps-boxes, path: pictures.jsonl}}
+  teacher: {{name: openai, model: toy, base_url: "{url}", timeout_s: 20}}
+  kinds: {{detail: 1}}
+  out: made.jsonl
+"""
+PICTURES = 60
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [
+        {"id": f"p{n}", "image": f"p{n}.jpg", "captions": [f"Picture {Random(n).random()}."]} for n in range(PICTURES)
+    ]
+    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def start(folder: Path, endpoint: ToyEndpoint) -> subprocess.Popen[str]:
+    (folder / "recipe.yaml").write_text(RECIPE.format(url=endpoint.url))
+    return subprocess.Popen(
+        [sys.executable, "-m", "llavactl", "data", "generate", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        env={**os.environ, "OPENAI_API_KEY": ""},
+    )  # fmt: skip
+
+
+def wait_until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(3000):
+        if seen():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")
+
+
+def kept(folder: Path) -> int:
+    with Journal(folder / "made.replies.sqlite") as journal:
+        return journal.spent().replies
+
+
+def test_killed_after_n_answers_and_run_again_is_once_each(folder: Path) -> None:
+    """The endpoint answers 23 requests and holds the others until the process is dead."""
+
+    def behave(number: int, body: Mapping[str, Any]) -> Answers | None:
+        return None if number < 23 or dead else Answers(wait_s=30)
+
+    dead = False
+    with toy_endpoint(behave) as endpoint:
+        process = start(folder, endpoint)
+        wait_until(lambda: len(endpoint.bodies) == 23 + 8, process)
+        wait_until(lambda: kept(folder) == 23, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        dead = True
+        again = start(folder, endpoint)
+        out, err = again.communicate()
+        assert again.returncode == 0, err
+        report = json.loads(out)
+        assert report["samples"] + report["refused"] == PICTURES
+        assert report["asking"]["sent"] == PICTURES - 23
+        assert len(endpoint.answered) == PICTURES
+        assert set(endpoint.answered.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, seed: int) -> None:
+    """Whatever was in flight may be asked again, at most the eight of each kill; nothing that was kept is."""
+    with toy_endpoint(lambda number, body: Answers(wait_s=0.05)) as endpoint:
+        before = 0
+        for kill in range(3):
+            process = start(folder, endpoint)
+            goal = before + 5 + Random(seed * 10 + kill).randrange(10)
+            wait_until(lambda goal=goal: len(endpoint.bodies) >= goal, process)
+            time.sleep(Random(seed).random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            before = len(endpoint.bodies)
+        found = kept(folder)
+        sent = len(endpoint.bodies)
+        out, err = start(folder, endpoint).communicate()
+        assert json.loads(out)["asking"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
+        assert len(endpoint.answered) == PICTURES
+        assert sum(endpoint.answered.values()) - PICTURES <= 3 * 8
+
+
+def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path) -> None:
+    with toy_endpoint(lambda number, body: Answers(wait_s=1.0)) as endpoint:
+        process = start(folder, endpoint)
+        wait_until(lambda: len(endpoint.bodies) == 8, process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        assert process.returncode == 130
+        assert "waiting for 8 replies in flight" in err
+        assert "8 replies are kept in" in err
+        assert "the same command goes on from here" in err
+        assert "Traceback" not in err
+        assert len(endpoint.bodies) == 8 == kept(folder)
+        endpoint.behave = lambda number, body: None
+        assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8
+        assert set(endpoint.answered.values()) == {1}
+
+
+def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
+    with toy_endpoint(lambda number, body: Answers(wait_s=15)) as endpoint:
+        process = start(folder, endpoint)
+        wait_until(lambda: len(endpoint.bodies) == 8, process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, err = process.communicate()
+        assert time.monotonic() - began < 5
+        assert process.returncode == 130
+        assert "Traceback" not in err, err
+
+
+def test_two_processes_on_one_file_are_refused_in_words(folder: Path) -> None:
+    with toy_endpoint(lambda number, body: Answers(wait_s=0.5)) as endpoint:
+        first = start(folder, endpoint)
+        wait_until(lambda: len(endpoint.bodies) > 0, first)
+        second = run_cli("data", "generate", cwd=folder)
+        assert second.exit_code == 1
+        assert "another process is making" in second.stderr
+        out, err = first.communicate()
+        assert json.loads(out)["asking"]["sent"] == PICTURES, err

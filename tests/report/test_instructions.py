@@ -1,0 +1,130 @@
+"""The page about a teacher's work: its figures are right, and nothing in it can do anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llavactl.core.protocols import Request
+from llavactl.core.schema import ImageFile, Sample, Turn
+from llavactl.report.instructions import write_instructions
+from llavactl.teaching.generate import Made
+from llavactl.teaching.summary import Summary
+
+EVIL = '<script src="http://evil.example/x.js"></script><img src=x onerror=alert(1)>'
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def made(folder: Path, number: int, kind: str = "detail", text: str = "A dog is here.", sort: str = "") -> Made:
+    sample = Sample(str(number), (Turn("user", (ImageFile(str(folder), f"{number}.png"),)),))
+    said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": text}]
+    record: Any = None if sort else {"conversations": said}
+    return Made(Request(f"{number}-{kind}", kind, (), sample), record, sort and "why", sort)
+
+
+def page(folder: Path, rows: list[Made]) -> str:
+    summary = Summary(seed=1)
+    for row in rows:
+        summary.add(row)
+    examples = [(each.request.kind, each.request.sample.images, each.record) for each in summary.examples]
+    return write_instructions(folder / "page.html", "made", summary.document(), examples).read_text()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(12):
+        data = io.BytesIO()
+        Image.new("RGB", (40, 30), (number * 20, 0, 0)).save(data, "PNG")
+        (tmp_path / f"{number}.png").write_bytes(data.getvalue())
+    return tmp_path
+
+
+def test_figures_and_samples(folder: Path) -> None:
+    rows = [made(folder, n, "detail" if n % 2 else "reasoning", "word " * (n + 1)) for n in range(30)]
+    rows += [made(folder, n, sort="leak") for n in range(3)]
+    summary = Summary(seed=1)
+    for row in rows:
+        summary.add(row)
+    assert summary.document() == {
+        "made": {"reasoning": 15, "detail": 15},
+        "refused": {"leak": {"detail": 3}},
+        "lengths": {
+            "detail: answers": {"least": 2, "median": 16, "90 %": 28, "most": 30},
+            "detail: questions": {"least": 3, "median": 3, "90 %": 3, "most": 3},
+            "detail: turns": {"least": 1, "median": 1, "90 %": 1, "most": 1},
+            "reasoning: answers": {"least": 1, "median": 15, "90 %": 27, "most": 29},
+            "reasoning: questions": {"least": 3, "median": 3, "90 %": 3, "most": 3},
+            "reasoning: turns": {"least": 1, "median": 1, "90 %": 1, "most": 1},
+        },
+        "openings": {"what is": 15},
+    }
+    assert json.loads(json.dumps(summary.document())) == summary.document()
+    assert len({each.request.id for each in summary.examples}) == 10
+    html = page(folder, rows)
+    assert html.count("<article") == 10
+    pictures = html.count("data:image/jpeg")
+    assert pictures + html.count('class="blank"') == 10
+    assert 0 < pictures < 10, "those above 11 are not on disk"
+
+
+def test_samples_are_drawn_evenly(folder: Path) -> None:
+    counts = [0] * 30
+    for seed in range(300):
+        summary = Summary(seed)
+        for n in range(30):
+            summary.add(made(folder, n))
+        for each in summary.examples:
+            counts[int(each.request.sample.id)] += 1
+    assert min(counts) > 65
+    assert max(counts) < 140
+
+
+def test_nothing_in_it_can_do_anything(folder: Path) -> None:
+    html = page(folder, [made(folder, 0, text=EVIL), made(folder, 1, text="fine")])
+    assert "<script" not in html
+    assert "onerror=alert" not in re.sub(r"&lt;img.*?&gt;", "", html)
+    assert "default-src 'none'" in html
+    assert "{{" not in html
+    assert "--accent" in html, "the style is there"
+
+
+def test_nothing_made(folder: Path) -> None:
+    html = page(folder, [made(folder, 0, sort="malformed")])
+    assert "malformed" in html
+    assert "<article" not in html
+    assert page(folder, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")
+def test_in_a_browser(folder: Path) -> None:
+    html = page(folder, [made(folder, n, text=EVIL * 5) for n in range(12)])
+    probe = (
+        "<script>onload = () => { document.title = ['decoded', [...document.images].every(i => i.naturalWidth > 0),"
+        " 'wide', document.documentElement.scrollWidth <= innerWidth].join(' ') }</script>"
+    )
+    # The page forbids scripts: for this test alone they are let in.
+    path = folder / "probe.html"
+    path.write_text(
+        html.replace("default-src 'none'", "script-src 'unsafe-inline'").replace("</body>", probe + "</body>")
+    )
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=390,800",
+        "--dump-dom",
+        str(path),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=dict(os.environ))
+    assert "<title>decoded true wide true" in found.stdout
