@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
-from llavactl.model.folder import DESCRIPTION, describe
+from llavactl.model.folder import DESCRIPTION, describe, of_run
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Format
@@ -23,7 +23,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(model: str | Path) -> Path:
     """The model folder that ``model`` names: one of ours as it is, another's as a small one that points to it.
 
-    ``model`` is a folder, or an id of the hub, which is then downloaded.
+    ``model`` is a folder (a run's means its last finished stage), or an id of the hub, which is then downloaded.
 
     Raises:
         ModelError: there is no model, or none of the formats recognises it.
@@ -34,6 +34,11 @@ def resolve(model: str | Path) -> Path:
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
         describe(folder)
         return folder
+    # A run's folder, or a stage's in it.
+    if any((folder / stage / "model" / DESCRIPTION).is_file() for stage in ("stage1", "stage2")):
+        return of_run(folder)
+    if (folder / "model" / DESCRIPTION).is_file():
+        return folder / "model"
     for name in registry().names("formats"):
         found: Format = registry().create("formats", {"name": name})
         if found.recognise(folder):

@@ -18,7 +18,7 @@ from llavactl.model import folder as model_folder
 from llavactl.model.foreign import resolve
 from llavactl.testing import run_cli
 
-from .conftest import original
+from .conftest import Make, original
 
 
 def theirs(model: Any, folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
@@ -179,6 +179,15 @@ def test_a_pickle_is_tensors_and_nothing_else(toys: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelError, match=r"mm_projector\.bin"):
         resolve(tmp_path / "theirs")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_runs_folder_is_its_last_finished_stage(native: Make, tmp_path: Path) -> None:
+    first, second = native("first"), native("second")
+    for stage, model in (("stage1", first), ("stage2", second)):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        model.rename(tmp_path / "run" / stage / "model")
+    assert resolve(tmp_path / "run") == tmp_path / "run/stage2/model"
+    assert resolve(tmp_path / "run" / "stage1") == tmp_path / "run/stage1/model"
 
 
 def test_the_copy_follows_the_checkpoint(toys: Path, tmp_path: Path) -> None:
