@@ -29,9 +29,6 @@ CLEAR = 0.18
 IN_ORDER = 0.03
 """How far apart neighbours are, as a share of the picture, before things are told in their order."""
 
-OPENS_ANYHOW = 0.3
-"""How often any question may open the conversation: each is asked alone, too."""
-
 QA = tuple[str, str]
 T = TypeVar("T")
 
@@ -76,7 +73,7 @@ class Thing:
 
 
 def _conversation(sample: Sample, things: Sequence[Thing], rng: Random, limit: int) -> list[QA]:
-    """Questions of every sort by turns, none twice, those whose text tells the most last.
+    """Questions of every sort by turns, none twice; behind the first, those whose text tells the most come last.
 
     What an earlier text has told needs no picture any more, and teaches nothing of it.
     """
@@ -95,9 +92,9 @@ def _conversation(sample: Sample, things: Sequence[Thing], rng: Random, limit: i
                 sorts.remove(sort)
             elif len(asked) < limit:
                 asked.setdefault(found[0], (sort[0], found[1]))
-    pairs = sorted(_shuffled(list(asked.items()), rng), key=lambda each: each[1][0])
-    if rng.random() < OPENS_ANYHOW:
-        pairs.insert(0, pairs.pop(rng.randrange(len(pairs))))
+    # Any of them opens the conversation: most questions of this world are asked alone.
+    first, *rest = _shuffled(list(asked.items()), rng)
+    pairs = [first, *sorted(rest, key=lambda each: each[1][0])]
     return [(question, answer) for question, (_, answer) in pairs]
 
 
