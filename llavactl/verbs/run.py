@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavactl.core.errors import TeacherError
+from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
 from llavactl.report.inputs import read_document
 from llavactl.report.page import TIMES, write_report
@@ -99,6 +100,7 @@ def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:
     """
     began = time.perf_counter()
     report = work()
+    give_back()
     if not (getattr(report, "finished_before", False) or getattr(report, "encoded", None) == 0):
         file = recipe.run_dir / TIMES
         write_json(file, {**read_document(file), step: round(time.perf_counter() - began, 1)})

@@ -1,0 +1,27 @@
+"""Memory that nobody uses goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from functools import cache
+from typing import Any
+
+
+def give_back() -> None:
+    """Frees what is unreachable and, with glibc, returns what its allocator keeps.
+
+    Batches of ever other lengths leave it with gigabytes in pieces that fit nothing: a training run of the demo grew
+    from 3 to 6 GB.
+    """
+    gc.collect()
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None  # macOS, Windows, musl: their allocators return it by themselves
