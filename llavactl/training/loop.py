@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavactl.core import progress
-from llavactl.core.memory import give_back
 from llavactl.core.errors import ModelError
+from llavactl.core.memory import give_back
 from llavactl.core.schema import IGNORE, Batch, Encoded
 from llavactl.data.plan import Plan
 from llavactl.training import checkpoints
