@@ -124,7 +124,7 @@ def _work(each: Plan, recipe: Recipe, device: str) -> Work:
 
 
 def _bytes(each: Plan, work: Work) -> int:
-    return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images)
+    return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images, work.settings.dtype)
 
 
 def _before(plans: Sequence[Plan], device: str) -> ExtractReport:
