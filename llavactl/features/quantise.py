@@ -13,6 +13,7 @@ import numpy as np
 LEVELS = 127
 """Symmetric: -128 is not used."""
 
+_TOKENS_AT_ONCE = 128
 _HALF_MAX = 65504.0
 _ROUNDS_TO_INFINITY = 65520.0
 
@@ -40,14 +41,20 @@ def restored(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The features [P, Dv] float16 that ``integers`` [P, Dv] int8 stand for: integer x token's x channel's scale.
 
     The products are float32, in that order, then rounded: any library on any device gives the same bits. Torch
-    is ten times as fast as NumPy at it.
+    is five times as fast as NumPy at it, and some tokens at a time stay within the processor's cache.
     """
     import torch
 
-    tokens, channels = torch.from_numpy(np.array(scales)).split(list(integers.shape))
-    values = torch.from_numpy(np.array(integers)) * tokens[:, None]
-    features: np.ndarray = torch.mul(values, channels, out=torch.empty(values.shape, dtype=torch.float16)).numpy()
-    return features
+    patches, width = integers.shape
+    tokens, channels = torch.from_numpy(np.array(scales)).split([patches, width])
+    features = torch.empty(patches, width, dtype=torch.float16)
+    for at in range(0, patches, _TOKENS_AT_ONCE):
+        some = slice(at, at + _TOKENS_AT_ONCE)
+        # A copy, because torch warns of memory that can't be written, as a map is.
+        values = torch.from_numpy(np.array(integers[some])) * tokens[some, None]
+        torch.mul(values, channels, out=features[some])
+    found: np.ndarray = features.numpy()
+    return found
 
 
 def as_stored(features: np.ndarray, dtype: str) -> np.ndarray:

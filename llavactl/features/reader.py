@@ -80,7 +80,7 @@ class CachedFeatures:
         return self.store.read(key)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
-        found = list(zip(images, self.keys.many(images), strict=True))
+        found = list(zip(images, self.keys.hold(images), strict=True))
         reasons = {image: why(key) for image, key in found if isinstance(key, OSError)}
         read = [(image, key) for image, key in found if isinstance(key, str)]
         stored = self.store.holds([key for _, key in read])

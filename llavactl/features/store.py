@@ -96,8 +96,9 @@ class FeatureStore:
         Raises:
             StoreError: they are not stored.
         """
-        at = int(np.searchsorted(self.keys, np.bytes_(key)))
-        if at == len(self.keys) or self.keys[at] != np.bytes_(key):
+        wanted = np.bytes_(key)
+        at = int(self.keys.searchsorted(wanted))
+        if at == len(self.keys) or self.keys[at] != wanted:
             raise StoreError(f"{self.folder} has no features of image {key}", hint="run `llavactl extract`")
         row = self._row[at]
         features, *scales = self._map(int(self._shard[at]))
