@@ -46,6 +46,10 @@ def _model(value: Any) -> Any:
     return str(folder) if folder.is_dir() or looks_local else str(value)
 
 
+def _place(value: Any) -> Any:
+    return str(value) if isinstance(value, str) and "://" in value else _path(value)
+
+
 RecipePath = Annotated[Path, BeforeValidator(_path)]
 """A file or folder: relative to the recipe that names it, made absolute."""
 
@@ -59,3 +63,6 @@ def _paths(value: Any) -> Any:
 
 RecipePaths = Annotated[tuple[RecipePath, ...], BeforeValidator(_paths)]
 """One file or folder, or a list of them."""
+
+RecipePlace = Annotated[str | Path, BeforeValidator(_place)]
+"""A file, a folder or a pattern of files, relative to the recipe that names it; or a URL, as it is."""

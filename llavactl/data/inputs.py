@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llavactl.components.sources.llava_json import LlavaJsonOptions
 from llavactl.core import progress
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
+from llavactl.core.places import check_place
 from llavactl.core.registry import registry
 from llavactl.data.lengths import Lengths, stage_lengths
 from llavactl.data.records import samples
@@ -38,7 +39,9 @@ class Input:
     file: Path | None = None
 
 
-def inputs(recipe: Recipe | None, file: Path | None, images: Path | None, stage: StageNumber | None) -> list[Input]:
+def inputs(
+    recipe: Recipe | None, file: Path | None, images: str | Path | None, stage: StageNumber | None
+) -> list[Input]:
     """``file`` with its images in ``images``, as data of ``stage`` (2); else the sources of ``recipe``, of both stages.
 
     Raises:
@@ -48,11 +51,11 @@ def inputs(recipe: Recipe | None, file: Path | None, images: Path | None, stage:
     return _recipe_inputs(recipe, stage) if file is None else [_file_input(file, images, stage or 2)]
 
 
-def _file_input(file: Path, images: Path | None, stage: StageNumber) -> Input:
+def _file_input(file: Path, images: str | Path | None, stage: StageNumber) -> Input:
     if not file.is_file():
         raise DataError(f"{file}: there is no such file")
-    if images is not None and not images.is_dir():
-        raise DataError(f"{images}: there is no such folder", hint="--images is the folder that paths are relative to")
+    if images is not None:
+        check_place(str(images))
     root = str(images or file.parent)
     return Input(
         root,

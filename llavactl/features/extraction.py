@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from llavactl.data.records import samples
 from llavactl.features.backbone import OVERFLOW, Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
+from llavactl.features.parts import WHOLE, Part
 from llavactl.features.prepare import Failure, ordered, prepare
 from llavactl.features.reader import StageNumber, stage_image, stage_vision
 from llavactl.features.store import FeatureStore
@@ -103,13 +105,24 @@ def wanted_features(recipe: Recipe) -> list[Wanted]:
     return found
 
 
-def plan(wanted: Wanted, keys: ContentKeys, advance: Callable[[int], object] = lambda _count: None) -> Plan:
-    """What of ``wanted`` is not stored; hashes images never seen before.
+def plan(
+    wanted: Wanted,
+    keys: ContentKeys,
+    advance: Callable[[int], object] = lambda _count: None,
+    part: Part = WHOLE,
+) -> Plan:
+    """What of ``wanted`` is this ``part``'s and not stored; hashes images never seen before.
 
     Raises:
         StoreError: the store is damaged or belongs to another fingerprint.
     """
     found = keys.many(wanted.images, advance)
+    if not part.alone:
+        # Dealt out by content, so that one content under two names is made once; without any, by name.
+        named = [key if isinstance(key, str) else image.name for image, key in zip(wanted.images, found, strict=True)]
+        mine = [part.owns(each) for each in named]
+        wanted = replace(wanted, images=tuple(compress(wanted.images, mine)))
+        found = list(compress(found, mine))
     by_key: dict[str, ImageRef] = {}
     for image, key in zip(wanted.images, found, strict=True):
         if isinstance(key, str):
@@ -131,10 +144,11 @@ def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, Im
 
 @dataclass(frozen=True)
 class Work:
-    """What features are made with: a loaded backbone, and the recipe's ``features``."""
+    """What features are made with: a loaded backbone, the recipe's ``features``, and which part is made here."""
 
     backbone: Backbone
     settings: Features
+    part: Part = WHOLE
 
     @property
     def encoder(self) -> Encoder:
@@ -209,7 +223,7 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Adva
     """
     began, count = time.perf_counter(), 0
     failures: dict[str, str] = {}
-    with StoreWriter(wanted.fingerprint, work.encoder.shape, work.settings.shard_images) as writer:
+    with StoreWriter(wanted.fingerprint, work.encoder.shape, work.settings.shard_images, work.part) as writer:
         # Another process, or the recovery of what a dead one left, may have stored some since the plan was made.
         todo = _absent(todo, FeatureStore.open(wanted.fingerprint))
         with (

@@ -47,6 +47,11 @@ class Fingerprint:
         """The first 16 hex digits of the sha256 of ``json``: the store's folder."""
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
 
+    @property
+    def dtype(self) -> str:
+        """What the features are stored as."""
+        return str(self.fields.get("dtype", "float16"))
+
     def differences(self, other: Fingerprint) -> list[str]:
         """One ``field: ours, not theirs`` for each field that is not the same in ``other``."""
         ours, theirs = json.loads(self.json), json.loads(other.json)

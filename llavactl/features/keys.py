@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llavactl.core.paths import cache_dir
+from llavactl.features.recall import STAMP_BYTES, Recall
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
@@ -50,6 +51,7 @@ class ContentKeys:
         self.remember = remember
         self.workers = workers
         self._broken = False
+        self._held = Recall({})
 
     def key(self, image: ImageRef) -> str:
         """The content key of ``image``.
@@ -57,6 +59,10 @@ class ContentKeys:
         Raises:
             OSError: it can't be read.
         """
+        if len(self._held):
+            stamp = _stamp(image)
+            if isinstance(stamp, bytes) and (held := self._held.find(stamp)):
+                return held
         found = self.many([image])[0]
         if isinstance(found, OSError):
             raise found
@@ -75,7 +81,16 @@ class ContentKeys:
             advance(len(found) - start)
         return found
 
-    def _round(self, images: Sequence[ImageRef]) -> list[str | OSError]:
+    def hold(self, images: Sequence[ImageRef]) -> list[str | OSError]:
+        """Like ``many``; ``key`` then answers for these images from memory as long as their stamps don't change."""
+        held: dict[bytes, str] = {}
+        found: list[str | OSError] = []
+        for start in range(0, len(images), _ROUND):
+            found += self._round(images[start : start + _ROUND], held)
+        self._held = Recall(held)
+        return found
+
+    def _round(self, images: Sequence[ImageRef], held: dict[bytes, str] | None = None) -> list[str | OSError]:
         stamps = [_stamp(image) for image in images]
         known = self._recall({stamp for stamp in stamps if isinstance(stamp, bytes)})
         found: list[str | OSError | None] = [
@@ -89,6 +104,8 @@ class ContentKeys:
             if isinstance(key, str) and isinstance(stamp, bytes) and stamp == stamps[index]:
                 fresh.append((stamp, bytes.fromhex(key)))
         self._keep(fresh)
+        if held is not None:
+            held |= known | {stamp: key.hex() for stamp, key in fresh}
         return [key for key in found if key is not None]
 
     def _hash(self, images: Sequence[ImageRef]) -> Iterator[tuple[str | OSError, bytes | OSError | None]]:
@@ -162,7 +179,7 @@ def _stamp(image: ImageRef) -> bytes | OSError | None:
     if stamp is None:
         return None
     kind = type(image)
-    return hashlib.blake2b(f"{kind.__module__}.{kind.__qualname__}\0{stamp}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{kind.__module__}.{kind.__qualname__}\0{stamp}".encode(), digest_size=STAMP_BYTES).digest()
 
 
 def _hash_one(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:

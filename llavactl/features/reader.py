@@ -16,6 +16,7 @@ from llavactl.features.backbone import OVERFLOW, Backbone, finite
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
+from llavactl.features.quantise import as_stored
 from llavactl.features.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class CachedFeatures:
         return self.store.read(key)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
-        found = list(zip(images, self.keys.many(images), strict=True))
+        found = list(zip(images, self.keys.hold(images), strict=True))
         reasons = {image: why(key) for image, key in found if isinstance(key, OSError)}
         read = [(image, key) for image, key in found if isinstance(key, str)]
         stored = self.store.holds([key for _, key in read])
@@ -128,7 +129,7 @@ class LiveFeatures:
         if isinstance(pixels, Failure):
             return pixels
         features = self.backbone.encode([pixels])
-        return np.asarray(features[0]) if finite(features)[0] else Failure(OVERFLOW)
+        return as_stored(features[0], self.fingerprint.dtype) if finite(features)[0] else Failure(OVERFLOW)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
         """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""

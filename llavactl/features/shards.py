@@ -1,8 +1,8 @@
 """One shard: a plain HDF5 file of ``features (N, P, Dv)`` and ``keys (N,)``, laid out so that it can be memory-mapped.
 
-h5py writes the layout, with both datasets allocated and empty; the rows then go to the features' offset by
-plain writes. These are faster, let other threads run, and a full disk is an ``OSError`` and not a half-dead
-HDF5 library.
+Features of int8 have ``scales (N, P + Dv)`` beside them. h5py writes the layout, with all datasets allocated and
+empty; the rows then go to the datasets' offsets by plain writes. These are faster, let other threads run, and a
+full disk is an ``OSError`` and not a half-dead HDF5 library.
 """
 
 from __future__ import annotations
@@ -21,23 +21,45 @@ import numpy as np
 from llavactl.core.errors import StoreError
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import FORMAT, Fingerprint
+from llavactl.features.quantise import quantised
 
 KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
-_ROW = np.dtype("<f2")
-_LAYOUT_BYTES = 6144  # what h5py puts before the features, whatever their number
+_LAYOUT_BYTES = 6144, 2048  # what h5py puts before the features, whatever their number, and before scales
 _COPY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
+class Column:
+    """A dataset of a shard but for its first axis, the images."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What one image takes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def columns_of(shape: FeatureShape, dtype: str) -> tuple[Column, ...]:
+    """What a shard has of every image beside its key."""
+    rows = (shape.patches, shape.width)
+    if dtype == "int8":
+        return Column("features", np.dtype("i1"), rows), Column("scales", np.dtype("<f4"), (sum(rows),))
+    return (Column("features", np.dtype("<f2"), rows),)
+
+
+@dataclass(frozen=True)
 class Shard:
-    """A finished shard: ``keys`` [N] (fixed-length ASCII) and the byte ``offset`` of features [N, P, Dv]."""
+    """A finished shard: ``keys`` [N] (fixed-length ASCII) and the byte ``offsets`` of its columns."""
 
     path: Path
     fingerprint: Fingerprint
     shape: FeatureShape
     keys: np.ndarray
-    offset: int
+    offsets: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path) -> Shard:
@@ -48,29 +70,45 @@ class Shard:
         """
         try:
             with h5py.File(path, "r") as file:
-                features, attributes = file["features"], file.attrs
-                if attributes["format"] != FORMAT or features.dtype != _ROW:
-                    raise ValueError(f"format {attributes['format']}, {features.dtype}")
+                attributes = file.attrs
+                if attributes["format"] != FORMAT:
+                    raise ValueError(f"format {attributes['format']}")
+                made_with = Fingerprint.from_json(attributes["fingerprint"])
                 grid = tuple(int(side) for side in attributes["grid"])
-                shape = FeatureShape((grid[0], grid[1]), int(features.shape[2]), int(attributes["prefix"]))
-                keys, offset = file["keys"][:], features.id.get_offset()
-                if features.shape != (len(keys), shape.patches, shape.width) or keys.dtype != _KEY or offset is None:
-                    raise ValueError(f"features are {features.shape} for {len(keys)} keys")
-                return cls(path, Fingerprint.from_json(attributes["fingerprint"]), shape, keys, int(offset))
+                width = int(file["features"].shape[2])
+                shape = FeatureShape((grid[0], grid[1]), width, int(attributes["prefix"]))
+                keys = file["keys"][:]
+                if keys.dtype != _KEY:
+                    raise ValueError(f"keys of {keys.dtype}")
+                offsets = [_offset(file, each, len(keys)) for each in columns_of(shape, made_with.dtype)]
+                return cls(path, made_with, shape, keys, tuple(offsets))
         except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise damaged(path, str(error)) from error
 
-    def map(self) -> np.ndarray:
-        """The features [N, P, Dv] as a read-only memory map, which needs no lock and no HDF5."""
-        return np.memmap(
-            self.path, _ROW, mode="r", offset=self.offset, shape=(len(self.keys), self.shape.patches, self.shape.width)
+    def map(self) -> tuple[np.ndarray, ...]:
+        """Its columns [N, …], views of one read-only memory map, which needs no lock and no HDF5."""
+        whole = np.memmap(self.path, np.uint8, mode="r")
+        # Plain arrays over the map: NumPy's memmap class costs microseconds at every index.
+        return tuple(
+            np.ndarray((len(self.keys), *each.shape), each.dtype, whole, offset)
+            for each, offset in zip(columns_of(self.shape, self.fingerprint.dtype), self.offsets, strict=True)
         )
 
 
-def bytes_of(shape: FeatureShape, images: int, shard_images: int) -> int:
-    """What ``images`` take on disk, ``shard_images`` a shard."""
-    row = _ROW.itemsize * shape.patches * shape.width + KEY_BYTES
-    return images * row + math.ceil(images / shard_images) * _LAYOUT_BYTES
+def _offset(file: h5py.File, column: Column, images: int) -> int:
+    """Where the bytes of ``column`` begin; raises ValueError where it isn't what it should be."""
+    found = file[column.name]
+    offset = found.id.get_offset()
+    if found.shape != (images, *column.shape) or found.dtype != column.dtype or offset is None:
+        raise ValueError(f"{column.name} are {found.dtype} {found.shape} for {images} keys")
+    return int(offset)
+
+
+def bytes_of(shape: FeatureShape, images: int, shard_images: int, dtype: str = "float16") -> int:
+    """What ``images`` take on disk, ``shard_images`` a shard; shards of some kB may take 2 kB less."""
+    columns = columns_of(shape, dtype)
+    row = sum(each.bytes for each in columns) + KEY_BYTES
+    return images * row + math.ceil(images / shard_images) * sum(_LAYOUT_BYTES[: len(columns)])
 
 
 def damaged(path: Path, reason: str) -> StoreError:
@@ -90,10 +128,10 @@ class Partial:
         self.shape = shape
         self.capacity = capacity
         self.keys: list[str] = []
-        self._row_bytes = shape.patches * shape.width * _ROW.itemsize
+        self._columns = columns_of(shape, fingerprint.dtype)
         self._handle = -1
         try:
-            self._features_at, self._keys_at = _lay_out(path, fingerprint, shape, capacity)
+            self._offsets, self._keys_at = _lay_out(path, fingerprint, shape, capacity)
             self._handle = os.open(path, os.O_RDWR)
         except BaseException:
             self.discard()
@@ -106,9 +144,17 @@ class Partial:
 
     def append(self, keys: Sequence[str], features: np.ndarray) -> None:
         """Adds ``features`` [n, P, Dv] float16; raises OSError."""
-        rows = np.ascontiguousarray(features, _ROW)
-        _write(self._handle, rows.view(np.uint8).reshape(-1).data, self._features_at + len(self.keys) * self._row_bytes)
+        for column, offset, rows in zip(self._columns, self._offsets, self._rows(features), strict=True):
+            data = np.ascontiguousarray(rows, column.dtype).view(np.uint8).reshape(-1).data
+            _write(self._handle, data, offset + len(self.keys) * column.bytes)
         self.keys += keys
+
+    def _rows(self, features: np.ndarray) -> tuple[np.ndarray, ...]:
+        """``features`` as the columns hold them."""
+        if len(self._columns) == 1:
+            return (features,)
+        integers, scales = zip(*map(quantised, features), strict=True)
+        return np.stack(integers), np.stack(scales)
 
     def finish(self) -> None:
         """Makes it a whole shard of the rows it has, safe on disk; raises OSError."""
@@ -132,33 +178,39 @@ class Partial:
     def _shrink(self) -> None:
         """Copies the rows into a layout of their number: HDF5 can't shorten a contiguous dataset."""
         short = self.path.with_name(f"short.{self.path.name}")
-        features_at, keys_at = _lay_out(short, self.fingerprint, self.shape, len(self.keys))
+        offsets, keys_at = _lay_out(short, self.fingerprint, self.shape, len(self.keys))
         handle = os.open(short, os.O_RDWR)
         try:
-            for done in range(0, len(self.keys) * self._row_bytes, _COPY_BYTES):
-                size = min(_COPY_BYTES, len(self.keys) * self._row_bytes - done)
-                _write(handle, memoryview(os.pread(self._handle, size, self._features_at + done)), features_at + done)
+            for column, here, there in zip(self._columns, self._offsets, offsets, strict=True):
+                _copy(self._handle, here, handle, there, len(self.keys) * column.bytes)
             short.replace(self.path)
         except BaseException:
             os.close(handle)
             short.unlink(missing_ok=True)
             raise
         self._close()
-        self._handle, self._features_at, self._keys_at = handle, features_at, keys_at
+        self._handle, self._offsets, self._keys_at = handle, offsets, keys_at
         self.capacity = len(self.keys)
 
 
-def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[int, int]:
-    """An HDF5 file with room for ``images``; where its features and its keys begin, in bytes. Raises OSError."""
+def _copy(source: int, here: int, target: int, there: int, size: int) -> None:
+    """``size`` bytes from the offset ``here`` of one open file to ``there`` of another."""
+    for done in range(0, size, _COPY_BYTES):
+        data = os.pread(source, min(_COPY_BYTES, size - done), here + done)
+        _write(target, memoryview(data), there + done)
+
+
+def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[list[int], int]:
+    """An HDF5 file with room for ``images``; where its columns and its keys begin, in bytes. Raises OSError."""
     try:
         with h5py.File(path, "w") as file:
             file.attrs["fingerprint"] = fingerprint.json
             file.attrs["format"] = FORMAT
             file.attrs["grid"] = shape.grid
             file.attrs["prefix"] = shape.prefix
-            features = _allocate(file, "features", (images, shape.patches, shape.width), _ROW)
-            keys = _allocate(file, "keys", (images,), _KEY)
-            return features, keys
+            columns = columns_of(shape, fingerprint.dtype)
+            offsets = [_allocate(file, each.name, (images, *each.shape), each.dtype) for each in columns]
+            return offsets, _allocate(file, "keys", (images,), _KEY)
     except RuntimeError as error:  # what h5py makes of a full disk while it closes a file
         raise OSError(str(error)) from error
 

@@ -21,6 +21,7 @@ from llavactl.features.manifest import (
     store_dir,
     store_dirs,
 )
+from llavactl.features.quantise import restored
 from llavactl.features.shards import KEY_BYTES, Shard, damaged
 
 _KEY = np.dtype(f"S{KEY_BYTES}")
@@ -47,7 +48,7 @@ class FeatureStore:
         self.keys: np.ndarray = keys[order]
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self._row = np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)])[order]
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, tuple[np.ndarray, ...]] = {}
         self._pid = os.getpid()
 
     @classmethod
@@ -95,12 +96,15 @@ class FeatureStore:
         Raises:
             StoreError: they are not stored.
         """
-        at = int(np.searchsorted(self.keys, np.bytes_(key)))
-        if at == len(self.keys) or self.keys[at] != np.bytes_(key):
+        wanted = np.bytes_(key)
+        at = int(self.keys.searchsorted(wanted))
+        if at == len(self.keys) or self.keys[at] != wanted:
             raise StoreError(f"{self.folder} has no features of image {key}", hint="run `llavactl extract`")
-        return np.array(self._map(int(self._shard[at]))[self._row[at]])
+        row = self._row[at]
+        features, *scales = self._map(int(self._shard[at]))
+        return restored(features[row], scales[0][row]) if scales else features[row].copy()
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map(self, shard: int) -> tuple[np.ndarray, ...]:
         if self._pid != os.getpid():
             self._maps, self._pid = {}, os.getpid()
         found = self._maps.get(shard)

@@ -3,7 +3,8 @@
 A shard is written as ``*.partial``, fsynced, renamed, its folder fsynced, and then listed with its checksum in
 the manifest, which is itself replaced in one step. One process writes to a store at a time, so every
 ``*.partial`` found by a new writer belongs to a dead one, and a shard that was renamed and not yet listed is
-whole and is listed now.
+whole and is listed now. The parts of one extract write side by side: each to its own ``part-N.h5.partial`` under a
+lock of its own, and they take turns, under the store's lock, to rename and to list.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ from llavactl.features.manifest import (
     store_dir,
     write_fingerprint,
 )
+from llavactl.features.parts import Part
 from llavactl.features.shards import Partial, Shard, checksum, sync_folder
 
 log = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"shard-(\d+)\.")
+_OF_PART = re.compile(r"part-(\d+)\.h5\.partial$")
+_TURN_S = 60.0
+"""How long a part waits for its turn; a turn is a rename and a small file."""
+
+_LOOK_S = 2.0
+"""How long a part waits for its own lock, which others take for a moment to see whether it lives."""
 
 
 class StoreWriter:
@@ -46,7 +54,10 @@ class StoreWriter:
     can't be written; what was finished before stays.
     """
 
-    def __init__(self, fingerprint: Fingerprint, shape: FeatureShape, shard_images: int) -> None:
+    def __init__(
+        self, fingerprint: Fingerprint, shape: FeatureShape, shard_images: int, part: Part | None = None
+    ) -> None:
+        self.part = part or Part()
         self.folder = store_dir(fingerprint)
         self.fingerprint = fingerprint
         self.shard_images = shard_images
@@ -58,9 +69,12 @@ class StoreWriter:
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> StoreWriter:
-        self._lock.enter_context(exclusive(self.folder))
+        if self.part.alone:
+            self._lock.enter_context(exclusive(self.folder))
+        else:
+            self._lock.enter_context(_locked(_part_lock(self.folder, self.part.index), self.folder, _LOOK_S))
         try:
-            with self._writing():
+            with self._writing(), self._turn():
                 self._recover()
         except BaseException:
             self._lock.close()
@@ -107,24 +121,39 @@ class StoreWriter:
                 hint="free disk space, or set LLAVACTL_HOME; finished shards are kept and the next extract goes on",
             ) from error
 
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """The right to change what all parts share."""
+        if self.part.alone:
+            return contextlib.nullcontext()
+        return _locked(_lock_of(self.folder), self.folder, _TURN_S)
+
     def _begin(self) -> Partial:
+        name = self._next() if self.part.alone else f"part-{self.part.index}.h5"
+        return Partial(self.folder / f"{name}.partial", self.fingerprint, self._manifest.shape, self.shard_images)
+
+    def _next(self) -> str:
+        """The name of a new shard."""
         taken = [int(number[1]) for path in self.folder.iterdir() if (number := _NUMBERED.match(path.name))]
-        path = self.folder / f"shard-{max(taken, default=-1) + 1:05}.h5.partial"
-        return Partial(path, self.fingerprint, self._manifest.shape, self.shard_images)
+        return f"shard-{max(taken, default=-1) + 1:05}.h5"
 
     def _finish(self) -> None:
         """Makes the partial a finished, listed shard; without one only the manifest is brought up to date."""
         if (partial := self._partial) is not None:
             partial.finish()
-            finished = partial.path.with_suffix("")
-            entry = Entry(finished.name, len(partial.keys), partial.path.stat().st_size, checksum(partial.path))
-            partial.path.rename(finished)
-            self._partial = None
-            sync_folder(self.folder)
-            self._manifest = self._manifest.listing(entry)
-            self.bytes_written += entry.bytes
-        self._manifest = replace(self._manifest, skipped=dict(self._skipped))
-        self._manifest.write(self.folder)
+            size, digest = partial.path.stat().st_size, checksum(partial.path)
+        with self._turn():
+            if not self.part.alone:
+                self._manifest = read_manifest(self.folder) or self._manifest
+            if partial is not None:
+                finished = partial.path.with_suffix("") if self.part.alone else self.folder / self._next()
+                entry = Entry(finished.name, len(partial.keys), size, digest)
+                partial.path.rename(finished)
+                self._partial = None
+                sync_folder(self.folder)
+                self._manifest = self._manifest.listing(entry)
+                self.bytes_written += entry.bytes
+            self._manifest = replace(self._manifest, skipped={**self._manifest.skipped, **self._skipped})
+            self._manifest.write(self.folder)
 
     def _recover(self) -> None:
         """Makes the folder what its manifest says, after whatever ended the last writer."""
@@ -133,6 +162,8 @@ class StoreWriter:
             write_fingerprint(self.folder, self.fingerprint)
         check_fingerprint(self.folder, found or self.fingerprint, self.fingerprint)
         for stale in unfinished(self.folder):
+            if self._alive(stale):
+                continue
             log.info("removing %s, left by an extract that was interrupted", stale)
             stale.unlink()
         manifest = read_manifest(self.folder)
@@ -148,6 +179,11 @@ class StoreWriter:
             if path.name not in listed:
                 self._adopt(path)
         self._manifest.write(self.folder)
+
+    def _alive(self, partial: Path) -> bool:
+        """Whether another part is writing ``partial``."""
+        found = _OF_PART.search(partial.name)
+        return found is not None and int(found[1]) != self.part.index and _held(_part_lock(self.folder, int(found[1])))
 
     def _adopt(self, path: Path) -> None:
         """Lists a shard that was renamed and then not listed; one that isn't whole is set aside."""
@@ -171,17 +207,22 @@ def exclusive(folder: Path) -> Iterator[None]:
     """The right to change the store in ``folder``, alone; the system gives it back if the process dies.
 
     Raises:
-        StoreError: another process has it, or the lock can't be made.
+        StoreError: another process has it, or writes a part, or the lock can't be made.
     """
-    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+    with _locked(_lock_of(folder), folder):
+        if any(_held(lock) for lock in folder.parent.glob(f"{folder.name}.part-*.lock")):
+            raise _busy(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(lock_file: Path, folder: Path, timeout_s: float = 0) -> Iterator[None]:
+    lock = filelock.FileLock(lock_file, timeout=timeout_s)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
-        raise StoreError(
-            f"another process is writing to the feature store {folder}",
-            hint="wait until it has finished, then run this again: it goes on from there",
-        ) from None
+        raise _busy(folder) from None
     except OSError as error:
         raise StoreError(
             f"the feature store {folder} can't be written: {error.strerror or error}",
@@ -191,3 +232,29 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _part_lock(folder: Path, index: int) -> Path:
+    return folder.with_name(f"{folder.name}.part-{index}.lock")
+
+
+def _held(lock_file: Path) -> bool:
+    """Whether a living process has ``lock_file``."""
+    lock = filelock.FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _busy(folder: Path) -> StoreError:
+    return StoreError(
+        f"another process is writing to the feature store {folder}",
+        hint="wait until it has finished, then run this again: it goes on from there",
+    )

@@ -153,7 +153,7 @@ class Generate(Section):
 
 class Features(Section):
     mode: Literal["cached", "live"] = "cached"
-    dtype: Literal["float16"] = "float16"
+    dtype: Literal["float16", "int8"] = "float16"
     compute: Precision = "float32"
     batch_size: Count = 16
     workers: Count = 2

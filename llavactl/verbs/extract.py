@@ -18,6 +18,7 @@ from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
+from llavactl.features.parts import Part, device_of, part_of_this_process
 from llavactl.features.prepare import default_device
 from llavactl.features.shards import bytes_of
 
@@ -49,7 +50,8 @@ class ExtractReport:
     ``images`` are the distinct images that records name, ``unique`` their distinct contents, ``skipped`` the
     images without features (``skipped_file`` has a line for each). Work is counted a store: ``stored_before``
     are contents that needed none, ``to_encode`` those that did, ``encoded`` those that got features. ``bytes``
-    were written, in a dry run will be. ``images_per_s`` is the rate of encoding, in a dry run measured on one batch.
+    were written, in a dry run will be. ``images_per_s`` is the rate of encoding, in a dry run measured on one batch. Of
+    several ``parts`` that share the work, all numbers are those of this ``part`` (from 0).
     """
 
     images: int
@@ -67,16 +69,21 @@ class ExtractReport:
     estimated_seconds: float | None = None
     skipped_file: str | None = None
     dry_run: bool = False
+    part: int = 0
+    parts: int = 1
 
 
 Job = tuple[Plan, Work]
 
 
-def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = None) -> ExtractReport:
+def extract(
+    recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = None, part: Part | None = None
+) -> ExtractReport:
     """Makes the features that ``recipe`` needs and the store doesn't have yet; interrupted, it goes on next time.
 
     An image that can't be read is skipped and listed with its reason in ``<run_dir>/skipped.jsonl``. A dry
-    run writes nothing at all.
+    run writes nothing at all. With ``part`` (default: what torchrun, accelerate or srun tell this process) only that
+    share of the images is made, beside the other parts.
 
     Raises:
         DataError: a record can't be used (before any work), or more than ``max_skipped`` images were
@@ -86,9 +93,10 @@ def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = 
     if not (recipe.data.stage1 or recipe.data.stage2):
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="there is nothing to extract features of")
     began = time.perf_counter()
-    plans, device = _plans(recipe, remember=not dry_run), default_device()
-    jobs = [(each, _work(each, recipe, device)) for each in plans if each.todo]
-    report = _before(plans, device)
+    part = part or part_of_this_process()
+    plans, device = _plans(recipe, part, remember=not dry_run), device_of(part, default_device())
+    jobs = [(each, _work(each, recipe, device, part)) for each in plans if each.todo]
+    report = _before(plans, device, part)
     needed = sum(_bytes(each, work) for each, work in jobs)
     if dry_run:
         return _planned(report, jobs, needed, began)
@@ -99,7 +107,8 @@ def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = 
         )
     filled = _fill(jobs)
     skipped = _skipped(plans, {each.wanted.fingerprint.id: done for (each, _), done in zip(jobs, filled, strict=True)})
-    file = _list(recipe.run_dir / "skipped.jsonl", skipped)
+    name = "skipped.jsonl" if part.alone else f"skipped-{part.index}-of-{part.count}.jsonl"
+    file = _list(recipe.run_dir / name, skipped)
     if max_skipped is not None and len(skipped) > max_skipped:
         raise DataError(
             f"{len(skipped)} images were skipped, more than {max_skipped}; the features of all others are stored",
@@ -110,24 +119,25 @@ def extract(recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = 
     return report
 
 
-def _plans(recipe: Recipe, *, remember: bool) -> list[Plan]:
+def _plans(recipe: Recipe, part: Part, *, remember: bool) -> list[Plan]:
     """One plan a store. All records are read before the first image is."""
     wanted = wanted_features(recipe)
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
     with progress.bar(sum(len(each.images) for each in wanted), "hashing", "image") as bar:
-        return [plan(each, keys, bar.show) for each in wanted]
+        return [plan(each, keys, bar.show, part) for each in wanted]
 
 
-def _work(each: Plan, recipe: Recipe, device: str) -> Work:
+def _work(each: Plan, recipe: Recipe, device: str, part: Part) -> Work:
     settings = recipe.features
-    return Work(Backbone(each.wanted.vision.load(device, settings.compute), device, settings.batch_size), settings)
+    encoder = each.wanted.vision.load(device, settings.compute)
+    return Work(Backbone(encoder, device, settings.batch_size), settings, part)
 
 
 def _bytes(each: Plan, work: Work) -> int:
-    return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images)
+    return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images, work.settings.dtype)
 
 
-def _before(plans: Sequence[Plan], device: str) -> ExtractReport:
+def _before(plans: Sequence[Plan], device: str, part: Part) -> ExtractReport:
     keys = {key for each in plans for key in each.keys if isinstance(key, str)}
     return ExtractReport(
         images=len({image for each in plans for image in each.wanted.images}),
@@ -138,6 +148,8 @@ def _before(plans: Sequence[Plan], device: str) -> ExtractReport:
         free_bytes=_free_bytes(),
         device=device,
         stores=tuple(_store_report(each) for each in plans),
+        part=part.index,
+        parts=part.count,
     )
 
 

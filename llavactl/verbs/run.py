@@ -47,6 +47,8 @@ def run(recipe: Recipe) -> RunReport:
     cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
     generated = _timed(recipe, "generate", lambda: _generated(recipe)) if recipe.generate is not None else None
     extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
+    if extracted is not None and extracted.parts > 1:
+        _meet()
     stage1 = _timed(recipe, "stage 1", lambda: train(recipe, 1)) if recipe.data.stage1 else None
     stage2 = _timed(recipe, "stage 2", lambda: train(recipe, 2)) if recipe.data.stage2 else None
     scored = [_scored(recipe, task) for task in recipe.eval.tasks]
@@ -81,6 +83,13 @@ def _generated(recipe: Recipe) -> GenerateReport:
             hint="raise the limit or wait, then run this again; or train on what there is: -o generate=null",
         )
     return report
+
+
+def _meet() -> None:
+    """Waits for the other processes: a stage needs the features that all of them have made."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
 
 
 def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:

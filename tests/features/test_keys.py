@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pickle
 import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llavactl import ImageFile
 from llavactl.features import ContentKeys
+from llavactl.features.recall import Recall
 
 
 @dataclass(frozen=True)
@@ -175,3 +179,34 @@ def test_several_processes_share_one_file(home: Path, tmp_path: Path) -> None:
     assert found == [[sha(b"image %d" % (index % 7)) for index in range(200)]] * 3
     with sqlite3.connect(home / "cache" / "keys.sqlite") as database:
         assert database.execute("SELECT count(*) FROM keys").fetchone() == (len(images),)
+
+
+def test_held_keys_need_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, keys = files(tmp_path, 5), ContentKeys()
+    assert keys.hold(images) == [sha(image.read()) for image in images]
+    again = pickle.loads(pickle.dumps(keys))
+
+    def ask(*_: object) -> None:
+        raise AssertionError("the database was asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContentKeys, "_ask", ask)
+        assert [again.key(image) for image in images] == [sha(image.read()) for image in images]
+    images[0].file.write_bytes(b"other")
+    assert again.key(images[0]) == sha(b"other")
+    images[1].file.unlink()
+    with pytest.raises(FileNotFoundError):
+        again.key(images[1])
+
+
+@given(
+    st.dictionaries(st.binary(min_size=16, max_size=16), st.binary(min_size=32, max_size=32)),
+    st.binary(min_size=16, max_size=16),
+)
+def test_recall_is_a_dict(keys: dict[bytes, bytes], other: bytes) -> None:
+    # Stamps with the same first half, which is what the search goes by.
+    keys |= {stamp[:8] + stamp[8:][::-1]: digest for stamp, digest in keys.items()}
+    recall = Recall({stamp: digest.hex() for stamp, digest in keys.items()})
+    assert len(recall) == len(keys)
+    assert {stamp: recall.find(stamp) for stamp in keys} == {stamp: digest.hex() for stamp, digest in keys.items()}
+    assert other in keys or recall.find(other) is None

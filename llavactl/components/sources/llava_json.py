@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.places import check_place, image_in
 from llavactl.core.registry import Options
-from llavactl.core.schema import Content, ImageFile, Role, Sample, Turn
+from llavactl.core.schema import Content, ImageRef, Role, Sample, Turn
 
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -24,10 +24,12 @@ TAG = "<image>"
 
 
 class LlavaJsonOptions(Options):
-    """``images``: the folder that image paths are relative to (default: the records' own folder)."""
+    """``images``: what image paths are relative to (default: the records' own folder): a folder, a .zip or .tar, a
+    pattern of those (``shards/*.tar``), or a URL that fsspec opens (``s3://…``); nothing is unpacked.
+    """
 
     path: RecipePath
-    images: RecipePath | None = None
+    images: RecipePlace | None = None
 
 
 def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
@@ -43,10 +45,8 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     if not options.path.is_file():
         raise DataError(f"{options.path}: there is no such file", hint="`path` names LLaVA's JSON or JSONL")
     root = str(options.images or options.path.parent)
-    if not Path(root).is_dir() and options.images is not None:
-        raise DataError(
-            f"{root}: there is no such folder", hint="`images` is the folder that image paths are relative to"
-        )
+    if options.images is not None:
+        check_place(root)
     for entry in read_stream(options.path):
         where = f"{options.path}:{entry.place}"
         if entry.problem:
@@ -73,13 +73,13 @@ def sample_of(record: Any, where: str, root: str, index: int = 0) -> Sample:
     return Sample(sample_id, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
 
 
-def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageFile]:
+def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageRef]:
     named = record.get("image")
     paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
     if not all(isinstance(path, str) for path in paths):
         raise DataError(f"{where}: `image` is {named!r}, not a path or a list of paths")
     try:
-        return [ImageFile(root, path) for path in paths]
+        return [image_in(root, path) for path in paths]
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
 
@@ -102,7 +102,7 @@ def _alternating(turns: list[Turn], where: str) -> list[Turn]:
     return system + talk
 
 
-def _place(turns: list[Turn], images: list[ImageFile], where: str) -> Iterator[Turn]:
+def _place(turns: list[Turn], images: list[ImageRef], where: str) -> Iterator[Turn]:
     """Puts the images where the user's turns have their tags."""
     tags = sum(turn.text.count(TAG) for turn in turns if turn.role == "user")
     if tags and tags != len(images):

@@ -1,0 +1,214 @@
+"""What int8 features cost: error and cosine beside float16, bytes, time, and the loss of a real stage 1.
+
+    python benchmarks/int8.py                         # without training
+    python benchmarks/int8.py --train 300 --json > benchmarks/results/int8-2-cores.json
+
+Needs the demo plugin (DINOv2, SmolLM2) and the photos of ``../shared/data/coco-mini``. Errors are relative, in the
+norm of an image's features; those called ``even`` are with every channel brought to one size first, so that a few
+huge channels don't hide what became of the others. Beside it stand one scale a token and one a channel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llavactl import ImageFile, TransformersVision
+from llavactl.components.vision.transformers import ClipOptions
+from llavactl.core.schema import FeatureShape
+from llavactl.features.backbone import Backbone
+from llavactl.features.prepare import Failure, prepare
+from llavactl.features.quantise import as_stored, quantised, restored
+from llavactl.features.shards import bytes_of
+from llavactl.recipe.load import load_recipe
+from llavactl.verbs.extract import extract
+from llavactl.verbs.train import train
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
+CLIP = FeatureShape((24, 24), 1024)
+
+
+def a_scale_each(axis: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Plain symmetric int8 with one scale for what lies along ``axis``."""
+
+    def round_trip(features: np.ndarray) -> np.ndarray:
+        values = features.astype(np.float32)
+        scale = np.maximum(np.abs(values).max(axis=axis, keepdims=True), 1e-12) / 127
+        return np.rint(values / scale) * scale
+
+    return round_trip
+
+
+WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "ours": lambda features: as_stored(features, "int8"),
+    "a scale a token": a_scale_each(1),
+    "a scale a channel": a_scale_each(0),
+}
+
+
+def errors(images: Sequence[np.ndarray], way: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+    """Mean and worst over ``images`` [P, Dv] of what ``way`` does to them."""
+    relative, even, cosine, even_cosine = [], [], [], []
+    for image in images:
+        wanted, found = image.astype(np.float64), way(image).astype(np.float64)
+        size = np.sqrt((wanted**2).mean(axis=0)) + 1e-12
+        for numbers, angles, scale in ((relative, cosine, 1.0), (even, even_cosine, size)):
+            ours, theirs = found / scale, wanted / scale
+            numbers.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
+            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            angles += list((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12))
+    return {
+        "relative": statistics.mean(relative),
+        "relative_worst": max(relative),
+        "cosine_of_a_token_worst": min(cosine),
+        "even": statistics.mean(even),
+        "even_worst": max(even),
+        "even_cosine_of_a_token_worst": min(even_cosine),
+    }
+
+
+def encoded(model: Path, layer: int, photos: Sequence[Path]) -> list[np.ndarray]:
+    encoder = TransformersVision(ClipOptions(model=str(model), layer=layer, image="square")).load("cpu", "float32")
+    pixels = [prepare(encoder, ImageFile(str(path.parent), path.name)) for path in photos]
+    good = [each for each in pixels if not isinstance(each, Failure)]
+    return list(Backbone(encoder, "cpu", 1).encode(good))
+
+
+def planted(folder: Path) -> Path:
+    """A CLIP-shaped tower of random weights whose residual stream has a few channels of huge magnitude, and tokens."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=3, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    )  # fmt: skip
+    model = CLIPVisionModel(config)
+    with torch.no_grad():
+        vision = getattr(model, "vision_model", model)
+        # After the first norm: three channels stand out in every token; six tokens stand out in all channels.
+        for channel, gain, shift in ((7, 30.0, 0.0), (300, 60.0, 40.0), (900, 20.0, 0.0)):
+            vision.pre_layrnorm.weight[channel] = gain
+            vision.pre_layrnorm.bias[channel] = shift
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_loud_tokens(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Six tokens an image eight times as large: what registers are in CLIP and DINOv2."""
+    chance = np.random.default_rng(0)
+    made = []
+    for image in images:
+        loud = image.astype(np.float32)
+        loud[chance.choice(len(loud), 6, replace=False)] *= 8
+        made.append(loud.astype(np.float16))
+    return made
+
+
+def milliseconds(work: Callable[[], object], repeat: int = 30) -> float:
+    """The median."""
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times) * 1e3, 3)
+
+
+def trained(samples: int, folder: Path) -> dict[str, Any]:
+    """A stage 1 of the demo's models on ``samples`` drawn scenes, with each dtype, all else the same."""
+    (folder / "recipe.yaml").write_text(f"""\
+extends: demo
+name: int8
+generate: null
+data: {{stage1: [{{name: scenes, content: descriptions, scenes: {samples}}}], stage2: []}}
+eval: {{tasks: []}}
+""")
+    found: dict[str, Any] = {"samples": samples}
+    for dtype in ("float16", "int8"):
+        overrides = [f"features.dtype={dtype}", f"run_dir={folder / dtype}", "stage1.validation=0.1"]
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        stored = extract(recipe)
+        report = train(recipe, 1)
+        lines = [json.loads(line) for line in (folder / dtype / "stage1" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        found[dtype] = {
+            "steps": report.steps,
+            "loss_last_ten_steps": statistics.mean(losses[-10:]),
+            "val_loss": report.val_loss,
+            "bytes": stored.bytes,
+        }
+    for key in ("loss_last_ten_steps", "val_loss"):
+        found[f"{key}_change_percent"] = 100 * (found["int8"][key] / found["float16"][key] - 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, default=16)
+    parser.add_argument("--train", type=int, default=0, metavar="SAMPLES")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
+        document = measured(given.photos, given.train, Path(name))
+    print(json.dumps(document, indent=1) if given.json else shown(document))
+
+
+def measured(photos: int, samples: int, folder: Path) -> dict[str, Any]:
+    from llavactl_demo.convert import vision_folder
+
+    paths = sorted(PHOTOS.glob("*2017/*.jpg"))[:photos]
+    towers = {
+        "DINOv2 ViT-S/14, layer -2": encoded(vision_folder(), -2, paths),
+        "DINOv2 ViT-S/14, layer 6": encoded(vision_folder(), 6, paths),
+        "CLIP L/336 shape, outlier channels": encoded(planted(folder / "clip"), -2, paths[:4]),
+    }
+    towers["the same, outlier tokens too"] = with_loud_tokens(towers["CLIP L/336 shape, outlier channels"])
+    one = towers["the same, outlier tokens too"][0]
+    integers, scales = quantised(one)
+    document: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"{platform.machine()}",
+        "bytes_of_float16": bytes_of(CLIP, 1024, 1024, "int8") / bytes_of(CLIP, 1024, 1024),
+        "ms_an_image_576x1024": {
+            "quantise": milliseconds(lambda: quantised(one)),
+            "restore": milliseconds(lambda: restored(integers, scales)),
+            "copy float16": milliseconds(one.copy),
+        },
+        "photos": len(paths),
+        "errors": {
+            name: {way: errors(images, round_trip) for way, round_trip in WAYS.items()}
+            for name, images in towers.items()
+        },
+    }
+    if samples:
+        document["stage1"] = trained(samples, folder)
+    return document
+
+
+def shown(document: dict[str, Any]) -> str:
+    lines = [document["machine"], f"bytes of float16's: {document['bytes_of_float16']:.4f}"]
+    lines.append("ms: " + ", ".join(f"{what} {ms}" for what, ms in document["ms_an_image_576x1024"].items()))
+    for name, ways in document["errors"].items():
+        lines += [name, *(f"  {way:<18} even {each['even']:.4f}, worst token's even cosine "
+                          f"{each['even_cosine_of_a_token_worst']:.5f}" for way, each in ways.items())]  # fmt: skip
+    if "stage1" in document:
+        lines.append(json.dumps(document["stage1"], indent=1))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

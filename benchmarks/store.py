@@ -1,0 +1,186 @@
+"""Random reads of stored features, warm: ours beside what else could hold them, interleaved in one run.
+
+    python benchmarks/store.py
+    python benchmarks/store.py --images 400 --json > benchmarks/results/store-2-cores.json
+
+Features are 576x1024, as CLIP L/336 makes them. In every round each way reads the same random images; a rate is
+the median over rounds, ``of_map`` the median of its ratio to the bare memory map of our own shard in the same
+round. With workers, all of them read at once, and rates count all. ``by image`` is what training calls: the
+image's file is looked at, its key looked up, then read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from llavactl import ImageFile
+from llavactl.core.schema import FeatureShape
+from llavactl.features import CachedFeatures, ContentKeys, FeatureStore, Fingerprint, StoreWriter, content_key
+
+SHAPE = FeatureShape((24, 24), 1024)
+FLOAT16, INT8 = Fingerprint({"dtype": "float16"}), Fingerprint({"dtype": "int8"})
+SLOW = {"h5py gzip": 30}
+"""Ways that read fewer images a round, by what they are divided by."""
+
+Read = Callable[[int], object]
+
+
+def prepare(folder: Path, images: int) -> None:
+    """One shard of each dtype, and the same numbers in the other layouts."""
+    chance = np.random.default_rng(0)
+    keys = [content_key(b"%d" % index) for index in range(images)]
+    (folder / "npy").mkdir()
+    (folder / "safetensors").mkdir()
+    (folder / "pictures").mkdir()
+    row = (1, SHAPE.patches, SHAPE.width)
+    with (
+        StoreWriter(FLOAT16, SHAPE, images) as halves,
+        StoreWriter(INT8, SHAPE, images) as bytes_,
+        h5py.File(folder / "chunked.h5", "w") as chunked,
+        h5py.File(folder / "gzip.h5", "w") as gzip,
+    ):
+        whole = (images, *row[1:])
+        pieces = chunked.create_dataset("features", whole, "f2", chunks=row)
+        packed = gzip.create_dataset("features", whole, "f2", chunks=row, compression="gzip")
+        for index, key in enumerate(keys):
+            features = (chance.standard_normal(row[1:]) * 3).astype(np.float16)
+            halves.append([key], features[None])
+            bytes_.append([key], features[None])
+            pieces[index] = packed[index] = features
+            np.save(folder / "npy" / f"{index}.npy", features)
+            save_file({"features": features}, folder / "safetensors" / f"{index}.safetensors")
+            (folder / "pictures" / f"{index}.jpg").write_bytes(b"%d" % index)
+
+
+def ways(folder: Path, images: int) -> dict[str, Read]:
+    """How to read image number ``i``, opened in the process that reads."""
+    torch.set_num_threads(1)
+    keys = [content_key(b"%d" % index) for index in range(images)]
+    store, small = FeatureStore.open(FLOAT16), FeatureStore.open(INT8)
+    cached = CachedFeatures(store, ContentKeys())
+    pictures = [ImageFile(str(folder / "pictures"), f"{index}.jpg") for index in range(images)]
+    cached.unreadable(pictures)
+    shard, small_shard = store.folder / "shard-00000.h5", small.folder / "shard-00000.h5"
+    with h5py.File(shard) as file, h5py.File(small_shard) as small_file:
+        at, small_at = file["features"].id.get_offset(), small_file["features"].id.get_offset()
+    shape = (images, SHAPE.patches, SHAPE.width)
+    mapped = np.memmap(shard, "f2", "r", at, shape)
+    small_map = np.memmap(small_shard, "i1", "r", small_at, shape)
+    memory = np.array(mapped)
+    plain = h5py.File(shard)["features"]
+    chunked, gzip = h5py.File(folder / "chunked.h5")["features"], h5py.File(folder / "gzip.h5")["features"]
+    return {
+        "bare map": lambda i: np.array(mapped[i]),
+        "ours": lambda i: store.read(keys[i]),
+        "ours, by image": lambda i: cached.load(pictures[i]),
+        "ours, int8": lambda i: small.read(keys[i]),
+        "bare map of int8": lambda i: np.array(small_map[i]),
+        "copy in memory": lambda i: memory[i].copy(),
+        "h5py contiguous": lambda i: plain[i],
+        "h5py chunked": lambda i: chunked[i],
+        "h5py gzip": lambda i: gzip[i],
+        "npy each": lambda i: np.load(folder / "npy" / f"{i}.npy"),
+        "safetensors each": lambda i: load_file(folder / "safetensors" / f"{i}.safetensors"),
+    }
+
+
+def read_rounds(folder: Path, images: int, rounds: int, reads: int, seed: int, start: Any) -> list[dict[str, Any]]:
+    """For every round, by way: when it began and ended and how many it read. ``start()`` is a barrier."""
+    every, found = ways(folder, images), []
+    for number in range(-1, rounds):  # round -1 warms up
+        chosen = [random.Random(f"{seed} {number}").randrange(images) for _ in range(reads)]
+        names = list(every)
+        random.Random(number).shuffle(names)
+        times: dict[str, Any] = {}
+        for name in names:
+            read, some = every[name], chosen[: max(1, reads // SLOW.get(name, 1))]
+            start()
+            began = time.perf_counter()
+            for index in some:
+                read(index)
+            times[name] = (began, time.perf_counter(), len(some))
+        if number >= 0:
+            found.append(times)
+    return found
+
+
+def _work(queue: Any, barrier: Any, *given: Any) -> None:
+    queue.put(read_rounds(*given, barrier.wait))
+
+
+def together(folder: Path, images: int, rounds: int, reads: int, workers: int) -> dict[str, Any]:
+    """Rates of ``workers`` processes that read at once."""
+    context = multiprocessing.get_context("fork")
+    queue, barrier = context.Queue(), context.Barrier(workers)
+    given = [(queue, barrier, folder, images, rounds, reads, seed) for seed in range(workers)]
+    processes = [context.Process(target=_work, args=each) for each in given]
+    for process in processes:
+        process.start()
+    results = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return rates(results)
+
+
+def rates(results: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    by_way: dict[str, list[float]] = {}
+    for one_round in zip(*results, strict=True):
+        for name in one_round[0]:
+            began, ended, counts = zip(*(worker[name] for worker in one_round), strict=True)
+            by_way.setdefault(name, []).append(sum(counts) / (max(ended) - min(began)))
+    bare = by_way["bare map"]
+    return {
+        name: {
+            "images_per_s": round(statistics.median(found), 1),
+            "of_map": round(statistics.median(a / b for a, b in zip(found, bare, strict=True)), 3),
+        }
+        for name, found in sorted(by_way.items(), key=lambda each: -statistics.median(each[1]))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--reads", type=int, default=300, help="images a way, a round and a worker")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    document: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, h5py {h5py.__version__}",
+        "features": [SHAPE.patches, SHAPE.width],
+        **vars(given),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
+        prepare(Path(name), given.images)
+        for workers in (1, 4):
+            document[f"{workers} worker{'s' * (workers > 1)}"] = together(
+                Path(name), given.images, given.rounds, given.reads, workers
+            )
+    if given.json:
+        print(json.dumps(document, indent=1))
+        return
+    print(document["machine"])
+    for workers in ("1 worker", "4 workers"):
+        print(workers)
+        for way, found in document[workers].items():
+            print(f"  {way:<18} {found['images_per_s']:>9.1f} images/s  {found['of_map']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Images inside zip and tar files, read where they lie: an index once a process, then one ranged read an image.
+
+Nothing is unpacked and no handle is kept, so any number of threads and processes may read at once. Archives may be
+behind a URL, for which fsspec is asked.
+"""
+
+from __future__ import annotations
+
+import glob
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from llavactl.core.errors import DataError
+
+ENDINGS = (".zip", ".tar")
+_TELLING = "ETag", "etag", "mtime", "LastModified", "updated", "created"
+"""What kinds of file systems call that which changes with the content."""
+
+_MAX_BYTES = 1 << 30
+_HEADER = struct.Struct("<4s5H3I2H")
+"""Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where an image is: ``size`` bytes at ``offset`` of ``archive``, as it was when its ``stamp`` was taken.
+
+    ``method`` is zip's number of the compression; for zip the offset is that of the header before the bytes.
+    """
+
+    archive: str
+    stamp: str
+    offset: int
+    size: int
+    method: int | None = None
+    checksum: int = 0
+    unpacked: int = 0
+
+    def read(self) -> bytes:
+        """The member's bytes; raises OSError."""
+        if self.method is None:
+            return self._range(self.offset, self.size)
+        header = self._range(self.offset, _HEADER.size)
+        signature, *_, name, extra = _HEADER.unpack(header)
+        if signature != b"PK\3\4":
+            raise OSError(f"{self.archive} is no longer the zip file that it was")
+        data = self._range(self.offset + _HEADER.size + name + extra, self.size)
+        if self.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.unpacked)
+            except zlib.error as error:
+                raise OSError(f"it is damaged in {self.archive}") from error
+        if zlib.crc32(data) != self.checksum:
+            raise OSError(f"it is damaged in {self.archive}")
+        return data
+
+    def _range(self, at: int, size: int) -> bytes:
+        data = read_range(self.archive, at, size)
+        if len(data) != size:
+            raise OSError(f"{self.archive} is truncated")
+        return data
+
+
+def is_archive(root: str) -> bool:
+    """Whether ``root`` names a zip or tar file, or a pattern of them."""
+    return root.lower().endswith(ENDINGS) and (is_url(root) or not Path(root).is_dir())
+
+
+def is_url(root: str) -> bool:
+    """Whether ``root`` is for fsspec to open."""
+    return "://" in root
+
+
+@dataclass(frozen=True)
+class Index:
+    """The ``members`` of archives by name, and the archives' ``stamps`` when they were listed."""
+
+    members: Mapping[str, Member]
+    stamps: Mapping[str, str]
+
+
+class _Indexes:
+    """The indexes of this process, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Index] = {}
+        self._lock = threading.Lock()
+
+    def of(self, root: str) -> Index:
+        with self._lock:
+            if root not in self._made:
+                self._made[root] = _index(root)
+            return self._made[root]
+
+    def forget(self, root: str) -> None:
+        with self._lock:
+            self._made.pop(root, None)
+
+
+_indexes = _Indexes()
+
+
+def check_archives(root: str) -> None:
+    """Makes the index of the archives ``root``.
+
+    Raises:
+        DataError: there is none, one can't be read, or two of them have a member of the same name.
+    """
+    _indexes.of(root)
+
+
+def find_member(root: str, path: str) -> Member:
+    """The member ``path`` of the archives ``root``, looked for anew where an archive has changed.
+
+    Raises:
+        OSError: there is none, or the archives can't be read any more.
+    """
+    name = str(PurePosixPath(path.replace("\\", "/")))
+    for _ in range(2):
+        try:
+            index = _indexes.of(root)
+        except DataError as error:
+            raise OSError(error.message) from error
+        member = index.members.get(name)
+        if member is not None and stamp_of(member.archive) == member.stamp:
+            return member
+        # Many missing images must not make many indexes: only what has changed is looked at again.
+        if member is None and all(stamp_of(each) == stamp for each, stamp in index.stamps.items()):
+            break
+        _indexes.forget(root)
+    raise FileNotFoundError(2, f"there is no such member of {Path(root).name}")
+
+
+def _index(root: str) -> Index:
+    found: dict[str, Member] = {}
+    stamps: dict[str, str] = {}
+    archives = list(_archives(root))
+    if not archives:
+        raise DataError(f"{root}: there is no such file", hint="`images` is a folder, a .zip, a .tar, or a URL of one")
+    for archive in archives:
+        try:
+            stamps[archive] = stamp_of(archive)
+            members = dict(_members(archive, stamps[archive]))
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
+            raise DataError(
+                f"{archive} can't be read: {' '.join(str(error).split())}",
+                hint="an archive must be a whole .zip, or a .tar that is not compressed",
+            ) from error
+        if both := found.keys() & members.keys():
+            name = min(both)
+            raise DataError(
+                f"{name} is in {found[name].archive} and in {archive}",
+                hint="of several archives, each image may be in one",
+            )
+        found |= members
+    return Index(found, stamps)
+
+
+def _archives(root: str) -> Iterator[str]:
+    if is_url(root):
+        fsspec = _fsspec()
+        filesystem, path = fsspec.core.url_to_fs(root)
+        if glob.has_magic(path):
+            yield from (filesystem.unstrip_protocol(each) for each in sorted(filesystem.glob(path)))
+        elif filesystem.isfile(path):
+            yield root
+    elif Path(root).is_file():
+        yield root
+    else:
+        yield from sorted(glob.glob(root, recursive=True))  # noqa: PTH207 - an absolute pattern, which pathlib refuses
+
+
+def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
+    with _opened(archive) as file:
+        if archive.lower().endswith(".zip"):
+            with zipfile.ZipFile(file) as opened:
+                for info in opened.infolist():
+                    if not info.is_dir() and _readable(info):
+                        yield (
+                            _name(info.filename),
+                            Member(
+                                archive,
+                                stamp,
+                                info.header_offset,
+                                info.compress_size,
+                                info.compress_type,
+                                info.CRC,
+                                info.file_size,
+                            ),
+                        )
+            return
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for each in tar:
+                if each.isreg() and not each.issparse():
+                    yield _name(each.name), Member(archive, stamp, each.offset_data, each.size)
+
+
+def _readable(info: zipfile.ZipInfo) -> bool:
+    """Neither encrypted, nor of a compression that nobody uses for images, nor a bomb."""
+    plain = not info.flag_bits & 1 and info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return plain and info.file_size <= _MAX_BYTES
+
+
+def _name(name: str) -> str:
+    return str(PurePosixPath(name))
+
+
+def _opened(archive: str) -> AbstractContextManager[IO[bytes]]:
+    if is_url(archive):
+        opened: AbstractContextManager[IO[bytes]] = _fsspec().open(archive, "rb")
+        return opened
+    return Path(archive).open("rb")
+
+
+def read_range(place: str, at: int, size: int) -> bytes:
+    """``size`` bytes at ``at`` of the file or URL ``place``; raises OSError."""
+    if is_url(place):
+        filesystem, path = _fsspec().core.url_to_fs(place)
+        data: bytes = filesystem.cat_file(path, start=at, end=at + size)
+        return data
+    with Path(place).open("rb", buffering=0) as file:
+        file.seek(at)
+        return file.read(size)
+
+
+def stamp_of(place: str) -> str:
+    """Changes when the file or URL ``place`` may have; "" where a URL doesn't tell. Raises OSError."""
+    if not is_url(place):
+        status = Path(place).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    filesystem, path = _fsspec().core.url_to_fs(place)
+    about: Mapping[str, Any] = filesystem.info(path)
+    told = [about[key] for key in _TELLING if key in about]
+    return f"{about.get('size')} {told[0]}" if told else ""
+
+
+def _fsspec() -> Any:
+    import fsspec
+
+    return fsspec

@@ -1,0 +1,206 @@
+"""Images inside archives and behind URLs: the bytes that were packed, nothing outside, from any thread or process."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavactl import DataError
+from llavactl.core.places import check_place, image_in
+from llavactl.core.schema import ImageFile
+from llavactl.recipe.load import load_recipe
+from llavactl.verbs.extract import extract
+
+IMAGES = {f"train/{index:03}.jpg": b"image %d " % index * (index + 1) for index in range(40)}
+
+
+def zipped(path: Path, images: dict[str, bytes] = IMAGES, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.mkdir("train")
+        for name, data in images.items():
+            file.writestr(name, data)
+    return path
+
+
+def tarred(path: Path, images: dict[str, bytes] = IMAGES) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in images.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def shards(folder: Path) -> str:
+    folder.mkdir()
+    for number in range(4):
+        tarred(folder / f"{number}.tar", dict(list(IMAGES.items())[number::4]))
+    return str(folder / "*.tar")
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A folder of fsspec's own, in memory."""
+    filesystem = fsspec.filesystem("memory")
+    for name, data in IMAGES.items():
+        filesystem.pipe(f"/bucket/{name}", data)
+    yield "memory://bucket"
+    filesystem.rm("/bucket", recursive=True)
+
+
+def at_url(path: Path) -> str:
+    fsspec.filesystem("memory").pipe(f"/bucket/{path.name}", path.read_bytes())
+    return f"memory://bucket/{path.name}"
+
+
+PLACES: dict[str, Callable[[Path, str], str]] = {
+    "zip": lambda folder, _: str(zipped(folder / "photos.zip")),
+    "stored zip": lambda folder, _: str(zipped(folder / "photos.zip", method=zipfile.ZIP_STORED)),
+    "tar": lambda folder, _: str(tarred(folder / "photos.tar")),
+    "tars": lambda folder, _: shards(folder / "shards"),
+    "url": lambda _, memory: memory,
+    "zip at a url": lambda folder, _: at_url(zipped(folder / "photos.zip")),
+    "tar at a url": lambda folder, _: at_url(tarred(folder / "photos.tar")),
+    "local url": lambda folder, _: f"file://{tarred(folder / 'photos.tar')}",
+}
+
+
+@pytest.fixture(params=list(PLACES))
+def place(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    return PLACES[request.param](tmp_path, memory)
+
+
+def test_what_was_packed_is_read_in_any_order_and_thread(place: str) -> None:
+    check_place(place)
+    images = [image_in(place, name) for name in IMAGES]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda image: image.read(), [*images, *images[::-1]])) == [
+            *IMAGES.values(),
+            *list(IMAGES.values())[::-1],
+        ]
+    assert [pickle.loads(pickle.dumps(image)).name for image in images] == list(IMAGES)
+    assert len({image.stamp() for image in images}) == len(images)
+    assert len({*images, *(image_in(place, name) for name in IMAGES)}) == len(images)
+
+
+def test_what_is_not_there_is_an_os_error(place: str) -> None:
+    for name in ("train/999.jpg", "train"):
+        with pytest.raises(OSError, match="there is no such"):
+            image_in(place, name).read()
+
+
+@pytest.mark.parametrize("name", ["../000.jpg", "/etc/passwd", "train/../../x", "", "a\0b", "..\\x"])
+def test_no_name_leads_outside(place: str, name: str) -> None:
+    with pytest.raises(DataError, match="leads outside its root"):
+        image_in(place, name)
+
+
+def _read(place: str, names: list[str]) -> list[bytes]:
+    return [image_in(place, name).read() for name in names]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_processes_read_at_once(tmp_path: Path, start: str) -> None:
+    place = str(zipped(tmp_path / "photos.zip"))
+    check_place(place)
+    names = list(IMAGES)
+    with multiprocessing.get_context(start).Pool(3) as pool:
+        found = pool.starmap(_read, [(place, names[at::3]) for at in range(3)])
+    assert [dict(zip(names[at::3], found[at], strict=True)) for at in range(3)] == [
+        {name: IMAGES[name] for name in names[at::3]} for at in range(3)
+    ]
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_an_archive_that_changes_is_looked_at_again(tmp_path: Path, pack: Callable[..., Path]) -> None:
+    path = tmp_path / ("photos.zip" if pack is zipped else "photos.tar")
+    image = image_in(str(pack(path)), "train/000.jpg")
+    before = image.stamp()
+    pack(path, {"new.jpg": b"first", "train/000.jpg": b"another"})
+    assert image.read() == b"another"
+    assert image.stamp() != before
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        image.read()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_is_an_os_error(tmp_path: Path, method: int) -> None:
+    path = zipped(tmp_path / "photos.zip", {"a.jpg": bytes(range(256)) * 9, "b.jpg": b"b"}, method)
+    check_place(str(path))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"a.jpg") + 60] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="damaged in"):
+        image_in(str(path), "a.jpg").read()
+    assert image_in(str(path), "b.jpg").read() == b"b"
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z]{1,4}(/[a-zé ]{1,4})?\.png", fullmatch=True), st.binary(), min_size=1))
+def test_any_bytes_under_any_name(images: dict[str, bytes]) -> None:
+    filesystem = fsspec.filesystem("memory")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in images.items():
+            file.writestr(name, data)
+    filesystem.pipe("/any.zip", packed.getvalue())
+    check_place("memory://any.zip")
+    assert {name: image_in("memory://any.zip", name).read() for name in images} == images
+
+
+@pytest.mark.parametrize(
+    ("root", "why"),
+    [
+        ("nothing.zip", "there is no such file"),
+        ("none*.tar", "there is no such file"),
+        ("folder", "there is no such folder"),
+        ("broken.zip", "can't be read"),
+        ("packed.tar", "can't be read"),
+        ("nonsense://x/", "can't be opened"),
+        ("twice-*.tar", "x.jpg is in .*twice-1.tar and in .*twice-2.tar"),
+    ],
+)
+def test_what_can_not_be_used_is_said_at_once(tmp_path: Path, root: str, why: str) -> None:
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    with tarfile.open(tmp_path / "packed.tar", "w:gz"):
+        pass
+    for number in (1, 2):
+        tarred(tmp_path / f"twice-{number}.tar", {"x.jpg": b"x"})
+    with pytest.raises(DataError, match=why):
+        check_place(root if "://" in root else str(tmp_path / root))
+
+
+def test_a_folder_by_the_name_of_an_archive_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").mkdir()
+    (tmp_path / "photos.zip" / "a.jpg").write_bytes(b"a")
+    check_place(str(tmp_path / "photos.zip"))
+    assert image_in(str(tmp_path / "photos.zip"), "a.jpg") == ImageFile(str(tmp_path / "photos.zip"), "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["photos.zip", "shards/*.tar", "memory://toy-images"])
+def test_features_are_those_of_the_folder(toy: Path, kind: str) -> None:
+    images = {path.name: path.read_bytes() for path in sorted((toy / "images").iterdir())}
+    whole = extract(load_recipe(toy / "recipe.yaml", ()))
+    assert whole.encoded == len(images)
+    zipped(toy / "photos.zip", images)
+    (toy / "shards").mkdir()
+    for at in range(2):
+        tarred(toy / "shards" / f"{at}.tar", dict(list(images.items())[at::2]))
+    for name, data in images.items():
+        fsspec.filesystem("memory").pipe(f"/toy-images/{name}", data)
+    path = toy / "recipe.yaml"
+    path.write_text(path.read_text().replace("images: images/", f"images: {json.dumps(kind)}"))
+    found = extract(load_recipe(path, ()))
+    assert (found.images, found.encoded, found.stored_before, found.skipped) == (len(images), 0, len(images), 0)
