@@ -96,7 +96,7 @@ class _Asked:
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
         asks = self.task.consultant if isinstance(self.task, Consults) else None
-        return replace(made, ignored=beyond, answers=str(file), judge=asks and name_of(asks)), scored
+        return replace(made, ignored=beyond, answers=str(file), judge=name_of(asks) if asks else None), scored
 
 
 @dataclass(frozen=True)

@@ -337,5 +337,5 @@ class TestJoint:
         assert "has no reply for 2-judge" in asked(scored, "judge", more[0])
 
     def test_both_are_needed(self, scored: Any, tmp_path: Path) -> None:
-        said = scored("scienceqa", questions=tmp_path / "p.json", joint="judge")
+        said = scored("scienceqa", "--answers", tmp_path / "a.jsonl", questions=tmp_path / "p.json", joint="judge")
         assert "go together" in said
