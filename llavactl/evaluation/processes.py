@@ -36,8 +36,9 @@ def processes() -> Processes:
     """Those that were started together; each then computes on its own device."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
+    import torch
     from accelerate import PartialState
 
-    # Nothing but barriers goes between them, so a CPU's backend does for any device.
-    state = PartialState(timeout=PATIENCE)
+    # It has to be told of a CPU: else several processes without a GPU are strangers to it.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)
