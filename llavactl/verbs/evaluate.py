@@ -210,13 +210,10 @@ def _write(
     cases: Path | None,
 ) -> EvalReport:
     """Scores what was said, writes the result and its pages, and tells the plugins."""
-    name, replies = asked.spec["name"], model.runs / "judge"
-    report, scored = asked.report(said[""], model.name, kept, replies / f"{name}.replies.sqlite")
-    others = {
-        other: dict(asked.scored(said[other], replies / f"{name}-{other.replace(' ', '-')}.replies.sqlite").scores)
-        for other in said
-        if other
-    }
+    name = asked.spec["name"]
+    replies = model.runs / "judge" / f"{name}.replies.sqlite"
+    report, scored = asked.report(said[""], model.name, kept, replies)
+    others = {other: dict(asked.scored(said[other], replies).scores) for other in said if other}
     file, prompt = into / f"{name}.json", foreign.prompt_of(model.view.folder) if model.view.foreign else None
     report = replace(report, beside=others, file=str(file), ignored=0, prompt=prompt)
     _examples(into / "examples", name, asked.questions, said, scored)
