@@ -22,7 +22,9 @@ from llavactl.cli.options import json_option, load, load_if_given, load_if_there
 @click.option(
     "-t", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Set an option of the task (repeatable)."
 )
-@click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's.")
+@click.option(
+    "--model", metavar="DIR|ID", help="A model instead of the recipe's; hf:DIR or hf:ID: any for images and text."
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N questions alone.")
 @click.option(
     "--compare",
@@ -74,7 +76,10 @@ def command(
 
 
 def task_options(given: Sequence[str]) -> dict[str, Any]:
-    """``-t key=value``: text that the task's options model makes its own; a key given twice is a list."""
+    """``-t key=value``: text that the task's options model makes its own; a key given twice is a list.
+
+    ``judge.model=x`` is a key of an option that has keys of its own.
+    """
     from llavactl.core.options import Located
 
     found: dict[str, list[Located]] = {}
@@ -83,4 +88,15 @@ def task_options(given: Sequence[str]) -> dict[str, Any]:
         if not key or not equals:
             raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-t")
         found.setdefault(key, []).append(Located(value, Path.cwd()))
-    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+    options: dict[str, Any] = {}
+    for key, values in found.items():
+        inside = options
+        *outer, last = key.split(".")
+        for name in outer:
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise click.BadParameter(f"{name} is given as a value and as keys", param_hint="-t")
+        if last in inside:
+            raise click.BadParameter(f"{key} is given as a value and as keys", param_hint="-t")
+        inside[last] = values[0] if len(values) == 1 else values
+    return options

@@ -138,6 +138,13 @@ def register_tasks(register: Register) -> None:
         ("scienceqa", "scienceqa:Scienceqa", "ScienceqaTaskOptions", "multiple choice about science"),
         ("llava-bench", "llava_bench:LlavaBench", "LlavaBenchOptions", "in the wild: 60 open questions, judged"),
         ("llava-bench-coco", "llava_bench:LlavaBench", "LlavaBenchOptions", "90 open questions about COCO, judged"),
+        (
+            "judge-pairs",
+            "judge_pairs:JudgePairs",
+            "JudgePairsOptions",
+            "whose answers are better? a judge says",
+        ),
+        ("spatial", "spatial:Spatial", "SpatialOptions", "minimal pairs of drawn scenes, each scored as a pair"),
         ("vqa", "vqa:Vqa", "VqaOptions", "short answers, held against those of ten people"),
         ("textvqa", "vqa:TextVqa", "TextVqaOptions", "short answers about text in pictures"),
         ("mme", "mme:Mme", "MmeOptions", "two yes-or-no questions a picture, in 14 categories"),

@@ -236,6 +236,36 @@ class BatchTeacher(LanguageTeacher, Protocol):
         """The reply in the ``body`` that came with an HTTP ``status``; raises TeacherError."""
 
 
+Ask = Callable[[Sequence[Request]], Mapping[str, str]]
+"""Puts requests to a teacher: what it said by their ids, nothing ("") where it will never say anything."""
+
+
+@dataclass(frozen=True)
+class Consultant:
+    """Who is asked about a model's answers: the ``teacher`` ({"name", options}), and what that may ever cost."""
+
+    teacher: Mapping[str, Any]
+    max_cost: float | None = None
+    prices: Path | None = None
+
+
+@runtime_checkable
+class Consults(Protocol):
+    """A task that asks a teacher about a model's answers, be it as a judge of them; a ``Task`` or ``Judged``, too."""
+
+    consultant: Consultant | None
+    """None: nobody is asked, and the task is scored without."""
+
+    aside: frozenset[str]
+    """Names of options that change nothing of what a model is asked, so that its answers stay when they change."""
+
+    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+        """Scores of the ``answers`` with what the teacher says; ``ask`` may be called several times.
+
+        Requests of one call have ids of their own; the same request is never paid for twice.
+        """
+
+
 @runtime_checkable
 class Format(Protocol):
     """A layout of a finished model on disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from llavactl.core.paths import write_atomic
 from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, Question
 from llavactl.evaluation.answers import read_answers
+from llavactl.evaluation.processes import ALONE, Processes
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
@@ -28,12 +30,14 @@ def ask(
     max_new_tokens: int,
     file: Path,
     limit: int | None = None,
+    among: Processes = ALONE,
 ) -> dict[str, Answer]:
     """Asks the first ``limit`` questions that have no answer in ``file`` (JSONL) yet; each goes there as it comes.
 
-    All questions are given, so that a view is the same however many of them are asked.
+    All questions are given, so that a view is the same however many of them are asked. Several processes ask a share
+    each, into a file of its own that becomes part of ``file`` at the end, or at the beginning of the next time.
     """
-    answers = read_answers(file, cut=True) if file.is_file() else {}
+    answers = _gathered(file, among)
     wanted = [question for question in questions[:limit] if question.id not in answers]
     if not wanted:
         return answers
@@ -41,20 +45,44 @@ def ask(
     _refuse_unreadable(wanted)
     assistant = view.open(questions)
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    # What a kill cut short is left behind: the file holds the answers we know, then the new ones.
-    write_atomic(file, "".join(_line(answer) for answer in answers.values()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    share = list(_batches(wanted, batch_size))[among.rank :: among.count]
     with (
-        file.open("a", encoding="utf-8") as out,
+        (file if among.count == 1 else _part(file, among.rank)).open("a", encoding="utf-8") as out,
         progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
     ):
-        for asked in _batches(wanted, batch_size):
+        for asked in share:
             texts = assistant.answer([question.turns for question in asked], sampling)
             for question, text in zip(asked, texts, strict=True):
                 answers[question.id] = Answer(question.id, text)
                 out.write(_line(answers[question.id]))
             out.flush()
             bar.show(len(asked))
-    return answers
+    return answers if among.count == 1 else _gathered(file, among)
+
+
+def _gathered(file: Path, among: Processes) -> dict[str, Answer]:
+    """All answers there are, in ``file`` and in what processes, of now or before, have left beside it.
+
+    What a kill cut short is left behind: afterwards ``file`` holds whole answers alone, and nothing is beside it.
+    """
+    among.meet()
+    if among.first:
+        parts = sorted(file.parent.glob(f"{glob.escape(file.name)}.*.part"))
+        found: dict[str, Answer] = {}
+        for each in (file, *parts):
+            if each.is_file():
+                found |= read_answers(each, cut=True)
+        if found:
+            write_atomic(file, "".join(_line(answer) for answer in found.values()))
+        for each in parts:
+            each.unlink()
+    among.meet()
+    return read_answers(file) if file.is_file() else {}
+
+
+def _part(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.name}.{rank}.part")
 
 
 def _refuse_unreadable(questions: Sequence[Question]) -> None:
@@ -95,6 +123,11 @@ def score(task: Task, questions: Iterable[Question], answers: Mapping[str, Answe
     Raises:
         DataError: a question without an answer, or no question at all.
     """
+    return task.score(chosen(questions, answers), protocol)
+
+
+def chosen(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """The answers to ``questions``, in their order; what can't be scored is told as by ``score``."""
     ids = [question.id for question in questions]
     if not ids:
         raise DataError("this task has no questions", hint="is its file of questions empty?")
@@ -104,7 +137,7 @@ def score(task: Task, questions: Iterable[Question], answers: Mapping[str, Answe
             f"{len(missing)} of {len(ids)} questions have no answer, the first is {missing[0]!r}",
             hint="are these the answers to this task's questions? is the file cut?",
         )
-    return task.score({name: answers[name] for name in ids}, protocol)
+    return {name: answers[name] for name in ids}
 
 
 def choose(protocols: Sequence[str], wanted: str | None) -> str:

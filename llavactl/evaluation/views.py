@@ -6,48 +6,64 @@ still gets right is told by the words. *Stage 1* is the model before it learned 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from llavactl.chat.foreign import digest, open_foreign
 from llavactl.chat.opening import open_assistant
-from llavactl.core.schema import ImageRef, Question
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from llavactl.chat.assistant import Assistant
-    from llavactl.data.batches import Loads
+from llavactl.core.schema import ImageRef, Question, Turn
+from llavactl.model.folder import describe
+from llavactl.model.generate import GREEDY, Sampling
 
 BLIND = "blind twin"
 STAGE1 = "stage 1"
 
 
+class Answers(Protocol):
+    """What answers conversations that end with the user's turn."""
+
+    def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]: ...
+
+
 @dataclass(frozen=True)
 class View:
-    """One who answers: the model in ``folder``; ``blind``: it is shown other pictures."""
+    """One who answers: the model in ``folder``, another program's (``foreign``), shown other pictures (``blind``)."""
 
     name: str
     folder: Path
     blind: bool = False
+    foreign: bool = False
 
-    def open(self, questions: Sequence[Question]) -> Assistant:
+    @property
+    def digest(self) -> str:
+        """Changes with the model."""
+        return digest(self.folder) if self.foreign else str(describe(self.folder)["digest"])
+
+    def open(self, questions: Sequence[Question]) -> Answers:
         """The model, ready to answer ``questions``."""
-        assistant = open_assistant(self.folder)
-        if not self.blind:
-            return assistant
-        return replace(assistant, features=OtherPictures(assistant.features, questions))
+        model: Answers = open_foreign(self.folder) if self.foreign else open_assistant(self.folder)
+        return Blind(model, other_pictures(questions)) if self.blind else model
 
 
-class OtherPictures:
-    """The features of another image of the same questions: half of them further on, so never a neighbour's."""
+@dataclass(frozen=True)
+class Blind:
+    """A model that is ``shown`` another picture in the place of each."""
 
-    def __init__(self, features: Loads, questions: Sequence[Question]) -> None:
-        images = list(dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images))
-        shift = len(images) // 2
-        self.features = features
-        self.shown: dict[ImageRef, ImageRef] = dict(zip(images, images[shift:] + images[:shift], strict=True))
+    model: Answers
+    shown: Mapping[ImageRef, ImageRef]
 
-    def load(self, image: ImageRef) -> np.ndarray:
-        return self.features.load(self.shown[image])
+    def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
+        return self.model.answer([[self._other(turn) for turn in turns] for turns in conversations], sampling)
+
+    def _other(self, turn: Turn) -> Turn:
+        said = (part if isinstance(part, str) else self.shown[part] for part in turn.content)
+        return replace(turn, content=tuple(said))
+
+
+def other_pictures(questions: Sequence[Question]) -> dict[ImageRef, ImageRef]:
+    """For each image another of the same questions: half of them further on, so never a neighbour's."""
+    images = list(dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images))
+    shift = len(images) // 2
+    return dict(zip(images, images[shift:] + images[:shift], strict=True))

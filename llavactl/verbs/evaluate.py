@@ -5,25 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.chat import foreign
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic, write_json
-from llavactl.core.protocols import Judged
+from llavactl.core.protocols import Consults, Judged
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers
+from llavactl.evaluation.processes import processes
 from llavactl.evaluation.statistics import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View
-from llavactl.model.folder import describe, of_run
+from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.recipe.frame import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
+from llavactl.teaching.consulting import asker, name_of
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Scores, Task
@@ -43,6 +47,7 @@ class EvalReport:
 
     ``interval``: the 95 % interval of a score, where there is one. ``beside``: the scores of those that
     this one must be held against (``blind twin``, ``stage 1``). ``ignored``: answers beyond the questions.
+    ``judge``: the teacher that had a say in the scores. ``prompt``: how a model of another program was asked.
     ``answers``: the file they are kept in. ``file``: this report as JSON.
     """
 
@@ -55,6 +60,8 @@ class EvalReport:
     interval: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ignored: int = 0
+    judge: str | None = None
+    prompt: str | None = None
     answers: str | None = None
     file: str | None = None
     finished_before: bool = False
@@ -64,7 +71,7 @@ class EvalReport:
 class _Asked:
     """A task, all of its questions, how many of them are asked (None: all), and how answers are scored."""
 
-    task: Task
+    task: Task | Judged
     spec: Mapping[str, Any]
     everything: Sequence[Question]
     limit: int | None
@@ -75,12 +82,31 @@ class _Asked:
         """Those that are asked."""
         return self.everything[: self.limit]
 
-    def report(self, answers: Answers, model: str, file: Path) -> tuple[EvalReport, Scores]:
-        scored = runner.score(self.task, self.questions, answers, self.protocol)
+    def scored(self, answers: Answers, replies: Path) -> Scores:
+        """The scores; what a teacher says to them is kept in ``replies``."""
+        if isinstance(self.task, Consults) and self.task.consultant is not None:
+            given = runner.chosen(self.questions, answers)
+            return self.task.consulted(given, asker(self.task.consultant, replies), self.protocol)
+        assert not isinstance(self.task, Judged)
+        return runner.score(self.task, self.questions, answers, self.protocol)
+
+    def report(self, answers: Answers, model: str, file: Path, replies: Path) -> tuple[EvalReport, Scores]:
+        scored = self.scored(answers, replies)
         ranges, name = intervals(self.questions, scored), self.spec["name"]
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
-        return replace(made, ignored=beyond, answers=str(file)), scored
+        asks = self.task.consultant if isinstance(self.task, Consults) else None
+        return replace(made, ignored=beyond, answers=str(file), judge=name_of(asks) if asks else None), scored
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Who is asked, where its run keeps what it said, and whether that is the recipe's own."""
+
+    view: View
+    runs: Path
+    name: str
+    own: bool = True
 
 
 def evaluate(
@@ -103,46 +129,60 @@ def evaluate(
     spec = tasks.describe(recipe, task, options or {})
     made: Task | Judged = tasks.create(spec)
     chosen = runner.choose(made.protocols, protocol)
-    if isinstance(made, Judged):
-        return _judged(made, task, chosen)
+    if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
+        return stored
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
         given = read_answers(answers, made)
-        report, scored = asked.report(given, str(answers), answers)
+        replies = answers.with_name(f"{answers.name}.{task}.replies.sqlite")
+        report, scored = asked.report(given, str(answers), answers, replies)
         if report.ignored and limit is None:
             log.info("%d answers are to no question of this task and are left out", report.ignored)
         if cases is not None:
             write_cases(cases, asdict(report), asked.questions, given, scored)
         return report
-    if model is not None:
-        folder = resolve(model)
-    else:
+    return _ask(recipe, asked, _model(recipe, model), cases)
+
+
+def _model(recipe: Recipe | None, model: str | None) -> _Model:
+    """The model that is asked: ``model``, of ours or of another program (``hf:``), else the recipe's."""
+    if model is not None and model.startswith(foreign.PREFIX):
+        name = re.sub(r"[^\w.-]+", "--", model.removeprefix(foreign.PREFIX)).strip("-.") or "model"
+        runs = Path("runs", name, "eval").absolute() if recipe is None else recipe.run_dir / "eval" / "others" / name
+        return _Model(View("", foreign.find(model), foreign=True), runs, model, own=False)
+    if model is None:
         assert recipe is not None
         folder = of_run(recipe.run_dir)
-    return _ask(recipe, asked, folder, cases)
+    else:
+        folder = resolve(model)
+    return _Model(View("", folder), (folder.parent if recipe is None else recipe.run_dir) / "eval", str(folder))
 
 
-def _judged(task: Judged, name: str, protocol: str) -> EvalReport:
-    """The scores of stored verdicts."""
-    reviews = task.reviews()
-    if not reviews:
-        raise DataError(
-            f"{name} is scored by a judge, who compares each answer with a reference answer; no verdicts are given",
-            hint="-t reviews=FILE, repeated for several runs of the judge: JSONL of question_id, category and content",
-        )
-    scored = task.judge(reviews, protocol)
-    return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
+def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:
+    """The scores of stored verdicts; None where a judge is to be asked."""
+    if reviews := task.reviews():
+        scored = task.judge(reviews, protocol)
+        return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
+    if isinstance(task, Consults) and task.consultant is not None:
+        return None
+    raise DataError(
+        f"{name} is scored by a judge, who compares each answer with a reference answer; no verdicts are given",
+        hint="-t reviews=FILE for stored ones, JSONL of question_id, category and content; or a judge to ask: "
+        "-t judge.name=openai -t judge.model=MODEL",
+    )
 
 
-def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None) -> EvalReport:
-    """Asks the model and those beside it, unless that was done before."""
+def _ask(recipe: Recipe | None, asked: _Asked, model: _Model, cases: Path | None) -> EvalReport:
+    """Asks the model and those beside it, unless that was done before; of several processes each asks its share."""
     settings = recipe.eval if recipe is not None else Eval()
-    runs, name = (recipe.run_dir if recipe is not None else folder.parent) / "eval", asked.spec["name"]
+    runs, name, among = model.runs, asked.spec["name"], processes()
     # Some questions are another result than all of them, and take no page or file of it.
     into = runs if asked.limit is None else runs / "limited"
-    views = _views(recipe, folder, settings)
-    digests = {view.name: _digest(view, asked.spec, settings) for view in views}
-    digest, file = _hash([digests, len(asked.questions)]), into / f"{name}.json"
+    views = _views(recipe, model, settings)
+    aside = asked.task.aside if isinstance(asked.task, Consults) else ()
+    questions = {key: value for key, value in asked.spec.items() if key not in aside}
+    digests = {view.name: _hash([view.digest, view.blind, questions, settings.max_new_tokens]) for view in views}
+    digest, file = _hash([digests, asked.spec, len(asked.questions)]), into / f"{name}.json"
     if cases is None and (done := _finished(file, digest, asked.protocol)) is not None:
         return done
     said: dict[str, Answers] = {}
@@ -150,37 +190,50 @@ def _ask(recipe: Recipe | None, asked: _Asked, folder: Path, cases: Path | None)
     kept = {view.name: runs / "answers" / f"{name}-{digests[view.name][:12]}.jsonl" for view in views}
     for view in views:
         said[view.name] = runner.ask(
-            view, asked.everything, settings.batch_size, settings.max_new_tokens, kept[view.name], asked.limit
+            view, asked.everything, settings.batch_size, settings.max_new_tokens, kept[view.name], asked.limit, among
         )
-    report, scored = asked.report(said[""], str(folder), kept[""])
-    others = {
-        other: dict(runner.score(asked.task, asked.questions, said[other], asked.protocol).scores)
-        for other in said
-        if other
-    }
-    report = replace(report, beside=others, file=str(file), ignored=0)
+    report = _write(recipe, asked, model, said, kept[""], into, digest, cases) if among.first else None
+    among.meet()
+    report = report or _finished(file, digest, asked.protocol)
+    assert report is not None
+    return report
+
+
+def _write(
+    recipe: Recipe | None,
+    asked: _Asked,
+    model: _Model,
+    said: Mapping[str, Answers],
+    kept: Path,
+    into: Path,
+    digest: str,
+    cases: Path | None,
+) -> EvalReport:
+    """Scores what was said, writes the result and its pages, and tells the plugins."""
+    name = asked.spec["name"]
+    replies = model.runs / "judge" / f"{name}.replies.sqlite"
+    report, scored = asked.report(said[""], model.name, kept, replies)
+    others = {other: dict(asked.scored(said[other], replies).scores) for other in said if other}
+    file, prompt = into / f"{name}.json", foreign.prompt_of(model.view.folder) if model.view.foreign else None
+    report = replace(report, beside=others, file=str(file), ignored=0, prompt=prompt)
     _examples(into / "examples", name, asked.questions, said, scored)
     write_json(file, {**asdict(report), "digest": digest})
     write_cases(cases or into / "cases", asdict(report), asked.questions, said[""], scored)
-    if recipe is not None and asked.limit is None:
+    if recipe is not None and asked.limit is None and model.own:
         write_report(recipe.run_dir)
     plugins.notify("eval_finished", report=asdict(report))
     return report
 
 
-def _views(recipe: Recipe | None, folder: Path, settings: Eval) -> list[View]:
+def _views(recipe: Recipe | None, model: _Model, settings: Eval) -> list[View]:
     """The model itself (without a name), and those that the recipe wants beside it."""
-    views = [View("", folder)]
+    views = [model.view]
     if settings.blind_twin:
-        views.append(View(BLIND, folder, blind=True))
+        views.append(replace(model.view, name=BLIND, blind=True))
     first = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    if settings.stage1 and first is not None and first.is_dir() and first != folder:
+    if settings.stage1 and model.own and first is not None and first.is_dir() and first != model.view.folder:
         views.append(View(STAGE1, first))
     return views
-
-
-def _digest(view: View, spec: Mapping[str, Any], settings: Eval) -> str:
-    return _hash([describe(view.folder)["digest"], view.blind, spec, settings.max_new_tokens])
 
 
 def _hash(value: Any) -> str:

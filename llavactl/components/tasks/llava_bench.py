@@ -7,31 +7,36 @@ a question of every kind.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean, stdev
 
 from pydantic import Field, model_validator
 
+from llavactl.components.tasks.judging import (
+    JudgeOptions,
+    Pair,
+    as_llava,
+    described,
+    leniently,
+    request,
+    rules,
+    verdicts,
+)
 from llavactl.components.tasks.pictures import asked, picture
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath, RecipePaths
-from llavactl.core.protocols import Json, Scores
+from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.records import Record, read_records, unique
-from llavactl.core.registry import Options
-from llavactl.core.schema import Question
+from llavactl.core.schema import Answer, Question
 
 KINDS = ("conv", "detail", "complex")
 GROUPS = ("all", *KINDS)
 FAILED = (-1.0, -1.0)
 """What LLaVA's script notes where it can't read a verdict."""
 
-Pair = tuple[float, float]
 
-
-class LlavaBenchOptions(Options):
+class LlavaBenchOptions(JudgeOptions):
     """Options of the tasks ``llava-bench`` and ``llava-bench-coco``."""
 
     questions: RecipePath | None = Field(None, description="JSONL of question_id, image, text, category")
@@ -44,6 +49,10 @@ class LlavaBenchOptions(Options):
     def _something(self) -> LlavaBenchOptions:
         if self.questions is None and not self.reviews:
             raise ValueError("questions=FILE or reviews=FILE is needed")
+        if self.judge is not None and self.reviews:
+            raise ValueError("either a judge is asked, or reviews=FILE has verdicts: not both")
+        if self.judge is not None and (self.context is None or self.reference is None):
+            raise ValueError("a judge is told the context and a reference answer: context=FILE and reference=FILE")
         return self
 
 
@@ -51,9 +60,11 @@ class LlavaBench:
     """The tasks ``llava-bench`` and ``llava-bench-coco``; see ``llavactl.core.protocols.Judged``."""
 
     protocols = ("llava", "excluding-failed")
+    aside = JudgeOptions.aside()
 
     def __init__(self, options: LlavaBenchOptions) -> None:
         self.options = options
+        self.consultant = options.consultant
 
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
@@ -73,6 +84,7 @@ class LlavaBench:
         """
         read = READERS[protocol]
         runs = [{name: read(text) for name, text in run.items()} for run in reviews]
+        judged = {name for run in runs for name in run}
         failed = sum(pair is None for run in runs for pair in run.values())
         counted = [
             {name: FAILED if pair is None else pair for name, pair in run.items() if pair or protocol == "llava"}
@@ -80,21 +92,41 @@ class LlavaBench:
         ]
         scores: dict[str, Json] = {}
         for group in GROUPS:
-            names = [name for name, kind in self._kinds.items() if group in ("all", kind)]
+            names = [name for name, kind in self._kinds.items() if name in judged and group in ("all", kind)]
             if names:
                 scores[group] = _together([_group([run[name] for name in names if name in run]) for run in counted])
         told = {name: [run[name][1] for run in counted if name in run] for name in self._kinds}
         return Scores(scores, failed, grades={name: max(0.0, fmean(each) / 10) for name, each in told.items() if each})
+
+    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+        """Scores of ``answers`` after asking a judge about each; the reference answer is the first of the two."""
+
+        def about(name: str, run: int, swapped: bool) -> Request:
+            record = self._questions[name]
+            kind, context = kind_of(record), described(self._contexts[record.text("image")])
+            rule = next((self._rules[each] for each in (f"llava_bench_{kind}", kind) if each in self._rules), None)
+            both = self._references[name].text("text"), answers[name].text
+            return request(name, (run, swapped), context, record.text("text"), both, rule)
+
+        return self.judge(verdicts(answers, about, self.options, ask), protocol)
+
+    @cached_property
+    def _rules(self) -> Mapping[str, tuple[str, str]]:
+        return rules(self.options.rule)
+
+    @cached_property
+    def _contexts(self) -> Mapping[str, Record]:
+        assert self.options.context is not None
+        return unique(read_records(self.options.context), "image", what="picture")
 
     @cached_property
     def _questions(self) -> Mapping[str, Record]:
         if self.options.questions is None:
             return {}
         found = unique(read_records(self.options.questions), "question_id")
-        if self.options.context is not None:
-            told = unique(read_records(self.options.context), "image", what="picture")
-            if missing := [name for name, each in found.items() if each.text("image") not in told]:
-                raise DataError(f"{self.options.context}: nothing about the picture of question {missing[0]!r}")
+        contexts = self._contexts if self.options.context is not None else None
+        if contexts is not None and (missing := [n for n, each in found.items() if each.text("image") not in contexts]):
+            raise DataError(f"{self.options.context}: nothing about the picture of question {missing[0]!r}")
         return found
 
     @cached_property
@@ -156,26 +188,6 @@ def kind_of(record: Record) -> str:
 def _verdict(record: Record) -> str:
     """What the judge said; a judge who said nothing has failed, and is counted so."""
     return record.text("content") if record.fields.get("content", 0) is not None else ""
-
-
-def as_llava(verdict: str) -> Pair | None:
-    """The points as ``parse_score`` of LLaVA's ``eval_gpt_review_bench.py`` reads them; None where it gives up.
-
-    The first line is two numbers with one comma or space between them, and nothing else.
-    """
-    found = verdict.split("\n")[0].replace(",", " ").split(" ")
-    try:
-        pair = [float(each) for each in found]
-    except ValueError:
-        return None
-    return (pair[0], pair[1]) if len(pair) == 2 and all(map(math.isfinite, pair)) else None
-
-
-def leniently(verdict: str) -> Pair | None:
-    """The two numbers of the first line that isn't empty, however they are set apart: ``8, 9``."""
-    first = next((line for line in verdict.splitlines() if line.strip()), "")
-    numbers = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[,\s/;]\s*(\d+(?:\.\d+)?)\s*", first)
-    return (float(numbers[1]), float(numbers[2])) if numbers else None
 
 
 READERS: Mapping[str, Callable[[str], Pair | None]] = {"llava": as_llava, "excluding-failed": leniently}

@@ -7,19 +7,20 @@ text, IMG a picture, NO neither), by grade, and over all.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from string import ascii_uppercase
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
+from llavactl.components.tasks.judging import ConsultOptions
 from llavactl.components.tasks.pictures import asked
 from llavactl.core.options import RecipePath
-from llavactl.core.protocols import Json, Scores
-from llavactl.core.registry import Options
-from llavactl.core.schema import Answer, Question
+from llavactl.core.protocols import Ask, Json, Request, Scores
+from llavactl.core.schema import Answer, Question, Sample
 
 COLUMNS: Mapping[str, Callable[[Problem], bool]] = {
     "NAT": lambda each: each.subject == "natural science",
@@ -36,7 +37,7 @@ LETTERS = tuple("ABCDE")
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 
 
-class ScienceqaTaskOptions(Options):
+class ScienceqaTaskOptions(ConsultOptions):
     """Options of the task ``scienceqa``."""
 
     questions: RecipePath = Field(description="problems.json, or LLaVA's converted JSON (then `meta`, too)")
@@ -48,15 +49,26 @@ class ScienceqaTaskOptions(Options):
     prompt: Literal["qcm-a", "qcm-lea"] = Field(
         "qcm-a", description="qcm-a asks for a letter; qcm-lea leaves room for reasons (give it eval.max_new_tokens)"
     )
+    joint: Literal["complement", "judge"] | None = Field(
+        None, description="with the answers of a teacher (`judge`), who sees no picture: complement or judge"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> ScienceqaTaskOptions:
+        if (self.joint is None) != (self.judge is None):
+            raise ValueError("joint=complement|judge and judge.name=TEACHER go together")
+        return self
 
 
 class Scienceqa:
     """The task ``scienceqa``; see ``llavactl.core.protocols.Task``."""
 
     protocols = ("llava", "official", "strict")
+    aside = ConsultOptions.aside()
 
     def __init__(self, options: ScienceqaTaskOptions) -> None:
         self.options = options
+        self.consultant = options.consultant
 
     def questions(self) -> Iterator[Question]:
         for problem in self._problems:
@@ -66,19 +78,67 @@ class Scienceqa:
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
         """The nine columns in percent, None for one that nothing was asked of; an unreadable answer is wrong."""
-        here = [problem for problem in self._problems if problem.id in answers]
-        chosen = {each.id: PROTOCOLS[protocol](answers[each.id], each.options) for each in here}
-        right = {each.id: chosen[each.id] == each.right for each in here}
-        about = {name: [each.id for each in here if holds(each)] for name, holds in COLUMNS.items()}
-        scores: dict[str, Json] = {
-            name: 100 * sum(right[each] for each in ids) / len(ids) if ids else None for name, ids in about.items()
+        here = self._here(answers)
+        return _columns(here, {each.id: PROTOCOLS[protocol](answers[each.id], each.options) for each in here})
+
+    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+        """The nine columns of a model and a teacher who sees no picture (LLaVA's paper, section 5.2).
+
+        ``complement``: the teacher's option, and the model's where it gives none. ``judge``: where the two differ
+        the teacher is told both answers and asked again; if it then gives none, as under ``complement``.
+        ``model`` and ``teacher`` are the columns of each alone.
+        """
+        here, read = self._here(answers), PROTOCOLS[protocol]
+        told = ask([_request(each.id, f"{each.prompt}\n{REASONS}") for each in here])
+        ours = {each.id: read(answers[each.id], each.options) for each in here}
+        theirs = {each.id: read(Answer(each.id, told[each.id].strip()), each.options) for each in here}
+        final = {name: ours[name] if option is None else option for name, option in theirs.items()}
+        if self.options.joint == "judge":
+            apart = [each for each in here if ours[each.id] != theirs[each.id]]
+            again = ask([_request(f"{each.id}-judge", _both(each, answers[each.id].text, told)) for each in apart])
+            for each in apart:
+                said = read(Answer(each.id, again[f"{each.id}-judge"].strip()), each.options)
+                final[each.id] = final[each.id] if said is None else said
+        joint = _columns(here, final)
+        alone: dict[str, Json] = {
+            "model": dict(_columns(here, ours).scores),
+            "teacher": dict(_columns(here, theirs).scores),
         }
-        return Scores(scores, sum(each is None for each in chosen.values()), right, about)
+        return replace(joint, scores={**joint.scores, **alone})
+
+    def _here(self, answers: Mapping[str, Answer]) -> list[Problem]:
+        return [problem for problem in self._problems if problem.id in answers]
 
     @cached_property
     def _problems(self) -> list[Problem]:
         given = self.options
         return read_problems(given.questions, given.split, given.splits, given.meta, given.images)
+
+
+REASONS = "Think it over in a few sentences, then end with a line of its own: The answer is X. X is an option's letter."
+UNDECIDED = (
+    "Two answers to this question were given, and they differ. The second one comes from somebody who saw the picture, "
+    "if there is one. Decide yourself which option is right; it need not be one of theirs."
+)
+
+
+def _request(name: str, text: str) -> Request:
+    return Request(name, "scienceqa", ({"role": "user", "content": text},), Sample(name, ()))
+
+
+def _both(problem: Problem, ours: str, told: Mapping[str, str]) -> str:
+    """What the teacher is asked where its answer and the model's differ; the words are our own."""
+    answers = f"First answer:\n{told[problem.id].strip()}\n\nSecond answer:\n{ours.strip()}"
+    return f"{problem.prompt}\n\n{UNDECIDED}\n\n{answers}\n\n{REASONS}"
+
+
+def _columns(here: Sequence[Problem], chosen: Mapping[str, int | None]) -> Scores:
+    right = {each.id: chosen[each.id] == each.right for each in here}
+    about = {name: [each.id for each in here if holds(each)] for name, holds in COLUMNS.items()}
+    scores: dict[str, Json] = {
+        name: 100 * sum(right[each] for each in ids) / len(ids) if ids else None for name, ids in about.items()
+    }
+    return Scores(scores, sum(each is None for each in chosen.values()), right, about)
 
 
 def as_llava(answer: Answer, options: int) -> int | None:  # noqa: ARG001 - beyond the options is wrong, not unread

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.tasks.llava_bench import LlavaBench, LlavaBenchOptions, as_llava, leniently
+from llavactl.components.tasks.judging import as_llava, leniently
+from llavactl.components.tasks.llava_bench import LlavaBench, LlavaBenchOptions
 from llavactl.core.protocols import Judged
 
 PUBLISHED = (64.8, 65.3, 66.3)

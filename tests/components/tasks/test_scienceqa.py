@@ -298,3 +298,44 @@ def test_reading(text: str, llava: int | None, strict: int | None) -> None:
     answer = Answer("1", text)
     assert as_llava(answer, 3) == as_stored(answer, 3) == llava
     assert strictly(answer, 3) == strict
+
+
+class TestJoint:
+    """Five problems; the right option is B in each."""
+
+    @pytest.fixture
+    def asked(self, lines: Any, tmp_path: Path) -> Any:
+        problem = {
+            "question": "Which?", "choices": ["x", "y", "z"], "answer": 1, "hint": "", "image": None,
+            "subject": "natural science", "grade": "grade2", "lecture": "", "solution": "", "split": "test",
+        }  # fmt: skip
+        (tmp_path / "problems.json").write_text(json.dumps({str(at): problem for at in range(5)}))
+        ours = lines("a.jsonl", [{"id": str(at), "text": said} for at, said in enumerate("BBA?B")])
+        theirs = ("The answer is B.", "I can't tell.", "The answer is B.", "Nor can I.", "The answer is C.")
+
+        def run(scored: Any, joint: str, *more: tuple[str, str]) -> Any:
+            rows = [{"id": str(at), "reply": said} for at, said in enumerate(theirs)]
+            replies = lines("replies.jsonl", rows + [{"id": name, "reply": said} for name, said in more])
+            options = {"judge.name": "replay", "judge.path": replies}
+            return scored("scienceqa", "--answers", ours, questions=tmp_path / "problems.json", joint=joint, **options)
+
+        return run
+
+    def test_complement(self, scored: Any, asked: Any) -> None:
+        """The teacher's B, B and C; ours where it says none, B and nothing."""
+        report = asked(scored, "complement")
+        assert report["scores"]["Avg"] == 60
+        assert report["scores"]["model"]["Avg"] == 60
+        assert report["scores"]["teacher"]["Avg"] == 40
+        assert (report["failed"], report["judge"]) == (1, "replay")
+
+    def test_judge(self, scored: Any, asked: Any) -> None:
+        """They differ in 1, 2 and 4; it is asked about those alone, and what it can't decide stays as before."""
+        more = [("1-judge", "The answer is B."), ("2-judge", "Hard to say."), ("4-judge", "The answer is B.")]
+        report = asked(scored, "judge", *more)
+        assert report["scores"]["Avg"] == 80
+        assert "has no reply for 2-judge" in asked(scored, "judge", more[0])
+
+    def test_both_are_needed(self, scored: Any, tmp_path: Path) -> None:
+        said = scored("scienceqa", "--answers", tmp_path / "a.jsonl", questions=tmp_path / "p.json", joint="judge")
+        assert "go together" in said

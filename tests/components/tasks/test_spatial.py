@@ -1,0 +1,79 @@
+"""Minimal pairs: what differs, that words tell nothing, and what counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from llavactl.components.tasks.spatial import KINDS, Spatial, SpatialOptions
+from llavactl.core.schema import Answer
+
+
+def task(pairs: int = 12, **options: object) -> Spatial:
+    return Spatial(SpatialOptions.model_validate({"pairs": pairs, **options}))
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_two_pictures_one_question_two_answers(split: str) -> None:
+    halves = task(split=split)._halves
+    assert Counter(half.kind for half in halves) == dict.fromkeys(KINDS, 24)
+    assert len({half.id for half in halves}) == len(halves)
+    for one, other in zip(halves[::2], halves[1::2], strict=True):
+        assert one.pair == other.pair
+        assert one.text == other.text
+        assert one.answer != other.answer
+        first, second = (half.staged.scene.things for half in (one, other))
+        changed = set(first) ^ set(second)
+        assert len(changed) == (1 if one.kind in ("count", "absence") else 4)
+
+
+def test_answers_are_true() -> None:
+    for half in task(30)._halves:
+        things = half.staged.scene.things
+        names = {thing.name for thing in things}
+        if half.kind in ("absence", "binding"):
+            there = any(name in half.text for name in names)
+            assert half.answer == ("yes" if there else "no")
+        elif half.kind == "count":
+            word = half.text.removeprefix("How many ").removesuffix(" are there?").removesuffix(" objects")
+            singular = "cross" if word == "crosses" else word.removesuffix("s")
+            assert half.answer == str(sum(word in thing.pair or singular in thing.pair for thing in things))
+
+
+def test_neither_place_in_a_pair_has_an_answer_of_its_own() -> None:
+    halves = [half for half in task(200)._halves if half.kind == "absence"]
+    first = [half.answer for half in halves[::2]]
+    assert 70 < first.count("yes") < 130
+
+
+def test_a_pair_counts_when_both_are_right() -> None:
+    made = task(4)
+    questions = list(made.questions())
+    right = {each.id: Answer(each.id, each.reference) for each in questions}
+    assert made.score(right, "exact").scores["pairs"] == 100
+    for said in ("yes", "no", "2", "left", "above"):
+        always = {each.id: Answer(each.id, said) for each in questions}
+        assert made.score(always, "exact").scores["pairs"] == 0
+    half = {each.id: Answer(each.id, each.reference if each.id.endswith("a") else "?") for each in questions}
+    scores = made.score(half, "exact")
+    assert (scores.scores["pairs"], scores.scores["accuracy"], scores.failed) == (0, 50, 16)
+    assert scores.scores["count"] == {"pairs": 0, "accuracy": 50, "n": 4}
+
+
+def test_a_pair_that_was_asked_by_half_is_no_pair() -> None:
+    made = task(2)
+    some = {each.id: Answer(each.id, each.reference) for each in list(made.questions())[:3]}
+    assert made.score(some, "exact").scores == {
+        "pairs": 100, "accuracy": 100, "n": 1, "relation": {"pairs": 100, "accuracy": 100, "n": 1},
+    }  # fmt: skip
+
+
+def test_the_twin_of_a_picture_is_never_its_blind_view() -> None:
+    from llavactl.evaluation.views import other_pictures
+
+    questions = list(task(5).questions())
+    shown = other_pictures(questions)
+    of = {each.turns[0].images[0]: each.id for each in questions}
+    assert len(of) == len(questions)
+    assert all(of[image].rstrip("ab") != of[other].rstrip("ab") for image, other in shown.items())

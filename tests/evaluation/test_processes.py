@@ -1,0 +1,70 @@
+"""Several processes ask a share each; the result is that of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.evaluation import runner
+from llavactl.evaluation.processes import ALONE
+from llavactl.testing import run_cli
+
+WORDS = ("eval", "scenes", "-t", "scenes=3", "-o", "eval.max_new_tokens=4", "--json")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517")
+
+
+@pytest.fixture
+def run(toy: Path) -> Path:
+    short = ("-o", "features.mode=live", "-o", "stage1.max_steps=1")
+    assert run_cli("train", "--stage", "1", *short, cwd=toy).exit_code == 0
+    return toy
+
+
+def together(folder: Path) -> Any:
+    launched = subprocess.run(
+        [*TORCHRUN, "-m", "llavactl", *WORDS],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    return json.loads(launched.stdout)
+
+
+def test_two_processes_give_one_result(run: Path) -> None:
+    """And what another number of processes left when they were killed is not asked again."""
+    alone = run_cli(*WORDS, cwd=run).json()
+    answers = Path(alone["answers"])
+    lines = answers.read_text().splitlines(keepends=True)
+    shutil.rmtree(run / "runs/toy/eval")
+    answers.parent.mkdir(parents=True)
+    marked = {**json.loads(lines[0]), "text": "kept from before"}
+    part = answers.with_name(f"{answers.name}.2.part")
+    part.write_text(json.dumps(marked) + "\n" + lines[1][:9])
+    report = together(run)
+    assert report["n"] == alone["n"] == 18
+    assert [file.name for file in answers.parent.iterdir()] == [answers.name]
+    said = {json.loads(line)["id"]: json.loads(line)["text"] for line in answers.read_text().splitlines()}
+    known = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
+    assert said.pop(marked["id"]) == "kept from before"
+    del known[marked["id"]]
+    assert said == known
+
+
+def test_parts_become_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "x[1].jsonl"
+    file.write_text('{"id": "1", "text": "a"}\n')
+    for rank in (0, 1):
+        runner._part(file, rank).write_text(f'{{"id": "{rank + 2}", "text": "b"}}\n{{"id"')
+    assert set(runner._gathered(file, ALONE)) == {"1", "2", "3"}
+    assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
+    assert len(file.read_text().splitlines()) == 3
