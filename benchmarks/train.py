@@ -175,15 +175,18 @@ def measure(stage: int, options: argparse.Namespace, language: Path, vision: Pat
             "hf": (partial(hugging_face, compact=False), llava, items),
             "hf-compact": (partial(hugging_face, compact=True), llava, items),
         }
+        losses: dict[str, float] = {}
         for name in chance.sample(sorted(ways), len(ways)):
             run, owner, given = ways[name]
             began, worked = time.perf_counter(), time.process_time()
-            run(owner, given)
+            losses[name] = run(owner, given)
             taken = time.perf_counter() - began, time.process_time() - worked
             owner.zero_grad(set_to_none=False)
             if turn:  # the first round warms up
                 wall.setdefault(name, []).append(taken[0] / len(items))
                 processor.setdefault(name, []).append(taken[1] / len(items))
+        if abs(losses["packed"] / losses["limit"] - 1) > 0.01:
+            raise SystemExit(f"packed rows have another loss: {losses}")
         if turn:
             lengths += map(len, items)
             trained += [item.trained for item in items]

@@ -91,7 +91,7 @@ def attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D], called as transformers calls its own."""
-    attention = _varlen if query.is_cuda else _span_by_span
+    attention = _varlen if query.is_cuda and query.dtype != torch.float32 else _span_by_span
     return attention(query[0], key[0], value[0], spans, scaling)[None], None
 
 
@@ -137,7 +137,7 @@ def _varlen(
 ) -> torch.Tensor:
     """[H, T, D] to [T, H, D] in one CUDA kernel, each span's keys behind a copy of those it goes on from.
 
-    Never run on a device yet (tests/gpu), so nothing chooses it by itself.
+    It takes half precision alone. Never run on a device yet (tests/gpu), so no recipe gets it without asking.
     """
     from torch.nn.attention.varlen import varlen_attn
 

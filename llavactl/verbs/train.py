@@ -24,7 +24,6 @@ from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
-from llavactl.model.packed import refusal
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -105,7 +104,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return done
     if start is not None:
         model_folder.load_connector(parts.model.connector, start)
-    unpacked = _unpacked(stage, settings, parts, accelerator.device.type)
+    unpacked = stages.unpacked(parts.model, settings, accelerator.device.type)
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
     optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2)
@@ -209,27 +208,6 @@ def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in spec.items() if key != "name"}
     model = registry().get("connectors", spec["name"]).options_model()
     return {"name": spec["name"], **model.model_validate(options).model_dump(mode="json")}
-
-
-def _unpacked(stage: int, settings: Stage, parts: Parts, device: str) -> str:
-    """Why every sample has a row of its own; "" where rows hold many.
-
-    Raises:
-        RecipeError: ``packing: always``, and this language model can't be given such rows.
-    """
-    why = refusal(parts.model.language)
-    if why and settings.packing == "always":
-        raise RecipeError(
-            f"stage{stage}.packing: always, but {why}", hint="auto trains such a model on rows of one sample"
-        )
-    if settings.packing == "never":
-        why = "the recipe says so"
-    elif settings.packing == "auto" and device != "cpu":
-        why = why or f"untested on {device}; `packing: always` takes it"
-    if settings.shuffle == "images" and (why or settings.image_order == "random"):
-        cause = f"rows are not packed ({why})" if why else "half of the questions come before their image"
-        log.warning("stage %d: shuffle: images is of little use: %s", stage, cause)
-    return why
 
 
 def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
