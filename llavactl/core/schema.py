@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os.path import commonpath, realpath
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from llavactl.core.errors import DataError
 
@@ -200,12 +200,24 @@ class FeatureShape:
         return self.prefix + self.grid[0] * self.grid[1]
 
 
+class Span(NamedTuple):
+    """``length`` tokens of a packed row that see each other alone, each what is before it.
+
+    With ``after``, the number of an earlier span of the row, they go on from that one: they see all of it, and
+    their positions count on from its last. What has no ``after`` starts at position 0.
+    """
+
+    length: int
+    after: int | None = None
+
+
 @dataclass(frozen=True)
 class Batch:
     """What the model sees: ``ids``, ``labels`` and ``mask`` (False: padding) [B, T], ``features`` [I, P, Dv].
 
     The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order.
-    ``names`` says whose rows these are, for messages.
+    ``names`` says whose tokens these are, for messages. ``spans`` are empty where every row is one conversation;
+    else the batch is one packed row [1, T] without padding, and they tile it.
     """
 
     ids: torch.Tensor
@@ -213,11 +225,22 @@ class Batch:
     labels: torch.Tensor
     features: torch.Tensor | None
     names: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of its conversations; what several of them begin with counts once for each."""
+        if not self.spans:
+            return int(self.mask.sum())
+        before = [span.after for span in self.spans if span.after is not None]
+        again = sum(self.spans[at].length for at in before) - sum(self.spans[at].length for at in set(before))
+        return self.ids.shape[1] + again
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         features = None if self.features is None else self.features.to(device, non_blocking=True)
-        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device), features, self.names)
+        ids, mask, labels = self.ids.to(device), self.mask.to(device), self.labels.to(device)
+        return Batch(ids, mask, labels, features, self.names, self.spans)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
-from llavactl.core.schema import IGNORE, Batch, Encoded
+from llavactl.core.schema import IGNORE, Batch, Encoded, Span
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
@@ -38,5 +38,38 @@ def collate(
         labels[row, at] = torch.tensor(item.labels)
         mask[row, at] = True
     images = [image for item in items for image in item.images]
-    stacked = torch.from_numpy(np.stack([features.load(image) for image in images])) if images else None
-    return Batch(ids, mask, labels, stacked, tuple(names))
+    return Batch(ids, mask, labels, _stacked(images, features), tuple(names))
+
+
+def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, names: Sequence[str] = ()) -> Batch:
+    """Conversations as one row [1, T], one behind the other, each seeing itself alone.
+
+    ``families``: how many tokens its conversations begin with in common, one image and no target among them, and the
+    conversations. Those tokens are in the row once.
+    """
+    parts: list[tuple[Encoded, int | None]] = []
+    for shared, items in families:
+        after = len(parts) if shared else None
+        if shared:
+            first = items[0]
+            parts.append((Encoded(first.ids[:shared], first.labels[:shared], first.images[:1]), None))
+        for item in items:
+            rest = Encoded(item.ids[shared:], item.labels[shared:], item.images[1:]) if shared else item
+            parts.append((rest, after))
+    # What begins a conversation follows on nothing in it, so nothing predicts it.
+    labels = [
+        label if at or after is not None else IGNORE for part, after in parts for at, label in enumerate(part.labels)
+    ]
+    ids = torch.tensor([[token for part, _ in parts for token in part.ids]])
+    return Batch(
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.tensor([labels]),
+        _stacked([image for part, _ in parts for image in part.images], features),
+        tuple(names),
+        tuple(Span(len(part), after) for part, after in parts),
+    )
+
+
+def _stacked(images: Sequence[ImageRef], features: Loads) -> torch.Tensor | None:
+    return torch.from_numpy(np.stack([features.load(image) for image in images])) if images else None

@@ -13,16 +13,26 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def order(weights: Sequence[float], epoch: int, seed: int, phases: Sequence[int] | None = None) -> np.ndarray:
+def order(
+    weights: Sequence[float],
+    epoch: int,
+    seed: int,
+    phases: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+) -> np.ndarray:
     """The sample indices of one epoch, shuffled; a weight of 1.5 is one copy and, for half of the samples, another.
 
-    With ``phases`` (a number a sample) those of a lower phase come before those of a higher one.
+    With ``phases`` (a number a sample) those of a lower phase come before those of a higher one. With ``groups`` (a
+    number from 0 a sample) the groups are shuffled, and within a phase each stays together.
     """
     generator = np.random.default_rng([seed, epoch])
     share = np.asarray(weights, dtype=np.float64)
     copies = np.floor(share).astype(np.int64)
     copies += generator.random(len(share)) < share - copies
     shuffled = generator.permutation(np.repeat(np.arange(len(share)), copies))
+    if groups is not None:
+        ranks = generator.permutation(max(groups, default=-1) + 1)
+        shuffled = shuffled[np.argsort(ranks[np.asarray(groups)[shuffled]], kind="stable")]
     return shuffled if phases is None else shuffled[np.argsort(np.asarray(phases)[shuffled], kind="stable")]
 
 
@@ -38,8 +48,9 @@ class Plan:
         seed: int,
         max_steps: int | None = None,
         phases: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
-        rounds = [order(weights, epoch, seed, phases) for epoch in range(math.ceil(epochs))]
+        rounds = [order(weights, epoch, seed, phases, groups) for epoch in range(math.ceil(epochs))]
         if rounds and epochs % 1:
             rounds[-1] = rounds[-1][: math.ceil(len(rounds[-1]) * (epochs % 1))]
         self._samples = np.concatenate(rounds)

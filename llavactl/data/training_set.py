@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.core.errors import DataError
-from llavactl.core.schema import Batch, Encoded, ImageRef, Sample, Turn
-from llavactl.data.batches import Loads, collate
+from llavactl.core.schema import Encoded, ImageRef, Sample, Turn
+from llavactl.data.batches import Loads
 from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
 from llavactl.data.plan import held_out
 from llavactl.data.records import samples
@@ -37,10 +37,11 @@ class TrainingSet:
         """Sample ``index`` as tokens, as it is in ``epoch``."""
         return self.encoding.encode(arranged(self.samples[index], self.image_order, self.seed, epoch))
 
-    def batch(self, items: Sequence[tuple[Encoded, tuple[int, int]]]) -> Batch:
-        """Encoded samples, each with its (epoch, index), as one batch."""
-        names = [self.samples[index].id for _, (_, index) in items]
-        return collate([encoded for encoded, _ in items], self.features, names=names)
+    def images(self) -> list[int]:
+        """For each sample the number of its first image, the same for the same image; its own without one."""
+        numbers: dict[Hashable, int] = {}
+        firsts = (sample.images[0] if sample.images else index for index, sample in enumerate(self.samples))
+        return [numbers.setdefault(first, len(numbers)) for first in firsts]
 
 
 def arranged(sample: Sample, order: ImageOrder, seed: int, epoch: int) -> tuple[Turn, ...]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from llavactl.core.errors import ModelError
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch
+from llavactl.core.schema import IMAGE_TOKEN, Batch
+from llavactl.model.loss import cross_entropy, predictions, summed
+from llavactl.model.packed import LIKE_LLAMA, span_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,15 +61,31 @@ class LlavaModel(nn.Module):
         that neither accumulation nor the number of processes changes the loss. Logits are made at
         trained positions alone, [N, V].
         """
-        targets = batch.labels[:, 1:]
-        trained = functional.pad(targets != IGNORE, (0, 1), value=False)
-        with _head_sees(self.language, lambda hidden: hidden[trained]):
+        places, targets = predictions(batch)
+        if self.language.config.model_type in LIKE_LLAMA:
+            return summed(self.language.get_output_embeddings(), self._hidden(batch, places), targets)
+        with _head_sees(self.language, lambda hidden: hidden.flatten(0, 1)[places]):
             logits = self.language(**self._inputs(batch), use_cache=False).logits
-        return functional.cross_entropy(logits.float(), targets[targets != IGNORE], reduction="sum")
+        return cross_entropy(logits, targets)
+
+    def _hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        """What the head would see [N, Dl] at ``places``."""
+        seen = []
+
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden.flatten(0, 1)[places])
+            return hidden[:, :0]
+
+        with _head_sees(self.language, keep):
+            self.language(**self._inputs(batch), use_cache=False)
+        return seen[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.features)}
-        if not bool(batch.mask.all()):
+        if batch.spans:
+            inputs["spans"] = batch.spans
+            inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)
+        elif not bool(batch.mask.all()):
             inputs["attention_mask"] = batch.mask.long()
             inputs["position_ids"] = positions(batch.mask)
         return inputs

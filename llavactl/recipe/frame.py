@@ -167,7 +167,12 @@ class Lora(Section):
 
 
 class Stage(Section):
-    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes."""
+    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes.
+
+    ``micro_batch_size`` samples are in memory at a time, fewer where they have more than ``micro_tokens`` tokens.
+    ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
+    ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
+    """
 
     template: str | None = None
     image: Literal["square", "pad"] | None = None
@@ -176,6 +181,9 @@ class Stage(Section):
     max_steps: Count | None = None
     batch_size: Count = 128
     micro_batch_size: Count = 16
+    micro_tokens: Count | None = None
+    packing: Literal["auto", "always", "never"] = "auto"
+    shuffle: Literal["samples", "images"] = "samples"
     learning_rate: Positive = 1e-3
     connector_learning_rate: Positive | None = None
     warmup: Share = 0.03

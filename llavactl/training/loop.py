@@ -11,7 +11,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ import torch
 from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.memory import give_back
-from llavactl.core.schema import IGNORE, Batch, Encoded
+from llavactl.core.schema import IGNORE, Batch
+from llavactl.data import micro
 from llavactl.data.plan import Plan
+from llavactl.data.rows import Limits
+from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import cosine
@@ -39,15 +43,30 @@ log = logging.getLogger(__name__)
 TIDY_EVERY = 20
 """Steps after which unused memory goes back to the system; it takes a few hundredths of a second."""
 
-ALIKE = 0.75
-"""A row shorter than this share of the longest begins a micro batch of its own: padding costs as much as text."""
-
 Observer = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass
+class Work:
+    """What this process computed: ``positions`` in all, ``padding`` among them; ``tokens`` of its conversations."""
+
+    positions: int = 0
+    padding: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Counts ``batch``."""
+        self.positions += batch.mask.numel()
+        self.padding += batch.mask.numel() - int(batch.mask.sum())
+        self.tokens += batch.tokens
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a stage's training takes. ``digest`` names settings and data: only its own checkpoints are resumed."""
+    """All that a stage's training takes. ``digest`` names settings and data: only its own checkpoints are resumed.
+
+    ``unpacked``: why every sample has a row of its own; "" where rows hold many, as ``model.packed.refusal`` allows.
+    """
 
     model: LlavaModel
     optimizer: Optimizer
@@ -58,8 +77,10 @@ class Run:
     seed: int
     digest: str
     resume: bool
+    unpacked: str
     accelerator: Accelerator
     observe: Observer
+    work: Work = field(default_factory=Work)
 
 
 def train(run: Run) -> int:
@@ -76,11 +97,13 @@ def train(run: Run) -> int:
         seed=run.seed,
         max_steps=stage.max_steps,
         phases=run.data.phases,
+        groups=run.data.images() if stage.shuffle == "images" else None,
     )
     start = _restore(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
-    with progress.bar(plan.steps, run.folder.name, "step", start) as bar:
+    attention = nullcontext() if run.unpacked else packed_attention(run.model.language)
+    with attention, progress.bar(plan.steps, run.folder.name, "step", start) as bar:
         for step, batches in _prepared(run, plan, start):
             line = _step(run, batches, step, plan.steps)
             done = step + 1
@@ -106,11 +129,11 @@ def train(run: Run) -> int:
 def _prepared(run: Run, plan: Plan, start: int) -> Iterator[tuple[int, list[Batch]]]:
     """Each step with its batches, the next one made ready while this one computes."""
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_micro_batches, run, plan.batch(start))
+        coming = ahead.submit(_micro_batches, run, run.data, plan.batch(start))
         for step in range(start, plan.steps):
             batches = coming.result()
             if step + 1 < plan.steps:
-                coming = ahead.submit(_micro_batches, run, plan.batch(step + 1))
+                coming = ahead.submit(_micro_batches, run, run.data, plan.batch(step + 1))
             yield step, batches
 
 
@@ -119,7 +142,8 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     counts = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
-        counts += torch.tensor([int((batch.labels != IGNORE).sum()), int(batch.mask.sum())])
+        counts += torch.tensor([int((batch.labels != IGNORE).sum()), batch.tokens])
+        run.work.add(batch)
     counts = _sum(accelerator, counts)
     torch.manual_seed(hash_seed(run.seed, step, accelerator.process_index))
     model.train()
@@ -137,19 +161,12 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 
-def _micro_batches(run: Run, members: list[tuple[int, int]]) -> list[Batch]:
-    """This process's share of a global batch, longest first, in micro batches of rows alike in length."""
-    accelerator = run.accelerator
-    mine = members[accelerator.process_index :: accelerator.num_processes]
-    encoded = sorted(((run.data.encoded(*member), member) for member in mine), key=lambda item: -len(item[0]))
-    size = max(1, min(run.stage.micro_batch_size, run.stage.batch_size // accelerator.num_processes))
-    groups: list[list[tuple[Encoded, tuple[int, int]]]] = []
-    for item in encoded:
-        if groups and len(groups[-1]) < size and len(item[0]) >= ALIKE * len(groups[-1][0][0]):
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return [run.data.batch(group) for group in groups]
+def _micro_batches(run: Run, data: TrainingSet, members: micro.Members) -> list[Batch]:
+    """This process's share of a global batch."""
+    stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
+    samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
+    share = micro.Share(Limits(samples, stage.micro_tokens), process, processes)
+    return (micro.padded if run.unpacked else micro.packed)(data, members, share)
 
 
 @torch.no_grad()
@@ -157,12 +174,12 @@ def validate(run: Run) -> float:
     """The mean loss of a trained token over the held-out samples."""
     run.model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    members = [(0, index) for index in range(len(run.validation))]
-    size, rank, world = run.stage.micro_batch_size, run.accelerator.process_index, run.accelerator.num_processes
-    for at in range(rank * size, len(members), size * world):
-        batch = run.validation.batch([(run.validation.encoded(*m), m) for m in members[at : at + size]])
-        loss = run.model(batch.to(run.accelerator.device))
-        total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum())], dtype=torch.float64)
+    size = run.stage.batch_size
+    for at in range(0, len(run.validation), size):
+        members = [(0, index) for index in range(at, min(at + size, len(run.validation)))]
+        for batch in _micro_batches(run, run.validation, members):
+            loss = run.model(batch.to(run.accelerator.device))
+            total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum())], dtype=torch.float64)
     total = _sum(run.accelerator, total)
     return float(total[0] / total[1])
 

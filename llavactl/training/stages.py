@@ -1,17 +1,21 @@
-"""What each stage trains, and how fast: the two stages as data."""
+"""What each stage trains, how fast, and in which rows: the two stages as data."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from llavactl.core.errors import RecipeError
+from llavactl.model.packed import refusal
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Stage, Stage2
+
+log = logging.getLogger(__name__)
 
 
 def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
@@ -39,6 +43,25 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def unpacked(model: LlavaModel, stage: Stage, device: str) -> str:
+    """Why every sample of ``stage`` has a row of its own on ``device``; "" where rows hold many.
+
+    Raises:
+        RecipeError: ``packing: always``, and this language model can't be given such rows.
+    """
+    why = refusal(model.language)
+    if why and stage.packing == "always":
+        raise RecipeError(f"packing: always, but {why}", hint="`packing: auto` trains such a model on padded rows")
+    if stage.packing == "never":
+        why = "the recipe says so"
+    elif stage.packing == "auto" and device != "cpu":
+        why = why or f"untested on {device}; `packing: always` takes it"
+    if stage.shuffle == "images" and (why or stage.image_order == "random"):
+        cause = f"rows are not packed ({why})" if why else "half of the questions come before their image"
+        log.warning("shuffle: images is of little use: %s", cause)
+    return why
 
 
 def _only(model: LlavaModel, parts: Sequence[str]) -> None:

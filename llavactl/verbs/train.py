@@ -45,7 +45,11 @@ OWN_INITS = ("stage1", "scratch")
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a stage did. ``finished_before``: nothing had to be done; ``first_step`` > 0: it was resumed."""
+    """What a stage did. ``finished_before``: nothing had to be done; ``first_step`` > 0: it was resumed.
+
+    ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
+    of the tokens that were not computed, as another conversation of the row begins with them too.
+    """
 
     stage: int
     model: str
@@ -60,6 +64,9 @@ class TrainReport:
     tokens: int
     seconds: float
     tokens_per_s: float
+    rows: str
+    padding: float
+    shared: float
     digest: str
     finished_before: bool = False
 
@@ -97,6 +104,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return done
     if start is not None:
         model_folder.load_connector(parts.model.connector, start)
+    unpacked = stages.unpacked(parts.model, settings, accelerator.device.type)
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
     optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2)
@@ -114,6 +122,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         seed=recipe.seed,
         digest=digest,
         resume=resume == "auto",
+        unpacked=unpacked,
         accelerator=accelerator,
         observe=_observer(stage, folder),
     )
@@ -207,7 +216,7 @@ def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, s
     Left out is what doesn't, or only how fast it comes: a run goes on when these change.
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
-    free = {"micro_batch_size", "checkpoint_every", "keep_last", "gradient_checkpointing"}
+    free = {"micro_batch_size", "micro_tokens", "packing", "checkpoint_every", "keep_last", "gradient_checkpointing"}
     parts = {
         "stage": settings.model_dump(mode="json", exclude=free),
         "connector": recipe.connector.spec(),
@@ -267,6 +276,7 @@ def _report(run: Run, data: Split, first: int, seconds: float, description: Mapp
     steps = [line for line in lines if "loss" in line]
     validations = [line["val_loss"] for line in lines if "val_loss" in line]
     tokens = sum(line["tokens"] for line in steps if line["step"] > first)
+    work = run.work
     return TrainReport(
         stage=description["stage"],
         model=str(run.folder / "model"),
@@ -281,6 +291,9 @@ def _report(run: Run, data: Split, first: int, seconds: float, description: Mapp
         tokens=tokens,
         seconds=round(seconds, 3),
         tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
+        rows=f"padded: {run.unpacked}" if run.unpacked else "packed",
+        padding=round(work.padding / max(work.positions, 1), 4),
+        shared=round(1 - (work.positions - work.padding) / max(work.tokens, 1), 4),
         digest=run.digest,
     )
 

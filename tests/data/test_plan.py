@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -57,3 +58,22 @@ def test_a_lower_phase_comes_first_and_is_shuffled_within() -> None:
     assert members[:30] != sorted(members[:30])
     assert sorted(members) == list(range(50))
     assert list(order([1.0] * 50, 0, 7, [1] * 50)) == list(order([1.0] * 50, 0, 7)), "one phase changes nothing"
+
+
+def test_groups_stay_together_and_are_shuffled() -> None:
+    groups = [index // 3 for index in range(60)]
+    plan = [Plan([1.0] * 60, epochs=2, batch_size=6, seed=0, groups=groups) for _ in range(2)]
+    steps = [[index for _, index in plan[0].batch(step)] for step in range(20)]
+    assert steps == [[index for _, index in plan[1].batch(step)] for step in range(20)]
+    assert all(len({groups[index] for index in step}) == 2 for step in steps)
+    assert sorted(index for step in steps[:10] for index in step) == list(range(60))
+    orders = [[groups[index] for step in half for index in step] for half in (steps[:10], steps[10:])]
+    assert orders[0] != orders[1] != sorted(orders[1])
+
+
+def test_groups_are_within_phases() -> None:
+    groups, phases = [0, 1] * 10, [1] * 10 + [2] * 10
+    (step,) = [Plan([1.0] * 20, epochs=1, batch_size=20, seed=0, groups=groups, phases=phases).batch(0)]
+    order = [(phases[index], groups[index]) for _, index in step]
+    assert [phase for phase, _ in order] == phases
+    assert len(list(itertools.groupby(order))) == 4

@@ -1,0 +1,86 @@
+"""Rows: everything is in exactly one, none is over its limits, and every process has as many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageFile
+from llavactl.data.rows import Limits, families, rows
+
+Q = 4
+REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
+
+
+def item(length: int, image: int | None, target_at: int = 0) -> Encoded:
+    """``length`` tokens behind BOS and an image, if any."""
+    opening = (1,) if image is None else (1, *(IMAGE_TOKEN,) * Q)
+    ids = (*opening, *range(10, 10 + length))
+    labels = tuple(IGNORE if at < len(opening) + target_at else token for at, token in enumerate(ids))
+    return Encoded(ids, labels, () if image is None else (ImageFile("/photos", f"{image}.jpg"),))
+
+
+items = st.lists(st.builds(item, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 3))), max_size=24)
+limits = st.builds(Limits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
+
+
+@given(items, limits, st.integers(1, 4))
+def test_rows_hold_everything_once_and_keep_their_limits(found: list[Encoded], most: Limits, processes: int) -> None:
+    planned = rows(found, Q, most, processes)
+    members = [number for row in planned for family in row for number in family.members]
+    assert sorted(members) == list(range(len(found)))
+    assert len(planned) % processes == 0
+    for row in planned:
+        tokens = sum(
+            family.shared + sum(len(found[number]) - family.shared for number in family.members) for family in row
+        )
+        assert tokens == sum(family.tokens for family in row)
+        samples = sum(len(family.members) for family in row)
+        assert most.allow(samples, tokens) or samples == 1
+
+
+@given(items, limits)
+def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: Limits) -> None:
+    for family in families(found, Q, most):
+        first = found[family.members[0]]
+        for number in family.members:
+            assert found[number].ids[: family.shared] == first.ids[: family.shared]
+            assert found[number].images[:1] == first.images[:1]
+            assert all(label == IGNORE for label in found[number].labels[: family.shared])
+        assert (family.shared > 0) == (len(family.members) > 1)
+
+
+def test_one_picture_is_shared_and_another_is_not() -> None:
+    found = [item(5, 0), item(6, 1), item(7, 0), item(5, None), item(5, None)]
+    assert [(f.members, f.shared, f.tokens) for f in families(found, Q, Limits(8))] == [
+        ((0, 2), 5, 17), ((1,), 0, 11), ((3,), 0, 6), ((4,), 0, 6),
+    ]  # fmt: skip
+
+
+def test_a_target_before_the_end_of_the_image_is_nobody_elses() -> None:
+    late = Encoded((1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11), (ImageFile("/photos", "0.jpg"),))
+    assert [family.shared for family in families([late, late], Q, Limits(8))] == [0, 0]
+
+
+def test_rows_are_of_much_the_same_length() -> None:
+    found = [item(length, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
+    lengths = [sum(family.tokens for family in row) for row in rows(found, Q, Limits(4), 2)]
+    assert len(lengths) == 2
+    assert abs(lengths[0] - lengths[1]) <= 10
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not there")
+def test_real_lengths_leave_processes_alike() -> None:
+    """Nothing is padded, so what could be lost is waiting: a process with fewer tokens than another."""
+    words = [
+        sum(len(turn["value"].split()) for turn in record["conversations"]) for record in json.loads(REAL.read_text())
+    ]
+    found = [item(length, number) for number, length in enumerate(words)]
+    planned = rows(found, Q, Limits(16), 8)
+    tokens = [sum(family.tokens for family in row) for row in planned]
+    assert len(planned) == 8
+    assert sum(max(tokens) - each for each in tokens) / (len(tokens) * max(tokens)) < 0.03
