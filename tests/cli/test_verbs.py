@@ -102,9 +102,9 @@ def test_the_recipe_is_loaded_with_its_overrides(verb: Any, here: Path) -> None:
 def test_extract(verb: Any, here: Path) -> None:
     extract = verb("extract", "extract", Report())
     run_cli("extract", cwd=here)
-    assert extract.call_args.kwargs == {"dry_run": False, "max_skipped": None}
+    assert extract.call_args.kwargs == {"dry_run": False, "max_skipped": None, "part": None}
     run_cli("extract", "--dry-run", "--max-skipped", "0", cwd=here)
-    assert extract.call_args.kwargs == {"dry_run": True, "max_skipped": 0}
+    assert extract.call_args.kwargs == {"dry_run": True, "max_skipped": 0, "part": None}
     assert run_cli("extract", "--max-skipped", "-1", cwd=here).exit_code == 2
 
 
