@@ -155,7 +155,9 @@ def _model(recipe: Recipe | None, model: str | None) -> _Model:
         folder = of_run(recipe.run_dir)
     else:
         folder = resolve(model)
-    return _Model(View("", folder), (folder.parent if recipe is None else recipe.run_dir) / "eval", str(folder))
+    # What stands for another program's checkpoint has no run around it: its scores go into that folder itself.
+    own = folder.parent if folder.name == "model" else folder
+    return _Model(View("", folder), (own if recipe is None else recipe.run_dir) / "eval", str(folder))
 
 
 def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:

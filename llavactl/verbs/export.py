@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.paths import write_json
 from llavactl.core.registry import registry
@@ -68,7 +70,7 @@ def export(
         source = resolve(model)
     to = to.absolute()
     stamp = {"format": form, "digest": describe(source)["digest"]}
-    before = _made_of(to) == stamp
+    before = _made_of(to) == stamp and _files(to) == _read(to / MARK).get("files")
     if not before:
         _write(made, source, to, stamp)
     verified = _verified(made, form, source, to, _photos(recipe, images)) if check else None
@@ -82,15 +84,22 @@ def export(
 
 
 def _write(made: Format, source: Path, to: Path, stamp: dict[str, str]) -> None:
-    if to.exists() and not (to / MARK).is_file() and (not to.is_dir() or any(to.iterdir())):
-        raise ModelError(f"{to}: holds something that is no export of llavactl's", hint="`--to` another folder")
+    others = sorted(_files(to).keys() - _read(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
+    if to.exists() and others:
+        raise ModelError(
+            f"{to}: holds something that is no export of llavactl's, such as {others[0]}", hint="`--to` another folder"
+        )
     temporary = to.with_name(f".{to.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
-    made.write(source, temporary)
+    try:
+        made.write(source, temporary)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ModelError(f"{to}: can't be written: {error}", hint="free some disk, or mend its permissions") from error
     (temporary / "README.md").write_text(card(source, stamp["format"]), encoding="utf-8")
-    write_json(temporary / MARK, {**_read(temporary / MARK), **stamp})
+    write_json(temporary / MARK, {**_read(temporary / MARK), **stamp, "files": _files(temporary)})
     replace_folder(temporary, to)
 
 
@@ -100,6 +109,12 @@ def _verified(made: Format, form: str, source: Path, to: Path, photos: Sequence[
     found = verify(source, to, made.reload, photos)
     write_json(to / MARK, {**_read(to / MARK), "verified": asdict(found)})
     return found
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The files in ``folder`` but the mark itself, with their sizes."""
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.stat().st_size for name, file in sorted(found.items()) if name != MARK}
 
 
 def _made_of(to: Path) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class HfLlava:
         """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
         config, origin = _config(folder), _json(folder / ORIGIN)
         origin = {key: origin[key] for key in KEPT if key in origin}
+        if not _processor(folder):
+            raise ModelError(
+                f"{folder}: there is no processor: how pixels are made is not known",
+                hint="processor_config.json or preprocessor_config.json belongs beside the weights",
+            )
         vision = config["vision_config"]
         layers = config.get("vision_feature_layer", -2)
         patches = config.get("vision_feature_select_strategy", "default") == "default"

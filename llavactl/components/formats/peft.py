@@ -28,13 +28,14 @@ class Peft:
 
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` that stands for the adapter and its base."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
         from llavactl.components.formats.hf import HfLlava
+        from llavactl.components.formats.weights import read as read_weights
 
         HfLlava(None).read(folder / BASE, model)
         config = json.loads((folder / "adapter_config.json").read_text())
-        weights = load_file(folder / "adapter_model.safetensors")
+        weights = read_weights(folder / "adapter_model.safetensors")
         (model / "adapter").mkdir(exist_ok=True)
         ours = {name.replace(THEIRS, OURS, 1): weight for name, weight in weights.items()}
         save_file(ours, model / "adapter" / "adapter_model.safetensors")

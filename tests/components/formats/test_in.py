@@ -88,6 +88,14 @@ def test_hf_answers_with_the_published_chat_template(foreign: Callable[[], tuple
     assert result.exit_code == 0, result.stderr
 
 
+def test_without_a_processor_nobody_knows_the_pixels(foreign: Callable[[], tuple[Any, Path]]) -> None:
+    _, folder = foreign()
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="there is no processor"):
+        resolve(folder)
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_original_full(toys: Path, tmp_path: Path, linear: bool) -> None:
     import torch

@@ -134,7 +134,7 @@ def test_new_rows_never_win(native: Make, tmp_path: Path) -> None:
 
 
 def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
-    """--verify looks at what is on disk: a weight that is another is told, and exits 1."""
+    """--verify looks at what is on disk: files of the right sizes with another content are told, and it exits 1."""
     from safetensors.torch import load_file, save_file
 
     model = native("ours")
@@ -148,9 +148,9 @@ def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "logits differ" in result.stderr
     template = tmp_path / "out" / "chat_template.jinja"
-    template.write_text(template.read_text().replace("USER", "HUMAN"))
+    template.write_text(template.read_text().replace("USER", "USEZ"))
     assert "other token ids" in run_cli(*again).stderr
-    file.write_bytes(b"no weights")
+    file.write_bytes(b"no weights".ljust(file.stat().st_size))
     assert "another program can't load it" in run_cli(*again).stderr
 
 
@@ -180,6 +180,22 @@ def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) 
     assert run_cli(*to, "--format", "hf").json()["finished_before"]
     assert not run_cli(*to, "--format", "llava").json()["finished_before"]
     assert (tmp_path / "out" / "config.json").read_text().count("mm_vision_tower") == 1
+
+
+def test_a_file_of_the_users_in_an_export_stays(native: Make, tmp_path: Path) -> None:
+    """And an export that was damaged is written anew."""
+    model, out = native("ours"), tmp_path / "out"
+    written(model, "hf", out)
+    (out / "mine.txt").write_text("mine")
+    refused = run_cli("export", "--model", str(model), "--format", "llava", "--to", str(out))
+    assert refused.exit_code == 1
+    assert "mine.txt" in refused.stderr
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
+    whole = (out / "model.safetensors").stat().st_size
+    (out / "model.safetensors").write_bytes(b"cut")
+    assert not written(model, "hf", out)["finished_before"]
+    assert (out / "model.safetensors").stat().st_size == whole
 
 
 def test_unknown_format(native: Make, tmp_path: Path) -> None:

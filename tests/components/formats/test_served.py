@@ -31,9 +31,14 @@ def served(folder: Path, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     command = [*program, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    cache = log.with_name("hub")
+    cache.mkdir()  # it lists what is in there, and fails where there is no such folder
     with log.open("w") as out:
         server = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)},
         )
         try:
             until = time.monotonic() + STARTS_WITHIN_S
