@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Of the largest logit: what two ways to the same float32 result may differ by."""
 
-ROUNDED = 0.05
-"""The same where an adapter was merged into weights of lower precision: each was rounded once more."""
+GARBAGE = 0.2
+"""Of the largest logit: what rounding merged weights once more never does, and a wrong merge does."""
 
 NEW_TOKENS = 32
 
@@ -46,7 +46,9 @@ class Verified:
     """What the other program made of ``prompts`` prompts about ``photos`` photos.
 
     ``ids_equal`` and ``text_equal`` count prompts; ``pixels`` and ``logits`` are the largest differences,
-    ``largest_logit`` is what to hold the latter against.
+    ``largest_logit`` is what to hold the latter against. An adapter that was merged into weights of lower
+    precision than float32 was rounded with them: the rest is held against the model so rounded, and ``rounding`` is
+    how far its logits are from those with the adapter apart.
     """
 
     prompts: int
@@ -56,6 +58,7 @@ class Verified:
     pixels: float
     logits: float
     largest_logit: float
+    rounding: float
     tolerance: float
     faults: tuple[str, ...]
 
@@ -91,13 +94,38 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile])
     conversations = [turns for turns in _conversations(photos) if assistant.encode(turns).ids]
     with tempfile.TemporaryDirectory() as place:
         theirs = _reloaded(export, script, conversations, assistant, Path(place))
-    merged = model_folder.describe(model)["method"] == "lora" and not (export / "adapter_config.json").is_file()
-    rounded = merged and model_folder.describe(model)["precision"] != "float32"
-    return _compared(assistant, conversations, theirs, len(photos), ROUNDED if rounded else TOLERANCE)
+    rounding = 0.0
+    if model_folder.describe(model)["method"] == "lora" and not (export / "adapter_config.json").is_file():
+        rounding = _merge(assistant, conversations, model_folder.describe(model)["precision"])
+    return _compared(assistant, conversations, theirs, len(photos), rounding)
+
+
+def _merge(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:
+    """Merges the adapter and rounds the weights to ``precision``, as the export did; how far logits went, at most."""
+    import torch
+
+    apart = [_logits(assistant, turns) for turns in conversations]
+    language: Any = assistant.model.language
+    assistant.model.language = language.merge_and_unload()
+    with torch.no_grad():
+        for weight in assistant.model.language.parameters():
+            weight.copy_(weight.to(getattr(torch, precision)).float())
+    together = [_logits(assistant, turns) for turns in conversations]
+    return max((one - other).abs().max().item() for one, other in zip(apart, together, strict=True))
+
+
+def _logits(assistant: Assistant, turns: Sequence[Turn]) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode():
+        return assistant.model.logits(collate([assistant.encode(turns)], assistant.features))[0]
 
 
 def _opened(model: Path) -> Assistant:
-    loaded = model_folder.load(model, dtype="float32")
+    """The model as it was trained, computing in float32; its connector is kept in that anyway."""
+    loaded = model_folder.load(model)
+    loaded.parts.model.float()
+    model_folder.load_connector(loaded.parts.model.connector, model)
     description = loaded.description
     vision = registry().create("vision", description["vision"])
     template: Any = registry().create("templates", {"name": description["template"]})
@@ -164,7 +192,7 @@ def _compared(
     conversations: Sequence[tuple[Turn, ...]],
     theirs: Mapping[str, torch.Tensor],
     photos: int,
-    tolerance: float,
+    rounding: float,
 ) -> Verified:
     import torch
 
@@ -183,20 +211,30 @@ def _compared(
         for at, image in enumerate(encoded.images):
             off = (theirs[f"{index}.pixels"][at] - torch.from_numpy(exact.pixels(image))).abs().max().item()
             pixels = max(pixels, off)
-        with torch.inference_mode():
-            ours = assistant.model.logits(collate([encoded], assistant.features))[0]
+        ours = _logits(assistant, turns)
         shared = min(ours.shape[-1], theirs[f"{index}.logits"].shape[-1])
         off = (ours[:, :shared] - theirs[f"{index}.logits"][:, :shared]).abs().max().item()
         logits, largest = max(logits, off), max(largest, ours.abs().max().item())
-        if not off <= tolerance * max(1.0, ours.abs().max().item()):
+        if not off <= TOLERANCE * max(1.0, ours.abs().max().item()):
             faults.append(f"{name}: logits differ by {off:.3g}")
         (said,) = assistant.answer([turns], Sampling(max_new_tokens=NEW_TOKENS))
         same = _text(assistant, theirs[f"{index}.said"].tolist()) == said
         text_equal += same
-        if not same and tolerance == TOLERANCE:
+        if not same:
             faults.append(f"{name}: another greedy answer")
+    if rounding > GARBAGE * max(1.0, largest):
+        faults.append(f"merging the adapter changed logits by {rounding:.3g}")
     return Verified(
-        len(conversations), photos, ids_equal, text_equal, pixels, logits, largest, tolerance, tuple(faults)
+        prompts=len(conversations),
+        photos=photos,
+        ids_equal=ids_equal,
+        text_equal=text_equal,
+        pixels=pixels,
+        logits=logits,
+        largest_logit=largest,
+        rounding=rounding,
+        tolerance=TOLERANCE,
+        faults=tuple(faults),
     )
 
 

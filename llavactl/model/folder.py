@@ -136,7 +136,10 @@ def load(folder: Path, *, dtype: str | None = None, language: Mapping[str, Any] 
         from peft import PeftModel
 
         adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
-        parts.model.language = adapted.to(next(parts.model.connector.parameters()).dtype)
+        # Not ``adapted.to``: that would round the frequencies of rotary positions, which are no weights, as well.
+        for weight in adapted.parameters():
+            weight.data = weight.data.to(next(parts.model.connector.parameters()).dtype)
+        parts.model.language = adapted
     parts.model.eval().requires_grad_(False)
     return Loaded(parts, description)
 

@@ -210,3 +210,21 @@ def test_a_model_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="no format recognises"):
         resolve(tmp_path)
+
+
+def test_an_adapter_in_bfloat16_changes_no_positions(native: Make) -> None:
+    """Rounded to bfloat16, the frequencies of rotary positions would turn every token a little wrong."""
+    import torch
+
+    language: Any = model_folder.load(native("ours", method="lora", precision="bfloat16")).parts.model.language
+    frequencies = [buffer for name, buffer in language.named_buffers() if name.endswith("inv_freq")]
+    assert frequencies
+    assert all(buffer.dtype == torch.float32 for buffer in frequencies)
+    assert all(weight.dtype == torch.bfloat16 for weight in language.parameters())
+
+
+@pytest.mark.parametrize("form", ["hf", "llava"])
+def test_an_adapter_merged_in_bfloat16_says_what_rounding_cost(native: Make, tmp_path: Path, form: str) -> None:
+    verified = exported(native("ours", method="lora", precision="bfloat16"), form, tmp_path / "out")["verified"]
+    assert verified["logits"] < 1e-4
+    assert 0 < verified["rounding"] < 0.2 * max(1, verified["largest_logit"])
