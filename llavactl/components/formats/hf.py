@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.native import CONNECTORS, Native, adopt
+from llavactl.components.formats.native import CONNECTORS, Native, adopt, shape_of
 from llavactl.components.formats.weights import stamps, tensors
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import write_json
@@ -54,23 +54,25 @@ class HfLlava:
                 f"{folder}: there is no processor: how pixels are made is not known",
                 hint="processor_config.json or preprocessor_config.json belongs beside the weights",
             )
-        vision = config["vision_config"]
-        layers = config.get("vision_feature_layer", -2)
-        patches = config.get("vision_feature_select_strategy", "default") == "default"
-        side = int(vision.get("image_size", 336)) // int(vision.get("patch_size", 14))
-        prefix = 0 if patches else int(_processor(folder).get("num_additional_image_tokens", 0))
         name, weights = _projection(tensors(folder, PROJECTOR), config)
-        depth = 1 if isinstance(layers, int) else len(layers)
         text = config["text_config"]
+        vision = {
+            "name": "clip",
+            "model": str(folder.absolute()),
+            "layer": config.get("vision_feature_layer", -2),
+            "select": "cls-patch",
+            "image": "pad" if _processor(folder).get("do_pad") else "square",
+        }
+        if config.get("vision_feature_select_strategy", "default") == "default":
+            if (prefix := shape_of(vision)["prefix"]) != 1:
+                raise ModelError(
+                    f"{folder}: it leaves out the first of each image's tokens, of which {prefix} are no patches",
+                    hint="llavactl leaves out all of those or none",
+                )
+            vision["select"] = "patch"
         description = {
-            "vision": {
-                "name": "clip",
-                "model": str(folder.absolute()),
-                "layer": layers,
-                "select": "patch" if patches or not prefix else "cls-patch",
-                "image": "pad" if _processor(folder).get("do_pad") else "square",
-            },
-            "shape": {"grid": [side, side], "width": int(vision.get("hidden_size", 1024)) * depth, "prefix": prefix},
+            "vision": vision,
+            "shape": shape_of(vision),
             "connector": {"name": name},
             "language": {"name": "hf", "model": str(folder.absolute())},
             "template": "tokenizer",
@@ -98,7 +100,7 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
             hint="a backbone of transformers has one; see docs/plugins.md, vision",
         )
     vision = backbone.whole()
-    strategy, extra = _tokens(description, vision, backbone)
+    strategy, extra = _tokens(description["vision"])
     tokenizer = native.tokenizer()
     image = _tokens_of_image(tokenizer)
     _grow(language, len(tokenizer))
@@ -211,17 +213,10 @@ def _grow(language: PreTrainedModel, tokens: int) -> None:
                 module.bias[had:] = module.bias[:had].float().mean().to(module.bias.dtype)
 
 
-def _tokens(description: Mapping[str, Any], vision: Any, backbone: Any) -> tuple[str, int]:
+def _tokens(vision: Mapping[str, Any]) -> tuple[str, int]:
     """``vision_feature_select_strategy`` and how many tokens the backbone has beside its patches."""
-    import torch
-
-    side = int(backbone.config["image_size"])
-    dtype = next(vision.parameters()).dtype
-    with torch.no_grad():
-        seen = vision(torch.zeros(1, 3, side, side, dtype=dtype), output_hidden_states=True).hidden_states[0]
-    height, width = description["shape"]["grid"]
-    extra = seen.shape[1] - height * width
-    if description["vision"]["select"] == "cls-patch" or not extra:
+    extra = int(shape_of({**vision, "select": "cls-patch"})["prefix"])
+    if vision["select"] == "cls-patch" or not extra:
         return "full", extra
     if extra > 1:
         raise ModelError(

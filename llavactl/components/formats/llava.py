@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.native import CONNECTORS, Native, adopt, connector_of
+from llavactl.components.formats.native import CONNECTORS, Native, adopt, connector_of, shape_of
 from llavactl.components.formats.weights import read, stamps, tensors
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import write_json
@@ -68,7 +68,7 @@ class OriginalLlava:
         description = {
             "method": method,
             "vision": vision,
-            "shape": _shape(vision),
+            "shape": shape_of(vision),
             "connector": connector_of(projection, folder),
             "language": _language(config, folder, method),
             "template": DEFAULT_TEMPLATE,
@@ -181,13 +181,6 @@ def _near(model: str, folder: Path) -> str:
     """A relative path that exists beside the checkpoint is meant from there; all else is an id or a path as it is."""
     beside = folder / model
     return str(beside.resolve()) if not Path(model).is_absolute() and (beside / "config.json").is_file() else model
-
-
-def _shape(vision: Mapping[str, Any]) -> dict[str, Any]:
-    config = registry().create("vision", vision).config
-    side = int(config["image_size"]) // int(config["patch_size"])
-    prefix = 1 if vision["select"] == "cls-patch" else 0
-    return {"grid": [side, side], "width": int(config["hidden_size"]), "prefix": prefix}
 
 
 def _refuse(config: Mapping[str, Any], folder: Path) -> None:

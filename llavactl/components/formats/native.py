@@ -123,6 +123,12 @@ def adopt(
     write_json(model / DESCRIPTION, {**defaults, **description})
 
 
+def shape_of(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What the backbone gives for an image, as ``llavactl.json`` has it; no weights are read."""
+    shape = registry().create("vision", vision).shape()
+    return {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix}
+
+
 def connector_of(projection: Mapping[str, torch.Tensor], where: Path) -> dict[str, Any]:
     """The connector that weights of LLaVA's names belong to.
 
