@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from llavactl.model import folder as model_folder
 from llavactl.recipe.frame import Features
 
 
-def open_assistant(
-    folder: Path, device: str | None = None, *, template: str | None = None, language: Mapping[str, Any] | None = None
-) -> Assistant:
+def open_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:
     """The model in ``folder`` with its vision backbone, on ``device`` (default: the best there is).
 
-    ``template`` takes the place of the model's own; ``language`` stands behind a connector that names none.
+    ``template`` takes the place of the model's own.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
@@ -38,7 +35,7 @@ def open_assistant(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
             hint="`vision` in llavactl.json names it",
         )
-    loaded = model_folder.load(folder, language=language)
+    loaded = model_folder.load(folder)
     loaded.parts.model.to(device)
     writes: Any = registry().create("templates", {"name": template or description["template"]})
     return Assistant(

@@ -53,6 +53,15 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; {} where there is none, or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def share(path: Path) -> None:
     """Gives a file that some library made private the permissions of any other file that the user writes."""
     path.chmod(0o666 & ~_UMASK)

@@ -8,26 +8,12 @@ from typing import Any
 
 from llavactl.core.archives import check_archives, find_member, is_archive, is_url, stamp_of
 from llavactl.core.errors import DataError
-from llavactl.core.schema import ImageFile, ImageRef, stays_below
+from llavactl.core.schema import Below, ImageFile, ImageRef
 
 
 @dataclass(frozen=True)
-class ImageMember:
-    """The member ``path`` of the archives ``root``: a .zip, a .tar, a pattern of them (``shards/*.tar``), a URL.
-
-    Raises:
-        DataError: ``path`` leads outside.
-    """
-
-    root: str
-    path: str
-
-    def __post_init__(self) -> None:
-        stays_below(self.root, self.path)
-
-    @property
-    def name(self) -> str:
-        return self.path
+class ImageMember(Below):
+    """The member ``path`` of the archives ``root``: a .zip, a .tar, a pattern of them (``shards/*.tar``), a URL."""
 
     def read(self) -> bytes:
         return find_member(self.root, self.path).read()
@@ -38,22 +24,8 @@ class ImageMember:
 
 
 @dataclass(frozen=True)
-class ImageAtUrl:
-    """The image ``path`` below the URL ``root``, which fsspec opens.
-
-    Raises:
-        DataError: ``path`` leads outside.
-    """
-
-    root: str
-    path: str
-
-    def __post_init__(self) -> None:
-        stays_below(self.root, self.path)
-
-    @property
-    def name(self) -> str:
-        return self.path
+class ImageAtUrl(Below):
+    """The image ``path`` below the URL ``root``, which fsspec opens."""
 
     @property
     def url(self) -> str:

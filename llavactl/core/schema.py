@@ -61,8 +61,8 @@ def stays_below(root: str, path: str) -> None:
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """An image file ``path`` below ``root``.
+class Below:
+    """What lies at ``path`` below ``root``.
 
     Raises:
         DataError: ``path`` leads outside ``root``. A record must never reach a file its owner didn't mean.
@@ -77,6 +77,11 @@ class ImageFile:
     @property
     def name(self) -> str:
         return self.path
+
+
+@dataclass(frozen=True)
+class ImageFile(Below):
+    """An image file ``path`` below the folder ``root``."""
 
     @property
     def file(self) -> Path:

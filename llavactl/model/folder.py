@@ -87,7 +87,11 @@ def describe(folder: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         found = sorted(str(p.parent) for p in folder.glob(f"**/{DESCRIPTION}")) if folder.is_dir() else []
-        hint = f"did you mean {found[-1]}?" if found else "`--model` takes the model/ folder of a finished stage"
+        hint = (
+            f"did you mean {found[-1]}?"
+            if found
+            else "`--model` takes a run, a model/ folder, or a checkpoint of another program"
+        )
         raise ModelError(f"{folder}: no model here (there is no {DESCRIPTION})", hint=hint) from None
     except ValueError as error:
         raise ModelError(f"{path}: not JSON: {error}") from error
@@ -106,29 +110,16 @@ def of_run(run_dir: Path) -> Path:
     )
 
 
-def language_of(folder: Path, description: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The language component of a model: what stage 2 trained whole, else the one it began with (None: unknown)."""
-    if description["method"] == "full":
-        return {"name": "hf", "model": str((folder / "language").absolute())}
-    spec: Mapping[str, Any] | None = description["language"]
-    return spec
-
-
-def load(folder: Path, *, dtype: str | None = None, language: Mapping[str, Any] | None = None) -> Loaded:
+def load(folder: Path, *, dtype: str | None = None) -> Loaded:
     """The model in ``folder`` on the CPU, in ``dtype`` (default: the precision it was trained in), not training.
-
-    ``language`` stands in where the model names no language model of its own.
 
     Raises:
         ModelError: anything missing, of the wrong shape, or not finite.
     """
     description = describe(folder)
-    language = language_of(folder, description) or language
-    if language is None:
-        raise ModelError(
-            f"{folder}: a connector that doesn't name its language model",
-            hint="name it in a recipe: `-r recipe.yaml`, key `language`",
-        )
+    language = description["language"]
+    if description["method"] == "full":
+        language = {"name": "hf", "model": str((folder / "language").absolute())}
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     parts = build(description["connector"], language, shape, dtype=dtype or description["precision"])
     load_connector(parts.model.connector, folder)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.paths import read_json
+
 
 def read_document(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, or {}."""
-    found = _json(_text(path))
-    return found if isinstance(found, dict) else {}
+    return read_json(path)
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:

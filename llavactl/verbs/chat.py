@@ -39,8 +39,7 @@ def open_chat(recipe: Recipe | None, model: str | None = None, template: str | N
     if model is None:
         assert recipe is not None
         return Conversation(open_assistant(of_run(recipe.run_dir), template=template))
-    language = recipe.language.spec() if recipe is not None else None
-    return Conversation(open_assistant(resolve(model), template=template, language=language))
+    return Conversation(open_assistant(resolve(model, recipe), template=template))
 
 
 def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:

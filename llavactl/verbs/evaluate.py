@@ -154,7 +154,7 @@ def _model(recipe: Recipe | None, model: str | None) -> _Model:
         assert recipe is not None
         folder = of_run(recipe.run_dir)
     else:
-        folder = resolve(model)
+        folder = resolve(model, recipe)
     # What stands for another program's checkpoint has no run around it: its scores go into that folder itself.
     own = folder.parent if folder.name == "model" else folder
     return _Model(View("", folder), (own if recipe is None else recipe.run_dir) / "eval", str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from llavactl.core.errors import DataError, ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile
 from llavactl.data.images import ImageError, decode
@@ -67,10 +66,10 @@ def export(
         assert recipe is not None
         source = of_run(recipe.run_dir)
     else:
-        source = resolve(model)
+        source = resolve(model, recipe)
     to = to.absolute()
     stamp = {"format": form, "digest": describe(source)["digest"]}
-    before = _made_of(to) == stamp and _files(to) == _read(to / MARK).get("files")
+    before = _made_of(to) == stamp and _files(to) == read_json(to / MARK).get("files")
     if not before:
         _write(made, source, to, stamp)
     verified = _verified(made, form, source, to, _photos(recipe, images)) if check else None
@@ -84,7 +83,7 @@ def export(
 
 
 def _write(made: Format, source: Path, to: Path, stamp: dict[str, str]) -> None:
-    others = sorted(_files(to).keys() - _read(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
+    others = sorted(_files(to).keys() - read_json(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
     if to.exists() and others:
         raise ModelError(
             f"{to}: holds something that is no export of llavactl's, such as {others[0]}", hint="`--to` another folder"
@@ -99,7 +98,7 @@ def _write(made: Format, source: Path, to: Path, stamp: dict[str, str]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ModelError(f"{to}: can't be written: {error}", hint="free some disk, or mend its permissions") from error
     (temporary / "README.md").write_text(card(source, stamp["format"]), encoding="utf-8")
-    write_json(temporary / MARK, {**_read(temporary / MARK), **stamp, "files": _files(temporary)})
+    write_json(temporary / MARK, {**read_json(temporary / MARK), **stamp, "files": _files(temporary)})
     replace_folder(temporary, to)
 
 
@@ -107,7 +106,7 @@ def _verified(made: Format, form: str, source: Path, to: Path, photos: Sequence[
     if made.reload is None:
         raise ModelError(f"format {form} has no program that loads it: --verify can't be done")
     found = verify(source, to, made.reload, photos)
-    write_json(to / MARK, {**_read(to / MARK), "verified": asdict(found)})
+    write_json(to / MARK, {**read_json(to / MARK), "verified": asdict(found)})
     return found
 
 
@@ -118,16 +117,8 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _made_of(to: Path) -> dict[str, Any]:
-    found = _read(to / MARK)
+    found = read_json(to / MARK)
     return {key: found.get(key) for key in ("format", "digest")}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
 
 
 def _photos(recipe: Recipe | None, images: Sequence[Path]) -> list[ImageFile]:

@@ -170,7 +170,7 @@ def _start(recipe: Recipe, stage: int) -> Path | None:
     if stage == 1 or recipe.stage2.init == "scratch":
         return None
     if recipe.stage2.init != "stage1":
-        return resolve(recipe.stage2.init)
+        return resolve(recipe.stage2.init, recipe)
     folder = recipe.run_dir / "stage1" / "model"
     if not (folder / model_folder.DESCRIPTION).is_file():
         raise ModelError(
@@ -181,12 +181,12 @@ def _start(recipe: Recipe, stage: int) -> Path | None:
 
 
 def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
-    """Connector and language model of ``start``, an adapter merged; a bare connector stands before the recipe's own.
+    """Connector and language model of ``start``, an adapter merged.
 
     Raises:
         ModelError: it has another connector, or was trained on features of another shape, than the recipe says.
     """
-    loaded = model_folder.load(start, dtype=recipe.stage2.precision, language=recipe.language.spec())
+    loaded = model_folder.load(start, dtype=recipe.stage2.precision)
     description = loaded.description
     for key, theirs, ours in (
         ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),

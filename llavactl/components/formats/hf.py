@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from llavactl.components.formats.chat_template import chat_template
 from llavactl.components.formats.native import CONNECTORS, Native, adopt, shape_of
 from llavactl.components.formats.weights import stamps, tensors
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -47,13 +46,15 @@ class HfLlava:
 
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
-        config, origin = _config(folder), _json(folder / ORIGIN)
+        config, origin = _config(folder), read_json(folder / ORIGIN)
         origin = {key: origin[key] for key in KEPT if key in origin}
         if not _processor(folder):
             raise ModelError(
                 f"{folder}: there is no processor: how pixels are made is not known",
                 hint="processor_config.json or preprocessor_config.json belongs beside the weights",
             )
+        if not stamps(folder):
+            raise ModelError(f"{folder}: there are no weights", hint="is the download whole?")
         name, weights = _projection(tensors(folder, PROJECTOR), config)
         text = config["text_config"]
         vision = {
@@ -287,19 +288,11 @@ def _stop(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return _json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _processor(folder: Path) -> dict[str, Any]:
     """The processor's and the image processor's settings; newer versions keep both in one file."""
-    image = _json(folder / "preprocessor_config.json")
-    whole = _json(folder / "processor_config.json")
+    image = read_json(folder / "preprocessor_config.json")
+    whole = read_json(folder / "processor_config.json")
     return {**image, **whole.get("image_processor", {}), **{k: v for k, v in whole.items() if k != "image_processor"}}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

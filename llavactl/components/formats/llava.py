@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from llavactl.components.formats.native import CONNECTORS, Native, adopt, connector_of, shape_of
 from llavactl.components.formats.weights import read, stamps, tensors
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 PROJECTOR_FILE, ADAPTER_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 KEY = re.compile(r"^(base_model\.model\.)?(model\.)?mm_projector\.")
@@ -27,7 +23,6 @@ OWN = "llavactl"
 """A key of config.json for what the layout itself doesn't say: LLaVA keeps it and ignores it."""
 
 TOWER = "vision_tower"
-DEFAULT_TEMPLATE = "vicuna-v1"
 SHARD = "5GB"
 
 
@@ -40,7 +35,7 @@ class OriginalLlava:
         pass
 
     def recognise(self, folder: Path) -> bool:
-        return "mm_vision_tower" in _config(folder)
+        return "mm_vision_tower" in read_json(folder / "config.json") or (folder / PROJECTOR_FILE).is_file()
 
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
@@ -48,10 +43,13 @@ class OriginalLlava:
         Raises:
             ModelError: it needs what llavactl doesn't have, such as tokens around an image.
         """
-        config = _config(folder)
+        config = read_json(folder / "config.json")
         _refuse(config, folder)
         method, found = _weights(folder)
         projection = {KEY.sub("", name): weight for name, weight in found.items()}
+        if "mm_vision_tower" not in config:
+            self._bare(folder, model, projection)
+            return
         vision = {
             "name": "clip",
             "model": _near(config["mm_vision_tower"], folder),
@@ -60,18 +58,13 @@ class OriginalLlava:
             "image": "pad" if config.get("image_aspect_ratio") == "pad" else "square",
         }
         own = config.get(OWN, {})
-        if not own:
-            log.warning(
-                "%s doesn't say how conversations are written: taking %s (--template takes another)",
-                folder, DEFAULT_TEMPLATE,
-            )  # fmt: skip
         description = {
             "method": method,
             "vision": vision,
             "shape": shape_of(vision),
             "connector": connector_of(projection, folder),
             "language": _language(config, folder, method),
-            "template": DEFAULT_TEMPLATE,
+            "template": None,
             "precision": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         }
         adopt(model, projection, {**description, **own}, seen={"config": config, "weights": stamps(folder)})
@@ -79,6 +72,14 @@ class OriginalLlava:
             (model / "adapter").mkdir(exist_ok=True)
             for file in folder.glob("adapter_*"):
                 shutil.copyfile(file, model / "adapter" / file.name)
+
+    def _bare(self, folder: Path, model: Path, projection: Mapping[str, torch.Tensor]) -> None:
+        """Only a projector, perhaps beside its base: the backbone and the rest are for a recipe to say."""
+        base = {"name": "hf", "model": str(folder.absolute())} if stamps(folder) else None
+        nothing = dict.fromkeys(("vision", "shape", "template", "precision"))
+        description = {"connector": connector_of(projection, folder), "language": base, **nothing}
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.bin"))]
+        adopt(model, projection, description, seen={"weights": seen})
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
@@ -101,7 +102,7 @@ class OriginalLlava:
         # The language model's own way of saving, so that shards, index and generation settings are as ever.
         language.save_pretrained(to, state_dict=_untied(state), max_shard_size=SHARD)
         native.tokenizer().save_pretrained(to)
-        write_json(to / "config.json", _written(native, _config(to)))
+        write_json(to / "config.json", _written(native, read_json(to / "config.json")))
         _vision(native, to)
 
 
@@ -114,7 +115,7 @@ def _vision(native: Native, to: Path) -> None:
     tower.__dict__.pop("_weight_conversions", None)  # its own names, not those it had in there
     tower.save_pretrained(to / TOWER)
     backbone.processor.save_pretrained(to / TOWER)
-    write_json(to / "config.json", {**_config(to), "mm_vision_tower": TOWER})
+    write_json(to / "config.json", {**read_json(to / "config.json"), "mm_vision_tower": TOWER})
 
 
 def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,7 +172,7 @@ def _language(config: Mapping[str, Any], folder: Path, method: str) -> dict[str,
     """The language model: its own weights here, or the base that the checkpoint names; None where it names none."""
     base: Any = folder.absolute()
     if method == "lora":
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     elif not stamps(folder):
         base = config.get("_name_or_path")
     return {"name": "hf", "model": _near(str(base), folder)} if base else None
@@ -193,11 +194,3 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
             raise ModelError(f"{folder}: {key} is true: {why}", hint="llavactl reads LLaVA v1 and v1.5 without these")
     if config.get("image_aspect_ratio") == "anyres":
         raise ModelError(f"{folder}: image_aspect_ratio anyres (LLaVA-NeXT) is another architecture")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

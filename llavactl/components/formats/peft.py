@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.native import Native
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 
 BASE = "base"
 OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model."
@@ -24,7 +23,7 @@ class Peft:
         pass
 
     def recognise(self, folder: Path) -> bool:
-        return (folder / BASE / "config.json").is_file() and (folder / "adapter_config.json").is_file()
+        return read_json(folder / "adapter_config.json").get("base_model_name_or_path") == BASE
 
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` that stands for the adapter and its base."""
@@ -33,8 +32,10 @@ class Peft:
         from llavactl.components.formats.hf import HfLlava
         from llavactl.components.formats.weights import read as read_weights
 
+        if not (folder / BASE / "config.json").is_file():
+            raise ModelError(f"{folder}: its {BASE}/ is missing", hint="the adapter and its base belong together")
         HfLlava(None).read(folder / BASE, model)
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = read_json(folder / "adapter_config.json")
         weights = read_weights(folder / "adapter_model.safetensors")
         (model / "adapter").mkdir(exist_ok=True)
         ours = {name.replace(THEIRS, OURS, 1): weight for name, weight in weights.items()}
@@ -43,7 +44,7 @@ class Peft:
         language = str((folder / BASE).absolute())
         own = {**config, "target_modules": names, "base_model_name_or_path": language}
         write_json(model / "adapter" / "adapter_config.json", own)
-        description = json.loads((model / "llavactl.json").read_text())
+        description = read_json(model / "llavactl.json")
         write_json(model / "llavactl.json", {**description, "method": "lora"})
 
     def write(self, model: Path, to: Path) -> None:
@@ -63,7 +64,7 @@ class Peft:
         assemble(native, native.base(), to / BASE)
         renamed = {name.replace(OURS, THEIRS, 1): weight for name, weight in weights.items()}
         save_file(renamed, to / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.loads((native.adapter / "adapter_config.json").read_text())
+        config = read_json(native.adapter / "adapter_config.json")
         names = "|".join(sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights}))
         # By path: the vision tower has layers of the same names.
         own = {"base_model_name_or_path": BASE, "target_modules": rf".*language_model.*\.({names})"}

@@ -154,9 +154,56 @@ def test_a_bare_projector_beside_its_base(toys: Path, tmp_path: Path) -> None:
     ask = ("chat", "--model", str(folder), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
     result = run_cli(*ask)
     assert result.exit_code == 1
-    assert "doesn't name its language model" in result.stderr
+    assert "doesn't name its language" in result.stderr
     assert run_cli(*ask, "-r", str(toys / "recipe.yaml")).exit_code == 0
     assert run_cli(*ask, "-r", str(toys / "recipe.yaml"), "--template", "llava-v1").exit_code == 0
+
+
+@pytest.mark.parametrize("beside", ["nothing", "its base"])
+def test_a_projector_and_nothing_that_says_what_it_is(toy: Path, toys: Path, tmp_path: Path, beside: str) -> None:
+    """As LLaVA's --pretrain_mm_mlp_adapter takes it: backbone and language model are the recipe's, or its neighbour."""
+    import shutil
+
+    import torch
+
+    state = original(toys, tmp_path / "full")
+    folder = tmp_path / "bare"
+    if beside == "nothing":
+        folder.mkdir()
+    else:
+        shutil.copytree(toys / "language", folder)
+    torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
+    photo = str(toys / "images" / "photo-000.jpg")
+    recipe = str(toy / "recipe.yaml")
+    for model in (folder, folder / "mm_projector.bin"):
+        ask = ("chat", "--model", str(model), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
+        alone = run_cli(*ask)
+        assert alone.exit_code == 1
+        assert "doesn't name its vision" in alone.stderr
+        assert ("language" in alone.stderr.splitlines()[0]) == (beside == "nothing")
+        assert run_cli(*ask, "-r", recipe).exit_code == 0
+    quick = ("-o", f"stage2.init={folder / 'mm_projector.bin'}", "-o", "features.mode=live", "-o", "stage2.max_steps=1")
+    still = ("-o", "stage2.learning_rate=1e-30", "-o", "name=next")
+    done = run_cli("train", "--stage", "2", "-r", recipe, *quick, *still)
+    assert done.exit_code == 0, done.stderr
+    connector = model_folder.load(toy / "runs/next/stage2/model").parts.model.connector.state_dict()
+    assert all(torch.allclose(state[f"model.mm_projector.{name}"], each) for name, each in connector.items())
+
+
+def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], native: Make, tmp_path: Path) -> None:
+    _, folder = foreign()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="there are no weights"):
+        resolve(folder)
+    made = run_cli(
+        "export", "--model", str(native("l", method="lora")), "--format", "peft", "--to", str(tmp_path / "p")
+    )
+    assert made.exit_code == 0, made.stderr
+    (tmp_path / "p/base/config.json").unlink()
+    with pytest.raises(ModelError, match="its base/ is missing"):
+        resolve(tmp_path / "p")
+    with pytest.raises(ModelError, match="no model here"):
+        resolve("../nope")
 
 
 @pytest.mark.parametrize(
