@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +27,7 @@ connector: {{name: linear}}
 language: {{name: hf, model: language}}
 generate:
   source: {{name: caps-boxes, path: pictures.jsonl}}
-  teacher: {{name: openai, model: toy, base_url: "{url}", timeout_s: 20}}
+  teacher: {{name: openai, model: toy, base_url: "{url}", timeout_s: 600}}
   kinds: {{detail: 1}}
   out: made.jsonl
 """
@@ -57,6 +59,33 @@ def wait_until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     raise AssertionError("it never came to that")
+
+
+@contextmanager
+def eight_held(folder: Path) -> Iterator[tuple[ToyEndpoint, subprocess.Popen[str], threading.Event]]:
+    """An endpoint that holds every request until the event, and a process that waits for eight of them."""
+    released = threading.Event()
+
+    def behave(number: int, body: Mapping[str, Any]) -> None:
+        released.wait()
+
+    try:
+        with toy_endpoint(behave) as endpoint:
+            process = start(folder, endpoint)
+            wait_until(lambda: len(endpoint.bodies) == 8, process)
+            yield endpoint, process, released
+    finally:
+        released.set()
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stderr is not None
+    read = ""
+    while words not in read:
+        character = process.stderr.read(1)
+        assert character, read
+        read += character
+    return read
 
 
 def kept(folder: Path) -> int:
@@ -111,43 +140,37 @@ def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, see
 
 
 def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path) -> None:
-    with toy_endpoint(lambda number, body: Answers(wait_s=1.0)) as endpoint:
-        process = start(folder, endpoint)
-        wait_until(lambda: len(endpoint.bodies) == 8, process)
+    with eight_held(folder) as (endpoint, process, released):
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
+        err = read_until(process, "waiting for 8 replies in flight")
+        released.set()
+        err += process.communicate()[1]
         assert process.returncode == 130
-        assert "waiting for 8 replies in flight" in err
         assert "8 replies are kept in" in err
         assert "the same command goes on from here" in err
         assert "Traceback" not in err
         assert len(endpoint.bodies) == 8 == kept(folder)
-        endpoint.behave = lambda number, body: None
         assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8
         assert set(endpoint.answered.values()) == {1}
 
 
 def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
-    with toy_endpoint(lambda number, body: Answers(wait_s=15)) as endpoint:
-        process = start(folder, endpoint)
-        wait_until(lambda: len(endpoint.bodies) == 8, process)
+    with eight_held(folder) as (endpoint, process, _):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert process.poll() is None
+        read_until(process, "waiting for 8 replies in flight")
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        _, err = process.communicate()
-        assert time.monotonic() - began < 5
+        err = process.communicate(timeout=300)[1]
         assert process.returncode == 130
         assert "Traceback" not in err, err
+        assert len(endpoint.bodies) == 8
+        assert not endpoint.answered
 
 
 def test_two_processes_on_one_file_are_refused_in_words(folder: Path) -> None:
-    with toy_endpoint(lambda number, body: Answers(wait_s=0.5)) as endpoint:
-        first = start(folder, endpoint)
-        wait_until(lambda: len(endpoint.bodies) > 0, first)
+    with eight_held(folder) as (_, first, released):
         second = run_cli("data", "generate", cwd=folder)
         assert second.exit_code == 1
         assert "another process is making" in second.stderr
+        released.set()
         out, err = first.communicate()
         assert json.loads(out)["asking"]["sent"] == PICTURES, err

@@ -87,28 +87,21 @@ def test_the_users_own_interrupt_passes(site: Any) -> None:
 
 
 def test_a_slow_plugin_is_slow_once(site: Any) -> None:
-    slow = "import time\ntime.sleep(1.5)\n" + HEAD
+    slow = "import time\ntime.sleep(1.5)\nprint('imported')\n" + HEAD
     slow += "@hookimpl\ndef register_commands(register):\n    register('nap', 'slow_plugin:nap', summary='sleeps')\n"
     site.install("slow", slow)
-    timed = "import time\nbegan = time.perf_counter()\nfrom llavactl.cli import main\ntry: main()\n"
-    timed += "finally: print('took', time.perf_counter() - began)"
-
-    def took(done: Any) -> float:
-        return float(done.stdout.splitlines()[-1].split()[1])
-
-    first = site.python(timed, "--help")
-    assert took(first) > 1.5
+    first = site.run("--help")
     assert lines(first.stderr) == [
         f"llavactl: plugin slow took {first.stderr.split(' took ')[1].split()[0]} s to import; "
         "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
     ]
-    second = site.python(timed, "--help")
-    assert took(second) < 1.5
+    second = site.run("--help")
     assert second.stderr == ""
     for shown in (first, second):
         assert "nap  sleeps" in shown.stdout
+        assert ("imported" in shown.stdout) == (shown is first)
     site.install("slow", slow + "# changed\n")
-    assert took(site.python(timed, "--help")) > 1.5, "an edited plugin is read again"
+    assert "imported" in site.run("--help").stdout, "an edited plugin is read again"
 
 
 def test_the_help_never_imports_a_target(site: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,14 +77,14 @@ def stumbles(number: int, body: Mapping[str, Any]) -> Answers | None:
         Answers(500, b"<html>"),
         Answers(200, completion("x")[:30], promise=100),
         Answers(200, b"junk"),
-        Answers(wait_s=5),
+        Answers(wait_s=30),
     ]
     return wrong[number] if number < len(wrong) else None
 
 
 def test_a_bad_day_costs_nothing_but_time(recipe: Folder) -> None:
     with toy_endpoint(stumbles) as endpoint:
-        folder = recipe(endpoint.url, 12, more=", timeout_s: 0.5, concurrency: 3")
+        folder = recipe(endpoint.url, 12, more=", timeout_s: 3, concurrency: 3")
         made = generate(folder)
         assert made["samples"] == 12
         assert made["asking"]["unanswered"] == 0
@@ -103,7 +104,12 @@ def test_retry_after_is_honoured_by_all(recipe: Folder) -> None:
 
 
 def test_eight_at_a_time(recipe: Folder) -> None:
-    with toy_endpoint(lambda number, body: Answers(wait_s=1.0)) as endpoint:
+    eight = threading.Barrier(8)
+
+    def behave(number: int, body: Mapping[str, Any]) -> None:
+        eight.wait(60)
+
+    with toy_endpoint(behave) as endpoint:
         generate(recipe(endpoint.url, 16))
         assert endpoint.most == 8
 
@@ -228,9 +234,7 @@ def test_hostile_replies_hurt_nothing(recipe: Folder) -> None:
     ]  # fmt: skip
     with toy_endpoint(lambda n, body: Answers(body=junk[n]) if n < len(junk) else None) as endpoint:
         folder = recipe(endpoint.url, len(junk) + 5, "conversation: 1", more=", concurrency: 1")
-        began = time.monotonic()
         made = generate(folder)
-        assert time.monotonic() - began < 20
         assert made["samples"] == 5
         assert made["refused"] == len(junk)
         assert made["reasons"]["malformed"] == len(junk) - 1
