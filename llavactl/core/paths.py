@@ -53,6 +53,28 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def sole(lock_file: Path, busy: Exception) -> Iterator[None]:
+    """The right to what ``lock_file`` stands for; the system gives it back if the process dies.
+
+    Raises:
+        Exception: ``busy``, where another process has it.
+        OSError: the lock can't be made.
+    """
+    import filelock
+
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; {} where there is none, or something else."""
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llavactl.core.registry import registry
+from llavactl.core.schema import Turn
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Sample
+    from llavactl.core.schema import Content, ImageRef, Sample
     from llavactl.recipe.frame import SourceSpec
 
 
@@ -19,4 +21,27 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
         DataError: a source's file or record can't be used.
     """
     for spec in specs:
-        yield from registry().create("sources", spec.spec())
+        for sample in registry().create("sources", spec.spec()):
+            if spec.turns == "apart":
+                yield from apart(sample)
+            else:
+                yield sample
+
+
+def apart(sample: Sample) -> Iterator[Sample]:
+    """Each question of ``sample`` with its answer as a sample of its own, ``ID#1`` and so on.
+
+    A system message stays with each. Images of earlier questions come before the question, as LLaVA puts them.
+    """
+    system = tuple(turn for turn in sample.turns[:1] if turn.role == "system")
+    seen: list[ImageRef] = []
+    asked: Turn | None = None
+    number = 0
+    for turn in sample.turns[len(system) :]:
+        if turn.role == "user":
+            front: tuple[Content, ...] = tuple(part for image in seen for part in (image, "\n"))
+            asked = Turn("user", (*front, *turn.content))
+            seen += turn.images
+        elif asked is not None:
+            number += 1
+            yield replace(sample, id=f"{sample.id}#{number}", turns=(*system, asked, turn))

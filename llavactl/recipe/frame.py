@@ -72,16 +72,20 @@ class LanguageSpec(Spec):
 
 
 class SourceSpec(Spec):
-    """A source of training samples: ``weight`` copies an epoch; those of a lower ``phase`` come first in it."""
+    """A source of training samples: ``weight`` copies an epoch; those of a lower ``phase`` come first in it.
+
+    ``turns`` of a conversation ``together``, or each question ``apart``, a sample that knows no other answer.
+    """
 
     kind = "sources"
 
     weight: Positive = 1.0
     phase: Count = 1
+    turns: Literal["together", "apart"] = "together"
 
     @classmethod
     def frame_keys(cls) -> set[str]:
-        return {"weight", "phase"}
+        return {"weight", "phase", "turns"}
 
 
 class TaskSpec(Spec):

@@ -12,18 +12,16 @@ counts.
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
-
 from llavactl.core.errors import DataError
+from llavactl.core.paths import sole
 from llavactl.core.protocols import Reply
 
 State = Literal["sent", "reply", "refused", "failed", "lost"]
@@ -185,22 +183,11 @@ class Journal:
             ) from error
 
 
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """The right to write ``out`` and what lies beside it; the system gives it back if the process dies.
+def alone(out: Path) -> AbstractContextManager[None]:
+    """The right to write ``out`` and what lies beside it.
 
     Raises:
         DataError: another process has it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise DataError(
-            f"another process is making {out}", hint="wait until it has finished, or give `generate.out` another name"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    hint = "wait until it has finished, or give `generate.out` another name"
+    return sole(out.with_name(f".{out.name}.lock"), DataError(f"another process is making {out}", hint=hint))

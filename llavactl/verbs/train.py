@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins
 from llavactl.core.errors import ModelError, RecipeError, StoreError
-from llavactl.core.paths import write_atomic, write_json
+from llavactl.core.paths import sole, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -126,10 +127,14 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         accelerator=accelerator,
         observe=_observer(stage, folder),
     )
-    if accelerator.is_main_process:
-        write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
-        _left_out(folder, data)
-    return _run(recipe, run, parts, data, description)
+    busy = ModelError(
+        f"another process is training {folder}", hint="wait until it has finished, or give this run another `name`"
+    )
+    with sole(recipe.run_dir / f".stage{stage}.lock", busy) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
+            _left_out(folder, data)
+        return _run(recipe, run, parts, data, description)
 
 
 def finished(folder: Path, digest: str) -> TrainReport | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN, ImageFile, Sample, Turn
 from llavactl.data.encode import Encoding
 from llavactl.data.plan import Plan
+from llavactl.data.records import apart, samples
 from llavactl.data.training_set import Split, arranged, split
 from llavactl.recipe.frame import SourceSpec, Stage
 
@@ -130,3 +132,34 @@ def test_left_out_is_a_line_a_sample_even_of_one_id(tokenizer: Any, monkeypatch:
 def test_nothing_left_says_why(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"2 of 2 records are left out, the first \(record 0\): nothing of its answers"):
         made([sample(0), sample(1)], tokenizer, monkeypatch, max_length=3)
+
+
+def test_questions_apart_know_no_other_answer_and_every_image_so_far() -> None:
+    one, two = ImageFile("/photos", "1.jpg"), ImageFile("/photos", "2.jpg")
+    turns = (
+        Turn("system", ("Be brief.",)),
+        Turn("user", (one, "\n", "What is it?")), Turn("assistant", ("A dog.",)),
+        Turn("user", ("And this? ", two)), Turn("assistant", ("A cat.",)),
+        Turn("user", ("Which is larger?",)), Turn("assistant", ("The dog.",)),
+    )  # fmt: skip
+    found = list(apart(Sample("a", turns, "record 3", captions=("A dog and a cat.",))))
+    assert [each.id for each in found] == ["a#1", "a#2", "a#3"]
+    assert {(each.where, each.captions) for each in found} == {("record 3", ("A dog and a cat.",))}
+    assert [each.turns[0] for each in found] == [turns[0]] * 3
+    assert [each.turns[2] for each in found] == [turns[2], turns[4], turns[6]]
+    assert [each.turns[1].content for each in found] == [
+        (one, "\n", "What is it?"),
+        (one, "\n", "And this? ", two),
+        (one, "\n", two, "\n", "Which is larger?"),
+    ]
+
+
+def test_a_source_may_be_taken_apart(tmp_path: Path) -> None:
+    talk = [
+        {"from": who, "value": what} for who, what in [("human", "A?"), ("gpt", "a"), ("human", "B?"), ("gpt", "b")]
+    ]
+    (tmp_path / "records.json").write_text(json.dumps([{"id": "x", "image": "x.jpg", "conversations": talk}]))
+    spec = {"name": "llava-json", "path": str(tmp_path / "records.json")}
+    assert [each.id for each in samples([SourceSpec.model_validate(spec)])] == ["x"]
+    apart_too = SourceSpec.model_validate({**spec, "turns": "apart"})
+    assert [each.turns[0].text.strip() for each in samples([apart_too])] == ["A?", "B?"]

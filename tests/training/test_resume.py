@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ def command(toy: Path, stage: int, *more: str) -> list[str]:
     return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *STEADY, *more, "--json"]
 
 
-def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
-    """Trains in a process of its own and kills it as soon as metrics.jsonl shows ``step``."""
+def kill_after(toy: Path, stage: int, step: int, *more: str, before: Callable[[], None] = lambda: None) -> None:
+    """Trains in a process of its own and kills it as soon as metrics.jsonl shows ``step``, ``before`` done first."""
     metrics = toy / f"runs/toy/stage{stage}/metrics.jsonl"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -37,6 +38,7 @@ def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
     )  # fmt: skip
     while process.poll() is None:
         if any(line["step"] >= step for line in read(metrics)):
+            before()
             process.send_signal(signal.SIGKILL)
             process.wait()
             return
@@ -82,6 +84,17 @@ def test_a_cut_newest_checkpoint_is_passed_over(toy: Path) -> None:
     assert "is damaged" in result.stderr
     assert 0 < result.json()["first_step"] < int(newest.name.partition("-")[2])
     same(toy / "runs/toy/stage1", toy / "whole/stage1")
+
+
+def test_two_at_once_are_refused_in_words(toy: Path) -> None:
+    def second() -> None:
+        refused = run_cli(*command(toy, 1))
+        assert refused.exit_code == 1
+        assert "another process is training" in refused.stderr
+        assert "another `name`" in refused.stderr
+
+    kill_after(toy, 1, 1, "-o", "stage1.epochs=1000", before=second)
+    assert run_cli(*command(toy, 1)).exit_code == 0
 
 
 def test_never_starts_anew_and_other_settings_do_too(toy: Path) -> None:
