@@ -6,12 +6,13 @@ import glob
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError
-from llavactl.core.paths import write_atomic
+from llavactl.core.paths import sole, write_atomic
 from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, Question
 from llavactl.evaluation.answers import read_answers
@@ -36,29 +37,34 @@ def ask(
 
     All questions are given, so that a view is the same however many of them are asked. Several processes ask a share
     each, into a file of its own that becomes part of ``file`` at the end, or at the beginning of the next time.
+
+    Raises:
+        DataError: a picture can't be read, or somebody else asks into ``file``.
     """
-    answers = _gathered(file, among)
-    wanted = [question for question in questions[:limit] if question.id not in answers]
-    if not wanted:
-        return answers
-    total = len(questions[:limit])
-    _refuse_unreadable(wanted)
-    assistant = view.open(questions)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    share = list(_batches(wanted, batch_size))[among.rank :: among.count]
-    with (
-        (file if among.count == 1 else _part(file, among.rank)).open("a", encoding="utf-8") as out,
-        progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
-    ):
-        for asked in share:
-            texts = assistant.answer([question.turns for question in asked], sampling)
-            for question, text in zip(asked, texts, strict=True):
-                answers[question.id] = Answer(question.id, text)
-                out.write(_line(answers[question.id]))
-            out.flush()
-            bar.show(len(asked))
-    return answers if among.count == 1 else _gathered(file, among)
+    busy = DataError(f"another process is writing {file}", hint="wait until it has finished")
+    with sole(file.with_name(f".{file.name}.lock"), busy) if among.first else nullcontext():
+        answers = _gathered(file, among)
+        wanted = [question for question in questions[:limit] if question.id not in answers]
+        if not wanted:
+            return answers
+        total = len(questions[:limit])
+        _refuse_unreadable(wanted)
+        assistant = view.open(questions)
+        sampling = Sampling(max_new_tokens=max_new_tokens)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        share = list(_batches(wanted, batch_size))[among.rank :: among.count]
+        with (
+            (file if among.count == 1 else _part(file, among.rank)).open("a", encoding="utf-8") as out,
+            progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
+        ):
+            for asked in share:
+                texts = assistant.answer([question.turns for question in asked], sampling)
+                for question, text in zip(asked, texts, strict=True):
+                    answers[question.id] = Answer(question.id, text)
+                    out.write(_line(answers[question.id]))
+                out.flush()
+                bar.show(len(asked))
+        return answers if among.count == 1 else _gathered(file, among)
 
 
 def _gathered(file: Path, among: Processes) -> dict[str, Answer]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,20 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         paths.write_atomic(file, "new")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.txt"]
+
+
+def test_one_process_has_it_and_when_it_dies_the_next(tmp_path: Path) -> None:
+    lock = tmp_path / "new/.lock"
+    code = "import sys, pathlib\nfrom llavactl.core.paths import sole\n"
+    code += "with sole(pathlib.Path(sys.argv[1]), ValueError('taken')): print('mine', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    with pytest.raises(ValueError, match="taken"), paths.sole(lock, ValueError("taken")):
+        pytest.fail("two have it")
+    process.kill()
+    process.wait()
+    with paths.sole(lock, ValueError("taken")):
+        pass

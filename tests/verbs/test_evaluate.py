@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llavactl.core.paths import sole
 from llavactl.evaluation.answers import read_answers
 from llavactl.testing import run_cli
 
@@ -63,7 +64,7 @@ def test_some_questions_then_all_of_them(run: Path) -> None:
 def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path) -> None:
     blind = ("-o", "eval.blind_twin=true")
     evaluate(run, *blind, "--limit", "7")
-    some = {file.name: file.read_text().splitlines() for file in (run / "runs/toy/eval/answers").iterdir()}
+    some = {file.name: file.read_text().splitlines() for file in (run / "runs/toy/eval/answers").glob("*.jsonl")}
     assert sorted(map(len, some.values())) == [7, 7]
     shutil.rmtree(run / "runs/toy/eval")
     evaluate(run, *blind)
@@ -107,6 +108,13 @@ def test_cases_of_stored_answers_hold_no_markup_of_theirs(tmp_path: Path) -> Non
     assert "&lt;script&gt;" in page
     for line in markdown.splitlines():
         assert line.startswith("    ") or not any(mark in line for mark in ("<script", "![](http", "# no"))
+
+
+def test_two_at_once_are_refused_in_words(run: Path) -> None:
+    evaluate(run, "--limit", "2")
+    (lock,) = (run / "runs/toy/eval/answers").glob(".scenes-*.lock")
+    with sole(lock, ValueError()):
+        assert "another process is writing" in evaluate(run, code=1)
 
 
 def test_missing_pictures_stop_it_before_the_model(run: Path) -> None:
