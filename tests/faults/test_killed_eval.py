@@ -44,7 +44,7 @@ def test_killed_and_run_again_is_uninterrupted(toy: Path) -> None:
     assert again.exit_code == 0, again.stderr
     assert answers(toy)[: len(whole)] == whole
     assert len(answers(toy)) == 90
-    for file in (toy / "runs/toy/eval/answers").iterdir():
+    for file in (toy / "runs/toy/eval/answers").glob("*.jsonl"):
         file.unlink()
     (toy / "runs/toy/eval/scenes.json").unlink()
     uninterrupted = run_cli("eval", "scenes", *OPTIONS, cwd=toy).json()
