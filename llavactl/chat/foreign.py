@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core import progress
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.data.images import ImageError, decode
@@ -152,6 +153,7 @@ def open_foreign(folder: Path, device: str | None = None) -> Foreign:
 
     device = device or default_device()
     processor = _processor(folder)
+    progress.calm_transformers()
     try:
         # trust_remote_code stays off: a checkpoint is data.
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32" if device == "cpu" else "auto")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,3 +47,13 @@ def bar(total: int, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
     off = not (sys.stderr.isatty() and total)
     with tqdm(total=total, desc=what, unit=unit, initial=start, file=sys.stderr, disable=off, smoothing=0.05) as inner:
         yield Bar(inner, what, unit, total, start)
+
+
+def calm_transformers() -> None:
+    """Bars of transformers, here and in what follows, show on a terminal alone, and only for what takes seconds."""
+    from transformers.utils import logging as transformers_logging
+
+    def patient(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return make(*args, **{"delay": 2, "disable": None, **options})
+
+    transformers_logging.set_tqdm_hook(patient)

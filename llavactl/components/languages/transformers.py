@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
@@ -52,6 +53,7 @@ class TransformersLanguage:
         import torch
         from transformers import AutoModelForCausalLM
 
+        progress.calm_transformers()
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self._checked(),

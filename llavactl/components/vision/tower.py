@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llavactl.components.vision.transformers import INSIDE
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import FeatureShape
 
@@ -163,6 +164,7 @@ def read_whole(vision: TransformersVision) -> nn.Module:
     """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
     from transformers import AutoConfig
 
+    progress.calm_transformers()
     part: dict[str, Any] = {}
     try:
         if vision.inside:
