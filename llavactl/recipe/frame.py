@@ -172,6 +172,7 @@ class Stage(Section):
     ``micro_batch_size`` samples are in memory at a time, fewer where they have more than ``micro_tokens`` tokens.
     ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
+    ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
     template: str | None = None
@@ -195,6 +196,7 @@ class Stage(Section):
     gradient_checkpointing: Switch = False
     checkpoint_every: Count = 500
     keep_last: Count = 2
+    final: Literal["last", "best"] = "last"
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,12 @@ from llavactl.testing import run_cli
 from llavactl.training.metrics import read
 
 RANDOM = ["-o", "stage1.template=vicuna-v1", "-o", "stage1.image_order=random", "-o", "stage2.image_order=random"]
+IMAGES = [
+    option
+    for stage in (1, 2)
+    for given in ("shuffle=images", "batch_size=8", "micro_batch_size=8", "precision=bfloat16")
+    for option in ("-o", f"stage{stage}.{given}")
+]
 LORA = ["-o", "stage2.method=lora", "-o", "stage2.lora.r=4", "-o", "stage2.lora.dropout=0.1"]
 STEADY = ["-o", "stage1.epochs=8", "-o", "stage2.epochs=8", "-o", "features.mode=live"]
 
@@ -27,8 +33,8 @@ def command(toy: Path, stage: int, *more: str) -> list[str]:
     return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *STEADY, *more, "--json"]
 
 
-def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
-    """Trains in a process of its own and kills it as soon as metrics.jsonl shows ``step``."""
+def kill_after(toy: Path, stage: int, step: int, *more: str, how: int = signal.SIGKILL) -> None:
+    """Trains in a process of its own and ends it as soon as metrics.jsonl shows ``step``."""
     metrics = toy / f"runs/toy/stage{stage}/metrics.jsonl"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -37,7 +43,7 @@ def kill_after(toy: Path, stage: int, step: int, *more: str) -> None:
     )  # fmt: skip
     while process.poll() is None:
         if any(line["step"] >= step for line in read(metrics)):
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(how)
             process.wait()
             return
         time.sleep(0.005)
@@ -57,29 +63,45 @@ def same(left: Path, right: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("more", [RANDOM, LORA], ids=["full-random", "lora"])
-def test_killed_and_resumed_is_uninterrupted(toy: Path, more: list[str]) -> None:
+def with_more_captions(toy: Path) -> None:
+    """Three records an image, of different lengths."""
+    records = json.loads((toy / "records.json").read_text())
+    for record in records * 2:
+        said = record["conversations"][: 2 + len(records) % 2 * 2]
+        records.append({**record, "id": f"r{len(records)}", "conversations": said})
+    (toy / "records.json").write_text(json.dumps(records))
+
+
+@pytest.mark.parametrize(
+    ("more", "how"),
+    [(RANDOM, signal.SIGKILL), (LORA, signal.SIGINT), (IMAGES, signal.SIGKILL)],
+    ids=["full-random", "lora", "packed-shared-bfloat16"],
+)
+def test_ended_and_resumed_is_uninterrupted(toy: Path, more: list[str], how: int) -> None:
+    if more is IMAGES:
+        with_more_captions(toy)
     whole = ["-o", f"run_dir={toy}/whole"]
     for stage in (1, 2):
         assert run_cli(*command(toy, stage, *more, *whole)).exit_code == 0
     for stage in (1, 2):
-        kill_after(toy, stage, 11, *more)
+        kill_after(toy, stage, 11, *more, how=how)
         result = run_cli(*command(toy, stage, *more))
         assert result.exit_code == 0, result.stderr
         first = result.json()["first_step"]
         assert first >= 11 - 3, "at most one checkpoint interval is repeated"
+        assert (more is IMAGES) == (result.json()["shared"] > 0.1)
         same(toy / f"runs/toy/stage{stage}", toy / f"whole/stage{stage}")
 
 
-def test_a_cut_newest_checkpoint_is_passed_over(toy: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(toy: Path) -> None:
     whole = ["-o", f"run_dir={toy}/whole"]
     assert run_cli(*command(toy, 1, *whole)).exit_code == 0
     kill_after(toy, 1, 9)
     newest = max((toy / "runs/toy/stage1/checkpoints").glob("step-*"))
     tensors = newest / "optimizer.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-100])
+    tensors.write_bytes(tensors.read_bytes()[:-100] + bytes(100))
     result = run_cli(*command(toy, 1))
-    assert "is damaged" in result.stderr
+    assert f"{newest.name} is damaged" in result.stderr
     assert 0 < result.json()["first_step"] < int(newest.name.partition("-")[2])
     same(toy / "runs/toy/stage1", toy / "whole/stage1")
 
