@@ -120,30 +120,6 @@ def test_never_starts_anew_and_other_settings_do_too(toy: Path) -> None:
     assert (again["finished_before"], again["first_step"]) == (False, 0)
 
 
-def test_two_processes_train_what_one_does(toy: Path) -> None:
-    """Gradients add up over processes, and the loss is divided by the trained tokens of all of them."""
-    steady = ["-o", "stage1.batch_size=8", "-o", "stage1.micro_batch_size=4", "-o", "stage1.max_steps=4", *RANDOM]
-    assert run_cli(*command(toy, 1, *steady, "-o", f"run_dir={toy}/one")).exit_code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
-    launched = subprocess.run(
-        [*torchrun, "-m", "llavactl", *command(toy, 1, *steady, "-o", f"run_dir={toy}/two")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    one, two = weights(toy / "one/stage1/model"), weights(toy / "two/stage1/model")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
-    for left, right in zip(read(toy / "one/stage1/metrics.jsonl"), read(toy / "two/stage1/metrics.jsonl"), strict=True):
-        assert left["step"] == right["step"]
-        assert left.get("tokens") == right.get("tokens")
-        assert left.get("loss", left.get("val_loss")) == pytest.approx(
-            right.get("loss", right.get("val_loss")), rel=1e-4
-        )
-
-
 def test_accumulation_does_not_change_the_loss(toy: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml")
     assert recipe.stage1.batch_size == 4
