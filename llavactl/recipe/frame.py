@@ -227,11 +227,11 @@ class Stage2(Stage):
     """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id).
 
     ``only``: parts of names, such as ``self_attn``; with method ``full``, no other weights of the language model are
-    trained.
+    trained. ``qlora``: ``lora`` on a language model of four bits.
     """
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "qlora"] = "full"
     only: tuple[str, ...] = ()
     lora: Lora = Lora()
     learning_rate: Positive = 2e-5

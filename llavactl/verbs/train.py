@@ -24,6 +24,7 @@ from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
+from llavactl.model.quantised import four_bits
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -87,6 +88,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
         raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")
+    if stage == 2 and recipe.stage2.method == "qlora":
+        four_bits()
     folder = recipe.run_dir / f"stage{stage}"
     features = open_features(recipe, stage, device=str(accelerator.device))
     start = _start(recipe, stage)
@@ -244,7 +247,8 @@ def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: s
     image = settings.image or recipe.vision.image
     return {
         "stage": stage,
-        "method": "connector" if stage == 1 else recipe.stage2.method,
+        "method": "connector" if stage == 1 else recipe.stage2.method.removeprefix("q"),
+        "quantised": "nf4" if stage == 2 and recipe.stage2.method == "qlora" else None,
         "vision": {**recipe.vision.spec(), "image": image},
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(fingerprint.fields),

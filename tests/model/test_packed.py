@@ -25,6 +25,7 @@ from llavactl.model import loss
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, refusal
+from llavactl.model.quantised import quantise
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -210,10 +211,19 @@ def frozen(model: LlavaModel) -> LlavaModel:
     return model
 
 
+def quantised(model: LlavaModel) -> LlavaModel:
+    pytest.importorskip("bitsandbytes")
+    model = copy.deepcopy(model)
+    quantise(model.language)
+    return adapted(model)
+
+
 WAYS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
     "checkpointing": checkpointed,
     "adapters": adapted,
     "adapters and checkpointing": lambda model: checkpointed(adapted(model)),
+    "adapters on four bits": quantised,
+    "adapters on four bits and checkpointing": lambda model: checkpointed(quantised(model)),
     "connector alone": frozen,
     "connector alone and checkpointing": lambda model: checkpointed(frozen(model)),
 }
