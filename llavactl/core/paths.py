@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +35,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that becomes ``path`` at the end of the block; interrupted, it leaves ``path`` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,10 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         share(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk doesn't say where it is
         raise
 
 
@@ -87,6 +89,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def share(path: Path) -> None:
     """Gives a file that some library made private the permissions of any other file that the user writes."""
     path.chmod(0o666 & ~_UMASK)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in ``folder`` survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

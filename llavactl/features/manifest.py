@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
-from llavactl.core.paths import cache_dir, write_json
+from llavactl.core.paths import cache_dir, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import FORMAT, Fingerprint
-from llavactl.features.shards import sync_folder
 
 _NAME = "manifest.json"
 _FINGERPRINT = "fingerprint.json"

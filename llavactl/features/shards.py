@@ -230,16 +230,6 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in ``folder`` survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def checksum(path: Path) -> str:
     """sha256 of the whole file (1.7 GB/s on one core; blake2b: 1.2)."""
     with path.open("rb") as file:

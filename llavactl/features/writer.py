@@ -21,6 +21,7 @@ import filelock
 import numpy as np
 
 from llavactl.core.errors import StoreError
+from llavactl.core.paths import sync_folder
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
@@ -33,7 +34,7 @@ from llavactl.features.manifest import (
     write_fingerprint,
 )
 from llavactl.features.parts import Part
-from llavactl.features.shards import Partial, Shard, checksum, sync_folder
+from llavactl.features.shards import Partial, Shard, checksum
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llavactl.core.errors import ModelError
-from llavactl.core.paths import share, write_json
+from llavactl.core.errors import ModelError, StoreError
+from llavactl.core.paths import share, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
 
@@ -46,23 +47,46 @@ def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], desc
 
     ``connector`` is its state dict in full precision. ``description["method"]`` says what else was
     trained: ``connector`` (nothing), ``full`` or ``lora``.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    with whole_folder(folder) as temporary:
+        save_file(
+            {name: weight.contiguous() for name, weight in connector.items()}, temporary / "connector.safetensors"
+        )
+        method, language = description["method"], parts.model.language
+        if method == "full":
+            language.save_pretrained(temporary / "language")
+            parts.tokenizer.save_pretrained(temporary / "language")
+        elif method == "lora":
+            language.save_pretrained(temporary / "adapter")
+        write_json(temporary / DESCRIPTION, {"format": FORMAT, **description})
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``folder`` at the end of the block; until then ``folder`` is as it was.
+
+    Raises:
+        StoreError: it can't be written: a full disk, no permission.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: weight.contiguous() for name, weight in connector.items()}, temporary / "connector.safetensors")
-    method, language = description["method"], parts.model.language
-    if method == "full":
-        language.save_pretrained(temporary / "language")
-        parts.tokenizer.save_pretrained(temporary / "language")
-    elif method == "lora":
-        language.save_pretrained(temporary / "adapter")
-    write_json(temporary / DESCRIPTION, {"format": FORMAT, **description})
-    replace_folder(temporary, folder)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StoreError(
+            f"{folder}: can't be written: {' '.join(str(error).split())}",
+            hint="free some disk, mend its permissions, or another `run_dir`",
+        ) from error
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts ``temporary`` in the place of ``folder``; a folder that was there is gone only after that."""
+    """Puts ``temporary`` in the place of ``folder``, to outlast a power cut; what was there is gone only after that."""
     for file in temporary.rglob("*"):
         if file.is_file():
             share(file)
@@ -73,6 +97,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    for each in [*(at for at in folder.rglob("*") if at.is_dir()), folder, folder.parent]:
+        sync_folder(each)
     shutil.rmtree(old, ignore_errors=True)
 
 

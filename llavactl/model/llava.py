@@ -76,8 +76,11 @@ class LlavaModel(nn.Module):
             seen.append(hidden.flatten(0, 1)[places])
             return hidden[:, :0]
 
+        inputs = self._inputs(batch)
+        if batch.spans:
+            inputs["places"] = places.unique()
         with _head_sees(self.language, keep):
-            self.language(**self._inputs(batch), use_cache=False)
+            self.language(**inputs, use_cache=False)
         return seen[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from llavactl.core.schema import Span
+from llavactl.model.last_layer import narrowed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,7 @@ def refusal(language: PreTrainedModel) -> str:
 
 @contextmanager
 def packed_attention(language: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, ``language`` takes packed rows, and nothing else.
+    """While this lasts, ``language`` takes packed rows, and nothing else; with ``places`` its last layer is narrowed.
 
     Around a whole run, not a forward: with gradient checkpointing the backward pass attends once more.
     """
@@ -57,7 +58,8 @@ def packed_attention(language: PreTrainedModel) -> Iterator[None]:
     config = language.config
     before, config._attn_implementation = config._attn_implementation, ATTENTION
     try:
-        yield
+        with narrowed(language):
+            yield
     finally:
         config._attn_implementation = before
 
@@ -88,48 +90,75 @@ def attend(
     scaling: float,
     *,
     spans: Sequence[Span],
+    chosen: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D], called as transformers calls its own."""
-    attention = _varlen if query.is_cuda and query.dtype != torch.float32 else _span_by_span
-    return attention(query[0], key[0], value[0], spans, scaling)[None], None
+    """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D], called as transformers calls its own.
+
+    With ``chosen`` [N], rising, only these tokens look; what the others have instead of an answer means nothing.
+    """
+    if query.is_cuda and query.dtype != torch.float32:
+        return _varlen(query[0], key[0], value[0], spans, scaling)[None], None
+    return _span_by_span(query[0], key[0], value[0], spans, scaling, chosen)[None], None
 
 
 def _span_by_span(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[Span], scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Sequence[Span],
+    scaling: float,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[H, T, D] to [T, H, D]."""
     lengths = [span.length for span in spans]
     # Split, not sliced: the backward of a slice fills a whole row with zeros, once a span.
-    queries, keys, values = (tensor.split(lengths, dim=1) for tensor in (query, key, value))
+    keys, values = (tensor.split(lengths, dim=1) for tensor in (key, value))
+    looking = query if chosen is None else query.index_select(1, chosen)
+    rows = _rows(spans, chosen, query.device)
+    queries = looking.split([len(each) for each in rows], dim=1)
     seen = []
     for at, span in enumerate(spans):
         k, v = keys[at], values[at]
         if span.after is not None:
             k, v = torch.cat([keys[span.after], k], dim=1), torch.cat([values[span.after], v], dim=1)
-        seen.append((_products if span.length <= SHORT else _fused)(queries[at], k, v, scaling))
-    return torch.cat(seen, dim=1).transpose(0, 1).contiguous()
+        later = _later(rows[at] + (k.shape[1] - span.length), k.shape[1], query)
+        seen.append((_products if len(rows[at]) <= SHORT else _fused)(queries[at], k, v, later, scaling))
+    found = torch.cat(seen, dim=1)
+    if chosen is not None:
+        found = torch.zeros_like(query).index_copy(1, chosen, found)
+    return found.transpose(0, 1).contiguous()
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q [H, S, D], the last of k, v [Hk, K, D]. Heads with the same keys are one taller matrix: no key is copied."""
+def _rows(spans: Sequence[Span], chosen: torch.Tensor | None, device: torch.device) -> Sequence[torch.Tensor]:
+    """Which tokens of each span look, counted from its beginning."""
+    if chosen is None:
+        return [torch.arange(span.length, device=device) for span in spans]
+    bounds = torch.tensor([0, *_ends(spans)], device=device)
+    counts = torch.searchsorted(chosen, bounds).diff()
+    return (chosen - bounds[:-1].repeat_interleave(counts)).split(counts.tolist())
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, later: torch.Tensor, scaling: float) -> torch.Tensor:
+    """q [H, S, D], k, v [Hk, K, D], later [S, K]. Heads with the same keys are one taller matrix: no key is copied."""
     heads, length, width = q.shape
-    hidden = _later(length, k.shape[1], q).repeat(heads // len(k), 1)
-    scores = torch.baddbmm(hidden, q.reshape(len(k), -1, width), k.transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(
+        later.repeat(heads // len(k), 1), q.reshape(len(k), -1, width), k.transpose(1, 2), alpha=scaling
+    )
     return torch.bmm(scores.softmax(-1), v).view(heads, length, width)
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, later: torch.Tensor, scaling: float) -> torch.Tensor:
     whole = q.shape[1] == k.shape[1]
-    mask = None if whole else _later(q.shape[1], k.shape[1], q)
     return functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=whole, scale=scaling, enable_gqa=True
+        q[None], k[None], v[None], attn_mask=None if whole else later, is_causal=whole, scale=scaling, enable_gqa=True
     )[0]
 
 
-def _later(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """[S, K]: minus infinity where a key comes after its query, else 0; the queries are the last of the keys."""
-    return like.new_full((queries, keys), float("-inf")).triu(keys - queries + 1)
+def _later(places: torch.Tensor, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """[S, K]: minus infinity where a key comes after its query, which is at ``places`` [S] among the keys, else 0."""
+    beyond = torch.arange(keys, device=like.device) > places[:, None]
+    return like.new_zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
 
 
 def _varlen(

@@ -176,6 +176,7 @@ class Stage(Section):
     ``micro_batch_size`` samples are in memory at a time, fewer where they have more than ``micro_tokens`` tokens.
     ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
+    ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
     template: str | None = None
@@ -199,6 +200,7 @@ class Stage(Section):
     gradient_checkpointing: Switch = False
     checkpoint_every: Count = 500
     keep_last: Count = 2
+    final: Literal["last", "best"] = "last"
 
     @model_validator(mode="before")
     @classmethod
@@ -229,11 +231,11 @@ class Stage2(Stage):
     """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id).
 
     ``only``: parts of names, such as ``self_attn``; with method ``full``, no other weights of the language model are
-    trained.
+    trained. ``qlora``: ``lora`` on a language model of four bits.
     """
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora", "qlora"] = "full"
     only: tuple[str, ...] = ()
     lora: Lora = Lora()
     learning_rate: Positive = 2e-5

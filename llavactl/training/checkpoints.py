@@ -1,11 +1,14 @@
-"""Checkpoints: whole or absent, and the newest whole one is where a run goes on."""
+"""Checkpoints: whole or absent; where a run goes on is the newest whole one, and the best one is kept beside it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llavactl.core.paths import write_json
-from llavactl.model.folder import replace_folder
+from llavactl.model.folder import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -24,33 +27,57 @@ TENSORS = "optimizer.safetensors"
 STATE = "state.json"
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], digest: str, keep_last: int) -> Path:
-    """Writes ``folder/step-…`` (after ``step`` updates), then removes all but the newest ``keep_last``."""
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(dict(tensors), temporary / TENSORS)
-    write_json(temporary / STATE, {"step": step, "digest": digest, "bytes": (temporary / TENSORS).stat().st_size})
-    replace_folder(temporary, target)
-    for old in list(_newest_first(folder))[keep_last:]:
-        shutil.rmtree(old, ignore_errors=True)
+@dataclass(frozen=True)
+class State:
+    """After how many updates (``step``) of which run (``digest``), and what the held-out samples lost there."""
+
+    step: int
+    digest: str
+    val_loss: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """The lowest is the best: its validation loss, infinite where that is none."""
+        return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
+
+
+def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
+    """Writes ``folder/step-…``, then removes what is no longer of use.
+
+    Of its own run the newest ``keep_last`` stay and the best one. What another run left, or this one beyond
+    ``state.step`` before it began anew, goes.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    target = folder / f"step-{state.step:08d}"
+    with whole_folder(target) as temporary:
+        save_file(dict(tensors), temporary / TENSORS)
+        write_json(temporary / STATE, {**asdict(state), "sha256": _sha256(temporary / TENSORS)})
+    mine = [(each, at) for each, at in _newest_first(folder) if each.digest == state.digest and each.step <= state.step]
+    kept = {at for _, at in mine[:keep_last]} | {_best(mine)}
+    for other in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
     return target
 
 
-def restore(folder: Path, digest: str) -> tuple[int, dict[str, torch.Tensor]] | None:
-    """The step and tensors of the newest whole checkpoint of the run ``digest``; damaged ones are passed over."""
-    for checkpoint in _newest_first(folder):
-        try:
-            state = json.loads((checkpoint / STATE).read_text())
-            if state["digest"] != digest:
-                log.info("%s belongs to other settings or data and is not resumed", checkpoint)
-                continue
-            if (checkpoint / TENSORS).stat().st_size != state["bytes"]:
-                raise ValueError("cut short")
-            return int(state["step"]), load_file(checkpoint / TENSORS)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s) and passed over", checkpoint, error)
+def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
+    """The newest whole checkpoint of the run ``digest``; damaged ones are passed over."""
+    for state, checkpoint in _newest_first(folder):
+        if state.digest != digest:
+            log.info("%s belongs to other settings or data and is not resumed", checkpoint)
+        elif (tensors := _whole(checkpoint)) is not None:
+            return state, tensors
+    return None
+
+
+def best(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
+    """The whole checkpoint of the run ``digest`` with the lowest validation loss."""
+    mine = [(state, at) for state, at in _newest_first(folder) if state.digest == digest]
+    for state, checkpoint in sorted(mine, key=lambda each: each[0].rank):
+        if (tensors := _whole(checkpoint)) is not None:
+            return state, tensors
     return None
 
 
@@ -59,5 +86,38 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    return iter(sorted(folder.glob("step-*"), reverse=True))
+def _best(checkpoints: list[tuple[State, Path]]) -> Path:
+    """Of several equally good ones the newest."""
+    return min(checkpoints, key=lambda each: each[0].rank)[1]
+
+
+def _newest_first(folder: Path) -> list[tuple[State, Path]]:
+    found = []
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            written = json.loads((checkpoint / STATE).read_text())
+            found.append((State(written["step"], written["digest"], written["val_loss"]), checkpoint))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _passed_over(checkpoint, error)
+    return found
+
+
+def _whole(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of ``checkpoint``; None where a byte of them isn't what was written."""
+    try:
+        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text())["sha256"]:
+            raise ValueError(f"{TENSORS} isn't what was written")
+        tensors: dict[str, torch.Tensor] = load_file(checkpoint / TENSORS)
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        _passed_over(checkpoint, error)
+        return None
+
+
+def _passed_over(checkpoint: Path, error: Exception) -> None:
+    log.warning("checkpoint %s is damaged (%s) and passed over", checkpoint, error)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -83,8 +83,16 @@ class Run:
     work: Work = field(default_factory=Work)
 
 
-def train(run: Run) -> int:
-    """Trains to the end of the plan; returns the step it went on behind (0: from the start).
+@dataclass(frozen=True)
+class Trained:
+    """The step that a run went on behind (0: from the start), and the one whose weights the model now has."""
+
+    first: int
+    step: int
+
+
+def train(run: Run) -> Trained:
+    """Trains to the end of the plan; then the model has its last weights or its best, as the stage's ``final`` says.
 
     Raises:
         ModelError: the loss is no longer finite; the message names the samples.
@@ -110,20 +118,20 @@ def train(run: Run) -> int:
             if done % TIDY_EVERY == 0 and accelerator.device.type == "cpu":
                 give_back()
             lines = [{"step": done, **line}]
-            last = done == plan.steps
-            if (last or done % stage.checkpoint_every == 0) and len(run.validation):
+            due = done == plan.steps or done % stage.checkpoint_every == 0
+            if due and len(run.validation):
                 lines.append({"step": done, "val_loss": validate(run)})
             for each in lines if metrics else []:
                 assert metrics is not None
                 metrics.write(each)
                 run.observe("train_logged", {"line": each})
-            if last or done % stage.checkpoint_every == 0:
-                _save(run, done)
+            if due:
+                _save(run, checkpoints.State(done, run.digest, lines[-1].get("val_loss")), metrics)
             facts = {name: f"{value:.4f}" for each in lines for name, value in each.items() if name.endswith("loss")}
             bar.show(1, **facts)
     if metrics:
         metrics.close()
-    return start
+    return Trained(start, _take_best(run) if stage.final == "best" else plan.steps)
 
 
 def _prepared(run: Run, plan: Plan, start: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -185,20 +193,35 @@ def validate(run: Run) -> float:
 
 
 def _restore(run: Run) -> int:
-    found = checkpoints.restore(run.folder / "checkpoints", run.digest) if run.resume else None
+    folder = run.folder / "checkpoints"
+    if not run.resume:
+        if run.accelerator.is_main_process:
+            checkpoints.remove(folder)
+        return 0
+    found = checkpoints.restore(folder, run.digest)
     if found is None:
         return 0
-    step, tensors = found
+    state, tensors = found
     run.optimizer.load(tensors)
-    log.info("%s: going on behind step %d", run.folder.name, step)
-    return step
+    log.info("%s: going on behind step %d", run.folder.name, state.step)
+    return state.step
 
 
-def _save(run: Run, step: int) -> None:
-    if run.accelerator.is_main_process:
+def _take_best(run: Run) -> int:
+    found = checkpoints.best(run.folder / "checkpoints", run.digest)
+    assert found is not None, "the last step wrote one"
+    state, tensors = found
+    run.optimizer.load(tensors)
+    log.info("%s: step %d was the best", run.folder.name, state.step)
+    return state.step
+
+
+def _save(run: Run, state: checkpoints.State, metrics: Metrics | None) -> None:
+    if metrics:
+        metrics.sync()
         tensors = run.optimizer.state()
-        folder = checkpoints.save(run.folder / "checkpoints", step, tensors, run.digest, run.stage.keep_last)
-        run.observe("checkpoint_saved", {"folder": folder, "step": step})
+        folder = checkpoints.save(run.folder / "checkpoints", state, tensors, run.stage.keep_last)
+        run.observe("checkpoint_saved", {"folder": folder, "step": state.step})
     run.accelerator.wait_for_everyone()
 
 

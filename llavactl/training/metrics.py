@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ class Metrics:
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """To the disk, before a checkpoint: a power cut must not leave the later of the two alone."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

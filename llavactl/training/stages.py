@@ -10,6 +10,7 @@ import torch
 
 from llavactl.core.errors import RecipeError
 from llavactl.model.packed import refusal
+from llavactl.model.quantised import quantise
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
@@ -22,7 +23,8 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     """Freezes and unfreezes ``model`` for ``stage``; returns the learning rate of each trained parameter by name.
 
     Stage 1 trains the connector alone; stage 2 the connector and the language model: whole, some
-    of its weights (``only``), or through LoRA on all of its linear layers but the head (LLaVA's choice).
+    of its weights (``only``), or through LoRA on all of its linear layers but the head (LLaVA's choice),
+    with ``qlora`` on four bits a weight.
     """
     method = getattr(stage, "method", "connector")
     model.requires_grad_(False)
@@ -30,7 +32,9 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     if method == "full":
         model.language.requires_grad_(True)
         _only(model, stage.only)  # type: ignore[attr-defined]
-    elif method == "lora":
+    elif method in ("lora", "qlora"):
+        if method == "qlora":
+            quantise(model.language)
         torch.manual_seed(seed)
         _add_lora(model, stage)  # type: ignore[arg-type]
     if stage.gradient_checkpointing:

@@ -25,12 +25,13 @@ from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
+from llavactl.model.quantised import four_bits
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import checkpoints, stages
-from llavactl.training.loop import Run
+from llavactl.training.loop import Run, Trained
 from llavactl.training.loop import train as run_loop
 from llavactl.training.metrics import read as read_metrics
 from llavactl.training.optimizer import Optimizer
@@ -49,7 +50,8 @@ class TrainReport:
     """What a stage did. ``finished_before``: nothing had to be done; ``first_step`` > 0: it was resumed.
 
     ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
-    of the tokens that were not computed, as another conversation of the row begins with them too.
+    of the tokens that were not computed, as another conversation of the row begins with them too. ``model_step``: the
+    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one.
     """
 
     stage: int
@@ -69,6 +71,8 @@ class TrainReport:
     padding: float
     shared: float
     digest: str
+    final: str
+    model_step: int
     finished_before: bool = False
 
 
@@ -85,6 +89,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
         raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")
+    if stage == 2 and recipe.stage2.method == "qlora":
+        four_bits()
     folder = recipe.run_dir / f"stage{stage}"
     features = open_features(recipe, stage, device=str(accelerator.device))
     start = _start(recipe, stage)
@@ -101,8 +107,13 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     )
     data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
     digest = _digest(recipe, stage, features.fingerprint, data, start)
-    if resume == "auto" and (done := finished(folder, digest)):
+    if resume == "auto" and (done := finished(folder, digest, settings.final)):
         return done
+    if settings.final == "best" and not len(data.validation):
+        raise RecipeError(
+            f"stage{stage}.final: best, but no sample is held out to tell which is",
+            hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
+        )
     if start is not None:
         model_folder.load_connector(parts.model.connector, start)
     unpacked = stages.unpacked(parts.model, settings, accelerator.device.type)
@@ -137,11 +148,12 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return _run(recipe, run, parts, data, description)
 
 
-def finished(folder: Path, digest: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest``."""
+def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
+    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one."""
     try:
         report = json.loads((folder / "report.json").read_text())
-        if report["digest"] != digest or model_folder.describe(folder / "model")["digest"] != digest:
+        made = model_folder.describe(folder / "model")
+        if any((each["digest"], each["final"]) != (digest, final) for each in (report, made)):
             return None
     except (OSError, ValueError, KeyError, ModelError):
         return None
@@ -155,9 +167,9 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
         _dry_save(run, parts, description)
     run.accelerator.wait_for_everyone()
     began = time.perf_counter()
-    first = run_loop(run)
+    trained = run_loop(run)
     seconds = time.perf_counter() - began
-    report = _report(run, data, first, seconds, description)
+    report = _report(run, data, trained, seconds, description)
     if main:
         _save_model(run.folder / "model", parts, run.optimizer, description)
         answers = _sample_answers(recipe, run, parts, data)
@@ -221,7 +233,8 @@ def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, s
     Left out is what doesn't, or only how fast it comes: a run goes on when these change.
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
-    free = {"micro_batch_size", "micro_tokens", "packing", "checkpoint_every", "keep_last", "gradient_checkpointing"}
+    free = {"micro_batch_size", "micro_tokens", "packing", "gradient_checkpointing"}
+    free |= {"checkpoint_every", "keep_last", "final"}
     parts = {
         "stage": settings.model_dump(mode="json", exclude=free),
         "connector": recipe.connector.spec(),
@@ -239,7 +252,8 @@ def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: s
     image = settings.image or recipe.vision.image
     return {
         "stage": stage,
-        "method": "connector" if stage == 1 else recipe.stage2.method,
+        "method": "connector" if stage == 1 else recipe.stage2.method.removeprefix("q"),
+        "quantised": "nf4" if stage == 2 and recipe.stage2.method == "qlora" else None,
         "vision": {**recipe.vision.spec(), "image": image},
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(fingerprint.fields),
@@ -248,24 +262,33 @@ def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: s
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,
+        "final": settings.final,
         "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
     }
 
 
 def _dry_save(run: Run, parts: Parts, description: Mapping[str, Any]) -> None:
-    """Saves all that will be saved, once, before step 1: what would fail after hours fails now."""
-    moments = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
-    run.folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(run.folder).free
-    if (needed := moments * (run.stage.keep_last + 1)) > free:
-        raise StoreError(
-            f"{run.folder}: {run.stage.keep_last} checkpoints take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
-            hint=f"free some disk, or `-o stage{description['stage']}.keep_last=1`, or another `run_dir`",
-        )
-    trial = run.folder / ".dry-run"
-    checkpoints.save(trial, 0, run.optimizer.state(), run.digest, 1)
-    _save_model(trial / "model", parts, run.optimizer, description)
-    checkpoints.remove(trial)
+    """Saves all that will be saved, once, before step 1: what would fail after hours fails now.
+
+    Raises:
+        StoreError: something can't be written, or the disk is too small for what training will write.
+    """
+    stage, trial = run.stage, run.folder / ".dry-run"
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        moments = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
+        # The last ones, the best one, and the one being written; those of an earlier try are there already.
+        needed = moments * (stage.keep_last + 2)
+        written = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+        if needed > (free := shutil.disk_usage(run.folder).free + written):
+            raise StoreError(
+                f"{run.folder}: checkpoints take {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free",
+                hint=f"free some disk, or `-o stage{description['stage']}.keep_last=1`, or another `run_dir`",
+            )
+        checkpoints.save(trial, checkpoints.State(0, run.digest), run.optimizer.state(), 1)
+        _save_model(trial / "model", parts, run.optimizer, description)
+    finally:
+        checkpoints.remove(trial)
 
 
 def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
@@ -276,23 +299,23 @@ def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: M
     model_folder.save(folder, parts, connector, description)
 
 
-def _report(run: Run, data: Split, first: int, seconds: float, description: Mapping[str, Any]) -> TrainReport:
+def _report(run: Run, data: Split, trained: Trained, seconds: float, description: Mapping[str, Any]) -> TrainReport:
     lines = read_metrics(run.folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    validations = [line["val_loss"] for line in lines if "val_loss" in line]
-    tokens = sum(line["tokens"] for line in steps if line["step"] > first)
+    validations = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    tokens = sum(line["tokens"] for line in steps if line["step"] > trained.first)
     work = run.work
     return TrainReport(
         stage=description["stage"],
         model=str(run.folder / "model"),
         steps=steps[-1]["step"],
-        first_step=first,
+        first_step=trained.first,
         samples=len(data.train),
         validation_samples=len(data.validation),
         left_out=len(data.left_out),
         trained_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
         loss=steps[-1]["loss"],
-        val_loss=validations[-1] if validations else None,
+        val_loss=validations.get(trained.step),
         tokens=tokens,
         seconds=round(seconds, 3),
         tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
@@ -300,6 +323,8 @@ def _report(run: Run, data: Split, first: int, seconds: float, description: Mapp
         padding=round(work.padding / max(work.positions, 1), 4),
         shared=round(1 - (work.positions - work.padding) / max(work.tokens, 1), 4),
         digest=run.digest,
+        final=run.stage.final,
+        model_step=trained.step,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from llavactl.model import loss
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, refusal
+from llavactl.model.quantised import quantise
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
+REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
 
 
 class Features:
@@ -117,7 +121,9 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).detach().norm() / theirs.detach().norm().clamp(min=1e-12))
 
 
-def compare(model: LlavaModel, setting: Setting, tokenizer: Any, limits: Limits | None = None) -> list[Any]:
+def compare(
+    model: LlavaModel, setting: Setting, tokenizer: Any, limits: Limits | None = None, *, packed: bool = True
+) -> list[Any]:
     """Asserts that both ways agree on ``setting``; returns the batches that ours was made of."""
     data = setting.data(tokenizer)
     members = [(0, index) for index in range(len(data))]
@@ -125,9 +131,9 @@ def compare(model: LlavaModel, setting: Setting, tokenizer: Any, limits: Limits 
     expected = sum(plain(theirs, data.encoded(*member)) for member in members)
     expected.backward()
     ours = copy.deepcopy(model).train()
-    batches = micro.packed(data, members, micro.Share(limits or Limits(len(members))))
+    batches = (micro.packed if packed else micro.padded)(data, members, micro.Share(limits or Limits(len(members))))
     total = torch.zeros(())
-    with packed_attention(ours.language):
+    with packed_attention(ours.language) if packed else nullcontext():
         for batch in batches:
             part = ours(batch)
             part.backward()
@@ -176,22 +182,102 @@ def test_logits_in_chunks(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(parts.model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
-def test_gradient_checkpointing(parts: Any) -> None:
-    model = copy.deepcopy(parts.model)
+@pytest.mark.parametrize("samples", CASES.values(), ids=CASES.keys())
+def test_padded_rows_are_plain_forwards(parts: Any, samples: list[Sample]) -> None:
+    compare(parts.model, Setting(samples), parts.tokenizer, packed=False)
+
+
+def checkpointed(model: LlavaModel) -> LlavaModel:
+    model = copy.deepcopy(model)
     enable = getattr(model.language, "activation_checkpointing_enable", None)
     (enable or model.language.gradient_checkpointing_enable)({"use_reentrant": False})
-    compare(model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
+    return model
 
 
-def test_adapters(parts: Any) -> None:
+def adapted(model: LlavaModel) -> LlavaModel:
     from peft import LoraConfig, get_peft_model
 
-    model = copy.deepcopy(parts.model).requires_grad_(False)
+    model = copy.deepcopy(model).requires_grad_(False)
     model.connector.requires_grad_(True)
     config = LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights=False)
     model.language = get_peft_model(model.language, config)
-    compare(model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
-    assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
+    return model
+
+
+def frozen(model: LlavaModel) -> LlavaModel:
+    """As in stage 1."""
+    model = copy.deepcopy(model)
+    model.language.requires_grad_(False)
+    return model
+
+
+def quantised(model: LlavaModel) -> LlavaModel:
+    pytest.importorskip("bitsandbytes")
+    model = copy.deepcopy(model)
+    quantise(model.language)
+    return adapted(model)
+
+
+WAYS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
+    "checkpointing": checkpointed,
+    "adapters": adapted,
+    "adapters and checkpointing": lambda model: checkpointed(adapted(model)),
+    "adapters on four bits": quantised,
+    "adapters on four bits and checkpointing": lambda model: checkpointed(quantised(model)),
+    "connector alone": frozen,
+    "connector alone and checkpointing": lambda model: checkpointed(frozen(model)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("limits", [None, Limits(4, 300)], ids=["a row", "rows"])
+def test_ways_to_train(parts: Any, way: Callable[[LlavaModel], LlavaModel], limits: Limits | None) -> None:
+    mixed = [*ALIKE, TEN, TEXT, LATE, TWO, *DIFFERENT]
+    model = way(parts.model)
+    batches = compare(model, Setting(mixed, order="random", length=130), parts.tokenizer, limits)
+    assert any(span.after is not None for batch in batches for span in batch.spans)
+    assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad) == ("lora" in str(model))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mixture(parts: Any, seed: int) -> None:
+    chance = random.Random(seed)
+    mixed = chance.choices([*ALIKE, *DIFFERENT, TEN, TEXT, LATE, TWO], k=12)
+    setting = Setting(mixed, order=chance.choice(["first", "random", "as-data"]), length=chance.randint(70, 300))
+    compare(parts.model, setting, parts.tokenizer, Limits(chance.randint(2, 12), chance.choice([None, 150, 400])))
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="no real records here")
+def test_real_records(parts: Any) -> None:
+    records = list(registry().create("sources", {"name": "llava-json", "path": str(REAL), "images": str(REAL.parent)}))
+    setting = Setting(records[:6], order="as-data", length=700)
+    data = setting.data(parts.tokenizer)
+    assert len({len(data.encoded(0, index)) for index in range(6)}) > 3, "lengths as they come"
+    compare(parts.model, setting, parts.tokenizer)
+
+
+def test_the_last_layer_looks_where_something_is_predicted(parts: Any) -> None:
+    model = copy.deepcopy(parts.model)
+    layers, rows = model.language.model.layers, {}
+
+    def counted(forward: Any, at: Any) -> Any:
+        return lambda given: (rows.update({at: given.shape[:-1].numel()}), forward(given))[1]
+
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj"):
+        for layer in (0, -1):
+            part = layers[layer].get_submodule(name)
+            part.forward = counted(part.forward, (layer, name))
+    data = Setting([*ALIKE, TEXT]).data(parts.tokenizer)
+    (batch,) = micro.packed(data, [(0, index) for index in range(len(data))], micro.Share(Limits(9)))
+    with packed_attention(model.language):
+        model(batch)
+    predicting = len(loss.predictions(batch)[0].unique())
+    assert predicting < batch.ids.shape[1] / 2
+    assert len(rows) == 8
+    for (layer, name), count in rows.items():
+        narrow = layer == -1 and name != "self_attn.k_proj"
+        assert count == (predicting if narrow else batch.ids.shape[1]), name
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in (layers[-1].mlp, layers[-1].self_attn))
 
 
 def toy(kind: str, **more: Any) -> Any:

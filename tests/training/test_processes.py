@@ -1,0 +1,93 @@
+"""Two processes x 4 train what one x 8 does: gradients add up, and the loss is divided by the tokens of all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavactl.testing import run_cli
+from llavactl.training.metrics import read
+
+SHARED = ["init=scratch", "shuffle=images", "validation=0.05"]
+WAYS = {
+    "stage 1, random order": (1, ["template=vicuna-v1", "image_order=random", "max_steps=4"]),
+    "stage 2, a shared image": (2, [*SHARED, "max_steps=4"]),
+    "stage 2, padded": (2, [*SHARED, "max_steps=4", "packing=never"]),
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TIMEOUT_S = 400
+"""Only a hang takes so long."""
+
+
+def with_more_records(toy: Path, count: int) -> None:
+    """``count`` records in all, of different lengths, three an image and one without any."""
+    records = json.loads((toy / "records.json").read_text())
+    made = []
+    for at in range(count - 1):
+        record = records[at // 3 % len(records)]
+        said = [record["conversations"][0], {"from": "gpt", "value": "It is. " * (at % 4 + 1)}]
+        made.append({**record, "id": f"r{at}", "conversations": said})
+    text = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "A word."}]
+    (toy / "records.json").write_text(json.dumps([*made, {"id": "text", "conversations": text}]))
+
+
+def command(toy: Path, stage: int, settings: list[str], folder: str) -> list[str]:
+    options = ["features.mode=live", f"run_dir={toy}/{folder}"]
+    options += [f"stage{stage}.{each}" for each in ("batch_size=8", "micro_batch_size=8", *settings)]
+    words = [word for option in options for word in ("-o", option)]
+    return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *words, "--json"]
+
+
+def two_processes(arguments: list[str]) -> None:
+    launched = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "llavactl", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("stage", "settings"), WAYS.values(), ids=WAYS.keys())
+def test_two_processes_train_what_one_does(toy: Path, stage: int, settings: list[str]) -> None:
+    with_more_records(toy, 36)
+    result = run_cli(*command(toy, stage, settings, "one"))
+    assert result.exit_code == 0, result.stderr
+    two_processes(command(toy, stage, settings, "two"))
+    assert (result.json()["rows"] == "packed") == ("packing=never" not in settings)
+    assert (result.json()["shared"] > 0.1) == (SHARED[1] in settings and "packing=never" not in settings)
+    compare(toy / f"one/stage{stage}", toy / f"two/stage{stage}")
+
+
+def compare(left: Path, right: Path) -> None:
+    one, two = weights(left / "model"), weights(right / "model")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    ours, theirs = read(left / "metrics.jsonl"), read(right / "metrics.jsonl")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line.get("tokens") for line in ours] == [line.get("tokens") for line in theirs]
+    for key in ("loss", "val_loss"):
+        found = [line[key] for line in theirs if key in line]
+        assert found == pytest.approx([line[key] for line in ours if key in line], rel=1e-5)
+
+
+def test_a_last_batch_of_one_leaves_a_process_without_work(toy: Path) -> None:
+    with_more_records(toy, 17)
+    settings = [*SHARED[:2], "validation=0", "epochs=1"]
+    assert run_cli(*command(toy, 2, settings, "one")).json()["samples"] == 17
+    two_processes(command(toy, 2, settings, "two"))
+    compare(toy / "one/stage2", toy / "two/stage2")
