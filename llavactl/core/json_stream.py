@@ -53,6 +53,14 @@ class Entry:
         return f"{self.line} (record {self.index})" if self.in_array and not self.problem else str(self.line)
 
 
+def need_file(path: Path) -> None:
+    """Raises a DataError unless ``path`` is a file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", hint="name a file of records, JSON or JSONL")
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+
+
 def read_stream(path: Path) -> Iterator[Entry]:
     """Every value of the array or JSONL in ``path``, in order; what is not JSON is an entry with a ``problem``.
 
@@ -60,8 +68,7 @@ def read_stream(path: Path) -> Iterator[Entry]:
         DataError: there is no such file.
         OSError: it can't be read.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    need_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = _SPACE.sub("", file.read(4096), count=1)[:1]
         file.seek(0)
