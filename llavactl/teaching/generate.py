@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -36,9 +37,11 @@ def requests(
             yield from (_request(picture, kind, 0, seed, told) for kind in wanted)
         return
     order = _shared(samples, {kind: kinds[kind] for kind in wanted}, seed)
+    before = Counter[tuple[int, Kind]]()
     for number, kind in enumerate(order):
         lap, place = divmod(number, len(pictures))
-        yield _request(pictures[place], kind, lap, seed, told)
+        yield _request(pictures[place], kind, lap, seed, told, before[place, kind])
+        before[place, kind] += 1
 
 
 def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind]:
@@ -53,9 +56,9 @@ def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind
     return order
 
 
-def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts) -> Request:
+def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts, again: int = 0) -> Request:
     name = f"{picture.id}-{kind}" + (f"-{lap}" if lap else "")
-    return Request(name, kind, told.messages(picture, kind), picture, seed)
+    return Request(name, kind, told.messages(picture, kind, again), picture, seed)
 
 
 @dataclass(frozen=True)
