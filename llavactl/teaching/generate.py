@@ -17,6 +17,7 @@ from llavactl.teaching.replies import Kind, turns
 MALFORMED = "malformed"
 UNANSWERED = "refused by the teacher"
 CUT = "cut at max_tokens"
+FILTERED = "left out by the endpoint"
 
 
 def requests(
@@ -86,6 +87,8 @@ def record(request: Request, reply: Reply, told: Prompts) -> Made:
     kind: Any = request.kind
     if reply.finish == "length":
         return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
+    if reply.finish == "content_filter":
+        return Made(request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text)
     try:
         said = turns(kind, reply.text, request.id, told.questions)
     except DataError as error:

@@ -249,15 +249,16 @@ def test_hostile_replies_hurt_nothing(recipe: Folder) -> None:
     junk = [
         completion("a\0b"), completion("<script>alert(1)</script>" * 50), completion(" " * 900_000), completion(None),
         completion("\n" * 900_000 + "===\n" * 1000), completion("Question:" * 90_000), completion("<image> of a dog"),
-        completion("good", finish="length"), completion("\u202e кошка сидит на столе и смотрит в окно"),
+        completion("good", finish="length"), completion("Question:\na\n===\nAnswer:\nb", finish="content_filter"),
+        completion("\u202e кошка сидит на столе и смотрит в окно"),
     ]  # fmt: skip
     with toy_endpoint(lambda n, body: Answers(body=junk[n]) if n < len(junk) else None) as endpoint:
         folder = recipe(endpoint.url, len(junk) + 5, "conversation: 1", more=", concurrency: 1")
         made = generate(folder)
         assert made["samples"] == 5
         assert made["refused"] == len(junk)
-        assert made["reasons"]["malformed"] == len(junk) - 1
-        assert made["reasons"]["cut at max_tokens"] == 1
+        assert made["reasons"]["malformed"] == len(junk) - 2
+        assert made["reasons"]["cut at max_tokens"] == made["reasons"]["left out by the endpoint"] == 1
         assert "<script>" not in (folder / "data/made.report.html").read_text()
         endpoint.behave = lambda number, body: None
         assert generate(folder)["finished_before"] is True
