@@ -61,6 +61,12 @@ def need_file(path: Path) -> None:
         raise DataError(f"{path}: there is no such file")
 
 
+def never_onto(source: Path, out: Path) -> None:
+    """Raises a DataError where ``out`` is the file ``source`` itself."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise DataError(f"{out}: the file that is read is never altered", hint="give what is written another name")
+
+
 def read_stream(path: Path) -> Iterator[Entry]:
     """Every value of the array or JSONL in ``path``, in order; what is not JSON is an entry with a ``problem``.
 

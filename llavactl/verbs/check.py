@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import write_stream
+from llavactl.core.json_stream import never_onto, write_stream
 from llavactl.data.inputs import counted_lengths, inputs, with_bar
 from llavactl.data.mend import Mender
 from llavactl.data.problems import KINDS, Finding, Tally
@@ -127,7 +127,6 @@ def _mender(file: Path | None, out: Path | None, root: str) -> Iterator[Mender |
         return
     if file is None:
         raise DataError("one file is mended at a time", hint="`llavactl data check FILE --fix OUT`")
-    if out.exists() and out.samefile(file):
-        raise DataError(f"{out}: the file that is checked is never altered", hint="give --fix another name")
+    never_onto(file, out)
     with write_stream(out) as write, write_stream(_log(out)) as note:
         yield Mender(root, write, note)
