@@ -29,6 +29,7 @@ _NEAR_END = 16
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _RECORD = re.compile(r'\{\s*"(?:id|image|conversations|caption)"\s*:')
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NOT_TEXT = re.compile("[\udc80-\udcff]")
 
 
@@ -52,6 +53,20 @@ class Entry:
         return f"{self.line} (record {self.index})" if self.in_array and not self.problem else str(self.line)
 
 
+def need_file(path: Path) -> None:
+    """Raises a DataError unless ``path`` is a file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", hint="name a file of records, JSON or JSONL")
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+
+
+def never_onto(source: Path, out: Path) -> None:
+    """Raises a DataError where ``out`` is the file ``source`` itself."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise DataError(f"{out}: the file that is read is never altered", hint="give what is written another name")
+
+
 def read_stream(path: Path) -> Iterator[Entry]:
     """Every value of the array or JSONL in ``path``, in order; what is not JSON is an entry with a ``problem``.
 
@@ -59,8 +74,7 @@ def read_stream(path: Path) -> Iterator[Entry]:
         DataError: there is no such file.
         OSError: it can't be read.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    need_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = _SPACE.sub("", file.read(4096), count=1)[:1]
         file.seek(0)
@@ -77,19 +91,31 @@ def _lines(file: IO[str]) -> Iterator[Entry]:
 
 
 def _decoded(text: str, line: int, done: int) -> Entry:
-    if why := _not_text(text):
-        return Entry(line, None, why, done)
     try:
-        return Entry(line, json.loads(text), done=done)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        return Entry(line, None, f"not JSON: {error.msg} (column {error.colno})", done)
-    except RecursionError:
-        return Entry(line, None, "not JSON that can be read: nested too deep", done)
+        return Entry(line, None, _not_text(text) or f"not JSON: {error.msg} (column {error.colno})", done)
+    except (RecursionError, ValueError) as error:
+        return Entry(line, None, _beyond(error), done)
+    why = _not_text(text, value)
+    return Entry(line, None if why else value, why, done)
 
 
-def _not_text(text: str) -> str:
+def _beyond(error: Exception) -> str:
+    """JSON, but not for us: of numbers too long to be read Python says so with a ValueError of no other kind."""
+    what = "nested too deep" if isinstance(error, RecursionError) else "a number of thousands of digits"
+    return f"not JSON that can be read: {what}"
+
+
+def _not_text(text: str, value: Any = None) -> str:
+    """Why ``text``, that is ``value``, could not be written as UTF-8 again: nor could a tokenizer read it."""
     if not text.isascii() and (bad := _NOT_TEXT.search(text)):
         return f"not UTF-8 text: byte 0x{ord(bad[0]) - 0xDC00:02x} (character {bad.start() + 1})"
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return f"not text: half of a pair of surrogates, \\u{ord(error.object[error.start]):04x}"
     return ""
 
 
@@ -137,12 +163,12 @@ class _Array:
                     self._more()
                     continue
                 return self._problem(f"not JSON: {error.msg}", error.pos)
-            except RecursionError:
-                return self._problem("not JSON that can be read: nested too deep", self.at)
+            except (RecursionError, ValueError) as error:
+                return self._problem(_beyond(error), self.at)
             if len(self.text) - end < _NEAR_END and not self.ended:
                 self._more()  # a number may go on, be it by "e+1"
                 continue
-            line, why = self.line, _not_text(self.text[self.at : end])
+            line, why = self.line, _not_text(self.text[self.at : end], value)
             self._skip(end - self.at)
             return Entry(line, None if why else value, why, self.done)
 
@@ -222,8 +248,11 @@ def write_stream(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
         def write(record: Mapping[str, Any]) -> None:
             nonlocal written
-            text = (between if written else "") + json.dumps(record, ensure_ascii=False)
-            file.write(text.encode("utf-8", "surrogatepass"))
+            try:
+                text = json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # half of a pair of surrogates: no text, but JSON
+                text = json.dumps(record).encode()
+            file.write(between.encode() * bool(written) + text)
             written += 1
 
         yield write

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 
+SHOWN = 20
+
 TagPlace = Literal["first", "last", "random"]
 
 INSTRUCTIONS = (
@@ -46,15 +48,23 @@ def read_captions(path: Path) -> Iterator[Caption]:
     """The captions in a JSON or JSONL file: each record's ``caption``, or the first answer of its ``conversations``.
 
     Raises:
-        DataError: a record that can't be read or has no caption, with its place.
+        DataError: records that can't be read or have no caption: after the first one no more are given, but the rest of
+            the file is read for more of them.
     """
+    problems: list[str] = []
+    more = 0
     for entry in read_stream(path):
         where = f"{path}:{entry.place}"
-        if entry.problem:
-            raise DataError(f"{where}: {entry.problem}", hint="`llavactl data check --fix` drops what is not JSON")
-        if (text := caption_of(entry.value)) is None:
-            raise DataError(f"{where}: no text `caption`, and no `conversations` with an answer")
-        yield Caption(text, entry.value, where, entry.done)
+        text = caption_of(entry.value)
+        if text is not None and not problems:
+            yield Caption(text, entry.value, where, entry.done)
+        elif text is None and len(problems) < SHOWN:
+            problems.append(f"{where}: {entry.problem or 'no text `caption`, and no `conversations` with an answer'}")
+        else:
+            more += text is None
+    if problems:
+        said = [*problems, f"and {more} more"] if more else problems
+        raise DataError("\n".join(said), hint="mend these lines or take them out; nothing is written before")
 
 
 def caption_of(record: Any) -> str | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llavactl.components.sources.llava_json import LlavaJsonOptions
 from llavactl.core import progress
-from llavactl.core.errors import DataError, LlavactlError, RecipeError
+from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.json_stream import need_file
 from llavactl.core.places import check_place
 from llavactl.core.registry import registry
 from llavactl.data.lengths import Lengths, stage_lengths
@@ -52,8 +53,7 @@ def inputs(
 
 
 def _file_input(file: Path, images: str | Path | None, stage: StageNumber) -> Input:
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file")
+    need_file(file)
     if images is not None:
         check_place(str(images))
     root = str(images or file.parent)
@@ -104,6 +104,7 @@ def with_bar(records: Iterator[Examined], each: Input, verb: str) -> Iterator[Ex
 @contextmanager
 def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of how far ``file`` is read; the function given takes characters and records done so far."""
+    need_file(file)
     shown = 0
     with progress.bar(file.stat().st_size // _KILOBYTE, f"{verb} {file.name}", "kB") as bar:
 

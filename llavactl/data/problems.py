@@ -21,6 +21,7 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
+    "empty": Kind("lost", "a file or source without any record"),
     "json": Kind("stops", "not JSON, or not UTF-8 text"),
     "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
     "message": Kind("stops", "a message without a text `value`"),
@@ -49,7 +50,8 @@ KINDS: Mapping[str, Kind] = {
 REFUSED = frozenset({"record", "message", "role", "turns", "no-answer", "tags", "image-path"})
 """The problems of one record for which the source `llava-json` refuses it."""
 
-SHOWN = 3
+KEPT = 1000
+"""Places of a problem that are kept: a file of which every record is wrong must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Tally:
         for finding in findings:
             self.counts[finding.kind] += 1
             shown = self.places.setdefault(finding.kind, [])
-            if len(shown) < SHOWN:
+            if len(shown) < KEPT:
                 shown.append(f"{where}: {finding.detail}" if finding.detail else where)
 
     @property

@@ -8,6 +8,7 @@ someone makes a file of that name.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,14 @@ def _known() -> str:
     return ", ".join(registry().names("recipes"))
 
 
+_SECRET = re.compile(
+    r"""((?:api_?key|token|secret|password|authorization)["']?\s*[:=]\s*|//(?=[^/\s]*@))[^\s,}@]+""", re.I
+)
+"""What a message doesn't repeat of an -o: it may be logged."""
+
+
 def _override(root: Node, override: str) -> list[Problem]:
-    where = f"-o {override}"
+    where = "-o " + _SECRET.sub(r"\1***", override)
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -105,20 +105,25 @@ def ask(
 
 @contextmanager
 def _interrupts(land: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C calls ``land`` in place of raising anywhere, also between a reply and its being kept."""
+    """The first Ctrl-C or SIGTERM, by which schedulers end a job, calls ``land`` in place of raising anywhere, also
+    between a reply and its being kept.
+    """
+    ends = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def first(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in ends:
+            signal.signal(each, signal.default_int_handler)
         land()
 
-    before = signal.signal(signal.SIGINT, first)
+    before = [signal.signal(each, first) for each in ends]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in zip(ends, before, strict=True):
+            signal.signal(each, handler)
 
 
 @dataclass
@@ -151,7 +156,7 @@ class _Asking:
         self.pool = ThreadPoolExecutor(teacher.limits.concurrency, thread_name_prefix="teacher")
         self.jitter = Random()
         self.unanswered: dict[str, str] = {}
-        self.stopped = ""
+        self.stopped = self.gone = ""
         self.fatal: BaseException | None = None
         self.interrupted = threading.Event()
         self.replies = self.failures = 0
@@ -177,7 +182,7 @@ class _Asking:
             raise self.fatal
         if self.interrupted.is_set():
             raise KeyboardInterrupt
-        return Asked(self.budget.sent, self.unanswered, self.stopped)
+        return Asked(self.budget.sent, self.unanswered, self.stopped or self.gone)
 
     def interrupt(self) -> None:
         """Nothing more is sent; what is in flight may still arrive, and is kept."""
@@ -274,7 +279,7 @@ class _Asking:
             self.budget.spent += most if cost is None else cost
             if reply.tokens_in is not None and reply.tokens_out is not None:
                 self.pace.took(flight.pace, reply.tokens_in + reply.tokens_out)
-            self.replies, self.failures = self.replies + 1, 0
+            self.replies, self.failures, self.gone = self.replies + 1, 0, ""
             self._show()
 
     def _stop(self, why: BaseException) -> None:
@@ -322,13 +327,12 @@ class _Asking:
         self.unanswered[flight.keyed.key] = error.message
         self.failures += 1
         if self.failures >= GIVEN_UP:
-            self._stop(
-                TeacherError(
-                    f"{self.failures} requests in a row had no answer in {flight.tries} attempts each: {error.message}",
-                    hint=error.hint or "what was answered is kept; the same command goes on from there",
-                    then="stop",
-                )
-            )
+            said = f"{self.failures} requests in a row had no answer in {flight.tries} attempts each: {error.message}"
+            if self.replies and not self.fresh:  # it may be these few alone: all the others were answered or tried
+                self.gone = said
+                return
+            hint = error.hint or "what was answered is kept; the same command goes on from there"
+            self._stop(TeacherError(said, hint=hint, then="stop"))
 
     def _show(self) -> None:
         """One more is done; what that has cost so far stands in the progress line."""

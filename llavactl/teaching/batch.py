@@ -118,7 +118,7 @@ def _keep(teacher: BatchTeacher, keyed: Keyed, row: Any, journal: Journal, budge
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with file.open(encoding="utf-8") as opened:
+        with file.open(encoding="utf-8-sig") as opened:
             for number, line in enumerate(opened, 1):
                 if line.strip():
                     yield f"{file}:{number}", _parsed(line)

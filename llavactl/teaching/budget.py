@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import Limits
 from llavactl.teaching.prices import Price
 
@@ -41,6 +43,9 @@ class Budget:
     """What may still be spent. ``spent`` is the cost of all before, ``flying`` the most of what is in flight.
 
     ``max_cost`` is for all that an ``out`` ever costs, ``max_requests`` for those that one command sends.
+
+    Raises:
+        RecipeError: ``max_cost`` is not a number.
     """
 
     price: Price | None = None
@@ -49,6 +54,10 @@ class Budget:
     spent: float = 0.0
     flying: float = 0.0
     sent: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and math.isnan(self.max_cost):  # nothing is ever more than that
+            raise RecipeError("max_cost: nan is no amount of money")
 
     def most(self, size: Size, limits: Limits) -> float | None:
         """The most that a request can cost; None where that isn't known."""

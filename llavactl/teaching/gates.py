@@ -19,26 +19,51 @@ from llavactl.teaching.generate import Made
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Gates
 
+_TOLD = "descriptions?|annotations?|sentences?|captions?|labels?|boxes"
 LEAKS = (
     (re.compile(r"\bcaptions?\b", re.I), "mentions a caption"),
-    (re.compile(r"\bbounding[ -]box(es)?\b", re.I), "mentions a bounding box"),
+    (re.compile(r"\bbounding[ -]box(es)?\b|\bbbox(es)?\b", re.I), "mentions a bounding box"),
     (re.compile(r"\bcoordinates?\b", re.I), "mentions coordinates"),
-    (re.compile(r"[\[(]\s*\d?\.\d+\s*,\s*\d?\.\d+"), "holds numbers of a place"),
+    (
+        re.compile(
+            r"[\[(]\s*\d?\.\d+\s*,\s*\d?\.\d+|[\[(]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){3}\s*[\])]"
+            r"|(?<![\d.])0\.\d{3}(?!\d)|\b[xy][12]?\s*[=:]\s*\d",
+            re.I,
+        ),
+        "holds numbers of a place",
+    ),
     (re.compile(r"\b(the|this|your) (prompt|instructions?|system message)\b", re.I), "mentions the prompt"),
     (
         re.compile(
-            r"\b((provided|given|supplied) (context|descriptions?|information|text|sentences?|list|annotations?)"
-            r"|(based on|according to|from) the (descriptions?|annotations?|sentences?)\b)",
+            rf"\b((provided|given|supplied) (context|information|text|list|{_TOLD})"
+            rf"|(context|{_TOLD}) (provided|given|supplied)"
+            rf"|(based on|according to|from|(mentioned|stated|described|noted|given) in) the ({_TOLD})"
+            rf"|the (image )?descriptions? (says?|states?|mentions?))\b|\bannotat(ions?|ed)\b",
             re.I,
         ),
         "mentions what it was told",
     ),
-    (re.compile(r"\bas an? (ai|language model)\b|\bi('m| am) (sorry|unable)\b|\bi can(no|')t (see|view|help)\b", re.I),
-     "speaks of itself instead of the picture"),
-)  # fmt: skip
-"""What an answer about a picture never says."""
+    (
+        re.compile(
+            r"\bas an? (ai|language model)\b|\bi('m| am) (sorry|unable)\b|\bi can(no|')t (see|view|help)\b"
+            r"|\bi (don't|do not) have access\b",
+            re.I,
+        ),
+        "speaks of itself instead of the picture",
+    ),
+)
+"""What an answer about a picture never says: numbers with three decimals are those that our prompts give to boxes."""
 
-LEFTOVER = re.compile(r"^[ \t]*(={3,}|(question|answer|user|assistant|human)[ \t]*:)", re.I | re.MULTILINE)
+LEFTOVER = re.compile(
+    r"^[ \t]*(={3,}|(#{2,}[ \t]*|\**)(question|answer|user|assistant|human|gpt)[ \t]*\d*\**[ \t]*:)"
+    r"|<\|[a-z_]{1,30}\|>|</?s>|\[/?inst\]",
+    re.I | re.MULTILINE,
+)
+MARKUP = re.compile(
+    r"<(!doctype|!--|/?(html|head|body|title|meta|script|style|div|span|p|br|h[1-6]|ul|ol|li|table|tr|td|a|img|b|i|em|"
+    r"strong|pre|code|form|input|iframe|svg)(\s[^<>]{0,300})?/?>)",
+    re.I,
+)
 COMMON = frozenset(
     "the a an of in on at to and or is are was were it its this that there with for from by as be has have not no yes "  # noqa: SIM905
     "they he she his her their which who what".split()
@@ -131,6 +156,10 @@ def _structure(kind: str, questions: Sequence[str], answers: Sequence[str]) -> I
     for text in (*questions, *answers):
         if found := LEFTOVER.search(text):
             yield "structure", f"a turn holds marks of turns: {_around(text, found)}"
+        if found := MARKUP.search(text):
+            yield "structure", f"a turn holds markup: {_around(text, found)}"
+        if text.strip()[:1] + text.strip()[-1:] in ("{}", "[]"):
+            yield "structure", f"a turn is no sentence but data: {text.strip()[:60]!r}"
     if kind != "detail" and any(answer.rstrip().endswith("?") for answer in answers):
         yield "structure", "an answer ends with a question"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -16,6 +17,7 @@ from llavactl.teaching.replies import Kind, turns
 MALFORMED = "malformed"
 UNANSWERED = "refused by the teacher"
 CUT = "cut at max_tokens"
+FILTERED = "left out by the endpoint"
 
 
 def requests(
@@ -36,9 +38,11 @@ def requests(
             yield from (_request(picture, kind, 0, seed, told) for kind in wanted)
         return
     order = _shared(samples, {kind: kinds[kind] for kind in wanted}, seed)
+    before = Counter[tuple[int, Kind]]()
     for number, kind in enumerate(order):
         lap, place = divmod(number, len(pictures))
-        yield _request(pictures[place], kind, lap, seed, told)
+        yield _request(pictures[place], kind, lap, seed, told, before[place, kind])
+        before[place, kind] += 1
 
 
 def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind]:
@@ -53,9 +57,9 @@ def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind
     return order
 
 
-def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts) -> Request:
+def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts, again: int = 0) -> Request:
     name = f"{picture.id}-{kind}" + (f"-{lap}" if lap else "")
-    return Request(name, kind, told.messages(picture, kind), picture, seed)
+    return Request(name, kind, told.messages(picture, kind, again), picture, seed)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def record(request: Request, reply: Reply, told: Prompts) -> Made:
     kind: Any = request.kind
     if reply.finish == "length":
         return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
+    if reply.finish == "content_filter":
+        return Made(request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text)
     try:
         said = turns(kind, reply.text, request.id, told.questions)
     except DataError as error:

@@ -6,11 +6,12 @@ The texts are files, one a kind, in ``prompts/`` of this package or in a folder 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, TypeVar, get_args
 
 from pydantic import Field
 
@@ -21,6 +22,8 @@ from llavactl.teaching import files
 from llavactl.teaching.replies import Kind, turns
 
 OURS = files.HERE / "prompts"
+
+T = TypeVar("T")
 
 Filled = Annotated[str, Field(pattern=r"\S", description="text that isn't empty")]
 
@@ -56,13 +59,28 @@ class Prompts:
         """Changes with every text."""
         return hashlib.sha256(repr(sorted(self.kinds.items())).encode()).hexdigest()
 
-    def messages(self, picture: Sample, kind: Kind) -> tuple[Mapping[str, str], ...]:
-        """System, the examples as user and assistant in turn, then the picture."""
+    def messages(self, picture: Sample, kind: Kind, again: int = 0) -> tuple[Mapping[str, str], ...]:
+        """System, the examples as user and assistant in turn, then the picture.
+
+        Asked ``again`` about the same, the captions are in another order, and when all orders were there the examples
+        are: the same words would bring the same reply, or look like a request that was sent twice.
+        """
         prompt = self.kinds[kind]
+        examples = _order(prompt.examples, again // math.factorial(len(picture.captions)))
+        picture = replace(picture, captions=_order(picture.captions, again))
         talk = [("system", prompt.system.strip())]
-        for example in prompt.examples:
+        for example in examples:
             talk += [("user", example.picture.strip()), ("assistant", example.reply.strip())]
         return tuple({"role": role, "content": text} for role, text in [*talk, ("user", symbols(picture, kind))])
+
+
+def _order(things: Sequence[T], number: int) -> tuple[T, ...]:
+    """One of the orders of ``things``: 0 is their own, and as many numbers as there are orders give each once."""
+    left, made = list(things), []
+    while left:
+        number, place = divmod(number, len(left))
+        made.append(left.pop(place))
+    return tuple(made)
 
 
 def symbols(picture: Sample, kind: Kind) -> str:

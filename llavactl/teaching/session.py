@@ -102,6 +102,8 @@ class Session:
         for key, why in outcome.unanswered.items():
             log.warning("no answer to %s: %s", next(each.request.id for each in todo if each.key == key), why)
         left = sum(each.key not in answered for each in self.keyed)
+        if outcome.stopped:
+            log.warning("stopped with %d requests left: %s", left, outcome.stopped)
         return Done(outcome.sent, left, outcome.stopped, journal.spent(), tuple(map(str, files)), results)
 
     def made(self, journal: Journal) -> Iterator[Made]:

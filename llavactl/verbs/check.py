@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import write_stream
+from llavactl.core.json_stream import never_onto, write_stream
 from llavactl.data.inputs import counted_lengths, inputs, with_bar
 from llavactl.data.mend import Mender
-from llavactl.data.problems import KINDS, Tally
+from llavactl.data.problems import KINDS, Finding, Tally
 from llavactl.data.scan import Decode, Images, scan
 
 if TYPE_CHECKING:
@@ -88,11 +88,14 @@ def check(
         for each in given:
             lengths, how = counted_lengths(recipe, each.stage)
             said.append(how)
+            before = records + tally.counts.total()
             for examined in with_bar(scan(each.records(lengths is not None), looked, lengths), each, "check"):
                 records += not any(finding.kind in ("json", "source") for finding in examined.findings)
                 tally.add(examined.where, examined.findings)
                 if mender is not None:
                     mender.take(examined.where, examined.record, examined.findings)
+            if records + tally.counts.total() == before:
+                tally.add(str(each.file or f"a source of stage {each.stage}"), [Finding("empty")])
     return CheckReport(
         ok=not tally.hurts,
         records=records,
@@ -124,7 +127,6 @@ def _mender(file: Path | None, out: Path | None, root: str) -> Iterator[Mender |
         return
     if file is None:
         raise DataError("one file is mended at a time", hint="`llavactl data check FILE --fix OUT`")
-    if out.exists() and out.samefile(file):
-        raise DataError(f"{out}: the file that is checked is never altered", hint="give --fix another name")
+    never_onto(file, out)
     with write_stream(out) as write, write_stream(_log(out)) as note:
         yield Mender(root, write, note)

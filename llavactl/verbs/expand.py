@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llavactl.core.json_stream import write_stream
+from llavactl.core.json_stream import never_onto, write_stream
 from llavactl.data.captions import TagPlace, expanded, read_captions
 from llavactl.data.inputs import reading
 
@@ -30,6 +30,7 @@ def expand(file: Path, out: Path, *, image_tag: TagPlace = "random", seed: int =
     """
     began = time.perf_counter()
     records = 0
+    never_onto(file, out)
     with reading(file, "expand") as show, write_stream(out) as write:
         for records, caption in enumerate(read_captions(file), 1):
             write(expanded(caption, records - 1, seed, image_tag))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from llavactl.core.errors import DataError, PluginError
-from llavactl.core.json_stream import write_stream
+from llavactl.core.json_stream import never_onto, write_stream
 from llavactl.data.captions import Caption, read_captions
 from llavactl.data.concepts import Concepts, phrase_key
 from llavactl.data.inputs import reading
@@ -63,6 +63,7 @@ def filter_captions(
     """
     began = time.perf_counter()
     load_extractor(extractor)
+    never_onto(file, out)
     concepts = Concepts()
     if workers is None:
         workers = (os.cpu_count() or 1) if file.is_file() and file.stat().st_size > _SMALL else 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
-from llavactl.core.errors import DataError, RecipeError
+from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
@@ -101,7 +101,12 @@ def generate(recipe: Recipe, *, dry_run: bool = False, wishes: Wishes | None = N
             summary, asking = _write(wanted, gated(teacher, wanted, _at_once(teacher, asked, told)), recipe.seed), None
         else:
             with Journal(session.kept_in) as journal:
-                asking = session.run(wishes, journal)
+                try:
+                    asking = session.run(wishes, journal)
+                except TeacherError:
+                    if journal.answered():  # it is paid for: what there is of it can be looked at and used
+                        _write(wanted, session.made(journal), recipe.seed)
+                    raise
                 summary = _write(wanted, session.made(journal), recipe.seed)
         _keep_pictures(wanted.out.parent, pictures)
         report = replace(

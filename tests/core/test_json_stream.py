@@ -75,6 +75,10 @@ def test_a_broken_record_costs_only_itself(
         (b'{"id": 1}\n{"id": "\xff"}\n{"id": 2}', 2, "not UTF-8 text: byte 0xff"),
         ('{"id": 1}\n\n{"id": 2\n{"id": 2}', 3, "Expecting ',' delimiter"),
         ('[{"id": 1}, ' + "[" * 100_000 + ', {"id": 2}]', 1, "nested too deep"),
+        ('{"id": 1}\n{"id": ' + "9" * 6000 + '}\n{"id": 2}', 2, "thousands of digits"),
+        ('[{"id": 1},\n{"id": ' + "9" * 6000 + '},\n{"id": 2}]', 2, "thousands of digits"),
+        ('{"id": 1}\n{"image": "\\ud83d.jpg"}\n{"id": 2}', 2, "half of a pair of surrogates, \\ud83d"),
+        ('[{"id": 1},\n{"image": "\\uDE00"},\n{"id": 2}]', 2, "half of a pair of surrogates, \\ude00"),
     ],
 )
 def test_a_mistake_has_its_line_and_reading_goes_on(tmp_path: Path, text: str | bytes, line: int, problem: str) -> None:
@@ -107,6 +111,15 @@ def test_what_is_written_is_read_again(
         assert json.loads(path.read_bytes().decode("utf-8", "surrogatepass")) == records
     if "\\ud" not in json.dumps(records):
         assert [entry.value for entry in read_stream(path)] == records
+
+
+def test_whole_pairs_of_surrogates_are_text_and_halves_are_written_as_json(tmp_path: Path) -> None:
+    (entry,) = read(tmp_path / "a.jsonl", '{"id": "\\ud83d\\ude00"}')
+    assert (entry.value, entry.problem) == ({"id": "😀"}, "")
+    with write_stream(tmp_path / "b.jsonl") as write:
+        write({"id": "\ud83d"})
+        write({"id": "é"})
+    assert (tmp_path / "b.jsonl").read_text("utf-8") == '{"id": "\\ud83d"}\n{"id": "é"}\n'
 
 
 def interrupted(path: Path) -> None:

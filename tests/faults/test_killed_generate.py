@@ -139,9 +139,11 @@ def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, see
         assert sum(endpoint.answered.values()) - PICTURES <= 3 * 8
 
 
-def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path, end: signal.Signals) -> None:
+    """And so does the signal by which a scheduler ends a job."""
     with eight_held(folder) as (endpoint, process, released):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         err = read_until(process, "waiting for 8 replies in flight")
         released.set()
         err += process.communicate()[1]

@@ -260,6 +260,19 @@ run_dir: 3
         assert problem.startswith(f"-o {override}: ")
         assert why in problem
 
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "generate={teacher: {name: openai, api_key: sk-hidden}}", 'generate.teacher={"token": "sk-hidden"}',
+            "generate.teacher.password=sk-hidden", "generate={teacher: {base_url: 'http://me:sk-hidden@host/v1'}}",
+        ],
+    )  # fmt: skip
+    def test_a_message_repeats_no_secret_of_an_override(self, override: str) -> None:
+        small()
+        found = problems(override)
+        assert found
+        assert not any("sk-hidden" in problem for problem in found), found
+
     def test_a_whole_component_by_override(self) -> None:
         small()
         assert load_recipe(None, ["connector={name: mlp2x-gelu, fold: 2}"]).connector.spec() == {

@@ -213,16 +213,35 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_loses_nothing(recipe: Folder)
         assert result.exit_code == 1
         assert "3 requests in a row had no answer in 2 attempts each" in result.stderr
         assert "20 replies are kept" in result.stderr
+        assert len(records(folder)) == 20, "what was paid for is written, though not all was asked"
         assert len(endpoint.bodies) <= 20 + 3 * 8
         endpoint.behave = lambda number, body: None
         assert generate(folder)["samples"] == 100
         assert set(endpoint.answered.values()) == {1}
 
 
+def test_pictures_that_an_endpoint_chokes_on_do_not_hold_up_the_others(recipe: Folder) -> None:
+    """They are the last, so nobody knows whether the endpoint has gone: what there is is written."""
+
+    def behave(number: int, body: Mapping[str, Any]) -> Answers | None:
+        return Answers(500) if any(f"number {bad}." in body["messages"][-1]["content"] for bad in (7, 8, 9)) else None
+
+    with toy_endpoint(behave) as endpoint:
+        folder = recipe(endpoint.url, 10, more=", retries: 1, concurrency: 1")
+        made = generate(folder)
+        assert made["samples"] == len(records(folder)) == 7
+        assert made["asking"]["unanswered"] == 3
+        assert "3 requests in a row had no answer" in made["asking"]["stopped"]
+        endpoint.behave = lambda number, body: None
+        assert generate(folder)["asking"]["sent"] == 3
+        assert set(endpoint.answered.values()) == {1}
+
+
 def test_an_endpoint_that_asks_for_an_hour_is_left_alone(recipe: Folder) -> None:
     with toy_endpoint(lambda number, body: Answers(429, b"", {"Retry-After": "3600"})) as endpoint:
-        made = generate(recipe(endpoint.url, 100))
-        assert "come back in 60 minutes" in made["asking"]["stopped"]
+        result = run_cli("data", "generate", "--json", cwd=recipe(endpoint.url, 100))
+        assert "come back in 60 minutes" in result.json()["asking"]["stopped"]
+        assert "stopped with 100 requests left: " in result.stderr
         assert len(endpoint.bodies) <= 8
 
 
@@ -230,15 +249,16 @@ def test_hostile_replies_hurt_nothing(recipe: Folder) -> None:
     junk = [
         completion("a\0b"), completion("<script>alert(1)</script>" * 50), completion(" " * 900_000), completion(None),
         completion("\n" * 900_000 + "===\n" * 1000), completion("Question:" * 90_000), completion("<image> of a dog"),
-        completion("good", finish="length"), completion("\u202e кошка сидит на столе и смотрит в окно"),
+        completion("good", finish="length"), completion("Question:\na\n===\nAnswer:\nb", finish="content_filter"),
+        completion("\u202e кошка сидит на столе и смотрит в окно"),
     ]  # fmt: skip
     with toy_endpoint(lambda n, body: Answers(body=junk[n]) if n < len(junk) else None) as endpoint:
         folder = recipe(endpoint.url, len(junk) + 5, "conversation: 1", more=", concurrency: 1")
         made = generate(folder)
         assert made["samples"] == 5
         assert made["refused"] == len(junk)
-        assert made["reasons"]["malformed"] == len(junk) - 1
-        assert made["reasons"]["cut at max_tokens"] == 1
+        assert made["reasons"]["malformed"] == len(junk) - 2
+        assert made["reasons"]["cut at max_tokens"] == made["reasons"]["left out by the endpoint"] == 1
         assert "<script>" not in (folder / "data/made.report.html").read_text()
         endpoint.behave = lambda number, body: None
         assert generate(folder)["finished_before"] is True

@@ -39,7 +39,8 @@ def test_there_and_back(recipe: Folder) -> None:
     first = generate(folder, "--batch-requests", "requests.jsonl")
     assert first["asking"]["batch_files"] == ["requests.jsonl"]
     assert first["asking"]["unanswered"] == 10
-    (folder / "results.jsonl").write_text(results(folder / "requests.jsonl", wrong=3) + "\n")
+    said = results(folder / "requests.jsonl", wrong=3) + "\n"
+    (folder / "results.jsonl").write_text(said, encoding="utf-8-sig")
     back = generate(folder, "--batch-results", "results.jsonl")
     assert back["samples"] == 7
     found = back["asking"]["batch_results"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import Limits
 from llavactl.teaching.budget import Budget, Pace, Size
 from llavactl.teaching.prices import Price
@@ -65,3 +67,8 @@ def test_what_is_in_flight_counts_with_its_most() -> None:
 def test_no_tokenizer_makes_more_tokens_than_bytes(text: str) -> None:
     """Of a real byte-level tokenizer too, but those that know some words make fewer: here each byte is one."""
     assert Size(len(text.encode()), 1).most_tokens > len(text.encode()) >= Size(len(text.encode()), 0).tokens
+
+
+def test_no_number_is_no_limit() -> None:
+    with pytest.raises(RecipeError, match="nan is no amount"):
+        Budget(Price(**{"in": 1, "out": 1}), float("nan"))

@@ -13,7 +13,7 @@ from llavactl.core.schema import Box, Sample
 from llavactl.recipe.frame import Gates
 from llavactl.teaching import files
 from llavactl.teaching.gates import Gatekeeper
-from llavactl.teaching.generate import record
+from llavactl.teaching.generate import record, requests
 from llavactl.teaching.messages import prompts
 from llavactl.teaching.prices import prices
 from llavactl.teaching.replies import Kind
@@ -42,6 +42,17 @@ def test_the_picture_comes_last_and_examples_before() -> None:
     assert [each["role"] for each in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert messages[-1]["content"] == "A dog.\n\ndog: [0.100, 0.250, 0.500, 1.000]"
     assert prompts().messages(DOG, "conversation")[-1]["content"] == "A dog."
+
+
+def test_asked_again_about_the_same_no_request_is_sent_twice() -> None:
+    picture = Sample("a", (), captions=("A dog.", "A cat.", "A cow."))
+    told = prompts()
+    talks = [told.messages(picture, "conversation", again) for again in range(12)]
+    assert len({repr(talk) for talk in talks}) == 12
+    assert talks[0] == told.messages(picture, "conversation")
+    assert len({frozenset(talk[-1]["content"].split("\n")) for talk in talks}) == 1
+    asked = [request.messages for request in requests([picture, DOG], {"conversation": 1, "detail": 1}, 12, 0, told)]
+    assert len({repr(each) for each in asked if "A cat." in each[-1]["content"]}) == 6
 
 
 def test_a_users_folder_replaces_what_it_holds(tmp_path: Path) -> None:

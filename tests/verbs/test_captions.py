@@ -169,3 +169,26 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path) -> None:
     assert process.wait(60) == 130
     assert out.read_text() == "before"
     assert list(folder.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("verb", ["filter", "expand"])
+def test_the_file_that_is_read_is_never_altered(captions: Path, verb: str) -> None:
+    before = captions.read_bytes()
+    result = run_cli("data", verb, str(captions), "--out", str(captions))
+    assert result.exit_code == 1
+    assert "is never altered" in result.stderr
+    assert captions.read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["filter", "expand"])
+def test_all_lines_without_a_caption_are_named_at_once(captions: Path, tmp_path: Path, verb: str) -> None:
+    text = captions.read_text() + '\n{"id": 1, "image": "a.jpg", "caption": " "}\n{"id": 2}\n{"id": 3\n'
+    captions.write_text(text + '{"id": 4}\n' * 30)
+    out = tmp_path / "out.json"
+    result = run_cli("data", verb, str(captions), "--out", str(out))
+    assert result.exit_code == 1
+    for line in (50, 51, 53, 69):
+        assert f"{captions}:{line}: no text `caption`" in result.stderr
+    assert f"{captions}:52: not JSON" in result.stderr
+    assert "and 13 more" in result.stderr
+    assert not out.exists()

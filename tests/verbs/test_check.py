@@ -90,7 +90,7 @@ def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, 
 
 
 def test_every_kind_has_its_fault() -> None:
-    assert set(KINDS) - set(FAULTS) == {"json", "source", "untrained", "truncated", "image-cut"}
+    assert set(KINDS) - set(FAULTS) == {"empty", "json", "source", "untrained", "truncated", "image-cut"}
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -211,3 +211,29 @@ def test_real_records_are_sound() -> None:
     assert (code, report["problems"], report["records"]) == (0, [], 100)
     code, report = check(REAL / "blip_laion_cc_sbu_2k.json", "--images", str(REAL))
     assert (code, report["records"], report["hurts"]) == (1, 2183, 2183)
+
+
+def test_every_place_is_in_the_json_and_the_first_are_printed(tmp_path: Path) -> None:
+    file = tmp_path / "many.jsonl"
+    file.write_text("{\n" * 40 + json.dumps(record(1, None)))
+    (problem,) = json.loads(run_cli("data", "check", str(file), "--json").stdout)["problems"]
+    assert [place.split(":")[1] for place in problem["places"]] == [str(line) for line in range(1, 41)]
+    printed = run_cli("data", "check", str(file)).stdout
+    assert printed.count(f"{file}:") == 3
+    assert "json: and 37 more" in printed
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]"])
+def test_a_file_without_records_is_a_problem(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "none.json"
+    file.write_text(text)
+    result = run_cli("data", "check", str(file), "--json")
+    assert result.exit_code == 1
+    assert [problem["problem"] for problem in json.loads(result.stdout)["problems"]] == ["empty"]
+
+
+@pytest.mark.parametrize("verb", ["check", "stats", "filter", "expand"])
+def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path, verb: str) -> None:
+    out = ["--out", str(tmp_path / "out.json")] if verb in ("filter", "expand") else []
+    assert f"{tmp_path} is a folder" in run_cli("data", verb, str(tmp_path), *out).stderr
+    assert "there is no such file" in run_cli("data", verb, str(tmp_path / "none.json"), *out).stderr

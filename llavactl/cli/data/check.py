@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llavactl.verbs.check import CheckReport
 
 
+SHOWN = 3
+
+
 @click.command("check")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
@@ -74,8 +77,10 @@ def _print(report: CheckReport) -> None:
         rows = [(each.problem, each.effect, f"{each.count:,}", each.what) for each in report.problems]
         output.table([("problem", "effect", "count", ""), *rows])
         for each in report.problems:
-            for place in each.places:
+            for place in each.places[:SHOWN]:
                 click.echo(f"{each.problem}: {place}")
+            if each.count > SHOWN:
+                click.echo(f"{each.problem}: and {each.count - SHOWN:,} more; --json has up to a thousand")
     if (mended := report.mended) is not None:
         counts = f"{mended.written:,} records written, {mended.changed:,} changed, {mended.dropped:,} dropped"
         click.echo(f"{mended.out}: {counts}; {mended.log} says why")

@@ -67,4 +67,6 @@ def _box(row: Any) -> Box:
     left, top, right, bottom = map(float, row["bbox"])
     if not all(-0.01 <= edge <= 1.01 for edge in (left, top, right, bottom)):
         raise DataError(f"bbox {row['bbox']} is not in shares of width and height, 0 to 1")
+    if right < left or bottom < top:  # or left, top, width, height: another layout, of which all would be wrong
+        raise DataError(f"bbox {row['bbox']} is not left, top, right, bottom")
     return Box(str(row["category"]), (left, top, right, bottom), bool(row.get("crowd") or row.get("iscrowd")))

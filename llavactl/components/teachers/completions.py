@@ -112,8 +112,9 @@ def _reply(document: Any, body: bytes) -> Reply:
     finish = choice.get("finish_reason")
     return Reply(
         text=text.encode("utf-8", "replace").decode(),  # half a surrogate can't be written to any file
-        tokens_in=_count(usage.get("prompt_tokens")),
-        tokens_out=_count(usage.get("completion_tokens")),
+        # No prompt has no tokens, and no text: an endpoint that says so doesn't count, and would look free.
+        tokens_in=_count(usage.get("prompt_tokens")) or None,
+        tokens_out=_count(usage.get("completion_tokens")) or (None if text else 0),
         finish=_short(finish)[:40] if isinstance(finish, str) else "stop",
     )
 

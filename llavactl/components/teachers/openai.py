@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import re
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from llavactl.core.registry import Options
 if TYPE_CHECKING:
     import httpx2
 
+_SECRET = re.compile(r"api_?key|authorization|password|secret|bearer|^token$|auth_?token|access_?token", re.I)
 RESERVED = frozenset(["messages", "model", "stream", "n"])
 
 
@@ -39,7 +41,7 @@ class OpenAIOptions(Options):
         1024, ge=1, description="of one reply; null: the endpoint's own, unknown to --max-cost"
     )
     extra: dict[str, Any] = Field({}, description="more keys of the request's body, such as max_completion_tokens")
-    timeout_s: float = Field(120, gt=0, description="for one request as a whole")
+    timeout_s: float = Field(120, gt=0, allow_inf_nan=False, description="for one request as a whole")
     max_bytes: int = Field(4_000_000, ge=1000, description="a larger answer is cut off and refused")
     concurrency: int = Field(8, ge=1, le=1024, description="requests at a time")
     requests_per_minute: int | None = Field(None, ge=1)
@@ -60,6 +62,8 @@ class OpenAIOptions(Options):
     def _others(cls, given: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(RESERVED & given.keys()):
             raise ValueError(f"can't hold {', '.join(taken)}")
+        if secret := [key for key in given if _SECRET.search(key)]:
+            raise ValueError(f"{secret[0]} looks like a key or password: a recipe is saved with its run; see `key_env`")
         return given
 
 

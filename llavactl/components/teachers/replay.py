@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,15 @@ class ReplayOptions(Options):
 
 
 class Replay:
-    """The teacher ``replay``: by the request's id, its kind ending it (``000000001-detail``)."""
+    """The teacher ``replay``: by the request's id, its kind ending it (``000000001-detail``).
+
+    Raises:
+        DataError: its file can't be read; at once, for else each request would be refused for it.
+    """
 
     def __init__(self, options: ReplayOptions) -> None:
         self.options = options
+        self._recorded = _recorded(options.path)
 
     def reply(self, request: Request) -> Reply:
         """Raises DataError when there is none for the request."""
@@ -35,12 +39,11 @@ class Replay:
             raise DataError(f"{self.options.path} has no reply for {request.id}")
         return self._recorded[request.id]
 
-    @cached_property
-    def _recorded(self) -> dict[str, Reply]:
-        path = self.options.path
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file", hint='`path` names JSONL of {"id", "reply"}')
-        return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))
+
+def _recorded(path: Path) -> dict[str, Reply]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file", hint='`path` names JSONL of {"id", "reply"}')
+    return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Reply]]:

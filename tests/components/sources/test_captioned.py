@@ -145,12 +145,13 @@ def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplo
         good, {}, 7, {**good, "captions": "A dog."}, {**good, "captions": [], "instances": []},
         {**good, "instances": [{"category": "dog", "bbox": [0, 0, 640, 480]}]}, {**good, "image": "/etc/passwd"},
         {**good, "instances": [{"bbox": [0, 0, 1, 1]}]}, {**good, "instances": 7},
+        {**good, "instances": [{"category": "dog", "bbox": [0.5, 0.5, 0.2, 0.9]}]},
     ]  # fmt: skip
     path = tmp_path / "caps.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError) as caught:
         source("caps-boxes", path=path)
-    assert [f"caps.jsonl:{n}: " in caught.value.message for n in range(1, 10)] == [False] + [True] * 8
+    assert [f"caps.jsonl:{n}: " in caught.value.message for n in range(1, 11)] == [False] + [True] * 9
     path.write_text(f"{json.dumps(good)}\n{{broken\n7\n")
     with pytest.raises(DataError, match=r"caps.jsonl:2: (.|\n)*caps.jsonl:3: "):
         source("caps-boxes", path=path)

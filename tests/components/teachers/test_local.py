@@ -89,5 +89,8 @@ def test_what_a_run_kept_makes_the_same_records_again(tmp_path: Path) -> None:
     result = run_cli("data", "generate", "--json", cwd=tmp_path)
     assert result.json()["samples"] == 5
     assert result.json()["asking"] is None
+    gone = run_cli("data", "generate", "-o", "generate.teacher.path=none.jsonl", cwd=tmp_path)
+    assert gone.exit_code == 1
+    assert "none.jsonl: there is no such file" in gone.stderr
     first = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert json.loads((tmp_path / "b.json").read_text()) == first

@@ -158,7 +158,20 @@ def test_an_address_holds_no_secret_and_the_body_is_ours() -> None:
             OpenAIOptions(model="m", base_url=url)
     with pytest.raises(ValidationError):
         OpenAIOptions(model="m", extra={"messages": []})
+    for name in ("api_key", "Authorization", "token"):
+        with pytest.raises(ValidationError, match="see `key_env`"):
+            OpenAIOptions(model="m", extra={name: "sk-very-secret"})
+    assert OpenAIOptions(model="m", extra={"max_completion_tokens": 9, "logit_bias": {}}).extra
     assert OpenAIOptions(model="m", base_url="http://x/v1/chat/completions").base_url == "http://x/v1"
+
+
+def test_an_endpoint_that_counts_nothing_does_not_look_free() -> None:
+    def counts(text: str) -> tuple[int | None, int | None]:
+        reply = completions.read(200, completion(text, tokens_in=0, tokens_out=0))
+        return reply.tokens_in, reply.tokens_out
+
+    assert counts("A dog.") == (None, None)
+    assert counts("") == (None, 0)
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
