@@ -70,8 +70,8 @@ def compare(
 
 
 def _answers(path: Path, task: str) -> Path:
-    """The file of answers: ``path`` itself, or where the run in ``path`` has kept them."""
-    if not path.is_dir():
+    """The answers: ``path`` itself, a file or MME's folder of them, or where the run in ``path`` has kept them."""
+    if not path.is_dir() or (not (path / "eval").is_dir() and any(path.glob("*.txt"))):
         return path
     kept = read_document(path / "eval" / f"{task}.json").get("answers")
     if not isinstance(kept, str):
