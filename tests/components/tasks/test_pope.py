@@ -166,6 +166,24 @@ class TestSplits:
         )
         assert report["scores"]["recall"] == 25
 
+    def test_one_question_under_two_ids(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
+        """POPE's own files of A-OKVQA and GQA have that; the labels have to agree, and an id stands there once."""
+        again = QUESTIONS[2] | {"question_id": 99}
+        answers = [json.loads(line) for line in files["answers"].read_text().splitlines()]
+        given = {
+            "questions": lines("q.jsonl", [*QUESTIONS, again]),
+            "answers": lines("a.jsonl", [*answers, {"question_id": 99, "text": "yes"}]),
+        }
+
+        def report(label: str, name: int) -> Any:
+            rows = [row | {"question_id": at} for at, row in enumerate(labels_of("random"))]
+            labels = lines("coco_pope_random.json", [*rows, rows[2] | {"label": label, "question_id": name}])
+            return scored("pope", "--answers", given["answers"], questions=given["questions"], labels=labels)
+
+        assert (report("yes", 99)["n"], report("yes", 99)["scores"]["tp"]) == (5, 2)
+        assert "coco_pope_random.json:5: the question of" in report("no", 99)
+        assert "coco_pope_random.json:5: the question of" in report("yes", 2)
+
     @pytest.mark.parametrize(
         ("row", "why"),
         [
