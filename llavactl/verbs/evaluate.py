@@ -15,7 +15,7 @@ from llavactl.chat import foreign
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic, write_json
-from llavactl.core.protocols import Consults, Judged
+from llavactl.core.protocols import Consults, Judged, Pairs
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import processes
@@ -130,6 +130,8 @@ def evaluate(
     made: Task | Judged = tasks.create(spec)
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
+        if answers is not None and isinstance(made, Pairs):
+            made.check_answers(read_answers(answers, made))
         return stored
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
