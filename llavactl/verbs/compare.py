@@ -60,7 +60,8 @@ def compare(
     questions = list(made.questions())[:limit]
     candidates, grades = [], {}
     for path in given:
-        scored = runner.score(made, questions, read_answers(_answers(path, task), made), chosen)
+        file = _answers(path, task)
+        scored = runner.score(made, questions, read_answers(file, made), chosen, file)
         candidates.append(Candidate(str(path), scored.scores, scored.failed))
         grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
         if not grades[str(path)]:

@@ -67,7 +67,7 @@ class LlavaBenchOptions(JudgeOptions):
 class LlavaBench:
     """The tasks ``llava-bench`` and ``llava-bench-coco``; see ``llavactl.core.protocols.Judged``."""
 
-    protocols = ("llava", "excluding-failed")
+    protocols = ("llava", "excluding-failed", "stored")
     aside = JudgeOptions.aside()
 
     def __init__(self, options: LlavaBenchOptions) -> None:
@@ -88,23 +88,33 @@ class LlavaBench:
             other = [name for name, text in said.items() if _stored(run[name]) not in (None, as_llava(text) or FAILED)]
             if other:
                 log.warning(
-                    "%s: %d verdicts say something else than their `tuple`, the first is of %r; what they say counts",
-                    file, len(other), other[0],
+                    "%s: %d verdicts say something else than the points beside them, the first is of %r; "
+                    "under the protocol `stored` those points count", file, len(other), other[0],
                 )  # fmt: skip
         return runs
 
     def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:
         """``all`` and each kind: ``relative``, and the mean points of both in percent of 10.
 
-        Under ``llava`` a verdict that can't be read counts as −1 for both, as in LLaVA's summary. With several
-        runs a score is the mean of theirs; ``runs`` has each, ``spread`` their sample standard deviation.
+        Under ``llava`` a verdict that can't be read counts as −1 for both, as in LLaVA's summary. Under ``stored`` the
+        points count that a file has beside a verdict, whoever read or corrected them: LLaVA's summary takes those. With
+        several runs a score is the mean of theirs; ``runs`` has each, ``spread`` their sample standard deviation.
         """
         read = READERS[protocol]
         runs = [{name: read(text) for name, text in run.items()} for run in reviews]
+        if protocol == "stored":
+            runs = [
+                {name: _points(said.get(name), pair) for name, pair in run.items()}
+                for said, run in zip(self._reviews or [{}] * len(runs), runs, strict=True)
+            ]
         judged = {name for run in runs for name in run}
         failed = sum(pair is None for run in runs for pair in run.values())
         counted = [
-            {name: FAILED if pair is None else pair for name, pair in run.items() if pair or protocol == "llava"}
+            {
+                name: FAILED if pair is None else pair
+                for name, pair in run.items()
+                if pair or protocol != "excluding-failed"
+            }
             for run in runs
         ]
         scores: dict[str, Json] = {}
@@ -248,7 +258,17 @@ def _stored(record: Record) -> Pair | None:
     return None
 
 
-READERS: Mapping[str, Callable[[str], Pair | None]] = {"llava": as_llava, "excluding-failed": leniently}
+def _points(record: Record | None, read: Pair | None) -> Pair | None:
+    """The points beside a verdict, what was ``read`` of it where there are none."""
+    pair = _stored(record) if record else None
+    return read if pair is None else None if min(pair) < 0 else pair
+
+
+READERS: Mapping[str, Callable[[str], Pair | None]] = {
+    "llava": as_llava,
+    "excluding-failed": leniently,
+    "stored": as_llava,
+}
 
 
 def _group(pairs: Sequence[Pair]) -> dict[str, float | int | None]:

@@ -204,7 +204,18 @@ class TestOthersFiles:
         reviews = lines("r.jsonl", [row, row | {"question_id": 2, "tuple": [8, 4]}])
         said = run_cli("eval", "llava-bench", "-t", f"reviews={reviews}", "--json", cwd=tmp_path)
         assert said.json()["scores"]["all"]["relative"] == 50
-        assert "1 verdicts say something else than their `tuple`, the first is of '1'" in said.stderr
+        assert "1 verdicts say something else than the points beside them, the first is of '1'" in said.stderr
+
+    def test_stored_points(self, scored: Any, lines: Any) -> None:
+        """Vicuna's verdicts about mathematics begin with a solution: their points were written down by hand."""
+        rows = [
+            {"question_id": 1, "text": "First, I will solve it.", "score": [10, 6]},
+            {"question_id": 2, "content": "8 4", "tuple": [-1, -1]},
+            {"question_id": 3, "content": "9 9"},
+        ]
+        report = scored("llava-bench", "--protocol", "stored", reviews=lines("r.jsonl", rows))
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * (6 - 1 + 9) / (10 - 1 + 9))
+        assert report["failed"] == 1
 
     def test_reviews_of_other_answers(self, scored: Any, real: Path, runs: list[Path], lines: Any) -> None:
         answers = real / "llava-bench/answers_llava-v1.5-7b.jsonl"

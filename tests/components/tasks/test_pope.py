@@ -90,7 +90,7 @@ class TestWrongFiles:
         assert "cut.jsonl:2910: not JSON" in scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
         (tmp_path / "cut.jsonl").write_bytes(whole[: whole[:-1].rindex(b"\n") + 1])
         said = scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
-        assert "1 of 2910 questions have no answer, the first is '10002910'" in said
+        assert "cut.jsonl: 1 of 2910 questions have no answer, the first is '10002910'" in said
 
     def test_an_answer_twice(self, real: Path, scored: Any, tmp_path: Path) -> None:
         whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
