@@ -347,6 +347,10 @@ class TestJoint:
         def run(scored: Any, joint: str, *more: tuple[str, str]) -> Any:
             rows = [{"id": str(at), "reply": said} for at, said in enumerate(theirs)]
             replies = lines("replies.jsonl", rows + [{"id": name, "reply": said} for name, said in more])
+            if joint == "complement":  # as ScienceQA's own scripts keep what GPT-4 said
+                replies = tmp_path / "gpt4.json"
+                outputs = {str(at): said for at, said in enumerate(theirs)}
+                replies.write_text(json.dumps({"acc": 0, "results": {}, "outputs": outputs}, indent=2))
             options = {"judge.name": "replay", "judge.path": replies}
             return scored("scienceqa", "--answers", ours, questions=tmp_path / "problems.json", joint=joint, **options)
 
