@@ -77,7 +77,9 @@ def command(
     from llavactl.verbs.evaluate import evaluate
 
     chosen: dict[str, Any] = {"answers": answers, "protocol": protocol, "model": model, "limit": limit, "cases": cases}
-    made = evaluate(recipe, task, given, settings=settings, **chosen)
+    if settings is not None:
+        chosen["settings"] = settings
+    made = evaluate(recipe, task, given, **chosen)
     output.report(made, as_json)
 
 
