@@ -57,9 +57,14 @@ def command(
     `llavactl components tasks` lists the tasks and their options. With --answers, --compare, --model or
     -t reviews= no recipe is needed.
     """
-    given = task_options(options)
+    from llavactl.recipe.load import load_eval
+    from llavactl.recipe.resolve import DEFAULT
+
+    given, settings = task_options(options), None
     if answers is not None or compare or "reviews" in given:
         recipe = load_if_there(source, overrides)
+    elif model is not None and source is None and not Path(DEFAULT).is_file():
+        recipe, settings = None, load_eval(overrides)
     elif model is not None:
         recipe = load_if_given(source, overrides)
     else:
@@ -71,7 +76,10 @@ def command(
         return
     from llavactl.verbs.evaluate import evaluate
 
-    made = evaluate(recipe, task, given, answers=answers, protocol=protocol, model=model, limit=limit, cases=cases)
+    chosen: dict[str, Any] = {"answers": answers, "protocol": protocol, "model": model, "limit": limit, "cases": cases}
+    if settings is not None:
+        chosen["settings"] = settings
+    made = evaluate(recipe, task, given, **chosen)
     output.report(made, as_json)
 
 

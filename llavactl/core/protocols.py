@@ -162,6 +162,14 @@ class Judged(Protocol):
         """Scores of such verdicts."""
 
 
+@runtime_checkable
+class Pairs(Protocol):
+    """A judged task whose stored verdicts may say which answers they are about."""
+
+    def check_answers(self, answers: Mapping[str, Answer]) -> None:
+        """Raises DataError where the verdicts are about other answers."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a teacher is asked: chat ``messages`` ({"role", "content"}), and the sample it is about."""

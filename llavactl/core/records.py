@@ -66,7 +66,7 @@ def read_document(path: Path) -> Any:
 
 def read_table(path: Path, *columns: str, delimiter: str = ",") -> list[Record]:
     """The rows of a table with a line of names, which has to have ``columns``."""
-    lines = _text(path).split("\n")
+    lines = read_text(path).split("\n")
     try:
         # A cell may be a whole picture (base64): the module's limit of 128 kB is for other files.
         csv.field_size_limit(1 << 30)
@@ -112,7 +112,7 @@ def _record(where: str, value: Any) -> Record:
 
 
 def _values(path: Path, cut: bool, whole: bool = False) -> Iterator[tuple[str, Any]]:
-    text = _text(path)
+    text = read_text(path)
     start = text.lstrip()[:1]
     lines = text.split("\n")
     if start == "[" or (start == "{" and _is_one(lines)):
@@ -157,7 +157,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The file's text without a byte order mark.
+
+    Raises:
+        DataError: it can't be read, or isn't UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -123,16 +123,18 @@ def _line(answer: Answer) -> str:
     return json.dumps({"id": answer.id, "text": answer.text}, ensure_ascii=False) + "\n"
 
 
-def score(task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str) -> Scores:
-    """The scores of the answers to ``questions``; those beyond them are ignored.
+def score(
+    task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str, file: Path | None = None
+) -> Scores:
+    """The scores of the answers to ``questions``, read from ``file``; those beyond them are ignored.
 
     Raises:
         DataError: a question without an answer, or no question at all.
     """
-    return task.score(chosen(questions, answers), protocol)
+    return task.score(chosen(questions, answers, file), protocol)
 
 
-def chosen(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict[str, Answer]:
+def chosen(questions: Iterable[Question], answers: Mapping[str, Answer], file: Path | None = None) -> dict[str, Answer]:
     """The answers to ``questions``, in their order; what can't be scored is told as by ``score``."""
     ids = [question.id for question in questions]
     if not ids:
@@ -140,7 +142,8 @@ def chosen(questions: Iterable[Question], answers: Mapping[str, Answer]) -> dict
     missing = [name for name in ids if name not in answers]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(ids)} questions have no answer, the first is {missing[0]!r}",
+            f"{f'{file}: ' if file else ''}{len(missing)} of {len(ids)} questions have no answer, the first is "
+            f"{missing[0]!r}",
             hint="are these the answers to this task's questions? is the file cut?",
         )
     return {name: answers[name] for name in ids}

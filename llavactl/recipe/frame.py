@@ -250,7 +250,7 @@ class Eval(Section):
     """``blind_twin`` and ``stage1`` ask a task of the model shown other pictures, and of stage 1's, to set beside."""
 
     tasks: tuple[TaskSpec, ...] = ()
-    blind_twin: Switch = False
+    blind_twin: Switch = True
     stage1: Switch = False
     batch_size: Count = 8
     max_new_tokens: Count = 128

@@ -20,8 +20,8 @@ from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Key, Node, write
-from llavactl.recipe.frame import Recipe, Spec
-from llavactl.recipe.resolve import document, sentence
+from llavactl.recipe.frame import Eval, Recipe, Spec
+from llavactl.recipe.resolve import document, overridden, sentence
 from llavactl.recipe.wording import explain
 
 TEMPLATES = (("language", "template"), ("stage1", "template"), ("stage2", "template"))
@@ -56,6 +56,26 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     if recipe is None or problems:
         raise RecipeError.from_problems(sorted(dict.fromkeys(problems), key=_by_line))
     return recipe
+
+
+def load_eval(overrides: Sequence[str]) -> Eval:
+    """The section ``eval`` where there is no recipe: its defaults, with ``eval.key=value`` over them.
+
+    Raises:
+        RecipeError: with all problems at once; an override of another section is one.
+    """
+    root, problems = overridden(overrides)
+    data = root.plain()
+    found: list[Found] = [((key,), "without a recipe (-r) `eval` alone can be set") for key in data if key != "eval"]
+    try:
+        settings = Eval.model_validate(data.get("eval", {}))
+    except ValidationError as error:
+        settings = None
+        found += [(("eval", *path), why) for path, why in explain(error, Eval, data["eval"])]
+    problems += _placed(found, root)
+    if settings is None or problems:
+        raise RecipeError.from_problems(problems)
+    return settings
 
 
 def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:

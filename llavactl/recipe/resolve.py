@@ -68,6 +68,12 @@ def document(source: str | Path | None, overrides: Sequence[str]) -> tuple[Node,
     return root, place, problems
 
 
+def overridden(overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+    """The tree of ``overrides`` alone, and what is wrong with them."""
+    root = Node({}, "-o")
+    return root, [problem for override in overrides for problem in _override(root, override)]
+
+
 def _with_parents(place: Place, problems: list[Problem], below: tuple[Path, ...]) -> Node:
     child = read(place.file, place.base, problems)
     extends = child.value.pop("extends", None)

@@ -60,7 +60,8 @@ def compare(
     questions = list(made.questions())[:limit]
     candidates, grades = [], {}
     for path in given:
-        scored = runner.score(made, questions, read_answers(_answers(path, task), made), chosen)
+        file = _answers(path, task)
+        scored = runner.score(made, questions, read_answers(file, made), chosen, file)
         candidates.append(Candidate(str(path), scored.scores, scored.failed))
         grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
         if not grades[str(path)]:
@@ -70,8 +71,8 @@ def compare(
 
 
 def _answers(path: Path, task: str) -> Path:
-    """The file of answers: ``path`` itself, or where the run in ``path`` has kept them."""
-    if not path.is_dir():
+    """The answers: ``path`` itself, a file or MME's folder of them, or where the run in ``path`` has kept them."""
+    if not path.is_dir() or (not (path / "eval").is_dir() and any(path.glob("*.txt"))):
         return path
     kept = read_document(path / "eval" / f"{task}.json").get("answers")
     if not isinstance(kept, str):

@@ -15,12 +15,12 @@ from llavactl.chat import foreign
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic, write_json
-from llavactl.core.protocols import Consults, Judged
+from llavactl.core.protocols import Consults, Judged, Pairs
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import processes
 from llavactl.evaluation.statistics import intervals
-from llavactl.evaluation.views import BLIND, STAGE1, View
+from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.recipe.frame import Eval
@@ -82,16 +82,16 @@ class _Asked:
         """Those that are asked."""
         return self.everything[: self.limit]
 
-    def scored(self, answers: Answers, replies: Path) -> Scores:
-        """The scores; what a teacher says to them is kept in ``replies``."""
+    def scored(self, answers: Answers, file: Path, replies: Path) -> Scores:
+        """The scores of the answers in ``file``; what a teacher says to them is kept in ``replies``."""
         if isinstance(self.task, Consults) and self.task.consultant is not None:
-            given = runner.chosen(self.questions, answers)
+            given = runner.chosen(self.questions, answers, file)
             return self.task.consulted(given, asker(self.task.consultant, replies), self.protocol)
         assert not isinstance(self.task, Judged)
-        return runner.score(self.task, self.questions, answers, self.protocol)
+        return runner.score(self.task, self.questions, answers, self.protocol, file)
 
     def report(self, answers: Answers, model: str, file: Path, replies: Path) -> tuple[EvalReport, Scores]:
-        scored = self.scored(answers, replies)
+        scored = self.scored(answers, file, replies)
         ranges, name = intervals(self.questions, scored), self.spec["name"]
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
@@ -119,17 +119,21 @@ def evaluate(
     model: str | None = None,
     limit: int | None = None,
     cases: Path | None = None,
+    settings: Eval | None = None,
 ) -> EvalReport:
     """Asks ``task``'s questions, the first ``limit`` of them, and scores the answers under ``protocol``.
 
     Options are the recipe's for this task, with ``options`` over them. The model is ``model``, else the recipe's
     last finished stage; with ``answers``, or where the task has stored verdicts, none is asked. ``cases`` is the
-    folder of a page with the worst answers and some of all; a model's is in its run.
+    folder of a page with the worst answers and some of all; a model's is in its run. ``settings`` are those of a
+    recipe that isn't there.
     """
     spec = tasks.describe(recipe, task, options or {})
     made: Task | Judged = tasks.create(spec)
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
+        if answers is not None and isinstance(made, Pairs):
+            made.check_answers(read_answers(answers, made))
         return stored
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
@@ -141,7 +145,8 @@ def evaluate(
         if cases is not None:
             write_cases(cases, asdict(report), asked.questions, given, scored)
         return report
-    return _ask(recipe, asked, _model(recipe, model), cases)
+    settings = recipe.eval if recipe is not None else settings or Eval()
+    return _ask(recipe, settings, asked, _model(recipe, model), cases)
 
 
 def _model(recipe: Recipe | None, model: str | None) -> _Model:
@@ -174,13 +179,12 @@ def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:
     )
 
 
-def _ask(recipe: Recipe | None, asked: _Asked, model: _Model, cases: Path | None) -> EvalReport:
+def _ask(recipe: Recipe | None, settings: Eval, asked: _Asked, model: _Model, cases: Path | None) -> EvalReport:
     """Asks the model and those beside it, unless that was done before; of several processes each asks its share."""
-    settings = recipe.eval if recipe is not None else Eval()
     runs, name, among = model.runs, asked.spec["name"], processes()
     # Some questions are another result than all of them, and take no page or file of it.
     into = runs if asked.limit is None else runs / "limited"
-    views = _views(recipe, model, settings)
+    views = _views(recipe, model, settings, asked)
     aside = asked.task.aside if isinstance(asked.task, Consults) else ()
     questions = {key: value for key, value in asked.spec.items() if key not in aside}
     digests = {view.name: _hash([view.digest, view.blind, questions, settings.max_new_tokens]) for view in views}
@@ -215,7 +219,7 @@ def _write(
     name = asked.spec["name"]
     replies = model.runs / "judge" / f"{name}.replies.sqlite"
     report, scored = asked.report(said[""], model.name, kept, replies)
-    others = {other: dict(asked.scored(said[other], replies).scores) for other in said if other}
+    others = {other: dict(asked.scored(said[other], kept, replies).scores) for other in said if other}
     file, prompt = into / f"{name}.json", foreign.prompt_of(model.view.folder) if model.view.foreign else None
     report = replace(report, beside=others, file=str(file), ignored=0, prompt=prompt)
     _examples(into / "examples", name, asked.questions, said, scored)
@@ -227,10 +231,11 @@ def _write(
     return report
 
 
-def _views(recipe: Recipe | None, model: _Model, settings: Eval) -> list[View]:
+def _views(recipe: Recipe | None, model: _Model, settings: Eval, asked: _Asked) -> list[View]:
     """The model itself (without a name), and those that the recipe wants beside it."""
     views = [model.view]
-    if settings.blind_twin:
+    # Who is asked without pictures, or about a single one, has no other picture to be shown.
+    if settings.blind_twin and len(other_pictures(asked.everything)) > 1:
         views.append(replace(model.view, name=BLIND, blind=True))
     first = None if recipe is None else recipe.run_dir / "stage1" / "model"
     if settings.stage1 and model.own and first is not None and first.is_dir() and first != model.view.folder:

@@ -197,11 +197,28 @@ def test_eval_with_a_blind_twin_beside(models: Any, toy: Path) -> None:
 
 
 def test_eval_without_a_recipe(models: Any, tmp_path: Path) -> None:
-    words = ("eval", "scenes", "-t", "scenes=1", "--limit", "2", "--model", f"hf:{models('blip2')}", "--json")
+    words = ("eval", "scenes", "-t", "scenes=2", "--limit", "2", "--model", f"hf:{models('blip2')}", "--json")
     result = run_cli(*words, cwd=tmp_path)
     assert result.exit_code == 0, result.stderr
     assert result.json()["prompt"] == "Question: … Answer:"
     assert (tmp_path / "runs" / Path(result.json()["file"]).relative_to(tmp_path / "runs")).is_file()
+    assert "blind twin" in result.json()["beside"]
+
+
+def test_settings_without_a_recipe(models: Any, tmp_path: Path) -> None:
+    words = ("eval", "scenes", "-t", "scenes=1", "--limit", "1", "--model", f"hf:{models('blip2')}", "--json")
+    short = run_cli(*words, "-o", "eval.max_new_tokens=1", "-o", "eval.blind_twin=false", cwd=tmp_path).json()
+    assert short["beside"] == {}
+    assert len(Path(short["answers"]).read_text().splitlines()) == 1
+    for wrong, why in (
+        ("eval.max_new_tokens=no", "-o eval.max_new_tokens=no: eval.max_new_tokens: must be"),
+        ("eval.blind=true", "eval.blind: "),
+        ("seed=1", "-o seed=1: seed: without a recipe (-r) `eval` alone can be set"),
+        ("seed", "must be key.path=value"),
+    ):
+        refused = run_cli(*words, "-o", wrong, cwd=tmp_path)
+        assert refused.exit_code == 1
+        assert why in refused.stderr
 
 
 class TestWhatCannotBeAsked:

@@ -75,5 +75,12 @@ def test_results_without_outputs(tmp_path: Path) -> None:
     assert [(each.text, each.extra["index"]) for each in answers.values()] == [("C", 2), ("", -1)]
 
 
+def test_outputs_without_results_and_results_as_text(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"outputs": {"1": "The answer is C.", "7": ""}}')
+    assert [each.text for each in read_answers(tmp_path / "r.json").values()] == ["The answer is C.", ""]
+    (tmp_path / "r.json").write_text('{"results": {"1": "2", "7": "-1"}}')
+    assert [each.extra["index"] for each in read_answers(tmp_path / "r.json").values()] == [2, -1]
+
+
 def test_an_empty_file_holds_none(tmp_path: Path) -> None:
     assert read(tmp_path) == {}

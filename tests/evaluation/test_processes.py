@@ -52,7 +52,9 @@ def test_two_processes_give_one_result(run: Path) -> None:
     part.write_text(json.dumps(marked) + "\n" + lines[1][:9])
     report = together(run)
     assert report["n"] == alone["n"] == 18
-    assert [file.name for file in answers.parent.glob("scenes*")] == [answers.name]
+    twin = {file.name for file in answers.parent.glob("scenes*")} - {answers.name}
+    assert [name.endswith(".jsonl") for name in twin] == [True]
+    assert report["beside"] == alone["beside"]
     said = {json.loads(line)["id"]: json.loads(line)["text"] for line in answers.read_text().splitlines()}
     known = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
     assert said.pop(marked["id"]) == "kept from before"

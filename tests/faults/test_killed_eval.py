@@ -13,7 +13,8 @@ import pytest
 
 from llavactl.testing import run_cli
 
-OPTIONS = ("-t", "scenes=15", "-o", "eval.max_new_tokens=3", "-o", "eval.batch_size=2", "--json")
+SHORT = ("-o", "eval.max_new_tokens=3", "-o", "eval.batch_size=2", "-o", "eval.blind_twin=false")
+OPTIONS = ("-t", "scenes=15", *SHORT, "--json")
 
 
 def start(toy: Path) -> subprocess.Popen[bytes]:

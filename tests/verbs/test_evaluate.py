@@ -34,7 +34,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def evaluate(folder: Path, *arguments: str, code: int = 0) -> Any:
-    options = ("-o", "eval.max_new_tokens=4", "--json")
+    options = ("-o", "eval.max_new_tokens=4", "-o", "eval.blind_twin=false", "--json")
     result = run_cli("eval", "scenes", *SCENES, *options, *arguments, cwd=folder)
     assert result.exit_code == code, result.stderr
     return result.json() if code == 0 else result.stderr
@@ -70,6 +70,17 @@ def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path)
     evaluate(run, *blind)
     for name, lines in some.items():
         assert set(lines) <= set((run / "runs/toy/eval/answers" / name).read_text().splitlines())
+
+
+def test_the_blind_twin_stands_beside_a_score_unless_nothing_else_can_be_shown(run: Path) -> None:
+    words = ("eval", "scenes", "-t", "scenes=2", "-o", "eval.max_new_tokens=2", "--json")
+    beside = run_cli(*words, cwd=run).json()["beside"]
+    assert set(beside["blind twin"]) >= {"accuracy"}
+    one = [{"question_id": at, "image": "images/0.png", "text": f"{at}?", "label": "yes"} for at in range(2)]
+    shutil.copy(min((run / "images").iterdir()), run / "images/0.png")
+    (run / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one))
+    words = ("eval", "pope", "-t", "questions=q.jsonl", "-o", "eval.max_new_tokens=2", "--json")
+    assert run_cli(*words, cwd=run).json()["beside"] == {}
 
 
 def test_a_file_cut_by_a_kill_goes_on(run: Path) -> None:

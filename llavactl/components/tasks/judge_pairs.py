@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from statistics import fmean, stdev
 
 from pydantic import Field, model_validator
 
 from llavactl.components.tasks.judging import JudgeOptions, Pair, described, leniently, request, rules, verdicts
-from llavactl.components.tasks.pictures import asked, picture
+from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Ask, Json, Request, Scores
@@ -61,7 +62,12 @@ class JudgePairs:
         return ()
 
     def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
-        """Scores of ``answers`` after asking a judge about each; the other's answer is the first of the two."""
+        """Scores of ``answers`` after asking a judge about each; the other's answer is the first of the two.
+
+        ``length`` says whether longer answers won: ``longer_wins`` in percent of the ``decided`` questions (a win or a
+        loss, answers of different length), and the mean words of an answer here (``words``) and ``against``.
+        """
+        refuse_others({name: record.text("text") for name, record in self._questions.items()}, answers)
 
         def about(name: str, run: int, swapped: bool) -> Request:
             record = self._questions[name]
@@ -70,7 +76,11 @@ class JudgePairs:
             rule = rules(self.options.rule).get(str(record.get("category") or ""))
             return request(name, (run, swapped), context, record.text("text"), both, rule)
 
-        return self.judge(verdicts(answers, about, self.options, ask), protocol)
+        scored = self.judge(verdicts(answers, about, self.options, ask), protocol)
+        words = {
+            name: (len(answers[name].text.split()), len(self._others[name].text("text").split())) for name in answers
+        }
+        return replace(scored, scores={**scored.scores, "length": _length(words, scored.grades)})
 
     def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:  # noqa: ARG002 - there is one
         """Percentages ``win``, ``tie``, ``loss``, and ``win_rate``: wins and half of the ties.
@@ -122,6 +132,22 @@ class JudgePairs:
 
 
 _KEYS = ("win", "tie", "loss", "win_rate")
+
+
+def _length(words: Mapping[str, tuple[int, int]], grades: Mapping[str, float]) -> Json:
+    """Whether the longer of two answers won; ``words`` are those of ours and of the other's."""
+    decided = [
+        (ours > theirs) == (grades[name] > WON["tie"])
+        for name, (ours, theirs) in words.items()
+        if ours != theirs and grades.get(name, WON["tie"]) != WON["tie"]
+    ]
+    ours, theirs = zip(*words.values(), strict=True)
+    return {
+        "longer_wins": 100 * fmean(decided) if decided else None,
+        "decided": len(decided),
+        "words": fmean(ours),
+        "against": fmean(theirs),
+    }
 
 
 def _better(pair: Pair) -> str:

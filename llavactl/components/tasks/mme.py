@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, prompt_of
+from llavactl.components.tasks.pictures import asked, beyond, prompt_of, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Json, Scores
+from llavactl.core.records import read_text
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, ImageFile, Question
 
@@ -38,7 +39,7 @@ class MmeOptions(Options):
     """Options of the task ``mme``."""
 
     questions: RecipePath = Field(description="folder of CATEGORY.txt: picture, question and Yes or No, tabs between")
-    images: RecipePath = Field(description="folder of CATEGORY/picture")
+    images: RecipePath | None = Field(None, description="folder of CATEGORY/picture; null: that of the questions")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Mme:
 
     def questions(self) -> Iterator[Question]:
         for each in self._items:
-            image = ImageFile(str(self.options.images), f"{each.category}/{each.image}")
+            image = ImageFile(str(self.options.images or self.options.questions), f"{each.category}/{each.image}")
             yield Question(each.id, asked(image, each.text), each.gold, each.category)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
@@ -70,6 +71,7 @@ class Mme:
 
         ``perception`` and ``cognition`` are sums of their categories' points, as published.
         """
+        refuse_others({each.id: _words(each.text) for each in self._items}, answers)
         said = {each.id: says(answers[each.id].text) for each in self._items if each.id in answers}
         right = {each.id: said[each.id] == each.gold for each in self._items if each.id in said}
         points: dict[str, float] = {}
@@ -89,12 +91,23 @@ class Mme:
         return Scores({**sums, **points}, sum(each is None for each in said.values()), right)
 
     def id_of(self, answer: Answer) -> str:
-        """LLaVA's answers have ``CATEGORY/picture`` for ``question_id``: the question is in their prompt."""
-        return self._by_words.get((answer.id, _words(str(prompt_of(answer)))), answer.id)
+        """LLaVA's answers have ``CATEGORY/picture`` or ``CATEGORY/images/picture`` for ``question_id``, and its files
+        of results another suffix: the question is in their prompt.
+        """
+        prompt = prompt_of(answer)
+        if answer.id in self._own or not isinstance(prompt, str):
+            return answer.id
+        category, _, picture = answer.id.partition("/")
+        words = _words(prompt)
+        return self._by_words.get((category, PurePosixPath(picture).stem, words), beyond(answer, words))
 
     @cached_property
-    def _by_words(self) -> Mapping[tuple[str, str], str]:
-        return {(f"{each.category}/{each.image}", _words(each.text)): each.id for each in self._items}
+    def _own(self) -> set[str]:
+        return {each.id for each in self._items}
+
+    @cached_property
+    def _by_words(self) -> Mapping[tuple[str, str, str], str]:
+        return {(each.category, PurePosixPath(each.image).stem, _words(each.text)): each.id for each in self._items}
 
     @cached_property
     def _items(self) -> list[Item]:
@@ -118,12 +131,8 @@ def says(text: str) -> str | None:
 
 
 def _read(file: Path) -> Iterator[Item]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     asked_of: Counter[str] = Counter()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")

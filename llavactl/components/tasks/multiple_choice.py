@@ -1,7 +1,8 @@
 """Multiple choice with lettered options, if wanted in a circle, as MMBench does (Liu et al. 2023, arXiv 2307.06281).
 
 In a circle every question is asked once for each of its options, all options moved on by one each time: who always
-says A, or guesses, seldom gets all of them right.
+says A, or guesses, seldom gets all of them right. MMBench's own tables hold these turns already, question 7 as
+7, 1000007, 2000007, …; they are then asked and grouped as they stand there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from string import ascii_uppercase
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, picture
+from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Json, Scores
@@ -27,6 +28,8 @@ from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, ImageRef, Question
 
 LETTERS = ascii_uppercase[:8]
+TURN = 1_000_000
+"""What MMBench adds to a question's number for each turn."""
 _LETTER = r"\(?([A-Z])(?:[).:,\n]|$)"
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 
@@ -38,7 +41,9 @@ class MultipleChoiceOptions(Options):
         description="MMBench's .tsv, or JSON: index, question, A, B, …, answer; hint, category, image: path or base64"
     )
     images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
-    circular: bool = Field(False, description="ask each question once for each of its options, moved on by one")
+    circular: bool = Field(
+        False, description="all turns of a question count as one: those in MMBench's table, else made of its options"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,10 @@ class InlineImage:
 
 @dataclass(frozen=True)
 class Item:
-    """One question; ``right`` is an option's place from 0."""
+    """One question, which may have a text before it; ``right`` is an option's place from 0."""
 
     name: str
+    hint: str
     text: str
     options: tuple[str, ...]
     right: int
@@ -73,7 +79,7 @@ class Item:
         """The same question with its options moved on by ``by`` places: ``A B C`` → ``B C A`` by one."""
         options = self.options[by:] + self.options[:by]
         right = (self.right - by) % len(options)
-        return Item(f"{self.name}+{by}" if by else self.name, self.text, options, right, self.category, self.image)
+        return replace(self, name=f"{self.name}+{by}" if by else self.name, options=options, right=right)
 
 
 class MultipleChoice:
@@ -87,7 +93,7 @@ class MultipleChoice:
     def questions(self) -> Iterator[Question]:
         for item in self._asked:
             options = "\n".join(f"{letter}. {each}" for letter, each in zip(LETTERS, item.options, strict=False))
-            words = f"{item.text}\n{options}\n{DIRECTLY}"
+            words = f"{item.hint}{item.text}\n{options}\n{DIRECTLY}"
             yield Question(item.name, asked(item.image, words), LETTERS[item.right], item.category)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
@@ -96,33 +102,45 @@ class MultipleChoice:
         ``once`` is then the share of the questions as they stand in the file. A question with some of its turns
         unasked (``--limit``) is left out of both.
         """
+        refuse_others({item.name: item.text for item in self._asked}, answers)
         chosen = {
             item.name: read_letter(answers[item.name].text, item.options)
             for item in self._asked
             if item.name in answers
         }
         right = {item.name: chosen[item.name] == item.right for item in self._asked if item.name in chosen}
-        turns = {item.name: [each.name for each in self._turns(item)] for item in self._items}
+        turns = {name: [each.name for each in group] for name, group in self._groups.items()}
         whole = {name: all(right[each] for each in ids) for name, ids in turns.items() if right.keys() >= set(ids)}
-        groups: dict[str, list[bool]] = {}
-        for item in self._items:
-            if item.name in whole and item.category:
-                groups.setdefault(item.category, []).append(whole[item.name])
+        about: dict[str, list[str]] = {}
+        for name in whole:
+            if category := self._groups[name][0].category:
+                about.setdefault(category, []).append(name)
         scores: dict[str, Json] = {"accuracy": _percent(list(whole.values()))}
         if self.options.circular:
             scores["once"] = _percent([right[name] for name in whole])
-        about = {"accuracy": list(whole)} | {
-            name: [item.name for item in self._items if item.name in whole and item.category == name] for name in groups
-        }
-        shares = {name: _percent(each) for name, each in sorted(groups.items())}
-        return Scores(scores | shares, sum(each is None for each in chosen.values()), whole, about)
+        shares = {name: _percent([whole[each] for each in ids]) for name, ids in sorted(about.items())}
+        failed = sum(each is None for each in chosen.values())
+        return Scores(scores | shares, failed, whole, {"accuracy": list(whole), **about})
 
-    def _turns(self, item: Item) -> list[Item]:
-        return [item.turned(by) for by in range(len(item.options) if self.options.circular else 1)]
+    def id_of(self, answer: Answer) -> str:
+        """LLaVA's answers say in ``round_id`` which turn they are to."""
+        turn = answer.extra.get("round_id")
+        return f"{answer.id}+{turn}" if isinstance(turn, int) and turn > 0 else answer.id
 
     @cached_property
     def _asked(self) -> list[Item]:
-        return [turned for item in self._items for turned in self._turns(item)]
+        return [turn for group in self._groups.values() for turn in group]
+
+    @cached_property
+    def _groups(self) -> Mapping[str, list[Item]]:
+        """What is asked of each question: itself alone, or all of its turns."""
+        if not self.options.circular:
+            return {item.name: [item] for item in self._items}
+        own = _turns_in(self._items)
+        if len(own) == len(self._items):
+            return {item.name: [item.turned(by) for by in range(len(item.options))] for item in self._items}
+        # Not always as many as there are options: MMBench has four options in three turns, too.
+        return own
 
     @cached_property
     def _items(self) -> list[Item]:
@@ -132,6 +150,17 @@ class MultipleChoice:
         )
         folder = self.options.images or file.parent
         return [_item(name, record, folder) for name, record in unique(records, "index", "question_id", "id").items()]
+
+
+def _turns_in(items: Sequence[Item]) -> Mapping[str, list[Item]]:
+    """The items by their question, where their numbers say that they are turns of one."""
+    names = {item.name for item in items}
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        number = int(item.name) if item.name.isascii() and item.name.isdecimal() else 0
+        first = str(number % TURN)
+        found.setdefault(first if number >= TURN and first in names else item.name, []).append(item)
+    return found
 
 
 def read_letter(text: str, options: Sequence[str]) -> int | None:
@@ -158,10 +187,10 @@ def _item(name: str, record: Record, folder: Path) -> Item:
     if count < 2 or len(answer) != 1 or answer not in LETTERS[:count]:
         raise DataError(f"{record.where}: `answer` is {answer!r:.40}, the options are {count}: A, B, …")
     hint = str(record.get("hint") or "")
-    text = f"{hint}\n{record.text('question')}" if hint not in ("", "nan") else record.text("question")
     return Item(
         name,
-        text,
+        "" if hint in ("", "nan") else f"{hint}\n",
+        record.text("question"),
         tuple(given[:count]),
         LETTERS.index(answer),
         str(record.get("category") or ""),

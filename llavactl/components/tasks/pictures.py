@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llavactl.core.errors import DataError
@@ -23,14 +24,34 @@ def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
     return (Turn("user", (text,) if image is None else (image, f"\n{text}")),)
 
 
-def refuse_others(questions: Mapping[str, str], answers: Mapping[str, Answer]) -> None:
+UNKNOWN = "Unknown"
+"""What LLaVA's ``eval_science_qa.py`` notes for the prompt of an answer that it doesn't have."""
+
+
+def holds(prompt: str, question: str) -> bool:
+    """Whether ``question`` stands in ``prompt``, whatever its spaces and capitals."""
+    return _spaced(question) in _spaced(prompt)
+
+
+def same_words(prompt: str, question: str) -> bool:
+    """Whether all words of ``question`` are in ``prompt``, in whatever order: its parts may have changed places."""
+    return set(_words(question)) <= set(_words(prompt))
+
+
+def refuse_others(
+    questions: Mapping[str, str], answers: Mapping[str, Answer], same: Callable[[str, str], bool] = holds
+) -> None:
     """Stops where an answer's file says that something else was asked: ids alone may agree by chance.
 
     Raises:
-        DataError: answers whose ``prompt`` doesn't hold the question, in ``questions`` by id.
+        DataError: answers whose ``prompt`` isn't the ``same`` as the question, in ``questions`` by id.
     """
     said = {name: prompt_of(answers[name]) for name in questions if name in answers}
-    wrong = [name for name, prompt in said.items() if isinstance(prompt, str) and not _holds(prompt, questions[name])]
+    wrong = [
+        name
+        for name, prompt in said.items()
+        if isinstance(prompt, str) and prompt != UNKNOWN and not same(prompt, questions[name])
+    ]
     if wrong:
         raise DataError(
             f"{len(wrong)} of {len(said)} answers are to other questions; the first is {wrong[0]!r}: it answers "
@@ -44,5 +65,17 @@ def prompt_of(answer: Answer) -> object:
     return answer.extra.get("prompt", answer.extra.get("question"))
 
 
-def _holds(prompt: str, question: str) -> bool:
-    return " ".join(question.split()) in " ".join(prompt.split())
+def beyond(answer: Answer, prompt: str) -> str:
+    """An id for an answer to a question that isn't asked here, where its own id is a picture's.
+
+    Two such answers about one picture are two answers, not the same one twice.
+    """
+    return f"{answer.id}: {prompt}"
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())

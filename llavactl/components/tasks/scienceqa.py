@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
 from llavactl.components.tasks.judging import ConsultOptions
-from llavactl.components.tasks.pictures import asked
+from llavactl.components.tasks.pictures import asked, refuse_others, same_words
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.schema import Answer, Question, Sample
@@ -34,6 +34,8 @@ COLUMNS: Mapping[str, Callable[[Problem], bool]] = {
     "Avg": lambda each: True,  # noqa: ARG005 - every problem
 }
 LETTERS = tuple("ABCDE")
+_FRAME = re.compile(r"(?m)^Context: (?:N/A$)?|^Options: ")
+"""What stands around the words of a problem in one of its forms and not in others."""
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 
 
@@ -107,6 +109,8 @@ class Scienceqa:
         return replace(joint, scores={**joint.scores, **alone})
 
     def _here(self, answers: Mapping[str, Answer]) -> list[Problem]:
+        # The words alone: what was asked may have had the context behind the question, or other marks for the options.
+        refuse_others({each.id: _FRAME.sub(" ", each.prompt) for each in self._problems}, answers, same_words)
         return [problem for problem in self._problems if problem.id in answers]
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, picture, prompt_of
+from llavactl.components.tasks.pictures import asked, beyond, picture, prompt_of, refuse_others
 from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
@@ -46,6 +47,7 @@ class Item:
     """A question with what ten people said."""
 
     question: Question
+    words: str
     people: tuple[str, ...]
 
 
@@ -105,8 +107,15 @@ class TextVqa:
     def id_of(self, answer: Answer) -> str:
         """LLaVA's answers have the picture for ``question_id``; the question is in their prompt."""
         prompt = prompt_of(answer)
-        lines = prompt.lower().split("\n") if isinstance(prompt, str) else []
-        return next((self._by_words[key] for line in lines if (key := (answer.id, line)) in self._by_words), answer.id)
+        if answer.id in self._own or not isinstance(prompt, str):
+            return answer.id
+        lines = re.split(r"\n|^ocr tokens: .*question: | short answer:", prompt.lower())
+        known = (self._by_words[key] for line in lines if (key := (answer.id, line)) in self._by_words)
+        return next(known, beyond(answer, prompt))
+
+    @cached_property
+    def _own(self) -> set[str]:
+        return {each.question.id for each in self._items}
 
     @cached_property
     def _by_words(self) -> Mapping[tuple[str, str], str]:
@@ -148,6 +157,7 @@ def _scores(
     items: Sequence[Item], answers: Mapping[str, Answer], grade: Callable[[str, Sequence[str]], float]
 ) -> Scores:
     here = {each.question.id: each for each in items if each.question.id in answers}
+    refuse_others({name: each.words for name, each in here.items()}, answers)
     grades = {name: grade(answers[name].text, each.people) for name, each in here.items()}
     groups: dict[str, list[float]] = {}
     for name, each in here.items():
@@ -177,4 +187,5 @@ def _item(name: str, record: Record, notes: Record, folder: Path, file: str, kin
         raise DataError(f"{notes.where}: `answers` are not those of {PEOPLE} people")
     image = picture(Record(record.where, {"image": file}), folder)
     words = f"{record.text('question')}\n{SHORTLY}"
-    return Item(Question(name, asked(image, words), max(texts, key=texts.count), kind), texts)
+    question = Question(name, asked(image, words), max(texts, key=texts.count), kind)
+    return Item(question, record.text("question"), texts)

@@ -1,4 +1,4 @@
-"""Replies that were recorded: from JSONL, or from what an earlier run kept beside its ``out``."""
+"""Replies that were recorded: from JSONL, what a run kept beside its ``out``, or a file of results of ScienceQA."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Reply, Request
+from llavactl.core.records import read_document
 from llavactl.core.registry import Options
 
 
 class ReplayOptions(Options):
     """Options of the teacher ``replay``."""
 
-    path: RecipePath = Field(description='JSONL of {"id", "reply"}, or the .replies.sqlite of a run')
+    path: RecipePath = Field(
+        description='JSONL of {"id", "reply"}, the .replies.sqlite of a run, or JSON of {"outputs": {id: reply}}'
+    )
 
 
 class Replay:
@@ -43,7 +46,20 @@ class Replay:
 def _recorded(path: Path) -> dict[str, Reply]:
     if not path.is_file():
         raise DataError(f"{path}: there is no such file", hint='`path` names JSONL of {"id", "reply"}')
+    if path.suffix == ".json" and (outputs := _outputs(path)) is not None:
+        return outputs
     return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))
+
+
+def _outputs(path: Path) -> dict[str, Reply] | None:
+    """What a file of results of ScienceQA's scripts has been told; None where it isn't one."""
+    document = read_document(path)
+    outputs = document.get("outputs") if isinstance(document, dict) else None
+    if not isinstance(outputs, dict):
+        return None
+    if wrong := [name for name, text in outputs.items() if not isinstance(text, str)]:
+        raise DataError(f"{path}: `outputs` of {wrong[0]!r} is not text")
+    return {name: Reply(text) for name, text in outputs.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Reply]]:

@@ -182,7 +182,9 @@ class TestWrong:
             assert why in judge(tmp_path, "llava-bench", bench, *words, code=1)
         bare = {key: bench[key] for key in ("questions", "answers")}
         words = ("-t", "judge.name=openai", "-t", "judge.model=x")
-        assert "context=FILE and reference=FILE" in judge(tmp_path, "llava-bench", bare, *words, code=1)
+        assert "a judge is told a reference answer" in judge(tmp_path, "llava-bench", bare, *words, code=1)
+        bare["reference"] = bench["reference"]
+        assert "has to be told what is on them" in judge(tmp_path, "llava-bench", bare, *words, code=1)
 
     def test_a_key_that_is_a_value_too(self, bench: dict[str, Path], tmp_path: Path) -> None:
         for words in (("judge=x", "judge.name=y"), ("judge.name=y", "judge=x")):
@@ -218,6 +220,25 @@ class TestPairs:
         assert scores["tie"] == pytest.approx(300 / 6)
         assert scores["win_rate"] == pytest.approx(100 * 2.5 / 6)
         assert scores["agreement"] == pytest.approx(50)
+
+    def test_whether_longer_answers_win(self, bench: dict[str, Path], tmp_path: Path, lines: Any) -> None:
+        files = self.files(bench, lines) | {
+            "against": lines("o.jsonl", [{"question_id": at, "text": "two words"} for at in range(6)]),
+            "answers": lines("m.jsonl", [{"question_id": at, "text": "word " * at} for at in range(6)]),
+        }
+        # Lost, won though shorter, as long, won as the longer one three times, of which one is a tie.
+        rows = [{"id": str(at), "reply": reply} for at, reply in enumerate(("9 5", "5 9", "5 9", "5 9", "7 7", "5 9"))]
+        words = ("-t", "judge.name=replay", "-t", f"judge.path={lines('said.jsonl', rows)}", "-t", "swap=false")
+        length = judge(tmp_path, "judge-pairs", files, *words)["scores"]["length"]
+        assert length == {"longer_wins": 75, "decided": 4, "words": 2.5, "against": 2}
+
+    def test_answers_to_other_questions(self, bench: dict[str, Path], tmp_path: Path, lines: Any) -> None:
+        rows = [{"question_id": at, "prompt": "Who is it?", "text": "x"} for at in range(6)]
+        bench["answers"] = lines("a.jsonl", rows)
+        said = lines("said.jsonl", [])
+        words = ("-t", "judge.name=replay", "-t", f"judge.path={said}")
+        for task, files in (("judge-pairs", self.files(bench, lines)), ("llava-bench", bench)):
+            assert "6 of 6 answers are to other questions" in judge(tmp_path, task, files, *words, code=1)
 
     def test_one_order_alone_and_runs(self, bench: dict[str, Path], tmp_path: Path, lines: Any) -> None:
         rows = [{"id": f"{at}{run}", "reply": "5 9" if run else "9 5"} for at in range(6) for run in ("", "-run2")]

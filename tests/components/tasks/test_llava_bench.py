@@ -11,6 +11,7 @@ import pytest
 from llavactl.components.tasks.judging import as_llava, leniently
 from llavactl.components.tasks.llava_bench import LlavaBench, LlavaBenchOptions
 from llavactl.core.protocols import Judged
+from llavactl.testing import run_cli
 
 PUBLISHED = (64.8, 65.3, 66.3)
 
@@ -169,3 +170,59 @@ def test_the_questions_of_both(real: Path, files: dict[str, Path]) -> None:
         assert all(each.reference and each.turns[0].images for each in questions)
         assert task.reviews() == []
     assert [each.category for each in questions[:3]] == ["conv", "detail", "complex"]
+
+
+class TestOthersFiles:
+    """Vicuna's reviews, kinds of other benchmarks, files without the judge's words."""
+
+    def test_reviews_without_kinds_or_words(self, scored: Any, lines: Any) -> None:
+        vicuna = [
+            {"question_id": at, "text": f"{a} {b}\nAssistant 1 …", "score": [a, b]}
+            for at, (a, b) in enumerate([(8, 9), (9.5, 7)])
+        ]
+        report = scored("llava-bench", reviews=lines("r.jsonl", vicuna))
+        assert list(report["scores"]) == ["all"]
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * 16 / 17.5)
+        bare = [{"question_id": 1, "category": "conv", "tuple": [8, 4.0]}, {"question_id": 2, "tuple": [-1, -1]}]
+        report = scored("llava-bench", reviews=lines("r.jsonl", bare))
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * 3 / 7)
+        assert (report["failed"], report["scores"]["conv"]["n"]) == (1, 1)
+        assert "there is no `content`" in scored(
+            "llava-bench", reviews=lines("r.jsonl", [{"question_id": 1, "tuple": [8, "4"]}])
+        )
+
+    def test_other_kinds(self, scored: Any, lines: Any) -> None:
+        rows = [
+            {"question_id": at, "category": kind, "content": "8 4"}
+            for at, kind in enumerate(("writing", "complex", "generic", "conv"))
+        ]
+        scores = scored("llava-bench", reviews=lines("r.jsonl", rows))["scores"]
+        assert list(scores) == ["all", "conv", "complex", "generic", "writing"]
+
+    def test_what_is_said_counts_and_a_wrong_tuple_is_told(self, lines: Any, tmp_path: Path) -> None:
+        row = {"question_id": 1, "category": "conv", "content": "8 4", "tuple": [1, 1]}
+        reviews = lines("r.jsonl", [row, row | {"question_id": 2, "tuple": [8, 4]}])
+        said = run_cli("eval", "llava-bench", "-t", f"reviews={reviews}", "--json", cwd=tmp_path)
+        assert said.json()["scores"]["all"]["relative"] == 50
+        assert "1 verdicts say something else than the points beside them, the first is of '1'" in said.stderr
+
+    def test_stored_points(self, scored: Any, lines: Any) -> None:
+        """Vicuna's verdicts about mathematics begin with a solution: their points were written down by hand."""
+        rows = [
+            {"question_id": 1, "text": "First, I will solve it.", "score": [10, 6]},
+            {"question_id": 2, "content": "8 4", "tuple": [-1, -1]},
+            {"question_id": 3, "content": "9 9"},
+        ]
+        report = scored("llava-bench", "--protocol", "stored", reviews=lines("r.jsonl", rows))
+        assert report["scores"]["all"]["relative"] == pytest.approx(100 * (6 - 1 + 9) / (10 - 1 + 9))
+        assert report["failed"] == 1
+
+    def test_reviews_of_other_answers(self, scored: Any, real: Path, runs: list[Path], lines: Any) -> None:
+        answers = real / "llava-bench/answers_llava-v1.5-7b.jsonl"
+        assert scored("llava-bench", "--answers", answers, reviews=runs)["n"] == 60
+        rows = [json.loads(row) for row in answers.read_text().splitlines()]
+        rows[7]["answer_id"] = "other"
+        said = scored("llava-bench", "--answers", lines("a.jsonl", rows), reviews=runs)
+        assert "eval1.jsonl:8: about another answer than the one that is given; 1 of 60" in said
+        said = scored("llava-bench", "--answers", lines("a.jsonl", rows[:-1]), reviews=runs)
+        assert "reviews of answers that aren't given, the first is to '59'" in said

@@ -82,3 +82,39 @@ def test_llava_s_answers_name_the_picture(scored: Any, folder: Path, lines: Any)
     ]
     report = scored("mme", "--answers", lines("a.jsonl", rows), questions=folder, images=folder)
     assert report["scores"]["perception"] == report["scores"]["cognition"] == 200
+
+
+def test_llava_s_own_folders_and_what_it_was_asked_beyond(scored: Any, folder: Path, lines: Any) -> None:
+    """LLaVA's ids have ``images/`` in them; of pictures that aren't asked about here it has two answers, too."""
+    rows = [
+        {"question_id": f"{category}/images/{name}.png", "prompt": f"Is it {word}?", "text": word}
+        for category, names in (("existence", "019"), ("code_reasoning", "01"))
+        for name in names
+        for word in ("No", "Yes")
+    ]
+    report = scored("mme", "--answers", lines("a.jsonl", rows), questions=folder)
+    assert (report["scores"]["perception"], report["ignored"]) == (200, 2)
+    rows[0]["prompt"] = "Is it Noah?"
+    assert "1 of 8 questions have no answer" in scored("mme", "--answers", lines("a.jsonl", rows), questions=folder)
+
+
+def test_a_folder_of_results(scored: Any, folder: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for file in folder.glob("*.txt"):
+        asked = [line.split("\t") for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        rows = (f"{cells[0][:-3]}txt\t{cells[1]}\t{cells[2]}\t{cells[2].lower()}, it is\n" for cells in reversed(asked))
+        (results / file.name).write_text("".join(rows))
+    assert scored("mme", "--answers", results, questions=folder)["scores"]["perception"] == 200
+    assert scored("mme", "--answers", results, questions=results)["scores"]["cognition"] == 200
+    with (results / "existence.txt").open("a") as file:
+        file.write("1.txt\tIs it cut?\tYes\n")
+    assert "existence.txt:5: not picture, question" in scored("mme", "--answers", results, questions=folder)
+
+
+def test_answers_to_other_questions(scored: Any, folder: Path, lines: Any) -> None:
+    names = [f"{c}/{at}.jpg/{turn}" for c in ("existence", "code_reasoning") for at in range(2) for turn in (1, 2)]
+    rows = [{"id": name, "text": "yes", "prompt": "Is it Yes? Please answer yes or no."} for name in names]
+    assert "4 of 8 answers are to other questions" in scored(
+        "mme", "--answers", lines("a.jsonl", rows), questions=folder
+    )

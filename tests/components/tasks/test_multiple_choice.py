@@ -94,3 +94,42 @@ def test_no_right_option(scored: Any, lines: Any, change: dict[str, Any]) -> Non
 def test_it_conforms(questions: Path) -> None:
     for circular in (False, True):
         assert check_task(MultipleChoice(MultipleChoiceOptions(questions=questions, circular=circular))) == []
+
+
+@pytest.fixture
+def turned(tmp_path: Path) -> Path:
+    """As MMBench's own table has it: the turns are rows, a million apart."""
+    head = "index\tquestion\tA\tB\tC\tanswer\tcategory"
+    rows = [
+        "7\tWhich?\tred\tblue\tgreen\tB\tcolour",
+        "9\tWho?\the\tshe\tnan\tA\tperson",
+        "1000007\tWhich?\tgreen\tred\tblue\tC\tcolour",
+        "1000009\tWho?\tshe\the\tnan\tB\tperson",
+        "2000007\tWhich?\tblue\tgreen\tred\tA\tcolour",
+    ]
+    (tmp_path / "m.tsv").write_text("\n".join([head, *rows]) + "\n")
+    return tmp_path / "m.tsv"
+
+
+def test_the_turns_of_mmbench_s_own_table_are_taken_as_they_are(scored: Any, turned: Path, lines: Any) -> None:
+    said = {"7": "B", "1000007": "C", "2000007": "A", "9": "A", "1000009": "A"}
+    answers = lines("a.jsonl", ({"question_id": int(name), "text": text} for name, text in said.items()))
+    circle = scored("multiple-choice", "--answers", answers, questions=turned, circular="true")
+    assert circle["scores"] == {"accuracy": 50, "once": 100, "colour": 100, "person": 0}
+    assert circle["n"] == 5
+    assert scored("multiple-choice", "--answers", answers, questions=turned)["scores"]["accuracy"] == 80
+
+
+def test_llava_s_answers_name_the_round(scored: Any, questions: Path, lines: Any) -> None:
+    rows = [
+        {"question_id": name, "round_id": turn, "prompt": f"Look.\n{asked}\nA. …", "text": "BACAB"[at]}
+        for at, (name, turn, asked) in enumerate(
+            [(1, 0, "Which?"), (1, 1, "Which?"), (1, 2, "Which?"), (2, 0, "Who?"), (2, 1, "Who?")]
+        )
+    ]
+    report = scored("multiple-choice", "--answers", lines("a.jsonl", rows), questions=questions, circular="true")
+    assert report["scores"]["accuracy"] == 100
+    rows[3]["prompt"] = "Which?"
+    assert "1 of 5 answers are to other questions" in scored(
+        "multiple-choice", "--answers", lines("a.jsonl", rows), questions=questions, circular="true"
+    )

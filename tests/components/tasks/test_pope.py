@@ -90,7 +90,7 @@ class TestWrongFiles:
         assert "cut.jsonl:2910: not JSON" in scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
         (tmp_path / "cut.jsonl").write_bytes(whole[: whole[:-1].rindex(b"\n") + 1])
         said = scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
-        assert "1 of 2910 questions have no answer, the first is '10002910'" in said
+        assert "cut.jsonl: 1 of 2910 questions have no answer, the first is '10002910'" in said
 
     def test_an_answer_twice(self, real: Path, scored: Any, tmp_path: Path) -> None:
         whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
@@ -165,6 +165,24 @@ class TestSplits:
             "pope", "--answers", files["answers"], questions=lines("r.jsonl", own), labels=lines("l.json", rows)
         )
         assert report["scores"]["recall"] == 25
+
+    def test_one_question_under_two_ids(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
+        """POPE's own files of A-OKVQA and GQA have that; the labels have to agree, and an id stands there once."""
+        again = QUESTIONS[2] | {"question_id": 99}
+        answers = [json.loads(line) for line in files["answers"].read_text().splitlines()]
+        given = {
+            "questions": lines("q.jsonl", [*QUESTIONS, again]),
+            "answers": lines("a.jsonl", [*answers, {"question_id": 99, "text": "yes"}]),
+        }
+
+        def report(label: str, name: int) -> Any:
+            rows = [row | {"question_id": at} for at, row in enumerate(labels_of("random"))]
+            labels = lines("coco_pope_random.json", [*rows, rows[2] | {"label": label, "question_id": name}])
+            return scored("pope", "--answers", given["answers"], questions=given["questions"], labels=labels)
+
+        assert (report("yes", 99)["n"], report("yes", 99)["scores"]["tp"]) == (5, 2)
+        assert "coco_pope_random.json:5: the question of" in report("no", 99)
+        assert "coco_pope_random.json:5: the question of" in report("yes", 2)
 
     @pytest.mark.parametrize(
         ("row", "why"),

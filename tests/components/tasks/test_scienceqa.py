@@ -65,6 +65,37 @@ class TestPublished:
         assert report["failed"] > 500
         assert report["scores"]["Avg"] < PUBLISHED["Avg"]
 
+    def test_answers_to_other_questions_are_refused(
+        self, real: Path, scored: Any, files: dict[str, Path], lines: Any
+    ) -> None:
+        document = json.loads((real / "scienceqa/llava-v1.5-13b_output.jsonl").read_text())
+        rows = [
+            {"question_id": each["question_id"], "prompt": each["question"], "text": each["pred"]}
+            for each in document["correct"] + document["incorrect"]
+        ]
+        rows[5]["prompt"] = "Unknown"  # what LLaVA's script notes where there is no answer
+        assert round(scored("scienceqa", "--answers", lines("a.jsonl", rows), **files)["scores"]["Avg"], 2) == 74.39
+        rows[1]["prompt"], rows[2]["prompt"] = rows[2]["prompt"], rows[1]["prompt"]
+        said = scored("scienceqa", "--answers", lines("a.jsonl", rows), **files)
+        assert "2 of 4241 answers are to other questions" in said
+
+    def test_the_same_question_in_another_form_is_the_same(
+        self, real: Path, scored: Any, lines: Any, tmp_path: Path
+    ) -> None:
+        problem = {
+            "question": "Which  is it?", "choices": ["red fox", "blue whale"], "answer": 1, "hint": "Look at n.",
+            "image": None, "subject": "natural science", "grade": "grade2", "split": "test",
+        }  # fmt: skip
+        (tmp_path / "p.json").write_text(json.dumps({"7": problem, "8": problem | {"hint": ""}}))
+        short = "Which is it?\nA. red fox\nB. blue whale"
+        asked = (f"Context: Look at n.\n{short}", short)
+        rows = [{"question_id": name, "prompt": each, "text": "B"} for name, each in zip("78", asked, strict=True)]
+        assert scored("scienceqa", "--answers", lines("a.jsonl", rows), questions="p.json")["scores"]["Avg"] == 100
+        rows[0]["prompt"] = asked[1]
+        assert "1 of 2 answers are to other" in scored(
+            "scienceqa", "--answers", lines("a.jsonl", rows), questions="p.json"
+        )
+
     def test_llavas_own_lines(self, real: Path, scored: Any, files: dict[str, Path], lines: Any) -> None:
         document = json.loads((real / "scienceqa/llava-v1.5-13b_result.json").read_text())
         rows = [{"question_id": name, "text": text} for name, text in document["outputs"].items()]
@@ -316,6 +347,10 @@ class TestJoint:
         def run(scored: Any, joint: str, *more: tuple[str, str]) -> Any:
             rows = [{"id": str(at), "reply": said} for at, said in enumerate(theirs)]
             replies = lines("replies.jsonl", rows + [{"id": name, "reply": said} for name, said in more])
+            if joint == "complement":  # as ScienceQA's own scripts keep what GPT-4 said
+                replies = tmp_path / "gpt4.json"
+                outputs = {str(at): said for at, said in enumerate(theirs)}
+                replies.write_text(json.dumps({"acc": 0, "results": {}, "outputs": outputs}, indent=2))
             options = {"judge.name": "replay", "judge.path": replies}
             return scored("scienceqa", "--answers", ours, questions=tmp_path / "problems.json", joint=joint, **options)
 

@@ -160,3 +160,22 @@ def test_llava_s_answers_to_textvqa_name_the_picture(scored: Any, tmp_path: Path
     assert "answered twice" in scored(
         "textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json"
     )
+
+
+def test_an_old_prompt_of_textvqa_and_answers_beyond(scored: Any, tmp_path: Path, lines: Any) -> None:
+    data = [{"question_id": 3, "image_id": "00a", "question": "What does it say?", "answers": ["stop"] * 10}]
+    (tmp_path / "t.json").write_text(json.dumps({"data": data}))
+    rows = [
+        {"question_id": "00a", "prompt": "OCR tokens: STOP. Question: What does it say? Short answer:", "text": "stop"},
+        {"question_id": "00a", "prompt": "Who made it?\nAnswer …", "text": "x"},
+        {"question_id": "00a", "prompt": "Where is it?\nAnswer …", "text": "y"},
+    ]
+    report = scored("textvqa", "--answers", lines("a.jsonl", rows), questions=tmp_path / "t.json")
+    assert (report["scores"], report["ignored"]) == ({"accuracy": 100}, 2)
+
+
+def test_answers_to_other_questions(scored: Any, files: dict[str, Path], lines: Any) -> None:
+    rows = [{"question_id": at, "prompt": "is  it?\nAnswer …", "text": "yes"} for at in range(3)]
+    assert scored("vqa", "--answers", lines("a.jsonl", rows), **files)["n"] == 3
+    rows[1]["prompt"] = "Was it?"
+    assert "1 of 3 answers are to other questions" in scored("vqa", "--answers", lines("a.jsonl", rows), **files)
