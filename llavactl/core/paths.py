@@ -55,7 +55,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def sole(lock_file: Path, busy: Exception) -> Iterator[None]:
     """The right to what ``lock_file`` stands for; the system gives it back if the process dies.
 
