@@ -11,6 +11,7 @@ from torch import nn
 
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IMAGE_TOKEN, Batch
+from llavactl.model.blocks import Layout
 from llavactl.model.loss import cross_entropy, predictions, summed
 from llavactl.model.packed import LIKE_LLAMA, span_positions
 
@@ -86,7 +87,7 @@ class LlavaModel(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.image_features)}
         if batch.spans:
-            inputs["spans"] = batch.spans
+            inputs["layout"] = Layout(batch.spans)
             inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)
         elif not bool(batch.mask.all()):
             inputs["attention_mask"] = batch.mask.long()

@@ -173,8 +173,14 @@ def test_cut_samples(parts: Any, length: int) -> None:
 
 
 def test_spans_longer_than_matrix_products_are_for(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llavactl.model.packed.SHORT", 20)
+    monkeypatch.setattr("llavactl.model.blocks.SHORT", 20)
     compare(parts.model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
+
+
+@pytest.mark.parametrize("crowd", [1, 60])
+def test_spans_too_many_for_one_block(parts: Any, monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
+    monkeypatch.setattr("llavactl.model.blocks.CROWD", crowd)
+    compare(parts.model, Setting([*ALIKE, *ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
 def test_logits_in_chunks(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
