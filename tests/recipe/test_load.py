@@ -199,7 +199,7 @@ run_dir: 3
             "recipe.yaml:13: stage1.learning_rte: there is no such key; did you mean 'learning_rate'?",
             "recipe.yaml:14: stage1: said twice; first at recipe.yaml:13",
             "recipe.yaml:15: stage2.lora.r: must be a whole number ≥ 1, not 0.5",
-            "recipe.yaml:15: stage2.method: must be one of 'full', 'lora', not 'fulll'",
+            "recipe.yaml:15: stage2.method: must be one of 'full', 'lora', 'qlora', not 'fulll'",
             "recipe.yaml:16: eval.tasks.0.name: there is no task named 'scenez'; "
             f"did you mean 'scenes'? there is: {', '.join(registry().names('tasks'))}",
             "recipe.yaml:16: eval.tasks.1: must be a component, {name: …}, not 3",
