@@ -17,7 +17,7 @@ from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile, Sample
+from llavactl.core.schema import Below, ImageFile, Sample
 from llavactl.report.instructions import write_instructions
 from llavactl.teaching import generate as teaching
 from llavactl.teaching.estimate import Estimate
@@ -141,8 +141,8 @@ def _write(wanted: Generate, found: Iterable[teaching.Made], seed: int) -> Summa
 
 def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
     for image in {image.name: image for picture in pictures for image in picture.images}.values():
-        if isinstance(image, ImageFile):
-            continue
+        if isinstance(image, Below):
+            continue  # it lies somewhere already
         file = ImageFile(str(folder), image.name).file
         if not file.is_file():
             write_atomic(file, image.read())

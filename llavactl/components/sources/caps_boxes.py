@@ -15,7 +15,8 @@ from llavactl.components.sources.pictures import PicturesOptions, captioned, pre
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
-from llavactl.core.schema import Box, ImageFile, Sample
+from llavactl.core.places import image_in
+from llavactl.core.schema import Box, Sample
 
 HINT = 'a record is {"id", "image", "captions": […], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}, 0 to 1'
 
@@ -52,14 +53,14 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
 
 
 def _sample(record: Any, where: str, root: str, options: CapsBoxesOptions) -> Sample:
-    image = ImageFile(root, record["image"])
+    image = image_in(root, record["image"])
     captions = record.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
         raise DataError("`captions` is not a list of texts")
     boxes = [_box(each) for each in record.get("instances", [])]
     if not captions and not boxes:
         raise DataError("neither captions nor instances")
-    name = str(record.get("id", PurePosixPath(image.path).stem))
+    name = str(record.get("id", PurePosixPath(image.name).stem))
     return captioned(name, image, captions, wanted(boxes, options), where)
 
 

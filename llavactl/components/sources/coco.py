@@ -12,7 +12,8 @@ from pydantic import Field
 from llavactl.components.sources.pictures import PicturesOptions, captioned, present, refuse, root_of, wanted
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
-from llavactl.core.schema import Box, ImageFile, Sample
+from llavactl.core.places import image_in
+from llavactl.core.schema import Box, Sample
 
 HINT = "`captions` and `instances` name COCO's captions_….json and instances_….json"
 
@@ -43,15 +44,15 @@ def coco(options: CocoOptions) -> Iterator[Sample]:
     for number, image in enumerate(told["images"]):
         where = f"{options.captions} image {number}"
         try:
-            key, path = image["id"], ImageFile(root, image["file_name"])
+            key, picture = image["id"], image_in(root, image["file_name"])
         except (KeyError, TypeError, AttributeError, DataError) as error:
             problems.append(
                 f"{where}: {error.message if isinstance(error, DataError) else 'it needs id and file_name'}"
             )
             continue
         if key in captions:
-            name = PurePosixPath(path.path).stem
-            found.append(captioned(name, path, captions[key], wanted(boxes.get(key, []), options), where))
+            name = PurePosixPath(picture.name).stem
+            found.append(captioned(name, picture, captions[key], wanted(boxes.get(key, []), options), where))
     refuse(problems, HINT)
     yield from present(iter(found), options)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import Field
 
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePlace
+from llavactl.core.places import check_place
 from llavactl.core.registry import Options
-from llavactl.core.schema import Box, ImageFile, Sample, Turn
+from llavactl.core.schema import Box, ImageRef, Sample, Turn
 
 log = logging.getLogger(__name__)
 
@@ -22,32 +23,32 @@ QUESTION = "\nDescribe the image briefly."
 class PicturesOptions(Options):
     """Options of every source of captioned pictures."""
 
-    images: RecipePath | None = Field(None, description="the folder that image paths are relative to")
+    images: RecipePlace | None = Field(
+        None, description="what image paths are relative to: a folder, a .zip or .tar, a pattern of these, or a URL"
+    )
     missing: bool = Field(False, description="true: pictures that aren't in `images` are there, too")
     crowds: bool = Field(False, description="true: boxes around crowds are there, too")
     min_area: float = Field(0.0, ge=0, lt=1, description="boxes below this share of the picture are left out")
 
 
 def root_of(options: PicturesOptions, records: Path) -> str:
-    """The folder that image paths are relative to: ``images``, else that of the ``records``.
+    """What image paths are relative to: ``images``, else the folder of the ``records``.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such place.
     """
-    if options.images is not None and not options.images.is_dir():
-        raise DataError(
-            f"{options.images}: there is no such folder", hint="`images` is the folder that image paths are relative to"
-        )
-    return str(options.images or records.parent)
+    if options.images is None:
+        return str(records.parent)
+    check_place(str(options.images))
+    return str(options.images)
 
 
 def present(samples: Iterator[Sample], options: PicturesOptions) -> Iterator[Sample]:
-    """``samples`` without those whose picture isn't on disk; how many is said once, in a line of the log."""
+    """``samples`` without those whose picture isn't there; how many is said once, in a line of the log."""
     total = absent = 0
     for sample in samples:
         total += 1
-        images = [image for image in sample.images if isinstance(image, ImageFile)]
-        if options.images is not None and not options.missing and not all(each.file.is_file() for each in images):
+        if options.images is not None and not options.missing and not all(map(_exists, sample.images)):
             absent += 1
         else:
             yield sample
@@ -55,7 +56,17 @@ def present(samples: Iterator[Sample], options: PicturesOptions) -> Iterator[Sam
         log.warning("%d of %d pictures are not in %s and are left out", absent, total, options.images)
 
 
-def captioned(name: str, image: ImageFile, captions: Sequence[str], boxes: Sequence[Box], where: str) -> Sample:
+def _exists(image: ImageRef) -> bool:
+    try:
+        image.stamp()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # whoever reads it is told what is wrong with it
+    return True
+
+
+def captioned(name: str, image: ImageRef, captions: Sequence[str], boxes: Sequence[Box], where: str) -> Sample:
     """A picture with what is known of it; as a record its first caption answers a plain question."""
     said = tuple(caption for caption in (" ".join(each.split()) for each in captions) if caption)
     turns = (Turn("user", (image, QUESTION)), Turn("assistant", said[:1]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from llavactl.core.errors import DataError
@@ -159,3 +161,28 @@ def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplo
     caplog.set_level(logging.WARNING)
     assert source("caps-boxes", path=path, images=tmp_path) == []
     assert "1 of 1 pictures are not in" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["coco", "caps-boxes"])
+@pytest.mark.parametrize("place", ["pictures.zip", "p*.zip", "memory://captioned"])
+def test_pictures_in_archives_and_behind_urls(tmp_path: Path, place: str, kind: str) -> None:
+    memory = fsspec.filesystem("memory")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
+        file.writestr("a.jpg", b"a picture")
+    memory.pipe("/captioned/a.jpg", b"a picture")
+    names = ["a.jpg", "not there.jpg"]
+    if kind == "coco":
+        document = {
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [{"image_id": number, "caption": "A dog."} for number in range(2)],
+        }
+        (tmp_path / "c.json").write_text(json.dumps(document))
+        options = {"captions": tmp_path / "c.json"}
+    else:
+        (tmp_path / "b.json").write_text(json.dumps([{"image": name, "captions": ["A dog."]} for name in names]))
+        options = {"path": tmp_path / "b.json"}
+    images = place if "://" in place else str(tmp_path / place)
+    (sample,) = source(kind, **options, images=images)
+    assert [(image.name, image.read()) for image in sample.images] == [("a.jpg", b"a picture")]
+    assert len(source(kind, **options, images=images, missing=True)) == 2
+    memory.rm("/captioned", recursive=True)
