@@ -52,9 +52,9 @@ DRAWN = {1: (2, 8, 20), 2: (60, 120, 380)}
 class Features:
     """Ready features, as from a warm cache."""
 
-    def load(self, image: ImageRef) -> np.ndarray:
+    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
         chance = np.random.default_rng(sum(image.name.encode()))
-        return chance.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16)
+        return (chance.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
 
 
 def drawn(stage: int, count: int, chance: random.Random) -> list[Encoded]:

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Loads(Protocol):
-    """Where features come from, cached or live: one image to [P, Dv]."""
+    """Where features come from, cached or live."""
 
-    def load(self, image: ImageRef) -> np.ndarray: ...
+    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        """The features [P, Dv] of ``image``; where these are int8 also their scales [P + Dv]."""
 
 
 def collate(
@@ -38,7 +39,8 @@ def collate(
         labels[row, at] = torch.tensor(item.labels)
         mask[row, at] = True
     images = [image for item in items for image in item.images]
-    return Batch(ids, mask, labels, _stacked(images, features), tuple(names))
+    rows, scales = _stacked(images, features)
+    return Batch(ids, mask, labels, rows, tuple(names), scales=scales)
 
 
 def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, names: Sequence[str] = ()) -> Batch:
@@ -61,15 +63,22 @@ def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, 
         label if at or after is not None else IGNORE for part, after in parts for at, label in enumerate(part.labels)
     ]
     ids = torch.tensor([[token for part, _ in parts for token in part.ids]])
+    rows, scales = _stacked([image for part, _ in parts for image in part.images], features)
     return Batch(
         ids,
         torch.ones_like(ids, dtype=torch.bool),
         torch.tensor([labels]),
-        _stacked([image for part, _ in parts for image in part.images], features),
+        rows,
         tuple(names),
         tuple(Span(len(part), after) for part, after in parts),
+        scales,
     )
 
 
-def _stacked(images: Sequence[ImageRef], features: Loads) -> torch.Tensor | None:
-    return torch.from_numpy(np.stack([features.load(image) for image in images])) if images else None
+def _stacked(images: Sequence[ImageRef], features: Loads) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The features [I, P, Dv] of ``images``, and the scales that those of int8 have."""
+    if not images:
+        return None, None
+    columns = zip(*(features.stored(image) for image in images), strict=True)
+    rows, *scales = (torch.from_numpy(np.stack(column)) for column in columns)
+    return rows, scales[0] if scales else None

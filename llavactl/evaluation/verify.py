@@ -76,11 +76,10 @@ class _Exact:
     def pixels(self, image: ImageRef) -> np.ndarray:
         return self.encoder.preprocess(decode(image.read()))
 
-    def load(self, image: ImageRef) -> np.ndarray:
+    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
         import torch
 
-        features: np.ndarray = self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy()
-        return features
+        return (self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy(),)
 
 
 def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile]) -> Verified:

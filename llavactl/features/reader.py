@@ -49,6 +49,9 @@ class FeatureReader(Protocol):
             StoreError: its content has no features in the store.
         """
 
+    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        """What ``load`` would be made of: features [P, Dv]; where these are int8 also scales [P + Dv]. Raises as it."""
+
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
         """Those of ``images`` that ``load`` will never give features of, and why; to be asked once, before training.
 
@@ -73,11 +76,16 @@ class CachedFeatures:
         return self.store.shape
 
     def load(self, image: ImageRef) -> np.ndarray:
+        return self.store.read(self._key(image))
+
+    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        return self.store.stored(self._key(image))
+
+    def _key(self, image: ImageRef) -> str:
         try:
-            key = self.keys.key(image)
+            return self.keys.key(image)
         except OSError as error:
             raise DataError(f"image {image.name} can't be read any more: {why(error)}") from error
-        return self.store.read(key)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
         found = list(zip(images, self.keys.hold(images), strict=True))
@@ -123,6 +131,9 @@ class LiveFeatures:
         if isinstance(found, Failure):
             raise DataError(f"image {image.name} can't be read: {found.reason}")
         return found.copy()
+
+    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        return (self.load(image),)
 
     def _encoded(self, data: bytes) -> np.ndarray | Failure:
         pixels = pixels_of(self.encoder, data)

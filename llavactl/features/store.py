@@ -91,18 +91,25 @@ class FeatureStore:
         return np.asarray(self.keys[at] == wanted)
 
     def read(self, key: str) -> np.ndarray:
-        """The features [P, Dv] float16 of the image with content ``key``, a copy of its own.
+        """The features [P, Dv] float16 of the image with content ``key``, a copy of its own; raises as ``stored``."""
+        features, *scales = self._rows(key)
+        return restored(features, scales[0]) if scales else features.copy()
+
+    def stored(self, key: str) -> tuple[np.ndarray, ...]:
+        """What ``read`` would be made of, copies: features [P, Dv]; where these are int8 also scales [P + Dv].
 
         Raises:
             StoreError: they are not stored.
         """
+        return tuple(row.copy() for row in self._rows(key))
+
+    def _rows(self, key: str) -> list[np.ndarray]:
         wanted = np.bytes_(key)
         at = int(self.keys.searchsorted(wanted))
         if at == len(self.keys) or self.keys[at] != wanted:
             raise StoreError(f"{self.folder} has no features of image {key}", hint="run `llavactl extract`")
         row = self._row[at]
-        features, *scales = self._map(int(self._shard[at]))
-        return restored(features[row], scales[0][row]) if scales else features[row].copy()
+        return [column[row] for column in self._map(int(self._shard[at]))]
 
     def _map(self, shard: int) -> tuple[np.ndarray, ...]:
         if self._pid != os.getpid():

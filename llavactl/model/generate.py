@@ -35,7 +35,7 @@ def read(model: LlavaModel, batch: Batch) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    embeds = model.embed(batch.ids, batch.features)
+    embeds = model.embed(batch.ids, batch.image_features)
     model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -56,7 +56,7 @@ def generate(
     if past := cache.get_seq_length():
         mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
-    embeds = model.embed(batch.ids, batch.features)
+    embeds = model.embed(batch.ids, batch.image_features)
     running = [True] * len(batch.ids)
     for _ in range(sampling.max_new_tokens):
         logits = model.language(

@@ -81,7 +81,7 @@ class LlavaModel(nn.Module):
         return seen[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.features)}
+        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.image_features)}
         if batch.spans:
             inputs["spans"] = batch.spans
             inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)

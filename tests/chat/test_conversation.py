@@ -30,10 +30,10 @@ class Drawn:
     def __init__(self) -> None:
         self.loaded: list[str] = []
 
-    def load(self, image: Any) -> np.ndarray:
+    def stored(self, image: Any) -> tuple[np.ndarray]:
         self.loaded.append(image.name)
         seed = int.from_bytes(hashlib.sha256(image.name.encode()).digest()[:4], "big")
-        return np.random.default_rng(seed).standard_normal((4, 32), dtype=np.float32)
+        return (np.random.default_rng(seed).standard_normal((4, 32), dtype=np.float32),)
 
 
 @pytest.fixture

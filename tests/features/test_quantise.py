@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from llavactl import FeatureShape, ImageFile, StoreError
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded
+from llavactl.data.batches import collate, pack
 from llavactl.features import FeatureStore, Fingerprint, StoreWriter, content_key, open_features, stage_fingerprint
 from llavactl.features.quantise import as_stored, quantised, restored
 from llavactl.features.shards import bytes_of
@@ -95,6 +97,23 @@ def test_numpy_torch_and_any_company_make_the_same_bits() -> None:
         torch.set_num_threads(threads)
         assert np.array_equal(restored(integers, scales), plain)
     torch.set_num_threads(before)
+
+
+def test_batches_carry_what_is_stored_and_make_the_same_numbers_of_it(recipe: Load, images: list[ImageFile]) -> None:
+    extract(recipe("features.dtype=int8"))
+    features = open_features(recipe("features.dtype=int8"), 1)
+    items = [Encoded((1, *[IMAGE_TOKEN] * 4, 5), (IGNORE,) * 5 + (5,), (image,)) for image in images[:3]]
+    wanted = np.stack([features.load(image) for image in images[:3]])
+    for batch in (collate(items, features), pack([(0, items[:2]), (5, items[2:])], features)):
+        moved = batch.to("cpu")
+        assert moved.features is not None
+        assert moved.image_features is not None
+        assert moved.features.dtype == torch.int8
+        assert np.array_equal(moved.image_features.numpy(), wanted)
+    live = collate(items, open_features(recipe("features.dtype=int8", "features.mode=live"), 1, "cpu"))
+    assert live.scales is None
+    assert live.features is not None
+    assert np.array_equal(live.features.numpy(), wanted)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -31,9 +31,9 @@ TOLERANCE = 1e-5
 class Features:
     """Numbers that hang on the image alone."""
 
-    def load(self, image: ImageRef) -> np.ndarray:
+    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
         seed = sum(image.name.encode())
-        return np.random.default_rng(seed).standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float32)
+        return (np.random.default_rng(seed).standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float32),)
 
 
 def photo(name: str) -> ImageFile:
@@ -100,7 +100,7 @@ def plain(model: LlavaModel, item: Encoded) -> torch.Tensor:
     at = 0
     while at < len(item):
         if item.ids[at] == IMAGE_TOKEN:
-            pieces.append(model.connector(torch.from_numpy(Features().load(next(images)))[None])[0])
+            pieces.append(model.connector(torch.from_numpy(Features().stored(next(images))[0])[None])[0])
             at += SHAPE.patches
         else:
             pieces.append(table(torch.tensor([item.ids[at]])))
