@@ -1,7 +1,8 @@
 """What int8 features cost: error and cosine beside float16, bytes, time, and the loss of a real stage 1.
 
-    python benchmarks/int8.py                         # without training
-    python benchmarks/int8.py --train 300 --json > benchmarks/results/int8-2-cores.json
+    python benchmarks/int8.py                         # minutes on 2 cores, most of them training
+    python benchmarks/int8.py --json > benchmarks/results/int8-2-cores.json
+    python benchmarks/int8.py --train 0               # without training
 
 Needs the demo plugin (DINOv2, SmolLM2) and the photos of ``../shared/data/coco-mini``. Errors are relative, in the
 norm of an image's features; those called ``even`` are with every channel brought to one size first, so that a few
@@ -37,6 +38,8 @@ from llavactl.verbs.train import train
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
 CLIP = FeatureShape((24, 24), 1024)
+ALIKE = "stage1.validation=0.1", "stage1.precision=float32", "features.compute=float32"
+"""In bfloat16 any difference at all, however small, is soon as large as bfloat16's own rounding."""
 
 
 def a_scale_each(axis: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -137,7 +140,7 @@ eval: {{tasks: []}}
 """)
     found: dict[str, Any] = {"samples": samples}
     for dtype in ("float16", "int8"):
-        overrides = [f"features.dtype={dtype}", f"run_dir={folder / dtype}", "stage1.validation=0.1"]
+        overrides = [f"features.dtype={dtype}", f"run_dir={folder / dtype}", *ALIKE]
         recipe = load_recipe(folder / "recipe.yaml", overrides)
         stored = extract(recipe)
         report = train(recipe, 1)
@@ -157,7 +160,7 @@ eval: {{tasks: []}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=16)
-    parser.add_argument("--train", type=int, default=0, metavar="SAMPLES")
+    parser.add_argument("--train", type=int, default=300, metavar="SAMPLES")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

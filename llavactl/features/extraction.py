@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
     from llavactl.recipe.frame import Features, Recipe
 
-_WRITES_WAITING = 2
+_BATCHES_WAITING = 4
+"""How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""
 
 Advance = Callable[[int, int], object]
 
@@ -165,8 +166,8 @@ class Made:
 
 
 def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
-    """The features of ``todo``, one batch at a time; every image is in exactly one ``Made``."""
-    size, workers = work.settings.batch_size, work.settings.workers
+    """The features of ``todo``, as many at a time as go through the backbone at once; each is in one ``Made``."""
+    size, workers = work.backbone.group, work.settings.workers
     keys: list[str] = []
     pixels: list[np.ndarray] = []
     failures: dict[str, Failure] = {}
@@ -231,9 +232,10 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Adva
             contextlib.closing(encoded(todo, work)) as batches,
         ):
             waiting: deque[Future[None]] = deque()
+            most = _BATCHES_WAITING * work.settings.batch_size // work.backbone.group
             for made in batches:
                 waiting.append(pool.submit(_store, writer, made))
-                if len(waiting) > _WRITES_WAITING:
+                if len(waiting) > most:
                     waiting.popleft().result()
                 count += len(made.keys)
                 failures |= {key: failure.reason for key, failure in made.failures.items()}

@@ -43,7 +43,7 @@ for line in sys.stdin:
         said = os.open(rest.pop(0), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        os.nice(19)  # whoever watches it must see what it does
+        os.nice(5)  # whoever watches it must see what it does
         main(rest)
 """
 
