@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _LAYOUT_BYTES = 6144, 2048  # what h5py puts before the features, whatever their number, and before scales
 _COPY_BYTES = 8 << 20
+_QUANTISERS = min(8, os.cpu_count() or 1)
+"""Threads, an image each: one makes 560 images/s of 576x1024, a large GPU more."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ class Partial:
         """``features`` as the columns hold them."""
         if len(self._columns) == 1:
             return (features,)
-        integers, scales = zip(*map(quantised, features), strict=True)
+        with ThreadPoolExecutor(_QUANTISERS, thread_name_prefix="quantise") as pool:
+            integers, scales = zip(*pool.map(quantised, features), strict=True)
         return np.stack(integers), np.stack(scales)
 
     def finish(self) -> None:
