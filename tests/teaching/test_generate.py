@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,26 @@ def test_generate_writes_records_that_are_whole_in_themselves(tmp_path: Path) ->
     assert again.json()["finished_before"] is True
     other = run_cli("data", "generate", "-o", "seed=1", "--json", cwd=tmp_path)
     assert other.json()["finished_before"] is False
+
+
+def test_pictures_in_an_archive_stay_in_it(tmp_path: Path) -> None:
+    rows = []
+    with zipfile.ZipFile(tmp_path / "scenes.zip", "w") as file:
+        for each in pictures(3):
+            file.writestr(f"{each.id}.png", each.images[0].read())
+            boxes = [{"category": box.category, "bbox": box.xyxy} for box in each.boxes]
+            rows.append({"image": f"{each.id}.png", "captions": list(each.captions), "instances": boxes})
+    (tmp_path / "scenes.json").write_text(json.dumps(rows))
+    source = "{name: caps-boxes, path: scenes.json, images: scenes.zip}"
+    text = RECIPE.replace("{name: scenes, content: captions, scenes: 6}", source)
+    (tmp_path / "recipe.yaml").write_text(text)
+    result = run_cli("data", "generate", "--json", cwd=tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert not list((tmp_path / "data").rglob("*.png"))
+    made_of = registry().create(
+        "sources", {"name": "llava-json", "path": tmp_path / "data/instruct.jsonl", "images": tmp_path / "scenes.zip"}
+    )
+    assert check_source(made_of) == []
 
 
 def test_a_hostile_reply_is_refused_and_a_thought_is_no_reply() -> None:
