@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -38,8 +39,6 @@ from llavactl.verbs.train import train
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
 CLIP = FeatureShape((24, 24), 1024)
-ALIKE = "stage1.validation=0.1", "stage1.precision=float32", "features.compute=float32"
-"""In bfloat16 any difference at all, however small, is soon as large as bfloat16's own rounding."""
 
 
 def a_scale_each(axis: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -129,51 +128,60 @@ def milliseconds(work: Callable[[], object], repeat: int = 30) -> float:
     return round(statistics.median(times) * 1e3, 3)
 
 
-def trained(samples: int, folder: Path) -> dict[str, Any]:
-    """A stage 1 of the demo's models on ``samples`` drawn scenes, with each dtype, all else the same."""
+def trained(samples: int, seeds: int, folder: Path) -> dict[str, Any]:
+    """The demo's stage 1 on ``samples`` drawn scenes with each dtype, all else the same; again with other seeds.
+
+    AdamW's first steps go by the signs of gradients, many of which any change of a number turns: losses of one seed say
+    little. ``spread_percent`` is the standard deviation of float16's own losses over seeds.
+    """
     (folder / "recipe.yaml").write_text(f"""\
 extends: demo
 name: int8
 generate: null
 data: {{stage1: [{{name: scenes, content: descriptions, scenes: {samples}}}], stage2: []}}
+stage1: {{validation: 0.1}}
 eval: {{tasks: []}}
 """)
-    found: dict[str, Any] = {"samples": samples}
-    for dtype in ("float16", "int8"):
-        overrides = [f"features.dtype={dtype}", f"run_dir={folder / dtype}", *ALIKE]
-        recipe = load_recipe(folder / "recipe.yaml", overrides)
-        stored = extract(recipe)
-        report = train(recipe, 1)
-        lines = [json.loads(line) for line in (folder / dtype / "stage1" / "metrics.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        found[dtype] = {
-            "steps": report.steps,
-            "loss_last_ten_steps": statistics.mean(losses[-10:]),
-            "val_loss": report.val_loss,
-            "bytes": stored.bytes,
-        }
-    for key in ("loss_last_ten_steps", "val_loss"):
-        found[f"{key}_change_percent"] = 100 * (found["int8"][key] / found["float16"][key] - 1)
-    return found
+    losses: dict[str, list[float]] = {}
+    steps = 0
+    for seed in range(seeds):
+        for dtype in ("float16", "int8"):
+            overrides = [f"features.dtype={dtype}", f"seed={seed}", f"run_dir={folder / dtype / str(seed)}"]
+            recipe = load_recipe(folder / "recipe.yaml", overrides)
+            extract(recipe)
+            report = train(recipe, 1)
+            losses.setdefault(dtype, []).append(report.val_loss)
+            steps = report.steps
+            print(f"{dtype}, seed {seed}: {report.val_loss}", file=sys.stderr, flush=True)
+    halves, small = losses["float16"], losses["int8"]
+    return {
+        "samples": samples,
+        "steps": steps,
+        "val_loss": losses,
+        "change_percent": 100 * (statistics.mean(small) / statistics.mean(halves) - 1),
+        "change_percent_by_seed": [100 * (ours / theirs - 1) for ours, theirs in zip(small, halves, strict=True)],
+        "spread_percent": 100 * statistics.stdev(halves) / statistics.mean(halves) if seeds > 1 else None,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=16)
-    parser.add_argument("--train", type=int, default=300, metavar="SAMPLES")
+    parser.add_argument("--train", type=int, default=500, metavar="SAMPLES")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     with tempfile.TemporaryDirectory() as name:
         os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
-        document = measured(given.photos, given.train, Path(name))
+        document = measured(given, Path(name))
     print(json.dumps(document, indent=1) if given.json else shown(document))
 
 
-def measured(photos: int, samples: int, folder: Path) -> dict[str, Any]:
+def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from llavactl_demo.convert import vision_folder
 
-    paths = sorted(PHOTOS.glob("*2017/*.jpg"))[:photos]
+    paths = sorted(PHOTOS.glob("*2017/*.jpg"))[: given.photos]
     towers = {
         "DINOv2 ViT-S/14, layer -2": encoded(vision_folder(), -2, paths),
         "DINOv2 ViT-S/14, layer 6": encoded(vision_folder(), 6, paths),
@@ -197,8 +205,8 @@ def measured(photos: int, samples: int, folder: Path) -> dict[str, Any]:
             for name, images in towers.items()
         },
     }
-    if samples:
-        document["stage1"] = trained(samples, folder)
+    if given.train:
+        document["stage1"] = trained(given.train, given.seeds, folder)
     return document
 
 
