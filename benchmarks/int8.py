@@ -167,7 +167,7 @@ eval: {{tasks: []}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=16)
-    parser.add_argument("--train", type=int, default=500, metavar="SAMPLES")
+    parser.add_argument("--train", type=int, default=400, metavar="SAMPLES")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

@@ -149,7 +149,7 @@ def test_killed_and_run_again_is_uninterrupted(toy: Path, home: Path, nursery: N
         assert code == -signal.SIGKILL, (toy / "said").read_text()
         assert len(list(folder.glob("shard-*.partial"))) <= 1, "more than a shard was lost"
         before, kills, steps, most = after, kills - 1, chance.randrange(1, LATE), max(most, len(after))
-    assert 0 < most < SHARDS
+    assert most, "no kill met a store with a finished shard"
 
 
 def test_two_extracts_at_once(toy: Path, home: Path, nursery: Nursery) -> None:
