@@ -1,4 +1,4 @@
-"""The CUDA kernel for packed rows gives what a product of matrices a span does. ``packing: auto`` waits for this."""
+"""The CUDA kernel for packed rows gives what products of matrices a block do. ``packing: auto`` waits for this."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model.packed import _span_by_span, _varlen
+from llavactl.model import blocks
+from llavactl.model.packed import _varlen
 
 SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 
@@ -15,7 +16,7 @@ SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "of_keys"), [(4, 4), (8, 2)])
-def test_one_kernel_is_span_by_span(dtype: torch.dtype, heads: int, of_keys: int) -> None:
+def test_one_kernel_is_block_by_block(dtype: torch.dtype, heads: int, of_keys: int) -> None:
     torch.manual_seed(0)
     length = sum(span.length for span in SPANS)
     shapes = [(heads, length, 64), (of_keys, length, 64), (of_keys, length, 64)]
@@ -24,7 +25,7 @@ def test_one_kernel_is_span_by_span(dtype: torch.dtype, heads: int, of_keys: int
     weights = torch.randn(length, heads, 64, device="cuda", dtype=torch.float64)
     for tensor in (*exact, *rough):
         tensor.requires_grad_()
-    expected = _span_by_span(*exact, SPANS, 0.125)
+    expected = blocks.attention(*exact, blocks.Layout(SPANS), 0.125)
     found = _varlen(*rough, SPANS, 0.125)
     (expected * weights).sum().backward()
     (found.double() * weights).sum().backward()
