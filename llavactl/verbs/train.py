@@ -18,6 +18,7 @@ from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins
 from llavactl.core.errors import ModelError, RecipeError, StoreError
 from llavactl.core.paths import sole, write_atomic, write_json
+from llavactl.core.processes import leave_in_order
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -85,6 +86,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     from accelerate import Accelerator
 
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        leave_in_order()
     settings: Stage = recipe.stage1 if stage == 1 else recipe.stage2
     sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
