@@ -56,17 +56,17 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def sole(lock_file: Path, busy: Exception) -> Iterator[None]:
+def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[None]:
     """The right to what ``lock_file`` stands for; the system gives it back if the process dies.
 
     Raises:
-        Exception: ``busy``, where another process has it.
+        Exception: ``busy``, where another process has it, for ``timeout_s`` seconds.
         OSError: the lock can't be made.
     """
     import filelock
 
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(lock_file, timeout=0)
+    lock = filelock.FileLock(lock_file, timeout=timeout_s)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -21,7 +21,7 @@ import filelock
 import numpy as np
 
 from llavactl.core.errors import StoreError
-from llavactl.core.paths import sync_folder
+from llavactl.core.paths import sole, sync_folder
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
@@ -218,21 +218,15 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(lock_file: Path, folder: Path, timeout_s: float = 0) -> Iterator[None]:
-    lock = filelock.FileLock(lock_file, timeout=timeout_s)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise _busy(folder) from None
-    except OSError as error:
-        raise StoreError(
-            f"the feature store {folder} can't be written: {error.strerror or error}",
-            hint="set LLAVACTL_HOME to a folder that can be written",
-        ) from error
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(sole(lock_file, _busy(folder), timeout_s))
+        except OSError as error:
+            raise StoreError(
+                f"the feature store {folder} can't be written: {error.strerror or error}",
+                hint="set LLAVACTL_HOME to a folder that can be written",
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def _lock_of(folder: Path) -> Path:

@@ -293,7 +293,8 @@ class _Asking:
         elif error.then == "apart":
             self._refused(error, flight)
         elif error.wait_s is not None and error.wait_s > PATIENCE_S:
-            self.stopped = self.stopped or f"{error.message}: it asks to come back in {error.wait_s / 60:.0f} minutes"
+            later = f"{error.message}: it asks to come back in {error.wait_s / 60:.0f} minutes"
+            self._stop(TeacherError(later, hint="run the same command again then: it goes on from here", then="stop"))
         else:
             self._put_off(error, flight)
 

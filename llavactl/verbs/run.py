@@ -17,7 +17,8 @@ from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import TrainReport, train
+from llavactl.verbs.train import train
+from llavactl.verbs.train_report import TrainReport
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Export, Recipe, TaskSpec

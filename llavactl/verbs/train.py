@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,10 +32,10 @@ from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import checkpoints, stages
-from llavactl.training.loop import Run, Trained
+from llavactl.training.loop import Run
 from llavactl.training.loop import train as run_loop
-from llavactl.training.metrics import read as read_metrics
 from llavactl.training.optimizer import Optimizer
+from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape
@@ -44,37 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
 OWN_INITS = ("stage1", "scratch")
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a stage did. ``finished_before``: nothing had to be done; ``first_step`` > 0: it was resumed.
-
-    ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
-    of the tokens that were not computed, as another conversation of the row begins with them too. ``model_step``: the
-    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one.
-    """
-
-    stage: int
-    model: str
-    steps: int
-    first_step: int
-    samples: int
-    validation_samples: int
-    left_out: int
-    trained_parameters: int
-    loss: float
-    val_loss: float | None
-    tokens: int
-    seconds: float
-    tokens_per_s: float
-    rows: str
-    padding: float
-    shared: float
-    digest: str
-    final: str
-    model_step: int
-    finished_before: bool = False
 
 
 def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto") -> TrainReport:
@@ -151,19 +120,6 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return _run(recipe, run, parts, data, description)
 
 
-def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one."""
-    try:
-        report = json.loads((folder / "report.json").read_text())
-        made = model_folder.describe(folder / "model")
-        if any((each["digest"], each["final"]) != (digest, final) for each in (report, made)):
-            return None
-    except (OSError, ValueError, KeyError, ModelError):
-        return None
-    known = {field.name for field in fields(TrainReport)}
-    return TrainReport(**{key: value for key, value in report.items() if key in known} | {"finished_before": True})
-
-
 def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mapping[str, Any]) -> TrainReport:
     main = run.accelerator.is_main_process
     if main:
@@ -172,7 +128,7 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
     began = time.perf_counter()
     trained = run_loop(run)
     seconds = time.perf_counter() - began
-    report = _report(run, data, trained, seconds, description)
+    report = report_of(run, data, trained, seconds, description)
     if main:
         _save_model(run.folder / "model", parts, run.optimizer, description)
         answers = _sample_answers(recipe, run, parts, data)
@@ -300,35 +256,6 @@ def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: M
         if name.startswith("connector."):
             connector[name.removeprefix("connector.")] = master.detach().cpu()
     model_folder.save(folder, parts, connector, description)
-
-
-def _report(run: Run, data: Split, trained: Trained, seconds: float, description: Mapping[str, Any]) -> TrainReport:
-    lines = read_metrics(run.folder / "metrics.jsonl")
-    steps = [line for line in lines if "loss" in line]
-    validations = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    tokens = sum(line["tokens"] for line in steps if line["step"] > trained.first)
-    work = run.work
-    return TrainReport(
-        stage=description["stage"],
-        model=str(run.folder / "model"),
-        steps=steps[-1]["step"],
-        first_step=trained.first,
-        samples=len(data.train),
-        validation_samples=len(data.validation),
-        left_out=len(data.left_out),
-        trained_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
-        loss=steps[-1]["loss"],
-        val_loss=validations.get(trained.step),
-        tokens=tokens,
-        seconds=round(seconds, 3),
-        tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
-        rows=f"padded: {run.unpacked}" if run.unpacked else "packed",
-        padding=round(work.padding / max(work.positions, 1), 4),
-        shared=round(1 - (work.positions - work.padding) / max(work.tokens, 1), 4),
-        digest=run.digest,
-        final=run.stage.final,
-        model_step=trained.step,
-    )
 
 
 def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list[dict[str, str]]:

@@ -238,11 +238,15 @@ def test_pictures_that_an_endpoint_chokes_on_do_not_hold_up_the_others(recipe: F
 
 
 def test_an_endpoint_that_asks_for_an_hour_is_left_alone(recipe: Folder) -> None:
-    with toy_endpoint(lambda number, body: Answers(429, b"", {"Retry-After": "3600"})) as endpoint:
-        result = run_cli("data", "generate", "--json", cwd=recipe(endpoint.url, 100))
-        assert "come back in 60 minutes" in result.json()["asking"]["stopped"]
-        assert "stopped with 100 requests left: " in result.stderr
-        assert len(endpoint.bodies) <= 8
+    """It is a failure, so that no script goes on with a part; what was answered is written all the same."""
+    with toy_endpoint(lambda n, body: None if n < 2 else Answers(429, b"", {"Retry-After": "3600"})) as endpoint:
+        folder = recipe(endpoint.url, 100)
+        result = run_cli("data", "generate", "--json", cwd=folder)
+        assert result.exit_code == 1
+        assert "come back in 60 minutes" in result.stderr
+        assert "run the same command again" in result.stderr
+        assert len(endpoint.bodies) <= 10
+        assert len((folder / "data/made.jsonl").read_text().splitlines()) == 2
 
 
 def test_hostile_replies_hurt_nothing(recipe: Folder) -> None:
