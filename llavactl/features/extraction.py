@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llavactl.data.records import samples
-from llavactl.features.backbone import OVERFLOW, Backbone, finite
+from llavactl.features.backbone import OVERFLOW, Backbone, Result
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.parts import WHOLE, Part
@@ -166,8 +167,12 @@ class Made:
 
 
 def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
-    """The features of ``todo``, as many at a time as go through the backbone at once; each is in one ``Made``."""
+    """The features of ``todo``, as many at a time as go through the backbone at once; each is in one ``Made``.
+
+    A GPU is given the next images before what it made of the last ones is awaited.
+    """
     size, workers = work.backbone.group, work.settings.workers
+    under_way: deque[Callable[[], Made]] = deque()
     keys: list[str] = []
     pixels: list[np.ndarray] = []
     failures: dict[str, Failure] = {}
@@ -186,18 +191,21 @@ def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
             keys.append(key)
             pixels.append(found)
             if len(keys) == size:
-                yield _made(keys, pixels, failures, work)
+                under_way.append(partial(_made, keys, work.backbone.start(pixels), failures))
                 keys, pixels, failures = [], [], {}
-    if keys or failures:
-        yield _made(keys, pixels, failures, work)
-
-
-def _made(keys: list[str], pixels: list[np.ndarray], failures: dict[str, Failure], work: Work) -> Made:
-    if not keys:
+                if len(under_way) > work.backbone.ahead:
+                    yield under_way.popleft()()
+    if keys:
+        under_way.append(partial(_made, keys, work.backbone.start(pixels), failures))
+    elif failures:
         shape = work.encoder.shape
-        return Made([], np.empty((0, shape.patches, shape.width), np.float16), failures)
-    features = work.backbone.encode(pixels)
-    good = finite(features)
+        under_way.append(lambda: Made([], np.empty((0, shape.patches, shape.width), np.float16), failures))
+    for wait in under_way:
+        yield wait()
+
+
+def _made(keys: list[str], wait: Callable[[], Result], failures: dict[str, Failure]) -> Made:
+    features, good = wait()
     if not good.all():
         failures |= {key: Failure(OVERFLOW, lasting=True) for key, fine in zip(keys, good, strict=True) if not fine}
         keys, features = [key for key, fine in zip(keys, good, strict=True) if fine], features[good]

@@ -12,7 +12,7 @@ import numpy as np
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape
-from llavactl.features.backbone import OVERFLOW, Backbone, finite
+from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
@@ -139,8 +139,8 @@ class LiveFeatures:
         pixels = pixels_of(self.encoder, data)
         if isinstance(pixels, Failure):
             return pixels
-        features = self.backbone.encode([pixels])
-        return as_stored(features[0], self.fingerprint.dtype) if finite(features)[0] else Failure(OVERFLOW)
+        features, fine = self.backbone.start([pixels])()
+        return as_stored(features[0], self.fingerprint.dtype) if fine[0] else Failure(OVERFLOW)
 
     def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
         """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""

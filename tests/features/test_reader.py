@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,19 @@ import pytest
 import torch
 
 from llavactl import DataError, FeatureShape, ImageFile, ModelError, StoreError, TransformersVision
-from llavactl.features import FeatureStore, Fingerprint, LiveFeatures, open_features, stage_fingerprint, stage_vision
-from llavactl.features.backbone import Backbone
+from llavactl.features import (
+    FeatureStore,
+    Fingerprint,
+    LiveFeatures,
+    extraction,
+    open_features,
+    stage_fingerprint,
+    stage_vision,
+)
+from llavactl.features.backbone import Backbone, Result
+from llavactl.features.extraction import Work, encoded
 from llavactl.features.prepare import prepare
-from llavactl.recipe.frame import Recipe
+from llavactl.recipe.frame import Features, Recipe
 from llavactl.verbs.extract import extract
 
 Load = Callable[..., Recipe]
@@ -87,11 +96,38 @@ def test_on_the_cpu_batches_are_used_where_they_change_no_bit() -> None:
 
 def test_other_devices_see_one_size_of_group_only() -> None:
     encoder = Counting(0)
-    backbone = Backbone(encoder, "meta", 4)
-    backbone.device = torch.device("cpu")  # type: ignore[assignment]  # any device that isn't called "cpu"
+    backbone = Backbone(encoder, "cpu:0", 4)  # any device that isn't called "cpu"
     pixels = [np.full((1, 1, 1), index, np.float32) for index in range(6)]
     assert np.array_equal(backbone.encode(pixels).reshape(-1), np.arange(6))
     assert encoder.sizes == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("device", "order"), [("cpu", "begin 0 end 0 begin 4 end 4"), ("cpu:0", "begin 0 begin 4 end 0 end 4")]
+)
+def test_another_device_is_given_the_next_group_before_the_last_is_awaited(
+    device: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Told(Backbone):
+        def start(self, pixels: Sequence[np.ndarray]) -> Callable[[], Result]:
+            first = int(pixels[0].item())
+            log.append(f"begin {first}")
+            wait = super().start(pixels)
+
+            def told() -> Result:
+                log.append(f"end {first}")
+                return wait()
+
+            return told
+
+    monkeypatch.setattr(extraction, "prepare", lambda _encoder, image, _key: np.full((1, 1, 1), image, np.float32))
+    work = Work(Told(Counting(0), device, 4), Features(workers=1))
+    made = list(encoded({str(index): index for index in range(8)}, work))  # type: ignore[misc]
+    assert [key for each in made for key in each.keys] == [str(index) for index in range(8)]
+    assert np.array_equal(np.concatenate([each.features for each in made]).reshape(-1), np.arange(8))
+    assert " ".join(log) == order
 
 
 def test_a_backbone_that_makes_another_shape_is_named() -> None:
