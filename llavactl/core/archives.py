@@ -25,6 +25,9 @@ _TELLING = "ETag", "etag", "mtime", "LastModified", "updated", "created"
 """What kinds of file systems call that which changes with the content."""
 
 _MAX_BYTES = 1 << 30
+_OF_MACOS = "__MACOSX/"
+"""What macOS packs beside what was to be packed."""
+
 _HEADER = struct.Struct("<4s5H3I2H")
 """Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
 
@@ -81,10 +84,20 @@ def is_url(root: str) -> bool:
 
 @dataclass(frozen=True)
 class Index:
-    """The ``members`` of archives by name, and the archives' ``stamps`` when they were listed."""
+    """The ``members`` of archives by name, and the archives' ``stamps`` when they were listed.
+
+    ``folders`` are those that hold all that is in an archive, as ``val2017`` in COCO's val2017.zip: records name
+    pictures without it.
+    """
 
     members: Mapping[str, Member]
     stamps: Mapping[str, str]
+    folders: tuple[str, ...]
+
+    def find(self, name: str) -> Member | None:
+        """The member ``name``, else that of this name in one of the ``folders``."""
+        names = [name, *[f"{folder}/{name}" for folder in self.folders]]
+        return next((self.members[each] for each in names if each in self.members), None)
 
 
 class _Indexes:
@@ -129,7 +142,7 @@ def find_member(root: str, path: str) -> Member:
             index = _indexes.of(root)
         except DataError as error:
             raise OSError(error.message) from error
-        member = index.members.get(name)
+        member = index.find(name)
         if member is not None and stamp_of(member.archive) == member.stamp:
             return member
         # Many missing images must not make many indexes: only what has changed is looked at again.
@@ -142,6 +155,7 @@ def find_member(root: str, path: str) -> Member:
 def _index(root: str) -> Index:
     found: dict[str, Member] = {}
     stamps: dict[str, str] = {}
+    folders: set[str] = set()
     archives = list(_archives(root))
     if not archives:
         raise DataError(f"{root}: there is no such file", hint="`images` is a folder, a .zip, a .tar, or a URL of one")
@@ -161,7 +175,10 @@ def _index(root: str) -> Index:
                 hint="of several archives, each image may be in one",
             )
         found |= members
-    return Index(found, stamps)
+        tops = {name.partition("/")[0] for name in members if not name.startswith(_OF_MACOS)}
+        if len(tops) == 1:
+            folders |= tops
+    return Index(found, stamps, tuple(sorted(folders)))
 
 
 def _archives(root: str) -> Iterator[str]:

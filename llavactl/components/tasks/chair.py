@@ -12,7 +12,7 @@ from pydantic import Field
 from llavactl.components.tasks.coco_words import CATEGORIES, objects_in
 from llavactl.components.tasks.pictures import asked, picture
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_document, read_records, unique
 from llavactl.core.registry import Options
@@ -25,7 +25,9 @@ class ChairOptions(Options):
     instances: RecipePath = Field(description="COCO's instances_*.json")
     captions: RecipePath | None = Field(None, description="COCO's captions_*.json: what people name is there, too")
     only: RecipePath | None = Field(None, description="JSONL of image_id: these pictures alone; null: all")
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of `instances`")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of `instances`"
+    )
     prompt: str = Field("Please describe this image in detail.", description="what is asked about each picture")
 
 
@@ -38,9 +40,9 @@ class Chair:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        folder = self.options.images or self.options.instances.parent
+        root = self.options.images or self.options.instances.parent
         for name, record in self._pictures.items():
-            image = picture(Record(record.where, {"image": record.text("file_name")}), folder)
+            image = picture(Record(record.where, {"image": record.text("file_name")}), root)
             there = ", ".join(each for each in CATEGORIES if each in self._objects[name])
             yield Question(name, asked(image, self.options.prompt), there)
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from llavactl.components.tasks.judging import JudgeOptions, Pair, described, leniently, request, rules, verdicts
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
@@ -31,7 +31,9 @@ class JudgePairsOptions(JudgeOptions):
     questions: RecipePath = Field(description="JSONL of question_id and text; image and category, where there are any")
     against: RecipePath = Field(description="JSONL of question_id and text: the answers to compare with")
     context: RecipePath | None = Field(None, description="JSONL of image and caption(s), what the judge is told")
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
     swap: bool = Field(True, description="judge both orders of the two answers; one has won who wins in both")
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from llavactl.components.tasks.judging import (
 )
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePaths
+from llavactl.core.options import RecipePath, RecipePaths, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
@@ -51,7 +51,9 @@ class LlavaBenchOptions(JudgeOptions):
     reviews: RecipePaths = Field(
         (), description="stored verdicts, JSONL of question_id and content, text, tuple or score; a file a run"
     )
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
 
     @model_validator(mode="after")
     def _something(self) -> LlavaBenchOptions:

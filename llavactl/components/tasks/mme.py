@@ -12,11 +12,12 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, beyond, prompt_of, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.places import image_in
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import read_text
 from llavactl.core.registry import Options
-from llavactl.core.schema import Answer, ImageFile, Question
+from llavactl.core.schema import Answer, Question
 
 GROUPS = {
     "perception": (
@@ -39,7 +40,9 @@ class MmeOptions(Options):
     """Options of the task ``mme``."""
 
     questions: RecipePath = Field(description="folder of CATEGORY.txt: picture, question and Yes or No, tabs between")
-    images: RecipePath | None = Field(None, description="folder of CATEGORY/picture; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of CATEGORY/picture; null: that of the questions"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Mme:
 
     def questions(self) -> Iterator[Question]:
         for each in self._items:
-            image = ImageFile(str(self.options.images or self.options.questions), f"{each.category}/{each.image}")
+            image = image_in(str(self.options.images or self.options.questions), f"{each.category}/{each.image}")
             yield Question(each.id, asked(image, each.text), each.gold, each.category)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one

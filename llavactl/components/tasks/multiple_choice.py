@@ -21,7 +21,7 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_records, read_table, unique
 from llavactl.core.registry import Options
@@ -40,7 +40,9 @@ class MultipleChoiceOptions(Options):
     questions: RecipePath = Field(
         description="MMBench's .tsv, or JSON: index, question, A, B, …, answer; hint, category, image: path or base64"
     )
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
     circular: bool = Field(
         False, description="all turns of a question count as one: those in MMBench's table, else made of its options"
     )
@@ -148,8 +150,8 @@ class MultipleChoice:
         records = (
             read_table(file, "question", "answer", delimiter="\t") if file.suffix == ".tsv" else read_records(file)
         )
-        folder = self.options.images or file.parent
-        return [_item(name, record, folder) for name, record in unique(records, "index", "question_id", "id").items()]
+        root = self.options.images or file.parent
+        return [_item(name, record, root) for name, record in unique(records, "index", "question_id", "id").items()]
 
 
 def _turns_in(items: Sequence[Item]) -> Mapping[str, list[Item]]:
@@ -179,7 +181,7 @@ def read_letter(text: str, options: Sequence[str]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _item(name: str, record: Record, folder: Path) -> Item:
+def _item(name: str, record: Record, root: Path | str) -> Item:
     # A table has "nan" or nothing where a question has fewer options.
     given = [str(record.get(letter) or "") for letter in LETTERS]
     count = next((at for at, each in enumerate(given) if each in ("", "nan")), len(LETTERS))
@@ -194,18 +196,18 @@ def _item(name: str, record: Record, folder: Path) -> Item:
         tuple(given[:count]),
         LETTERS.index(answer),
         str(record.get("category") or ""),
-        _image(record, folder),
+        _image(record, root),
     )
 
 
-def _image(record: Record, folder: Path) -> ImageRef | None:
+def _image(record: Record, root: Path | str) -> ImageRef | None:
     image = record.get("image")
     if not image:
         return None
     # A path of a picture is short and has a suffix; base64 is long and has no full stop.
     if isinstance(image, str) and len(image) > 260 and "." not in image:
         return InlineImage(record.where.rpartition("/")[2], image)
-    return picture(record, folder)
+    return picture(record, root)
 
 
 def _percent(right: Sequence[bool]) -> float | None:

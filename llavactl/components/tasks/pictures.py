@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llavactl.core.errors import DataError
+from llavactl.core.places import image_in
 from llavactl.core.records import Record
-from llavactl.core.schema import Answer, ImageFile, ImageRef, Turn
+from llavactl.core.schema import Answer, ImageRef, Turn
 
 
-def picture(record: Record, folder: Path) -> ImageFile:
-    """The record's ``image``, below ``folder``."""
+def picture(record: Record, root: Path | str) -> ImageRef:
+    """The record's ``image`` in ``root``: a folder, archives or a URL."""
     try:
-        return ImageFile(str(folder), record.text("image"))
+        return image_in(str(root), record.text("image"))
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 

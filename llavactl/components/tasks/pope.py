@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePaths
+from llavactl.core.options import RecipePath, RecipePaths, RecipePlace
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.registry import Options
@@ -33,7 +33,9 @@ class PopeOptions(Options):
     labels: RecipePaths = Field(
         (), description="POPE's files coco_pope_SPLIT.json, or their folder; without them the questions have a label"
     )
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
 
 
 class Pope:
@@ -45,9 +47,9 @@ class Pope:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        folder = self.options.images or self.options.questions.parent
+        root = self.options.images or self.options.questions.parent
         for name, (record, label, split) in self._labelled.items():
-            yield Question(name, asked(picture(record, folder), record.text("text")), label, split)
+            yield Question(name, asked(picture(record, root), record.text("text")), label, split)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
         """Scores over all, and by split where there are several, with the mean of the splits.

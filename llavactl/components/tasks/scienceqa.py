@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
 from llavactl.components.tasks.judging import ConsultOptions
 from llavactl.components.tasks.pictures import asked, refuse_others, same_words
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.schema import Answer, Question, Sample
 
@@ -46,7 +46,9 @@ class ScienceqaTaskOptions(ConsultOptions):
     meta: RecipePath | None = Field(None, description="CSV of question_id, grade, subject")
     splits: RecipePath | None = Field(None, description="pid_splits.json; null: each problem's own `split`")
     split: str = Field("test", description="of problems.json")
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: images/ or beside `questions`")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: images/ or beside `questions`"
+    )
     pictures: bool = Field(True, description="false: the model is asked without them")
     prompt: Literal["qcm-a", "qcm-lea"] = Field(
         "qcm-a", description="qcm-a asks for a letter; qcm-lea leaves room for reasons (give it eval.max_new_tokens)"

@@ -15,7 +15,7 @@ from pydantic import Field
 from llavactl.components.tasks.pictures import asked, beyond, picture, prompt_of, refuse_others
 from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_document, unique
 from llavactl.core.registry import Options
@@ -31,7 +31,9 @@ class VqaOptions(Options):
 
     questions: RecipePath = Field(description="VQA's questions: question_id, image_id, question")
     annotations: RecipePath = Field(description="VQA's annotations: question_id, answers, answer_type")
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
     image: str = Field("COCO_val2014_{:012d}.jpg", description="a picture's file, its image_id in the braces")
 
 
@@ -39,7 +41,9 @@ class TextVqaOptions(Options):
     """Options of the task ``textvqa``."""
 
     questions: RecipePath = Field(description="TextVQA_0.5.1_val.json: question_id, image_id, question, answers")
-    images: RecipePath | None = Field(None, description="folder of the pictures; null: that of the questions")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
+    )
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,9 @@ class Vqa:
                 f"{missing[0]!r}",
                 hint="are these the annotations of these questions?",
             )
-        folder = self.options.images or self.options.questions.parent
+        root = self.options.images or self.options.questions.parent
         return [
-            _item(name, record, notes[name], folder, self._file(record), str(notes[name].get("answer_type") or ""))
+            _item(name, record, notes[name], root, self._file(record), str(notes[name].get("answer_type") or ""))
             for name, record in questions.items()
         ]
 
@@ -127,9 +131,9 @@ class TextVqa:
 
     @cached_property
     def _items(self) -> list[Item]:
-        folder = self.options.images or self.options.questions.parent
+        root = self.options.images or self.options.questions.parent
         return [
-            _item(name, record, record, folder, f"{record.name('image_id')}.jpg", "")
+            _item(name, record, record, root, f"{record.name('image_id')}.jpg", "")
             for name, record in unique(_records(self.options.questions, "data"), "question_id").items()
         ]
 
@@ -177,7 +181,7 @@ def _records(path: Path, key: str) -> list[Record]:
     return [Record(f"{path} {key} {at}", each) for at, each in enumerate(listed)]
 
 
-def _item(name: str, record: Record, notes: Record, folder: Path, file: str, kind: str) -> Item:
+def _item(name: str, record: Record, notes: Record, root: Path | str, file: str, kind: str) -> Item:
     people = notes.get("answers")
     said = (
         [each.get("answer") if isinstance(each, dict) else each for each in people] if isinstance(people, list) else []
@@ -185,7 +189,7 @@ def _item(name: str, record: Record, notes: Record, folder: Path, file: str, kin
     texts = tuple(each for each in said if isinstance(each, str))
     if len(texts) != PEOPLE or len(said) != PEOPLE:
         raise DataError(f"{notes.where}: `answers` are not those of {PEOPLE} people")
-    image = picture(Record(record.where, {"image": file}), folder)
+    image = picture(Record(record.where, {"image": file}), root)
     words = f"{record.text('question')}\n{SHORTLY}"
     question = Question(name, asked(image, words), max(texts, key=texts.count), kind)
     return Item(question, record.text("question"), texts)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
-from llavactl.core.options import RecipePath
+from llavactl.core.options import RecipePath, RecipePlace
 from llavactl.core.registry import Options
 from llavactl.core.schema import Content, Sample, Turn
 
@@ -19,7 +19,9 @@ class ScienceqaOptions(Options):
     path: RecipePath = Field(description="ScienceQA's problems.json")
     splits: RecipePath | None = Field(None, description="pid_splits.json; null: each problem's own `split`")
     split: str = Field("train", description="train, val, trainval, minitrain, …")
-    images: RecipePath | None = Field(None, description="folder with train/1/image.png; null: images/ beside `path`")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar or URL with train/1/image.png; null: images/ beside `path`"
+    )
     answer: Literal["lea", "a"] = Field(
         "lea", description="lea: lecture and explanation, then the answer; a: the answer"
     )

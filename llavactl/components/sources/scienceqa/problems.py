@@ -10,8 +10,9 @@ from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
+from llavactl.core.places import image_in
 from llavactl.core.records import Record, read_document, read_records, read_table, unique
-from llavactl.core.schema import ImageFile
+from llavactl.core.schema import ImageRef
 
 SUBJECTS = ("natural science", "social science", "language science")
 IMAGE = "<image>"
@@ -25,7 +26,7 @@ class Problem:
     prompt: str
     options: int
     right: int
-    image: ImageFile | None
+    image: ImageRef | None
     context: bool
     subject: str
     grade: int
@@ -38,7 +39,9 @@ class Problem:
         return ascii_uppercase[self.right]
 
 
-def read_problems(path: Path, split: str, splits: Path | None, meta: Path | None, images: Path | None) -> list[Problem]:
+def read_problems(
+    path: Path, split: str, splits: Path | None, meta: Path | None, images: Path | str | None
+) -> list[Problem]:
     """The problems of ``split`` of a ``problems.json``, or all of LLaVA's converted file, in the file's order.
 
     Raises:
@@ -78,7 +81,9 @@ def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | Non
     return ids
 
 
-def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], images: Path | None) -> Iterator[Problem]:
+def _original(
+    path: Path, problems: Mapping[str, Any], ids: Sequence[str], images: Path | str | None
+) -> Iterator[Problem]:
     root = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
     for name in ids:
         record = Record(f"{path} problem {name}", problems[name])
@@ -105,7 +110,7 @@ def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], image
         )
 
 
-def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], images: Path) -> Iterator[Problem]:
+def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], images: Path | str) -> Iterator[Problem]:
     if missing := [name for name in records if name not in meta]:
         raise DataError(
             f"meta: {len(missing)} of {len(records)} problems are not in it, the first is {missing[0]!r}",
@@ -123,11 +128,11 @@ def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], images
         yield Problem(name, prompt, count, right, image, context, *_subject_and_grade(meta[name]))
 
 
-def _image(record: Record, root: Path, path: str) -> ImageFile | None:
+def _image(record: Record, root: Path | str, path: str) -> ImageRef | None:
     if not record.get("image"):
         return None
     try:
-        return ImageFile(str(root), path)
+        return image_in(str(root), path)
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 
