@@ -26,7 +26,7 @@ def read(path: Path, text: str | bytes) -> list[Entry]:
     return list(read_stream(path))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(VALUES, max_size=6), st.sampled_from([None, 0, 1]), st.integers(1, 40), st.booleans())
 def test_an_array_is_what_json_says_whatever_the_chunk(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, chunk: int, ascii_only: bool
@@ -41,7 +41,7 @@ def test_an_array_is_what_json_says_whatever_the_chunk(
             assert [entry.index for entry in entries] == list(range(len(values)))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(), min_size=1, max_size=12), st.data())
 def test_a_broken_record_costs_only_itself(
     tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
@@ -96,7 +96,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         list(read_stream(tmp_path / "none.json"))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=5), st.sampled_from(["json", "jsonl"])
 )

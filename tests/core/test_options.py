@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -56,7 +56,6 @@ def test_resolving_again_changes_nothing(tmp_path: Path) -> None:
     assert Some.model_validate(once.model_dump(mode="json")) == once
 
 
-@settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda text: "\0" not in text and not text.startswith("~")))
 def test_every_path_becomes_absolute_and_plain(text: str) -> None:
     path = Some(path=Located(text, Path("/base"))).path

@@ -25,7 +25,7 @@ def concepts(captions: list[list[str]]) -> Concepts:
     return made
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(CAPTIONS, st.integers(1, 4), st.integers(1, 6), st.integers(-3, 3))
 def test_the_rule_holds_for_every_phrase(captions: list[list[str]], least: int, most: int, seed: int) -> None:
     counts = Counter(phrase for phrases in captions for phrase in set(phrases))

@@ -114,7 +114,7 @@ def test_a_bos_is_put_before_everything_once(tokenizer: Any) -> None:
 words = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), min_size=1, max_size=30).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     turns=st.lists(st.tuples(words, words), min_size=1, max_size=4),
     template=st.sampled_from(["vicuna-v1", "llama-2", "chatml", "tokenizer"]),
@@ -128,7 +128,7 @@ def test_exactly_the_answers_are_trained(tokenizer: Any, turns: list[tuple[str, 
     assert trained(tokenizer, made.labels) == "".join(f"{space}{a}{end}" for _, a in turns)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(length=st.integers(1, 120))
 def test_truncation_never_cuts_an_image(tokenizer: Any, length: int) -> None:
     talk = [
@@ -167,7 +167,7 @@ def test_arrangements_are_all_that_a_seed_can_make(order: Any) -> None:
     assert made == set(arrangements(turns, order))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     question=st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=60),
     answer=words,

@@ -59,7 +59,7 @@ def kinds(record: Any) -> set[str]:
     return {finding.kind for finding in examine(record, ROOT)[0]}
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(RECORDS | LIKELY | st.sampled_from([3, None, []]))
 def test_check_finds_fault_just_where_the_source_does(record: Any) -> None:
     found = kinds(record)
@@ -67,7 +67,7 @@ def test_check_finds_fault_just_where_the_source_does(record: Any) -> None:
     assert taken(record) == (not found & REFUSED)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(RECORDS | LIKELY)
 def test_a_mended_record_is_taken_and_needs_no_more(record: dict[str, Any]) -> None:
     before = copy.deepcopy(record)
@@ -83,7 +83,7 @@ def test_a_mended_record_is_taken_and_needs_no_more(record: dict[str, Any]) -> N
         assert mended is record
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LIKELY)
 def test_what_can_be_trained_is_not_dropped(record: dict[str, Any]) -> None:
     """A question followed by an answer with text is enough, whoever else speaks."""

@@ -66,7 +66,7 @@ def test_the_bytes_of_real_shapes_are_foretold(dtype: str) -> None:
     assert writer.bytes_written == bytes_of(FeatureShape((24, 24), 1024), 3, 2, dtype)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     arrays.arrays(
         np.float16,

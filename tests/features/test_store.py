@@ -48,7 +48,7 @@ def check(store: FeatureStore, count: int) -> None:
         assert np.array_equal(store.read(key), rows(1, index)[0])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(batches=st.lists(st.integers(0, 9), max_size=5), shard_images=st.integers(1, 6))
 def test_what_goes_in_comes_out(batches: list[int], shard_images: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

@@ -185,13 +185,13 @@ DATA = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DATA)
 def test_what_is_written_reads_the_same(data: dict[str, Any]) -> None:
     assert plain(write(data)) == data
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(allow_nan=False))
 def test_numbers_are_numbers_to_yaml_1_1_readers_too(number: float) -> None:
     assert pyyaml.safe_load(write({"x": number})) == {"x": number}
@@ -205,7 +205,7 @@ def node(value: Any, where: str = "p") -> Node:
     return Node(value, where)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(DATA)
 def test_merging_with_nothing_or_itself_changes_nothing(data: dict[str, Any]) -> None:
     assert merge(node(data), node({})).plain() == data

@@ -283,7 +283,7 @@ def test_an_image_that_changes_meanwhile_is_listed_not_stored_under_the_wrong_ke
     assert store(recipe()).skipped == {}
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     harms=st.dictionaries(
         st.integers(0, 11), st.tuples(st.integers(0, 400), st.integers(0, 255), st.integers(0, 400)), max_size=12

@@ -400,7 +400,7 @@ def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
 # Pictures
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(any_scene, st.sampled_from((64, 224, 300)))
 def test_boxes_hold_just_what_is_drawn(scene: Staged, size: int) -> None:
     image = picture(scene, size)
