@@ -1,4 +1,4 @@
-"""Random reads of stored features, warm: ours beside what else could hold them, interleaved in one run.
+"""Random reads of stored features, warm and cold: ours beside what else could hold them, interleaved in one run.
 
     python benchmarks/store.py
     python benchmarks/store.py --images 400 --json > benchmarks/results/store-2-cores.json
@@ -8,6 +8,9 @@ the median over rounds, ``of_map`` the median of its ratio to the bare memory ma
 round. With workers, all of them read at once, and rates count all. ``by image`` is what training calls: the
 image's file is looked at, its key looked up, then read. Training reads int8 as it is and makes numbers of it on its
 device; ``to float16`` makes them on the CPU.
+
+Cold: every image once in random order by one process, each way after the system was told to forget all files. In a
+virtual machine the host may still have them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from llavactl.features import CachedFeatures, ContentKeys, FeatureStore, Fingerp
 
 SHAPE = FeatureShape((24, 24), 1024)
 FLOAT16, INT8 = Fingerprint({"dtype": "float16"}), Fingerprint({"dtype": "int8"})
+WARM_ONLY = ("copy in memory", "ours, by image")
 SLOW = {"h5py gzip": 30}
 """Ways that read fewer images a round, by what they are divided by."""
 
@@ -82,7 +87,7 @@ def ways(folder: Path, images: int) -> dict[str, Read]:
     shape = (images, SHAPE.patches, SHAPE.width)
     mapped = np.memmap(shard, "f2", "r", at, shape)
     small_map = np.memmap(small_shard, "i1", "r", small_at, shape)
-    memory = np.array(mapped)
+    memory = cache(lambda: np.array(mapped))
     plain = h5py.File(shard)["features"]
     chunked, gzip = h5py.File(folder / "chunked.h5")["features"], h5py.File(folder / "gzip.h5")["features"]
     return {
@@ -92,7 +97,7 @@ def ways(folder: Path, images: int) -> dict[str, Read]:
         "ours, int8": lambda i: small.stored(keys[i]),
         "ours, int8 to float16": lambda i: small.read(keys[i]),
         "bare map of int8": lambda i: np.array(small_map[i]),
-        "copy in memory": lambda i: memory[i].copy(),
+        "copy in memory": lambda i: memory()[i].copy(),
         "h5py contiguous": lambda i: plain[i],
         "h5py chunked": lambda i: chunked[i],
         "h5py gzip": lambda i: gzip[i],
@@ -139,12 +144,52 @@ def together(folder: Path, images: int, rounds: int, reads: int, workers: int) -
     return rates(results)
 
 
+def forget(folder: Path) -> None:
+    """Asks the system to drop what it has in memory of the files below ``folder``."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> None:
+    read = ways(folder, images)[name]
+    forget(folder)
+    chosen = random.Random(seed).sample(range(images), images)
+    began = time.perf_counter()
+    for index in chosen:
+        read(index)
+    queue.put(images / (time.perf_counter() - began))
+
+
+def cold(folder: Path, images: int, rounds: int) -> dict[str, Any]:
+    """Rates of one process, a new one for each way and round: what is mapped can't be forgotten."""
+    context = multiprocessing.get_context("fork")
+    names = [name for name in ways(folder, images) if name not in WARM_ONLY]
+    by_way: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in random.Random(number).sample(names, len(names)):
+            queue = context.Queue()
+            process = context.Process(target=_read_cold, args=(queue, folder, images, name, number))
+            process.start()
+            by_way[name].append(queue.get())
+            process.join()
+    return compared(by_way)
+
+
 def rates(results: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     by_way: dict[str, list[float]] = {}
     for one_round in zip(*results, strict=True):
         for name in one_round[0]:
             began, ended, counts = zip(*(worker[name] for worker in one_round), strict=True)
             by_way.setdefault(name, []).append(sum(counts) / (max(ended) - min(began)))
+    return compared(by_way)
+
+
+def compared(by_way: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Medians of images a second over rounds, the fastest first, and of the ratios to the bare map."""
     bare = by_way["bare map"]
     return {
         name: {
@@ -160,6 +205,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reads", type=int, default=300, help="images a way, a round and a worker")
+    parser.add_argument("--cold", type=int, default=3, metavar="ROUNDS")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     document: dict[str, Any] = {
@@ -174,11 +220,15 @@ def main() -> None:
             document[f"{workers} worker{'s' * (workers > 1)}"] = together(
                 Path(name), given.images, given.rounds, given.reads, workers
             )
+        if given.cold and hasattr(os, "posix_fadvise"):
+            document["cold, 1 worker"] = cold(Path(name), given.images, given.cold)
     if given.json:
         print(json.dumps(document, indent=1))
         return
     print(document["machine"])
-    for workers in ("1 worker", "4 workers"):
+    for workers in ("1 worker", "4 workers", "cold, 1 worker"):
+        if workers not in document:
+            continue
         print(workers)
         for way, found in document[workers].items():
             print(f"  {way:<21} {found['images_per_s']:>9.1f} images/s  {found['of_map']:.3f}")

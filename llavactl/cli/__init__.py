@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -23,10 +24,19 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
+    _hush_libraries()
     _speak_utf8()
     _log_to_stderr()
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _hush_libraries() -> None:
+    """What they advise is for programmers, and nothing that who reads it here could do."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels from a hub at every import
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks it by its old name
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # odd images are read all the same, or listed
 
 
 def _speak_utf8() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,8 +18,6 @@ def four_bits() -> Any:
     Raises:
         RecipeError: it isn't there, or doesn't work on this machine.
     """
-    # It asks for kernels from a hub, which we don't want, at every import without them.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
