@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import h5py
@@ -132,10 +133,10 @@ class Partial:
         self.capacity = capacity
         self.keys: list[str] = []
         self._columns = columns_of(shape, fingerprint.dtype)
-        self._handle = -1
+        self._file: FileIO | None = None
         try:
             self._offsets, self._keys_at = _lay_out(path, fingerprint, shape, capacity)
-            self._handle = os.open(path, os.O_RDWR)
+            self._file = FileIO(path, "r+")
         except BaseException:
             self.discard()
             raise
@@ -149,7 +150,7 @@ class Partial:
         """Adds ``features`` [n, P, Dv] float16; raises OSError."""
         for column, offset, rows in zip(self._columns, self._offsets, self._rows(features), strict=True):
             data = np.ascontiguousarray(rows, column.dtype).view(np.uint8).reshape(-1).data
-            _write(self._handle, data, offset + len(self.keys) * column.bytes)
+            _write(self._opened, data, offset + len(self.keys) * column.bytes)
         self.keys += keys
 
     def _rows(self, features: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -164,8 +165,8 @@ class Partial:
         """Makes it a whole shard of the rows it has, safe on disk; raises OSError."""
         if self.room:
             self._shrink()
-        _write(self._handle, np.array(self.keys, _KEY).view(np.uint8).data, self._keys_at)
-        os.fsync(self._handle)
+        _write(self._opened, np.array(self.keys, _KEY).view(np.uint8).data, self._keys_at)
+        os.fsync(self._opened.fileno())
         self._close()
 
     def discard(self) -> None:
@@ -174,34 +175,38 @@ class Partial:
         with contextlib.suppress(OSError):
             self.path.unlink()
 
+    @property
+    def _opened(self) -> FileIO:
+        assert self._file is not None
+        return self._file
+
     def _close(self) -> None:
-        handle, self._handle = self._handle, -1
-        if handle >= 0:
-            os.close(handle)
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def _shrink(self) -> None:
         """Copies the rows into a layout of their number: HDF5 can't shorten a contiguous dataset."""
         short = self.path.with_name(f"short.{self.path.name}")
-        offsets, keys_at = _lay_out(short, self.fingerprint, self.shape, len(self.keys))
-        handle = os.open(short, os.O_RDWR)
         try:
-            for column, here, there in zip(self._columns, self._offsets, offsets, strict=True):
-                _copy(self._handle, here, handle, there, len(self.keys) * column.bytes)
+            offsets, keys_at = _lay_out(short, self.fingerprint, self.shape, len(self.keys))
+            with FileIO(short, "r+") as file:
+                for column, here, there in zip(self._columns, self._offsets, offsets, strict=True):
+                    _copy(self._opened, here, file, there, len(self.keys) * column.bytes)
+            self._close()  # Windows renames over no open file
             short.replace(self.path)
         except BaseException:
-            os.close(handle)
             short.unlink(missing_ok=True)
             raise
-        self._close()
-        self._handle, self._offsets, self._keys_at = handle, offsets, keys_at
+        self._file, self._offsets, self._keys_at = FileIO(self.path, "r+"), offsets, keys_at
         self.capacity = len(self.keys)
 
 
-def _copy(source: int, here: int, target: int, there: int, size: int) -> None:
-    """``size`` bytes from the offset ``here`` of one open file to ``there`` of another."""
+def _copy(source: FileIO, here: int, target: FileIO, there: int, size: int) -> None:
+    """``size`` bytes from the offset ``here`` of one file to ``there`` of another."""
     for done in range(0, size, _COPY_BYTES):
-        data = os.pread(source, min(_COPY_BYTES, size - done), here + done)
-        _write(target, memoryview(data), there + done)
+        source.seek(here + done)
+        _write(target, memoryview(source.read(min(_COPY_BYTES, size - done))), there + done)
 
 
 def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[list[int], int]:
@@ -228,10 +233,10 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtyp
     return int(file.create_dataset(name, shape, dtype, dcpl=creation).id.get_offset())
 
 
-def _write(handle: int, data: memoryview, offset: int) -> None:
+def _write(file: FileIO, data: memoryview, offset: int) -> None:
+    file.seek(offset)
     while data:
-        written = os.pwrite(handle, data, offset)
-        data, offset = data[written:], offset + written
+        data = data[file.write(data) :]
 
 
 def checksum(path: Path) -> str:

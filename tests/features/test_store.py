@@ -285,7 +285,11 @@ def test_an_error_at_any_step_lists_nothing_half_written(step: str, monkeypatch:
     def fails(*_args: object, **_more: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    where: dict[str, tuple[object, str]] = {"fsync": (os, "fsync"), "rename": (Path, "rename"), "open": (os, "open")}
+    where: dict[str, tuple[object, str]] = {
+        "fsync": (os, "fsync"),
+        "rename": (Path, "rename"),
+        "open": (shards, "FileIO"),
+    }
 
     def write() -> None:
         with monkeypatch.context() as patch, StoreWriter(MADE_WITH, SHAPE, 4) as writer:

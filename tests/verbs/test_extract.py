@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,10 +370,10 @@ def test_a_disk_that_fills_up_keeps_what_was_finished(recipe: Load, monkeypatch:
 
     real = shards._write
 
-    def full(handle: int, data: memoryview, offset: int) -> None:
-        if Path(f"/proc/self/fd/{handle}").readlink().name.startswith("shard-00001"):
+    def full(file: FileIO, data: memoryview, offset: int) -> None:
+        if Path(file.name).name.startswith("shard-00001"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle, data, offset)
+        real(file, data, offset)
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_write", full)
