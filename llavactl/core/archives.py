@@ -32,7 +32,7 @@ _HEADER = struct.Struct("<4s5H3I2H")
 """Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """Where an image is: ``size`` bytes at ``offset`` of ``archive``, as it was when its ``stamp`` was taken.
 

@@ -11,7 +11,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.schema import Below, ImageFile, ImageRef
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageMember(Below):
     """The member ``path`` of the archives ``root``: a .zip, a .tar, a pattern of them (``shards/*.tar``), a URL."""
 
@@ -23,7 +23,7 @@ class ImageMember(Below):
         return f"{member.archive}\0{member.stamp}\0{member.offset}" if member.stamp else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageAtUrl(Below):
     """The image ``path`` below the URL ``root``, which fsspec opens."""
 

@@ -60,9 +60,9 @@ def stays_below(root: str, path: str) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Below:
-    """What lies at ``path`` below ``root``.
+    """What lies at ``path`` below ``root``; with slots, as there may be millions of them.
 
     Raises:
         DataError: ``path`` leads outside ``root``. A record must never reach a file its owner didn't mean.
@@ -79,7 +79,7 @@ class Below:
         return self.path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile(Below):
     """An image file ``path`` below the folder ``root``."""
 
