@@ -28,6 +28,7 @@ _MAX_BYTES = 1 << 30
 _OF_MACOS = "__MACOSX/"
 """What macOS packs beside what was to be packed."""
 
+_UNREADABLE = -1
 _HEADER = struct.Struct("<4s5H3I2H")
 """Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
 
@@ -51,6 +52,8 @@ class Member:
         """The member's bytes; raises OSError."""
         if self.method is None:
             return self._range(self.offset, self.size)
+        if self.method == _UNREADABLE:
+            raise OSError(f"it is encrypted, too large, or not compressed by deflate in {self.archive}")
         header = self._range(self.offset, _HEADER.size)
         signature, *_, name, extra = _HEADER.unpack(header)
         if signature != b"PK\3\4":
@@ -200,7 +203,7 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
         if archive.lower().endswith(".zip"):
             with zipfile.ZipFile(file) as opened:
                 for info in opened.infolist():
-                    if not info.is_dir() and _readable(info):
+                    if not info.is_dir():
                         yield (
                             _name(info.filename),
                             Member(
@@ -208,7 +211,7 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
                                 stamp,
                                 info.header_offset,
                                 info.compress_size,
-                                info.compress_type,
+                                info.compress_type if _readable(info) else _UNREADABLE,
                                 info.CRC,
                                 info.file_size,
                             ),
@@ -218,6 +221,9 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
             for each in tar:
                 if each.isreg() and not each.issparse():
                     yield _name(each.name), Member(archive, stamp, each.offset_data, each.size)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes whatever it doesn't know for the end
+                raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def _readable(info: zipfile.ZipInfo) -> bool:

@@ -42,7 +42,10 @@ class ImageAtUrl(Below):
         return bytes(data)
 
     def stamp(self) -> str | None:
-        told = stamp_of(self.url)
+        try:
+            told = stamp_of(self.url)
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "there is no such file") from None
         return f"{self.url}\0{told}" if told else None
 
 
@@ -63,6 +66,11 @@ def check_place(root: str) -> None:
         check_archives(root)
     elif is_url(root):
         _check_protocol(root)
+    elif Path(root).is_file():
+        raise DataError(
+            f"{root} is neither a folder nor an archive that can be read where it lies",
+            hint="an archive must be a whole .zip, or a .tar that is not compressed",
+        )
     elif not Path(root).is_dir():
         raise DataError(
             f"{root}: there is no such folder",

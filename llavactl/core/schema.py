@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import stat_result
 from os.path import commonpath, realpath
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from llavactl.core.errors import DataError
@@ -95,12 +97,20 @@ class ImageFile(Below):
         return target
 
     def read(self) -> bytes:
-        return Path(self._inside()).read_bytes()
+        file = Path(self._inside())
+        _check_regular(file.stat())  # before it is opened: a pipe's end would be waited for
+        return file.read_bytes()
 
     def stamp(self) -> str | None:
         target = self._inside()
         status = Path(target).stat()
+        _check_regular(status)
         return f"{target}\0{status.st_size}\0{status.st_mtime_ns}"
+
+
+def _check_regular(status: stat_result) -> None:
+    if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # of a folder, reading itself says so
+        raise OSError("it is a pipe, a socket or a device, not a file")
 
 
 Content = str | ImageRef

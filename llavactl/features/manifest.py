@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise StoreError(
             f"{folder / _NAME} can't be read: {error}",
-            hint="remove that file: `llavactl extract` lists the shards beside it again",
+            hint="remove that file: `llavactl extract` lists the shards beside it again, as they then are",
         ) from error
 
 
@@ -102,7 +102,8 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         return None
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{folder / _FINGERPRINT} can't be read: {error}", hint="remove the folder and extract again"
+            f"{folder / _FINGERPRINT} can't be read: {error}",
+            hint="`llavactl extract` writes it again, and so may you: every shard has its text as an attribute",
         ) from error
 
 

@@ -73,7 +73,6 @@ class FeatureStore:
         manifest = read_manifest(folder)
         if manifest is None:
             return None
-        check_fingerprint(folder, read_fingerprint(folder) or fingerprint, fingerprint)
         return cls(folder, fingerprint, manifest)
 
     def __len__(self) -> int:

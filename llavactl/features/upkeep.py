@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
-from llavactl.features.manifest import Entry, check_fingerprint, read_fingerprint, read_manifest
+from llavactl.features.manifest import Entry, read_manifest
 from llavactl.features.shards import Shard, checksum
 from llavactl.features.writer import exclusive, unfinished
 
@@ -29,9 +30,15 @@ def verify_store(folder: Path) -> list[Damage]:
     Raises:
         StoreError: the manifest can't be read, or another process writes to the store.
     """
-    with exclusive(folder):
+    # Where nobody can write, nobody has to be kept out.
+    with exclusive(folder) if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():
         manifest = read_manifest(folder)
         if manifest is None:
+            if shards := list(folder.glob("*.h5")):
+                raise StoreError(
+                    f"{folder} has no manifest, and so no checksums of its {len(shards)} shards",
+                    hint="`llavactl extract` lists them as they are; remove the folder if you don't trust them",
+                )
             return []
         found = [(entry, _damage(folder, entry)) for entry in manifest.shards]
         damages = [Damage(entry.file, reason, entry.images) for entry, reason in found if reason]
@@ -60,8 +67,8 @@ def _damage(folder: Path, entry: Entry) -> str:
         if checksum(path) != entry.sha256:
             return "its checksum is not the one it was written with"
         shard = Shard.open(path)
-        if wanted := read_fingerprint(folder):
-            check_fingerprint(path, shard.fingerprint, wanted)
+        if shard.fingerprint.id != folder.name:
+            return f"it holds features of the fingerprint {shard.fingerprint.id}"
     except OSError as error:
         return error.strerror or str(error)
     except StoreError as error:

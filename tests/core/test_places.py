@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import tarfile
 import zipfile
@@ -134,6 +135,29 @@ def test_an_archive_that_changes_is_looked_at_again(tmp_path: Path, pack: Callab
     path.unlink()
     with pytest.raises(FileNotFoundError):
         image.read()
+
+
+def test_a_damaged_header_within_a_tar_is_said_at_once(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "photos.tar")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"train/001.jpg") + 110] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"photos.tar can't be read: the header at byte 1024 is damaged"):
+        check_place(str(path))
+
+
+def test_a_member_that_needs_another_decompressor_says_so(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "photos.zip", method=zipfile.ZIP_BZIP2)
+    with pytest.raises(OSError, match="not compressed by deflate in"):
+        image_in(str(path), "train/000.jpg").read()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    for look in (ImageFile(str(tmp_path), "a.jpg").read, ImageFile(str(tmp_path), "a.jpg").stamp):
+        with pytest.raises(OSError, match="a pipe, a socket or a device"):
+            look()
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

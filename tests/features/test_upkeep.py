@@ -152,3 +152,29 @@ def test_a_shard_swapped_for_another_stores_is_damage(recipe: Load) -> None:
     here, there = folder(recipe()), folder(recipe("vision.layer=-3"))
     (here / "shard-00000.h5").write_bytes((there / "shard-00000.h5").read_bytes())
     assert not verify(recipe()).sound
+
+
+@pytest.mark.parametrize("text", ["no JSON", '{"image": "another"}'])
+def test_a_damaged_fingerprint_file_costs_no_shard_and_is_written_again(recipe: Load, text: str) -> None:
+    extract(recipe())
+    file = folder(recipe()) / "fingerprint.json"
+    whole = file.read_text()
+    file.write_text(text)
+    assert verify(recipe()).sound
+    assert len(FeatureStore.open(stage_fingerprint(recipe(), 1))) > 0
+    assert extract(recipe()).encoded == 0
+    (file.parent / "shard-00001.h5").unlink()
+    with pytest.raises(StoreError, match=r"shard-00001\.h5 is damaged"):
+        extract(recipe())
+    verify(recipe())
+    extract(recipe())
+    assert file.read_text() == whole
+
+
+def test_shards_without_a_manifest_are_not_called_sound(recipe: Load) -> None:
+    extract(recipe())
+    (folder(recipe()) / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"no manifest, and so no checksums of its \d+ shards"):
+        verify(recipe())
+    extract(recipe())
+    assert verify(recipe()).sound
