@@ -7,7 +7,7 @@ import sys
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load, load_if_given, recipe_options_or
 from llavactl.core.errors import StoreError
 
 
@@ -17,7 +17,7 @@ def command() -> None:
 
 
 @command.command()
-@recipe_options
+@recipe_options_or("every store")
 @json_option
 def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """What is stored, and for which fingerprint."""
@@ -27,7 +27,7 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @command.command()
-@recipe_options
+@recipe_options_or("every store")
 @json_option
 def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Hash every shard again and name what is damaged. Exit 1 if anything is."""
@@ -43,7 +43,7 @@ def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 
 @command.command()
 @click.argument("needed", nargs=-1, metavar="[RECIPE]...")
-@recipe_options
+@recipe_options_or("no store is removed")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option

@@ -14,19 +14,27 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
-def recipe_options(command: Command) -> Command:
-    """``-r/--recipe`` and ``-o``; the command receives ``source`` and ``overrides``, for ``load``."""
-    command = click.option(
-        "-o",
-        "--override",
-        "overrides",
-        multiple=True,
-        metavar="KEY.PATH=VALUE",
-        help="Set one value of the recipe (repeatable).",
-    )(command)
-    return click.option(
-        "-r", "--recipe", "source", metavar="NAME|PATH", help="A recipe's name or file.  [default: ./recipe.yaml]"
-    )(command)
+def recipe_options_or(default: str) -> Callable[[Command], Command]:
+    """``-r/--recipe`` and ``-o``; the command receives ``source`` and ``overrides``. ``default``: what is without."""
+
+    def decorate(command: Command) -> Command:
+        command = click.option(
+            "-o",
+            "--override",
+            "overrides",
+            multiple=True,
+            metavar="KEY.PATH=VALUE",
+            help="Set one value of the recipe (repeatable).",
+        )(command)
+        return click.option(
+            "-r", "--recipe", "source", metavar="NAME|PATH", help=f"A recipe's name or file.  [default: {default}]"
+        )(command)
+
+    return decorate
+
+
+recipe_options = recipe_options_or("./recipe.yaml")
+"""For ``load``."""
 
 
 def json_option(command: Command) -> Command:
