@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -28,6 +29,7 @@ from llavactl.features.quantise import quantised
 KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _LAYOUT_BYTES = 6144, 2048  # what h5py puts before the features, whatever their number, and before scales
+_SMALL_BYTES = 64 << 10
 _COPY_BYTES = 8 << 20
 _QUANTISERS = min(8, os.cpu_count() or 1)
 """Threads, an image each: one makes 560 images/s of 576x1024, a large GPU more."""
@@ -109,10 +111,21 @@ def _offset(file: h5py.File, column: Column, images: int) -> int:
 
 
 def bytes_of(shape: FeatureShape, images: int, shard_images: int, dtype: str = "float16") -> int:
-    """What ``images`` take on disk, ``shard_images`` a shard; shards of some kB may take 2 kB less."""
+    """What ``images`` take on disk, ``shard_images`` a shard."""
+    whole, rest = divmod(images, shard_images)
+    return whole * _shard_bytes(shape, shard_images, dtype) + (_shard_bytes(shape, rest, dtype) if rest else 0)
+
+
+def _shard_bytes(shape: FeatureShape, images: int, dtype: str) -> int:
     columns = columns_of(shape, dtype)
-    row = sum(each.bytes for each in columns) + KEY_BYTES
-    return images * row + math.ceil(images / shard_images) * sum(_LAYOUT_BYTES[: len(columns)])
+    rows = images * sum(each.bytes for each in columns)
+    if images and rows < _SMALL_BYTES:
+        # HDF5 puts small datasets together in ways of its own, so it is asked.
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "shard.h5")
+            _lay_out(path, Fingerprint({"dtype": dtype}), shape, images)
+            return path.stat().st_size
+    return rows + images * KEY_BYTES + sum(_LAYOUT_BYTES[: len(columns)])
 
 
 def damaged(path: Path, reason: str) -> StoreError:

@@ -59,11 +59,16 @@ def test_half_of_float16() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
-def test_the_bytes_of_real_shapes_are_foretold(dtype: str) -> None:
-    made_with = Fingerprint({"dtype": dtype})
-    with StoreWriter(made_with, FeatureShape((24, 24), 1024), 2) as writer:
-        writer.append([content_key(b"%d" % index) for index in range(3)], np.ones((3, 576, 1024), np.float16))
-    assert writer.bytes_written == bytes_of(FeatureShape((24, 24), 1024), 3, 2, dtype)
+@pytest.mark.parametrize(
+    ("side", "width", "a_shard"), [(24, 1024, 2), (2, 16, 2), (2, 32, 5), (4, 64, 12), (16, 64, 9)]
+)
+def test_the_bytes_on_disk_are_foretold(side: int, width: int, a_shard: int, dtype: str) -> None:
+    made_with, shape, images = Fingerprint({"dtype": dtype}), FeatureShape((side, side), width), a_shard * 2 - 1
+    with StoreWriter(made_with, shape, a_shard) as writer:
+        writer.append(
+            [content_key(b"%d" % index) for index in range(images)], np.ones((images, side**2, width), np.float16)
+        )
+    assert writer.bytes_written == bytes_of(shape, images, a_shard, dtype)
 
 
 @settings(max_examples=200)
