@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -154,6 +157,18 @@ def test_a_shard_swapped_for_another_stores_is_damage(recipe: Load) -> None:
     assert not verify(recipe()).sound
 
 
+def test_a_folder_with_another_stores_content_is_damage(recipe: Load) -> None:
+    extract(recipe())
+    extract(recipe("vision.layer=-3"))
+    here, there = folder(recipe()), folder(recipe("vision.layer=-3"))
+    for path in there.iterdir():
+        (here / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(StoreError, match="holds features of another fingerprint"):
+        FeatureStore.open(stage_fingerprint(recipe(), 1))
+    found = verify(recipe())
+    assert {each.reason for each in found.damaged} == {f"it holds features of the fingerprint {there.name}"}
+
+
 @pytest.mark.parametrize("text", ["no JSON", '{"image": "another"}'])
 def test_a_damaged_fingerprint_file_costs_no_shard_and_is_written_again(recipe: Load, text: str) -> None:
     extract(recipe())
@@ -178,3 +193,19 @@ def test_shards_without_a_manifest_are_not_called_sound(recipe: Load) -> None:
         verify(recipe())
     extract(recipe())
     assert verify(recipe()).sound
+
+
+def test_a_store_that_nobody_can_write_is_hashed_without_a_lock(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(recipe())
+    flip(folder(recipe()) / "shard-00001.h5", 0.5)
+
+    def read_only(*_: object, **_more: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        patch.setattr(filelock.FileLock, "acquire", read_only)
+        patch.setattr(Path, "rename", read_only)
+        with pytest.raises(StoreError, match="can't be set aside: Read-only file system") as caught:
+            verify(recipe())
+    assert "shard-00001.h5" in caught.value.hint
