@@ -158,9 +158,9 @@ def trained(samples: int, seeds: int, folder: Path) -> dict[str, Any]:
 
     ``read_percent``, what rounding itself does: the change of the final loss of the connector trained on float16 when
     it reads the int8 features of the same held-out scenes. ``change_percent``: that of training on int8 from the start.
-    Its connector is LLaVA v1's one linear layer: the loss of the two-layer one drops from 2 to 1 in a few steps, when
-    is chance. So short a training tells little even so: ``spread_percent`` is the standard deviation of float16's
-    own losses over seeds.
+    Its connector is LLaVA v1's one linear layer: the loss of the two-layer one drops from 2 to 1 in a few steps, and
+    which ones is chance. So short a training tells little even so: ``spread_percent`` is the standard deviation of
+    float16's own losses over seeds.
     """
     (folder / "recipe.yaml").write_text(f"""\
 extends: demo
