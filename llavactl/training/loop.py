@@ -26,6 +26,7 @@ from llavactl.data import micro
 from llavactl.data.plan import Plan
 from llavactl.data.rows import Limits
 from llavactl.model.packed import packed_attention
+from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import cosine
@@ -110,8 +111,9 @@ def train(run: Run) -> Trained:
     start = _restore(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
-    attention = nullcontext() if run.unpacked else packed_attention(run.model.language)
-    with attention, progress.bar(plan.steps, run.folder.name, "step", start) as bar:
+    language = run.model.language
+    attention = nullcontext() if run.unpacked else packed_attention(language)
+    with attention, lean_norms(language), progress.bar(plan.steps, run.folder.name, "step", start) as bar:
         for step, batches in _prepared(run, plan, start):
             line = _step(run, batches, step, plan.steps)
             done = step + 1

@@ -26,6 +26,7 @@ from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, refusal
 from llavactl.model.quantised import quantise
+from llavactl.model.rms_norm import lean_norms
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -133,7 +134,7 @@ def compare(
     ours = copy.deepcopy(model).train()
     batches = (micro.packed if packed else micro.padded)(data, members, micro.Share(limits or Limits(len(members))))
     total = torch.zeros(())
-    with packed_attention(ours.language) if packed else nullcontext():
+    with packed_attention(ours.language) if packed else nullcontext(), lean_norms(ours.language):
         for batch in batches:
             part = ours(batch)
             part.backward()
