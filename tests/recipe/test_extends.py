@@ -42,7 +42,7 @@ def test_the_child_is_over_the_parent(here: Path) -> None:
     assert (recipe.stage1.epochs, recipe.stage1.batch_size) == (1, 64)
     assert recipe.vision.spec()["layer"] == -2
     assert recipe.vision.spec()["model"] == "a/b"
-    assert recipe.connector.spec() == {"name": "linear", "fold": 1, "norm": False, "place": False}, (
+    assert recipe.connector.spec() == {"name": "linear", "fold": 1, "norm": False}, (
         "another component replaces the parent's whole"
     )
     assert recipe.language.template == "plain"

@@ -279,7 +279,6 @@ run_dir: 3
             "name": "mlp2x-gelu",
             "fold": 2,
             "norm": False,
-            "place": False,
         }
 
     def test_nothing_is_a_value(self) -> None:

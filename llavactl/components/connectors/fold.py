@@ -1,14 +1,9 @@
-"""What may stand around a projection: neighbouring patches folded into one token, as in InternVL, patches normalised,
-places added.
-"""
+"""What may come before a projection, as in InternVL: neighbouring patches folded into one token, patches normalised."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-
-PLACE_SCALE = 0.05
-"""The first size of what is added for a place: the embeddings of language models have about 0.1 to 0.2."""
 
 
 class Fold(nn.Module):
@@ -36,19 +31,3 @@ class Normed(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = self.projection(self.norm(features))
         return projected
-
-
-class Placed(nn.Module):
-    """What ``connector`` makes of features [I, P, Dv], [I, Q, Dl], each token with one learned vector added for its
-    row of ``grid`` and one for its column.
-    """
-
-    def __init__(self, grid: tuple[int, int], width: int, connector: nn.Module) -> None:
-        super().__init__()
-        self.connector = connector
-        self.rows = nn.Parameter(torch.randn(grid[0], 1, width) * PLACE_SCALE)
-        self.columns = nn.Parameter(torch.randn(1, grid[1], width) * PLACE_SCALE)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = self.connector(features)
-        return made + (self.rows + self.columns).flatten(0, 1)

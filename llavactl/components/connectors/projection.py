@@ -20,24 +20,19 @@ class ProjectionOptions(Options):
 
     ``norm: true`` first brings every patch to mean 0 and variance 1, for hidden states whose numbers are much
     smaller or larger than the language model's embeddings; it has no weights.
-
-    ``place: true`` adds to every token a learned vector of its row and one of its column. A language model reads an
-    image as one line of tokens: what is above comes first, but left and right it has to make out from the features.
     """
 
     fold: Annotated[int, Field(ge=1)] = 1
     norm: Annotated[bool, Field(strict=True)] = False
-    place: Annotated[bool, Field(strict=True)] = False
 
 
 @dataclass(frozen=True)
 class Projection:
     """A connector of ``layers`` linear layers (1 or 2)."""
 
+    fold: int
     layers: int
-    fold: int = 1
     norm: bool = False
-    place: bool = False
 
     def tokens(self, shape: FeatureShape) -> int:
         return shape.patches // self.fold**2
@@ -46,11 +41,11 @@ class Projection:
         """Features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
 
         Raises:
-            RecipeError: the grid can't be folded so, or not all of its tokens have a place.
+            RecipeError: the grid can't be folded so.
         """
         from torch import nn
 
-        from llavactl.components.connectors.fold import Fold, Normed, Placed
+        from llavactl.components.connectors.fold import Fold, Normed
 
         if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
@@ -63,21 +58,14 @@ class Projection:
                 nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
             )
         connector = projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
-        if self.norm:
-            connector = Normed(shape.width, connector)
-        if not self.place:
-            return connector
-        if shape.prefix:
-            raise RecipeError("connector.place: a class token has no place", hint="vision.select: patch leaves it out")
-        height, width = shape.grid
-        return Placed((height // self.fold, width // self.fold), language_width, connector)
+        return Normed(shape.width, connector) if self.norm else connector
 
 
 def linear(options: ProjectionOptions) -> Projection:
     """LLaVA v1's ``W``."""
-    return Projection(1, **dict(options))
+    return Projection(options.fold, 1, options.norm)
 
 
 def mlp2x_gelu(options: ProjectionOptions) -> Projection:
     """LLaVA v1.5's ``mlp2x_gelu``."""
-    return Projection(2, **dict(options))
+    return Projection(options.fold, 2, options.norm)
