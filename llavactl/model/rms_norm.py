@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @contextmanager
 def lean_norms(language: PreTrainedModel) -> Iterator[None]:
     """While this lasts, the norms of a Llama-like ``language`` compute the same in fewer passes, on a CPU."""
-    like_llama = language.config.model_type in LIKE_LLAMA
-    norms = [module for module in language.modules() if type(module).__name__.endswith("RMSNorm") and like_llama]
+    modules = language.modules() if language.config.model_type in LIKE_LLAMA else ()
+    norms = [module for module in modules if type(module).__name__.endswith("RMSNorm")]
     for norm in norms:
         norm.forward = partial(_forward, norm, norm.forward)
     try:
