@@ -1,9 +1,11 @@
-"""Memory that nobody uses goes back to the system."""
+"""Memory that nobody uses goes back to the system, and what is used for long isn't looked through again and again."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,6 +19,20 @@ def give_back() -> None:
     gc.collect()
     if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """While this lasts, Python's garbage collector passes over all that there is at its begin.
+
+    Modules, models and samples are there to stay: to look through them was 4 % of a step of the demo.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @cache

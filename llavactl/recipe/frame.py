@@ -231,13 +231,15 @@ class Stage2(Stage):
     """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id).
 
     ``only``: parts of names, such as ``self_attn``; with method ``full``, no other weights of the language model are
-    trained. ``qlora``: ``lora`` on a language model of four bits.
+    trained. ``qlora``: ``lora`` on a language model of four bits. ``optimizer: muon`` is for the language model's
+    matrices but its embeddings and head; all else has AdamW.
     """
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
     method: Literal["full", "lora", "qlora"] = "full"
     only: tuple[str, ...] = ()
     lora: Lora = Lora()
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 2e-5
 
 

@@ -20,7 +20,7 @@ import torch
 
 from llavactl.core import progress
 from llavactl.core.errors import ModelError
-from llavactl.core.memory import give_back
+from llavactl.core.memory import give_back, settled
 from llavactl.core.schema import IGNORE, Batch
 from llavactl.data import micro
 from llavactl.data.plan import Plan
@@ -113,7 +113,7 @@ def train(run: Run) -> Trained:
     run.observe("train_started", {"steps": plan.steps})
     language = run.model.language
     attention = nullcontext() if run.unpacked else packed_attention(language)
-    with attention, lean_norms(language), progress.bar(plan.steps, run.folder.name, "step", start) as bar:
+    with attention, lean_norms(language), settled(), progress.bar(plan.steps, run.folder.name, "step", start) as bar:
         for step, batches in _prepared(run, plan, start):
             line = _step(run, batches, step, plan.steps)
             done = step + 1

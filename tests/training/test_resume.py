@@ -27,6 +27,7 @@ IMAGES = [
     for option in ("-o", f"stage{stage}.{given}")
 ]
 LORA = ["-o", "stage2.method=lora", "-o", "stage2.lora.r=4", "-o", "stage2.lora.dropout=0.1"]
+MUON = ["-o", "stage2.optimizer=muon", "-o", "stage2.precision=bfloat16"]
 STEADY = ["-o", "stage1.epochs=8", "-o", "stage2.epochs=8", "-o", "features.mode=live"]
 
 
@@ -83,8 +84,8 @@ def with_more_captions(toy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("more", "how"),
-    [(RANDOM, signal.SIGKILL), (LORA, signal.SIGINT), (IMAGES, signal.SIGKILL)],
-    ids=["full-random", "lora", "packed-shared-bfloat16"],
+    [(RANDOM, signal.SIGKILL), (LORA, signal.SIGINT), (IMAGES, signal.SIGKILL), (MUON, signal.SIGKILL)],
+    ids=["full-random", "lora", "packed-shared-bfloat16", "muon"],
 )
 def test_ended_and_resumed_is_uninterrupted(toy: Path, more: list[str], how: int) -> None:
     if more is IMAGES:
