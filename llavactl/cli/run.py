@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,9 +59,17 @@ def _summary(report: RunReport) -> list[str]:
             f"answered {shown['answer']} (right is: {shown['reference']})",
             "",
         ]
-        words = ["llavactl", "chat", "--model", report.model, *(["--image", shown["file"]] if shown["file"] else [])]
+        words = [*_called(), "chat", "--model", report.model, *(["--image", shown["file"]] if shown["file"] else [])]
         lines.append(shlex.join(words))
     return lines
+
+
+def _called() -> list[str]:
+    """What llavactl is called by here; ``make demo`` leaves a shell in which it isn't found by its name."""
+    if shutil.which("llavactl"):
+        return ["llavactl"]
+    python = Path(sys.executable)
+    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "llavactl"]
 
 
 def _scores(task: EvalReport) -> list[str]:

@@ -42,6 +42,9 @@ def open_chat(recipe: Recipe | None, model: str | None = None, template: str | N
     return Conversation(open_assistant(resolve(model, recipe), template=template))
 
 
+WANTED = "a PNG, a JPEG or another picture is wanted"
+
+
 def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:
     """What the user says: the image files, then ``prompt``.
 
@@ -55,9 +58,9 @@ def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:
         try:
             decode(path.read_bytes())
         except OSError as error:
-            raise DataError(f"image {name}: {error.strerror or error}", hint="--image takes an image file") from error
+            raise DataError(f"image {name}: {error.strerror or error}", hint=WANTED) from error
         except ImageError as error:
-            raise DataError(f"image {name}: {error.reason}", hint="--image takes an image file") from error
+            raise DataError(f"image {name}: {error.reason}", hint=WANTED) from error
         parts += [image, "\n"]
     return (*parts, prompt)
 
@@ -86,7 +89,8 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}", hint='--batch takes a JSONL of {"image": …, "prompt": …}') from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: {why}", hint='--batch takes a JSONL of {"image": …, "prompt": …}') from error
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 

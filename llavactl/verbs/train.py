@@ -266,11 +266,13 @@ def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list
     shown = (data.validation if len(data.validation) else data.train).samples[:SAMPLE_ANSWERS]
     parts.model.eval()
     assistant = Assistant(parts.model, data.train.encoding, data.train.features, run.stage.image_order)
-    sampling = Sampling(max_new_tokens=min(64, recipe.eval.max_new_tokens))
+    most = min(64, recipe.eval.max_new_tokens)
     rows = []
     for sample in shown:
         asked = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
-        (answer,) = assistant.answer([sample.turns[:asked]], sampling)
+        (answer,) = assistant.answer([sample.turns[:asked]], Sampling(max_new_tokens=most))
+        if len(parts.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= most:
+            answer += " …"  # cut, not finished
         rows.append(example(run.folder / "samples", sample.turns[:asked], sample.turns[asked].text, answer))
     return rows
 

@@ -65,7 +65,7 @@ def test_a_report_is_lines_or_one_document(verb: Any, here: Path) -> None:
     assert document == {"name": "x", "where": "/somewhere", "loss": 0.5, "steps": [1, 2]}
 
 
-def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path) -> None:
+def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llavactl.verbs.evaluate import EvalReport
     from llavactl.verbs.run import RunReport
 
@@ -75,6 +75,9 @@ def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path) -
     made: dict[str, Any] = dict.fromkeys(field.name for field in fields(RunReport))
     made |= {"name": "small", "run_dir": "runs/small", "model": "m", "report": "r.html"}
     verb("run", "run", RunReport(**made | {"eval": (scored,), "export": (), "example": example}))
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    assert run_cli("run", cwd=here).stdout.endswith(" -m llavactl chat --model m --image 'a b.png'\n")
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     shown = run_cli("run", cwd=here).stdout.splitlines()
     assert shown[0] == "small in runs/small"
     assert "eval     scenes, 16 questions, protocol exact, 1 not understood" in shown

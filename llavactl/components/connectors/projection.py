@@ -49,7 +49,11 @@ class Projection:
 
         if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
-            raise RecipeError(f"connector.fold {self.fold} does not divide the patch grid {grid}")
+            able = [n for n in range(1, min(shape.grid) + 1) if not any(side % n for side in shape.grid)]
+            raise RecipeError(
+                f"connector.fold {self.fold} does not divide the patch grid {grid}",
+                hint="`vision.select: patch` leaves patches alone" if shape.prefix else f"these do: {able}",
+            )
         width = shape.width * self.fold**2
         if self.layers == 1:
             projection: nn.Module = nn.Linear(width, language_width)

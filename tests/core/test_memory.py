@@ -1,0 +1,33 @@
+"""What exists before long work is left out of the garbage collector's searches, for as long as it lasts."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from llavactl.core.memory import settled
+
+
+def test_it_lasts_as_long_as_the_work_also_when_that_fails() -> None:
+    before = gc.get_freeze_count()
+
+    def work() -> None:
+        with settled():
+            assert gc.get_freeze_count() > before
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        work()
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_is_made_meanwhile_is_still_collected() -> None:
+    class Ring:
+        pass
+
+    with settled():
+        ring = Ring()
+        ring.self = ring  # type: ignore[attr-defined]
+        del ring
+        assert gc.collect() > 0
