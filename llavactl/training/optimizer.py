@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-
-from llavactl.training.muon import Muon
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:
@@ -37,31 +34,34 @@ class Optimizer:
         rates: Mapping[str, float],
         weight_decay: float,
         beta2: float = 0.999,
-        blocks: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+        matrices: Collection[str] = (),
     ) -> None:
-        """Rates of learning by the name of each trained parameter, and for Muon the shape of what it takes as one."""
+        """``rates``: the learning rate of each trained parameter, by name; ``matrices``: those among them for Muon.
+
+        Muon's steps are scaled to be as large as AdamW's mostly are, 0.2 times the learning rate a weight in the mean
+        square (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2): one rate serves both.
+        """
         parameters = dict(model.named_parameters())
         self.parameters = {name: parameters[name] for name in rates}
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
-        groups: dict[tuple[float, tuple[int, int] | None], list[str]] = {}
-        for name, rate in rates.items():
-            groups.setdefault((rate, blocks.get(name)), []).append(name)
-        made: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-        for (rate, block), names in groups.items():
-            made[block is not None].append(
-                {"params": [self.masters[name] for name in names], "peak": rate, "block": block}
-            )
+        others = self._groups({name: rate for name, rate in rates.items() if name not in matrices})
         # Fused is one pass over memory: on a CPU with 135M weights 0.09 s a step, against 0.29 s one tensor at a time.
-        adamw = torch.optim.AdamW(
-            made[False], lr=0.0, betas=(0.9, beta2), eps=1e-8, weight_decay=weight_decay, fused=True
-        )
+        adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, beta2), eps=1e-8, weight_decay=weight_decay, fused=True)
         self.algorithms: list[torch.optim.Optimizer] = [adamw]
-        if blocks:
-            self.algorithms.append(Muon(made[True], weight_decay=weight_decay))
-        self.algorithm = {name: self.algorithms[name in blocks] for name in rates}
+        if matrices:
+            groups = self._groups({name: rates[name] for name in matrices})
+            muon = torch.optim.Muon(groups, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.algorithms.append(muon)
+        self.algorithm = {name: self.algorithms[name in matrices] for name in rates}
+
+    def _groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        return [
+            {"params": [self.masters[name] for name in rates if rates[name] == rate], "peak": rate}
+            for rate in sorted(set(rates.values()))
+        ]
 
     def accumulate(self) -> None:
         """Takes the gradients of one micro batch from the model."""

@@ -13,16 +13,10 @@ from llavactl.model.packed import refusal
 from llavactl.model.quantised import quantise
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Stage, Stage2
 
 log = logging.getLogger(__name__)
-
-HEADS_IN_ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-HEADS_IN_COLUMNS = ("o_proj.weight",)
-"""Matrices of attention as Llama and most models since name them."""
 
 
 def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
@@ -55,39 +49,27 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     }
 
 
-def blocks(model: LlavaModel, stage: Stage) -> dict[str, tuple[int, int]]:
+def matrices(model: LlavaModel, stage: Stage) -> list[str]:
     """What Muon updates, by name: the language model's trained matrices between its embeddings and its head.
-
-    With each the shape (rows, columns) of what it takes as one: a head of attention, or else the whole matrix.
 
     Raises:
         RecipeError: ``optimizer: muon``, and none is trained.
     """
     if getattr(stage, "optimizer", "adamw") != "muon":
-        return {}
+        return []
     language = model.language
     ends = [part.weight for part in (language.get_input_embeddings(), language.get_output_embeddings()) if part]
-    found = {
-        f"language.{name}": _block(name, parameter, language.config)
+    found = [
+        f"language.{name}"
         for name, parameter in language.named_parameters()
         if parameter.requires_grad and parameter.ndim == 2 and not any(parameter is end for end in ends)
-    }
+    ]
     if not found:
         raise RecipeError(
             "stage2.optimizer: muon, but none of the language model's matrices is trained",
             hint="`stage2.only` leaves none but its embeddings and head; `stage2.optimizer: adamw` updates anything",
         )
     return found
-
-
-def _block(name: str, matrix: torch.Tensor, config: PretrainedConfig) -> tuple[int, int]:
-    rows, columns = matrix.shape
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if name.endswith(HEADS_IN_ROWS) and rows % head == 0:
-        return head, columns
-    if name.endswith(HEADS_IN_COLUMNS) and columns % head == 0:
-        return rows, head
-    return rows, columns
 
 
 def unpacked(model: LlavaModel, stage: Stage, device: str) -> str:

@@ -91,8 +91,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     unpacked = stages.unpacked(parts.model, settings, accelerator.device.type)
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
-    blocks = stages.blocks(parts.model, settings)
-    optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2, blocks)
+    matrices = stages.matrices(parts.model, settings)
+    optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices)
     description = _description(recipe, stage, features.fingerprint, digest) | {
         "shape": asdict(features.shape),
         "template": template,

@@ -14,9 +14,8 @@ from llavactl.core.schema import FeatureShape
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.frame import Stage2
-from llavactl.training.muon import Muon
 from llavactl.training.optimizer import Optimizer
-from llavactl.training.stages import blocks, trained
+from llavactl.training.stages import matrices, trained
 
 RATE = 0.01
 
@@ -31,11 +30,11 @@ def muon(**settings: Any) -> Stage2:
     return Stage2(optimizer="muon", learning_rate=RATE, connector_learning_rate=RATE / 10, **settings)
 
 
-def one_step(model: LlavaModel, stage: Stage2) -> tuple[dict[str, tuple[int, int]], dict[str, torch.Tensor]]:
+def one_step(model: LlavaModel, stage: Stage2) -> tuple[list[str], dict[str, torch.Tensor]]:
     """What Muon updates, and how far each trained weight went, its gradients drawn at random."""
     rates = trained(model, stage, seed=0)
-    found = blocks(model, stage)
-    optimizer = Optimizer(model, rates, weight_decay=0.0, blocks=found)
+    found = matrices(model, stage)
+    optimizer = Optimizer(model, rates, weight_decay=0.0, matrices=found)
     before = {name: parameter.detach().clone() for name, parameter in optimizer.parameters.items()}
     torch.manual_seed(0)
     for parameter in optimizer.parameters.values():
@@ -48,51 +47,24 @@ def test_matrices_go_as_far_in_every_direction_and_all_else_as_adam_goes(model: 
     found, went = one_step(model, muon())
     inner = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert found
-    assert list(found) == [name for name in went if any(part in name for part in inner)]
+    assert found == [name for name in went if any(part in name for part in inner)]
     for name, update in went.items():
         if name in found:
-            rows, columns = found[name]
-            for block in (part for band in update.split(rows) for part in band.split(columns, dim=1)):
-                directions = torch.linalg.svdvals(block) / (0.2 * math.sqrt(max(block.shape)) * RATE)
-                assert directions.quantile(0.1) > 0.5, name  # its iteration misses directions with next to no gradient
-                assert directions.max() < 1.4, name
+            directions = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(update.shape)) * RATE)
+            assert directions.quantile(0.1) > 0.5, name  # its iteration misses directions with next to no gradient
+            assert directions.max() < 1.4, name
         else:
             rate = RATE / 10 if name.startswith("connector.") else RATE
             assert torch.allclose(update.abs(), torch.full_like(update, rate), rtol=1e-3), name
 
 
-def test_a_head_of_attention_is_a_block(model: LlavaModel) -> None:
-    stage = muon()
-    trained(model, stage, seed=0)
-    config, found = model.language.config, blocks(model, stage)
-    head = config.hidden_size // config.num_attention_heads
-    layer = "language.model.layers.0."
-    assert found[f"{layer}self_attn.k_proj.weight"] == (head, config.hidden_size)
-    assert found[f"{layer}self_attn.o_proj.weight"] == (config.hidden_size, head)
-    assert found[f"{layer}mlp.down_proj.weight"] == (config.hidden_size, config.intermediate_size)
-
-
-def test_one_block_is_what_torch_computes() -> None:
-    torch.manual_seed(0)
-    gradients = [torch.randn(48, 32) for _ in range(3)]
-    ours, theirs = (torch.nn.Parameter(torch.ones(48, 32)) for _ in range(2))
-    mine = Muon([{"params": [ours], "block": (48, 32)}], weight_decay=0.1)
-    peer = torch.optim.Muon([theirs], lr=RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for gradient in gradients:
-        for parameter, optimizer in ((ours, mine), (theirs, peer)):
-            parameter.grad = gradient.clone()
-            optimizer.param_groups[0]["lr"] = RATE
-            optimizer.step()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * RATE)
-
-
 def test_the_matrices_of_adapters_are_its(model: LlavaModel) -> None:
     found, went = one_step(model, muon(method="lora"))
-    assert list(found) == [name for name in went if ".lora_" in name]
+    assert found == [name for name in went if ".lora_" in name]
 
 
 def test_it_is_for_nothing_where_no_matrix_is_trained(model: LlavaModel) -> None:
     stage = muon(only=("norm",))
     trained(model, stage, seed=0)
     with pytest.raises(RecipeError, match="muon, but none of the language model's matrices is trained"):
-        blocks(model, stage)
+        matrices(model, stage)
