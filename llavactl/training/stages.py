@@ -58,7 +58,8 @@ def matrices(model: LlavaModel, stage: Stage) -> list[str]:
     if getattr(stage, "optimizer", "adamw") != "muon":
         return []
     language = model.language
-    ends = [part.weight for part in (language.get_input_embeddings(), language.get_output_embeddings()) if part]
+    parts = (language.get_input_embeddings(), language.get_output_embeddings())
+    ends = [part.weight for part in parts if part is not None]
     found = [
         f"language.{name}"
         for name, parameter in language.named_parameters()

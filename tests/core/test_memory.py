@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 
@@ -29,5 +30,7 @@ def test_what_is_made_meanwhile_is_still_collected() -> None:
     with settled():
         ring = Ring()
         ring.self = ring  # type: ignore[attr-defined]
+        alive = weakref.ref(ring)
         del ring
-        assert gc.collect() > 0
+        gc.collect()
+        assert alive() is None
