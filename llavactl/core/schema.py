@@ -233,7 +233,7 @@ class Batch:
     The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order. Where these are
     int8, they have ``scales`` [I, P + Dv] float32: half of the bytes travel, and ``image_features`` are what is meant.
     ``names`` says whose tokens these are, for messages. ``spans`` are empty where every row is one conversation;
-    else the batch is one packed row [1, T] without padding, and they tile it.
+    else the batch is one packed row [1, T], and they tile it: the last is its padding, if it has any.
     """
 
     ids: torch.Tensor
@@ -258,11 +258,9 @@ class Batch:
     @property
     def tokens(self) -> int:
         """The tokens of its conversations; what several of them begin with counts once for each."""
-        if not self.spans:
-            return int(self.mask.sum())
         before = [span.after for span in self.spans if span.after is not None]
         again = sum(self.spans[at].length for at in before) - sum(self.spans[at].length for at in set(before))
-        return self.ids.shape[1] + again
+        return int(self.mask.sum()) + again
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""

@@ -13,6 +13,11 @@ from llavactl.core.schema import IGNORE, Batch, Encoded, Span
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
+MULTIPLE = 32
+"""Packed rows are filled up to a multiple of so many tokens. Rows of ever other lengths leave holes of ever other sizes
+in the C library's heap, and oneDNN makes new kernels for each: a step of the demo took twice as long after 60 steps.
+"""
+
 
 class Loads(Protocol):
     """Where features come from, cached or live."""
@@ -47,7 +52,7 @@ def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, 
     """Conversations as one row [1, T], one behind the other, each seeing itself alone.
 
     ``families``: how many tokens its conversations begin with in common, one image and no target among them, and the
-    conversations. Those tokens are in the row once.
+    conversations. Those tokens are in the row once. A span of padding, if any, ends the row.
     """
     parts: list[tuple[Encoded, int | None]] = []
     for shared, items in families:
@@ -62,15 +67,18 @@ def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, 
     labels = [
         label if at or after is not None else IGNORE for part, after in parts for at, label in enumerate(part.labels)
     ]
-    ids = torch.tensor([[token for part, _ in parts for token in part.ids]])
+    ids = [token for part, _ in parts for token in part.ids]
+    spans = [Span(len(part), after) for part, after in parts]
+    if padding := -len(ids) % MULTIPLE:
+        spans.append(Span(padding))
     rows, scales = _stacked([image for part, _ in parts for image in part.images], features)
     return Batch(
-        ids,
-        torch.ones_like(ids, dtype=torch.bool),
-        torch.tensor([labels]),
+        torch.tensor([ids + [0] * padding]),
+        torch.tensor([[True] * len(ids) + [False] * padding]),
+        torch.tensor([labels + [IGNORE] * padding]),
         rows,
         tuple(names),
-        tuple(Span(len(part), after) for part, after in parts),
+        tuple(spans),
         scales,
     )
 
