@@ -55,11 +55,13 @@ def command(
     from llavactl.model.generate import Sampling
     from llavactl.verbs import chat
 
-    chat.content("", images)  # a wrong file is told before a model is read
+    # A wrong file is told before a model is read.
+    chat.content("", images)
+    records = [] if batch is None else chat.read_batch(batch)
     conversation = chat.open_chat(recipe, model, template)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if batch is not None:
-        _print_batch(chat.answer_batch(conversation.assistant, batch, sampling), as_json)
+        _print_batch(chat.answer_batch(conversation.assistant, records, sampling), as_json)
     elif prompt is None:
         _converse(conversation, list(images), sampling)
     elif as_json:

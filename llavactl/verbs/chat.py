@@ -72,12 +72,22 @@ def say(conversation: Conversation, prompt: str, images: Sequence[str], sampling
     return ChatReport(answer, prompt, tuple(images), conversation.assistant.name)
 
 
-def answer_batch(assistant: Assistant, file: Path, sampling: Sampling) -> list[dict[str, Any]]:
-    """Answers a JSONL of ``{"image", "prompt"}``: the records in order, each with its ``answer``.
+Asked = tuple[dict[str, Any], tuple[Content, ...]]
 
-    ``image`` may be a list, or absent; paths are relative to ``file``. All records are checked before any is asked.
+
+def read_batch(file: Path) -> list[Asked]:
+    """The records of a JSONL of ``{"image", "prompt"}``, each with what it says.
+
+    ``image`` may be a list, or absent; paths are relative to ``file``.
+
+    Raises:
+        DataError: a record or an image that can't be read, with its line.
     """
-    records = [_record(line, f"{file}:{number}", file.parent) for number, line in _lines(file)]
+    return [_record(line, f"{file}:{number}", file.parent) for number, line in _lines(file)]
+
+
+def answer_batch(assistant: Assistant, records: Sequence[Asked], sampling: Sampling) -> list[dict[str, Any]]:
+    """``records`` in order, each with its ``answer``."""
     answers: list[str] = []
     for at in range(0, len(records), BATCH):
         asked = [(Turn("user", said),) for _, said in records[at : at + BATCH]]
@@ -94,7 +104,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
-def _record(line: str, where: str, base: Path) -> tuple[dict[str, Any], tuple[Content, ...]]:
+def _record(line: str, where: str, base: Path) -> Asked:
     try:
         record = json.loads(line)
     except ValueError as error:

@@ -271,13 +271,22 @@ class TestChat:
         opened.assert_not_called()
 
     def test_a_batch(self, opened: MagicMock, verb: Any, here: Path) -> None:
+        (here / "b.jsonl").write_text('{"prompt": "p"}\n', encoding="utf-8")
         answers = [{"image": "i", "prompt": "p", "answer": "ä"}] * 2
         batch = verb("chat", "answer_batch", answers)
         result = run_cli("chat", "--batch", "b.jsonl", "--max-new-tokens", "7", cwd=here)
         assert [json.loads(line) for line in result.stdout.splitlines()] == answers
-        assert batch.call_args.args[1] == Path("b.jsonl")
+        assert batch.call_args.args[1] == [({"prompt": "p"}, ("p",))]
         assert batch.call_args.args[2].max_new_tokens == 7
         assert run_cli("chat", "--batch", "b.jsonl", "--json", cwd=here).json() == answers
+
+    def test_a_wrong_record_is_told_before_the_model_is_read(self, opened: MagicMock, here: Path) -> None:
+        lines = '{"prompt": "p"}\n{"image": "none.jpg", "prompt": "p"}\n'
+        (here / "b.jsonl").write_text(lines, encoding="utf-8")
+        result = run_cli("chat", "--batch", "b.jsonl", cwd=here)
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: b.jsonl:2: image none.jpg: ")
+        opened.assert_not_called()
 
     def test_a_conversation(self, opened: MagicMock, toys: Path, here: Path) -> None:
         photo = toys / "images/photo-000.jpg"
