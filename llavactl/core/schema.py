@@ -233,7 +233,7 @@ class Batch:
     The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order. Where these are
     int8, they have ``scales`` [I, P + Dv] float32: half of the bytes travel, and ``image_features`` are what is meant.
     ``names`` says whose tokens these are, for messages. ``spans`` are empty where every row is one conversation;
-    else the batch is one packed row [1, T], and they tile it: the last is its padding, if it has any.
+    else the batch is one packed row [1, T], and they tile it: padding, if any, ends one of them.
     """
 
     ids: torch.Tensor

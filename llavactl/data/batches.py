@@ -9,14 +9,10 @@ import numpy as np
 import torch
 
 from llavactl.core.schema import IGNORE, Batch, Encoded, Span
+from llavactl.data.rows import filling
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
-
-MULTIPLE = 32
-"""Packed rows are filled up to a multiple of so many tokens. Rows of ever other lengths leave holes of ever other sizes
-in the C library's heap, and oneDNN makes new kernels for each: a step of the demo took twice as long after 60 steps.
-"""
 
 
 class Loads(Protocol):
@@ -52,30 +48,34 @@ def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, 
     """Conversations as one row [1, T], one behind the other, each seeing itself alone.
 
     ``families``: how many tokens its conversations begin with in common, one image and no target among them, and the
-    conversations. Those tokens are in the row once. A span of padding, if any, ends the row.
+    conversations. Those tokens are in the row once. Padding ends the last span of a family, or every span where nothing
+    is shared: behind all that is looked at.
     """
-    parts: list[tuple[Encoded, int | None]] = []
+    parts: list[tuple[Encoded, int | None, int]] = []
     for shared, items in families:
-        after = len(parts) if shared else None
-        if shared:
-            first = items[0]
-            parts.append((Encoded(first.ids[:shared], first.labels[:shared], first.images[:1]), None))
-        for item in items:
-            rest = Encoded(item.ids[shared:], item.labels[shared:], item.images[1:]) if shared else item
-            parts.append((rest, after))
-    # What begins a conversation follows on nothing in it, so nothing predicts it.
-    labels = [
-        label if at or after is not None else IGNORE for part, after in parts for at, label in enumerate(part.labels)
-    ]
-    ids = [token for part, _ in parts for token in part.ids]
-    spans = [Span(len(part), after) for part, after in parts]
-    if padding := -len(ids) % MULTIPLE:
-        spans.append(Span(padding))
-    rows, scales = _stacked([image for part, _ in parts for image in part.images], features)
+        if not shared:
+            parts += [(item, None, filling(len(item))) for item in items]
+            continue
+        first, place = items[0], len(parts)
+        parts.append((Encoded(first.ids[:shared], first.labels[:shared], first.images[:1]), None, 0))
+        rest = [Encoded(item.ids[shared:], item.labels[shared:], item.images[1:]) for item in items]
+        parts += [(item, place, 0) for item in rest[:-1]]
+        parts.append((rest[-1], place, filling(sum(map(len, rest)))))
+    ids: list[int] = []
+    labels: list[int] = []
+    mask: list[bool] = []
+    for part, after, padding in parts:
+        # What begins a conversation follows on nothing in it, so nothing predicts it.
+        first_label = part.labels[:1] if after is not None else (IGNORE,) * len(part.labels[:1])
+        ids += (*part.ids, *(0,) * padding)
+        labels += (*first_label, *part.labels[1:], *(IGNORE,) * padding)
+        mask += (*(True,) * len(part), *(False,) * padding)
+    spans = [Span(len(part) + padding, after) for part, after, padding in parts]
+    rows, scales = _stacked([image for part, *_ in parts for image in part.images], features)
     return Batch(
-        torch.tensor([ids + [0] * padding]),
-        torch.tensor([[True] * len(ids) + [False] * padding]),
-        torch.tensor([labels + [IGNORE] * padding]),
+        torch.tensor([ids]),
+        torch.tensor([mask]),
+        torch.tensor([labels]),
         rows,
         tuple(names),
         tuple(spans),

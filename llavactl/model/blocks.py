@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch.nn import functional
@@ -46,41 +45,31 @@ class Layout:
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
         self.blocks = _blocks(spans)
-        self._hidden: dict[tuple[bool, int, torch.dtype], list[torch.Tensor | None]] = {}
+        self._hidden: dict[tuple[int, torch.dtype], list[torch.Tensor | None]] = {}
 
-    def rows(self, chosen: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Which tokens of each block are among ``chosen`` [N], rising, counted from the block's beginning."""
-        ends = torch.tensor([0, *accumulate(block.length for block in self.blocks)], device=chosen.device)
-        counts = torch.searchsorted(chosen, ends).diff()
-        return (chosen - ends[:-1].repeat_interleave(counts)).split(counts.tolist())
-
-    def hidden(self, like: torch.Tensor, heads: int, chosen: torch.Tensor | None) -> list[torch.Tensor | None]:
+    def hidden(self, like: torch.Tensor, heads: int) -> list[torch.Tensor | None]:
         """For each block [``heads`` * S, K]: minus infinity where a query doesn't see a key, else 0, as ``like``.
 
         A block of more than ``SHORT`` queries has [S, K], or None where it is all of its keys.
         """
-        key = (chosen is None, heads, like.dtype)
+        key = (heads, like.dtype)
         if key not in self._hidden:
-            rows = [None] * len(self.blocks) if chosen is None else self.rows(chosen)
-            made = [self._mask(block, row, like.device) for block, row in zip(self.blocks, rows, strict=True)]
             self._hidden[key] = [
                 None
-                if row is None and block.after is None and block.length > SHORT
+                if block.after is None and block.length > SHORT
                 else like.new_zeros(mask.shape)
                 .masked_fill_(mask, float("-inf"))
                 .repeat(heads if len(mask) <= SHORT else 1, 1)
-                for block, row, mask in zip(self.blocks, rows, made, strict=True)
+                for block, mask in ((block, self._mask(block, like.device)) for block in self.blocks)
             ]
         return self._hidden[key]
 
-    def _mask(self, block: Block, row: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def _mask(self, block: Block, device: torch.device) -> torch.Tensor:
         """[S, K], true where a query doesn't see a key: what comes later, and what is of another span of the block."""
         before = 0 if block.after is None else self.blocks[block.after].length
         lengths = torch.tensor(block.lengths, device=device)
         begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         places = torch.arange(block.length, device=device)
-        if row is not None:
-            begins, places = begins[row], places[row]
         keys = torch.arange(-before, block.length, device=device)
         return (keys > places[:, None]) | ((keys >= 0) & (keys < begins[:, None]))
 
@@ -100,38 +89,24 @@ def _blocks(spans: Sequence[Span]) -> list[Block]:
 
 
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float,
-    chosen: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float
 ) -> torch.Tensor:
-    """query [H, T, D], key and value [Hk, T, D] to [T, H, D].
-
-    With ``chosen`` [N], rising, only these tokens look; what the others have instead of an answer means nothing.
-    """
+    """query [H, T, D], key and value [Hk, T, D] to [T, H, D]."""
     # Split, not sliced: the backward of a slice fills a whole row with zeros, once a block.
     lengths = [block.length for block in layout.blocks]
-    keys, values = (tensor.split(lengths, dim=1) for tensor in (key, value))
-    looking = query if chosen is None else query.index_select(1, chosen)
-    counts = lengths if chosen is None else [len(row) for row in layout.rows(chosen)]
-    queries = looking.split(counts, dim=1)
-    hidden = layout.hidden(query, len(query) // len(key), chosen)
+    queries, keys, values = (tensor.split(lengths, dim=1) for tensor in (query, key, value))
+    hidden = layout.hidden(query, len(query) // len(key))
     seen = []
     for at, block in enumerate(layout.blocks):
         k, v = keys[at], values[at]
         if block.after is not None:
             k, v = torch.cat([keys[block.after], k], dim=1), torch.cat([values[block.after], v], dim=1)
         mask = hidden[at]
-        if mask is None or counts[at] > SHORT:
+        if mask is None or block.length > SHORT:
             seen.append(_fused(queries[at], k, v, mask, scaling))
         else:
             seen.append(_products(queries[at], k, v, mask, scaling))
-    found = torch.cat(seen, dim=1)
-    if chosen is not None:
-        found = torch.zeros_like(query).index_copy(1, chosen, found)
-    return found.transpose(0, 1).contiguous()
+    return torch.cat(seen, dim=1).transpose(0, 1).contiguous()
 
 
 def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -13,10 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MULTIPLE = 32
+"""So many places, or a multiple of it, are computed: for the reason that ``llavactl.data.rows.MULTIPLE`` has."""
+
+
+def filled(places: torch.Tensor, length: int) -> torch.Tensor:
+    """``places`` [N] of a row of ``length``, rising and each once, and the row's first others up to a MULTIPLE."""
+    wanted = torch.zeros(length, dtype=torch.bool, device=places.device)
+    wanted[places] = True
+    (others,) = (~wanted).nonzero(as_tuple=True)
+    wanted[others[: -int(wanted.sum()) % MULTIPLE]] = True
+    (found,) = wanted.nonzero(as_tuple=True)
+    return found
+
+
 @contextmanager
 def narrowed(language: PreTrainedModel) -> Iterator[None]:
     """While this lasts, a forward of a Llama-like ``language`` with ``places`` [N], in its rows laid end to end, has
-    queries, outputs and MLP of its last layer computed there alone; what it gives elsewhere means nothing.
+    projections and MLP of its last layer computed there alone; what it gives elsewhere means nothing.
 
     Nothing sees the difference: no layer comes after, and the loss looks at no other place. Around a whole run, not
     a forward: with gradient checkpointing the backward pass computes the layer once more.
@@ -38,10 +52,8 @@ class _Places:
         self.places: torch.Tensor | None = None
         self.rows = torch.Size()
 
-    def take(self, _module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Where the model was told to look, the attention of this layer is told, too."""
+    def take(self, _module: nn.Module, _args: Any, given: dict[str, Any]) -> None:
         self.places = given.get("places")
-        return args, {**given, "chosen": self.places}
 
     def gather(self, _module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         """[B, T, D] to [N, D]."""

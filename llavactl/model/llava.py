@@ -12,6 +12,7 @@ from torch import nn
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IMAGE_TOKEN, Batch
 from llavactl.model.blocks import Layout
+from llavactl.model.last_layer import filled
 from llavactl.model.loss import cross_entropy, predictions, summed
 from llavactl.model.packed import LIKE_LLAMA, span_positions
 
@@ -79,7 +80,7 @@ class LlavaModel(nn.Module):
 
         inputs = self._inputs(batch)
         if batch.spans:
-            inputs["places"] = places.unique()
+            inputs["places"] = filled(places, batch.ids.shape[1])
         with _head_sees(self.language, keep):
             self.language(**inputs, use_cache=False)
         return seen[0]

@@ -84,16 +84,12 @@ def attend(
     scaling: float,
     *,
     layout: Layout,
-    chosen: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D], called as transformers calls its own.
-
-    With ``chosen`` [N], rising, only these tokens look; what the others have instead of an answer means nothing.
-    """
+    """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D], called as transformers calls its own."""
     if query.is_cuda and query.dtype != torch.float32:
         return _varlen(query[0], key[0], value[0], layout.spans, scaling)[None], None
-    return blocks.attention(query[0], key[0], value[0], layout, scaling, chosen)[None], None
+    return blocks.attention(query[0], key[0], value[0], layout, scaling)[None], None
 
 
 def _varlen(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef
-from llavactl.data.batches import MULTIPLE, pack
+from llavactl.data.batches import pack
+from llavactl.data.rows import MULTIPLE, filling
 
 
 class Drawn(NamedTuple):
@@ -27,17 +28,27 @@ class Features:
 
 
 @pytest.mark.parametrize("length", [1, MULTIPLE - 1, MULTIPLE, MULTIPLE + 1])
-def test_a_row_ends_in_padding_that_is_its_own_span(length: int) -> None:
+def test_a_conversation_ends_in_padding(length: int) -> None:
     item = Encoded((5,) * length, (IGNORE,) + (5,) * (length - 1), ())
-    batch = pack([(0, [item])], Features())
-    assert batch.ids.shape[1] % MULTIPLE == 0
-    assert batch.ids.shape[1] - length < MULTIPLE
-    assert sum(span.length for span in batch.spans) == batch.ids.shape[1]
-    assert all(span.length for span in batch.spans)
-    assert batch.spans[0] == (length, None)
-    assert batch.mask[0].tolist() == [at < length for at in range(batch.ids.shape[1])]
-    assert (batch.labels[0, length:] == IGNORE).all()
-    assert batch.tokens == length
+    batch = pack([(0, [item, item])], Features())
+    width = length + filling(length)
+    assert width % MULTIPLE == 0
+    assert width - length < MULTIPLE
+    assert batch.spans == ((width, None),) * 2
+    assert batch.ids.shape == batch.mask.shape == batch.labels.shape == (1, 2 * width)
+    assert batch.mask.view(2, width).tolist() == [[at < length for at in range(width)]] * 2
+    assert (batch.labels.view(2, width)[:, length:] == IGNORE).all()
+    assert batch.tokens == 2 * length
+
+
+def test_those_behind_one_image_end_in_padding_together() -> None:
+    image = Drawn("a.png")
+    first = (1, IMAGE_TOKEN, IMAGE_TOKEN)
+    items = [Encoded((*first, *rest), (IGNORE,) * 3 + rest, (image,)) for rest in ((7, 8), (9,))]
+    batch = pack([(3, items), (0, items[:1])], Features())
+    assert batch.spans == ((3, None), (2, 0), (MULTIPLE - 2, 0), (MULTIPLE, None))
+    assert batch.labels[0, 3:6].tolist() == [7, 8, 9]
+    assert batch.mask[0].nonzero()[:, 0].tolist() == [*range(6), *range(3 + MULTIPLE, 3 + MULTIPLE + 5)]
 
 
 def test_tokens_of_what_is_shared_count_for_each() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from llavactl.data.rows import Limits
 from llavactl.data.training_set import TrainingSet
 from llavactl.model import loss
 from llavactl.model.build import build
+from llavactl.model.last_layer import MULTIPLE, filled
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, refusal
 from llavactl.model.quantised import quantise
@@ -278,13 +280,23 @@ def test_the_last_layer_looks_where_something_is_predicted(parts: Any) -> None:
     (batch,) = micro.packed(data, [(0, index) for index in range(len(data))], micro.Share(Limits(9)))
     with packed_attention(model.language):
         model(batch)
-    predicting = len(loss.predictions(batch)[0].unique())
+    places, _ = loss.predictions(batch)
+    predicting = len(filled(places, batch.ids.shape[1]))
+    assert predicting < len(places.unique()) + MULTIPLE
     assert predicting < batch.ids.shape[1] / 2
     assert len(rows) == 8
     for (layer, name), count in rows.items():
         narrow = layer == -1 and name != "self_attn.k_proj"
         assert count == (predicting if narrow else batch.ids.shape[1]), name
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in (layers[-1].mlp, layers[-1].self_attn))
+
+
+@pytest.mark.parametrize(("places", "length"), [([], 40), ([3, 3, 39], 40), ([*range(20)], 24), ([*range(33)], 90)])
+def test_places_are_filled_up(places: list[int], length: int) -> None:
+    found = filled(torch.tensor(places, dtype=torch.long), length).tolist()
+    assert found == sorted(set(found))
+    assert set(places) <= set(found) <= set(range(length))
+    assert len(found) in (length, math.ceil(len(set(places)) / MULTIPLE) * MULTIPLE)
 
 
 def toy(kind: str, **more: Any) -> Any:

@@ -51,7 +51,7 @@ def test_packed_rows_train_what_padded_ones_do(toy: Path, shuffle: str) -> None:
     padded = trained(toy, "padded", *more, "stage2.packing=never")
     budget = trained(toy, "budget", *more, "stage2.micro_tokens=150")
     assert (packed["rows"], padded["rows"]) == ("packed", "padded: the recipe says so")
-    assert 0 < packed["padding"] < padded["padding"]
+    assert 0 < packed["padding"] < 0.1
     assert padded["shared"] == 0
     if shuffle == "images":
         assert packed["shared"] > 0.2
