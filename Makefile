@@ -25,8 +25,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
+# Where it is installed, oneTBB's memory allocator: with the C library's a step takes up to twice as long the longer a
+# training lasts (docs/training.md, "How fast").
 demo: $(RUN_READY) ## the whole pipeline on small pretrained models: minutes on a CPU
-	$(BIN)/llavactl run -r demo
+	LD_PRELOAD="$$(ls "$(CURDIR)"/$(VENV)/lib/libtbbmalloc.so.2 "$(CURDIR)"/$(VENV)/lib/libtbbmalloc_proxy.so.2 \
+		2>/dev/null | xargs)" \
+		$(BIN)/llavactl run -r demo
 
 # One thread a process: two test processes with torch's own threads on top are slower than one.
 test: $(DEV_READY) ## the tests that a change must pass

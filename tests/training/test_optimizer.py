@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,22 @@ def one_step(model: LlavaModel, stage: Stage2) -> tuple[list[str], dict[str, tor
         parameter.grad = torch.randn_like(parameter)
     assert optimizer.step(1.0) == RATE
     return found, {name: p.detach() - before[name] for name, p in optimizer.parameters.items()}
+
+
+def test_any_number_of_threads_makes_the_same_steps(model: LlavaModel) -> None:
+    threads = torch.get_num_threads()
+    made = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            made.append(one_step(copy.deepcopy(model), muon())[1])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    found = matrices(model, muon())
+    assert len(found) > 3
+    for name in found:
+        assert torch.equal(made[0][name], made[1][name]), name
 
 
 def test_matrices_go_as_far_in_every_direction_and_all_else_as_adam_goes(model: LlavaModel) -> None:
