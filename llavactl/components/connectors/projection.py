@@ -1,4 +1,4 @@
-"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally over folded, normalised, placed patches."""
+"""LLaVA's connectors: one linear layer, or two with a GELU between; patches may be folded, normalised and placed."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Projection:
             )
         connector = projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
         if self.columns:
-            grid = (shape.grid[0] // self.fold, shape.grid[1] // self.fold)
-            connector = Columns(grid, shape.prefix, language_width, self.columns, connector)
+            tokens = (shape.grid[0] // self.fold, shape.grid[1] // self.fold)
+            connector = Columns(tokens, shape.prefix, language_width, self.columns, connector)
         return Normed(shape.width, connector) if self.norm else connector
 
 

@@ -51,7 +51,8 @@ class Native:
         from safetensors.torch import load_file
 
         spec = self.description["connector"]
-        extra = [key for key, plain in (("fold", 1), ("norm", False), ("columns", 0.0)) if spec.get(key, plain) != plain]
+        ours = {"fold": 1, "norm": False, "columns": 0.0}
+        extra = [key for key, plain in ours.items() if spec.get(key, plain) != plain]
         if spec["name"] not in CONNECTORS or extra:
             what = (
                 f"{spec['name']} with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else spec["name"]
