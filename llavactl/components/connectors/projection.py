@@ -1,4 +1,4 @@
-"""LLaVA's connectors: one linear layer, or two with a GELU between; patches may be folded, normalised and placed."""
+"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally over folded patches."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ class ProjectionOptions(Options):
 
     ``norm: true`` first brings every patch to mean 0 and variance 1, for hidden states whose numbers are much
     smaller or larger than the language model's embeddings; it has no weights.
-
-    ``columns: 0.3`` adds to every token its column, 0.3 times as large as the token: the order of the tokens tells a
-    language model what is above and below, not what is to the left and to the right. It has no weights either.
     """
 
     fold: Annotated[int, Field(ge=1)] = 1
     norm: Annotated[bool, Field(strict=True)] = False
-    columns: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ class Projection:
     fold: int
     layers: int
     norm: bool = False
-    columns: float = 0.0
 
     def tokens(self, shape: FeatureShape) -> int:
         return shape.patches // self.fold**2
@@ -50,7 +45,7 @@ class Projection:
         """
         from torch import nn
 
-        from llavactl.components.connectors.patches import Columns, Fold, Normed
+        from llavactl.components.connectors.fold import Fold, Normed
 
         if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
@@ -67,17 +62,14 @@ class Projection:
                 nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
             )
         connector = projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
-        if self.columns:
-            tokens = (shape.grid[0] // self.fold, shape.grid[1] // self.fold)
-            connector = Columns(tokens, shape.prefix, language_width, self.columns, connector)
         return Normed(shape.width, connector) if self.norm else connector
 
 
 def linear(options: ProjectionOptions) -> Projection:
     """LLaVA v1's ``W``."""
-    return Projection(options.fold, 1, options.norm, options.columns)
+    return Projection(options.fold, 1, options.norm)
 
 
 def mlp2x_gelu(options: ProjectionOptions) -> Projection:
     """LLaVA v1.5's ``mlp2x_gelu``."""
-    return Projection(options.fold, 2, options.norm, options.columns)
+    return Projection(options.fold, 2, options.norm)

@@ -51,15 +51,14 @@ class Native:
         from safetensors.torch import load_file
 
         spec = self.description["connector"]
-        ours = {"fold": 1, "norm": False, "columns": 0.0}
-        extra = [key for key, plain in ours.items() if spec.get(key, plain) != plain]
+        extra = [key for key, plain in (("fold", 1), ("norm", False)) if spec.get(key, plain) != plain]
         if spec["name"] not in CONNECTORS or extra:
             what = (
                 f"{spec['name']} with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else spec["name"]
             )
             raise ModelError(
                 f"{self.folder}: other programs have no connector {what}",
-                hint="train with connector linear or mlp2x-gelu, without fold, norm and columns, to export to them",
+                hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
             )
         return load_file(self.folder / "connector.safetensors")
 

@@ -1,0 +1,33 @@
+"""What may come before a projection, as in InternVL: neighbouring patches folded into one token, patches normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Fold(nn.Module):
+    """Features [I, h*w, Dv] to [I, h/f * w/f, f*f*Dv], then ``projection``."""
+
+    def __init__(self, grid: tuple[int, int], fold: int, projection: nn.Module) -> None:
+        super().__init__()
+        self.grid, self.fold, self.projection = grid, fold, projection
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        (h, w), f, (i, _, d) = self.grid, self.fold, features.shape
+        blocks = features.view(i, h // f, f, w // f, f, d).permute(0, 1, 3, 2, 4, 5)
+        folded: torch.Tensor = self.projection(blocks.reshape(i, (h // f) * (w // f), f * f * d))
+        return folded
+
+
+class Normed(nn.Module):
+    """Features [I, P, Dv], each patch brought to mean 0 and variance 1 over its Dv channels, then ``projection``."""
+
+    def __init__(self, width: int, projection: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.projection = projection
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.projection(self.norm(features))
+        return projected
