@@ -17,6 +17,7 @@ from llavactl.core.options import ModelId, RecipePath
 Switch = Annotated[bool, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+NotNegativeWhole = Annotated[int, Field(strict=True, ge=0)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -222,6 +223,9 @@ class Stage(Section):
 
 
 class Stage1(Stage):
+    """``grounding_steps``: before the first step, so many in which the connector is fitted to the boxes of the data."""
+
+    grounding_steps: NotNegativeWhole = 0
     template: str | None = "plain"
     batch_size: Count = 256
     micro_batch_size: Count = 32
@@ -286,3 +290,12 @@ class Recipe(Section):
     try_next: tuple[str, ...] = ()
     seed: Whole = 0
     run_dir: RecipePath
+
+    @model_validator(mode="after")
+    def _boxes_lie_on_patches(self) -> Recipe:
+        if self.stage1.grounding_steps and (self.stage1.image or self.vision.image) != "square":
+            raise ValueError(
+                "stage1.grounding_steps needs `vision.image: square`: boxes are shares of the picture, "
+                "and lie elsewhere on a padded one"
+            )
+        return self

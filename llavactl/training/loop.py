@@ -28,12 +28,14 @@ from llavactl.data.rows import Limits
 from llavactl.model.packed import packed_attention
 from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
+from llavactl.training.grounding import ground
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import cosine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from llavactl.core.schema import FeatureShape
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Stage
@@ -74,6 +76,7 @@ class Run:
     stage: Stage
     data: TrainingSet
     validation: TrainingSet
+    shape: FeatureShape
     folder: Path
     seed: int
     digest: str
@@ -109,6 +112,8 @@ def train(run: Run) -> Trained:
         groups=run.data.images() if stage.shuffle == "images" else None,
     )
     start = _restore(run)
+    if not start:
+        _ground(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
     language = run.model.language
@@ -207,6 +212,16 @@ def _restore(run: Run) -> int:
     run.optimizer.load(tensors)
     log.info("%s: going on behind step %d", run.folder.name, state.step)
     return state.step
+
+
+def _ground(run: Run) -> None:
+    """Fits the connector to boxes, where the stage says so: the same on all processes."""
+    steps = getattr(run.stage, "grounding_steps", 0)
+    if not steps:
+        return
+    weights = ground(run.model, run.data, run.shape, steps, run.seed)
+    processes = run.accelerator.num_processes
+    run.optimizer.take({f"connector.{name}": _sum(run.accelerator, w) / processes for name, w in weights.items()})
 
 
 def _take_best(run: Run) -> int:

@@ -103,6 +103,13 @@ class Optimizer:
         return max(group["lr"] for group in groups)
 
     @torch.no_grad()
+    def take(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Some parameters' values from elsewhere, by name."""
+        for name, weight in weights.items():
+            self.masters[name].copy_(weight)
+        self._follow()
+
+    @torch.no_grad()
     def _follow(self) -> None:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:

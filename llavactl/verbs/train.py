@@ -103,6 +103,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         stage=settings,
         data=data.train,
         validation=data.validation,
+        shape=features.shape,
         folder=folder,
         seed=recipe.seed,
         digest=digest,
@@ -201,6 +202,7 @@ def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, s
         "language": recipe.language.model_dump(mode="json"),
         "fingerprint": fingerprint.id,
         "data": data.digest,
+        "boxes": [sample.boxes for sample in data.train.samples] if getattr(settings, "grounding_steps", 0) else None,
         "seed": recipe.seed,
         "start": model_folder.describe(start)["digest"] if start else None,
     }

@@ -357,6 +357,18 @@ def test_a_record_of_questions() -> None:
         assert len(sample.captions) == 3
 
 
+def test_questions_of_some_categories_alone() -> None:
+    everything = {sample.id: sample for sample in scenes(_options("questions", scenes=60))}
+    found = list(scenes(_options("questions", scenes=60, about=["relation"])))
+    texts = [turn.text for sample in found for turn in sample.turns if turn.role == "user"]
+    assert len(texts) > 150
+    assert all(any(word in text for word in ("left", "right", "above", "below")) for text in texts)
+    # A minimal pair of two things has its one question of this sort already: such scenes are left out.
+    left_out = everything.keys() - {sample.id for sample in found}
+    assert left_out
+    assert all(len(everything[name].boxes) == 2 for name in left_out)
+
+
 @pytest.mark.parametrize(("split", "nameable"), [("train", 30), ("test", 36)])
 def test_a_record_tells_what_is_not_there(split: str, nameable: int) -> None:
     for sample in scenes(_options("questions", split=split)):
@@ -391,7 +403,18 @@ def _stamps(options: ScenesOptions) -> set[str | None]:
     return {sample.images[0].stamp() for sample in scenes(options)}
 
 
-@pytest.mark.parametrize("wrong", [{"scenes": 0}, {"split": "val"}, {"questions": 7}, {"size": 8}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scenes": 0},
+        {"split": "val"},
+        {"questions": 7},
+        {"size": 8},
+        {"colour": "red"},
+        {"about": []},
+        {"about": ["place"]},
+    ],
+)
 def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         _options("questions", **wrong)

@@ -15,7 +15,7 @@ from pydantic import Field
 from llavactl.components.sources.scenes.captions import captions, description
 from llavactl.components.sources.scenes.draw import SceneImage
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import MOST, ask
+from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, Category, ask
 from llavactl.components.sources.scenes.things import CANVAS, COLORS, SHAPES, Split, held_out
 from llavactl.core.registry import Options
 from llavactl.core.schema import Sample, Turn
@@ -38,6 +38,9 @@ class ScenesOptions(Options):
         "questions", description="what a scene is told or asked: a short caption, all things in their order, questions"
     )
     questions: int = Field(MOST, ge=1, le=MOST, description="questions a scene, with content: questions")
+    about: tuple[Category, ...] = Field(
+        CATEGORIES, min_length=1, description="what these are about; a scene that has no such question is left out"
+    )
     size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the pictures in pixels")
 
 
@@ -51,6 +54,8 @@ def scenes(options: ScenesOptions) -> Iterator[Sample]:
         extra = {"absent": _absent(staged)}
         if options.content == "questions":
             turns = _questions(staged, image, options)
+            if not turns:
+                continue
         else:
             turns = _caption(staged, image, (description(staged),) if options.content == "descriptions" else said)
         yield Sample(staged.id, turns, where=f"scene {staged.id}", captions=said, boxes=boxes, extra=extra)
@@ -77,7 +82,7 @@ def _caption(staged: Staged, image: SceneImage, said: tuple[str, ...]) -> tuple[
 
 def _questions(staged: Staged, image: SceneImage, options: ScenesOptions) -> tuple[Turn, ...]:
     turns: list[Turn] = []
-    for asked in ask(staged, options.questions):
+    for asked in ask(staged, options.questions, options.about):
         turns.append(Turn("user", (asked.text,) if turns else (image, "\n" + asked.text)))
         turns.append(Turn("assistant", (asked.answer,)))
     return tuple(turns)

@@ -7,10 +7,11 @@ treats all colors, shapes and places alike. ``chance`` is thus what a reader of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from random import Random
+from typing import Literal, get_args
 
 from llavactl.components.sources.scenes.layout import Contrast, Staged
 from llavactl.components.sources.scenes.things import (
@@ -25,7 +26,8 @@ from llavactl.components.sources.scenes.things import (
     side,
 )
 
-CATEGORIES = ("color", "shape", "count", "presence", "relation", "pair")
+Category = Literal["color", "shape", "count", "presence", "relation", "pair"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 """What a question is about; ``pair`` is the one question that both scenes of a minimal pair are asked."""
 
 MOST = 6
@@ -57,23 +59,24 @@ def chance(category: str, split: Split) -> float:
     return 100 / 3 if category == "count" else 50.0
 
 
-def ask(staged: Staged, limit: int) -> list[Asked]:
-    """``limit`` questions about a scene, at most MOST: one of each category, then more yes and no."""
+def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list[Asked]:
+    """``limit`` questions about a scene, at most MOST: one of each category of ``about``, then more yes and no."""
     rng = Random(f"llavactl scenes/questions/{staged.key}")
-    asked = [_pair(staged.contrast, staged.scene)] if staged.contrast else []
-    supply = {
+    asked = [_pair(staged.contrast, staged.scene)] if staged.contrast and "pair" in about else []
+    every = {
         "color": _color(staged, rng),
         "shape": _shape(staged, rng),
         "count": _count(staged, rng),
         "presence": _presence(staged, rng),
         "relation": _relation(staged, rng),
     }
+    supply = {category: questions for category, questions in every.items() if category in about}
     # The categories are chosen blindly. Only presence and relation may stand in for one that this scene
     # has no question of: their answers are even in whatever scene they are asked.
     wanted = rng.sample(list(supply), len(supply))[: limit - len(asked)]
     asked += [question for category in wanted for question in islice(supply[category], 1)]
     for category in rng.sample(["presence", "relation"], 2) * MOST:
-        if len(asked) < limit:
+        if len(asked) < limit and category in supply:
             asked += islice(supply[category], 1)
     rng.shuffle(asked)
     # Any of them opens the conversation, as when it is asked alone; those that name things come late, or
