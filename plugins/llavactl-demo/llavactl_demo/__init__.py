@@ -1,4 +1,4 @@
-"""Two small pretrained models for llavactl that need no model hub, and the recipe ``demo`` that puts them together.
+"""Two small pretrained models for llavactl that need no model hub, and the recipes that put them together.
 
 Imports nothing but llavactl's marker: the command line imports this module for its ``--help``.
 """
@@ -36,7 +36,10 @@ def register_languages(register: Any) -> None:
 
 @hookimpl
 def register_recipes(register: Any) -> None:
-    """``demo``."""
+    """``demo``, and ``demo-captions``: the same without what LLaVA doesn't do."""
     register(
         "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on drawn scenes: minutes on a CPU"
+    )
+    register(
+        "demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo without boxes: as LLaVA learns, and slower"
     )

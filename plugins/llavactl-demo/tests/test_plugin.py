@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, Dinov2Model
 from llavactl import ModelError
 from llavactl.testing import check_plugin, run_cli
 
+RECIPES = ["demo", "demo-captions"]
 HEAVY = ["torch", "transformers", "onnx", "numpy", "gguf", "safetensors"]
 
 
@@ -30,15 +31,17 @@ def test_all_that_it_registers_conforms(vision: Path, language: Path):
     assert check_plugin("demo", {"dinov2-demo": {"image": "pad"}, "smollm2-demo": {}}) == []
 
 
-def test_the_recipe_is_sound_and_opens_with_its_command():
-    shown = run_cli("recipes", "show", "demo")
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_is_sound_and_opens_with_its_command(name: str):
+    shown = run_cli("recipes", "show", name)
     assert shown.exit_code == 0, shown.stderr
-    assert shown.stdout.startswith("# llavactl run -r demo\n")
-    assert run_cli("recipes", "check", "-r", "demo").exit_code == 0
+    assert shown.stdout.startswith(f"# llavactl run -r {name}\n")
+    assert run_cli("recipes", "check", "-r", name).exit_code == 0
 
 
-def test_every_number_of_the_recipe_says_why():
-    lines = (Path(components.__file__).parent / "demo.yaml").read_text().splitlines()
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_number_of_the_recipe_says_why(name: str):
+    lines = (Path(components.__file__).parent / f"{name}.yaml").read_text().splitlines()
     for line in lines:
         key, _, value = line.strip().partition(": ")
         if value[:1].isdigit() and key != "seed":

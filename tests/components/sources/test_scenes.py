@@ -363,6 +363,10 @@ def test_questions_of_some_categories_alone() -> None:
     texts = [turn.text for sample in found for turn in sample.turns if turn.role == "user"]
     assert len(texts) > 150
     assert all(any(word in text for word in ("left", "right", "above", "below")) for text in texts)
+    for half, words in (("left-right", ("left", "right")), ("above-below", ("above", "below"))):
+        said = [turn.text for sample in scenes(_options("questions", about=[half])) for turn in sample.turns[::2]]
+        assert len(said) > 20
+        assert all(any(word in text for word in words) for text in said)
     # A minimal pair of two things has its one question of this sort already: such scenes are left out.
     left_out = everything.keys() - {sample.id for sample in found}
     assert left_out

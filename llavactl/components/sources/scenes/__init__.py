@@ -15,7 +15,7 @@ from pydantic import Field
 from llavactl.components.sources.scenes.captions import captions, description
 from llavactl.components.sources.scenes.draw import SceneImage
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, Category, ask
+from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, Category, Half, ask
 from llavactl.components.sources.scenes.things import CANVAS, COLORS, SHAPES, Split, held_out
 from llavactl.core.registry import Options
 from llavactl.core.schema import Sample, Turn
@@ -38,7 +38,7 @@ class ScenesOptions(Options):
         "questions", description="what a scene is told or asked: a short caption, all things in their order, questions"
     )
     questions: int = Field(MOST, ge=1, le=MOST, description="questions a scene, with content: questions")
-    about: tuple[Category, ...] = Field(
+    about: tuple[Category | Half, ...] = Field(
         CATEGORIES, min_length=1, description="what these are about; a scene that has no such question is left out"
     )
     size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the pictures in pixels")

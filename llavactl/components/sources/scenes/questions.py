@@ -30,6 +30,10 @@ Category = Literal["color", "shape", "count", "presence", "relation", "pair"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 """What a question is about; ``pair`` is the one question that both scenes of a minimal pair are asked."""
 
+Half = Literal["left-right", "above-below"]
+HALVES: dict[str, Half] = {"x": "left-right", "y": "above-below"}
+"""``relation`` by its axis: the two are learned very differently."""
+
 MOST = 6
 """So many questions can be asked about every scene."""
 
@@ -60,7 +64,11 @@ def chance(category: str, split: Split) -> float:
 
 
 def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list[Asked]:
-    """``limit`` questions about a scene, at most MOST: one of each category of ``about``, then more yes and no."""
+    """``limit`` questions about a scene, at most MOST: one of each category of ``about``, then more yes and no.
+
+    ``about`` may have one of HALVES in place of ``relation``.
+    """
+    axes = [axis for axis, half in HALVES.items() if {"relation", half} & set(about)]
     rng = Random(f"llavactl scenes/questions/{staged.key}")
     asked = [_pair(staged.contrast, staged.scene)] if staged.contrast and "pair" in about else []
     every = {
@@ -68,9 +76,10 @@ def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list
         "shape": _shape(staged, rng),
         "count": _count(staged, rng),
         "presence": _presence(staged, rng),
-        "relation": _relation(staged, rng),
+        "relation": _relation(staged, rng, axes),
     }
-    supply = {category: questions for category, questions in every.items() if category in about}
+    asked_for = {*about, *(["relation"] if axes else [])}
+    supply = {category: questions for category, questions in every.items() if category in asked_for}
     # The categories are chosen blindly. Only presence and relation may stand in for one that this scene
     # has no question of: their answers are even in whatever scene they are asked.
     wanted = rng.sample(list(supply), len(supply))[: limit - len(asked)]
@@ -171,11 +180,13 @@ def _pair_to_find(staged: Staged, rng: Random, present: bool) -> str:
     return rng.choice(next(by_likeness[likeness] for likeness in order if by_likeness[likeness]))
 
 
-def _relation(staged: Staged, rng: Random) -> Iterator[Asked]:
-    """Which of two things is where, each two and each axis once."""
+def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[Asked]:
+    """Which of two things is where, each two and each of ``axes`` once."""
     contrast = staged.contrast
     known = {contrast.one.name, contrast.other.name} if contrast and contrast.kind == "arrangement" else set()
-    facts = [(*both, axis) for both in combinations(staged.scene.things, 2) for axis in clear_axes(*both)]
+    facts = [
+        (*both, axis) for both in combinations(staged.scene.things, 2) for axis in clear_axes(*both) if axis in axes
+    ]
     rng.shuffle(facts)
     for one, other, axis in facts:
         if {one.name, other.name} == known:
