@@ -21,6 +21,7 @@ ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 TAG = "<image>"
+HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
 
 
 class LlavaJsonOptions(Options):
@@ -43,7 +44,7 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
         DataError: a file or record that can't be read, with its line or number.
     """
     if not options.path.is_file():
-        raise DataError(f"{options.path}: there is no such file", hint="`path` names LLaVA's JSON or JSONL")
+        raise DataError(f"{options.path}: there is no such file", hint=HINT)
     root = str(options.images or options.path.parent)
     if options.images is not None:
         check_place(root)
