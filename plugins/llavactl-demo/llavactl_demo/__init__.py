@@ -40,6 +40,4 @@ def register_recipes(register: Any) -> None:
     register(
         "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on drawn scenes: minutes on a CPU"
     )
-    register(
-        "demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo without boxes: as LLaVA learns, and slower"
-    )
+    register("demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo as LLaVA learns: without boxes")
