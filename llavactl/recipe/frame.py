@@ -177,6 +177,7 @@ class Stage(Section):
     ``micro_batch_size`` samples are in memory at a time, fewer where they have more than ``micro_tokens`` tokens.
     ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
+    ``cooldown``: the learning rate stays at its peak, and falls in a line over this last share; null: half a cosine.
     ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
@@ -193,6 +194,7 @@ class Stage(Section):
     learning_rate: Positive = 1e-3
     connector_learning_rate: Positive | None = None
     warmup: Share = 0.03
+    cooldown: Share | None = None
     weight_decay: NotNegative = 0.0
     adam_beta2: Share = 0.999
     max_length: Count = 2048
@@ -214,11 +216,13 @@ class Stage(Section):
         return {**given, "micro_batch_size": max(n for n in range(1, most + 1) if size % n == 0)}
 
     @model_validator(mode="after")
-    def _divides(self) -> Stage:
+    def _fits(self) -> Stage:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.warmup + (self.cooldown or 0) > 1:
+            raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} are more than all steps")
         return self
 
 

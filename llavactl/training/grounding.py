@@ -20,7 +20,7 @@ from llavactl.core import progress
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, Encoded
 from llavactl.data.batches import collate
-from llavactl.training.optimizer import cosine
+from llavactl.training.optimizer import schedule
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape, Sample
@@ -76,7 +76,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
             made = connector(features.to(embeddings.device).float())[:, shape.prefix :]
             loss = (made - wanted).square().mean()
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * cosine(step, steps, WARMUP)
+                group["lr"] = LEARNING_RATE * schedule(step, steps, WARMUP)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

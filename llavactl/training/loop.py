@@ -30,7 +30,7 @@ from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
 from llavactl.training.grounding import ground
 from llavactl.training.metrics import Metrics
-from llavactl.training.optimizer import cosine
+from llavactl.training.optimizer import schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,7 +172,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
-    rate = optimizer.step(cosine(step, steps, run.stage.warmup))
+    rate = optimizer.step(schedule(step, steps, run.stage.warmup, run.stage.cooldown))
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 

@@ -1,4 +1,4 @@
-"""AdamW, or Muon for matrices, over full-precision masters, and LLaVA's cosine schedule."""
+"""AdamW, or Muon for matrices, over full-precision masters, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import torch
 from torch import nn
 
 
-def cosine(step: int, steps: int, warmup: float) -> float:
-    """The share of the learning rate at ``step`` (from 0) of ``steps``: linear warm-up over the first ``warmup``
+def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
+    """The share of the peak learning rate at ``step`` (from 0) of ``steps``: up in a line over the first ``warmup``
     share, then half a cosine to 0 (transformers' ``get_cosine_schedule_with_warmup``, which LLaVA uses).
+
+    With ``cooldown`` it stays at its peak, and goes to 0 in a line over this last share (Hagele et al. 2024, "Scaling
+    laws and compute-optimal training beyond fixed training durations").
     """
     rising = math.ceil(steps * warmup)
     if step < rising:
         return step / rising
+    if cooldown is not None:
+        return min(1.0, (steps - step) / max(1, math.ceil(steps * cooldown)))
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 

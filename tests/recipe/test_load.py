@@ -228,6 +228,8 @@ run_dir: 3
     def test_a_validators_own_words(self) -> None:
         small("stage2: {batch_size: 30, micro_batch_size: 16}\n")
         assert problems() == ["recipe.yaml:5: stage2: batch_size 30 is not a multiple of micro_batch_size 16"]
+        small("stage1: {warmup: 0.3, cooldown: 0.8}\n")
+        assert problems() == ["recipe.yaml:5: stage1: warmup 0.3 and cooldown 0.8 are more than all steps"]
 
     @pytest.mark.parametrize("value", ["on", "yes", "1", "'true'"])
     def test_a_switch_is_true_or_false(self, value: str) -> None:

@@ -1,4 +1,4 @@
-"""Which weights Muon updates, and how far: as AdamW would in the mean square, in all directions alike."""
+"""The learning rate over a run; which weights Muon updates, and how far: as AdamW would in the mean square."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.frame import Stage2
-from llavactl.training.optimizer import Optimizer
+from llavactl.training.optimizer import Optimizer, schedule
 from llavactl.training.stages import matrices, trained
 
 RATE = 0.01
@@ -25,6 +26,19 @@ RATE = 0.01
 def model(toys: Path) -> LlavaModel:
     language = {"name": "hf", "model": str(toys / "language")}
     return build({"name": "mlp2x-gelu"}, language, FeatureShape((2, 2), 32), dtype="float32").model
+
+
+@pytest.mark.parametrize(("cooldown", "theirs"), [(None, "cosine"), (0.25, "warmup_stable_decay"), (0.0, "constant_with_warmup")])
+def test_rates_are_those_of_transformers(cooldown: float | None, theirs: str) -> None:
+    steps, rising = 40, 4
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    more = {"num_decay_steps": 10, "decay_type": "linear"} if theirs == "warmup_stable_decay" else {}
+    scheduler = get_scheduler(theirs, optimizer, rising, steps, more)
+    for step in range(steps):
+        assert schedule(step, steps, rising / steps, cooldown) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
 
 
 def muon(**settings: Any) -> Stage2:
