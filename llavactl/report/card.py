@@ -97,7 +97,16 @@ def _data(recipe: Mapping[str, Any]) -> list[str]:
 
 def _training(recipe: Mapping[str, Any], description: Mapping[str, Any], run: Path) -> list[str]:
     rows = []
-    keys = ("method", "epochs", "batch_size", "learning_rate", "connector_learning_rate", "warmup", "precision")
+    keys = (
+        "method",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "connector_learning_rate",
+        "warmup",
+        "cooldown",
+        "precision",
+    )
     for stage in ("stage1", "stage2"):
         report = read_document(run / stage / "report.json")
         if not report:

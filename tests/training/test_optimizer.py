@@ -28,7 +28,9 @@ def model(toys: Path) -> LlavaModel:
     return build({"name": "mlp2x-gelu"}, language, FeatureShape((2, 2), 32), dtype="float32").model
 
 
-@pytest.mark.parametrize(("cooldown", "theirs"), [(None, "cosine"), (0.25, "warmup_stable_decay"), (0.0, "constant_with_warmup")])
+@pytest.mark.parametrize(
+    ("cooldown", "theirs"), [(None, "cosine"), (0.25, "warmup_stable_decay"), (0.0, "constant_with_warmup")]
+)
 def test_rates_are_those_of_transformers(cooldown: float | None, theirs: str) -> None:
     steps, rising = 40, 4
     weight = torch.nn.Parameter(torch.zeros(1))
