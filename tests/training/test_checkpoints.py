@@ -90,6 +90,14 @@ def command(toy: Path, *more: str, stage: int = 1) -> list[str]:
     ]
 
 
+def test_the_rate_stays_up_until_the_cooldown(toy: Path) -> None:
+    run_cli(*command(toy, "stage1.epochs=5", "stage1.cooldown=0.5")).json()
+    rates = [line["learning_rate"] for line in read(toy / "run/stage1/metrics.jsonl") if "learning_rate" in line]
+    half = len(rates) // 2
+    assert len(set(rates[1:half])) == 1, "a cosine would fall"
+    assert rates[half - 1] == max(rates) > rates[-1]
+
+
 def test_the_best_one_becomes_the_model(toy: Path) -> None:
     rising = ["stage2.init=scratch", "stage2.epochs=5", "stage2.learning_rate=0.3", "stage2.warmup=0.95"]
 
