@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from llavactl.core.errors import DataError
+from llavactl.core.paths import file_stamp
 
 ENDINGS = (".zip", ".tar")
 _TELLING = "ETag", "etag", "mtime", "LastModified", "updated", "created"
@@ -257,8 +258,7 @@ def read_range(place: str, at: int, size: int) -> bytes:
 def stamp_of(place: str) -> str:
     """Changes when the file or URL ``place`` may have; "" where a URL doesn't tell. Raises OSError."""
     if not is_url(place):
-        status = Path(place).stat()
-        return f"{status.st_size} {status.st_mtime_ns}"
+        return file_stamp(Path(place).stat())
     filesystem, path = _fsspec().core.url_to_fs(place)
     about: Mapping[str, Any] = filesystem.info(path)
     told = [about[key] for key in _TELLING if key in about]

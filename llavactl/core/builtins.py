@@ -6,6 +6,12 @@ from llavactl.core.hookspecs import Register, hookimpl
 
 _COMPONENTS = "llavactl.components"
 
+NUMBERS = "1"
+"""Goes up when a built-in component gives other numbers than before: finished steps are then redone.
+
+Not llavactl's version: most releases change no number, and a finished run must not be trained again for nothing.
+"""
+
 COMMANDS = {
     "recipes": "list, show, copy, check: what a run is made of",
     "run": "a recipe's whole pipeline; finished steps are skipped",

@@ -86,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def file_stamp(status: os.stat_result) -> str:
+    """Changes whenever the content of a file may have: also where a copy kept the time of modification."""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
 def share(path: Path) -> None:
     """Gives a file that some library made private the permissions of any other file that the user writes."""
     path.chmod(0o666 & ~_UMASK)

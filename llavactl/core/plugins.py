@@ -159,6 +159,13 @@ def installed() -> list[Plugin]:
     return found
 
 
+def version_of(plugin: str) -> str:
+    """The version of the ``plugin``'s package; of the built-in plugin, that of its components' numbers."""
+    if plugin == BUILTIN:
+        return builtins.NUMBERS
+    return next((_package(point)[1] for point in entry_points() if point.name == plugin), "?")
+
+
 def _package(point: metadata.EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 

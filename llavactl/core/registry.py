@@ -38,6 +38,11 @@ class Entry:
     summary: str
     plugin: str
 
+    @property
+    def version(self) -> str:
+        """The version of the plugin that registered it; a new one may give other numbers."""
+        return plugins.version_of(self.plugin)
+
     def load(self) -> Any:
         """The target, imported now."""
         return _import(self.target, self)

@@ -15,6 +15,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from llavactl.core.errors import DataError
+from llavactl.core.paths import file_stamp
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ class ImageFile(Below):
         target = self._inside()
         status = Path(target).stat()
         _check_regular(status)
-        return f"{target}\0{status.st_size}\0{status.st_mtime_ns}"
+        return f"{target}\0{file_stamp(status)}"
 
 
 def _check_regular(status: stat_result) -> None:

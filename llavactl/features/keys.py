@@ -1,33 +1,21 @@
-"""The key of an image is the sha256 of its bytes; what was hashed once is remembered by the image's stamp.
-
-One SQLite file holds the memory for all processes. It is a convenience: where it is broken, read-only or on
-a full disk, images are hashed again and the work goes on.
-"""
+"""The key of an image is the sha256 of its bytes; what was hashed once is remembered by the image's stamp."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from llavactl.core.hashes import HashMemory, stamp_bytes
 from llavactl.core.paths import cache_dir
-from llavactl.features.recall import STAMP_BYTES, Recall
+from llavactl.features.recall import Recall
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_TABLE = "CREATE TABLE IF NOT EXISTS keys (stamp BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID"
 _ROUND = 4096
-_VARIABLES = 500
 
 
 def content_key(data: bytes) -> str:
@@ -47,10 +35,8 @@ class ContentKeys:
     """
 
     def __init__(self, file: Path | None = None, *, remember: bool = True, workers: int = 4) -> None:
-        self.file = file or cache_dir() / "keys.sqlite"
-        self.remember = remember
+        self.memory = HashMemory(file or cache_dir() / "keys.sqlite", remember=remember)
         self.workers = workers
-        self._broken = False
         self._held = Recall({})
 
     def key(self, image: ImageRef) -> str:
@@ -92,7 +78,7 @@ class ContentKeys:
 
     def _round(self, images: Sequence[ImageRef], held: dict[bytes, str] | None = None) -> list[str | OSError]:
         stamps = [_stamp(image) for image in images]
-        known = self._recall({stamp for stamp in stamps if isinstance(stamp, bytes)})
+        known = self.memory.find({stamp for stamp in stamps if isinstance(stamp, bytes)})
         found: list[str | OSError | None] = [
             stamp if isinstance(stamp, OSError) else known.get(stamp) if stamp else None for stamp in stamps
         ]
@@ -103,7 +89,7 @@ class ContentKeys:
             # Only content that lay still while it was read may be remembered under its stamp.
             if isinstance(key, str) and isinstance(stamp, bytes) and stamp == stamps[index]:
                 fresh.append((stamp, bytes.fromhex(key)))
-        self._keep(fresh)
+        self.memory.keep(fresh)
         if held is not None:
             held |= known | {stamp: key.hex() for stamp, key in fresh}
         return [key for key in found if key is not None]
@@ -115,60 +101,6 @@ class ContentKeys:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="hash") as pool:
             yield from pool.map(_hash_one, images)
 
-    def _recall(self, stamps: Iterable[bytes]) -> dict[bytes, str]:
-        wanted = list(stamps)
-
-        def look(database: sqlite3.Connection) -> dict[bytes, str]:
-            found: dict[bytes, str] = {}
-            for start in range(0, len(wanted), _VARIABLES):
-                some = wanted[start : start + _VARIABLES]
-                marks = ",".join("?" * len(some))
-                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", some)  # noqa: S608
-                found |= {stamp: key.hex() for stamp, key in rows}
-            return found
-
-        return self._ask(look) or {}
-
-    def _keep(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        def insert(database: sqlite3.Connection) -> None:
-            with database:
-                database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", rows)
-
-        if rows and self.remember:
-            self._ask(insert)
-
-    def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What ``work`` makes of the database; None without a usable file. The first fault makes it unusable.
-
-        Connected anew each time (0.1 ms), since SQLite's connections must cross neither a fork nor threads.
-        """
-        if self._broken or not (self.remember or self.file.exists()):
-            return None
-        try:
-            with contextlib.closing(self._connect()) as database:
-                return work(database)
-        except (sqlite3.Error, OSError) as error:
-            self._broken = True
-            log.warning("%s can't be used (%s): images are hashed again each time", self.file, error)
-            garbage = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-            if garbage and self.remember:
-                with contextlib.suppress(OSError):
-                    self.file.unlink()
-            return None
-
-    def _connect(self) -> sqlite3.Connection:
-        mode = "rwc" if self.remember else "ro"
-        if self.remember:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-        made = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
-        try:
-            if self.remember:
-                made.execute(_TABLE)
-        except sqlite3.Error:
-            made.close()
-            raise
-        return made
-
 
 def _stamp(image: ImageRef) -> bytes | OSError | None:
     """16 bytes that change when the content may have; images of different classes never share them."""
@@ -179,7 +111,7 @@ def _stamp(image: ImageRef) -> bytes | OSError | None:
     if stamp is None:
         return None
     kind = type(image)
-    return hashlib.blake2b(f"{kind.__module__}.{kind.__qualname__}\0{stamp}".encode(), digest_size=STAMP_BYTES).digest()
+    return stamp_bytes(f"{kind.__module__}.{kind.__qualname__}\0{stamp}")
 
 
 def _hash_one(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-STAMP_BYTES = 16
 _KEY_BYTES = 32
 
 

@@ -1,0 +1,154 @@
+"""sha256 of contents, remembered: a file that did not change is not read again.
+
+One SQLite file keeps, for all processes, the hash under a stamp of the content (path, size, times). It is a
+convenience: where it is broken, read-only or on a full disk, contents are hashed again and the work goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llavactl.core.paths import cache_dir, file_stamp
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STAMP_BYTES = 16
+_TABLE = "CREATE TABLE IF NOT EXISTS keys (stamp BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID"
+_VARIABLES = 500
+_SETTLED_S = 2.0
+"""A file younger than this may be written again within the same tick of the file system's clock."""
+
+_BLOB = re.compile("[0-9a-f]{64}")
+"""The name of a large file in the hub's cache: its sha256."""
+
+_PASSED_OVER = re.compile(r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|logs")
+"""Folders beside a model that are no part of it: what trainers and evaluations leave there."""
+
+_DOCUMENTS = (".md", ".png", ".jpg", ".lock")
+
+
+class HashMemory:
+    """sha256 by stamp, in ``file``. With ``remember=False`` it is only read. Safe in any thread and after a fork."""
+
+    def __init__(self, file: Path, *, remember: bool = True) -> None:
+        self.file = file
+        self.remember = remember
+        self._broken = False
+
+    def find(self, stamps: Iterable[bytes]) -> dict[bytes, str]:
+        """The hashes (64 hex digits) kept under ``stamps``."""
+        wanted = list(stamps)
+
+        def look(database: sqlite3.Connection) -> dict[bytes, str]:
+            found: dict[bytes, str] = {}
+            for start in range(0, len(wanted), _VARIABLES):
+                some = wanted[start : start + _VARIABLES]
+                marks = ",".join("?" * len(some))
+                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", some)  # noqa: S608
+                found |= {stamp: key.hex() for stamp, key in rows}
+            return found
+
+        return self._ask(look) or {}
+
+    def keep(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Remembers (stamp, digest) pairs."""
+
+        def insert(database: sqlite3.Connection) -> None:
+            with database:
+                database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", rows)
+
+        if rows and self.remember:
+            self._ask(insert)
+
+    def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """What ``work`` makes of the database; None without a usable file. The first fault makes it unusable.
+
+        Connected anew each time (0.1 ms), since SQLite's connections must cross neither a fork nor threads.
+        """
+        if self._broken or not (self.remember or self.file.exists()):
+            return None
+        try:
+            with contextlib.closing(self._connect()) as database:
+                return work(database)
+        except (sqlite3.Error, OSError) as error:
+            self._broken = True
+            log.warning("%s can't be used (%s): contents are hashed again each time", self.file, error)
+            garbage = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+            if garbage and self.remember:
+                with contextlib.suppress(OSError):
+                    self.file.unlink()
+            return None
+
+    def _connect(self) -> sqlite3.Connection:
+        mode = "rwc" if self.remember else "ro"
+        if self.remember:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        made = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
+        try:
+            if self.remember:
+                made.execute(_TABLE)
+        except sqlite3.Error:
+            made.close()
+            raise
+        return made
+
+
+def stamp_bytes(text: str) -> bytes:
+    """``text`` as a stamp of STAMP_BYTES bytes."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=STAMP_BYTES).digest()
+
+
+def hash_file(file: Path) -> str:
+    """The sha256 of ``file``, 64 hex digits; it is read only if its stamp was never seen.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    if _BLOB.fullmatch(name := file.resolve().name):
+        return name
+    memory = HashMemory(cache_dir() / "files.sqlite")
+    status = file.stat()
+    stamp = stamp_bytes(f"{file.resolve()}\0{file_stamp(status)}")
+    if known := memory.find([stamp]).get(stamp):
+        return known
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    changed = max(status.st_mtime, status.st_ctime)
+    if time.time() - changed > _SETTLED_S and file_stamp(file.stat()) == file_stamp(status):
+        memory.keep([(stamp, digest.digest())])
+    return digest.hexdigest()
+
+
+def model_files(folder: Path) -> Iterator[Path]:
+    """The files of the model in ``folder``, by name; without documents and what trainers leave beside a model."""
+    for each in sorted(folder.iterdir()):
+        if each.is_dir():
+            if not _PASSED_OVER.fullmatch(each.name):
+                yield from model_files(each)
+        elif not each.name.startswith(".") and each.suffix.lower() not in _DOCUMENTS:
+            yield each
+
+
+def hash_folder(folder: Path) -> str:
+    """Changes with the name or the content of any file of the model in ``folder``, and with nothing else.
+
+    Raises:
+        OSError: one can't be read.
+    """
+    return hash_json([[file.relative_to(folder).as_posix(), hash_file(file)] for file in model_files(folder)])
+
+
+def hash_json(value: Any) -> str:
+    """The sha256 of a JSON value, whatever the order of its keys; what is not JSON counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""What decides the numbers that a component gives, as JSON: two with equal identities give equal results.
+
+A component's options name files, models and ids. What counts is what lies there, not what it is called: a model folder
+under another name is the same model, and one whose weights, tokenizer or chat template changed is another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llavactl.core.errors import ModelError
+from llavactl.core.hashes import hash_file, hash_folder
+from llavactl.core.protocols import Json
+from llavactl.core.registry import registry
+
+_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
+"""A folder with one of these is a model."""
+
+
+def component_identity(kind: str, spec: Mapping[str, Any]) -> dict[str, Json]:
+    """The identity of the component ``spec`` ({"name", options}) of ``kind``.
+
+    Its name, the version of whoever registered it, and its options with their defaults; files and models that these
+    name stand there by their contents. What the component itself adds through ``identity()`` is there too.
+
+    Raises:
+        ModelError: a file that an option names can't be read.
+    """
+    entry = registry().get(kind, spec["name"])
+    options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
+    told = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
+    found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": told}
+    own = getattr(entry.load()(options), "identity", None)
+    return {**found, "identity": own()} if own is not None else found
+
+
+def content_of(value: Any) -> Json:
+    """``value``, with the contents of the files and models that it names in the place of their paths and ids.
+
+    Folders that hold no model, such as one of images, stay by their names.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): content_of(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [content_of(each) for each in value]
+    if not isinstance(value, str):
+        found: Json = value
+        return found
+    try:
+        return _content(value)
+    except OSError as error:
+        raise ModelError(f"{error.filename or value}: {error.strerror or error}") from error
+
+
+def _content(text: str) -> Json:
+    if Path(text).is_absolute():
+        path = Path(text)
+        if path.is_file():
+            return {"sha256": hash_file(path)}
+        if path.is_dir() and any((path / name).is_file() for name in _MODEL):
+            return {"sha256": hash_folder(path)}
+    elif _ID.fullmatch(text) and (commit := _commit(text)):
+        return {"id": text, "commit": commit}
+    return text
+
+
+def _commit(model: str) -> str | None:
+    """The revision of the hub's ``model`` that lies in its cache; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
