@@ -264,9 +264,6 @@ class Consults(Protocol):
     consultant: Consultant | None
     """None: nobody is asked, and the task is scored without."""
 
-    aside: frozenset[str]
-    """Names of options that change nothing of what a model is asked, so that its answers stay when they change."""
-
     def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
         """Scores of the ``answers`` with what the teacher says; ``ask`` may be called several times.
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from llavactl.chat.foreign import digest, open_foreign
 from llavactl.chat.opening import open_assistant
 from llavactl.core.schema import ImageRef, Question, Turn
-from llavactl.model.folder import describe
+from llavactl.model.folder import identity
 from llavactl.model.generate import GREEDY, Sampling
 
 BLIND = "blind twin"
@@ -36,10 +37,10 @@ class View:
     blind: bool = False
     foreign: bool = False
 
-    @property
-    def digest(self) -> str:
-        """Changes with the model."""
-        return digest(self.folder) if self.foreign else str(describe(self.folder)["digest"])
+    @cached_property
+    def identity(self) -> str:
+        """Changes with anything that decides what the model answers."""
+        return digest(self.folder) if self.foreign else identity(self.folder)
 
     def open(self, questions: Sequence[Question]) -> Answers:
         """The model, ready to answer ``questions``."""

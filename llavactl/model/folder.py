@@ -1,7 +1,8 @@
 """A finished model on disk: everything to use it again, and nothing guessed from names.
 
 model/
-  llavactl.json            what it is: components, template, fingerprint of its features, versions
+  llavactl.json            what it is: components, template, fingerprint of its features, versions; of a model whose
+                           language model was trained whole also ``trained_language``, the options to load that with
   connector.safetensors    the connector, always its own file
   language/                the language model and its tokenizer, where stage 2 trained them whole
   adapter/                 a PEFT adapter, where stage 2 trained one
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llavactl.core.errors import ModelError, StoreError
+from llavactl.core.hashes import hash_folder, hash_json
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import share, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
@@ -59,9 +62,39 @@ def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], desc
         if method == "full":
             language.save_pretrained(temporary / "language")
             parts.tokenizer.save_pretrained(temporary / "language")
+            description = {**description, "trained_language": _options_of(language)}
         elif method == "lora":
             language.save_pretrained(temporary / "adapter")
         write_json(temporary / DESCRIPTION, {"format": FORMAT, **description})
+
+
+def _options_of(language: Any) -> dict[str, Any]:
+    """The component that loads ``language`` once it is saved, with what its files don't say: how it attends."""
+    attention = language.config._attn_implementation
+    return {"name": "hf", **({"attention": attention} if attention in ("sdpa", "eager") else {})}
+
+
+def language_of(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """The language component of the model in ``folder``, below its adapter: ``{"name", options}``."""
+    if description["method"] != "full":
+        return dict(description["language"])
+    return {**description.get("trained_language", {"name": "hf"}), "model": str((folder / "language").absolute())}
+
+
+def identity(folder: Path) -> str:
+    """Changes with anything that decides what the model in ``folder`` answers, and with nothing else.
+
+    That is all of its files, the language model and the backbone that they name, by content, and the components.
+
+    Raises:
+        ModelError: a part of it can't be read.
+    """
+    description = describe(folder)
+    kinds = {"languages": language_of(folder, description)}
+    kinds |= {"vision": description["vision"], "connectors": description["connector"]}
+    parts = {kind: component_identity(kind, spec) for kind, spec in kinds.items()}
+    template = component_identity("templates", {"name": description["template"]})
+    return hash_json([hash_folder(folder), parts, template])
 
 
 @contextmanager
@@ -143,9 +176,7 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
         ModelError: anything missing, of the wrong shape, or not finite.
     """
     description = describe(folder)
-    language = description["language"]
-    if description["method"] == "full":
-        language = {"name": "hf", "model": str((folder / "language").absolute())}
+    language = language_of(folder, description)
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     parts = build(description["connector"], language, shape, dtype=dtype or description["precision"])
     load_connector(parts.model.connector, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llavactl.chat import foreign
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
+from llavactl.core.hashes import hash_json
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.protocols import Consults, Judged, Pairs
 from llavactl.evaluation import runner, tasks
@@ -21,6 +22,7 @@ from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import processes
 from llavactl.evaluation.statistics import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
+from llavactl.features import ContentKeys
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.recipe.frame import Eval
@@ -31,7 +33,7 @@ from llavactl.teaching.consulting import asker, name_of
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Scores, Task
-    from llavactl.core.schema import Answer, Question
+    from llavactl.core.schema import Answer, Content, Question
     from llavactl.recipe.frame import Recipe
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,12 @@ class _Asked:
     def questions(self) -> Sequence[Question]:
         """Those that are asked."""
         return self.everything[: self.limit]
+
+    @property
+    def identity(self) -> list[Any]:
+        """Changes with anything that decides how answers are scored."""
+        right = [[each.id, each.reference, each.category] for each in self.questions]
+        return [component_identity("tasks", self.spec), right]
 
     def scored(self, answers: Answers, file: Path, replies: Path) -> Scores:
         """The scores of the answers in ``file``; what a teacher says to them is kept in ``replies``."""
@@ -185,10 +193,9 @@ def _ask(recipe: Recipe | None, settings: Eval, asked: _Asked, model: _Model, ca
     # Some questions are another result than all of them, and take no page or file of it.
     into = runs if asked.limit is None else runs / "limited"
     views = _views(recipe, model, settings, asked)
-    aside = asked.task.aside if isinstance(asked.task, Consults) else ()
-    questions = {key: value for key, value in asked.spec.items() if key not in aside}
-    digests = {view.name: _hash([view.digest, view.blind, questions, settings.max_new_tokens]) for view in views}
-    digest, file = _hash([digests, asked.spec, len(asked.questions)]), into / f"{name}.json"
+    questions = _content(asked.everything)
+    digests = {view.name: hash_json([view.identity, view.blind, questions, settings.max_new_tokens]) for view in views}
+    digest, file = hash_json([digests, asked.identity]), into / f"{name}.json"
     if cases is None and (done := _finished(file, digest, asked.protocol)) is not None:
         return done
     said: dict[str, Answers] = {}
@@ -243,8 +250,20 @@ def _views(recipe: Recipe | None, model: _Model, settings: Eval, asked: _Asked) 
     return views
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+def _content(questions: Sequence[Question]) -> list[Any]:
+    """What ``questions`` say and show: images by their content, those that can't be read by their names."""
+    images = list(dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images))
+    keys = dict(zip(images, ContentKeys().many(images), strict=True))
+
+    def part(said: Content) -> Any:
+        if isinstance(said, str):
+            return said
+        key = keys[said]
+        return [key] if isinstance(key, str) else [said.name]
+
+    return [
+        [each.id, [[turn.role, [part(said) for said in turn.content]] for turn in each.turns]] for each in questions
+    ]
 
 
 def _examples(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
+from llavactl.core.hashes import hash_json
+from llavactl.core.identity import component_identity
 from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
@@ -148,9 +150,9 @@ def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
     for image in {image.name: image for picture in pictures for image in picture.images}.values():
         if isinstance(image, Below):
             continue  # it lies somewhere already
-        file = ImageFile(str(folder), image.name).file
-        if not file.is_file():
-            write_atomic(file, image.read())
+        file, data = ImageFile(str(folder), image.name).file, image.read()
+        if not file.is_file() or file.read_bytes() != data:
+            write_atomic(file, data)
 
 
 def _page(out: Path, summary: Summary) -> Path:
@@ -160,10 +162,12 @@ def _page(out: Path, summary: Summary) -> Path:
 
 def _digest(wanted: Generate, pictures: Sequence[Sample], seed: int, told: Prompts) -> str:
     """Changes with the teacher, what it is asked for and all that it is told."""
-    settings = wanted.model_dump(mode="json", exclude={"out", "max_cost", "prices"})
-    total = hashlib.sha256(json.dumps([settings, seed, told.digest], sort_keys=True).encode())
+    settings = wanted.model_dump(mode="json", exclude={"out", "max_cost", "prices", "source", "teacher", "prompts"})
+    parts = [component_identity("teachers", wanted.teacher.spec()), component_identity("sources", wanted.source.spec())]
+    total = hashlib.sha256(hash_json([settings, parts, seed, told.digest]).encode())
     for picture in pictures:
-        total.update(repr((picture.id, picture.captions, picture.boxes)).encode())
+        names = [image.name for image in picture.images]
+        total.update(repr((picture.id, names, picture.captions, picture.boxes)).encode())
     return total.hexdigest()
 
 

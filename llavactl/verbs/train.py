@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins
-from llavactl.core.errors import ModelError, RecipeError, StoreError
+from llavactl.core.errors import LlavactlError, ModelError, RecipeError, StoreError
+from llavactl.core.hashes import hash_json
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import sole, write_atomic, write_json
 from llavactl.core.processes import leave_in_order
 from llavactl.core.registry import registry
@@ -78,7 +79,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
     )
     data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
-    digest = _digest(recipe, stage, features.fingerprint, data, start)
+    with accelerator.main_process_first():  # the others find what it hashed
+        digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest, settings.final)):
         return done
     if settings.final == "best" and not len(data.validation):
@@ -93,7 +95,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     parts.model.to(accelerator.device)
     matrices = stages.matrices(parts.model, settings)
     optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices)
-    description = _description(recipe, stage, features.fingerprint, digest) | {
+    description = _description(recipe, stage, features.fingerprint, digest, start) | {
         "shape": asdict(features.shape),
         "template": template,
     }
@@ -133,14 +135,26 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
     report = report_of(run, data, trained, seconds, description)
     if main:
         _save_model(run.folder / "model", parts, run.optimizer, description)
-        answers = _sample_answers(recipe, run, parts, data)
-        write_atomic(run.folder / "samples.json", json.dumps(answers, indent=2, ensure_ascii=False))
-        plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         write_json(run.folder / "report.json", asdict(report))
-        write_report(recipe.run_dir)
+        with _optional(run.folder / "samples.json"):
+            _write_samples(recipe, run, parts, data)
+        with _optional(run.folder / "loss.png"):
+            plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+        with _optional(recipe.run_dir / "report.html"):
+            write_report(recipe.run_dir)
         plugins.notify("train_finished", report=asdict(report))
     run.accelerator.wait_for_everyone()
     return report
+
+
+@contextmanager
+def _optional(file: Path) -> Iterator[None]:
+    """What is made once the model is saved: where it fails, a warning, as the stage is finished without it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - hours of training must not end in an error over a picture
+        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+        log.warning("%s could not be written (%s); the model is saved", file, reason)
 
 
 def _start(recipe: Recipe, stage: int) -> Path | None:
@@ -164,8 +178,12 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
     Raises:
         ModelError: it has another connector, or was trained on features of another shape, than the recipe says.
     """
-    loaded = model_folder.load(start, dtype=recipe.stage2.precision)
-    description = loaded.description
+    description = model_folder.describe(start)
+    if description["method"] == "lora" and recipe.stage2.method != "full":
+        raise ModelError(
+            f"stage2.init {recipe.stage2.init}: it is an adapter, and a second one on top of it has no place on disk",
+            hint="merge it first: `llavactl export --format hf --to DIR`, then `stage2.init: DIR`",
+        )
     for key, theirs, ours in (
         ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),
         ("shape of the vision features", description["shape"], json.loads(json.dumps(asdict(shape)))),
@@ -175,6 +193,7 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
                 f"stage2.init {recipe.stage2.init}: its {key} is {theirs}, the recipe's {ours}",
                 hint="`connector` and `vision` must be those of the model that stage 2 starts from",
             )
+    loaded = model_folder.load(start, dtype=recipe.stage2.precision)
     if description["method"] == "lora":
         language: Any = loaded.parts.model.language
         loaded.parts.model.language = language.merge_and_unload()
@@ -189,27 +208,40 @@ def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
-    """Names all that decides the result: settings, data, features and the model it starts from.
+    """Changes with all that decides the result: settings, components, data, features, the model it starts from.
 
-    Left out is what doesn't, or only how fast it comes: a run goes on when these change.
+    What files hold counts, not what they are called. Left out is what doesn't change the result, or only how fast it
+    comes: a run resumes when these change.
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
     free = {"micro_batch_size", "micro_tokens", "packing", "gradient_checkpointing"}
-    free |= {"checkpoint_every", "keep_last", "final"}
-    parts = {
-        "stage": settings.model_dump(mode="json", exclude=free),
-        "connector": recipe.connector.spec(),
-        "language": recipe.language.model_dump(mode="json"),
-        "fingerprint": fingerprint.id,
-        "data": data.digest,
-        "boxes": [sample.boxes for sample in data.train.samples] if getattr(settings, "grounding_steps", 0) else None,
-        "seed": recipe.seed,
-        "start": model_folder.describe(start)["digest"] if start else None,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    free |= {"checkpoint_every", "keep_last", "final", "init"}
+    template = settings.template or recipe.language.template
+    return hash_json(
+        {
+            "stage": settings.model_dump(mode="json", exclude=free),
+            "connector": component_identity("connectors", recipe.connector.spec()),
+            "language": component_identity("languages", recipe.language.spec()),
+            "template": component_identity("templates", {"name": template}),
+            "fingerprint": fingerprint.id,
+            "data": data.digest,
+            "boxes": [s.boxes for s in data.train.samples] if getattr(settings, "grounding_steps", 0) else None,
+            "seed": recipe.seed,
+            "start": model_folder.identity(start) if start else None,
+        }
+    )
 
 
-def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: str) -> dict[str, Any]:
+def _language(recipe: Recipe, start: Path | None) -> dict[str, Any]:
+    """The language model that stage 2 trains, or puts an adapter on: that of ``stage2.init`` where it names a model."""
+    if start is None or recipe.stage2.init in OWN_INITS:
+        return recipe.language.spec()
+    return model_folder.language_of(start, model_folder.describe(start))
+
+
+def _description(
+    recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: str, start: Path | None
+) -> dict[str, Any]:
     settings = recipe.stage1 if stage == 1 else recipe.stage2
     image = settings.image or recipe.vision.image
     return {
@@ -220,7 +252,7 @@ def _description(recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: s
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(fingerprint.fields),
         "connector": recipe.connector.spec(),
-        "language": recipe.language.spec(),
+        "language": _language(recipe, start) if stage == 2 else recipe.language.spec(),
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,
@@ -261,8 +293,8 @@ def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: M
     model_folder.save(folder, parts, connector, description)
 
 
-def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list[dict[str, str]]:
-    """What the trained model says to the first question of a few held-out samples."""
+def _write_samples(recipe: Recipe, run: Run, parts: Parts, data: Split) -> None:
+    """Writes ``samples.json``: the trained model's answers to the first question of a few held-out samples."""
     from llavactl.model.generate import Sampling
 
     shown = (data.validation if len(data.validation) else data.train).samples[:SAMPLE_ANSWERS]
@@ -276,7 +308,7 @@ def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list
         if len(parts.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= most:
             answer += " …"  # cut, not finished
         rows.append(example(run.folder / "samples", sample.turns[:asked], sample.turns[asked].text, answer))
-    return rows
+    write_atomic(run.folder / "samples.json", json.dumps(rows, indent=2, ensure_ascii=False))
 
 
 def _left_out(folder: Path, data: Split) -> None:

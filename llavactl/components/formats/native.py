@@ -89,10 +89,11 @@ class Native:
 
     @property
     def _language(self) -> Mapping[str, Any]:
-        if self.method == "full":
-            return {"name": "hf", "model": str((self.folder / "language").absolute())}
-        spec: Mapping[str, Any] = self.description["language"]
-        return spec
+        if self.method != "full":
+            spec: Mapping[str, Any] = self.description["language"]
+            return spec
+        own = self.description.get("trained_language", {"name": "hf"})
+        return {**own, "model": str((self.folder / "language").absolute())}
 
 
 def adopt(

@@ -47,7 +47,6 @@ class JudgePairs:
     """The task ``judge-pairs``; see ``llavactl.core.protocols.Judged`` and ``Consults``."""
 
     protocols = ("points",)
-    aside = JudgeOptions.aside() | {"against", "context"}
 
     def __init__(self, options: JudgePairsOptions) -> None:
         self.options = options

@@ -61,11 +61,6 @@ class ConsultOptions(Options):
     max_cost: float | None = Field(None, ge=0, description="of all that is ever asked about these answers")
     prices: RecipePath | None = Field(None, description="file of prices; null: llavactl's own")
 
-    @classmethod
-    def aside(cls) -> frozenset[str]:
-        """Options that change nothing of what a model is asked: its answers stay what they are."""
-        return frozenset({"judge", "max_cost", "prices", "runs", "swap", "rule", "joint"})
-
     @property
     def consultant(self) -> Consultant | None:
         return None if self.judge is None else Consultant(self.judge, self.max_cost, self.prices)

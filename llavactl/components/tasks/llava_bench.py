@@ -70,7 +70,6 @@ class LlavaBench:
     """The tasks ``llava-bench`` and ``llava-bench-coco``; see ``llavactl.core.protocols.Judged``."""
 
     protocols = ("llava", "excluding-failed", "stored")
-    aside = JudgeOptions.aside()
 
     def __init__(self, options: LlavaBenchOptions) -> None:
         self.options = options

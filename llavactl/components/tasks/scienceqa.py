@@ -68,7 +68,6 @@ class Scienceqa:
     """The task ``scienceqa``; see ``llavactl.core.protocols.Task``."""
 
     protocols = ("llava", "official", "strict")
-    aside = ConsultOptions.aside()
 
     def __init__(self, options: ScienceqaTaskOptions) -> None:
         self.options = options

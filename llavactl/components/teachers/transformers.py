@@ -6,12 +6,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field
 
 from llavactl.components.languages.transformers import TransformersLanguage, TransformersLanguageOptions
 from llavactl.core.errors import TeacherError
+from llavactl.core.identity import content_of
 from llavactl.core.options import ModelId
 from llavactl.core.protocols import Json, Limits, Reply, Request
 from llavactl.core.registry import Options
@@ -39,7 +41,17 @@ class Transformers:
     def content(self, request: Request) -> Mapping[str, Json]:
         """Model, messages and how is drawn; the device is no part of it."""
         own = self.options.model_dump(mode="json", exclude={"device"})
-        return {**own, "messages": [dict(each) for each in request.messages], "seed": request.seed}
+        return {
+            **own,
+            "model": self._model,
+            "messages": [dict(each) for each in request.messages],
+            "seed": request.seed,
+        }
+
+    @cached_property
+    def _model(self) -> Json:
+        """The model by its content: of one that was replaced, no reply is kept."""
+        return content_of(self.options.model)
 
     def reply(self, request: Request) -> Reply:
         """One reply.

@@ -1,0 +1,71 @@
+"""What surrounds the training loop: a stage that is trained is finished, and a model that is made can be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.model import folder as model_folder
+from llavactl.testing import run_cli
+from llavactl.verbs import train
+
+QUICK = (
+    "-o",
+    "features.mode=live",
+    "-o",
+    "stage1.max_steps=1",
+    "-o",
+    "stage2.max_steps=1",
+    "-o",
+    "stage2.init=scratch",
+)
+
+
+def trained(recipe: Path, stage: int, *options: str) -> Any:
+    done = run_cli("train", "--stage", str(stage), "-r", str(recipe), *QUICK, *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    return done.json()
+
+
+@pytest.mark.parametrize("extra", ["_write_samples", "plot_loss", "write_report"])
+@pytest.mark.parametrize("error", [RuntimeError("cannot reshape tensor of 0 elements"), DataError("image gone")])
+def test_after_the_last_step_nothing_fails_the_stage(
+    toy: Path, extra: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, extra, fail)
+    done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
+    assert done.exit_code == 0
+    assert str(error) in done.stderr
+    assert Path(done.json()["model"], "connector.safetensors").is_file()
+    assert trained(toy / "recipe.yaml", 1)["finished_before"] is True
+
+
+def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:
+    """With ``stage2.init`` that is not the recipe's language model."""
+    recipe = toy / "recipe.yaml"
+    first = trained(recipe, 2, "-o", "name=first")["model"]
+    lora = ("-o", f"stage2.init={first}", "-o", "stage2.method=lora", "-o", "name=second")
+    made = Path(trained(recipe, 2, *lora)["model"])
+    description = json.loads((made / "llavactl.json").read_text(encoding="utf-8"))
+    assert description["language"]["model"] == str(Path(first) / "language")
+    base = model_folder.load(made).parts.model.language.get_base_model()
+    theirs = model_folder.load(Path(first)).parts.model.language
+    assert base.lm_head.weight.equal(theirs.lm_head.weight)
+
+
+def test_an_adapter_on_an_adapter_is_refused_before_it_is_trained(toy: Path) -> None:
+    recipe, lora = toy / "recipe.yaml", ("-o", "stage2.method=lora")
+    first = trained(recipe, 2, "-o", "name=first", *lora)["model"]
+    again = ("-o", f"stage2.init={first}", "-o", "name=second")
+    done = run_cli("train", "--stage", "2", "-r", str(recipe), *QUICK, *lora, *again)
+    assert done.exit_code == 1
+    assert "adapter" in done.stderr
+    assert "export" in done.stderr
+    assert trained(recipe, 2, *again)["finished_before"] is False
