@@ -80,7 +80,7 @@ def ways(folder: Path, images: int) -> dict[str, Read]:
     store, small = FeatureStore.open(FLOAT16), FeatureStore.open(INT8)
     cached = CachedFeatures(store, ContentKeys())
     pictures = [ImageFile(str(folder / "pictures"), f"{index}.jpg") for index in range(images)]
-    cached.unreadable(pictures)
+    cached.contents(pictures)
     shard, small_shard = store.folder / "shard-00000.h5", small.folder / "shard-00000.h5"
     with h5py.File(shard) as file, h5py.File(small_shard) as small_file:
         at, small_at = file["features"].id.get_offset(), small_file["features"].id.get_offset()

@@ -281,6 +281,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What is behind some images: the sha256 of each one's bytes (``keys``), or why it is ``unreadable``."""
+
+    keys: Mapping[ImageRef, str]
+    unreadable: Mapping[ImageRef, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Question:
     """One thing a task asks: a conversation that ends with the user's turn, and what a right answer is."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.core.errors import DataError
-from llavactl.core.schema import Encoded, ImageRef, Sample, Turn
+from llavactl.core.schema import Contents, Encoded, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads
 from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
 from llavactl.data.plan import held_out
@@ -85,23 +85,24 @@ def split(
     stage: Stage,
     encoding: Encoding,
     features: Loads,
-    unreadable: Callable[[Sequence[ImageRef]], Mapping[ImageRef, str]],
+    contents: Callable[[Sequence[ImageRef]], Contents],
     seed: int,
 ) -> Split:
     """The samples of ``specs`` that can be trained, split so that no image is on both sides.
 
-    Left out are those with an ``unreadable`` image, and those of which ``max_length`` leaves nothing to train.
+    Left out are those with an image that ``contents`` finds unreadable, and those of which ``max_length`` leaves
+    nothing to train.
 
     Raises:
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
     found = [Member(sample, spec.weight, spec.phase) for spec in specs for sample in samples([spec])]
-    reasons = unreadable(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
+    looked_at = contents(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
     kept, left_out = [], []
     for member in found:
         sample = member.sample
-        if why := _unreadable(sample, reasons) or untrainable(sample, encoding, stage.image_order):
+        if why := _unreadable(sample, looked_at.unreadable) or untrainable(sample, encoding, stage.image_order):
             left_out.append(LeftOut(sample.id, sample.where, why))
         else:
             kept.append(member)
@@ -127,7 +128,7 @@ def split(
             hint="`data.stage1` and `data.stage2` name the sources",
         )
     held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
-    return Split(train, held, left_out, _digest(kept))
+    return Split(train, held, left_out, _digest(kept, looked_at.keys))
 
 
 def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
@@ -146,12 +147,12 @@ def _group(sample: Sample) -> str:
     return sample.images[0].name if sample.images else f"text {sample.id}"
 
 
-def _digest(members: Sequence[Member]) -> str:
-    """Changes with any word, image, weight or phase that is trained on."""
+def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str]) -> str:
+    """Changes with any word, image (by its content), weight or phase that is trained on."""
     total = hashlib.sha256()
     for sample, weight, phase in members:
         total.update(f"{sample.id}\0{weight}\0{phase}".encode())
         for turn in sample.turns:
-            said = [part if isinstance(part, str) else f"\0{part.name}" for part in turn.content]
+            said = [part if isinstance(part, str) else f"\0{keys.get(part, part.name)}" for part in turn.content]
             total.update("\0".join([turn.role, *said]).encode("utf-8", "surrogatepass"))
     return total.hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
-from llavactl.core.schema import FeatureShape
+from llavactl.core.schema import Contents, FeatureShape
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
@@ -52,8 +52,9 @@ class FeatureReader(Protocol):
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         """What ``load`` would be made of: features [P, Dv]; where these are int8 also scales [P + Dv]. Raises as it."""
 
-    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
-        """Those of ``images`` that ``load`` will never give features of, and why; to be asked once, before training.
+    def contents(self, images: Sequence[ImageRef]) -> Contents:
+        """The content keys of ``images``, and those that ``load`` will never give features of; to be asked once,
+        before training.
 
         Raises:
             StoreError: images that could be read were not extracted yet.
@@ -87,7 +88,7 @@ class CachedFeatures:
         except OSError as error:
             raise DataError(f"image {image.name} can't be read any more: {why(error)}") from error
 
-    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+    def contents(self, images: Sequence[ImageRef]) -> Contents:
         found = list(zip(images, self.keys.hold(images), strict=True))
         reasons = {image: why(key) for image, key in found if isinstance(key, OSError)}
         read = [(image, key) for image, key in found if isinstance(key, str)]
@@ -97,7 +98,7 @@ class CachedFeatures:
         if missing := {key: image.name for image, key in absent if key not in self.store.skipped}:
             named = ", ".join(list(missing.values())[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             raise StoreError(f"{len(missing)} images have no features yet: {named}", hint="run `llavactl extract`")
-        return reasons
+        return Contents(dict(read), reasons)
 
 
 class LiveFeatures:
@@ -142,11 +143,13 @@ class LiveFeatures:
         features, fine = self.backbone.start([pixels])()
         return as_stored(features[0], self.fingerprint.dtype) if fine[0] else Failure(OVERFLOW)
 
-    def unreadable(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+    def contents(self, images: Sequence[ImageRef]) -> Contents:
         """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""
         with ThreadPoolExecutor(self.workers) as pool:
             done = ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
-            return {image: found.reason for image, found in done if isinstance(found, Failure)}
+            reasons = {image: found.reason for image, found in done if isinstance(found, Failure)}
+        keys = ContentKeys(workers=self.workers).many(images)
+        return Contents({i: key for i, key in zip(images, keys, strict=True) if isinstance(key, str)}, reasons)
 
 
 def stage_image(recipe: Recipe, stage: StageNumber) -> str:

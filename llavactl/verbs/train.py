@@ -78,7 +78,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     encoding = Encoding(
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
     )
-    data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
+    data = split(sources, settings, encoding, features, features.contents, recipe.seed)
     with accelerator.main_process_first():  # the others find what it hashed
         digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest, settings.final)):

@@ -12,7 +12,7 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, ImageFile, Sample, Turn
+from llavactl.core.schema import IMAGE_TOKEN, Contents, ImageFile, Sample, Turn
 from llavactl.data.encode import Encoding
 from llavactl.data.plan import Plan
 from llavactl.data.records import apart, samples
@@ -82,7 +82,9 @@ def made(
     template = registry().create("templates", {"name": "vicuna-v1"})
     encoding = Encoding(template, tokenizer, 4, settings.max_length)
     features: Any = None
-    return split([SourceSpec(name="any")], settings, encoding, features, lambda images: unreadable or {}, 0)
+    return split(
+        [SourceSpec(name="any")], settings, encoding, features, lambda images: Contents({}, unreadable or {}), 0
+    )
 
 
 def test_what_stands_beside_a_sample_does_not_change_its_coins(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_cached_never_loads_the_backbone(
 
     monkeypatch.setattr(TransformersVision, "load", load)
     features = open_features(recipe(), 2)
-    assert features.unreadable(images) == {}
+    assert features.contents(images).unreadable == {}
     assert features.load(images[0]).shape == (features.shape.patches, features.shape.width)
     report = extract(recipe())
     assert (report.encoded, report.stored_before) == (0, len(images))
@@ -167,7 +167,7 @@ def test_images_not_extracted_yet_are_counted_and_named(recipe: Load, images: li
     for index, image in enumerate(images[:5]):
         image.file.write_bytes(images[6].file.read_bytes() + bytes([index]))
     with pytest.raises(StoreError, match=f"5 images have no features yet: {images[0].name}, .*, …") as caught:
-        open_features(recipe(), 1).unreadable(images)
+        open_features(recipe(), 1).contents(images).unreadable
     assert caught.value.hint == "run `llavactl extract`"
     with pytest.raises(StoreError):
         open_features(recipe(), 1).load(images[0])
@@ -181,7 +181,7 @@ def test_unreadable_images_are_told_with_their_reasons(recipe: Load, images: lis
     if mode == "cached":
         extract(recipe())
     features = open_features(recipe(f"features.mode={mode}"), 1, "cpu")
-    found = features.unreadable(images)
+    found = features.contents(images).unreadable
     assert list(found) == [images[1], images[3], images[5]]
     assert found[images[1]] == "No such file or directory"
     assert found[images[3]] == "the file is empty"
@@ -234,7 +234,7 @@ def test_a_backbone_that_refuses_an_image_is_a_reason_and_not_a_crash(images: li
             raise ValueError("too small for me")
 
     live = LiveFeatures(Picky(), Fingerprint({}))
-    assert set(live.unreadable(images[:2]).values()) == {"it can't be preprocessed: too small for me"}
+    assert set(live.contents(images[:2]).unreadable.values()) == {"it can't be preprocessed: too small for me"}
 
 
 def test_the_store_is_shared_between_runs(recipe: Load, images: list[ImageFile], tmp_path: Path) -> None:

@@ -124,7 +124,10 @@ def test_the_same_content_under_many_names_is_encoded_once(recipe: Load, toy: Pa
         path.write_bytes(images[0].read_bytes())
     report = extract(recipe())
     assert (report.images, report.unique, report.encoded) == (12, 8, 8)
-    assert open_features(recipe(), 1).unreadable([ImageFile(str(toy / "images"), path.name) for path in images]) == {}
+    assert (
+        open_features(recipe(), 1).contents([ImageFile(str(toy / "images"), path.name) for path in images]).unreadable
+        == {}
+    )
 
 
 def test_stages_with_different_preprocessing_have_a_store_each(recipe: Load) -> None:
@@ -187,7 +190,7 @@ def test_no_image_is_left_on_the_floor(recipe: Load, toy: Path, images: list[Pat
     assert (report.skipped, report.encoded, report.images) == (5, 7, 12)
     features = open_features(recipe(), 1)
     refs = [ImageFile(str(toy / "images"), path.name) for path in images]
-    assert {ref.name: reason for ref, reason in features.unreadable(refs).items()} == found
+    assert {ref.name: reason for ref, reason in features.contents(refs).unreadable.items()} == found
 
 
 def test_what_could_not_be_decoded_is_remembered_and_listed_again(recipe: Load, images: list[Path]) -> None:
