@@ -63,7 +63,7 @@ def test_damage_is_found_and_remade(
     assert victim.with_name("shard-00001.h5.damaged").exists() is (harm is not remove)
     assert verify(recipe()).sound
     with pytest.raises(StoreError, match=f"{found.damaged[0].images} images have no features yet"):
-        open_features(recipe(), 1).contents(images).unreadable
+        open_features(recipe(), 1).contents(images)
     again = extract(recipe())
     assert again.encoded == found.damaged[0].images < report.encoded
     assert np.array_equal(contents(recipe(), images), whole)
