@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.registry import registry
 from llavactl.model.llava import LlavaModel
 
@@ -45,7 +46,33 @@ def build(
             hint="the tokenizer belongs to another model",
         )
     torch.manual_seed(seed)
-    maker = registry().create("connectors", connector)
-    made = maker.build(shape, embeddings.shape[1]).to(embeddings.dtype)
+    made, tokens = build_connector(connector, shape, embeddings.shape[1])
     written.config.use_cache = False
-    return Parts(LlavaModel(made, written), tokenizer, maker.tokens(shape))
+    return Parts(LlavaModel(made.to(embeddings.dtype), written), tokenizer, tokens)
+
+
+def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) -> tuple[nn.Module, int]:
+    """The connector ``spec`` for features of ``shape`` and a language model of ``width`` Dl, in float32; and Q.
+
+    Tried on blank features: embeddings of another shape would be scattered over the text without a word.
+
+    Raises:
+        RecipeError: it doesn't fit features of this ``shape``.
+        PluginError: it makes something else than embeddings [I, Q, Dl].
+    """
+    maker = registry().create("connectors", spec)
+    made: nn.Module = maker.build(shape, width)
+    tokens = int(maker.tokens(shape))
+    mode, wanted = made.training, (2, tokens, width)
+    with torch.no_grad():
+        seen = made.eval()(torch.zeros(2, shape.patches, shape.width))
+    made.train(mode)
+    if not isinstance(seen, torch.Tensor) or tuple(seen.shape) != wanted:
+        found = tuple(seen.shape) if isinstance(seen, torch.Tensor) else f"a {type(seen).__name__}"
+        entry = registry().get("connectors", spec["name"])
+        raise PluginError(
+            f"connector {spec['name']!r} of plugin {entry.plugin} makes {found} of features "
+            f"{(2, shape.patches, shape.width)}; tokens() and the language model's width require {wanted}",
+            hint="`llavactl.testing.check_connector` checks a connector on its own",
+        )
+    return made, tokens

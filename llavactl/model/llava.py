@@ -23,16 +23,20 @@ if TYPE_CHECKING:
 class LlavaModel(nn.Module):
     """Features [I, P, Dv] through ``connector`` to embeddings [I, Q, Dl], which take their places among the
     text's embeddings [B, T, Dl]; ``language`` does the rest.
+
+    ``frozen`` names the connector's parameters that its component froze: no stage trains them.
     """
 
     def __init__(self, connector: nn.Module, language: PreTrainedModel) -> None:
         super().__init__()
         self.connector = connector
         self.language = language
+        self.frozen = frozenset(name for name, each in connector.named_parameters() if not each.requires_grad)
 
     @property
     def device(self) -> torch.device:
-        return next(self.connector.parameters()).device
+        device: torch.device = self.language.get_input_embeddings().weight.device
+        return device
 
     def embed(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
         """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; IMAGE_TOKENs take the images' in reading order.
@@ -44,7 +48,7 @@ class LlavaModel(nn.Module):
         embedded = self.language.get_input_embeddings()(ids.masked_fill(places, 0))
         if features is None:
             return embedded
-        weight = next(self.connector.parameters())
+        weight = next(self.connector.parameters(), embedded)
         tokens = self.connector(features.to(weight.dtype)).flatten(0, 1)
         if (wanted := int(places.sum())) != len(tokens):
             raise ModelError(f"{wanted} places for image tokens, but the connector made {len(tokens)}")

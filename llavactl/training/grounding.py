@@ -43,7 +43,7 @@ Word = Callable[[str], torch.Tensor]
 
 
 def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int, seed: int) -> dict[str, torch.Tensor]:
-    """The connector's weights, by name and in float32, after ``steps`` of AdamW over the images of ``data`` with boxes.
+    """The connector's state, by name and in float32, after ``steps`` of AdamW over the images of ``data`` with boxes.
 
     The loss is the mean square distance of its tokens to ``targets``.
 
@@ -65,8 +65,9 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
         return embeddings[ids].float().sum(0)
 
     # In float32 whatever the stage computes in: it is small, and its updates are.
-    connector = copy.deepcopy(model.connector).float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=0.0, weight_decay=0.0)
+    connector = copy.deepcopy(model.connector).float()
+    trained = [each for name, each in connector.named_parameters() if name not in model.frozen]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     explained = 0.0
     with progress.bar(steps, "fitting to boxes", "step") as bar:
         for step, batch in zip(range(steps), _batches(samples, seed), strict=False):
@@ -82,7 +83,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
             optimizer.step()
             explained = 1 - float(loss.detach() / (wanted - wanted.mean((0, 1))).square().mean())
             bar.show(1, explained=f"{explained:.3f}")
-    return {name: parameter.detach() for name, parameter in connector.named_parameters()}
+    return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 
 def targets(boxes: Sequence[Box], grid: tuple[int, int], fold: int, word: Word) -> torch.Tensor:

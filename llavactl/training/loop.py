@@ -165,7 +165,8 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         part = model(batch.to(accelerator.device)) / counts[0].item()
-        part.backward()
+        if part.requires_grad:  # of a frozen language model, text alone asks nothing of the connector
+            part.backward()
         optimizer.accumulate()
         loss += part.detach().double().cpu()
         _check_finite(part, batch, step)

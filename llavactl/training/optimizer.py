@@ -42,14 +42,17 @@ class Optimizer:
         weight_decay: float,
         beta2: float = 0.999,
         matrices: Collection[str] = (),
+        untrained: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """``rates``: the learning rate of each trained parameter, by name; ``matrices``: those among them for Muon.
+        ``untrained``: tensors of the model that are saved and restored with these, by name.
 
         Muon's steps are scaled to be as large as AdamW's mostly are, 0.2 times the learning rate a weight in the mean
         square (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2): one rate serves both.
         """
         parameters = dict(model.named_parameters())
         self.parameters = {name: parameters[name] for name in rates}
+        self.untrained = dict(untrained or {})
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
@@ -109,9 +112,9 @@ class Optimizer:
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Some parameters' values from elsewhere, by name."""
+        """Some values from elsewhere, by name."""
         for name, weight in weights.items():
-            self.masters[name].copy_(weight)
+            (self.untrained[name] if name in self.untrained else self.masters[name]).copy_(weight)
         self._follow()
 
     @torch.no_grad()
@@ -128,8 +131,9 @@ class Optimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments as one flat mapping of tensors."""
+        """Masters, moments and untrained tensors as one flat mapping of tensors."""
         flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        flat |= {f"untrained.{name}": tensor.clone() for name, tensor in self.untrained.items()}
         for name, master in self.masters.items():
             for key, value in self.algorithm[name].state.get(master, {}).items():
                 flat[f"{key}.{name}"] = value
@@ -138,6 +142,8 @@ class Optimizer:
     @torch.no_grad()
     def load(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Restores what ``state`` gave, to the bit."""
+        for name, tensor in self.untrained.items():
+            tensor.copy_(flat[f"untrained.{name}"])
         for name, master in self.masters.items():
             master.copy_(flat[f"master.{name}"])
             moments: dict[str, Any] = {

@@ -28,7 +28,8 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     """
     method = getattr(stage, "method", "connector")
     model.requires_grad_(False)
-    model.connector.requires_grad_(True)
+    for name, parameter in model.connector.named_parameters():
+        parameter.requires_grad_(name not in model.frozen)
     if method == "full":
         model.language.requires_grad_(True)
         _only(model, stage.only)  # type: ignore[attr-defined]
@@ -42,11 +43,27 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         enable = getattr(model.language, "activation_checkpointing_enable", None)
         (enable or model.language.gradient_checkpointing_enable)({"use_reentrant": False})
     connector = stage.connector_learning_rate or stage.learning_rate
-    return {
+    rates = {
         name: connector if name.startswith("connector.") else stage.learning_rate
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    if not rates:
+        raise RecipeError(
+            "the connector has no trainable parameter, so this stage has nothing to train",
+            hint="`llavactl train --stage 2 -o stage2.init=scratch` trains the language model behind it",
+        )
+    return rates
+
+
+def untrained(model: LlavaModel) -> dict[str, torch.Tensor]:
+    """The connector's state beside its trained parameters, by name: buffers, and parameters that its component froze.
+
+    Buffers such as the statistics of a BatchNorm change while it trains, and are as much its result.
+    """
+    trainable = {name for name, _ in model.connector.named_parameters()} - model.frozen
+    state = model.connector.state_dict(prefix="connector.", keep_vars=True)
+    return {name: each.detach() for name, each in state.items() if name.removeprefix("connector.") not in trainable}
 
 
 def matrices(model: LlavaModel, stage: Stage) -> list[str]:

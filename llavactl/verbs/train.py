@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins
-from llavactl.core.errors import LlavactlError, ModelError, RecipeError, StoreError
+from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeError, StoreError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import sole, write_atomic, write_json
@@ -79,6 +79,11 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
     )
     data = split(sources, settings, encoding, features, features.contents, recipe.seed)
+    if stage == 1 and not any(sample.images for sample in data.train.samples):
+        raise DataError(
+            "data.stage1: no sample to train on has an image, so the connector would learn nothing",
+            hint="text alone trains in stage 2",
+        )
     with accelerator.main_process_first():  # the others find what it hashed
         digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest, settings.final)):
@@ -94,7 +99,9 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     rates = stages.trained(parts.model, settings, recipe.seed)
     parts.model.to(accelerator.device)
     matrices = stages.matrices(parts.model, settings)
-    optimizer = Optimizer(parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices)
+    optimizer = Optimizer(
+        parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices, stages.untrained(parts.model)
+    )
     description = _description(recipe, stage, features.fingerprint, digest, start) | {
         "shape": asdict(features.shape),
         "template": template,

@@ -83,7 +83,8 @@ def test_the_fit_finds_what_the_features_tell() -> None:
     numbers = {f" {text}": number for number, text in enumerate(WORDS)}
     encoding = SimpleNamespace(image_tokens=16, tokenizer=lambda text, **_: {"input_ids": [numbers[text]]})
     data: Any = SimpleNamespace(samples=samples, encoding=encoding, features=Pictures(boxes, grid))
-    model: Any = SimpleNamespace(connector=connector, language=SimpleNamespace(get_input_embeddings=lambda: embeddings))
+    language = SimpleNamespace(get_input_embeddings=lambda: embeddings)
+    model: Any = SimpleNamespace(connector=connector, language=language, frozen=frozenset())
     before = connector.weight.clone()
     fitted = ground(model, data, FeatureShape(grid, len(WORDS)), 1500, 0)
     assert torch.equal(connector.weight, before), "the caller decides what becomes of the weights"
