@@ -172,13 +172,12 @@ def _inline(text: str) -> ImageBytes | None:
     if uri := _DATA.match(text):
         body = text[uri.end() :]
         return _of_base64(unquote(body)) if uri[3] else _in_memory("data", unquote_to_bytes(body))
-    if len(text) < _SHORTEST_BASE64 or not _BASE64.match(text):
+    if len(text) < _SHORTEST_BASE64:
         return None
     begins = text.startswith(_BASE64_OF_IMAGES)
-    # No path is that long, whatever is wrong with it as base64; a shorter one must be base64 to its end.
-    if (begins and len(text) > _LONGEST_PATH) or (
-        (begins or (len(text) > _LONGEST_FILE_NAME and "." not in text)) and _BASE64.fullmatch(text)
-    ):
+    # So long and beginning so it is no path, whatever else is wrong with it; else it must be base64 to its end.
+    long = len(text) > _LONGEST_FILE_NAME
+    if (begins and long) or ((begins or (long and "." not in text)) and _BASE64.fullmatch(text)):
         return _of_base64(text)
     return None
 

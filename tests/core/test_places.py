@@ -357,7 +357,12 @@ def test_base64_is_the_image_itself(tmp_path: Path, text: str) -> None:
 
 def test_broken_base64_is_one_image_that_can_not_be_read(tmp_path: Path) -> None:
     text = base64.b64encode(PNG * 300).decode()
-    for broken in (f"{text[:5000]}!{text[5000:]}", f"data:image/png;base64,{text}*", text[:-3] + "="):
+    for broken in (
+        f"{text[:5000]}!{text[5000:]}",
+        f"/9j/{text[:400]}.",
+        f"data:image/png;base64,{text}*",
+        text[:-3] + "=",
+    ):
         image = image_in(str(tmp_path), broken)
         with pytest.raises(OSError, match="base64"):
             image.read()

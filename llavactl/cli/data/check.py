@@ -75,10 +75,7 @@ def command(
     else:
         _print(report)
     if beside := [KINDS[each.problem].what for each in report.problems if each.problem in NOT_IN_RECORDS]:
-        raise DataError(
-            f"{report.hurts} problems would hurt training; no record is dropped for some of them",
-            hint="; ".join(beside),
-        )
+        raise DataError(f"{report.hurts} problems would hurt training", hint="; ".join(beside))
     if not report.ok and report.mended is None:
         raise DataError(
             f"{report.hurts} problems would hurt training",
