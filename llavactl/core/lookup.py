@@ -92,14 +92,14 @@ def find_file(root: str, path: str) -> str:
             return f"{root}/{each}"
     if islink(f"{root}/{path}"):  # noqa: PTH114
         raise FileNotFoundError(2, "it is a broken symbolic link")
-    reason = "there is no such file"
+    reason = "No such file or directory"
     for each in (path, *spellings(path)):
         found, same = _walk(root, each)
         if same:
             return found
         if found:
             twin = shortened(found.removeprefix(root).lstrip("/"))
-            reason = f"there is no such file, but one that differs in case: {twin}"
+            reason = f"No such file or directory, but one that differs in case: {twin}"
     raise FileNotFoundError(2, reason)
 
 

@@ -92,6 +92,8 @@ class ImageBytes:
         return self.data
 
     def stamp(self) -> str | None:
+        if self.fault:
+            raise OSError(self.fault)
         return self.digest
 
 
