@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,16 @@ from llavactl.core.errors import LlavactlError
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
+    from llavactl.core.schema import ImageRef
     from llavactl.model.generate import Sampling
 
-HELP = "/image FILE shows a picture with the next question; /new begins again; /quit ends; Ctrl-C stops an answer"
+HELP = "/image FILE shows an image with the next question; /new begins again; /quit ends; Ctrl-C stops an answer"
 
 
 @click.command()
 @recipe_options
 @click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's; no recipe is needed then.")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="Show a picture (repeatable).")
+@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Show an image (repeatable).")
 @click.option("--prompt", metavar="TEXT", help="Ask this and end; without it or --batch, a conversation begins.")
 @click.option(
     "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL of {"image": …, "prompt": …}.'
@@ -56,18 +58,18 @@ def command(
     from llavactl.verbs import chat
 
     # A wrong file is told before a model is read.
-    chat.content("", images)
+    shown = chat.open_images(images)
     records = [] if batch is None else chat.read_batch(batch)
     conversation = chat.open_chat(recipe, model, template)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if batch is not None:
         _print_batch(chat.answer_batch(conversation.assistant, records, sampling), as_json)
     elif prompt is None:
-        _converse(conversation, list(images), sampling)
+        _converse(conversation, [*shown], sampling)
     elif as_json:
-        output.document(chat.say(conversation, prompt, images, sampling))
+        output.document(replace(chat.say(conversation, prompt, shown, sampling), images=images))
     else:
-        _stream(conversation, prompt, images, sampling)
+        _stream(conversation, prompt, shown, sampling)
 
 
 def _print_batch(answers: list[dict[str, object]], as_json: bool) -> None:
@@ -78,7 +80,7 @@ def _print_batch(answers: list[dict[str, object]], as_json: bool) -> None:
         click.echo(json.dumps(answer, ensure_ascii=False))
 
 
-def _stream(conversation: Conversation, prompt: str, images: tuple[str, ...], sampling: Sampling) -> None:
+def _stream(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
     from llavactl.verbs.chat import content
 
     for piece in conversation.ask(*content(prompt, images), sampling=sampling):
@@ -86,7 +88,7 @@ def _stream(conversation: Conversation, prompt: str, images: tuple[str, ...], sa
     click.echo()
 
 
-def _converse(conversation: Conversation, images: list[str], sampling: Sampling) -> None:
+def _converse(conversation: Conversation, images: list[str | ImageRef], sampling: Sampling) -> None:
     """Questions from stdin until it ends."""
     from llavactl.chat.conversation import Conversation
 
@@ -102,11 +104,11 @@ def _converse(conversation: Conversation, images: list[str], sampling: Sampling)
         elif word.startswith("/"):
             click.echo(HELP, err=True)
         elif line:
-            _answer(conversation, line, tuple(images), sampling)
+            _answer(conversation, line, images, sampling)
             images = []
 
 
-def _answer(conversation: Conversation, line: str, images: tuple[str, ...], sampling: Sampling) -> None:
+def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
     """One turn; what is wrong with it, or Ctrl-C, ends the turn and not the conversation."""
     try:
         _stream(conversation, line, images, sampling)

@@ -12,13 +12,17 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from mimetypes import guess_type
 from pathlib import Path, PurePosixPath
+from posixpath import normpath
 from typing import IO, Any
 
 from llavactl.core.errors import DataError
+from llavactl.core.lookup import canonical, is_url, shortened
 from llavactl.core.paths import file_stamp
 
 ENDINGS = (".zip", ".tar")
@@ -30,6 +34,9 @@ _OF_MACOS = "__MACOSX/"
 """What macOS packs beside what was to be packed."""
 
 _UNREADABLE = -1
+_LINKS = 8
+"""Links to links that are followed inside a tar file."""
+
 _HEADER = struct.Struct("<4s5H3I2H")
 """Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
 
@@ -81,27 +88,77 @@ def is_archive(root: str) -> bool:
     return root.lower().endswith(ENDINGS) and (is_url(root) or not Path(root).is_dir())
 
 
-def is_url(root: str) -> bool:
-    """Whether ``root`` is for fsspec to open."""
-    return "://" in root
+class NameTwiceError(DataError):
+    """An image's name is in several archives, with different contents."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The ``members`` of archives by name, and the archives' ``stamps`` when they were listed.
+    """The ``members`` of archives by name, ``others`` of the same name, and the archives' ``stamps`` when listed.
 
-    ``folders`` are those that hold all that is in an archive, as ``val2017`` in COCO's val2017.zip: records name
-    pictures without it.
+    ``folders`` are those that hold all images of an archive, as ``val2017`` in COCO's val2017.zip: records name
+    images without it.
     """
 
     members: Mapping[str, Member]
+    others: Mapping[str, tuple[Member, ...]]
     stamps: Mapping[str, str]
     folders: tuple[str, ...]
 
-    def find(self, name: str) -> Member | None:
-        """The member ``name``, else that of this name in one of the ``folders``."""
-        names = [name, *[f"{folder}/{name}" for folder in self.folders]]
-        return next((self.members[each] for each in names if each in self.members), None)
+    def find(self, path: str) -> Member | None:
+        """The member ``path``, else that of this name in one of the ``folders``; however either of them is spelled.
+
+        Raises:
+            NameTwiceError: there are several, with different contents.
+        """
+        for spelled in (str, canonical):
+            name = _name(spelled(path))
+            for names in ([name], [f"{folder}/{name}" for folder in self.folders]):
+                if found := [member for each in names for member in self._called(each)]:
+                    return _only(found, path)
+        return None
+
+    def resembling(self, path: str) -> str | None:
+        """A member whose name differs from ``path`` only in case."""
+        return self._folded.get(_name(canonical(path)).casefold())
+
+    def _called(self, name: str) -> Iterator[Member]:
+        if name not in self.members:
+            name = self._spelled.get(name, "")
+        if name in self.members:
+            yield self.members[name]
+            yield from self.others.get(name, ())
+
+    @cached_property
+    def _spelled(self) -> Mapping[str, str]:
+        """Names with backslashes, decomposed characters or space around them, by what all systems would call them."""
+        return {other: name for name in self.members if (other := _name(canonical(name))) != name}
+
+    @cached_property
+    def _folded(self) -> Mapping[str, str]:
+        return {_name(canonical(name)).casefold(): name for name in self.members}
+
+
+def _only(found: Sequence[Member], path: str) -> Member:
+    first = found[0]
+    for other in found[1:]:
+        if not _same(first, other):
+            raise NameTwiceError(
+                f"image {shortened(path)} is in {first.archive} and in {other.archive}, with different contents",
+                hint="of several archives, each image may be in one; or name images with their folder",
+            )
+    return first
+
+
+@lru_cache(maxsize=4096)
+def _same(one: Member, other: Member) -> bool:
+    """Whether two members have the same content."""
+    if None not in (one.method, other.method):
+        return (one.checksum, one.unpacked) == (other.checksum, other.unpacked)
+    try:
+        return one.read() == other.read()
+    except OSError:
+        return False
 
 
 class _Indexes:
@@ -129,7 +186,7 @@ def check_archives(root: str) -> None:
     """Makes the index of the archives ``root``.
 
     Raises:
-        DataError: there is none, one can't be read, or two of them have a member of the same name.
+        DataError: there is none, or one can't be read.
     """
     _indexes.of(root)
 
@@ -139,25 +196,29 @@ def find_member(root: str, path: str) -> Member:
 
     Raises:
         OSError: there is none, or the archives can't be read any more.
+        NameTwiceError: there are several, with different contents.
     """
-    name = str(PurePosixPath(path.replace("\\", "/")))
     for _ in range(2):
         try:
             index = _indexes.of(root)
         except DataError as error:
             raise OSError(error.message) from error
-        member = index.find(name)
+        member = index.find(path)
         if member is not None and stamp_of(member.archive) == member.stamp:
             return member
         # Many missing images must not make many indexes: only what has changed is looked at again.
         if member is None and all(stamp_of(each) == stamp for each, stamp in index.stamps.items()):
             break
         _indexes.forget(root)
-    raise FileNotFoundError(2, f"there is no such member of {Path(root).name}")
+    reason = f"there is no such member of {Path(root).name}"
+    if (other := index.resembling(path)) is not None:
+        reason += f", but one that differs in case: {shortened(other)}"
+    raise FileNotFoundError(2, reason)
 
 
 def _index(root: str) -> Index:
     found: dict[str, Member] = {}
+    others: dict[str, tuple[Member, ...]] = {}
     stamps: dict[str, str] = {}
     folders: set[str] = set()
     archives = list(_archives(root))
@@ -172,17 +233,23 @@ def _index(root: str) -> Index:
                 f"{archive} can't be read: {' '.join(str(error).split())}",
                 hint="an archive must be a whole .zip, or a .tar that is not compressed",
             ) from error
-        if both := found.keys() & members.keys():
-            name = min(both)
-            raise DataError(
-                f"{name} is in {found[name].archive} and in {archive}",
-                hint="of several archives, each image may be in one",
-            )
+        folders |= _top(members)
+        for name in found.keys() & members.keys():
+            others[name] = (*others.get(name, ()), members.pop(name))
         found |= members
-        tops = {name.partition("/")[0] for name in members if not name.startswith(_OF_MACOS)}
-        if len(tops) == 1:
-            folders |= tops
-    return Index(found, stamps, tuple(sorted(folders)))
+    return Index(found, others, stamps, tuple(sorted(folders)))
+
+
+def _top(names: Iterable[str]) -> set[str]:
+    """The folder that holds all images of an archive, whatever other files are beside it."""
+    tops: set[str] = set()
+    for name in names:
+        top, inside, _ = name.partition("/")
+        if f"{top}/" != _OF_MACOS and (inside or (guess_type(name)[0] or "").startswith("image/")):
+            tops.add(top)
+        if len(tops) > 1:
+            return set()
+    return tops
 
 
 def _archives(root: str) -> Iterator[str]:
@@ -206,7 +273,7 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
                 for info in opened.infolist():
                     if not info.is_dir():
                         yield (
-                            _name(info.filename),
+                            _name(_decoded(info)),
                             Member(
                                 archive,
                                 stamp,
@@ -219,18 +286,46 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
                         )
             return
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for each in tar:
-                if each.isreg() and not each.issparse():
-                    yield _name(each.name), Member(archive, stamp, each.offset_data, each.size)
+            yield from _of_tar(tar, archive, stamp)
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes whatever it doesn't know for the end
                 raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
+
+
+def _of_tar(tar: tarfile.TarFile, archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
+    """The members with content; and links to one of them, which have that one's."""
+    found: dict[str, Member] = {}
+    links: dict[str, str] = {}
+    for each in tar:
+        name = _name(each.name)
+        if each.isreg() and not each.issparse():
+            found[name] = Member(archive, stamp, each.offset_data, each.size)
+        elif each.islnk():
+            links[name] = _name(each.linkname)
+        elif each.issym():
+            links[name] = normpath(f"{PurePosixPath(name).parent}/{each.linkname}")
+    yield from found.items()
+    for name, target in links.items():
+        for _ in range(_LINKS):
+            target = links.get(target, target)
+        if target in found and name not in found:
+            yield name, found[target]
 
 
 def _readable(info: zipfile.ZipInfo) -> bool:
     """Neither encrypted, nor of a compression that nobody uses for images, nor a bomb."""
     plain = not info.flag_bits & 1 and info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     return plain and info.file_size <= _MAX_BYTES
+
+
+def _decoded(info: zipfile.ZipInfo) -> str:
+    """The name of a member; macOS writes UTF-8 without the flag that says so, and zipfile takes it for cp437."""
+    if info.flag_bits & 0x800 or info.filename.isascii():
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
 
 
 def _name(name: str) -> str:

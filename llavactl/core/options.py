@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
+
+from llavactl.core.lookup import is_file_url, is_url, local_path
 
 
 class Located(str):
@@ -47,7 +49,9 @@ def _model(value: Any) -> Any:
 
 
 def _place(value: Any) -> Any:
-    return str(value) if isinstance(value, str) and "://" in value else _path(value)
+    if not isinstance(value, str):
+        return value
+    return str(value) if is_url(value) and not is_file_url(value) else _path(Located(local_path(value), _base(value)))
 
 
 RecipePath = Annotated[Path, BeforeValidator(_path)]
@@ -66,3 +70,6 @@ RecipePaths = Annotated[tuple[RecipePath, ...], BeforeValidator(_paths)]
 
 RecipePlace = Annotated[str | Path, BeforeValidator(_place)]
 """A file, a folder or a pattern of files, relative to the recipe that names it; or a URL, as it is."""
+
+FollowLinks = Annotated[bool, Field(description="true: symbolic links that lead out of `images` are followed")]
+"""Whether links among the images may lead anywhere; the folder itself may always be a link."""

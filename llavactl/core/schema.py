@@ -6,15 +6,15 @@ Dv width of the vision features, Dl width of the language model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import stat_result
-from os.path import commonpath, realpath
-from pathlib import Path, PurePosixPath
+from os.path import realpath
+from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from llavactl.core.errors import DataError
+from llavactl.core.lookup import find_file, refuse_outside, shortened, stays_below
 from llavactl.core.paths import file_stamp
 
 if TYPE_CHECKING:
@@ -40,27 +40,18 @@ class ImageRef(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call it in a message: a path relative to its root."""
+        """What to call it in a message: a path relative to its root, in a line that can be read."""
 
     def read(self) -> bytes:
         """The encoded image (JPEG, PNG, …).
 
         Raises:
             OSError: it can't be read; the image is then skipped and listed with this reason.
+            DataError: it may not be read without the user's word; the run stops.
         """
 
     def stamp(self) -> str | None:
-        """Changes when the content may have changed, and is cheap; None when only reading can tell."""
-
-
-def stays_below(root: str, path: str) -> None:
-    """Raises a DataError where ``path`` leads outside ``root``, whatever that is."""
-    parts = PurePosixPath(path.replace("\\", "/")).parts
-    if ".." in parts or Path(path).is_absolute() or not parts or "\0" in path:
-        raise DataError(
-            f"image path {path!r} leads outside its root {root}",
-            hint="image paths are relative to the source's `images` folder and stay below it",
-        )
+        """Changes when the content may have changed, and is cheap; None when only reading can tell. Raises as it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +70,49 @@ class Below:
 
     @property
     def name(self) -> str:
-        return self.path
+        return shortened(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile(Below):
-    """An image file ``path`` below the folder ``root``."""
+    """An image file ``path`` below the folder ``root``; with ``follow_links``, also where a link leads out of it.
+
+    ``root`` may itself be a link. Where there is no file of this name, one that is only spelled differently is meant:
+    see ``llavactl.core.lookup.find_file``.
+    """
+
+    follow_links: bool = False
 
     @property
     def file(self) -> Path:
         return Path(self.root, self.path)
 
-    def _inside(self) -> str:
+    def locate(self) -> tuple[str, os.stat_result]:
+        """The real path of the file, and its status.
+
+        Raises:
+            OSError: there is no such file, or none that can be read.
+            LinkOutsideError: a link leads out of ``root``.
+        """
         # Strings: training asks for a stamp at every sample, and pathlib takes twice as long.
-        root, target = realpath(self.root), realpath(f"{self.root}/{self.path}")
-        if commonpath([root, target]) != root:
-            raise OSError(f"a symbolic link leads out of {self.root}")
-        return target
+        target = realpath(f"{self.root}/{self.path}")
+        try:
+            status = os.stat(target)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            target = realpath(find_file(self.root, self.path))
+            status = os.stat(target)  # noqa: PTH116
+        if not self.follow_links:
+            refuse_outside(self.root, target, self.name)
+        if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # of a folder, reading itself says so
+            raise OSError("it is a pipe, a socket or a device, not a file")  # before it is opened and waited for
+        return target, status
 
     def read(self) -> bytes:
-        file = Path(self._inside())
-        _check_regular(file.stat())  # before it is opened: a pipe's end would be waited for
-        return file.read_bytes()
+        return Path(self.locate()[0]).read_bytes()
 
     def stamp(self) -> str | None:
-        target = self._inside()
-        status = Path(target).stat()
-        _check_regular(status)
+        target, status = self.locate()
         return f"{target}\0{file_stamp(status)}"
-
-
-def _check_regular(status: stat_result) -> None:
-    if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # of a folder, reading itself says so
-        raise OSError("it is a pipe, a socket or a device, not a file")
 
 
 Content = str | ImageRef

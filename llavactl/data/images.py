@@ -6,10 +6,12 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import ImageFile
+from llavactl.data.sniffing import LOOKED_AT, reads_heif, what_it_is
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,8 +25,8 @@ MAX_SIDE = 16_384
 MAX_RATIO = 200
 """Padding a long image to a square, or scaling its short side up, must not make gigapixels of it."""
 
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""What Pillow may try. EPS is left out, for Pillow would start Ghostscript on it."""
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What Pillow may try; HEIF is read with pillow-heif. EPS is left out, for Pillow would start Ghostscript on it."""
 
 _LONGEST_REASON = 200
 _TAIL = 32
@@ -67,12 +69,12 @@ def inspect(image: ImageRef, *, whole: bool) -> None:
     Raises:
         OSError: it can't be read.
         ImageError: as of ``decode``.
+        DataError: it may not be read.
     """
     if not isinstance(image, ImageFile):
         decode(image.read())
         return
-    image.stamp()  # stays below its root
-    with image.file.open("rb") as file:
+    with Path(image.locate()[0]).open("rb") as file:
         if not whole:
             complete = _ends_well(file)
             with _opened(file):
@@ -99,6 +101,7 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
+    reads_heif()
     try:
         with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             _check_size(image)
@@ -106,7 +109,8 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("not an image of a known format") from None
+        file.seek(0)
+        raise ImageError(what_it_is(file.read(LOOKED_AT))) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:

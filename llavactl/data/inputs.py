@@ -12,7 +12,7 @@ from llavactl.components.sources.llava_json import LlavaJsonOptions
 from llavactl.core import progress
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.json_stream import need_file
-from llavactl.core.places import check_place
+from llavactl.core.places import Place, check_place
 from llavactl.core.registry import registry
 from llavactl.data.lengths import Lengths, stage_lengths
 from llavactl.data.records import samples
@@ -29,19 +29,24 @@ _KILOBYTE = 1000
 
 @dataclass(frozen=True)
 class Input:
-    """Records: the root of their images, the stage that they train, and their file, if they are in one.
+    """Records: the place of their images, the stage that they train, and their file, if they are in one.
 
     ``records`` is told whether samples are needed, for their lengths.
     """
 
-    root: str
+    root: Place
     stage: StageNumber
     records: Callable[[bool], Iterator[Examined]]
     file: Path | None = None
 
 
 def inputs(
-    recipe: Recipe | None, file: Path | None, images: str | Path | None, stage: StageNumber | None
+    recipe: Recipe | None,
+    file: Path | None,
+    images: str | Path | None,
+    stage: StageNumber | None,
+    *,
+    follow_links: bool = False,
 ) -> list[Input]:
     """``file`` with its images in ``images``, as data of ``stage`` (2); else the sources of ``recipe``, of both stages.
 
@@ -49,14 +54,14 @@ def inputs(
         DataError: a file or folder is not there.
         RecipeError: there is neither a file nor a source.
     """
-    return _recipe_inputs(recipe, stage) if file is None else [_file_input(file, images, stage or 2)]
+    return _recipe_inputs(recipe, stage) if file is None else [_file_input(file, images, stage or 2, follow_links)]
 
 
-def _file_input(file: Path, images: str | Path | None, stage: StageNumber) -> Input:
+def _file_input(file: Path, images: str | Path | None, stage: StageNumber, follow_links: bool) -> Input:
     need_file(file)
     if images is not None:
         check_place(str(images))
-    root = str(images or file.parent)
+    root = Place(str(images or file.parent), follow_links)
     return Input(
         root,
         stage,
@@ -78,8 +83,8 @@ def _recipe_inputs(recipe: Recipe | None, only: StageNumber | None) -> list[Inpu
 def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
     options = _options(spec)
     if isinstance(options, LlavaJsonOptions):
-        return _file_input(options.path, options.images or options.path.parent, stage)
-    return Input("", stage, lambda _: source_records(spec.name, lambda: samples([spec])))
+        return _file_input(options.path, options.images or options.path.parent, stage, options.follow_links)
+    return Input(Place(""), stage, lambda _: source_records(spec.name, lambda: samples([spec])))
 
 
 def counted_lengths(recipe: Recipe | None, stage: StageNumber) -> tuple[Lengths | None, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavactl.components.sources.llava_json import ROLES, TAG
+from llavactl.core.places import Place
 from llavactl.data.problems import KINDS, Finding
 from llavactl.data.record_checks import images_of
 
@@ -28,7 +29,7 @@ HOPELESS = frozenset({"json", "image-missing", "image-broken", "untrained"})
 Message = dict[str, Any]
 
 
-def mend(record: Any, root: str) -> tuple[dict[str, Any] | None, list[str]]:
+def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[str]]:
     """``record`` as the source `llava-json` takes it, without empty answers; None: it is dropped. And what was done.
 
     The record itself is left as it is. Nothing is invented: speakers get LLaVA's names, messages are joined or left
@@ -38,7 +39,7 @@ def mend(record: Any, root: str) -> tuple[dict[str, Any] | None, list[str]]:
         return None, ["dropped: not a LLaVA record"]
     images, wrong = images_of(record, root)
     if wrong:
-        return None, [f"dropped: image path {wrong[0].detail}"]
+        return None, [f"dropped: {wrong[0].detail}"]
     did: list[str] = []
     messages = _speakers(record["conversations"], did)
     if messages is None:
@@ -139,7 +140,7 @@ def _with_tags(text: str, keep: int, more: int) -> str:
 class Mender:
     """Writes every record, mended where it would hurt training, and a note of what was done to it."""
 
-    root: str
+    root: Place | str
     write: Callable[[Mapping[str, Any]], None]
     note: Callable[[Mapping[str, Any]], None]
     written: int = 0

@@ -29,9 +29,11 @@ KINDS: Mapping[str, Kind] = {
     "turns": Kind("stops", "user and assistant don't take turns"),
     "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
     "tags": Kind("stops", "<image> tags and images differ in number"),
-    "image-path": Kind("stops", "an image path outside its root"),
+    "image-path": Kind("stops", "an image path outside its root, or no path at all"),
+    "image-link": Kind("stops", "a link out of the images' folder: `follow_links: true` (--follow-links) follows it"),
+    "image-twice": Kind("stops", "an image name that several archives have, with different contents"),
     "source": Kind("stops", "a source that can't be read to its end"),
-    "image-missing": Kind("lost", "an image that is not there"),
+    "image-missing": Kind("lost", "an image that is not there, or can't be read"),
     "image-broken": Kind("lost", "an image that can't be decoded"),
     "untrained": Kind("lost", "no token is trained within max_length"),
     "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
@@ -49,6 +51,9 @@ KINDS: Mapping[str, Kind] = {
 
 REFUSED = frozenset({"record", "message", "role", "turns", "no-answer", "tags", "image-path"})
 """The problems of one record for which the source `llava-json` refuses it."""
+
+NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
+"""Problems that lie beside the records: a record is kept as it is, and its user told what to change instead."""
 
 KEPT = 1000
 """Places of a problem that are kept: a file of which every record is wrong must not fill the memory."""

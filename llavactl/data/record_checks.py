@@ -7,12 +7,12 @@ from typing import Any
 
 from llavactl.components.sources.llava_json import ROLES, TAG
 from llavactl.core.errors import DataError
-from llavactl.core.places import image_in
+from llavactl.core.places import Place, image_in
 from llavactl.core.schema import ImageRef
 from llavactl.data.problems import Finding
 
 
-def examine(record: Any, root: str) -> tuple[list[Finding], list[ImageRef]]:
+def examine(record: Any, root: Place | str) -> tuple[list[Finding], list[ImageRef]]:
     """What is wrong with ``record`` by itself, and its images, relative to ``root``, which are not looked at.
 
     A record without a finding of ``problems.REFUSED`` is one that the source `llava-json` takes.
@@ -33,7 +33,7 @@ def examine(record: Any, root: str) -> tuple[list[Finding], list[ImageRef]]:
     return [*findings, *_tags(said, len(images) if named else None), *_turns(said)], images
 
 
-def images_of(record: Mapping[str, Any], root: str) -> tuple[list[ImageRef], list[Finding]]:
+def images_of(record: Mapping[str, Any], root: Place | str) -> tuple[list[ImageRef], list[Finding]]:
     """The images that ``record`` names below ``root``, and what is wrong with the names."""
     named = record.get("image")
     paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
@@ -44,8 +44,8 @@ def images_of(record: Mapping[str, Any], root: str) -> tuple[list[ImageRef], lis
     for path in paths:
         try:
             images.append(image_in(root, path))
-        except DataError:
-            findings.append(Finding("image-path", path))
+        except DataError as error:
+            findings.append(Finding("image-path", error.message))
     return images, findings
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.core.errors import LlavactlError
+from llavactl.core.archives import NameTwiceError
+from llavactl.core.errors import DataError, LlavactlError
 from llavactl.core.json_stream import Entry, read_stream
+from llavactl.core.places import Place
 from llavactl.core.schema import ImageRef, Sample
 from llavactl.data.images import ImageError, inspect
 from llavactl.data.lengths import Lengths
@@ -66,6 +68,10 @@ def _inspected(image: ImageRef, *, whole: bool) -> Finding | None:
         return Finding("image-missing", f"{image.name}: {why(error)}")
     except ImageError as error:
         return Finding("image-broken", f"{image.name}: {error.reason}")
+    except NameTwiceError as error:
+        return Finding("image-twice", error.message)
+    except DataError as error:
+        return Finding("image-link", error.message)
     return None
 
 
@@ -97,13 +103,13 @@ def _id(each: Examined) -> str | None:
     return each.sample.id if each.sample is not None and each.record is None else None
 
 
-def file_records(path: Path, root: str, *, sampled: bool = True) -> Iterator[Examined]:
+def file_records(path: Path, root: Place | str, *, sampled: bool = True) -> Iterator[Examined]:
     """The LLaVA records in the file ``path``, with what is wrong with each by itself; ``sampled`` if lengths matter."""
     for entry in read_stream(path):
         yield _examined(entry, f"{path}:{entry.place}", root, sampled)
 
 
-def _examined(entry: Entry, where: str, root: str, sampled: bool) -> Examined:
+def _examined(entry: Entry, where: str, root: Place | str, sampled: bool) -> Examined:
     if entry.problem:
         return Examined(where, None, None, (), [Finding("json", entry.problem)], entry.done)
     findings, images = examine(entry.value, root)

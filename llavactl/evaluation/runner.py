@@ -14,9 +14,11 @@ from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.paths import sole, write_atomic
 from llavactl.core.registry import suggest
-from llavactl.core.schema import Answer, Question
+from llavactl.core.schema import Answer, ImageFile, Question
+from llavactl.data.images import ImageError, inspect
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import ALONE, Processes
+from llavactl.features.keys import why
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
@@ -92,14 +94,19 @@ def _part(file: Path, rank: int) -> Path:
 
 
 def _refuse_unreadable(questions: Sequence[Question]) -> None:
-    """Stops before any work where a picture is missing: a score without it would be another task's."""
+    """Stops before any work where an image can't be read: a score without it would be another task's."""
     images = dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images)
     missing: list[str] = []
     for image in images:
         try:
-            image.stamp()
+            if isinstance(image, ImageFile):
+                inspect(image, whole=False)
+            else:  # it would be read whole
+                image.stamp()
         except OSError as error:
-            missing.append(f"{image.name}: {error.strerror or error}")
+            missing.append(f"{image.name}: {why(error)}")
+        except ImageError as error:
+            missing.append(f"{image.name}: {error.reason}")
     if missing:
         raise DataError(
             f"{len(missing)} of {len(images)} pictures can't be read, the first is {missing[0]}",

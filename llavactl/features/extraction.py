@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavactl.data.records import samples
+from llavactl.data.sniffing import curable
 from llavactl.features.backbone import OVERFLOW, Backbone, Result
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, why
@@ -130,17 +131,19 @@ def plan(
         if isinstance(key, str):
             by_key.setdefault(key, image)
     store = FeatureStore.find(wanted.fingerprint)
-    known = {} if store is None else {key: store.skipped[key] for key in by_key if key in store.skipped}
-    return Plan(wanted, found, by_key if store is None else _absent(by_key, store), known)
+    if store is None:
+        return Plan(wanted, found, by_key, {})
+    known = {key: store.skipped[key] for key in by_key if key in store.skipped and not curable(store.skipped[key])}
+    return Plan(wanted, found, _absent(by_key, store), known)
 
 
 def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, ImageRef]:
-    """Those of ``images`` that ``store`` knows nothing of."""
+    """Those of ``images`` that ``store`` knows nothing of, or that can be read by now."""
     here = store.holds(list(images))
     return {
         key: image
         for (key, image), stored in zip(images.items(), here, strict=True)
-        if not stored and key not in store.skipped
+        if not stored and (key not in store.skipped or curable(store.skipped[key]))
     }
 
 

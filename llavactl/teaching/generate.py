@@ -10,7 +10,7 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request, Teacher
-from llavactl.core.schema import Sample
+from llavactl.core.schema import Below, Sample
 from llavactl.teaching.messages import Prompts, prompts
 from llavactl.teaching.replies import Kind, turns
 
@@ -103,5 +103,6 @@ def record(request: Request, reply: Reply, told: Prompts) -> Made:
     messages[0]["value"] = "<image>\n" * len(images) + messages[0]["value"]
     row: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": messages}
     if images:
-        row["image"] = images[0].name if len(images) == 1 else [image.name for image in images]
+        paths = [image.path if isinstance(image, Below) else image.name for image in images]
+        row["image"] = paths[0] if len(paths) == 1 else paths
     return Made(request, row, reply=reply.text)

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.opening import open_assistant
 from llavactl.core.errors import DataError
-from llavactl.core.schema import Content, ImageFile, Turn
+from llavactl.core.lookup import shortened
+from llavactl.core.places import named_image
+from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.data.images import ImageError, decode
+from llavactl.features.keys import why
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.model.generate import Sampling
@@ -42,34 +45,42 @@ def open_chat(recipe: Recipe | None, model: str | None = None, template: str | N
     return Conversation(open_assistant(resolve(model, recipe), template=template))
 
 
-WANTED = "a PNG, a JPEG or another picture is wanted"
+WANTED = "a PNG, JPEG, WebP or another image file, its URL, or base64"
 
 
-def content(prompt: str, images: Sequence[str]) -> tuple[Content, ...]:
-    """What the user says: the image files, then ``prompt``.
+def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef]:
+    """The images that the user names: files relative to ``base`` (default: the working directory), URLs or base64.
 
     Raises:
-        DataError: an image that can't be read, by name, before a model is asked.
+        DataError: one that can't be read, by name, before a model is asked.
     """
-    parts: list[Content] = []
-    for name in images:
-        path = Path(name).absolute()
-        image = ImageFile(str(path.parent), path.name)
+    images = []
+    for name in names:
         try:
-            decode(path.read_bytes())
+            image = named_image(name, base)
+            decode(image.read())
         except OSError as error:
-            raise DataError(f"image {name}: {error.strerror or error}", hint=WANTED) from error
+            raise DataError(f"image {shortened(name)}: {why(error)}", hint=WANTED) from error
         except ImageError as error:
-            raise DataError(f"image {name}: {error.reason}", hint=WANTED) from error
-        parts += [image, "\n"]
+            raise DataError(f"image {shortened(name)}: {error.reason}", hint=WANTED) from error
+        images.append(image)
+    return images
+
+
+def content(prompt: str, images: Sequence[str | ImageRef], base: Path | None = None) -> tuple[Content, ...]:
+    """What the user says: the images, by name as of ``open_images`` or opened already, then ``prompt``."""
+    parts: list[Content] = []
+    for each in images:
+        parts += [*(open_images([each], base) if isinstance(each, str) else [each]), "\n"]
     return (*parts, prompt)
 
 
-def say(conversation: Conversation, prompt: str, images: Sequence[str], sampling: Sampling) -> ChatReport:
+def say(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> ChatReport:
     """One question and its whole answer."""
     pieces = conversation.ask(*content(prompt, images), sampling=sampling)
     answer = "".join(pieces).strip()
-    return ChatReport(answer, prompt, tuple(images), conversation.assistant.name)
+    names = tuple(each if isinstance(each, str) else each.name for each in images)
+    return ChatReport(answer, prompt, names, conversation.assistant.name)
 
 
 Asked = tuple[dict[str, Any], tuple[Content, ...]]
@@ -78,7 +89,7 @@ Asked = tuple[dict[str, Any], tuple[Content, ...]]
 def read_batch(file: Path) -> list[Asked]:
     """The records of a JSONL of ``{"image", "prompt"}``, each with what it says.
 
-    ``image`` may be a list, or absent; paths are relative to ``file``.
+    ``image`` may be a list, or absent; paths are relative to ``file``, or it is what ``open_images`` takes.
 
     Raises:
         DataError: a record or an image that can't be read, with its line.
@@ -114,8 +125,8 @@ def _record(line: str, where: str, base: Path) -> Asked:
     named = record.get("image") or []
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: `image` is {named!r}, not a path or a list of paths")
+        raise DataError(f"{where}: `image` is {named!r:.80}, not a path or a list of paths")
     try:
-        return record, content(record["prompt"], [str(base / name) for name in names])
+        return record, content(record["prompt"], names, base)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import never_onto, write_stream
+from llavactl.core.places import Place
 from llavactl.data.inputs import counted_lengths, inputs, with_bar
 from llavactl.data.mend import Mender
 from llavactl.data.problems import KINDS, Finding, Tally
@@ -66,22 +67,24 @@ class CheckReport:
 def check(
     recipe: Recipe | None,
     file: Path | None = None,
-    images: Path | None = None,
+    images: Path | str | None = None,
     *,
+    follow_links: bool = False,
     stage: StageNumber | None = None,
     decode: Decode = "header",
     fix: Path | None = None,
 ) -> CheckReport:
     """Examines the records of ``recipe``, or of ``file`` with images in ``images``; of ``stage`` alone if given.
 
-    Without ``images`` those of ``file`` are not looked for. ``fix`` is a file to write ``file`` to, mended.
+    Without ``images`` those of ``file`` are not looked for; ``follow_links`` is as in a recipe. ``fix`` is a file to
+    write ``file`` to, mended.
 
     Raises:
         DataError: a file or folder is not there, or ``fix`` can't be written.
         RecipeError: there is nothing to check.
     """
     began = time.perf_counter()
-    given = inputs(recipe, file, images, stage)
+    given = inputs(recipe, file, images, stage, follow_links=follow_links)
     looked = Images("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
     tally, said, records = Tally(), [], 0
     with _mender(file, fix, given[0].root) as mender:
@@ -121,7 +124,7 @@ def _log(out: Path) -> Path:
 
 
 @contextmanager
-def _mender(file: Path | None, out: Path | None, root: str) -> Iterator[Mender | None]:
+def _mender(file: Path | None, out: Path | None, root: Place) -> Iterator[Mender | None]:
     if out is None:
         yield None
         return

@@ -124,7 +124,7 @@ def _made_of(to: Path) -> dict[str, Any]:
 def _photos(recipe: Recipe | None, images: Sequence[Path]) -> list[ImageFile]:
     """The files of ``images``, else photos of the recipe's data, else drawn ones (kept in the cache)."""
     if images:
-        chosen = [ImageFile(str(image.absolute().parent), image.name) for image in images]
+        chosen = [ImageFile(str(image.absolute().parent), image.name, follow_links=True) for image in images]
         for image in chosen:
             if why := _unreadable(image):
                 raise DataError(f"image {image.file}: {why}", hint="--image takes an image file")
@@ -147,8 +147,8 @@ def _unreadable(image: ImageFile) -> str:
         decode(image.read())
     except OSError as error:
         return str(error.strerror or error)
-    except ImageError as error:
-        return error.reason
+    except DataError as error:
+        return error.reason if isinstance(error, ImageError) else error.message
     return ""
 
 

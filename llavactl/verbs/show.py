@@ -153,8 +153,8 @@ def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, dra
 def _problem(image: ImageRef) -> str:
     try:
         decode(image.read())
-    except ImageError as error:
-        return error.reason
+    except DataError as error:
+        return error.reason if isinstance(error, ImageError) else error.message
     except OSError as error:
         return why(error)
     return ""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import fsspec
 import pytest
@@ -19,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavactl import DataError
-from llavactl.core.places import check_place, image_in
-from llavactl.core.schema import ImageFile
+from llavactl.core.places import Place, check_place, image_in
+from llavactl.core.schema import Below, ImageFile
 from llavactl.recipe.load import load_recipe
 from llavactl.verbs.extract import extract
 
@@ -193,17 +196,199 @@ def test_any_bytes_under_any_name(images: dict[str, bytes]) -> None:
         ("broken.zip", "can't be read"),
         ("packed.tar", "can't be read"),
         ("nonsense://x/", "can't be opened"),
-        ("twice-*.tar", "x.jpg is in .*twice-1.tar and in .*twice-2.tar"),
     ],
 )
 def test_what_can_not_be_used_is_said_at_once(tmp_path: Path, root: str, why: str) -> None:
     (tmp_path / "broken.zip").write_bytes(b"no zip")
     with tarfile.open(tmp_path / "packed.tar", "w:gz"):
         pass
-    for number in (1, 2):
-        tarred(tmp_path / f"twice-{number}.tar", {"x.jpg": b"x"})
     with pytest.raises(DataError, match=why):
         check_place(root if "://" in root else str(tmp_path / root))
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_of_equal_names_only_images_that_differ_are_refused_when_asked_for(
+    tmp_path: Path, pack: Callable[..., Path]
+) -> None:
+    suffix = "zip" if pack is zipped else "tar"
+    for number in (1, 2):
+        own = b"%d" % number
+        beside = dict.fromkeys(("README.md", ".DS_Store", "Thumbs.db", "meta.json"), own)
+        pack(tmp_path / f"{number}.{suffix}", {**beside, "same.jpg": b"same", "x.jpg": own, f"{number}.jpg": own})
+    place = str(tmp_path / f"*.{suffix}")
+    check_place(place)
+    assert [image_in(place, name).read() for name in ("1.jpg", "2.jpg", "same.jpg")] == [b"1", b"2", b"same"]
+    for look in (image_in(place, "x.jpg").read, image_in(place, "x.jpg").stamp):
+        with pytest.raises(DataError) as caught:
+            look()
+        assert all(f"{number}.{suffix}" in caught.value.message for number in (1, 2))
+
+
+def test_one_name_in_the_top_folders_of_two_archives_is_refused(tmp_path: Path) -> None:
+    for top in ("train", "val"):
+        zipped(tmp_path / f"{top}.zip", {f"{top}/1.jpg": top.encode(), "README": b""})
+    place = str(tmp_path / "*.zip")
+    with pytest.raises(DataError, match=r"train.zip and in .*val.zip"):
+        image_in(place, "1.jpg").read()
+    assert image_in(place, "val/1.jpg").read() == b"val"
+
+
+SPELLINGS = {
+    "Käse/é.jpg": ["Käse/é.jpg", unicodedata.normalize("NFD", "Käse/é.jpg"), " Käse/é.jpg ", "./Käse//é.jpg"],
+    unicodedata.normalize("NFD", "Käse/é.jpg"): ["Käse/é.jpg", "Käse\\é.jpg"],
+    "sub\\a.jpg": ["sub\\a.jpg", "sub/a.jpg"],
+    "sub/a.jpg": ["sub\\a.jpg", "sub/a.jpg", "./sub/./a.jpg", "sub//a.jpg", "sub/a.jpg\n"],
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("written", SPELLINGS)
+def test_a_name_may_be_spelled_as_on_another_system(tmp_path: Path, kind: str, written: str) -> None:
+    if kind == "folder":
+        (tmp_path / written).parent.mkdir(exist_ok=True)
+        (tmp_path / written).write_bytes(b"x")
+        place = str(tmp_path)
+    else:
+        place = str((zipped if kind == "zip" else tarred)(tmp_path / f"a.{kind}", {written: b"x", "z/z.jpg": b""}))
+    for named in SPELLINGS[written]:
+        assert image_in(place, named).read() == b"x"
+        assert image_in(place, named).stamp() == image_in(place, written).stamp()
+    with pytest.raises(FileNotFoundError, match=r"differs in case"):
+        image_in(place, SPELLINGS[written][0].upper()).read()
+
+
+def test_the_exact_name_goes_before_another_spelling(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b.jpg").write_bytes(b"slash")
+    (tmp_path / "a\\b.jpg").write_bytes(b"backslash")
+    for place in (str(tmp_path), str(zipped(tmp_path / "a.zip", {"a/b.jpg": b"slash", "a\\b.jpg": b"backslash"}))):
+        assert image_in(place, "a/b.jpg").read() == b"slash"
+        assert image_in(place, "a\\b.jpg").read() == b"backslash"
+
+
+def test_utf8_names_that_macos_packs_without_saying_so(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", {"x1x.jpg": b"x", "train/y.jpg": b""})
+    path.write_bytes(path.read_bytes().replace(b"x1x.jpg", "ö.jpg".encode() + b"g").replace(b"\xb6.jpgg", b"\xb6x.jpg"))
+    assert image_in(str(path), "öx.jpg").read() == b"x"
+
+
+def test_links_inside_a_tar_are_what_they_lead_to(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as file:
+        info = tarfile.TarInfo("blobs/1")
+        info.size = 1
+        file.addfile(info, io.BytesIO(b"x"))
+        for name, kind, target in [
+            ("s/hard.jpg", tarfile.LNKTYPE, "blobs/1"),
+            ("s/soft.jpg", tarfile.SYMTYPE, "../blobs/1"),
+            ("s/soft2.jpg", tarfile.SYMTYPE, "soft.jpg"),
+            ("s/loop.jpg", tarfile.SYMTYPE, "loop.jpg"),
+            ("s/out.jpg", tarfile.SYMTYPE, "../../../etc/passwd"),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            file.addfile(link)
+    assert [image_in(str(path), f"s/{name}.jpg").read() for name in ("hard", "soft", "soft2")] == [b"x"] * 3
+    for name in ("loop", "out"):
+        with pytest.raises(FileNotFoundError):
+            image_in(str(path), f"s/{name}.jpg").read()
+
+
+def test_an_absolute_path_or_url_below_the_root_is_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a b.jpg").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("real")
+    for root in ("real", "link"):
+        for written in ("real", "link"):
+            file = tmp_path / written / "a b.jpg"
+            for named in (str(file), file.as_uri(), f"file://localhost{file.as_posix()}", f" {file} "):
+                assert image_in(str(tmp_path / root), named) == ImageFile(str(tmp_path / root), "a b.jpg")
+    assert image_in("memory://bucket/", "memory://bucket/a.jpg").name == "a.jpg"
+    assert image_in((tmp_path / "real").as_uri(), "a b.jpg") == ImageFile(str(tmp_path / "real"), "a b.jpg")
+
+
+OUTSIDE = (
+    *("/etc/passwd", " /etc/passwd", "../x.jpg", " ../x.jpg", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "c:/x.jpg"),
+    *(
+        "\\\\server\\x.jpg",
+        "file:///etc/passwd",
+        "file://localhost/etc/passwd",
+        "FILE:///etc/passwd",
+        "file:///%2e%2e/x",
+    ),
+    *("https://host/a.jpg", "s3://bucket/a.jpg", "", " ", ".", "./", "a\0b", "x.jpg/" * 5000),
+)
+
+
+@pytest.mark.parametrize("named", OUTSIDE)
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_what_leads_outside_is_refused_in_a_short_line(tmp_path: Path, named: str, *, follow_links: bool) -> None:
+    for root in (str(tmp_path), str(tmp_path / "a.zip"), "memory://bucket"):
+        with pytest.raises(DataError) as caught:
+            image_in(Place(root, follow_links), named)
+        assert len(caught.value.message) < 300 + len(root)
+        assert caught.value.hint
+
+
+PNG = bytes.fromhex("89504e470d0a1a0a") + bytes(range(256)) * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.b64encode(PNG).decode(),
+        base64.encodebytes(PNG).decode(),
+        base64.urlsafe_b64encode(PNG).decode().rstrip("="),
+        f"data:image/png;base64,{base64.b64encode(PNG).decode()}",
+        f"DATA:image/png;charset=utf-8;base64, {base64.b64encode(PNG).decode()}",
+        f"data:;base64,{quote(base64.b64encode(PNG).decode(), safe='')}",
+        f"data:image/png,{quote(PNG)}",
+    ],
+)
+def test_base64_is_the_image_itself(tmp_path: Path, text: str) -> None:
+    image = image_in(str(tmp_path), text)
+    assert image.read() == PNG
+    assert len(image.name) < 30
+    assert pickle.loads(pickle.dumps(image)) == image == image_in("memory://x", text)
+    assert len({image, image_in(str(tmp_path), text)}) == 1
+    assert image.stamp() == image_in(str(tmp_path / "photos.zip"), text).stamp()
+    assert image != image_in(str(tmp_path), base64.b64encode(PNG + b"x").decode())
+
+
+def test_broken_base64_is_one_image_that_can_not_be_read(tmp_path: Path) -> None:
+    text = base64.b64encode(PNG * 300).decode()
+    for broken in (
+        f"{text[:5000]}!{text[5000:]}",
+        f"/9j/{text[:400]}.",
+        f"data:image/png;base64,{text}*",
+        text[:-3] + "=",
+    ):
+        image = image_in(str(tmp_path), broken)
+        with pytest.raises(OSError, match="base64"):
+            image.read()
+        assert len(image.name) < 30
+
+
+@given(st.text(min_size=1, max_size=80))
+def test_any_name_is_below_its_root_or_refused(name: str) -> None:
+    for root in ("/nowhere/images", "/nowhere/a.zip"):
+        try:
+            image = image_in(root, name)
+        except DataError as error:
+            assert error.hint  # noqa: PT017
+            continue
+        path = os.path.normpath(f"{root}/{image.path.strip()}" if isinstance(image, Below) else root)
+        assert path.startswith(root)
+
+
+def test_long_names_are_short_and_still_their_own(tmp_path: Path) -> None:
+    names = ["d/" * 300 + f"{at}.jpg" for at in range(2)]
+    images = [image_in(str(tmp_path), name) for name in names]
+    assert all(len(image.name) <= 200 for image in images)
+    assert len({image.name for image in images}) == 2
+    for image in images:
+        with pytest.raises(FileNotFoundError):
+            image.read()
 
 
 def test_a_folder_by_the_name_of_an_archive_is_a_folder(tmp_path: Path) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from llavactl import DataError
+from llavactl.core.places import image_in
 from llavactl.data import images
-from llavactl.data.images import ImageError, decode
+from llavactl.data.images import ImageError, decode, inspect
+from llavactl.data.sniffing import HEIC, curable, reads_heif
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
@@ -123,11 +128,11 @@ def test_it_is_what_transformers_would_load(tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<html>404</html>", "not an image of a known format"),
-        (b"\xff\xd8\xff", "not an image of a known format"),
+        (b"<html>404</html>", "HTML"),
+        (b"\xff\xd8\xff", "JPEG"),
         (photo()[:-500], "image file is truncated"),
         (encoded(picture(size=(99, 99)))[:-30], "truncated|broken"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
     ],
     ids=["empty", "html", "stump", "cut jpeg", "cut png", "postscript"],
 )
@@ -137,6 +142,89 @@ def test_a_broken_file_has_a_short_reason(data: bytes, reason: str) -> None:
     assert isinstance(caught.value, DataError)
     assert len(caught.value.reason) <= 200
     assert "0x" not in caught.value.reason, "an address in memory is another one each time"
+
+
+def ftyp(*brands: bytes) -> bytes:
+    """The beginning of a file of the ISO's media formats: HEIC, AVIF, MP4."""
+    body = brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 8 + len(body)) + b"ftyp" + body + bytes(64)
+
+
+OTHERS = {
+    "HTML": [
+        b"<!DOCTYPE html>\n<html>",
+        b"\xef\xbb\xbf\n <!-- x -->\n<HEAD>",
+        b"<html lang='de'>" + "Ü".encode() * 800,
+    ],
+    "SVG": [b"<svg xmlns='x'/>", b"<?xml version='1.0'?>\n<!-- a -->\n<svg>", b"<!DOCTYPE svg PUBLIC 'x'>\n<svg>"],
+    "XML": [b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"],
+    "JSON": [b'{"error": "not found"}', b"[]", b'[{"a": 1}]'],
+    "git lfs pull": [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"],
+    "git annex get": [b"/annex/objects/SHA256E-s1--0.jpg\n"],
+    "PDF": [b"%PDF-1.7\n"],
+    "video": [
+        ftyp(b"isom", b"avc1"),
+        ftyp(b"qt  "),
+        b"\x1aE\xdf\xa3" + bytes(9),
+        b"RIFF\0\0\0\0AVI LIST",
+        b"\0\0\x01\xba\0",
+    ],
+    "AVIF": [ftyp(b"avif", b"mif1", b"miaf")],
+    "JPEG XL": [b"\xff\x0a\0\0", b"\0\0\0\x0cJXL \r\n\x87\n"],
+    "Photoshop": [b"8BPS\0\1"],
+    "zip": [b"PK\3\4\0"],
+    "compressed": [b"\x1f\x8b\x08\0"],
+    "zeros": [bytes(5000)],
+    "text": [b"Not Found\n", "Ärger ".encode() * 400],
+    "known format": [b"\x01\x02\xfe\xff" * 9],
+}
+
+
+@pytest.mark.parametrize(("what", "data"), [(what, data) for what, each in OTHERS.items() for data in each])
+def test_another_kind_of_file_is_called_what_it_is(what: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    looks = [
+        lambda: decode(data),
+        *(partial(inspect, image_in(str(tmp_path), "a.jpg"), whole=whole) for whole in (False, True)),
+    ]
+    for look in looks:
+        with pytest.raises(ImageError) as caught:
+            look()
+        assert what in caught.value.reason
+        assert len(caught.value.reason) < 80
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_names_the_package_that_reads_it(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reads_heif.cache_clear()
+    with pytest.raises(ImageError, match="pillow-heif") as caught:
+        decode(ftyp(brand, b"mif1", b"heic"))
+    assert not curable(caught.value.reason)
+    reads_heif.cache_clear()
+
+
+def test_heic_is_read_where_its_package_is_and_an_old_refusal_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for pillow-heif: its opener takes the brand and gives one picture."""
+
+    class Opener(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self) -> None:
+            self._size, self._mode, self.tile = (4, 3), "RGB", []
+            self.im = Image.new("RGB", (4, 3), (200, 0, 0)).im
+
+    def register_heif_opener() -> None:
+        Image.register_open("HEIF", Opener, lambda start: start[4:12] == b"ftypheic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    reads_heif.cache_clear()
+    assert decode(ftyp(b"heic")).getpixel((0, 0)) == (200, 0, 0)
+    assert curable(HEIC)
+    assert not curable("image file is truncated")
+    reads_heif.cache_clear()
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, 
 
 
 def test_every_kind_has_its_fault() -> None:
-    assert set(KINDS) - set(FAULTS) == {"empty", "json", "source", "untrained", "truncated", "image-cut"}
+    assert set(KINDS) - set(FAULTS) == {
+        *("empty", "json", "source", "untrained", "truncated", "image-cut", "image-link", "image-twice")
+    }
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -116,6 +119,53 @@ def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix:
     assert sum(each == record(7) for each in read) == len(FAULTS)
     assert run_cli("data", "check", str(path), "--fix", str(path)).exit_code == 1
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["image-link", "image-twice"])
+def test_what_does_not_lie_in_the_records_costs_no_record(photos: Path, tmp_path: Path, kind: str) -> None:
+    """Links that nobody allowed and names that two archives have are told; --fix drops nothing for them."""
+    if kind == "image-link":
+        place = tmp_path / "links"
+        place.mkdir()
+        (place / "photo-000.jpg").symlink_to(photos / "photo-000.jpg")
+    else:
+        for number in (0, 1):
+            with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as file:
+                file.write(photos / f"photo-00{number}.jpg", "photo-000.jpg")
+        place = tmp_path / "*.zip"
+    path, out = tmp_path / "records.json", tmp_path / "out.json"
+    path.write_text(json.dumps([record(1), record(2)]))
+    code, report = check(path, "--images", str(place), "--fix", str(out))
+    assert code == 1, "what --fix wrote can't be trained yet"
+    assert [(each["problem"], each["count"], each["effect"]) for each in report["problems"]] == [(kind, 2, "stops")]
+    assert (report["mended"]["written"], report["mended"]["dropped"]) == (2, 0)
+    assert json.loads(out.read_text()) == [record(1), record(2)]
+    said = run_cli("data", "check", str(path), "--images", str(place))
+    assert said.exit_code == 1
+    if kind == "image-link":
+        assert "follow_links" in said.stderr
+        assert check(path, "--images", str(place), "--follow-links")[0] == 0
+
+
+def test_extract_and_train_stop_where_check_says_so(toy: Path, tmp_path: Path) -> None:
+    (toy / "images").rename(tmp_path / "photos")
+    (toy / "images").mkdir()
+    for each in (tmp_path / "photos").iterdir():
+        (toy / "images" / each.name).symlink_to(each)
+    recipe = str(toy / "recipe.yaml")
+    report = run_cli("data", "check", "-r", recipe, "--json").json()
+    assert {each["problem"] for each in report["problems"]} == {"image-link"}
+    for verb in (["extract"], ["train", "--stage", "1", "-o", "features.mode=live"]):
+        result = run_cli(*verb, "-r", recipe)
+        assert result.exit_code == 1
+        assert "follow_links" in result.stderr
+        assert result.stderr.count("\n") < 20
+    (tmp_path / "linked.yaml").write_text(
+        (toy / "recipe.yaml").read_text().replace("images: images/", "images: images/, follow_links: true")
+    )
+    (tmp_path / "linked.yaml").rename(toy / "recipe.yaml")
+    assert run_cli("data", "check", "-r", recipe).exit_code == 0
+    assert run_cli("extract", "-r", recipe).exit_code == 0
 
 
 def test_headers_are_cheap_and_whole_images_are_sure(photos: Path, tmp_path: Path) -> None:

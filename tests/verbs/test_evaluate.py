@@ -137,6 +137,20 @@ def test_missing_pictures_stop_it_before_the_model(run: Path) -> None:
     assert not list((run / "runs/toy/eval/answers").glob("*.jsonl"))
 
 
+def test_images_that_are_none_or_lead_outside_stop_it_before_the_model(run: Path) -> None:
+    (run / "q").mkdir()
+    (run / "q/page.jpg").write_text("<!DOCTYPE html>")
+    (run / "q/link.jpg").symlink_to(run / "images/photo-000.jpg")
+    for name, why in (("page.jpg", "HTML"), ("link.jpg", "follow_links=true")):
+        row = {"question_id": 1, "image": name, "text": "Is it?", "label": "yes"}
+        (run / "q/q.jsonl").write_text(json.dumps(row))
+        result = run_cli("eval", "pope", "-t", "questions=q/q.jsonl", cwd=run)
+        assert result.exit_code == 1
+        assert why in result.stderr
+        assert not list((run / "runs/toy/eval/answers").glob("*.jsonl"))
+    assert run_cli("eval", "pope", "-t", "questions=q/q.jsonl", "-t", "follow_links=true", cwd=run).exit_code == 0
+
+
 class TestCompare:
     @pytest.fixture
     def files(self, tmp_path: Path) -> Path:

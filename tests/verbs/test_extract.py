@@ -182,7 +182,7 @@ def test_no_image_is_left_on_the_floor(recipe: Load, toy: Path, images: list[Pat
     report = extract(recipe())
     found = skipped(recipe())
     assert list(found) == [path.name for path in images[:5]]
-    assert found[images[0].name] == "not an image of a known format"
+    assert found[images[0].name] == "text, not an image"
     assert "truncated" in found[images[1].name]
     assert found[images[2].name] == "the file is empty"
     assert found[images[3].name] == "No such file or directory"
@@ -198,7 +198,7 @@ def test_what_could_not_be_decoded_is_remembered_and_listed_again(recipe: Load, 
     images[1].unlink()
     extract(recipe())
     first = skipped(recipe())
-    assert store(recipe()).skipped == {content_key(b"no image"): "not an image of a known format"}
+    assert store(recipe()).skipped == {content_key(b"no image"): "text, not an image"}
     report = extract(recipe())
     assert (report.encoded, report.to_encode, report.skipped) == (0, 0, 2)
     assert skipped(recipe()) == first

@@ -24,7 +24,10 @@ SHOWN = 3
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option(
-    "--images", type=click.Path(path_type=Path), help="The folder of FILE's images; without it none is opened."
+    "--images", metavar="PLACE", help="FILE's images: a folder, archives or a URL; without it none is opened."
+)
+@click.option(
+    "--follow-links", is_flag=True, help="Follow symbolic links that lead out of the folder of FILE's images."
 )
 @click.option(
     "--decode",
@@ -42,7 +45,8 @@ def command(
     file: Path | None,
     source: str | None,
     overrides: tuple[str, ...],
-    images: Path | None,
+    images: str | None,
+    follow_links: bool,
     decode: Decode,
     stage: str | None,
     fix: Path | None,
@@ -53,14 +57,25 @@ def command(
     FILE has LLaVA's records, as JSON or JSONL. With -r its lengths are counted in tokens, too. OUT is JSON or JSONL by
     its suffix; OUT's .fixes.jsonl says what was done to each record.
     """
+    from llavactl.data.problems import KINDS, NOT_IN_RECORDS
     from llavactl.verbs.check import check
 
     recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
-    report = check(recipe, file, images, stage=cast("StageNumber | None", stage and int(stage)), decode=decode, fix=fix)
+    report = check(
+        recipe,
+        file,
+        images,
+        follow_links=follow_links,
+        stage=cast("StageNumber | None", stage and int(stage)),
+        decode=decode,
+        fix=fix,
+    )
     if as_json:
         output.document(report)
     else:
         _print(report)
+    if beside := [KINDS[each.problem].what for each in report.problems if each.problem in NOT_IN_RECORDS]:
+        raise DataError(f"{report.hurts} problems would hurt training", hint="; ".join(beside))
     if not report.ok and report.mended is None:
         raise DataError(
             f"{report.hurts} problems would hurt training",

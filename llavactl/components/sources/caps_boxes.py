@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.sources.pictures import PicturesOptions, captioned, present, refuse, root_of, wanted
+from llavactl.components.sources.pictures import PicturesOptions, captioned, place_of, present, refuse, wanted
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
-from llavactl.core.places import image_in
+from llavactl.core.places import Place, image_in
 from llavactl.core.schema import Box, Sample
 
 HINT = 'a record is {"id", "image", "captions": […], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}, 0 to 1'
@@ -35,7 +35,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
     """
     if not options.path.is_file():
         raise DataError(f"{options.path}: there is no such file", hint=HINT)
-    root = root_of(options, options.path)
+    place = place_of(options, options.path)
     problems, found = [], []
     for entry in read_stream(options.path):
         where = f"{options.path}:{entry.place}"
@@ -43,7 +43,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
             problems.append(f"{where}: {entry.problem}")
             continue
         try:
-            found.append(_sample(entry.value, where, root, options))
+            found.append(_sample(entry.value, where, place, options))
         except DataError as error:
             problems.append(f"{where}: {error.message}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -52,8 +52,8 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
     yield from present(iter(found), options)
 
 
-def _sample(record: Any, where: str, root: str, options: CapsBoxesOptions) -> Sample:
-    image = image_in(root, record["image"])
+def _sample(record: Any, where: str, place: Place, options: CapsBoxesOptions) -> Sample:
+    image = image_in(place, record["image"])
     captions = record.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
         raise DataError("`captions` is not a list of texts")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.sources.pictures import PicturesOptions, captioned, present, refuse, root_of, wanted
+from llavactl.components.sources.pictures import PicturesOptions, captioned, place_of, present, refuse, wanted
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.places import image_in
@@ -33,7 +33,7 @@ def coco(options: CocoOptions) -> Iterator[Sample]:
     Raises:
         DataError: a file that can't be read or isn't COCO's; all its wrong entries at once.
     """
-    root = root_of(options, options.captions)
+    place = place_of(options, options.captions)
     problems: list[str] = []
     told = _read(options.captions, ("images", "annotations"))
     captions = _by_image(told, options.captions, _caption, problems)
@@ -44,7 +44,7 @@ def coco(options: CocoOptions) -> Iterator[Sample]:
     for number, image in enumerate(told["images"]):
         where = f"{options.captions} image {number}"
         try:
-            key, picture = image["id"], image_in(root, image["file_name"])
+            key, picture = image["id"], image_in(place, image["file_name"])
         except (KeyError, TypeError, AttributeError, DataError) as error:
             problems.append(
                 f"{where}: {error.message if isinstance(error, DataError) else 'it needs id and file_name'}"

@@ -8,8 +8,8 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
-from llavactl.core.options import RecipePath, RecipePlace
-from llavactl.core.places import check_place, image_in
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place, check_place, image_in
 from llavactl.core.registry import Options
 from llavactl.core.schema import Content, ImageRef, Role, Sample, Turn
 
@@ -31,6 +31,7 @@ class LlavaJsonOptions(Options):
 
     path: RecipePath
     images: RecipePlace | None = None
+    follow_links: FollowLinks = False
 
 
 def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
@@ -45,9 +46,9 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     """
     if not options.path.is_file():
         raise DataError(f"{options.path}: there is no such file", hint=HINT)
-    root = str(options.images or options.path.parent)
+    root = Place(str(options.images or options.path.parent), options.follow_links)
     if options.images is not None:
-        check_place(root)
+        check_place(root.root)
     for entry in read_stream(options.path):
         where = f"{options.path}:{entry.place}"
         if entry.problem:
@@ -55,7 +56,7 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
         yield sample_of(entry.value, where, root, entry.index)
 
 
-def sample_of(record: Any, where: str, root: str, index: int = 0) -> Sample:
+def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sample:
     """``record`` as a sample; its images are relative to ``root``. ``index`` is the id of one without.
 
     Raises:
@@ -74,11 +75,11 @@ def sample_of(record: Any, where: str, root: str, index: int = 0) -> Sample:
     return Sample(sample_id, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
 
 
-def _images(record: Mapping[str, Any], where: str, root: str) -> list[ImageRef]:
+def _images(record: Mapping[str, Any], where: str, root: Place | str) -> list[ImageRef]:
     named = record.get("image")
     paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
     if not all(isinstance(path, str) for path in paths):
-        raise DataError(f"{where}: `image` is {named!r}, not a path or a list of paths")
+        raise DataError(f"{where}: `image` is {named!r:.80}, not a path or a list of paths")
     try:
         return [image_in(root, path) for path in paths]
     except DataError as error:

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import Field
 
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePlace
-from llavactl.core.places import check_place
+from llavactl.core.options import FollowLinks, RecipePlace
+from llavactl.core.places import Place, check_place
 from llavactl.core.registry import Options
 from llavactl.core.schema import Box, ImageRef, Sample, Turn
 
@@ -26,21 +26,21 @@ class PicturesOptions(Options):
     images: RecipePlace | None = Field(
         None, description="what image paths are relative to: a folder, a .zip or .tar, a pattern of these, or a URL"
     )
+    follow_links: FollowLinks = False
     missing: bool = Field(False, description="true: pictures that aren't in `images` are there, too")
     crowds: bool = Field(False, description="true: boxes around crowds are there, too")
     min_area: float = Field(0.0, ge=0, lt=1, description="boxes below this share of the picture are left out")
 
 
-def root_of(options: PicturesOptions, records: Path) -> str:
+def place_of(options: PicturesOptions, records: Path) -> Place:
     """What image paths are relative to: ``images``, else the folder of the ``records``.
 
     Raises:
         DataError: there is no such place.
     """
-    if options.images is None:
-        return str(records.parent)
-    check_place(str(options.images))
-    return str(options.images)
+    if options.images is not None:
+        check_place(str(options.images))
+    return Place(str(options.images or records.parent), options.follow_links)
 
 
 def present(samples: Iterator[Sample], options: PicturesOptions) -> Iterator[Sample]:
@@ -61,7 +61,7 @@ def _exists(image: ImageRef) -> bool:
         image.stamp()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:
+    except (OSError, DataError):
         return True  # whoever reads it is told what is wrong with it
     return True
 

@@ -12,7 +12,8 @@ from pydantic import Field
 from llavactl.components.tasks.coco_words import CATEGORIES, objects_in
 from llavactl.components.tasks.pictures import asked, picture
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_document, read_records, unique
 from llavactl.core.registry import Options
@@ -28,6 +29,7 @@ class ChairOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of `instances`"
     )
+    follow_links: FollowLinks = False
     prompt: str = Field("Please describe this image in detail.", description="what is asked about each picture")
 
 
@@ -40,7 +42,7 @@ class Chair:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        root = self.options.images or self.options.instances.parent
+        root = Place(str(self.options.images or self.options.instances.parent), self.options.follow_links)
         for name, record in self._pictures.items():
             image = picture(Record(record.where, {"image": record.text("file_name")}), root)
             there = ", ".join(each for each in CATEGORIES if each in self._objects[name])

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from llavactl.components.tasks.judging import JudgeOptions, Pair, described, leniently, request, rules, verdicts
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
@@ -34,6 +35,7 @@ class JudgePairsOptions(JudgeOptions):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
     swap: bool = Field(True, description="judge both orders of the two answers; one has won who wins in both")
 
     @model_validator(mode="after")
@@ -54,7 +56,7 @@ class JudgePairs:
 
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
-            root = self.options.images or self.options.questions.parent
+            root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
             image = picture(record, root) if record.get("image") else None
             turns = asked(image, record.text("text"))
             yield Question(name, turns, self._others[name].text("text"), str(record.get("category") or ""))

@@ -26,7 +26,8 @@ from llavactl.components.tasks.judging import (
 )
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePaths, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePaths, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
@@ -54,6 +55,7 @@ class LlavaBenchOptions(JudgeOptions):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
 
     @model_validator(mode="after")
     def _something(self) -> LlavaBenchOptions:
@@ -78,7 +80,7 @@ class LlavaBench:
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
             assert self.options.questions is not None
-            root = self.options.images or self.options.questions.parent
+            root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
             image = picture(record, root) if record.get("image") else None
             reference = self._references[name].text("text") if self._references else ""
             yield Question(name, asked(image, record.text("text")), reference, kind_of(record))

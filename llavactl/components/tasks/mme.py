@@ -12,8 +12,8 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, beyond, prompt_of, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePlace
-from llavactl.core.places import image_in
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place, image_in
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import read_text
 from llavactl.core.registry import Options
@@ -43,6 +43,7 @@ class MmeOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of CATEGORY/picture; null: that of the questions"
     )
+    follow_links: FollowLinks = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Mme:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
+        place = Place(str(self.options.images or self.options.questions), self.options.follow_links)
         for each in self._items:
-            image = image_in(str(self.options.images or self.options.questions), f"{each.category}/{each.image}")
+            image = image_in(place, f"{each.category}/{each.image}")
             yield Question(each.id, asked(image, each.text), each.gold, each.category)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one

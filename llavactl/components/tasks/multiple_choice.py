@@ -7,13 +7,10 @@ says A, or guesses, seldom gets all of them right. MMBench's own tables hold the
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
 
@@ -21,7 +18,8 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_records, read_table, unique
 from llavactl.core.registry import Options
@@ -43,26 +41,10 @@ class MultipleChoiceOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
     circular: bool = Field(
         False, description="all turns of a question count as one: those in MMBench's table, else made of its options"
     )
-
-
-@dataclass(frozen=True)
-class InlineImage:
-    """A picture that lies in its record, as base64."""
-
-    name: str
-    text: str
-
-    def read(self) -> bytes:
-        try:
-            return base64.b64decode(self.text, validate=True)
-        except binascii.Error as error:
-            raise OSError(f"not base64: {error}") from error
-
-    def stamp(self) -> str | None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -150,7 +132,7 @@ class MultipleChoice:
         records = (
             read_table(file, "question", "answer", delimiter="\t") if file.suffix == ".tsv" else read_records(file)
         )
-        root = self.options.images or file.parent
+        root = Place(str(self.options.images or file.parent), self.options.follow_links)
         return [_item(name, record, root) for name, record in unique(records, "index", "question_id", "id").items()]
 
 
@@ -181,7 +163,7 @@ def read_letter(text: str, options: Sequence[str]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _item(name: str, record: Record, root: Path | str) -> Item:
+def _item(name: str, record: Record, root: Place) -> Item:
     # A table has "nan" or nothing where a question has fewer options.
     given = [str(record.get(letter) or "") for letter in LETTERS]
     count = next((at for at, each in enumerate(given) if each in ("", "nan")), len(LETTERS))
@@ -196,18 +178,8 @@ def _item(name: str, record: Record, root: Path | str) -> Item:
         tuple(given[:count]),
         LETTERS.index(answer),
         str(record.get("category") or ""),
-        _image(record, root),
+        picture(record, root) if record.get("image") else None,
     )
-
-
-def _image(record: Record, root: Path | str) -> ImageRef | None:
-    image = record.get("image")
-    if not image:
-        return None
-    # A path of a picture is short and has a suffix; base64 is long and has no full stop.
-    if isinstance(image, str) and len(image) > 260 and "." not in image:
-        return InlineImage(record.where.rpartition("/")[2], image)
-    return picture(record, root)
 
 
 def _percent(right: Sequence[bool]) -> float | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from llavactl.core.errors import DataError
-from llavactl.core.places import image_in
+from llavactl.core.places import Place, image_in
 from llavactl.core.records import Record
 from llavactl.core.schema import Answer, ImageRef, Turn
 
 
-def picture(record: Record, root: Path | str) -> ImageRef:
-    """The record's ``image`` in ``root``: a folder, archives or a URL."""
+def picture(record: Record, place: Place) -> ImageRef:
+    """The record's ``image`` in ``place``: a folder, archives or a URL; or the image itself, as base64."""
     try:
-        return image_in(str(root), record.text("image"))
+        return image_in(place, record.text("image"))
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 

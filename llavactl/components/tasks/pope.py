@@ -16,7 +16,8 @@ from pydantic import Field
 
 from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePaths, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePaths, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_records, unique
 from llavactl.core.registry import Options
@@ -36,6 +37,7 @@ class PopeOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
 
 
 class Pope:
@@ -47,7 +49,7 @@ class Pope:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        root = self.options.images or self.options.questions.parent
+        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         for name, (record, label, split) in self._labelled.items():
             yield Question(name, asked(picture(record, root), record.text("text")), label, split)
 

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
 from llavactl.components.tasks.judging import ConsultOptions
 from llavactl.components.tasks.pictures import asked, refuse_others, same_words
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.schema import Answer, Question, Sample
 
@@ -49,6 +49,7 @@ class ScienceqaTaskOptions(ConsultOptions):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: images/ or beside `questions`"
     )
+    follow_links: FollowLinks = False
     pictures: bool = Field(True, description="false: the model is asked without them")
     prompt: Literal["qcm-a", "qcm-lea"] = Field(
         "qcm-a", description="qcm-a asks for a letter; qcm-lea leaves room for reasons (give it eval.max_new_tokens)"
@@ -117,7 +118,9 @@ class Scienceqa:
     @cached_property
     def _problems(self) -> list[Problem]:
         given = self.options
-        return read_problems(given.questions, given.split, given.splits, given.meta, given.images)
+        return read_problems(
+            given.questions, given.split, given.splits, given.meta, given.images, follow_links=given.follow_links
+        )
 
 
 REASONS = "Think it over in a few sentences, then end with a line of its own: The answer is X. X is an option's letter."

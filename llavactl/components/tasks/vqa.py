@@ -15,7 +15,8 @@ from pydantic import Field
 from llavactl.components.tasks.pictures import asked, beyond, picture, prompt_of, refuse_others
 from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
 from llavactl.core.errors import DataError
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.records import Record, read_document, unique
 from llavactl.core.registry import Options
@@ -34,6 +35,7 @@ class VqaOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
     image: str = Field("COCO_val2014_{:012d}.jpg", description="a picture's file, its image_id in the braces")
 
 
@@ -44,6 +46,7 @@ class TextVqaOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
     )
+    follow_links: FollowLinks = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Vqa:
                 f"{missing[0]!r}",
                 hint="are these the annotations of these questions?",
             )
-        root = self.options.images or self.options.questions.parent
+        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
             _item(name, record, notes[name], root, self._file(record), str(notes[name].get("answer_type") or ""))
             for name, record in questions.items()
@@ -131,7 +134,7 @@ class TextVqa:
 
     @cached_property
     def _items(self) -> list[Item]:
-        root = self.options.images or self.options.questions.parent
+        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
             _item(name, record, record, root, f"{record.name('image_id')}.jpg", "")
             for name, record in unique(_records(self.options.questions, "data"), "question_id").items()
@@ -181,7 +184,7 @@ def _records(path: Path, key: str) -> list[Record]:
     return [Record(f"{path} {key} {at}", each) for at, each in enumerate(listed)]
 
 
-def _item(name: str, record: Record, notes: Record, root: Path | str, file: str, kind: str) -> Item:
+def _item(name: str, record: Record, notes: Record, root: Place, file: str, kind: str) -> Item:
     people = notes.get("answers")
     said = (
         [each.get("answer") if isinstance(each, dict) else each for each in people] if isinstance(people, list) else []

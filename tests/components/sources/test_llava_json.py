@@ -105,5 +105,6 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(OSError, match="leads out of"):
+    with pytest.raises(DataError, match="leads out of") as caught:
         ImageFile(str(root), "link.jpg").read()
+    assert "follow_links" in caught.value.hint

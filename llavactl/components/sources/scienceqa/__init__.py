@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from llavactl.components.sources.scienceqa.problems import Problem, read_problems
-from llavactl.core.options import RecipePath, RecipePlace
+from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.registry import Options
 from llavactl.core.schema import Content, Sample, Turn
 
@@ -22,6 +22,7 @@ class ScienceqaOptions(Options):
     images: RecipePlace | None = Field(
         None, description="folder, .zip, .tar or URL with train/1/image.png; null: images/ beside `path`"
     )
+    follow_links: FollowLinks = False
     answer: Literal["lea", "a"] = Field(
         "lea", description="lea: lecture and explanation, then the answer; a: the answer"
     )
@@ -33,7 +34,10 @@ def scienceqa(options: ScienceqaOptions) -> Iterator[Sample]:
     Raises:
         DataError: a file or problem that can't be read.
     """
-    for problem in read_problems(options.path, options.split, options.splits, None, options.images):
+    problems = read_problems(
+        options.path, options.split, options.splits, None, options.images, follow_links=options.follow_links
+    )
+    for problem in problems:
         content: tuple[Content, ...] = (problem.prompt,)
         if problem.image is not None:
             content = (problem.image, f"\n{problem.prompt}")

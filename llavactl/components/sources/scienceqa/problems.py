@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.places import image_in
+from llavactl.core.places import Place, image_in
 from llavactl.core.records import Record, read_document, read_records, read_table, unique
 from llavactl.core.schema import ImageRef
 
@@ -40,7 +40,13 @@ class Problem:
 
 
 def read_problems(
-    path: Path, split: str, splits: Path | None, meta: Path | None, images: Path | str | None
+    path: Path,
+    split: str,
+    splits: Path | None,
+    meta: Path | None,
+    images: Path | str | None,
+    *,
+    follow_links: bool = False,
 ) -> list[Problem]:
     """The problems of ``split`` of a ``problems.json``, or all of LLaVA's converted file, in the file's order.
 
@@ -49,7 +55,9 @@ def read_problems(
     """
     document = read_document(path)
     if isinstance(document, dict) and document and all(isinstance(each, dict) for each in document.values()):
-        return list(_original(path, document, _ids(path, document, split, splits), images))
+        beside = path.parent / "images"
+        place = Place(str(images or (beside if beside.is_dir() else path.parent)), follow_links)
+        return list(_original(path, document, _ids(path, document, split, splits), place))
     if not isinstance(document, list):
         raise DataError(f"{path}: neither ScienceQA's problems.json nor LLaVA's list of conversations")
     if meta is None:
@@ -57,7 +65,8 @@ def read_problems(
             f"{path}: LLaVA's file does not say subject and grade of a problem",
             hint="-t meta=FILE, a CSV of question_id, grade, subject",
         )
-    return list(_converted(unique(read_records(path), "id"), _meta(meta), images or path.parent))
+    place = Place(str(images or path.parent), follow_links)
+    return list(_converted(unique(read_records(path), "id"), _meta(meta), place))
 
 
 def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | None) -> list[str]:
@@ -81,10 +90,7 @@ def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | Non
     return ids
 
 
-def _original(
-    path: Path, problems: Mapping[str, Any], ids: Sequence[str], images: Path | str | None
-) -> Iterator[Problem]:
-    root = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
+def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], place: Place) -> Iterator[Problem]:
     for name in ids:
         record = Record(f"{path} problem {name}", problems[name])
         choices, right = record.get("choices"), record.get("answer")
@@ -102,7 +108,7 @@ def _original(
             prompt.replace("  ", " "),
             len(choices),
             right,
-            _image(record, root, f"{record.fields.get('split')}/{name}/{record.get('image')}"),
+            _image(record, place, f"{record.fields.get('split')}/{name}/{record.get('image')}"),
             bool(hint),
             *_subject_and_grade(record),
             str(record.get("lecture") or ""),
@@ -110,7 +116,7 @@ def _original(
         )
 
 
-def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], images: Path | str) -> Iterator[Problem]:
+def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], place: Place) -> Iterator[Problem]:
     if missing := [name for name in records if name not in meta]:
         raise DataError(
             f"meta: {len(missing)} of {len(records)} problems are not in it, the first is {missing[0]!r}",
@@ -123,16 +129,16 @@ def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], images
         right = _gold(answer)
         if right is None or not right < count:
             raise DataError(f"{record.where}: no option of {count} is told right by {answer!r:.60}")
-        image = _image(record, images, str(record.get("image")))
+        image = _image(record, place, str(record.get("image")))
         context = re.search(r"(?:\A|\n)Context: (?!N/A\n)", prompt) is not None
         yield Problem(name, prompt, count, right, image, context, *_subject_and_grade(meta[name]))
 
 
-def _image(record: Record, root: Path | str, path: str) -> ImageRef | None:
+def _image(record: Record, place: Place, path: str) -> ImageRef | None:
     if not record.get("image"):
         return None
     try:
-        return image_in(str(root), path)
+        return image_in(place, path)
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 

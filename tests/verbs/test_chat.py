@@ -1,0 +1,105 @@
+"""``llavactl chat``: images that the user names, and what is said of those that can't be read, before any model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from llavactl import DataError
+from llavactl.testing import run_cli
+from llavactl.verbs.chat import content, open_images, read_batch
+
+
+@pytest.fixture
+def photo(toys: Path) -> Path:
+    return toys / "images" / "photo-000.jpg"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/photo-000.jpg")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(photo: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(photo.parent))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_image_may_be_a_file_a_link_a_url_or_base64(photo: Path, tmp_path: Path, host: str) -> None:
+    (tmp_path / "link.jpg").symlink_to(photo)
+    data = photo.read_bytes()
+    text = base64.b64encode(data).decode()
+    names = [str(photo), str(tmp_path / "link.jpg"), photo.as_uri(), f"{host}/photo-000.jpg", f"{host}/moved"]
+    found = open_images([*names, text, f"data:image/jpeg;base64,{text}"])
+    assert [image.read() for image in found] == [data] * 7
+    said = content("What?", [found[0], str(photo)])
+    assert said[-1] == "What?"
+    assert len(said) == 5
+
+
+def test_a_batch_names_images_in_the_same_ways(photo: Path, tmp_path: Path, host: str) -> None:
+    (tmp_path / "link.jpg").symlink_to(photo)
+    names: list[object] = ["link.jpg", str(photo), f"{host}/photo-000.jpg", [photo.as_uri(), "link.jpg"]]
+    file = tmp_path / "batch.jsonl"
+    file.write_text("".join(json.dumps({"image": name, "prompt": "?"}) + "\n" for name in names))
+    assert [len(said) for _, said in read_batch(file)] == [3, 3, 3, 5]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_a_url_that_can_not_be_read_is_a_short_line(host: str) -> None:
+    for name, why in [
+        (f"{host}/none.jpg", "404"),
+        (f"http://127.0.0.1:{_free_port()}/a.jpg", "can't be read"),
+        ("nonsense://bucket/a.jpg", "nonsense"),
+        ("http://[", "can't be read"),
+        (f"{host}/", "HTML"),
+    ]:
+        with pytest.raises(DataError, match=why) as caught:
+            open_images([name])
+        assert name in caught.value.message
+        assert "\n" not in caught.value.message
+        assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"), (b"<svg/>", "SVG"), (b"%PDF-1.4", "PDF"), (b"", "empty")],
+)
+def test_a_wrong_file_is_told_before_a_model_is_looked_for(tmp_path: Path, data: bytes, why: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "batch.jsonl").write_text(json.dumps({"image": "a.jpg", "prompt": "?"}))
+    for given in (["--image", str(tmp_path / "a.jpg"), "--prompt", "?"], ["--batch", str(tmp_path / "batch.jsonl")]):
+        result = run_cli("chat", "--model", str(tmp_path / "no-model"), *given)
+        assert result.exit_code == 1
+        assert why in result.stderr
+        assert "no-model" not in result.stderr
+
+
+def test_a_name_that_is_no_name_is_shown_in_short(tmp_path: Path) -> None:
+    result = run_cli("chat", "--model", str(tmp_path), "--image", "x" * 5000, "--prompt", "?")
+    assert result.exit_code == 1
+    assert len(result.stderr) < 600
