@@ -164,8 +164,14 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
     Raises:
         ModelError: it has another connector, or was trained on features of another shape, than the recipe says.
     """
+    description = model_folder.describe(start)
+    encoder = Path(description["vision"].get("model", ""))
+    if encoder.parent == start and recipe.vision.spec().get("model") != str(encoder):
+        raise ModelError(
+            f"stage2.init {recipe.stage2.init}: its vision encoder was fine-tuned with it, and is not the recipe's",
+            hint=f"`-o vision.model={encoder}` trains on its features",
+        )
     loaded = model_folder.load(start, dtype=recipe.stage2.precision)
-    description = loaded.description
     for key, theirs, ours in (
         ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),
         ("shape of the vision features", description["shape"], json.loads(json.dumps(asdict(shape)))),
