@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -131,9 +130,11 @@ def _settle(made: Path, place: Path, description: Mapping[str, Any], *, was: Pat
         return str(place / Path(value).relative_to(was)) if within else value
 
     write_json(made / DESCRIPTION, moved(description))
-    if not (place / DESCRIPTION).is_file():
-        with contextlib.suppress(FileExistsError):
-            made.rename(place)
+    try:
+        made.rename(place)
+    except OSError:
+        if not (place / DESCRIPTION).is_file():
+            raise
 
 
 def _completed(place: Path, folder: Path, recipe: Recipe | None) -> Path:

@@ -37,6 +37,8 @@ def read_hf(folder: Path, model: Path) -> None:
             hint="processor_config.json or preprocessor_config.json belongs beside the weights",
         )
     refuse_unknown_hf(config, processor, folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would load that one, on the base that it names
+        raise ModelError(f"{folder}: both an adapter and whole weights", hint="one of the two belongs elsewhere")
     if not files(folder):
         raise ModelError(f"{folder}: there are no weights", hint="is the download complete?")
     name, weights = _projection(tensors(folder, _PROJECTOR), config, folder)

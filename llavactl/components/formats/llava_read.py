@@ -65,6 +65,11 @@ def read_llava(folder: Path, model: Path) -> None:
     config = {key: value for key, value in read_json(folder / "config.json").items() if value is not None}
     refuse_unknown_llava(config, folder)
     lora = (folder / "adapter_config.json").is_file()
+    if lora and (files(folder) or "mm_vision_tower" not in config):
+        what = "both an adapter and whole weights" if files(folder) else "an adapter, and a config.json not of LLaVA"
+        raise ModelError(
+            f"{folder}: {what}", hint="a LoRA folder has its adapter alone, and config.json of its training"
+        )
     language = _language(config, folder, lora)
     found = _found(folder, language, lora)
     if not found.connector:
@@ -127,6 +132,8 @@ def _within(language: str, folder: Path) -> _Found:
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     place = Path(language)
+    if (place / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: its base {place} is itself an adapter", hint="merge that one into its base first")
     if place.is_dir():
         tensors(place, ())  # names the file that is missing, cut off or not downloaded
     try:

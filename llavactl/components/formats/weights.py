@@ -13,8 +13,8 @@ from llavactl.core.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers looks for them: where several lie in a folder, only the first counts."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -26,13 +26,14 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ModelError: the index can't be read, or one that it names is missing or a Git LFS pointer.
     """
-    found = [folder / name for name in WHOLE if (folder / name).is_file()][:1]
-    if index := next((folder / name for name in INDEXES if (folder / name).is_file()), None):
-        refuse_pointer(index)
+    first = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    found = [] if first is None else [first]
+    if first is not None and first.suffix == ".json":
+        refuse_pointer(first)
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(set(json.loads(first.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not an index of weight files", hint="is the download complete?") from error
+            raise ModelError(f"{first}: not an index of weight files", hint="is the download complete?") from error
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise ModelError(f"{folder}: {len(missing)} weight files are missing, such as {missing[0]}")
         found = [folder / shard for shard in shards]

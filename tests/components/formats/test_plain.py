@@ -357,6 +357,37 @@ class TestTensors:
         with pytest.raises(ModelError, match="IA3"):
             resolve(folder)
 
+    def test_an_adapter_and_whole_weights(
+        self, foreign: Callable[[], tuple[Any, Path]], toys: Path, tmp_path: Path
+    ) -> None:
+        """transformers would take the adapter's base in the place of the weights."""
+        folder = lora(toys, tmp_path / "lora")
+        whole = foreign()[1]
+        shutil.copy(folder / "adapter_config.json", whole)
+        shutil.copy(tmp_path / "lora-full/pytorch_model.bin", folder)
+        for each in (folder, whole):
+            with pytest.raises(ModelError, match="adapter and whole weights"):
+                resolve(each)
+
+    def test_an_adapter_of_an_adapter(self, toys: Path, tmp_path: Path) -> None:
+        folder, base = lora(toys, tmp_path / "lora"), lora(toys, tmp_path / "base")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+        with pytest.raises(ModelError, match="itself an adapter"):
+            resolve(folder)
+
+    def test_of_two_sets_of_weights_the_one_that_transformers_loads(self, toys: Path, tmp_path: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        state = original(toys, tmp_path / "theirs")
+        state["model.mm_projector.0.bias"] = torch.full((48,), 7.0)
+        save_file({name: each.contiguous() for name, each in state.items()}, tmp_path / "theirs/model.safetensors")
+        index = {"weight_map": dict.fromkeys(state, "pytorch_model.bin")}
+        (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(json.dumps(index))
+        connector = model_folder.load(resolve(tmp_path / "theirs")).parts.model.connector
+        assert torch.equal(connector.state_dict()["0.bias"], state["model.mm_projector.0.bias"])
+
 
 class TestVisionEncoder:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -458,6 +489,7 @@ class TestFiles:
     @pytest.mark.parametrize("text", [POINTER, "{", '{"weight_map": 3}'])
     def test_the_index(self, toys: Path, tmp_path: Path, text: str) -> None:
         original(toys, tmp_path / "theirs")
+        (tmp_path / "theirs/pytorch_model.bin").rename(tmp_path / "theirs/pytorch_model-00001-of-00001.bin")
         (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(text)
         with pytest.raises(ModelError, match=r"pytorch_model\.bin\.index\.json"):
             resolve(tmp_path / "theirs")
