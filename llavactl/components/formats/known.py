@@ -20,9 +20,10 @@ _BOOKKEEPING = frozenset({
     "torch_dtype", "transformers_version", "tokenizer_class", "rope_theta", "rope_scaling", "pretraining_tp",
     "max_sequence_length", "chunk_size_feed_forward", "id2label", "label2id", "return_dict", "use_cache",
     "output_attentions", "output_hidden_states", "_flash_attn_2_enabled", "_attn_implementation", "vocab_size",
-    "partial_rotary_factor", "architectures", "model_type",
+    "partial_rotary_factor", "architectures", "model_type", "head_dim", "attention_bias", "mlp_bias",
+    "attention_dropout",
 })  # fmt: skip
-"""Of transformers, of any version: they change no number, or are understood by every class of configuration."""
+"""Of transformers, of any version: they change no number, every class understands them, or the tensors show them."""
 
 _LLAVA_ANY = frozenset({
     # How it was trained.

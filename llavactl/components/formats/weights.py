@@ -95,13 +95,13 @@ def unused(kind: Any, model: str, **how: Any) -> list[str]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print a table of what is asked for here
     try:
-        _, info = kind.from_pretrained(model, device_map="meta", output_loading_info=True, **how)
+        made, info = kind.from_pretrained(model, device_map="meta", output_loading_info=True, **how)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{model}: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{model}: {len(missing)} tensors are missing, such as {missing[0]}")
+        raise ModelError(f"{model}: {len(missing)} tensors of {type(made).__name__} are missing, such as {missing[0]}")
     return sorted(info["unexpected_keys"])
 
 

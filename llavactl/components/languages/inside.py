@@ -53,8 +53,8 @@ def language_type(config: Mapping[str, Any], where: str) -> str:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or said not in ("llava", kind):
         raise ModelError(
             f"{where}: architecture {architecture}, model_type {own}: not one that llavactl reads",
-            hint="of the original layout it reads Llava<X>ForCausalLM, where X is a language model of transformers: "
-            "Llama, Mistral, Qwen2, Phi, …",
+            hint="with mm_vision_tower it reads Llava<X>ForCausalLM (model_type llava or llava_<x>), where X is a "
+            "causal language model of transformers: Llama, Mistral, Qwen2, Phi, …",
         )
     return kind
 
