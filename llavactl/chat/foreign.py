@@ -5,7 +5,6 @@ It is asked through ``answer``, as an assistant of ours is; pictures, prompt and
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, ModelError
+from llavactl.core.hashes import hash_folder, hash_json
+from llavactl.core.identity import content_of
+from llavactl.core.paths import read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.data.images import ImageError, decode
 from llavactl.features.prepare import default_device
@@ -137,10 +139,18 @@ def find(model: str) -> Path:
 
 
 def digest(folder: Path) -> str:
-    """Changes with any file of ``folder``; no weights are read."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    seen = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
+    """Changes with the content of any file of the model in ``folder``, and of the model that an adapter there adapts.
+
+    Raises:
+        ModelError: a file can't be read.
+    """
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        base = str(Path(base).absolute())
+    try:
+        return hash_json([hash_folder(folder), content_of(base)])
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
 def open_foreign(folder: Path, device: str | None = None) -> Foreign:

@@ -284,7 +284,8 @@ class Format(Protocol):
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` (llavactl's own layout) that stands for what is in ``folder``.
 
-        Small weights are copied, large ones are named where they are.
+        Small weights are copied, large ones are named where they are. ``sources`` in its ``llavactl.json`` lists the
+        ids and folders outside ``folder`` that it builds on: when their contents change, ``folder`` is read again.
         """
 
     def write(self, model: Path, to: Path) -> None:

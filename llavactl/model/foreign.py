@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import cache_dir, write_json
+from llavactl.core.hashes import hash_folder, hash_json
+from llavactl.core.identity import content_of
+from llavactl.core.paths import cache_dir, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, of_run
 
@@ -52,39 +54,87 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
     for name in registry().names("formats"):
         found: Format = registry().create("formats", {"name": name})
         if found.recognise(folder):
-            return _completed(_adopted(folder, found), folder, recipe)
+            return _completed(_adopted(folder, name, found), folder, recipe)
     if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ModelError(
-            f"{folder}: no format recognises this checkpoint",
-            hint="`llavactl components formats` lists what can be read",
+            f"{folder}: no format recognises this checkpoint: {_seen(folder)}",
+            hint="llavactl reads LlavaForConditionalGeneration of transformers (model_type llava) and the original "
+            "LLaVA's checkpoints (mm_vision_tower in config.json, or mm_projector.bin); see `components formats`",
         )
     describe(folder)  # says what is missing, and where a model may be
     return folder
 
 
+def _seen(folder: Path) -> str:
+    """What the files of ``folder`` say that it is: architecture and model type, or an adapter of what."""
+    config, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
+    seen = [f"architecture {', '.join(map(str, config['architectures']))}"] if config.get("architectures") else []
+    seen += [f"model_type {config['model_type']}"] if config.get("model_type") else []
+    if adapter:
+        seen.append(f"a {adapter.get('peft_type')} adapter of {adapter.get('base_model_name_or_path')}")
+    return ", ".join(seen) or "it names no architecture and no model_type"
+
+
 VITAL = ("vision", "language")
-READING = 1
+READING = 2
 """Changes when formats read checkpoints another way: what was read before is then not looked at."""
 
 
-def _adopted(folder: Path, found: Format) -> Path:
-    """What ``found`` reads out of ``folder``, kept in the cache until a file of ``folder`` changes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    place = cache_dir() / "models" / hashlib.sha256(repr((READING, seen)).encode()).hexdigest()[:16]
-    if (place / DESCRIPTION).is_file():
-        return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=place.parent))
+def _adopted(folder: Path, name: str, found: Format) -> Path:
+    """What ``found`` reads out of ``folder``, kept in the cache under the contents of all that it was read from.
+
+    That is every file of ``folder``, and the models outside it that it builds on: those are known once it was read,
+    so a small file notes them under the contents of ``folder``.
+    """
     try:
-        found.read(folder, temporary)
-        if not place.exists():
-            temporary.rename(place)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(temporary, ignore_errors=True)
+        own = hash_json([READING, name, registry().get("formats", name).version, hash_folder(folder)])
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder}: {error.strerror or error}") from error
+    models = cache_dir() / "models"
+    note = models / f"{hash_json([str(folder), own])[:16]}.json"
+    if (sources := read_json(note).get("sources")) is not None:
+        place = models / _place(folder, _digest(own, sources))
+        if (place / DESCRIPTION).is_file():
+            return place
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=models) as beside:
+        made = Path(beside, "model")
+        made.mkdir()
+        found.read(folder, made)
+        description = describe(made)
+        sources = description.pop("sources", [])
+        digest = _digest(own, sources)
+        place = models / _place(folder, digest)
+        _settle(made, place, {**description, "digest": digest}, was=made)
+    write_json(note, {"sources": sources})
     return place
+
+
+def _digest(own: str, sources: Sequence[str]) -> str:
+    """Of a checkpoint of contents ``own`` that builds on the models ``sources``."""
+    return hash_json([own, [content_of(str(Path(s).absolute()) if Path(s).is_dir() else s) for s in sources]])
+
+
+def _place(folder: Path, digest: str) -> str:
+    """A model folder's name: it points to files in ``folder``, and so is that of no copy of ``folder``."""
+    return hash_json([str(folder), digest])[:16]
+
+
+def _settle(made: Path, place: Path, description: Mapping[str, Any], *, was: Path) -> None:
+    """Moves ``made`` to ``place``, unless another process was there first; paths in ``was`` become paths in it."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: moved(each) for key, each in value.items()}
+        within = isinstance(value, str) and value.startswith(f"{was}{os.sep}")
+        return str(place / Path(value).relative_to(was)) if within else value
+
+    write_json(made / DESCRIPTION, moved(description))
+    try:
+        made.rename(place)
+    except OSError:
+        if not (place / DESCRIPTION).is_file():
+            raise
 
 
 def _completed(place: Path, folder: Path, recipe: Recipe | None) -> Path:
@@ -102,14 +152,12 @@ def _completed(place: Path, folder: Path, recipe: Recipe | None) -> Path:
     if recipe is None:
         log.warning("%s doesn't say how conversations are written: taking %s", folder, TEMPLATE)
     whole = {**description, **{key: told[key] for key in missing}}
-    total = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    copy = place.with_name(total[:16])
+    digest = hash_json([description["digest"], content_of({key: told[key] for key in missing})])
+    copy = place.with_name(hash_json([str(place), whole, digest])[:16])
     if not (copy / DESCRIPTION).is_file():
         with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as beside:
             made = Path(shutil.copytree(place, Path(beside, "model")))
-            write_json(made / DESCRIPTION, {**whole, "digest": total})
-            if not copy.exists():
-                made.rename(copy)
+            _settle(made, copy, {**whole, "digest": digest}, was=place)
     return copy
 
 

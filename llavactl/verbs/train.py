@@ -191,6 +191,12 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
             f"stage2.init {recipe.stage2.init}: it is an adapter, and a second one on top of it has no place on disk",
             hint="merge it first: `llavactl export --format hf --to DIR`, then `stage2.init: DIR`",
         )
+    encoder = Path(description["vision"].get("model", ""))
+    if encoder.parent == start and recipe.vision.spec().get("model") != str(encoder):
+        raise ModelError(
+            f"stage2.init {recipe.stage2.init}: its vision encoder was fine-tuned with it, and is not the recipe's",
+            hint=f"`-o vision.model={encoder}` trains on its features",
+        )
     for key, theirs, ours in (
         ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),
         ("shape of the vision features", description["shape"], json.loads(json.dumps(asdict(shape)))),

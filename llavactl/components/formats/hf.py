@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.native import CONNECTORS, Native, adopt, shape_of
-from llavactl.components.formats.weights import stamps, tensors
+from llavactl.components.formats.hf_read import ORIGIN, read_hf
+from llavactl.components.formats.native import CONNECTORS, KEPT, Native, shape_of
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGE, PAD = "<image>", "<pad>"
-ORIGIN = "llavactl_export.json"
-"""Beside the weights: what the layout itself has no place for, so that a model read back is the same one."""
-
-KEPT = ("template", "image_order", "precision", "features", "stage")
-
-PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 MULTIPLE = 64
 """Rows of the embeddings come in multiples of this, as in the published checkpoints: faster products on a GPU."""
 
@@ -42,44 +36,12 @@ class HfLlava:
         pass
 
     def recognise(self, folder: Path) -> bool:
-        return _config(folder).get("model_type") == "llava" and "vision_config" in _config(folder)
+        config = read_json(folder / "config.json")
+        return config.get("model_type") == "llava" and "vision_config" in config
 
     def read(self, folder: Path, model: Path) -> None:
         """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
-        config, origin = _config(folder), read_json(folder / ORIGIN)
-        origin = {key: origin[key] for key in KEPT if key in origin}
-        if not _processor(folder):
-            raise ModelError(
-                f"{folder}: there is no processor: how pixels are made is not known",
-                hint="processor_config.json or preprocessor_config.json belongs beside the weights",
-            )
-        if not stamps(folder):
-            raise ModelError(f"{folder}: there are no weights", hint="is the download whole?")
-        name, weights = _projection(tensors(folder, PROJECTOR), config)
-        text = config["text_config"]
-        vision = {
-            "name": "clip",
-            "model": str(folder.absolute()),
-            "layer": config.get("vision_feature_layer", -2),
-            "select": "cls-patch",
-            "image": "pad" if _processor(folder).get("do_pad") else "square",
-        }
-        if config.get("vision_feature_select_strategy", "default") == "default":
-            if (prefix := shape_of(vision)["prefix"]) != 1:
-                raise ModelError(
-                    f"{folder}: it leaves out the first of each image's tokens, of which {prefix} are no patches",
-                    hint="llavactl leaves out all of those or none",
-                )
-            vision["select"] = "patch"
-        description = {
-            "vision": vision,
-            "shape": shape_of(vision),
-            "connector": {"name": name},
-            "language": {"name": "hf", "model": str(folder.absolute())},
-            "template": "tokenizer",
-            "precision": str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
-        }
-        adopt(model, weights, {**description, **origin}, seen={"config": config, "weights": stamps(folder)})
+        read_hf(folder, model)
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``: sharded safetensors, processor, chat template."""
@@ -253,27 +215,6 @@ def _two_layers(projection: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     }
 
 
-def _projection(found: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> tuple[str, dict[str, torch.Tensor]]:
-    """The connector's name and its weights by LLaVA's names."""
-    import torch
-
-    weights = {name[next(len(p) for p in PROJECTOR if name.startswith(p)) :]: each for name, each in found.items()}
-    wanted = {f"linear_{layer}.{what}" for layer in (1, 2) for what in ("weight", "bias")}
-    if weights.keys() != wanted:
-        raise ModelError(
-            f"its projector has {', '.join(sorted(weights)) or 'no weights'}, not two linear layers with bias",
-            hint="this is another architecture than LLaVA's",
-        )
-    act = config.get("projector_hidden_act", "gelu")
-    second, bias = weights["linear_2.weight"], weights["linear_2.bias"]
-    if act == "linear" and torch.equal(second, torch.eye(len(bias), dtype=second.dtype)) and not bias.any():
-        return "linear", {"weight": weights["linear_1.weight"], "bias": weights["linear_1.bias"]}
-    if act != "gelu":
-        raise ModelError(f"its projector has activation {act}; llavactl has gelu")
-    numbers = {"linear_1": "0", "linear_2": "2"}
-    return "mlp2x-gelu", {f"{numbers[name[:8]]}{name[8:]}": weight for name, weight in weights.items()}
-
-
 def _stop(
     whole: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> None:
@@ -285,14 +226,3 @@ def _stop(
     settings.eos_token_id = sorted(stops)
     settings.pad_token_id = tokenizer.pad_token_id
     settings.do_sample, settings.temperature, settings.top_p, settings.top_k = False, None, None, None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json")
-
-
-def _processor(folder: Path) -> dict[str, Any]:
-    """The processor's and the image processor's settings; newer versions keep both in one file."""
-    image = read_json(folder / "preprocessor_config.json")
-    whole = read_json(folder / "processor_config.json")
-    return {**image, **whole.get("image_processor", {}), **{k: v for k, v in whole.items() if k != "image_processor"}}

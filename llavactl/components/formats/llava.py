@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.native import CONNECTORS, Native, adopt, connector_of, shape_of
-from llavactl.components.formats.weights import read, stamps, tensors
+from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
+from llavactl.components.formats.native import CONNECTORS, Native
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     import torch
-
-PROJECTOR_FILE, ADAPTER_FILE = "mm_projector.bin", "non_lora_trainables.bin"
-KEY = re.compile(r"^(base_model\.model\.)?(model\.)?mm_projector\.")
-OWN = "llavactl"
-"""A key of config.json for what the layout itself doesn't say: LLaVA keeps it and ignores it."""
 
 TOWER = "vision_tower"
 SHARD = "5GB"
@@ -38,48 +31,8 @@ class OriginalLlava:
         return "mm_vision_tower" in read_json(folder / "config.json") or (folder / PROJECTOR_FILE).is_file()
 
     def read(self, folder: Path, model: Path) -> None:
-        """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
-
-        Raises:
-            ModelError: it needs what llavactl doesn't have, such as tokens around an image.
-        """
-        config = read_json(folder / "config.json")
-        _refuse(config, folder)
-        method, found = _weights(folder)
-        projection = {KEY.sub("", name): weight for name, weight in found.items()}
-        if "mm_vision_tower" not in config:
-            self._bare(folder, model, projection)
-            return
-        vision = {
-            "name": "clip",
-            "model": _near(config["mm_vision_tower"], folder),
-            "layer": config.get("mm_vision_select_layer", -2),
-            "select": "cls-patch" if config.get("mm_vision_select_feature") == "cls_patch" else "patch",
-            "image": "pad" if config.get("image_aspect_ratio") == "pad" else "square",
-        }
-        own = config.get(OWN, {})
-        description = {
-            "method": method,
-            "vision": vision,
-            "shape": shape_of(vision),
-            "connector": connector_of(projection, folder),
-            "language": _language(config, folder, method),
-            "template": None,
-            "precision": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        }
-        adopt(model, projection, {**description, **own}, seen={"config": config, "weights": stamps(folder)})
-        if method == "lora":
-            (model / "adapter").mkdir(exist_ok=True)
-            for file in folder.glob("adapter_*"):
-                shutil.copyfile(file, model / "adapter" / file.name)
-
-    def _bare(self, folder: Path, model: Path, projection: Mapping[str, torch.Tensor]) -> None:
-        """Only a projector, perhaps beside its base: the backbone and the rest are for a recipe to say."""
-        base = {"name": "hf", "model": str(folder.absolute())} if stamps(folder) else None
-        nothing = dict.fromkeys(("vision", "shape", "template", "precision"))
-        description = {"connector": connector_of(projection, folder), "language": base, **nothing}
-        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.bin"))]
-        adopt(model, projection, description, seen={"weights": seen})
+        """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
+        read_llava(folder, model)
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
@@ -150,47 +103,3 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _family(kind: str) -> str:
     return {"llama": "Llama", "mistral": "Mistral", "mpt": "Mpt"}.get(kind.removeprefix("llava_"), kind.capitalize())
-
-
-def _weights(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """How it was trained, and the projector's weights by their full names."""
-    if (folder / "adapter_config.json").is_file():
-        if not (folder / ADAPTER_FILE).is_file():
-            raise ModelError(f"{folder}: an adapter without {ADAPTER_FILE}: its connector is missing")
-        found = read(folder / ADAPTER_FILE)
-        if others := sorted(name for name in found if not KEY.match(name)):
-            raise ModelError(f"{folder / ADAPTER_FILE}: holds more than a connector, such as {others[0]}")
-        return "lora", found
-    if found := tensors(folder, ("model.mm_projector.", "mm_projector.")):
-        return "connector", found
-    if (folder / PROJECTOR_FILE).is_file():
-        return "connector", read(folder / PROJECTOR_FILE)
-    raise ModelError(f"{folder}: no mm_projector in its weights, and no {PROJECTOR_FILE}")
-
-
-def _language(config: Mapping[str, Any], folder: Path, method: str) -> dict[str, str] | None:
-    """The language model: its own weights here, or the base that the checkpoint names; None where it names none."""
-    base: Any = folder.absolute()
-    if method == "lora":
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    elif not stamps(folder):
-        base = config.get("_name_or_path")
-    return {"name": "hf", "model": _near(str(base), folder)} if base else None
-
-
-def _near(model: str, folder: Path) -> str:
-    """A relative path that exists beside the checkpoint is meant from there; all else is an id or a path as it is."""
-    beside = folder / model
-    return str(beside.resolve()) if not Path(model).is_absolute() and (beside / "config.json").is_file() else model
-
-
-def _refuse(config: Mapping[str, Any], folder: Path) -> None:
-    """What would silently give another model is refused."""
-    for key, why in (
-        ("mm_use_im_start_end", "it puts tokens of its own around an image"),
-        ("unfreeze_mm_vision_tower", "its vision backbone was trained too"),
-    ):
-        if config.get(key):
-            raise ModelError(f"{folder}: {key} is true: {why}", hint="llavactl reads LLaVA v1 and v1.5 without these")
-    if config.get("image_aspect_ratio") == "anyres":
-        raise ModelError(f"{folder}: image_aspect_ratio anyres (LLaVA-NeXT) is another architecture")

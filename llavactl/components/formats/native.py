@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 DESCRIPTION = "llavactl.json"
 CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
 """The connectors that other programs know, by their linear layers."""
+
+KEPT = ("template", "image_order", "precision", "features", "stage")
+"""What an export notes of ``llavactl.json``, as its layout has no place for it: a model read back is the same one."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,22 @@ class Native:
 
 
 def adopt(
-    model: Path, projection: Mapping[str, torch.Tensor], description: Mapping[str, Any], *, seen: Mapping[str, Any]
+    model: Path,
+    projection: Mapping[str, torch.Tensor],
+    description: Mapping[str, Any],
+    *,
+    sources: Sequence[str | None] = (),
 ) -> None:
     """Writes the model folder ``model`` of a checkpoint that another program wrote.
 
-    ``description`` is what ``llavactl.json`` says of a model beside what is the same for all of these;
-    ``seen`` is what identifies the checkpoint.
+    ``description`` is what ``llavactl.json`` says of a model beside what is the same for all of these; ``sources`` are
+    the models outside the checkpoint, ids or folders, that it was read with: a change of theirs changes the model.
     """
     from safetensors.torch import save_file
 
     model.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.contiguous().clone() for name, weight in projection.items()}
     save_file(weights, model / "connector.safetensors")
-    total = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode())
-    total.update((model / "connector.safetensors").read_bytes())
     defaults = {
         "format": 1,
         "stage": 2,
@@ -118,8 +122,8 @@ def adopt(
         "features": {"dtype": "float16", "compute": "float32"},
         "fingerprint": None,
         "image_order": "first",
-        "digest": total.hexdigest(),
         "versions": {},
+        "sources": sorted({source for source in sources if source}),
     }
     write_json(model / DESCRIPTION, {**defaults, **description})
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llavactl.components.formats.adapter import refuse_unfit
 from llavactl.components.formats.hf import assemble
+from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.native import Native
+from llavactl.components.formats.weights import read
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 
@@ -29,14 +32,11 @@ class Peft:
         """Writes the model folder ``model`` that stands for the adapter and its base."""
         from safetensors.torch import save_file
 
-        from llavactl.components.formats.hf import HfLlava
-        from llavactl.components.formats.weights import read as read_weights
-
         if not (folder / BASE / "config.json").is_file():
             raise ModelError(f"{folder}: its {BASE}/ is missing", hint="the adapter and its base belong together")
-        HfLlava(None).read(folder / BASE, model)
+        read_hf(folder / BASE, model)
         config = read_json(folder / "adapter_config.json")
-        weights = read_weights(folder / "adapter_model.safetensors")
+        weights = read(folder / "adapter_model.safetensors")
         (model / "adapter").mkdir(exist_ok=True)
         ours = {name.replace(THEIRS, OURS, 1): weight for name, weight in weights.items()}
         save_file(ours, model / "adapter" / "adapter_model.safetensors")
@@ -44,6 +44,7 @@ class Peft:
         language = str((folder / BASE).absolute())
         own = {**config, "target_modules": names, "base_model_name_or_path": language}
         write_json(model / "adapter" / "adapter_config.json", own)
+        refuse_unfit(model / "adapter", ours.keys(), language)
         description = read_json(model / "llavactl.json")
         write_json(model / "llavactl.json", {**description, "method": "lora"})
 

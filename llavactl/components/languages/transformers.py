@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from llavactl.components.languages.inside import inside
 from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
@@ -60,7 +60,7 @@ class TransformersLanguage:
                 dtype=getattr(torch, dtype),
                 attn_implementation=self.options.attention,
                 output_loading_info=True,
-                **_inside(self.options.model),
+                **inside(self.options.model),
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise self._wrong(_first_line(error)) from error
@@ -81,29 +81,6 @@ class TransformersLanguage:
 
     def _wrong(self, why: str, hint: str = "`language.model` takes an id or a folder of transformers") -> ModelError:
         return ModelError(f"language model {self.options.model}: {why}", hint=hint)
-
-
-# transformers writes keys as before its 4.52, other programs as since then.
-_INSIDE_HF = {
-    r"^model\.language_model\.": "model.",
-    r"^language_model\.model\.": "model.",
-    r"^language_model\.lm_head": "lm_head",
-}
-
-
-def _inside(model: str) -> dict[str, Any]:
-    """What to tell ``from_pretrained`` when the language model is a part of the checkpoint; else nothing."""
-    from transformers import AutoConfig, PreTrainedConfig
-
-    whole, _ = PreTrainedConfig.get_config_dict(model)
-    if "text_config" in whole:
-        return {"config": AutoConfig.from_pretrained(model).get_text_config(), "key_mapping": _INSIDE_HF}
-    if "mm_vision_tower" in whole:
-        (architecture, *_) = whole.get("architectures") or ["LlavaLlamaForCausalLM"]
-        kind = re.fullmatch(r"Llava(\w+)ForCausalLM", architecture)
-        known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}
-        return {"config": AutoConfig.for_model(kind[1].lower() if kind else "llama", **known)}
-    return {}
 
 
 def _first_line(error: Exception) -> str:

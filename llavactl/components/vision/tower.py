@@ -167,7 +167,7 @@ def read_whole(vision: TransformersVision) -> nn.Module:
     progress.calm_transformers()
     part: dict[str, Any] = {}
     try:
-        if vision.inside:
+        if vision.nested:
             part["config"] = AutoConfig.from_pretrained(vision.options.model).vision_config
             part["key_mapping"] = {INSIDE.pattern: ""}
         model, info = _kind(vision).from_pretrained(vision.options.model, output_loading_info=True, **part)

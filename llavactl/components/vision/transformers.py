@@ -107,12 +107,18 @@ class TransformersVision:
         }
 
     @property
-    def inside(self) -> bool:
-        """Whether the backbone is a part of a checkpoint that has more."""
+    def nested(self) -> bool:
+        """Whether config.json and weights are those of a LLaVA checkpoint, the backbone a part of them."""
         path = self.file("config.json")
         assert path is not None
         whole = json.loads(path.read_text())
         return "vision_config" in whole and bool({"image_token_index", "image_token_id"} & whole.keys())
+
+    @property
+    def inside(self) -> bool:
+        """Whether the backbone is a part of a model that has more, so that no name leads to it alone."""
+        folder = Path(self.options.model)
+        return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
 
     def weights_hash(self) -> str:
         """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read.
@@ -128,7 +134,7 @@ class TransformersVision:
         if first.suffix == ".json":
             shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
             files = [path for shard in shards if (path := self.file(shard))]
-        if self.inside and first.name.startswith("model.safetensors"):
+        if self.nested and first.name.startswith("model.safetensors"):
             return _tensors_hash(files)
         digests = [_file_hash(file) for file in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,103 @@
+"""Reading a ``LlavaForConditionalGeneration`` of transformers with its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.components.formats.known import refuse_unknown_hf
+from llavactl.components.formats.native import KEPT, adopt, shape_of
+from llavactl.components.formats.weights import files, tensors, unused
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+ORIGIN = "llavactl_export.json"
+"""The file beside the weights that has ``KEPT``."""
+
+_PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
+
+
+def read_hf(folder: Path, model: Path) -> None:
+    """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
+
+    Raises:
+        ModelError: it is incomplete, or more than LLaVA v1 or v1.5.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    config, origin = read_json(folder / "config.json"), read_json(folder / ORIGIN)
+    processor = _processor(folder)
+    if not processor:
+        raise ModelError(
+            f"{folder}: there is no processor: how pixels are made is not known",
+            hint="processor_config.json or preprocessor_config.json belongs beside the weights",
+        )
+    refuse_unknown_hf(config, processor, folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would load that one, on the base that it names
+        raise ModelError(f"{folder}: both an adapter and whole weights", hint="one of the two belongs elsewhere")
+    if not files(folder):
+        raise ModelError(f"{folder}: there are no weights", hint="is the download complete?")
+    name, weights = _projection(tensors(folder, _PROJECTOR), config, folder)
+    if others := unused(LlavaForConditionalGeneration, str(folder)):
+        raise ModelError(
+            f"{folder}: {len(others)} tensors that LlavaForConditionalGeneration doesn't have, such as {others[0]}",
+            hint="llavactl reads LLaVA v1 and v1.5 without additions",
+        )
+    vision = {
+        "name": "clip",
+        "model": str(folder.absolute()),
+        "layer": config.get("vision_feature_layer", -2),
+        "select": "cls-patch",
+        "image": "pad" if processor.get("do_pad") else "square",
+    }
+    if config.get("vision_feature_select_strategy", "default") == "default":
+        if (prefix := shape_of(vision)["prefix"]) != 1:
+            raise ModelError(
+                f"{folder}: it leaves out the first of each image's tokens, of which {prefix} are no patches",
+                hint="llavactl leaves out all of those or none",
+            )
+        vision["select"] = "patch"
+    text = config.get("text_config") or {}
+    description = {
+        "vision": vision,
+        "shape": shape_of(vision),
+        "connector": {"name": name},
+        "language": {"name": "hf", "model": str(folder.absolute())},
+        "template": "tokenizer",
+        "precision": str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
+    }
+    adopt(model, weights, {**description, **{key: origin[key] for key in KEPT if key in origin}})
+
+
+def _projection(
+    found: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path
+) -> tuple[str, dict[str, torch.Tensor]]:
+    """The connector's name and its weights by LLaVA's names."""
+    import torch
+
+    weights = {name[next(len(p) for p in _PROJECTOR if name.startswith(p)) :]: each for name, each in found.items()}
+    wanted = {f"linear_{layer}.{what}" for layer in (1, 2) for what in ("weight", "bias")}
+    if weights.keys() != wanted:
+        raise ModelError(
+            f"{folder}: a projector of {', '.join(sorted(weights)) or 'no weights'}, not two linear layers with bias",
+            hint="this is another architecture than LLaVA's",
+        )
+    act = config.get("projector_hidden_act", "gelu")
+    second, bias = weights["linear_2.weight"], weights["linear_2.bias"]
+    if act == "linear" and torch.equal(second, torch.eye(len(bias), dtype=second.dtype)) and not bias.any():
+        return "linear", {"weight": weights["linear_1.weight"], "bias": weights["linear_1.bias"]}
+    if act != "gelu":
+        raise ModelError(f"{folder}: its projector has activation {act}; llavactl has gelu")
+    numbers = {"linear_1": "0", "linear_2": "2"}
+    return "mlp2x-gelu", {f"{numbers[name[:8]]}{name[8:]}": weight for name, weight in weights.items()}
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """The processor's and the image processor's settings; newer versions keep both in one file."""
+    image = read_json(folder / "preprocessor_config.json")
+    whole = read_json(folder / "processor_config.json")
+    return {**image, **whole.get("image_processor", {}), **{k: v for k, v in whole.items() if k != "image_processor"}}

@@ -1,0 +1,135 @@
+"""What the configuration of a checkpoint may say for the checkpoint to be a plain LLaVA.
+
+Everything that computes something else than LLaVA v1 and v1.5 is announced in config.json by some key, and new keys
+appear with every new model. So the keys and values that are allowed are listed, and all else is refused by name: a key
+that nobody knew of when this was written can't be read past.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from llavactl.components.languages.inside import language_type
+from llavactl.core.errors import ModelError
+
+_BOOKKEEPING = frozenset({
+    "_name_or_path", "_commit_hash", "_attn_implementation_autoset", "attn_implementation", "auto_map", "dtype",
+    "torch_dtype", "transformers_version", "tokenizer_class", "rope_theta", "rope_scaling", "pretraining_tp",
+    "max_sequence_length", "chunk_size_feed_forward", "id2label", "label2id", "return_dict", "use_cache",
+    "output_attentions", "output_hidden_states", "_flash_attn_2_enabled", "_attn_implementation", "vocab_size",
+    "partial_rotary_factor", "architectures", "model_type", "head_dim", "attention_bias", "mlp_bias",
+    "attention_dropout",
+})  # fmt: skip
+"""Of transformers, of any version: they change no number, every class understands them, or the tensors show them."""
+
+_LLAVA_ANY = frozenset({
+    # How it was trained.
+    "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "freeze_backbone",
+    "pretrain_mm_mlp_adapter", "mm_projector_lr", "mm_vision_tower_lr", "tokenizer_padding_side",
+    "tokenizer_model_max_length", "vision_tower",
+    # The vision encoder's weights, in the checkpoint or not, are looked at themselves.
+    "unfreeze_mm_vision_tower", "unfreeze_vision_tower", "tune_vision_tower", "tune_mm_vision_tower",
+    "mm_tunable_parts",
+    # Read where another key says so alone, such as image_aspect_ratio: anyres.
+    "image_grid_pinpoints", "image_crop_resolution", "image_split_resolution", "pos_skipping_range",
+    # Written by llavactl.
+    "llavactl", "image_grid",
+})  # fmt: skip
+
+_LLAVA: Mapping[str, tuple[Any, ...]] = {
+    "image_aspect_ratio": ("pad", "square"),
+    "mm_projector_type": ("linear", "mlp2x_gelu"),
+    "mm_vision_select_feature": ("patch", "cls_patch"),
+    "mm_patch_merge_type": ("flat",),
+    "use_mm_proj": (True,),
+}
+_LLAVA_TYPES: Mapping[str, type] = {"mm_vision_tower": str, "mm_vision_select_layer": int, "mm_hidden_size": int}
+
+_HF_ANY = frozenset({"text_config", "vision_config", "ignore_index", "image_token_id", "image_token_index"})
+_HF: Mapping[str, tuple[Any, ...]] = {
+    "architectures": (["LlavaForConditionalGeneration"],),
+    "projector_hidden_act": ("gelu", "linear"),
+    "multimodal_projector_bias": (True,),
+    "vision_feature_select_strategy": ("default", "full"),
+}
+_PROCESSORS = ("CLIP", "Siglip", "Llava", "ViT", "Bit")
+"""Of transformers' image processors those that make one square image of each."""
+
+
+def refuse_unknown_llava(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses an original-layout ``config`` that describes more than LLaVA v1 or v1.5.
+
+    Raises:
+        ModelError: with the key and its value, or the architecture.
+    """
+    kind = language_type(config, str(folder)) if "mm_vision_tower" in config else config.get("model_type")
+    known = _LLAVA_ANY | _LLAVA_TYPES.keys() | _class_keys(kind)
+    _refuse(config, folder / "config.json", known, _LLAVA, "LLaVA v1 and v1.5 without additions")
+    for key, wanted in _LLAVA_TYPES.items():
+        if (value := config.get(key)) is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise _refusal(folder / "config.json", key, value, f"{key} of type {wanted.__name__}")
+
+
+def refuse_unknown_hf(config: Mapping[str, Any], processor: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a ``config`` of transformers' layout that describes more than ``LlavaForConditionalGeneration`` of v1.5.
+
+    Raises:
+        ModelError: with the key and its value.
+    """
+    from transformers import CONFIG_MAPPING, LlavaConfig
+
+    file = folder / "config.json"
+    plain = "LlavaForConditionalGeneration as of LLaVA v1 and v1.5"
+    _refuse(config, file, _HF_ANY | LlavaConfig().to_dict().keys() | _class_keys(None), _HF, plain)
+    for part, default in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+        inner = config.get(part) or {}
+        if (kind := inner.get("model_type", default)) not in CONFIG_MAPPING:
+            raise _refusal(file, f"{part}.model_type", kind, "models of transformers")
+        _refuse(inner, file, _class_keys(kind), {}, plain, within=f"{part}.")
+    maker = str(processor.get("image_processor_type", "CLIPImageProcessor"))
+    if not maker.startswith(tuple(f"{name}ImageProcessor" for name in _PROCESSORS)):
+        raise _refusal(folder, "image_processor_type", maker, "image processors that make one square image")
+    if processor.get("image_grid_pinpoints"):
+        raise _refusal(folder, "image_grid_pinpoints", processor["image_grid_pinpoints"], plain)
+
+
+def tuned(config: Mapping[str, Any]) -> str:
+    """What in an original-layout ``config`` says that the vision encoder was trained; "" where nothing does."""
+    keys = ("unfreeze_mm_vision_tower", "unfreeze_vision_tower", "tune_vision_tower", "tune_mm_vision_tower")
+    if found := next((key for key in keys if config.get(key)), ""):
+        return found
+    return "mm_tunable_parts" if "mm_vision_tower" in str(config.get("mm_tunable_parts")) else ""
+
+
+def _class_keys(kind: Any) -> Set[str]:
+    """The keys that transformers' configuration of ``kind`` understands, and those that say nothing of the model."""
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
+
+    own = AutoConfig.for_model(kind).to_dict().keys() if kind in CONFIG_MAPPING else frozenset()
+    return {*_BOOKKEEPING, *GenerationConfig().to_dict(), *own}
+
+
+def _refuse(
+    config: Mapping[str, Any],
+    file: Path,
+    known: Set[str],
+    allowed: Mapping[str, tuple[Any, ...]],
+    plain: str,
+    within: str = "",
+) -> None:
+    for key, value in config.items():
+        if key in allowed and value is not None and value not in allowed[key]:
+            raise _refusal(file, within + key, value, f"{key}: {' or '.join(map(str, allowed[key]))}")
+        if key not in allowed.keys() | known and value:  # null, false and the like: something that is off
+            raise _refusal(file, within + key, value, plain)
+
+
+def _refusal(where: Path, key: str, value: Any, wanted: str) -> ModelError:
+    text = json.dumps(value, ensure_ascii=False)
+    return ModelError(
+        f"{where}: {key}: {text if len(text) <= 60 else text[:60] + '…'} is not supported",
+        hint=f"llavactl reads {wanted}",
+    )

@@ -1,0 +1,185 @@
+"""Reading the original LLaVA's checkpoints: full, LoRA with its ``non_lora_trainables.bin``, or a bare projector.
+
+A tensor is the language model's (transformers decides), the connector's or the vision encoder's; any other is refused
+by its name, as is a key of config.json that nobody knows (``known.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.components.formats.adapter import copy_adapter
+from llavactl.components.formats.known import refuse_unknown_llava, tuned
+from llavactl.components.formats.llava_tower import contained
+from llavactl.components.formats.native import KEPT, adopt, connector_of, shape_of
+from llavactl.components.formats.weights import files, read, tensors, unused
+from llavactl.components.languages.inside import inside
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+PROJECTOR_FILE, ADAPTER_FILE = "mm_projector.bin", "non_lora_trainables.bin"
+OWN = "llavactl"
+"""A key of config.json for what the layout itself doesn't say: LLaVA keeps it and ignores it."""
+
+_CONNECTOR = re.compile(r"^(base_model\.model\.)?(model\.)?mm_projector\.")
+_ENCODER = re.compile(r"^(base_model\.model\.)?(model\.)?vision_tower\.vision_tower\.")
+_PARTS = (_CONNECTOR, _ENCODER)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a checkpoint holds beside its language model, each part by the names that it has by itself."""
+
+    connector: Mapping[str, torch.Tensor]
+    encoder: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def among(cls, weights: Mapping[str, torch.Tensor], where: Path | str) -> _Found:
+        """Raises ModelError where ``weights`` of ``where`` hold anything else."""
+        if others := sorted(name for name in weights if not any(p.match(name) for p in _PARTS)):
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise ModelError(
+                f"{where}: more than a language model, a connector and a vision encoder: {', '.join(others[:3])}{more}",
+                hint="llavactl reads LLaVA v1 and v1.5 without additions",
+            )
+        return cls(*({p.sub("", name): each for name, each in weights.items() if p.match(name)} for p in _PARTS))
+
+    def over(self, other: _Found) -> _Found:
+        """Its own parts, where it has them, else those of ``other``."""
+        return _Found(self.connector or other.connector, self.encoder or other.encoder)
+
+
+def read_llava(folder: Path, model: Path) -> None:
+    """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
+
+    Raises:
+        ModelError: it needs what llavactl doesn't have, such as tokens around an image.
+    """
+    config = {key: value for key, value in read_json(folder / "config.json").items() if value is not None}
+    refuse_unknown_llava(config, folder)
+    lora = (folder / "adapter_config.json").is_file()
+    if lora and (files(folder) or "mm_vision_tower" not in config):
+        what = "both an adapter and whole weights" if files(folder) else "an adapter, and a config.json not of LLaVA"
+        raise ModelError(
+            f"{folder}: {what}", hint="a LoRA folder has its adapter alone, and config.json of its training"
+        )
+    language = _language(config, folder, lora)
+    found = _found(folder, language, lora)
+    if not found.connector:
+        raise ModelError(f"{folder}: no mm_projector in its weights, and no {PROJECTOR_FILE}")
+    connector = connector_of(found.connector, folder)
+    _refuse_mismatch(config, connector["name"], found.connector, folder)
+    if "mm_vision_tower" not in config:  # the vision encoder and the rest are for a recipe to say
+        nothing = dict.fromkeys(("vision", "shape", "template", "precision"))
+        adopt(model, found.connector, {"connector": connector, "language": language, **nothing})
+        return
+    if lora:
+        copy_adapter(folder, model / "adapter", language["model"] if language else None)
+    named = _near(config["mm_vision_tower"], folder)
+    vision = {
+        "name": "clip",
+        "model": named,
+        "layer": config.get("mm_vision_select_layer", -2),
+        "select": "cls-patch" if config.get("mm_vision_select_feature") == "cls_patch" else "patch",
+        "image": "pad" if config.get("image_aspect_ratio") == "pad" else "square",
+    }
+    if found.encoder:
+        vision["model"] = str(contained(vision, found.encoder, model, folder) or named)
+    elif key := tuned(config):
+        raise ModelError(
+            f"{folder}: {key} is {config[key]}: its vision encoder was trained, and is not among its weights",
+            hint="tensors model.vision_tower.vision_tower.* are expected in it; is the checkpoint complete?",
+        )
+    description = {
+        "method": "lora" if lora else "connector",
+        "vision": vision,
+        "shape": shape_of(vision),
+        "connector": connector,
+        "language": language,
+        "template": None,
+        "precision": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+    }
+    sources = [named, language["model"] if language else None]
+    own = {key: value for key, value in config.get(OWN, {}).items() if key in KEPT}
+    adopt(model, found.connector, {**description, **own}, sources=sources)
+
+
+def _found(folder: Path, language: Mapping[str, str] | None, lora: bool) -> _Found:
+    """What there is beside the language model or the adapter: in the weights, and in files of its own."""
+    file = folder / (ADAPTER_FILE if lora else PROJECTOR_FILE)
+    if lora and not file.is_file():
+        raise ModelError(f"{folder}: an adapter without {ADAPTER_FILE}: its connector is missing")
+    beside = _Found.among(read(file) if file.is_file() else {}, file)
+    if language is None:
+        return beside
+    within = _within(language["model"], folder)
+    return within.over(beside) if language["model"] == str(folder.absolute()) else beside.over(within)
+
+
+def _within(language: str, folder: Path) -> _Found:
+    """What the checkpoint ``language``, that of ``folder`` or its base, holds beside its language model.
+
+    Raises:
+        ModelError: something that LLaVA v1.5 doesn't have, or it can't be read.
+    """
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    place = Path(language)
+    if (place / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: its base {place} is itself an adapter", hint="merge that one into its base first")
+    if place.is_dir():
+        tensors(place, ())  # names the file that is missing, cut off or not downloaded
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(language)
+        if "mm_vision_tower" in config and place != folder.absolute():
+            refuse_unknown_llava(config, place)
+        names = unused(AutoModelForCausalLM, language, **inside(language))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder}: its language model {language}: {reason}", hint=_BASE) from error
+    return _Found.among(tensors(_local(language), names) if names else {}, language)
+
+
+_BASE = "config.json (`_name_or_path`) or adapter_config.json (`base_model_name_or_path`) names it: an id or a folder"
+
+
+def _local(model: str) -> Path:
+    """The folder of ``model``: itself, or the one in the hub's cache."""
+    from transformers.utils import cached_file
+
+    return Path(model) if Path(model).is_dir() else Path(str(cached_file(model, "config.json"))).parent
+
+
+def _refuse_mismatch(
+    config: Mapping[str, Any], connector: str, weights: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """The connector's weights must be those of the type and width that the configuration says."""
+    kind = config.get("mm_projector_type")
+    if kind is not None and kind.replace("_", "-") != connector:
+        raise ModelError(f"{folder}: mm_projector_type is {kind}, its tensors are those of {connector}")
+    width = weights["weight" if connector == "linear" else "0.weight"].shape[1]
+    if width != config.get("mm_hidden_size", width):
+        raise ModelError(f"{folder}: mm_hidden_size is {config['mm_hidden_size']}, its mm_projector takes {width}")
+
+
+def _language(config: Mapping[str, Any], folder: Path, lora: bool) -> dict[str, str] | None:
+    """The language model: its own weights here, or the base that the checkpoint names; None where it names none."""
+    base: Any = folder.absolute()
+    if lora:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    elif not files(folder):
+        base = config.get("_name_or_path") if "mm_vision_tower" in config else None
+    return {"name": "hf", "model": _near(str(base), folder)} if base else None
+
+
+def _near(model: str, folder: Path) -> str:
+    """A relative path that exists beside the checkpoint is meant from there; all else is an id or a path as it is."""
+    beside = folder / model
+    return str(beside.resolve()) if not Path(model).is_absolute() and (beside / "config.json").is_file() else model

@@ -1,0 +1,86 @@
+"""The vision encoder that an original-layout checkpoint contains: the one that it names, or one that was fine-tuned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import ModelError
+from llavactl.core.registry import registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FOLDER = "vision"
+"""Of the model folder, where it holds a vision encoder of its own."""
+
+
+def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model: Path, where: Path) -> Path | None:
+    """Where in ``model`` the vision encoder ``weights`` of checkpoint ``where`` was saved; None where it is ``vision``.
+
+    ``weights`` go by the names that they have in the encoder itself. Equal means: as far as the precision goes that
+    they were trained and saved in.
+
+    Raises:
+        ModelError: ``weights`` are not those of an encoder of the architecture of ``vision``.
+    """
+    from safetensors.torch import save_file
+
+    backbone = registry().create("vision", vision)
+    named = backbone.whole()
+    folder = model / FOLDER
+    folder.mkdir(parents=True)
+    save_file(
+        {name: weight.contiguous().clone() for name, weight in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    named.config.save_pretrained(folder)
+    _set_dtype(folder / "config.json", next(iter(weights.values())).dtype)
+    backbone.processor.save_pretrained(folder)
+    own = _loaded(type(named), folder, where)
+    if not _equal(own, named):
+        return folder
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    return None
+
+
+def _loaded(kind: Any, folder: Path, where: Path) -> nn.Module:
+    try:
+        found: nn.Module
+        found, info = kind.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{where}: its vision_tower tensors: {str(error).strip().splitlines()[0]}") from error
+    unused = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # counted, not trained
+    for what, names in (("missing", info["missing_keys"]), ("more than the encoder has", unused)):
+        if names:
+            raise ModelError(
+                f"{where}: its vision_tower tensors are not those of the encoder that mm_vision_tower names: "
+                f"{len(names)} {what}, such as {min(names)}",
+                hint="is mm_vision_tower of config.json the encoder that it was trained with?",
+            )
+    return found
+
+
+def _equal(own: nn.Module, named: nn.Module) -> bool:
+    import torch
+
+    there = named.state_dict()
+
+    def same(name: str, weight: torch.Tensor) -> bool:
+        # Trained in bfloat16 and published in float16, say, a frozen weight was rounded twice.
+        steps = (weight.dtype, torch.bfloat16, torch.float16)
+        return any(torch.equal(weight, there[name].to(step).to(weight.dtype)) for step in steps)
+
+    return all(same(name, weight) for name, weight in own.state_dict().items())
+
+
+def _set_dtype(file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    file.write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2), encoding="utf-8")

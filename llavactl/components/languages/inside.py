@@ -1,0 +1,63 @@
+"""The language model that lies inside a LLaVA checkpoint, of transformers' layout or the original's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llavactl.core.errors import ModelError
+
+# transformers writes keys as before its 4.52, other programs as since then.
+_INSIDE_HF = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
+}
+
+_ARCHITECTURE = re.compile(r"(Llava)?(\w+)ForCausalLM")
+_ALIASES = {"qwen": "qwen2"}
+"""LLaVA-NeXT calls its class for Qwen1.5 and Qwen2 ``LlavaQwenForCausalLM``."""
+
+
+def inside(model: str) -> dict[str, Any]:
+    """What to tell ``from_pretrained`` when the language model is a part of the checkpoint; else nothing."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    whole, _ = PreTrainedConfig.get_config_dict(model)
+    if "text_config" in whole:
+        return {"config": AutoConfig.from_pretrained(model).get_text_config(), "key_mapping": _INSIDE_HF}
+    if "mm_vision_tower" in whole:
+        kind = language_type(whole, model)
+        known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}
+        return {"config": AutoConfig.for_model(kind, **known)}
+    return {}
+
+
+def language_type(config: Mapping[str, Any], where: str) -> str:
+    """transformers' ``model_type`` of the language model that an original-layout ``config`` of ``where`` describes.
+
+    ``architectures`` says it (of a LoRA's config.json it is the base's), else ``model_type``.
+
+    Raises:
+        ModelError: it is another architecture than LLaVA's, or one that transformers doesn't have.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture, own = next(iter(config.get("architectures") or []), None), config.get("model_type")
+    said = _alias(str(own or "llava").removeprefix("llava_"))
+    kind = "llama" if said == "llava" else said
+    if architecture is not None:
+        named = _ARCHITECTURE.fullmatch(str(architecture))
+        kind = _alias(named[2].lower()) if named else ""
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or said not in ("llava", kind):
+        raise ModelError(
+            f"{where}: architecture {architecture}, model_type {own}: not one that llavactl reads",
+            hint="with mm_vision_tower it reads Llava<X>ForCausalLM (model_type llava or llava_<x>), where X is a "
+            "causal language model of transformers: Llama, Mistral, Qwen2, Phi, …",
+        )
+    return kind
+
+
+def _alias(kind: str) -> str:
+    return _ALIASES.get(kind, kind)
