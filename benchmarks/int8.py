@@ -143,7 +143,8 @@ def loss_of(model: Path, recipe: Recipe) -> float:
     template = registry().create("templates", {"name": loaded.description["template"]})
     parts, stage = loaded.parts, recipe.stage1
     encoding = Encoding(template, parts.tokenizer, parts.image_tokens, stage.max_length)
-    held_out = split(recipe.data.stage1, stage, encoding, features, features.unreadable, recipe.seed).validation
+    data = split(recipe.data.stage1, stage, encoding, features, features.unreadable, recipe.seed, features.contents)
+    held_out = data.validation
     total, tokens = 0.0, 0
     for index in range(len(held_out)):
         (batch,) = micro.padded(held_out, [(0, index)], micro.Share(Limits(1, None)))

@@ -59,6 +59,9 @@ class FeatureReader(Protocol):
             StoreError: images that could be read were not extracted yet.
         """
 
+    def contents(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        """The content key of each of ``images`` that can be read, equal for equal bytes."""
+
 
 class CachedFeatures:
     """Features from a store; the backbone is never loaded. Can be pickled, and used after a fork."""
@@ -98,6 +101,13 @@ class CachedFeatures:
             named = ", ".join(list(missing.values())[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             raise StoreError(f"{len(missing)} images have no features yet: {named}", hint="run `llavactl extract`")
         return reasons
+
+    def contents(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        return _contents(self.keys, images)
+
+
+def _contents(keys: ContentKeys, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+    return {image: key for image, key in zip(images, keys.many(images), strict=True) if isinstance(key, str)}
 
 
 class LiveFeatures:
@@ -147,6 +157,10 @@ class LiveFeatures:
         with ThreadPoolExecutor(self.workers) as pool:
             done = ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
             return {image: found.reason for image, found in done if isinstance(found, Failure)}
+
+    def contents(self, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
+        """Reads each image, unless its key is remembered: a cached run must hold out the same ones."""
+        return _contents(ContentKeys(workers=self.workers), images)
 
 
 def stage_image(recipe: Recipe, stage: StageNumber) -> str:

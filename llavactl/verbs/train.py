@@ -77,13 +77,13 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     encoding = Encoding(
         registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
     )
-    data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
+    data = split(sources, settings, encoding, features, features.unreadable, recipe.seed, features.contents)
     digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest, settings.final)):
         return done
     if settings.final == "best" and not len(data.validation):
         raise RecipeError(
-            f"stage{stage}.final: best, but no sample is held out to tell which is",
+            f"stage{stage}.final: best, but held out to tell which is: {data.held_out or 'nothing'}",
             hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
         )
     if start is not None:
@@ -280,6 +280,8 @@ def _sample_answers(recipe: Recipe, run: Run, parts: Parts, data: Split) -> list
 
 
 def _left_out(folder: Path, data: Split) -> None:
+    if data.held_out:
+        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
     if data.left_out:
         log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
     lines = (json.dumps(each._asdict(), ensure_ascii=False) for each in data.left_out)
