@@ -22,13 +22,15 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "empty": Kind("lost", "a file or source without any record"),
-    "json": Kind("stops", "not JSON, or not UTF-8 text"),
+    "json": Kind("stops", "not JSON, not UTF-8 text, or a key twice in one object"),
     "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
-    "message": Kind("stops", "a message without a text `value`"),
+    "media": Kind("stops", "video, audio, or images under a key that is not read"),
+    "message": Kind("stops", "a message without a text `value`, or an answer marked as not to be trained"),
     "role": Kind("stops", "a message `from` somebody unknown"),
     "turns": Kind("stops", "user and assistant don't take turns"),
     "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
     "tags": Kind("stops", "<image> tags and images differ in number"),
+    "placeholder": Kind("stops", "another tool's placeholder where <image> should be"),
     "image-path": Kind("stops", "an image path outside its root"),
     "source": Kind("stops", "a source that can't be read to its end"),
     "image-missing": Kind("lost", "an image that is not there"),
@@ -37,9 +39,11 @@ KINDS: Mapping[str, Kind] = {
     "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
     "truncated": Kind("noted", "longer than max_length: its end is not trained"),
     "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
-    "duplicate-id": Kind("noted", "an id that was there before"),
-    "no-id": Kind("noted", "no id: its number in the file is its name"),
+    "duplicate-id": Kind("noted", "an id that was there before: the record's number in the file is its name"),
+    "no-id": Kind("noted", "no id that is text or a number: the record's number in the file is its name"),
+    "unread": Kind("noted", "keys that mean something in other formats and are not read"),
     "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
+    "placeholder-text": Kind("noted", "another tool's placeholder in a record without images: it is text"),
     "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
     "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
     "unanswered": Kind("noted", "a last question without an answer"),
@@ -47,7 +51,7 @@ KINDS: Mapping[str, Kind] = {
 }
 """In the order that they are shown."""
 
-REFUSED = frozenset({"record", "message", "role", "turns", "no-answer", "tags", "image-path"})
+REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer", "tags", "placeholder", "image-path"})
 """The problems of one record for which the source `llava-json` refuses it."""
 
 KEPT = 1000
