@@ -47,7 +47,7 @@ _SELF = (
 )
 _LEAD = re.compile(
     rf"\A(?:(?:{_YES} ?[!.,:—–-]*|{_SELF}) +){{0,4}}"
-    rf"(?:{_HERE}(?::|[.!](?=[ \t]*\n))|(?:{_YES} ?[!.,:]*|{_SELF})[ \t]*\n)[ \t]*",
+    rf"(?:{_HERE}(?::|[.!](?=[ \t]*\n))|(?:{_YES} ?[!.,:]+|{_SELF})[ \t]*\n)[ \t]*",
     re.IGNORECASE,
 )
 """``Sure! Here is a detailed description of the image:``, with the rest of its line or on a line of its own."""

@@ -83,7 +83,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return done
     if settings.final == "best" and not len(data.validation):
         raise RecipeError(
-            f"stage{stage}.final: best, but held out to tell which is: {data.held_out or 'nothing'}",
+            f"stage{stage}.final: best, but no sample is held out to tell which is"
+            + (f" ({data.held_out})" if data.held_out else ""),
             hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
         )
     if start is not None:
