@@ -28,7 +28,7 @@ _NEAR_END = 16
 """A decoder that stops so near to the end of its text may only have run out of text."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RECORD = re.compile(r'\{\s*"(?:id|image|conversations|caption)"\s*:')
+_RECORD = re.compile(r'\{\s*"(?:id|images?|videos?|conversations|messages|caption)"\s*:')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NOT_TEXT = re.compile("[\udc80-\udcff]")
 
@@ -83,22 +83,50 @@ def read_stream(path: Path) -> Iterator[Entry]:
 
 
 def _lines(file: IO[str]) -> Iterator[Entry]:
-    done = 0
+    done, decoder = 0, _Decoder()
     for number, line in enumerate(file, 1):
         done += len(line)
         if not line.isspace():
-            yield _decoded(line, number, done)
+            yield _decoded(decoder, line, number, done)
 
 
-def _decoded(text: str, line: int, done: int) -> Entry:
+class _Decoder:
+    """JSON's, which also knows a key that was ``twice`` in one object: the first value would silently be lost."""
+
+    def __init__(self) -> None:
+        self.twice = ""
+        self._json = json.JSONDecoder(object_pairs_hook=self._made)
+
+    def whole(self, text: str) -> Any:
+        self.twice = ""
+        return self._json.decode(text)
+
+    def first(self, text: str, at: int) -> tuple[Any, int]:
+        """The value at ``at`` and where it ends."""
+        self.twice = ""
+        return self._json.raw_decode(text, at)
+
+    def _made(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice = next(name for name in names if names.count(name) > 1)
+        return made
+
+
+def _decoded(decoder: _Decoder, text: str, line: int, done: int) -> Entry:
     try:
-        value = json.loads(text)
+        value = decoder.whole(text)
     except json.JSONDecodeError as error:
         return Entry(line, None, _not_text(text) or f"not JSON: {error.msg} (column {error.colno})", done)
     except (RecursionError, ValueError) as error:
         return Entry(line, None, _beyond(error), done)
-    why = _not_text(text, value)
+    why = _not_text(text, value) or _twice(decoder)
     return Entry(line, None if why else value, why, done)
+
+
+def _twice(decoder: _Decoder) -> str:
+    return f"{decoder.twice!r} is there twice in one object" if decoder.twice else ""
 
 
 def _beyond(error: Exception) -> str:
@@ -130,7 +158,7 @@ class _Array:
         self.column = 1
         self.done = 0
         self.ended = False
-        self.decode = json.JSONDecoder().raw_decode
+        self.decoder = _Decoder()
 
     def entries(self) -> Iterator[Entry]:
         self._skip(1 + _end_of_space(self._more(), 0))  # the bracket
@@ -157,7 +185,7 @@ class _Array:
     def _value(self) -> Entry:
         while True:
             try:
-                value, end = self.decode(self.text, self.at)
+                value, end = self.decoder.first(self.text, self.at)
             except json.JSONDecodeError as error:
                 if self._may_go_on(error):
                     self._more()
@@ -168,7 +196,7 @@ class _Array:
             if len(self.text) - end < _NEAR_END and not self.ended:
                 self._more()  # a number may go on, be it by "e+1"
                 continue
-            line, why = self.line, _not_text(self.text[self.at : end], value)
+            line, why = self.line, _not_text(self.text[self.at : end], value) or _twice(self.decoder)
             self._skip(end - self.at)
             return Entry(line, None if why else value, why, self.done)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,16 @@ class Record:
         if value is None:
             raise DataError(f"{self.where}: there is no `{'` or `'.join(names)}`")
         return value
+
+
+def given_id(record: Mapping[str, Any]) -> str | None:
+    """The ``id`` of ``record`` as text; None where there is none: null, empty, or neither text nor a number."""
+    found = record.get("id")
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        return None
+    if isinstance(found, float) and not math.isfinite(found):
+        return None
+    return str(found) if str(found).strip() else None
 
 
 def read_records(path: Path, *, cut: bool = False) -> list[Record]:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llavactl.components.sources.llava_record import image_names
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
+from llavactl.core.records import given_id
 
 SHOWN = 20
+
+FORM = "a record is {id, image, caption}"
 
 TagPlace = Literal["first", "last", "random"]
 
@@ -85,13 +89,16 @@ def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str
     records changes no other.
 
     Raises:
-        DataError: the record names no image.
+        DataError: the record doesn't name one image.
     """
-    image = caption.record.get("image")
-    if not isinstance(image, str) or not image:
-        raise DataError(f"{caption.where}: no `image`", hint="a record is {id, image, caption}")
-    name = caption.record.get("id")
-    name = str(index) if name is None else str(name)
+    try:
+        named = image_names(caption.record)
+    except DataError as error:
+        raise DataError(f"{caption.where}: {error.message}", hint=FORM) from error
+    if len(named) != 1:
+        raise DataError(f"{caption.where}: {f'{len(named)} images' if named else 'no `image`'}", hint=FORM)
+    image = named[0]
+    name = given_id(caption.record) or str(index)
     chance = random.Random(f"{seed} {name}")
     instruction = chance.choice(INSTRUCTIONS)
     last = chance.random() < 0.5 if tag == "random" else tag == "last"

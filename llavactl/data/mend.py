@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llavactl.components.sources.llava_json import ROLES, TAG
+from llavactl.components.sources.llava_record import ROLES, TAG, foreign_placeholder, message_fault
 from llavactl.core.places import Place
 from llavactl.data.problems import KINDS, Finding
 from llavactl.data.record_checks import images_of
@@ -33,23 +33,38 @@ def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[st
     """``record`` as the source `llava-json` takes it, without empty answers; None: it is dropped. And what was done.
 
     The record itself is left as it is. Nothing is invented: speakers get LLaVA's names, messages are joined or left
-    out, tags are added or left out. Where that isn't enough the record is dropped.
+    out, tags are added. Where that isn't enough, or other images would be asked about, the record is dropped.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         return None, ["dropped: not a LLaVA record"]
     images, wrong = images_of(record, root)
     if wrong:
-        return None, [f"dropped: {wrong[0].detail}"]
+        return None, [f"dropped: {wrong[0].kind} {wrong[0].detail}"]
     did: list[str] = []
     messages = _speakers(record["conversations"], did)
     if messages is None:
         return None, [*did, "dropped: a message without a speaker that we know or without text"]
+    if faults := [fault for message in messages if (fault := message_fault(message, images=bool(images)))]:
+        return None, [*did, f"dropped: {faults[0][1]}"]
+    before = _count(messages)
+    if before > len(images):
+        return None, [*did, f"dropped: {before} {TAG} tags for {len(images)} images: an image is not named"]
     messages = _alternating(messages, did)
     messages = _answered(messages, did)
     if not any(role_of(message) == "assistant" for message in messages):
         return None, [*did, "dropped: no answer is left"]
+    left = _count(messages)
+    if left != before and len(images) > 1:
+        return None, [*did, "dropped: of several images, one was in a question that was left out"]
+    asked = [message["value"] for message in messages if role_of(message) == "user"]
+    if not left and (found := foreign_placeholder(asked, images=bool(images))):
+        return None, [*did, f"dropped: {found} in place of {TAG}"]
     messages = _tagged(messages, len(images), did)
     return ({**record, "conversations": messages} if did else record), did
+
+
+def _count(messages: Sequence[Message]) -> int:
+    return sum(message["value"].count(TAG) for message in messages if role_of(message) == "user")
 
 
 def role_of(message: Message) -> str:
@@ -110,30 +125,15 @@ def _answered(messages: Sequence[Message], did: list[str]) -> list[Message]:
 
 
 def _tagged(messages: Sequence[Message], images: int, did: list[str]) -> list[Message]:
-    """As many tags as images: the last ones left out, or more put behind the last one."""
-    tags = sum(message["value"].count(TAG) for message in messages if role_of(message) == "user")
+    """As many tags as images, where there are any: what is missing is put behind the last one."""
+    tags = _count(messages)
     if not tags or tags == images:
         return list(messages)
     did.append(f"{tags} {TAG} tags made {images}")
-    kept, seen = [], 0
-    for message in messages:
-        if role_of(message) == "user" and (here := message["value"].count(TAG)):
-            room = max(images - seen, 0)
-            seen += here
-            missing = images - tags if seen == tags and images > tags else 0
-            message = {**message, "value": _with_tags(message["value"], min(here, room), missing)}
-        kept.append(message)
-    return kept
-
-
-def _with_tags(text: str, keep: int, more: int) -> str:
-    """``text`` with its first ``keep`` tags, the last of them followed by ``more``."""
-    pieces = text.split(TAG)
-    head = TAG.join(pieces[: keep + 1])
-    if more:
-        return TAG.join(pieces[:keep]) + "\n".join([TAG] * (more + 1)) + pieces[keep]
-    left_out = "".join(piece.removeprefix("\n") for piece in pieces[keep + 1 :])
-    return (head + left_out).strip("\n") if keep < len(pieces) - 1 else text
+    last = max(at for at, each in enumerate(messages) if role_of(each) == "user" and TAG in each["value"])
+    before, _, after = messages[last]["value"].rpartition(TAG)
+    text = before + "\n".join([TAG] * (images - tags + 1)) + after
+    return [{**each, "value": text} if at == last else each for at, each in enumerate(messages)]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -65,14 +65,44 @@ class Plan:
         return list(zip(self._epochs[at].tolist(), self._samples[at].tolist(), strict=True))
 
 
-def held_out(groups: Sequence[str], share: float, seed: int) -> set[str]:
-    """The ``share`` of distinct ``groups`` (images) kept for validation: no image is on both sides.
+def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
+    """For each of ``keys`` the number of its group: those with a key in common are of one, directly or by others."""
+    parents = list(range(len(keys)))
 
-    At least one where a share is asked for and ten are there; chosen by hash, so that adding records
-    moves few images across.
+    def group(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    first: dict[Hashable, int] = {}
+    for index, each in enumerate(keys):
+        for key in each:
+            one, other = group(index), group(first.setdefault(key, index))
+            parents[max(one, other)] = min(one, other)
+    return [group(index) for index in range(len(keys))]
+
+
+def held_out(groups: Iterable[str], share: float, seed: int, sizes: Mapping[str, int] | None = None) -> set[str]:
+    """The ``groups`` kept for validation: together ``share`` of all, by ``sizes`` (images a group, default 1 each).
+
+    A group is held out whole or not at all, and one that is too large for what is still wanted is passed over. At
+    least one is held out where a share is asked for and ten images are there, unless the smallest is more than a tenth
+    of them and twice what is wanted; never all. Chosen by hash, so that adding records moves few images across.
     """
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
-    count = round(len(distinct) * share)
-    if share and not count and len(distinct) >= 10:
-        count = 1
-    return set(distinct[:count])
+    size = dict.fromkeys(distinct, 1) | {group: n for group, n in (sizes or {}).items() if group in set(distinct)}
+    total = sum(size.values())
+    wanted = round(total * share)
+    if share and not wanted and total >= 10:
+        wanted = 1
+    found: set[str] = set()
+    left = wanted
+    for group in distinct:
+        if size[group] <= left and len(found) + 1 < len(distinct):
+            found.add(group)
+            left -= size[group]
+    if wanted and not found and len(distinct) > 1:
+        smallest = min(distinct, key=size.__getitem__)
+        found = {smallest} if size[smallest] <= max(total / 10, 2 * wanted) else set()
+    return found

@@ -22,13 +22,15 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "empty": Kind("lost", "a file or source without any record"),
-    "json": Kind("stops", "not JSON, or not UTF-8 text"),
+    "json": Kind("stops", "not JSON, not UTF-8 text, or a key twice in one object"),
     "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
-    "message": Kind("stops", "a message without a text `value`"),
+    "media": Kind("stops", "video, audio, or images under a key that is not read"),
+    "message": Kind("stops", "a message without a text `value`, or an answer marked as not to be trained"),
     "role": Kind("stops", "a message `from` somebody unknown"),
     "turns": Kind("stops", "user and assistant don't take turns"),
     "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
     "tags": Kind("stops", "<image> tags and images differ in number"),
+    "placeholder": Kind("stops", "another tool's placeholder where <image> should be"),
     "image-path": Kind("stops", "an image path outside its root, or no path at all"),
     "image-link": Kind("stops", "a link out of the images' folder: `follow_links: true` (--follow-links) follows it"),
     "image-twice": Kind("stops", "an image name that several archives have, with different contents"),
@@ -40,8 +42,10 @@ KINDS: Mapping[str, Kind] = {
     "truncated": Kind("noted", "longer than max_length: its end is not trained"),
     "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
     "duplicate-id": Kind("noted", "an id that was there before"),
-    "no-id": Kind("noted", "no id: its number in the file is its name"),
+    "no-id": Kind("noted", "no id that is text or a number: the record's number in the file is its name"),
+    "unread": Kind("noted", "keys that mean something in other formats and are not read"),
     "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
+    "placeholder-text": Kind("noted", "another tool's placeholder in a record without images: it is text"),
     "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
     "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
     "unanswered": Kind("noted", "a last question without an answer"),
@@ -49,7 +53,7 @@ KINDS: Mapping[str, Kind] = {
 }
 """In the order that they are shown."""
 
-REFUSED = frozenset({"record", "message", "role", "turns", "no-answer", "tags", "image-path"})
+REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer", "tags", "placeholder", "image-path"})
 """The problems of one record for which the source `llava-json` refuses it."""
 
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llavactl.components.sources.llava_json import ROLES, TAG
+from llavactl.components.sources.llava_record import (
+    ROLES,
+    TAG,
+    UNREAD,
+    foreign_placeholder,
+    image_names,
+    message_fault,
+    no_conversations,
+    placeholder_as_text,
+    unread_media,
+)
 from llavactl.core.errors import DataError
 from llavactl.core.places import Place, image_in
+from llavactl.core.records import given_id
 from llavactl.core.schema import ImageRef
 from llavactl.data.problems import Finding
 
@@ -20,25 +31,26 @@ def examine(record: Any, root: Place | str) -> tuple[list[Finding], list[ImageRe
     if not isinstance(record, dict):
         return [Finding("record", f"{record!r:.60} is no object")], []
     images, findings = images_of(record, root)
-    named = not findings
-    if record.get("id") is None:
+    named = not any(finding.kind in ("record", "image-path") for finding in findings)
+    if given_id(record) is None:
         findings.append(Finding("no-id"))
+    if unread := [key for key in record if key in UNREAD and record[key]]:
+        findings.append(Finding("unread", ", ".join(unread)))
     messages = record.get("conversations")
     if not isinstance(messages, list):
-        why = "`conversations` is no list" if "conversations" in record else "no `conversations`"
-        return [*findings, Finding("record", why)], images
-    if wrong := list(_messages(messages)):
+        return [*findings, Finding("record", no_conversations(record))], images
+    if wrong := list(_messages(messages, bool(images) or not named)):
         return [*findings, *wrong], images
     said = [(ROLES[message["from"]], message["value"]) for message in messages]
     return [*findings, *_tags(said, len(images) if named else None), *_turns(said)], images
 
 
 def images_of(record: Mapping[str, Any], root: Place | str) -> tuple[list[ImageRef], list[Finding]]:
-    """The images that ``record`` names below ``root``, and what is wrong with the names."""
-    named = record.get("image")
-    paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
-    if not all(isinstance(path, str) for path in paths):
-        return [], [Finding("record", f"`image` is {named!r:.60}, not a path or a list of paths")]
+    """The images that ``record`` names below ``root``, and what is wrong with how it names them, or other media."""
+    try:
+        paths = image_names(record)
+    except DataError as error:
+        return [], [Finding("record", error.message)]
     images: list[ImageRef] = []
     findings = []
     for path in paths:
@@ -46,23 +58,28 @@ def images_of(record: Mapping[str, Any], root: Place | str) -> tuple[list[ImageR
             images.append(image_in(root, path))
         except DataError as error:
             findings.append(Finding("image-path", error.message))
+    if key := unread_media(record, images=bool(paths)):
+        findings.append(Finding("media", f"`{key}`"))
     return images, findings
 
 
-def _messages(messages: Sequence[Any]) -> Iterator[Finding]:
+def _messages(messages: Sequence[Any], images: bool) -> Iterator[Finding]:
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            yield Finding("message", f"message {number}: {message!r:.60}")
-        elif not isinstance(message.get("from"), str) or message["from"] not in ROLES:
-            yield Finding("role", f"message {number}: {message.get('from')!r:.40}")
+        if fault := message_fault(message, images=images):
+            yield Finding(fault[0], f"message {number}: {fault[1]}")
 
 
 def _tags(said: Sequence[tuple[str, str]], images: int | None) -> Iterator[Finding]:
-    tags = sum(text.count(TAG) for role, text in said if role == "user")
+    asked = [text for role, text in said if role == "user"]
+    tags = sum(text.count(TAG) for text in asked)
     if images is not None and tags and tags != images:
         yield Finding("tags", f"{tags} {TAG} tags for {images} images")
-    if images and not tags:
+    if images is not None and not tags and (found := foreign_placeholder(asked, images=bool(images))):
+        yield Finding("placeholder", found)
+    elif images and not tags:
         yield Finding("no-tag")
+    elif not images and (found := placeholder_as_text(asked)):
+        yield Finding("placeholder-text", found)
     if any(TAG in text for role, text in said if role == "assistant"):
         yield Finding("tag-in-answer")
 

@@ -16,6 +16,7 @@ from llavactl.core.archives import NameTwiceError
 from llavactl.core.errors import DataError, LlavactlError
 from llavactl.core.json_stream import Entry, read_stream
 from llavactl.core.places import Place
+from llavactl.core.records import given_id
 from llavactl.core.schema import ImageRef, Sample
 from llavactl.data.images import ImageError, inspect
 from llavactl.data.lengths import Lengths
@@ -98,8 +99,7 @@ def scan(records: Iterator[Examined], images: Images, lengths: Lengths | None) -
 
 def _id(each: Examined) -> str | None:
     if isinstance(each.record, dict):
-        found = each.record.get("id")
-        return None if found is None else str(found)
+        return given_id(each.record)
     return each.sample.id if each.sample is not None and each.record is None else None
 
 

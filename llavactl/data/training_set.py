@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.schema import Contents, Encoded, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads
 from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
-from llavactl.data.plan import held_out
+from llavactl.data.plan import connected, held_out
 from llavactl.data.records import samples
 
 if TYPE_CHECKING:
@@ -64,20 +64,25 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The training and the validation set of a stage, and what is in neither."""
+    """The training and the validation set of a stage, and what is in neither.
+
+    ``held_out`` says what is kept for validation, or why nothing is; "" where nothing was asked for.
+    """
 
     train: TrainingSet
     validation: TrainingSet
     left_out: Sequence[LeftOut]
     digest: str
+    held_out: str = ""
 
 
 class Member(NamedTuple):
-    """A sample with its source's copies an epoch and phase."""
+    """A sample with its source's copies per epoch and phase, and the id of the record that it is (part) of."""
 
     sample: Sample
     weight: float
     phase: int
+    record: str
 
 
 def split(
@@ -91,14 +96,18 @@ def split(
     """The samples of ``specs`` that can be trained, split so that no image is on both sides.
 
     Left out are those with an image that ``contents`` finds unreadable, and those of which ``max_length`` leaves
-    nothing to train.
+    nothing to train. ``contents`` also tells images with the same bytes, whatever they are called.
 
     Raises:
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
-    found = [Member(sample, spec.weight, spec.phase) for spec in specs for sample in samples([spec])]
-    looked_at = contents(list(dict.fromkeys(image for sample, *_ in found for image in sample.images)))
+    found = [
+        Member(sample, spec.weight, spec.phase, _record_of(sample, apart=spec.turns == "apart"))
+        for spec in specs
+        for sample in samples([spec])
+    ]
+    looked_at = contents(_images(found))
     kept, left_out = [], []
     for member in found:
         sample = member.sample
@@ -106,8 +115,8 @@ def split(
             left_out.append(LeftOut(sample.id, sample.where, why))
         else:
             kept.append(member)
-    groups = [_group(member.sample) for member in kept]
-    validation = held_out(groups, stage.validation, seed)
+    groups, sizes = _groups(kept, looked_at.keys)
+    validation = held_out(groups, stage.validation, seed, sizes)
 
     def subset(members: Sequence[Member]) -> TrainingSet:
         return TrainingSet(
@@ -128,7 +137,11 @@ def split(
             hint="`data.stage1` and `data.stage2` name the sources",
         )
     held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
-    return Split(train, held, left_out, _digest(kept, looked_at.keys))
+    # Where every group is one image, the split follows from what the digest has anyway.
+    shared = stage.validation and any(size > 1 for size in sizes.values())
+    said = _held_out(len(held), validation, sizes) if stage.validation else ""
+    digest = _digest(kept, looked_at.keys, validation if shared else None)
+    return Split(train, held, left_out, digest, said)
 
 
 def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
@@ -142,17 +155,62 @@ def _unreadable(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
     return next((f"{image.name}: {reasons[image]}" for image in sample.images if image in reasons), "")
 
 
-def _group(sample: Sample) -> str:
-    """What a sample must not be split from: its first image, or itself."""
-    return sample.images[0].name if sample.images else f"text {sample.id}"
+def _record_of(sample: Sample, *, apart: bool) -> str:
+    """The id of the record that ``sample`` is, or is a question of."""
+    return sample.id.rpartition("#")[0] if apart else sample.id
 
 
-def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str]) -> str:
-    """Changes with any word, image (by its content), weight or phase that is trained on."""
+def _images(members: Sequence[Member]) -> list[ImageRef]:
+    return list(dict.fromkeys(image for member in members for image in member.sample.images))
+
+
+def _groups(members: Sequence[Member], contents: Mapping[ImageRef, str]) -> tuple[list[str], dict[str, int]]:
+    """For each member what it must not be split from, as a name of that group; and how many images each group has.
+
+    Those with an image in common are of one group, by its name or by its content; without images those of one record
+    or of one id, or with the same words. A group is called by the first of its images' names.
+    """
+    names = [
+        {image.name for image in each.sample.images} if each.sample.images else {f"text {each.record}"}
+        for each in members
+    ]
+    keys: list[list[Hashable]] = [
+        [
+            *(("name", name) for name in called),
+            *(("content", contents[image]) for image in each.sample.images if image in contents),
+            *([] if each.sample.images else [("said", each.sample.turns)]),
+        ]
+        for each, called in zip(members, names, strict=True)
+    ]
+    numbers = connected(keys)
+    together: dict[int, set[str]] = {}
+    for number, called in zip(numbers, names, strict=True):
+        together.setdefault(number, set()).update(called)
+    label = {number: min(called) for number, called in together.items()}
+    return [label[number] for number in numbers], {label[n]: len(called) for n, called in together.items()}
+
+
+def _held_out(samples: int, validation: Collection[str], sizes: Mapping[str, int]) -> str:
+    total = sum(sizes.values())
+    if samples:
+        return f"{samples} samples with {sum(sizes[group] for group in validation)} of {total} images"
+    return f"nothing, of {total} images" + (
+        f": up to {largest} of them are shared by samples that can't be parted"
+        if (largest := max(sizes.values())) > 1
+        else ""
+    )
+
+
+def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str], held: Collection[str] | None) -> str:
+    """Changes with any word, image (by its content), weight or phase that is trained on; and with the groups ``held``
+    out, if given.
+    """
     total = hashlib.sha256()
-    for sample, weight, phase in members:
+    for sample, weight, phase, _ in members:
         total.update(f"{sample.id}\0{weight}\0{phase}".encode())
         for turn in sample.turns:
             said = [part if isinstance(part, str) else f"\0{keys.get(part, part.name)}" for part in turn.content]
             total.update("\0".join([turn.role, *said]).encode("utf-8", "surrogatepass"))
+    if held is not None:
+        total.update("\0".join(["held out", *sorted(held)]).encode("utf-8", "surrogatepass"))
     return total.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -17,6 +17,24 @@ IDS = ("question_id", "id", "questionId", "image_id")
 TEXTS = ("text", "answer", "pred", "caption")
 """What published files call a question's id and the answer to it."""
 
+OTHERS = (
+    "prediction",
+    "response",
+    "output",
+    "model_answer",
+    "model_output",
+    "generated_text",
+    "resps",
+    "filtered_resps",
+)
+"""What further programs call a model's answer: beside these, ``answer`` is the right one."""
+
+ACCEPTED = (
+    f"accepted: one object per answer, as a JSON list or JSONL, with the question's id as {', '.join(IDS)} and the "
+    f"answer as {', '.join(TEXTS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt. Convert others to these"
+)
+_SHOWN = 10
+
 
 def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[str, Answer]:
     """Answers by question id; with ``cut`` a last line may be half written and is left out.
@@ -30,6 +48,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
     Raises:
         DataError: a file or an answer that isn't one, or a question answered twice.
     """
+    _refuse_other_kinds(file)
     tables = sorted(file.glob("*.txt")) if file.is_dir() else []
     records = [row for each in tables for row in _rows(each)] or read_records(file, cut=cut)
     whole = records[0].fields if len(records) == 1 else {}
@@ -53,11 +72,53 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
 
 
 def _answer(record: Record) -> Answer:
-    if isinstance(record.fields, Mapping):
-        name, text = record.get(*IDS), record.get(*TEXTS)
-        if isinstance(name, str | int) and not isinstance(name, bool) and isinstance(text, str):
-            return Answer(str(name), text, {key: value for key, value in record.fields.items() if key not in TEXTS})
-    raise DataError(f'{record.where}: an answer is {{"id": …, "text": …}}, not {record.fields!r:.80}')
+    if not isinstance(record.fields, Mapping):
+        raise DataError(f"{record.where}: not an answer but {record.fields!r:.60}", hint=ACCEPTED)
+    name, text = record.get(*IDS), record.get(*TEXTS)
+    keys = f"its keys are {_few([str(key) for key in record.fields])}"
+    for what, value in (("id", name), ("text", text)):
+        if value is None:
+            raise DataError(f"{record.where}: not an answer, as it has no {what}: {keys}", hint=ACCEPTED)
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise DataError(f"{record.where}: not an answer: its id is {name!r:.40}; {keys}", hint=ACCEPTED)
+    if not isinstance(text, str):
+        raise DataError(f"{record.where}: not an answer: its text is {text!r:.40}; {keys}", hint=ACCEPTED)
+    if record.get("text") is None and record.get("answer") is not None and (other := _other(record)):
+        raise DataError(
+            f"{record.where}: is `answer` what the model said, or `{other}`? {keys}",
+            hint="keep one of the two, as `text`",
+        )
+    return Answer(str(name), text, {key: value for key, value in record.fields.items() if key not in TEXTS})
+
+
+def _other(record: Record) -> str:
+    """The key beside ``answer`` that holds another answer, or ""."""
+    return next((key for key in ("pred", *OTHERS) if record.get(key) not in (None, record.get("answer"))), "")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_SHOWN], *(["…"] if len(names) > _SHOWN else [])]) or "none"
+
+
+def _refuse_other_kinds(file: Path) -> None:
+    """Raises a DataError where ``file`` is neither JSON nor MME's folder, with what it seems to be."""
+    if file.is_dir():
+        if not any(file.glob("*.txt")):
+            names = sorted(path.name for path in file.iterdir())
+            raise DataError(f"{file}: a folder without CATEGORY.txt; it holds {_few(names)}", hint=ACCEPTED)
+        return
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(4096)
+    except OSError:
+        return  # whoever reads it says so
+    if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x80\4", b"\x80\5", b"PAR1", b"\x1f\x8b")):
+        raise DataError(f"{file}: a binary file (a workbook, an archive, a pickle or a table), not JSON", hint=ACCEPTED)
+    line = head.decode("utf-8-sig", "replace").lstrip().partition("\n")[0].rstrip("\r")
+    separator = "\t" if "\t" in line else ","
+    if line and line[0] not in "[{" and separator in line:
+        columns = [each.strip('"') for each in line.split(separator)]
+        raise DataError(f"{file}: a table, not JSON: its columns are {_few(columns):.200}", hint=ACCEPTED)
 
 
 def _rows(file: Path) -> Iterator[Record]:
@@ -82,7 +143,11 @@ def _by_index(file: Path, whole: Mapping[str, Any]) -> Iterator[Answer]:
         if isinstance(index, str) and index.isascii() and index.removeprefix("-").isdecimal():
             index = int(index)
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(ascii_uppercase):
-            raise DataError(f"{file}: `results` of question {name!r} is {index!r:.40}, not an option's place")
+            raise DataError(
+                f"{file}: `results` of question {name!r} is {index!r:.40}, not an option's place; "
+                f"the file's keys are {_few(list(whole))}",
+                hint=ACCEPTED,
+            )
         text = outputs[name] if outputs is not None else ascii_uppercase[index] if index >= 0 else ""
         if not isinstance(text, str):
             raise DataError(f"{file}: `outputs` of question {name!r} is {text!r:.40}, not text")

@@ -26,7 +26,7 @@ def read_list(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a JSONL file; a last line cut short by a kill is left out."""
-    return [found for line in _text(path).splitlines() if isinstance(found := _json(line), dict)]
+    return [found for line in _text(path).split("\n") if isinstance(found := _json(line), dict)]
 
 
 def read_recipe(run_dir: Path) -> tuple[str, dict[str, Any]]:

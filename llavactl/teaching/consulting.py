@@ -7,13 +7,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from llavactl.core.errors import RecipeError, TeacherError
+from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.protocols import Ask, Consultant, LanguageTeacher, Reply, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.teaching import asking
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.journal import Journal, alone
 from llavactl.teaching.prices import prices
+from llavactl.teaching.spoken import without_thoughts
 
 
 def name_of(consultant: Consultant) -> str:
@@ -56,7 +57,16 @@ def _teacher(consultant: Consultant) -> Teacher:
 def _at_once(teacher: Teacher, request: Request) -> str:
     """A reply that costs nothing and need not be kept."""
     reply = teacher.reply(request)
-    return reply.text if isinstance(reply, Reply) else reply
+    return _said(reply.text if isinstance(reply, Reply) else reply)
+
+
+def _said(reply: str) -> str:
+    """``reply`` without what the teacher thought aloud before it; all of it where that never ends."""
+    try:
+        said = without_thoughts(reply)
+        return reply if said == reply else said.strip()
+    except DataError:
+        return reply
 
 
 def _durably(teacher: LanguageTeacher, requests: Sequence[Request], kept: Path, budget: Budget) -> Mapping[str, str]:
@@ -73,7 +83,7 @@ def _durably(teacher: LanguageTeacher, requests: Sequence[Request], kept: Path, 
             f"{len(missing)} of {len(keyed)} requests have no reply: {why}",
             hint=f"{len(keyed) - len(missing)} replies are kept in {kept}; the same command goes on from there",
         )
-    return {name: answer.reply.text if answer and answer.reply else "" for name, answer in found.items()}
+    return {name: _said(answer.reply.text) if answer and answer.reply else "" for name, answer in found.items()}
 
 
 def _budget(consultant: Consultant, teacher: LanguageTeacher) -> Budget:

@@ -13,8 +13,10 @@ from llavactl.core.protocols import Reply, Request, Teacher
 from llavactl.core.schema import Below, Sample
 from llavactl.teaching.messages import Prompts, prompts
 from llavactl.teaching.replies import Kind, turns
+from llavactl.teaching.spoken import ChatterError
 
 MALFORMED = "malformed"
+CHATTER = "chatter"
 UNANSWERED = "refused by the teacher"
 CUT = "cut at max_tokens"
 FILTERED = "left out by the endpoint"
@@ -79,21 +81,23 @@ def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> Mad
         reply = teacher.reply(request)
     except DataError as error:
         return Made(request, None, error.message, UNANSWERED)
-    return record(request, reply if isinstance(reply, Reply) else Reply(reply), told or prompts())
+    reply = reply if isinstance(reply, Reply) else Reply(reply)
+    return record(request, reply, told or prompts(), exact=bool(getattr(teacher, "exact", False)))
 
 
-def record(request: Request, reply: Reply, told: Prompts) -> Made:
-    """A reply read into a LLaVA record; what can't be read is kept apart with its reason."""
+def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False) -> Made:
+    """A reply, of an ``exact`` teacher or not, read into a LLaVA record; what can't be read is kept with its reason."""
     kind: Any = request.kind
     if reply.finish == "length":
         return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
     if reply.finish == "content_filter":
         return Made(request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text)
     try:
-        said = turns(kind, reply.text, request.id, told.questions)
+        said = turns(kind, reply.text, request.id, told.questions, exact=exact)
     except DataError as error:
         ended = "" if reply.finish == "stop" else f" (it ended with {reply.finish})"
-        return Made(request, None, f"{error.message}{ended}", MALFORMED, reply.text)
+        sort = CHATTER if isinstance(error, ChatterError) else MALFORMED
+        return Made(request, None, f"{error.message}{ended}", sort, reply.text)
     images = request.sample.images
     messages = [
         {"from": role, "value": text}

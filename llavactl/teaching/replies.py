@@ -8,38 +8,56 @@ from random import Random
 from typing import Literal
 
 from llavactl.core.errors import DataError
+from llavactl.teaching.spoken import refuse_chatter, without_thoughts, without_wrapping
 
 Kind = Literal["conversation", "detail", "reasoning"]
 
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
+_MARK = re.compile(
+    r"\A(?:[>\s-]|\d{1,3}[.)]\s)*(?P<head>#{1,6} *)?(?:\d{1,3}[.)] *)?(?P<bold>\*{1,3}|_{1,2})?(?:\d{1,3}[.)] *)?"
+    r"(?P<role>question|answer|q|a)(?: ?#?\d{1,3})?"
+    r"(?: ?:(?P=bold)|(?P=bold) ?:| ?:(?P<open>)|(?P=bold)(?=[ \t]*\n)|(?(head)(?=[ \t]*\n)|(?!)))",
+    re.IGNORECASE,
+)
+"""``Question:`` or ``Answer:``, plain or decorated: ``**Question:**``, ``### Answer 2:``, ``1. Q:``."""
+
+_FENCED = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 
-def turns(kind: Kind, reply: str, seed: str, questions: Sequence[str]) -> list[tuple[str, str]]:
+def turns(kind: Kind, reply: str, seed: str, questions: Sequence[str], *, exact: bool = False) -> list[tuple[str, str]]:
     """The (question, answer) pairs of a ``reply``.
 
     Conversation and reasoning come as blocks ``Question:`` and ``Answer:`` with lines of ``===`` between; a detail's
-    question is drawn from ``questions`` by ``seed``. What a model thinks aloud first is no part of its reply.
+    question is drawn from ``questions`` by ``seed``. What a model thinks aloud first is no part of its reply, nor is
+    what it says to whoever asked; the reply of an ``exact`` teacher is taken as it is.
 
     Raises:
+        ChatterError: it says such things within.
         DataError: the reply is not of that form, or holds nothing.
     """
-    reply = _THOUGHT.sub("", reply)
+    if not exact:
+        reply = without_wrapping(without_thoughts(reply), label=kind == "detail")
     if (binary := _UNWRITABLE.search(reply)) is not None:
         raise DataError(f"the reply holds what is no text: {binary[0]!r}")
     if "<image>" in reply:
         raise DataError("the reply holds the tag <image>, which stands for a picture in a record")
+    if not exact and _FENCED.search(reply):
+        raise DataError("the reply holds a code fence")
     if kind == "detail":
         if not reply.strip():
             raise DataError("the reply is empty")
+        if not exact:
+            refuse_chatter(reply.strip(), talk=False)
         return [(Random(seed).choice(questions), reply.strip())]
     found = [_block(block) for block in _blocks(reply)]
     roles = [role for role, _ in found]
-    if not found or roles != ["Question", "Answer"] * (len(roles) // 2):
+    if not found or roles != ["question", "answer"] * (len(roles) // 2):
         raise DataError(f"the reply is not in blocks of Question and Answer: {reply[:60]!r}")
-    if not all(text for _, text in found):
-        raise DataError("a question or an answer is empty")
     said = [text for _, text in found]
+    if not exact:
+        refuse_chatter(said[-1], talk=True)
+    if not all(said):
+        raise DataError("a question or an answer is empty")
     return list(zip(said[::2], said[1::2], strict=True))
 
 
@@ -58,5 +76,12 @@ def _blocks(reply: str) -> Iterator[str]:
 
 
 def _block(text: str) -> tuple[str, str]:
-    role, colon, said = text.partition(":")
-    return (role, said.strip()) if colon and role in ("Question", "Answer") else ("", "")
+    """The role, in lower case, and what is said; ("", "") where there is no mark."""
+    found = _MARK.match(text)
+    if found is None:
+        return "", ""
+    said = text[found.end() :].strip()
+    if found["bold"] and found["open"] is not None:  # **Question: all of the line**
+        first, newline, rest = said.partition("\n")
+        said = first.strip().removesuffix(found["bold"]) + newline + rest
+    return {"q": "question", "a": "answer"}.get(role := found["role"].lower(), role), said.strip()

@@ -153,7 +153,7 @@ class Session:
         for each in keyed:
             answer = journal.get(each.key)
             if answer is not None and answer.reply is not None:
-                yield record(each.request, answer.reply, self.told)
+                yield record(each.request, answer.reply, self.told, exact=bool(getattr(self.teacher, "exact", False)))
             else:
                 yield Made(each.request, None, answer.reason if answer else "", UNANSWERED)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.json_stream import read_stream
 from llavactl.core.paths import write_atomic
 
 
@@ -36,9 +37,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     lines = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
+        for entry in read_stream(path):
+            if entry.problem:
                 break
+            lines.append(entry.value)
     return lines

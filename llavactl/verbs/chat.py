@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.opening import open_assistant
+from llavactl.components.sources.llava_record import image_names, unread_media
 from llavactl.core.errors import DataError
+from llavactl.core.json_stream import Entry, read_stream
 from llavactl.core.lookup import shortened
 from llavactl.core.places import named_image
 from llavactl.core.schema import Content, ImageRef, Turn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
 
 BATCH = 8
+FORM = '--batch takes a JSONL of {"image": "file", "prompt": "text"}'
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,16 @@ Asked = tuple[dict[str, Any], tuple[Content, ...]]
 def read_batch(file: Path) -> list[Asked]:
     """The records of a JSONL of ``{"image", "prompt"}``, each with what it says.
 
-    ``image`` may be a list, or absent; paths are relative to ``file``, or it is what ``open_images`` takes.
+    ``image`` may be a list, or absent; paths are relative to ``file``, or it is what ``open_images`` takes. A JSON list
+    of such records is read, too.
 
     Raises:
         DataError: a record or an image that can't be read, with its line.
     """
-    return [_record(line, f"{file}:{number}", file.parent) for number, line in _lines(file)]
+    try:
+        return [_record(entry, f"{file}:{entry.place}", file.parent) for entry in read_stream(file)]
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}", hint=FORM) from error
 
 
 def answer_batch(assistant: Assistant, records: Sequence[Asked], sampling: Sampling) -> list[dict[str, Any]]:
@@ -106,27 +112,16 @@ def answer_batch(assistant: Assistant, records: Sequence[Asked], sampling: Sampl
     return [{**record, "answer": answer} for (record, _), answer in zip(records, answers, strict=True)]
 
 
-def _lines(file: Path) -> list[tuple[int, str]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{file}: {why}", hint='--batch takes a JSONL of {"image": …, "prompt": …}') from error
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _record(line: str, where: str, base: Path) -> Asked:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
+def _record(entry: Entry, where: str, base: Path) -> Asked:
+    record = entry.value
+    if entry.problem:
+        raise DataError(f"{where}: {entry.problem}", hint=FORM)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise DataError(f'{where}: a line is {{"image": "file", "prompt": "text"}}')
-    named = record.get("image") or []
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where}: `image` is {named!r:.80}, not a path or a list of paths")
+        raise DataError(f"{where}: no text `prompt`", hint=FORM)
     try:
+        names = image_names(record)
+        if key := unread_media(record, images=bool(names)):
+            raise DataError(f"`{key}` is not read", hint=FORM)
         return record, content(record["prompt"], names, base)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -90,7 +90,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         return done
     if settings.final == "best" and not len(data.validation):
         raise RecipeError(
-            f"stage{stage}.final: best, but no sample is held out to tell which is",
+            f"stage{stage}.final: best, but no sample is held out to tell which is"
+            + (f" ({data.held_out})" if data.held_out else ""),
             hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
         )
     if start is not None:
@@ -325,6 +326,8 @@ def _write_samples(recipe: Recipe, run: Run, parts: Parts, data: Split) -> None:
 
 
 def _left_out(folder: Path, data: Split) -> None:
+    if data.held_out:
+        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
     if data.left_out:
         log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
     lines = (json.dumps(each._asdict(), ensure_ascii=False) for each in data.left_out)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.data.plan import Plan, held_out, order
+from llavactl.data.plan import Plan, connected, held_out, order
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
@@ -49,6 +50,44 @@ def test_ten_images_spare_one_for_validation_and_two_do_not() -> None:
     assert len(held_out([str(n) for n in range(10)], 0.01, 0)) == 1
     assert not held_out(["a", "b"], 0.01, 0)
     assert not held_out([str(n) for n in range(100)], 0.0, 0)
+
+
+SIZES = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 30), min_size=1, max_size=40)
+
+
+@given(SIZES, st.floats(0, 0.99), st.integers(0, 3))
+def test_groups_are_held_out_whole_and_never_all_of_them(sizes: dict[str, int], share: float, seed: int) -> None:
+    held = held_out(sizes, share, seed, sizes)
+    assert held < sizes.keys()
+    total, taken = sum(sizes.values()), sum(sizes[group] for group in held)
+    wanted = max(round(total * share), 1 if total >= 10 and share else 0)
+    assert taken <= max(wanted, total / 10, 2 * wanted)
+    if wanted >= max(sizes.values()) and len(sizes) > 1:
+        assert taken
+
+
+@given(st.sets(st.text("abcdefgh", min_size=1, max_size=3)), st.floats(0, 0.9), st.integers(0, 3))
+def test_groups_of_one_image_are_chosen_by_hash_alone(names: set[str], share: float, seed: int) -> None:
+    """The choice of earlier releases: their runs must find the same split."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    count = round(len(names) * share) or (1 if share and len(names) >= 10 else 0)
+    assert held_out(names, share, seed) == set(ranked[: min(count, len(names) - 1)])
+
+
+@given(st.lists(st.sets(st.integers(0, 20), max_size=3), max_size=30))
+def test_what_has_a_key_in_common_is_of_one_group(keys: list[set[int]]) -> None:
+    numbers = connected(keys)
+    for one, other in itertools.combinations(range(len(keys)), 2):
+        if keys[one] & keys[other]:
+            assert numbers[one] == numbers[other]
+    for number in set(numbers):  # and no others: what is of one group can be reached
+        members = [index for index, found in enumerate(numbers) if found == number]
+        reached, grown = {members[0]}, True
+        while grown:
+            known = set().union(*(keys[index] for index in reached))
+            grown = bool(more := {index for index in members if keys[index] & known} - reached)
+            reached |= more
+        assert reached == set(members)
 
 
 def test_a_lower_phase_comes_first_and_is_shuffled_within() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavactl.components.sources.llava_json import TAG, sample_of
+from llavactl.components.sources.llava_json import sample_of
+from llavactl.components.sources.llava_record import TAG, foreign_placeholder, image_names
 from llavactl.core.errors import DataError
 from llavactl.data.mend import mend
 from llavactl.data.problems import KINDS, REFUSED
@@ -22,14 +25,27 @@ ROOT = "/images"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "llava_instruct_100.json"
 
 SPEAKERS = st.sampled_from(["human", "gpt", "system", "user", "assistant", "Human", "bot", "nobody", 3, None, []])
-TEXTS = st.sampled_from(["What?", "A dog.", "", " ", f"{TAG}\nWhat?", f"What?\n{TAG}", f"{TAG} or {TAG}?", TAG, 7])
-MESSAGES = st.fixed_dictionaries({"from": SPEAKERS, "value": TEXTS}) | st.sampled_from([{}, "hi", {"from": "gpt"}])
-IMAGES = st.sampled_from([None, "", "a.jpg", "../a.jpg", "/a.jpg", ["a.jpg", "b.jpg"], [], ["a.jpg", 3], {"x": 1}])
+TEXTS = st.sampled_from(
+    ["What?", "A dog.", "", " ", f"{TAG}\nWhat?", f"What?\n{TAG}", f"{TAG} or {TAG}?", TAG, 7, "<|image_1|> What?"]
+) | st.sampled_from(["<video>\nWhat?", "<img>a.jpg</img> What?"])
+MESSAGES = st.fixed_dictionaries(
+    {"from": SPEAKERS, "value": TEXTS},
+    optional={"image": st.sampled_from([None, "a.jpg"]), "audio": st.just(["x.wav"]), "loss": st.booleans()},
+) | st.sampled_from([{}, "hi", {"from": "gpt"}])
+IMAGES = st.sampled_from(
+    [None, "", "a.jpg", "../a.jpg", "/a.jpg", ["a.jpg", "b.jpg"], [], ["a.jpg", 3], {"x": 1}, [["a.jpg"]], [""], 0]
+) | st.sampled_from([{"path": "a.jpg", "bytes": None}, [{"path": "a.jpg"}]])
+MEDIA = st.sampled_from([None, "", [], "x.mp4", ["x.mp4"], [None], {"path": "x.mp4"}, 3, False])
 RECORDS = st.fixed_dictionaries(
     {},
     optional={
-        "id": st.sampled_from([1, "x", None]),
+        "id": st.sampled_from([1, "x", None, True, [], ""]),
         "image": IMAGES,
+        "images": IMAGES,
+        "video": MEDIA,
+        "Image": MEDIA,
+        "image_path": MEDIA,
+        "system": st.just("Be brief."),
         "conversations": st.lists(MESSAGES, max_size=7) | st.sampled_from([None, "hi"]),
     },
 )
@@ -83,22 +99,49 @@ def test_a_mended_record_is_taken_and_needs_no_more(record: dict[str, Any]) -> N
         assert mended is record
 
 
+def asked(record: dict[str, Any]) -> list[str]:
+    """What stands in the user's turns, tags and all, in order."""
+    said = (str(each["value"]) for each in record["conversations"] if each["from"] in ("human", "user", "Human"))
+    return [word for text in said for word in re.findall(rf"{TAG}|\S+", text)]
+
+
 @settings(max_examples=300)
 @given(LIKELY)
 def test_what_can_be_trained_is_not_dropped(record: dict[str, Any]) -> None:
-    """A question followed by an answer with text is enough, whoever else speaks."""
+    """A question followed by an answer with text is enough, whoever else speaks: of one image, or of none."""
     talk = [message for message in record["conversations"] if message["from"] != "system"]
     pairs = itertools.pairwise(talk)
+    images = len(image_names(record))
+    if images > 1 or asked(record).count(TAG) > images or foreign_placeholder(asked(record), images=True):
+        return
     if any(a["from"] != "gpt" and b["from"] == "gpt" and b["value"].strip() for a, b in pairs):
         assert mend(record, ROOT)[0] is not None
+
+
+@settings(max_examples=600)
+@given(RECORDS | LIKELY)
+def test_mending_takes_no_tag_from_what_is_kept(record: dict[str, Any]) -> None:
+    """Questions may go, with their tags; in those that stay every image is asked about as it was."""
+    mended, _ = mend(record, ROOT)
+    if mended is None:
+        return
+    assert (mended.get("image"), mended.get("images")) == (record.get("image"), record.get("images"))
+    before, after = asked(record), asked(mended)
+    assert after.count(TAG) in (0, len(image_names(mended)), before.count(TAG))
+    if len(image_names(mended)) != 1:
+        assert after.count(TAG) >= before.count(TAG)
 
 
 SAID = {"from": "human", "value": f"{TAG}\nWhat?"}, {"from": "gpt", "value": "A dog."}
 CASES: list[tuple[Any, str, Any]] = [
     ([{"from": "Human", "value": "Hi"}, {"from": "bot", "value": "Yes"}], "role", [("human", "Hi"), ("gpt", "Yes")]),
     ([*SAID, {"from": "human", "value": "More?"}, {"from": "gpt", "value": " "}], "empty-answer", [*SAID]),
-    ([SAID[0], SAID[0], SAID[1]], "turns", [("human", f"{TAG}\nWhat?\nWhat?"), ("gpt", "A dog.")]),
-    ([{"from": "human", "value": f"{TAG}{TAG} Hi"}, SAID[1]], "tags", [("human", f"{TAG} Hi"), SAID[1]]),
+    (
+        [SAID[0], {"from": "human", "value": "What?"}, SAID[1]],
+        "turns",
+        [("human", f"{TAG}\nWhat?\nWhat?"), ("gpt", "A dog.")],
+    ),
+    ([{"from": "human", "value": f"{TAG}{TAG} Which?"}, SAID[1]], "tags", None),
     ([{"from": "human", "value": "Hi"}], "no-answer", None),
 ]
 
@@ -123,6 +166,74 @@ def test_missing_tags_stand_behind_the_last_one() -> None:
     assert mended is not None
     assert mended["conversations"][0]["value"] == f"{TAG}\n{TAG}\n{TAG}\nWhat?"
     assert did == ["1 <image> tags made 3"]
+
+
+ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
+    ("media", {"video": "x.mp4"}),
+    ("media", {"videos": ["x.mp4"]}),
+    ("media", {"audio": "x.wav"}),
+    ("media", {"image": "a.jpg", "audios": ["x.wav"]}),
+    ("media", {"Images": ["a.jpg"]}),
+    ("media", {"image_path": "a.jpg"}),
+    ("media", {"img": {"path": "a.jpg"}}),
+    ("record", {"images": [["a.jpg"]]}),
+    ("record", {"images": [{"path": "a.jpg", "bytes": None}]}),
+    ("record", {"image": "a.jpg", "images": ["b.jpg"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "names"), ELSEWHERE)
+@pytest.mark.parametrize("tag", ["", f"{TAG}\n"])
+def test_images_that_are_named_elsewhere_are_never_left_out(kind: str, names: dict[str, Any], tag: str) -> None:
+    record = {"id": 1, **names, "conversations": [{"from": "human", "value": f"{tag}What?"}, SAID[1]]}
+    assert kind in kinds(record)
+    with pytest.raises(DataError, match=r"^here: "):
+        sample_of(record, "here", ROOT)
+    assert mend(record, ROOT)[0] is None
+
+
+@pytest.mark.parametrize("extra", [{"image_url": "http://x/a.jpg"}, {"picture": None}, {"video": ""}, {"photo_id": 3}])
+def test_what_else_a_record_says_is_kept_beside_it(extra: dict[str, Any]) -> None:
+    record = {"id": 1, "image": "a.jpg", **extra, "conversations": list(SAID)}
+    assert kinds(record) == set()
+    assert sample_of(record, "here", ROOT).extra == extra
+
+
+@pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
+def test_images_are_read_like_image(value: Any) -> None:
+    one, other = ({"id": 1, key: value, "conversations": list(SAID)} for key in ("image", "images"))
+    assert sample_of(one, "here", ROOT) == sample_of(other, "here", ROOT)
+    assert sample_of({**one, "images": value}, "here", ROOT) == sample_of(one, "here", ROOT)
+    assert sample_of({**one, "images": []}, "here", ROOT) == replace(sample_of(one, "here", ROOT), extra={}), (
+        "an empty list names nothing"
+    )
+    assert kinds(other) == set()
+    assert mend(other, ROOT) == (other, [])
+
+
+PLACEHOLDERS = ["<video>", "<|image|>", "<|image_pad|>", "<image_1>", "<ImageHere>", "<Image>", "<img>", "[IMG]"]
+
+
+@pytest.mark.parametrize("placeholder", [*PLACEHOLDERS, "<start_of_image>", "<image-placeholder>", "<im_patch>"])
+def test_a_placeholder_of_others_is_no_text_beside_an_image(placeholder: str) -> None:
+    said = [{"from": "human", "value": f"{placeholder}\nWhat?"}, SAID[1]]
+    assert "placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})
+    assert kinds({"id": 1, "conversations": said}) == {"placeholder-text"}
+    both = [{"from": "human", "value": f"{TAG}\nWhat is {placeholder} for?"}, SAID[1]]
+    assert kinds({"id": 1, "image": "a.jpg", "conversations": both}) == set()
+
+
+@pytest.mark.parametrize("word", ["<imagery>", "<important>", "<b>", "[img.png]", "<imagine that>", "x < image > y?"])
+def test_other_words_are_no_placeholders(word: str) -> None:
+    said = [{"from": "human", "value": f"{word} What?"}, SAID[1]]
+    assert ("placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})) == (word[0] == "x")
+
+
+def test_an_answer_that_is_not_to_be_trained_is_not() -> None:
+    for mark in ({"weight": 0}, {"loss": False}, {"train": False}):
+        assert "message" in kinds({"id": 1, "conversations": [{"from": "human", "value": "A"}, {**SAID[1], **mark}]})
+    fine = [{"from": "human", "value": "A", "loss": False}, {**SAID[1], "weight": 1, "loss": True}]
+    assert kinds({"id": 1, "conversations": fine}) == set()
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")

@@ -75,6 +75,8 @@ def made(
     tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
     unreadable: Mapping[Any, str] | None = None,
+    contents: Mapping[Any, str] | None = None,
+    turns: Any = "together",
     **stage: Any,
 ) -> Split:
     monkeypatch.setattr("llavactl.data.training_set.samples", lambda specs: iter(samples))
@@ -82,9 +84,10 @@ def made(
     template = registry().create("templates", {"name": "vicuna-v1"})
     encoding = Encoding(template, tokenizer, 4, settings.max_length)
     features: Any = None
-    return split(
-        [SourceSpec(name="any")], settings, encoding, features, lambda images: Contents({}, unreadable or {}), 0
-    )
+    keys = dict(contents or {})
+    looked_at = Contents(keys, unreadable or {})
+    spec = SourceSpec(name="any", turns=turns)
+    return split([spec], settings, encoding, features, lambda _images: looked_at, 0)
 
 
 def test_what_stands_beside_a_sample_does_not_change_its_coins(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +168,87 @@ def test_a_source_may_be_taken_apart(tmp_path: Path) -> None:
     assert [each.id for each in samples([SourceSpec.model_validate(spec)])] == ["x"]
     apart_too = SourceSpec.model_validate({**spec, "turns": "apart"})
     assert [each.turns[0].text.strip() for each in samples([apart_too])] == ["A?", "B?"]
+
+
+def shows(*numbers: int | str, name: str = "") -> Sample:
+    """A sample about the images of these numbers."""
+    photos = [ImageFile("/photos", f"{number}.jpg") for number in numbers]
+    front = tuple(part for photo in photos for part in (photo, "\n"))
+    called = name or "-".join(map(str, numbers))
+    return Sample(called, (Turn("user", (*front, "What?")), Turn("assistant", ("A dog.",))))
+
+
+def says(name: str, question: str, **extra: Any) -> Sample:
+    return Sample(name, (Turn("user", (question,)), Turn("assistant", ("Yes.",))), extra=extra)
+
+
+def apart_on_both_sides(data: Split) -> set[str]:
+    sides = [{image.name for each in side.samples for image in each.images} for side in (data.train, data.validation)]
+    return sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.9])
+def test_no_image_of_a_sample_is_on_both_sides(share: float, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs in chains of five, in an order that hides it, and single images."""
+    pairs = [shows(number, number + 1) for number in range(100) if number % 5]
+    samples = [
+        *pairs[::-2],
+        *pairs[::2],
+        *(shows(number, 3) for number in range(200, 206)),
+        *map(shows, range(300, 340)),
+    ]
+    data = made(samples, tokenizer, monkeypatch, validation=share)
+    assert len(data.validation) > 0
+    assert len(data.train) + len(data.validation) == len(samples)
+    assert not apart_on_both_sides(data)
+
+
+def test_where_all_images_hang_together_none_is_held_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = [shows(number, number + 1) for number in range(40)]
+    data = made(chain, tokenizer, monkeypatch, validation=0.3)
+    assert (len(data.train), len(data.validation)) == (40, 0)
+    assert "41" in data.held_out
+    data = made([*chain, *map(shows, range(100, 110))], tokenizer, monkeypatch, validation=0.2)
+    assert len(data.validation) == 10, "those that stand alone are, as far as they reach"
+    assert "10 of 51" in data.held_out
+    assert not made(chain, tokenizer, monkeypatch).held_out, "nothing was asked for"
+
+
+def test_one_image_under_two_names_is_on_one_side(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [shows(number) for number in range(40)] + [shows(f"copy-{number}") for number in range(40)]
+    contents = {each.images[0]: f"content {index % 40}" for index, each in enumerate(samples)}
+    data = made(samples, tokenizer, monkeypatch, contents=contents, validation=0.25)
+    sides = [{contents[each.images[0]] for each in side.samples} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1]
+    assert len(data.validation) == 20
+    other = {image: str(image) for image in contents}
+    assert made(samples, tokenizer, monkeypatch, contents=other, validation=0.25).digest != data.digest
+
+
+def test_single_images_are_split_as_ever(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names were written down when only first images counted."""
+    samples = [shows(number % 60, name=f"s{number}") for number in range(120)]
+    data = made(samples, tokenizer, monkeypatch, validation=0.1)
+    held = sorted({each.images[0].name for each in data.validation.samples})
+    assert held == ["2.jpg", "27.jpg", "43.jpg", "54.jpg", "58.jpg", "59.jpg"]
+    assert len(data.validation) == 12
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_texts_of_one_record_or_id_or_alike_stay_together(
+    share: float, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [says(f"r{record}#{part}", f"Question {record} {part}?") for record in range(20) for part in (1, 2)]
+    data = made(parts, tokenizer, monkeypatch, turns="apart", validation=share)
+    sides = [{each.id.split("#")[0] for each in side.samples} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1]
+    assert len(data.validation) == 40 * share
+    named = [says(f"talk {n % 20}", f"Part {n}?") for n in range(40)]
+    data = made(named, tokenizer, monkeypatch, validation=share)
+    sides = [{each.id for each in side.samples} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1]
+    alike = [says(f"{n}", f"Question {n % 20}?") for n in range(40)]
+    data = made(alike, tokenizer, monkeypatch, validation=share)
+    sides = [{each.turns[0].text for each in side.samples} for side in (data.train, data.validation)]
+    assert not sides[0] & sides[1]
+    assert len(data.validation) == 40 * share

@@ -45,7 +45,7 @@ def test_what_else_they_say_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_no_answer(tmp_path: Path, row: Any) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: an answer is"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not an answer"):
         read(tmp_path, row)
 
 
@@ -58,7 +58,7 @@ def test_no_answer(tmp_path: Path, row: Any) -> None:
         ({"results": {"1": 0}, "outputs": {"2": "A"}}, "`outputs` are not those of the questions"),
         ({"results": {"1": 0}, "outputs": {"1": None}}, "is None, not text"),
         ({"correct": [{"question_id": "1", "pred": "A"}], "incorrect": [{"question_id": "1", "pred": "B"}]}, "twice"),
-        ({"correct": [3], "incorrect": []}, "an answer is"),
+        ({"correct": [3], "incorrect": []}, "not an answer"),
     ],
 )
 def test_no_file_of_results(tmp_path: Path, document: Any, why: str) -> None:
@@ -84,3 +84,60 @@ def test_outputs_without_results_and_results_as_text(tmp_path: Path) -> None:
 
 def test_an_empty_file_holds_none(tmp_path: Path) -> None:
     assert read(tmp_path) == {}
+
+
+LAYOUTS: dict[str, tuple[Any, list[str]]] = {
+    "lmms-eval samples": (
+        {"doc_id": 0, "doc": {"question": "?"}, "target": "A", "resps": [["A"]], "filtered_resps": ["A"]},
+        ["doc_id", "filtered_resps"],
+    ),
+    "lmms-eval results": ({"results": None, "args": {}, "logs": [{"doc_id": 0}]}, ["args", "logs"]),
+    "lmms-eval aggregated": ({"results": {"pope": {"acc": 0.9}}, "configs": {}}, ["results", "configs"]),
+    "VLMEvalKit as JSON": ({"index": 1, "question": "?", "answer": "A", "prediction": "B"}, ["index", "prediction"]),
+    "SEED": ({"question_id": 1, "prediction": "B"}, ["question_id", "prediction"]),
+    "MM-Vet upload": ({"v1_0": "a dog", "v1_1": "a cat"}, ["v1_0", "v1_1"]),
+    "right answer and prediction": ({"id": 1, "answer": "A", "prediction": "B"}, ["`answer`", "`prediction`"]),
+    "right answer and pred": ({"id": 1, "answer": "A", "pred": "B"}, ["`answer`", "`pred`"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_layout_is_refused_by_its_keys(tmp_path: Path, layout: str) -> None:
+    record, named = LAYOUTS[layout]
+    for text in (json.dumps(record), json.dumps(record, indent=1)):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError) as caught:
+            read_answers(tmp_path / "a.json")
+        assert all(each in caught.value.message for each in named)
+        assert caught.value.message.startswith(str(tmp_path / "a.json"))
+        assert "text" in caught.value.hint
+
+
+def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    def refusal(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read_answers(tmp_path / name)
+        assert "question_id" in caught.value.hint
+        return caught.value.message
+
+    assert "workbook" in refusal("a.xlsx", b"PK\x03\x04rest")
+    assert "index, question, answer, prediction" in refusal(
+        "a.tsv", b"index\tquestion\tanswer\tprediction\n1\t?\tA\tB\n"
+    )
+    assert "index, prediction" in refusal("a.csv", b'\xef\xbb\xbf"index","prediction"\r\n1,B\r\n')
+    assert "pickle" in refusal("a.pkl", b"\x80\x04\x95")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "merge.xlsx").write_bytes(b"")
+    with pytest.raises(DataError, match=r"merge\.xlsx"):
+        read_answers(folder)
+
+
+def test_the_same_words_twice_are_one_answer(tmp_path: Path) -> None:
+    assert read(
+        tmp_path, {"id": 1, "answer": "A", "pred": "A"}, {"id": 2, "text": "B", "answer": "A", "pred": "C"}
+    ) == {
+        "1": "A",
+        "2": "B",
+    }

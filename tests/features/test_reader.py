@@ -190,6 +190,17 @@ def test_unreadable_images_are_told_with_their_reasons(recipe: Load, images: lis
         features.load(images[1])
 
 
+@pytest.mark.parametrize("mode", ["cached", "live"])
+def test_equal_bytes_have_equal_contents(recipe: Load, images: list[ImageFile], mode: str) -> None:
+    images[1].file.write_bytes(images[0].file.read_bytes())
+    images[3].file.unlink()
+    extract(recipe())
+    found = open_features(recipe(f"features.mode={mode}"), 1, "cpu").contents(images).keys
+    assert found.keys() == set(images) - {images[3]}
+    assert found[images[0]] == found[images[1]]
+    assert len(set(found.values())) == len(images) - 2
+
+
 def test_a_cached_reader_can_be_pickled(recipe: Load, images: list[ImageFile]) -> None:
     extract(recipe())
     features = open_features(recipe(), 1)

@@ -33,11 +33,13 @@ def said(*messages: tuple[str, str]) -> list[dict[str, str]]:
 
 FAULTS: dict[str, Any] = {
     "record": {"id": "f"},
+    "media": record(0, None, video="x.mp4"),
     "message": record(0, conversations=[{"from": "human"}, {"from": "gpt", "value": "Yes."}]),
     "role": record(0, None, conversations=said(("martian", "Hi"), ("gpt", "Yes."))),
     "turns": record(0, conversations=said(("human", "<image>"), ("human", "Hi"), ("gpt", "Yes."))),
     "no-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", " "))),
     "tags": record(0, None, conversations=said(("human", "<image>\nHi"), ("gpt", "Yes."))),
+    "placeholder": record(0, conversations=said(("human", "<|image|>Hi"), ("gpt", "Yes."))),
     "image-path": record(0, "../../etc/passwd"),
     "image-missing": record(0, "none.jpg"),
     "image-broken": record(0, "cut.jpg"),
@@ -45,6 +47,8 @@ FAULTS: dict[str, Any] = {
     "duplicate-id": record(1, None),
     "no-id": record(0, None, id=None),
     "no-tag": record(0, conversations=said(("human", "Hi"), ("gpt", "Yes."))),
+    "unread": record(0, None, system="Be brief."),
+    "placeholder-text": record(0, None, conversations=said(("human", "<video>?"), ("gpt", "Yes."))),
     "tag-in-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", "An <image>."))),
     "assistant-first": record(0, None, conversations=said(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yes."))),
     "unanswered": record(0, None, conversations=said(("human", "Hi"), ("gpt", "Yes."), ("human", "More?"))),
@@ -111,7 +115,7 @@ def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix:
     after = check(out, "--images", str(photos))
     assert after[0] == 0
     assert after[1]["hurts"] == 0
-    assert after[1]["records"] == report["mended"]["written"] >= 2 * len(FAULTS) - 9
+    assert after[1]["records"] == report["mended"]["written"] >= 2 * len(FAULTS) - 12
     notes = [json.loads(line) for line in Path(report["mended"]["log"]).read_text().splitlines()]
     assert len(notes) == report["mended"]["changed"] + report["mended"]["dropped"]
     assert any("image-broken cut.jpg" in did for note in notes for did in note["did"])

@@ -11,11 +11,13 @@ from typing import Any
 
 from pydantic import Field
 
+from llavactl.components.sources.llava_record import image_names
 from llavactl.components.sources.pictures import PicturesOptions, captioned, place_of, present, refuse, wanted
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
 from llavactl.core.places import Place, image_in
+from llavactl.core.records import given_id
 from llavactl.core.schema import Box, Sample
 
 HINT = 'a record is {"id", "image", "captions": […], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}, 0 to 1'
@@ -53,14 +55,17 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
 
 
 def _sample(record: Any, where: str, place: Place, options: CapsBoxesOptions) -> Sample:
-    image = image_in(place, record["image"])
+    named = image_names(record)
+    if len(named) != 1:
+        raise DataError(f"{len(named)} images" if named else "no `image`")
+    image = image_in(place, named[0])
     captions = record.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):
         raise DataError("`captions` is not a list of texts")
     boxes = [_box(each) for each in record.get("instances", [])]
     if not captions and not boxes:
         raise DataError("neither captions nor instances")
-    name = str(record.get("id", PurePosixPath(image.name).stem))
+    name = given_id(record) or PurePosixPath(image.name).stem
     return captioned(name, image, captions, wanted(boxes, options), where)
 
 

@@ -6,22 +6,29 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llavactl.components.sources.llava_record import (
+    IMAGE_KEYS,
+    ROLES,
+    TAG,
+    foreign_placeholder,
+    image_names,
+    message_fault,
+    no_conversations,
+    unread_media,
+)
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.places import Place, check_place, image_in
+from llavactl.core.records import given_id
 from llavactl.core.registry import Options
-from llavactl.core.schema import Content, ImageRef, Role, Sample, Turn
+from llavactl.core.schema import Content, ImageRef, Sample, Turn
 
-ROLES: Mapping[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-TAG = "<image>"
 HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
+
+
+FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
+MEDIA = "images are named in `image` or `images`; records of video or audio can't be trained: take them out"
 
 
 class LlavaJsonOptions(Options):
@@ -37,9 +44,10 @@ class LlavaJsonOptions(Options):
 def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     """One sample a record, in the file's order.
 
-    ``image`` may be a string, a list or absent; every ``<image>`` of the user's turns takes the next
+    ``image`` (or ``images``) may be a string, a list or absent; every ``<image>`` of the user's turns takes the next
     one, images without any tag go before the first question, and ``<image>`` in an answer is text.
     The only answer of a record with an image is its caption too: what a teacher can be told.
+    A record without an id of its own is called by its number in the file, from 0.
 
     Raises:
         DataError: a file or record that can't be read, with its line or number.
@@ -62,35 +70,35 @@ def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sam
     Raises:
         DataError: it can't be used; the message begins with ``where``.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise DataError(f"{where}: not a LLaVA record: it needs a list `conversations`")
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: not a LLaVA record: {record!r:.60} is no object")
+    if not isinstance(record.get("conversations"), list):
+        raise DataError(f"{where}: not a LLaVA record: {no_conversations(record)}", hint=FORM)
     images = _images(record, where, root)
-    turns = _alternating([_turn(message, where) for message in record["conversations"]], where)
+    turns = _alternating([_turn(message, where, bool(images)) for message in record["conversations"]], where)
     if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
         raise DataError(f"{where}: no answer: nothing of this record could be trained")
-    extra = {key: value for key, value in record.items() if key not in ("id", "image", "conversations")}
-    sample_id = str(record.get("id", index))
+    extra = {key: value for key, value in record.items() if key not in ("id", "conversations", *IMAGE_KEYS)}
     answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
     captions = tuple(answers) if len(answers) == 1 and images else ()
-    return Sample(sample_id, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
+    name = given_id(record) or str(index)
+    return Sample(name, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
 
 
 def _images(record: Mapping[str, Any], where: str, root: Place | str) -> list[ImageRef]:
-    named = record.get("image")
-    paths = [] if named is None or named == "" else named if isinstance(named, list) else [named]
-    if not all(isinstance(path, str) for path in paths):
-        raise DataError(f"{where}: `image` is {named!r:.80}, not a path or a list of paths")
     try:
-        return [image_in(root, path) for path in paths]
+        images = [image_in(root, path) for path in image_names(record)]
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
+    if key := unread_media(record, images=bool(images)):
+        raise DataError(f"{where}: `{key}` is not read, and would be left out of training", hint=MEDIA)
+    return images
 
 
-def _turn(message: Any, where: str) -> Turn:
-    speaker = message.get("from") if isinstance(message, dict) else None
-    if not isinstance(speaker, str) or speaker not in ROLES or not isinstance(message.get("value"), str):
-        raise DataError(f"{where}: a message needs `from` ({', '.join(ROLES)}) and a text `value`, not {message!r:.80}")
-    return Turn(ROLES[speaker], (message["value"],))
+def _turn(message: Any, where: str, images: bool) -> Turn:
+    if fault := message_fault(message, images=images):
+        raise DataError(f"{where}: a message can't be read: {fault[1]}", hint=FORM)
+    return Turn(ROLES[message["from"]], (message["value"],))
 
 
 def _alternating(turns: list[Turn], where: str) -> list[Turn]:
@@ -106,9 +114,12 @@ def _alternating(turns: list[Turn], where: str) -> list[Turn]:
 
 def _place(turns: list[Turn], images: list[ImageRef], where: str) -> Iterator[Turn]:
     """Puts the images where the user's turns have their tags."""
-    tags = sum(turn.text.count(TAG) for turn in turns if turn.role == "user")
+    asked = [turn.text for turn in turns if turn.role == "user"]
+    tags = sum(text.count(TAG) for text in asked)
     if tags and tags != len(images):
         raise DataError(f"{where}: {tags} {TAG} tags for {len(images)} images")
+    if not tags and (found := foreign_placeholder(asked, images=bool(images))):
+        raise DataError(f"{where}: {found} would be trained as text: the place of an image is {TAG}")
     queue = list(images)
     for turn in turns:
         if turn.role != "user":

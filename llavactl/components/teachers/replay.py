@@ -13,7 +13,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Reply, Request
-from llavactl.core.records import read_document
+from llavactl.core.records import given_id, read_document
 from llavactl.core.registry import Options
 
 
@@ -65,10 +65,11 @@ def _outputs(path: Path) -> dict[str, Reply] | None:
 def _lines(path: Path) -> Iterator[tuple[str, Reply]]:
     for entry in read_stream(path):
         record = entry.value
-        if not isinstance(record, dict) or not isinstance(record.get("reply"), str):
+        name = given_id(record) if isinstance(record, dict) else None
+        if name is None or not isinstance(record.get("reply"), str):
             why = entry.problem or 'it needs {"id", "reply"}'
             raise DataError(f"{path}:{entry.place}: not a recorded reply: {why}")
-        yield str(record.get("id")), Reply(record["reply"])
+        yield name, Reply(record["reply"])
 
 
 def _kept(path: Path) -> Iterator[tuple[str, Reply]]:

@@ -57,6 +57,37 @@ def test_json_and_jsonl_are_alike(tmp_path: Path) -> None:
     assert check_source(read(tmp_path, records)) == []
 
 
+@pytest.mark.parametrize("name", ["null", '""', '" "', "true", "[1]", "{}", "NaN", None])
+def test_a_record_without_an_id_is_called_by_its_number(tmp_path: Path, name: str | None) -> None:
+    record = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, TALK[1]]})
+    given = record if name is None else f'{{"id": {name}, {record[1:]}'
+    assert [each.id for each in read(tmp_path, f"{given}\n" * 3, "r.jsonl")] == ["0", "1", "2"]
+
+
+def test_an_id_is_text_or_a_number_and_else_the_place_in_the_file(tmp_path: Path) -> None:
+    def named(*names: Any) -> list[str]:
+        records = [{"id": name, "conversations": [{"from": "human", "value": "Hi"}, TALK[1]]} for name in names]
+        return [each.id for each in read(tmp_path, records)]
+
+    assert named(7, "x", 2.5, -1) == ["7", "x", "2.5", "-1"]
+    assert named(None, "", True, ["a"], {}) == ["0", "1", "2", "3", "4"]
+    assert named("a", "a", None) == ["a", "a", "2"]
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"id": 1, "image": "a.jpg", "image": "b.jpg", "conversations": []}'
+    good = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "Hi"}, TALK[1]]})
+    for text, place in ((f"{good}\n{twice}\n", "r.jsonl:2"), (f"[{good},\n{twice}]", "r.jsonl:2")):
+        with pytest.raises(DataError, match=f"{place}: 'image' is there twice"):
+            read(tmp_path, text, "r.jsonl")
+
+
+def test_records_of_other_formats_are_named_by_their_keys(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"messages, images") as caught:
+        read(tmp_path, [{"messages": [{"role": "user", "content": "Hi"}], "images": ["a.jpg"]}])
+    assert "conversations" in caught.value.hint
+
+
 def test_an_assistant_who_speaks_first_is_left_out(tmp_path: Path) -> None:
     (sample,) = read(
         tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "Hello!"}, *TALK]}]
@@ -79,8 +110,8 @@ WRONG: list[tuple[Any, str]] = [
     ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "not a path or a list of paths"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}], "no answer"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}], "no answer"),
-    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "a message needs `from`"),
-    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "a message needs `from`"),
+    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "a message can't be read"),
+    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "a message can't be read"),
     ([{"id": 1, "image": "a.jpg", "conversations": [TALK[0], TALK[0], TALK[1]]}], "don't take turns"),
 ]
 

@@ -1,0 +1,124 @@
+"""What one LLaVA record names, and what of it would be lost or misread: the rules that reading and checking share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llavactl.core.errors import DataError
+from llavactl.core.schema import Role
+
+ROLES: Mapping[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+TAG = "<image>"
+IMAGE_KEYS = ("image", "images")
+"""Where a record names its images; the second is what LLaMA-Factory, ms-swift and others write."""
+
+UNREAD = frozenset(
+    "system tools weight loss bbox bboxes box boxes objects region regions mask masks segmentation messages history "  # noqa: SIM905
+    "chosen rejected rejected_response".split()
+)
+"""Keys that mean something in other formats and change nothing here."""
+
+_MEDIA = re.compile(
+    r"\s*(?:(?P<image>image|img|picture|pic|photo)|video|frame|audio)s?"
+    r"(?:[_ -]?(?:path|file|filename|file_name|name|url|uri|base64|b64|bytes|data|list))?s?\s*",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(
+    r"<\|?\s*/?(?:start_of_)?(?:image|img|im|picture|photo|video|audio|vision)s?(?:here|[_ -]\w+)?\s*/?\s*\|?>"
+    r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]",
+    re.IGNORECASE,
+)
+_INLINE = re.compile(r"<img>\s*[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.IGNORECASE)
+_KEYS_SHOWN = 8
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """The images that ``record`` names: a path or a list of paths under ``image`` or ``images``.
+
+    Raises:
+        DataError: something else is there, or the two keys differ.
+    """
+    found: dict[str, list[str]] = {}
+    for key in IMAGE_KEYS:
+        value = record.get(key)
+        paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
+        if not all(isinstance(path, str) for path in paths):
+            raise DataError(f"`{key}` is {value!r:.60}, not a path or a list of paths")
+        if paths:
+            found[key] = paths
+    if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
+        raise DataError("`image` and `images` name different images")
+    return next(iter(found.values()), [])
+
+
+def unread_media(fields: Mapping[str, Any], *, images: bool, read: Iterable[str] = IMAGE_KEYS) -> str:
+    """The key of ``fields`` that names media which would be left out, or "".
+
+    Video and audio are never read. Images are, under the keys ``read``; where there are ``images`` already, others of
+    the record's are taken for notes about these (``image_url``).
+    """
+    for key, value in fields.items():
+        if key not in read and (match := _MEDIA.fullmatch(key)) and _names_something(value):
+            if images and match["image"]:
+                continue
+            return key
+    return ""
+
+
+def _names_something(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_names_something, value))
+    return bool(value.strip() if isinstance(value, str) else value) and isinstance(value, str | dict)
+
+
+def message_fault(message: Any, *, images: bool) -> tuple[str, str] | None:
+    """The problem of one message, as a kind of ``data check`` and in words; None: it can be read."""
+    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+        return "message", f"{message!r:.60} has no text `value`"
+    speaker = message.get("from")
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        return "role", f"`from` is {speaker!r:.40}, not one of {', '.join(ROLES)}"
+    if key := unread_media(message, images=images, read=()):
+        return "media", f"`{key}` of a message is not read"
+    if ROLES[speaker] == "assistant" and (key := _excluded(message)):
+        return "message", f"`{key}: {message[key]!r}`: every answer is trained here"
+    return None
+
+
+def _excluded(message: Mapping[str, Any]) -> str:
+    """The key that says that this answer is not to be trained, or ""."""
+    for key in ("weight", "loss", "loss_scale", "train"):
+        value = message.get(key)
+        if isinstance(value, bool | int | float) and not value:
+            return key
+    return ""
+
+
+def foreign_placeholder(texts: Iterable[str], *, images: bool) -> str:
+    """What stands in the user's ``texts`` for an image, in place of ``<image>``; "" where nothing does.
+
+    Without ``images`` a placeholder may be something that is spoken about, unless it names a file.
+    """
+    pattern = _PLACEHOLDER if images else _INLINE
+    return next((match[0] for text in texts for match in pattern.finditer(text) if match[0] != TAG), "")
+
+
+def placeholder_as_text(texts: Iterable[str]) -> str:
+    """Another tool's placeholder in the user's ``texts`` of a record without images; "" where there is none."""
+    return foreign_placeholder(texts, images=True)
+
+
+def no_conversations(record: Mapping[str, Any]) -> str:
+    """What to say of a ``record`` without a list ``conversations``."""
+    if "conversations" in record:
+        return "`conversations` is no list"
+    keys = [*map(str, record)][:_KEYS_SHOWN] + ["…"] * (len(record) > _KEYS_SHOWN)
+    return f"no `conversations`: its keys are {', '.join(keys) or 'none'}"

@@ -1,0 +1,148 @@
+"""What of a language model's reply was asked for: without thoughts, a wrapping, and words to whoever asked.
+
+Only what can't be anything else is taken away. Where that isn't clear the reply is refused: one sample less is cheaper
+than one that speaks of its own making, or lacks half of its text.
+"""
+
+from __future__ import annotations
+
+import re
+
+from llavactl.core.errors import DataError
+
+
+class ChatterError(DataError):
+    """A reply that speaks to whoever asked, in a way that can't be parted from what was asked for."""
+
+
+_THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|seed:think)"
+_MARK = re.compile(
+    rf"(?P<end><\s?/\s?{_THOUGHT}\s?>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>)"
+    rf"|<\s?{_THOUGHT}\s?>|◁think▷|\[THINK\]|<\|begin_of_thought\|>|<\|START_THINKING\|>",
+    re.IGNORECASE,
+)
+"""Where thoughts begin or end: of DeepSeek and Qwen, Kimi, Magistral, Sky-T1 and Command, and what prompts ask for."""
+
+_FINAL = re.compile(r"<\|channel\|>\s{0,9}final\b[^<]{0,80}(?:<\|constrain\|>[^<]{0,80})?<\|message\|>")
+_FLAT = re.compile(r"\A\s*analysis(?=[A-Z\"'(])")
+"""Channels of gpt-oss, and what is left of them where the marks were left out: ``analysisWe …assistantfinalA dog.``"""
+
+_END = re.compile(r"<\|(?:end|return)\|>\s*\Z")
+
+_YES = r"(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|great|gladly|understood|no problem)"
+_LIKE = (
+    r"(?:(?:detailed|thorough|brief|short|long|rich|full|complete|vivid|concise|comprehensive|accurate|possible|"
+    r"sample|requested|generated|image|picture|photo|scene|visual|training|multi-turn|one|two|three|four|five|six|and|"
+    r"new),? ){0,6}"
+)
+_WORK = r"(?:description|conversation|dialogue|dialog|question|answer|response|reply|q&a)s?"
+_SOURCE = r"(?:image|picture|photo|scene|captions?|information|lines|list|details|text|boxes|depicted|described|shown)"
+_OF = rf"(?: (?:of|for|about|based on|from) (?:the|this|your|what)\b[^\n:.!]{{0,60}}\b{_SOURCE}\b[^\n:.!]{{0,40}})?"
+_HERE = (
+    rf"(?:here(?:['’]s| is| are)|below (?:is|are)) (?:(?:a|an|the|your|my|some) )?{_LIKE}{_WORK}(?: and {_WORK})?{_OF}"
+)
+_SELF = (
+    r"(?:i['’]d be (?:happy|glad) to|i can|i will|i['’]ll|let me) "
+    r"(?:help|assist|describe|write|create|provide|give|generate)\b[^\n.!?:]{0,120}[.!:]"
+)
+_LEAD = re.compile(
+    rf"\A(?:(?:{_YES} ?[!.,:—–-]*|{_SELF}) +){{0,4}}"
+    rf"(?:{_HERE}(?::|[.!](?=[ \t]*\n))|(?:{_YES} ?[!.,:]+|{_SELF})[ \t]*\n)[ \t]*",
+    re.IGNORECASE,
+)
+"""``Sure! Here is a detailed description of the image:``, with the rest of its line or on a line of its own."""
+
+_NAMED = r"(?:(?:detailed|image|picture|photo|scene|full|final) ){0,3}(?:description|answer|response)"
+_LABEL = re.compile(
+    rf"\A(?:(?:\#{{1,6}} *)?(?:(?P<b>\*\*|__){_NAMED}(?:(?P=b) ?:|:(?P=b))|{_NAMED} ?:)"
+    rf"|(?:\#{{1,6}} *{_NAMED}|\*\*{_NAMED}\*\*)[ \t]*\n)[ \t]*",
+    re.IGNORECASE,
+)
+_OFFER = (
+    r"(?:(?:please )?let me know (?:if|whether|what|when|how)\b|(?:please )?(?:feel free|don['’]t hesitate) to "
+    r"(?:ask|reach out|let me know|adjust|modify|request)\b|i hope (?:this|that|these|it)\b"
+    r"|hope (?:this|that|it) helps\b|would you like me to\b|do you (?:want|need) me to\b|is there anything else\b)"
+)
+_IF = (
+    r"if you(?:['’]d| would| need| want| have)\b[^\n.!?]{0,120}, "
+    r"(?:please )?(?:let me know|just ask|i can|i['’]d be happy)"
+)
+_TAIL = re.compile(rf"(?:(?:{_IF}|{_OFFER})\b[^\n.!?]{{0,200}}[.!?]+[^\w\n]*)+", re.IGNORECASE)
+_LEFT = re.compile(
+    rf"\A(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|gladly|understood|no problem)\s?[!,.:]"
+    rf"|\b{_HERE}\b|\bi(?:['’]d| would) be (?:happy|glad) to\b|\bas (?:you )?requested\b|\b(?:{_IF}|{_OFFER})",
+    re.IGNORECASE,
+)
+_LEFT_IN_TALK = re.compile(rf"\b(?:{_IF}|{_OFFER})\b", re.IGNORECASE)
+"""What of it an assistant would not say in a conversation, either; there ``Certainly!`` may answer a question."""
+
+_RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})")
+_FENCE = re.compile(r"[ \t]*(?:```|~~~)[\w-]*[ \t]*")
+_LAYERS = 8
+"""Of wrapping that are taken off one within the other; what has more is refused for what is left."""
+
+_WRAPPED = re.compile(r"\A<(answer|response|output|final|description)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL)
+
+
+def without_thoughts(reply: str) -> str:
+    """``reply`` behind what the model thought aloud, whether or not the mark that begins it is there.
+
+    Raises:
+        DataError: the thoughts never end, or begin again within the answer.
+    """
+    if "<|channel|>" in reply:
+        finals = [found.end() for found in _FINAL.finditer(reply)]
+        if not finals:
+            raise DataError("the reply holds thoughts alone: no channel is `final`")
+        return _END.sub("", reply[finals[-1] :])
+    if _FLAT.match(reply):
+        _, ended, reply = reply.rpartition("assistantfinal")
+        if not ended:
+            raise DataError("the reply holds thoughts alone, which never end")
+    begin, thinking = 0, False
+    for mark in _MARK.finditer(reply):
+        if mark["end"]:
+            begin, thinking = mark.end(), False
+        elif not thinking and reply[begin : mark.start()].strip():
+            raise DataError(f"the reply holds thoughts within: {mark[0]}")
+        else:
+            thinking = True
+    if thinking:
+        raise DataError("the reply holds thoughts that never end")
+    return reply[begin:]
+
+
+def without_wrapping(reply: str, *, label: bool = False) -> str:
+    """``reply`` without a fence, tag or rule around all of it, and without a line before and after it to whoever asked.
+
+    With ``label`` also without ``Description:`` and the like before it.
+    """
+    text = reply.strip()
+    for _ in range(_LAYERS):
+        text = _inside(text)
+        for pattern in (_LEAD, _LABEL) if label else (_LEAD,):
+            if (found := pattern.match(text)) and text[found.end() :].strip():
+                text = text[found.end() :].strip()
+        first, _, rest = text.partition("\n")
+        if _RULE.fullmatch(first.strip()) and rest.strip():
+            text = rest.strip()
+        rest, _, last = text.rpartition("\n")
+        if rest.strip() and (_RULE.fullmatch(last.strip()) or _TAIL.fullmatch(last.strip())):
+            text = rest.strip()
+    return text
+
+
+def _inside(text: str) -> str:
+    """What stands within a code fence or a tag that is around all of ``text``."""
+    if found := _WRAPPED.match(text):
+        return found[2].strip()
+    lines = text.split("\n")
+    fences = [at for at, line in enumerate(lines) if _FENCE.fullmatch(line)]
+    return "\n".join(lines[1:-1]).strip() if fences == [0, len(lines) - 1] and len(lines) > 2 else text
+
+
+def refuse_chatter(text: str, *, talk: bool) -> None:
+    """Raises ChatterError where ``text``, an answer in a ``talk`` or a description, still speaks to whoever asked."""
+    if found := (_LEFT_IN_TALK if talk else _LEFT).search(text):
+        around = " ".join(text[max(found.start() - 30, 0) : found.end() + 30].split())
+        raise ChatterError(f"the reply speaks to whoever asked: {around!r}")

@@ -1,0 +1,222 @@
+"""What a model says around its reply goes, or the reply is refused; what was asked for is never altered."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llavactl.core.errors import DataError
+from llavactl.core.protocols import Reply, Request
+from llavactl.core.registry import registry
+from llavactl.core.schema import Sample
+from llavactl.teaching.consulting import asker
+from llavactl.teaching.generate import CHATTER, MALFORMED, made, record
+from llavactl.teaching.messages import prompts
+from llavactl.teaching.replies import turns
+from llavactl.teaching.spoken import ChatterError
+
+WORDS = re.findall(
+    r"\S+",
+    "a dog sits on the mat and Sure enough Certainly visible Great hills Here is a man in conversation Below are two "
+    "I question answer the description of *it* **bold** _so_ Q: A: 1. - > ``code`` === let me think okay <b> "
+    "reasoning </b> [1] “so” 🐕 this is what: Note",
+)
+TEXTS = st.lists(st.sampled_from([*WORDS, "\n", "\n\n"]), min_size=1, max_size=30).map(" ".join)
+CONTENT = st.sampled_from(
+    [
+        "A dog.",
+        "A dog sits on a mat.\n\nBehind it, a *small* cat is asleep: it dreams.",
+        "Sure enough, it rains. Here is a man in conversation: he laughs.",
+        "There are\n\n- two dogs\n- a cat",
+        "I is the first letter on the sign.\n\nFeel free to hang your coat here, it says.",
+    ]
+)
+BEFORE = st.sampled_from(
+    [
+        "",
+        "Sure!\n\n",
+        "Certainly! Here is a detailed description of the image:\n\n",
+        "Here's the description: ",
+        "Okay, here is a detailed and accurate description of the picture.\n",
+        "I'd be happy to help. Here's a description based on the provided captions:\n",
+        "Of course.\n---\n",
+        "**Description:** ",
+        "### Image Description\n\n",
+    ]
+)
+AFTER = st.sampled_from(
+    [
+        "",
+        "\n\nLet me know if you'd like anything changed!",
+        "\nI hope this helps! Feel free to ask for more. 😊",
+        "\n\n---\n\nIf you need more details, please let me know.",
+        "\n\nWould you like me to describe another image?",
+    ]
+)
+THOUGHTS = st.sampled_from(
+    [
+        "",
+        "<think>\nHm: a dog?\n</think>\n\n",
+        "Hm: a dog?</think>",
+        "<thinking>Hm</thinking>",
+        "<reasoning>Hm</reasoning>\n<think></think>",
+        "◁think▷Hm◁/think▷",
+        "Hm\n[/THINK]",
+        "<|begin_of_thought|>Hm<|end_of_thought|>",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>",
+        "analysisWe need to say: a dog.assistantfinal",
+    ]
+)
+
+
+def detail(reply: str) -> str:
+    ((_, answer),) = turns("detail", reply, "", ("Q?",))
+    return answer
+
+
+@settings(max_examples=500)
+@given(TEXTS)
+def test_text_is_kept_to_the_letter_or_refused(text: str) -> None:
+    try:
+        found = detail(text)
+    except DataError:
+        return
+    assert found == text.strip()
+
+
+@settings(max_examples=500)
+@given(st.text() | TEXTS | st.tuples(THOUGHTS, BEFORE, TEXTS, AFTER).map("".join))
+def test_what_is_kept_is_one_piece_of_the_reply(reply: str) -> None:
+    try:
+        found = detail(reply)
+    except DataError:
+        return
+    assert found in reply
+
+
+@given(THOUGHTS, BEFORE, CONTENT, AFTER, st.booleans())
+def test_what_is_around_a_description_goes(thoughts: str, before: str, content: str, after: str, fence: bool) -> None:
+    inner = f"```text\n{content}\n```" if fence else content
+    if fence and before.endswith(" "):
+        before = before.strip() + "\n"
+    assert detail(f"{thoughts}{before}{inner}{after}") == content
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "<think>A dog",
+        "<think>A</think><think>dog",
+        "A dog. <think>Is it?</think> It is.",
+        "<thinking>\nA dog\n\nThe image shows a dog.",
+        "◁think▷A dog",
+        "<|channel|>analysis<|message|>A dog",
+        "analysisWe need to say: a dog.",
+        "A dog.</think>",
+        "<think></think>",
+    ],
+)
+def test_thoughts_are_never_trained(reply: str) -> None:
+    with pytest.raises(DataError):
+        detail(reply)
+    with pytest.raises(DataError):
+        turns("conversation", f"{reply}\nQuestion: What?\n===\nAnswer: {reply}", "", ())
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "A dog sits here. Let me know if you need more.",
+        "Certainly, a dog sits here.",
+        "A dog. Here is a detailed description of the image: it sits.",
+        "As requested, a dog sits here.",
+        "I hope this helps. A dog sits here.",
+        "I'd be happy to describe it: a dog.",
+    ],
+)
+def test_words_to_whoever_asked_that_cannot_be_parted_are_refused(reply: str) -> None:
+    with pytest.raises(ChatterError):
+        detail(reply)
+    found = record(Request("a", "detail", (), Sample("a", ())), Reply(reply), prompts())
+    assert (found.record, found.sort) == (None, CHATTER)
+
+
+@pytest.mark.parametrize("reply", ["A dog.\n```\nprint()\n```\nA cat.", "```\nA dog.", "```a\n```\n```b\n```"])
+def test_a_fence_that_is_not_around_all_is_refused(reply: str) -> None:
+    found = record(Request("a", "detail", (), Sample("a", ())), Reply(reply), prompts())
+    assert (found.record, found.sort) == (None, MALFORMED)
+
+
+MARKS = ["{}:", "**{}:**", "**{}**:", "### {}:", "### **{}:**", "{} 1:", "**{} 2:**", "1. {}:", "- **{}:**", "__{}__:"]
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "> {}:", "*{}:*", "### {}\n", "**{}**\n", "#{} :", "{} #3:", "2) **{}**:"])
+@pytest.mark.parametrize("names", [("Question", "Answer"), ("QUESTION", "ANSWER"), ("Q", "A")])
+def test_decorated_marks_are_marks(mark: str, names: tuple[str, str]) -> None:
+    question, answer = (mark.format(name) for name in names)
+    text = "It is **red**:\n\n1. *very* red."
+    reply = f"{question} What color?\n===\n{answer}\n{text}\n===\n{question}\nWhy?\n======\n{answer} {text}"
+    if mark.endswith("\n"):
+        reply = reply.replace("\n What", "\nWhat").replace("\n It", "\nIt")
+    assert turns("conversation", reply, "", ()) == [("What color?", text), ("Why?", text)]
+
+
+def test_a_line_that_is_bold_as_a_whole_is_plain_text() -> None:
+    reply = (
+        "**Question: What is it?**\n===\n**Answer:** A dog.\n===\n**Question: And *this*?**\n===\nAnswer: **A** cat."
+    )
+    assert turns("conversation", reply, "", ()) == [("What is it?", "A dog."), ("And *this*?", "**A** cat.")]
+
+
+@given(THOUGHTS, AFTER, st.booleans())
+def test_what_is_around_a_conversation_goes(thoughts: str, after: str, fence: bool) -> None:
+    talk = "Question:\nCan you describe it?\n===\nAnswer:\nCertainly! It is a dog."
+    inner = f"```\n{talk}\n```" if fence else talk
+    for before in ("", "Sure!\n", "Sure! Here are the questions and answers:\n\n", "Here is the conversation:\n---\n"):
+        for between in ("", "\n==="):
+            if fence and between:
+                continue
+            found = turns("conversation", f"{thoughts}{before}{inner}{between}{after}", "", ())
+            assert found == [("Can you describe it?", "Certainly! It is a dog.")]
+
+
+@pytest.mark.parametrize("before", ["The picture is told in captions.\n", "A dog.\n===\n", "Title: dogs\n\n"])
+def test_what_is_no_chatter_before_a_conversation_is_refused(before: str) -> None:
+    with pytest.raises(DataError):
+        turns("conversation", f"{before}Question: What?\n===\nAnswer: A dog.", "", ())
+
+
+def test_an_exact_teacher_is_taken_at_its_word() -> None:
+    class Exact:
+        exact = True
+
+        def reply(self, request: Request) -> str:
+            return "Sure!\nDescription: ```a``` Let me know if it helps."
+
+    found = made(Exact(), Request("a", "detail", (), Sample("a", ())))
+    assert found.record is not None
+    assert found.record["conversations"][1]["value"] == "Sure!\nDescription: ```a``` Let me know if it helps."
+
+
+def test_a_judge_may_think_first(tmp_path: Any) -> None:
+    (tmp_path / "r.jsonl").write_text(
+        '{"id": "1", "reply": "<think>8 or 9?</think>\\n8 9\\nGood."}\n{"id": "2", "reply": "Hm</think>7 7"}\n'
+        '{"id": "3", "reply": " 5 6\\nAs it stands. "}\n{"id": "4", "reply": "<think>8 9"}\n'
+    )
+    from llavactl.core.protocols import Consultant
+
+    ask = asker(Consultant({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
+    said = ask([Request(name, "judge", (), Sample(name, ())) for name in "1234"])
+    assert said == {"1": "8 9\nGood.", "2": "7 7", "3": " 5 6\nAs it stands. ", "4": "<think>8 9"}
+    assert registry().get("teachers", "replay")
+
+
+def test_a_recorded_reply_has_an_id(tmp_path: Any) -> None:
+    for name in ("null", "[1]", '""'):
+        (tmp_path / "r.jsonl").write_text(f'{{"id": {name}, "reply": "A dog."}}\n')
+        with pytest.raises(DataError, match=r"r\.jsonl:1"):
+            registry().create("teachers", {"name": "replay", "path": str(tmp_path / "r.jsonl")})

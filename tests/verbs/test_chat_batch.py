@@ -1,0 +1,49 @@
+"""The file of ``chat --batch``: records with images are never asked about without them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.core.errors import DataError
+from llavactl.verbs.chat import read_batch
+
+
+def batch(toys: Path, tmp_path: Path, *records: Any) -> list[list[str]]:
+    """The names of the images of each record."""
+    file = tmp_path / "batch.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "a.jpg").write_bytes((toys / "images" / "photo-000.jpg").read_bytes())
+    return [[part.name for part in said if not isinstance(part, str)] for _, said in read_batch(file)]
+
+
+def test_images_are_read_by_either_name(toys: Path, tmp_path: Path) -> None:
+    named: list[dict[str, Any]] = [{"image": "a.jpg"}, {"images": ["a.jpg"]}, {"images": "a.jpg"}, {}]
+    found = batch(toys, tmp_path, *({**each, "prompt": "What?"} for each in named))
+    assert found == [["a.jpg"], ["a.jpg"], ["a.jpg"], []]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": "What?", "video": "x.mp4"},
+        {"prompt": "What?", "image_path": "a.jpg"},
+        {"prompt": "What?", "image": [["a.jpg"]]},
+        {"prompt": "What?", "image": "none.jpg"},
+        {"image": "a.jpg"},
+        {"prompt": None},
+        [],
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_its_line(toys: Path, tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        batch(toys, tmp_path, {"prompt": "What?"}, wrong)
+    assert caught.value.message.startswith(f"{tmp_path / 'batch.jsonl'}:2: ")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        read_batch(tmp_path / "none.jsonl")
