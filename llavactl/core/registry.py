@@ -98,8 +98,9 @@ class Registry:
             raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
 
-    def create(self, kind: str, spec: Mapping[str, Any]) -> Any:
-        """The component that ``spec`` ({"name": …, options}) describes."""
+    def create(self, kind: str, spec: str | Mapping[str, Any]) -> Any:
+        """The component that ``spec`` ({"name": …, options}) describes; a name alone has the default options."""
+        spec = {"name": spec} if isinstance(spec, str) else spec
         entry = self.get(kind, spec["name"])
         options = entry.options_model().model_validate({k: v for k, v in spec.items() if k != "name"})
         return entry.load()(options)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import write_json
 from llavactl.core.registry import registry
@@ -65,6 +66,13 @@ class Native:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
         return found
+
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer whose chat template, where the model was trained with it, writes as in training on any day."""
+        tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
+        if isinstance(template, TokenizerTemplate):
+            tokenizer.chat_template = template.exported(tokenizer)
+        return tokenizer
 
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""
