@@ -106,6 +106,14 @@ class Registry:
         return entry.load()(options)
 
 
+def spelled(spec: str | Mapping[str, Any]) -> str:
+    """A component in one line: its name, and its options where it has some."""
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` when something near exists, and what there is."""
     names = sorted(known)

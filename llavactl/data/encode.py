@@ -92,6 +92,14 @@ class Encoding:
             totals.append(sum(map(len, runs)) + (self._bos is not None and not begins))
         return totals
 
+    def written(self, turns: Sequence[Turn]) -> str:
+        """What the template writes, without images; nothing is tokenised.
+
+        Raises:
+            ConversationError: the template refuses ``turns``.
+        """
+        return "".join(part or "" for part in self._written(turns)[0])
+
     def may_exceed(self, turns: Sequence[Turn], length: int) -> bool:
         """False where ``turns`` can't have more than ``length`` tokens, which no tokenizer is asked for.
 

@@ -73,9 +73,9 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         parts = build(
             recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
         )
-    template = settings.template or recipe.language.template
+    template = recipe.template(stage)
     encoding = Encoding(
-        registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
+        registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
     data = split(sources, settings, encoding, features, features.unreadable, recipe.seed)
     digest = _digest(recipe, stage, features.fingerprint, data, start)

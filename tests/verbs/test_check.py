@@ -90,7 +90,7 @@ def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, 
 
 
 def test_every_kind_has_its_fault() -> None:
-    assert set(KINDS) - set(FAULTS) == {"empty", "json", "source", "untrained", "truncated", "image-cut"}
+    assert set(KINDS) - set(FAULTS) == {"empty", "json", "source", "template", "untrained", "truncated", "image-cut"}
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])

@@ -13,7 +13,7 @@ from llavactl.components.formats.weights import stamps, tensors
 from llavactl.components.templates.ends import stops
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry
+from llavactl.core.registry import registry, spelled
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +161,7 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     try:
         return chat_template(template, tokenizer, image=IMAGE, glue=_glue(tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has none", spec, error.message)
+        log.warning("template %s: %s; the export has none", spelled(spec), error.message)
         return None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from llavactl.core.errors import ConversationError, ModelError
 
@@ -29,15 +29,16 @@ OUR_OWN = frozenset({"messages", "add_generation_prompt", "tools", "documents", 
 
 
 class TokenizerTemplateOptions(BaseModel):
-    """``date``: what the chat template writes for today's (``strftime_now``, ``date_string``), be it any day.
-
-    Every other key is an argument of the chat template, such as ``enable_thinking: false``.
-    """
+    """Every key beside ``date`` is an argument of the chat template, such as ``enable_thinking: false``."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     __pydantic_extra__: dict[str, JsonValue]
 
-    date: dt.date = dt.date(2024, 7, 26)
+    date: dt.date = Field(
+        dt.date(2024, 7, 26),
+        description="what a chat template that writes today's date writes, on any day; "
+        "any other key is an argument of the chat template, such as `enable_thinking: false`",
+    )
 
     @model_validator(mode="after")
     def _names(self) -> TokenizerTemplateOptions:
