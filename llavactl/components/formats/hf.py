@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.native import CONNECTORS, Native, adopt, shape_of
+from llavactl.components.formats.native import CONNECTORS, TOKENIZERS, Native, adopt, shape_of
 from llavactl.components.formats.weights import stamps, tensors
 from llavactl.components.templates.ends import stops
 from llavactl.core.errors import ModelError
@@ -77,7 +77,7 @@ class HfLlava:
             "shape": shape_of(vision),
             "connector": {"name": name},
             "language": {"name": "hf", "model": str(folder.absolute())},
-            "template": "tokenizer",
+            "template": TOKENIZERS,
             "precision": str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
         }
         adopt(model, weights, {**description, **origin}, seen={"config": config, "weights": stamps(folder)})
@@ -127,7 +127,7 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     _stop(whole, tokenizer, description)
     whole.save_pretrained(to, max_shard_size=SHARD)
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
-    write_json(to / ORIGIN, {key: description[key] for key in KEPT})
+    write_json(to / ORIGIN, native.kept(KEPT))
 
 
 def _save_processor(

@@ -144,7 +144,7 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        OWN: {key: description[key] for key in keep},
+        OWN: native.kept(keep),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = "llavactl.json"
+TOKENIZERS = "tokenizer"
+"""The template that is the tokenizer's own."""
+
 CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
 """The connectors that other programs know, by their linear layers."""
 
@@ -73,6 +76,12 @@ class Native:
         if isinstance(template, TokenizerTemplate):
             tokenizer.chat_template = template.exported(tokenizer)
         return tokenizer
+
+    def kept(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What an export keeps of the description; a chat template has its arguments and its date in its text there."""
+        template = registry().create("templates", self.description["template"])
+        own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
+        return {**{key: self.description[key] for key in keys}, **own}
 
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""
