@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from llavactl.core.errors import ConversationError, ModelError
+from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,10 +29,10 @@ OUR_OWN = frozenset({"messages", "add_generation_prompt", "tools", "documents", 
 """What a conversation is passed as, and the date: no arguments that a recipe can give."""
 
 
-class TokenizerTemplateOptions(BaseModel):
+class TokenizerTemplateOptions(Options):
     """Every key beside ``date`` is an argument of the chat template, such as ``enable_thinking: false``."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue]
 
     date: dt.date = Field(
