@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.prefix import shared, signature, split
-from llavactl.core.schema import Encoded, Turn
+from llavactl.components.templates.ends import stops
+from llavactl.core.schema import IGNORE, Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.model.generate import GREEDY, Sampling, generate, read
@@ -30,28 +31,45 @@ class Assistant:
     image_order: Literal["first", "random", "as-data"] = "first"
     name: str = ""
 
+    def prompt(self, turns: Sequence[Turn]) -> Encoded:
+        """``encode``, or the token that a text begins with where it gives none; nothing where there is no such token.
+
+        A template that leaves questions out (``plain``) has nothing to write for one without an image.
+        """
+        encoded, tokenizer = self.encode(turns), self.encoding.tokenizer
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return encoded if encoded.ids or first is None else Encoded((first,), (IGNORE,))
+
     def encode(self, turns: Sequence[Turn]) -> Encoded:
-        """The prompt: where training may put the image on either side, the question comes after it."""
+        """What the template asks: where training may put the image on either side, the question comes after it."""
         order: Literal["first", "as-data"] = "as-data" if self.image_order == "as-data" else "first"
         return self.encoding.encode(arrange(turns, order, ""), generate=True)
 
     @cached_property
     def stops(self) -> Stops:
-        return Stops.of(self.encoding)
+        return Stops.of(self.encoding, _ends(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a conversation, made together as one left-padded batch.
 
         What all of them begin with, a picture for one, is read once.
         """
-        batch, cache = self._batch([self.encode(turns) for turns in conversations])
+        prompts = [self.prompt(turns) for turns in conversations]
         writers = [Writer(self.encoding.tokenizer, self.stops) for _ in conversations]
+        asked = [(prompt, writer) for prompt, writer in zip(prompts, writers, strict=True) if prompt.ids]
+        if asked:
+            self._write([prompt for prompt, _ in asked], [writer for _, writer in asked], sampling)
+        return [writer.text.strip() for writer in writers]
+
+    def _write(self, prompts: Sequence[Encoded], writers: Sequence[Writer], sampling: Sampling) -> None:
+        batch, cache = self._batch(prompts)
         for tokens in generate(self.model, batch, sampling, self.stops.ids, cache):
             for writer, token in zip(writers, tokens, strict=True):
                 writer.take(token)
             if all(writer.done for writer in writers):
                 break
-        return [writer.text.strip() for writer in writers]
+        for writer in writers:
+            writer.take(None)
 
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
         """The prompts as a batch behind what they share, and a cache that has read that (None: too little)."""
@@ -74,15 +92,16 @@ class Stops:
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, encoding: Encoding) -> Stops:
-        tokenizer = encoding.tokenizer
-        ids, texts = {tokenizer.eos_token_id}, []
-        for stop in encoding.template.stop(tokenizer):
-            if stop in tokenizer.all_special_tokens:
-                ids.add(tokenizer.convert_tokens_to_ids(stop))
-            else:
-                texts.append(stop)
-        return cls(frozenset(ids), tuple(texts))
+    def of(cls, encoding: Encoding, also: Collection[int] = ()) -> Stops:
+        """What the template and the tokenizer of ``encoding`` end an answer with, and the tokens in ``also``."""
+        ids, texts = stops(encoding.template, encoding.tokenizer)
+        return cls(ids | frozenset(also), texts)
+
+
+def _ends(model: LlavaModel) -> frozenset[int]:
+    """The tokens at which the language model's own settings end a text."""
+    found = getattr(getattr(model.language, "generation_config", None), "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 @dataclass
@@ -96,16 +115,15 @@ class Writer:
     done: bool = False
 
     def take(self, token: int | None) -> str:
-        """Takes the next token (None: the answer has ended) and gives the text that it adds."""
+        """Takes the next token (None: the answer has ended, or may not go on) and gives the text that it adds."""
         if self.done:
             return ""
         if token is None:
             self.done = True
         else:
             self.ids.append(token)
-        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not self.done and whole.endswith("\ufffd"):
-            return ""
+        # The first bytes of a character are no text yet, and none if the others never come.
+        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd")
         ends = [at for stop in self.stops.texts if (at := whole.find(stop)) >= 0]
         if ends:
             whole, self.done = whole[: min(ends)], True

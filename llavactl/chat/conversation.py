@@ -22,7 +22,11 @@ class Conversation:
         self._read: list[Any] = []
 
     def ask(self, *content: Content, sampling: Sampling = GREEDY) -> Iterator[str]:
-        """Says ``content`` (text and images) and yields the answer in pieces as it is written."""
+        """Says ``content`` (text and images) and yields the answer in pieces as it is written.
+
+        A turn that fails is taken back; of an answer that is interrupted stays what was said.
+        """
+        before = len(self.turns)
         self.turns.append(Turn("user", content))
         writer = Writer(self.assistant.encoding.tokenizer, self.assistant.stops)
         try:
@@ -31,16 +35,23 @@ class Conversation:
                     yield piece
                 if writer.done:
                     break
-        except KeyboardInterrupt:
+            if piece := writer.take(None):
+                yield piece
+        except (Exception, KeyboardInterrupt) as error:
             self._cache = None  # some layers may have one token more than others
+            if not isinstance(error, KeyboardInterrupt):
+                del self.turns[before:]
             raise
         finally:
-            self.turns.append(Turn("assistant", (writer.text.strip(),)))
+            if len(self.turns) > before:
+                self.turns.append(Turn("assistant", (writer.text.strip(),)))
 
     def _tokens(self, sampling: Sampling) -> Iterator[int | None]:
         from transformers import DynamicCache
 
-        encoded = self.assistant.encode(self.turns)
+        encoded = self.assistant.prompt(self.turns)
+        if not encoded.ids:
+            return
         per_image = self.assistant.encoding.image_tokens
         wanted = signature(encoded, per_image)
         cache, keep = self._cache, 0

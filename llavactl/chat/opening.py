@@ -37,7 +37,7 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
         )
     loaded = model_folder.load(folder)
     loaded.parts.model.to(device)
-    writes: Any = registry().create("templates", {"name": template or description["template"]})
+    writes: Any = registry().create("templates", template or description["template"])
     return Assistant(
         loaded.parts.model,
         Encoding(writes, loaded.parts.tokenizer, loaded.parts.image_tokens),

@@ -109,8 +109,12 @@ def register_templates(register: Register) -> None:
         ("chatml", "<|im_start|>user … <|im_end|>"),
     ):
         register(name, f"{_COMPONENTS}.templates.styles:{name.replace('-', '_')}", summary=summary)
-    own = f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate"
-    register("tokenizer", own, summary="the tokenizer's own chat template")
+    register(
+        "tokenizer",
+        f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate",
+        options=f"{_COMPONENTS}.templates.jinja:TokenizerTemplateOptions",
+        summary="the tokenizer's own chat template",
+    )
 
 
 @hookimpl

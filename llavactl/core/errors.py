@@ -5,6 +5,7 @@
     ├── DataError       the user, in records, images or answers
     ├── StoreError      the user, in the feature store: extract again, free disk, another fingerprint
     ├── ModelError      the user, in weights or a tokenizer: wrong folder, missing file, non-finite numbers
+    │   └── ConversationError   a conversation that the template can't write: its record is left out
     ├── TeacherError    whoever runs the teacher: busy, cut off, a wrong key, a request too long for it
     └── PluginError     the author of a plugin, named in the message
 
@@ -63,6 +64,10 @@ class StoreError(LlavactlError):
 
 class ModelError(LlavactlError):
     """Weights, a tokenizer or a model folder that can't be used."""
+
+
+class ConversationError(ModelError):
+    """A conversation that the template can't write; others it may."""
 
 
 class TeacherError(LlavactlError):

@@ -21,8 +21,8 @@ _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_con
 """A folder with one of these is a model."""
 
 
-def component_identity(kind: str, spec: Mapping[str, Any]) -> dict[str, Json]:
-    """The identity of the component ``spec`` ({"name", options}) of ``kind``.
+def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Json]:
+    """The identity of the component ``spec`` ({"name", options}, or a name alone) of ``kind``.
 
     Its name, the version of whoever registered it, and its options with their defaults; files and models that these
     name stand there by their contents. What the component itself adds through ``identity()`` is there too.
@@ -30,6 +30,7 @@ def component_identity(kind: str, spec: Mapping[str, Any]) -> dict[str, Json]:
     Raises:
         ModelError: a file that an option names can't be read.
     """
+    spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
     options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
     told = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}

@@ -101,10 +101,14 @@ class Template(Protocol):
         With ``generate`` the turns end with the user's, and the text ends where the answer begins. In ``turns`` the
         name of a special token is broken by a noncharacter, so that only the template writes special tokens:
         what is said must be passed on as it is.
+
+        Raises:
+            ConversationError: these turns can't be written; a record with them is left out of training.
+            ModelError: none can, with this tokenizer.
         """
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """Strings that end an answer, beside the tokenizer's end-of-sequence token."""
+        """Strings that end an answer, beside the tokenizer's end-of-sequence token; each token in them ends one."""
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,20 @@ class Registry:
             raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
 
-    def create(self, kind: str, spec: Mapping[str, Any]) -> Any:
-        """The component that ``spec`` ({"name": …, options}) describes."""
+    def create(self, kind: str, spec: str | Mapping[str, Any]) -> Any:
+        """The component that ``spec`` ({"name": …, options}) describes; a name alone has the default options."""
+        spec = {"name": spec} if isinstance(spec, str) else spec
         entry = self.get(kind, spec["name"])
         options = entry.options_model().model_validate({k: v for k, v in spec.items() if k != "name"})
         return entry.load()(options)
+
+
+def spelled(spec: str | Mapping[str, Any]) -> str:
+    """A component in one line: its name, and its options where it has some."""
+    if isinstance(spec, str):
+        return spec
+    options = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
 if TYPE_CHECKING:
@@ -26,26 +27,28 @@ if TYPE_CHECKING:
 
 ImageOrder = Literal["first", "random", "as-data"]
 
-_BREAK = "\ufdd1"
-"""A Unicode noncharacter, never in a text: inside a special token's name it keeps the tokenizer from seeing one.
+_BREAKS = tuple(chr(0xFDEF - index) for index in range(32))
+"""Unicode's noncharacters: one that a conversation doesn't have, inside a special token's name, hides it.
 
 What tokens the tokenizer makes of it are taken out again.
 """
 
 
 class _Run(NamedTuple):
-    """Tokens between two images (with their ``spans`` of ``text``), or those of one image."""
+    """Tokens between two images (with their ``spans`` of ``text``, ``mark`` the break in it), or those of one image."""
 
     ids: list[int]
     labels: list[int]
     text: str = ""
     spans: Sequence[tuple[int, int]] = ()
+    mark: str = ""
 
     def texts(self) -> Iterator[str]:
         """What each token stands for: of the bytes of one character the first one has it."""
         behind = 0
         for start, end in self.spans or [(0, 0)] * len(self.ids):
-            yield self.text[max(start, behind) : end].replace(_BREAK, "")
+            text = self.text[max(start, behind) : end]
+            yield text.replace(self.mark, "") if self.mark else text
             behind = max(end, behind)
 
 
@@ -75,43 +78,55 @@ class Encoding:
     def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
         """T of each of ``conversations``, uncut: as ``encode`` makes them, but tokenised at once, on all cores."""
         written = [self._written(turns) for turns in conversations]
-        texts = list(dict.fromkeys(part for parts in written for part in parts if part and _BREAK not in part))
+        # A part with a break in it is tokenised by itself, below.
+        texts = list(dict.fromkeys(part for parts, mark in written for part in parts if part and not _in(mark, part)))
         bare = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         known = dict(zip(texts, self.tokenizer(texts, **bare)["input_ids"] if texts else [], strict=True))
         totals = []
-        for parts in written:
-            runs = [self._alone(part) if part is None or part not in known else known[part] for part in parts]
+        for parts, mark in written:
+            runs = [
+                self._alone(part, mark) if part is None or _in(mark, part) or part not in known else known[part]
+                for part in parts
+            ]
             begins = bool(runs) and list(runs[0][:1]) == [self._bos]
             totals.append(sum(map(len, runs)) + (self._bos is not None and not begins))
         return totals
+
+    def written(self, turns: Sequence[Turn]) -> str:
+        """What the template writes, without images; nothing is tokenised.
+
+        Raises:
+            ConversationError: the template refuses ``turns``.
+        """
+        return "".join(part or "" for part in self._written(turns)[0])
 
     def may_exceed(self, turns: Sequence[Turn], length: int) -> bool:
         """False where ``turns`` can't have more than ``length`` tokens, which no tokenizer is asked for.
 
         Of ASCII a token has a character at least, but for one that some tokenizers put before a text.
         """
-        parts = self._written(turns)
+        parts, _ = self._written(turns)
         most = 1 + sum(self.image_tokens if part is None else 1 + len(part) for part in parts)
         return most > length or not all(part is None or part.isascii() for part in parts)
 
-    def _written(self, turns: Sequence[Turn]) -> list[str | None]:
-        """The texts between images as the template has them; None is an image."""
-        found = _pieces(self._render(turns, False))
-        return [None if piece is None else "".join(segment.text for segment in piece) for piece in found]
+    def _written(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
+        """The texts between images as the template has them, None for an image; and the break that may be in them."""
+        segments, mark = self._render(turns, False)
+        found = [None if piece is None else "".join(segment.text for segment in piece) for piece in _pieces(segments)]
+        return found, mark
 
-    def _alone(self, part: str | None) -> Sequence[int]:
+    def _alone(self, part: str | None, mark: str) -> Sequence[int]:
         """The ids of one part of ``_written``."""
-        return [IMAGE_TOKEN] * self.image_tokens if part is None else _tokenise([Text(part)], self.tokenizer).ids
+        return [IMAGE_TOKEN] * self.image_tokens if part is None else _tokenise([Text(part)], self.tokenizer, mark).ids
 
     def trains(self, turns: Sequence[Turn]) -> bool:
-        """Whether ``turns`` have a target within ``max_length``.
+        """Whether ``turns`` have a target within ``max_length``; all of them are written, so that a refusal shows.
 
         No tokenizer makes more tokens of a text than it has bytes, and one more where it begins a new one; only
         where that can't settle it is anything tokenised.
         """
-        answered = next((at for at, turn in enumerate(turns, 1) if turn.role == "assistant"), len(turns))
         most = 2
-        for segment in self._render(turns[:answered], False):
+        for segment in self._render(turns, False)[0]:
             if not isinstance(segment, Text):
                 most += self.image_tokens + 1
             elif segment.trained and segment.text and (self.max_length is None or most < self.max_length):
@@ -123,28 +138,54 @@ class Encoding:
     def _runs(self, turns: Sequence[Turn], generate: bool) -> list[_Run]:
         """BOS where this tokenizer begins with it, then text and images in turn."""
         image = _Run([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
-        pieces = _pieces(self._render(turns, generate))
-        runs = [image if piece is None else _tokenise(piece, self.tokenizer) for piece in pieces]
+        segments, mark = self._render(turns, generate)
+        runs = [image if piece is None else _tokenise(piece, self.tokenizer, mark) for piece in _pieces(segments)]
         bos = self._bos
         if bos is not None and not (runs and runs[0].ids[:1] == [bos]):
             text = str(self.tokenizer.bos_token)
             runs.insert(0, _Run([bos], [IGNORE], text, [(0, len(text))]))
         return runs
 
-    def _render(self, turns: Sequence[Turn], generate: bool) -> list[Segment]:
-        plain = [Turn(turn.role, tuple(map(self._as_text, turn.content))) for turn in turns]
-        return self.template.render(plain, self.tokenizer, generate=generate)
+    def _render(self, turns: Sequence[Turn], generate: bool) -> tuple[list[Segment], str]:
+        """``turns`` as the template writes them, and the break that is in special tokens' names, if any is said.
 
-    def _as_text(self, part: Content) -> Content:
-        return self._specials.sub(rf"\1{_BREAK}", part) if isinstance(part, str) and self._specials else part
+        Raises:
+            ConversationError: the template refuses them.
+        """
+        names, mark = self._specials, ""
+        if names is not None and any(names.search(turn.text) for turn in turns):
+            said = {each for turn in turns for each in turn.text}
+            mark = next((each for each in _BREAKS if each not in said), "")
+            turns = [Turn(turn.role, tuple(_broken(part, names, mark) for part in turn.content)) for turn in turns]
+        return self.template.render(turns, self.tokenizer, generate=generate), mark
 
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
-        """The first character of any special token's name; one that is a single character can't be broken."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        longer = sorted(re.escape(name) for name in names if len(name) > 1)
-        return re.compile(f"(?=(?:{'|'.join(longer)}))(.)", re.DOTALL) if longer else None
+        """The first character of the name of any token that is special or that the template makes turns of.
+
+        A name that is a single character can't be broken.
+        """
+        added = {token.content: token.special for token in self.tokenizer.added_tokens_decoder.values()}
+        written = self._turned()
+        names = {name for name, special in added.items() if special or name in written}
+        longer = sorted(name for name in names | set(self.tokenizer.all_special_tokens) if len(name) > 1)
+        if not longer:
+            return None
+        firsts = "".join(sorted({re.escape(name[0]) for name in longer}))
+        # A class of characters is searched for three times as fast as a choice of names.
+        return re.compile(f"([{firsts}])(?<=(?={'|'.join(map(re.escape, longer))}).)", re.DOTALL)
+
+    def _turned(self) -> str:
+        """What the template writes around turns."""
+        talk = [Turn("user", ("a",)), Turn("assistant", ("a",)), Turn("user", ("a",))]
+        for turns in (talk, talk[:1]):
+            try:
+                found = self.template.render(turns, self.tokenizer, generate=True)
+            except ConversationError:
+                continue
+            texts = [each.text for each in found if isinstance(each, Text)]
+            return "".join([*texts, *self.template.stop(self.tokenizer)])
+        return ""
 
     @cached_property
     def _bos(self) -> int | None:
@@ -173,19 +214,28 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
     return pieces
 
 
-def _tokenise(piece: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> _Run:
+def _in(mark: str, text: str) -> bool:
+    return bool(mark) and mark in text
+
+
+def _broken(part: Content, names: re.Pattern[str], mark: str) -> Content:
+    return names.sub(rf"\1{mark}", part) if isinstance(part, str) else part
+
+
+def _tokenise(piece: Sequence[Text], tokenizer: PreTrainedTokenizerBase, mark: str) -> _Run:
     text = "".join(segment.text for segment in piece)
     if not text:
         return _Run([], [])
     trained = [segment.trained for segment in piece for _ in segment.text]
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = list(found["input_ids"]), list(found["offset_mapping"])
-    if _BREAK in text:
-        kept = [at for at, (start, end) in enumerate(spans) if text[start:end] != _BREAK]
+    if _in(mark, text):
+        kept = [at for at, (start, end) in enumerate(spans) if text[start:end] != mark]
         ids, spans = [ids[at] for at in kept], [spans[at] for at in kept]
     # A token that the tokenizer put in by itself (SentencePiece's leading space) has no length.
     last = [min(max(start, end - 1), len(trained) - 1) for start, end in spans]
-    return _Run(ids, [token if trained[at] else IGNORE for token, at in zip(ids, last, strict=True)], text, spans)
+    labels = [token if trained[at] else IGNORE for token, at in zip(ids, last, strict=True)]
+    return _Run(ids, labels, text, spans, mark)
 
 
 def arrange(turns: Sequence[Turn], order: ImageOrder, seed: str) -> tuple[Turn, ...]:

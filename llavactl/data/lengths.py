@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llavactl.core.errors import ConversationError
 from llavactl.core.protocols import MeasuredVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
@@ -26,15 +27,26 @@ class Lengths:
     image_order: ImageOrder
     max_length: int
 
-    def count(self, samples: Sequence[Sample]) -> list[int]:
-        """T of each of ``samples``, uncut."""
-        return self.encoding.lengths([self._turns(sample) for sample in samples])
+    def count(self, samples: Sequence[Sample]) -> list[int | None]:
+        """T of each of ``samples``, uncut; None of one that the template refuses to write."""
+        written = [not self.refusal(sample) for sample in samples]
+        turns = [self._turns(sample) for sample, fine in zip(samples, written, strict=True) if fine]
+        counted = iter(self.encoding.lengths(turns))
+        return [next(counted) if fine else None for fine in written]
+
+    def refusal(self, sample: Sample) -> str:
+        """Why the template can't write ``sample``, or ""."""
+        try:
+            self.encoding.written(self._turns(sample))
+        except ConversationError as error:
+            return error.message
+        return ""
 
     def too_long(self, samples: Sequence[Sample]) -> list[bool]:
         """Which of ``samples`` are longer than ``max_length``; those that can't be are not tokenised to find out."""
         maybe = [self.encoding.may_exceed(self._turns(sample), self.max_length) for sample in samples]
         counted = iter(self.count([sample for sample, may in zip(samples, maybe, strict=True) if may]))
-        return [may and next(counted) > self.max_length for may in maybe]
+        return [may and (next(counted) or 0) > self.max_length for may in maybe]
 
     def findings(self, sample: Sample) -> list[Finding]:
         """What ``max_length`` does to ``sample``, which is longer."""
@@ -60,7 +72,7 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
     encoding = Encoding(
-        registry().create("templates", {"name": settings.template or recipe.language.template}),
+        registry().create("templates", recipe.template(stage)),
         registry().create("languages", recipe.language.spec()).tokenizer(),
         image_tokens(recipe, stage),
     )

@@ -23,7 +23,7 @@ SYNONYMS = {
 }
 """Names of speakers that other formats use, in lower case, and LLaVA's."""
 
-HOPELESS = frozenset({"json", "image-missing", "image-broken", "untrained"})
+HOPELESS = frozenset({"json", "image-missing", "image-broken", "template", "untrained"})
 """Problems for which a record is dropped whatever else is wrong with it."""
 
 Message = dict[str, Any]

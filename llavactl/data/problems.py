@@ -37,6 +37,7 @@ KINDS: Mapping[str, Kind] = {
     "source": Kind("stops", "a source that can't be read to its end"),
     "image-missing": Kind("lost", "an image that is not there, or can't be read"),
     "image-broken": Kind("lost", "an image that can't be decoded"),
+    "template": Kind("lost", "a conversation that the stage's template refuses to write"),
     "untrained": Kind("lost", "no token is trained within max_length"),
     "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
     "truncated": Kind("noted", "longer than max_length: its end is not trained"),

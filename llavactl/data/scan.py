@@ -84,6 +84,7 @@ def scan(records: Iterator[Examined], images: Images, lengths: Lengths | None) -
             images.look(pool, [image for each in chunk for image in each.images])
             usable = [each for each in chunk if each.sample is not None]
             if lengths is not None:
+                usable = [each for each in usable if not _refused(each, lengths)]
                 long = lengths.too_long([each.sample for each in usable if each.sample is not None])
                 for each, is_long in zip(usable, long, strict=True):
                     if each.sample is not None and is_long:
@@ -95,6 +96,13 @@ def scan(records: Iterator[Examined], images: Images, lengths: Lengths | None) -
                         each.findings.append(Finding("duplicate-id", name))
                     ids.add(hash(name))
                 yield each
+
+
+def _refused(each: Examined, lengths: Lengths) -> bool:
+    """Whether the template can't write the sample of ``each``, which is then one of its findings."""
+    if why := lengths.refusal(each.sample) if each.sample is not None else "":
+        each.findings.append(Finding("template", why))
+    return bool(why)
 
 
 def _id(each: Examined) -> str | None:

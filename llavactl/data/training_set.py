@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from llavactl.core.errors import DataError
+from llavactl.components.templates.ends import alternative
+from llavactl.core.errors import ConversationError, DataError
 from llavactl.core.schema import Contents, Encoded, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads
 from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
@@ -95,10 +96,12 @@ def split(
 ) -> Split:
     """The samples of ``specs`` that can be trained, split so that no image is on both sides.
 
-    Left out are those with an image that ``contents`` finds unreadable, and those of which ``max_length`` leaves
-    nothing to train. ``contents`` also tells images with the same bytes, whatever they are called.
+    Left out are those with an image that ``contents`` finds unreadable, those that the template refuses to write, and
+    those of which ``max_length`` leaves nothing to train. ``contents`` also tells images with the same bytes, whatever
+    they are called.
 
     Raises:
+        ModelError: the template refuses every sample, or can't be used with this tokenizer.
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
@@ -115,6 +118,8 @@ def split(
             left_out.append(LeftOut(sample.id, sample.where, why))
         else:
             kept.append(member)
+    if not kept:
+        _check_written([member.sample for member in found], encoding, stage.image_order)
     groups, sizes = _groups(kept, looked_at.keys)
     validation = held_out(groups, stage.validation, seed, sizes)
 
@@ -146,9 +151,32 @@ def split(
 
 def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
     """Why nothing of ``sample`` would be trained, in some epoch at least; "" where something is in all."""
-    if all(encoding.trains(turns) for turns in arrangements(sample.turns, order)):
-        return ""
+    try:
+        if all(encoding.trains(turns) for turns in arrangements(sample.turns, order)):
+            return ""
+    except ConversationError as error:
+        return error.message
     return f"nothing of its answers is within max_length {encoding.max_length}"
+
+
+def refusal(sample: Sample, encoding: Encoding, order: ImageOrder) -> ConversationError | None:
+    """Why the template of ``encoding`` can't write ``sample``; None where it can. Nothing is tokenised."""
+    try:
+        for turns in arrangements(sample.turns, order):
+            encoding.written(turns)
+    except ConversationError as error:
+        return error
+    return None
+
+
+def _check_written(samples: Sequence[Sample], encoding: Encoding, order: ImageOrder) -> None:
+    """Raises the refusal of the first of ``samples`` where the template refuses them all."""
+    refusals = [refusal(sample, encoding, order) for sample in samples]
+    if refusals and all(refusals) and (first := refusals[0]) is not None:
+        raise ConversationError(
+            f"none of {len(samples)} records can be written; {samples[0].where or samples[0].id}: {first.message}",
+            hint=first.hint or f"`template: {alternative(encoding.tokenizer)}` writes any conversation",
+        ) from first
 
 
 def _unreadable(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:

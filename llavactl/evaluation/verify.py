@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.chat.assistant import Assistant, Stops, Writer
+from llavactl.chat.assistant import Assistant, Writer
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN, ImageFile, ImageSlot, Text, Turn
@@ -127,7 +127,7 @@ def _opened(model: Path) -> Assistant:
     model_folder.load_connector(loaded.parts.model.connector, model)
     description = loaded.description
     vision = registry().create("vision", description["vision"])
-    template: Any = registry().create("templates", {"name": description["template"]})
+    template: Any = registry().create("templates", description["template"])
     encoding = Encoding(template, loaded.parts.tokenizer, loaded.parts.image_tokens)
     return Assistant(loaded.parts.model, encoding, _Exact(vision.load("cpu", "float32")), "first", str(model))
 
@@ -256,9 +256,10 @@ def _difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
 
 def _text(assistant: Assistant, tokens: Sequence[int]) -> str:
     """What ``tokens`` say up to where an answer ends."""
-    writer = Writer(assistant.encoding.tokenizer, Stops.of(assistant.encoding))
+    writer = Writer(assistant.encoding.tokenizer, assistant.stops)
     for token in tokens:
         writer.take(None if token in assistant.stops.ids else token)
         if writer.done:
             break
+    writer.take(None)
     return writer.text.strip()

@@ -93,7 +93,7 @@ def identity(folder: Path) -> str:
     kinds = {"languages": language_of(folder, description)}
     kinds |= {"vision": description["vision"], "connectors": description["connector"]}
     parts = {kind: component_identity(kind, spec) for kind, spec in kinds.items()}
-    template = component_identity("templates", {"name": description["template"]})
+    template = component_identity("templates", description["template"])
     return hash_json([hash_folder(folder), parts, template])
 
 

@@ -168,7 +168,7 @@ def _told(recipe: Recipe) -> dict[str, Any]:
         "vision": recipe.vision.spec(),
         "shape": {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix},
         "language": recipe.language.spec(),
-        "template": recipe.language.template,
+        "template": recipe.template(2),
         "precision": recipe.stage2.precision,
     }
 

@@ -62,10 +62,16 @@ class ConnectorSpec(Spec):
     kind = "connectors"
 
 
+class TemplateSpec(Spec):
+    kind = "templates"
+
+
 class LanguageSpec(Spec):
+    """``template`` is a name, or ``{name: tokenizer, enable_thinking: false}`` with options."""
+
     kind = "languages"
 
-    template: str = "vicuna-v1"
+    template: str | TemplateSpec = "vicuna-v1"
 
     @classmethod
     def frame_keys(cls) -> set[str]:
@@ -181,7 +187,7 @@ class Stage(Section):
     ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
-    template: str | None = None
+    template: str | TemplateSpec | None = None
     image: Literal["square", "pad"] | None = None
     image_order: ImageOrder = "first"
     epochs: Positive = 1
@@ -230,7 +236,7 @@ class Stage1(Stage):
     """``grounding_steps``: before the first step, so many in which the connector is fitted to the boxes of the data."""
 
     grounding_steps: NotNegativeWhole = 0
-    template: str | None = "plain"
+    template: str | TemplateSpec | None = "plain"
     batch_size: Count = 256
     micro_batch_size: Count = 32
 
@@ -294,6 +300,11 @@ class Recipe(Section):
     try_next: tuple[str, ...] = ()
     seed: Whole = 0
     run_dir: RecipePath
+
+    def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
+        """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""
+        own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
+        return own if isinstance(own, str) else own.spec()
 
     @model_validator(mode="after")
     def _boxes_lie_on_patches(self) -> Recipe:

@@ -101,9 +101,8 @@ def specs(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[W
             continue
         here, at = (*path, name), data.get(name)
         for place, item in [((*here, i), item) for i, item in enumerate(at)] if isinstance(at, list) else [(here, at)]:
-            if not issubclass(inner, Spec):
-                yield from specs(inner, item, place)
-            elif isinstance(item, dict):
+            yield from specs(inner, item, place)
+            if issubclass(inner, Spec) and isinstance(item, dict):
                 yield place, inner, item
 
 
@@ -145,14 +144,22 @@ def _formats(data: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
+    """Templates given by name alone; one that has options gets their defaults, so that a run says what it took."""
     for section, key in TEMPLATES:
         inside = data.get(section)
         name = inside.get(key) if isinstance(inside, dict) else None
-        if isinstance(name, str):
+        if isinstance(inside, dict) and isinstance(name, str):
             try:
-                registry().get("templates", name)
-            except RecipeError as error:
-                yield (section, key), sentence(error)
+                options = registry().get("templates", name).options_model()
+                defaults = options.model_validate({}).model_dump(mode="json")
+            except (LlavactlError, ValidationError) as error:
+                yield (section, key), sentence(error) if isinstance(error, LlavactlError) else _lacks(name)
+            else:
+                inside[key] = {"name": name, **defaults} if defaults else name
+
+
+def _lacks(name: str) -> str:
+    return f"template {name} has options that must be given: {{name: {name}, …}}"
 
 
 def _asked(recipe: Recipe, root: Node) -> Iterator[Problem]:

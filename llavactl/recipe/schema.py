@@ -48,5 +48,5 @@ def _component(entry: Entry, shared: dict[str, Any], definitions: dict[str, Any]
         "type": "object",
         "properties": {**own.get("properties", {}), **shared["properties"], "name": {"const": entry.name}},
         "required": ["name", *own.get("required", ())],
-        "additionalProperties": False,
+        "additionalProperties": own.get("additionalProperties", False),
     }

@@ -42,7 +42,7 @@ def explain(
     for found in error.errors(include_url=False):
         path = _said(found["loc"], given)
         if found["type"] == "missing":
-            path = (*path, *found["loc"][len(path) : len(path) + 1])
+            path = (*path, found["loc"][-1])
         if path not in seen:
             seen.add(path)
             yield path, _why(found, path, schema, given, also if len(path) == 1 else ())
@@ -89,6 +89,8 @@ def describe(field: Schema, schema: Schema) -> str:
         return repr(field["const"])
     if "pattern" in field:
         return str(field.get("description", f"text like {field['pattern']}"))
+    if field.get("format") == "date":
+        return "a date such as 2024-07-26"
     if field.get("format") in ("path", "file-path", "directory-path"):
         return "a file or folder"
     if "name" in field.get("required", ()):

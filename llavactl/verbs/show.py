@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.core.registry import registry
+from llavactl.core.registry import registry, spelled
 from llavactl.data.encode import Encoding
 from llavactl.data.images import ImageError, decode
 from llavactl.data.lengths import image_tokens
 from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
-from llavactl.data.training_set import arranged, untrainable
+from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import why
 from llavactl.report.thumbnails import thumbnail
 from llavactl.report.tokens import page
@@ -93,16 +93,16 @@ def show(
     first = _find(every, sample, f"data.stage{number}")
     chosen = every[first : first + count]
     has_image = any(each.images for each in chosen)
-    template = settings.template or recipe.language.template
+    template = recipe.template(number)
     encoding = Encoding(
-        registry().create("templates", {"name": template}),
+        registry().create("templates", template),
         registry().create("languages", recipe.language.spec()).tokenizer(),
         image_tokens(recipe, number) if has_image else 0,
         settings.max_length,
     )
     report = ShowReport(
         stage=number,
-        template=template,
+        template=spelled(template),
         image_order=settings.image_order,
         epoch=epoch,
         max_length=settings.max_length,
@@ -133,7 +133,8 @@ def _find(every: Sequence[Sample], wanted: str | None, where: str) -> int:
 
 
 def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, drawn: tuple[int, int]) -> Shown:
-    found = pieces(encoding, arranged(sample, settings.image_order, *drawn))
+    refused = refusal(sample, encoding, settings.image_order)
+    found = [] if refused else pieces(encoding, arranged(sample, settings.image_order, *drawn))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
     broken = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
     return Shown(

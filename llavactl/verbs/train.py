@@ -74,9 +74,9 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         parts = build(
             recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
         )
-    template = settings.template or recipe.language.template
+    template = recipe.template(stage)
     encoding = Encoding(
-        registry().create("templates", {"name": template}), parts.tokenizer, parts.image_tokens, settings.max_length
+        registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
     data = split(sources, settings, encoding, features, features.contents, recipe.seed)
     if stage == 1 and not any(sample.images for sample in data.train.samples):
@@ -221,7 +221,7 @@ def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": spec["name"], **model.model_validate(options).model_dump(mode="json")}
 
 
-def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
+def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
     """Changes with all that decides the result: settings, components, data, features, the model it starts from.
 
     What files hold counts, not what they are called. Left out is what doesn't change the result, or only how fast it
@@ -230,13 +230,12 @@ def _digest(recipe: Recipe, stage: int, fingerprint: Fingerprint, data: Split, s
     settings = recipe.stage1 if stage == 1 else recipe.stage2
     free = {"micro_batch_size", "micro_tokens", "packing", "gradient_checkpointing"}
     free |= {"checkpoint_every", "keep_last", "final", "init"}
-    template = settings.template or recipe.language.template
     return hash_json(
         {
             "stage": settings.model_dump(mode="json", exclude=free),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
-            "template": component_identity("templates", {"name": template}),
+            "template": component_identity("templates", recipe.template(stage)),
             "fingerprint": fingerprint.id,
             "data": data.digest,
             "boxes": [s.boxes for s in data.train.samples] if getattr(settings, "grounding_steps", 0) else None,

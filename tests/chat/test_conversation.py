@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AddedToken
 
 from llavactl.chat.assistant import Assistant, Stops, Writer
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.prefix import shared
+from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageFile, Turn
 from llavactl.data.encode import Encoding
@@ -105,3 +108,86 @@ def test_questions_about_one_picture_read_it_once_and_answer_alike(assistant: As
     assistant.features.loaded.clear()  # type: ignore[attr-defined]
     assert assistant.answer(talks, SHORT) == alone
     assert assistant.features.loaded == ["a.jpg"]  # type: ignore[attr-defined]
+
+
+def test_half_a_character_at_the_limit_is_no_text(assistant: Assistant) -> None:
+    tokenizer = assistant.encoding.tokenizer
+    for stops, text in ((("\n",), "ab é"), (("##",), "ab #é")):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        writer = Writer(tokenizer, Stops(frozenset(), stops))
+        pieces = [writer.take(token) for token in [*tokens[:-1], None]]
+        assert "".join(pieces) == writer.text == text[:-1]
+
+
+@pytest.mark.parametrize("limit", range(1, 6))
+def test_what_is_streamed_is_the_whole_answer_at_any_limit(assistant: Assistant, limit: int) -> None:
+    talk, sampling = Conversation(assistant), Sampling(max_new_tokens=limit)
+    said = "".join(talk.ask("Hello?", sampling=sampling))
+    assert [said.strip()] == assistant.answer([(Turn("user", ("Hello?",)),)], sampling) == [talk.turns[-1].text]
+
+
+def test_a_turn_that_fails_is_taken_back(assistant: Assistant) -> None:
+    class Torn(Drawn):
+        def stored(self, image: Any) -> tuple[np.ndarray]:
+            if image == OTHER:
+                raise DataError("torn")
+            return super().stored(image)
+
+    assistant.features = Torn()
+    talk = Conversation(assistant)
+    first = "".join(talk.ask(PHOTO, "\nWhat is it?", sampling=SHORT)).strip()
+    with pytest.raises(DataError):
+        list(talk.ask(OTHER, "\nAnd this?", sampling=SHORT))
+    assert [turn.text for turn in talk.turns] == ["\nWhat is it?", first]
+    said = "".join(talk.ask("Why?", sampling=SHORT)).strip()
+    assert [said] == assistant.answer([talk.turns[:-1]], SHORT)
+
+
+def test_an_interrupted_answer_stays_as_far_as_it_went(assistant: Assistant) -> None:
+    talk = Conversation(assistant)
+    pieces = talk.ask("Hello?", sampling=SHORT)
+    begun = next(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert [turn.role for turn in talk.turns] == ["user", "assistant"]
+    assert talk.turns[-1].text == begun.strip()
+    said = "".join(talk.ask("Why?", sampling=SHORT)).strip()
+    assert [said] == assistant.answer([talk.turns[:-1]], SHORT)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["eos", "none"])
+def test_a_question_that_writes_nothing_is_answered(assistant: Assistant, first: bool) -> None:
+    """The template `plain` leaves questions out, and this tokenizer puts no BOS before a text."""
+    tokenizer = copy.deepcopy(assistant.encoding.tokenizer)
+    if not first:
+        tokenizer.bos_token = tokenizer.eos_token = None
+    plain = registry().create("templates", {"name": "plain"})
+    assistant.encoding = Encoding(plain, tokenizer, assistant.encoding.image_tokens)
+    talks = [(Turn("user", ("Hello?",)),), (Turn("user", (PHOTO, "\nWhat is it?")),), (Turn("user", ("",)),)]
+    answers = assistant.answer(talks, SHORT)
+    assert answers == [assistant.answer([talk], SHORT)[0] for talk in talks]
+    assert answers[0] == answers[2]
+    assert bool(answers[1])
+    assert first or not answers[0]
+    talk = Conversation(assistant)
+    assert "".join(talk.ask("Hello?", sampling=SHORT)).strip() == answers[0]
+
+
+@pytest.mark.parametrize("own", [7, [7, 9], None])
+def test_the_language_models_own_ends_stop_an_answer(assistant: Assistant, own: Any) -> None:
+    language: Any = assistant.model.language
+    language.generation_config.eos_token_id = own
+    assert {7, 9}.intersection(assistant.stops.ids) == ({own} if isinstance(own, int) else set(own or ()))
+    assert assistant.encoding.tokenizer.eos_token_id in assistant.stops.ids
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_that_ends_an_answer_is_never_shown(assistant: Assistant, special: bool) -> None:
+    tokenizer = copy.deepcopy(assistant.encoding.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|E|>", special=special, normalized=False)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|E|>{% endfor %}assistant: "
+    template = registry().create("templates", {"name": "tokenizer"})
+    stops = Stops.of(Encoding(template, tokenizer, 1))
+    (end,) = tokenizer.encode("<|E|>", add_special_tokens=False)
+    assert end in stops.ids
+    assert not stops.texts

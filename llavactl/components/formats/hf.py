@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.components.formats.hf_read import ORIGIN, read_hf
 from llavactl.components.formats.native import CONNECTORS, KEPT, Native, shape_of
+from llavactl.components.templates.ends import stops
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry
+from llavactl.core.registry import registry, spelled
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     _stop(whole, tokenizer, description)
     whole.save_pretrained(to, max_shard_size=SHARD)
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
-    write_json(to / ORIGIN, {key: description[key] for key in KEPT})
+    write_json(to / ORIGIN, native.kept(KEPT))
 
 
 def _save_processor(
@@ -116,13 +117,13 @@ def _save_processor(
     processor.save_pretrained(to)
 
 
-def _chat(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template: None, and a line in the log, for a template that holds no conversation (``plain``)."""
-    template = registry().create("templates", {"name": name})
+    template = registry().create("templates", spec)
     try:
         return chat_template(template, tokenizer, image=IMAGE, glue=_glue(tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has none", name, error.message)
+        log.warning("template %s: %s; the export has none", spelled(spec), error.message)
         return None
 
 
@@ -219,10 +220,9 @@ def _stop(
     whole: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> None:
     """Generation ends where an answer of the template ends, and doesn't sample unless it is asked to."""
-    template = registry().create("templates", {"name": description["template"]})
-    stops = {tokenizer.eos_token_id}
-    stops |= {tokenizer.convert_tokens_to_ids(s) for s in template.stop(tokenizer) if s in tokenizer.all_special_tokens}
+    ends, _ = stops(registry().create("templates", description["template"]), tokenizer)
     settings = whole.generation_config
-    settings.eos_token_id = sorted(stops)
+    own = settings.eos_token_id
+    settings.eos_token_id = sorted(ends.union([own] if isinstance(own, int) else own or ()))
     settings.pad_token_id = tokenizer.pad_token_id
     settings.do_sample, settings.temperature, settings.top_p, settings.top_k = False, None, None, None

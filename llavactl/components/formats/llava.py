@@ -45,7 +45,7 @@ class OriginalLlava:
             torch.save({f"model.mm_projector.{name}": each for name, each in projection.items()}, to / PROJECTOR_FILE)
             base = native.description["language"].get("model", native.description["language"]["name"])
             write_json(to / "config.json", _written(native, {"model_type": "llava_llama", "_name_or_path": base}))
-            native.tokenizer().save_pretrained(to)
+            native.exported_tokenizer().save_pretrained(to)
             _vision(native, to)
             return
         language = native.language()
@@ -54,7 +54,7 @@ class OriginalLlava:
             state.pop("lm_head.weight", None)
         # The language model's own way of saving, so that shards, index and generation settings are as ever.
         language.save_pretrained(to, state_dict=_untied(state), max_shard_size=SHARD)
-        native.tokenizer().save_pretrained(to)
+        native.exported_tokenizer().save_pretrained(to)
         write_json(to / "config.json", _written(native, read_json(to / "config.json")))
         _vision(native, to)
 
@@ -97,7 +97,7 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        OWN: {key: description[key] for key in keep},
+        OWN: native.kept(keep),
     }
 
 

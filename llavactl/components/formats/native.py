@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import write_json
 from llavactl.core.registry import registry
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = "llavactl.json"
+TOKENIZERS = "tokenizer"
+"""The template that is the tokenizer's own."""
+
 CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
 """The connectors that other programs know, by their linear layers."""
 
@@ -67,6 +71,19 @@ class Native:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
         return found
+
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer whose chat template, where the model was trained with it, writes as in training on any day."""
+        tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
+        if isinstance(template, TokenizerTemplate):
+            tokenizer.chat_template = template.exported(tokenizer)
+        return tokenizer
+
+    def kept(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What an export keeps of the description; a chat template has its arguments and its date in its text there."""
+        template = registry().create("templates", self.description["template"])
+        own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
+        return {**{key: self.description[key] for key in keys}, **own}
 
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""

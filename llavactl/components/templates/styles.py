@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError
@@ -138,13 +138,18 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def _written(pattern: str, words: Mapping[str, str], said: Sequence[Content] = ()) -> Iterator[Segment]:
     """``pattern`` as segments. It is taken apart before anything is put in, so that no word can be a mark."""
     trained = False
-    for part in _MARKS.split(pattern):
+    for part in _parts(pattern):
         if part in ("«", "»"):
             trained = part == "«"
         elif part == "{said}":
             yield from (Text(each, trained) if isinstance(each, str) else ImageSlot() for each in said)
         elif part:
             yield Text(part.format(**words), trained)
+
+
+@cache
+def _parts(pattern: str) -> Sequence[str]:
+    return _MARKS.split(pattern)
 
 
 def _template(name: str, options: Any) -> Styled:

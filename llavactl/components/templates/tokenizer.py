@@ -1,107 +1,293 @@
-"""The chat template that the tokenizer itself carries."""
+"""The chat template that the tokenizer itself carries.
+
+A chat template writes whole conversations, and many write a turn in another way once later ones follow: the thoughts
+of earlier answers go, the newest answer gets an empty one, the end of all gets a token of its own. So the prompt for an
+answer (``add_generation_prompt``) is compared with what stands before that answer in a conversation that goes on. Where
+they agree but for what stands directly before the answer, a conversation is written in one way, the same in training,
+in chats and in evaluations: each answer after its prompt. Where they don't, the conversation is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llavactl.core.errors import ModelError
+from llavactl.components.templates.ends import added_tokens, alternative, any_of
+from llavactl.components.templates.jinja import Jinja, TokenizerTemplateOptions
+from llavactl.core.errors import ConversationError
 from llavactl.core.schema import ImageSlot, Segment, Text, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\ufdd2"
-_SLOT = "\ufdd0"  # a Unicode noncharacter: never in a text, so it marks where an image goes while the template runs
+log = logging.getLogger(__name__)
+
+_NONCHARACTERS = tuple(chr(0xFDD0 + index) for index in range(32))
+"""Unicode's noncharacters: hardly ever in a text, so that some are free to mark places in one."""
+
+_ANY_OF_THEM = re.compile(f"[{_NONCHARACTERS[0]}-{_NONCHARACTERS[-1]}]")
+
+_PROBE = {role: Turn(role, (role,)) for role in ("system", "user", "assistant")}
+
+
+class _Marks(NamedTuple):
+    """Characters that a conversation doesn't have: for an image, both ends of an answer, and the break in a tag."""
+
+    image: str
+    begin: str
+    end: str
+    tag: str
+
+    @classmethod
+    def beside(cls, turns: Sequence[Turn]) -> _Marks:
+        """Marks for ``turns``."""
+        used = {each for turn in turns for each in _ANY_OF_THEM.findall(turn.text)}
+        free = [each for each in _NONCHARACTERS if each not in used]
+        if len(free) < len(cls._fields):
+            raise ConversationError("the conversation has every noncharacter of Unicode; some must mark places in it")
+        return cls(*free[: len(cls._fields)])
+
+
+_MARKS = _Marks.beside([])
+
+
+class _Way(NamedTuple):
+    """The prompt of an answer: what stands before the answer without its last ``back`` characters, then ``more``.
+
+    ``lead``: spaces between the prompt and the answer, which are learned.
+    """
+
+    back: int
+    more: str
+    lead: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How conversations of the same roles are written: the way of each answer, and the ``tail`` after the last.
+
+    ``followed``: the last answer, too, is written as where a question follows it.
+    """
+
+    followed: bool
+    ways: Sequence[_Way]
+    tail: str
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A tokenizer's chat template and what is known of it from trying it."""
+
+    jinja: Jinja
+    tokenizer: PreTrainedTokenizerBase
+    plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
+
+    @cached_property
+    def tag(self) -> str | None:
+        """What is written for an image by a template that takes lists of items alone; None: it takes text."""
+        if _MARKS.image in self.jinja.write([{"role": "user", "content": _MARKS.image}]):
+            return None
+        return str(getattr(self.tokenizer, "image_token", None) or "<image>")
+
+    @cached_property
+    def ending(self) -> str:
+        """What ends an answer, to the last added token, special or not, that ends the newest and earlier ones alike.
+
+        Without one: to the first that an earlier answer is followed by; else all up to the next question.
+        """
+        question = _NONCHARACTERS[-1]
+        talk = [_PROBE["user"], _PROBE["assistant"], Turn("user", (question,))]
+        newest = self._behind(talk[:2])
+        between = self._behind(talk).partition(question)[0] or newest
+        pattern = any_of(added_tokens(self.tokenizer))
+        tokens = [] if pattern is None else [found.end() for found in pattern.finditer(between)]
+        alike = [at for at in tokens if newest.startswith(between[:at])]
+        ends = alike or tokens[:1] or [len(between.rstrip()) or len(between)]
+        return between[: ends[-1]]
+
+    def _behind(self, talk: Sequence[Turn]) -> str:
+        """What stands after the answer in ``talk``; nothing where the chat template refuses it."""
+        try:
+            return self.write(talk, _MARKS).rpartition(_MARKS.end)[2]
+        except ConversationError:
+            return ""
+
+    def write(self, turns: Sequence[Turn], marks: _Marks, *, generate: bool = False) -> str:
+        """``turns`` as the chat template writes them, with ``marks`` in them."""
+        written = self.jinja.write([self._message(turn, marks) for turn in turns], generate=generate)
+        if self.tag is not None:
+            # Only the template's own tag is an image; one that somebody wrote is broken by a mark.
+            written = written.replace(self.tag, marks.image).replace(marks.tag, "")
+        return written
+
+    def _message(self, turn: Turn, marks: _Marks) -> Mapping[str, Any]:
+        if turn.role == "assistant":
+            said = f"{marks.begin}{turn.text}{marks.end}"
+        elif self.tag is None:
+            said = "".join(part if isinstance(part, str) else marks.image for part in turn.content)
+        else:
+            said = turn.text.strip()
+        if self.tag is None:
+            return {"role": turn.role, "content": said}
+        text = {"type": "text", "text": said.replace(self.tag, self.tag[0] + marks.tag + self.tag[1:])}
+        return {"role": turn.role, "content": [*({"type": "image"} for _ in turn.images), text]}
+
+    def plan(self, turns: Sequence[Turn]) -> _Plan:
+        """How ``turns``, which end with an answer, are written: tried once for their roles.
+
+        Raises:
+            ConversationError: the prompt for an answer can't be reconciled with what later stands before it.
+        """
+        roles = tuple(turn.role for turn in turns)
+        if roles not in self.plans:
+            talk = [_PROBE[role] for role in roles]
+            try:
+                followed, ways = True, list(self._ways(talk, followed=True))
+            except ConversationError:
+                followed, ways = False, list(self._ways(talk, followed=False))
+            behind = self._behind(talk)
+            tail = behind.removeprefix(self.ending) if behind.startswith(self.ending) else ""
+            self.plans[roles] = _Plan(followed, ways, tail)
+        return self.plans[roles]
+
+    def _ways(self, talk: Sequence[Turn], *, followed: bool) -> Iterator[_Way]:
+        whole = self.write([*talk, _PROBE["user"]] if followed else talk, _MARKS)
+        at = 0
+        for index in _answers(talk):
+            before, begun, rest = whole[at:].partition(_MARKS.begin)
+            asked = self.write(talk[:index], _MARKS, generate=True)
+            if not begun or asked[:at] != whole[:at]:
+                raise self.refusal("writes earlier turns differently once later ones follow")
+            yield self._way(talk[: index + 1], at, asked[at:], before)
+            behind = rest.partition(_MARKS.end)[2]
+            if not behind.startswith(self.ending) and (followed or index + 1 < len(talk)):
+                raise self.refusal("doesn't end all answers alike")
+            at = len(whole) - len(behind) + len(self.ending)
+
+    def _way(self, talk: Sequence[Turn], at: int, asked: str, before: str) -> _Way:
+        """``asked`` is the prompt for the last of ``talk``, and ``before`` what stands before it; both from ``at``."""
+        if before.startswith(asked):
+            more = before[len(asked) :]
+            # Words that stand before every answer are written for the model; spaces are learned with the answer.
+            prompt, lead = (before, "") if more.strip() else (asked, more)
+        elif asked.startswith(before):
+            # A thought that the prompt begins is ended as the template ends that of its newest answer.
+            newest = self.write(talk, _MARKS)[at:].partition(_MARKS.begin)[0]
+            more = newest[len(asked) :] if newest.startswith(asked) else ""
+            prompt, lead = (newest, "") if more.strip() else (asked, more)
+        else:
+            raise self.refusal("writes earlier turns differently once later ones follow")
+        # A space is one token with the word after it.
+        prompt, lead = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + lead
+        return _Way(max(len(before) - len(prompt), 0), prompt[len(before) :], lead)
+
+    def written(self, talk: Sequence[Turn], plan: _Plan, marks: _Marks, *, asks: bool) -> Iterator[tuple[str, str]]:
+        """The prompt of each answer of ``talk``, with all before it since the last one, and the answer with its end.
+
+        ``asks``: nothing of ``talk`` is to be learned, so that the chat template may leave out parts of its answers.
+        """
+        whole = self.write([*talk, _PROBE["user"]] if plan.followed else talk, marks)
+        at = 0
+        for way, index in zip(plan.ways, _answers(talk), strict=True):
+            said = talk[index].text
+            begin, end = whole.find(marks.begin, at), whole.find(marks.end, at)
+            if whole[begin : end + 1] == f"{marks.begin}{said}{marks.end}":
+                yield whole[at : begin - way.back] + way.more, way.lead + said + self.ending
+            elif asks and end >= at:
+                yield whole[at:end].replace(marks.begin, ""), self.ending
+            elif index + 1 == len(talk):
+                yield self._rewritten(talk, marks, whole[:at])
+                return
+            else:
+                raise self.refusal("leaves out a part of an answer once later turns follow")
+            at = end + 1
+            if index + 1 < len(talk) and not whole.startswith(self.ending, at):
+                raise self.refusal("doesn't end all answers alike")
+            at += len(self.ending)
+
+    def _rewritten(self, talk: Sequence[Turn], marks: _Marks, before: str) -> tuple[str, str]:
+        """Prompt and answer where an answer, one with a thought, say, stands in full only while it is the newest."""
+        asking = [*talk[:-1], _PROBE["assistant"]]
+        *_, (prompt, _) = self.written(asking, self.plan(asking), marks, asks=True)
+        newest = self.write(talk, marks)
+        answer, ends, _ = newest.removeprefix(before + prompt).replace(marks.begin, "").partition(marks.end)
+        whole = "".join(talk[-1].text.split()) in "".join(answer.split())
+        if not newest.startswith(before + prompt) or not ends or not whole:
+            raise self.refusal("leaves out or rewrites a part of an answer")
+        return prompt, answer + self.ending
+
+    def refusal(self, why: str) -> ConversationError:
+        """``why`` the chat template can't be used for a conversation, and what could."""
+        return ConversationError(
+            f"the tokenizer's chat template {why}: what is trained would not be what is asked",
+            hint=f"`template: {alternative(self.tokenizer)}` writes any conversation with this tokenizer; or give the "
+            "chat template an argument that decides it (`template: {name: tokenizer, enable_thinking: false}`)",
+        )
 
 
 class TokenizerTemplate:
-    """Answers are found by writing the conversation up to each of them: no text is tokenised twice."""
+    """Each answer after the prompt that the chat template asks for it with, wherever it stands in a conversation."""
 
-    def __init__(self, options: Any) -> None:
-        pass
+    def __init__(self, options: TokenizerTemplateOptions) -> None:
+        self.options = options
+        self._chats: dict[Any, _Chat] = {}
 
     def render(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
     ) -> list[Segment]:
-        tag = None if _takes_text(tokenizer) else _tag(tokenizer)
-        messages = [{"role": turn.role, "content": _items(turn, tag) if tag else _content(turn)} for turn in turns]
+        """Raises ConversationError where the chat template refuses ``turns``, ModelError where it can't be used."""
+        chat, answers = self._chat(tokenizer), _answers(turns)
+        if not generate and not answers:
+            return []
+        talk = [*turns, _PROBE["assistant"]] if generate else turns[: answers[-1] + 1]
+        plan, marks = chat.plan(talk), _Marks.beside(talk)
         segments: list[Segment] = []
-        written = ""
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            asked = _write(tokenizer, messages[:index], True)
-            said = _write(tokenizer, messages[: index + 1], False)
-            answer = _after(said, asked)
-            end = _end(answer, tokenizer)
-            segments += [*_segments(_after(asked, written)), Text(answer[:end], trained=True), Text(answer[end:])]
-            written = said
-        if generate:
-            segments += _segments(_after(_write(tokenizer, messages, True), written))
-        return segments
+        for prompt, answer in chat.written(talk, plan, marks, asks=generate):
+            segments += [*_segments(prompt, marks.image), Text(answer, trained=True)]
+        return segments[:-1] if generate else [*segments, Text(plan.tail)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """What the template writes after an answer, where that is a special token."""
-        segments = self.render([Turn("user", ("a",)), Turn("assistant", ("b",))], tokenizer)
-        answer = next(s.text for s in segments if isinstance(s, Text) and s.trained)
-        specials = [token for token in tokenizer.all_special_tokens if answer.endswith(token)]
-        return tuple(specials) or (str(tokenizer.eos_token),)
+        """What the chat template ends an answer with."""
+        return (self._chat(tokenizer).ending,)
+
+    def exported(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The chat template for another program: arguments and the date, where there are some, are written into it."""
+        jinja = self._chat(tokenizer).jinja
+        return jinja.text if self.options.arguments or self._dated(tokenizer) else tokenizer.get_chat_template()
+
+    def _chat(self, tokenizer: PreTrainedTokenizerBase) -> _Chat:
+        specials = tuple(tokenizer.special_tokens_map.items())
+        key = (str(tokenizer.chat_template), specials, len(tokenizer), getattr(tokenizer, "image_token", None))
+        if key not in self._chats:
+            self._chats[key] = _Chat(Jinja.of(tokenizer, self.options), tokenizer)
+            if self._dated(tokenizer):
+                log.info("the tokenizer's chat template writes a date: %s (`template.date`)", self.options.date)
+        return self._chats[key]
+
+    def _dated(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether another day would be written otherwise."""
+        days = (self.options.date, self.options.date + timedelta(days=400))
+        options = [self.options.model_copy(update={"date": day}) for day in days]
+        try:
+            one, other = (Jinja.of(tokenizer, each).write([{"role": "user", "content": "a"}]) for each in options)
+        except ConversationError:
+            return False
+        return one != other
 
 
-def _content(turn: Turn) -> str:
-    return "".join(part.replace(_SLOT, "") if isinstance(part, str) else _SLOT for part in turn.content)
+def _answers(turns: Sequence[Turn]) -> list[int]:
+    return [index for index, turn in enumerate(turns) if turn.role == "assistant"]
 
 
-def _tag(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template of a vision-language model writes for an image."""
-    return str(getattr(tokenizer, "image_token", None) or "<image>")
-
-
-def _items(turn: Turn, tag: str) -> list[dict[str, str]]:
-    """The turn as the templates of vision-language models want it; where an image goes is theirs to say."""
-    said = turn.text.replace(_SLOT, "").replace(tag, tag[0] + _MARK + tag[1:]).strip()
-    return [*({"type": "image"} for _ in turn.images), {"type": "text", "text": said}]
-
-
-def _takes_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes a plain text; those of vision-language models may only write lists of items."""
-    return _MARK in _write(tokenizer, [{"role": "user", "content": _MARK}], False)
-
-
-def _write(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], generate: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ModelError("this tokenizer has no chat template", hint="name one, such as `language.template: vicuna-v1`")
-    from jinja2 import TemplateError
-
-    try:
-        written = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
-    except TemplateError as error:
-        raise ModelError(f"the tokenizer's chat template refuses this conversation: {error}") from error
-    if messages and not isinstance(messages[-1]["content"], str):
-        # Only the template's own tag is an image; one that somebody wrote was marked as text.
-        written = written.replace(_tag(tokenizer), _SLOT).replace(_MARK, "")
-    return written
-
-
-def _after(text: str, start: str) -> str:
-    if not text.startswith(start):
-        raise ModelError(
-            "the tokenizer's chat template writes earlier turns differently once later ones follow",
-            hint="choose a named template: with this one, what is trained is not what is asked",
-        )
-    return text[len(start) :]
-
-
-def _end(answer: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the trained part of ``answer`` ends: behind its last special token, which tells the model to stop."""
-    ends = [answer.rfind(token) + len(token) for token in tokenizer.all_special_tokens if token in answer]
-    return max(ends, default=len(answer))
-
-
-def _segments(text: str) -> list[Segment]:
-    first, *rest = text.split(_SLOT)
-    segments: list[Segment] = [Text(first)]
-    for piece in rest:
-        segments += [ImageSlot(), Text(piece)]
-    return segments
+def _segments(text: str, image: str) -> Iterator[Segment]:
+    """``text`` with an image wherever the mark ``image`` is."""
+    for number, part in enumerate(text.split(image)):
+        if number:
+            yield ImageSlot()
+        if part:
+            yield Text(part)
