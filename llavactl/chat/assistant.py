@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.prefix import shared, signature, split
+from llavactl.components.languages.transformers import eos_ids
 from llavactl.core.schema import Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
@@ -37,7 +38,7 @@ class Assistant:
 
     @cached_property
     def stops(self) -> Stops:
-        return Stops.of(self.encoding)
+        return Stops.of(self.encoding, eos_ids(self.model.language))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a conversation, made together as one left-padded batch.
@@ -74,9 +75,10 @@ class Stops:
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, encoding: Encoding) -> Stops:
+    def of(cls, encoding: Encoding, ends: Collection[int] = ()) -> Stops:
+        """Where the template and the tokenizer end an answer; ``ends`` are the language model's own end tokens."""
         tokenizer = encoding.tokenizer
-        ids, texts = {tokenizer.eos_token_id}, []
+        ids, texts = {tokenizer.eos_token_id, *ends}, []
         for stop in encoding.template.stop(tokenizer):
             if stop in tokenizer.all_special_tokens:
                 ids.add(tokenizer.convert_tokens_to_ids(stop))
