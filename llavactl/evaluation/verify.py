@@ -225,6 +225,8 @@ def _misstated(stated: Mapping[str, Any], assistant: Assistant, precision: str) 
     wanted = sorted(assistant.stops.ids)
     if "eos" in stated and sorted(stated["eos"]) != wanted:
         faults.append(f"answers end at tokens {sorted(stated['eos'])}, not at {wanted}")
+    if stated.get("padding", "left") != "left":
+        faults.append(f"its tokenizer pads on the {stated['padding']}, where answers to a batch would go")
     faults += [
         f"{what} {found}, the model was trained in {precision}"
         for what, key in (("it is loaded in", "dtype"), ("weights are saved in", "saved"))
@@ -262,12 +264,13 @@ def _compared(
         logits, largest = max(logits, off), max(largest, ours.abs().max().item())
         faults += [f"{name}: {each}" for each in why]
         (said,) = assistant.answer([turns], Sampling(max_new_tokens=NEW_TOKENS))
-        same = _text(assistant, theirs[f"{index}.said"].tolist()) == said
-        text_equal += same
-        if not same:
+        found_said = _text(assistant, theirs[f"{index}.said"].tolist())
+        text_equal += found_said == said
+        if found_said != said:
             faults.append(f"{name}: another greedy answer")
-        elif (together := theirs.get(f"{index}.together")) is not None and _text(assistant, together.tolist()) != said:
-            faults.append(f"{name}: another greedy answer in a padded batch")
+        together = theirs.get(f"{index}.together")
+        if together is not None and _text(assistant, together.tolist()) != found_said:
+            faults.append(f"{name}: in a padded batch it has another answer than alone")
     if rounding > GARBAGE * largest:
         faults.append(f"merging the adapter changed logits by {rounding:.3g}")
     return Verified(

@@ -31,8 +31,8 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(base)
 
 
-def stated(folder: Path, model: Any) -> dict[str, Any]:
-    """Where answers end, the precision to load the export in and that of the language model's saved weights."""
+def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
+    """Where answers end, the side of padding, the precision to load in and that of the saved language model."""
     base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
     config, saved = json.loads((base / "config.json").read_text()), set()
     for file in base.glob("*.safetensors"):
@@ -40,7 +40,12 @@ def stated(folder: Path, model: Any) -> dict[str, Any]:
             names = [name for name in opened.keys() if "language_model" in name or "lm_head" in name]  # noqa: SIM118
             saved |= {DTYPES.get(opened.get_slice(name).get_dtype(), "integers") for name in names}
     ends = model.generation_config.eos_token_id
-    return {"eos": ends if isinstance(ends, list) else [ends], "dtype": [config.get("dtype")], "saved": sorted(saved)}
+    return {
+        "eos": ends if isinstance(ends, list) else [ends],
+        "padding": processor.tokenizer.padding_side,
+        "dtype": [config.get("dtype")],
+        "saved": sorted(saved),
+    }
 
 
 def main(folder: Path, prompts: Path, out: Path) -> None:
@@ -73,7 +78,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     with torch.no_grad():
         said = model.generate(**inputs, **new)[:, inputs["input_ids"].shape[1] :]
     found |= {f"{index}.together": row.clone() for index, row in zip(both, said, strict=True)}
-    save_file(found, out, metadata={"stated": json.dumps(stated(folder, model))})
+    save_file(found, out, metadata={"stated": json.dumps(stated(folder, model, processor))})
 
 
 if __name__ == "__main__":

@@ -92,7 +92,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}),
     "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 1024}),
     "falcon": ("Falcon", {"new_decoder_architecture": False, "multi_query": True}),
-    "mamba": ("Mamba", {"state_size": 4}),
     "gpt-oss": ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **LAYERS}),
 }
 
@@ -118,3 +117,19 @@ def language_of(family: str, toy: Path, folder: Path, dtype: str = "float32", **
     )
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+EAGER = {"gemma2", "gemma2-uncapped", "gpt-neo", "gptj", "bloom", "mpt", "gpt-oss"}
+"""These have no scaled-dot-product attention in transformers."""
+
+REFUSED = {
+    "phi": "bias",
+    "gptj": "bias",
+    "granite": "logits",
+    "cohere": "logits",
+    "gemma2": "logits",
+    "gemma3-capped": "logits",
+    "minicpm-like": "scales",
+    "opt-projected": "head",
+}
+"""What layout hf has no place for, and a word of the reason."""
