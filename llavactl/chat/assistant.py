@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.prefix import shared, signature, split
-from llavactl.components.languages.transformers import eos_ids
 from llavactl.core.schema import Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
@@ -38,7 +37,7 @@ class Assistant:
 
     @cached_property
     def stops(self) -> Stops:
-        return Stops.of(self.encoding, eos_ids(self.model.language))
+        return Stops.of(self.encoding, _ends(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a conversation, made together as one left-padded batch.
@@ -75,16 +74,22 @@ class Stops:
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, encoding: Encoding, ends: Collection[int] = ()) -> Stops:
-        """Where the template and the tokenizer end an answer; ``ends`` are the language model's own end tokens."""
+    def of(cls, encoding: Encoding, also: Collection[int] = ()) -> Stops:
+        """What the template and the tokenizer of ``encoding`` end an answer with, and the tokens in ``also``."""
         tokenizer = encoding.tokenizer
-        ids, texts = {tokenizer.eos_token_id, *ends}, []
+        ids, texts = {tokenizer.eos_token_id, *also}, []
         for stop in encoding.template.stop(tokenizer):
             if stop in tokenizer.all_special_tokens:
                 ids.add(tokenizer.convert_tokens_to_ids(stop))
             else:
                 texts.append(stop)
         return cls(frozenset(ids), tuple(texts))
+
+
+def _ends(model: LlavaModel) -> frozenset[int]:
+    """The tokens at which the language model's own settings end a text."""
+    found = getattr(getattr(model.language, "generation_config", None), "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 @dataclass

@@ -119,7 +119,9 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile])
 def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Runs ``script`` in a Python process of its own that can import what this one can, but not llavactl."""
     command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    return subprocess.run(  # noqa: S603 - our own script
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
 
 
 def _merge(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:
@@ -194,7 +196,7 @@ def _reloaded(
         decode(image.read()).save(saved[image])
     prompts, out = place / "prompts.json", place / "out.safetensors"
     asked = [_prompt(turns, encoding, saved) for turns in conversations]
-    prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}))
+    prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
     done = alone(script, export, prompts, out)
     if done.returncode or not out.is_file():
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]

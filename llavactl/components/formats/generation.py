@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.languages.transformers import eos_ids
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ def generation_config(
 
     before: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
     template = registry().create("templates", {"name": description["template"]})
-    stops = {tokenizer.eos_token_id, *eos_ids(language)}
+    own = before.get("eos_token_id")
+    stops = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())}
     for stop in template.stop(tokenizer):
         if stop in tokenizer.all_special_tokens:
             stops.add(tokenizer.convert_tokens_to_ids(stop))

@@ -34,7 +34,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
     """Where answers end, the side of padding, the precision to load in and that of the saved language model."""
     base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
-    config, saved = json.loads((base / "config.json").read_text()), set()
+    config, saved = json.loads((base / "config.json").read_text(encoding="utf-8")), set()
     for file in base.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             names = [name for name in opened.keys() if "language_model" in name or "lm_head" in name]  # noqa: SIM118
@@ -51,7 +51,7 @@ def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
 def main(folder: Path, prompts: Path, out: Path) -> None:
     """Ids, logits [T, V] and greedy ids of every prompt, of two in one padded batch as well, to ``out``."""
     model, processor = load(folder)
-    asked = json.loads(prompts.read_text())
+    asked = json.loads(prompts.read_text(encoding="utf-8"))
     new = {"max_new_tokens": asked["max_new_tokens"], "do_sample": False}
     found: dict[str, torch.Tensor] = {}
     texts, photos = [], []

@@ -106,11 +106,5 @@ def _inside(model: str) -> dict[str, Any]:
     return {}
 
 
-def eos_ids(language: Any) -> set[int]:
-    """The tokens that end an answer by the generation settings of the model itself; some models have several."""
-    found = getattr(getattr(language, "generation_config", None), "eos_token_id", None)
-    return set(found if isinstance(found, list) else [found]) - {None}
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -86,6 +86,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     ),
     "gpt-neox": ("GPTNeoX", HEADS),
+    "gpt-neox-tied": ("GPTNeoX", {**HEADS, "tie_word_embeddings": True}),
     "gptj": ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 1024}),
     "opt": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "opt-projected": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1}),
