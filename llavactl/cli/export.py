@@ -15,10 +15,14 @@ from llavactl.cli.options import json_option, load, load_if_given, recipe_option
 @click.option("--format", "form", required=True, metavar="NAME", help="`llavactl components formats` lists them.")
 @click.option("--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
 @click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's; no recipe is needed then.")
-@click.option("--verify", is_flag=True, help="Reload it without llavactl and compare ids, pixels, logits and answers.")
+@click.option(
+    "--verify/--no-verify", default=None,
+    help="Reload the export without llavactl and compare token ids, pixels, logits and answers.  "
+    "[default: on, where the format has a program that reloads it]",
+)  # fmt: skip
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-    help="A photo to verify with (repeatable).  [default: the recipe's]",
+    help="An image to verify with (repeatable).  [default: the recipe's]",
 )  # fmt: skip
 @json_option
 def command(
@@ -27,11 +31,11 @@ def command(
     form: str,
     to: Path,
     model: str | None,
-    verify: bool,
+    verify: bool | None,
     images: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Write the recipe's last finished stage, or --model, as a folder that other programs load."""
+    """Export the recipe's last finished stage, or --model, to a folder that other programs load."""
     recipe = load_if_given(source, overrides) if model is not None else load(source, overrides)
     from llavactl.verbs.export import export
 

@@ -280,7 +280,8 @@ class Format(Protocol):
     """A layout of a finished model on disk."""
 
     reload: Path | None
-    """A script that loads the layout without llavactl (see ``components/formats/reload_hf.py``), for ``--verify``."""
+    """A script that reloads the layout without llavactl, to verify exports (see ``components/formats/reload_hf.py``);
+    None: exports in this layout are not verified."""
 
     def recognise(self, folder: Path) -> bool:
         """True when ``folder`` is in this layout; looks at files, never at the folder's name."""

@@ -1,7 +1,7 @@
 """Is an export the model it was made of? Another process, which can't import llavactl, loads it and is asked the same.
 
-Token ids, pixels, logits at every position and greedy answers are compared, about photos and without one.
-Both sides compute in float32 on the CPU.
+Token ids, pixels, logits at every position and greedy answers are compared, about photos and without one; so are the
+end tokens and the precision that the export states. Both sides compute in float32 on the CPU, one after the other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant, Writer
+from llavactl.components.formats.native import Native
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, ImageFile, ImageSlot, Text, Turn
+from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, ImageSlot, Text, Turn
 from llavactl.data.batches import collate
-from llavactl.data.encode import Encoding
+from llavactl.data.encode import Encoding, arrange
 from llavactl.data.images import decode
 from llavactl.model import folder as model_folder
 from llavactl.model.generate import Sampling
@@ -30,15 +31,26 @@ if TYPE_CHECKING:
     import torch
 
     from llavactl.core.protocols import Encoder
-    from llavactl.core.schema import ImageRef
+    from llavactl.core.schema import Encoded, ImageRef
 
 TOLERANCE = 1e-4
 """Of the largest logit: what two ways to the same float32 result may differ by."""
+
+PIXELS = 1e-3
+"""What normalised pixels may differ by: a tenth of one grey level."""
 
 GARBAGE = 0.2
 """Of the largest logit: what rounding merged weights once more never does, and a wrong merge does."""
 
 NEW_TOKENS = 32
+
+ALONE = """\
+import runpy, sys
+sys.modules["llavactl"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script where ``import llavactl`` fails, however it is installed: an export that needs us would be none."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +97,31 @@ class _Exact:
 def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile]) -> Verified:
     """Compares the model folder ``model`` with its ``export``, as ``script`` loads it, asking about ``photos``.
 
+    The two are never in memory at once.
+
     Raises:
         ModelError: the other program can't load the export; the message has its last line.
     """
-    assistant = _opened(model)
-    # A template without questions (stage 1's) has nothing to say where there is no picture.
-    conversations = [turns for turns in _conversations(photos) if assistant.encode(turns).ids]
+    description = model_folder.describe(model)
+    encoding = _encoding(model, description)
+    # A template without questions (stage 1's) has nothing to say where there is no image.
+    conversations = [turns for turns in _conversations(photos) if _encoded(encoding, turns).ids]
     with tempfile.TemporaryDirectory() as place:
-        theirs = _reloaded(export, script, conversations, assistant, Path(place))
+        theirs, stated = _reloaded(export, script, conversations, encoding, Path(place))
+    assistant = _opened(model, description, encoding)
     rounding = 0.0
-    if model_folder.describe(model)["method"] == "lora" and not (export / "adapter_config.json").is_file():
-        rounding = _merge(assistant, conversations, model_folder.describe(model)["precision"])
-    return _compared(assistant, conversations, theirs, len(photos), rounding)
+    if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
+        rounding = _merge(assistant, conversations, description["precision"])
+    faults = _misstated(stated, assistant, description["precision"])
+    return _compared(assistant, conversations, theirs, len(photos), rounding, faults)
+
+
+def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """Runs ``script`` in a Python process of its own that can import what this one can, but not llavactl."""
+    command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
+    return subprocess.run(  # noqa: S603 - our own script
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
 
 
 def _merge(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:
@@ -120,15 +145,24 @@ def _logits(assistant: Assistant, turns: Sequence[Turn]) -> torch.Tensor:
         return assistant.model.logits(collate([assistant.encode(turns)], assistant.features))[0]
 
 
-def _opened(model: Path) -> Assistant:
+def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
+    """How the model's conversations become tokens; no weights are read."""
+    template: Any = registry().create("templates", description["template"])
+    shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
+    tokens = registry().create("connectors", description["connector"]).tokens(shape)
+    return Encoding(template, Native(model).tokenizer(), tokens)
+
+
+def _encoded(encoding: Encoding, turns: Sequence[Turn]) -> Encoded:
+    return encoding.encode(arrange(turns, "first", ""), generate=True)
+
+
+def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:
     """The model as it was trained, computing in float32; its connector is kept in that anyway."""
     loaded = model_folder.load(model)
     loaded.parts.model.float()
     model_folder.load_connector(loaded.parts.model.connector, model)
-    description = loaded.description
     vision = registry().create("vision", description["vision"])
-    template: Any = registry().create("templates", description["template"])
-    encoding = Encoding(template, loaded.parts.tokenizer, loaded.parts.image_tokens)
     return Assistant(loaded.parts.model, encoding, _Exact(vision.load("cpu", "float32")), "first", str(model))
 
 
@@ -150,28 +184,29 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 
 
 def _reloaded(
-    export: Path, script: Path, conversations: Sequence[tuple[Turn, ...]], assistant: Assistant, place: Path
-) -> Mapping[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    export: Path, script: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    """What ``script`` makes of the conversations, and what the export states of itself."""
+    from safetensors import safe_open
 
     saved: dict[ImageRef, str] = {}
     for image in {image for turns in conversations for turn in turns for image in turn.images}:
         # As we decode it: how programs turn photos by their EXIF is not what is compared.
         saved[image] = str(place / f"{len(saved)}.png")
         decode(image.read()).save(saved[image])
-    prompts = [_prompt(turns, assistant, saved) for turns in conversations]
-    (place / "prompts.json").write_text(json.dumps({"prompts": prompts, "max_new_tokens": NEW_TOKENS}))
-    out = place / "out.safetensors"
-    command = [sys.executable, "-I", str(script), str(export), str(place / "prompts.json"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    prompts, out = place / "prompts.json", place / "out.safetensors"
+    asked = [_prompt(turns, encoding, saved) for turns in conversations]
+    prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
+    done = alone(script, export, prompts, out)
     if done.returncode or not out.is_file():
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise ModelError(f"{export}: another program can't load it: {last}")
-    return load_file(out)
+    with safe_open(out, "pt") as opened:
+        stated = json.loads((opened.metadata() or {}).get("stated", "{}"))
+        return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118
 
 
-def _prompt(turns: Sequence[Turn], assistant: Assistant, saved: Mapping[ImageRef, str]) -> dict[str, Any]:
-    encoding = assistant.encoding
+def _prompt(turns: Sequence[Turn], encoding: Encoding, saved: Mapping[ImageRef, str]) -> dict[str, Any]:
     segments = encoding.template.render(turns, encoding.tokenizer, generate=True)
     return {
         "messages": [{"role": turn.role, "content": _items(turn)} for turn in turns],
@@ -186,19 +221,34 @@ def _items(turn: Turn) -> list[dict[str, str]]:
     return [*({"type": "image"} for _ in turn.images), {"type": "text", "text": turn.text.strip()}]
 
 
+def _misstated(stated: Mapping[str, Any], assistant: Assistant, precision: str) -> list[str]:
+    """What the export states of itself that isn't so; a script needn't report all of it."""
+    faults = []
+    wanted = sorted(assistant.stops.ids)
+    if "eos" in stated and sorted(stated["eos"]) != wanted:
+        faults.append(f"answers end at tokens {sorted(stated['eos'])}, not at {wanted}")
+    if stated.get("padding", "left") != "left":
+        faults.append(f"its tokenizer pads on the {stated['padding']}, where answers to a batch would go")
+    faults += [
+        f"{what} {found}, the model was trained in {precision}"
+        for what, key in (("it is loaded in", "dtype"), ("weights are saved in", "saved"))
+        for found in stated.get(key, ())
+        if found != precision
+    ]
+    return faults
+
+
 def _compared(
     assistant: Assistant,
     conversations: Sequence[tuple[Turn, ...]],
     theirs: Mapping[str, torch.Tensor],
     photos: int,
     rounding: float,
+    faults: list[str],
 ) -> Verified:
-    import torch
-
     exact: Any = assistant.features
     ids_equal = text_equal = 0
     pixels = logits = largest = 0.0
-    faults: list[str] = []
     for index, turns in enumerate(conversations):
         encoded = assistant.encode(turns)
         name = f"prompt {index + 1}"
@@ -207,21 +257,23 @@ def _compared(
             faults.append(f"{name}: other token ids ({_difference(found, encoded.ids)})")
             continue
         ids_equal += 1
-        for at, image in enumerate(encoded.images):
-            off = (theirs[f"{index}.pixels"][at] - torch.from_numpy(exact.pixels(image))).abs().max().item()
+        if encoded.images:
+            off, why = _pixels_off([exact.pixels(image) for image in encoded.images], theirs[f"{index}.pixels"])
             pixels = max(pixels, off)
+            faults += [f"{name}: {each}" for each in why]
         ours = _logits(assistant, turns)
-        shared = min(ours.shape[-1], theirs[f"{index}.logits"].shape[-1])
-        off = (ours[:, :shared] - theirs[f"{index}.logits"][:, :shared]).abs().max().item()
+        off, why = _logits_off(ours, theirs[f"{index}.logits"])
         logits, largest = max(logits, off), max(largest, ours.abs().max().item())
-        if not off <= TOLERANCE * max(1.0, ours.abs().max().item()):
-            faults.append(f"{name}: logits differ by {off:.3g}")
+        faults += [f"{name}: {each}" for each in why]
         (said,) = assistant.answer([turns], Sampling(max_new_tokens=NEW_TOKENS))
-        same = _text(assistant, theirs[f"{index}.said"].tolist()) == said
-        text_equal += same
-        if not same:
+        found_said = _text(assistant, theirs[f"{index}.said"].tolist())
+        text_equal += found_said == said
+        if found_said != said:
             faults.append(f"{name}: another greedy answer")
-    if rounding > GARBAGE * max(1.0, largest):
+        together = theirs.get(f"{index}.together")
+        if together is not None and _text(assistant, together.tolist()) != found_said:
+            faults.append(f"{name}: in a padded batch it has another answer than alone")
+    if rounding > GARBAGE * largest:
         faults.append(f"merging the adapter changed logits by {rounding:.3g}")
     return Verified(
         prompts=len(conversations),
@@ -235,6 +287,29 @@ def _compared(
         tolerance=TOLERANCE,
         faults=tuple(faults),
     )
+
+
+def _pixels_off(ours: Sequence[np.ndarray], theirs: torch.Tensor) -> tuple[float, list[str]]:
+    """The largest difference of pixels [I, 3, H, W], and what is wrong."""
+    import torch
+
+    wanted = torch.stack([torch.from_numpy(pixels) for pixels in ours])
+    if wanted.shape != theirs.shape:
+        return 0.0, [f"images of {list(theirs.shape)}, not {list(wanted.shape)}"]
+    off = (wanted - theirs).abs().max().item()
+    return off, [] if off <= PIXELS else [f"pixels differ by {off:.3g}"]
+
+
+def _logits_off(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, list[str]]:
+    """The largest difference of logits [T, V], and what is wrong; ``theirs`` may have tokens that never win."""
+    tokens = ours.shape[-1]
+    if len(theirs) != len(ours) or theirs.shape[-1] < tokens:
+        return 0.0, [f"logits of {list(theirs.shape)}, not {list(ours.shape)}"]
+    off, largest = (ours - theirs[:, :tokens]).abs().max().item(), ours.abs().max().item()
+    faults = [] if off <= TOLERANCE * largest else [f"logits differ by {off:.3g}"]
+    if int(theirs.argmax(-1).max()) >= tokens:
+        faults.append("a token of the export alone is the most likely one")
+    return off, faults
 
 
 def _same(theirs: Sequence[int], ours: Sequence[int]) -> bool:

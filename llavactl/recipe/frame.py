@@ -273,11 +273,14 @@ class Eval(Section):
 
 
 class Export(Section):
-    """One layout of the finished model for other programs; ``verify`` reloads it without llavactl and compares."""
+    """One layout of the finished model for other programs; ``verify`` reloads it without llavactl and compares.
+
+    A format that has no program to reload it is written all the same, and the log says that it wasn't verified.
+    """
 
     format: str
     to: RecipePath
-    verify: Switch = False
+    verify: Switch = True
 
 
 class Recipe(Section):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from llavactl.core.errors import DataError, ModelError
+from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile
 from llavactl.data.images import ImageError, decode
 from llavactl.evaluation.verify import Verified, verify
-from llavactl.model.folder import describe, of_run, replace_folder
+from llavactl.model.folder import identity, of_run, replace_folder
 from llavactl.model.foreign import resolve
 from llavactl.report.card import card
 
@@ -25,15 +27,20 @@ if TYPE_CHECKING:
     from llavactl.core.protocols import Format
     from llavactl.recipe.frame import Recipe
 
+log = logging.getLogger(__name__)
+
 MARK = "llavactl_export.json"
 """In every export: what it was made of. A folder with another content is never written over."""
+
+VERIFIED = ("verified", "verified_content")
+"""Keys of it: what a verification found, and the content that it is about."""
 
 PHOTOS = 3
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Where the export is; ``verified``: what another program made of it, where that was asked for."""
+    """Where the export is; ``verified``: what another program made of it, None where it wasn't asked."""
 
     format: str
     to: str
@@ -50,64 +57,110 @@ def export(
     to: Path,
     *,
     model: str | None = None,
-    check: bool = False,
+    check: bool | None = None,
     images: Sequence[Path] = (),
 ) -> ExportReport:
     """Writes ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in format ``form``.
 
-    ``check`` reloads it in a process that can't import llavactl and compares the two about ``images``, else about
-    the recipe's first photos, else about drawn ones.
+    It is then reloaded in a process that can't import llavactl and compared with ``model`` about ``images``, else about
+    the recipe's first images, else about drawn ones. ``check=False`` skips that, ``check=True`` refuses a format that
+    no program of ours reloads. What was verified and hasn't changed since isn't verified again.
 
     Raises:
         ModelError: the format has no place for the model, ``to`` holds something else, or the two differ.
     """
     made: Format = registry().create("formats", {"name": form})
+    if made.reload is None and check is not False:
+        if check:
+            raise ModelError(f"format {form} has no program that reloads it", hint="export without --verify")
+        log.warning("format %s has no program that reloads it: the export is not verified", form)
+    given = _given(images)
     if model is None:
         assert recipe is not None
         source = of_run(recipe.run_dir)
     else:
         source = resolve(model, recipe)
     to = to.absolute()
-    stamp = {"format": form, "digest": describe(source)["digest"]}
-    before = _made_of(to) == stamp and _files(to) == read_json(to / MARK).get("files")
+    stamp = _stamp(form, source)
+    before = _is_made_of(to, stamp)
     if not before:
         _write(made, source, to, stamp)
-    verified = _verified(made, form, source, to, _photos(recipe, images)) if check else None
+    verified = None
+    if made.reload is not None and check is not False:
+        verified = None if given else _verified_before(to)
+        verified = verified or _verify(made.reload, source, to, given or _photos(recipe))
     files = sorted(file for file in to.rglob("*") if file.is_file())
     size = sum(file.stat().st_size for file in files)
     names = tuple(str(file.relative_to(to)) for file in files)
-    report = ExportReport(form, str(to), str(source), names, size, verified, before)
-    if verified is not None and not verified.sound:
-        raise ModelError(f"{to}: not the same model: {'; '.join(verified.faults)}", hint="the folder is kept as it is")
-    return report
+    return ExportReport(form, str(to), str(source), names, size, verified, before)
 
 
-def _write(made: Format, source: Path, to: Path, stamp: dict[str, str]) -> None:
+def _stamp(form: str, source: Path) -> dict[str, Any]:
+    """What the export in format ``form`` of the model folder ``source`` depends on."""
+    return {"format": form, "model": identity(source)}
+
+
+def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:
+    """Whether ``to`` is a whole export of what ``stamp`` stands for."""
+    found = read_json(to / MARK)
+    return {key: found.get(key) for key in stamp} == stamp and _files(to) == found.get("files")
+
+
+def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> None:
+    """Writes ``to`` whole or not at all; an export that was there stays until the new one is whole."""
     others = sorted(_files(to).keys() - read_json(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
     if to.exists() and others:
         raise ModelError(
             f"{to}: holds something that is no export of llavactl's, such as {others[0]}", hint="`--to` another folder"
         )
     temporary = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
     try:
-        made.write(source, temporary)
-    except SafetensorError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ModelError(f"{to}: can't be written: {error}", hint="free some disk, or mend its permissions") from error
-    (temporary / "README.md").write_text(card(source, stamp["format"]), encoding="utf-8")
-    write_json(temporary / MARK, {**read_json(temporary / MARK), **stamp, "files": _files(temporary)})
-    replace_folder(temporary, to)
+        temporary.mkdir(parents=True)
+        made.write(source, temporary)
+        (temporary / "README.md").write_text(card(source, stamp["format"]), encoding="utf-8")
+        write_json(temporary / MARK, {**read_json(temporary / MARK), **stamp, "files": _files(temporary)})
+        replace_folder(temporary, to)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{to}: can't be written: {' '.join(str(error).split())}", hint="free some disk, or check its permissions"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _verified(made: Format, form: str, source: Path, to: Path, photos: Sequence[ImageFile]) -> Verified:
-    if made.reload is None:
-        raise ModelError(f"format {form} has no program that loads it: --verify can't be done")
-    found = verify(source, to, made.reload, photos)
-    write_json(to / MARK, {**read_json(to / MARK), "verified": asdict(found)})
+def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -> Verified:
+    """Compares ``to`` with ``source`` and keeps the result in ``to``, with the content that it is about.
+
+    Raises:
+        ModelError: they differ, or no other program can load ``to``.
+    """
+    log.info("verifying %s: another process loads it in float32 on the CPU (--no-verify skips this)", to)
+    content = _content(to)
+    mark = {key: value for key, value in read_json(to / MARK).items() if key not in VERIFIED}
+    write_json(to / MARK, mark)
+    found = verify(source, to, script, photos)
+    write_json(to / MARK, {**mark, "verified": asdict(found), "verified_content": content})
+    if not found.sound:
+        raise ModelError(
+            f"{to}: not the same model: {'; '.join(found.faults)}",
+            hint="don't use this folder: it is kept to be looked at, and verified again by the next export to it",
+        )
     return found
+
+
+def _verified_before(to: Path) -> Verified | None:
+    """The result of the last verification of ``to``, if it was sound and no file has changed since."""
+    mark = read_json(to / MARK)
+    kept = mark.get("verified")
+    if not isinstance(kept, dict) or kept.keys() != {each.name for each in fields(Verified)} or kept["faults"]:
+        return None
+    return Verified(**{**kept, "faults": ()}) if mark.get("verified_content") == _content(to) else None
+
+
+def _content(to: Path) -> str:
+    """Changes with the name or the content of any file of the export in ``to``."""
+    return hash_json({name: hash_file(to / name) for name in _files(to)})
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -116,19 +169,21 @@ def _files(folder: Path) -> dict[str, int]:
     return {name: file.stat().st_size for name, file in sorted(found.items()) if name != MARK}
 
 
-def _made_of(to: Path) -> dict[str, Any]:
-    found = read_json(to / MARK)
-    return {key: found.get(key) for key in ("format", "digest")}
+def _given(images: Sequence[Path]) -> list[ImageFile]:
+    """The files of ``images``.
+
+    Raises:
+        DataError: one is no image.
+    """
+    chosen = [ImageFile(str(image.absolute().parent), image.name, follow_links=True) for image in images]
+    for image in chosen:
+        if why := _unreadable(image):
+            raise DataError(f"image {image.file}: {why}", hint="--image takes an image file")
+    return chosen
 
 
-def _photos(recipe: Recipe | None, images: Sequence[Path]) -> list[ImageFile]:
-    """The files of ``images``, else photos of the recipe's data, else drawn ones (kept in the cache)."""
-    if images:
-        chosen = [ImageFile(str(image.absolute().parent), image.name, follow_links=True) for image in images]
-        for image in chosen:
-            if why := _unreadable(image):
-                raise DataError(f"image {image.file}: {why}", hint="--image takes an image file")
-        return chosen
+def _photos(recipe: Recipe | None) -> list[ImageFile]:
+    """Images of the recipe's data, else drawn ones (kept in the cache)."""
     return list(islice(_of_recipe(recipe), PHOTOS)) or _drawn()
 
 
@@ -153,7 +208,7 @@ def _unreadable(image: ImageFile) -> str:
 
 
 def _drawn() -> list[ImageFile]:
-    """Pictures of smooth colours in odd sizes, where there are no photos."""
+    """Images of smooth colours in odd sizes."""
     import numpy as np
     from PIL import Image
 

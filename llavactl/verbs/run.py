@@ -98,9 +98,8 @@ def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:
 
 
 def _exported(recipe: Recipe, wanted: Export) -> ExportReport:
-    return _timed(
-        recipe, f"export {wanted.format}", lambda: export(recipe, wanted.format, wanted.to, check=wanted.verify)
-    )
+    check = None if wanted.verify else False
+    return _timed(recipe, f"export {wanted.format}", lambda: export(recipe, wanted.format, wanted.to, check=check))
 
 
 def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from llavactl.testing import run_cli
 
 
-def test_export_is_the_last_step_of_a_run(toy: Path) -> None:
+def test_export_is_the_last_step_of_a_run(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = toy / "recipe.yaml"
-    recipe.write_text(recipe.read_text() + "export: [{format: hf, to: out/hf, verify: true}]\n")
+    recipe.write_text(recipe.read_text() + "export: [{format: hf, to: out/hf}]\n")
     ran = run_cli("run", "-r", str(recipe))
     assert ran.exit_code == 0, ran.stderr
     assert "verified: logits differ by at most" in ran.stdout
     kept = json.loads((toy / "out/hf/llavactl_export.json").read_text())
     assert kept["verified"]["photos"] == 3
     assert not kept["verified"]["faults"]
+    monkeypatch.setattr("llavactl.verbs.export.verify", None)  # what is verified isn't verified again
     again = run_cli("run", "-r", str(recipe), "--json").json()["export"][0]
     assert again["finished_before"]
+    assert again["verified"] == kept["verified"]
     card = (toy / "out/hf/README.md").read_text()
     assert card.startswith("---\npipeline_tag: image-text-to-text\n")
     for said in ("# toy", "stage1: 6 steps", "`llava-json`", "vicuna-v1", "transformers", "records.json"):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
+from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear
+from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.hf_read import ORIGIN, read_hf
 from llavactl.components.formats.native import CONNECTORS, KEPT, Native, shape_of
-from llavactl.components.templates.ends import stops
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry, spelled
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +53,14 @@ class HfLlava:
 
 
 def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
-    """Saves ``language`` behind the connector and the backbone of ``native`` as one checkpoint in ``to``."""
-    import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    """Saves ``language`` behind the connector and the backbone of ``native`` as one checkpoint in ``to``.
 
+    Raises:
+        ModelError: the layout has no place for a part of the model; nothing is written then.
+    """
     description = native.description
     projection = native.projection()
+    refuse_unless_linear(language)
     backbone = registry().create("vision", description["vision"])
     if not hasattr(backbone, "whole"):
         raise ModelError(
@@ -68,28 +72,53 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     tokenizer = native.tokenizer()
     image = _tokens_of_image(tokenizer)
     _grow(language, len(tokenizer))
-    config = LlavaConfig(
-        vision_config=vision.config,
-        text_config=language.config,
+    whole = _whole(
+        language,
+        vision,
+        _two_layers(projection),
         image_token_index=image,
         image_seq_length=_image_tokens(description),
         projector_hidden_act="gelu" if CONNECTORS[description["connector"]["name"]] == 2 else "linear",
         vision_feature_layer=_layer(description["vision"]["layer"]),
         vision_feature_select_strategy=strategy,
-        tie_word_embeddings=bool(language.config.tie_word_embeddings),
         dtype=description["precision"],
     )
-    with torch.device("meta"):
-        whole = LlavaForConditionalGeneration(config)
-    whole.model.vision_tower = vision
-    whole.model.language_model = language.base_model
-    whole.lm_head = language.get_output_embeddings()
-    whole.model.multi_modal_projector.load_state_dict(_two_layers(projection), assign=True)
-    whole.generation_config = language.generation_config
-    _stop(whole, tokenizer, description)
+    whole.generation_config = generation_config(language, tokenizer, description)
     whole.save_pretrained(to, max_shard_size=SHARD)
+    # The precision to load it in; transformers writes that of the first weight, which is the backbone's.
+    write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
     write_json(to / ORIGIN, native.kept(KEPT))
+
+
+def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
+    """``LlavaForConditionalGeneration`` as another program makes it from its configuration, with the weights put in."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    base, head, embeddings = language.base_model, language.get_output_embeddings(), language.get_input_embeddings()
+    text = copy.deepcopy(language.config)
+    # The layout ties its head to weights of this one name; a head tied to others is saved as weights of its own.
+    tied = head.weight is embeddings.weight
+    text.tie_word_embeddings = tied and getattr(base, "embed_tokens", None) is embeddings
+    config = LlavaConfig(
+        vision_config=vision.config, text_config=text, tie_word_embeddings=text.tie_word_embeddings, **settings
+    )
+    try:
+        with torch.device("meta"):
+            whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"layout hf can't hold a model of {text.model_type}: {why}", hint=HINT) from error
+    refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
+    refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())
+    refuse_other_weights("language model's head", head.state_dict(), whole.lm_head.state_dict())
+    refuse_other_weights("connector", projector, whole.model.multi_modal_projector.state_dict())
+    whole.model.vision_tower, whole.model.language_model = vision, base
+    copied = tied and not text.tie_word_embeddings
+    whole.lm_head.weight = torch.nn.Parameter(head.weight.detach().clone()) if copied else head.weight
+    whole.model.multi_modal_projector.load_state_dict(projector, assign=True)
+    return whole
 
 
 def _save_processor(
@@ -99,7 +128,10 @@ def _save_processor(
 
     own = backbone.processor
     if native.description["vision"]["image"] == "pad":
-        settings = own.to_dict() | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        known = own.to_dict()
+        # What a processor leaves out, LLaVA's would do by default: SigLIP's, say, crops nothing.
+        steps = {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
+        settings = {**known, **steps, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
         (to / "padding").mkdir()
         write_json(to / "padding" / "preprocessor_config.json", settings)
         own = AutoImageProcessor.from_pretrained(to / "padding")
@@ -113,6 +145,8 @@ def _save_processor(
         num_additional_image_tokens=extra,
         chat_template=_chat(native.description["template"], tokenizer),
     )
+    # Answers to a batch are written behind its prompts; what is only an attribute would not be saved.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.chat_template = None  # the processor's is the one: it knows of images
     processor.save_pretrained(to)
 
@@ -139,7 +173,7 @@ def _glue(tokenizer: PreTrainedTokenizerBase) -> str:
         joined = tokenizer(IMAGE + glue + after, add_special_tokens=False)["input_ids"]
         if joined[1:] == alone:
             return glue
-    log.warning("this tokenizer has other tokens after an image than alone; --verify shows what that changes")
+    log.warning("this tokenizer has other tokens after an image than alone; verification shows what that changes")
     return ""
 
 
@@ -214,15 +248,3 @@ def _two_layers(projection: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
         "linear_2.weight": identity,
         "linear_2.bias": torch.zeros_like(bias),
     }
-
-
-def _stop(
-    whole: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
-) -> None:
-    """Generation ends where an answer of the template ends, and doesn't sample unless it is asked to."""
-    ends, _ = stops(registry().create("templates", description["template"]), tokenizer)
-    settings = whole.generation_config
-    own = settings.eos_token_id
-    settings.eos_token_id = sorted(ends.union([own] if isinstance(own, int) else own or ()))
-    settings.pad_token_id = tokenizer.pad_token_id
-    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = False, None, None, None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
 from llavactl.components.formats.native import CONNECTORS, Native
 from llavactl.core.errors import ModelError
@@ -40,6 +41,7 @@ class OriginalLlava:
 
         native = Native(model)
         projection = native.projection()
+        _refuse_backbone(native)
         if native.method == "connector" and native.description["stage"] == 1:
             to.mkdir(parents=True, exist_ok=True)
             torch.save({f"model.mm_projector.{name}": each for name, each in projection.items()}, to / PROJECTOR_FILE)
@@ -52,11 +54,25 @@ class OriginalLlava:
         state = language.state_dict() | {f"model.mm_projector.{name}": each for name, each in projection.items()}
         if language.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
+        language.generation_config = generation_config(language, native.tokenizer(), native.description)
         # The language model's own way of saving, so that shards, index and generation settings are as ever.
         language.save_pretrained(to, state_dict=_untied(state), max_shard_size=SHARD)
         native.exported_tokenizer().save_pretrained(to)
         write_json(to / "config.json", _written(native, read_json(to / "config.json")))
         _vision(native, to)
+
+
+def _refuse_backbone(native: Native) -> None:
+    """LLaVA's programs read the backbone as CLIP's, and one of its layers."""
+    vision = native.description["vision"]
+    if not isinstance(vision["layer"], int):
+        raise ModelError("layout llava has one vision layer", hint="train with vision.layer: -2, say, or --format hf")
+    config = getattr(registry().create("vision", vision), "config", {})
+    if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
+        raise ModelError(
+            f"layout llava can't hold vision backbone {vision['name']} ({kind}): LLaVA's programs read CLIP",
+            hint="`--format hf` holds other backbones of transformers",
+        )
 
 
 def _vision(native: Native, to: Path) -> None:
@@ -79,8 +95,6 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
     """LLaVA's config.json: the language model's, and what belongs to the image."""
     description = native.description
     vision, (height, width) = description["vision"], description["shape"]["grid"]
-    if not isinstance(vision["layer"], int):
-        raise ModelError("this layout has one vision layer", hint="train with vision.layer: -2, say, to export to it")
     kind = str(config["model_type"])
     keep = ("template", "image_order", "precision", "features", "stage")
     return {

@@ -88,6 +88,7 @@ class Native:
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""
         found: PreTrainedModel = registry().create("languages", self._language).load(self.description["precision"])
+        found.config.use_cache = True  # training turns it off, and without it other programs write answers slowly
         return found
 
     def language(self) -> PreTrainedModel:

@@ -1,22 +1,22 @@
 """Loads an export as any other program would, and says what it makes of some prompts. Run alone, never imported.
 
-    python -I reload_hf.py FOLDER PROMPTS.json OUT.safetensors
+    python reload_hf.py FOLDER PROMPTS.json OUT.safetensors
 
-It can't import llavactl: an export that needs us would be none.
+``llavactl`` can't be imported where this runs: an export that needs it would be none.
 """
 
-# ruff: noqa: E402 - the first line of code shuts the door
-import sys
-
-sys.modules["llavactl"] = None  # type: ignore[assignment]
-
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -31,13 +31,30 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(base)
 
 
-def main(folder: Path, prompts: Path, out: Path) -> None:
-    """Ids, logits [T, V] and greedy ids of every prompt, to ``out``."""
-    from PIL import Image
+def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
+    """Where answers end, the side of padding, the precision to load in and that of the saved language model."""
+    base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
+    config, saved = json.loads((base / "config.json").read_text(encoding="utf-8")), set()
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = [name for name in opened.keys() if "language_model" in name or "lm_head" in name]  # noqa: SIM118
+            saved |= {DTYPES.get(opened.get_slice(name).get_dtype(), "integers") for name in names}
+    ends = model.generation_config.eos_token_id
+    return {
+        "eos": ends if isinstance(ends, list) else [ends],
+        "padding": processor.tokenizer.padding_side,
+        "dtype": [config.get("dtype")],
+        "saved": sorted(saved),
+    }
 
+
+def main(folder: Path, prompts: Path, out: Path) -> None:
+    """Ids, logits [T, V] and greedy ids of every prompt, of two in one padded batch as well, to ``out``."""
     model, processor = load(folder)
-    asked = json.loads(prompts.read_text())
+    asked = json.loads(prompts.read_text(encoding="utf-8"))
+    new = {"max_new_tokens": asked["max_new_tokens"], "do_sample": False}
     found: dict[str, torch.Tensor] = {}
+    texts, photos = [], []
     for index, prompt in enumerate(asked["prompts"]):
         text = prompt["text"]  # of a stage 1 model, which holds no conversation
         if processor.chat_template:
@@ -46,13 +63,22 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
         inputs = processor(text=text, images=images or None, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0]
-            said = model.generate(**inputs, max_new_tokens=asked["max_new_tokens"], do_sample=False)
+            said = model.generate(**inputs, **new)
         found[f"{index}.ids"] = inputs["input_ids"][0]
         found[f"{index}.logits"] = logits.contiguous()
         found[f"{index}.said"] = said[0, inputs["input_ids"].shape[1] :].contiguous()
         if images:
             found[f"{index}.pixels"] = inputs["pixel_values"].contiguous()
-    save_file(found, out)
+        texts.append(text)
+        photos.append(images)
+    lengths = [len(found[f"{index}.ids"]) for index in range(len(texts))]
+    both = lengths.index(max(lengths)), lengths.index(min(lengths))
+    images = [image for index in both for image in photos[index]]
+    inputs = processor(text=[texts[i] for i in both], images=images or None, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = model.generate(**inputs, **new)[:, inputs["input_ids"].shape[1] :]
+    found |= {f"{index}.together": row.clone() for index, row in zip(both, said, strict=True)}
+    save_file(found, out, metadata={"stated": json.dumps(stated(folder, model, processor))})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
 """Loads an original-layout export by LLaVA's own rules, written anew with transformers alone. Run, never imported.
 
-    python -I reload_llava.py FOLDER PROMPTS.json OUT.safetensors
+    python reload_llava.py FOLDER PROMPTS.json OUT.safetensors
 
-It can't import llavactl. The prompts come as text with ``<image>`` in it (LLaVA's conversation templates are code,
-not part of a checkpoint); it is split there and tokenised piece by piece, as LLaVA does.
+``llavactl`` can't be imported where this runs. The prompts come as text with ``<image>`` in it (LLaVA's conversation
+templates are code, not part of a checkpoint); it is split there and tokenised piece by piece, as LLaVA does.
 """
 
-# ruff: noqa: E402 - the first line of code shuts the door
-import sys
-
-sys.modules["llavactl"] = None  # type: ignore[assignment]
-
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def language(folder: Path, config: dict[str, Any]) -> Any:
@@ -47,6 +46,22 @@ def projector(folder: Path, config: dict[str, Any], width: int) -> nn.Module:
     return made.float().eval()
 
 
+def stated(folder: Path, config: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Where answers end, the precision to load the export in and that of the language model's saved weights.
+
+    A bare projector states nothing: its language model is another checkpoint.
+    """
+    if (folder / "mm_projector.bin").is_file():
+        return {}
+    saved = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = [name for name in opened.keys() if "mm_projector" not in name]  # noqa: SIM118
+            saved |= {DTYPES.get(opened.get_slice(name).get_dtype(), "integers") for name in names}
+    ends = model.generation_config.eos_token_id
+    return {"eos": ends if isinstance(ends, list) else [ends], "dtype": [config.get("dtype")], "saved": sorted(saved)}
+
+
 def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
     """expand2square with the processor's mean where the checkpoint says ``pad``, then the processor."""
     if aspect == "pad" and image.width != image.height:
@@ -60,7 +75,7 @@ def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
 
 def main(folder: Path, prompts: Path, out: Path) -> None:
     """Ids (image positions -200), logits [T, V] and greedy ids of every prompt, to ``out``."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     speaker, tokenizer = language(folder, config).eval(), AutoTokenizer.from_pretrained(folder)
     embed = speaker.get_input_embeddings()
     connector = projector(folder, config, embed.weight.shape[1])
@@ -68,7 +83,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     place = beside if beside.is_dir() else config["mm_vision_tower"]
     tower = CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
     processor = CLIPImageProcessor.from_pretrained(place)
-    asked = json.loads(prompts.read_text())
+    asked = json.loads(prompts.read_text(encoding="utf-8"))
     found: dict[str, torch.Tensor] = {}
     for index, prompt in enumerate(asked["prompts"]):
         images = [Image.open(name).convert("RGB") for name in prompt["images"]]
@@ -98,7 +113,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
         found[f"{index}.said"] = said[0].contiguous()
         if stack:
             found[f"{index}.pixels"] = torch.cat(stack).contiguous()
-    save_file(found, out)
+    save_file(found, out, metadata={"stated": json.dumps(stated(folder, config, speaker))})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def native(toys: Path, tmp_path: Path) -> Make:
         precision: str = "float32",
         select: str = "patch",
         language: Path | None = None,
+        attention: str = "sdpa",
     ) -> Path:
         import torch
         from peft import LoraConfig, get_peft_model
@@ -37,7 +38,7 @@ def native(toys: Path, tmp_path: Path) -> Make:
         from llavactl.model.build import build
 
         shape = SHAPE if select == "patch" else {**SHAPE, "prefix": 1}
-        speaker = {"name": "hf", "model": str(language or toys / "language")}
+        speaker = {"name": "hf", "model": str(language or toys / "language"), "attention": attention}
         features = FeatureShape((2, 2), 32, int(shape["prefix"]))
         parts = build({"name": connector}, speaker, features, dtype=precision, seed=3)
         if method == "lora":

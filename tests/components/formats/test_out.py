@@ -23,7 +23,8 @@ def exported(model: Path, form: str, to: Path, *photos: Path) -> Any:
 
 
 def written(model: Path, form: str, to: Path, *more: str) -> Any:
-    result = run_cli("export", "--model", str(model), "--format", form, "--to", str(to), "--json", *more)
+    verify = () if "--verify" in more else ("--no-verify",)
+    result = run_cli("export", "--model", str(model), "--format", form, "--to", str(to), "--json", *verify, *more)
     assert result.exit_code == 0, result.stderr
     return result.json()
 
@@ -134,7 +135,7 @@ def test_new_rows_never_win(native: Make, tmp_path: Path) -> None:
 
 
 def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
-    """--verify looks at what is on disk: files of the right sizes with another content are told, and it exits 1."""
+    """Verification looks at what is on disk: files of the right sizes with another content are told, and it exits 1."""
     from safetensors.torch import load_file, save_file
 
     model = native("ours")
@@ -175,7 +176,7 @@ def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) 
     assert result.exit_code == 1
     assert "no export of llavactl" in result.stderr
     assert (mine / "thesis.txt").read_text() == "years of work"
-    to = ("export", "--model", model, "--to", str(tmp_path / "out"), "--json")
+    to = ("export", "--model", model, "--to", str(tmp_path / "out"), "--json", "--no-verify")
     assert not run_cli(*to, "--format", "hf").json()["finished_before"]
     assert run_cli(*to, "--format", "hf").json()["finished_before"]
     assert not run_cli(*to, "--format", "llava").json()["finished_before"]

@@ -1,0 +1,143 @@
+"""Language models of many families in the layouts: exact, or refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.components.formats import reload_llava
+from llavactl.components.formats.hf import HfLlava
+from llavactl.components.formats.llava import OriginalLlava
+from llavactl.core.errors import ModelError
+from llavactl.model import folder as model_folder
+from llavactl.testing import run_cli
+
+from .conftest import Make
+from .families import EAGER, FAMILIES, REFUSED, language_of
+from .test_out import exported, written
+
+
+def made(native: Make, toys: Path, tmp_path: Path, family: str, **more: Any) -> Path:
+    language = language_of(family, toys / "language", tmp_path / "language", **more)
+    # An adapter leaves the language model where it is, with its kind of attention.
+    how = {"method": "lora", "attention": "eager"} if family in EAGER else {}
+    return native("ours", language=language, **how)
+
+
+def logits(model: Any) -> Any:
+    """Logits [T, V] about random embeddings."""
+    import torch
+
+    width = model.get_input_embeddings().weight.shape[1]
+    embeds = torch.randn(1, 24, width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(inputs_embeds=embeds, use_cache=False).logits[0]
+
+
+def same(model: Path, theirs: Any) -> None:
+    """``theirs`` has the logits of ``model``, and no token more that could win."""
+    loaded = model_folder.load(model)
+    language: Any = loaded.parts.model.language
+    if loaded.description["method"] == "lora":
+        language = language.merge_and_unload()
+    ours, found = logits(language), logits(theirs)
+    tokens = ours.shape[-1]
+    # Ours may run with another kind of attention.
+    assert (ours - found[:, :tokens]).abs().max() <= 1e-4 * ours.abs().max()
+    assert int(found.argmax(-1).max()) < tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    model, to = made(native, toys, tmp_path, family), tmp_path / "out"
+    if family in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[family]) as refused:
+            HfLlava(None).write(model, to)
+        assert "--format llava" in refused.value.hint
+        assert not to.exists()
+        return
+    HfLlava(None).write(model, to)
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(to, output_loading_info=True)
+    assert not any(info.values())
+    same(model, theirs)
+    assert theirs.config.text_config.use_cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+    model, to = made(native, toys, tmp_path, family), tmp_path / "out"
+    OriginalLlava(None).write(model, to)
+    same(model, reload_llava.language(to, json.loads((to / "config.json").read_text())))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
+def test_families_verified_by_another_process(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+    """Text, batches and images too, which the tests above leave out."""
+    assert not exported(made(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_what_is_refused_leaves_what_was_there(
+    native: Make, toys: Path, tmp_path: Path, form: str, method: str
+) -> None:
+    """One line, exit 1, and an earlier export stays as it was."""
+    out = tmp_path / "out"
+    written(native("before", method="lora"), form, out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    language = language_of("phi", toys / "language", tmp_path / "language")
+    model = native("ours", language=language, method=method)
+    result = run_cli("export", "--model", str(model), "--format", form, "--to", str(out))
+    assert result.exit_code == 1
+    assert "bias" in result.stderr or "no adapter" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_llava_holds_no_other_backbone_than_clip(native: Make, toys: Path, tmp_path: Path) -> None:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "siglip")
+    model = native("ours", image="pad")
+    description = json.loads((model / "llavactl.json").read_text())
+    description["vision"]["model"] = str(tmp_path / "siglip")
+    (model / "llavactl.json").write_text(json.dumps(description))
+    assert not exported(model, "hf", tmp_path / "hf")["verified"]["faults"]
+    result = run_cli("export", "--model", str(model), "--format", "llava", "--to", str(tmp_path / "llava"))
+    assert result.exit_code == 1
+    assert "siglip" in result.stderr
+    assert not (tmp_path / "llava").exists()
+
+
+SETTINGS = {
+    "bos_token_id": 0,
+    "eos_token_id": [1, 7],
+    "max_length": 512,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "repetition_penalty": 1.5,
+}
+
+
+@pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("llava", "full"), ("peft", "lora")])
+def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str, method: str) -> None:
+    """Answers end at all of the base's end tokens and the template's; decoding is greedy, as llavactl's."""
+    language = language_of("llama", toys / "language", tmp_path / "language")
+    (language / "generation_config.json").write_text(json.dumps(SETTINGS))
+    model = native("ours", language=language, method=method, template="chatml")
+    assert not exported(model, form, tmp_path / "out")["verified"]["faults"]
+    base = tmp_path / "out" / ("base" if form == "peft" else "")
+    found = json.loads((base / "generation_config.json").read_text())
+    assert found["eos_token_id"] == [1, 3, 7]  # 3: <|im_end|>
+    assert found["max_length"] == 512
+    assert not found["do_sample"]
+    assert not found.keys() & {"temperature", "top_p", "repetition_penalty"}
