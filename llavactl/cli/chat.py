@@ -13,6 +13,7 @@ import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def _answer(conversation: Conversation, line: str, images: tuple[str, ...], samp
     except LlavactlError as error:
         click.echo(f"error: {error.message}", err=True)
     except KeyboardInterrupt:
+        if stopping.terminated():
+            raise
         click.echo(" …", err=True)
 
 

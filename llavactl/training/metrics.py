@@ -34,11 +34,14 @@ class Metrics:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
     lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    for text in texts:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
     return lines

@@ -86,7 +86,7 @@ def test_interrupted_is_130_and_one_line(fails: Any) -> None:
     fails(raising(KeyboardInterrupt()))
     result = run_cli("doctor")
     assert result.exit_code == 130
-    assert result.stderr.strip() == "interrupted; the same command goes on from here"
+    assert result.stderr.strip() == "interrupted; run the same command to resume"
 
 
 @pytest.mark.parametrize("error", [ValueError("oops"), OSError("oops"), AssertionError("oops")])
@@ -179,4 +179,4 @@ def test_ctrl_c_is_130() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err.strip() == "interrupted; the same command goes on from here"
+    assert err.strip() == "interrupted; run the same command to resume"
