@@ -118,7 +118,7 @@ class StoreWriter:
             self._failed = True
             raise StoreError(
                 f"features can't be written to {self.folder}: {error.strerror or error}",
-                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept and the next extract goes on",
+                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept, run `llavactl extract` to resume",
             ) from error
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
@@ -265,5 +265,5 @@ def _held(lock_file: Path) -> bool:
 def _busy(folder: Path) -> StoreError:
     return StoreError(
         f"another process is writing to the feature store {folder}",
-        hint="wait until it has finished, then run this again: it goes on from there",
+        hint="wait until it has finished, then run the same command",
     )

@@ -169,14 +169,15 @@ cli.main(["doctor"])
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
-def test_ctrl_c_is_130() -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal to one process")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_128_and_its_number(end: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == 128 + end
     assert err.strip() == "interrupted; run the same command to resume"

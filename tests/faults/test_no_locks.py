@@ -56,6 +56,8 @@ WRAP(fcntl64)
 
 COMMANDS = """
 import json, sys
+from pathlib import Path
+from llavactl.teaching.journal import Journal
 from llavactl.testing import run_cli
 recipe, photo = sys.argv[1:]
 for command in (["extract"], ["cache", "verify"], ["cache", "info"], ["train", "--stage", "1"],
@@ -64,6 +66,9 @@ for command in (["extract"], ["cache", "verify"], ["cache", "info"], ["train", "
     print(json.dumps([command[0], result.exit_code, result.stderr]), flush=True)
     report = result.json()
     assert report.get("sound", True), report
+for _ in range(2):
+    with Journal(Path(recipe).with_name("journal.sqlite")) as journal:
+        journal.begin("key", "name", "kind", None)
 """
 
 
