@@ -1,7 +1,7 @@
 """The command line: parse, call the verb, print. Here is its one error boundary.
 
 stdout has results and nothing else; logs, progress and errors go to stderr. Exit codes: 0 done,
-1 a typed error, 2 usage, 130 interrupted. What isn't a ``LlavactlError`` is a defect and keeps its traceback.
+1 a typed error, 2 usage, 130 Ctrl-C, 143 SIGTERM. What isn't a ``LlavactlError`` is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import click
 
 from llavactl.cli.root import root
+from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError, RecipeError
-
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _hush_libraries()
     _speak_utf8()
     _log_to_stderr()
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    with stopping.signals():
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(code)
 
 
 def _hush_libraries() -> None:
@@ -53,9 +54,9 @@ def _run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
-        click.echo("interrupted; the same command goes on from here", err=True)
-        return INTERRUPTED
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; run the same command to resume", err=True)
+        return stopping.exit_code()
     except LlavactlError as error:
         _report(error)
         return 1

@@ -14,6 +14,7 @@ import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageR
     except LlavactlError as error:
         click.echo(f"error: {error.message}", err=True)
     except KeyboardInterrupt:
+        if stopping.terminated():
+            raise
         click.echo(" …", err=True)
 
 

@@ -14,10 +14,11 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llavactl.core.paths import cache_dir, file_stamp
+from llavactl.core.paths import cache_dir, file_stamp, has_locks
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class HashMemory:
                 return work(database)
         except (sqlite3.Error, OSError) as error:
             self._broken = True
-            log.warning("%s can't be used (%s): contents are hashed again each time", self.file, error)
+            _warn(self.file, str(error))
             garbage = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
             if garbage and self.remember:
                 with contextlib.suppress(OSError):
@@ -94,6 +95,8 @@ class HashMemory:
         mode = "rwc" if self.remember else "ro"
         if self.remember:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+        if not _has_locks(self.file.parent):
+            raise OSError("this file system has no locks")  # SQLite would wait its whole timeout, at every statement
         made = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
         try:
             if self.remember:
@@ -102,6 +105,17 @@ class HashMemory:
             made.close()
             raise
         return made
+
+
+@cache
+def _has_locks(folder: Path) -> bool:
+    return has_locks(folder, posix=True)
+
+
+@cache
+def _warn(file: Path, reason: str) -> None:
+    """Once, however many files are hashed."""
+    log.warning("%s can't be used (%s): contents are hashed again each time", file, reason)
 
 
 def stamp_bytes(text: str) -> bytes:

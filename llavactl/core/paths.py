@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from llavactl.core.errors import LlavactlError
+
 
 def cache_dir() -> Path:
     """What can be made again: features, hashes, converted weights. ``LLAVACTL_HOME`` overrides it."""
@@ -57,16 +59,28 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[None]:
-    """The right to what ``lock_file`` stands for; the system gives it back if the process dies.
+    """An exclusive lock on what ``lock_file`` stands for; the system releases it if the process dies.
+
+    On a file system without locks a file beside it, ``*.owner``, names the process that holds the lock. If that process
+    was killed, the next one on the same machine takes over. Whether a process on another machine still runs can't be
+    seen from here, so the error then says which file to remove.
 
     Raises:
-        Exception: ``busy``, where another process has it, for ``timeout_s`` seconds.
+        Exception: ``busy``, where another process has held it for ``timeout_s`` seconds.
         OSError: the lock can't be made.
     """
     import filelock
 
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(lock_file, timeout=timeout_s)
+    mode = 0o666 & ~_UMASK  # who may write to a shared store may lock it
+    lock: filelock.BaseFileLock
+    if has_locks(lock_file.parent):
+        lock = filelock.FileLock(lock_file, timeout_s, mode)
+    else:
+        owner = lock_file.with_name(f"{lock_file.name}.owner")
+        lock = filelock.SoftFileLock(owner, timeout_s, mode)
+        if isinstance(busy, LlavactlError):
+            busy.hint += f"; this file system has no locks: if that process died on another machine, remove {owner}"
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -75,6 +89,28 @@ def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+def has_locks(folder: Path, *, posix: bool = False) -> bool:
+    """Whether files in ``folder`` can be locked, by flock or as ``posix`` says (SQLite's way).
+
+    Some NFS, Lustre and FUSE mounts refuse every lock, each with an error of its own. So any error counts: nobody else
+    can hold a lock on a file made here and now.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True  # Windows
+    with contextlib.ExitStack() as opened:
+        try:
+            probe = opened.enter_context(tempfile.TemporaryFile(dir=folder))
+        except OSError:
+            return True  # taking the lock will show what is wrong with the folder
+        try:
+            (fcntl.lockf if posix else fcntl.flock)(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -63,8 +63,13 @@ def store_dir(fingerprint: Fingerprint) -> Path:
 
 
 def store_dirs() -> list[Path]:
-    """The folder of every store there is."""
-    return sorted(path for path in stores_dir().glob("*") if path.is_dir())
+    """The folder of every store there is; raises StoreError where they can't be listed."""
+    try:
+        return sorted(path for path in stores_dir().iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(stores_dir(), error) from error
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -74,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         StoreError: it can't be read or is not a manifest.
     """
     try:
-        found = json.loads((folder / _NAME).read_text())
+        found = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         shape = found["shape"]
         return Manifest(
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
@@ -83,9 +88,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except OSError as error:
+        raise _unreadable(folder / _NAME, error) from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise StoreError(
-            f"{folder / _NAME} can't be read: {error}",
+            f"{folder / _NAME} is damaged: {error}",
             hint="remove that file: `llavactl extract` lists the shards beside it again, as they then are",
         ) from error
 
@@ -97,14 +104,23 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         StoreError: it can't be read.
     """
     try:
-        return Fingerprint.from_json((folder / _FINGERPRINT).read_text())
+        return Fingerprint.from_json((folder / _FINGERPRINT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(folder / _FINGERPRINT, error) from error
+    except ValueError as error:
         raise StoreError(
-            f"{folder / _FINGERPRINT} can't be read: {error}",
+            f"{folder / _FINGERPRINT} is damaged: {error}",
             hint="`llavactl extract` writes it again, and so may you: every shard has its text as an attribute",
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} can't be read: {error.strerror or error}",
+        hint="check its permissions, the disk and the mount; the features themselves may be sound",
+    )
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:

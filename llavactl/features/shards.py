@@ -2,12 +2,14 @@
 
 Features of int8 have ``scales (N, P + Dv)`` beside them. h5py writes the layout, with all datasets allocated and
 empty; the rows then go to the datasets' offsets by plain writes. These are faster, let other threads run, and a
-full disk is an ``OSError`` and not a half-dead HDF5 library.
+full disk is an ``OSError`` and not a half-dead HDF5 library. HDF5's own file locks are off: a finished shard never
+changes, a store has its own lock for writers, and some file systems have none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -72,10 +74,11 @@ class Shard:
         """Reads all but the features.
 
         Raises:
-            StoreError: it is not a whole shard of this format.
+            DamagedShardError: it is not a whole shard of this format.
+            StoreError: it can't be read.
         """
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path, "r", locking=False) as file:
                 attributes = file.attrs
                 if attributes["format"] != FORMAT:
                     raise ValueError(f"format {attributes['format']}")
@@ -88,7 +91,9 @@ class Shard:
                     raise ValueError(f"keys of {keys.dtype}")
                 offsets = [_offset(file, each, len(keys)) for each in columns_of(shape, made_with.dtype)]
                 return cls(path, made_with, shape, keys, tuple(offsets))
-        except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        except OSError as error:
+            raise fault(path, error) from error
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise damaged(path, str(error)) from error
 
     def map(self) -> tuple[np.ndarray, ...]:
@@ -128,11 +133,29 @@ def _shard_bytes(shape: FeatureShape, images: int, dtype: str) -> int:
     return rows + images * KEY_BYTES + sum(_LAYOUT_BYTES[: len(columns)])
 
 
-def damaged(path: Path, reason: str) -> StoreError:
+class DamagedShardError(StoreError):
+    """A shard whose content was read and is wrong; one that can't be read is no such thing."""
+
+
+def damaged(path: Path, reason: str) -> DamagedShardError:
     """The error for a shard that can't be trusted."""
-    return StoreError(
+    return DamagedShardError(
         f"{path} is damaged: {' '.join(reason.split())}",
         hint="`llavactl cache verify` sets damaged shards aside; `llavactl extract` then makes their images again",
+    )
+
+
+_WRONG_CONTENT = (None, 0, errno.ENOENT, errno.EINVAL, errno.EOVERFLOW)
+"""HDF5 gives no number for a file that isn't one; the others are a missing file and offsets that make no sense."""
+
+
+def fault(path: Path, error: OSError) -> StoreError:
+    """The error for a shard that ``error`` kept from being opened: damage, or only a disk, a network or permissions."""
+    if error.errno in _WRONG_CONTENT:
+        return damaged(path, error.strerror or str(error))
+    return StoreError(
+        f"{path} can't be read: {os.strerror(error.errno or 0)}",
+        hint="this says nothing about its content: check its permissions, the disk and the mount, then try again",
     )
 
 
@@ -225,7 +248,7 @@ def _copy(source: FileIO, here: int, target: FileIO, there: int, size: int) -> N
 def _lay_out(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[list[int], int]:
     """An HDF5 file with room for ``images``; where its columns and its keys begin, in bytes. Raises OSError."""
     try:
-        with h5py.File(path, "w") as file:
+        with h5py.File(path, "w", locking=False) as file:
             file.attrs["fingerprint"] = fingerprint.json
             file.attrs["format"] = FORMAT
             file.attrs["grid"] = shape.grid

@@ -22,7 +22,7 @@ from llavactl.features.manifest import (
     store_dirs,
 )
 from llavactl.features.quantise import restored
-from llavactl.features.shards import KEY_BYTES, Shard, damaged
+from llavactl.features.shards import KEY_BYTES, Shard, damaged, fault
 
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _MAX_MAPS = 256
@@ -57,7 +57,7 @@ class FeatureStore:
 
         Raises:
             StoreError: there is none (the message says in which fields the nearest store differs), it belongs
-                to another fingerprint, or one of its shards is damaged.
+                to another fingerprint, or one of its shards is damaged or can't be read.
         """
         found = cls.find(fingerprint)
         if found is None:
@@ -121,7 +121,9 @@ class FeatureStore:
                 self._maps = {}
             try:
                 found = self._maps[shard] = self._shards[shard].map()
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise fault(self._shards[shard].path, error) from error
+            except ValueError as error:
                 raise damaged(self._shards[shard].path, str(error)) from error
         return found
 
@@ -134,7 +136,7 @@ def _open(path: Path, entry: Entry, fingerprint: Fingerprint, shape: FeatureShap
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise damaged(path, error.strerror or str(error)) from error
+        raise fault(path, error) from error
     if size != entry.bytes:
         raise damaged(path, f"{size} bytes, not {entry.bytes}")
     shard = Shard.open(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,27 +10,29 @@ from pathlib import Path
 
 from llavactl.core.errors import StoreError
 from llavactl.features.manifest import Entry, read_manifest
-from llavactl.features.shards import Shard, checksum
-from llavactl.features.writer import exclusive, unfinished
+from llavactl.features.shards import DamagedShardError, Shard, checksum
+from llavactl.features.writer import exclusive, may_write, unfinished
 
 
 @dataclass(frozen=True)
-class Damage:
-    """A shard that is not what it was when it was written, why, and how many images it takes along."""
+class Fault:
+    """A shard of so many images, and what is wrong: not ``damaged``, it couldn't be read, so nobody knows."""
 
     file: str
     reason: str
     images: int
+    damaged: bool
 
 
-def verify_store(folder: Path) -> list[Damage]:
+def verify_store(folder: Path) -> list[Fault]:
     """Hashes every shard of the store in ``folder``; sets damaged ones aside as ``*.damaged`` and unlists them.
+
+    What can't be read stays as it is: a disk, a network or permissions say nothing about the content.
 
     Raises:
         StoreError: the manifest can't be read, or another process writes to the store.
     """
-    # Where nobody can write, nobody has to be kept out.
-    with exclusive(folder) if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():
+    with exclusive(folder) if may_write(folder) else contextlib.nullcontext():
         manifest = read_manifest(folder)
         if manifest is None:
             if shards := list(folder.glob("*.h5")):
@@ -40,40 +41,46 @@ def verify_store(folder: Path) -> list[Damage]:
                     hint="`llavactl extract` lists them as they are; remove the folder if you don't trust them",
                 )
             return []
-        found = [(entry, _damage(folder, entry)) for entry in manifest.shards]
-        damages = [Damage(entry.file, reason, entry.images) for entry, reason in found if reason]
+        faults = [fault for entry in manifest.shards if (fault := _fault(folder, entry))]
+        damaged = {fault.file for fault in faults if fault.damaged}
         try:
-            for damage in damages:
+            for name in sorted(damaged):
                 # Renamed before it is unlisted: a whole-looking unlisted shard would be taken for a new one.
-                path = folder / damage.file
+                path = folder / name
                 if path.exists():
                     path.rename(path.with_name(f"{path.name}.damaged"))
-            if damages:
-                replace(manifest, shards=tuple(entry for entry, reason in found if not reason)).write(folder)
+            if damaged:
+                kept = tuple(entry for entry in manifest.shards if entry.file not in damaged)
+                replace(manifest, shards=kept).write(folder)
         except OSError as error:
             raise StoreError(
                 f"damaged shards of {folder} can't be set aside: {error.strerror or error}",
-                hint=f"damaged: {', '.join(damage.file for damage in damages)}",
+                hint=f"damaged: {', '.join(sorted(damaged))}",
             ) from error
-        return damages
+        return faults
 
 
-def _damage(folder: Path, entry: Entry) -> str:
-    """Why the shard of ``entry`` is not sound; empty when it is."""
+def _fault(folder: Path, entry: Entry) -> Fault | None:
+    """What is wrong with the shard of ``entry``; None when it is sound."""
     path = folder / entry.file
     try:
         if (size := path.stat().st_size) != entry.bytes:
-            return f"{size} bytes, not {entry.bytes}"
-        if checksum(path) != entry.sha256:
-            return "its checksum is not the one it was written with"
-        shard = Shard.open(path)
-        if shard.fingerprint.id != folder.name:
-            return f"it holds features of the fingerprint {shard.fingerprint.id}"
+            reason = f"{size} bytes, not {entry.bytes}"
+        elif checksum(path) != entry.sha256:
+            reason = "its checksum is not the one it was written with"
+        elif (found := Shard.open(path).fingerprint.id) != folder.name:
+            reason = f"it holds features of the fingerprint {found}"
+        else:
+            return None
+    except FileNotFoundError as error:
+        reason = error.strerror or str(error)
+    except DamagedShardError as error:
+        reason = error.message
     except OSError as error:
-        return error.strerror or str(error)
+        return Fault(entry.file, error.strerror or str(error), entry.images, damaged=False)
     except StoreError as error:
-        return error.message
-    return ""
+        return Fault(entry.file, error.message, entry.images, damaged=False)
+    return Fault(entry.file, reason, entry.images, damaged=True)
 
 
 def debris(folder: Path) -> list[Path]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-import filelock
 import numpy as np
 
 from llavactl.core.errors import StoreError
@@ -27,14 +27,13 @@ from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
     Entry,
     Manifest,
-    check_fingerprint,
     read_fingerprint,
     read_manifest,
     store_dir,
     write_fingerprint,
 )
 from llavactl.features.parts import Part
-from llavactl.features.shards import Partial, Shard, checksum
+from llavactl.features.shards import DamagedShardError, Partial, Shard, checksum, damaged, fault
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ class StoreWriter:
             self._failed = True
             raise StoreError(
                 f"features can't be written to {self.folder}: {error.strerror or error}",
-                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept and the next extract goes on",
+                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept, run `llavactl extract` to resume",
             ) from error
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
@@ -190,15 +189,28 @@ class StoreWriter:
         return found is not None and int(found[1]) != self.part.index and _held(_part_lock(self.folder, int(found[1])))
 
     def _adopt(self, path: Path) -> None:
-        """Lists a shard that was renamed and then not listed; one that isn't whole is set aside."""
+        """Lists a shard that was renamed and then not listed; one that isn't whole is set aside.
+
+        Raises:
+            StoreError: it can't be read, which says nothing about its content.
+        """
         try:
             shard = Shard.open(path)
-            check_fingerprint(path, shard.fingerprint, self.fingerprint)
-        except StoreError as error:
+            if differences := self.fingerprint.differences(shard.fingerprint):
+                raise damaged(path, f"it holds features of another fingerprint: {'; '.join(differences)}")
+            entry = Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path))
+        except DamagedShardError as error:
             log.warning("%s; set aside", error)
             path.rename(path.with_name(f"{path.name}.damaged"))
-            return
-        self._manifest = self._manifest.listing(Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path)))
+        except OSError as error:
+            raise fault(path, error) from error
+        else:
+            self._manifest = self._manifest.listing(entry)
+
+
+def may_write(folder: Path) -> bool:
+    """Whether this user may change the store in ``folder``."""
+    return all(os.access(each, os.W_OK) for each in (folder, folder.parent, _lock_of(folder)) if each.exists())
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -214,7 +226,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         StoreError: another process has it, or writes a part, or the lock can't be made.
     """
     with _locked(_lock_of(folder), folder):
-        if any(_held(lock) for lock in folder.parent.glob(f"{folder.name}.part-*.lock")):
+        parts = {each.name.removesuffix(".owner") for each in folder.parent.glob(f"{folder.name}.part-*.lock*")}
+        if any(_held(folder.with_name(part)) for part in parts):
             raise _busy(folder)
         yield
 
@@ -242,17 +255,15 @@ def _part_lock(folder: Path, index: int) -> Path:
 
 def _held(lock_file: Path) -> bool:
     """Whether a living process has ``lock_file``."""
-    lock = filelock.FileLock(lock_file, timeout=0)
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        with sole(lock_file, StoreError("held")):
+            return False
+    except StoreError:
         return True
-    lock.release()
-    return False
 
 
 def _busy(folder: Path) -> StoreError:
     return StoreError(
         f"another process is writing to the feature store {folder}",
-        hint="wait until it has finished, then run this again: it goes on from there",
+        hint="wait until it has finished, then run the same command",
     )

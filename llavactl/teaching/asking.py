@@ -16,17 +16,16 @@ import hashlib
 import heapq
 import json
 import logging
-import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 
-from llavactl.core import progress
+from llavactl.core import progress, stopping
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.protocols import LanguageTeacher, Reply, Request
 from llavactl.teaching.budget import Budget, Pace, Size
@@ -99,31 +98,8 @@ def ask(
         KeyboardInterrupt: after what was in flight has arrived; a second one leaves that behind.
     """
     asking = _Asking(teacher, todo, journal, budget)
-    with _interrupts(asking.interrupt):
+    with stopping.deferred(asking.interrupt):  # never between a reply and its being kept
         return asking.run(answered, what)
-
-
-@contextmanager
-def _interrupts(land: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM, by which schedulers end a job, calls ``land`` in place of raising anywhere, also
-    between a reply and its being kept.
-    """
-    ends = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def first(*_: object) -> None:
-        for each in ends:
-            signal.signal(each, signal.default_int_handler)
-        land()
-
-    before = [signal.signal(each, first) for each in ends]
-    try:
-        yield
-    finally:
-        for each, handler in zip(ends, before, strict=True):
-            signal.signal(each, handler)
 
 
 @dataclass

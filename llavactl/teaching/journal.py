@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llavactl.core.errors import DataError
-from llavactl.core.paths import sole
+from llavactl.core.paths import has_locks, sole
 from llavactl.core.protocols import Reply
 
 State = Literal["sent", "reply", "refused", "failed", "lost"]
@@ -86,7 +86,12 @@ class Journal:
         self.path = path
         with self._guarded():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, isolation_level=None, timeout=10)
+            # Without locks in the file system there is still that of ``alone``; the journal needs no others then.
+            locks = has_locks(path.parent, posix=True)
+            name = path.absolute().as_uri() + ("" if locks else "?vfs=unix-none")
+            self._database = sqlite3.connect(name, uri=True, isolation_level=None, timeout=10)
+            if not locks:
+                self._database.execute("pragma locking_mode=exclusive")
             self._database.execute("pragma journal_mode=wal")
             self._database.execute("pragma synchronous=full")
             self._database.executescript(_TABLE)

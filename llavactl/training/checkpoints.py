@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent; where a run goes on is the newest whole one, and the best one is kept beside it."""
+"""Checkpoints: whole or absent; a run resumes from the newest whole one, and the best one is kept beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llavactl.core.errors import StoreError
 from llavactl.core.paths import write_json
 from llavactl.model.folder import whole_folder
 
@@ -41,6 +43,11 @@ class State:
         return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
 
 
+def place(folder: Path, step: int) -> Path:
+    """Where in ``folder`` the checkpoint of ``step`` is."""
+    return folder / f"step-{step:08d}"
+
+
 def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
     """Writes ``folder/step-…``, then removes what is no longer of use.
 
@@ -50,11 +57,16 @@ def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_l
     Raises:
         StoreError: it can't be written.
     """
-    target = folder / f"step-{state.step:08d}"
+    target = place(folder, state.step)
     with whole_folder(target) as temporary:
         save_file(dict(tensors), temporary / TENSORS)
         write_json(temporary / STATE, {**asdict(state), "sha256": _sha256(temporary / TENSORS)})
-    mine = [(each, at) for each, at in _newest_first(folder) if each.digest == state.digest and each.step <= state.step]
+    try:
+        found = _newest_first(folder)
+    except StoreError as error:
+        log.warning("%s; no older checkpoint is removed", error)
+        return target
+    mine = [(each, at) for each, at in found if each.digest == state.digest and each.step <= state.step]
     kept = {at for _, at in mine[:keep_last]} | {_best(mine)}
     for other in [*folder.glob("step-*"), *folder.glob(".step-*")]:
         if other not in kept:
@@ -63,7 +75,11 @@ def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_l
 
 
 def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
-    """The newest whole checkpoint of the run ``digest``; damaged ones are passed over."""
+    """The newest whole checkpoint of the run ``digest``; damaged ones are skipped.
+
+    Raises:
+        StoreError: one can't be read, which says nothing about its content: to train its steps again would be a loss.
+    """
     for state, checkpoint in _newest_first(folder):
         if state.digest != digest:
             log.info("%s belongs to other settings or data and is not resumed", checkpoint)
@@ -73,7 +89,7 @@ def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] 
 
 
 def best(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
-    """The whole checkpoint of the run ``digest`` with the lowest validation loss."""
+    """The whole checkpoint of the run ``digest`` with the lowest validation loss; raises as ``restore``."""
     mine = [(state, at) for state, at in _newest_first(folder) if state.digest == digest]
     for state, checkpoint in sorted(mine, key=lambda each: each[0].rank):
         if (tensors := _whole(checkpoint)) is not None:
@@ -93,29 +109,50 @@ def _best(checkpoints: list[tuple[State, Path]]) -> Path:
 
 def _newest_first(folder: Path) -> list[tuple[State, Path]]:
     found = []
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            written = json.loads((checkpoint / STATE).read_text())
+    for checkpoint in sorted(_checkpoints(folder), reverse=True):
+        with _skipped_if_damaged(checkpoint):
+            written = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             found.append((State(written["step"], written["digest"], written["val_loss"]), checkpoint))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _passed_over(checkpoint, error)
     return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    try:
+        return [each for each in folder.iterdir() if each.name.startswith("step-")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def _whole(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     """The tensors of ``checkpoint``; None where a byte of them isn't what was written."""
-    try:
-        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text())["sha256"]:
+    with _skipped_if_damaged(checkpoint):
+        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["sha256"]:
             raise ValueError(f"{TENSORS} isn't what was written")
         tensors: dict[str, torch.Tensor] = load_file(checkpoint / TENSORS)
         return tensors
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        _passed_over(checkpoint, error)
-        return None
+    return None
 
 
-def _passed_over(checkpoint: Path, error: Exception) -> None:
-    log.warning("checkpoint %s is damaged (%s) and passed over", checkpoint, error)
+@contextmanager
+def _skipped_if_damaged(checkpoint: Path) -> Iterator[None]:
+    """Damage ends the block with a warning; what can't be read is an error."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        log.warning("checkpoint %s is damaged (%s): skipped", checkpoint, error)
+    except OSError as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    """The error for ``path``, a checkpoint or the folder of all of them."""
+    return StoreError(
+        f"{error.filename or path} can't be read: {error.strerror or error}",
+        hint=f"check permissions, the disk and the mount, then run the same command to resume; without {path.name} it "
+        "would train again what is saved there",
+    )
 
 
 def _sha256(path: Path) -> str:

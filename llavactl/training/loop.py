@@ -9,33 +9,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from llavactl.core import progress
+from llavactl.core import progress, stopping
 from llavactl.core.errors import ModelError
 from llavactl.core.memory import give_back, settled
 from llavactl.core.schema import IGNORE, Batch
-from llavactl.data import micro
 from llavactl.data.plan import Plan
-from llavactl.data.rows import Limits
 from llavactl.model.packed import packed_attention
 from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
 from llavactl.training.grounding import ground
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
+from llavactl.training.prepared import micro_batches, prepared
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llavactl.core.schema import FeatureShape
+    from llavactl.core.stopping import Stop
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Stage
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """The step that a run went on behind (0: from the start), and the one whose weights the model now has."""
+    """The step after which a run resumed (0: from the start), and the one whose weights the model now has."""
 
     first: int
     step: int
@@ -98,8 +98,11 @@ class Trained:
 def train(run: Run) -> Trained:
     """Trains to the end of the plan; then the model has its last weights or its best, as the stage's ``final`` says.
 
+    The first Ctrl-C or SIGTERM stops it at the end of the step, with a checkpoint; a second one at once.
+
     Raises:
         ModelError: the loss is no longer finite; the message names the samples.
+        KeyboardInterrupt: on whichever process the signal came, all stop after the same step.
     """
     stage, accelerator = run.stage, run.accelerator
     plan = Plan(
@@ -111,55 +114,93 @@ def train(run: Run) -> Trained:
         phases=run.data.phases,
         groups=run.data.images() if stage.shuffle == "images" else None,
     )
-    start = _restore(run)
-    if not start:
+    found = _restore(run)
+    start = found.step if found else 0
+    if not found:
         _ground(run)
     metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
     run.observe("train_started", {"steps": plan.steps})
+
+    def due(step: int) -> bool:
+        return step == plan.steps or step % stage.checkpoint_every == 0
+
     language = run.model.language
     attention = nullcontext() if run.unpacked else packed_attention(language)
-    with attention, lean_norms(language), settled(), progress.bar(plan.steps, run.folder.name, "step", start) as bar:
-        for step, batches in _prepared(run, plan, start):
-            line = _step(run, batches, step, plan.steps)
+    with (
+        attention,
+        lean_norms(language),
+        settled(),
+        closing(metrics) if metrics else nullcontext(),
+        progress.bar(plan.steps, run.folder.name, "step", start) as bar,
+        stopping.deferred(lambda: _announce(run)) as stop,
+    ):
+        saved = start
+        if found and due(start) and found.val_loss is None and len(run.validation):
+            _checkpoint(run, start, metrics, stop)  # it was stopped before it was validated
+        for step, batches in prepared(run, plan, start, stop):
+            line = _step(run, batches, step, plan.steps, stop)
+            if line is None:
+                if step > saved:
+                    _save(run, checkpoints.State(step, run.digest), metrics)
+                _stopped(run, step)
             done = step + 1
             if done % TIDY_EVERY == 0 and accelerator.device.type == "cpu":
                 give_back()
-            lines = [{"step": done, **line}]
-            due = done == plan.steps or done % stage.checkpoint_every == 0
-            if due and len(run.validation):
-                lines.append({"step": done, "val_loss": validate(run)})
-            for each in lines if metrics else []:
-                assert metrics is not None
-                metrics.write(each)
-                run.observe("train_logged", {"line": each})
-            if due:
-                _save(run, checkpoints.State(done, run.digest, lines[-1].get("val_loss")), metrics)
-            facts = {name: f"{value:.4f}" for each in lines for name, value in each.items() if name.endswith("loss")}
-            bar.show(1, **facts)
-    if metrics:
-        metrics.close()
+            _write(run, {"step": done, **line}, metrics)
+            facts = {"loss": line["loss"]}
+            if due(done):
+                facts |= _checkpoint(run, done, metrics, stop)
+                saved = done
+            bar.show(1, **{name: f"{value:.4f}" for name, value in facts.items()})
+        if stop.asked:
+            _stopped(run, plan.steps)
     return Trained(start, _take_best(run) if stage.final == "best" else plan.steps)
 
 
-def _prepared(run: Run, plan: Plan, start: int) -> Iterator[tuple[int, list[Batch]]]:
-    """Each step with its batches, the next one made ready while this one computes."""
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(_micro_batches, run, run.data, plan.batch(start))
-        for step in range(start, plan.steps):
-            batches = coming.result()
-            if step + 1 < plan.steps:
-                coming = ahead.submit(_micro_batches, run, run.data, plan.batch(step + 1))
-            yield step, batches
+def _announce(run: Run) -> None:
+    """Called by a signal handler: in the midst of a line of output there can't be another."""
+    with suppress(RuntimeError):
+        log.warning("%s: stopping after this step; interrupt again to stop at once", run.folder.name)
 
 
-def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str, Any]:
-    """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient."""
+def _stopped(run: Run, step: int) -> NoReturn:
+    if step and run.accelerator.is_main_process:
+        where = checkpoints.place(run.folder / "checkpoints", step)
+        log.warning("%s: saved %s; the same command resumes after step %d", run.folder.name, where, step)
+    raise KeyboardInterrupt
+
+
+def _write(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
+    if metrics:
+        metrics.write(line)
+        run.observe("train_logged", {"line": line})
+
+
+def _checkpoint(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:
+    """Validates, unless asked to stop, and saves; the validation loss, where there is one."""
+    loss = validate(run, stop) if len(run.validation) else None
+    validated = {} if loss is None else {"val_loss": loss}
+    if validated:
+        _write(run, {"step": step, **validated}, metrics)
+    _save(run, checkpoints.State(step, run.digest, loss), metrics)
+    return validated
+
+
+def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop) -> dict[str, Any] | None:
+    """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient.
+
+    None, and nothing was done, if any process was asked to stop.
+    """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    counts = torch.zeros(2, dtype=torch.float64)
+    counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        counts += torch.tensor([int((batch.labels != IGNORE).sum()), batch.tokens])
-        run.work.add(batch)
+        counts += torch.tensor([int((batch.labels != IGNORE).sum()), batch.tokens, 0])
+    counts[2] = stop.asked
     counts = _sum(accelerator, counts)
+    if counts[2]:
+        return None
+    for batch in batches:
+        run.work.add(batch)
     torch.manual_seed(hash_seed(run.seed, step, accelerator.process_index))
     model.train()
     loss = torch.zeros((), dtype=torch.float64)
@@ -177,42 +218,38 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int) -> dict[str
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 
-def _micro_batches(run: Run, data: TrainingSet, members: micro.Members) -> list[Batch]:
-    """This process's share of a global batch."""
-    stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
-    samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
-    share = micro.Share(Limits(samples, stage.micro_tokens), process, processes)
-    return (micro.padded if run.unpacked else micro.packed)(data, members, share)
-
-
 @torch.no_grad()
-def validate(run: Run) -> float:
-    """The mean loss of a trained token over the held-out samples."""
+def validate(run: Run, stop: Stop) -> float | None:
+    """The mean loss per target token over the held-out samples; None if any process was asked to stop."""
     run.model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.float64)
     size = run.stage.batch_size
-    for at in range(0, len(run.validation), size):
-        members = [(0, index) for index in range(at, min(at + size, len(run.validation)))]
-        for batch in _micro_batches(run, run.validation, members):
-            loss = run.model(batch.to(run.accelerator.device))
-            total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum())], dtype=torch.float64)
+    with suppress(CancelledError):
+        for at in range(0, len(run.validation), size):
+            members = [(0, index) for index in range(at, min(at + size, len(run.validation)))]
+            for batch in micro_batches(run, run.validation, members, stop):
+                if stop.asked:
+                    raise CancelledError
+                loss = run.model(batch.to(run.accelerator.device))
+                total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
+    total[2] = stop.asked
     total = _sum(run.accelerator, total)
-    return float(total[0] / total[1])
+    return None if total[2] else float(total[0] / total[1])
 
 
-def _restore(run: Run) -> int:
+def _restore(run: Run) -> checkpoints.State | None:
     folder = run.folder / "checkpoints"
     if not run.resume:
         if run.accelerator.is_main_process:
             checkpoints.remove(folder)
-        return 0
+        return None
     found = checkpoints.restore(folder, run.digest)
     if found is None:
-        return 0
+        return None
     state, tensors = found
     run.optimizer.load(tensors)
-    log.info("%s: going on behind step %d", run.folder.name, state.step)
-    return state.step
+    log.info("%s: resuming after step %d", run.folder.name, state.step)
+    return state
 
 
 def _ground(run: Run) -> None:

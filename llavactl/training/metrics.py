@@ -35,10 +35,9 @@ class Metrics:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = []
-    if path.is_file():
-        for entry in read_stream(path):
-            if entry.problem:
-                break
-            lines.append(entry.value)
+    lines: list[dict[str, Any]] = []
+    for entry in read_stream(path) if path.exists() else ():
+        if entry.problem:
+            break
+        lines.append(entry.value)
     return lines

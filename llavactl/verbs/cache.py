@@ -52,8 +52,18 @@ class Damaged:
 
 
 @dataclass(frozen=True)
+class Unchecked:
+    """A shard of ``store`` that can't be read: a disk, a network, permissions. It is left as it is."""
+
+    store: str
+    file: str
+    reason: str
+    images: int
+
+
+@dataclass(frozen=True)
 class VerifyReport:
-    """``sound``: every shard is what it was when it was written."""
+    """``sound``: every shard was read and is what it was when it was written."""
 
     sound: bool
     stores: int
@@ -61,6 +71,7 @@ class VerifyReport:
     images: int
     bytes: int
     damaged: tuple[Damaged, ...]
+    unchecked: tuple[Unchecked, ...]
 
 
 @dataclass(frozen=True)
@@ -89,23 +100,24 @@ def info(recipe: Recipe | None = None) -> InfoReport:
 def verify(recipe: Recipe | None = None) -> VerifyReport:
     """Hashes every shard, of every store or those that ``recipe`` needs; sets damaged ones aside.
 
-    The next extract makes the images of damaged shards again, and no others.
+    The next extract makes the images of damaged shards again, and no others. What can't be read is listed apart.
 
     Raises:
         StoreError: a manifest can't be read, or another process writes to a store.
     """
     folders = [folder for folder in _folders(recipe) if folder.is_dir()]
     manifests = [found for folder in folders if (found := read_manifest(folder)) is not None]
-    damaged = tuple(
-        Damaged(folder.name, each.file, each.reason, each.images) for folder in folders for each in verify_store(folder)
-    )
+    faults = [(folder.name, each) for folder in folders for each in verify_store(folder)]
     return VerifyReport(
-        sound=not damaged,
+        sound=not faults,
         stores=len(manifests),
         shards=sum(len(manifest.shards) for manifest in manifests),
         images=sum(manifest.images for manifest in manifests),
         bytes=sum(manifest.bytes for manifest in manifests),
-        damaged=damaged,
+        damaged=tuple(Damaged(store, each.file, each.reason, each.images) for store, each in faults if each.damaged),
+        unchecked=tuple(
+            Unchecked(store, each.file, each.reason, each.images) for store, each in faults if not each.damaged
+        ),
     )
 
 

@@ -49,13 +49,17 @@ class TrainReport:
 
 
 def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one."""
+    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one.
+
+    Raises:
+        OSError: there is a report that can't be read.
+    """
     try:
-        report = json.loads((folder / "report.json").read_text())
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         made = model_folder.describe(folder / "model")
         if any((each["digest"], each["final"]) != (digest, final) for each in (report, made)):
             return None
-    except (OSError, ValueError, KeyError, ModelError):
+    except (FileNotFoundError, ValueError, KeyError, ModelError):
         return None
     known = {field.name for field in fields(TrainReport)}
     return TrainReport(**{key: value for key, value in report.items() if key in known} | {"finished_before": True})

@@ -86,7 +86,7 @@ def test_interrupted_is_130_and_one_line(fails: Any) -> None:
     fails(raising(KeyboardInterrupt()))
     result = run_cli("doctor")
     assert result.exit_code == 130
-    assert result.stderr.strip() == "interrupted; the same command goes on from here"
+    assert result.stderr.strip() == "interrupted; run the same command to resume"
 
 
 @pytest.mark.parametrize("error", [ValueError("oops"), OSError("oops"), AssertionError("oops")])
@@ -169,14 +169,15 @@ cli.main(["doctor"])
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
-def test_ctrl_c_is_130() -> None:
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal to one process")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_128_and_its_number(end: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert err.strip() == "interrupted; the same command goes on from here"
+    assert process.returncode == 128 + end
+    assert err.strip() == "interrupted; run the same command to resume"

@@ -163,6 +163,7 @@ class TestEval:
 class Verified(Report):
     sound: bool = True
     damaged: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

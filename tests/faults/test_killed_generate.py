@@ -147,9 +147,9 @@ def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path, end:
         err = read_until(process, "waiting for 8 replies in flight")
         released.set()
         err += process.communicate()[1]
-        assert process.returncode == 130
+        assert process.returncode == 128 + end
         assert "8 replies are kept in" in err
-        assert "the same command goes on from here" in err
+        assert "run the same command to resume" in err
         assert "Traceback" not in err
         assert len(endpoint.bodies) == 8 == kept(folder)
         assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8

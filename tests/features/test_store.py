@@ -190,7 +190,7 @@ def test_a_shard_that_is_not_whole_is_named(harm: object) -> None:
 def test_a_broken_manifest_is_an_error_and_without_it_the_shards_are_listed_again(text: str) -> None:
     folder = fill(9).folder
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(StoreError, match=r"manifest\.json can't be read") as caught:
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged") as caught:
         FeatureStore.open(MADE_WITH)
     assert "remove that file" in caught.value.hint
     (folder / "manifest.json").unlink()

@@ -83,7 +83,7 @@ class TestBroken:
 def test_the_users_own_interrupt_passes(site: Any) -> None:
     site.install("slow", "raise KeyboardInterrupt\n")
     done = site.run("components", code=130)
-    assert done.stderr.strip() == "interrupted; the same command goes on from here"
+    assert done.stderr.strip() == "interrupted; run the same command to resume"
 
 
 def test_a_slow_plugin_is_slow_once(site: Any) -> None:

@@ -1,0 +1,57 @@
+"""The batches of each step, prepared in a thread while the step before computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llavactl.data import micro
+from llavactl.data.rows import Limits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llavactl.core.schema import Batch, ImageRef
+    from llavactl.core.stopping import Stop
+    from llavactl.data.batches import Loads
+    from llavactl.data.plan import Plan
+    from llavactl.data.training_set import TrainingSet
+    from llavactl.training.loop import Run
+
+
+def prepared(run: Run, plan: Plan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
+    """Each step from ``start`` on with its batches; there may be none any more once ``stop`` is asked."""
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(micro_batches, run, run.data, plan.batch(start), stop)
+        for step in range(start, plan.steps):
+            try:
+                batches = coming.result()
+            except CancelledError:
+                batches = []
+            if step + 1 < plan.steps:
+                coming = ahead.submit(micro_batches, run, run.data, plan.batch(step + 1), stop)
+            yield step, batches
+
+
+def micro_batches(run: Run, data: TrainingSet, members: micro.Members, stop: Stop) -> list[Batch]:
+    """This process's share of a global batch; raises CancelledError at the next image once ``stop`` is asked."""
+    stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
+    samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
+    share = micro.Share(Limits(samples, stage.micro_tokens), process, processes)
+    data = replace(data, features=_UntilStopped(data.features, stop))
+    return (micro.padded if run.unpacked else micro.packed)(data, members, share)
+
+
+@dataclass(frozen=True)
+class _UntilStopped:
+    """Features until ``stop`` is asked: encoding a whole batch live can take minutes."""
+
+    features: Loads
+    stop: Stop
+
+    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        if self.stop.asked:
+            raise CancelledError
+        return self.features.stored(image)
