@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llavactl.core.errors import TeacherError
 from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
+from llavactl.core.processes import check_launch
+from llavactl.core.registry import registry
 from llavactl.report.inputs import read_document
 from llavactl.report.page import TIMES, write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
@@ -45,6 +47,7 @@ class RunReport:
 
 def run(recipe: Recipe) -> RunReport:
     """From generate to export, one step after the other: each decides by content whether it has work to do."""
+    _refuse(recipe)
     cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
     generated = _timed(recipe, "generate", lambda: _generated(recipe)) if recipe.generate is not None else None
     extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
@@ -69,6 +72,21 @@ def run(recipe: Recipe) -> RunReport:
         report=str(page),
         example=_example(recipe),
     )
+
+
+def _refuse(recipe: Recipe) -> None:
+    """What would stop a later step stops the run before its first: a broken model, say, before hours of extraction.
+
+    Raises:
+        LlavactlError: a model can't be loaded, or the processes are to do what llavactl doesn't.
+    """
+    for stage, sources in ((recipe.stage1, recipe.data.stage1), (recipe.stage2, recipe.data.stage2)):
+        if sources:
+            check_launch(stage.precision)
+    if recipe.data.stage1 or recipe.data.stage2:
+        for kind, spec in (("vision", recipe.vision.spec()), ("languages", recipe.language.spec())):
+            component = registry().create(kind, spec)
+            getattr(component, "check", lambda: None)()
 
 
 def _generated(recipe: Recipe) -> GenerateReport:

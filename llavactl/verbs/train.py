@@ -19,7 +19,6 @@ from llavactl.core.errors import LlavactlError, ModelError, RecipeError, StoreEr
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import sole, write_atomic, write_json
-from llavactl.core.processes import leave_in_order
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -32,7 +31,7 @@ from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
-from llavactl.training import checkpoints, stages
+from llavactl.training import checkpoints, launch, stages
 from llavactl.training.loop import Run
 from llavactl.training.loop import train as run_loop
 from llavactl.training.optimizer import Optimizer
@@ -53,12 +52,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     Raises:
         LlavactlError: whatever stands in the way, before any work where it can be known.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        leave_in_order()
     settings: Stage = recipe.stage1 if stage == 1 else recipe.stage2
+    accelerator = launch.accelerator(settings.precision)
     sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
         raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")

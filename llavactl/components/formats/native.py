@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Native:
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = json.loads((self.folder / DESCRIPTION).read_text())
-        return found
+        faults.check_files([self.folder / DESCRIPTION])
+        return read_json(self.folder / DESCRIPTION)
 
     @property
     def method(self) -> str:
@@ -60,7 +61,8 @@ class Native:
                 f"{self.folder}: other programs have no connector {what}",
                 hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
             )
-        return load_file(self.folder / "connector.safetensors")
+        with faults.reading(file := self.folder / "connector.safetensors"):
+            return load_file(file)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
@@ -83,7 +85,8 @@ class Native:
         from peft import PeftModel
 
         dtype = base.dtype
-        whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
+        with faults.loading("adapter", self.adapter):
+            whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
         merged: PreTrainedModel = whole.merge_and_unload().to(dtype)
         return merged
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.native import Native
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 
@@ -58,7 +59,8 @@ class Peft:
         native = Native(model)
         if native.method != "lora":
             raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
-        weights = load_file(native.adapter / "adapter_model.safetensors")
+        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+            weights = load_file(file)
         if others := sorted(name for name in weights if not name.startswith(OURS)):
             raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")
         assemble(native, native.base(), to / BASE)
