@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from llavactl.core.paths import read_json
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Where a model's weights are looked for, in the order in which transformers does."""
 
+LANGUAGE = "language model"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "chat_template.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _MORE = (
@@ -30,6 +32,7 @@ _MORE = (
 )
 
 _POINTERS = {b"version https://git-lfs.github.com/spec": "Git LFS", b"/annex/objects/": "git-annex"}
+_LARGE = 4_000_000
 _MAX_HEADER = 100_000_000  # safetensors' own bound
 _WHOLE = "is the download whole? download it again"
 _OWN_CODE = "needs code of its own, which llavactl never runs"
@@ -78,7 +81,11 @@ def _safetensors(file: Path, size: int) -> str | None:
     return None if size == end else f"{'truncated' if size < end else 'damaged'}: {size:,} bytes of {end:,}"
 
 
-def _json(file: Path, _size: int) -> str | None:
+def _json(file: Path, size: int) -> str | None:
+    if size > _LARGE:  # half a second to parse, and half a file shows at its end
+        with file.open("rb") as opened:
+            opened.seek(-64, os.SEEK_END)
+            return None if opened.read().rstrip().endswith(b"}") else "truncated: no end of its JSON"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -88,6 +95,14 @@ def _json(file: Path, _size: int) -> str | None:
     except RecursionError:
         return "not JSON: nested too deep"
     return None if isinstance(found, dict) else "expected a JSON object"
+
+
+def _text(file: Path, _size: int) -> str | None:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8 text"
+    return None
 
 
 def _pickle(file: Path, _size: int) -> str | None:
@@ -108,6 +123,8 @@ def _pickle(file: Path, _size: int) -> str | None:
 _CHECKS: Mapping[str, Callable[[Path, int], str | None]] = {
     ".safetensors": _safetensors,
     ".json": _json,
+    ".jinja": _text,
+    ".txt": _text,
     ".bin": _pickle,
     ".pt": _pickle,
     ".pth": _pickle,
@@ -166,11 +183,12 @@ def check_model(
     if not (folder / "config.json").is_file():
         why = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise ModelError(f"{what} {model}: {why}", hint=hint)
-    check_files([folder / name for name in ("config.json", *names) if os.path.lexists(folder / name)])
+    looked_at = ("config.json", "generation_config.json", *names)
+    check_files([folder / name for name in looked_at if os.path.lexists(folder / name)])
     if method := quantised(folder):
+        also = "; `stage2.method: qlora` quantises it while it trains" if what == LANGUAGE else ""
         raise ModelError(
-            f"{what} {model}: its weights are quantised ({method})",
-            hint="use the unquantised model; `stage2.method: qlora` quantises it while it trains",
+            f"{what} {model}: its weights are quantised ({method})", hint=f"use the unquantised model{also}"
         )
     if "/" in str(read_json(folder / "config.json").get("attn_implementation", "")):  # the name of a kernel on a hub
         raise ModelError(f"{what} {model}: {_OWN_CODE}", hint=_NOT_RUN)
@@ -261,6 +279,8 @@ def local_folder(model: str | Path) -> Path | None:
 
 
 def _refusal(what: str, model: str | Path, error: Exception, hint: str) -> ModelError:
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "file might be corrupted" in str(error):
+        return ModelError(f"{what} {model}: its *.bin files are truncated, or hold more than tensors", hint=_WHOLE)
     if not Path(model).is_absolute() and (fault := proxy_fault()):
         return ModelError(f"{what} {model}: not downloaded: {fault.message}", hint=fault.hint)
     return ModelError(f"{what} {model}: {reason(error)}", hint=hint)
@@ -279,7 +299,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
+    said = " ".join(lines[: last + 1])
     # These say nothing without their names: a missing key, say, is all that a KeyError tells.
     named = isinstance(error, KeyError | IndexError | TypeError | AttributeError | AssertionError) or not said
     return f"{type(error).__name__}: {said}".removesuffix(": ") if named else said

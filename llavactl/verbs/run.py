@@ -19,7 +19,7 @@ from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import train
+from llavactl.verbs.train import OWN_INITS, train
 from llavactl.verbs.train_report import TrainReport
 
 if TYPE_CHECKING:
@@ -84,9 +84,15 @@ def _refuse(recipe: Recipe) -> None:
         if sources:
             check_launch(stage.precision)
     if recipe.data.stage1 or recipe.data.stage2:
-        for kind, spec in (("vision", recipe.vision.spec()), ("languages", recipe.language.spec())):
-            component = registry().create(kind, spec)
-            getattr(component, "check", lambda: None)()
+        _check("vision", recipe.vision.spec())
+    if recipe.data.stage1 or (recipe.data.stage2 and recipe.stage2.init in OWN_INITS):
+        _check("languages", recipe.language.spec())
+
+
+def _check(kind: str, spec: Mapping[str, Any]) -> None:
+    component = registry().create(kind, spec)
+    if hasattr(component, "check"):  # a plugin's may have none
+        component.check()
 
 
 def _generated(recipe: Recipe) -> GenerateReport:

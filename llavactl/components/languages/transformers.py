@@ -36,7 +36,7 @@ class TransformersLanguage:
         from llavactl.components.languages.sentencepiece import mend
 
         self._refuse()
-        with faults.loading("language model", self.options.model, _HINT):
+        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
             tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
         if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
             # Where processors of older versions keep theirs; a tokenizer does not look there.
@@ -54,7 +54,7 @@ class TransformersLanguage:
 
         progress.calm_transformers()
         self.check()
-        with faults.loading("language model", self.options.model, _HINT, weights=True):
+        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.options.model,
                 dtype=getattr(torch, dtype),
@@ -77,7 +77,7 @@ class TransformersLanguage:
         self._refuse(weights=True)
 
     def _refuse(self, *, weights: bool = False) -> None:
-        faults.check_model(self.options.model, "language model", faults.TOKENIZER, weights=weights, hint=_HINT)
+        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
 
     def _wrong(self, why: str, hint: str = "") -> ModelError:
         return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)
