@@ -160,10 +160,14 @@ def _reloaded(
         saved[image] = str(place / f"{len(saved)}.png")
         decode(image.read()).save(saved[image])
     prompts = [_prompt(turns, assistant, saved) for turns in conversations]
-    (place / "prompts.json").write_text(json.dumps({"prompts": prompts, "max_new_tokens": NEW_TOKENS}))
+    (place / "prompts.json").write_text(
+        json.dumps({"prompts": prompts, "max_new_tokens": NEW_TOKENS}), encoding="utf-8"
+    )
     out = place / "out.safetensors"
     command = [sys.executable, "-I", str(script), str(export), str(place / "prompts.json"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    done = subprocess.run(  # noqa: S603 - our own script
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode or not out.is_file():
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise ModelError(f"{export}: another program can't load it: {last}")

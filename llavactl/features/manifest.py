@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         StoreError: it can't be read or is not a manifest.
     """
     try:
-        found = json.loads((folder / _NAME).read_text())
+        found = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         shape = found["shape"]
         return Manifest(
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
@@ -97,7 +97,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         StoreError: it can't be read.
     """
     try:
-        return Fingerprint.from_json((folder / _FINGERPRINT).read_text())
+        return Fingerprint.from_json((folder / _FINGERPRINT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

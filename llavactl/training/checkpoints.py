@@ -95,7 +95,7 @@ def _newest_first(folder: Path) -> list[tuple[State, Path]]:
     found = []
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         try:
-            written = json.loads((checkpoint / STATE).read_text())
+            written = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             found.append((State(written["step"], written["digest"], written["val_loss"]), checkpoint))
         except (OSError, ValueError, KeyError, TypeError) as error:
             _passed_over(checkpoint, error)
@@ -105,7 +105,7 @@ def _newest_first(folder: Path) -> list[tuple[State, Path]]:
 def _whole(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     """The tensors of ``checkpoint``; None where a byte of them isn't what was written."""
     try:
-        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text())["sha256"]:
+        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["sha256"]:
             raise ValueError(f"{TENSORS} isn't what was written")
         tensors: dict[str, torch.Tensor] = load_file(checkpoint / TENSORS)
         return tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch
 from llavactl.core.registry import registry
-from llavactl.report.inputs import read_document
+from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
@@ -145,6 +144,6 @@ def _example(recipe: Recipe) -> Mapping[str, str] | None:
     """The first example of the last task, else of the last stage, without its inline picture."""
     files = [recipe.run_dir / "eval" / "examples" / f"{task.name}.json" for task in recipe.eval.tasks][::-1]
     for file in (*files, recipe.run_dir / "stage2" / "samples.json", recipe.run_dir / "stage1" / "samples.json"):
-        if file.is_file() and (rows := json.loads(file.read_text())):
+        if rows := read_list(file):
             return {key: value for key, value in rows[0].items() if key != "thumbnail"}
     return None

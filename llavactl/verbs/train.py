@@ -18,7 +18,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, ModelError, RecipeError, StoreError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
-from llavactl.core.paths import sole, write_atomic, write_json
+from llavactl.core.paths import json_text, sole, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -303,13 +303,13 @@ def _write_samples(recipe: Recipe, run: Run, parts: Parts, data: Split) -> None:
         if len(parts.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= most:
             answer += " …"  # cut, not finished
         rows.append(example(run.folder / "samples", sample.turns[:asked], sample.turns[asked].text, answer))
-    write_atomic(run.folder / "samples.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
 
 
 def _left_out(folder: Path, data: Split) -> None:
     if data.left_out:
         log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
-    lines = (json.dumps(each._asdict(), ensure_ascii=False) for each in data.left_out)
+    lines = (json_text(each._asdict()) for each in data.left_out)
     write_atomic(folder / "left_out.jsonl", "".join(f"{line}\n" for line in lines))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError
+from llavactl.core.paths import read_json
 from llavactl.model import folder as model_folder
 from llavactl.training.metrics import read as read_metrics
 
@@ -51,7 +51,7 @@ class TrainReport:
 def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
     """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one."""
     try:
-        report = json.loads((folder / "report.json").read_text())
+        report = read_json(folder / "report.json")
         made = model_folder.describe(folder / "model")
         if any((each["digest"], each["final"]) != (digest, final) for each in (report, made)):
             return None

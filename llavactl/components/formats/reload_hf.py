@@ -36,7 +36,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     from PIL import Image
 
     model, processor = load(folder)
-    asked = json.loads(prompts.read_text())
+    asked = json.loads(prompts.read_text(encoding="utf-8"))
     found: dict[str, torch.Tensor] = {}
     for index, prompt in enumerate(asked["prompts"]):
         text = prompt["text"]  # of a stage 1 model, which holds no conversation

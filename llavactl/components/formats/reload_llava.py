@@ -60,7 +60,7 @@ def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
 
 def main(folder: Path, prompts: Path, out: Path) -> None:
     """Ids (image positions -200), logits [T, V] and greedy ids of every prompt, to ``out``."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     speaker, tokenizer = language(folder, config).eval(), AutoTokenizer.from_pretrained(folder)
     embed = speaker.get_input_embeddings()
     connector = projector(folder, config, embed.weight.shape[1])
@@ -68,7 +68,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     place = beside if beside.is_dir() else config["mm_vision_tower"]
     tower = CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
     processor = CLIPImageProcessor.from_pretrained(place)
-    asked = json.loads(prompts.read_text())
+    asked = json.loads(prompts.read_text(encoding="utf-8"))
     found: dict[str, torch.Tensor] = {}
     for index, prompt in enumerate(asked["prompts"]):
         images = [Image.open(name).convert("RGB") for name in prompt["images"]]

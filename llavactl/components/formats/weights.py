@@ -24,7 +24,7 @@ def files(folder: Path) -> list[Path]:
     """
     for name in INDEXES:
         if (index := folder / name).is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise ModelError(f"{folder}: {len(missing)} weight files are missing, such as {missing[0]}")
             return [folder / shard for shard in shards]
