@@ -43,6 +43,8 @@ def explained(error: Exception) -> LlavactlError | None:
         return _network(error)
     if isinstance(error, OSError):
         return LlavactlError(reason(error), hint=_hint(error))
+    if isinstance(error, UnicodeEncodeError) and "utf-8" not in (error.encoding, sys.getfilesystemencoding()):
+        return LlavactlError(reason(error), hint="set PYTHONUTF8=1, or a UTF-8 locale")
     if isinstance(error, sqlite3.Error):
         return LlavactlError(f"an SQLite file can't be used: {reason(error)}", hint="free some disk, or its lock")
     if isinstance(error, zipfile.BadZipFile) or _from(error, "safetensors"):

@@ -183,6 +183,10 @@ def check_model(
     if not (folder / "config.json").is_file():
         why = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise ModelError(f"{what} {model}: {why}", hint=hint)
+    if what == LANGUAGE and any("\ud800" <= sign <= "\udfff" for sign in str(folder)):
+        raise ModelError(
+            f"{what} {folder}: the folder's name is not UTF-8 text", hint="rename it: tokenizers can't open it"
+        )
     looked_at = ("config.json", "generation_config.json", *names)
     check_files([folder / name for name in looked_at if os.path.lexists(folder / name)])
     if method := quantised(folder):
@@ -298,6 +302,9 @@ def reason(error: BaseException) -> str:
     """What ``error`` says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, UnicodeEncodeError) and not error.object.isascii():  # nothing but names of files is encoded so
+        name = json.dumps(error.object)
+        return f"the name of a file can't be written in this locale ({error.encoding}): {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
     said = " ".join(lines[: last + 1])
