@@ -183,10 +183,8 @@ def check_model(
     if not (folder / "config.json").is_file():
         why = "there is no config.json" if folder.is_dir() else "there is no such folder"
         raise ModelError(f"{what} {model}: {why}", hint=hint)
-    if what == LANGUAGE and any("\ud800" <= sign <= "\udfff" for sign in str(folder)):
-        raise ModelError(
-            f"{what} {folder}: the folder's name is not UTF-8 text", hint="rename it: tokenizers can't open it"
-        )
+    if any("\ud800" <= sign <= "\udfff" for sign in str(folder)):
+        raise ModelError(f"{what} {folder}: the folder's name is not UTF-8 text", hint="rename it: no library opens it")
     looked_at = ("config.json", "generation_config.json", *names)
     check_files([folder / name for name in looked_at if os.path.lexists(folder / name)])
     if method := quantised(folder):

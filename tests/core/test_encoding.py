@@ -89,6 +89,9 @@ def test_a_run_whose_names_the_locale_does_not_have(toy: Path) -> None:
         assert json.loads(done.stdout)
 
 
+TRAIN = ["train", "--stage", "1", "-o", "features.mode=live", "-o", "stage1.max_steps=1"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names of files are text")
 class TestNamesThatAreNoText:
     @pytest.fixture
@@ -99,9 +102,12 @@ class TestNamesThatAreNoText:
         (folder / "images" / records[0]["image"]).rename(folder / "images" / os.fsdecode(b"p\xfe.jpg"))
         return folder
 
-    @pytest.mark.parametrize("command", [["extract"], ["data", "stats"], ["cache", "info"], ["extract", "--dry-run"]])
-    def test_json_is_utf_8(self, odd: Path, command: list[str]) -> None:
-        result = run_cli(*command, "--json", cwd=odd)
+    @pytest.mark.parametrize(
+        "command", [["extract"], ["data", "stats"], ["cache", "info"], ["extract", "--dry-run"], TRAIN]
+    )
+    def test_json_is_utf_8(self, odd: Path, toys: Path, command: list[str]) -> None:
+        models = ["-o", f"vision.model={toys / 'clip'}", "-o", f"language.model={toys / 'language'}"]
+        result = run_cli(*command, *([] if command[0] == "cache" else models), "--json", cwd=odd)
         assert result.exit_code == 0, result.stderr
         result.stdout.encode()
         assert result.json() is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _load(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Iterator[Path]:
+def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
     """The toy models with their weights as pickles."""
     import torch
     from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Iterator[Path]
         weights = load_file(folder / name / "model.safetensors")
         torch.save(weights, folder / name / "pytorch_model.bin")
         (folder / name / "model.safetensors").unlink()
-    yield folder
+    return folder
 
 
 def test_whole_files_pass(toys: Path, bins: Path) -> None:

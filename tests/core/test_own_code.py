@@ -42,10 +42,8 @@ def _change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**read_json(file), **changes}), encoding="utf-8")
 
 
-MAP = dict.fromkeys(
-    ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoImageProcessor"),
-    "evil.Thing",
-)
+CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoImageProcessor")
+MAP = dict.fromkeys(CLASSES, "evil.Thing")
 
 
 @pytest.mark.parametrize(
