@@ -89,6 +89,7 @@ def test_a_run_whose_names_the_locale_does_not_have(toy: Path) -> None:
         assert json.loads(done.stdout)
 
 
+EXTRACT = ["extract"]
 TRAIN = ["train", "--stage", "1", "-o", "features.mode=live", "-o", "stage1.max_steps=1"]
 
 
