@@ -84,7 +84,11 @@ class Connector(Protocol):
 
 @runtime_checkable
 class Language(Protocol):
-    """A causal language model and its tokenizer. It may have ``check()``, as a ``Vision`` may."""
+    """A causal language model and its tokenizer.
+
+    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError where ``load``
+    would fail, as far as that shows without reading weights.
+    """
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A fast tokenizer (character offsets are needed to place labels)."""
