@@ -31,7 +31,7 @@ IMAGES_SHARE = 0.6
 
 def instruct_records(count: int) -> Iterator[dict[str, Any]]:
     """Real conversations under new ids, several about one image."""
-    real = json.loads((REAL / "llava_instruct_100.json").read_text())
+    real = json.loads((REAL / "llava_instruct_100.json").read_text(encoding="utf-8"))
     for index in range(count):
         record = real[index % len(real)]
         yield {**record, "id": f"{index:09d}", "image": f"coco/{int(index * IMAGES_SHARE):012d}.jpg"}
@@ -39,7 +39,10 @@ def instruct_records(count: int) -> Iterator[dict[str, Any]]:
 
 def caption_records(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Real captions with words exchanged between them, so that distinct phrases grow with their number as in life."""
-    real = [each["conversations"][1]["value"] for each in json.loads((REAL / "blip_laion_cc_sbu_2k.json").read_text())]
+    real = [
+        each["conversations"][1]["value"]
+        for each in json.loads((REAL / "blip_laion_cc_sbu_2k.json").read_text(encoding="utf-8"))
+    ]
     chance = random.Random(seed)
     words = [word for caption in real for word in caption.split()]
     for index in range(count):
@@ -51,7 +54,7 @@ def caption_records(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 def write(path: Path, records: Iterator[dict[str, Any]]) -> float:
     """Writes a JSON array; its megabytes."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for index, record in enumerate(records):
             file.write(("[\n" if index == 0 else ",\n") + json.dumps(record))
         file.write("\n]\n")

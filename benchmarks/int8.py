@@ -162,14 +162,17 @@ def trained(samples: int, seeds: int, folder: Path) -> dict[str, Any]:
     which ones is chance. So short a training tells little even so: ``spread_percent`` is the standard deviation of
     float16's own losses over seeds.
     """
-    (folder / "recipe.yaml").write_text(f"""\
+    (folder / "recipe.yaml").write_text(
+        f"""\
 extends: demo
 name: int8
 generate: null
 data: {{stage1: [{{name: scenes, content: descriptions, scenes: {samples}}}], stage2: []}}
 stage1: {{validation: 0.1}}
 eval: {{tasks: []}}
-""")
+""",
+        encoding="utf-8",
+    )
     losses: dict[str, list[float]] = {}
     read: dict[str, list[float]] = {}
     steps = 0

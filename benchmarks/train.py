@@ -358,7 +358,7 @@ def peak_mb(stage: int, name: str, micro: int, options: argparse.Namespace) -> f
     words = ["--peak", str(stage), name, str(micro), "--count", str(options.count), "--seed", str(options.seed)]
     words += ["--per-image", str(options.per_image)] if options.per_image else []
     words += ["--records", str(options.records)] if options.records else []
-    made = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+    made = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return float(made.stdout.splitlines()[-1])
 
 
@@ -374,9 +374,9 @@ def print_peak(stage: int, name: str, micro: int, options: argparse.Namespace) -
     if name in PEERS:
         del model
     give_back()
-    RESET.write_text("5")  # the kernel counts its peak from here
+    RESET.write_text("5", encoding="utf-8")  # the kernel counts its peak from here
     run()
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     print(round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024, 1))
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import progress
+from llavactl.core import faults, progress
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
-from llavactl.core.paths import read_json
+from llavactl.core.paths import expanded, read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.data.images import ImageError, decode
 from llavactl.features.prepare import default_device
@@ -120,22 +120,12 @@ def find(model: str) -> Path:
         ModelError: there is no such folder, or it can't be had.
     """
     name = model.removeprefix(PREFIX)
-    folder = Path(name).expanduser().absolute()
+    folder = expanded(name).absolute()
     if folder.is_dir():
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name):
         raise ModelError(f"{model}: there is no such folder", hint=f"{PREFIX} takes a folder or an id of the hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{model}: there is no such folder, and it can't be had from the hub: {reason}",
-            hint=f"{PREFIX} takes a folder or an id of the hub",
-        ) from error
+    return faults.downloaded(name, f"{PREFIX} takes a folder or an id of the hub")
 
 
 def digest(folder: Path) -> str:
@@ -163,16 +153,12 @@ def open_foreign(folder: Path, device: str | None = None) -> Foreign:
 
     device = device or default_device()
     processor = _processor(folder)
+    faults.check_files(faults.weight_files(folder))
     progress.calm_transformers()
-    try:
-        # trust_remote_code stays off: a checkpoint is data.
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32" if device == "cpu" else "auto")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{folder}: not a model for images and text that transformers can load: {reason}",
-            hint="what llavactl itself trained or reads goes without hf:",
-        ) from error
+    with faults.loading(_WHAT, folder, "what llavactl itself trained or reads goes without hf:", weights=True):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False
+        )
     prompt = _prompt(folder, processor, model.config.model_type)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
@@ -185,7 +171,10 @@ def prompt_of(folder: Path) -> str:
     """How the model in ``folder`` is asked; no weights are read."""
     from transformers import AutoConfig
 
-    return _prompt(folder, _processor(folder), AutoConfig.from_pretrained(folder).model_type)
+    processor = _processor(folder)
+    with faults.loading(_WHAT, folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return _prompt(folder, processor, config.model_type)
 
 
 def _prompt(folder: Path, processor: Any, model_type: str) -> str:
@@ -202,14 +191,12 @@ def _prompt(folder: Path, processor: Any, model_type: str) -> str:
 def _processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: its processor can't be loaded: {reason}", hint=_PROCESSOR) from error
+    with faults.loading("processor", folder, _PROCESSOR):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder}: there is no processor of pictures and text", hint=_PROCESSOR)
     return processor
 
 
+_WHAT = "model for images and text"
 _PROCESSOR = "a checkpoint needs processor_config.json or preprocessor_config.json, and its tokenizer"

@@ -1,7 +1,7 @@
-"""The command line: parse, call the verb, print. Here is its one error boundary.
+"""The command line: parse, call the verb, print.
 
-stdout has results and nothing else; logs, progress and errors go to stderr. Exit codes: 0 done,
-1 a typed error, 2 usage, 130 Ctrl-C, 143 SIGTERM. What isn't a ``LlavactlError`` is a defect and keeps its traceback.
+stdout has results and nothing else; logs, progress and errors go to stderr. Exit codes: 0 done, 1 an error (a line
+and a hint, see ``boundary``), 2 usage, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import io
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 
 import click
 
+from llavactl.cli import boundary
 from llavactl.cli.root import root
 from llavactl.core import stopping
-from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.network import proxy_fault
+from llavactl.core.paths import settle_caches
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
-    _hush_libraries()
+    _set_environment()
     _speak_utf8()
     _log_to_stderr()
     with stopping.signals():
@@ -31,13 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _hush_libraries() -> None:
-    """What they advise is for programmers, and nothing that who reads it here could do."""
+def _set_environment() -> None:
+    """What libraries read when they are imported."""
+    # What they advise is for programmers, and nothing that who reads it here could do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels from a hub at every import
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks it by its old name
     warnings.filterwarnings("ignore", module=r"PIL\b")  # odd images are read all the same, or listed
+    if proxy_fault():  # or a model that lies in the hub's cache could not be loaded either
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    settle_caches()
 
 
 def _speak_utf8() -> None:
@@ -57,45 +62,19 @@ def _run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command to resume", err=True)
         return stopping.exit_code()
-    except LlavactlError as error:
-        _report(error)
+    except Exception as error:  # noqa: BLE001 - the one boundary
+        boundary.report(error)
         return 1
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            return _defect()
-        _report(LlavactlError(f"{error.filename}: {error.strerror}", hint="free some disk, or mend its permissions"))
-        return 1
-    except Exception:  # noqa: BLE001 - the one boundary; what arrives here is a defect
-        return _defect()
-
-
-def _defect() -> int:
-    traceback.print_exc()
-    click.echo("this is a defect of llavactl or of a plugin named above: please report it with these lines", err=True)
-    return 1
-
-
-def _report(error: LlavactlError) -> None:
-    """One line a problem, and one with the way out."""
-    problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
-    for problem in problems or [error.message]:
-        click.echo(f"error: {_line(problem)}", err=True)
-    if error.hint:
-        click.echo(f"hint: {_line(error.hint)}", err=True)
 
 
 class _Stderr(logging.Handler):
     """One line a record, on whatever stderr is now."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"llavactl: {_line(self.format(record))}", err=True)
+        click.echo(f"llavactl: {boundary.line(self.format(record))}", err=True)
 
 
 def _log_to_stderr() -> None:
     log = logging.getLogger("llavactl")
     log.handlers = [_Stderr()]
     log.setLevel(logging.INFO)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +15,8 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, load_if_given, recipe_options
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
+from llavactl.core.paths import json_text
+from llavactl.core.streams import restored, results
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
@@ -78,15 +79,15 @@ def _print_batch(answers: list[dict[str, object]], as_json: bool) -> None:
         output.document(answers)
         return
     for answer in answers:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+        output.line(json_text(answer))
 
 
 def _stream(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
     from llavactl.verbs.chat import content
 
     for piece in conversation.ask(*content(prompt, images), sampling=sampling):
-        click.echo(piece, nl=False)
-    click.echo()
+        output.text(piece)
+    output.line()
 
 
 def _converse(conversation: Conversation, images: list[str | ImageRef], sampling: Sampling) -> None:
@@ -124,7 +125,9 @@ def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageR
 def _lines() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and arrow keys
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    prompt = "> " if sys.stdin.isatty() and results().isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            yield input(prompt).strip()
+            with restored():
+                line = input(prompt).strip()
+            yield line

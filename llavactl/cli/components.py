@@ -27,7 +27,7 @@ def command(kind: str | None, as_json: bool) -> None:
         output.table([(entry.kind, entry.name, entry.plugin, entry.summary) for entry in found])
     else:
         for entry in found:
-            click.echo(f"{entry.name}  ({entry.plugin})  {entry.summary}")
+            output.line(f"{entry.name}  ({entry.plugin})  {entry.summary}")
             output.table([(f"  {option}", what) for option, what in _options(entry).items()])
 
 

@@ -18,10 +18,10 @@ def command(as_json: bool) -> None:
     if as_json:
         output.document(report)
         return
-    click.echo(f"llavactl {report.llavactl}, Python {report.python}, {report.platform}")
+    output.line(f"llavactl {report.llavactl}, Python {report.python}, {report.platform}")
     output.table([(f"  {name}", version) for name, version in report.packages.items()])
     for device in report.devices:
-        click.echo(f"{device.name}: {device.memory_gb:.0f} GB, {' '.join(device.dtypes)}")
+        output.line(f"{device.name}: {device.memory_gb:.0f} GB, {' '.join(device.dtypes)}")
     output.table([("plugin", plugin.name, f"{plugin.package} {plugin.version}") for plugin in report.plugins])
-    click.echo("")
+    output.line()
     output.table([("yes" if each.works else "NO", each.what, each.why) for each in report.findings])

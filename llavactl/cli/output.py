@@ -1,4 +1,4 @@
-"""What goes to stdout."""
+"""What goes to stdout: results, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 
 import click
 
+from llavactl.core.paths import json_text
+from llavactl.core.streams import results
+
 
 def document(value: Any) -> None:
     """``value`` as one JSON document."""
-    _print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    _print(json_text(_plain(value), indent=2))
 
 
 def report(value: Any, as_json: bool) -> None:
@@ -24,6 +27,11 @@ def report(value: Any, as_json: bool) -> None:
         from llavactl.recipe.document import write
 
         _print(write(_plain(value)).rstrip())
+
+
+def line(text: str = "") -> None:
+    """One line of text."""
+    _print(text)
 
 
 def lines(texts: Sequence[str]) -> None:
@@ -38,10 +46,15 @@ def table(rows: Sequence[Sequence[str]]) -> None:
         _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _print(text: str) -> None:
+def text(piece: str) -> None:
+    """``piece`` as it is, without a newline."""
+    _print(piece, newline=False)
+
+
+def _print(text: str, *, newline: bool = True) -> None:
     """Once, however many processes torchrun or accelerate started."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(text)
+        click.echo(text, file=results(), nl=newline)
 
 
 def _plain(value: Any) -> Any:

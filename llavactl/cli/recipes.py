@@ -54,9 +54,9 @@ def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], res
     if as_json:
         output.document(load(chosen, overrides).model_dump(mode="json"))
     elif resolved or overrides:
-        click.echo(dump(load(chosen, overrides)), nl=False)
+        output.text(dump(load(chosen, overrides)))
     else:
-        click.echo(content(find(chosen).file), nl=False)
+        output.text(content(find(chosen).file))
 
 
 @command.command()
@@ -67,7 +67,7 @@ def copy(name: str, destination: Path | None, force: bool) -> None:
     """Write the recipe NAME to ./recipe.yaml, or to DESTINATION, to be edited."""
     from llavactl.recipe.copy import copy
 
-    click.echo(copy(name, destination, force=force))
+    output.line(str(copy(name, destination, force=force)))
 
 
 @command.command()
@@ -86,8 +86,7 @@ def check(
     if as_json:
         output.document({"ok": not problems, "problems": [asdict(problem) for problem in problems]})
     else:
-        for line in map(str, problems) if problems else [f"{chosen or 'recipe.yaml'}: ok"]:
-            click.echo(line)
+        output.lines([str(each) for each in problems] or [f"{chosen or 'recipe.yaml'}: ok"])
     if problems:
         ctx.exit(1)
 

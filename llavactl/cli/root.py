@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from functools import cache
 
 import click
 
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.builtins import COMMANDS
+from llavactl.core.streams import diverted
 
 
 class LazyGroup(click.Group):
@@ -20,12 +21,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name in COMMANDS:
-            found: Any = importlib.import_module(f"llavactl.cli.{cmd_name}").command
-        elif cmd_name in plugins.commands():
-            found = _from_plugin(cmd_name)
-        else:
-            return None
-        return found
+            return _own(cmd_name)
+        return _from_plugin(cmd_name) if cmd_name in plugins.commands() else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -42,6 +39,16 @@ class LazyGroup(click.Group):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(list(rows.items()))
+
+
+@cache
+def _own(name: str) -> click.Command:
+    """A command of llavactl: its stdout is its results, also where a plugin or a library prints meanwhile."""
+    found: click.Command = importlib.import_module(f"llavactl.cli.{name}").command
+    for each in [found, *(found.commands.values() if isinstance(found, click.Group) else ())]:
+        if each.callback is not None:
+            each.callback = diverted()(each.callback)
+    return found
 
 
 def _from_plugin(name: str) -> click.Command:

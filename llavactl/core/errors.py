@@ -9,8 +9,10 @@
     ├── TeacherError    whoever runs the teacher: busy, cut off, a wrong key, a request too long for it
     └── PluginError     the author of a plugin, named in the message
 
-Every message says what is wrong and where; ``hint`` says what to do next. The command line prints
-both in one line each and exits 1. Anything else that is raised is a defect of llavactl and keeps its traceback.
+Every message says what is wrong and where; ``hint`` says what to do next. The command line prints both in one line
+each and exits 1. What libraries and the operating system raise about files, packages, memory, devices or the network
+becomes such a line where it is raised, with the name of the file (``core.faults``), else at the command line's boundary
+(``cli.boundary``). Anything else is a bug in llavactl or in a plugin, and keeps its traceback.
 """
 
 from __future__ import annotations

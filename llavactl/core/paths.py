@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from llavactl.core.errors import LlavactlError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def cache_dir() -> Path:
@@ -25,16 +28,47 @@ def data_dir() -> Path:
 
 def _home(kind: str) -> Path:
     if home := os.environ.get("LLAVACTL_HOME"):
-        return Path(home).expanduser().absolute() / kind
+        return expanded(home).absolute() / kind
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("llavactl") if kind == "cache" else platformdirs.user_data_dir("llavactl"))
+    try:
+        found = platformdirs.user_cache_dir("llavactl") if kind == "cache" else platformdirs.user_data_dir("llavactl")
+    except (RuntimeError, KeyError) as error:
+        raise LlavactlError(
+            "this user has no home folder to keep features and other caches in",
+            hint="set LLAVACTL_HOME to a folder that can be written",
+        ) from error
+    return Path(found).absolute()
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with a leading ``~`` or ``~user`` resolved.
+
+    Raises:
+        LlavactlError: there is no such user, or this one has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise LlavactlError(f"{path}: {error}", hint="write the path in full") from error
+
+
+_LIBRARIES = {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+
+
+def settle_caches() -> None:
+    """Lets libraries keep their caches below LLAVACTL_HOME where the user has no home folder that can be written."""
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - leaves ~ where there is none, and doesn't raise
+    if os.environ.get("LLAVACTL_HOME") and not (home.is_absolute() and os.access(home, os.W_OK)):
+        for name, folder in _LIBRARIES.items():
+            if not (home / ".cache" / folder).is_dir():
+                os.environ.setdefault(name, str(cache_dir() / folder))
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Writes ``path`` whole or not at all: a temporary sibling, flushed to disk, then renamed over it."""
     with open_atomic(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
@@ -144,7 +178,13 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """``document`` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json_text(document, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON that is UTF-8 whatever it holds: bytes of a file's name that are no text stay escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _umask() -> int:

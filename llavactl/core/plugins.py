@@ -1,5 +1,7 @@
 """Loading plugins one at a time, each isolated: what one breaks is one line on stderr and stays its own.
 
+What a plugin prints while it is imported or registers goes to stderr.
+
 ``LLAVACTL_PLUGINS`` selects by entry-point name (comma-separated; empty: none; unset: all).
 ``LLAVACTL_STRICT_PLUGINS=1`` raises where otherwise a line would be logged.
 """
@@ -23,8 +25,9 @@ from typing import Any
 import pluggy
 
 from llavactl.core import builtins, hookspecs
-from llavactl.core.errors import PluginError
+from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.paths import cache_dir, write_json
+from llavactl.core.streams import diverted
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ def manager() -> pluggy.PluginManager:
 
 def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
     started = time.perf_counter()
-    with isolated(point.value):
+    with isolated(point.value), diverted():
         if first := made.get_plugin(point.name):
             kept = "llavactl itself" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(
@@ -180,16 +183,17 @@ def commands() -> dict[str, str]:
     points = entry_points()
     if not points:
         return {}
-    memory = cache_dir() / "plugin-commands.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        remembered = json.loads(memory.read_text())
+    memory: Path | None = None
+    with contextlib.suppress(LlavactlError, OSError, ValueError, KeyError, TypeError):
+        memory = cache_dir() / "plugin-commands.json"
+        remembered = json.loads(memory.read_text(encoding="utf-8"))
         if remembered["key"] == _key(points):
             return dict(remembered["commands"])
     from llavactl.core.registry import registry
 
     entries = registry().entries.get("commands", {}).values()
     found = {entry.name: entry.summary for entry in entries if entry.plugin != BUILTIN}
-    if not _faults:
+    if memory is not None and not _faults:
         with contextlib.suppress(OSError, ValueError):
             write_json(memory, {"key": _key(points), "commands": found})
     return found

@@ -1,9 +1,53 @@
-"""Leaving a group of processes in order."""
+"""What `accelerate launch` and torchrun say to a process, and leaving a group of them in order."""
 
 from __future__ import annotations
 
 import atexit
+import os
 from functools import cache
+from pathlib import Path
+
+from llavactl.core.errors import RecipeError
+
+_OFF = ("", "no", "false", "0", "none")
+_UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
+}
+_MIXED = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_launch(precision: str | None = None) -> None:
+    """Refuses what accelerate's configuration asks for and llavactl would not do.
+
+    How many processes there are and on which devices is followed. ``precision`` is what the recipe computes in.
+
+    Raises:
+        RecipeError: DeepSpeed, FSDP and the like, or another precision than the recipe's.
+    """
+    for name, what in _UNSUPPORTED.items():
+        if os.environ.get(name, "").lower() not in _OFF:
+            raise _refused(name, f"llavactl does not train with {what}")
+    name = "ACCELERATE_MIXED_PRECISION"
+    wanted = os.environ.get(name, "").lower()
+    if wanted not in _OFF and (wanted not in _MIXED or precision not in (None, _MIXED[wanted])):
+        said = f", which says {precision}" if precision else ""
+        raise _refused(name, f"the precision is `precision` in the recipe{said}")
+    if os.environ.get(name := "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1", "auto"):
+        raise _refused(name, "gradient accumulation follows from `batch_size` and `micro_batch_size` in the recipe")
+
+
+def _refused(name: str, why: str) -> RecipeError:
+    folder = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111 - never raises
+    file = Path(folder, "accelerate", "default_config.yaml")
+    where = f" (`accelerate launch` sets it from its options and {file})" if file.is_file() else ""
+    return RecipeError(
+        f"{name}={os.environ[name]}{where}: {why}",
+        hint=f"unset {name}, or launch with a plain configuration: `accelerate launch --num_processes N`, or torchrun",
+    )
 
 
 @cache

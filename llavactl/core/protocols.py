@@ -46,7 +46,11 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Vision(Protocol):
-    """A frozen vision backbone. One that can be measured without its weights is a ``MeasuredVision`` too."""
+    """A frozen vision backbone. One that can be measured without its weights is a ``MeasuredVision`` too.
+
+    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError where ``load``
+    would fail, as far as that shows without reading weights.
+    """
 
     def identity(self) -> Mapping[str, Json]:
         """All that changes a number of the features, without reading weights into memory.
@@ -80,7 +84,11 @@ class Connector(Protocol):
 
 @runtime_checkable
 class Language(Protocol):
-    """A causal language model and its tokenizer."""
+    """A causal language model and its tokenizer.
+
+    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError where ``load``
+    would fail, as far as that shows without reading weights.
+    """
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A fast tokenizer (character offsets are needed to place labels)."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, RecipeError
 from llavactl.core.protocols import KINDS
+from llavactl.core.streams import diverted
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def registry() -> Registry:
                         raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
                     found.add(Entry(kind, name, target, options, summary, plugin))
 
-            with plugins.isolated(plugin):
+            with plugins.isolated(plugin), diverted():
                 implementation(register=register)
     return found
 
@@ -155,7 +156,8 @@ def registry() -> Registry:
 def _import(target: str, entry: Entry) -> Any:
     module, _, attribute = target.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        with diverted():
+            found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except LlavactlError:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from llavactl.core.processes import leave_in_order
+from llavactl.core.processes import check_launch, leave_in_order
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: a judge may take long, and who dies takes the others along anyhow."""
@@ -38,6 +38,7 @@ def processes() -> Processes:
     """Those that were started together; each then computes on its own device."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
+    check_launch()
     import torch
     from accelerate import PartialState
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError
-from llavactl.core.paths import sole, write_atomic
+from llavactl.core.paths import json_text, sole, write_atomic
 from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, ImageFile, Question
 from llavactl.data.images import ImageError, inspect
@@ -127,7 +126,7 @@ def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question
 
 
 def _line(answer: Answer) -> str:
-    return json.dumps({"id": answer.id, "text": answer.text}, ensure_ascii=False) + "\n"
+    return json_text({"id": answer.id, "text": answer.text}) + "\n"
 
 
 def score(

@@ -10,7 +10,6 @@ model/
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llavactl.core import faults
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import component_identity
-from llavactl.core.paths import share, sync_folder, write_json
+from llavactl.core.paths import read_json, share, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
 
@@ -142,18 +142,16 @@ def describe(folder: Path) -> dict[str, Any]:
         ModelError: there is none, or a newer llavactl wrote it.
     """
     path = folder / DESCRIPTION
-    try:
-        description: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         found = sorted(str(p.parent) for p in folder.glob(f"**/{DESCRIPTION}")) if folder.is_dir() else []
         hint = (
             f"did you mean {found[-1]}?"
             if found
             else "`--model` takes a run, a model/ folder, or a checkpoint of another program"
         )
-        raise ModelError(f"{folder}: no model here (there is no {DESCRIPTION})", hint=hint) from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
+        raise ModelError(f"{folder}: no model here (there is no {DESCRIPTION})", hint=hint)
+    faults.check_files([path])
+    description = read_json(path)
     if description.get("format") != FORMAT:
         raise ModelError(f"{path}: format {description.get('format')}, this llavactl reads {FORMAT}")
     return description
@@ -176,6 +174,7 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
         ModelError: anything missing, of the wrong shape, or not finite.
     """
     description = describe(folder)
+    _refuse_broken(folder, description["method"])
     language = language_of(folder, description)
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     parts = build(description["connector"], language, shape, dtype=dtype or description["precision"])
@@ -183,7 +182,8 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
     if description["method"] == "lora":
         from peft import PeftModel
 
-        adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
+        with faults.loading("adapter", folder / "adapter"):
+            adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
         # Not ``adapted.to``: that would round the frequencies of rotary positions, which are no weights, as well.
         for weight in adapted.parameters():
             weight.data = weight.data.to(next(parts.model.connector.parameters()).dtype)
@@ -192,13 +192,21 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
     return Loaded(parts, description)
 
 
+def _refuse_broken(folder: Path, method: str) -> None:
+    """Raises ModelError for a file of the model's own that is missing or broken, before anything large is read."""
+    files = [folder / "connector.safetensors"]
+    if method == "lora":
+        names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter of older versions of peft
+        weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
+        files += [folder / "adapter" / name for name in ("adapter_config.json", weights)]
+    faults.check_files(files)
+
+
 def load_connector(connector: nn.Module, folder: Path) -> None:
     """Fills ``connector`` from ``folder``; every weight must be there, of the right shape and finite."""
     path = folder / "connector.safetensors"
-    try:
+    with faults.reading(path):
         weights = load_file(path)
         connector.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{path}: {' '.join(str(error).split())}") from error
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise ModelError(f"{path}: holds weights that are not finite")

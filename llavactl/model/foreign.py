@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
-from llavactl.core.paths import cache_dir, read_json, write_json
+from llavactl.core.paths import cache_dir, expanded, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, of_run
 
@@ -38,11 +39,11 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
     Raises:
         ModelError: there is no model, none of the formats recognises it, or it lacks what no recipe tells.
     """
-    folder = Path(model).expanduser().absolute()
+    folder = expanded(model).absolute()
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):
-        folder = _downloaded(str(model))
+        folder = faults.downloaded(str(model), "`--model` takes a folder or an id")
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
         describe(folder)
         return folder
@@ -171,17 +172,3 @@ def _told(recipe: Recipe) -> dict[str, Any]:
         "template": recipe.template(2),
         "precision": recipe.stage2.precision,
     }
-
-
-def _downloaded(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, ignore_patterns=["*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model {model!r}: there is no such folder, and it can't be had from the hub: {reason}",
-            hint="`--model` takes a folder or an id",
-        ) from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core.paths import expanded
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Node, display, merge, parse, put, read
 
@@ -44,7 +45,7 @@ def find(source: str | Path | None) -> Place:
             )
         source = Path(DEFAULT)
     if is_path(source):
-        file = Path(source).expanduser().absolute()
+        file = expanded(source).absolute()
         return Place(file, file.parent)
     return Place(_registered(str(source)), Path.cwd())
 
@@ -99,7 +100,7 @@ def _parent(extends: object, child: Place) -> Place:
         raise RecipeError("must be the name or the path of a recipe")
     if not is_path(extends):
         return Place(_registered(extends), child.base)
-    file = Path(child.file.parent, Path(extends).expanduser())
+    file = Path(child.file.parent, expanded(extends))
     if not file.is_file():
         raise RecipeError(f"there is no recipe file {display(file)}")
     return Place(file, file.parent if child.base == child.file.parent else child.base)

@@ -107,7 +107,7 @@ def toy_records(path: Path, photos: Sequence[Path], *, turns: int = 2) -> Path:
             said.append({"from": "human", "value": f"{tag}What colour is the picture?"})
             said.append({"from": "gpt", "value": f"The picture is {names[index % len(names)]}."})
         records.append({"id": f"r{index}", "image": photo.name, "conversations": said})
-    path.write_text(json.dumps(records, indent=1))
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return path
 
 
@@ -118,7 +118,8 @@ def toy_recipe(folder: Path, *, photos: int = 12) -> Path:
     toy_language(folder / "language")
     records = toy_records(folder / "records.json", toy_photos(folder / "images", photos))
     path = folder / "recipe.yaml"
-    path.write_text(f"""\
+    path.write_text(
+        f"""\
 # llavactl run -r recipe.yaml
 name: toy
 vision: {{name: clip, model: clip, layer: -2, select: patch, image: pad}}
@@ -130,5 +131,7 @@ data:
   stage2: [{{name: llava-json, path: {records.name}, images: images/}}]
 stage1: {{epochs: 2, batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, checkpoint_every: 2, precision: float32}}
 stage2: {{epochs: 2, batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, checkpoint_every: 2, precision: float32}}
-""")
+""",
+        encoding="utf-8",
+    )
     return path

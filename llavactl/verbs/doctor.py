@@ -14,6 +14,8 @@ from typing import Any
 
 from llavactl import __version__
 from llavactl.core import plugins
+from llavactl.core.errors import LlavactlError
+from llavactl.core.network import proxy_fault
 from llavactl.core.paths import cache_dir
 
 LOW_DISK_GB = 20
@@ -66,20 +68,26 @@ def doctor() -> DoctorReport:
     """Looks at versions, devices, disk and plugins; writes nothing, asks no network."""
     packages, unmet = _packages()
     devices, broken = _devices()
-    disks = (_disk("feature stores", cache_dir()), _disk("run folders", Path.cwd()))
+    disks, homeless = [_disk("run folders", Path.cwd())], []
+    try:
+        disks.insert(0, _disk("feature stores", cache_dir()))
+    except LlavactlError as error:
+        homeless.append(Finding("feature stores", False, f"{error.message}; {error.hint}"))
     found = tuple(plugins.installed())
     findings = [
         *unmet,
         *broken,
         *_computing(devices),
+        *homeless,
         *map(_room, disks),
         _pixels(packages),
         _hub(),
+        *_network(),
         *(Finding(f"plugin {plugin.name}", False, plugin.error) for plugin in found if plugin.error),
     ]
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return DoctorReport(
-        __version__, platform.python_version(), system, packages, devices, disks, found, tuple(findings)
+        __version__, platform.python_version(), system, packages, devices, tuple(disks), found, tuple(findings)
     )
 
 
@@ -177,8 +185,15 @@ def _pixels(packages: dict[str, str]) -> Finding:
     return Finding("image preprocessing", True, why)
 
 
+def _network() -> Iterator[Finding]:
+    if fault := proxy_fault():
+        yield Finding("network", False, f"{fault.message}; {fault.hint}")
+
+
 def _hub() -> Finding:
     what = "downloads from the model hub"
+    if proxy_fault():
+        return Finding(what, False, "the network can't be reached: only models in folders or in the hub's cache")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
             return Finding(what, False, f"{name} is set: only models in folders or in the hub's cache")

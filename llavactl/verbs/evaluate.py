@@ -15,7 +15,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
-from llavactl.core.paths import write_atomic, write_json
+from llavactl.core.paths import json_text, write_atomic, write_json
 from llavactl.core.protocols import Consults, Judged, Pairs
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers
@@ -279,7 +279,7 @@ def _examples(
         if BLIND in said:
             row["blind"] = said[BLIND][each.id].text
         rows.append(row)
-    write_atomic(folder / f"{task}.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    write_atomic(folder / f"{task}.json", json_text(rows, indent=2))
 
 
 def _finished(file: Path, digest: str, protocol: str) -> EvalReport | None:

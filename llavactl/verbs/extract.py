@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, RecipeError, StoreError
-from llavactl.core.paths import write_atomic
+from llavactl.core.paths import json_text, write_atomic
 from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
 from llavactl.features.keys import ContentKeys
@@ -203,7 +202,7 @@ def _skipped(plans: Sequence[Plan], filled: Mapping[str, Filled]) -> dict[ImageR
 
 def _list(file: Path, skipped: Mapping[ImageRef, str]) -> Path:
     """Writes a line for each skipped image; an empty file says that there was none."""
-    lines = (json.dumps({"image": image.name, "reason": why}, ensure_ascii=False) for image, why in skipped.items())
+    lines = (json_text({"image": image.name, "reason": why}) for image, why in skipped.items())
     try:
         write_atomic(file, "".join(f"{line}\n" for line in lines))
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.json_stream import write_stream
-from llavactl.core.paths import write_atomic, write_json
+from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.core.schema import Below, ImageFile, Sample
@@ -184,10 +183,7 @@ def _remember(out: Path, report: GenerateReport) -> None:
 
 def _finished(out: Path, digest: str) -> GenerateReport | None:
     """The report of what was made before from the same settings, if it is still there."""
-    try:
-        report = json.loads(_beside(out, "report.json").read_text())
-    except (OSError, ValueError):
-        return None
+    report = read_json(_beside(out, "report.json"))
     if report.get("digest") != digest or not out.is_file():
         return None
     known = {each.name for each in fields(GenerateReport)}

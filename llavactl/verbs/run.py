@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llavactl.core.errors import TeacherError
 from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
-from llavactl.report.inputs import read_document
+from llavactl.core.processes import check_launch
+from llavactl.core.registry import registry
+from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import train
+from llavactl.verbs.train import OWN_INITS, train
 from llavactl.verbs.train_report import TrainReport
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class RunReport:
 
 def run(recipe: Recipe) -> RunReport:
     """From generate to export, one step after the other: each decides by content whether it has work to do."""
+    _refuse(recipe)
     cached = recipe.features.mode == "cached" and bool(recipe.data.stage1 or recipe.data.stage2)
     generated = _timed(recipe, "generate", lambda: _generated(recipe)) if recipe.generate is not None else None
     extracted = _timed(recipe, "extract", lambda: extract(recipe)) if cached else None
@@ -69,6 +71,27 @@ def run(recipe: Recipe) -> RunReport:
         report=str(page),
         example=_example(recipe),
     )
+
+
+def _refuse(recipe: Recipe) -> None:
+    """What would stop a later step stops the run before its first: a broken model, say, before hours of extraction.
+
+    Raises:
+        LlavactlError: a model can't be loaded, or the processes are to do what llavactl doesn't.
+    """
+    for stage, sources in ((recipe.stage1, recipe.data.stage1), (recipe.stage2, recipe.data.stage2)):
+        if sources:
+            check_launch(stage.precision)
+    if recipe.data.stage1 or recipe.data.stage2:
+        _check("vision", recipe.vision.spec())
+    if recipe.data.stage1 or (recipe.data.stage2 and recipe.stage2.init in OWN_INITS):
+        _check("languages", recipe.language.spec())
+
+
+def _check(kind: str, spec: Mapping[str, Any]) -> None:
+    component = registry().create(kind, spec)
+    if hasattr(component, "check"):  # a plugin's may have none
+        component.check()
 
 
 def _generated(recipe: Recipe) -> GenerateReport:
@@ -120,6 +143,6 @@ def _example(recipe: Recipe) -> Mapping[str, str] | None:
     """The first example of the last task, else of the last stage, without its inline picture."""
     files = [recipe.run_dir / "eval" / "examples" / f"{task.name}.json" for task in recipe.eval.tasks][::-1]
     for file in (*files, recipe.run_dir / "stage2" / "samples.json", recipe.run_dir / "stage1" / "samples.json"):
-        if file.is_file() and (rows := json.loads(file.read_text())):
+        if rows := read_list(file):
             return {key: value for key, value in rows[0].items() if key != "thumbnail"}
     return None

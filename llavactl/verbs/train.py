@@ -18,8 +18,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeError, StoreError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
-from llavactl.core.paths import sole, write_atomic, write_json
-from llavactl.core.processes import leave_in_order
+from llavactl.core.paths import json_text, sole, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -32,7 +31,7 @@ from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
-from llavactl.training import checkpoints, stages
+from llavactl.training import checkpoints, launch, stages
 from llavactl.training.loop import Run
 from llavactl.training.loop import train as run_loop
 from llavactl.training.optimizer import Optimizer
@@ -53,12 +52,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     Raises:
         LlavactlError: whatever stands in the way, before any work where it can be known.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        leave_in_order()
     settings: Stage = recipe.stage1 if stage == 1 else recipe.stage2
+    accelerator = launch.accelerator(settings.precision)
     sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
         raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")
@@ -321,7 +316,7 @@ def _write_samples(recipe: Recipe, run: Run, parts: Parts, data: Split) -> None:
         if len(parts.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= most:
             answer += " …"  # cut, not finished
         rows.append(example(run.folder / "samples", sample.turns[:asked], sample.turns[asked].text, answer))
-    write_atomic(run.folder / "samples.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
 
 
 def _left_out(folder: Path, data: Split) -> None:
@@ -329,7 +324,7 @@ def _left_out(folder: Path, data: Split) -> None:
         log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
     if data.left_out:
         log.warning("%d samples are left out; %s says why", len(data.left_out), folder / "left_out.jsonl")
-    lines = (json.dumps(each._asdict(), ensure_ascii=False) for each in data.left_out)
+    lines = (json_text(each._asdict()) for each in data.left_out)
     write_atomic(folder / "left_out.jsonl", "".join(f"{line}\n" for line in lines))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +92,81 @@ def test_interrupted_is_130_and_one_line(fails: Any) -> None:
     assert result.stderr.strip() == "interrupted; run the same command to resume"
 
 
-@pytest.mark.parametrize("error", [ValueError("oops"), OSError("oops"), AssertionError("oops")])
-def test_a_defect_keeps_its_traceback(fails: Any, error: Exception) -> None:
-    fails(raising(error))
+@pytest.mark.parametrize(
+    "kind", [ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError, RuntimeError]
+)
+def test_a_bug_keeps_its_traceback(fails: Any, kind: type[Exception]) -> None:
+    fails(raising(kind("oops")))
     result = run_cli("doctor")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "Traceback (most recent call last)" in result.stderr
-    assert f"{type(error).__name__}: oops" in result.stderr
-    assert "please report it" in result.stderr.splitlines()[-1]
+    assert f"{kind.__name__}: " in result.stderr
+    assert "please report this traceback" in result.stderr.splitlines()[-1]
+
+
+def _import_error(name: str) -> ImportError:
+    try:
+        __import__(name)
+    except ImportError as error:
+        return error
+    raise AssertionError
+
+
+def _machine_errors() -> dict[str, tuple[BaseException, str]]:
+    import torch
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from safetensors import SafetensorError
+
+    return {
+        "no filename": (OSError("it broke"), "it broke"),
+        "no strerror": (OSError(errno.EIO, "input/output error"), "input/output error"),
+        "a full disk": (OSError(errno.ENOSPC, "no space", "/there/x"), "/there/x"),
+        "a missing file": (FileNotFoundError(errno.ENOENT, "no such file", "/there/x"), "/there/x"),
+        "a missing package": (_import_error("no_such_package_anywhere.part"), "no_such_package_anywhere"),
+        "a broken library": (ImportError("libcudart.so.12: cannot open shared object file"), "libcudart.so.12"),
+        "a missing backend": (ImportError("\nX requires the timm library but it was not found.\nmore"), "timm"),
+        "memory": (MemoryError(), "memory"),
+        "memory of a device": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
+        "memory of a CPU": (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "8 bytes",
+        ),
+        "a device": (RuntimeError("CUDA error: device-side assert triggered\nmore"), "device-side assert"),
+        "the hub": (LocalEntryNotFoundError("not in the cache"), "not in the cache"),
+        "the hub, offline": (OfflineModeIsEnabled("offline"), "offline"),
+        "a weight file": (SafetensorError("header too small"), "header too small"),
+        "an archive": (zipfile.BadZipFile("File is not a zip file"), "zip file"),
+        "a database": (sqlite3.OperationalError("disk I/O error"), "disk I/O error"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(_machine_errors()))
+def test_what_the_machine_lacks_is_one_line(fails: Any, what: str) -> None:
+    error, said = _machine_errors()[what]
+    fails(raising(error))
+    result = run_cli("doctor")
+    assert (result.exit_code, result.stdout) == (1, "")
+    first, *hint = result.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert said in first
+    assert len(hint) <= 1
+
+
+def test_a_missing_module_of_ours_is_a_bug(fails: Any) -> None:
+    fails(raising(_import_error("llavactl.core.no_such_module")))
+    assert "Traceback" in run_cli("doctor").stderr
+
+
+def test_prints_of_others_are_no_results(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llavactl.core import plugins
+
+    def installed() -> list[plugins.Plugin]:
+        print("a library says hello")
+        return []
+
+    monkeypatch.setattr(plugins, "installed", installed)
+    result = run_cli("plugins", "list", "--json")
+    assert result.json() == []
+    assert result.stderr == "a library says hello\n"
 
 
 def test_logs_are_lines_on_stderr(fails: Any) -> None:

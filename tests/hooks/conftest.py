@@ -52,7 +52,7 @@ class Site:
             [sys.executable, "-c", program, *arguments],
             env={
                 **os.environ,
-                "PYTHONPATH": str(self.folder),
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH")))),
                 "LLAVACTL_HOME": str(self.home),
                 "LLAVACTL_PLUGINS": ",".join(dict.fromkeys(self.names)),
                 **environment,

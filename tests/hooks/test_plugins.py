@@ -91,7 +91,8 @@ def test_a_slow_plugin_is_slow_once(site: Any) -> None:
     slow += "@hookimpl\ndef register_commands(register):\n    register('nap', 'slow_plugin:nap', summary='sleeps')\n"
     site.install("slow", slow)
     first = site.run("--help")
-    assert lines(first.stderr) == [
+    assert lines(first.stderr)[0] == "imported"
+    assert lines(first.stderr)[1:] == [
         f"llavactl: plugin slow took {first.stderr.split(' took ')[1].split()[0]} s to import; "
         "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
     ]
@@ -99,9 +100,83 @@ def test_a_slow_plugin_is_slow_once(site: Any) -> None:
     assert second.stderr == ""
     for shown in (first, second):
         assert "nap  sleeps" in shown.stdout
-        assert ("imported" in shown.stdout) == (shown is first)
+        assert "imported" not in shown.stdout, "stdout is for results"
     site.install("slow", slow + "# changed\n")
-    assert "imported" in site.run("--help").stdout, "an edited plugin is read again"
+    assert "imported" in site.run("--help").stderr, "an edited plugin is read again"
+
+
+LOUD = """
+import logging, os, subprocess, sys, warnings
+from llavactl import Options, hookimpl
+
+def shout(what):
+    print(what)
+    os.write(1, what.encode() + b" raw\\n")
+    subprocess.run([sys.executable, "-c", f"print({what!r}, 'child')"])
+    logging.basicConfig(stream=sys.stdout, force=True)
+    logging.getLogger("loud").error("%s logged", what)
+
+shout("import")
+
+@hookimpl
+def register_sources(register):
+    shout("registration")
+    register("loud", "loud_plugin.source:Loud", options="loud_plugin.source:LoudOptions")
+
+@hookimpl
+def register_commands(register):
+    register("hello", "loud_plugin.source:hello")
+"""
+LOUD_SOURCE = """
+import click
+from llavactl import Options
+from loud_plugin import shout
+
+shout("component")
+
+class LoudOptions(Options):
+    pass
+
+class Loud:
+    def __init__(self, options):
+        shout("creation")
+
+    def __iter__(self):
+        shout("iteration")
+        return iter(())
+
+@click.command()
+def hello():
+    print("printed")
+    click.echo("echoed")
+"""
+
+
+class TestAPluginThatPrints:
+    """In every way, whenever its code runs: stdout has the command's results alone."""
+
+    @pytest.fixture(autouse=True)
+    def loud(self, site: Any) -> None:
+        site.install("loud", LOUD, source__py=LOUD_SOURCE)
+
+    def test_a_list_is_one_document(self, site: Any) -> None:
+        done = site.run("components", "sources", "--json")
+        assert "loud" in [each["name"] for each in json.loads(done.stdout)]
+        for what in ("import", "registration", "component"):
+            for how in (what, f"{what} raw", f"{what} child", f"ERROR:loud:{what} logged"):
+                assert how in lines(done.stderr)
+
+    def test_a_verb_is_one_document(self, site: Any, toys: Path) -> None:
+        (site.folder / "recipe.yaml").write_text(
+            f"extends: {toys / 'recipe.yaml'}\nname: loud\ndata: {{stage1: [{{name: loud}}]}}\n", encoding="utf-8"
+        )
+        done = site.run("data", "check", "--json", "--stage", "1", code=1)
+        assert json.loads(done.stdout)["records"] == 0
+        assert {"creation", "iteration", "iteration raw", "iteration child"} <= set(lines(done.stderr))
+
+    def test_its_own_command_has_a_stdout(self, site: Any) -> None:
+        done = site.run("hello")
+        assert lines(done.stdout) == ["printed", "echoed"]
 
 
 def test_the_help_never_imports_a_target(site: Any) -> None:

@@ -84,18 +84,18 @@ def command(
 
 
 def _print(report: CheckReport) -> None:
-    click.echo(
+    output.line(
         f"{report.records:,} records, {report.images:,} images (decode: {report.decode}), {report.seconds:.1f} s"
     )
-    click.echo(f"tokens: {report.lengths}")
+    output.line(f"tokens: {report.lengths}")
     if report.problems:
         rows = [(each.problem, each.effect, f"{each.count:,}", each.what) for each in report.problems]
         output.table([("problem", "effect", "count", ""), *rows])
         for each in report.problems:
             for place in each.places[:SHOWN]:
-                click.echo(f"{each.problem}: {place}")
+                output.line(f"{each.problem}: {place}")
             if each.count > SHOWN:
-                click.echo(f"{each.problem}: and {each.count - SHOWN:,} more; --json has up to a thousand")
+                output.line(f"{each.problem}: and {each.count - SHOWN:,} more; --json has up to a thousand")
     if (mended := report.mended) is not None:
         counts = f"{mended.written:,} records written, {mended.changed:,} changed, {mended.dropped:,} dropped"
-        click.echo(f"{mended.out}: {counts}; {mended.log} says why")
+        output.line(f"{mended.out}: {counts}; {mended.log} says why")

@@ -43,11 +43,11 @@ def command(
     if as_json:
         output.document(report)
         return
-    click.echo(f"{report.samples:,} samples, {report.unusable:,} unusable records, {report.seconds:.1f} s")
-    click.echo(f"tokens: {report.tokens}")
+    output.line(f"{report.samples:,} samples, {report.unusable:,} unusable records, {report.seconds:.1f} s")
+    output.line(f"tokens: {report.tokens}")
     rows = [(name, *(f"{value:,}" for value in astuple(each))) for name, each in report.measures.items()]
     output.table([("", *(field.name for field in fields(Summary))), *rows])
     if report.openings:
         output.table([("questions begin", ""), *((words, f"{count:,}") for words, count in report.openings.items())])
     if report.html:
-        click.echo(report.html)
+        output.line(report.html)

@@ -59,7 +59,7 @@ def _tensor_names(folder: Path, base: str) -> Set[str]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config: Any = inside(base).get("config") or AutoConfig.from_pretrained(base)
+        config: Any = inside(base).get("config") or AutoConfig.from_pretrained(base, trust_remote_code=False)
         adapter = LoraConfig.from_pretrained(folder)
         adapter.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings():

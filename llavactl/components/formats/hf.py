@@ -134,7 +134,7 @@ def _save_processor(
         settings = {**known, **steps, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
         (to / "padding").mkdir()
         write_json(to / "padding" / "preprocessor_config.json", settings)
-        own = AutoImageProcessor.from_pretrained(to / "padding")
+        own = AutoImageProcessor.from_pretrained(to / "padding", trust_remote_code=False)
         (to / "padding" / "preprocessor_config.json").unlink()
         (to / "padding").rmdir()
     processor = LlavaProcessor(

@@ -53,7 +53,7 @@ def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], mo
 def _loaded(kind: Any, folder: Path, where: Path) -> nn.Module:
     try:
         found: nn.Module
-        found, info = kind.from_pretrained(folder, output_loading_info=True)
+        found, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{where}: its vision_tower tensors: {str(error).strip().splitlines()[0]}") from error
     unused = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # counted, not trained

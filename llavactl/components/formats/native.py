@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import write_json
+from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Native:
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = json.loads((self.folder / DESCRIPTION).read_text())
-        return found
+        faults.check_files([self.folder / DESCRIPTION])
+        return read_json(self.folder / DESCRIPTION)
 
     @property
     def method(self) -> str:
@@ -66,7 +66,8 @@ class Native:
                 f"{self.folder}: other programs have no connector {what}",
                 hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
             )
-        return load_file(self.folder / "connector.safetensors")
+        with faults.reading(file := self.folder / "connector.safetensors"):
+            return load_file(file)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
@@ -103,7 +104,8 @@ class Native:
         from peft import PeftModel
 
         dtype = base.dtype
-        whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
+        with faults.loading("adapter", self.adapter):
+            whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
         merged: PreTrainedModel = whole.merge_and_unload().to(dtype)
         return merged
 

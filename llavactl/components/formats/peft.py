@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.native import Native
 from llavactl.components.formats.weights import read
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.paths import read_json, write_json
+from llavactl.core.paths import read_json, write_atomic, write_json
 
 BASE = "base"
 OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model."
@@ -43,7 +46,7 @@ class Peft:
         names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in ours})
         language = str((folder / BASE).absolute())
         own = {**config, "target_modules": names, "base_model_name_or_path": language}
-        write_json(model / "adapter" / "adapter_config.json", own)
+        _write_config(model / "adapter", own)
         refuse_unfit(model / "adapter", ours.keys(), language)
         description = read_json(model / "llavactl.json")
         write_json(model / "llavactl.json", {**description, "method": "lora"})
@@ -59,7 +62,8 @@ class Peft:
         native = Native(model)
         if native.method != "lora":
             raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
-        weights = load_file(native.adapter / "adapter_model.safetensors")
+        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+            weights = load_file(file)
         if others := sorted(name for name in weights if not name.startswith(OURS)):
             raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")
         assemble(native, native.base(), to / BASE)
@@ -69,4 +73,9 @@ class Peft:
         names = "|".join(sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights}))
         # By path: the vision tower has layers of the same names.
         own = {"base_model_name_or_path": BASE, "target_modules": rf".*language_model.*\.({names})"}
-        write_json(to / "adapter_config.json", {**config, **own})
+        _write_config(to, {**config, **own})
+
+
+def _write_config(adapter: Path, config: Mapping[str, Any]) -> None:
+    """In ASCII: peft reads it in the locale's encoding."""
+    write_atomic(adapter / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -26,7 +26,10 @@ def inside(model: str) -> dict[str, Any]:
 
     whole, _ = PreTrainedConfig.get_config_dict(model)
     if "text_config" in whole:
-        return {"config": AutoConfig.from_pretrained(model).get_text_config(), "key_mapping": _INSIDE_HF}
+        return {
+            "config": AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(),
+            "key_mapping": _INSIDE_HF,
+        }
     if "mm_vision_tower" in whole:
         kind = language_type(whole, model)
         known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llavactl.components.languages.inside import inside
-from llavactl.core import progress
+from llavactl.core import faults, progress
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
@@ -35,10 +35,9 @@ class TransformersLanguage:
 
         from llavactl.components.languages.sentencepiece import mend
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._checked())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._wrong(f"no tokenizer: {_first_line(error)}") from error
+        self._refuse()
+        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
+            tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
         if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
             # Where processors of older versions keep theirs; a tokenizer does not look there.
             tokenizer.chat_template = json.loads(own.read_text(encoding="utf-8"))["chat_template"]
@@ -54,16 +53,16 @@ class TransformersLanguage:
         from transformers import AutoModelForCausalLM
 
         progress.calm_transformers()
-        try:
+        self.check()
+        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(
-                self._checked(),
+                self.options.model,
                 dtype=getattr(torch, dtype),
                 attn_implementation=self.options.attention,
                 output_loading_info=True,
+                trust_remote_code=False,
                 **inside(self.options.model),
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise self._wrong(_first_line(error)) from error
         # transformers would save it under the checkpoint's names again, as if it were still a part of that.
         model.__dict__.pop("_weight_conversions", None)
         if missing := sorted(info["missing_keys"]):
@@ -73,15 +72,15 @@ class TransformersLanguage:
                 raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
         return model
 
-    def _checked(self) -> str:
-        model = self.options.model
-        if Path(model).is_absolute() and not Path(model, "config.json").is_file():
-            raise self._wrong("there is no config.json" if Path(model).is_dir() else "there is no such folder")
-        return model
+    def check(self) -> None:
+        """Raises ModelError for what keeps the model from being loaded, as far as its files show unread."""
+        self._refuse(weights=True)
 
-    def _wrong(self, why: str, hint: str = "`language.model` takes an id or a folder of transformers") -> ModelError:
-        return ModelError(f"language model {self.options.model}: {why}", hint=hint)
+    def _refuse(self, *, weights: bool = False) -> None:
+        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
+
+    def _wrong(self, why: str, hint: str = "") -> ModelError:
+        return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+_HINT = "`language.model` takes an id or a folder of transformers"

@@ -14,11 +14,13 @@ import re
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from llavactl.components.teachers import completions
 from llavactl.core.errors import TeacherError
+from llavactl.core.network import proxy_fault
 from llavactl.core.protocols import Json, Limits, Reply, Request
 from llavactl.core.registry import Options
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import httpx2
 
 _SECRET = re.compile(r"api_?key|authorization|password|secret|bearer|^token$|auth_?token|access_?token", re.I)
+_HERE = ("localhost", "127.0.0.1", "::1")
 RESERVED = frozenset(["messages", "model", "stream", "n"])
 
 
@@ -129,7 +132,12 @@ class OpenAI:
         # Compressed answers could be small on the wire and enormous here.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         most = httpx2.Limits(max_connections=self.options.concurrency)
-        self._client = httpx2.AsyncClient(headers=headers, timeout=self.options.timeout_s, limits=most)
+        fault = proxy_fault()
+        if fault and urlsplit(self.options.base_url).hostname not in _HERE:  # no proxy is needed to ask oneself
+            raise TeacherError(fault.message, hint=fault.hint, then="stop")
+        self._client = httpx2.AsyncClient(
+            headers=headers, timeout=self.options.timeout_s, limits=most, trust_env=fault is None
+        )
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="openai teacher", daemon=True).start()
         return loop

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llavactl.components.vision.transformers import INSIDE
-from llavactl.core import progress
+from llavactl.components.vision.transformers import HINT, INSIDE, WHAT
+from llavactl.core import faults, progress
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import FeatureShape
 
@@ -108,15 +108,14 @@ def measure(vision: TransformersVision) -> FeatureShape:
     Raises:
         ModelError: as ``load_tower``.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
     kind = _kind(vision)
-    try:
-        config = AutoConfig.from_pretrained(vision.options.model)
+    with faults.loading(WHAT, vision.options.model, HINT):
+        config = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False)
+        own = getattr(config, "vision_config", config)
         with torch.device("meta"):
-            made = getattr(kind, "from_config", kind)(getattr(config, "vision_config", config))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
+            made = kind.from_config(own, trust_remote_code=False) if kind is AutoModel else kind(own)
     return _tower(vision, made.eval()).shape
 
 
@@ -126,7 +125,7 @@ def _tower(vision: TransformersVision, model: nn.Module) -> Tower:
     if not all(0 <= layer <= depth for layer in layers) or not layers:
         raise ModelError(f"vision.layer {vision.options.layer}: the model has hidden states 0 to {depth}")
     _cut(model, max(max(layers), 1))
-    side, patch = int(vision.config["image_size"]), int(vision.config["patch_size"])
+    side, patch = vision.number("image_size"), vision.number("patch_size")
     grid = (side // patch, side // patch)
     tower = Tower(model, Preprocess(vision.processor, vision.options.image), FeatureShape(grid, 0), layers, 0)
     return _measured(tower, vision, side)
@@ -166,13 +165,14 @@ def read_whole(vision: TransformersVision) -> nn.Module:
 
     progress.calm_transformers()
     part: dict[str, Any] = {}
-    try:
+    vision.check()
+    with faults.loading(WHAT, vision.options.model, HINT, weights=True):
         if vision.nested:
-            part["config"] = AutoConfig.from_pretrained(vision.options.model).vision_config
+            part["config"] = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False).vision_config
             part["key_mapping"] = {INSIDE.pattern: ""}
-        model, info = _kind(vision).from_pretrained(vision.options.model, output_loading_info=True, **part)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"vision model {vision.options.model}: {str(error).strip().splitlines()[0]}") from error
+        model, info = _kind(vision).from_pretrained(
+            vision.options.model, output_loading_info=True, trust_remote_code=False, **part
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"vision model {vision.options.model}: {len(missing)} weights are missing, such as {missing[0]}"

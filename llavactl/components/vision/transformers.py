@@ -13,8 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.hashes import hash_file
 from llavactl.core.options import ModelId
+from llavactl.core.paths import read_json
 from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 INSIDE = re.compile(r"^(model\.)?vision_tower\.(?!vision_tower\.)")
 """What the backbone's weights are called inside a LLaVA checkpoint of transformers, before 4.52 and since."""
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WHAT = "vision model"
+HINT = "`vision.model` takes an id or a folder"
 
 
 class TransformersVisionOptions(Options):
@@ -58,25 +62,43 @@ class TransformersVision:
                 return path
             if not required:
                 return None
-            raise ModelError(f"vision model {model}: there is no {name}", hint="`vision.model` takes an id or a folder")
+            why = f"there is no {name}" if Path(model).is_dir() else "there is no such folder"
+            raise ModelError(f"{WHAT} {model}: {why}", hint=HINT)
         from transformers.utils import cached_file
 
-        try:
+        with faults.loading(WHAT, model, "give a local folder as `vision.model`"):
             found = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"vision model {model!r}: {reason}", hint="give a local folder as `vision.model`"
-            ) from error
         return None if found is None else Path(found)
+
+    def check(self) -> None:
+        """Raises ModelError for what keeps the backbone from being loaded, as far as its files show unread."""
+        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, weights=True, hint=HINT)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The vision part of config.json."""
+        return {"model_type": self._whole.get("model_type", "")} | self._whole.get("vision_config", self._whole)
+
+    @cached_property
+    def _whole(self) -> dict[str, Any]:
+        """config.json."""
+        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, hint=HINT)
         path = self.file("config.json")
         assert path is not None
-        whole = json.loads(path.read_text())
-        return {"model_type": whole.get("model_type", "")} | whole.get("vision_config", whole)
+        return read_json(path)
+
+    def number(self, key: str) -> int:
+        """``key`` of its configuration.
+
+        Raises:
+            ModelError: it has no such number, so that it is no vision transformer of the kind that is meant here.
+        """
+        if not isinstance(found := self.config.get(key), int):
+            raise ModelError(
+                f"{WHAT} {self.options.model}: its config.json has no number {key}",
+                hint="a vision transformer such as CLIP, SigLIP or DINOv2 is expected",
+            )
+        return found
 
     @cached_property
     def processor(self) -> Any:
@@ -87,12 +109,13 @@ class TransformersVision:
         from transformers import AutoImageProcessor, CLIPImageProcessor
 
         if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
-            return AutoImageProcessor.from_pretrained(self.options.model)
-        side = int(self.config["image_size"])
+            with faults.loading(WHAT, self.options.model, HINT):
+                return AutoImageProcessor.from_pretrained(self.options.model, trust_remote_code=False)
+        side = self.number("image_size")
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
     def identity(self) -> Mapping[str, Any]:
-        depth = int(self.config["num_hidden_layers"])
+        depth = self.number("num_hidden_layers")
         processor = self.processor
         return {
             "backbone": _model_type(self.config),
@@ -100,8 +123,8 @@ class TransformersVision:
             "layers": [layer % (depth + 1) for layer in self.layers],
             "select": self.options.select,
             "image": self.options.image,
-            "image_size": int(self.config["image_size"]),
-            "patch_size": int(self.config["patch_size"]),
+            "image_size": self.number("image_size"),
+            "patch_size": self.number("patch_size"),
             "processor": type(processor).__name__,
             "preprocessing": hashlib.sha256(_canonical(processor).encode()).hexdigest()[:16],
         }
@@ -109,10 +132,7 @@ class TransformersVision:
     @property
     def nested(self) -> bool:
         """Whether config.json and weights are those of a LLaVA checkpoint, the backbone a part of them."""
-        path = self.file("config.json")
-        assert path is not None
-        whole = json.loads(path.read_text())
-        return "vision_config" in whole and bool({"image_token_index", "image_token_id"} & whole.keys())
+        return "vision_config" in self._whole and bool({"image_token_index", "image_token_id"} & self._whole.keys())
 
     @property
     def inside(self) -> bool:
@@ -125,18 +145,21 @@ class TransformersVision:
 
         Of a checkpoint that has more than the backbone, over the backbone's own tensors.
         """
-        first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
+        first = next((path for name in faults.WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
             raise ModelError(
-                f"vision model {self.options.model}: there are no weights", hint=f"looked for {', '.join(WEIGHTS)}"
+                f"{WHAT} {self.options.model}: there are no weights", hint=f"looked for {', '.join(faults.WEIGHTS)}"
             )
         files = [first]
         if first.suffix == ".json":
-            shards = sorted(set(json.loads(first.read_text())["weight_map"].values()))
-            files = [path for shard in shards if (path := self.file(shard))]
+            if not Path(self.options.model).is_absolute():
+                for shard in faults.shards_of(first):
+                    self.file(shard)
+            files = faults.weight_files(first.parent)
+        faults.check_files(files)
         if self.nested and first.name.startswith("model.safetensors"):
             return _tensors_hash(files)
-        digests = [_file_hash(file) for file in files]
+        digests = [hash_file(file) for file in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def whole(self) -> nn.Module:
@@ -162,7 +185,7 @@ class ClipOptions(TransformersVisionOptions):
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    kind = str(config["model_type"])
+    kind = str(config.get("model_type", ""))
     return kind if kind.endswith("_vision_model") or kind not in ("clip", "siglip") else f"{kind}_vision_model"
 
 
@@ -178,20 +201,12 @@ def _tensors_hash(files: Sequence[Path]) -> str:
 
     found: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with faults.reading(file), safe_open(file, "pt") as opened:
             found |= {name: file for name in opened.keys() if INSIDE.match(name)}  # noqa: SIM118 - it is no dict
     total = hashlib.sha256()
     for name in sorted(found, key=lambda name: INSIDE.sub("", name)):
-        with safe_open(found[name], "pt") as opened:
+        with faults.reading(found[name]), safe_open(found[name], "pt") as opened:
             tensor = opened.get_tensor(name).contiguous()
         total.update(INSIDE.sub("", name).encode())
         total.update(tensor.flatten().view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-def _file_hash(file: Path) -> str:
-    blob = file.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", blob):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -59,7 +59,7 @@ def write(source: Path, folder: Path) -> None:
     state[POSITIONS] = resized(state[POSITIONS], CONFIG["image_size"] // CONFIG["patch_size"])
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     Dinov2Config(**CONFIG).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n", encoding="utf-8")
 
 
 def state_dict(model: ModelProto) -> dict[str, Array]:

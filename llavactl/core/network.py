@@ -1,0 +1,42 @@
+"""Whether the way to the network that the environment names can be gone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import urllib.request
+from urllib.parse import urlsplit
+
+from llavactl.core.errors import LlavactlError
+
+_SCHEMES = ("http", "https", "socks5", "socks5h")
+
+
+def proxy_fault() -> LlavactlError | None:
+    """Why no HTTP client can be made under the proxy that the environment names; None where one can."""
+    proxies = urllib.request.getproxies()
+    if "*" in proxies.get("no", ""):
+        return None
+    for kind in ("http", "https", "all"):
+        if (address := proxies.get(kind)) and (why := _fault(address)):
+            name = next((name for name in os.environ if name.lower() == f"{kind}_proxy"), f"{kind}_proxy")
+            hint = f"unset {name}, or set it to a proxy like http://host:port"
+            if "socksio" in why:
+                hint = f"`pip install socksio`, or unset {name}"
+            return LlavactlError(f"the proxy in {name} can't be used: {why}", hint=hint)
+    return None
+
+
+def _fault(address: str) -> str:
+    try:
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        return "not the address of a proxy"
+    if parts.scheme not in _SCHEMES:
+        return f"{parts.scheme}:// is none of {', '.join(_SCHEMES)}"
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        return "SOCKS proxies need the package socksio"
+    return ""

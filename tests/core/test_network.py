@@ -1,0 +1,85 @@
+"""Proxies in the environment that no HTTP client can be made under."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llavactl.core.network import proxy_fault
+from llavactl.testing import run_cli
+
+NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # set and restored; `main` sets it only where it is absent
+
+
+@pytest.mark.parametrize("address", ["http://host:3128", "host:3128", "http://user:word@[::1]:1", "https://host"])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_good_one(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+    monkeypatch.setenv(name, address)
+    assert proxy_fault() is None
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    "address", ["socks5://h:1", "socks5h://h", "ftp://h:1", "http://[::bad", "http://h:port", "://"]
+)
+def test_a_bad_one_is_named_but_not_quoted(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+    monkeypatch.setenv(name, address)
+    fault = proxy_fault()
+    assert fault is not None
+    assert name in fault.message
+    assert name in fault.hint
+    assert address not in str(fault), "it may hold a password"
+    monkeypatch.setenv("NO_PROXY", "*")
+    assert proxy_fault() is None
+
+
+def test_work_without_a_network_goes_on(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1")
+    for command in (["extract"], ["train", "--stage", "1", "-o", "stage1.max_steps=1"], ["doctor"]):
+        assert run_cli(*command, cwd=toy).exit_code == 0
+
+
+@pytest.mark.parametrize("address", ["socks5://localhost:1", "http://[::bad"])
+def test_what_needs_one_says_why_it_has_none(monkeypatch: pytest.MonkeyPatch, toy: Path, address: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", address)
+    for command in (
+        ["chat", "--model", "some/model", "--prompt", "hi"],
+        ["eval", "scenes", "--model", "hf:some/model"],
+        ["train", "--stage", "1", "-o", "language.model=some/model", "-o", "features.mode=live"],
+        ["extract", "-o", "vision.model=some/model"],
+    ):
+        result = run_cli(*command, cwd=toy)
+        assert result.exit_code == 1
+        (error, hint) = [line for line in result.stderr.splitlines() if not line.startswith("llavactl:")]
+        assert error.startswith("error: ")
+        assert "ALL_PROXY" in error
+        assert "ALL_PROXY" in hint
+
+
+def test_an_endpoint_on_this_machine_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llavactl.components.teachers.openai import OpenAI, OpenAIOptions
+    from llavactl.core.errors import TeacherError
+    from llavactl.core.protocols import Request
+    from llavactl.core.schema import Sample
+
+    monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1")
+    request = Request("1", "detail", ({"role": "user", "content": "hi"},), Sample("1", ()))
+    away = OpenAI(OpenAIOptions(model="m", base_url="http://host.invalid/v1"))
+    with pytest.raises(TeacherError, match="ALL_PROXY") as caught:
+        away.reply(request)
+    assert caught.value.then == "stop"
+    here = OpenAI(OpenAIOptions(model="m", base_url="http://localhost:9/v1"))
+    with pytest.raises(TeacherError, match="no connection"):
+        here.reply(request)
+    here.close()
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
