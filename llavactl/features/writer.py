@@ -118,7 +118,7 @@ class StoreWriter:
             self._failed = True
             raise StoreError(
                 f"features can't be written to {self.folder}: {error.strerror or error}",
-                hint="free disk space, or set LLAVACTL_HOME; finished shards are kept, run `llavactl extract` to resume",
+                hint="free disk space, or set LLAVACTL_HOME, then extract again: finished shards are kept",
             ) from error
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
