@@ -15,6 +15,11 @@ from dataclasses import dataclass
 
 _SIGNALS = signal.SIGINT, signal.SIGTERM
 
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come. A class of its own, for where Python saw a KeyboardInterrupt itself it may exit with 130."""
+
+
 _received: list[int] = []
 """The signals that came while ``signals`` lasts."""
 
@@ -56,9 +61,9 @@ def deferred(land: Callable[[], object] = lambda: None) -> Iterator[Stop]:
     stop = Stop()
 
     def first(number: int, _frame: object) -> None:
-        _received.append(number)
         if stop.asked:
-            raise KeyboardInterrupt
+            _raise(number, _frame)
+        _received.append(number)
         stop.asked = True
         land()
 
@@ -70,7 +75,7 @@ def deferred(land: Callable[[], object] = lambda: None) -> Iterator[Stop]:
 
 def _raise(number: int, _frame: object) -> None:
     _received.append(number)
-    raise KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextlib.contextmanager

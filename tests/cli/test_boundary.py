@@ -232,7 +232,7 @@ from llavactl.cli.root import LazyGroup
 
 def sleep():
     click.echo("ready")
-    time.sleep(60)
+    exec("time.sleep(60)")  # Python remembers a KeyboardInterrupt that has left such code, and would exit with 130
 
 LazyGroup.get_command = lambda *_: click.Command("doctor", callback=sleep)
 cli.main(["doctor"])
