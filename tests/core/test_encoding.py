@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -95,6 +96,11 @@ TRAIN = ["train", "--stage", "1", "-o", "features.mode=live", "-o", "stage1.max_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names of files are text")
 class TestNamesThatAreNoText:
+    @pytest.fixture(autouse=True)
+    def quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What pytest captures of the log, pytest-xdist would send as UTF-8."""
+        monkeypatch.setattr(logging.getLogger("llavactl"), "propagate", False)
+
     @pytest.fixture
     def odd(self, toy: Path) -> Path:
         """The toy recipe in a folder, and an image in it, whose names are not UTF-8."""
