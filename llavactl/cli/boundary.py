@@ -39,7 +39,7 @@ def explained(error: Exception) -> LlavactlError | None:
         return LlavactlError(f"out of memory: {reason(error)}", hint="less at a time: a smaller micro_batch_size, say")
     if isinstance(error, ImportError):
         return _import(error)
-    if _from(error, "huggingface_hub") or _from(error, "httpx2"):
+    if (_from(error, "huggingface_hub") and isinstance(error, OSError)) or _from(error, "httpx2"):
         return _network(error)
     if isinstance(error, OSError):
         return LlavactlError(reason(error), hint=_hint(error))
