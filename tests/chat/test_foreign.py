@@ -248,7 +248,7 @@ class TestWhatCannotBeAsked:
     def test_weights_that_are_missing(self, models: Any, tmp_path: Path) -> None:
         shutil.copytree(models("llava"), tmp_path / "m")
         (tmp_path / "m/model.safetensors").unlink()
-        with pytest.raises(ModelError, match="not a model for images and text"):
+        with pytest.raises(ModelError, match=r"model for images and text .*model\.safetensors"):
             foreign.open_foreign(tmp_path / "m", "cpu")
 
     def test_a_broken_picture(self, models: Any, tmp_path: Path) -> None:
