@@ -27,7 +27,7 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
     description = model_folder.describe(folder)
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
-    now = fingerprint(vision, features)
+    now = fingerprint(description["vision"], features)
     # A checkpoint that another program wrote names its backbone and has no fingerprint of it.
     then = Fingerprint(description["fingerprint"] or now.fields)
     if different := then.differences(now):

@@ -20,11 +20,11 @@ import numpy as np
 from llavactl.data.records import samples
 from llavactl.data.sniffing import curable
 from llavactl.features.backbone import OVERFLOW, Backbone, Result
-from llavactl.features.fingerprint import Fingerprint, fingerprint
+from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.prepare import Failure, ordered, prepare
-from llavactl.features.reader import StageNumber, stage_image, stage_vision
+from llavactl.features.reader import StageNumber, stage_fingerprint, stage_image, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
@@ -104,7 +104,8 @@ def wanted_features(recipe: Recipe) -> list[Wanted]:
     found = []
     for option, images in by_image.items():
         vision = stage_vision(recipe, stages[option][0])
-        found.append(Wanted(vision, fingerprint(vision, recipe.features), option, stages[option], tuple(images)))
+        made_with = stage_fingerprint(recipe, stages[option][0])
+        found.append(Wanted(vision, made_with, option, stages[option], tuple(images)))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -153,19 +153,25 @@ class LiveFeatures:
 
 
 def stage_image(recipe: Recipe, stage: StageNumber) -> str:
-    """How images of ``stage`` are made square: its own ``image`` or the backbone's."""
-    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image
+    """How images of ``stage`` are made square: its own ``image``, else the backbone's; "" without such an option."""
+    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image or ""
+
+
+def stage_vision_spec(recipe: Recipe, stage: StageNumber) -> dict[str, Any]:
+    """The vision backbone of ``stage`` as ``Registry.create`` takes it; ``image`` only where it has that option."""
+    image = stage_image(recipe, stage)
+    return {**recipe.vision.spec(), **({"image": image} if image else {})}
 
 
 def stage_vision(recipe: Recipe, stage: StageNumber) -> Vision:
     """The vision backbone of ``stage``, no weights loaded."""
-    made: Vision = registry().create("vision", {**recipe.vision.spec(), "image": stage_image(recipe, stage)})
+    made: Vision = registry().create("vision", stage_vision_spec(recipe, stage))
     return made
 
 
 def stage_fingerprint(recipe: Recipe, stage: StageNumber) -> Fingerprint:
     """What the features of ``stage`` are made with."""
-    return fingerprint(stage_vision(recipe, stage), recipe.features)
+    return fingerprint(stage_vision_spec(recipe, stage), recipe.features)
 
 
 def recipe_fingerprints(recipe: Recipe) -> list[Fingerprint]:
@@ -183,7 +189,7 @@ def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None)
         ModelError: the backbone can't be read.
     """
     vision = stage_vision(recipe, stage)
-    made_with = fingerprint(vision, recipe.features)
+    made_with = stage_fingerprint(recipe, stage)
     if recipe.features.mode == "cached":
         return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
     device = device or default_device()

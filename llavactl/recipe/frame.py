@@ -53,9 +53,14 @@ class Spec(BaseModel):
 
 
 class VisionSpec(Spec):
+    """``image`` is an option of backbones that make images square in either way; others don't have it."""
+
     kind = "vision"
 
-    image: Literal["square", "pad"] = "pad"
+    image: Literal["square", "pad"] | None = None
+
+    def spec(self) -> dict[str, Any]:
+        return {key: value for key, value in super().spec().items() if key != "image" or value is not None}
 
 
 class ConnectorSpec(Spec):
@@ -308,6 +313,13 @@ class Recipe(Section):
         """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""
         own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
         return own if isinstance(own, str) else own.spec()
+
+    @model_validator(mode="after")
+    def _image_is_an_option(self) -> Recipe:
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage.image and self.vision.image is None:
+                raise ValueError(f"{name}.image: vision backbone {self.vision.name} has no option `image`")
+        return self
 
     @model_validator(mode="after")
     def _boxes_lie_on_patches(self) -> Recipe:

@@ -121,8 +121,6 @@ def _component(kind: type[Spec], given: dict[str, Any]) -> list[Found]:
     try:
         model = registry().get(kind.kind, name).options_model()
         own = {key: value for key, value in given.items() if key not in {"name", *kind.frame_keys()}}
-        for key in kind.model_fields.keys() - {"name", *kind.frame_keys()}:
-            own.setdefault(key, kind.model_fields[key].default)
         options = model.model_validate(own)
     except LlavactlError as error:
         return [(("name",), sentence(error))]
