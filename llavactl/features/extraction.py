@@ -31,7 +31,7 @@ from llavactl.features.writer import StoreWriter
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features, Recipe
+    from llavactl.recipe.frame import Features, VisionRecipe
 
 _BATCHES_WAITING = 4
 """How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""
@@ -85,7 +85,7 @@ class Plan:
         return found
 
 
-def wanted_features(recipe: Recipe) -> list[Wanted]:
+def wanted_features(recipe: VisionRecipe) -> list[Wanted]:
     """The images of both stages by fingerprint; reads every record, so that a bad one stops the run here.
 
     Raises:

@@ -22,7 +22,7 @@ from llavactl.features.store import FeatureStore
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Recipe, SourceSpec
+    from llavactl.recipe.frame import SourceSpec, VisionRecipe
 
 StageNumber = Literal[1, 2]
 
@@ -152,36 +152,36 @@ class LiveFeatures:
         return Contents({i: key for i, key in zip(images, keys, strict=True) if isinstance(key, str)}, reasons)
 
 
-def stage_image(recipe: Recipe, stage: StageNumber) -> str:
+def stage_image(recipe: VisionRecipe, stage: StageNumber) -> str:
     """How images of ``stage`` are made square: its own ``image``, else the backbone's; "" without such an option."""
     return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image or ""
 
 
-def stage_vision_spec(recipe: Recipe, stage: StageNumber) -> dict[str, Any]:
+def stage_vision_spec(recipe: VisionRecipe, stage: StageNumber) -> dict[str, Any]:
     """The vision backbone of ``stage`` as ``Registry.create`` takes it; ``image`` only where it has that option."""
     image = stage_image(recipe, stage)
     return {**recipe.vision.spec(), **({"image": image} if image else {})}
 
 
-def stage_vision(recipe: Recipe, stage: StageNumber) -> Vision:
+def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:
     """The vision backbone of ``stage``, no weights loaded."""
     made: Vision = registry().create("vision", stage_vision_spec(recipe, stage))
     return made
 
 
-def stage_fingerprint(recipe: Recipe, stage: StageNumber) -> Fingerprint:
+def stage_fingerprint(recipe: VisionRecipe, stage: StageNumber) -> Fingerprint:
     """What the features of ``stage`` are made with."""
     return fingerprint(stage_vision_spec(recipe, stage), recipe.features)
 
 
-def recipe_fingerprints(recipe: Recipe) -> list[Fingerprint]:
+def recipe_fingerprints(recipe: VisionRecipe) -> list[Fingerprint]:
     """The fingerprints that the stages with data need; stages whose images are made alike share one."""
     sources: dict[StageNumber, tuple[SourceSpec, ...]] = {1: recipe.data.stage1, 2: recipe.data.stage2}
     stages = {stage_image(recipe, stage): stage for stage, specs in sources.items() if specs}
     return [stage_fingerprint(recipe, stage) for stage in stages.values()]
 
 
-def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
+def open_features(recipe: VisionRecipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
     """The features of ``stage`` as ``features.mode`` says: from the store, or encoded on ``device``.
 
     Raises:

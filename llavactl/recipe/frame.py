@@ -288,16 +288,17 @@ class Export(Section):
     verify: Switch = True
 
 
-class Recipe(Section):
-    """A whole recipe, resolved: defaults filled in, paths absolute, options validated.
+class Outline(Section):
+    """A recipe as far as it is written, resolved: defaults filled in, paths absolute, options validated.
 
+    A command asks for the sections that it needs: ``data generate`` for no model, ``extract`` for a ``VisionRecipe``.
     ``try_next`` are lines for whoever reads the report of a finished run.
     """
 
     name: FileName
-    vision: VisionSpec
-    connector: ConnectorSpec
-    language: LanguageSpec
+    vision: VisionSpec | None = None
+    connector: ConnectorSpec | None = None
+    language: LanguageSpec | None = None
     features: Features = Features()
     data: Data = Data()
     stage1: Stage1 = Stage1()
@@ -309,17 +310,30 @@ class Recipe(Section):
     seed: Whole = 0
     run_dir: RecipePath
 
-    def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
-        """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""
-        own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
-        return own if isinstance(own, str) else own.spec()
+
+class VisionRecipe(Outline):
+    """A recipe with a vision backbone: what features are extracted by."""
+
+    vision: VisionSpec
 
     @model_validator(mode="after")
-    def _image_is_an_option(self) -> Recipe:
+    def _image_is_an_option(self) -> VisionRecipe:
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             if stage.image and self.vision.image is None:
                 raise ValueError(f"{name}.image: vision backbone {self.vision.name} has no option `image`")
         return self
+
+
+class Recipe(VisionRecipe):
+    """A whole recipe: what a model is trained by."""
+
+    connector: ConnectorSpec
+    language: LanguageSpec
+
+    def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
+        """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""
+        own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
+        return own if isinstance(own, str) else own.spec()
 
     @model_validator(mode="after")
     def _boxes_lie_on_patches(self) -> Recipe:
