@@ -14,7 +14,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Contents, FeatureShape
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.fingerprint import Fingerprint, fingerprint
-from llavactl.features.keys import ContentKeys, why
+from llavactl.features.keys import ContentKeys, image_errors, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
 from llavactl.features.quantise import as_stored
 from llavactl.features.store import FeatureStore
@@ -126,7 +126,9 @@ class LiveFeatures:
     def load(self, image: ImageRef) -> np.ndarray:
         """Keeps the features of the last RECENT contents: several questions about one picture follow each other."""
         try:
-            found = self._recent(image.read())
+            with image_errors():
+                data = image.read()
+            found = self._recent(data)
         except OSError as error:
             raise DataError(f"image {image.name} can't be read: {why(error)}") from error
         if isinstance(found, Failure):

@@ -189,6 +189,7 @@ class Stage(Section):
     ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
     ``cooldown``: the learning rate stays at its peak, and falls in a line over this last share; null: half a cosine.
+    ``weight_decay`` spares norms and biases. ``max_grad_norm`` clips the gradient; null, as in LLaVA: no clipping.
     ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
@@ -207,6 +208,7 @@ class Stage(Section):
     warmup: Share = 0.03
     cooldown: Share | None = None
     weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive | None = None
     adam_beta2: Share = 0.999
     max_length: Count = 2048
     validation: Share = 0.01
