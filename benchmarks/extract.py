@@ -51,7 +51,7 @@ from llavactl.components.vision.transformers import ClipOptions
 from llavactl.features import ContentKeys, StoreWriter, content_key
 from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Wanted, Work, fill, plan
-from llavactl.features.fingerprint import fingerprint
+from llavactl.features.fingerprint import of_identity
 from llavactl.features.prepare import prepare
 from llavactl.recipe.frame import Features
 from llavactl.testing import toy_clip
@@ -160,7 +160,8 @@ def fresh_home(folder: Path) -> Iterator[None]:
 
 def ours(bench: Bench) -> None:
     settings = Features(shard_images=len(bench.photos))
-    wanted = Wanted(bench.vision, fingerprint(bench.vision, settings), "pad", (1,), tuple(bench.photos))
+    made_with = of_identity({"identity": bench.vision.identity()}, settings)
+    wanted = Wanted(bench.vision, made_with, "pad", (1,), tuple(bench.photos))
     todo = plan(wanted, ContentKeys()).todo
     filled = fill(todo, wanted, Work(bench.backbone, settings), lambda _images, _bytes: None)
     if filled.encoded != len(bench.photos):
@@ -237,7 +238,9 @@ def needed(bench: Bench) -> dict[str, float]:
         bench.tower.encode(batch)
     encoded = processor_s()
     repeat = 16
-    with StoreWriter(fingerprint(bench.vision, Features()), bench.tower.shape, repeat * len(features)) as writer:
+    with StoreWriter(
+        of_identity({"identity": bench.vision.identity()}, Features()), bench.tower.shape, repeat * len(features)
+    ) as writer:
         for number in range(repeat):
             writer.append([content_key(b"%d %d" % (number, row)) for row in range(len(features))], features)
     stored = processor_s()

@@ -13,6 +13,7 @@ from llavactl.core.schema import IGNORE, Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.model.generate import GREEDY, Sampling, generate, read
+from llavactl.model.packed import sees_window
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -72,11 +73,15 @@ class Assistant:
             writer.take(None)
 
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
-        """The prompts as a batch behind what they share, and a cache that has read that (None: too little)."""
+        """The prompts as a batch behind what they share, and a cache that has read that (None: too little).
+
+        Padding is then between what is shared and the rest, where a sliding window would count it: such models share
+        nothing.
+        """
         per_image, device = self.encoding.image_tokens, self.model.device
         places = [signature(prompt, per_image) for prompt in prompts]
         keep = min((shared(places[0], other) for other in places[1:]), default=0)
-        if keep < WORTH_SHARING:
+        if keep < WORTH_SHARING or sees_window(self.model.language):
             return collate(prompts, self.features, side="left").to(device), None
         halves = [split(prompt, keep, per_image) for prompt in prompts]
         cache = read(self.model, collate([halves[0][0]], self.features).to(device))

@@ -27,10 +27,11 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
     description = model_folder.describe(folder)
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
-    now = fingerprint(vision, features)
+    now = fingerprint(description["vision"], features)
     # A checkpoint that another program wrote names its backbone and has no fingerprint of it.
     then = Fingerprint(description["fingerprint"] or now.fields)
-    if different := then.differences(now):
+    # One that was trained before fingerprints had a field says nothing of it.
+    if different := then.differences(Fingerprint({key: now.fields[key] for key in now.fields if key in then.fields})):
         raise ModelError(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
             hint="`vision` in llavactl.json names it",

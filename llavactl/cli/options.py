@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline, Recipe
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -43,10 +43,23 @@ def json_option(command: Command) -> Command:
 
 
 def load(source: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe that ``recipe_options`` name."""
+    """The whole recipe that ``recipe_options`` name."""
     from llavactl.recipe.load import load_recipe
 
     return load_recipe(source, overrides)
+
+
+def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
+    """The recipe that ``recipe_options`` name, whichever sections it has."""
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.load import load_frame
+
+    return load_frame(Outline, source, overrides)
+
+
+def load_outline_if_given(source: str | None, overrides: Sequence[str]) -> Outline | None:
+    """As ``load_if_given``, whichever sections it has."""
+    return load_outline(source, overrides) if source or overrides else None
 
 
 def load_if_given(source: str | None, overrides: Sequence[str]) -> Recipe | None:

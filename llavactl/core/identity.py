@@ -57,6 +57,13 @@ def content_of(value: Any) -> Json:
         raise ModelError(f"{error.filename or value}: {error.strerror or error}") from error
 
 
+def names_model(content: Any) -> bool:
+    """Whether ``content``, an option as of ``content_of``, stands for a file, a model, or the id of one."""
+    if isinstance(content, Mapping):
+        return bool({"sha256", "commit"} & content.keys())
+    return isinstance(content, str) and "/" in content
+
+
 def _content(text: str) -> Json:
     if Path(text).is_absolute():
         path = Path(text)

@@ -50,6 +50,15 @@ def _refused(name: str, why: str) -> RecipeError:
     )
 
 
+def on_cpu() -> bool:
+    """Whether several processes were started together with nothing but CPUs: accelerate doesn't see that by itself, and
+    would take each for the only one.
+    """
+    import torch
+
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
 @cache
 def leave_in_order() -> None:
     """At the end of this process, ends the threads by which it hears from the others.

@@ -125,6 +125,10 @@ class Turn:
     role: Role
     content: tuple[Content, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str):  # each of its letters would be a part
+            raise TypeError(f'content is a tuple of texts and images: Turn("{self.role}", ("text",))')
+
     @property
     def text(self) -> str:
         """The text alone, images left out."""

@@ -17,12 +17,13 @@ from llavactl.core.registry import registry
 from llavactl.data.lengths import Lengths, stage_lengths
 from llavactl.data.records import samples
 from llavactl.data.scan import Examined, file_records, source_records
+from llavactl.recipe.frame import Recipe
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Recipe, SourceSpec
+    from llavactl.recipe.frame import Outline, SourceSpec
 
 _KILOBYTE = 1000
 
@@ -41,7 +42,7 @@ class Input:
 
 
 def inputs(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     file: Path | None,
     images: str | Path | None,
     stage: StageNumber | None,
@@ -70,7 +71,7 @@ def _file_input(file: Path, images: str | Path | None, stage: StageNumber, follo
     )
 
 
-def _recipe_inputs(recipe: Recipe | None, only: StageNumber | None) -> list[Input]:
+def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Input]:
     specs: list[tuple[StageNumber, SourceSpec]] = []
     if recipe is not None:
         specs = [(1, spec) for spec in recipe.data.stage1] + [(2, spec) for spec in recipe.data.stage2]
@@ -87,9 +88,9 @@ def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
     return Input(Place(""), stage, lambda _: source_records(spec.name, lambda: samples([spec])))
 
 
-def counted_lengths(recipe: Recipe | None, stage: StageNumber) -> tuple[Lengths | None, str]:
+def counted_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths | None, str]:
     """How tokens of ``stage`` are counted, and what to say of it; None where that can't be."""
-    if recipe is None:
+    if not isinstance(recipe, Recipe):
         return None, "not counted: no recipe says which tokenizer"
     try:
         lengths = stage_lengths(recipe, stage)
@@ -126,7 +127,7 @@ def _nothing(done: int, count: int) -> None:
     """For sources that don't know how much there is."""
 
 
-def caption_file(recipe: Recipe | None, file: Path | None) -> Path:
+def caption_file(recipe: Outline | None, file: Path | None) -> Path:
     """``file``, or that of the only source of stage 1 in ``recipe``.
 
     Raises:

@@ -9,6 +9,7 @@ from llavactl.features.reader import (
     open_features,
     stage_fingerprint,
     stage_vision,
+    stage_vision_spec,
 )
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
@@ -26,4 +27,5 @@ __all__ = [
     "open_features",
     "stage_fingerprint",
     "stage_vision",
+    "stage_vision_spec",
 ]

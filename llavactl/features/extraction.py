@@ -20,18 +20,18 @@ import numpy as np
 from llavactl.data.records import samples
 from llavactl.data.sniffing import curable
 from llavactl.features.backbone import OVERFLOW, Backbone, Result
-from llavactl.features.fingerprint import Fingerprint, fingerprint
+from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.prepare import Failure, ordered, prepare
-from llavactl.features.reader import StageNumber, stage_image, stage_vision
+from llavactl.features.reader import StageNumber, stage_fingerprint, stage_image, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features, Recipe
+    from llavactl.recipe.frame import Features, VisionRecipe
 
 _BATCHES_WAITING = 4
 """How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""
@@ -85,7 +85,7 @@ class Plan:
         return found
 
 
-def wanted_features(recipe: Recipe) -> list[Wanted]:
+def wanted_features(recipe: VisionRecipe) -> list[Wanted]:
     """The images of both stages by fingerprint; reads every record, so that a bad one stops the run here.
 
     Raises:
@@ -104,7 +104,8 @@ def wanted_features(recipe: Recipe) -> list[Wanted]:
     found = []
     for option, images in by_image.items():
         vision = stage_vision(recipe, stages[option][0])
-        found.append(Wanted(vision, fingerprint(vision, recipe.features), option, stages[option], tuple(images)))
+        made_with = stage_fingerprint(recipe, stages[option][0])
+        found.append(Wanted(vision, made_with, option, stages[option], tuple(images)))
     return found
 
 

@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.identity import component_identity, names_model
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Json, Vision
+    from llavactl.core.protocols import Json
     from llavactl.recipe.frame import Features
 
 FORMAT = 1
@@ -67,8 +69,27 @@ def _show(fields: Mapping[str, Json], field: str) -> str:
     return json.dumps(fields[field], sort_keys=True) if field in fields else _ABSENT
 
 
-def fingerprint(vision: Vision, features: Features) -> Fingerprint:
-    """The fingerprint of the features that ``vision`` makes when computing and storing as ``features`` says."""
-    fields = {**vision.identity(), "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
+def fingerprint(vision: Mapping[str, Any], features: Features) -> Fingerprint:
+    """The fingerprint of the features that the backbone ``vision`` ({"name", options}) makes when computing and storing
+    as ``features`` says.
+
+    Raises:
+        ModelError: the backbone's files can't be read.
+    """
+    return of_identity(component_identity("vision", vision), features)
+
+
+def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint:
+    """The fingerprint of a backbone of which ``component_identity`` says this.
+
+    What it says of itself comes first; beside that its name, its version and its options, so that two backbones never
+    share features because one forgot a field. Models that options name are left out where its identity has ``weights``.
+    """
+    identity = component.get("identity", {})
+    options = component.get("options", {})
+    if "weights" in identity:
+        options = {key: value for key, value in options.items() if not names_model(value)}
+    own = {"name": component.get("name"), "version": component.get("version"), "options": options}
+    fields = {**identity, "component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
     # Through JSON once, so that a tuple and the list it is read back as are the same field.
     return Fingerprint(json.loads(Fingerprint(fields).json))

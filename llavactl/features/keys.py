@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llavactl.core.errors import LlavactlError
 from llavactl.core.hashes import HashMemory, stamp_bytes
 from llavactl.core.paths import cache_dir
 from llavactl.features.recall import Recall
@@ -21,6 +23,17 @@ _ROUND = 4096
 def content_key(data: bytes) -> str:
     """The key of an image's bytes: 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def image_errors() -> Iterator[None]:
+    """Makes an OSError, which means an unreadable image, of whatever an image of a plugin raises; typed errors pass."""
+    try:
+        yield
+    except (OSError, LlavactlError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def why(error: OSError) -> str:
@@ -105,7 +118,8 @@ class ContentKeys:
 def _stamp(image: ImageRef) -> bytes | OSError | None:
     """16 bytes that change when the content may have; images of different classes never share them."""
     try:
-        stamp = image.stamp()
+        with image_errors():
+            stamp = image.stamp()
     except OSError as error:
         return error
     if stamp is None:
@@ -117,6 +131,7 @@ def _stamp(image: ImageRef) -> bytes | OSError | None:
 def _hash_one(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:
     """The key of ``image`` and its stamp after it was read."""
     try:
-        return content_key(image.read()), _stamp(image)
+        with image_errors():
+            return content_key(image.read()), _stamp(image)
     except OSError as error:
         return error, None

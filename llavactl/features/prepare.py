@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llavactl.data.images import ImageError, decode
-from llavactl.features.keys import content_key, why
+from llavactl.features.keys import content_key, image_errors, why
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder
@@ -35,7 +35,8 @@ def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.nda
     With ``key``, content that is no longer the one of that key is a failure too.
     """
     try:
-        data = image.read()
+        with image_errors():
+            data = image.read()
     except OSError as error:
         return Failure(why(error))
     if key is not None and content_key(data) != key:
@@ -51,8 +52,12 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         return Failure(error.reason, lasting=True)
     try:
         return encoder.preprocess(picture)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - a backbone that refuses one image must not end the run
-        return Failure(f"it can't be preprocessed: {' '.join(str(error).split()) or type(error).__name__}")
+        # Of the same bytes and the same backbone it would say the same again.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Failure(f"it can't be preprocessed: {reason}", lasting=True)
 
 
 def default_device() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Contents, FeatureShape
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.fingerprint import Fingerprint, fingerprint
-from llavactl.features.keys import ContentKeys, why
+from llavactl.features.keys import ContentKeys, image_errors, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
 from llavactl.features.quantise import as_stored
 from llavactl.features.store import FeatureStore
@@ -22,7 +22,7 @@ from llavactl.features.store import FeatureStore
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Recipe, SourceSpec
+    from llavactl.recipe.frame import SourceSpec, VisionRecipe
 
 StageNumber = Literal[1, 2]
 
@@ -126,7 +126,9 @@ class LiveFeatures:
     def load(self, image: ImageRef) -> np.ndarray:
         """Keeps the features of the last RECENT contents: several questions about one picture follow each other."""
         try:
-            found = self._recent(image.read())
+            with image_errors():
+                data = image.read()
+            found = self._recent(data)
         except OSError as error:
             raise DataError(f"image {image.name} can't be read: {why(error)}") from error
         if isinstance(found, Failure):
@@ -152,30 +154,36 @@ class LiveFeatures:
         return Contents({i: key for i, key in zip(images, keys, strict=True) if isinstance(key, str)}, reasons)
 
 
-def stage_image(recipe: Recipe, stage: StageNumber) -> str:
-    """How images of ``stage`` are made square: its own ``image`` or the backbone's."""
-    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image
+def stage_image(recipe: VisionRecipe, stage: StageNumber) -> str:
+    """How images of ``stage`` are made square: its own ``image``, else the backbone's; "" without such an option."""
+    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image or ""
 
 
-def stage_vision(recipe: Recipe, stage: StageNumber) -> Vision:
+def stage_vision_spec(recipe: VisionRecipe, stage: StageNumber) -> dict[str, Any]:
+    """The vision backbone of ``stage`` as ``Registry.create`` takes it; ``image`` only where it has that option."""
+    image = stage_image(recipe, stage)
+    return {**recipe.vision.spec(), **({"image": image} if image else {})}
+
+
+def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:
     """The vision backbone of ``stage``, no weights loaded."""
-    made: Vision = registry().create("vision", {**recipe.vision.spec(), "image": stage_image(recipe, stage)})
+    made: Vision = registry().create("vision", stage_vision_spec(recipe, stage))
     return made
 
 
-def stage_fingerprint(recipe: Recipe, stage: StageNumber) -> Fingerprint:
+def stage_fingerprint(recipe: VisionRecipe, stage: StageNumber) -> Fingerprint:
     """What the features of ``stage`` are made with."""
-    return fingerprint(stage_vision(recipe, stage), recipe.features)
+    return fingerprint(stage_vision_spec(recipe, stage), recipe.features)
 
 
-def recipe_fingerprints(recipe: Recipe) -> list[Fingerprint]:
+def recipe_fingerprints(recipe: VisionRecipe) -> list[Fingerprint]:
     """The fingerprints that the stages with data need; stages whose images are made alike share one."""
     sources: dict[StageNumber, tuple[SourceSpec, ...]] = {1: recipe.data.stage1, 2: recipe.data.stage2}
     stages = {stage_image(recipe, stage): stage for stage, specs in sources.items() if specs}
     return [stage_fingerprint(recipe, stage) for stage in stages.values()]
 
 
-def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
+def open_features(recipe: VisionRecipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
     """The features of ``stage`` as ``features.mode`` says: from the store, or encoded on ``device``.
 
     Raises:
@@ -183,7 +191,7 @@ def open_features(recipe: Recipe, stage: StageNumber, device: str | None = None)
         ModelError: the backbone can't be read.
     """
     vision = stage_vision(recipe, stage)
-    made_with = fingerprint(vision, recipe.features)
+    made_with = stage_fingerprint(recipe, stage)
     if recipe.features.mode == "cached":
         return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
     device = device or default_device()

@@ -30,14 +30,26 @@ def refusal(language: PreTrainedModel) -> str:
     config = language.config
     if config.model_type not in LIKE_LLAMA:
         return f"attention of {config.model_type} models is not known to be Llama's"
-    if (window := getattr(config, "sliding_window", None)) is not None:
-        return f"its attention sees a window of {window} tokens"
+    if sees_window(language):
+        return f"its attention sees a window of {getattr(config, 'sliding_window', None) or 'some'} tokens"
     if getattr(config, "attention_dropout", 0):
         return "it has dropout within its attention"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f"its position embeddings ({kind}) change with the length of the whole row"
     return ""
+
+
+def sees_window(language: PreTrainedModel) -> bool:
+    """Whether some layer of ``language`` doesn't attend to all earlier tokens: by a window, in chunks, or by a state.
+
+    Then padding counts where it lies between tokens: it must be on the left of all of them.
+    """
+    config = language.config.get_text_config()
+    if kinds := set(getattr(config, "layer_types", None) or ()):
+        return kinds != {"full_attention"}
+    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return any(limits) and bool(getattr(config, "use_sliding_window", True))
 
 
 @contextmanager

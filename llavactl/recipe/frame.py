@@ -53,9 +53,14 @@ class Spec(BaseModel):
 
 
 class VisionSpec(Spec):
+    """``image`` is an option of backbones that make images square in either way; others don't have it."""
+
     kind = "vision"
 
-    image: Literal["square", "pad"] = "pad"
+    image: Literal["square", "pad"] | None = None
+
+    def spec(self) -> dict[str, Any]:
+        return {key: value for key, value in super().spec().items() if key != "image" or value is not None}
 
 
 class ConnectorSpec(Spec):
@@ -184,6 +189,7 @@ class Stage(Section):
     ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
     ``cooldown``: the learning rate stays at its peak, and falls in a line over this last share; null: half a cosine.
+    ``weight_decay`` spares norms and biases. ``max_grad_norm`` clips the gradient; null, as in LLaVA: no clipping.
     ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
     """
 
@@ -202,6 +208,7 @@ class Stage(Section):
     warmup: Share = 0.03
     cooldown: Share | None = None
     weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive | None = None
     adam_beta2: Share = 0.999
     max_length: Count = 2048
     validation: Share = 0.01
@@ -283,16 +290,17 @@ class Export(Section):
     verify: Switch = True
 
 
-class Recipe(Section):
-    """A whole recipe, resolved: defaults filled in, paths absolute, options validated.
+class Outline(Section):
+    """A recipe as far as it is written, resolved: defaults filled in, paths absolute, options validated.
 
+    A command asks for the sections that it needs: ``data generate`` for no model, ``extract`` for a ``VisionRecipe``.
     ``try_next`` are lines for whoever reads the report of a finished run.
     """
 
     name: FileName
-    vision: VisionSpec
-    connector: ConnectorSpec
-    language: LanguageSpec
+    vision: VisionSpec | None = None
+    connector: ConnectorSpec | None = None
+    language: LanguageSpec | None = None
     features: Features = Features()
     data: Data = Data()
     stage1: Stage1 = Stage1()
@@ -303,6 +311,26 @@ class Recipe(Section):
     try_next: tuple[str, ...] = ()
     seed: Whole = 0
     run_dir: RecipePath
+
+
+class VisionRecipe(Outline):
+    """A recipe with a vision backbone: what features are extracted by."""
+
+    vision: VisionSpec
+
+    @model_validator(mode="after")
+    def _image_is_an_option(self) -> VisionRecipe:
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage.image and self.vision.image is None:
+                raise ValueError(f"{name}.image: vision backbone {self.vision.name} has no option `image`")
+        return self
+
+
+class Recipe(VisionRecipe):
+    """A whole recipe: what a model is trained by."""
+
+    connector: ConnectorSpec
+    language: LanguageSpec
 
     def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
         """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""

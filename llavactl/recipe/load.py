@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +20,7 @@ from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Key, Node, write
-from llavactl.recipe.frame import Eval, Recipe, Spec
+from llavactl.recipe.frame import Eval, Outline, Recipe, Spec, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
 from llavactl.recipe.wording import explain
 
@@ -35,27 +35,41 @@ Written = tuple[KeyPath, type[Spec], dict[str, Any]]
 """A component: its path, its class in the frame and what was written."""
 
 
+F = TypeVar("F", bound=Outline)
+
+
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
+    """The whole recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
 
     Raises:
         RecipeError: with all its problems at once.
     """
+    return load_frame(Recipe, source, overrides)
+
+
+def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequence[str] = ()) -> F:
+    """As ``load_recipe``, but only the sections of ``frame`` have to be there. One that is whole is a ``Recipe``."""
     root, place, problems = document(source, overrides)
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
     found = [*_components(data), *_templates(data), *_formats(data)]
+    whole: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
+    frame = whole if issubclass(whole, frame) else frame
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = frame.model_validate(data)
     except ValidationError as error:
         recipe = None
-        found += explain(error, Recipe, data)
+        found += explain(error, frame, data)
     problems += _placed(found, root)
     if recipe is not None and not problems:
         problems += _asked(recipe, root)
     if recipe is None or problems:
         raise RecipeError.from_problems(sorted(dict.fromkeys(problems), key=_by_line))
     return recipe
+
+
+def _required(frame: type[Outline]) -> set[str]:
+    return {name for name, field in frame.model_fields.items() if field.is_required()}
 
 
 def load_eval(overrides: Sequence[str]) -> Eval:
@@ -79,15 +93,22 @@ def load_eval(overrides: Sequence[str]) -> Eval:
 
 
 def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Everything wrong with a recipe; nothing when it loads."""
+    """Everything wrong with a recipe; nothing when it loads. One that only generates data needs no model."""
     try:
-        load_recipe(source, overrides)
+        frame = Outline if _only_generates(source, overrides) else Recipe
+        load_frame(frame, source, overrides)
     except RecipeError as error:
         return list(error.problems) or [Problem(str(source or "recipe"), "", sentence(error))]
     return []
 
 
-def dump(recipe: Recipe) -> str:
+def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
+    """Whether the recipe has a teacher and nothing of a model: neither a component of one nor data to train on."""
+    keys = document(source, overrides)[0].plain().keys()
+    return "generate" in keys and not keys & {"vision", "connector", "language", "data", "export"}
+
+
+def dump(recipe: Outline) -> str:
     """The recipe as YAML; loading it gives an equal recipe."""
     return write(recipe.model_dump(mode="json"))
 
@@ -121,8 +142,6 @@ def _component(kind: type[Spec], given: dict[str, Any]) -> list[Found]:
     try:
         model = registry().get(kind.kind, name).options_model()
         own = {key: value for key, value in given.items() if key not in {"name", *kind.frame_keys()}}
-        for key in kind.model_fields.keys() - {"name", *kind.frame_keys()}:
-            own.setdefault(key, kind.model_fields[key].default)
         options = model.model_validate(own)
     except LlavactlError as error:
         return [(("name",), sentence(error))]
@@ -162,7 +181,7 @@ def _lacks(name: str) -> str:
     return f"template {name} has options that must be given: {{name: {name}, …}}"
 
 
-def _asked(recipe: Recipe, root: Node) -> Iterator[Problem]:
+def _asked(recipe: Outline, root: Node) -> Iterator[Problem]:
     """What plugins object to (hook ``check_recipe``); a problem without a place gets that of its key."""
     document = recipe.model_dump(mode="json")
     for plugin, implementation in plugins.implementations("check_recipe"):

@@ -214,7 +214,8 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
-    rate = optimizer.step(schedule(step, steps, run.stage.warmup, run.stage.cooldown))
+    share = schedule(step, steps, run.stage.warmup, run.stage.cooldown)
+    rate = optimizer.step(share, run.stage.max_grad_norm)
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 

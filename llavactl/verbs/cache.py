@@ -11,7 +11,7 @@ from llavactl.features.reader import recipe_fingerprints
 from llavactl.features.upkeep import debris, remove_debris, remove_store, verify_store
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import VisionRecipe
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class PruneReport:
     dry_run: bool
 
 
-def info(recipe: Recipe | None = None) -> InfoReport:
+def info(recipe: VisionRecipe | None = None) -> InfoReport:
     """What is stored, for every fingerprint or those that ``recipe`` needs.
 
     Raises:
@@ -97,7 +97,7 @@ def info(recipe: Recipe | None = None) -> InfoReport:
     return InfoReport(str(stores_dir()), *total, stores, missing if recipe else ())
 
 
-def verify(recipe: Recipe | None = None) -> VerifyReport:
+def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
     """Hashes every shard, of every store or those that ``recipe`` needs; sets damaged ones aside.
 
     The next extract makes the images of damaged shards again, and no others. What can't be read is listed apart.
@@ -121,7 +121,7 @@ def verify(recipe: Recipe | None = None) -> VerifyReport:
     )
 
 
-def prune(*recipes: Recipe, dry_run: bool = False) -> PruneReport:
+def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
     """Removes the stores that none of ``recipes`` needs, and in all others what no reader uses.
 
     Without a recipe no store is removed: features may have taken days, and there is nothing to say
@@ -145,7 +145,7 @@ def prune(*recipes: Recipe, dry_run: bool = False) -> PruneReport:
     return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, files)), size, dry_run)
 
 
-def _folders(recipe: Recipe | None) -> list[Path]:
+def _folders(recipe: VisionRecipe | None) -> list[Path]:
     if recipe is None:
         return store_dirs()
     return [store_dir(each) for each in recipe_fingerprints(recipe)]

@@ -20,7 +20,7 @@ from llavactl.data.scan import Decode, Images, scan
 
 if TYPE_CHECKING:
     from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class CheckReport:
 
 
 def check(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     file: Path | None = None,
     images: Path | str | None = None,
     *,

@@ -23,7 +23,7 @@ from llavactl.features.shards import bytes_of
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import VisionRecipe
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ Job = tuple[Plan, Work]
 
 
 def extract(
-    recipe: Recipe, *, dry_run: bool = False, max_skipped: int | None = None, part: Part | None = None
+    recipe: VisionRecipe, *, dry_run: bool = False, max_skipped: int | None = None, part: Part | None = None
 ) -> ExtractReport:
     """Makes the features that ``recipe`` needs and the store doesn't have yet; interrupted, it goes on next time.
 
@@ -118,7 +118,7 @@ def extract(
     return report
 
 
-def _plans(recipe: Recipe, part: Part, *, remember: bool) -> list[Plan]:
+def _plans(recipe: VisionRecipe, part: Part, *, remember: bool) -> list[Plan]:
     """One plan a store. All records are read before the first image is."""
     wanted = wanted_features(recipe)
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
@@ -126,7 +126,7 @@ def _plans(recipe: Recipe, part: Part, *, remember: bool) -> list[Plan]:
         return [plan(each, keys, bar.show, part) for each in wanted]
 
 
-def _work(each: Plan, recipe: Recipe, device: str, part: Part) -> Work:
+def _work(each: Plan, recipe: VisionRecipe, device: str, part: Part) -> Work:
     settings = recipe.features
     encoder = each.wanted.vision.load(device, settings.compute)
     return Work(Backbone(encoder, device, settings.batch_size), settings, part)

@@ -28,7 +28,7 @@ from llavactl.teaching.session import Done, Session, Wishes, gated
 from llavactl.teaching.summary import Summary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate, Recipe
+    from llavactl.recipe.frame import Generate, Outline
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GenerateReport:
     estimate: Estimate | None = None
 
 
-def generate(recipe: Recipe, *, dry_run: bool = False, wishes: Wishes | None = None) -> GenerateReport:
+def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = None) -> GenerateReport:
     """Asks the recipe's teacher about every picture of ``generate.source`` and writes ``generate.out``.
 
     JSONL, or a JSON list where ``out`` ends in ``.json``. Pictures that are not files are written beside it, so that

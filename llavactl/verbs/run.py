@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llavactl.core.errors import TeacherError
 from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
-from llavactl.core.processes import check_launch
+from llavactl.core.processes import check_launch, on_cpu
 from llavactl.core.registry import registry
 from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
@@ -113,7 +113,7 @@ def _meet() -> None:
     """Waits for the other processes: a stage needs the features that all of them have made."""
     from accelerate import PartialState
 
-    PartialState().wait_for_everyone()
+    PartialState(cpu=on_cpu()).wait_for_everyone()
 
 
 def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:

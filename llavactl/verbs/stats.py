@@ -19,7 +19,7 @@ from llavactl.data.statistics import Statistics, Summary, summary
 
 if TYPE_CHECKING:
     from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 OPENINGS = 20
 
@@ -41,7 +41,7 @@ class StatsReport:
 
 
 def stats(
-    recipe: Recipe | None, file: Path | None = None, *, stage: StageNumber | None = None, html: Path | None = None
+    recipe: Outline | None, file: Path | None = None, *, stage: StageNumber | None = None, html: Path | None = None
 ) -> StatsReport:
     """Measures the records of ``recipe``'s sources, or of ``file``; ``html`` is a page to write, with plots.
 

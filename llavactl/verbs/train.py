@@ -22,7 +22,7 @@ from llavactl.core.paths import json_text, sole, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
-from llavactl.features import Fingerprint, open_features
+from llavactl.features import Fingerprint, open_features, stage_vision_spec
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
@@ -248,15 +248,14 @@ def _language(recipe: Recipe, start: Path | None) -> dict[str, Any]:
 
 
 def _description(
-    recipe: Recipe, stage: int, fingerprint: Fingerprint, digest: str, start: Path | None
+    recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, digest: str, start: Path | None
 ) -> dict[str, Any]:
     settings = recipe.stage1 if stage == 1 else recipe.stage2
-    image = settings.image or recipe.vision.image
     return {
         "stage": stage,
         "method": "connector" if stage == 1 else recipe.stage2.method.removeprefix("q"),
         "quantised": "nf4" if stage == 2 and recipe.stage2.method == "qlora" else None,
-        "vision": {**recipe.vision.spec(), "image": image},
+        "vision": stage_vision_spec(recipe, stage),
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(fingerprint.fields),
         "connector": recipe.connector.spec(),

@@ -21,6 +21,7 @@ from llavactl.core.schema import FeatureShape, ImageFile, Turn
 from llavactl.data.encode import Encoding
 from llavactl.model.build import build
 from llavactl.model.generate import Sampling
+from llavactl.model.llava import LlavaModel
 
 PHOTO, OTHER = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
 SHAPE = FeatureShape((2, 2), 32)
@@ -52,6 +53,32 @@ def test_turns_equal_a_fresh_reading(assistant: Assistant) -> None:
     for content in ((PHOTO, "\nWhat is it?"), ("Why?",), (OTHER, "\nAnd this?"), ("Are they alike?",)):
         said = "".join(talk.ask(*content, sampling=SHORT)).strip()
         assert [said] == assistant.answer([talk.turns[:-1]], SHORT)
+
+
+WINDOWED = ["mistral", "gemma3_text", "qwen2"]
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_batch_equals_single_prompts_where_attention_sees_a_window(toys: Path, kind: str) -> None:
+    """Prompts about one image: what they share, padding and window must not mix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    parts = build({"name": "linear"}, {"name": "hf", "model": str(toys / "language")}, SHAPE, dtype="float32")
+    torch.manual_seed(0)
+    window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+    size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **size, **window, num_key_value_heads=2, head_dim=12, vocab_size=400)
+    if kind == "mistral":
+        config.layer_types = None
+    language = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = LlavaModel(parts.model.connector, language).eval()
+    template = registry().create("templates", {"name": "vicuna-v1"})
+    assistant = Assistant(model, Encoding(template, parts.tokenizer, parts.image_tokens), Drawn())
+    asked = [
+        (Turn("user", (PHOTO, "\n", text)),)
+        for text in ("What?", "What is in this picture, and which of its colours is the brightest of all?")
+    ]
+    assert assistant.answer(asked, SHORT) == [assistant.answer([each], SHORT)[0] for each in asked]
 
 
 def test_an_image_is_read_once(assistant: Assistant) -> None:

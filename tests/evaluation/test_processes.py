@@ -34,7 +34,7 @@ def together(folder: Path) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     return json.loads(launched.stdout)

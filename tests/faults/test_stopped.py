@@ -53,7 +53,7 @@ def same(left: Path, right: Path) -> None:
 def started(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *arguments], text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ},
     )  # fmt: skip
 
 

@@ -101,3 +101,42 @@ def test_it_is_for_nothing_where_no_matrix_is_trained(model: LlavaModel) -> None
     trained(model, stage, seed=0)
     with pytest.raises(RecipeError, match="muon, but none of the language model's matrices is trained"):
         matrices(model, stage)
+
+
+def test_norms_and_biases_are_spared_weight_decay_as_transformers_spares_them(model: LlavaModel) -> None:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    stage = Stage2(batch_size=2, micro_batch_size=1, weight_decay=0.1)
+    rates = trained(model, stage, 0)
+    optimizer = Optimizer(model, rates, stage.weight_decay)
+    names = {id(master): name for name, master in optimizer.masters.items()}
+    decayed = {
+        names[id(each)]
+        for algorithm in optimizer.algorithms
+        for group in algorithm.param_groups
+        for each in group["params"]
+        if group["weight_decay"]
+    }
+    norms = [type(module) for module in model.modules() if "Norm" in type(module).__name__]
+    assert decayed == {name for name in get_parameter_names(model, norms) if "bias" not in name}
+
+
+def test_the_gradient_is_clipped_as_torch_clips_it(model: LlavaModel) -> None:
+    steps = []
+    for limit in (None, 0.5):
+        made = copy.deepcopy(model)
+        optimizer = Optimizer(made, dict.fromkeys(dict(made.named_parameters()), RATE), 0.0)
+        for master in optimizer.masters.values():
+            master.grad = torch.ones_like(master)
+        length = math.sqrt(sum(master.numel() for master in optimizer.masters.values()))
+        with torch.no_grad():
+            wanted = next(iter(optimizer.masters.values())).grad.clone() * (1 if limit is None else limit / length)
+        seen: list[torch.Tensor] = []
+        first = optimizer.algorithms[0]
+        first.register_step_pre_hook(
+            lambda own, *_, seen=seen: seen.append(own.param_groups[0]["params"][0].grad.clone())
+        )
+        optimizer.step(1.0, limit)
+        assert torch.allclose(seen[0].max(), wanted.max())
+        steps.append(seen[0].max())
+    assert steps[0] > steps[1]

@@ -52,7 +52,7 @@ def two_processes(arguments: list[str]) -> None:
         text=True,
         check=False,
         timeout=TIMEOUT_S,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def command(
     from llavactl.data.problems import KINDS, NOT_IN_RECORDS
     from llavactl.verbs.check import check
 
-    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     report = check(
         recipe,
         file,

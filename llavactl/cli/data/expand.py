@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
     from llavactl.data.captions import TagPlace
@@ -43,6 +43,6 @@ def command(
     from llavactl.data.inputs import caption_file
     from llavactl.verbs.expand import expand
 
-    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     seed = seed if seed is not None else recipe.seed if recipe else 0
     output.report(expand(caption_file(recipe, file), out, image_tag=image_tag, seed=seed), as_json)

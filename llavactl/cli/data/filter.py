@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 
 @click.command("filter")
@@ -41,7 +41,7 @@ def command(
     from llavactl.data.noun_phrases import DEFAULT
     from llavactl.verbs.filter import filter_captions
 
-    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     report = filter_captions(
         caption_file(recipe, file),
         out,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, recipe_options
+from llavactl.cli.options import json_option, load_outline, recipe_options
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -31,4 +31,4 @@ def command(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_js
     from llavactl.teaching.session import Wishes
     from llavactl.verbs.generate import generate
 
-    output.report(generate(load(source, overrides), dry_run=dry_run, wishes=Wishes(**wishes)), as_json)
+    output.report(generate(load_outline(source, overrides), dry_run=dry_run, wishes=Wishes(**wishes)), as_json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
     from llavactl.features.reader import StageNumber
@@ -38,7 +38,7 @@ def command(
     from llavactl.data.statistics import Summary
     from llavactl.verbs.stats import stats
 
-    recipe = load_if_given(source, overrides) if file is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     report = stats(recipe, file, stage=cast("StageNumber | None", stage and int(stage)), html=html)
     if as_json:
         output.document(report)
