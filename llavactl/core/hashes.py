@@ -14,6 +14,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,19 @@ _PASSED_OVER = re.compile(r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|log
 """Folders beside a model that are no part of it: what trainers and evaluations leave there."""
 
 _DOCUMENTS = (".md", ".png", ".jpg", ".lock")
+
+
+_forgetful: ContextVar[bool] = ContextVar("_forgetful", default=False)
+
+
+@contextlib.contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """While this lasts, hashes of files are read from the memory and none is written: for a dry run."""
+    before = _forgetful.set(True)
+    try:
+        yield
+    finally:
+        _forgetful.reset(before)
 
 
 class HashMemory:
@@ -131,7 +145,7 @@ def hash_file(file: Path) -> str:
     """
     if _BLOB.fullmatch(name := file.resolve().name):
         return name
-    memory = HashMemory(cache_dir() / "files.sqlite")
+    memory = HashMemory(cache_dir() / "files.sqlite", remember=not _forgetful.get())
     status = file.stat()
     stamp = stamp_bytes(f"{file.resolve()}\0{file_stamp(status)}")
     if known := memory.find([stamp]).get(stamp):

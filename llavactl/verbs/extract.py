@@ -6,12 +6,14 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, RecipeError, StoreError
+from llavactl.core.hashes import nothing_remembered
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
@@ -93,8 +95,9 @@ def extract(
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="there is nothing to extract features of")
     began = time.perf_counter()
     part = part or part_of_this_process()
-    plans, device = _plans(recipe, part, remember=not dry_run), device_of(part, default_device())
-    jobs = [(each, _work(each, recipe, device, part)) for each in plans if each.todo]
+    with nothing_remembered() if dry_run else nullcontext():
+        plans, device = _plans(recipe, part, remember=not dry_run), device_of(part, default_device())
+        jobs = [(each, _work(each, recipe, device, part)) for each in plans if each.todo]
     report = _before(plans, device, part)
     needed = sum(_bytes(each, work) for each, work in jobs)
     if dry_run:

@@ -6,13 +6,14 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
-from llavactl.core.hashes import hash_json
+from llavactl.core.hashes import hash_json, nothing_remembered
 from llavactl.core.identity import component_identity
 from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import read_json, write_atomic, write_json
@@ -74,7 +75,8 @@ def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = 
     pictures = list(registry().create("sources", wanted.source.spec()))
     if not pictures:
         raise DataError(f"generate.source {wanted.source.name}: there is no picture to ask about")
-    digest = _digest(wanted, pictures, recipe.seed, told)
+    with nothing_remembered() if dry_run else nullcontext():
+        digest = _digest(wanted, pictures, recipe.seed, told)
     by_hand = wishes.retry_refused or wishes.batch_requests or wishes.batch_results
     if not dry_run and not by_hand and (done := _finished(wanted.out, digest)):
         return done

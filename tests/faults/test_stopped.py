@@ -202,7 +202,7 @@ def test_a_batch_that_takes_long_to_prepare_holds_nobody_up(toy: Path, monkeypat
     assert "resumes after" not in result.stderr, "there is nothing yet"
 
 
-@pytest.mark.parametrize("where", ["build", "split", "_dry_save", "_save_model", "_sample_answers"])
+@pytest.mark.parametrize("where", ["build", "split", "_dry_save", "_save_model", "_write_samples"])
 def test_a_signal_where_no_step_is_under_way_acts_at_once(
     toy: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -179,7 +179,7 @@ run_dir: 3
         assert problems("stage2.epochs=on", "seed2=1") == [
             "recipe.yaml:1: name: must be letters, digits, '.', '_', '-', not 'my run'",
             "recipe.yaml:2: vison: there is no such key; did you mean 'vision'?",
-            "recipe.yaml:3: vision.image: must be one of 'square', 'pad', not 'padd'",
+            "recipe.yaml:3: vision.image: must be one of 'square', 'pad' or null, not 'padd'",
             "recipe.yaml:3: vision.name: there is no vision backbone named 'clipp'; "
             f"did you mean 'clip'? there is: {', '.join(registry().names('vision'))}",
             "recipe.yaml:6: connector.fold: must be a whole number ≥ 1, not 'abc'",

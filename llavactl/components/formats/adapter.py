@@ -64,7 +64,7 @@ def _tensor_names(folder: Path, base: str) -> Set[str]:
         adapter.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+            adapted = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), adapter)
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
