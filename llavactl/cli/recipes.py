@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
+
+if TYPE_CHECKING:
+    from llavactl.core.errors import Problem
 
 
 @click.group()
@@ -82,13 +87,25 @@ def check(
     from llavactl.recipe.load import check
 
     chosen = _recipe(recipe, source)
-    problems = check(chosen, overrides)
+    problems = check(chosen, overrides) or _together(chosen, overrides)
     if as_json:
         output.document({"ok": not problems, "problems": [asdict(problem) for problem in problems]})
     else:
         output.lines([str(each) for each in problems] or [f"{chosen or 'recipe.yaml'}: ok"])
     if problems:
         ctx.exit(1)
+
+
+def _together(chosen: str | None, overrides: Sequence[str]) -> list[Problem]:
+    """What is wrong with the components of a recipe that loads, as far as their models are on this machine."""
+    from llavactl.core.errors import Problem
+    from llavactl.recipe.frame import Outline, Recipe
+    from llavactl.recipe.load import load_frame, where
+    from llavactl.verbs.preflight import faults
+
+    recipe = load_frame(Outline, chosen, overrides)
+    found = faults(recipe) if isinstance(recipe, Recipe) else []
+    return [Problem(where(key, chosen, overrides), key, why) for key, why in found]
 
 
 @command.command()

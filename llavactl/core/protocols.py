@@ -98,6 +98,14 @@ class Language(Protocol):
 
 
 @runtime_checkable
+class DescribedLanguage(Protocol):
+    """A language model that can be looked at without its weights."""
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on torch's meta device, from the configuration alone: names and shapes, no numbers."""
+
+
+@runtime_checkable
 class Template(Protocol):
     """How a conversation is written for a language model, and which of it is trained."""
 

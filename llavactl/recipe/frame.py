@@ -263,6 +263,14 @@ class Stage2(Stage):
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 2e-5
 
+    @model_validator(mode="after")
+    def _only_of_all(self) -> Stage2:
+        if self.only and self.method != "full":
+            raise ValueError(
+                f"only: method {self.method} trains adapters of all linear layers; `method: full` has `only`"
+            )
+        return self
+
 
 class Data(Section):
     stage1: tuple[SourceSpec, ...] = ()

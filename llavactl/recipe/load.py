@@ -102,6 +102,11 @@ def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> li
     return []
 
 
+def where(key: str, source: str | Path | None, overrides: Sequence[str]) -> str:
+    """Where the recipe says ``key`` (dotted): ``file:line``, or ``-o`` and what was overridden."""
+    return document(source, overrides)[0].whereabouts(key.split("."))
+
+
 def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
     """Whether the recipe has a teacher and nothing of a model: neither a component of one nor data to train on."""
     keys = document(source, overrides)[0].plain().keys()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from llavactl.core.errors import RecipeError
 from llavactl.model.packed import refusal
@@ -32,7 +33,7 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         parameter.requires_grad_(name not in model.frozen)
     if method == "full":
         model.language.requires_grad_(True)
-        _only(model, stage.only)  # type: ignore[attr-defined]
+        train_only(model.language, stage.only)  # type: ignore[attr-defined]
     elif method in ("lora", "qlora"):
         if method == "qlora":
             quantise(model.language)
@@ -109,15 +110,19 @@ def unpacked(model: LlavaModel, stage: Stage, device: str) -> str:
     return why
 
 
-def _only(model: LlavaModel, parts: Sequence[str]) -> None:
-    """Freezes the language model's weights whose names have none of ``parts``, if there are any."""
-    names = [name for name, _ in model.language.named_parameters()]
+def train_only(language: nn.Module, parts: Sequence[str]) -> None:
+    """Freezes the weights of ``language`` whose names have none of ``parts``, if there are any.
+
+    Raises:
+        RecipeError: no weight has one of ``parts`` in its name.
+    """
+    names = [name for name, _ in language.named_parameters()]
     if unknown := [part for part in parts if not any(part in name for name in names)]:
         raise RecipeError(
             f"stage2.only: the language model has no weight with {unknown[0]!r} in its name",
             hint=f"its names are like {names[0]}, {names[len(names) // 2]}",
         )
-    for name, parameter in model.language.named_parameters():
+    for name, parameter in language.named_parameters():
         parameter.requires_grad_(not parts or any(part in name for part in parts))
 
 

@@ -14,6 +14,7 @@ from llavactl.core.processes import check_launch, on_cpu
 from llavactl.core.registry import registry
 from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
+from llavactl.verbs import preflight
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
@@ -86,6 +87,7 @@ def _refuse(recipe: Recipe) -> None:
         _check("vision", recipe.vision.spec())
     if recipe.data.stage1 or (recipe.data.stage2 and recipe.stage2.init in OWN_INITS):
         _check("languages", recipe.language.spec())
+        preflight.refuse(recipe)
 
 
 def _check(kind: str, spec: Mapping[str, Any]) -> None:

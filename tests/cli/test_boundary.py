@@ -56,7 +56,7 @@ def test_without_a_hint_there_is_no_second_line(fails: Any) -> None:
 
 def test_a_recipes_problems_are_one_line_each(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: x\nseed: y\nfoo: 1\n")
-    result = run_cli("extract", cwd=tmp_path)
+    result = run_cli("train", "--stage", "1", cwd=tmp_path)
     assert (result.exit_code, result.stdout) == (1, "")
     lines = result.stderr.splitlines()
     assert len(lines) == 5

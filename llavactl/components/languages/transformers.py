@@ -72,6 +72,18 @@ class TransformersLanguage:
                 raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
         return model
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights: names and shapes, from its configuration. Raises ModelError."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._refuse()
+        with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
+            config = inside(self.options.model).get("config")
+            config = config or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return made
+
     def check(self) -> None:
         """Raises ModelError for what keeps the model from being loaded, as far as its files show unread."""
         self._refuse(weights=True)

@@ -47,6 +47,10 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return square
 
 
+MAX_PREFIX = 32
+"""Tokens before the patches, CLS and registers: more of them, and what is taken for patches is something else."""
+
+
 class Tower:
     """The frozen backbone, an ``Encoder``."""
 
@@ -120,6 +124,7 @@ def measure(vision: TransformersVision) -> FeatureShape:
 
 
 def _tower(vision: TransformersVision, model: nn.Module) -> Tower:
+    vision.number("num_hidden_layers")
     depth = len(_blocks(model))
     layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in vision.layers)
     if not all(0 <= layer <= depth for layer in layers) or not layers:
@@ -145,6 +150,12 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     features = tower.encode(pixels)
     grid = tower.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
+    if features.ndim != 3 or not 0 <= prefix <= MAX_PREFIX:
+        raise ModelError(
+            f"vision model {vision.options.model}: its blocks give {tuple(features.shape[1:])} per image, not a token "
+            f"for each of {grid[0]}x{grid[1]} patches",
+            hint="a vision transformer such as CLIP, SigLIP or DINOv2 is expected; a plugin can add other encoders",
+        )
     keep = prefix if vision.options.select == "cls-patch" else 0
     shape = FeatureShape(grid, features.shape[2], keep)
     return Tower(tower.model, tower.preprocess, shape, tower._layers, prefix - keep)

@@ -1,0 +1,97 @@
+"""What is wrong with a recipe's components together, found from configurations alone: no weights, no data, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.identity import content_of
+from llavactl.core.protocols import DescribedLanguage, MeasuredVision
+from llavactl.core.registry import registry, singular
+from llavactl.core.schema import Turn
+from llavactl.features import stage_vision, stage_vision_spec
+from llavactl.model.build import build_connector
+from llavactl.training.stages import train_only
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llavactl.core.schema import FeatureShape
+    from llavactl.recipe.frame import Recipe
+
+StageNumber = Literal[1, 2]
+PROBE = (Turn("user", ("What?",)), Turn("assistant", ("That.",)))
+
+Fault = tuple[str, str]
+"""A key of the recipe and what is wrong there."""
+
+
+def faults(recipe: Recipe) -> list[Fault]:
+    """Everything that would keep the recipe's components from working together.
+
+    A model that is neither a folder nor in the hub's cache is not looked at: nothing is downloaded to check a recipe.
+    """
+    found: list[Fault] = []
+    shapes = [shape for stage in get_args(StageNumber) if (shape := _shape(recipe, stage, found)) is not None]
+    language = registry().create("languages", recipe.language.spec())
+    skeleton = tokenizer = None
+    if _is_here(recipe.language.spec()):
+        with _collected(found, "language", recipe.language.spec()):
+            skeleton = language.skeleton() if isinstance(language, DescribedLanguage) else None
+        with _collected(found, "language", recipe.language.spec()):
+            tokenizer = language.tokenizer()
+    if skeleton is not None:
+        width = skeleton.get_input_embeddings().weight.shape[1]
+        for shape in dict.fromkeys(shapes):
+            with _collected(found, "connector", recipe.connector.spec()):
+                build_connector(recipe.connector.spec(), shape, width)
+        with _collected(found, "stage2.only"):
+            train_only(skeleton, recipe.stage2.only)
+    if tokenizer is not None:
+        for stage in get_args(StageNumber):
+            own = (recipe.stage1 if stage == 1 else recipe.stage2).template
+            with _collected(found, f"stage{stage}.template" if own else "language.template"):
+                registry().create("templates", recipe.template(stage)).render(PROBE, tokenizer)
+    return list(dict.fromkeys(found))
+
+
+def refuse(recipe: Recipe) -> None:
+    """Raises a RecipeError with all ``faults`` of ``recipe``, if there are any."""
+    if found := faults(recipe):
+        raise RecipeError(
+            "\n".join(f"{key}: {why}" for key, why in found), hint="`llavactl recipes check` shows their lines"
+        )
+
+
+def _shape(recipe: Recipe, stage: StageNumber, found: list[Fault]) -> FeatureShape | None:
+    spec = stage_vision_spec(recipe, stage)
+    if _is_here(spec):
+        with _collected(found, "vision", spec):
+            vision = stage_vision(recipe, stage)
+            return vision.shape() if isinstance(vision, MeasuredVision) else None
+    return None
+
+
+def _is_here(spec: Mapping[str, Any]) -> bool:
+    """Whether the models that ``spec`` names are on this machine."""
+    names = [value for value in spec.values() if isinstance(value, str) and "/" in value]
+    return not any(content_of(name) == name and not Path(name).is_absolute() for name in names)
+
+
+@contextmanager
+def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Adds what the block raises to ``found``; what isn't a typed error is the fault of the plugin of ``spec``."""
+    try:
+        yield
+    except LlavactlError as error:
+        found.append((key, f"{error.message}; {error.hint}" if error.hint else error.message))
+    except Exception as error:
+        if spec is None:
+            raise
+        kind = {"vision": "vision", "connector": "connectors", "language": "languages"}[key]
+        plugin = registry().get(kind, spec["name"]).plugin
+        what = f"{singular(kind)} {spec['name']!r} of plugin {plugin}"
+        found.append((key, f"{what} fails: {type(error).__name__}: {error}"))

@@ -1,0 +1,110 @@
+"""What keeps the components of a recipe from working together is found by ``recipes check``, with its line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from llavactl.core.registry import Entry, registry
+from llavactl.core.schema import FeatureShape
+from llavactl.testing import run_cli
+
+
+class Wide:
+    """A connector that makes embeddings one wider than the language model's."""
+
+    def __init__(self, options: Any) -> None:
+        pass
+
+    def tokens(self, shape: FeatureShape) -> int:
+        return shape.patches
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        return nn.Linear(shape.width, language_width + 1)
+
+
+class Raising(Wide):
+    """A connector with a bug."""
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        raise KeyError("depth")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "preflight_of_a_test", sys.modules[__name__])
+    for name in ("Wide", "Raising"):
+        entry = Entry("connectors", name.lower(), f"preflight_of_a_test:{name}", None, "", "stranger")
+        monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
+
+
+def problems(toy: Path, *overrides: str) -> list[dict[str, str]]:
+    options = [part for each in overrides for part in ("-o", each)]
+    done = run_cli("recipes", "check", "recipe.yaml", *options, "--json", cwd=toy)
+    found: list[dict[str, str]] = done.json()["problems"]
+    assert done.exit_code == (1 if found else 0)
+    assert done.json()["ok"] is not found
+    return found
+
+
+def test_a_sound_recipe_has_none(toy: Path) -> None:
+    assert problems(toy) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "named"),
+    [
+        ("connector={name: wide}", "connector", "stranger"),
+        ("connector={name: raising}", "connector", "stranger"),
+        ("connector.fold=3", "connector", "fold"),
+        ("stage2.only=[self_atn]", "stage2.only", "self_atn"),
+        ("vision.layer=9", "vision", "layer"),
+    ],
+)
+def test_components_that_do_not_fit_are_named_by_their_key(toy: Path, override: str, key: str, named: str) -> None:
+    (found,) = problems(toy, override)
+    assert found["key"] == key
+    assert named in found["why"]
+    assert found["where"].startswith(("-o", "recipe.yaml:"))
+    done = run_cli("run", "-r", "recipe.yaml", "-o", override, cwd=toy)
+    assert done.exit_code == 1
+    assert named in done.stderr
+    assert not (toy / "runs").exists(), "before any work"
+
+
+def test_a_template_of_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
+    file = toy / "language" / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("<|im_start|>", "<|other|>"), encoding="utf-8")
+    config = toy / "language" / "tokenizer_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("<|im_start|>", "<|other|>"), encoding="utf-8")
+    (found,) = problems(toy, "language.template=chatml")
+    assert (found["key"], "<|im_start|>" in found["why"]) == ("language.template", True)
+
+
+def test_only_is_for_full_fine_tuning(toy: Path) -> None:
+    (found,) = problems(toy, "stage2.only=[self_attn]", "stage2.method=lora")
+    assert found["key"].startswith("stage2")
+
+
+@pytest.mark.parametrize("kind", ["convnext", "swin", "siglip2_vision_model", "internvl_vision"])
+def test_encoders_that_are_no_plain_vision_transformers_are_refused_in_words(toy: Path, kind: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind)
+    (toy / "other").mkdir()
+    (toy / "other" / "config.json").write_text(
+        json.dumps(config.to_diff_dict() | {"model_type": kind}), encoding="utf-8"
+    )
+    found = problems(toy, "vision.model=./other")
+    assert [each["key"] for each in found] == ["vision"]
+    assert "other" in found[0]["why"]
+    assert "fails" not in found[0]["why"], "not a bug, but a model of another kind"
+
+
+def test_a_model_that_is_not_here_is_not_looked_at(toy: Path) -> None:
+    assert problems(toy, "vision.model=nobody/has-this", "language.model=nobody/has-this") == []
