@@ -51,6 +51,7 @@ class OriginalLlava:
             _vision(native, to)
             return
         language = native.language()
+        positions = _positions(language.config.to_dict())
         state = language.state_dict() | {f"model.mm_projector.{name}": each for name, each in projection.items()}
         if language.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
@@ -58,8 +59,34 @@ class OriginalLlava:
         # The language model's own way of saving, so that shards, index and generation settings are as ever.
         language.save_pretrained(to, state_dict=_untied(state), max_shard_size=SHARD)
         native.exported_tokenizer().save_pretrained(to)
-        write_json(to / "config.json", _written(native, read_json(to / "config.json")))
+        write_json(to / "config.json", {**_written(native, read_json(to / "config.json")), **positions})
         _vision(native, to)
+
+
+def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions of the families that LLaVA itself has, by the names that its transformers (4.37) reads: by
+    newer names alone it would take a theta of 10,000 and no scaling.
+
+    Raises:
+        ModelError: it has no such positions, or takes another width of a head than hidden size / heads.
+    """
+    if config["model_type"] not in ("llama", "mistral"):
+        return {}
+    rope = config["rope_parameters"]
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "dynamic"):
+        raise ModelError(
+            f"layout llava can't hold position embeddings of type {kind}: LLaVA knows default, linear and dynamic",
+            hint="`--format hf` holds them",
+        )
+    width, heads, head = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    if width and heads and head and head * heads != width:
+        raise ModelError(
+            f"layout llava can't hold attention heads of width {head}: LLaVA's programs take {width} / {heads}",
+            hint="`--format hf` holds them",
+        )
+    scaling = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _refuse_backbone(native: Native) -> None:

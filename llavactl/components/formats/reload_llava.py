@@ -25,7 +25,9 @@ def language(folder: Path, config: dict[str, Any]) -> Any:
     """The language model; behind a bare projector, the base that config.json names."""
     if (folder / "mm_projector.bin").is_file():
         return AutoModelForCausalLM.from_pretrained(config["_name_or_path"], dtype=torch.float32)
-    known = {key: value for key, value in config.items() if not key.startswith("mm_") and key != "model_type"}
+    # Of rotary positions LLaVA's own transformers reads rope_theta and rope_scaling, not the newer rope_parameters.
+    unread = ("model_type", *(["rope_parameters"] if "rope_theta" in config else []))
+    known = {key: value for key, value in config.items() if not key.startswith("mm_") and key not in unread}
     own = AutoConfig.for_model(config["model_type"].removeprefix("llava_"), **known)
     return AutoModelForCausalLM.from_pretrained(folder, config=own, dtype=torch.float32)
 

@@ -71,8 +71,33 @@ def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
     model, to = made(native, toys, tmp_path, family), tmp_path / "out"
+    if family == "llama-rope":
+        with pytest.raises(ModelError, match="llama3"):
+            OriginalLlava(None).write(model, to)
+        return
     OriginalLlava(None).write(model, to)
     same(model, reload_llava.language(to, json.loads((to / "config.json").read_text())))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}],
+)
+def test_llava_has_positions_by_the_names_that_the_original_reads(
+    native: Make, toys: Path, tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    language = language_of("llama", toys / "language", tmp_path / "language")
+    config = LlamaConfig.from_pretrained(language)
+    config.rope_parameters = rope
+    LlamaForCausalLM(config).save_pretrained(language)
+    model, to = native("ours", language=language), tmp_path / "out"
+    OriginalLlava(None).write(model, to)
+    written = json.loads((to / "config.json").read_text())
+    assert written["rope_theta"] == rope["rope_theta"]
+    assert (written["rope_scaling"] or {}).get("factor") == rope.get("factor")
+    same(model, reload_llava.language(to, {**written, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
