@@ -33,22 +33,22 @@ class Assistant:
     name: str = ""
 
     def prompt(self, turns: Sequence[Turn]) -> Encoded:
-        """``encode``, or the token that a text begins with where it gives none; nothing where there is no such token.
+        """The encoded prompt; if it is empty, the tokenizer's begin or end token, or nothing if it has neither.
 
-        A template that leaves questions out (``plain``) has nothing to write for one without an image.
+        The template ``plain`` omits questions, so a question without an image gives an empty prompt.
         """
         encoded, tokenizer = self.encode(turns), self.encoding.tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return encoded if encoded.ids or first is None else Encoded((first,), (IGNORE,))
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
-        """What the template asks: where training may put the image on either side, the question comes after it."""
+        """The prompt as the template writes it; with ``image_order: random`` the image comes before the question."""
         order: Literal["first", "as-data"] = "as-data" if self.image_order == "as-data" else "first"
         return self.encoding.encode(arrange(turns, order, ""), generate=True)
 
     @cached_property
     def stops(self) -> Stops:
-        return Stops.of(self.encoding, _ends(self.model))
+        return Stops.of(self.encoding, _eos_ids(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
         """One answer a conversation, made together as one left-padded batch.
@@ -73,10 +73,10 @@ class Assistant:
             writer.take(None)
 
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
-        """The prompts as a batch behind what they share, and a cache that has read that (None: too little).
+        """The prompts as a batch without their common prefix, and a key/value cache of it (None: prefix too short).
 
-        Padding is then between what is shared and the rest, where a sliding window would count it: such models share
-        nothing.
+        The padding then lies between prefix and rest, where it would take up part of a sliding window. Models with
+        sliding-window attention therefore share no prefix.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
         places = [signature(prompt, per_image) for prompt in prompts]
@@ -98,13 +98,13 @@ class Stops:
 
     @classmethod
     def of(cls, encoding: Encoding, also: Collection[int] = ()) -> Stops:
-        """What the template and the tokenizer of ``encoding`` end an answer with, and the tokens in ``also``."""
+        """The stops of the template and tokenizer of ``encoding``, and the token ids ``also``."""
         ids, texts = stops(encoding.template, encoding.tokenizer)
         return cls(ids | frozenset(also), texts)
 
 
-def _ends(model: LlavaModel) -> frozenset[int]:
-    """The tokens at which the language model's own settings end a text."""
+def _eos_ids(model: LlavaModel) -> frozenset[int]:
+    """The end-of-sequence token ids of the language model's generation config."""
     found = getattr(getattr(model.language, "generation_config", None), "eos_token_id", None)
     return frozenset([found] if isinstance(found, int) else found or ())
 
@@ -120,14 +120,14 @@ class Writer:
     done: bool = False
 
     def take(self, token: int | None) -> str:
-        """Takes the next token (None: the answer has ended, or may not go on) and gives the text that it adds."""
+        """Adds the next token (None: the answer has ended or reached its limit) and returns the text that it adds."""
         if self.done:
             return ""
         if token is None:
             self.done = True
         else:
             self.ids.append(token)
-        # The first bytes of a character are no text yet, and none if the others never come.
+        # An incomplete UTF-8 character decodes to U+FFFD: held back until complete, dropped if it never is.
         whole = self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd")
         ends = [at for stop in self.stops.texts if (at := whole.find(stop)) >= 0]
         if ends:

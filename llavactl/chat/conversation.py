@@ -22,9 +22,9 @@ class Conversation:
         self._read: list[Any] = []
 
     def ask(self, *content: Content, sampling: Sampling = GREEDY) -> Iterator[str]:
-        """Says ``content`` (text and images) and yields the answer in pieces as it is written.
+        """Adds ``content`` (text and images) as a user turn and yields the answer in pieces as it is generated.
 
-        A turn that fails is taken back; of an answer that is interrupted stays what was said.
+        If generation fails, the turn is removed. If it is interrupted, the partial answer is kept.
         """
         before = len(self.turns)
         self.turns.append(Turn("user", content))

@@ -117,19 +117,19 @@ def find(model: str) -> Path:
     """The folder that ``hf:ID|DIR`` names; an id of the hub is downloaded.
 
     Raises:
-        ModelError: there is no such folder, or it can't be had.
+        ModelError: no such folder, or it can't be had.
     """
     name = model.removeprefix(PREFIX)
     folder = expanded(name).absolute()
     if folder.is_dir():
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name):
-        raise ModelError(f"{model}: there is no such folder", hint=f"{PREFIX} takes a folder or an id of the hub")
-    return faults.downloaded(name, f"{PREFIX} takes a folder or an id of the hub")
+        raise ModelError(f"{model}: no such folder", hint=f"{PREFIX} takes a folder or a Hugging Face id")
+    return faults.downloaded(name, f"{PREFIX} takes a folder or a Hugging Face id")
 
 
 def digest(folder: Path) -> str:
-    """Changes with the content of any file of the model in ``folder``, and of the model that an adapter there adapts.
+    """A hash of all files of the model in ``folder`` and, for an adapter, of its base model.
 
     Raises:
         ModelError: a file can't be read.
@@ -155,7 +155,7 @@ def open_foreign(folder: Path, device: str | None = None) -> Foreign:
     processor = _processor(folder)
     faults.check_files(faults.weight_files(folder))
     progress.calm_transformers()
-    with faults.loading(_WHAT, folder, "what llavactl itself trained or reads goes without hf:", weights=True):
+    with faults.loading(_WHAT, folder, "omit hf: for models that llavactl trained or can read", weights=True):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False
         )

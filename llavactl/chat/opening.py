@@ -30,7 +30,7 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
     now = fingerprint(description["vision"], features)
     # A checkpoint that another program wrote names its backbone and has no fingerprint of it.
     then = Fingerprint(description["fingerprint"] or now.fields)
-    # One that was trained before fingerprints had a field says nothing of it.
+    # Models trained before a fingerprint field existed don't have it: compare only the fields that they have.
     if different := then.differences(Fingerprint({key: now.fields[key] for key in now.fields if key in then.fields})):
         raise ModelError(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",

@@ -1,7 +1,7 @@
 """The command line: parse, call the verb, print.
 
-stdout has results and nothing else; logs, progress and errors go to stderr. Exit codes: 0 done, 1 an error (a line
-and a hint, see ``boundary``), 2 usage, 130 Ctrl-C, 143 SIGTERM.
+Results go to stdout; logs, progress and errors go to stderr. Exit codes: 0 success, 1 error (one line and a hint,
+see ``boundary``), 2 usage, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _set_environment() -> None:
-    """What libraries read when they are imported."""
-    # What they advise is for programmers, and nothing that who reads it here could do.
+    """Sets what libraries read from the environment when they are imported."""
+    # Their advice is meant for programmers; users of the command line can't act on it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels from a hub at every import
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks it by its old name
     warnings.filterwarnings("ignore", module=r"PIL\b")  # odd images are read all the same, or listed
-    if proxy_fault():  # or a model that lies in the hub's cache could not be loaded either
+    if proxy_fault():  # offline, cached models of the hub still load
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     settle_caches()
 

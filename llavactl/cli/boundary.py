@@ -1,4 +1,4 @@
-"""The one error boundary: what a command raised, as a line and a hint, or as a bug with its traceback."""
+"""The error boundary of the command line: prints an exception as an error with a hint, or as a bug with a traceback."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def report(error: Exception) -> None:
 
 
 def explained(error: Exception) -> LlavactlError | None:
-    """What of ``error`` its user can act on; None where it is a bug.
+    """``error`` as one that the user can act on; None if it is a bug.
 
-    Typed errors pass as they are. Of the others these are about the machine and not about the program: the operating
-    system's, packages that are missing, memory, devices, the model hub, and files that a library can't read.
+    Typed errors are returned unchanged. Other exceptions are converted if they concern the machine rather than the
+    program: the operating system, missing packages, memory, devices, the model hub, files that a library can't read.
     """
     if isinstance(error, LlavactlError):
         return error
     if out_of_memory(error):
-        return LlavactlError(f"out of memory: {reason(error)}", hint="less at a time: a smaller micro_batch_size, say")
+        return LlavactlError(f"out of memory: {reason(error)}", hint="reduce micro_batch_size, for example")
     if isinstance(error, ImportError):
         return _import(error)
     if (_from(error, "huggingface_hub") and isinstance(error, OSError)) or _from(error, "httpx2"):
@@ -46,35 +46,36 @@ def explained(error: Exception) -> LlavactlError | None:
     if isinstance(error, UnicodeEncodeError) and "utf-8" not in (error.encoding, sys.getfilesystemencoding()):
         return LlavactlError(reason(error), hint="set PYTHONUTF8=1, or a UTF-8 locale")
     if isinstance(error, sqlite3.Error):
-        return LlavactlError(f"an SQLite file can't be used: {reason(error)}", hint="free some disk, or its lock")
+        hint = "free disk space, or stop the process that has locked the file"
+        return LlavactlError(f"an SQLite file can't be used: {reason(error)}", hint=hint)
     if isinstance(error, zipfile.BadZipFile) or _from(error, "safetensors"):
-        return LlavactlError(f"a file can't be read: {reason(error)}", hint="is every download whole?")
+        return LlavactlError(f"a file can't be read: {reason(error)}", hint="check that every download is complete")
     if _device(error):
-        return LlavactlError(f"the device failed: {reason(error)}", hint="`llavactl doctor` lists what works here")
+        return LlavactlError(f"device error: {reason(error)}", hint="`llavactl doctor` shows which devices work")
     return None
 
 
 def _hint(error: OSError) -> str:
     match errno.errorcode.get(error.errno or 0):
         case "ENOSPC" | "EDQUOT":
-            return "free some disk; LLAVACTL_HOME and `run_dir` name other places"
+            return "free disk space, or set LLAVACTL_HOME or `run_dir` to a folder on another disk"
         case "EACCES" | "EPERM" | "EROFS":
-            return "change its permissions, or set LLAVACTL_HOME or `run_dir` to a folder that can be written"
+            return "change its permissions, or set LLAVACTL_HOME or `run_dir` to a writable folder"
         case "EMFILE" | "ENFILE":
             return "allow more open files: `ulimit -n`"
     return ""
 
 
 def _import(error: ImportError) -> LlavactlError | None:
-    """A package that is missing or broken here; None where the missing module is one of ours."""
+    """The error for a missing or broken package; None if the missing module is llavactl's own (a bug)."""
     package = (error.name or "").partition(".")[0]
     if package == "llavactl":
         return None
     if fault := proxy_fault() if "socks" in str(error).lower() else None:
         return fault
-    hint = "`llavactl doctor` shows more"
+    hint = "run `llavactl doctor` for details"
     if isinstance(error, ModuleNotFoundError) and package:
-        hint = f"`pip install {package}`, for the Python at {sys.executable}"
+        hint = f"`pip install {package}` for {sys.executable}"
     return LlavactlError(f"a package is missing or broken: {reason(error)}", hint=hint)
 
 
@@ -87,12 +88,12 @@ def _network(error: Exception) -> LlavactlError:
     if kinds & {"GatedRepoError", "RepositoryNotFoundError"} or status in (401, 403):
         hint = "accept the model's terms on its page, then `hf auth login`, or give a local folder"
     else:
-        hint = "a model in a local folder, or in the hub's cache, needs no network"
+        hint = "check the network, or use a model in a local folder or in the hub's cache"
     return LlavactlError(f"the model hub: {said}", hint=hint)
 
 
 def _device(error: Exception) -> bool:
-    """Whether an accelerator, or the talk between several, failed."""
+    """Whether an accelerator, or the communication between several, failed."""
     torch = sys.modules.get("torch")
     kinds = [getattr(torch, "AcceleratorError", None), getattr(getattr(torch, "distributed", None), "DistError", None)]
     named = isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "CUDA driver", "No CUDA GPUs"))
@@ -104,7 +105,7 @@ def _from(error: Exception, package: str) -> bool:
 
 
 def _plugin(error: Exception) -> str | None:
-    """The plugin whose code was the last to run of all plugins', if one was."""
+    """The plugin whose code is innermost in the traceback, if any."""
     modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ran = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
@@ -112,7 +113,7 @@ def _plugin(error: Exception) -> str | None:
 
 
 def _lines(error: LlavactlError) -> None:
-    """One line a problem, and one with the way out."""
+    """Prints one line per problem and one with the hint."""
     problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
     for problem in problems or [error.message]:
         click.echo(f"error: {line(problem)}", err=True)

@@ -30,22 +30,22 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 @recipe_options_or("every store")
 @json_option
 def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Hash every shard again and name what is damaged, or can't be read. Exit 1 if anything is."""
+    """Hash every shard again and list those that are damaged or can't be read. Exit 1 if there are any."""
     from llavactl.verbs.cache import verify
 
     report = verify(load_if_given(source, overrides))
     output.report(report, as_json)
     if report.unchecked:
         first = report.unchecked[0]
-        aside = f"{len(report.damaged)} damaged shards were set aside, and " if report.damaged else ""
+        aside = f"{len(report.damaged)} damaged shards were set aside, " if report.damaged else ""
         raise StoreError(
-            f"{aside}{len(report.unchecked)} shards can't be read, the first is {first.file} of {first.store}: "
+            f"{aside}{len(report.unchecked)} shards can't be read; the first is {first.file} of {first.store}: "
             f"{first.reason}",
-            hint="those were left as they are: check permissions, the disk and the mount, then verify again",
+            hint="unreadable shards were left as they are: check permissions, disk and mount, then verify again",
         )
     if report.damaged:
         raise StoreError(
-            f"{len(report.damaged)} damaged shards were set aside", hint="`llavactl extract` makes their images again"
+            f"{len(report.damaged)} damaged shards were set aside", hint="`llavactl extract` recomputes their features"
         )
 
 

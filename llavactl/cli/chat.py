@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
     from llavactl.model.generate import Sampling
 
-HELP = "/image FILE shows an image with the next question; /new begins again; /quit ends; Ctrl-C stops an answer"
+HELP = "/image FILE adds an image to the next question; /new starts over; /quit ends; Ctrl-C stops an answer"
 
 
 @click.command()
@@ -59,7 +59,7 @@ def command(
     from llavactl.model.generate import Sampling
     from llavactl.verbs import chat
 
-    # A wrong file is told before a model is read.
+    # Report a wrong file before loading the model.
     shown = chat.open_images(images)
     records = [] if batch is None else chat.read_batch(batch)
     conversation = chat.open_chat(recipe, model, template)

@@ -18,7 +18,7 @@ from llavactl.cli.options import json_option, load, load_if_given, recipe_option
 @click.option(
     "--verify/--no-verify", default=None,
     help="Reload the export without llavactl and compare token ids, pixels, logits and answers.  "
-    "[default: on, where the format has a program that reloads it]",
+    "[default: on for formats that can be reloaded]",
 )  # fmt: skip
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",

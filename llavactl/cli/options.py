@@ -50,7 +50,7 @@ def load(source: str | None, overrides: Sequence[str]) -> Recipe:
 
 
 def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
-    """The recipe that ``recipe_options`` name, whichever sections it has."""
+    """The recipe that ``recipe_options`` name; no section is required."""
     from llavactl.recipe.frame import Outline
     from llavactl.recipe.load import load_frame
 
@@ -58,7 +58,7 @@ def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
 
 
 def load_outline_if_given(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """As ``load_if_given``, whichever sections it has."""
+    """As ``load_if_given``; no section is required."""
     return load_outline(source, overrides) if source or overrides else None
 
 

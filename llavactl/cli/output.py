@@ -1,4 +1,4 @@
-"""What goes to stdout: results, and nothing else."""
+"""Printing results to stdout."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def text(piece: str) -> None:
-    """``piece`` as it is, without a newline."""
+    """``piece`` unchanged, without a newline."""
     _print(piece, newline=False)
 
 

@@ -43,7 +43,7 @@ class LazyGroup(click.Group):
 
 @cache
 def _own(name: str) -> click.Command:
-    """A command of llavactl: its stdout is its results, also where a plugin or a library prints meanwhile."""
+    """A built-in command. Only its results reach stdout; what plugins and libraries print goes to stderr."""
     found: click.Command = importlib.import_module(f"llavactl.cli.{name}").command
     for each in [found, *(found.commands.values() if isinstance(found, click.Group) else ())]:
         if each.callback is not None:

@@ -35,7 +35,7 @@ _OF_MACOS = "__MACOSX/"
 
 _UNREADABLE = -1
 _LINKS = 8
-"""Links to links that are followed inside a tar file."""
+"""How many links in a row are followed inside a tar file."""
 
 _HEADER = struct.Struct("<4s5H3I2H")
 """Before every member of a zip file; the last two numbers say how long its name and its extra field are."""
@@ -89,15 +89,15 @@ def is_archive(root: str) -> bool:
 
 
 class NameTwiceError(DataError):
-    """An image's name is in several archives, with different contents."""
+    """Several archives have an image of the same name with different contents."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The ``members`` of archives by name, ``others`` of the same name, and the archives' ``stamps`` when listed.
+    """The ``members`` of archives by name, ``others`` of the same name, and the archives' ``stamps`` when indexed.
 
-    ``folders`` are those that hold all images of an archive, as ``val2017`` in COCO's val2017.zip: records name
-    images without it.
+    ``folders`` are top-level folders that hold all images of an archive, such as ``val2017`` in COCO's val2017.zip:
+    records name images without them.
     """
 
     members: Mapping[str, Member]
@@ -106,7 +106,7 @@ class Index:
     folders: tuple[str, ...]
 
     def find(self, path: str) -> Member | None:
-        """The member ``path``, else that of this name in one of the ``folders``; however either of them is spelled.
+        """The member ``path``, else the one of this name in one of the ``folders``, in any equivalent spelling.
 
         Raises:
             NameTwiceError: there are several, with different contents.
@@ -119,7 +119,7 @@ class Index:
         return None
 
     def resembling(self, path: str) -> str | None:
-        """A member whose name differs from ``path`` only in case."""
+        """A member whose name differs from ``path`` only in case, if any."""
         return self._folded.get(_name(canonical(path)).casefold())
 
     def _called(self, name: str) -> Iterator[Member]:
@@ -131,7 +131,7 @@ class Index:
 
     @cached_property
     def _spelled(self) -> Mapping[str, str]:
-        """Names with backslashes, decomposed characters or space around them, by what all systems would call them."""
+        """Names with backslashes, decomposed characters or surrounding space, by their canonical spelling."""
         return {other: name for name in self.members if (other := _name(canonical(name))) != name}
 
     @cached_property
@@ -145,7 +145,7 @@ def _only(found: Sequence[Member], path: str) -> Member:
         if not _same(first, other):
             raise NameTwiceError(
                 f"image {shortened(path)} is in {first.archive} and in {other.archive}, with different contents",
-                hint="of several archives, each image may be in one; or name images with their folder",
+                hint="keep each image in one archive only, or include the folder in image paths",
             )
     return first
 
@@ -183,19 +183,19 @@ _indexes = _Indexes()
 
 
 def check_archives(root: str) -> None:
-    """Makes the index of the archives ``root``.
+    """Indexes the archives ``root``.
 
     Raises:
-        DataError: there is none, or one can't be read.
+        DataError: no archive was found, or one can't be read.
     """
     _indexes.of(root)
 
 
 def find_member(root: str, path: str) -> Member:
-    """The member ``path`` of the archives ``root``, looked for anew where an archive has changed.
+    """The member ``path`` of the archives ``root``; archives that have changed are indexed again.
 
     Raises:
-        OSError: there is none, or the archives can't be read any more.
+        OSError: there is no such member, or the archives can no longer be read.
         NameTwiceError: there are several, with different contents.
     """
     for _ in range(2):
@@ -210,9 +210,9 @@ def find_member(root: str, path: str) -> Member:
         if member is None and all(stamp_of(each) == stamp for each, stamp in index.stamps.items()):
             break
         _indexes.forget(root)
-    reason = f"there is no such member of {Path(root).name}"
+    reason = f"no such member in {Path(root).name}"
     if (other := index.resembling(path)) is not None:
-        reason += f", but one that differs in case: {shortened(other)}"
+        reason += f"; did you mean {shortened(other)} (different case)?"
     raise FileNotFoundError(2, reason)
 
 
@@ -223,7 +223,7 @@ def _index(root: str) -> Index:
     folders: set[str] = set()
     archives = list(_archives(root))
     if not archives:
-        raise DataError(f"{root}: there is no such file", hint="`images` is a folder, a .zip, a .tar, or a URL of one")
+        raise DataError(f"{root}: no such file", hint="`images` is a folder, a .zip, a .tar, or a URL of one")
     for archive in archives:
         try:
             stamps[archive] = stamp_of(archive)
@@ -241,7 +241,7 @@ def _index(root: str) -> Index:
 
 
 def _top(names: Iterable[str]) -> set[str]:
-    """The folder that holds all images of an archive, whatever other files are beside it."""
+    """The top-level folder that holds all images of an archive, whatever other files are beside it."""
     tops: set[str] = set()
     for name in names:
         top, inside, _ = name.partition("/")
@@ -293,7 +293,7 @@ def _members(archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
 
 
 def _of_tar(tar: tarfile.TarFile, archive: str, stamp: str) -> Iterator[tuple[str, Member]]:
-    """The members with content; and links to one of them, which have that one's."""
+    """The regular files, and links to them, which share their content."""
     found: dict[str, Member] = {}
     links: dict[str, str] = {}
     for each in tar:
@@ -319,7 +319,7 @@ def _readable(info: zipfile.ZipInfo) -> bool:
 
 
 def _decoded(info: zipfile.ZipInfo) -> str:
-    """The name of a member; macOS writes UTF-8 without the flag that says so, and zipfile takes it for cp437."""
+    """The name of a member. macOS writes UTF-8 without setting the flag, and zipfile then decodes it as cp437."""
     if info.flag_bits & 0x800 or info.filename.isascii():
         return info.filename
     try:

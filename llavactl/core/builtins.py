@@ -7,9 +7,9 @@ from llavactl.core.hookspecs import Register, hookimpl
 _COMPONENTS = "llavactl.components"
 
 NUMBERS = "1"
-"""Goes up when a built-in component gives other numbers than before: finished steps are then redone.
+"""Incremented when a built-in component's results change; finished steps are then redone.
 
-Not llavactl's version: most releases change no number, and a finished run must not be trained again for nothing.
+It is not llavactl's version: most releases change no result, and must not cause finished runs to be trained again.
 """
 
 COMMANDS = {

@@ -5,13 +5,13 @@
     ├── DataError       the user, in records, images or answers
     ├── StoreError      the user, in the feature store: extract again, free disk, another fingerprint
     ├── ModelError      the user, in weights or a tokenizer: wrong folder, missing file, non-finite numbers
-    │   └── ConversationError   a conversation that the template can't write: its record is left out
+    │   └── ConversationError   a conversation that the template can't render: its record is left out
     ├── TeacherError    whoever runs the teacher: busy, cut off, a wrong key, a request too long for it
     └── PluginError     the author of a plugin, named in the message
 
 Every message says what is wrong and where; ``hint`` says what to do next. The command line prints both in one line
-each and exits 1. What libraries and the operating system raise about files, packages, memory, devices or the network
-becomes such a line where it is raised, with the name of the file (``core.faults``), else at the command line's boundary
+each and exits 1. Exceptions of libraries and the operating system about files, packages, memory, devices or the
+network are converted where they are raised, naming the file (``core.faults``), or else at the command line's boundary
 (``cli.boundary``). Anything else is a bug in llavactl or in a plugin, and keeps its traceback.
 """
 
@@ -69,7 +69,7 @@ class ModelError(LlavactlError):
 
 
 class ConversationError(ModelError):
-    """A conversation that the template can't write; others it may."""
+    """The template can't render this conversation; it may be able to render others."""
 
 
 class TeacherError(LlavactlError):

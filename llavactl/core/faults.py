@@ -1,7 +1,7 @@
-"""What is wrong with a model's files, in one line: asked before they are read, and after a library failed to.
+"""Diagnoses a model's files in one line, before they are loaded and after a library failed to load them.
 
-A download may leave a Git LFS pointer, an error page or half a file under the right name; libraries then raise
-whatever their parsers do, without naming the file.
+A failed download may leave a Git LFS pointer, an error page or a truncated file under the right name. Libraries then
+raise whatever their parsers raise, without naming the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llavactl.core.network import proxy_fault
 from llavactl.core.paths import read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where a model's weights are looked for, in the order in which transformers does."""
+"""File names of a model's weights, in the order in which transformers looks for them."""
 
 LANGUAGE = "language model"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "chat_template.json")
@@ -34,15 +34,15 @@ _MORE = (
 _POINTERS = {b"version https://git-lfs.github.com/spec": "Git LFS", b"/annex/objects/": "git-annex"}
 _LARGE = 4_000_000
 _MAX_HEADER = 100_000_000  # safetensors' own bound
-_WHOLE = "is the download whole? download it again"
-_OWN_CODE = "needs code of its own, which llavactl never runs"
-_NOT_RUN = "use a model that transformers itself has a class for, or write a plugin for this one"
+_WHOLE = "the download may be incomplete: download it again"
+_OWN_CODE = "needs custom code (trust_remote_code), which llavactl never runs"
+_NOT_RUN = "use a model whose class is part of transformers, or write a plugin for this one"
 
 
 def file_fault(file: Path) -> ModelError | None:
-    """What keeps ``file`` from being what its name says; None where nothing is seen to.
+    """Why ``file`` is not a valid file of the type that its name says; None if no fault is found.
 
-    Weights are not read, only held against their own table of contents.
+    Weights are not read; only the file size is checked against the header.
     """
     try:
         size = file.stat().st_size
@@ -55,11 +55,11 @@ def file_fault(file: Path) -> ModelError | None:
         if not size:
             why: str | None = "empty"
         elif head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-            why = "an HTML page: what was downloaded is an error or a log-in page"
+            why = "an HTML page, probably an error or login page that was downloaded instead of the file"
         else:
             why = _CHECKS.get(file.suffix, lambda _file, _size: None)(file, size)
     except FileNotFoundError:
-        why = "a link to a file that is not there" if file.is_symlink() else "there is no such file"
+        why = "a broken symbolic link" if file.is_symlink() else "no such file"
     except OSError as error:
         why = error.strerror or str(error)
     return ModelError(f"{file}: {why}", hint=_WHOLE) if why else None
@@ -71,21 +71,21 @@ def _safetensors(file: Path, size: int) -> str | None:
         if size < 8 or length > _MAX_HEADER or opened.read(1) != b"{":
             return "not a safetensors file"
         if 8 + length > size:
-            return f"truncated: {size:,} bytes, its header alone has {length:,}"
+            return f"truncated: {size:,} bytes, but its header alone has {length:,}"
         opened.seek(8)
         try:
             tensors = json.loads(opened.read(length))
             end = 8 + length + max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return "not a safetensors file: its header can't be read"
-    return None if size == end else f"{'truncated' if size < end else 'damaged'}: {size:,} bytes of {end:,}"
+    return None if size == end else f"{'truncated' if size < end else 'damaged'}: {size:,} bytes, expected {end:,}"
 
 
 def _json(file: Path, size: int) -> str | None:
-    if size > _LARGE:  # half a second to parse, and half a file shows at its end
+    if size > _LARGE:  # parsing takes half a second, and a truncated file shows at its end
         with file.open("rb") as opened:
             opened.seek(-64, os.SEEK_END)
-            return None if opened.read().rstrip().endswith(b"}") else "truncated: no end of its JSON"
+            return None if opened.read().rstrip().endswith(b"}") else "truncated JSON"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -93,7 +93,7 @@ def _json(file: Path, size: int) -> str | None:
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
     except RecursionError:
-        return "not JSON: nested too deep"
+        return "not JSON: nested too deeply"
     return None if isinstance(found, dict) else "expected a JSON object"
 
 
@@ -106,13 +106,13 @@ def _text(file: Path, _size: int) -> str | None:
 
 
 def _pickle(file: Path, _size: int) -> str | None:
-    """PyTorch's files are zip archives, before 1.6 bare pickles."""
+    """PyTorch's files are zip archives since 1.6, before that bare pickles."""
     with file.open("rb") as opened:
         head = opened.read(4)
     if head[:1] == b"\x80":
         return None
     if head != b"PK\x03\x04":
-        return "not a file of weights"
+        return "not a PyTorch weight file"
     try:
         with zipfile.ZipFile(file):
             return None
@@ -132,10 +132,10 @@ _CHECKS: Mapping[str, Callable[[Path, int], str | None]] = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in ``folder`` that transformers would read; none where there are none.
+    """The weight files in ``folder`` that transformers would read; empty if there are none.
 
     Raises:
-        ModelError: an index that can't be read, or names a file that is not there.
+        ModelError: the index can't be read, or names a file that doesn't exist.
     """
     first = next((folder / name for name in WEIGHTS if os.path.lexists(folder / name)), None)
     if first is None or first.suffix != ".json":
@@ -143,12 +143,12 @@ def weight_files(folder: Path) -> list[Path]:
     names = shards_of(first)
     if missing := [name for name in names if not (folder / name).is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{first}: it names {missing[0]}{more}, missing in {folder}", hint=_WHOLE)
+        raise ModelError(f"{first}: it names {missing[0]}{more}, not found in {folder}", hint=_WHOLE)
     return [folder / name for name in names]
 
 
 def shards_of(index: Path) -> list[str]:
-    """The names of the files that ``index`` (``*.index.json``) says the weights are in.
+    """The names of the weight files that ``index`` (``*.index.json``) lists.
 
     Raises:
         ModelError: it can't be read.
@@ -156,12 +156,12 @@ def shards_of(index: Path) -> list[str]:
     check_files([index])
     held = read_json(index).get("weight_map")
     if not isinstance(held, dict) or not held or not all(isinstance(name, str) for name in held.values()):
-        raise ModelError(f"{index}: no index of weights: expected a mapping `weight_map`", hint=_WHOLE)
+        raise ModelError(f"{index}: not a weight index: expected a mapping `weight_map`", hint=_WHOLE)
     return sorted(set(held.values()))
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Raises ModelError for the first of ``files`` that is not what its name says."""
+    """Raises ModelError for the first of ``files`` that has a fault."""
     for file in files:
         if fault := file_fault(file):
             raise fault
@@ -170,36 +170,36 @@ def check_files(files: Sequence[Path]) -> None:
 def check_model(
     model: str | Path, what: str, names: Sequence[str] = (), *, weights: bool = False, hint: str = ""
 ) -> None:
-    """Refuses, before any of it is read, a ``model`` (a folder or an id) that can't be loaded.
+    """Refuses a ``model`` (a folder or an id) that can't be loaded, before loading any of it.
 
-    Looks at its configuration and at those of the files ``names`` that are there; with ``weights`` at those of a folder
-    as well. ``what`` is what the model is to be, such as "language model".
+    Checks its configuration and those of the files ``names`` that exist; with ``weights`` also a folder's weight
+    files. ``what`` is the role of the model in messages, such as "language model".
 
     Raises:
-        ModelError: a file is missing or broken, the weights are quantised, or it needs code of its own.
+        ModelError: a file is missing or broken, the weights are quantised, or the model needs custom code.
     """
     local = Path(model).is_absolute()
     folder = Path(model) if local else _configuration(str(model), what, hint)
     if not (folder / "config.json").is_file():
-        why = "there is no config.json" if folder.is_dir() else "there is no such folder"
+        why = "no config.json" if folder.is_dir() else "no such folder"
         raise ModelError(f"{what} {model}: {why}", hint=hint)
     if any("\ud800" <= sign <= "\udfff" for sign in str(folder)):
-        raise ModelError(f"{what} {folder}: the folder's name is not UTF-8 text", hint="rename it: no library opens it")
+        raise ModelError(f"{what} {folder}: the folder's name is not valid UTF-8", hint="rename the folder")
     looked_at = ("config.json", "generation_config.json", *names)
     check_files([folder / name for name in looked_at if os.path.lexists(folder / name)])
     if method := quantised(folder):
-        also = "; `stage2.method: qlora` quantises it while it trains" if what == LANGUAGE else ""
+        also = "; `stage2.method: qlora` quantises it for training" if what == LANGUAGE else ""
         raise ModelError(
             f"{what} {model}: its weights are quantised ({method})", hint=f"use the unquantised model{also}"
         )
-    if "/" in str(read_json(folder / "config.json").get("attn_implementation", "")):  # the name of a kernel on a hub
+    if "/" in str(read_json(folder / "config.json").get("attn_implementation", "")):  # a kernel on the hub
         raise ModelError(f"{what} {model}: {_OWN_CODE}", hint=_NOT_RUN)
     if weights and local:
         check_files(weight_files(folder))
 
 
 def _configuration(model: str, what: str, hint: str) -> Path:
-    """The folder in the hub's cache that has the configuration of ``model``, downloaded if need be."""
+    """The folder in the hub's cache that has the configuration of ``model``; downloaded if necessary."""
     from transformers.utils import cached_file
 
     with loading(what, model, hint):
@@ -207,23 +207,23 @@ def _configuration(model: str, what: str, hint: str) -> Path:
 
 
 def quantised(folder: Path) -> str:
-    """The method by which the weights in ``folder`` are quantised; empty where they aren't."""
+    """The quantisation method of the weights in ``folder``; empty if they are not quantised."""
     config = read_json(folder / "config.json")
     for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         for key, method in (("quantization_config", ""), ("compression_config", ""), ("quantization", "MLX")):
             if (found := part.get(key)) and isinstance(found, Mapping):
                 bits = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & found.keys() else method
-                return str(found.get("quant_method") or bits or "by a method that it doesn't name")
-    older = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # of programs before transformers could
+                return str(found.get("quant_method") or bits or "unknown method")
+    older = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # from before transformers supported these
     return next((method for name, method in older.items() if (folder / name).is_file()), "")
 
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Names ``file`` in what a library raises while it reads it.
+    """Converts what a library raises while reading ``file`` to an error that names the file.
 
     Raises:
-        ModelError: whatever was raised.
+        ModelError: for any exception.
     """
     try:
         yield
@@ -235,12 +235,12 @@ def reading(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = False) -> Iterator[None]:
-    """Names ``model``, or its file at fault, in what a library raises while it loads it.
+    """Converts what a library raises while loading ``model`` to an error that names it, or its broken file.
 
-    ``model`` is a folder or an id, ``what`` what it is to be; with ``weights`` they are loaded, too.
+    ``model`` is a folder or an id, ``what`` its role in messages; ``weights``: the weights are loaded, too.
 
     Raises:
-        ModelError: whatever was raised; but running out of memory stays what it is.
+        ModelError: for any exception but out-of-memory errors, which are passed on.
     """
     try:
         yield
@@ -255,7 +255,7 @@ def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = Fal
 
 
 def _culprit(model: str | Path, weights: bool) -> ModelError | None:
-    """The first broken file of the model's folder."""
+    """The error for the first broken file in the model's folder."""
     folder = local_folder(model)
     if folder is None or not folder.is_dir():
         return None
@@ -269,7 +269,7 @@ def _culprit(model: str | Path, weights: bool) -> ModelError | None:
 
 
 def local_folder(model: str | Path) -> Path | None:
-    """The folder of ``model``, also of an id that lies in the hub's cache."""
+    """The folder of ``model``; for an id its folder in the hub's cache, if it is there."""
     if Path(model).is_absolute():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -289,7 +289,7 @@ def _refusal(what: str, model: str | Path, error: Exception, hint: str) -> Model
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device, or this machine, has no memory left."""
+    """Whether ``error`` means that a device or the host is out of memory."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -297,25 +297,25 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What ``error`` says, in one line."""
+    """The message of ``error`` in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, UnicodeEncodeError) and not error.object.isascii():  # nothing but names of files is encoded so
+    if isinstance(error, UnicodeEncodeError) and not error.object.isascii():  # only file names are encoded this way
         name = json.dumps(error.object)
-        return f"the name of a file can't be written in this locale ({error.encoding}): {name}"
+        return f"a file name can't be encoded in this locale ({error.encoding}): {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
     said = " ".join(lines[: last + 1])
-    # These say nothing without their names: a missing key, say, is all that a KeyError tells.
+    # Some messages mean nothing without the exception's name: a KeyError's is only the key.
     named = isinstance(error, KeyError | IndexError | TypeError | AttributeError | AssertionError) or not said
     return f"{type(error).__name__}: {said}".removesuffix(": ") if named else said
 
 
 def downloaded(model: str, hint: str) -> Path:
-    """The folder of the hub's ``model``, its files downloaded where they are not in the cache.
+    """The folder of the hub's ``model``; files that are not in the cache are downloaded.
 
     Raises:
-        ModelError: they can't be had.
+        ModelError: the download failed.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
-"""sha256 of contents, remembered: a file that did not change is not read again.
+"""sha256 hashes of files, cached: a file that has not changed is not read again.
 
-One SQLite file keeps, for all processes, the hash under a stamp of the content (path, size, times). It is a
-convenience: where it is broken, read-only or on a full disk, contents are hashed again and the work goes on.
+One SQLite file, shared by all processes, maps a stamp (path, size, times) to the hash. The cache is optional: if the
+file is broken, read-only or on a full disk, files are hashed again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STAMP_BYTES = 16
 _TABLE = "CREATE TABLE IF NOT EXISTS keys (stamp BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID"
 _VARIABLES = 500
 _SETTLED_S = 2.0
-"""A file younger than this may be written again within the same tick of the file system's clock."""
+"""A file younger than this may still be rewritten within the same tick of the file system's clock."""
 
 _BLOB = re.compile("[0-9a-f]{64}")
-"""The name of a large file in the hub's cache: its sha256."""
+"""A large file in the hub's cache is named by its sha256."""
 
 _PASSED_OVER = re.compile(r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|logs")
-"""Folders beside a model that are no part of it: what trainers and evaluations leave there."""
+"""Folders beside a model that are not part of it: outputs of trainers and evaluations."""
 
 _DOCUMENTS = (".md", ".png", ".jpg", ".lock")
 
@@ -45,7 +45,7 @@ _forgetful: ContextVar[bool] = ContextVar("_forgetful", default=False)
 
 @contextlib.contextmanager
 def nothing_remembered() -> Iterator[None]:
-    """While this lasts, hashes of files are read from the memory and none is written: for a dry run."""
+    """In this context, cached file hashes are read but none is written (for dry runs)."""
     before = _forgetful.set(True)
     try:
         yield
@@ -54,7 +54,7 @@ def nothing_remembered() -> Iterator[None]:
 
 
 class HashMemory:
-    """sha256 by stamp, in ``file``. With ``remember=False`` it is only read. Safe in any thread and after a fork."""
+    """sha256 hashes by stamp, cached in ``file``; ``remember=False`` only reads. Safe for threads and after forks."""
 
     def __init__(self, file: Path, *, remember: bool = True) -> None:
         self.file = file
@@ -62,7 +62,7 @@ class HashMemory:
         self._broken = False
 
     def find(self, stamps: Iterable[bytes]) -> dict[bytes, str]:
-        """The hashes (64 hex digits) kept under ``stamps``."""
+        """The hashes (64 hex digits) cached for ``stamps``."""
         wanted = list(stamps)
 
         def look(database: sqlite3.Connection) -> dict[bytes, str]:
@@ -77,7 +77,7 @@ class HashMemory:
         return self._ask(look) or {}
 
     def keep(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        """Remembers (stamp, digest) pairs."""
+        """Caches (stamp, digest) pairs."""
 
         def insert(database: sqlite3.Connection) -> None:
             with database:
@@ -87,9 +87,9 @@ class HashMemory:
             self._ask(insert)
 
     def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What ``work`` makes of the database; None without a usable file. The first fault makes it unusable.
+        """The result of ``work`` on the database; None if the file is unusable, as it is after its first error.
 
-        Connected anew each time (0.1 ms), since SQLite's connections must cross neither a fork nor threads.
+        Opens a new connection each time (0.1 ms), since SQLite connections must not be shared across forks or threads.
         """
         if self._broken or not (self.remember or self.file.exists()):
             return None
@@ -110,7 +110,7 @@ class HashMemory:
         if self.remember:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         if not _has_locks(self.file.parent):
-            raise OSError("this file system has no locks")  # SQLite would wait its whole timeout, at every statement
+            raise OSError("this file system has no locks")  # SQLite would wait for its timeout at every statement
         made = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
         try:
             if self.remember:
@@ -128,8 +128,8 @@ def _has_locks(folder: Path) -> bool:
 
 @cache
 def _warn(file: Path, reason: str) -> None:
-    """Once, however many files are hashed."""
-    log.warning("%s can't be used (%s): contents are hashed again each time", file, reason)
+    """Warns once per file, however often it fails."""
+    log.warning("%s can't be used (%s): files are hashed again each time", file, reason)
 
 
 def stamp_bytes(text: str) -> bytes:
@@ -138,7 +138,7 @@ def stamp_bytes(text: str) -> bytes:
 
 
 def hash_file(file: Path) -> str:
-    """The sha256 of ``file``, 64 hex digits; it is read only if its stamp was never seen.
+    """The sha256 of ``file``, 64 hex digits; the file is read only if its stamp is not cached.
 
     Raises:
         OSError: it can't be read.
@@ -159,7 +159,7 @@ def hash_file(file: Path) -> str:
 
 
 def model_files(folder: Path) -> Iterator[Path]:
-    """The files of the model in ``folder``, by name; without documents and what trainers leave beside a model."""
+    """The files of the model in ``folder``, sorted; without documents and outputs of trainers."""
     for each in sorted(folder.iterdir()):
         if each.is_dir():
             if not _PASSED_OVER.fullmatch(each.name):
@@ -169,14 +169,14 @@ def model_files(folder: Path) -> Iterator[Path]:
 
 
 def hash_folder(folder: Path) -> str:
-    """Changes with the name or the content of any file of the model in ``folder``, and with nothing else.
+    """A hash of the names and contents of all files of the model in ``folder``.
 
     Raises:
-        OSError: one can't be read.
+        OSError: a file can't be read.
     """
     return hash_json([[file.relative_to(folder).as_posix(), hash_file(file)] for file in model_files(folder)])
 
 
 def hash_json(value: Any) -> str:
-    """The sha256 of a JSON value, whatever the order of its keys; what is not JSON counts as its text."""
+    """The sha256 of a JSON value, independent of key order; other values are hashed as ``str(value)``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

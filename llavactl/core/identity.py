@@ -1,7 +1,7 @@
-"""What decides the numbers that a component gives, as JSON: two with equal identities give equal results.
+"""The identity of a component as JSON: everything that determines its results.
 
-A component's options name files, models and ids. What counts is what lies there, not what it is called: a model folder
-under another name is the same model, and one whose weights, tokenizer or chat template changed is another.
+Files and models that options name count by content, not by path: a model folder under another name is the same model,
+and one whose weights, tokenizer or chat template changed is another.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llavactl.core.registry import registry
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
-"""A folder with one of these is a model."""
+"""A folder with one of these files is a model."""
 
 
 def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Json]:
     """The identity of the component ``spec`` ({"name", options}, or a name alone) of ``kind``.
 
-    Its name, the version of whoever registered it, and its options with their defaults; files and models that these
-    name stand there by their contents. What the component itself adds through ``identity()`` is there too.
+    It has its name, the version of the plugin that registered it, its options with their defaults, and what the
+    component adds in ``identity()``. Files and models that options name are replaced by hashes of their contents.
 
     Raises:
         ModelError: a file that an option names can't be read.
@@ -40,9 +40,9 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
 
 
 def content_of(value: Any) -> Json:
-    """``value``, with the contents of the files and models that it names in the place of their paths and ids.
+    """``value`` with paths and ids of files and models replaced by hashes of their contents.
 
-    Folders that hold no model, such as one of images, stay by their names.
+    Folders without a model, such as one of images, are kept by name.
     """
     if isinstance(value, Mapping):
         return {str(key): content_of(each) for key, each in value.items()}
@@ -58,7 +58,7 @@ def content_of(value: Any) -> Json:
 
 
 def names_model(content: Any) -> bool:
-    """Whether ``content``, an option as of ``content_of``, stands for a file, a model, or the id of one."""
+    """Whether ``content``, an option's value after ``content_of``, stands for a file or a model."""
     if isinstance(content, Mapping):
         return bool({"sha256", "commit"} & content.keys())
     return isinstance(content, str) and "/" in content
@@ -77,7 +77,7 @@ def _content(text: str) -> Json:
 
 
 def _commit(model: str) -> str | None:
-    """The revision of the hub's ``model`` that lies in its cache; None where there is none."""
+    """The revision of the hub's ``model`` in the local cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model, "config.json")

@@ -58,7 +58,7 @@ def need_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path} is a folder", hint="name a file of records, JSON or JSONL")
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: no such file")
 
 
 def never_onto(source: Path, out: Path) -> None:
@@ -71,7 +71,7 @@ def read_stream(path: Path) -> Iterator[Entry]:
     """Every value of the array or JSONL in ``path``, in order; what is not JSON is an entry with a ``problem``.
 
     Raises:
-        DataError: there is no such file.
+        DataError: no such file.
         OSError: it can't be read.
     """
     need_file(path)
@@ -91,7 +91,7 @@ def _lines(file: IO[str]) -> Iterator[Entry]:
 
 
 class _Decoder:
-    """JSON's, which also knows a key that was ``twice`` in one object: the first value would silently be lost."""
+    """A JSON decoder that records in ``twice`` a duplicate key of an object, whose first value would be lost."""
 
     def __init__(self) -> None:
         self.twice = ""
@@ -126,7 +126,7 @@ def _decoded(decoder: _Decoder, text: str, line: int, done: int) -> Entry:
 
 
 def _twice(decoder: _Decoder) -> str:
-    return f"{decoder.twice!r} is there twice in one object" if decoder.twice else ""
+    return f"duplicate key {decoder.twice!r}" if decoder.twice else ""
 
 
 def _beyond(error: Exception) -> str:

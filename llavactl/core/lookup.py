@@ -1,4 +1,4 @@
-"""Finding an image by the name that a record gives it: how names may be spelled, and where links may lead."""
+"""Finding an image file by the name in a record: equivalent spellings, and symbolic links."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from urllib.parse import unquote
 from llavactl.core.errors import DataError
 
 LONGEST = 200
-"""Characters of a name that a message shows."""
+"""How many characters of a name a message shows."""
 
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
-"""What begins like an absolute path, of Windows too: records are carried from one system to another."""
+"""The beginning of an absolute path, also of Windows: records are moved between systems."""
 
 _HUB_SNAPSHOT = re.compile(r"(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?")
 _HUB_BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 
 
 class LinkOutsideError(DataError):
-    """A symbolic link leads out of the folder of the images, and nobody said that it may."""
+    """A symbolic link points outside the folder of images without ``follow_links``."""
 
 
 def shortened(name: str) -> str:
-    """``name`` as messages show it: at most ``LONGEST`` characters, and still different for different names."""
+    """``name`` for messages: at most ``LONGEST`` characters, and still distinct for different names."""
     if len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -36,7 +36,7 @@ def shortened(name: str) -> str:
 
 
 def is_absolute(path: str) -> bool:
-    """Whether ``path`` begins at a root or a drive, of this system or another."""
+    """Whether ``path`` is absolute on this or another system (root or drive)."""
     return _ABSOLUTE.match(path) is not None
 
 
@@ -51,7 +51,7 @@ def is_file_url(text: str) -> bool:
 
 
 def local_path(text: str) -> str:
-    """``text``; where it is a URL of a file on this machine, that file's path."""
+    """The path of a ``file:`` URL; any other ``text`` unchanged."""
     if not is_file_url(text):
         return text
     path = text[7:].removeprefix("localhost")
@@ -59,39 +59,39 @@ def local_path(text: str) -> str:
 
 
 def stays_below(root: str, path: str) -> None:
-    """Raises a DataError where ``path``, however it may be spelled, leads outside ``root``."""
+    """Raises DataError if ``path``, in any spelling, leads outside ``root``."""
     bare = path.strip()
     parts = bare.replace("\\", "/").split("/")
     if ".." in parts or is_absolute(bare) or not any(part not in ("", ".") for part in parts) or "\0" in path:
         raise DataError(
             f"image path {shortened(path)!r} leads outside its root {root}",
-            hint="image paths are relative to the source's `images` folder and stay below it",
+            hint="image paths are relative to the source's `images` folder and must stay inside it",
         )
 
 
 def canonical(path: str) -> str:
-    """One spelling of all that mean the same file on some system: slashes, composed characters, no space around."""
+    """The canonical spelling of ``path``: forward slashes, composed characters (NFC), no surrounding space."""
     return normalize("NFC", path.strip().replace("\\", "/"))
 
 
 def spellings(path: str) -> Iterator[str]:
-    """Other ways to write ``path``: no space around it, the slashes of Windows or those of everybody else."""
+    """Other spellings of ``path``: without surrounding space, and with slashes for backslashes or the reverse."""
     bare = path.strip()
     slashes = bare.replace("\\", "/")
     yield from dict.fromkeys(each for each in (bare, slashes, slashes.replace("/", "\\")) if each != path)
 
 
 def find_file(root: str, path: str) -> str:
-    """The file below ``root`` that ``path`` means where there is none of exactly this name.
+    """The file below ``root`` that matches ``path`` in another spelling, if none has exactly this name.
 
     Raises:
-        FileNotFoundError: there is none; the reason names a file whose name differs only in case.
+        FileNotFoundError: there is none; the reason names a file that differs only in case, if any.
     """
     for each in spellings(path):
         if exists(f"{root}/{each}"):  # noqa: PTH110
             return f"{root}/{each}"
     if islink(f"{root}/{path}"):  # noqa: PTH114
-        raise FileNotFoundError(2, "it is a broken symbolic link")
+        raise FileNotFoundError(2, "broken symbolic link")
     reason = "No such file or directory"
     for each in (path, *spellings(path)):
         found, same = _walk(root, each)
@@ -99,12 +99,12 @@ def find_file(root: str, path: str) -> str:
             return found
         if found:
             twin = shortened(found.removeprefix(root).lstrip("/"))
-            reason = f"No such file or directory, but one that differs in case: {twin}"
+            reason = f"No such file or directory; did you mean {twin} (different case)?"
     raise FileNotFoundError(2, reason)
 
 
 def _walk(root: str, path: str) -> tuple[str, bool]:
-    """The file at ``path`` in another Unicode normal form, and True; in other case, and False; else "" and False."""
+    """The file at ``path`` in another Unicode normal form and True, or in other case and False; else "" and False."""
     where, same = root, True
     for part in path.split("/"):
         name: str | None = part
@@ -123,16 +123,16 @@ def _walk(root: str, path: str) -> tuple[str, bool]:
 
 @lru_cache(maxsize=16)
 def _listing(folder: str, _modified: int) -> tuple[dict[str, str], dict[str, str]]:
-    """The names in ``folder`` by their composed form, where that may be another, and by that without case."""
+    """The names in ``folder`` by their NFC form where it may differ, and by their case-folded form."""
     names = os.listdir(folder)  # noqa: PTH208
     composed = {normalize("NFC", name): name for name in names if not name.isascii()}
     return composed, {normalize("NFC", name).casefold(): name for name in names}
 
 
 def refuse_outside(root: str, target: str, name: str) -> None:
-    """Raises a LinkOutsideError where ``target``, a real path, is not below ``root``.
+    """Raises LinkOutsideError if ``target``, a resolved path, is not below ``root``.
 
-    What a snapshot of the hub's cache links to belongs to it: the blobs of the same repository.
+    Links from a snapshot in the hub's cache to the blobs of the same repository are allowed.
     """
     top = realpath(root)
     if target.startswith(top.rstrip(os.sep) + os.sep):
@@ -141,6 +141,6 @@ def refuse_outside(root: str, target: str, name: str) -> None:
     if hub and target.startswith(hub[1]) and _HUB_BLOB.fullmatch(target[len(hub[1]) :]):
         return
     raise LinkOutsideError(
-        f"image {name}: a symbolic link leads out of {root}",
-        hint="`follow_links: true` beside `images` of the source (a task: -t follow_links=true) follows such links",
+        f"image {name}: a symbolic link points outside {root}",
+        hint="`follow_links: true` beside the source's `images` (for a task: -t follow_links=true) allows such links",
     )

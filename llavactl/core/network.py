@@ -1,4 +1,4 @@
-"""Whether the way to the network that the environment names can be gone."""
+"""Checks the proxy that environment variables set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def proxy_fault() -> LlavactlError | None:
-    """Why no HTTP client can be made under the proxy that the environment names; None where one can."""
+    """Why HTTP clients can't use the proxy that an environment variable sets; None if they can."""
     proxies = urllib.request.getproxies()
     if "*" in proxies.get("no", ""):
         return None
@@ -34,9 +34,9 @@ def _fault(address: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        return "not the address of a proxy"
+        return "not a proxy URL"
     if parts.scheme not in _SCHEMES:
-        return f"{parts.scheme}:// is none of {', '.join(_SCHEMES)}"
+        return f"unsupported scheme {parts.scheme}://, expected one of {', '.join(_SCHEMES)}"
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         return "SOCKS proxies need the package socksio"
     return ""

@@ -71,5 +71,5 @@ RecipePaths = Annotated[tuple[RecipePath, ...], BeforeValidator(_paths)]
 RecipePlace = Annotated[str | Path, BeforeValidator(_place)]
 """A file, a folder or a pattern of files, relative to the recipe that names it; or a URL, as it is."""
 
-FollowLinks = Annotated[bool, Field(description="true: symbolic links that lead out of `images` are followed")]
-"""Whether links among the images may lead anywhere; the folder itself may always be a link."""
+FollowLinks = Annotated[bool, Field(description="true: follow symbolic links that point outside `images`")]
+"""Whether links among the images may point outside their folder; the folder itself may always be a link."""

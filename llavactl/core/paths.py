@@ -35,8 +35,8 @@ def _home(kind: str) -> Path:
         found = platformdirs.user_cache_dir("llavactl") if kind == "cache" else platformdirs.user_data_dir("llavactl")
     except (RuntimeError, KeyError) as error:
         raise LlavactlError(
-            "this user has no home folder to keep features and other caches in",
-            hint="set LLAVACTL_HOME to a folder that can be written",
+            "this user has no home folder for features and other caches",
+            hint="set LLAVACTL_HOME to a writable folder",
         ) from error
     return Path(found).absolute()
 
@@ -57,7 +57,7 @@ _LIBRARIES = {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "TORCHINDU
 
 
 def settle_caches() -> None:
-    """Lets libraries keep their caches below LLAVACTL_HOME where the user has no home folder that can be written."""
+    """Points the caches of libraries below LLAVACTL_HOME if the user has no writable home folder."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 - leaves ~ where there is none, and doesn't raise
     if os.environ.get("LLAVACTL_HOME") and not (home.is_absolute() and os.access(home, os.W_OK)):
         for name, folder in _LIBRARIES.items():
@@ -93,20 +93,20 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[None]:
-    """An exclusive lock on what ``lock_file`` stands for; the system releases it if the process dies.
+    """Holds an exclusive lock on ``lock_file``; the system releases it if the process dies.
 
-    On a file system without locks a file beside it, ``*.owner``, names the process that holds the lock. If that process
-    was killed, the next one on the same machine takes over. Whether a process on another machine still runs can't be
-    seen from here, so the error then says which file to remove.
+    On a file system without locks, a file ``*.owner`` beside it names the process that holds the lock. If that process
+    was killed, the next one on the same machine takes over. Whether a process on another machine is still running
+    can't be determined, so the error then says which file to remove.
 
     Raises:
-        Exception: ``busy``, where another process has held it for ``timeout_s`` seconds.
-        OSError: the lock can't be made.
+        Exception: ``busy``, if another process holds the lock for longer than ``timeout_s`` seconds.
+        OSError: the lock can't be created.
     """
     import filelock
 
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    mode = 0o666 & ~_UMASK  # who may write to a shared store may lock it
+    mode = 0o666 & ~_UMASK  # whoever may write to a shared store may lock it
     lock: filelock.BaseFileLock
     if has_locks(lock_file.parent):
         lock = filelock.FileLock(lock_file, timeout_s, mode)
@@ -126,10 +126,10 @@ def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[Non
 
 
 def has_locks(folder: Path, *, posix: bool = False) -> bool:
-    """Whether files in ``folder`` can be locked, by flock or as ``posix`` says (SQLite's way).
+    """Whether files in ``folder`` can be locked, by flock or, with ``posix``, by fcntl (as SQLite does).
 
-    Some NFS, Lustre and FUSE mounts refuse every lock, each with an error of its own. So any error counts: nobody else
-    can hold a lock on a file made here and now.
+    Some NFS, Lustre and FUSE mounts refuse every lock, with various errors. So any error counts: no other process can
+    hold a lock on a file that was just created.
     """
     try:
         import fcntl
@@ -139,7 +139,7 @@ def has_locks(folder: Path, *, posix: bool = False) -> bool:
         try:
             probe = opened.enter_context(tempfile.TemporaryFile(dir=folder))
         except OSError:
-            return True  # taking the lock will show what is wrong with the folder
+            return True  # taking the lock will report what is wrong with the folder
         try:
             (fcntl.lockf if posix else fcntl.flock)(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_stamp(status: os.stat_result) -> str:
-    """Changes whenever the content of a file may have: also where a copy kept the time of modification."""
+    """Changes whenever a file's content may have changed, also if a copy preserved the modification time."""
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
@@ -182,7 +182,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """``value`` as JSON that is UTF-8 whatever it holds: bytes of a file's name that are no text stay escapes."""
+    """``value`` as JSON that is always valid UTF-8: undecodable bytes of a file name stay escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

@@ -1,4 +1,4 @@
-"""Images where they lie: below a folder, inside archives, behind a URL, or as text in their own record."""
+"""References to images: below a folder, inside archives, at a URL, or as base64 in a record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llavactl.core.schema import Below, ImageFile, ImageRef
 T = TypeVar("T")
 
 _PLAIN = re.compile(r"(?!\./)(?!~)[^/\\:\s](?:[^/\\:]|/(?![/.]))*")
-"""A name that is written like those of nearly all records: nothing about it has to be looked at."""
+"""An ordinary relative path, as in nearly all records: needs no further checks."""
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w=.+-]+)*?)(;base64)?,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
@@ -31,7 +31,7 @@ _BASE64_OF_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "Qk1", "SU
 _SHORTEST_BASE64 = 64
 _LONGEST_FILE_NAME = 255
 _LONGEST_PATH = 4096
-"""What file systems take: a longer text is no path."""
+"""Limits of file systems: a longer text is not a path."""
 
 _MAX_BYTES = 1 << 28
 _TIMEOUT_S = 60
@@ -61,7 +61,7 @@ class ImageAtUrl(Below):
         return f"{url}\0{told}" if told else None
 
     def _asked(self, ask: Callable[[str], T]) -> T:
-        """What ``ask`` says of the first spelling of the URL that there is."""
+        """The result of ``ask`` for the first spelling of the URL that exists."""
         for path in (self.path, *spellings(self.path)):
             try:
                 return ask(f"{self.root.rstrip('/')}/{path}")
@@ -71,14 +71,14 @@ class ImageAtUrl(Below):
                 raise
             except Exception as error:  # file systems raise what their libraries raise, such as aiohttp's
                 raise OSError(_in_short(error)) from error
-        raise FileNotFoundError(2, "there is no such file")
+        raise FileNotFoundError(2, "no such file")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageBytes:
-    """An image that is in memory: from a record that has it as base64, or from a URL. Equal where its bytes are.
+    """An image in memory, from base64 in a record or from a URL. Two are equal if their bytes are.
 
-    ``fault`` says why ``data`` is no image's, where that is known.
+    ``fault`` says why ``data`` is not an image, if that is known.
     """
 
     name: str
@@ -99,19 +99,19 @@ class ImageBytes:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the images of some records lie: ``root`` as of ``image_in``, and whether links may lead out of it."""
+    """Where the images of some records are: ``root`` as in ``image_in``, and whether links may point outside it."""
 
     root: str
     follow_links: bool = False
 
 
 def image_in(place: str | Path | Place, path: str) -> ImageRef:
-    """The image that a record calls ``path``, in a folder, archives (see ``ImageMember``) or below a URL.
+    """The image ``path`` of a record, in a folder, in archives (see ``ImageMember``) or below a URL.
 
-    ``path`` is relative to the place, or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
+    ``path`` is relative to ``place`` or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
 
     Raises:
-        DataError: ``path`` leads outside. A record must never reach a file its owner didn't mean.
+        DataError: ``path`` leads outside ``place``: a record must not reach any other file.
     """
     root, follow_links = (place.root, place.follow_links) if isinstance(place, Place) else (str(place), False)
     root = local_path(root)
@@ -125,10 +125,10 @@ def image_in(place: str | Path | Place, path: str) -> ImageRef:
 
 
 def _relative(root: str, path: str) -> str:
-    """``path`` without ``root`` before it, and without dots or slashes that mean nothing.
+    """``path`` relative to ``root``, without redundant dots and slashes.
 
     Raises:
-        DataError: a URL or an absolute path that doesn't begin with ``root``, or nothing that could be a path.
+        DataError: a URL or an absolute path that doesn't begin with ``root``, or text that can't be a path.
     """
     if len(path) > _LONGEST_PATH:
         raise DataError(
@@ -141,23 +141,22 @@ def _relative(root: str, path: str) -> str:
         if is_url(root) and bare.startswith(top):
             return bare.removeprefix(top)
         raise DataError(
-            f"image {shortened(bare)!r}: a URL that leads outside its root {root}",
-            hint="nothing is downloaded for records: make their paths relative to `images`, a folder, or the URL "
-            "that all of them begin with",
+            f"image {shortened(bare)!r}: a URL outside its root {root}",
+            hint="set `images` to a local folder, or to the URL that all image URLs begin with",
         )
     if is_absolute(bare):
         if is_archive(root) or is_url(root) or (below := _below(root, bare)) is None:
             raise DataError(
                 f"image path {shortened(bare)!r} leads outside its root {root}",
-                hint="image paths are relative to the source's `images`; absolute ones must lie below it: "
-                "set `images` to a folder that holds all of them",
+                hint="image paths are relative to the source's `images`, and absolute ones must be inside it: "
+                "set `images` to a folder that contains all of them",
             )
         return below
     return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _below(root: str, path: str) -> str | None:
-    """The absolute ``path`` relative to the folder ``root``, either of them written with links or without."""
+    """The absolute ``path`` relative to the folder ``root``, before or after resolving links; None if outside."""
     real = realpath(root)
     for top in (root, real):
         if path.startswith(top := f"{top.rstrip('/')}/"):
@@ -169,7 +168,7 @@ def _below(root: str, path: str) -> str | None:
 
 
 def _inline(text: str) -> ImageBytes | None:
-    """The image that ``text`` is, where it is one, as base64 or a ``data:`` URI."""
+    """The image that ``text`` holds as base64 or a ``data:`` URI; None if it holds none."""
     text = text.strip()
     if uri := _DATA.match(text):
         body = text[uri.end() :]
@@ -177,7 +176,7 @@ def _inline(text: str) -> ImageBytes | None:
     if len(text) < _SHORTEST_BASE64:
         return None
     begins = text.startswith(_BASE64_OF_IMAGES)
-    # So long and beginning so it is no path, whatever else is wrong with it; else it must be base64 to its end.
+    # Long text with an image's first bytes is never a path, even if its base64 is broken; other text must be valid.
     long = len(text) > _LONGEST_FILE_NAME
     if (begins and long) or ((begins or (long and "." not in text)) and _BASE64.fullmatch(text)):
         return _of_base64(text)
@@ -189,7 +188,7 @@ def _of_base64(text: str) -> ImageBytes:
     try:
         return _in_memory("base64", base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True))
     except (binascii.Error, ValueError):
-        return _in_memory("base64", text.encode("utf-8", "surrogatepass"), "its text is not whole base64")
+        return _in_memory("base64", text.encode("utf-8", "surrogatepass"), "invalid base64")
 
 
 def _in_memory(kind: str, data: bytes, fault: str = "") -> ImageBytes:
@@ -198,7 +197,7 @@ def _in_memory(kind: str, data: bytes, fault: str = "") -> ImageBytes:
 
 
 def named_image(name: str, base: Path | None = None) -> ImageRef:
-    """The image that the user calls ``name``: a file, relative to ``base``, wherever links lead; a URL, or base64.
+    """The image that the user names: a file relative to ``base`` (links are followed), a URL, or base64.
 
     Raises:
         DataError: a URL that can't be read.
@@ -209,33 +208,33 @@ def named_image(name: str, base: Path | None = None) -> ImageRef:
         return _fetched(name)
     path = Path(base or Path.cwd(), local_path(name))
     if path.name in ("", ".."):
-        raise DataError(f"image {name}: it is a folder", hint="name an image file")
+        raise DataError(f"image {name}: is a folder", hint="name an image file")
     return ImageFile(str(path.parent), path.name, follow_links=True)
 
 
 def _fetched(url: str) -> ImageBytes:
     try:
         data = _downloaded(url) if url.lower().startswith(("http://", "https://")) else _read_url(url)
-    except Exception as error:  # of any library; the user is told what it was
+    except Exception as error:  # of any library; the message names the cause
         raise DataError(
-            f"image {shortened(url)} can't be read: {_in_short(error)}", hint="download it, and name the file"
+            f"image {shortened(url)} can't be read: {_in_short(error)}", hint="download it and name the file"
         ) from error
     return ImageBytes(shortened(url), hashlib.sha256(data).hexdigest(), data)
 
 
 def _downloaded(url: str) -> bytes:
-    # Not by fsspec, which needs aiohttp for it.
+    # Not with fsspec, which needs aiohttp for HTTP.
     import httpx2
 
     data = bytearray()
     headers = {"User-Agent": "llavactl"}
     with httpx2.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S, headers=headers) as answer:
         if answer.status_code != httpx2.codes.OK:
-            raise OSError(f"the server says {answer.status_code} {answer.reason_phrase}")
+            raise OSError(f"HTTP {answer.status_code} {answer.reason_phrase}")
         for piece in answer.iter_bytes():
             data += piece
             if len(data) > _MAX_BYTES:
-                raise OSError(f"it is larger than {_MAX_BYTES >> 20} MiB")
+                raise OSError(f"larger than {_MAX_BYTES >> 20} MiB")
     return bytes(data)
 
 
@@ -265,7 +264,7 @@ def check_place(root: str) -> None:
         )
     elif not Path(root).is_dir():
         raise DataError(
-            f"{root}: there is no such folder",
+            f"{root}: no such folder",
             hint="`images` is the folder that image paths are relative to, a .zip, a .tar, or a URL",
         )
 

@@ -1,6 +1,6 @@
-"""Loading plugins one at a time, each isolated: what one breaks is one line on stderr and stays its own.
+"""Loading plugins one at a time, in isolation: a broken plugin is reported in one line on stderr and affects no other.
 
-What a plugin prints while it is imported or registers goes to stderr.
+What a plugin prints while it is imported or registered goes to stderr.
 
 ``LLAVACTL_PLUGINS`` selects by entry-point name (comma-separated; empty: none; unset: all).
 ``LLAVACTL_STRICT_PLUGINS=1`` raises where otherwise a line would be logged.
@@ -163,7 +163,7 @@ def installed() -> list[Plugin]:
 
 
 def version_of(plugin: str) -> str:
-    """The version of the ``plugin``'s package; of the built-in plugin, that of its components' numbers."""
+    """The version of the package of ``plugin``; for the built-in plugin, the version of its components' results."""
     if plugin == BUILTIN:
         return builtins.NUMBERS
     return next((_package(point)[1] for point in entry_points() if point.name == plugin), "?")

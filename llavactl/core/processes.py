@@ -1,4 +1,4 @@
-"""What `accelerate launch` and torchrun say to a process, and leaving a group of them in order."""
+"""Environment variables of `accelerate launch` and torchrun, and leaving a process group cleanly."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_launch(precision: str | None = None) -> None:
-    """Refuses what accelerate's configuration asks for and llavactl would not do.
+    """Refuses settings of accelerate that llavactl doesn't implement.
 
-    How many processes there are and on which devices is followed. ``precision`` is what the recipe computes in.
+    The number of processes and their devices are used. ``precision`` is the recipe's.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP and the like, or another precision than the recipe's.
+        RecipeError: DeepSpeed, FSDP and the like, gradient accumulation, or another precision than the recipe's.
     """
     for name, what in _UNSUPPORTED.items():
         if os.environ.get(name, "").lower() not in _OFF:
-            raise _refused(name, f"llavactl does not train with {what}")
+            raise _refused(name, f"llavactl doesn't support {what}")
     name = "ACCELERATE_MIXED_PRECISION"
     wanted = os.environ.get(name, "").lower()
     if wanted not in _OFF and (wanted not in _MIXED or precision not in (None, _MIXED[wanted])):
-        said = f", which says {precision}" if precision else ""
-        raise _refused(name, f"the precision is `precision` in the recipe{said}")
+        value = f" ({precision})" if precision else ""
+        raise _refused(name, f"the precision is set by `precision` in the recipe{value}")
     if os.environ.get(name := "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1", "auto"):
-        raise _refused(name, "gradient accumulation follows from `batch_size` and `micro_batch_size` in the recipe")
+        raise _refused(name, "gradient accumulation is set by `batch_size` and `micro_batch_size` in the recipe")
 
 
 def _refused(name: str, why: str) -> RecipeError:
@@ -51,8 +51,8 @@ def _refused(name: str, why: str) -> RecipeError:
 
 
 def on_cpu() -> bool:
-    """Whether several processes were started together with nothing but CPUs: accelerate doesn't see that by itself, and
-    would take each for the only one.
+    """Whether several processes run on a machine without accelerators: accelerate doesn't detect this by itself and
+    would treat each as a single process.
     """
     import torch
 

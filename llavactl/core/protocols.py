@@ -46,10 +46,10 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Vision(Protocol):
-    """A frozen vision backbone. One that can be measured without its weights is a ``MeasuredVision`` too.
+    """A frozen vision backbone. One whose output shape is known without its weights is a ``MeasuredVision``, too.
 
-    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError where ``load``
-    would fail, as far as that shows without reading weights.
+    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError if ``load``
+    would fail, as far as this can be determined without reading weights.
     """
 
     def identity(self) -> Mapping[str, Json]:
@@ -86,8 +86,8 @@ class Connector(Protocol):
 class Language(Protocol):
     """A causal language model and its tokenizer.
 
-    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError where ``load``
-    would fail, as far as that shows without reading weights.
+    It may have ``check()``, which ``llavactl run`` calls before its first step: it raises ModelError if ``load``
+    would fail, as far as this can be determined without reading weights.
     """
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -114,17 +114,17 @@ class Template(Protocol):
     ) -> list[Segment]:
         """The conversation as text and image slots; answers and their end are ``trained``.
 
-        With ``generate`` the turns end with the user's, and the text ends where the answer begins. In ``turns`` the
-        name of a special token is broken by a noncharacter, so that only the template writes special tokens:
-        what is said must be passed on as it is.
+        With ``generate`` the last turn is the user's, and the text ends where the answer begins. Names of special
+        tokens in ``turns`` are broken up by a noncharacter, so that only the template writes special tokens: the text
+        of turns must be passed on unchanged.
 
         Raises:
-            ConversationError: these turns can't be written; a record with them is left out of training.
-            ModelError: none can, with this tokenizer.
+            ConversationError: the template can't render these turns; their record is left out of training.
+            ModelError: the template doesn't work with this tokenizer.
         """
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """Strings that end an answer, beside the tokenizer's end-of-sequence token; each token in them ends one."""
+        """Stop strings, in addition to the tokenizer's end-of-sequence token; each added token in them also stops."""
 
 
 @dataclass(frozen=True)
@@ -296,17 +296,17 @@ class Format(Protocol):
     """A layout of a finished model on disk."""
 
     reload: Path | None
-    """A script that reloads the layout without llavactl, to verify exports (see ``components/formats/reload_hf.py``);
+    """A script that reloads the layout without llavactl to verify exports (see ``components/formats/reload_hf.py``);
     None: exports in this layout are not verified."""
 
     def recognise(self, folder: Path) -> bool:
         """True when ``folder`` is in this layout; looks at files, never at the folder's name."""
 
     def read(self, folder: Path, model: Path) -> None:
-        """Writes the model folder ``model`` (llavactl's own layout) that stands for what is in ``folder``.
+        """Converts the checkpoint in ``folder`` to the model folder ``model`` (llavactl's own layout).
 
-        Small weights are copied, large ones are named where they are. ``sources`` in its ``llavactl.json`` lists the
-        ids and folders outside ``folder`` that it builds on: when their contents change, ``folder`` is read again.
+        Small weights are copied, large ones are referenced in place. ``sources`` in its ``llavactl.json`` lists ids
+        and folders outside ``folder`` that it depends on: when their contents change, ``folder`` is read again.
         """
 
     def write(self, model: Path, to: Path) -> None:

@@ -51,7 +51,7 @@ class Record:
 
 
 def given_id(record: Mapping[str, Any]) -> str | None:
-    """The ``id`` of ``record`` as text; None where there is none: null, empty, or neither text nor a number."""
+    """The ``id`` of ``record`` as text; None if it is missing, null, empty, or neither a string nor a number."""
     found = record.get("id")
     if isinstance(found, bool) or not isinstance(found, str | int | float):
         return None
@@ -160,11 +160,11 @@ def _not_json(path: Path, error: ValueError, line: int) -> DataError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of two that are alike, json would silently keep the last."""
+    """An object without duplicate keys, of which json would silently keep only the last."""
     made = dict(pairs)
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice in one object")
+        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
     return made
 
 

@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def version(self) -> str:
-        """The version of the plugin that registered it; a new one may give other numbers."""
+        """The version of the plugin that registered it; another version may give other results."""
         return plugins.version_of(self.plugin)
 
     def load(self) -> Any:
@@ -100,7 +100,7 @@ class Registry:
         return names[name]
 
     def create(self, kind: str, spec: str | Mapping[str, Any]) -> Any:
-        """The component that ``spec`` ({"name": …, options}) describes; a name alone has the default options."""
+        """The component that ``spec`` ({"name": …, options}) describes; a name alone means the default options."""
         spec = {"name": spec} if isinstance(spec, str) else spec
         entry = self.get(kind, spec["name"])
         options = entry.options_model().model_validate({k: v for k, v in spec.items() if k != "name"})
@@ -108,7 +108,7 @@ class Registry:
 
 
 def spelled(spec: str | Mapping[str, Any]) -> str:
-    """A component in one line: its name, and its options where it has some."""
+    """A component in one line: its name, with its options if it has any."""
     if isinstance(spec, str):
         return spec
     options = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")

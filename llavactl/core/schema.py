@@ -40,18 +40,21 @@ class ImageRef(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call it in a message: a path relative to its root, in a line that can be read."""
+        """Its name in messages: a path relative to its root, shortened if necessary."""
 
     def read(self) -> bytes:
         """The encoded image (JPEG, PNG, …).
 
         Raises:
             OSError: it can't be read; the image is then skipped and listed with this reason.
-            DataError: it may not be read without the user's word; the run stops.
+            DataError: the user must allow it first (such as ``follow_links``); the run stops.
         """
 
     def stamp(self) -> str | None:
-        """Changes when the content may have changed, and is cheap; None when only reading can tell. Raises as it."""
+        """Changes whenever the content may have changed, at little cost; None if only reading can tell.
+
+        Raises as ``read``.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,9 @@ class Below:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile(Below):
-    """An image file ``path`` below the folder ``root``; with ``follow_links``, also where a link leads out of it.
+    """An image file ``path`` below the folder ``root``; with ``follow_links``, links may point outside it.
 
-    ``root`` may itself be a link. Where there is no file of this name, one that is only spelled differently is meant:
+    ``root`` may itself be a link. If no file has exactly this name, one in an equivalent spelling is used:
     see ``llavactl.core.lookup.find_file``.
     """
 
@@ -91,8 +94,8 @@ class ImageFile(Below):
         """The real path of the file, and its status.
 
         Raises:
-            OSError: there is no such file, or none that can be read.
-            LinkOutsideError: a link leads out of ``root``.
+            OSError: no such file, or it can't be read.
+            LinkOutsideError: a link points outside ``root``.
         """
         # Strings: training asks for a stamp at every sample, and pathlib takes twice as long.
         target = realpath(f"{self.root}/{self.path}")
@@ -103,8 +106,8 @@ class ImageFile(Below):
             status = os.stat(target)  # noqa: PTH116
         if not self.follow_links:
             refuse_outside(self.root, target, self.name)
-        if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # of a folder, reading itself says so
-            raise OSError("it is a pipe, a socket or a device, not a file")  # before it is opened and waited for
+        if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # reading a folder raises an error by itself
+            raise OSError("a pipe, socket or device, not a file")  # opening a pipe could block
         return target, status
 
     def read(self) -> bytes:
@@ -126,8 +129,8 @@ class Turn:
     content: tuple[Content, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.content, str):  # each of its letters would be a part
-            raise TypeError(f'content is a tuple of texts and images: Turn("{self.role}", ("text",))')
+        if isinstance(self.content, str):  # else each character would be a part
+            raise TypeError(f'content must be a tuple of texts and images: Turn("{self.role}", ("text",))')
 
     @property
     def text(self) -> str:
@@ -287,7 +290,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is behind some images: the sha256 of each one's bytes (``keys``), or why it is ``unreadable``."""
+    """The contents of images: ``keys`` has the sha256 of their bytes, ``unreadable`` the reason why there is none."""
 
     keys: Mapping[ImageRef, str]
     unreadable: Mapping[ImageRef, str] = field(default_factory=dict)

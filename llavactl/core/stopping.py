@@ -1,8 +1,7 @@
-"""Ctrl-C and SIGTERM, by which Slurm, `docker stop` and spot machines end a program: both stop a command in order.
+"""Clean shutdown on Ctrl-C and on SIGTERM, which Slurm, `docker stop` and spot instances send.
 
-Either raises KeyboardInterrupt, so that whatever tidies up after Ctrl-C does after SIGTERM, too. Work that is best
-stopped at a moment of its own choice, such as the end of a training step, defers the first one. Only the exit code
-tells the two apart.
+Both raise KeyboardInterrupt, so that clean-up code for Ctrl-C also runs after SIGTERM. Work that should stop only at
+certain points, such as the end of a training step, defers the first signal. Only the exit codes differ.
 """
 
 from __future__ import annotations
@@ -17,46 +16,46 @@ _SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come. A class of its own, for where Python saw a KeyboardInterrupt itself it may exit with 130."""
+    """SIGTERM was received. A subclass, since Python may exit with 130 after a plain KeyboardInterrupt."""
 
 
 _received: list[int] = []
-"""The signals that came while ``signals`` lasts."""
+"""The signals received within ``signals``."""
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """While this lasts, SIGTERM stops the program as Ctrl-C does; only in the main thread, and unless it is ignored."""
+    """In this context SIGTERM stops the program as Ctrl-C does; in the main thread only, unless it is ignored."""
     _received.clear()
     with _handling((signal.SIGTERM,), _raise):
         yield
 
 
 def exit_code() -> int:
-    """How shells put it: 143 after a SIGTERM, else 130."""
+    """The conventional exit code: 143 after SIGTERM, else 130."""
     return 128 + (signal.SIGTERM if terminated() else signal.SIGINT)
 
 
 def terminated() -> bool:
-    """Whether a SIGTERM has come: then nothing is to be asked and nothing more to be begun."""
+    """Whether SIGTERM was received: then ask the user nothing, and start no further work."""
     return signal.SIGTERM in _received
 
 
 @dataclass
 class Stop:
-    """``asked``: a signal has come, and the work should end."""
+    """``asked``: a signal was received, and the work should end."""
 
     asked: bool = False
 
 
 @contextlib.contextmanager
 def deferred(land: Callable[[], object] = lambda: None) -> Iterator[Stop]:
-    """While this lasts, the first Ctrl-C or SIGTERM only calls ``land``; a second one raises at once.
+    """In this context the first Ctrl-C or SIGTERM only calls ``land``; a second one raises at once.
 
-    What is inside looks at the ``Stop`` and ends early.
+    The code inside checks the ``Stop`` and ends early.
 
     Raises:
-        KeyboardInterrupt: at the end, if one has come.
+        KeyboardInterrupt: at the end, if a signal was received.
     """
     stop = Stop()
 
@@ -80,7 +79,7 @@ def _raise(number: int, _frame: object) -> None:
 
 @contextlib.contextmanager
 def _handling(numbers: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Puts ``handler`` in place, but for signals that this program was started to ignore."""
+    """Installs ``handler``, except for signals that the program was started to ignore."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {each: signal.getsignal(each) for each in numbers}

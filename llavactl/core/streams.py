@@ -1,4 +1,4 @@
-"""Standard output is for results: what anything else prints meanwhile goes to stderr."""
+"""Keeps standard output for results: anything else that is printed goes to stderr."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _results: TextIO | None = None
 
 
 def results() -> TextIO:
-    """Where results go: standard output, also while it is diverted."""
+    """The stream for results: standard output, also while it is diverted."""
     return _results or sys.stdout
 
 
 @contextlib.contextmanager
 def diverted() -> Iterator[None]:
-    """Sends to stderr what is written to standard output in the block: plugins and libraries print what they like.
+    """In this context standard output goes to stderr: what plugins and libraries print isn't mixed with results.
 
-    Of a process that has a real one the file descriptor is diverted, so that ``os.write``, C libraries and child
-    processes are too; elsewhere (in tests) ``sys.stdout`` alone.
+    If standard output is a real file, its descriptor is redirected, which includes ``os.write``, C libraries and child
+    processes; otherwise (in tests) only ``sys.stdout`` is.
     """
     global _results
     if _results is not None:
@@ -52,13 +52,13 @@ def diverted() -> Iterator[None]:
             ours.flush()
         os.dup2(kept, STDOUT)
         written, _results = _results, None
-        with contextlib.suppress(OSError):  # whoever read them has gone
+        with contextlib.suppress(OSError):  # the reader has closed the pipe
             written.close()
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Standard output itself inside of ``diverted``: for a dialogue, whose prompt and line editing belong there."""
+    """The real standard output within ``diverted``: for interactive input, whose prompt and line editing need it."""
     if not isinstance(_results, io.TextIOWrapper) or not _is_descriptor(sys.stdout):
         yield
         return
@@ -72,7 +72,7 @@ def restored() -> Iterator[None]:
 
 
 def _is_descriptor(stream: TextIO) -> bool:
-    """Whether ``stream`` writes to file descriptor 1, and there is a 2 to divert it to."""
+    """Whether ``stream`` writes to file descriptor 1, and descriptor 2 is open."""
     try:
         os.fstat(STDERR)
         return stream.fileno() == STDOUT

@@ -83,10 +83,10 @@ def caption_of(record: Any) -> str | None:
 
 
 def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str, Any]:
-    """``caption``, the ``index``-th of its file, as a LLaVA record: an instruction, and the caption for an answer.
+    """``caption``, the ``index``-th of its file, as a LLaVA record: an instruction with the caption as its answer.
 
-    The instruction and a random place of the tag depend on ``seed`` and the record's own id (or index), so adding
-    records changes no other.
+    The instruction and a random position of the tag depend only on ``seed`` and the record's id (or index), so adding
+    records doesn't change others.
 
     Raises:
         DataError: the record doesn't name one image.
@@ -96,7 +96,8 @@ def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str
     except DataError as error:
         raise DataError(f"{caption.where}: {error.message}", hint=FORM) from error
     if len(named) != 1:
-        raise DataError(f"{caption.where}: {f'{len(named)} images' if named else 'no `image`'}", hint=FORM)
+        why = f"expected one image, found {len(named)}" if named else "no `image`"
+        raise DataError(f"{caption.where}: {why}", hint=FORM)
     image = named[0]
     name = given_id(caption.record) or str(index)
     chance = random.Random(f"{seed} {name}")

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 ImageOrder = Literal["first", "random", "as-data"]
 
 _BREAKS = tuple(chr(0xFDEF - index) for index in range(32))
-"""Unicode's noncharacters: one that a conversation doesn't have, inside a special token's name, hides it.
+"""Unicode noncharacters. One that a conversation doesn't contain, inserted into a special token's name, hides it.
 
-What tokens the tokenizer makes of it are taken out again.
+Its own tokens are removed again after tokenising.
 """
 
 
 class _Run(NamedTuple):
-    """Tokens between two images (with their ``spans`` of ``text``, ``mark`` the break in it), or those of one image."""
+    """The tokens between two images (``spans``: their positions in ``text``; ``mark``: the break), or of one image."""
 
     ids: list[int]
     labels: list[int]
@@ -78,7 +78,7 @@ class Encoding:
     def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
         """T of each of ``conversations``, uncut: as ``encode`` makes them, but tokenised at once, on all cores."""
         written = [self._written(turns) for turns in conversations]
-        # A part with a break in it is tokenised by itself, below.
+        # A part with a break is tokenised separately, below.
         texts = list(dict.fromkeys(part for parts, mark in written for part in parts if part and not _in(mark, part)))
         bare = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         known = dict(zip(texts, self.tokenizer(texts, **bare)["input_ids"] if texts else [], strict=True))
@@ -93,7 +93,7 @@ class Encoding:
         return totals
 
     def written(self, turns: Sequence[Turn]) -> str:
-        """What the template writes, without images; nothing is tokenised.
+        """The text that the template renders, without images and without tokenising.
 
         Raises:
             ConversationError: the template refuses ``turns``.
@@ -110,7 +110,7 @@ class Encoding:
         return most > length or not all(part is None or part.isascii() for part in parts)
 
     def _written(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
-        """The texts between images as the template has them, None for an image; and the break that may be in them."""
+        """The template's texts between images, None for an image; and the break that they may contain."""
         segments, mark = self._render(turns, False)
         found = [None if piece is None else "".join(segment.text for segment in piece) for piece in _pieces(segments)]
         return found, mark
@@ -120,10 +120,10 @@ class Encoding:
         return [IMAGE_TOKEN] * self.image_tokens if part is None else _tokenise([Text(part)], self.tokenizer, mark).ids
 
     def trains(self, turns: Sequence[Turn]) -> bool:
-        """Whether ``turns`` have a target within ``max_length``; all of them are written, so that a refusal shows.
+        """Whether ``turns`` have a target token within ``max_length``; renders all of them, so that a refusal raises.
 
-        No tokenizer makes more tokens of a text than it has bytes, and one more where it begins a new one; only
-        where that can't settle it is anything tokenised.
+        A text has at most as many tokens as bytes, plus one if it begins a new text. Only if this bound isn't enough
+        is anything tokenised.
         """
         most = 2
         for segment in self._render(turns, False)[0]:
@@ -147,7 +147,7 @@ class Encoding:
         return runs
 
     def _render(self, turns: Sequence[Turn], generate: bool) -> tuple[list[Segment], str]:
-        """``turns`` as the template writes them, and the break that is in special tokens' names, if any is said.
+        """``turns`` as the template renders them, and the break inserted into special tokens' names, if any occur.
 
         Raises:
             ConversationError: the template refuses them.
@@ -161,9 +161,9 @@ class Encoding:
 
     @cached_property
     def _specials(self) -> re.Pattern[str] | None:
-        """The first character of the name of any token that is special or that the template makes turns of.
+        """A pattern for the first character of the name of any token that is special or delimits turns.
 
-        A name that is a single character can't be broken.
+        A name of a single character can't be broken up.
         """
         added = {token.content: token.special for token in self.tokenizer.added_tokens_decoder.values()}
         written = self._turned()
@@ -172,11 +172,11 @@ class Encoding:
         if not longer:
             return None
         firsts = "".join(sorted({re.escape(name[0]) for name in longer}))
-        # A class of characters is searched for three times as fast as a choice of names.
+        # Searching for a character class is three times as fast as for an alternation of names.
         return re.compile(f"([{firsts}])(?<=(?={'|'.join(map(re.escape, longer))}).)", re.DOTALL)
 
     def _turned(self) -> str:
-        """What the template writes around turns."""
+        """The text that the template writes around turns."""
         talk = [Turn("user", ("a",)), Turn("assistant", ("a",)), Turn("user", ("a",))]
         for turns in (talk, talk[:1]):
             try:

@@ -26,7 +26,7 @@ MAX_RATIO = 200
 """Padding a long image to a square, or scaling its short side up, must not make gigapixels of it."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""What Pillow may try; HEIF is read with pillow-heif. EPS is left out, for Pillow would start Ghostscript on it."""
+"""The formats that Pillow may read; HEIF with pillow-heif. EPS is excluded: Pillow would run Ghostscript on it."""
 
 _LONGEST_REASON = 200
 _TAIL = 32
@@ -61,15 +61,15 @@ def decode(data: bytes) -> Image.Image:
 
 
 def inspect(image: ImageRef, *, whole: bool) -> None:
-    """Finds out whether ``image`` can be decoded: ``whole`` by doing so, else by its header and its end.
+    """Checks that ``image`` can be decoded: with ``whole`` by decoding it, else by its header and its end.
 
-    A JPEG or PNG file whose end is not where it should be is decoded to find out. Images that are not files are always
-    decoded, for they are whole in memory anyway.
+    A JPEG or PNG file without a proper end is decoded in any case. Images that are not files are always decoded, since
+    they are in memory anyway.
 
     Raises:
         OSError: it can't be read.
         ImageError: as of ``decode``.
-        DataError: it may not be read.
+        DataError: reading it is not allowed (a link outside its folder).
     """
     if not isinstance(image, ImageFile):
         decode(image.read())

@@ -30,9 +30,9 @@ _KILOBYTE = 1000
 
 @dataclass(frozen=True)
 class Input:
-    """Records: the place of their images, the stage that they train, and their file, if they are in one.
+    """Records with the place of their images, the stage that they train, and their file, if any.
 
-    ``records`` is told whether samples are needed, for their lengths.
+    The argument of ``records`` says whether samples are needed (for their lengths).
     """
 
     root: Place

@@ -28,14 +28,14 @@ class Lengths:
     max_length: int
 
     def count(self, samples: Sequence[Sample]) -> list[int | None]:
-        """T of each of ``samples``, uncut; None of one that the template refuses to write."""
+        """T of each of ``samples``, untruncated; None for one that the template refuses."""
         written = [not self.refusal(sample) for sample in samples]
         turns = [self._turns(sample) for sample, fine in zip(samples, written, strict=True) if fine]
         counted = iter(self.encoding.lengths(turns))
         return [next(counted) if fine else None for fine in written]
 
     def refusal(self, sample: Sample) -> str:
-        """Why the template can't write ``sample``, or ""."""
+        """Why the template refuses ``sample``, or ""."""
         try:
             self.encoding.written(self._turns(sample))
         except ConversationError as error:

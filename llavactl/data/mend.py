@@ -30,10 +30,10 @@ Message = dict[str, Any]
 
 
 def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[str]]:
-    """``record`` as the source `llava-json` takes it, without empty answers; None: it is dropped. And what was done.
+    """``record`` repaired for the source `llava-json` (None: dropped), and a list of what was done.
 
-    The record itself is left as it is. Nothing is invented: speakers get LLaVA's names, messages are joined or left
-    out, tags are added. Where that isn't enough, or other images would be asked about, the record is dropped.
+    ``record`` itself is not changed. No content is invented: roles are renamed, messages merged or removed, tags
+    added. If that isn't enough, or a question would then be about another image, the record is dropped.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         return None, ["dropped: not a LLaVA record"]
@@ -48,14 +48,14 @@ def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[st
         return None, [*did, f"dropped: {faults[0][1]}"]
     before = _count(messages)
     if before > len(images):
-        return None, [*did, f"dropped: {before} {TAG} tags for {len(images)} images: an image is not named"]
+        return None, [*did, f"dropped: {before} {TAG} tags for {len(images)} images: too few images"]
     messages = _alternating(messages, did)
     messages = _answered(messages, did)
     if not any(role_of(message) == "assistant" for message in messages):
         return None, [*did, "dropped: no answer is left"]
     left = _count(messages)
     if left != before and len(images) > 1:
-        return None, [*did, "dropped: of several images, one was in a question that was left out"]
+        return None, [*did, "dropped: a removed question had one of several images"]
     asked = [message["value"] for message in messages if role_of(message) == "user"]
     if not left and (found := foreign_placeholder(asked, images=bool(images))):
         return None, [*did, f"dropped: {found} in place of {TAG}"]
@@ -125,7 +125,7 @@ def _answered(messages: Sequence[Message], did: list[str]) -> list[Message]:
 
 
 def _tagged(messages: Sequence[Message], images: int, did: list[str]) -> list[Message]:
-    """As many tags as images, where there are any: what is missing is put behind the last one."""
+    """``messages`` with as many tags as images: missing tags are added after the last one."""
     tags = _count(messages)
     if not tags or tags == images:
         return list(messages)

@@ -66,7 +66,7 @@ class Plan:
 
 
 def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
-    """For each of ``keys`` the number of its group: those with a key in common are of one, directly or by others."""
+    """The group number for each of ``keys``: members that share a key, directly or through others, form a group."""
     parents = list(range(len(keys)))
 
     def group(index: int) -> int:
@@ -84,11 +84,11 @@ def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
 
 
 def held_out(groups: Iterable[str], share: float, seed: int, sizes: Mapping[str, int] | None = None) -> set[str]:
-    """The ``groups`` kept for validation: together ``share`` of all, by ``sizes`` (images a group, default 1 each).
+    """The ``groups`` held out for validation: ``share`` of all images (``sizes``: images per group, default 1).
 
-    A group is held out whole or not at all, and one that is too large for what is still wanted is passed over. At
-    least one is held out where a share is asked for and ten images are there, unless the smallest is more than a tenth
-    of them and twice what is wanted; never all. Chosen by hash, so that adding records moves few images across.
+    A group is held out as a whole or not at all; one larger than the remaining share is skipped. With ten images or
+    more and a share above 0 at least one group is held out, unless the smallest is more than a tenth of all images and
+    twice the share; never all. The choice is by hash, so that adding records moves few images between the sets.
     """
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     size = dict.fromkeys(distinct, 1) | {group: n for group, n in (sizes or {}).items() if group in set(distinct)}

@@ -22,31 +22,31 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "empty": Kind("lost", "a file or source without any record"),
-    "json": Kind("stops", "not JSON, not UTF-8 text, or a key twice in one object"),
+    "json": Kind("stops", "not JSON, not UTF-8, or a duplicate key"),
     "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
-    "media": Kind("stops", "video, audio, or images under a key that is not read"),
-    "message": Kind("stops", "a message without a text `value`, or an answer marked as not to be trained"),
+    "media": Kind("stops", "video, audio, or images under an unsupported key"),
+    "message": Kind("stops", "a message without a text `value`, or an answer excluded from training"),
     "role": Kind("stops", "a message `from` somebody unknown"),
     "turns": Kind("stops", "user and assistant don't take turns"),
     "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
     "tags": Kind("stops", "<image> tags and images differ in number"),
-    "placeholder": Kind("stops", "another tool's placeholder where <image> should be"),
-    "image-path": Kind("stops", "an image path outside its root, or no path at all"),
-    "image-link": Kind("stops", "a link out of the images' folder: `follow_links: true` (--follow-links) follows it"),
-    "image-twice": Kind("stops", "an image name that several archives have, with different contents"),
+    "placeholder": Kind("stops", "another tool's image placeholder instead of <image>"),
+    "image-path": Kind("stops", "an image path outside its root, or not a path"),
+    "image-link": Kind("stops", "a link to outside the images' folder: allow it with `follow_links` (--follow-links)"),
+    "image-twice": Kind("stops", "several archives have this image name with different contents"),
     "source": Kind("stops", "a source that can't be read to its end"),
-    "image-missing": Kind("lost", "an image that is not there, or can't be read"),
+    "image-missing": Kind("lost", "an image that is missing or can't be read"),
     "image-broken": Kind("lost", "an image that can't be decoded"),
-    "template": Kind("lost", "a conversation that the stage's template refuses to write"),
+    "template": Kind("lost", "a conversation that the stage's template can't render"),
     "untrained": Kind("lost", "no token is trained within max_length"),
     "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
     "truncated": Kind("noted", "longer than max_length: its end is not trained"),
     "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
     "duplicate-id": Kind("noted", "an id that was there before"),
-    "no-id": Kind("noted", "no id that is text or a number: the record's number in the file is its name"),
-    "unread": Kind("noted", "keys that mean something in other formats and are not read"),
+    "no-id": Kind("noted", "no string or number as id: the record is identified by its number in the file"),
+    "unread": Kind("noted", "keys of other formats, which are ignored"),
     "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
-    "placeholder-text": Kind("noted", "another tool's placeholder in a record without images: it is text"),
+    "placeholder-text": Kind("noted", "another tool's image placeholder in a record without images: treated as text"),
     "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
     "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
     "unanswered": Kind("noted", "a last question without an answer"),
@@ -58,7 +58,7 @@ REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer",
 """The problems of one record for which the source `llava-json` refuses it."""
 
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
-"""Problems that lie beside the records: a record is kept as it is, and its user told what to change instead."""
+"""Problems outside the records themselves: `--fix` keeps the record, and the hint says what to change instead."""
 
 KEPT = 1000
 """Places of a problem that are kept: a file of which every record is wrong must not fill the memory."""

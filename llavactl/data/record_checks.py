@@ -46,7 +46,7 @@ def examine(record: Any, root: Place | str) -> tuple[list[Finding], list[ImageRe
 
 
 def images_of(record: Mapping[str, Any], root: Place | str) -> tuple[list[ImageRef], list[Finding]]:
-    """The images that ``record`` names below ``root``, and what is wrong with how it names them, or other media."""
+    """The images that ``record`` names below ``root``, and findings about their names and other media."""
     try:
         paths = image_names(record)
     except DataError as error:

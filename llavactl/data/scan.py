@@ -99,7 +99,7 @@ def scan(records: Iterator[Examined], images: Images, lengths: Lengths | None) -
 
 
 def _refused(each: Examined, lengths: Lengths) -> bool:
-    """Whether the template can't write the sample of ``each``, which is then one of its findings."""
+    """Whether the template refuses the sample of ``each``; adds the finding if so."""
     if why := lengths.refusal(each.sample) if each.sample is not None else "":
         each.findings.append(Finding("template", why))
     return bool(why)

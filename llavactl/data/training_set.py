@@ -65,9 +65,9 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The training and the validation set of a stage, and what is in neither.
+    """The training and validation sets of a stage, and the samples left out of both.
 
-    ``held_out`` says what is kept for validation, or why nothing is; "" where nothing was asked for.
+    ``held_out`` describes what is held out for validation, or why nothing is; "" if no validation was requested.
     """
 
     train: TrainingSet
@@ -78,7 +78,7 @@ class Split:
 
 
 class Member(NamedTuple):
-    """A sample with its source's copies per epoch and phase, and the id of the record that it is (part) of."""
+    """A sample with its source's copies per epoch and phase, and the id of its record."""
 
     sample: Sample
     weight: float
@@ -94,14 +94,13 @@ def split(
     contents: Callable[[Sequence[ImageRef]], Contents],
     seed: int,
 ) -> Split:
-    """The samples of ``specs`` that can be trained, split so that no image is on both sides.
+    """The trainable samples of ``specs``, split so that no image is in both sets.
 
-    Left out are those with an image that ``contents`` finds unreadable, those that the template refuses to write, and
-    those of which ``max_length`` leaves nothing to train. ``contents`` also tells images with the same bytes, whatever
-    they are called.
+    Left out are samples with an unreadable image, those that the template refuses, and those without a target token
+    within ``max_length``. ``contents`` identifies unreadable images, and images with the same bytes.
 
     Raises:
-        ModelError: the template refuses every sample, or can't be used with this tokenizer.
+        ModelError: the template refuses every sample, or doesn't work with this tokenizer.
         DataError: there is no sample to train on.
         StoreError: images whose features were never extracted.
     """
@@ -142,7 +141,7 @@ def split(
             hint="`data.stage1` and `data.stage2` name the sources",
         )
     held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
-    # Where every group is one image, the split follows from what the digest has anyway.
+    # If every group is one image, the split follows from what the digest has anyway.
     shared = stage.validation and any(size > 1 for size in sizes.values())
     said = _held_out(len(held), validation, sizes) if stage.validation else ""
     digest = _digest(kept, looked_at.keys, validation if shared else None)
@@ -160,7 +159,7 @@ def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
 
 
 def refusal(sample: Sample, encoding: Encoding, order: ImageOrder) -> ConversationError | None:
-    """Why the template of ``encoding`` can't write ``sample``; None where it can. Nothing is tokenised."""
+    """The error with which the template of ``encoding`` refuses ``sample``, if any; nothing is tokenised."""
     try:
         for turns in arrangements(sample.turns, order):
             encoding.written(turns)
@@ -170,12 +169,12 @@ def refusal(sample: Sample, encoding: Encoding, order: ImageOrder) -> Conversati
 
 
 def _check_written(samples: Sequence[Sample], encoding: Encoding, order: ImageOrder) -> None:
-    """Raises the refusal of the first of ``samples`` where the template refuses them all."""
+    """Raises the refusal of the first of ``samples`` if the template refuses all of them."""
     refusals = [refusal(sample, encoding, order) for sample in samples]
     if refusals and all(refusals) and (first := refusals[0]) is not None:
         raise ConversationError(
-            f"none of {len(samples)} records can be written; {samples[0].where or samples[0].id}: {first.message}",
-            hint=first.hint or f"`template: {alternative(encoding.tokenizer)}` writes any conversation",
+            f"the template refuses all {len(samples)} records; {samples[0].where or samples[0].id}: {first.message}",
+            hint=first.hint or f"`template: {alternative(encoding.tokenizer)}` renders any conversation",
         ) from first
 
 
@@ -184,7 +183,7 @@ def _unreadable(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
 
 
 def _record_of(sample: Sample, *, apart: bool) -> str:
-    """The id of the record that ``sample`` is, or is a question of."""
+    """The id of the record that ``sample`` comes from."""
     return sample.id.rpartition("#")[0] if apart else sample.id
 
 
@@ -193,10 +192,10 @@ def _images(members: Sequence[Member]) -> list[ImageRef]:
 
 
 def _groups(members: Sequence[Member], contents: Mapping[ImageRef, str]) -> tuple[list[str], dict[str, int]]:
-    """For each member what it must not be split from, as a name of that group; and how many images each group has.
+    """The name of each member's group, which must stay on one side of the split, and the images per group.
 
-    Those with an image in common are of one group, by its name or by its content; without images those of one record
-    or of one id, or with the same words. A group is called by the first of its images' names.
+    Samples that share an image, by name or by content, are in one group; without images, those of the same record, the
+    same id or the same text. A group is named after the first of its images' names.
     """
     names = [
         {image.name for image in each.sample.images} if each.sample.images else {f"text {each.record}"}
@@ -222,16 +221,16 @@ def _held_out(samples: int, validation: Collection[str], sizes: Mapping[str, int
     total = sum(sizes.values())
     if samples:
         return f"{samples} samples with {sum(sizes[group] for group in validation)} of {total} images"
-    return f"nothing, of {total} images" + (
-        f": up to {largest} of them are shared by samples that can't be parted"
+    return f"none of {total} images" + (
+        f": up to {largest} of them are connected through common samples"
         if (largest := max(sizes.values())) > 1
         else ""
     )
 
 
 def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str], held: Collection[str] | None) -> str:
-    """Changes with any word, image (by its content), weight or phase that is trained on; and with the groups ``held``
-    out, if given.
+    """A hash of all text, images (by content), weights and phases that are trained on, and of the groups ``held`` out,
+    if given.
     """
     total = hashlib.sha256()
     for sample, weight, phase, _ in members:

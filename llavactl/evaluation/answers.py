@@ -27,11 +27,11 @@ OTHERS = (
     "resps",
     "filtered_resps",
 )
-"""What further programs call a model's answer: beside these, ``answer`` is the right one."""
+"""Other programs' keys for a model's answer; beside one of these, ``answer`` is the ground truth."""
 
 ACCEPTED = (
-    f"accepted: one object per answer, as a JSON list or JSONL, with the question's id as {', '.join(IDS)} and the "
-    f"answer as {', '.join(TEXTS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt. Convert others to these"
+    f"supported: one object per answer, as a JSON list or JSONL, with the question's id as {', '.join(IDS)} and the "
+    f"answer as {', '.join(TEXTS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
 )
 _SHOWN = 10
 
@@ -73,26 +73,26 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
 
 def _answer(record: Record) -> Answer:
     if not isinstance(record.fields, Mapping):
-        raise DataError(f"{record.where}: not an answer but {record.fields!r:.60}", hint=ACCEPTED)
+        raise DataError(f"{record.where}: expected an answer, found {record.fields!r:.60}", hint=ACCEPTED)
     name, text = record.get(*IDS), record.get(*TEXTS)
     keys = f"its keys are {_few([str(key) for key in record.fields])}"
     for what, value in (("id", name), ("text", text)):
         if value is None:
-            raise DataError(f"{record.where}: not an answer, as it has no {what}: {keys}", hint=ACCEPTED)
+            raise DataError(f"{record.where}: an answer without {what}: {keys}", hint=ACCEPTED)
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise DataError(f"{record.where}: not an answer: its id is {name!r:.40}; {keys}", hint=ACCEPTED)
+        raise DataError(f"{record.where}: an answer with invalid id {name!r:.40}; {keys}", hint=ACCEPTED)
     if not isinstance(text, str):
-        raise DataError(f"{record.where}: not an answer: its text is {text!r:.40}; {keys}", hint=ACCEPTED)
+        raise DataError(f"{record.where}: an answer with invalid text {text!r:.40}; {keys}", hint=ACCEPTED)
     if record.get("text") is None and record.get("answer") is not None and (other := _other(record)):
         raise DataError(
-            f"{record.where}: is `answer` what the model said, or `{other}`? {keys}",
-            hint="keep one of the two, as `text`",
+            f"{record.where}: ambiguous: either `answer` or `{other}` may be the model's answer; {keys}",
+            hint="rename the model's answer to `text` and remove the other",
         )
     return Answer(str(name), text, {key: value for key, value in record.fields.items() if key not in TEXTS})
 
 
 def _other(record: Record) -> str:
-    """The key beside ``answer`` that holds another answer, or ""."""
+    """The key beside ``answer`` that may be the model's answer, or ""."""
     return next((key for key in ("pred", *OTHERS) if record.get(key) not in (None, record.get("answer"))), "")
 
 
@@ -101,17 +101,17 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _refuse_other_kinds(file: Path) -> None:
-    """Raises a DataError where ``file`` is neither JSON nor MME's folder, with what it seems to be."""
+    """Raises DataError if ``file`` is neither JSON nor MME's folder, saying what it seems to be."""
     if file.is_dir():
         if not any(file.glob("*.txt")):
             names = sorted(path.name for path in file.iterdir())
-            raise DataError(f"{file}: a folder without CATEGORY.txt; it holds {_few(names)}", hint=ACCEPTED)
+            raise DataError(f"{file}: a folder without CATEGORY.txt; it contains {_few(names)}", hint=ACCEPTED)
         return
     try:
         with file.open("rb") as opened:
             head = opened.read(4096)
     except OSError:
-        return  # whoever reads it says so
+        return  # reading it raises the error
     if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x80\4", b"\x80\5", b"PAR1", b"\x1f\x8b")):
         raise DataError(f"{file}: a binary file (a workbook, an archive, a pickle or a table), not JSON", hint=ACCEPTED)
     line = head.decode("utf-8-sig", "replace").lstrip().partition("\n")[0].rstrip("\r")
@@ -144,7 +144,7 @@ def _by_index(file: Path, whole: Mapping[str, Any]) -> Iterator[Answer]:
             index = int(index)
         if isinstance(index, bool) or not isinstance(index, int) or not -1 <= index < len(ascii_uppercase):
             raise DataError(
-                f"{file}: `results` of question {name!r} is {index!r:.40}, not an option's place; "
+                f"{file}: `results` of question {name!r} is {index!r:.40}, expected an option's index; "
                 f"the file's keys are {_few(list(whole))}",
                 hint=ACCEPTED,
             )

@@ -93,14 +93,14 @@ def _part(file: Path, rank: int) -> Path:
 
 
 def _refuse_unreadable(questions: Sequence[Question]) -> None:
-    """Stops before any work where an image can't be read: a score without it would be another task's."""
+    """Raises an error before any work if an image can't be read: a score without it would not be comparable."""
     images = dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images)
     missing: list[str] = []
     for image in images:
         try:
             if isinstance(image, ImageFile):
                 inspect(image, whole=False)
-            else:  # it would be read whole
+            else:  # the check would have to read it completely
                 image.stamp()
         except OSError as error:
             missing.append(f"{image.name}: {why(error)}")

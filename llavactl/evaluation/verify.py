@@ -1,7 +1,7 @@
-"""Is an export the model it was made of? Another process, which can't import llavactl, loads it and is asked the same.
+"""Verifies that an export equals its model: a process that can't import llavactl loads it and runs the same prompts.
 
-Token ids, pixels, logits at every position and greedy answers are compared, about photos and without one; so are the
-end tokens and the precision that the export states. Both sides compute in float32 on the CPU, one after the other.
+Token ids, pixels, logits at every position and greedy answers are compared, with and without images, and so are the end
+tokens and the dtype that the export states. Both sides compute in float32 on the CPU, one after the other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 """Of the largest logit: what two ways to the same float32 result may differ by."""
 
 PIXELS = 1e-3
-"""What normalised pixels may differ by: a tenth of one grey level."""
+"""Tolerance for normalised pixels: a tenth of one grey level."""
 
 GARBAGE = 0.2
 """Of the largest logit: what rounding merged weights once more never does, and a wrong merge does."""
@@ -50,7 +50,7 @@ sys.modules["llavactl"] = None
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a script where ``import llavactl`` fails, however it is installed: an export that needs us would be none."""
+"""Runs a script with ``import llavactl`` blocked, however it is installed: an export must not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class _Exact:
 
 
 def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile]) -> Verified:
-    """Compares the model folder ``model`` with its ``export``, as ``script`` loads it, asking about ``photos``.
+    """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
-    The two are never in memory at once.
+    The two are never in memory at the same time.
 
     Raises:
-        ModelError: the other program can't load the export; the message has its last line.
+        ModelError: the script can't load the export; the message has its last line.
     """
     description = model_folder.describe(model)
     encoding = _encoding(model, description)
-    # A template without questions (stage 1's) has nothing to say where there is no image.
+    # A template without questions (stage 1's) gives an empty prompt without an image.
     conversations = [turns for turns in _conversations(photos) if _encoded(encoding, turns).ids]
     with tempfile.TemporaryDirectory() as place:
         theirs, stated = _reloaded(export, script, conversations, encoding, Path(place))
@@ -117,7 +117,7 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile])
 
 
 def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    """Runs ``script`` in a Python process of its own that can import what this one can, but not llavactl."""
+    """Runs ``script`` in a separate Python process with the same packages except llavactl."""
     command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
     return subprocess.run(  # noqa: S603 - our own script
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
@@ -146,7 +146,7 @@ def _logits(assistant: Assistant, turns: Sequence[Turn]) -> torch.Tensor:
 
 
 def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
-    """How the model's conversations become tokens; no weights are read."""
+    """The encoding of the model's conversations; no weights are read."""
     template: Any = registry().create("templates", description["template"])
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     tokens = registry().create("connectors", description["connector"]).tokens(shape)
@@ -186,7 +186,7 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 def _reloaded(
     export: Path, script: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
-    """What ``script`` makes of the conversations, and what the export states of itself."""
+    """The outputs of ``script`` for the conversations, and what the export states."""
     from safetensors import safe_open
 
     saved: dict[ImageRef, str] = {}
@@ -222,16 +222,16 @@ def _items(turn: Turn) -> list[dict[str, str]]:
 
 
 def _misstated(stated: Mapping[str, Any], assistant: Assistant, precision: str) -> list[str]:
-    """What the export states of itself that isn't so; a script needn't report all of it."""
+    """The false statements of the export; a script need not report all of them."""
     faults = []
     wanted = sorted(assistant.stops.ids)
     if "eos" in stated and sorted(stated["eos"]) != wanted:
-        faults.append(f"answers end at tokens {sorted(stated['eos'])}, not at {wanted}")
+        faults.append(f"end tokens are {sorted(stated['eos'])}, expected {wanted}")
     if stated.get("padding", "left") != "left":
-        faults.append(f"its tokenizer pads on the {stated['padding']}, where answers to a batch would go")
+        faults.append(f"the tokenizer pads on the {stated['padding']}, which breaks batched generation")
     faults += [
-        f"{what} {found}, the model was trained in {precision}"
-        for what, key in (("it is loaded in", "dtype"), ("weights are saved in", "saved"))
+        f"{what} {found}, but the model was trained in {precision}"
+        for what, key in (("it loads in", "dtype"), ("weights are saved in", "saved"))
         for found in stated.get(key, ())
         if found != precision
     ]
@@ -272,7 +272,7 @@ def _compared(
             faults.append(f"{name}: another greedy answer")
         together = theirs.get(f"{index}.together")
         if together is not None and _text(assistant, together.tolist()) != found_said:
-            faults.append(f"{name}: in a padded batch it has another answer than alone")
+            faults.append(f"{name}: the answer in a padded batch differs from that alone")
     if rounding > GARBAGE * largest:
         faults.append(f"merging the adapter changed logits by {rounding:.3g}")
     return Verified(
@@ -290,25 +290,25 @@ def _compared(
 
 
 def _pixels_off(ours: Sequence[np.ndarray], theirs: torch.Tensor) -> tuple[float, list[str]]:
-    """The largest difference of pixels [I, 3, H, W], and what is wrong."""
+    """The largest difference of pixels [I, 3, H, W], and the faults."""
     import torch
 
     wanted = torch.stack([torch.from_numpy(pixels) for pixels in ours])
     if wanted.shape != theirs.shape:
-        return 0.0, [f"images of {list(theirs.shape)}, not {list(wanted.shape)}"]
+        return 0.0, [f"pixels have shape {list(theirs.shape)}, expected {list(wanted.shape)}"]
     off = (wanted - theirs).abs().max().item()
     return off, [] if off <= PIXELS else [f"pixels differ by {off:.3g}"]
 
 
 def _logits_off(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, list[str]]:
-    """The largest difference of logits [T, V], and what is wrong; ``theirs`` may have tokens that never win."""
+    """The largest difference of logits [T, V], and the faults; ``theirs`` may have more tokens if they never win."""
     tokens = ours.shape[-1]
     if len(theirs) != len(ours) or theirs.shape[-1] < tokens:
-        return 0.0, [f"logits of {list(theirs.shape)}, not {list(ours.shape)}"]
+        return 0.0, [f"logits have shape {list(theirs.shape)}, expected {list(ours.shape)}"]
     off, largest = (ours - theirs[:, :tokens]).abs().max().item(), ours.abs().max().item()
     faults = [] if off <= TOLERANCE * largest else [f"logits differ by {off:.3g}"]
     if int(theirs.argmax(-1).max()) >= tokens:
-        faults.append("a token of the export alone is the most likely one")
+        faults.append("a token that only the export has is the most likely one")
     return off, faults
 
 

@@ -39,7 +39,7 @@ class View:
 
     @cached_property
     def identity(self) -> str:
-        """Changes with anything that decides what the model answers."""
+        """A hash of everything that determines the model's answers."""
         return digest(self.folder) if self.foreign else identity(self.folder)
 
     def open(self, questions: Sequence[Question]) -> Answers:

@@ -139,7 +139,7 @@ def plan(
 
 
 def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, ImageRef]:
-    """Those of ``images`` that ``store`` knows nothing of, or that can be read by now."""
+    """Those of ``images`` that are not in ``store``, or whose listed failure may be resolved by now."""
     here = store.holds(list(images))
     return {
         key: image

@@ -70,8 +70,8 @@ def _show(fields: Mapping[str, Json], field: str) -> str:
 
 
 def fingerprint(vision: Mapping[str, Any], features: Features) -> Fingerprint:
-    """The fingerprint of the features that the backbone ``vision`` ({"name", options}) makes when computing and storing
-    as ``features`` says.
+    """The fingerprint of the features of backbone ``vision`` ({"name", options}), computed and stored as ``features``
+    says.
 
     Raises:
         ModelError: the backbone's files can't be read.
@@ -80,10 +80,10 @@ def fingerprint(vision: Mapping[str, Any], features: Features) -> Fingerprint:
 
 
 def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint:
-    """The fingerprint of a backbone of which ``component_identity`` says this.
+    """The fingerprint of the backbone with identity ``component`` (see ``component_identity``).
 
-    What it says of itself comes first; beside that its name, its version and its options, so that two backbones never
-    share features because one forgot a field. Models that options name are left out where its identity has ``weights``.
+    It has the fields of the backbone's own ``identity()``, its name, its version and its options, so that two backbones
+    never share features because one omits a field. Models in options are left out if the identity has ``weights``.
     """
     identity = component.get("identity", {})
     options = component.get("options", {})

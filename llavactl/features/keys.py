@@ -1,4 +1,4 @@
-"""The key of an image is the sha256 of its bytes; what was hashed once is remembered by the image's stamp."""
+"""Image keys: the sha256 of an image's bytes, cached by the image's stamp."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def content_key(data: bytes) -> str:
 
 @contextmanager
 def image_errors() -> Iterator[None]:
-    """Makes an OSError, which means an unreadable image, of whatever an image of a plugin raises; typed errors pass."""
+    """Converts what a plugin's image raises to OSError (an unreadable image); typed errors are passed on."""
     try:
         yield
     except (OSError, LlavactlError, MemoryError):

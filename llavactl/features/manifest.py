@@ -63,7 +63,7 @@ def store_dir(fingerprint: Fingerprint) -> Path:
 
 
 def store_dirs() -> list[Path]:
-    """The folder of every store there is; raises StoreError where they can't be listed."""
+    """The folders of all stores; raises StoreError if they can't be listed."""
     try:
         return sorted(path for path in stores_dir().iterdir() if path.is_dir())
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 def _unreadable(path: Path, error: OSError) -> StoreError:
     return StoreError(
         f"{path} can't be read: {error.strerror or error}",
-        hint="check its permissions, the disk and the mount; the features themselves may be sound",
+        hint="check its permissions, disk and mount; the features themselves may be intact",
     )
 
 

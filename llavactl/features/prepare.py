@@ -55,9 +55,9 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - a backbone that refuses one image must not end the run
-        # Of the same bytes and the same backbone it would say the same again.
+        # The same bytes and backbone would fail again.
         reason = " ".join(str(error).split()) or type(error).__name__
-        return Failure(f"it can't be preprocessed: {reason}", lasting=True)
+        return Failure(f"preprocessing failed: {reason}", lasting=True)
 
 
 def default_device() -> str:

@@ -53,11 +53,10 @@ class FeatureReader(Protocol):
         """What ``load`` would be made of: features [P, Dv]; where these are int8 also scales [P + Dv]. Raises as it."""
 
     def contents(self, images: Sequence[ImageRef]) -> Contents:
-        """The content keys of ``images``, and those that ``load`` will never give features of; to be asked once,
-        before training.
+        """The content keys of ``images``, and those that ``load`` has no features for; called once, before training.
 
         Raises:
-            StoreError: images that could be read were not extracted yet.
+            StoreError: readable images were not extracted yet.
         """
 
 
@@ -160,7 +159,7 @@ def stage_image(recipe: VisionRecipe, stage: StageNumber) -> str:
 
 
 def stage_vision_spec(recipe: VisionRecipe, stage: StageNumber) -> dict[str, Any]:
-    """The vision backbone of ``stage`` as ``Registry.create`` takes it; ``image`` only where it has that option."""
+    """The vision backbone of ``stage`` for ``Registry.create``; with ``image`` only if it has that option."""
     image = stage_image(recipe, stage)
     return {**recipe.vision.spec(), **({"image": image} if image else {})}
 

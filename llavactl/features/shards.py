@@ -1,9 +1,9 @@
-"""One shard: a plain HDF5 file of ``features (N, P, Dv)`` and ``keys (N,)``, laid out so that it can be memory-mapped.
+"""One shard: a plain HDF5 file of ``features (N, P, Dv)`` and ``keys (N,)`` that can be memory-mapped.
 
-Features of int8 have ``scales (N, P + Dv)`` beside them. h5py writes the layout, with all datasets allocated and
-empty; the rows then go to the datasets' offsets by plain writes. These are faster, let other threads run, and a
-full disk is an ``OSError`` and not a half-dead HDF5 library. HDF5's own file locks are off: a finished shard never
-changes, a store has its own lock for writers, and some file systems have none.
+int8 features also have ``scales (N, P + Dv)``. h5py writes the layout with all datasets allocated but empty; rows are
+then written at the datasets' offsets with plain writes. These are faster, don't block other threads, and raise
+``OSError`` on a full disk instead of leaving HDF5 in a broken state. HDF5's own file locks are off: a finished shard
+never changes, a store has its own lock for writers, and some file systems have no locks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Shard:
         """Reads all but the features.
 
         Raises:
-            DamagedShardError: it is not a whole shard of this format.
+            DamagedShardError: it is not a complete shard of this format.
             StoreError: it can't be read.
         """
         try:
@@ -134,7 +134,7 @@ def _shard_bytes(shape: FeatureShape, images: int, dtype: str) -> int:
 
 
 class DamagedShardError(StoreError):
-    """A shard whose content was read and is wrong; one that can't be read is no such thing."""
+    """A shard was read and its content is wrong; a shard that can't be read raises a plain StoreError."""
 
 
 def damaged(path: Path, reason: str) -> DamagedShardError:
@@ -146,16 +146,16 @@ def damaged(path: Path, reason: str) -> DamagedShardError:
 
 
 _WRONG_CONTENT = (None, 0, errno.ENOENT, errno.EINVAL, errno.EOVERFLOW)
-"""HDF5 gives no number for a file that isn't one; the others are a missing file and offsets that make no sense."""
+"""HDF5 gives no errno for a file that isn't HDF5; the others are a missing file and invalid offsets."""
 
 
 def fault(path: Path, error: OSError) -> StoreError:
-    """The error for a shard that ``error`` kept from being opened: damage, or only a disk, a network or permissions."""
+    """The error for a shard that can't be opened: damaged, or only unreadable (disk, network, permissions)."""
     if error.errno in _WRONG_CONTENT:
         return damaged(path, error.strerror or str(error))
     return StoreError(
         f"{path} can't be read: {os.strerror(error.errno or 0)}",
-        hint="this says nothing about its content: check its permissions, the disk and the mount, then try again",
+        hint="its content may be intact: check its permissions, disk and mount, then try again",
     )
 
 

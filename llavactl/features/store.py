@@ -56,8 +56,8 @@ class FeatureStore:
         """The store for ``fingerprint``.
 
         Raises:
-            StoreError: there is none (the message says in which fields the nearest store differs), it belongs
-                to another fingerprint, or one of its shards is damaged or can't be read.
+            StoreError: there is none (the message lists the fields in which the closest store differs), it has
+                another fingerprint, or one of its shards is damaged or can't be read.
         """
         found = cls.find(fingerprint)
         if found is None:

@@ -16,7 +16,7 @@ from llavactl.features.writer import exclusive, may_write, unfinished
 
 @dataclass(frozen=True)
 class Fault:
-    """A shard of so many images, and what is wrong: not ``damaged``, it couldn't be read, so nobody knows."""
+    """A shard with its number of images and its fault; unless ``damaged``, it couldn't be read and may be intact."""
 
     file: str
     reason: str
@@ -25,9 +25,9 @@ class Fault:
 
 
 def verify_store(folder: Path) -> list[Fault]:
-    """Hashes every shard of the store in ``folder``; sets damaged ones aside as ``*.damaged`` and unlists them.
+    """Hashes every shard of the store in ``folder``; renames damaged ones to ``*.damaged`` and unlists them.
 
-    What can't be read stays as it is: a disk, a network or permissions say nothing about the content.
+    Shards that can't be read (disk, network, permissions) are left as they are, since their content may be intact.
 
     Raises:
         StoreError: the manifest can't be read, or another process writes to the store.
@@ -61,15 +61,15 @@ def verify_store(folder: Path) -> list[Fault]:
 
 
 def _fault(folder: Path, entry: Entry) -> Fault | None:
-    """What is wrong with the shard of ``entry``; None when it is sound."""
+    """The fault of the shard of ``entry``; None if it is intact."""
     path = folder / entry.file
     try:
         if (size := path.stat().st_size) != entry.bytes:
-            reason = f"{size} bytes, not {entry.bytes}"
+            reason = f"{size} bytes, expected {entry.bytes}"
         elif checksum(path) != entry.sha256:
-            reason = "its checksum is not the one it was written with"
+            reason = "checksum mismatch"
         elif (found := Shard.open(path).fingerprint.id) != folder.name:
-            reason = f"it holds features of the fingerprint {found}"
+            reason = f"it has features of fingerprint {found}"
         else:
             return None
     except FileNotFoundError as error:

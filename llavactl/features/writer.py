@@ -118,7 +118,7 @@ class StoreWriter:
             self._failed = True
             raise StoreError(
                 f"features can't be written to {self.folder}: {error.strerror or error}",
-                hint="free disk space, or set LLAVACTL_HOME, then extract again: finished shards are kept",
+                hint="free disk space or set LLAVACTL_HOME, then run extract again: finished shards are kept",
             ) from error
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
@@ -189,15 +189,15 @@ class StoreWriter:
         return found is not None and int(found[1]) != self.part.index and _held(_part_lock(self.folder, int(found[1])))
 
     def _adopt(self, path: Path) -> None:
-        """Lists a shard that was renamed and then not listed; one that isn't whole is set aside.
+        """Lists a shard that was renamed but not yet listed; a damaged one is set aside.
 
         Raises:
-            StoreError: it can't be read, which says nothing about its content.
+            StoreError: it can't be read, and may be intact.
         """
         try:
             shard = Shard.open(path)
             if differences := self.fingerprint.differences(shard.fingerprint):
-                raise damaged(path, f"it holds features of another fingerprint: {'; '.join(differences)}")
+                raise damaged(path, f"it has features of another fingerprint: {'; '.join(differences)}")
             entry = Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path))
         except DamagedShardError as error:
             log.warning("%s; set aside", error)
@@ -209,7 +209,7 @@ class StoreWriter:
 
 
 def may_write(folder: Path) -> bool:
-    """Whether this user may change the store in ``folder``."""
+    """Whether this user may write to the store in ``folder``."""
     return all(os.access(each, os.W_OK) for each in (folder, folder.parent, _lock_of(folder)) if each.exists())
 
 

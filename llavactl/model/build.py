@@ -54,11 +54,11 @@ def build(
 def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) -> tuple[nn.Module, int]:
     """The connector ``spec`` for features of ``shape`` and a language model of ``width`` Dl, in float32; and Q.
 
-    Tried on blank features: embeddings of another shape would be scattered over the text without a word.
+    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly.
 
     Raises:
         RecipeError: it doesn't fit features of this ``shape``.
-        PluginError: it makes something else than embeddings [I, Q, Dl].
+        PluginError: its output isn't embeddings [I, Q, Dl].
     """
     maker = registry().create("connectors", spec)
     made: nn.Module = maker.build(shape, width)
@@ -71,8 +71,8 @@ def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) ->
         found = tuple(seen.shape) if isinstance(seen, torch.Tensor) else f"a {type(seen).__name__}"
         entry = registry().get("connectors", spec["name"])
         raise PluginError(
-            f"connector {spec['name']!r} of plugin {entry.plugin} makes {found} of features "
+            f"connector {spec['name']!r} of plugin {entry.plugin} gives {found} for features "
             f"{(2, shape.patches, shape.width)}; tokens() and the language model's width require {wanted}",
-            hint="`llavactl.testing.check_connector` checks a connector on its own",
+            hint="`llavactl.testing.check_connector` tests a connector by itself",
         )
     return made, tokens

@@ -1,11 +1,11 @@
-"""A finished model on disk: everything to use it again, and nothing guessed from names.
+"""A finished model on disk, with everything needed to use it again.
 
 model/
-  llavactl.json            what it is: components, template, fingerprint of its features, versions; of a model whose
-                           language model was trained whole also ``trained_language``, the options to load that with
+  llavactl.json            description: components, template, fingerprint of its features, versions; after full
+                           fine-tuning also ``trained_language``, the options to load the language model with
   connector.safetensors    the connector, always its own file
-  language/                the language model and its tokenizer, where stage 2 trained them whole
-  adapter/                 a PEFT adapter, where stage 2 trained one
+  language/                the language model and its tokenizer, after full fine-tuning in stage 2
+  adapter/                 the PEFT adapter, if stage 2 trained one
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], desc
 
 
 def _options_of(language: Any) -> dict[str, Any]:
-    """The component that loads ``language`` once it is saved, with what its files don't say: how it attends."""
+    """The component that loads the saved ``language``, with the attention implementation, which its files lack."""
     attention = language.config._attn_implementation
     return {"name": "hf", **({"attention": attention} if attention in ("sdpa", "eager") else {})}
 
 
 def language_of(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """The language component of the model in ``folder``, below its adapter: ``{"name", options}``."""
+    """The language component of the model in ``folder``, without its adapter: ``{"name", options}``."""
     if description["method"] != "full":
         return dict(description["language"])
     return {**description.get("trained_language", {"name": "hf"}), "model": str((folder / "language").absolute())}
 
 
 def identity(folder: Path) -> str:
-    """Changes with anything that decides what the model in ``folder`` answers, and with nothing else.
+    """A hash of everything that determines the answers of the model in ``folder``.
 
-    That is all of its files, the language model and the backbone that they name, by content, and the components.
+    That is the contents of its files and of the language model and backbone that they name, and the components.
 
     Raises:
         ModelError: a part of it can't be read.
@@ -149,7 +149,7 @@ def describe(folder: Path) -> dict[str, Any]:
             if found
             else "`--model` takes a run, a model/ folder, or a checkpoint of another program"
         )
-        raise ModelError(f"{folder}: no model here (there is no {DESCRIPTION})", hint=hint)
+        raise ModelError(f"{folder}: not a model folder (no {DESCRIPTION})", hint=hint)
     faults.check_files([path])
     description = read_json(path)
     if description.get("format") != FORMAT:
@@ -193,10 +193,10 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
 
 
 def _refuse_broken(folder: Path, method: str) -> None:
-    """Raises ModelError for a file of the model's own that is missing or broken, before anything large is read."""
+    """Raises ModelError if a file of the model folder is missing or broken, before anything large is read."""
     files = [folder / "connector.safetensors"]
     if method == "lora":
-        names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter of older versions of peft
+        names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
         weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
         files += [folder / "adapter" / name for name in ("adapter_config.json", weights)]
     faults.check_files(files)

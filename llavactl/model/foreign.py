@@ -43,7 +43,7 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):
-        folder = faults.downloaded(str(model), "`--model` takes a folder or an id")
+        folder = faults.downloaded(str(model), "`--model` takes a folder or a Hugging Face id")
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
         describe(folder)
         return folder
@@ -58,7 +58,7 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
             return _completed(_adopted(folder, name, found), folder, recipe)
     if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ModelError(
-            f"{folder}: no format recognises this checkpoint: {_seen(folder)}",
+            f"{folder}: unknown checkpoint format: {_seen(folder)}",
             hint="llavactl reads LlavaForConditionalGeneration of transformers (model_type llava) and the original "
             "LLaVA's checkpoints (mm_vision_tower in config.json, or mm_projector.bin); see `components formats`",
         )
@@ -67,13 +67,13 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
 
 
 def _seen(folder: Path) -> str:
-    """What the files of ``folder`` say that it is: architecture and model type, or an adapter of what."""
+    """What the files of ``folder`` say about it: architecture and model type, or the base of an adapter."""
     config, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
     seen = [f"architecture {', '.join(map(str, config['architectures']))}"] if config.get("architectures") else []
     seen += [f"model_type {config['model_type']}"] if config.get("model_type") else []
     if adapter:
         seen.append(f"a {adapter.get('peft_type')} adapter of {adapter.get('base_model_name_or_path')}")
-    return ", ".join(seen) or "it names no architecture and no model_type"
+    return ", ".join(seen) or "neither architecture nor model_type found"
 
 
 VITAL = ("vision", "language")
@@ -82,10 +82,10 @@ READING = 2
 
 
 def _adopted(folder: Path, name: str, found: Format) -> Path:
-    """What ``found`` reads out of ``folder``, kept in the cache under the contents of all that it was read from.
+    """The model folder that ``found`` converts ``folder`` to, cached by the contents of everything it depends on.
 
-    That is every file of ``folder``, and the models outside it that it builds on: those are known once it was read,
-    so a small file notes them under the contents of ``folder``.
+    That is every file of ``folder``, and the models outside it. These are known only after conversion, so a small file
+    lists them by the contents of ``folder``.
     """
     try:
         own = hash_json([READING, name, registry().get("formats", name).version, hash_folder(folder)])
@@ -112,17 +112,17 @@ def _adopted(folder: Path, name: str, found: Format) -> Path:
 
 
 def _digest(own: str, sources: Sequence[str]) -> str:
-    """Of a checkpoint of contents ``own`` that builds on the models ``sources``."""
+    """A hash of a checkpoint's own contents ``own`` and of the models ``sources`` that it depends on."""
     return hash_json([own, [content_of(str(Path(s).absolute()) if Path(s).is_dir() else s) for s in sources]])
 
 
 def _place(folder: Path, digest: str) -> str:
-    """A model folder's name: it points to files in ``folder``, and so is that of no copy of ``folder``."""
+    """A model folder's name, which includes the path of ``folder`` since the model refers to files there."""
     return hash_json([str(folder), digest])[:16]
 
 
 def _settle(made: Path, place: Path, description: Mapping[str, Any], *, was: Path) -> None:
-    """Moves ``made`` to ``place``, unless another process was there first; paths in ``was`` become paths in it."""
+    """Moves ``made`` to ``place``, unless another process was first; paths in ``was`` are changed to ``place``."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Mapping):

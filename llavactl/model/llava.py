@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class LlavaModel(nn.Module):
-    """Features [I, P, Dv] through ``connector`` to embeddings [I, Q, Dl], which take their places among the
-    text's embeddings [B, T, Dl]; ``language`` does the rest.
+    """Maps features [I, P, Dv] with ``connector`` to embeddings [I, Q, Dl], inserts them into the text's embeddings
+    [B, T, Dl], and runs ``language``.
 
-    ``frozen`` names the connector's parameters that its component froze: no stage trains them.
+    ``frozen`` names the connector's parameters that its component froze; no stage trains them.
     """
 
     def __init__(self, connector: nn.Module, language: PreTrainedModel) -> None:

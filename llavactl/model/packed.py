@@ -31,7 +31,7 @@ def refusal(language: PreTrainedModel) -> str:
     if config.model_type not in LIKE_LLAMA:
         return f"attention of {config.model_type} models is not known to be Llama's"
     if sees_window(language):
-        return f"its attention sees a window of {getattr(config, 'sliding_window', None) or 'some'} tokens"
+        return f"it uses sliding-window attention (window: {getattr(config, 'sliding_window', None) or 'unknown'})"
     if getattr(config, "attention_dropout", 0):
         return "it has dropout within its attention"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -41,9 +41,9 @@ def refusal(language: PreTrainedModel) -> str:
 
 
 def sees_window(language: PreTrainedModel) -> bool:
-    """Whether some layer of ``language`` doesn't attend to all earlier tokens: by a window, in chunks, or by a state.
+    """Whether some layer of ``language`` doesn't attend to all earlier tokens (sliding window, chunks, or a state).
 
-    Then padding counts where it lies between tokens: it must be on the left of all of them.
+    Padding between tokens would then change the result: it must be to the left of all tokens.
     """
     config = language.config.get_text_config()
     if kinds := set(getattr(config, "layer_types", None) or ()):

@@ -87,7 +87,7 @@ def read(file: Path, base: Path, problems: list[Problem]) -> Node:
     """The recipe in ``file``, a mapping.
 
     Raises:
-        RecipeError: there is no such file, or it holds something else.
+        RecipeError: no such file, or it holds something else.
     """
     shown = display(file)
     root = parse(content(file), base, lambda line: f"{shown}:{line}", problems)
@@ -102,7 +102,7 @@ def content(file: Path) -> str:
     """The text of a recipe file.
 
     Raises:
-        RecipeError: there is no such file, or it can't be a recipe.
+        RecipeError: no such file, or it can't be a recipe.
     """
     shown = display(file)
     try:
@@ -112,7 +112,7 @@ def content(file: Path) -> str:
             raise _refused(shown, f"not a recipe: {file.stat().st_size} bytes")
         return file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise _refused(shown, "there is no such file") from error
+        raise _refused(shown, "no such file") from error
     except UnicodeDecodeError as error:
         raise _refused(shown, "not a text file (UTF-8)") from error
     except (OSError, ValueError) as error:

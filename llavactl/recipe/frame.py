@@ -53,7 +53,7 @@ class Spec(BaseModel):
 
 
 class VisionSpec(Spec):
-    """``image`` is an option of backbones that make images square in either way; others don't have it."""
+    """``image`` is an option only of backbones that can either crop or pad images to a square."""
 
     kind = "vision"
 
@@ -72,7 +72,7 @@ class TemplateSpec(Spec):
 
 
 class LanguageSpec(Spec):
-    """``template`` is a name, or ``{name: tokenizer, enable_thinking: false}`` with options."""
+    """``template`` is a name, or a mapping with options, such as ``{name: tokenizer, enable_thinking: false}``."""
 
     kind = "languages"
 
@@ -183,14 +183,14 @@ class Lora(Section):
 
 
 class Stage(Section):
-    """One training stage. Sizes count samples; ``batch_size`` is one optimiser step over all processes.
+    """One training stage. Sizes are in samples; ``batch_size`` is the global batch size of one optimiser step.
 
-    ``micro_batch_size`` samples are in memory at a time, fewer where they have more than ``micro_tokens`` tokens.
-    ``packing``: many samples a row where that is exact and tested (auto), wherever it is exact (always), or never.
-    ``shuffle`` whole images, each with all its conversations, in place of samples: one reads the image for all.
-    ``cooldown``: the learning rate stays at its peak, and falls in a line over this last share; null: half a cosine.
-    ``weight_decay`` spares norms and biases. ``max_grad_norm`` clips the gradient; null, as in LLaVA: no clipping.
-    ``final``: the model has the weights of the last step, or of the checkpoint with the best validation loss.
+    ``micro_batch_size`` is the largest micro-batch; it has fewer samples if they exceed ``micro_tokens`` tokens.
+    ``packing``: sequence packing where it is exact and tested (auto), wherever it is exact (always), or never.
+    ``shuffle`` by sample, or by image: all conversations of an image together, so that its prefix is shared.
+    ``cooldown``: constant learning rate with a linear decay over this last fraction of steps; null: cosine decay.
+    ``weight_decay`` excludes norms and biases. ``max_grad_norm`` clips the gradient; null, as in LLaVA: no clipping.
+    ``final``: the model has the weights of the last step, or of the checkpoint with the lowest validation loss.
     """
 
     template: str | TemplateSpec | None = None
@@ -288,9 +288,9 @@ class Eval(Section):
 
 
 class Export(Section):
-    """One layout of the finished model for other programs; ``verify`` reloads it without llavactl and compares.
+    """One export of the finished model for other programs; ``verify`` reloads it without llavactl and compares.
 
-    A format that has no program to reload it is written all the same, and the log says that it wasn't verified.
+    Formats that can't be reloaded are exported without verification, and the log says so.
     """
 
     format: str
@@ -299,10 +299,10 @@ class Export(Section):
 
 
 class Outline(Section):
-    """A recipe as far as it is written, resolved: defaults filled in, paths absolute, options validated.
+    """A resolved recipe with any of its sections: defaults filled in, paths absolute, options validated.
 
-    A command asks for the sections that it needs: ``data generate`` for no model, ``extract`` for a ``VisionRecipe``.
-    ``try_next`` are lines for whoever reads the report of a finished run.
+    Commands require only the sections that they need: ``data generate`` no model, ``extract`` a ``VisionRecipe``.
+    ``try_next`` are suggestions shown in the report of a finished run.
     """
 
     name: FileName
@@ -322,7 +322,7 @@ class Outline(Section):
 
 
 class VisionRecipe(Outline):
-    """A recipe with a vision backbone: what features are extracted by."""
+    """A recipe with a vision backbone, as needed for extracting features."""
 
     vision: VisionSpec
 
@@ -335,13 +335,13 @@ class VisionRecipe(Outline):
 
 
 class Recipe(VisionRecipe):
-    """A whole recipe: what a model is trained by."""
+    """A complete recipe, as needed for training."""
 
     connector: ConnectorSpec
     language: LanguageSpec
 
     def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
-        """The template of ``stage`` as ``Registry.create`` takes it: its name, with its options where it has any."""
+        """The template of ``stage`` for ``Registry.create``: its name, with its options if it has any."""
         own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
         return own if isinstance(own, str) else own.spec()
 

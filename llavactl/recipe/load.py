@@ -39,16 +39,16 @@ F = TypeVar("F", bound=Outline)
 
 
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The whole recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
+    """The complete recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
 
     Raises:
-        RecipeError: with all its problems at once.
+        RecipeError: lists all its problems.
     """
     return load_frame(Recipe, source, overrides)
 
 
 def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequence[str] = ()) -> F:
-    """As ``load_recipe``, but only the sections of ``frame`` have to be there. One that is whole is a ``Recipe``."""
+    """As ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
     root, place, problems = document(source, overrides)
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
@@ -93,7 +93,7 @@ def load_eval(overrides: Sequence[str]) -> Eval:
 
 
 def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Everything wrong with a recipe; nothing when it loads. One that only generates data needs no model."""
+    """All problems of a recipe; empty if it loads. One that only generates data needs no model."""
     try:
         frame = Outline if _only_generates(source, overrides) else Recipe
         load_frame(frame, source, overrides)
@@ -108,7 +108,7 @@ def where(key: str, source: str | Path | None, overrides: Sequence[str]) -> str:
 
 
 def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
-    """Whether the recipe has a teacher and nothing of a model: neither a component of one nor data to train on."""
+    """Whether the recipe has a teacher, but no component of a model and no training data."""
     keys = document(source, overrides)[0].plain().keys()
     return "generate" in keys and not keys & {"vision", "connector", "language", "data", "export"}
 
@@ -168,7 +168,7 @@ def _formats(data: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
-    """Templates given by name alone; one that has options gets their defaults, so that a run says what it took."""
+    """Templates given by name alone; if they have options, the defaults are added for the resolved recipe."""
     for section, key in TEMPLATES:
         inside = data.get(section)
         name = inside.get(key) if isinstance(inside, dict) else None
@@ -183,7 +183,7 @@ def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _lacks(name: str) -> str:
-    return f"template {name} has options that must be given: {{name: {name}, …}}"
+    return f"template {name} has required options: {{name: {name}, …}}"
 
 
 def _asked(recipe: Outline, root: Node) -> Iterator[Problem]:

@@ -98,7 +98,7 @@ def ask(
         KeyboardInterrupt: after what was in flight has arrived; a second one leaves that behind.
     """
     asking = _Asking(teacher, todo, journal, budget)
-    with stopping.deferred(asking.interrupt):  # never between a reply and its being kept
+    with stopping.deferred(asking.interrupt):  # never between receiving a reply and storing it
         return asking.run(answered, what)
 
 

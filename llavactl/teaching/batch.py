@@ -123,7 +123,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{file}:{number}", _parsed(line)
     except FileNotFoundError as error:
-        raise DataError(f"{file}: there is no such file", hint="download the batch's results first") from error
+        raise DataError(f"{file}: no such file", hint="download the batch's results first") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 

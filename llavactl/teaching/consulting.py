@@ -61,7 +61,7 @@ def _at_once(teacher: Teacher, request: Request) -> str:
 
 
 def _said(reply: str) -> str:
-    """``reply`` without what the teacher thought aloud before it; all of it where that never ends."""
+    """``reply`` without the teacher's thinking before it; all of it if the thinking never ends."""
     try:
         said = without_thoughts(reply)
         return reply if said == reply else said.strip()

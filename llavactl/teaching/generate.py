@@ -86,7 +86,7 @@ def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> Mad
 
 
 def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False) -> Made:
-    """A reply, of an ``exact`` teacher or not, read into a LLaVA record; what can't be read is kept with its reason."""
+    """A reply parsed into a LLaVA record, or kept with the reason if it can't be; ``exact`` as in ``turns``."""
     kind: Any = request.kind
     if reply.finish == "length":
         return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)

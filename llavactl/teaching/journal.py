@@ -86,7 +86,7 @@ class Journal:
         self.path = path
         with self._guarded():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Without locks in the file system there is still that of ``alone``; the journal needs no others then.
+            # If the file system has no locks, the lock of ``alone`` suffices.
             locks = has_locks(path.parent, posix=True)
             name = path.absolute().as_uri() + ("" if locks else "?vfs=unix-none")
             self._database = sqlite3.connect(name, uri=True, isolation_level=None, timeout=10)

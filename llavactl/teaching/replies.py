@@ -19,7 +19,7 @@ _MARK = re.compile(
     r"(?: ?:(?P=bold)|(?P=bold) ?:| ?:(?P<open>)|(?P=bold)(?=[ \t]*\n)|(?(head)(?=[ \t]*\n)|(?!)))",
     re.IGNORECASE,
 )
-"""``Question:`` or ``Answer:``, plain or decorated: ``**Question:**``, ``### Answer 2:``, ``1. Q:``."""
+"""``Question:`` or ``Answer:``, plain or in Markdown: ``**Question:**``, ``### Answer 2:``, ``1. Q:``."""
 
 _FENCED = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
@@ -27,13 +27,13 @@ _FENCED = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 def turns(kind: Kind, reply: str, seed: str, questions: Sequence[str], *, exact: bool = False) -> list[tuple[str, str]]:
     """The (question, answer) pairs of a ``reply``.
 
-    Conversation and reasoning come as blocks ``Question:`` and ``Answer:`` with lines of ``===`` between; a detail's
-    question is drawn from ``questions`` by ``seed``. What a model thinks aloud first is no part of its reply, nor is
-    what it says to whoever asked; the reply of an ``exact`` teacher is taken as it is.
+    Conversation and reasoning are blocks ``Question:`` and ``Answer:`` separated by lines of ``===``; a detail's
+    question is drawn from ``questions`` by ``seed``. Thinking before the reply and remarks to the user around it are
+    removed; the reply of an ``exact`` teacher is taken unchanged.
 
     Raises:
-        ChatterError: it says such things within.
-        DataError: the reply is not of that form, or holds nothing.
+        ChatterError: there are remarks to the user within the reply.
+        DataError: the reply doesn't have this form, or is empty.
     """
     if not exact:
         reply = without_wrapping(without_thoughts(reply), label=kind == "detail")
@@ -42,7 +42,7 @@ def turns(kind: Kind, reply: str, seed: str, questions: Sequence[str], *, exact:
     if "<image>" in reply:
         raise DataError("the reply holds the tag <image>, which stands for a picture in a record")
     if not exact and _FENCED.search(reply):
-        raise DataError("the reply holds a code fence")
+        raise DataError("the reply has a code fence")
     if kind == "detail":
         if not reply.strip():
             raise DataError("the reply is empty")
@@ -76,12 +76,12 @@ def _blocks(reply: str) -> Iterator[str]:
 
 
 def _block(text: str) -> tuple[str, str]:
-    """The role, in lower case, and what is said; ("", "") where there is no mark."""
+    """The role in lower case, and the text; ("", "") if there is no marker."""
     found = _MARK.match(text)
     if found is None:
         return "", ""
     said = text[found.end() :].strip()
-    if found["bold"] and found["open"] is not None:  # **Question: all of the line**
+    if found["bold"] and found["open"] is not None:  # **Question: the whole line in bold**
         first, newline, rest = said.partition("\n")
         said = first.strip().removesuffix(found["bold"]) + newline + rest
     return {"q": "question", "a": "answer"}.get(role := found["role"].lower(), role), said.strip()

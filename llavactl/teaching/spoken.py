@@ -1,7 +1,7 @@
-"""What of a language model's reply was asked for: without thoughts, a wrapping, and words to whoever asked.
+"""Cleaning a language model's reply: removes thinking, code fences or tags around it, and remarks to the user.
 
-Only what can't be anything else is taken away. Where that isn't clear the reply is refused: one sample less is cheaper
-than one that speaks of its own making, or lacks half of its text.
+Only what is unmistakable is removed. If it isn't clear, the reply is refused: losing a sample is better than one with
+assistant boilerplate or missing text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llavactl.core.errors import DataError
 
 
 class ChatterError(DataError):
-    """A reply that speaks to whoever asked, in a way that can't be parted from what was asked for."""
+    """A reply with remarks to the user that can't be separated from its content."""
 
 
 _THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reflection|scratchpad|analysis|seed:think)"
@@ -21,11 +21,11 @@ _MARK = re.compile(
     rf"|<\s?{_THOUGHT}\s?>|◁think▷|\[THINK\]|<\|begin_of_thought\|>|<\|START_THINKING\|>",
     re.IGNORECASE,
 )
-"""Where thoughts begin or end: of DeepSeek and Qwen, Kimi, Magistral, Sky-T1 and Command, and what prompts ask for."""
+"""Thinking tags of DeepSeek and Qwen, Kimi, Magistral, Sky-T1 and Command, and those commonly requested in prompts."""
 
 _FINAL = re.compile(r"<\|channel\|>\s{0,9}final\b[^<]{0,80}(?:<\|constrain\|>[^<]{0,80})?<\|message\|>")
 _FLAT = re.compile(r"\A\s*analysis(?=[A-Z\"'(])")
-"""Channels of gpt-oss, and what is left of them where the marks were left out: ``analysisWe …assistantfinalA dog.``"""
+"""Channels of gpt-oss, also without their special tokens: ``analysisWe …assistantfinalA dog.``"""
 
 _END = re.compile(r"<\|(?:end|return)\|>\s*\Z")
 
@@ -50,7 +50,7 @@ _LEAD = re.compile(
     rf"(?:{_HERE}(?::|[.!](?=[ \t]*\n))|(?:{_YES} ?[!.,:]+|{_SELF})[ \t]*\n)[ \t]*",
     re.IGNORECASE,
 )
-"""``Sure! Here is a detailed description of the image:``, with the rest of its line or on a line of its own."""
+"""``Sure! Here is a detailed description of the image:``, before the text or on its own line."""
 
 _NAMED = r"(?:(?:detailed|image|picture|photo|scene|full|final) ){0,3}(?:description|answer|response)"
 _LABEL = re.compile(
@@ -74,48 +74,48 @@ _LEFT = re.compile(
     re.IGNORECASE,
 )
 _LEFT_IN_TALK = re.compile(rf"\b(?:{_IF}|{_OFFER})\b", re.IGNORECASE)
-"""What of it an assistant would not say in a conversation, either; there ``Certainly!`` may answer a question."""
+"""The subset that isn't valid in a conversation, either, where ``Certainly!`` may answer a question."""
 
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})")
 _FENCE = re.compile(r"[ \t]*(?:```|~~~)[\w-]*[ \t]*")
 _LAYERS = 8
-"""Of wrapping that are taken off one within the other; what has more is refused for what is left."""
+"""How many nested wrappings are removed; a reply with more is refused."""
 
 _WRAPPED = re.compile(r"\A<(answer|response|output|final|description)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL)
 
 
 def without_thoughts(reply: str) -> str:
-    """``reply`` behind what the model thought aloud, whether or not the mark that begins it is there.
+    """``reply`` without the thinking at its beginning, whether or not its opening tag is there.
 
     Raises:
-        DataError: the thoughts never end, or begin again within the answer.
+        DataError: the thinking never ends, or starts again within the answer.
     """
     if "<|channel|>" in reply:
         finals = [found.end() for found in _FINAL.finditer(reply)]
         if not finals:
-            raise DataError("the reply holds thoughts alone: no channel is `final`")
+            raise DataError("the reply is only thinking: it has no channel `final`")
         return _END.sub("", reply[finals[-1] :])
     if _FLAT.match(reply):
         _, ended, reply = reply.rpartition("assistantfinal")
         if not ended:
-            raise DataError("the reply holds thoughts alone, which never end")
+            raise DataError("the reply is only thinking, which never ends")
     begin, thinking = 0, False
     for mark in _MARK.finditer(reply):
         if mark["end"]:
             begin, thinking = mark.end(), False
         elif not thinking and reply[begin : mark.start()].strip():
-            raise DataError(f"the reply holds thoughts within: {mark[0]}")
+            raise DataError(f"the reply has thinking within the answer: {mark[0]}")
         else:
             thinking = True
     if thinking:
-        raise DataError("the reply holds thoughts that never end")
+        raise DataError("the reply has thinking that never ends")
     return reply[begin:]
 
 
 def without_wrapping(reply: str, *, label: bool = False) -> str:
-    """``reply`` without a fence, tag or rule around all of it, and without a line before and after it to whoever asked.
+    """``reply`` without a code fence, tag or rule around it, and without remarks to the user before and after it.
 
-    With ``label`` also without ``Description:`` and the like before it.
+    With ``label``, a leading ``Description:`` or the like is removed, too.
     """
     text = reply.strip()
     for _ in range(_LAYERS):
@@ -133,7 +133,7 @@ def without_wrapping(reply: str, *, label: bool = False) -> str:
 
 
 def _inside(text: str) -> str:
-    """What stands within a code fence or a tag that is around all of ``text``."""
+    """The content of a code fence or tag that encloses all of ``text``."""
     if found := _WRAPPED.match(text):
         return found[2].strip()
     lines = text.split("\n")
@@ -142,7 +142,7 @@ def _inside(text: str) -> str:
 
 
 def refuse_chatter(text: str, *, talk: bool) -> None:
-    """Raises ChatterError where ``text``, an answer in a ``talk`` or a description, still speaks to whoever asked."""
+    """Raises ChatterError if ``text``, an answer in a ``talk`` or a description, still has remarks to the user."""
     if found := (_LEFT_IN_TALK if talk else _LEFT).search(text):
         around = " ".join(text[max(found.start() - 30, 0) : found.end() + 30].split())
-        raise ChatterError(f"the reply speaks to whoever asked: {around!r}")
+        raise ChatterError(f"the reply addresses the user: {around!r}")

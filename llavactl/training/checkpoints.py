@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent; a run resumes from the newest whole one, and the best one is kept beside it."""
+"""Checkpoints, written atomically; a run resumes from the newest intact one, and the best one is kept, too."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class State:
 
 
 def place(folder: Path, step: int) -> Path:
-    """Where in ``folder`` the checkpoint of ``step`` is."""
+    """The path of the checkpoint of ``step`` in ``folder``."""
     return folder / f"step-{step:08d}"
 
 
@@ -64,7 +64,7 @@ def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_l
     try:
         found = _newest_first(folder)
     except StoreError as error:
-        log.warning("%s; no older checkpoint is removed", error)
+        log.warning("%s; older checkpoints are kept", error)
         return target
     mine = [(each, at) for each, at in found if each.digest == state.digest and each.step <= state.step]
     kept = {at for _, at in mine[:keep_last]} | {_best(mine)}
@@ -75,10 +75,10 @@ def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_l
 
 
 def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
-    """The newest whole checkpoint of the run ``digest``; damaged ones are skipped.
+    """The newest intact checkpoint of the run ``digest``; damaged ones are skipped.
 
     Raises:
-        StoreError: one can't be read, which says nothing about its content: to train its steps again would be a loss.
+        StoreError: one can't be read; it may be intact, and skipping it would lose its steps.
     """
     for state, checkpoint in _newest_first(folder):
         if state.digest != digest:
@@ -89,7 +89,7 @@ def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] 
 
 
 def best(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
-    """The whole checkpoint of the run ``digest`` with the lowest validation loss; raises as ``restore``."""
+    """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises as ``restore``."""
     mine = [(state, at) for state, at in _newest_first(folder) if state.digest == digest]
     for state, checkpoint in sorted(mine, key=lambda each: each[0].rank):
         if (tensors := _whole(checkpoint)) is not None:
@@ -137,21 +137,21 @@ def _whole(checkpoint: Path) -> dict[str, torch.Tensor] | None:
 
 @contextmanager
 def _skipped_if_damaged(checkpoint: Path) -> Iterator[None]:
-    """Damage ends the block with a warning; what can't be read is an error."""
+    """Logs damage as a warning and ends the block; a checkpoint that can't be read raises an error."""
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        log.warning("checkpoint %s is damaged (%s): skipped", checkpoint, error)
+        log.warning("skipping damaged checkpoint %s (%s)", checkpoint, error)
     except OSError as error:
         raise _unreadable(checkpoint, error) from error
 
 
 def _unreadable(path: Path, error: OSError) -> StoreError:
-    """The error for ``path``, a checkpoint or the folder of all of them."""
+    """The error for ``path``, a checkpoint or the checkpoints' folder."""
     return StoreError(
         f"{error.filename or path} can't be read: {error.strerror or error}",
-        hint=f"check permissions, the disk and the mount, then run the same command to resume; without {path.name} it "
-        "would train again what is saved there",
+        hint="check permissions, disk and mount, then run the same command to resume; "
+        f"if you remove {path.name}, its steps are trained again",
     )
 
 

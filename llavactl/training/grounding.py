@@ -43,12 +43,12 @@ Word = Callable[[str], torch.Tensor]
 
 
 def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int, seed: int) -> dict[str, torch.Tensor]:
-    """The connector's state, by name and in float32, after ``steps`` of AdamW over the images of ``data`` with boxes.
+    """The connector's state, by name and in float32, after ``steps`` of AdamW on the images of ``data`` with boxes.
 
-    The loss is the mean square distance of its tokens to ``targets``.
+    The loss is the mean squared error between its tokens and ``targets``.
 
     Raises:
-        RecipeError: no sample has boxes, or the connector's tokens don't lie in a grid.
+        RecipeError: no sample has boxes, or the connector's tokens don't form a grid.
     """
     samples = [sample for sample in data.samples if len(sample.images) == 1 and _things(sample.boxes)]
     if not samples:

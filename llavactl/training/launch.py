@@ -1,4 +1,4 @@
-"""The processes that train together, as torchrun or accelerate started them."""
+"""Setting up distributed training under torchrun or accelerate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def accelerator(precision: str) -> Accelerator:
-    """This process among the others; the recipe's ``precision`` is the model's own, so nothing is autocast.
+    """This process's accelerator. The model itself has the recipe's ``precision``, so autocast is not used.
 
     Raises:
-        RecipeError: accelerate's configuration asks for what llavactl does not do.
+        RecipeError: accelerate's configuration requires something that llavactl doesn't support.
     """
     check_launch(precision)
     from accelerate import Accelerator

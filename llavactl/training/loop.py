@@ -89,20 +89,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Trained:
-    """The step after which a run resumed (0: from the start), and the one whose weights the model now has."""
+    """The step after which the run resumed (0: from the start), and the step whose weights the model now has."""
 
     first: int
     step: int
 
 
 def train(run: Run) -> Trained:
-    """Trains to the end of the plan; then the model has its last weights or its best, as the stage's ``final`` says.
+    """Trains to the end of the plan; the model then has its last or its best weights, according to ``final``.
 
-    The first Ctrl-C or SIGTERM stops it at the end of the step, with a checkpoint; a second one at once.
+    The first Ctrl-C or SIGTERM stops training after the current step and saves a checkpoint; a second one stops it at
+    once.
 
     Raises:
-        ModelError: the loss is no longer finite; the message names the samples.
-        KeyboardInterrupt: on whichever process the signal came, all stop after the same step.
+        ModelError: the loss is not finite; the message names the samples.
+        KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
     stage, accelerator = run.stage, run.accelerator
     plan = Plan(
@@ -136,7 +137,7 @@ def train(run: Run) -> Trained:
     ):
         saved = start
         if found and due(start) and found.val_loss is None and len(run.validation):
-            _checkpoint(run, start, metrics, stop)  # it was stopped before it was validated
+            _checkpoint(run, start, metrics, stop)  # training was stopped before validation
         for step, batches in prepared(run, plan, start, stop):
             line = _step(run, batches, step, plan.steps, stop)
             if line is None:
@@ -158,7 +159,7 @@ def train(run: Run) -> Trained:
 
 
 def _announce(run: Run) -> None:
-    """Called by a signal handler: in the midst of a line of output there can't be another."""
+    """Logs the stop. Called by a signal handler: if it interrupts a write to stderr, Python raises RuntimeError."""
     with suppress(RuntimeError):
         log.warning("%s: stopping after this step; interrupt again to stop at once", run.folder.name)
 
@@ -166,7 +167,7 @@ def _announce(run: Run) -> None:
 def _stopped(run: Run, step: int) -> NoReturn:
     if step and run.accelerator.is_main_process:
         where = checkpoints.place(run.folder / "checkpoints", step)
-        log.warning("%s: saved %s; the same command resumes after step %d", run.folder.name, where, step)
+        log.warning("%s: saved %s; run the same command to resume after step %d", run.folder.name, where, step)
     raise KeyboardInterrupt
 
 
@@ -177,7 +178,7 @@ def _write(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
 
 
 def _checkpoint(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:
-    """Validates, unless asked to stop, and saves; the validation loss, where there is one."""
+    """Validates, unless asked to stop, and saves a checkpoint; returns the validation loss, if any."""
     loss = validate(run, stop) if len(run.validation) else None
     validated = {} if loss is None else {"val_loss": loss}
     if validated:
@@ -187,9 +188,9 @@ def _checkpoint(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dic
 
 
 def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop) -> dict[str, Any] | None:
-    """One optimiser step: every process takes its share of the batch, and the sum is the whole batch's gradient.
+    """One optimiser step on the global batch, split over all processes; the summed gradient is that of the batch.
 
-    None, and nothing was done, if any process was asked to stop.
+    Returns None, without an update, if any process was asked to stop.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     counts = torch.zeros(3, dtype=torch.float64)
@@ -206,7 +207,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         part = model(batch.to(accelerator.device)) / counts[0].item()
-        if part.requires_grad:  # of a frozen language model, text alone asks nothing of the connector
+        if part.requires_grad:  # text alone with a frozen language model gives the connector no gradient
             part.backward()
         optimizer.accumulate()
         loss += part.detach().double().cpu()

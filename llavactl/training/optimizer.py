@@ -28,11 +28,11 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
 
 
 class Optimizer:
-    """AdamW, for some matrices Muon, over float32 masters of the trained parameters.
+    """AdamW, and Muon for some matrices, with float32 master weights of the trainable parameters.
 
-    Where the model computes in bfloat16, small updates would be lost in its weights: they go to a
-    float32 copy, which the weights then follow. Gradients of micro batches add up in float32 too. A
-    float32 parameter is its own master.
+    In bfloat16 small updates would be lost, so they are applied to a float32 master copy, which is then
+    copied to the weights. Gradients of micro-batches are accumulated in float32, too. A float32
+    parameter is its own master.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Optimizer:
         matrices: Collection[str] = (),
         untrained: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """``rates``: the learning rate of each trained parameter, by name; ``matrices``: those among them for Muon.
+        """``rates``: the learning rate of each trainable parameter, by name; ``matrices``: those of them for Muon.
         ``untrained``: tensors of the model that are saved and restored with these, by name.
 
-        Muon's steps are scaled to be as large as AdamW's mostly are, 0.2 times the learning rate a weight in the mean
-        square (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2): one rate serves both.
+        Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
+        scalable for LLM training", section 2.2), so that both use the same learning rate.
         """
         parameters = dict(model.named_parameters())
         self.parameters = {name: parameters[name] for name in rates}
@@ -73,7 +73,7 @@ class Optimizer:
         self.threads = _threads(threads) if threads > 1 else None
 
     def _groups(self, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
-        """Parameters by learning rate; those of one axis, norms and biases, are spared weight decay, as LLaVA's are."""
+        """Parameter groups by learning rate; no weight decay for one-dimensional ones (norms, biases), as in LLaVA."""
         kinds = {name: (rate, weight_decay if self.masters[name].ndim > 1 else 0.0) for name, rate in rates.items()}
         return [
             {
@@ -96,9 +96,9 @@ class Optimizer:
             parameter.grad = None
 
     def step(self, share: float, max_norm: float | None = None) -> float:
-        """One update at ``share`` of the peak learning rates; returns the highest rate used.
+        """One update with learning rates of ``share`` times their peaks; returns the highest rate used.
 
-        With ``max_norm`` the gradient, of all parameters together, is scaled down to that length where it is longer.
+        With ``max_norm`` the global gradient norm is clipped.
         """
         groups = [group for algorithm in self.algorithms for group in algorithm.param_groups]
         for group in groups:
@@ -123,7 +123,7 @@ class Optimizer:
 
     @torch.no_grad()
     def take(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Some values from elsewhere, by name."""
+        """Replaces the values of some parameters, by name."""
         for name, weight in weights.items():
             (self.untrained[name] if name in self.untrained else self.masters[name]).copy_(weight)
         self._follow()
@@ -142,7 +142,7 @@ class Optimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters, moments and untrained tensors as one flat mapping of tensors."""
+        """Master weights, moments and untrained tensors as one flat mapping."""
         flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         flat |= {f"untrained.{name}": tensor.clone() for name, tensor in self.untrained.items()}
         for name, master in self.masters.items():

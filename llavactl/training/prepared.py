@@ -1,4 +1,4 @@
-"""The batches of each step, prepared in a thread while the step before computes."""
+"""Prefetching: the batches of each step are prepared in a thread during the previous step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prepared(run: Run, plan: Plan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
-    """Each step from ``start`` on with its batches; there may be none any more once ``stop`` is asked."""
+    """Yields each step from ``start`` on with its batches; may end early once ``stop`` is asked."""
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(micro_batches, run, run.data, plan.batch(start), stop)
         for step in range(start, plan.steps):
@@ -36,7 +36,7 @@ def prepared(run: Run, plan: Plan, start: int, stop: Stop) -> Iterator[tuple[int
 
 
 def micro_batches(run: Run, data: TrainingSet, members: micro.Members, stop: Stop) -> list[Batch]:
-    """This process's share of a global batch; raises CancelledError at the next image once ``stop`` is asked."""
+    """This process's micro-batches of a global batch; raises CancelledError once ``stop`` is asked."""
     stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
     samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
     share = micro.Share(Limits(samples, stage.micro_tokens), process, processes)
@@ -46,7 +46,7 @@ def micro_batches(run: Run, data: TrainingSet, members: micro.Members, stop: Sto
 
 @dataclass(frozen=True)
 class _UntilStopped:
-    """Features until ``stop`` is asked: encoding a whole batch live can take minutes."""
+    """Features that raise once ``stop`` is asked, since encoding a whole batch live can take minutes."""
 
     features: Loads
     stop: Stop

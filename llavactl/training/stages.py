@@ -51,16 +51,16 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     }
     if not rates:
         raise RecipeError(
-            "the connector has no trainable parameter, so this stage has nothing to train",
-            hint="`llavactl train --stage 2 -o stage2.init=scratch` trains the language model behind it",
+            "the connector has no trainable parameters, so there is nothing to train in this stage",
+            hint="`llavactl train --stage 2 -o stage2.init=scratch` trains the language model with it",
         )
     return rates
 
 
 def untrained(model: LlavaModel) -> dict[str, torch.Tensor]:
-    """The connector's state beside its trained parameters, by name: buffers, and parameters that its component froze.
+    """The connector's buffers and the parameters that its component froze, by name.
 
-    Buffers such as the statistics of a BatchNorm change while it trains, and are as much its result.
+    Buffers such as BatchNorm statistics change during training and are part of the result.
     """
     trainable = {name for name, _ in model.connector.named_parameters()} - model.frozen
     state = model.connector.state_dict(prefix="connector.", keep_vars=True)

@@ -53,7 +53,7 @@ class Damaged:
 
 @dataclass(frozen=True)
 class Unchecked:
-    """A shard of ``store`` that can't be read: a disk, a network, permissions. It is left as it is."""
+    """A shard of ``store`` that can't be read (disk, network, permissions). It is left as it is."""
 
     store: str
     file: str
@@ -63,7 +63,7 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """``sound``: every shard was read and is what it was when it was written."""
+    """``sound``: every shard could be read and matches its checksum."""
 
     sound: bool
     stores: int
@@ -98,9 +98,9 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
 
 
 def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
-    """Hashes every shard, of every store or those that ``recipe`` needs; sets damaged ones aside.
+    """Hashes every shard of all stores, or of those that ``recipe`` needs; sets damaged ones aside.
 
-    The next extract makes the images of damaged shards again, and no others. What can't be read is listed apart.
+    The next extract recomputes the features of damaged shards only. Shards that can't be read are listed separately.
 
     Raises:
         StoreError: a manifest can't be read, or another process writes to a store.

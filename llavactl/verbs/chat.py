@@ -47,14 +47,14 @@ def open_chat(recipe: Recipe | None, model: str | None = None, template: str | N
     return Conversation(open_assistant(resolve(model, recipe), template=template))
 
 
-WANTED = "a PNG, JPEG, WebP or another image file, its URL, or base64"
+WANTED = "expected an image file (PNG, JPEG, WebP, …), its URL, or base64"
 
 
 def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef]:
     """The images that the user names: files relative to ``base`` (default: the working directory), URLs or base64.
 
     Raises:
-        DataError: one that can't be read, by name, before a model is asked.
+        DataError: an image can't be read; raised before a model is loaded.
     """
     images = []
     for name in names:
@@ -70,7 +70,7 @@ def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef
 
 
 def content(prompt: str, images: Sequence[str | ImageRef], base: Path | None = None) -> tuple[Content, ...]:
-    """What the user says: the images, by name as of ``open_images`` or opened already, then ``prompt``."""
+    """The user's turn: the images, already opened or by name as in ``open_images``, then ``prompt``."""
     parts: list[Content] = []
     for each in images:
         parts += [*(open_images([each], base) if isinstance(each, str) else [each]), "\n"]
@@ -89,13 +89,12 @@ Asked = tuple[dict[str, Any], tuple[Content, ...]]
 
 
 def read_batch(file: Path) -> list[Asked]:
-    """The records of a JSONL of ``{"image", "prompt"}``, each with what it says.
+    """The records of a JSONL of ``{"image", "prompt"}``, each with its content; a JSON list is read, too.
 
-    ``image`` may be a list, or absent; paths are relative to ``file``, or it is what ``open_images`` takes. A JSON list
-    of such records is read, too.
+    ``image`` may be a list or absent; its items are as in ``open_images``, with paths relative to ``file``.
 
     Raises:
-        DataError: a record or an image that can't be read, with its line.
+        DataError: a record or an image can't be read; names its line.
     """
     try:
         return [_record(entry, f"{file}:{entry.place}", file.parent) for entry in read_stream(file)]
@@ -121,7 +120,7 @@ def _record(entry: Entry, where: str, base: Path) -> Asked:
     try:
         names = image_names(record)
         if key := unread_media(record, images=bool(names)):
-            raise DataError(f"`{key}` is not read", hint=FORM)
+            raise DataError(f"unsupported key `{key}`", hint=FORM)
         return record, content(record["prompt"], names, base)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -74,13 +74,13 @@ def check(
     decode: Decode = "header",
     fix: Path | None = None,
 ) -> CheckReport:
-    """Examines the records of ``recipe``, or of ``file`` with images in ``images``; of ``stage`` alone if given.
+    """Checks the records of ``recipe``, or of ``file`` with images in ``images``; only those of ``stage`` if given.
 
-    Without ``images`` those of ``file`` are not looked for; ``follow_links`` is as in a recipe. ``fix`` is a file to
-    write ``file`` to, mended.
+    Without ``images``, those of ``file`` are not checked; ``follow_links`` is as in a recipe. ``fix`` is the file to
+    write the repaired records to.
 
     Raises:
-        DataError: a file or folder is not there, or ``fix`` can't be written.
+        DataError: a file or folder doesn't exist, or ``fix`` can't be written.
         RecipeError: there is nothing to check.
     """
     began = time.perf_counter()

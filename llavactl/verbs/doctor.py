@@ -193,7 +193,7 @@ def _network() -> Iterator[Finding]:
 def _hub() -> Finding:
     what = "downloads from the model hub"
     if proxy_fault():
-        return Finding(what, False, "the network can't be reached: only models in folders or in the hub's cache")
+        return Finding(what, False, "no network: only models in local folders or in the hub's cache can be used")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
             return Finding(what, False, f"{name} is set: only models in folders or in the hub's cache")

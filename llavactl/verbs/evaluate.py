@@ -86,7 +86,7 @@ class _Asked:
 
     @property
     def identity(self) -> list[Any]:
-        """Changes with anything that decides how answers are scored."""
+        """Everything that determines how answers are scored."""
         right = [[each.id, each.reference, each.category] for each in self.questions]
         return [component_identity("tasks", self.spec), right]
 
@@ -251,7 +251,7 @@ def _views(recipe: Recipe | None, model: _Model, settings: Eval, asked: _Asked) 
 
 
 def _content(questions: Sequence[Question]) -> list[Any]:
-    """What ``questions`` say and show: images by their content, those that can't be read by their names."""
+    """The content of ``questions``: text, and images by content hash, or by name if they can't be read."""
     images = list(dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images))
     keys = dict(zip(images, ContentKeys().many(images), strict=True))
 

@@ -33,14 +33,14 @@ MARK = "llavactl_export.json"
 """In every export: what it was made of. A folder with another content is never written over."""
 
 VERIFIED = ("verified", "verified_content")
-"""Keys of it: what a verification found, and the content that it is about."""
+"""Its keys: a verification's result, and the hash of the content that was verified."""
 
 PHOTOS = 3
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Where the export is; ``verified``: what another program made of it, None where it wasn't asked."""
+    """Where the export is; ``verified``: the result of the verification, None if it wasn't run."""
 
     format: str
     to: str
@@ -60,20 +60,20 @@ def export(
     check: bool | None = None,
     images: Sequence[Path] = (),
 ) -> ExportReport:
-    """Writes ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in format ``form``.
+    """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in format ``form``.
 
-    It is then reloaded in a process that can't import llavactl and compared with ``model`` about ``images``, else about
-    the recipe's first images, else about drawn ones. ``check=False`` skips that, ``check=True`` refuses a format that
-    no program of ours reloads. What was verified and hasn't changed since isn't verified again.
+    The export is then reloaded in a process that can't import llavactl and compared with ``model`` on ``images``, else
+    on the recipe's first images, else on synthetic ones. ``check=False`` skips this, ``check=True`` refuses a format
+    that can't be reloaded. An export that was verified and hasn't changed is not verified again.
 
     Raises:
-        ModelError: the format has no place for the model, ``to`` holds something else, or the two differ.
+        ModelError: the format can't represent the model, ``to`` has other contents, or the two differ.
     """
     made: Format = registry().create("formats", {"name": form})
     if made.reload is None and check is not False:
         if check:
-            raise ModelError(f"format {form} has no program that reloads it", hint="export without --verify")
-        log.warning("format %s has no program that reloads it: the export is not verified", form)
+            raise ModelError(f"exports in format {form} can't be verified", hint="omit --verify")
+        log.warning("exports in format %s can't be verified: skipping verification", form)
     given = _given(images)
     if model is None:
         assert recipe is not None
@@ -96,18 +96,18 @@ def export(
 
 
 def _stamp(form: str, source: Path) -> dict[str, Any]:
-    """What the export in format ``form`` of the model folder ``source`` depends on."""
+    """Everything that the export of the model folder ``source`` in format ``form`` depends on."""
     return {"format": form, "model": identity(source)}
 
 
 def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:
-    """Whether ``to`` is a whole export of what ``stamp`` stands for."""
+    """Whether ``to`` is a complete export with this ``stamp``."""
     found = read_json(to / MARK)
     return {key: found.get(key) for key in stamp} == stamp and _files(to) == found.get("files")
 
 
 def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> None:
-    """Writes ``to`` whole or not at all; an export that was there stays until the new one is whole."""
+    """Writes ``to`` atomically; an existing export is kept until the new one is complete."""
     others = sorted(_files(to).keys() - read_json(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
     if to.exists() and others:
         raise ModelError(
@@ -123,19 +123,19 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         replace_folder(temporary, to)
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{to}: can't be written: {' '.join(str(error).split())}", hint="free some disk, or check its permissions"
+            f"{to}: can't be written: {' '.join(str(error).split())}", hint="free disk space, or check its permissions"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -> Verified:
-    """Compares ``to`` with ``source`` and keeps the result in ``to``, with the content that it is about.
+    """Compares ``to`` with ``source`` and stores the result in ``to``, with a hash of the verified content.
 
     Raises:
-        ModelError: they differ, or no other program can load ``to``.
+        ModelError: they differ, or ``to`` can't be loaded.
     """
-    log.info("verifying %s: another process loads it in float32 on the CPU (--no-verify skips this)", to)
+    log.info("verifying %s in a separate process, in float32 on the CPU (--no-verify skips this)", to)
     content = _content(to)
     mark = {key: value for key, value in read_json(to / MARK).items() if key not in VERIFIED}
     write_json(to / MARK, mark)
@@ -143,14 +143,14 @@ def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -
     write_json(to / MARK, {**mark, "verified": asdict(found), "verified_content": content})
     if not found.sound:
         raise ModelError(
-            f"{to}: not the same model: {'; '.join(found.faults)}",
-            hint="don't use this folder: it is kept to be looked at, and verified again by the next export to it",
+            f"{to}: the export differs from the model: {'; '.join(found.faults)}",
+            hint="don't use this export; it is kept for inspection, and the next export to it verifies it again",
         )
     return found
 
 
 def _verified_before(to: Path) -> Verified | None:
-    """The result of the last verification of ``to``, if it was sound and no file has changed since."""
+    """The result of the last verification of ``to``, if it passed and no file has changed since."""
     mark = read_json(to / MARK)
     kept = mark.get("verified")
     if not isinstance(kept, dict) or kept.keys() != {each.name for each in fields(Verified)} or kept["faults"]:
@@ -159,7 +159,7 @@ def _verified_before(to: Path) -> Verified | None:
 
 
 def _content(to: Path) -> str:
-    """Changes with the name or the content of any file of the export in ``to``."""
+    """A hash of the names and contents of all files of the export in ``to``."""
     return hash_json({name: hash_file(to / name) for name in _files(to)})
 
 
@@ -173,7 +173,7 @@ def _given(images: Sequence[Path]) -> list[ImageFile]:
     """The files of ``images``.
 
     Raises:
-        DataError: one is no image.
+        DataError: one is not an image.
     """
     chosen = [ImageFile(str(image.absolute().parent), image.name, follow_links=True) for image in images]
     for image in chosen:
@@ -183,7 +183,7 @@ def _given(images: Sequence[Path]) -> list[ImageFile]:
 
 
 def _photos(recipe: Recipe | None) -> list[ImageFile]:
-    """Images of the recipe's data, else drawn ones (kept in the cache)."""
+    """Images of the recipe's data, else synthetic ones (cached)."""
     return list(islice(_of_recipe(recipe), PHOTOS)) or _drawn()
 
 
@@ -208,7 +208,7 @@ def _unreadable(image: ImageFile) -> str:
 
 
 def _drawn() -> list[ImageFile]:
-    """Images of smooth colours in odd sizes."""
+    """Synthetic images: smooth colour gradients in unusual sizes."""
     import numpy as np
     from PIL import Image
 

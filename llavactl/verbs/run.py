@@ -75,10 +75,10 @@ def run(recipe: Recipe) -> RunReport:
 
 
 def _refuse(recipe: Recipe) -> None:
-    """What would stop a later step stops the run before its first: a broken model, say, before hours of extraction.
+    """Checks before the first step what would stop a later one, such as a broken model after hours of extraction.
 
     Raises:
-        LlavactlError: a model can't be loaded, or the processes are to do what llavactl doesn't.
+        LlavactlError: a model can't be loaded, or accelerate's configuration is not supported.
     """
     for stage, sources in ((recipe.stage1, recipe.data.stage1), (recipe.stage2, recipe.data.stage2)):
         if sources:
@@ -92,7 +92,7 @@ def _refuse(recipe: Recipe) -> None:
 
 def _check(kind: str, spec: Mapping[str, Any]) -> None:
     component = registry().create(kind, spec)
-    if hasattr(component, "check"):  # a plugin's may have none
+    if hasattr(component, "check"):  # optional for plugins
         component.check()
 
 

@@ -76,16 +76,16 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     data = split(sources, settings, encoding, features, features.contents, recipe.seed)
     if stage == 1 and not any(sample.images for sample in data.train.samples):
         raise DataError(
-            "data.stage1: no sample to train on has an image, so the connector would learn nothing",
-            hint="text alone trains in stage 2",
+            "data.stage1: no training sample has an image, so the connector can't be trained",
+            hint="use text-only data in stage 2",
         )
-    with accelerator.main_process_first():  # the others find what it hashed
+    with accelerator.main_process_first():  # the others use the hashes that it cached
         digest = _digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (done := finished(folder, digest, settings.final)):
         return done
     if settings.final == "best" and not len(data.validation):
         raise RecipeError(
-            f"stage{stage}.final: best, but no sample is held out to tell which is"
+            f"stage{stage}.final: best needs validation samples, but none are held out"
             + (f" ({data.held_out})" if data.held_out else ""),
             hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
         )
@@ -152,10 +152,10 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
 
 @contextmanager
 def _optional(file: Path) -> Iterator[None]:
-    """What is made once the model is saved: where it fails, a warning, as the stage is finished without it."""
+    """For optional outputs after the model is saved: an exception is logged as a warning."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - hours of training must not end in an error over a picture
+    except Exception as error:  # noqa: BLE001 - hours of training must not end in an error over a plot
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         log.warning("%s could not be written (%s); the model is saved", file, reason)
 
@@ -184,14 +184,14 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
     description = model_folder.describe(start)
     if description["method"] == "lora" and recipe.stage2.method != "full":
         raise ModelError(
-            f"stage2.init {recipe.stage2.init}: it is an adapter, and a second one on top of it has no place on disk",
-            hint="merge it first: `llavactl export --format hf --to DIR`, then `stage2.init: DIR`",
+            f"stage2.init {recipe.stage2.init}: it is an adapter, and a second adapter on top is not supported",
+            hint="merge it first: `llavactl export --format hf --to DIR`, then set `stage2.init: DIR`",
         )
     encoder = Path(description["vision"].get("model", ""))
     if encoder.parent == start and recipe.vision.spec().get("model") != str(encoder):
         raise ModelError(
-            f"stage2.init {recipe.stage2.init}: its vision encoder was fine-tuned with it, and is not the recipe's",
-            hint=f"`-o vision.model={encoder}` trains on its features",
+            f"stage2.init {recipe.stage2.init}: it has a fine-tuned vision encoder, which is not the recipe's",
+            hint=f"`-o vision.model={encoder}` uses its vision encoder",
         )
     for key, theirs, ours in (
         ("connector", _complete(description["connector"]), _complete(recipe.connector.spec())),
@@ -217,10 +217,10 @@ def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
-    """Changes with all that decides the result: settings, components, data, features, the model it starts from.
+    """A hash of everything that determines the result: settings, components, data, features, the initial model.
 
-    What files hold counts, not what they are called. Left out is what doesn't change the result, or only how fast it
-    comes: a run resumes when these change.
+    Files count by content, not by name. Settings that don't change the result, only speed for example, are left out: a
+    run resumes after they change.
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
     free = {"micro_batch_size", "micro_tokens", "packing", "gradient_checkpointing"}
@@ -241,7 +241,7 @@ def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data
 
 
 def _language(recipe: Recipe, start: Path | None) -> dict[str, Any]:
-    """The language model that stage 2 trains, or puts an adapter on: that of ``stage2.init`` where it names a model."""
+    """The language model that stage 2 trains, fully or with an adapter: that of ``stage2.init`` if it names a model."""
     if start is None or recipe.stage2.init in OWN_INITS:
         return recipe.language.spec()
     return model_folder.language_of(start, model_folder.describe(start))

@@ -49,10 +49,10 @@ class TrainReport:
 
 
 def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model the ``final`` one.
+    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model is the ``final`` one.
 
     Raises:
-        OSError: there is a report that can't be read.
+        OSError: the report exists but can't be read.
     """
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -225,7 +225,7 @@ class TestWhatCannotBeAsked:
     def test_no_such_folder(self, tmp_path: Path) -> None:
         result = run_cli("eval", "scenes", "--model", "hf:./nowhere", cwd=tmp_path)
         assert result.exit_code == 1
-        assert "hf:./nowhere: there is no such folder" in result.stderr
+        assert "hf:./nowhere: no such folder" in result.stderr
 
     def test_no_processor(self, models: Any, tmp_path: Path) -> None:
         shutil.copytree(models("llava"), tmp_path / "m")

@@ -153,7 +153,7 @@ def test_a_link_to_nothing(toy: Path) -> None:
     file = toy / "language" / "model.safetensors"
     file.unlink()
     file.symlink_to(toy / "blobs" / "gone")
-    with pytest.raises(ModelError, match=r"model\.safetensors: a link"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: "):
         _load(toy)
 
 

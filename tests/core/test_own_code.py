@@ -72,6 +72,6 @@ def test_yes_is_not_asked_for(toy: Path, file: str, changes: dict[str, Any], com
     done = run_cli(*command, *features, cwd=toy, stdin="y\n" * 9)
     assert (done.exit_code, done.stdout) == (1, "")
     (error, _hint) = done.stderr.splitlines()
-    assert "code of its own" in error
+    assert "custom code" in error
     assert str((toy / file).parent) in error
     assert not (toy / "ran").exists()

@@ -101,7 +101,7 @@ def test_what_was_packed_is_read_in_any_order_and_thread(place: str) -> None:
 
 def test_what_is_not_there_is_an_os_error(place: str) -> None:
     for name in ("train/999.jpg", "train"):
-        with pytest.raises(OSError, match="there is no such"):
+        with pytest.raises(OSError, match="no such"):
             image_in(place, name).read()
 
 
@@ -159,7 +159,7 @@ def test_a_member_that_needs_another_decompressor_says_so(tmp_path: Path) -> Non
 def test_a_pipe_among_the_images_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     for look in (ImageFile(str(tmp_path), "a.jpg").read, ImageFile(str(tmp_path), "a.jpg").stamp):
-        with pytest.raises(OSError, match="a pipe, a socket or a device"):
+        with pytest.raises(OSError, match="a pipe, socket or device"):
             look()
 
 
@@ -190,9 +190,9 @@ def test_any_bytes_under_any_name(images: dict[str, bytes]) -> None:
 @pytest.mark.parametrize(
     ("root", "why"),
     [
-        ("nothing.zip", "there is no such file"),
-        ("none*.tar", "there is no such file"),
-        ("folder", "there is no such folder"),
+        ("nothing.zip", "no such file"),
+        ("none*.tar", "no such file"),
+        ("folder", "no such folder"),
         ("broken.zip", "can't be read"),
         ("packed.tar", "can't be read"),
         ("nonsense://x/", "can't be opened"),
@@ -253,7 +253,7 @@ def test_a_name_may_be_spelled_as_on_another_system(tmp_path: Path, kind: str, w
     for named in SPELLINGS[written]:
         assert image_in(place, named).read() == b"x"
         assert image_in(place, named).stamp() == image_in(place, written).stamp()
-    with pytest.raises(FileNotFoundError, match=r"differs in case"):
+    with pytest.raises(FileNotFoundError, match=r"different case"):
         image_in(place, SPELLINGS[written][0].upper()).read()
 
 

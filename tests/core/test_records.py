@@ -46,7 +46,7 @@ def test_lines_with_any_text_come_back(tmp_path_factory: pytest.TempPathFactory,
         (b"[1]", "r.jsonl record 0: not an object"),
         (b'[\n{"id": 1},\n', "r.jsonl:3: not JSON"),
         (b"\xff\xfe{", "r.jsonl: not UTF-8 text"),
-        (b'{"id": 1, "id": 2}', "r.jsonl:1: 'id' is there twice in one object"),
+        (b'{"id": 1, "id": 2}', "r.jsonl:1: duplicate key 'id'"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, data: bytes, why: str) -> None:

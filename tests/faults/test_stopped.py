@@ -78,7 +78,7 @@ def test_one_signal_saves_and_the_rest_follows(toy: Path, end: signal.Signals, c
     assert "Traceback" not in err
     last = read(folder / "metrics.jsonl")[-1]["step"]
     assert checkpoints(folder) == [last], "of the step that was under way"
-    (line,) = [line for line in err.splitlines() if "resumes after step" in line]
+    (line,) = [line for line in err.splitlines() if "resume after step" in line]
     assert f"step-{last:08d}" in line
     assert line.endswith(f"step {last}")
     assert err.splitlines()[-1] == "interrupted; run the same command to resume"
@@ -199,7 +199,7 @@ def test_a_batch_that_takes_long_to_prepare_holds_nobody_up(toy: Path, monkeypat
     result = run_cli(*command(toy, "stage1.batch_size=120"))
     assert result.exit_code == 143
     assert time.monotonic() - sent[0] < 10, "not the 60 s that the batch takes"
-    assert "resumes after" not in result.stderr, "there is nothing yet"
+    assert "resume after" not in result.stderr, "there is nothing yet"
 
 
 @pytest.mark.parametrize("where", ["build", "split", "_dry_save", "_save_model", "_write_samples"])
@@ -284,7 +284,7 @@ def test_two_processes_stop_after_the_same_step(toy: Path, receiver: str) -> Non
     os.kill(targets[receiver], signal.SIGTERM)
     err = process.communicate(timeout=300)[1]
     assert process.returncode != 0
-    assert err.count("resumes after step") == 1, err
+    assert err.count("resume after step") == 1, err
     assert "RuntimeError" not in err
     last = read(folder / "metrics.jsonl")[-1]["step"]
     assert checkpoints(folder) == [last]

@@ -166,7 +166,8 @@ def test_a_folder_with_another_stores_content_is_damage(recipe: Load) -> None:
     with pytest.raises(StoreError, match="holds features of another fingerprint"):
         FeatureStore.open(stage_fingerprint(recipe(), 1))
     found = verify(recipe())
-    assert {each.reason for each in found.damaged} == {f"it holds features of the fingerprint {there.name}"}
+    assert all(there.name in each.reason for each in found.damaged)
+    assert found.damaged
 
 
 @pytest.mark.parametrize("text", ["no JSON", '{"image": "another"}'])

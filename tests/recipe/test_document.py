@@ -157,7 +157,7 @@ class TestFiles:
         assert why in self.refusal(file)
 
     def test_missing(self, tmp_path: Path) -> None:
-        assert "there is no such file" in self.refusal(tmp_path / "none.yaml")
+        assert "no such file" in self.refusal(tmp_path / "none.yaml")
 
     def test_folder(self, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").touch()

@@ -80,7 +80,7 @@ class TestFinding:
         assert load_recipe("./mine").name == "small"
 
     def test_a_missing_file_is_one_line(self) -> None:
-        assert [str(problem) for problem in check("none.yaml")] == ["none.yaml: there is no such file"]
+        assert [str(problem) for problem in check("none.yaml")] == ["none.yaml: no such file"]
 
 
 class TestResolving:

@@ -89,4 +89,4 @@ def test_wrong_results_are_named_and_nothing_is_kept(recipe: Folder) -> None:
     (folder / "strange.jsonl").write_text(good.replace('"custom_id": "', '"custom_id": "x'))
     assert generate(folder, "--batch-results", "strange.jsonl")["asking"]["batch_results"]["strange"] == 3
     nothing = run_cli("data", "generate", "--batch-results", "none.jsonl", cwd=folder)
-    assert "none.jsonl: there is no such file" in nothing.stderr
+    assert "none.jsonl: no such file" in nothing.stderr

@@ -289,4 +289,4 @@ def test_a_file_without_records_is_a_problem(tmp_path: Path, text: str) -> None:
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path, verb: str) -> None:
     out = ["--out", str(tmp_path / "out.json")] if verb in ("filter", "expand") else []
     assert f"{tmp_path} is a folder" in run_cli("data", verb, str(tmp_path), *out).stderr
-    assert "there is no such file" in run_cli("data", verb, str(tmp_path / "none.json"), *out).stderr
+    assert "no such file" in run_cli("data", verb, str(tmp_path / "none.json"), *out).stderr

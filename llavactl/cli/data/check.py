@@ -24,10 +24,10 @@ SHOWN = 3
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option(
-    "--images", metavar="PLACE", help="FILE's images: a folder, archives or a URL; without it none is opened."
+    "--images", metavar="PLACE", help="Where FILE's images are: a folder, archives or a URL. Without it none is opened."
 )
 @click.option(
-    "--follow-links", is_flag=True, help="Follow symbolic links that lead out of the folder of FILE's images."
+    "--follow-links", is_flag=True, help="Follow symbolic links that point outside the folder of FILE's images."
 )
 @click.option(
     "--decode",
@@ -98,4 +98,4 @@ def _print(report: CheckReport) -> None:
                 output.line(f"{each.problem}: and {each.count - SHOWN:,} more; --json has up to a thousand")
     if (mended := report.mended) is not None:
         counts = f"{mended.written:,} records written, {mended.changed:,} changed, {mended.dropped:,} dropped"
-        output.line(f"{mended.out}: {counts}; {mended.log} says why")
+        output.line(f"{mended.out}: {counts}; reasons in {mended.log}")

@@ -1,4 +1,4 @@
-"""A LoRA adapter of another program: every one of its tensors must have its place in the language model."""
+"""Reading LoRA adapters of other programs: every tensor must belong to the language model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from llavactl.core.paths import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""In the order in which peft looks for them."""
+"""Weight files in the order in which peft looks for them."""
 
 
 def copy_adapter(folder: Path, to: Path, base: str | None) -> None:
     """Copies the adapter in ``folder`` to ``to``.
 
     Raises:
-        ModelError: it names no ``base``, is no LoRA, or its tensors are not those of one on ``base``.
+        ModelError: it names no ``base``, is not a LoRA adapter, or its tensors don't match ``base``.
     """
     if base is None:
-        raise ModelError(f"{folder / CONFIG}: names no base_model_name_or_path")
+        raise ModelError(f"{folder / CONFIG}: no base_model_name_or_path")
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ModelError(f"{folder}: an adapter without weights", hint=f"looked for {' and '.join(WEIGHTS)}")
+        raise ModelError(f"{folder}: an adapter without weights", hint=f"expected {' or '.join(WEIGHTS)}")
     refuse_unfit(folder, read(file).keys(), base)
     to.mkdir(exist_ok=True)
     for each in (folder / CONFIG, file):
@@ -36,24 +36,24 @@ def copy_adapter(folder: Path, to: Path, base: str | None) -> None:
 
 
 def refuse_unfit(folder: Path, names: Set[str], base: str) -> None:
-    """Refuses the adapter in ``folder`` unless its tensors ``names`` are those that peft would make for ``base``.
+    """Refuses the adapter in ``folder`` unless its tensors ``names`` are those that peft would create for ``base``.
 
-    peft itself leaves out what it finds no place for, such as an adapter of the vision encoder, and takes what is
-    missing as untrained.
+    peft itself silently ignores tensors that don't fit, such as an adapter of the vision encoder, and initialises
+    those that are missing.
     """
     if (kind := read_json(folder / CONFIG).get("peft_type")) != "LORA":
-        raise ModelError(f"{folder / CONFIG}: peft_type is {kind}", hint="llavactl reads LORA adapters")
+        raise ModelError(f"{folder / CONFIG}: peft_type {kind} is not supported", hint="llavactl reads LORA adapters")
     wanted = _tensor_names(folder, base)
-    for what, found in (("that its base has no place for", names - wanted), ("too few", wanted - names)):
+    for what, found in (("unexpected", names - wanted), ("missing", wanted - names)):
         if found:
             raise ModelError(
-                f"{folder}: {len(found)} adapter tensors {what}, such as {min(found)}",
-                hint="llavactl reads adapters of the language model alone, whole",
+                f"{folder}: {len(found)} {what} adapter tensors, such as {min(found)}",
+                hint="llavactl reads complete adapters of the language model, and no other adapters",
             )
 
 
 def _tensor_names(folder: Path, base: str) -> Set[str]:
-    """The names of the tensors of an adapter configured as in ``folder``; nothing is computed."""
+    """The tensor names of an adapter configured as in ``folder``; no weights are loaded."""
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -68,4 +68,4 @@ def _tensor_names(folder: Path, base: str) -> Set[str]:
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder / CONFIG}: no adapter of {base}: {reason}") from error
+        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {reason}") from error

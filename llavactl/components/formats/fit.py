@@ -1,8 +1,8 @@
-"""Whether ``LlavaForConditionalGeneration`` computes what a causal language model computes.
+"""Whether ``LlavaForConditionalGeneration`` computes the same as a causal language model's own class.
 
-It holds the model below the head and puts a linear head without bias of its own on top. Whatever else the causal
-language model's class does (a bias, scaled or capped logits) has no place there, and transformers drops it silently.
-This is found by running the model once, not by a list of architectures.
+It wraps the base model (without head) and adds its own linear head without bias. Anything else that the causal model's
+class does (a bias, scaled or capped logits) can't be represented, and transformers drops it silently. This is detected
+by running the model once, not by a list of architectures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HINT = "`--format llava` keeps the whole language model; llavactl's own commands need no export"
 POSITIONS = 8
 NEAR = 1e-2
-"""Of the largest: what two passes of the same weights in bfloat16 may differ by."""
+"""Tolerance for two passes of the same weights in bfloat16, relative to the largest value."""
 
 
 def refuse_unless_linear(language: PreTrainedModel) -> None:
@@ -30,31 +30,32 @@ def refuse_unless_linear(language: PreTrainedModel) -> None:
 
     base, head = language.base_model, language.get_output_embeddings()
     if base is language or not isinstance(head, nn.Linear):
-        raise _no_place(language, "it is not a base model with a linear head")
+        raise _unsupported(language, "it is not a base model with a linear head")
     if head.bias is not None:
-        raise _no_place(language, "its head has a bias")
-    if why := _beside(language, base, head):
-        raise _no_place(language, why)
+        raise _unsupported(language, "its head has a bias")
+    if why := _other_computation(language, base, head):
+        raise _unsupported(language, why)
 
 
 def refuse_other_weights(what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """Raises ModelError unless ``theirs``, made from the configuration, has a place for ``ours`` and for no more."""
+    """Raises ModelError unless ``ours`` and ``theirs``, created from the configuration, have equal names and shapes."""
     wanted, found = ({name: tuple(weight.shape) for name, weight in each.items()} for each in (ours, theirs))
     if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         sizes = (
-            "x".join(map(str, shapes[differing[0]])) if differing[0] in shapes else "no such weight"
+            "x".join(map(str, shapes[differing[0]])) if differing[0] in shapes else "missing"
             for shapes in (wanted, found)
         )
         raise ModelError(
-            f"layout hf can't hold this {what}: {differing[0]} is {' here and '.join(sizes)} in the layout", hint=HINT
+            f"layout hf can't represent this {what}: {differing[0]} is {' here and '.join(sizes)} in the layout",
+            hint=HINT,
         )
 
 
-def _beside(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
-    """What ``language`` does beside running ``base`` and then ``head``: '' when nothing.
+def _other_computation(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
+    """What ``language`` computes besides ``base`` and ``head``; "" if nothing.
 
-    What the head returns is compared with the logits of the same pass, to the bit: a soft cap is nearly the
-    identity on small logits. What it is given is compared with a pass of ``base`` alone.
+    The head's output is compared with the logits of the same pass bit for bit, as a soft cap is nearly the identity on
+    small logits. The head's input is compared with a pass of ``base`` alone.
     """
     import torch
 
@@ -74,13 +75,13 @@ def _beside(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
         hook.remove()
     given, made = seen
     if given.shape != hidden.shape or not (given - hidden).abs().max() <= NEAR * hidden.abs().max():
-        return "it scales or changes what goes into its base model or its head"
+        return "it scales or changes the input of its base model or its head"
     return "" if torch.equal(made.float(), logits.float()) else "it scales, caps or changes the logits of its head"
 
 
-def _no_place(language: PreTrainedModel, why: str) -> ModelError:
+def _unsupported(language: PreTrainedModel, why: str) -> ModelError:
     return ModelError(
-        f"layout hf can't hold this language model ({type(language).__name__}): {why}, "
-        "and LlavaForConditionalGeneration has a linear head without bias, and nothing else, on top of a base model",
+        f"layout hf can't represent this language model ({type(language).__name__}): {why}, "
+        "but LlavaForConditionalGeneration is a base model with a linear head without bias",
         hint=HINT,
     )

@@ -1,4 +1,4 @@
-"""The generation settings of an export: answers end where the model ends them, and are decoded greedily."""
+"""The generation config of an export: the model's end tokens, and greedy decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEPT = ("bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache", "cache_implementation")
-"""Settings of the language model that don't change which token is chosen."""
+"""Settings of the language model that don't affect which token is chosen."""
 
 OWN = ("eos_token_id", "pad_token_id", "do_sample")
 
@@ -23,21 +23,21 @@ OWN = ("eos_token_id", "pad_token_id", "do_sample")
 def generation_config(
     language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The settings of ``language``, ending at its own end tokens and at those of the model's template.
+    """The generation config of ``language``, with its own end tokens and those of the model's template.
 
-    Those that choose another token than the likeliest (sampling, a repetition penalty) are left out and logged:
-    with them other programs would give other answers than llavactl.
+    Settings other than greedy decoding (sampling, a repetition penalty) are left out and logged: with them, other
+    programs would give other answers than llavactl.
     """
     from transformers import GenerationConfig
 
     before: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
     ends, texts = stops(registry().create("templates", description["template"]), tokenizer)
     for text in texts:
-        log.warning("answers end at the text %r, which no generation config can hold: stop there yourself", text)
+        log.warning("the stop string %r can't be stored in generation_config.json: set it when generating", text)
     own = before.get("eos_token_id")
     said = {key for key, value in before.items() if value not in (None, False)}
     if dropped := sorted(said - {*KEPT, *OWN, "transformers_version", "_from_model_config"}):
-        log.info("generation settings left out, the export decodes greedily by default: %s", ", ".join(dropped))
+        log.info("the export uses greedy decoding; generation settings left out: %s", ", ".join(dropped))
     return GenerationConfig(
         **{key: before[key] for key in KEPT if key in before},
         eos_token_id=sorted(ends.union([own] if isinstance(own, int) else own or ())),

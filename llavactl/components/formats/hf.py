@@ -53,10 +53,10 @@ class HfLlava:
 
 
 def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
-    """Saves ``language`` behind the connector and the backbone of ``native`` as one checkpoint in ``to``.
+    """Saves ``language`` with the connector and the backbone of ``native`` as one checkpoint in ``to``.
 
     Raises:
-        ModelError: the layout has no place for a part of the model; nothing is written then.
+        ModelError: the layout can't represent a part of the model; nothing is written then.
     """
     description = native.description
     projection = native.projection()
@@ -85,20 +85,20 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     )
     whole.generation_config = generation_config(language, tokenizer, description)
     whole.save_pretrained(to, max_shard_size=SHARD)
-    # The precision to load it in; transformers writes that of the first weight, which is the backbone's.
+    # The dtype to load it in; transformers would write that of the first weight, which is the backbone's.
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
     write_json(to / ORIGIN, native.kept(KEPT))
 
 
 def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
-    """``LlavaForConditionalGeneration`` as another program makes it from its configuration, with the weights put in."""
+    """``LlavaForConditionalGeneration`` created from the configuration, as other programs do, with our weights."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     base, head, embeddings = language.base_model, language.get_output_embeddings(), language.get_input_embeddings()
     text = copy.deepcopy(language.config)
-    # The layout ties its head to weights of this one name; a head tied to others is saved as weights of its own.
+    # The layout can tie its head only to weights of this name; a head tied to others is saved separately.
     tied = head.weight is embeddings.weight
     text.tie_word_embeddings = tied and getattr(base, "embed_tokens", None) is embeddings
     config = LlavaConfig(
@@ -109,7 +109,7 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
             whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"layout hf can't hold a model of {text.model_type}: {why}", hint=HINT) from error
+        raise ModelError(f"layout hf can't represent a model of type {text.model_type}: {why}", hint=HINT) from error
     refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
     refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())
     refuse_other_weights("language model's head", head.state_dict(), whole.lm_head.state_dict())
@@ -129,7 +129,7 @@ def _save_processor(
     own = backbone.processor
     if native.description["vision"]["image"] == "pad":
         known = own.to_dict()
-        # What a processor leaves out, LLaVA's would do by default: SigLIP's, say, crops nothing.
+        # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.
         steps = {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
         settings = {**known, **steps, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
         (to / "padding").mkdir()
@@ -145,7 +145,7 @@ def _save_processor(
         num_additional_image_tokens=extra,
         chat_template=_chat(native.description["template"], tokenizer),
     )
-    # Answers to a batch are written behind its prompts; what is only an attribute would not be saved.
+    # Batched generation needs left padding; setting the attribute alone would not be saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     tokenizer.chat_template = None  # the processor's is the one: it knows of images
     processor.save_pretrained(to)
@@ -157,7 +157,7 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     try:
         return chat_template(template, tokenizer, image=IMAGE, glue=_glue(tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has none", spelled(spec), error.message)
+        log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
         return None
 
 
@@ -173,7 +173,7 @@ def _glue(tokenizer: PreTrainedTokenizerBase) -> str:
         joined = tokenizer(IMAGE + glue + after, add_special_tokens=False)["input_ids"]
         if joined[1:] == alone:
             return glue
-    log.warning("this tokenizer has other tokens after an image than alone; verification shows what that changes")
+    log.warning("this tokenizer encodes text after an image differently than alone; verification shows the effect")
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Reading a ``LlavaForConditionalGeneration`` of transformers with its processor."""
+"""Reading checkpoints of ``LlavaForConditionalGeneration`` (transformers) with their processor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 ORIGIN = "llavactl_export.json"
-"""The file beside the weights that has ``KEPT``."""
+"""The file beside the weights that stores ``KEPT``."""
 
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 
 def read_hf(folder: Path, model: Path) -> None:
-    """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
+    """Converts the checkpoint in ``folder`` to the model folder ``model``.
 
     Raises:
-        ModelError: it is incomplete, or more than LLaVA v1 or v1.5.
+        ModelError: it is incomplete, or not a plain LLaVA v1 or v1.5.
     """
     from transformers import LlavaForConditionalGeneration
 
@@ -33,19 +33,19 @@ def read_hf(folder: Path, model: Path) -> None:
     processor = _processor(folder)
     if not processor:
         raise ModelError(
-            f"{folder}: there is no processor: how pixels are made is not known",
-            hint="processor_config.json or preprocessor_config.json belongs beside the weights",
+            f"{folder}: no processor, so the image preprocessing is unknown",
+            hint="expected processor_config.json or preprocessor_config.json beside the weights",
         )
     refuse_unknown_hf(config, processor, folder)
-    if (folder / "adapter_config.json").is_file():  # transformers would load that one, on the base that it names
-        raise ModelError(f"{folder}: both an adapter and whole weights", hint="one of the two belongs elsewhere")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter on the base that it names
+        raise ModelError(f"{folder}: both an adapter and full weights", hint="move one of the two to another folder")
     if not files(folder):
-        raise ModelError(f"{folder}: there are no weights", hint="is the download complete?")
+        raise ModelError(f"{folder}: no weights", hint="the download may be incomplete: download it again")
     name, weights = _projection(tensors(folder, _PROJECTOR), config, folder)
     if others := unused(LlavaForConditionalGeneration, str(folder)):
         raise ModelError(
-            f"{folder}: {len(others)} tensors that LlavaForConditionalGeneration doesn't have, such as {others[0]}",
-            hint="llavactl reads LLaVA v1 and v1.5 without additions",
+            f"{folder}: {len(others)} unexpected tensors for LlavaForConditionalGeneration, such as {others[0]}",
+            hint="llavactl reads plain LLaVA v1 and v1.5",
         )
     vision = {
         "name": "clip",
@@ -57,8 +57,8 @@ def read_hf(folder: Path, model: Path) -> None:
     if config.get("vision_feature_select_strategy", "default") == "default":
         if (prefix := shape_of(vision)["prefix"]) != 1:
             raise ModelError(
-                f"{folder}: it leaves out the first of each image's tokens, of which {prefix} are no patches",
-                hint="llavactl leaves out all of those or none",
+                f"{folder}: it drops the first token per image, but the encoder has {prefix} that are not patches",
+                hint="llavactl drops all tokens that are not patches, or none",
             )
         vision["select"] = "patch"
     text = config.get("text_config") or {}
@@ -76,28 +76,29 @@ def read_hf(folder: Path, model: Path) -> None:
 def _projection(
     found: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """The connector's name and its weights by LLaVA's names."""
+    """The connector's name, and its weights under LLaVA's names."""
     import torch
 
     weights = {name[next(len(p) for p in _PROJECTOR if name.startswith(p)) :]: each for name, each in found.items()}
     wanted = {f"linear_{layer}.{what}" for layer in (1, 2) for what in ("weight", "bias")}
     if weights.keys() != wanted:
         raise ModelError(
-            f"{folder}: a projector of {', '.join(sorted(weights)) or 'no weights'}, not two linear layers with bias",
-            hint="this is another architecture than LLaVA's",
+            f"{folder}: expected a projector of two linear layers with bias, found "
+            f"{', '.join(sorted(weights)) or 'no weights'}",
+            hint="llavactl reads plain LLaVA v1 and v1.5",
         )
     act = config.get("projector_hidden_act", "gelu")
     second, bias = weights["linear_2.weight"], weights["linear_2.bias"]
     if act == "linear" and torch.equal(second, torch.eye(len(bias), dtype=second.dtype)) and not bias.any():
         return "linear", {"weight": weights["linear_1.weight"], "bias": weights["linear_1.bias"]}
     if act != "gelu":
-        raise ModelError(f"{folder}: its projector has activation {act}; llavactl has gelu")
+        raise ModelError(f"{folder}: projector activation {act} is not supported", hint="llavactl supports gelu")
     numbers = {"linear_1": "0", "linear_2": "2"}
     return "mlp2x-gelu", {f"{numbers[name[:8]]}{name[8:]}": weight for name, weight in weights.items()}
 
 
 def _processor(folder: Path) -> dict[str, Any]:
-    """The processor's and the image processor's settings; newer versions keep both in one file."""
+    """The settings of processor and image processor; newer versions of transformers keep both in one file."""
     image = read_json(folder / "preprocessor_config.json")
     whole = read_json(folder / "processor_config.json")
     return {**image, **whole.get("image_processor", {}), **{k: v for k, v in whole.items() if k != "image_processor"}}

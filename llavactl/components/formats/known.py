@@ -1,8 +1,7 @@
-"""What the configuration of a checkpoint may say for the checkpoint to be a plain LLaVA.
+"""The configuration keys and values of a plain LLaVA checkpoint.
 
-Everything that computes something else than LLaVA v1 and v1.5 is announced in config.json by some key, and new keys
-appear with every new model. So the keys and values that are allowed are listed, and all else is refused by name: a key
-that nobody knew of when this was written can't be read past.
+A checkpoint that computes anything else than LLaVA v1 or v1.5 says so with some key of config.json, and every new model
+brings new keys. So this is an allowlist: any other key or value is refused by name, and no unknown key is ignored.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _BOOKKEEPING = frozenset({
     "partial_rotary_factor", "architectures", "model_type", "head_dim", "attention_bias", "mlp_bias",
     "attention_dropout",
 })  # fmt: skip
-"""Of transformers, of any version: they change no number, every class understands them, or the tensors show them."""
+"""Keys of transformers, of any version, that change no result, that every class reads, or that the tensors show."""
 
 _LLAVA_ANY = frozenset({
-    # How it was trained.
+    # Training settings.
     "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_mm_vision_resampler", "freeze_backbone",
     "pretrain_mm_mlp_adapter", "mm_projector_lr", "mm_vision_tower_lr", "tokenizer_padding_side",
     "tokenizer_model_max_length", "vision_tower",
-    # The vision encoder's weights, in the checkpoint or not, are looked at themselves.
+    # Whether the checkpoint has the vision encoder's weights is checked in the weights themselves.
     "unfreeze_mm_vision_tower", "unfreeze_vision_tower", "tune_vision_tower", "tune_mm_vision_tower",
     "mm_tunable_parts",
-    # Read where another key says so alone, such as image_aspect_ratio: anyres.
+    # Only used together with another key, such as image_aspect_ratio: anyres.
     "image_grid_pinpoints", "image_crop_resolution", "image_split_resolution", "pos_skipping_range",
     # Written by llavactl.
     "llavactl", "image_grid",
@@ -56,28 +55,28 @@ _HF: Mapping[str, tuple[Any, ...]] = {
     "vision_feature_select_strategy": ("default", "full"),
 }
 _PROCESSORS = ("CLIP", "Siglip", "Llava", "ViT", "Bit")
-"""Of transformers' image processors those that make one square image of each."""
+"""The image processors of transformers that give one square image per input."""
 
 
 def refuse_unknown_llava(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses an original-layout ``config`` that describes more than LLaVA v1 or v1.5.
+    """Refuses an original-layout ``config`` of anything but a plain LLaVA v1 or v1.5.
 
     Raises:
-        ModelError: with the key and its value, or the architecture.
+        ModelError: names the key and its value, or the architecture.
     """
     kind = language_type(config, str(folder)) if "mm_vision_tower" in config else config.get("model_type")
     known = _LLAVA_ANY | _LLAVA_TYPES.keys() | _class_keys(kind)
-    _refuse(config, folder / "config.json", known, _LLAVA, "LLaVA v1 and v1.5 without additions")
+    _refuse(config, folder / "config.json", known, _LLAVA, "plain LLaVA v1 and v1.5")
     for key, wanted in _LLAVA_TYPES.items():
         if (value := config.get(key)) is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise _refusal(folder / "config.json", key, value, f"{key} of type {wanted.__name__}")
 
 
 def refuse_unknown_hf(config: Mapping[str, Any], processor: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a ``config`` of transformers' layout that describes more than ``LlavaForConditionalGeneration`` of v1.5.
+    """Refuses a ``config`` of transformers' layout of anything but a plain ``LlavaForConditionalGeneration``.
 
     Raises:
-        ModelError: with the key and its value.
+        ModelError: names the key and its value.
     """
     from transformers import CONFIG_MAPPING, LlavaConfig
 
@@ -87,17 +86,17 @@ def refuse_unknown_hf(config: Mapping[str, Any], processor: Mapping[str, Any], f
     for part, default in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
         inner = config.get(part) or {}
         if (kind := inner.get("model_type", default)) not in CONFIG_MAPPING:
-            raise _refusal(file, f"{part}.model_type", kind, "models of transformers")
+            raise _refusal(file, f"{part}.model_type", kind, "model types of transformers")
         _refuse(inner, file, _class_keys(kind), {}, plain, within=f"{part}.")
     maker = str(processor.get("image_processor_type", "CLIPImageProcessor"))
     if not maker.startswith(tuple(f"{name}ImageProcessor" for name in _PROCESSORS)):
-        raise _refusal(folder, "image_processor_type", maker, "image processors that make one square image")
+        raise _refusal(folder, "image_processor_type", maker, "image processors that give one square image")
     if processor.get("image_grid_pinpoints"):
         raise _refusal(folder, "image_grid_pinpoints", processor["image_grid_pinpoints"], plain)
 
 
 def tuned(config: Mapping[str, Any]) -> str:
-    """What in an original-layout ``config`` says that the vision encoder was trained; "" where nothing does."""
+    """The key of an original-layout ``config`` that says that the vision encoder was trained; "" if there is none."""
     keys = ("unfreeze_mm_vision_tower", "unfreeze_vision_tower", "tune_vision_tower", "tune_mm_vision_tower")
     if found := next((key for key in keys if config.get(key)), ""):
         return found
@@ -105,7 +104,7 @@ def tuned(config: Mapping[str, Any]) -> str:
 
 
 def _class_keys(kind: Any) -> Set[str]:
-    """The keys that transformers' configuration of ``kind`` understands, and those that say nothing of the model."""
+    """The keys of transformers' configuration class for ``kind``, and those that are ignored everywhere."""
     from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
     own = AutoConfig.for_model(kind).to_dict().keys() if kind in CONFIG_MAPPING else frozenset()
@@ -123,7 +122,7 @@ def _refuse(
     for key, value in config.items():
         if key in allowed and value is not None and value not in allowed[key]:
             raise _refusal(file, within + key, value, f"{key}: {' or '.join(map(str, allowed[key]))}")
-        if key not in allowed.keys() | known and value:  # null, false and the like: something that is off
+        if key not in allowed.keys() | known and value:  # null, false and the like: a feature that is off
             raise _refusal(file, within + key, value, plain)
 
 

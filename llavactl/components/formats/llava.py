@@ -32,7 +32,7 @@ class OriginalLlava:
         return "mm_vision_tower" in read_json(folder / "config.json") or (folder / PROJECTOR_FILE).is_file()
 
     def read(self, folder: Path, model: Path) -> None:
-        """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
+        """Converts the checkpoint in ``folder`` to the model folder ``model``."""
         read_llava(folder, model)
 
     def write(self, model: Path, to: Path) -> None:
@@ -90,15 +90,16 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_backbone(native: Native) -> None:
-    """LLaVA's programs read the backbone as CLIP's, and one of its layers."""
+    """LLaVA's programs support only CLIP backbones and a single vision layer."""
     vision = native.description["vision"]
     if not isinstance(vision["layer"], int):
-        raise ModelError("layout llava has one vision layer", hint="train with vision.layer: -2, say, or --format hf")
+        hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
+        raise ModelError("layout llava supports a single vision layer", hint=hint)
     config = getattr(registry().create("vision", vision), "config", {})
     if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(
-            f"layout llava can't hold vision backbone {vision['name']} ({kind}): LLaVA's programs read CLIP",
-            hint="`--format hf` holds other backbones of transformers",
+            f"layout llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's programs read only CLIP",
+            hint="`--format hf` supports other backbones of transformers",
         )
 
 

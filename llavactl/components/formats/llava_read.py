@@ -1,7 +1,7 @@
-"""Reading the original LLaVA's checkpoints: full, LoRA with its ``non_lora_trainables.bin``, or a bare projector.
+"""Reading checkpoints of the original LLaVA: full, LoRA with ``non_lora_trainables.bin``, or a projector alone.
 
-A tensor is the language model's (transformers decides), the connector's or the vision encoder's; any other is refused
-by its name, as is a key of config.json that nobody knows (``known.py``).
+Every tensor must belong to the language model (transformers decides), the connector or the vision encoder. Any other
+is refused by name, as is an unknown key of config.json (``known.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROJECTOR_FILE, ADAPTER_FILE = "mm_projector.bin", "non_lora_trainables.bin"
 OWN = "llavactl"
-"""A key of config.json for what the layout itself doesn't say: LLaVA keeps it and ignores it."""
+"""A key of config.json for settings that the layout itself doesn't have; LLaVA preserves and ignores it."""
 
 _CONNECTOR = re.compile(r"^(base_model\.model\.)?(model\.)?mm_projector\.")
 _ENCODER = re.compile(r"^(base_model\.model\.)?(model\.)?vision_tower\.vision_tower\.")
@@ -35,48 +35,48 @@ _PARTS = (_CONNECTOR, _ENCODER)
 
 @dataclass(frozen=True)
 class _Found:
-    """What a checkpoint holds beside its language model, each part by the names that it has by itself."""
+    """The weights of a checkpoint's connector and vision encoder, without the prefixes of their names."""
 
     connector: Mapping[str, torch.Tensor]
     encoder: Mapping[str, torch.Tensor]
 
     @classmethod
     def among(cls, weights: Mapping[str, torch.Tensor], where: Path | str) -> _Found:
-        """Raises ModelError where ``weights`` of ``where`` hold anything else."""
+        """The parts in ``weights`` of ``where``; raises ModelError for any other tensor."""
         if others := sorted(name for name in weights if not any(p.match(name) for p in _PARTS)):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise ModelError(
-                f"{where}: more than a language model, a connector and a vision encoder: {', '.join(others[:3])}{more}",
-                hint="llavactl reads LLaVA v1 and v1.5 without additions",
+                f"{where}: tensors of no language model, connector or vision encoder: {', '.join(others[:3])}{more}",
+                hint="llavactl reads plain LLaVA v1 and v1.5",
             )
         return cls(*({p.sub("", name): each for name, each in weights.items() if p.match(name)} for p in _PARTS))
 
     def over(self, other: _Found) -> _Found:
-        """Its own parts, where it has them, else those of ``other``."""
+        """Its own parts if it has them, else those of ``other``."""
         return _Found(self.connector or other.connector, self.encoder or other.encoder)
 
 
 def read_llava(folder: Path, model: Path) -> None:
-    """Writes the model folder ``model`` that stands for the checkpoint in ``folder``.
+    """Converts the checkpoint in ``folder`` to the model folder ``model``.
 
     Raises:
-        ModelError: it needs what llavactl doesn't have, such as tokens around an image.
+        ModelError: it needs something that llavactl doesn't support, such as tokens around an image.
     """
     config = {key: value for key, value in read_json(folder / "config.json").items() if value is not None}
     refuse_unknown_llava(config, folder)
     lora = (folder / "adapter_config.json").is_file()
     if lora and (files(folder) or "mm_vision_tower" not in config):
-        what = "both an adapter and whole weights" if files(folder) else "an adapter, and a config.json not of LLaVA"
+        what = "both an adapter and full weights" if files(folder) else "an adapter without LLaVA's config.json"
         raise ModelError(
-            f"{folder}: {what}", hint="a LoRA folder has its adapter alone, and config.json of its training"
+            f"{folder}: {what}", hint="a LoRA folder has the adapter without full weights, and LLaVA's config.json"
         )
     language = _language(config, folder, lora)
     found = _found(folder, language, lora)
     if not found.connector:
-        raise ModelError(f"{folder}: no mm_projector in its weights, and no {PROJECTOR_FILE}")
+        raise ModelError(f"{folder}: no connector: neither mm_projector in its weights nor {PROJECTOR_FILE}")
     connector = connector_of(found.connector, folder)
     _refuse_mismatch(config, connector["name"], found.connector, folder)
-    if "mm_vision_tower" not in config:  # the vision encoder and the rest are for a recipe to say
+    if "mm_vision_tower" not in config:  # the recipe sets the vision encoder and the rest
         nothing = dict.fromkeys(("vision", "shape", "template", "precision"))
         adopt(model, found.connector, {"connector": connector, "language": language, **nothing})
         return
@@ -94,8 +94,8 @@ def read_llava(folder: Path, model: Path) -> None:
         vision["model"] = str(contained(vision, found.encoder, model, folder) or named)
     elif key := tuned(config):
         raise ModelError(
-            f"{folder}: {key} is {config[key]}: its vision encoder was trained, and is not among its weights",
-            hint="tensors model.vision_tower.vision_tower.* are expected in it; is the checkpoint complete?",
+            f"{folder}: its vision encoder was trained ({key} is {config[key]}), but its weights are missing",
+            hint="expected tensors model.vision_tower.vision_tower.*: the checkpoint may be incomplete",
         )
     description = {
         "method": "lora" if lora else "connector",
@@ -112,10 +112,10 @@ def read_llava(folder: Path, model: Path) -> None:
 
 
 def _found(folder: Path, language: Mapping[str, str] | None, lora: bool) -> _Found:
-    """What there is beside the language model or the adapter: in the weights, and in files of its own."""
+    """Connector and vision encoder, from the weights and from separate files."""
     file = folder / (ADAPTER_FILE if lora else PROJECTOR_FILE)
     if lora and not file.is_file():
-        raise ModelError(f"{folder}: an adapter without {ADAPTER_FILE}: its connector is missing")
+        raise ModelError(f"{folder}: an adapter without a connector: no {ADAPTER_FILE}")
     beside = _Found.among(read(file) if file.is_file() else {}, file)
     if language is None:
         return beside
@@ -124,18 +124,18 @@ def _found(folder: Path, language: Mapping[str, str] | None, lora: bool) -> _Fou
 
 
 def _within(language: str, folder: Path) -> _Found:
-    """What the checkpoint ``language``, that of ``folder`` or its base, holds beside its language model.
+    """Connector and vision encoder in the checkpoint ``language``, which is ``folder`` itself or its base.
 
     Raises:
-        ModelError: something that LLaVA v1.5 doesn't have, or it can't be read.
+        ModelError: it has other tensors, or can't be read.
     """
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     place = Path(language)
     if (place / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: its base {place} is itself an adapter", hint="merge that one into its base first")
+        raise ModelError(f"{folder}: its base {place} is itself an adapter", hint="merge the base's adapter first")
     if place.is_dir():
-        tensors(place, ())  # names the file that is missing, cut off or not downloaded
+        tensors(place, ())  # its error names a file that is missing or truncated
     try:
         config, _ = PreTrainedConfig.get_config_dict(language)
         if "mm_vision_tower" in config and place != folder.absolute():
@@ -147,11 +147,11 @@ def _within(language: str, folder: Path) -> _Found:
     return _Found.among(tensors(_local(language), names) if names else {}, language)
 
 
-_BASE = "config.json (`_name_or_path`) or adapter_config.json (`base_model_name_or_path`) names it: an id or a folder"
+_BASE = "config.json (`_name_or_path`) or adapter_config.json (`base_model_name_or_path`) must name it by id or folder"
 
 
 def _local(model: str) -> Path:
-    """The folder of ``model``: itself, or the one in the hub's cache."""
+    """The folder of ``model``: itself, or its folder in the hub's cache."""
     from transformers.utils import cached_file
 
     return Path(model) if Path(model).is_dir() else Path(str(cached_file(model, "config.json"))).parent
@@ -160,17 +160,17 @@ def _local(model: str) -> Path:
 def _refuse_mismatch(
     config: Mapping[str, Any], connector: str, weights: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
-    """The connector's weights must be those of the type and width that the configuration says."""
+    """Raises ModelError unless the connector's weights have the type and width of the configuration."""
     kind = config.get("mm_projector_type")
     if kind is not None and kind.replace("_", "-") != connector:
-        raise ModelError(f"{folder}: mm_projector_type is {kind}, its tensors are those of {connector}")
+        raise ModelError(f"{folder}: mm_projector_type is {kind}, but its tensors are those of {connector}")
     width = weights["weight" if connector == "linear" else "0.weight"].shape[1]
     if width != config.get("mm_hidden_size", width):
-        raise ModelError(f"{folder}: mm_hidden_size is {config['mm_hidden_size']}, its mm_projector takes {width}")
+        raise ModelError(f"{folder}: mm_hidden_size is {config['mm_hidden_size']}, but mm_projector takes {width}")
 
 
 def _language(config: Mapping[str, Any], folder: Path, lora: bool) -> dict[str, str] | None:
-    """The language model: its own weights here, or the base that the checkpoint names; None where it names none."""
+    """The language model: the weights in ``folder``, or the base that the checkpoint names; None if it names none."""
     base: Any = folder.absolute()
     if lora:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -180,6 +180,6 @@ def _language(config: Mapping[str, Any], folder: Path, lora: bool) -> dict[str, 
 
 
 def _near(model: str, folder: Path) -> str:
-    """A relative path that exists beside the checkpoint is meant from there; all else is an id or a path as it is."""
+    """``model`` as a path below the checkpoint's ``folder`` if it exists there; otherwise unchanged."""
     beside = folder / model
     return str(beside.resolve()) if not Path(model).is_absolute() and (beside / "config.json").is_file() else model

@@ -1,4 +1,4 @@
-"""The vision encoder that an original-layout checkpoint contains: the one that it names, or one that was fine-tuned."""
+"""The vision encoder in an original-layout checkpoint: identical to the one that it names, or fine-tuned."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 FOLDER = "vision"
-"""Of the model folder, where it holds a vision encoder of its own."""
+"""The subfolder of a model folder for a fine-tuned vision encoder."""
 
 
 def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model: Path, where: Path) -> Path | None:
-    """Where in ``model`` the vision encoder ``weights`` of checkpoint ``where`` was saved; None where it is ``vision``.
+    """Saves the vision encoder ``weights`` of checkpoint ``where`` in ``model`` and returns its path; None if they
+    equal ``vision``.
 
-    ``weights`` go by the names that they have in the encoder itself. Equal means: as far as the precision goes that
-    they were trained and saved in.
+    ``weights`` have the names that they have in the encoder itself. They are compared within the precision that they
+    were trained and saved in.
 
     Raises:
-        ModelError: ``weights`` are not those of an encoder of the architecture of ``vision``.
+        ModelError: ``weights`` don't fit the architecture of ``vision``.
     """
     from safetensors.torch import save_file
 
@@ -56,13 +57,13 @@ def _loaded(kind: Any, folder: Path, where: Path) -> nn.Module:
         found, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{where}: its vision_tower tensors: {str(error).strip().splitlines()[0]}") from error
-    unused = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # counted, not trained
-    for what, names in (("missing", info["missing_keys"]), ("more than the encoder has", unused)):
+    unused = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # constant
+    for what, names in (("missing", info["missing_keys"]), ("unexpected", unused)):
         if names:
             raise ModelError(
-                f"{where}: its vision_tower tensors are not those of the encoder that mm_vision_tower names: "
+                f"{where}: its vision_tower tensors don't match the encoder that mm_vision_tower names: "
                 f"{len(names)} {what}, such as {min(names)}",
-                hint="is mm_vision_tower of config.json the encoder that it was trained with?",
+                hint="check that mm_vision_tower in config.json is the encoder that it was trained with",
             )
     return found
 
@@ -73,7 +74,7 @@ def _equal(own: nn.Module, named: nn.Module) -> bool:
     there = named.state_dict()
 
     def same(name: str, weight: torch.Tensor) -> bool:
-        # Trained in bfloat16 and published in float16, say, a frozen weight was rounded twice.
+        # A frozen weight may have been rounded twice, for example if trained in bfloat16 and saved in float16.
         steps = (weight.dtype, torch.bfloat16, torch.float16)
         return any(torch.equal(weight, there[name].to(step).to(weight.dtype)) for step in steps)
 

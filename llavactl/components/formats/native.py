@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "llavactl.json"
 TOKENIZERS = "tokenizer"
-"""The template that is the tokenizer's own."""
+"""The name of the template that uses the tokenizer's own chat template."""
 
 CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
 """The connectors that other programs know, by their linear layers."""
 
 KEPT = ("template", "image_order", "precision", "features", "stage")
-"""What an export notes of ``llavactl.json``, as its layout has no place for it: a model read back is the same one."""
+"""Keys of ``llavactl.json`` that the layouts lack: an export stores them separately, and reading restores them."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Native:
         return found
 
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer whose chat template, where the model was trained with it, writes as in training on any day."""
+        """The tokenizer; if the model uses its chat template, with arguments and date fixed as in training."""
         tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
         if isinstance(template, TokenizerTemplate):
             tokenizer.chat_template = template.exported(tokenizer)
         return tokenizer
 
     def kept(self, keys: Sequence[str]) -> dict[str, Any]:
-        """What an export keeps of the description; a chat template has its arguments and its date in its text there."""
+        """The ``keys`` of the description for an export, whose chat template has arguments and date in its text."""
         template = registry().create("templates", self.description["template"])
         own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
         return {**{key: self.description[key] for key in keys}, **own}
@@ -89,7 +89,7 @@ class Native:
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""
         found: PreTrainedModel = registry().create("languages", self._language).load(self.description["precision"])
-        found.config.use_cache = True  # training turns it off, and without it other programs write answers slowly
+        found.config.use_cache = True  # training turns it off; generation would be slow without it
         return found
 
     def language(self) -> PreTrainedModel:
@@ -125,10 +125,10 @@ def adopt(
     *,
     sources: Sequence[str | None] = (),
 ) -> None:
-    """Writes the model folder ``model`` of a checkpoint that another program wrote.
+    """Writes the model folder ``model`` for another program's checkpoint.
 
-    ``description`` is what ``llavactl.json`` says of a model beside what is the same for all of these; ``sources`` are
-    the models outside the checkpoint, ids or folders, that it was read with: a change of theirs changes the model.
+    ``description`` has the keys of ``llavactl.json`` that are not common to all such models. ``sources`` are the models
+    outside the checkpoint, ids or folders, that it depends on: if they change, the model does.
     """
     from safetensors.torch import save_file
 

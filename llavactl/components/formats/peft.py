@@ -77,5 +77,5 @@ class Peft:
 
 
 def _write_config(adapter: Path, config: Mapping[str, Any]) -> None:
-    """In ASCII: peft reads it in the locale's encoding."""
+    """Writes ASCII only, since peft reads the file in the locale's encoding."""
     write_atomic(adapter / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""Loads an export as any other program would, and says what it makes of some prompts. Run alone, never imported.
+"""Loads an export as any other program would, and writes its outputs for some prompts. A script, never imported.
 
     python reload_hf.py FOLDER PROMPTS.json OUT.safetensors
 
-``llavactl`` can't be imported where this runs: an export that needs it would be none.
+``llavactl`` can't be imported here: an export must not depend on it.
 """
 
 import json
@@ -32,7 +32,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
-    """Where answers end, the side of padding, the precision to load in and that of the saved language model."""
+    """What the export states: end tokens, padding side, dtype to load in, and dtype of the saved language model."""
     base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
     config, saved = json.loads((base / "config.json").read_text(encoding="utf-8")), set()
     for file in base.glob("*.safetensors"):
@@ -49,7 +49,7 @@ def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
 
 
 def main(folder: Path, prompts: Path, out: Path) -> None:
-    """Ids, logits [T, V] and greedy ids of every prompt, of two in one padded batch as well, to ``out``."""
+    """Writes ids, logits [T, V] and greedy ids of every prompt, and of two in a padded batch, to ``out``."""
     model, processor = load(folder)
     asked = json.loads(prompts.read_text(encoding="utf-8"))
     new = {"max_new_tokens": asked["max_new_tokens"], "do_sample": False}

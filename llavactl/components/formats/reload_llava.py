@@ -1,9 +1,9 @@
-"""Loads an original-layout export by LLaVA's own rules, written anew with transformers alone. Run, never imported.
+"""Loads an original-layout export by LLaVA's rules, reimplemented with transformers. A script, never imported.
 
     python reload_llava.py FOLDER PROMPTS.json OUT.safetensors
 
-``llavactl`` can't be imported where this runs. The prompts come as text with ``<image>`` in it (LLaVA's conversation
-templates are code, not part of a checkpoint); it is split there and tokenised piece by piece, as LLaVA does.
+``llavactl`` can't be imported here. Prompts are text with ``<image>`` (LLaVA's conversation templates are code, not
+part of a checkpoint), which is split there and tokenised piece by piece, as LLaVA does.
 """
 
 import json
@@ -49,9 +49,9 @@ def projector(folder: Path, config: dict[str, Any], width: int) -> nn.Module:
 
 
 def stated(folder: Path, config: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Where answers end, the precision to load the export in and that of the language model's saved weights.
+    """What the export states: end tokens, dtype to load in, and dtype of the language model's saved weights.
 
-    A bare projector states nothing: its language model is another checkpoint.
+    A projector alone states nothing: its language model is another checkpoint.
     """
     if (folder / "mm_projector.bin").is_file():
         return {}

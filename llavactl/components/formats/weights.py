@@ -17,7 +17,7 @@ def files(folder: Path) -> list[Path]:
     """The weight files of ``folder``.
 
     Raises:
-        ModelError: the index can't be read, or one that it names is missing or a Git LFS pointer.
+        ModelError: the index can't be read, or a file is missing or a Git LFS pointer.
     """
     found = faults.weight_files(folder)
     faults.check_files(found)
@@ -25,7 +25,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path, prefixes: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The tensors of ``folder`` whose names begin with one of ``prefixes``; every weight file is opened."""
+    """The tensors of ``folder`` whose names begin with one of ``prefixes``; opens every weight file."""
     found: dict[str, torch.Tensor] = {}
     for file in files(folder):
         found |= read(file, prefixes)
@@ -48,23 +48,23 @@ def read(file: Path, prefixes: Sequence[str] = ("",)) -> dict[str, torch.Tensor]
                 return {name: opened.get_tensor(name) for name in opened.keys() if _begins(name, prefixes)}  # noqa: SIM118
         held: Mapping[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(held, Mapping) or not all(isinstance(weight, torch.Tensor) for weight in held.values()):
-        raise ModelError(f"{file}: holds something else than tensors by name")
+        raise ModelError(f"{file}: expected a mapping from names to tensors")
     return {name: weight for name, weight in held.items() if _begins(name, prefixes)}
 
 
 def unused(kind: Any, model: str, **how: Any) -> list[str]:
-    """The names of the tensors of checkpoint ``model`` that a model of class ``kind`` has no place for.
+    """The names of the tensors of checkpoint ``model`` that a model of class ``kind`` doesn't use.
 
-    transformers itself decides, which knows older names of its tensors; on the meta device no weights are kept.
+    Decided by transformers, which knows older tensor names; loaded on the meta device, without weights in memory.
 
     Raises:
-        ModelError: tensors are missing or of another shape, or the checkpoint can't be read.
+        ModelError: tensors are missing or have another shape, or the checkpoint can't be read.
     """
     from transformers.utils import logging
 
     progress.calm_transformers()
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would print a table of what is asked for here
+    logging.set_verbosity_error()  # it would print these names as a table
     try:
         with faults.loading("checkpoint", model, weights=True):
             made, info = kind.from_pretrained(

@@ -1,4 +1,4 @@
-"""The language model that lies inside a LLaVA checkpoint, of transformers' layout or the original's."""
+"""Loading the language model from inside a LLaVA checkpoint, of transformers' or the original layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llavactl.core.errors import ModelError
 
-# transformers writes keys as before its 4.52, other programs as since then.
+# Two key layouts: before transformers 4.52 (still written on save), and since.
 _INSIDE_HF = {
     r"^model\.language_model\.": "model.",
     r"^language_model\.model\.": "model.",
@@ -21,7 +21,7 @@ _ALIASES = {"qwen": "qwen2"}
 
 
 def inside(model: str) -> dict[str, Any]:
-    """What to tell ``from_pretrained`` when the language model is a part of the checkpoint; else nothing."""
+    """Arguments for ``from_pretrained`` if the language model is part of a LLaVA checkpoint; else empty."""
     from transformers import AutoConfig, PreTrainedConfig
 
     whole, _ = PreTrainedConfig.get_config_dict(model)
@@ -38,12 +38,12 @@ def inside(model: str) -> dict[str, Any]:
 
 
 def language_type(config: Mapping[str, Any], where: str) -> str:
-    """transformers' ``model_type`` of the language model that an original-layout ``config`` of ``where`` describes.
+    """transformers' ``model_type`` of the language model in an original-layout ``config`` of ``where``.
 
-    ``architectures`` says it (of a LoRA's config.json it is the base's), else ``model_type``.
+    Taken from ``architectures`` (in a LoRA's config.json that of the base), else from ``model_type``.
 
     Raises:
-        ModelError: it is another architecture than LLaVA's, or one that transformers doesn't have.
+        ModelError: the architecture is not LLaVA's, or unknown to transformers.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -55,9 +55,9 @@ def language_type(config: Mapping[str, Any], where: str) -> str:
         kind = _alias(named[2].lower()) if named else ""
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or said not in ("llava", kind):
         raise ModelError(
-            f"{where}: architecture {architecture}, model_type {own}: not one that llavactl reads",
-            hint="with mm_vision_tower it reads Llava<X>ForCausalLM (model_type llava or llava_<x>), where X is a "
-            "causal language model of transformers: Llama, Mistral, Qwen2, Phi, …",
+            f"{where}: architecture {architecture} with model_type {own} is not supported",
+            hint="supported with mm_vision_tower: Llava<X>ForCausalLM (model_type llava or llava_<x>), where X is a "
+            "causal language model of transformers such as Llama, Mistral, Qwen2 or Phi",
         )
     return kind
 

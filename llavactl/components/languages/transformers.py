@@ -85,7 +85,7 @@ class TransformersLanguage:
             return made
 
     def check(self) -> None:
-        """Raises ModelError for what keeps the model from being loaded, as far as its files show unread."""
+        """Raises ModelError if the model can't be loaded, as far as its files show without reading weights."""
         self._refuse(weights=True)
 
     def _refuse(self, *, weights: bool = False) -> None:
@@ -95,4 +95,4 @@ class TransformersLanguage:
         return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)
 
 
-_HINT = "`language.model` takes an id or a folder of transformers"
+_HINT = "`language.model` takes a Hugging Face id or a folder of a transformers model"

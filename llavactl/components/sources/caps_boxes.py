@@ -36,7 +36,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
         DataError: the file can't be read; all its wrong records at once.
     """
     if not options.path.is_file():
-        raise DataError(f"{options.path}: there is no such file", hint=HINT)
+        raise DataError(f"{options.path}: no such file", hint=HINT)
     place = place_of(options, options.path)
     problems, found = [], []
     for entry in read_stream(options.path):
@@ -57,7 +57,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
 def _sample(record: Any, where: str, place: Place, options: CapsBoxesOptions) -> Sample:
     named = image_names(record)
     if len(named) != 1:
-        raise DataError(f"{len(named)} images" if named else "no `image`")
+        raise DataError(f"expected one image, found {len(named)}" if named else "no `image`")
     image = image_in(place, named[0])
     captions = record.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(each, str) for each in captions):

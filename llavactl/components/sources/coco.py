@@ -99,7 +99,7 @@ def _read(file: Path, lists: tuple[str, ...]) -> dict[str, Any]:
         with file.open(encoding="utf-8-sig") as opened:
             document = json.load(opened, object_hook=_without_outlines)
     except FileNotFoundError as error:
-        raise DataError(f"{file}: there is no such file", hint=HINT) from error
+        raise DataError(f"{file}: no such file", hint=HINT) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
     except UnicodeDecodeError as error:

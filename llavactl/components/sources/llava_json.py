@@ -28,7 +28,7 @@ HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to wr
 
 
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
-MEDIA = "images are named in `image` or `images`; records of video or audio can't be trained: take them out"
+MEDIA = "name images in `image` or `images`; remove records with video or audio, which can't be trained"
 
 
 class LlavaJsonOptions(Options):
@@ -42,18 +42,18 @@ class LlavaJsonOptions(Options):
 
 
 def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
-    """One sample a record, in the file's order.
+    """One sample per record, in the file's order.
 
-    ``image`` (or ``images``) may be a string, a list or absent; every ``<image>`` of the user's turns takes the next
-    one, images without any tag go before the first question, and ``<image>`` in an answer is text.
-    The only answer of a record with an image is its caption too: what a teacher can be told.
-    A record without an id of its own is called by its number in the file, from 0.
+    ``image`` (or ``images``) may be a string, a list or absent. Every ``<image>`` in the user's turns stands for the
+    next image; without any tag, images go before the first question; ``<image>`` in an answer is text.
+    If a record with an image has a single answer, this is also its caption for a teacher.
+    A record without an id is identified by its number in the file, from 0.
 
     Raises:
-        DataError: a file or record that can't be read, with its line or number.
+        DataError: a file or record can't be read; names its line or number.
     """
     if not options.path.is_file():
-        raise DataError(f"{options.path}: there is no such file", hint=HINT)
+        raise DataError(f"{options.path}: no such file", hint=HINT)
     root = Place(str(options.images or options.path.parent), options.follow_links)
     if options.images is not None:
         check_place(root.root)
@@ -71,7 +71,7 @@ def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sam
         DataError: it can't be used; the message begins with ``where``.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a LLaVA record: {record!r:.60} is no object")
+        raise DataError(f"{where}: not a LLaVA record: expected an object, found {record!r:.60}")
     if not isinstance(record.get("conversations"), list):
         raise DataError(f"{where}: not a LLaVA record: {no_conversations(record)}", hint=FORM)
     images = _images(record, where, root)
@@ -91,13 +91,13 @@ def _images(record: Mapping[str, Any], where: str, root: Place | str) -> list[Im
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error
     if key := unread_media(record, images=bool(images)):
-        raise DataError(f"{where}: `{key}` is not read, and would be left out of training", hint=MEDIA)
+        raise DataError(f"{where}: unsupported media in `{key}`", hint=MEDIA)
     return images
 
 
 def _turn(message: Any, where: str, images: bool) -> Turn:
     if fault := message_fault(message, images=images):
-        raise DataError(f"{where}: a message can't be read: {fault[1]}", hint=FORM)
+        raise DataError(f"{where}: invalid message: {fault[1]}", hint=FORM)
     return Turn(ROLES[message["from"]], (message["value"],))
 
 
@@ -119,7 +119,7 @@ def _place(turns: list[Turn], images: list[ImageRef], where: str) -> Iterator[Tu
     if tags and tags != len(images):
         raise DataError(f"{where}: {tags} {TAG} tags for {len(images)} images")
     if not tags and (found := foreign_placeholder(asked, images=bool(images))):
-        raise DataError(f"{where}: {found} would be trained as text: the place of an image is {TAG}")
+        raise DataError(f"{where}: {found} would be trained as text", hint=f"the placeholder of an image is {TAG}")
     queue = list(images)
     for turn in turns:
         if turn.role != "user":

@@ -1,4 +1,4 @@
-"""What one LLaVA record names, and what of it would be lost or misread: the rules that reading and checking share."""
+"""The rules for a single LLaVA record, shared by reading and checking: images, messages and placeholders."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROLES: Mapping[str, Role] = {
 }
 TAG = "<image>"
 IMAGE_KEYS = ("image", "images")
-"""Where a record names its images; the second is what LLaMA-Factory, ms-swift and others write."""
+"""Keys for a record's images; LLaMA-Factory, ms-swift and others write the second."""
 
 UNREAD = frozenset(
     "system tools weight loss bbox bboxes box boxes objects region regions mask masks segmentation messages history "  # noqa: SIM905
     "chosen rejected rejected_response".split()
 )
-"""Keys that mean something in other formats and change nothing here."""
+"""Keys that have a meaning in other formats and none here."""
 
 _MEDIA = re.compile(
     r"\s*(?:(?P<image>image|img|picture|pic|photo)|video|frame|audio)s?"
@@ -44,14 +44,14 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
     """The images that ``record`` names: a path or a list of paths under ``image`` or ``images``.
 
     Raises:
-        DataError: something else is there, or the two keys differ.
+        DataError: the value is something else, or the two keys differ.
     """
     found: dict[str, list[str]] = {}
     for key in IMAGE_KEYS:
         value = record.get(key)
         paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
         if not all(isinstance(path, str) for path in paths):
-            raise DataError(f"`{key}` is {value!r:.60}, not a path or a list of paths")
+            raise DataError(f"`{key}`: expected a path or a list of paths, found {value!r:.60}")
         if paths:
             found[key] = paths
     if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
@@ -60,10 +60,10 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
 
 
 def unread_media(fields: Mapping[str, Any], *, images: bool, read: Iterable[str] = IMAGE_KEYS) -> str:
-    """The key of ``fields`` that names media which would be left out, or "".
+    """The key of ``fields`` with media that would be ignored, or "".
 
-    Video and audio are never read. Images are, under the keys ``read``; where there are ``images`` already, others of
-    the record's are taken for notes about these (``image_url``).
+    Video and audio are never read; images only under the keys ``read``. If the record has ``images`` there, other image
+    keys (``image_url``) are taken as metadata.
     """
     for key, value in fields.items():
         if key not in read and (match := _MEDIA.fullmatch(key)) and _names_something(value):
@@ -80,21 +80,21 @@ def _names_something(value: Any) -> bool:
 
 
 def message_fault(message: Any, *, images: bool) -> tuple[str, str] | None:
-    """The problem of one message, as a kind of ``data check`` and in words; None: it can be read."""
+    """The problem of one message, as a kind of ``data check`` and a description; None if it is valid."""
     if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        return "message", f"{message!r:.60} has no text `value`"
+        return "message", f"no text `value` in {message!r:.60}"
     speaker = message.get("from")
     if not isinstance(speaker, str) or speaker not in ROLES:
-        return "role", f"`from` is {speaker!r:.40}, not one of {', '.join(ROLES)}"
+        return "role", f"unknown `from` {speaker!r:.40}, expected one of {', '.join(ROLES)}"
     if key := unread_media(message, images=images, read=()):
-        return "media", f"`{key}` of a message is not read"
+        return "media", f"unsupported media in `{key}` of a message"
     if ROLES[speaker] == "assistant" and (key := _excluded(message)):
-        return "message", f"`{key}: {message[key]!r}`: every answer is trained here"
+        return "message", f"`{key}: {message[key]!r}` is not supported: every answer is trained"
     return None
 
 
 def _excluded(message: Mapping[str, Any]) -> str:
-    """The key that says that this answer is not to be trained, or ""."""
+    """The key that excludes this answer from training, or ""."""
     for key in ("weight", "loss", "loss_scale", "train"):
         value = message.get(key)
         if isinstance(value, bool | int | float) and not value:
@@ -103,22 +103,22 @@ def _excluded(message: Mapping[str, Any]) -> str:
 
 
 def foreign_placeholder(texts: Iterable[str], *, images: bool) -> str:
-    """What stands in the user's ``texts`` for an image, in place of ``<image>``; "" where nothing does.
+    """Another tool's placeholder for an image in the user's ``texts``; "" if there is none.
 
-    Without ``images`` a placeholder may be something that is spoken about, unless it names a file.
+    In a record without ``images`` only one that names a file counts; others may be part of the conversation.
     """
     pattern = _PLACEHOLDER if images else _INLINE
     return next((match[0] for text in texts for match in pattern.finditer(text) if match[0] != TAG), "")
 
 
 def placeholder_as_text(texts: Iterable[str]) -> str:
-    """Another tool's placeholder in the user's ``texts`` of a record without images; "" where there is none."""
+    """Another tool's placeholder in the user's ``texts`` of a record without images; "" if there is none."""
     return foreign_placeholder(texts, images=True)
 
 
 def no_conversations(record: Mapping[str, Any]) -> str:
-    """What to say of a ``record`` without a list ``conversations``."""
+    """The problem of a ``record`` without a list ``conversations``."""
     if "conversations" in record:
-        return "`conversations` is no list"
+        return "`conversations` is not a list"
     keys = [*map(str, record)][:_KEYS_SHOWN] + ["…"] * (len(record) > _KEYS_SHOWN)
     return f"no `conversations`: its keys are {', '.join(keys) or 'none'}"

@@ -12,7 +12,7 @@ from llavactl.core.schema import Answer, ImageRef, Turn
 
 
 def picture(record: Record, place: Place) -> ImageRef:
-    """The record's ``image`` in ``place``: a folder, archives or a URL; or the image itself, as base64."""
+    """The record's ``image``: a path in ``place`` (a folder, archives or a URL), or the image itself as base64."""
     try:
         return image_in(place, record.text("image"))
     except DataError as error:

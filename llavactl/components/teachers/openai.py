@@ -133,7 +133,7 @@ class OpenAI:
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         most = httpx2.Limits(max_connections=self.options.concurrency)
         fault = proxy_fault()
-        if fault and urlsplit(self.options.base_url).hostname not in _HERE:  # no proxy is needed to ask oneself
+        if fault and urlsplit(self.options.base_url).hostname not in _HERE:  # a local server needs no proxy
             raise TeacherError(fault.message, hint=fault.hint, then="stop")
         self._client = httpx2.AsyncClient(
             headers=headers, timeout=self.options.timeout_s, limits=most, trust_env=fault is None

@@ -45,7 +45,7 @@ class Replay:
 
 def _recorded(path: Path) -> dict[str, Reply]:
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file", hint='`path` names JSONL of {"id", "reply"}')
+        raise DataError(f"{path}: no such file", hint='`path` names JSONL of {"id", "reply"}')
     if path.suffix == ".json" and (outputs := _outputs(path)) is not None:
         return outputs
     return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))

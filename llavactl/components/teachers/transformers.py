@@ -50,7 +50,7 @@ class Transformers:
 
     @cached_property
     def _model(self) -> Json:
-        """The model by its content: of one that was replaced, no reply is kept."""
+        """The model's identity by content: replies of a model that was replaced are not reused."""
         return content_of(self.options.model)
 
     def reply(self, request: Request) -> Reply:

@@ -1,4 +1,4 @@
-"""What ends an answer: the tokens that a template and a tokenizer end one with."""
+"""Stops: the tokens and strings at which an answer ends."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _TURNS = ("<|im_start|>", "<|im_end|>")
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The names and ids of the tokens that were added to the vocabulary, whether or not they are called special."""
+    """The names and ids of the tokens added to the vocabulary, whether or not they are marked special."""
     found = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     return {**found, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern of any of ``names``, the longest that fits; None where there are none."""
+    """A pattern that matches any of ``names``, longest first; None if there are none."""
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], tuple[str, ...]]:
-    """The tokens that end an answer, the tokenizer's own end among them; and texts that do, which are no one token."""
+    """The token ids that end an answer, including the tokenizer's end-of-sequence token, and the stop strings."""
     added = added_tokens(tokenizer)
     pattern = any_of(added)
     ids, texts = {tokenizer.eos_token_id}, []
@@ -41,6 +41,6 @@ def stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[froze
 
 
 def alternative(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of a template that writes any conversation with this tokenizer."""
+    """The name of a template that can render any conversation with this tokenizer."""
     ids = [tokenizer.convert_tokens_to_ids(token) for token in _TURNS]
     return "chatml" if all(each not in (None, tokenizer.unk_token_id) for each in ids) else "vicuna-v1"

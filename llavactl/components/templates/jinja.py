@@ -1,8 +1,7 @@
-"""A tokenizer's chat template (Jinja) as it is run here: with its arguments and its date written into it.
+"""A tokenizer's chat template (Jinja) with fixed arguments and a fixed date.
 
-A template may read arguments that a program passes (``enable_thinking``) and write today's date. Both are bound in
-front of its text, so that it writes the same on any day, in training, in chats, and in a program that gets the bound
-text with an export.
+A chat template may read arguments (``enable_thinking``) and write today's date. Both are set at the start of its text,
+so that it writes the same on any day, in training, in chats, and in programs that load an export.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 OUR_OWN = frozenset({"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "date_string"})
-"""What a conversation is passed as, and the date: no arguments that a recipe can give."""
+"""Reserved names, which can't be arguments in a recipe: how a conversation is passed, and the date."""
 
 
 class TokenizerTemplateOptions(Options):
-    """Every key beside ``date`` is an argument of the chat template, such as ``enable_thinking: false``."""
+    """Every key other than ``date`` is an argument of the chat template, such as ``enable_thinking: false``."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue]
 
     date: dt.date = Field(
         dt.date(2024, 7, 26),
-        description="what a chat template that writes today's date writes, on any day; "
+        description="the fixed date for a chat template that writes today's date; "
         "any other key is an argument of the chat template, such as `enable_thinking: false`",
     )
 
@@ -45,38 +44,38 @@ class TokenizerTemplateOptions(Options):
     def _names(self) -> TokenizerTemplateOptions:
         for name in self.arguments:
             if not name.isidentifier() or keyword.iskeyword(name) or name in OUR_OWN:
-                raise ValueError(f"{name} can't be an argument of a chat template")
+                raise ValueError(f"{name} is not a valid argument of a chat template")
         return self
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """What is passed to the chat template."""
+        """The chat template's arguments."""
         return self.__pydantic_extra__ or {}
 
 
 def bound(chat_template: str, options: TokenizerTemplateOptions) -> str:
-    """``chat_template`` with the arguments and the date of ``options`` written in front of it.
+    """``chat_template`` with the arguments and the date of ``options`` set at its start.
 
     Raises:
-        ModelError: it reads no argument of such a name.
+        ModelError: it doesn't read an argument.
     """
     names = set(re.findall(r"[^\W\d]\w*", chat_template))
     for name in options.arguments:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise ModelError(
-                f"the tokenizer's chat template reads no argument {name!r}",
-                hint=f"did you mean {near[0]!r}?" if near else "leave it out of `template`",
+                f"the tokenizer's chat template doesn't read argument {name!r}",
+                hint=f"did you mean {near[0]!r}?" if near else "remove it from `template`",
             )
     values = {"date_string": options.date.strftime("%d ") + _names(options.date)["b"] + options.date.strftime(" %Y")}
-    # What Python writes for a text, a number, a boolean or a list of them, Jinja reads.
+    # Jinja reads Python's repr of strings, numbers, booleans and lists of them.
     sets = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in {**values, **options.arguments}.items())
-    # The newline ends the line of a block, and is not written: what follows stands at the beginning of one.
+    # Jinja drops the newline after a block, so that the template starts at the beginning of a line.
     return f"{sets}{_clock(options.date)}\n{chat_template}"
 
 
 def _clock(date: dt.date) -> str:
-    """A macro ``strftime_now`` that formats midnight of ``date``, in the place of the one that programs provide."""
+    """A macro that replaces the ``strftime_now`` of other programs and formats midnight of ``date``."""
     time = dt.datetime.combine(date, dt.time())
     written = {code: time.strftime(f"%{code}") for code in "CdDeFgGHIjmMRSTuUVwWyY"} | _names(date) | {"p": "AM"}
     short = {f"-{code}": str(int(written[code])) for code in "dHIjmMSy"}
@@ -102,14 +101,14 @@ _MONTHS = (
 
 
 def _names(date: dt.date) -> dict[str, str]:
-    """Names of the day and the month by their codes; in English, whatever the locale."""
+    """Names of day and month by format code; in English in any locale."""
     day, month = _DAYS[date.weekday()], _MONTHS[date.month - 1]
     return {"A": day, "a": day[:3], "B": month, "b": month[:3], "h": month[:3]}
 
 
 @dataclass(frozen=True)
 class Jinja:
-    """A chat template ready to write: its ``text`` and the tokenizer's special tokens by their names."""
+    """A chat template ready to render: its ``text``, and the tokenizer's special tokens by name."""
 
     text: str
     specials: Mapping[str, str]
@@ -119,19 +118,19 @@ class Jinja:
         """The chat template of ``tokenizer``.
 
         Raises:
-            ModelError: it has none, or one that doesn't read an argument of ``options``.
+            ModelError: it has none, or it doesn't read an argument of ``options``.
         """
         if not tokenizer.chat_template:
             raise ModelError(
-                "this tokenizer has no chat template", hint="name one, such as `language.template: vicuna-v1`"
+                "this tokenizer has no chat template", hint="set a template, such as `language.template: vicuna-v1`"
             )
         return cls(bound(tokenizer.get_chat_template(), options), tokenizer.special_tokens_map)
 
     def write(self, messages: Messages, *, generate: bool = False) -> str:
-        """``messages`` as text; with ``generate`` up to where an answer begins.
+        """``messages`` as text; with ``generate``, up to where an answer begins.
 
         Raises:
-            ConversationError: the chat template refuses them.
+            ConversationError: the chat template raises an error for them.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -140,7 +139,7 @@ class Jinja:
             (written,), _ = render_jinja_template(
                 [messages], chat_template=self.text, add_generation_prompt=generate, **self.specials
             )
-        # What a template does with a message that it doesn't expect fails as Python would.
+        # A template that doesn't expect a message may raise any of Python's errors.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise ConversationError(f"the tokenizer's chat template refuses this conversation: {why}") from error

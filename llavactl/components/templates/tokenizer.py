@@ -1,10 +1,10 @@
-"""The chat template that the tokenizer itself carries.
+"""The tokenizer's own chat template.
 
-A chat template writes whole conversations, and many write a turn in another way once later ones follow: the thoughts
-of earlier answers go, the newest answer gets an empty one, the end of all gets a token of its own. So the prompt for an
-answer (``add_generation_prompt``) is compared with what stands before that answer in a conversation that goes on. Where
-they agree but for what stands directly before the answer, a conversation is written in one way, the same in training,
-in chats and in evaluations: each answer after its prompt. Where they don't, the conversation is refused.
+Many chat templates render a turn differently once later turns follow: they drop the thinking of earlier answers, add
+an empty thinking block to the newest answer, or end the whole conversation with its own token. So the prompt for an
+answer (``add_generation_prompt``) is compared with the text before that answer in a longer conversation. If the two
+differ only directly before the answer, every answer is rendered after its prompt, in the same way in training, chats
+and evaluations. Otherwise the conversation is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NONCHARACTERS = tuple(chr(0xFDD0 + index) for index in range(32))
-"""Unicode's noncharacters: hardly ever in a text, so that some are free to mark places in one."""
+"""Unicode noncharacters, which hardly ever occur in text, to mark positions."""
 
 _ANY_OF_THEM = re.compile(f"[{_NONCHARACTERS[0]}-{_NONCHARACTERS[-1]}]")
 
@@ -36,7 +36,7 @@ _PROBE = {role: Turn(role, (role,)) for role in ("system", "user", "assistant")}
 
 
 class _Marks(NamedTuple):
-    """Characters that a conversation doesn't have: for an image, both ends of an answer, and the break in a tag."""
+    """Characters not in a conversation, to mark an image, begin and end of an answer, and the break in a tag."""
 
     image: str
     begin: str
@@ -45,11 +45,11 @@ class _Marks(NamedTuple):
 
     @classmethod
     def beside(cls, turns: Sequence[Turn]) -> _Marks:
-        """Marks for ``turns``."""
+        """Marks that don't occur in ``turns``."""
         used = {each for turn in turns for each in _ANY_OF_THEM.findall(turn.text)}
         free = [each for each in _NONCHARACTERS if each not in used]
         if len(free) < len(cls._fields):
-            raise ConversationError("the conversation has every noncharacter of Unicode; some must mark places in it")
+            raise ConversationError("the conversation has too many Unicode noncharacters (U+FDD0 to U+FDEF)")
         return cls(*free[: len(cls._fields)])
 
 
@@ -57,9 +57,9 @@ _MARKS = _Marks.beside([])
 
 
 class _Way(NamedTuple):
-    """The prompt of an answer: what stands before the answer without its last ``back`` characters, then ``more``.
+    """The prompt of an answer: the text before the answer without its last ``back`` characters, then ``more``.
 
-    ``lead``: spaces between the prompt and the answer, which are learned.
+    ``lead``: spaces between prompt and answer, which are trained.
     """
 
     back: int
@@ -69,9 +69,9 @@ class _Way(NamedTuple):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How conversations of the same roles are written: the way of each answer, and the ``tail`` after the last.
+    """How conversations with the same roles are rendered: the way of each answer, and the ``tail`` after the last.
 
-    ``followed``: the last answer, too, is written as where a question follows it.
+    ``followed``: the last answer is rendered like an earlier one, which a question follows.
     """
 
     followed: bool
@@ -81,7 +81,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Chat:
-    """A tokenizer's chat template and what is known of it from trying it."""
+    """A tokenizer's chat template, and what was found out by probing it."""
 
     jinja: Jinja
     tokenizer: PreTrainedTokenizerBase
@@ -89,16 +89,16 @@ class _Chat:
 
     @cached_property
     def tag(self) -> str | None:
-        """What is written for an image by a template that takes lists of items alone; None: it takes text."""
+        """The image tag of a template that takes only lists of content parts; None if it takes text."""
         if _MARKS.image in self.jinja.write([{"role": "user", "content": _MARKS.image}]):
             return None
         return str(getattr(self.tokenizer, "image_token", None) or "<image>")
 
     @cached_property
     def ending(self) -> str:
-        """What ends an answer, to the last added token, special or not, that ends the newest and earlier ones alike.
+        """The text that ends an answer: up to the last added token that the newest and earlier answers have in common.
 
-        Without one: to the first that an earlier answer is followed by; else all up to the next question.
+        If there is none, up to the first added token after an earlier answer; else all up to the next question.
         """
         question = _NONCHARACTERS[-1]
         talk = [_PROBE["user"], _PROBE["assistant"], Turn("user", (question,))]
@@ -111,17 +111,17 @@ class _Chat:
         return between[: ends[-1]]
 
     def _behind(self, talk: Sequence[Turn]) -> str:
-        """What stands after the answer in ``talk``; nothing where the chat template refuses it."""
+        """The text after the answer in ``talk``; empty if the chat template refuses it."""
         try:
             return self.write(talk, _MARKS).rpartition(_MARKS.end)[2]
         except ConversationError:
             return ""
 
     def write(self, turns: Sequence[Turn], marks: _Marks, *, generate: bool = False) -> str:
-        """``turns`` as the chat template writes them, with ``marks`` in them."""
+        """``turns`` as the chat template renders them, with ``marks``."""
         written = self.jinja.write([self._message(turn, marks) for turn in turns], generate=generate)
         if self.tag is not None:
-            # Only the template's own tag is an image; one that somebody wrote is broken by a mark.
+            # Only the template's own tag is an image; the same tag in a turn's text is broken up by a mark.
             written = written.replace(self.tag, marks.image).replace(marks.tag, "")
         return written
 
@@ -138,10 +138,10 @@ class _Chat:
         return {"role": turn.role, "content": [*({"type": "image"} for _ in turn.images), text]}
 
     def plan(self, turns: Sequence[Turn]) -> _Plan:
-        """How ``turns``, which end with an answer, are written: tried once for their roles.
+        """How ``turns``, which end with an answer, are rendered; found once per sequence of roles.
 
         Raises:
-            ConversationError: the prompt for an answer can't be reconciled with what later stands before it.
+            ConversationError: the prompt for an answer doesn't match the text before it in the conversation.
         """
         roles = tuple(turn.role for turn in turns)
         if roles not in self.plans:
@@ -162,34 +162,34 @@ class _Chat:
             before, begun, rest = whole[at:].partition(_MARKS.begin)
             asked = self.write(talk[:index], _MARKS, generate=True)
             if not begun or asked[:at] != whole[:at]:
-                raise self.refusal("writes earlier turns differently once later ones follow")
+                raise self.refusal("renders earlier turns differently once later ones follow")
             yield self._way(talk[: index + 1], at, asked[at:], before)
             behind = rest.partition(_MARKS.end)[2]
             if not behind.startswith(self.ending) and (followed or index + 1 < len(talk)):
-                raise self.refusal("doesn't end all answers alike")
+                raise self.refusal("doesn't end all answers in the same way")
             at = len(whole) - len(behind) + len(self.ending)
 
     def _way(self, talk: Sequence[Turn], at: int, asked: str, before: str) -> _Way:
-        """``asked`` is the prompt for the last of ``talk``, and ``before`` what stands before it; both from ``at``."""
+        """The way of the last answer of ``talk``; ``asked`` is its prompt, ``before`` the text before it."""
         if before.startswith(asked):
             more = before[len(asked) :]
-            # Words that stand before every answer are written for the model; spaces are learned with the answer.
+            # Words before every answer are part of the prompt; spaces are trained with the answer.
             prompt, lead = (before, "") if more.strip() else (asked, more)
         elif asked.startswith(before):
-            # A thought that the prompt begins is ended as the template ends that of its newest answer.
+            # A thinking block that the prompt opens is closed as in the newest answer.
             newest = self.write(talk, _MARKS)[at:].partition(_MARKS.begin)[0]
             more = newest[len(asked) :] if newest.startswith(asked) else ""
             prompt, lead = (newest, "") if more.strip() else (asked, more)
         else:
-            raise self.refusal("writes earlier turns differently once later ones follow")
+            raise self.refusal("renders earlier turns differently once later ones follow")
         # A space is one token with the word after it.
         prompt, lead = prompt.rstrip(" "), prompt[len(prompt.rstrip(" ")) :] + lead
         return _Way(max(len(before) - len(prompt), 0), prompt[len(before) :], lead)
 
     def written(self, talk: Sequence[Turn], plan: _Plan, marks: _Marks, *, asks: bool) -> Iterator[tuple[str, str]]:
-        """The prompt of each answer of ``talk``, with all before it since the last one, and the answer with its end.
+        """For each answer of ``talk``, the prompt (all text since the previous answer) and the answer with its end.
 
-        ``asks``: nothing of ``talk`` is to be learned, so that the chat template may leave out parts of its answers.
+        ``asks``: nothing of ``talk`` is trained, so the chat template may drop parts of its answers.
         """
         whole = self.write([*talk, _PROBE["user"]] if plan.followed else talk, marks)
         at = 0
@@ -204,34 +204,34 @@ class _Chat:
                 yield self._rewritten(talk, marks, whole[:at])
                 return
             else:
-                raise self.refusal("leaves out a part of an answer once later turns follow")
+                raise self.refusal("drops part of an answer once later turns follow")
             at = end + 1
             if index + 1 < len(talk) and not whole.startswith(self.ending, at):
-                raise self.refusal("doesn't end all answers alike")
+                raise self.refusal("doesn't end all answers in the same way")
             at += len(self.ending)
 
     def _rewritten(self, talk: Sequence[Turn], marks: _Marks, before: str) -> tuple[str, str]:
-        """Prompt and answer where an answer, one with a thought, say, stands in full only while it is the newest."""
+        """Prompt and answer if the last answer is complete only while it is the newest (one with thinking)."""
         asking = [*talk[:-1], _PROBE["assistant"]]
         *_, (prompt, _) = self.written(asking, self.plan(asking), marks, asks=True)
         newest = self.write(talk, marks)
         answer, ends, _ = newest.removeprefix(before + prompt).replace(marks.begin, "").partition(marks.end)
         whole = "".join(talk[-1].text.split()) in "".join(answer.split())
         if not newest.startswith(before + prompt) or not ends or not whole:
-            raise self.refusal("leaves out or rewrites a part of an answer")
+            raise self.refusal("drops or rewrites part of an answer")
         return prompt, answer + self.ending
 
     def refusal(self, why: str) -> ConversationError:
-        """``why`` the chat template can't be used for a conversation, and what could."""
+        """The error for a conversation that the chat template can't be used for, with alternatives."""
         return ConversationError(
-            f"the tokenizer's chat template {why}: what is trained would not be what is asked",
-            hint=f"`template: {alternative(self.tokenizer)}` writes any conversation with this tokenizer; or give the "
-            "chat template an argument that decides it (`template: {name: tokenizer, enable_thinking: false}`)",
+            f"the tokenizer's chat template {why}, so training would not match inference",
+            hint=f"`template: {alternative(self.tokenizer)}` renders any conversation with this tokenizer; or pass an "
+            "argument to the chat template, such as `template: {name: tokenizer, enable_thinking: false}`",
         )
 
 
 class TokenizerTemplate:
-    """Each answer after the prompt that the chat template asks for it with, wherever it stands in a conversation."""
+    """Renders each answer after the chat template's generation prompt, at any position in a conversation."""
 
     def __init__(self, options: TokenizerTemplateOptions) -> None:
         self.options = options
@@ -240,7 +240,7 @@ class TokenizerTemplate:
     def render(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
     ) -> list[Segment]:
-        """Raises ConversationError where the chat template refuses ``turns``, ModelError where it can't be used."""
+        """Raises ConversationError if the chat template refuses ``turns``, ModelError if it can't be used at all."""
         chat, answers = self._chat(tokenizer), _answers(turns)
         if not generate and not answers:
             return []
@@ -252,11 +252,11 @@ class TokenizerTemplate:
         return segments[:-1] if generate else [*segments, Text(plan.tail)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """What the chat template ends an answer with."""
+        """The text with which the chat template ends an answer."""
         return (self._chat(tokenizer).ending,)
 
     def exported(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The chat template for another program: arguments and the date, where there are some, are written into it."""
+        """The chat template for other programs, with its arguments and its date, if any, fixed in the text."""
         jinja = self._chat(tokenizer).jinja
         return jinja.text if self.options.arguments or self._dated(tokenizer) else tokenizer.get_chat_template()
 
@@ -270,7 +270,7 @@ class TokenizerTemplate:
         return self._chats[key]
 
     def _dated(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether another day would be written otherwise."""
+        """Whether the output depends on the date."""
         days = (self.options.date, self.options.date + timedelta(days=400))
         options = [self.options.model_copy(update={"date": day}) for day in days]
         try:
@@ -285,7 +285,7 @@ def _answers(turns: Sequence[Turn]) -> list[int]:
 
 
 def _segments(text: str, image: str) -> Iterator[Segment]:
-    """``text`` with an image wherever the mark ``image`` is."""
+    """``text``, with an image slot at every mark ``image``."""
     for number, part in enumerate(text.split(image)):
         if number:
             yield ImageSlot()

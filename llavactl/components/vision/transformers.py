@@ -62,7 +62,7 @@ class TransformersVision:
                 return path
             if not required:
                 return None
-            why = f"there is no {name}" if Path(model).is_dir() else "there is no such folder"
+            why = f"no {name}" if Path(model).is_dir() else "no such folder"
             raise ModelError(f"{WHAT} {model}: {why}", hint=HINT)
         from transformers.utils import cached_file
 
@@ -71,7 +71,7 @@ class TransformersVision:
         return None if found is None else Path(found)
 
     def check(self) -> None:
-        """Raises ModelError for what keeps the backbone from being loaded, as far as its files show unread."""
+        """Raises ModelError if the backbone can't be loaded, as far as its files show without reading weights."""
         faults.check_model(self.options.model, WHAT, faults.PROCESSOR, weights=True, hint=HINT)
 
     @cached_property
@@ -88,15 +88,15 @@ class TransformersVision:
         return read_json(path)
 
     def number(self, key: str) -> int:
-        """``key`` of its configuration.
+        """The number ``key`` of its configuration.
 
         Raises:
-            ModelError: it has no such number, so that it is no vision transformer of the kind that is meant here.
+            ModelError: it has no such number, so it isn't a supported vision transformer.
         """
         if not isinstance(found := self.config.get(key), int):
             raise ModelError(
-                f"{WHAT} {self.options.model}: its config.json has no number {key}",
-                hint="a vision transformer such as CLIP, SigLIP or DINOv2 is expected",
+                f"{WHAT} {self.options.model}: no number {key} in its config.json",
+                hint="expected a vision transformer such as CLIP, SigLIP or DINOv2",
             )
         return found
 
@@ -143,12 +143,12 @@ class TransformersVision:
 
     @property
     def nested(self) -> bool:
-        """Whether config.json and weights are those of a LLaVA checkpoint, the backbone a part of them."""
+        """Whether the backbone is part of a LLaVA checkpoint."""
         return "vision_config" in self._whole and bool({"image_token_index", "image_token_id"} & self._whole.keys())
 
     @property
     def inside(self) -> bool:
-        """Whether the backbone is a part of a model that has more, so that no name leads to it alone."""
+        """Whether the backbone is part of a larger model, and has no name of its own."""
         folder = Path(self.options.model)
         return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
 
@@ -160,7 +160,7 @@ class TransformersVision:
         first = next((path for name in faults.WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
             raise ModelError(
-                f"{WHAT} {self.options.model}: there are no weights", hint=f"looked for {', '.join(faults.WEIGHTS)}"
+                f"{WHAT} {self.options.model}: no weights", hint=f"expected one of {', '.join(faults.WEIGHTS)}"
             )
         files = [first]
         if first.suffix == ".json":

@@ -92,7 +92,7 @@ def test_without_a_processor_nobody_knows_the_pixels(foreign: Callable[[], tuple
     _, folder = foreign()
     (folder / "processor_config.json").unlink()
     (folder / "preprocessor_config.json").unlink(missing_ok=True)
-    with pytest.raises(ModelError, match="there is no processor"):
+    with pytest.raises(ModelError, match="processor"):
         resolve(folder)
 
 
@@ -134,7 +134,7 @@ def test_original_lora(toys: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded.parts.model.language(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
     (folder / "non_lora_trainables.bin").unlink()
-    with pytest.raises(ModelError, match="its connector is missing"):
+    with pytest.raises(ModelError, match=r"non_lora_trainables\.bin"):
         resolve(folder)
 
 
@@ -193,7 +193,7 @@ def test_a_projector_and_nothing_that_says_what_it_is(toy: Path, toys: Path, tmp
 def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], native: Make, tmp_path: Path) -> None:
     _, folder = foreign()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="there are no weights"):
+    with pytest.raises(ModelError, match="no weights"):
         resolve(folder)
     made = run_cli(
         "export", "--model", str(native("l", method="lora")), "--format", "peft", "--to", str(tmp_path / "p")
@@ -202,7 +202,7 @@ def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], nativ
     (tmp_path / "p/base/config.json").unlink()
     with pytest.raises(ModelError, match="its base/ is missing"):
         resolve(tmp_path / "p")
-    with pytest.raises(ModelError, match="no model here"):
+    with pytest.raises(ModelError, match=r"llavactl\.json"):
         resolve("../nope")
 
 

@@ -268,7 +268,7 @@ class TestConfig:
         [
             ({"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}, "llava_next"),
             ({"architectures": ["TinyLlavaForConditionalGeneration"], "model_type": "tinyllava"}, "tinyllava"),
-            ({}, "no architecture"),
+            ({}, "architecture"),
         ],
         ids=str,
     )
@@ -366,7 +366,7 @@ class TestTensors:
         shutil.copy(folder / "adapter_config.json", whole)
         shutil.copy(tmp_path / "lora-full/pytorch_model.bin", folder)
         for each in (folder, whole):
-            with pytest.raises(ModelError, match="adapter and whole weights"):
+            with pytest.raises(ModelError, match="adapter and full weights"):
                 resolve(each)
 
     def test_an_adapter_of_an_adapter(self, toys: Path, tmp_path: Path) -> None:

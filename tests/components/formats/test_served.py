@@ -32,7 +32,7 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     command = [*program, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     cache = log.with_name("hub")
-    cache.mkdir()  # it lists what is in there, and fails where there is no such folder
+    cache.mkdir()  # it lists what is in there, and fails if the folder does not exist
     with log.open("w") as out:
         server = subprocess.Popen(
             command,

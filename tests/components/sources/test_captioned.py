@@ -122,9 +122,9 @@ def test_what_is_not_coco_is_refused_in_words(tmp_path: Path, text: str) -> None
     (tmp_path / "i.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"i\.json"):
         source("coco", **options)
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(DataError, match="no such file"):
         source("coco", captions=tmp_path / "none.json")
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         source("coco", **write(tmp_path), images=tmp_path / "none")
 
 

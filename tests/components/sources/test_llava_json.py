@@ -78,7 +78,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     twice = '{"id": 1, "image": "a.jpg", "image": "b.jpg", "conversations": []}'
     good = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "Hi"}, TALK[1]]})
     for text, place in ((f"{good}\n{twice}\n", "r.jsonl:2"), (f"[{good},\n{twice}]", "r.jsonl:2")):
-        with pytest.raises(DataError, match=f"{place}: 'image' is there twice"):
+        with pytest.raises(DataError, match=f"{place}: .*'image'"):
             read(tmp_path, text, "r.jsonl")
 
 
@@ -107,11 +107,11 @@ WRONG: list[tuple[Any, str]] = [
     ([{"id": 1, "conversations": TALK}], "1 <image> tags for 0 images"),
     ([{"id": 1, "image": "../a.jpg", "conversations": TALK}], "leads outside its root"),
     ([{"id": 1, "image": "/etc/passwd", "conversations": TALK}], "leads outside its root"),
-    ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "not a path or a list of paths"),
+    ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "`image`"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}], "no answer"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}], "no answer"),
-    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "a message can't be read"),
-    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "a message can't be read"),
+    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "message: "),
+    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "message: "),
     ([{"id": 1, "image": "a.jpg", "conversations": [TALK[0], TALK[0], TALK[1]]}], "don't take turns"),
 ]
 
@@ -124,10 +124,10 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, records: Any, mes
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.json: there is no such file"):
+    with pytest.raises(DataError, match=r"gone\.json: no such file"):
         list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "gone.json")}))
     (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(DataError, match="there is no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "r.json"), "images": "/gone"}))
 
 
@@ -136,6 +136,6 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(DataError, match="leads out of") as caught:
+    with pytest.raises(DataError, match="points outside") as caught:
         ImageFile(str(root), "link.jpg").read()
     assert "follow_links" in caught.value.hint

@@ -48,7 +48,7 @@ def test_a_model_in_the_process(toys: Path, tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     teacher = Transformers(TransformersOptions(model=str(tmp_path / "none")))
-    with pytest.raises(ModelError, match="there is no such folder"):
+    with pytest.raises(ModelError, match="no such folder"):
         teacher.reply(request())
 
 
@@ -63,7 +63,7 @@ def test_recorded_replies(tmp_path: Path) -> None:
     path.write_text('{"id": "1-detail", "reply": "A dog."}\n{"id": 2}\n')
     with pytest.raises(DataError, match=r"replies.jsonl:2: not a recorded reply"):
         Replay(ReplayOptions(path=path)).reply(request())
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(DataError, match="no such file"):
         Replay(ReplayOptions(path=tmp_path / "none")).reply(request())
     (tmp_path / "a.sqlite").write_bytes(b"no database" * 99)
     with pytest.raises(DataError, match="not what a run keeps"):
@@ -91,6 +91,6 @@ def test_what_a_run_kept_makes_the_same_records_again(tmp_path: Path) -> None:
     assert result.json()["asking"] is None
     gone = run_cli("data", "generate", "-o", "generate.teacher.path=none.jsonl", cwd=tmp_path)
     assert gone.exit_code == 1
-    assert "none.jsonl: there is no such file" in gone.stderr
+    assert "none.jsonl: no such file" in gone.stderr
     first = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert json.loads((tmp_path / "b.json").read_text()) == first
