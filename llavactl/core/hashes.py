@@ -34,10 +34,18 @@ _SETTLED_S = 2.0
 _BLOB = re.compile("[0-9a-f]{64}")
 """A large file in the hub's cache is named by its sha256."""
 
-_PASSED_OVER = re.compile(r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|logs")
-"""Folders beside a model that are not part of it: outputs of trainers and evaluations."""
+_OTHER_FOLDERS = re.compile(
+    r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|logs|__pycache__|onnx|openvino|coreml|original"
+)
+"""Folders beside a model that are not part of it: outputs of trainers and evaluations, other programs' conversions."""
 
-_DOCUMENTS = (".md", ".png", ".jpg", ".lock")
+_OTHER_FILES = re.compile(
+    r"\..*|.*\.(md|png|jpe?g|gif|svg|pdf|lock|log|py|ipynb|gguf|onnx|msgpack|h5|ot|tflite|mlmodel)"
+    r"|(licen[cs]e|notice|use_policy|modelfile|makefile|events\.|rng_state|optimizer\.|scheduler\.).*"
+    r"|trainer_state\.json|training_args\.(bin|json)|all_results\.json|(train|eval)_results\.json|latest",
+    re.IGNORECASE,
+)
+"""Files beside a model that loading it never reads: documents, states of trainers, other programs' conversions."""
 
 
 _forgetful: ContextVar[bool] = ContextVar("_forgetful", default=False)
@@ -159,12 +167,12 @@ def hash_file(file: Path) -> str:
 
 
 def model_files(folder: Path) -> Iterator[Path]:
-    """The files of the model in ``folder``, sorted; without documents and outputs of trainers."""
+    """The files of the model in ``folder``, sorted; without those that loading it never reads."""
     for each in sorted(folder.iterdir()):
         if each.is_dir():
-            if not _PASSED_OVER.fullmatch(each.name):
+            if not _OTHER_FOLDERS.fullmatch(each.name):
                 yield from model_files(each)
-        elif not each.name.startswith(".") and each.suffix.lower() not in _DOCUMENTS:
+        elif not _OTHER_FILES.fullmatch(each.name):
             yield each
 
 

@@ -6,6 +6,7 @@ and one whose weights, tokenizer or chat template changed is another.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,31 @@ def content_of(value: Any) -> Json:
         return _content(value)
     except OSError as error:
         raise ModelError(f"{error.filename or value}: {error.strerror or error}") from error
+
+
+def relocated(value: Any, old: Path, new: Path) -> Json:
+    """``value`` with absolute paths that ``old`` could reach by ``..`` replaced by those that ``new`` reaches so.
+
+    A path is replaced only if something is there: a project moves with what is in it, and models elsewhere stay.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): relocated(each, old, new) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [relocated(each, old, new) for each in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        there = Path(os.path.normpath(new / os.path.relpath(value, old)))
+        return str(there) if there.exists() else value
+    found: Json = value
+    return found
+
+
+def following(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A model's ``description``, read in ``folder``, with the paths to what has moved together with ``folder``."""
+    where = description.get("location")
+    if where is None or Path(where) == folder.absolute():
+        return dict(description)
+    components = {key: description[key] for key in ("vision", "connector", "language") if key in description}
+    return {**description, **{key: relocated(each, Path(where), folder.absolute()) for key, each in components.items()}}
 
 
 def names_model(content: Any) -> bool:

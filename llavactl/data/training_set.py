@@ -141,10 +141,8 @@ def split(
             hint="`data.stage1` and `data.stage2` name the sources",
         )
     held = subset([each._replace(weight=1.0) for each, group in zip(kept, groups, strict=True) if group in validation])
-    # If every group is one image, the split follows from what the digest has anyway.
-    shared = stage.validation and any(size > 1 for size in sizes.values())
     said = _held_out(len(held), validation, sizes) if stage.validation else ""
-    digest = _digest(kept, looked_at.keys, validation if shared else None)
+    digest = _digest(kept, looked_at.keys, [group in validation for group in groups])
     return Split(train, held, left_out, digest, said)
 
 
@@ -228,16 +226,12 @@ def _held_out(samples: int, validation: Collection[str], sizes: Mapping[str, int
     )
 
 
-def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str], held: Collection[str] | None) -> str:
-    """A hash of all text, images (by content), weights and phases that are trained on, and of the groups ``held`` out,
-    if given.
-    """
+def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str], held: Sequence[bool]) -> str:
+    """A hash of all text, images (by content), weights and phases, and of which members are ``held`` out."""
     total = hashlib.sha256()
-    for sample, weight, phase, _ in members:
-        total.update(f"{sample.id}\0{weight}\0{phase}".encode())
+    for (sample, weight, phase, _), out in zip(members, held, strict=True):
+        total.update(f"{sample.id}\0{weight}\0{phase}\0{out}".encode())
         for turn in sample.turns:
             said = [part if isinstance(part, str) else f"\0{keys.get(part, part.name)}" for part in turn.content]
             total.update("\0".join([turn.role, *said]).encode("utf-8", "surrogatepass"))
-    if held is not None:
-        total.update("\0".join(["held out", *sorted(held)]).encode("utf-8", "surrogatepass"))
     return total.hexdigest()

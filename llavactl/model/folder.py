@@ -1,7 +1,8 @@
 """A finished model on disk, with everything needed to use it again.
 
 model/
-  llavactl.json            description: components, template, fingerprint of its features, versions; after full
+  llavactl.json            description: components, template, fingerprint of its features, versions; ``location``,
+                           where it was written, from which its paths can be followed when it has moved; after full
                            fine-tuning also ``trained_language``, the options to load the language model with
   connector.safetensors    the connector, always its own file
   language/                the language model and its tokenizer, after full fine-tuning in stage 2
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from llavactl.core import faults
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
-from llavactl.core.identity import component_identity
+from llavactl.core.identity import component_identity, following
 from llavactl.core.paths import read_json, share, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
@@ -65,7 +66,7 @@ def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], desc
             description = {**description, "trained_language": _options_of(language)}
         elif method == "lora":
             language.save_pretrained(temporary / "adapter")
-        write_json(temporary / DESCRIPTION, {"format": FORMAT, **description})
+        write_json(temporary / DESCRIPTION, {"format": FORMAT, "location": str(folder.absolute()), **description})
 
 
 def _options_of(language: Any) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The description of the model in ``folder``.
+    """The description of the model in ``folder``; if it has moved, with the paths to what moved with it.
 
     Raises:
         ModelError: there is none, or a newer llavactl wrote it.
@@ -154,7 +155,7 @@ def describe(folder: Path) -> dict[str, Any]:
     description = read_json(path)
     if description.get("format") != FORMAT:
         raise ModelError(f"{path}: format {description.get('format')}, this llavactl reads {FORMAT}")
-    return description
+    return following(description, folder)
 
 
 def of_run(run_dir: Path) -> Path:

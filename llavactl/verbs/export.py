@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MARK = "llavactl_export.json"
 """In every export: what it was made of. A folder with another content is never written over."""
 
+CARD = "README.md"
+
 VERIFIED = ("verified", "verified_content")
 """Its keys: a verification's result, and the hash of the content that was verified."""
 
@@ -97,18 +99,24 @@ def export(
 
 def _stamp(form: str, source: Path) -> dict[str, Any]:
     """Everything that the export of the model folder ``source`` in format ``form`` depends on."""
-    return {"format": form, "model": identity(source)}
+    return {"format": form, "version": registry().get("formats", form).version, "model": identity(source)}
 
 
 def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:
-    """Whether ``to`` is a complete export with this ``stamp``."""
+    """Whether ``to`` is an export with this ``stamp`` and the contents that were written.
+
+    Its model card may have been edited. An export that failed its verification doesn't count.
+    """
     found = read_json(to / MARK)
-    return {key: found.get(key) for key in stamp} == stamp and _files(to) == found.get("files")
+    if {key: found.get(key) for key in stamp} != stamp or (found.get("verified") or {}).get("faults"):
+        return False
+    here, written = _files(to), found.get("files", {})
+    return {**here, CARD: None} == {**written, CARD: None}
 
 
 def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> None:
     """Writes ``to`` atomically; an existing export is kept until the new one is complete."""
-    others = sorted(_files(to).keys() - read_json(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
+    others = sorted(_names(to) - read_json(to / MARK).get("files", {}).keys()) if to.is_dir() else [to.name]
     if to.exists() and others:
         raise ModelError(
             f"{to}: holds something that is no export of llavactl's, such as {others[0]}", hint="`--to` another folder"
@@ -118,7 +126,7 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         made.write(source, temporary)
-        (temporary / "README.md").write_text(card(source, stamp["format"]), encoding="utf-8")
+        (temporary / CARD).write_text(card(source, stamp["format"]), encoding="utf-8")
         write_json(temporary / MARK, {**read_json(temporary / MARK), **stamp, "files": _files(temporary)})
         replace_folder(temporary, to)
     except (OSError, SafetensorError) as error:
@@ -144,7 +152,7 @@ def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -
     if not found.sound:
         raise ModelError(
             f"{to}: the export differs from the model: {'; '.join(found.faults)}",
-            hint="don't use this export; it is kept for inspection, and the next export to it verifies it again",
+            hint="don't use this export; it is kept for inspection, and the next export to this folder replaces it",
         )
     return found
 
@@ -160,13 +168,17 @@ def _verified_before(to: Path) -> Verified | None:
 
 def _content(to: Path) -> str:
     """A hash of the names and contents of all files of the export in ``to``."""
-    return hash_json({name: hash_file(to / name) for name in _files(to)})
+    return hash_json(_files(to))
 
 
-def _files(folder: Path) -> dict[str, int]:
-    """The files in ``folder`` but the mark itself, with their sizes."""
-    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {name: file.stat().st_size for name, file in sorted(found.items()) if name != MARK}
+def _files(folder: Path) -> dict[str, str]:
+    """The files in ``folder`` but the mark itself, with the sha256 of their contents."""
+    return {name: hash_file(folder / name) for name in sorted(_names(folder))}
+
+
+def _names(folder: Path) -> set[str]:
+    found = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    return {name for name in found if name != MARK}
 
 
 def _given(images: Sequence[Path]) -> list[ImageFile]:

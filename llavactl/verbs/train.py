@@ -135,9 +135,10 @@ def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mappi
     began = time.perf_counter()
     trained = run_loop(run)
     seconds = time.perf_counter() - began
-    report = report_of(run, data, trained, seconds, description)
     if main:
         _save_model(run.folder / "model", parts, run.optimizer, description)
+    report = report_of(run, data, trained, seconds, description)
+    if main:
         write_json(run.folder / "report.json", asdict(report))
         with _optional(run.folder / "samples.json"):
             _write_samples(recipe, run, parts, data)

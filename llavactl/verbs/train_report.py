@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.errors import ModelError
-from llavactl.model import folder as model_folder
+from llavactl.core.hashes import hash_folder
 from llavactl.training.metrics import read as read_metrics
 
 if TYPE_CHECKING:
@@ -23,7 +22,8 @@ class TrainReport:
 
     ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
     of the tokens that were not computed, as another conversation of the row begins with them too. ``model_step``: the
-    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one.
+    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one. ``model_sha256``: a hash
+    of all files of the model.
     """
 
     stage: int
@@ -45,24 +45,27 @@ class TrainReport:
     digest: str
     final: str
     model_step: int
+    model_sha256: str
     finished_before: bool = False
 
 
 def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model is the ``final`` one.
+    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model is the ``final`` one, whole.
 
     Raises:
-        OSError: the report exists but can't be read.
+        OSError: the report or the model exists but can't be read.
     """
+    model = folder / "model"
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        made = model_folder.describe(folder / "model")
-        if any((each["digest"], each["final"]) != (digest, final) for each in (report, made)):
+        same = (report["digest"], report["final"]) == (digest, final)
+        if not same or hash_folder(model) != report["model_sha256"]:
             return None
-    except (FileNotFoundError, ValueError, KeyError, ModelError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
     known = {field.name for field in fields(TrainReport)}
-    return TrainReport(**{key: value for key, value in report.items() if key in known} | {"finished_before": True})
+    kept = {key: value for key, value in report.items() if key in known}
+    return TrainReport(**{**kept, "model": str(model), "finished_before": True})
 
 
 def report_of(run: Run, data: Split, trained: Trained, seconds: float, description: Mapping[str, Any]) -> TrainReport:
@@ -91,4 +94,5 @@ def report_of(run: Run, data: Split, trained: Trained, seconds: float, descripti
         digest=run.digest,
         final=run.stage.final,
         model_step=trained.step,
+        model_sha256=hash_folder(run.folder / "model") if run.accelerator.is_main_process else "",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.known import refuse_unknown_hf
-from llavactl.components.formats.native import KEPT, adopt, shape_of
+from llavactl.components.formats.native import adopt, restored, shape_of
 from llavactl.components.formats.weights import files, tensors, unused
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 ORIGIN = "llavactl_export.json"
-"""The file beside the weights that stores ``KEPT``."""
+"""The file beside the weights that stores what the layout lacks."""
 
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 
@@ -70,7 +70,7 @@ def read_hf(folder: Path, model: Path) -> None:
         "template": "tokenizer",
         "precision": str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
     }
-    adopt(model, weights, {**description, **{key: origin[key] for key in KEPT if key in origin}})
+    adopt(model, weights, restored(description, origin))
 
 
 def _projection(

@@ -124,7 +124,6 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
     description = native.description
     vision, (height, width) = description["vision"], description["shape"]["grid"]
     kind = str(config["model_type"])
-    keep = ("template", "image_order", "precision", "features", "stage")
     return {
         **config,
         "architectures": [f"Llava{_family(kind)}ForCausalLM"],
@@ -139,7 +138,7 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        OWN: native.kept(keep),
+        OWN: native.kept(),
     }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.components.formats.adapter import copy_adapter
 from llavactl.components.formats.known import refuse_unknown_llava, tuned
 from llavactl.components.formats.llava_tower import contained
-from llavactl.components.formats.native import KEPT, adopt, connector_of, shape_of
+from llavactl.components.formats.native import adopt, connector_of, restored, shape_of
 from llavactl.components.formats.weights import files, read, tensors, unused
 from llavactl.components.languages.inside import inside
 from llavactl.core.errors import ModelError
@@ -107,8 +107,7 @@ def read_llava(folder: Path, model: Path) -> None:
         "precision": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     }
     sources = [named, language["model"] if language else None]
-    own = {key: value for key, value in config.get(OWN, {}).items() if key in KEPT}
-    adopt(model, found.connector, {**description, **own}, sources=sources)
+    adopt(model, found.connector, restored(description, config.get(OWN, {})), sources=sources)
 
 
 def _found(folder: Path, language: Mapping[str, str] | None, lora: bool) -> _Found:

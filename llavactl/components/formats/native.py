@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.identity import following
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
@@ -29,6 +30,10 @@ KEPT = ("template", "image_order", "precision", "features", "stage")
 """Keys of ``llavactl.json`` that the layouts lack: an export stores them separately, and reading restores them."""
 
 
+ATTENTION = "attention"
+"""An option of the language model that the layouts lack as well."""
+
+
 @dataclass(frozen=True)
 class Native:
     """The model in ``folder``."""
@@ -38,7 +43,7 @@ class Native:
     @cached_property
     def description(self) -> Mapping[str, Any]:
         faults.check_files([self.folder / DESCRIPTION])
-        return read_json(self.folder / DESCRIPTION)
+        return following(read_json(self.folder / DESCRIPTION), self.folder)
 
     @property
     def method(self) -> str:
@@ -80,11 +85,11 @@ class Native:
             tokenizer.chat_template = template.exported(tokenizer)
         return tokenizer
 
-    def kept(self, keys: Sequence[str]) -> dict[str, Any]:
-        """The ``keys`` of the description for an export, whose chat template has arguments and date in its text."""
+    def kept(self) -> dict[str, Any]:
+        """What an export stores separately, for ``restored``; its chat template has arguments and date in its text."""
         template = registry().create("templates", self.description["template"])
         own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
-        return {**{key: self.description[key] for key in keys}, **own}
+        return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
 
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""
@@ -146,6 +151,14 @@ def adopt(
         "sources": sorted({source for source in sources if source}),
     }
     write_json(model / DESCRIPTION, {**defaults, **description})
+
+
+def restored(description: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``description`` of a checkpoint with what llavactl's export stored separately, ``own``."""
+    found = {**description, **{key: own[key] for key in KEPT if key in own}}
+    if own.get(ATTENTION) and found["language"]:
+        found["language"] = {**found["language"], ATTENTION: own[ATTENTION]}
+    return found
 
 
 def shape_of(vision: Mapping[str, Any]) -> dict[str, Any]:

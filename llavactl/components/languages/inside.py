@@ -8,12 +8,6 @@ from typing import Any
 
 from llavactl.core.errors import ModelError
 
-# Two key layouts: before transformers 4.52 (still written on save), and since.
-_INSIDE_HF = {
-    r"^model\.language_model\.": "model.",
-    r"^language_model\.model\.": "model.",
-    r"^language_model\.lm_head": "lm_head",
-}
 
 _ARCHITECTURE = re.compile(r"(Llava)?(\w+)ForCausalLM")
 _ALIASES = {"qwen": "qwen2"}
@@ -26,15 +20,29 @@ def inside(model: str) -> dict[str, Any]:
 
     whole, _ = PreTrainedConfig.get_config_dict(model)
     if "text_config" in whole:
-        return {
-            "config": AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config(),
-            "key_mapping": _INSIDE_HF,
-        }
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+        return {"config": config, "key_mapping": _renamed(config)}
     if "mm_vision_tower" in whole:
         kind = language_type(whole, model)
         known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}
         return {"config": AutoConfig.for_model(kind, **known)}
     return {}
+
+
+def _renamed(config: Any) -> dict[str, str]:
+    """From a LLaVA checkpoint's names of the language model's weights to its own: ``model.…``, GPT-2's ``transformer.…``.
+
+    Two layouts are read: transformers' before 4.52 (still written on save), and since.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    inner = f"{kind.base_model_prefix}."
+    return {
+        r"^model\.language_model\.": inner,
+        rf"^language_model\.{re.escape(inner)}": inner,
+        r"^language_model\.lm_head": "lm_head",
+    }
 
 
 def language_type(config: Mapping[str, Any], where: str) -> str:

@@ -31,6 +31,15 @@ _MEDIA = re.compile(
     r"(?:[_ -]?(?:path|file|filename|file_name|name|url|uri|base64|b64|bytes|data|list))?s?\s*",
     re.IGNORECASE,
 )
+_FILE = re.compile(
+    r"[^\n]{1,1000}\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|webm|mov|mkv|avi|wav|mp3|flac|ogg|m4a)",
+    re.IGNORECASE,
+)
+"""The name of a media file, under whatever key."""
+
+_NO_FILE = re.compile(r"(?:.*[_-])?(?:id|source|from|value)", re.IGNORECASE)
+"""Keys whose values may look like a file's name without asking for the file."""
+
 _PLACEHOLDER = re.compile(
     r"<\|?\s*/?(?:start_of_)?(?:image|img|im|picture|photo|video|audio|vision)s?(?:here|[_ -]\w+)?\s*/?\s*\|?>"
     r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]",
@@ -63,14 +72,23 @@ def unread_media(fields: Mapping[str, Any], *, images: bool, read: Iterable[str]
     """The key of ``fields`` with media that would be ignored, or "".
 
     Video and audio are never read; images only under the keys ``read``. If the record has ``images`` there, other image
-    keys (``image_url``) are taken as metadata.
+    keys (``image_url``) are taken as metadata. In a record without, any key may not name a media file.
     """
     for key, value in fields.items():
-        if key not in read and (match := _MEDIA.fullmatch(key)) and _names_something(value):
+        if key in read:
+            continue
+        if (match := _MEDIA.fullmatch(key)) and _names_something(value):
             if images and match["image"]:
                 continue
             return key
+        if not images and not _NO_FILE.fullmatch(key) and _names_file(value):
+            return key
     return ""
+
+
+def _names_file(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, str) and _FILE.fullmatch(each.strip()) for each in values)
 
 
 def _names_something(value: Any) -> bool:
@@ -95,7 +113,7 @@ def message_fault(message: Any, *, images: bool) -> tuple[str, str] | None:
 
 def _excluded(message: Mapping[str, Any]) -> str:
     """The key that excludes this answer from training, or ""."""
-    for key in ("weight", "loss", "loss_scale", "train"):
+    for key in ("weight", "loss", "loss_scale", "train", "trainable"):
         value = message.get(key)
         if isinstance(value, bool | int | float) and not value:
             return key

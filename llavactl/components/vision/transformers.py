@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.hashes import hash_file
+from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.options import ModelId
 from llavactl.core.paths import read_json
 from llavactl.core.registry import Options
@@ -139,6 +139,7 @@ class TransformersVision:
             "patch_size": self.number("patch_size"),
             "processor": type(processor).__name__,
             "preprocessing": hashlib.sha256(_canonical(processor).encode()).hexdigest()[:16],
+            "config": hash_json(_architecture(self.config))[:16],
         }
 
     @property
@@ -199,6 +200,20 @@ class ClipOptions(TransformersVisionOptions):
 def _model_type(config: Mapping[str, Any]) -> str:
     kind = str(config.get("model_type", ""))
     return kind if kind.endswith("_vision_model") or kind not in ("clip", "siglip") else f"{kind}_vision_model"
+
+
+_NOTES = frozenset("architectures dtype torch_dtype transformers_version model_type projection_dim".split())  # noqa: SIM905
+"""Keys of a vision config that don't change hidden states; the weights decide the stored precision."""
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config`` says beyond transformers' defaults, which a checkpoint may write out or omit."""
+    from transformers import CONFIG_MAPPING
+
+    kind = _model_type(config)
+    if kind in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[kind].from_dict(dict(config)).to_diff_dict()
+    return {key: value for key, value in config.items() if key not in _NOTES and not key.startswith("_")}
 
 
 def _canonical(processor: Any) -> str:

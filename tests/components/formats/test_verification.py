@@ -57,7 +57,7 @@ def test_what_an_export_states_of_itself(native: Make, tmp_path: Path) -> None:
 
 
 def stamped(out: Path) -> None:
-    """Says that the files have the sizes they have, as if llavactl had written them so."""
+    """Says that the files have the contents they have, as if llavactl had written them so."""
     from llavactl.verbs.export import MARK, _files
 
     changed(out / MARK, lambda found: found.update(files=_files(out)))
@@ -96,6 +96,7 @@ def test_verified_once(native: Make, toys: Path, tmp_path: Path, verdicts: list[
         assert failed.exit_code == 1
         assert "another text" in failed.stderr
     assert asked(model, out).exit_code == 0
+    assert "do_sample" not in (out / "generation_config.json").read_text()  # what failed was written again
     verdicts += [()]
     assert asked(model, out, "--image", str(toys / "images" / "photo-000.jpg")).exit_code == 0
     assert not verdicts  # asked about another image
@@ -134,3 +135,16 @@ def test_a_failed_write_leaves_what_was_there(
     assert "Traceback" not in result.stderr
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_damaged_export_is_written_again(native: Make, tmp_path: Path) -> None:
+    """Also one whose files have the right sizes; the user's words on the model card stay."""
+    model, out = native("ours"), tmp_path / "out"
+    written(model, "hf", out)
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "README.md").write_text("Mine.")
+    assert asked(model, out, "--no-verify").json()["finished_before"]
+    assert (out / "README.md").read_text() == "Mine."
+    (out / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert not asked(model, out, "--no-verify").json()["finished_before"]
+    assert (out / "model.safetensors").read_bytes() == whole
