@@ -78,7 +78,7 @@ def test_a_damaged_newest_one_is_passed_over(
     found = checkpoints.restore(tmp_path, "a")
     assert found is not None
     assert (found[0].step, found[1]["x"].item()) == (1, 1.0)
-    assert "step-00000002 is damaged" in caplog.text
+    assert "step-00000002" in caplog.text
 
 
 def command(toy: Path, *more: str, stage: int = 1) -> list[str]:
