@@ -111,7 +111,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(toy: Path) -> None:
     tensors = newest / "optimizer.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100] + bytes(100))
     result = run_cli(*command(toy, 1))
-    assert f"{newest.name} is damaged" in result.stderr
+    assert newest.name in result.stderr
     assert 0 < result.json()["first_step"] < int(newest.name.partition("-")[2])
     same(toy / "runs/toy/stage1", toy / "whole/stage1")
 
