@@ -89,7 +89,7 @@ def is_archive(root: str) -> bool:
 
 
 class NameTwiceError(DataError):
-    """Several archives have an image of the same name with different contents."""
+    """An image of this name is several times in the archives, with different contents."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,12 @@ def _index(root: str) -> Index:
     for archive in archives:
         try:
             stamps[archive] = stamp_of(archive)
-            members = dict(_members(archive, stamps[archive]))
+            members: dict[str, Member] = {}
+            for name, member in _members(archive, stamps[archive]):
+                if name in members:
+                    others[name] = (*others.get(name, ()), member)
+                else:
+                    members[name] = member
         except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError) as error:
             raise DataError(
                 f"{archive} can't be read: {' '.join(str(error).split())}",
@@ -299,7 +304,10 @@ def _of_tar(tar: tarfile.TarFile, archive: str, stamp: str) -> Iterator[tuple[st
     for each in tar:
         name = _name(each.name)
         if each.isreg() and not each.issparse():
-            found[name] = Member(archive, stamp, each.offset_data, each.size)
+            member = Member(archive, stamp, each.offset_data, each.size)
+            if name in found:
+                yield name, member
+            found.setdefault(name, member)
         elif each.islnk():
             links[name] = _name(each.linkname)
         elif each.issym():

@@ -176,13 +176,14 @@ def model_files(folder: Path) -> Iterator[Path]:
             yield each
 
 
-def hash_folder(folder: Path) -> str:
-    """A hash of the names and contents of all files of the model in ``folder``.
+def hash_folder(folder: Path, but: Sequence[str] = ()) -> str:
+    """A hash of the names and contents of all files of the model in ``folder``, ``but`` those left out.
 
     Raises:
         OSError: a file can't be read.
     """
-    return hash_json([[file.relative_to(folder).as_posix(), hash_file(file)] for file in model_files(folder)])
+    files = {file.relative_to(folder).as_posix(): file for file in model_files(folder)}
+    return hash_json([[name, hash_file(file)] for name, file in files.items() if name not in but])
 
 
 def hash_json(value: Any) -> str:

@@ -152,7 +152,13 @@ def _relative(root: str, path: str) -> str:
                 "set `images` to a folder that contains all of them",
             )
         return below
-    return "/".join(part for part in path.split("/") if part not in ("", "."))
+    kept: list[str] = []
+    for part in path.split("/"):
+        if part == ".." and kept and kept[-1] != "..":
+            kept.pop()
+        elif part not in ("", "."):
+            kept.append(part)
+    return "/".join(kept)
 
 
 def _below(root: str, path: str) -> str | None:

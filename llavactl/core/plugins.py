@@ -59,8 +59,8 @@ def isolated(plugin: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
-        if plugin == BUILTIN:
+    except BaseException as error:
+        if plugin == BUILTIN or isinstance(error, KeyboardInterrupt | GeneratorExit):
             raise
         message = str(error) if isinstance(error, PluginError) else f"plugin {plugin}: {type(error).__name__}: {error}"
         line = " ".join(message.split())
@@ -110,7 +110,9 @@ def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
             )
         try:
             _register(made, point.load(), point.name)
-        except (Exception, SystemExit) as error:  # one may even call sys.exit at import
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # one may even call sys.exit at import
             raise PluginError(f"plugin {point.name} can't be loaded: {type(error).__name__}: {error}") from error
     if (took := time.perf_counter() - started) > SLOW_S:
         advice = "`register` takes module:attr strings, so that nothing heavy is imported at start-up"

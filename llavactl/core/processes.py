@@ -28,6 +28,11 @@ def check_launch(precision: str | None = None) -> None:
     Raises:
         RecipeError: DeepSpeed, FSDP and the like, gradient accumulation, or another precision than the recipe's.
     """
+    if os.environ.get("WORLD_SIZE", "1") not in (*_OFF, "1") and not os.environ.get("MASTER_ADDR"):
+        raise RecipeError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but MASTER_ADDR is not, so the processes can't meet",
+            hint="launch with torchrun or `accelerate launch`; for a single process, unset WORLD_SIZE and RANK",
+        )
     for name, what in _UNSUPPORTED.items():
         if os.environ.get(name, "").lower() not in _OFF:
             raise _refused(name, f"llavactl doesn't support {what}")

@@ -160,9 +160,9 @@ def _import(target: str, entry: Entry) -> Any:
             found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except LlavactlError:
+    except (LlavactlError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise PluginError(
             f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
             f"{type(error).__name__}: {error}",

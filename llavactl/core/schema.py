@@ -7,6 +7,7 @@ Dv width of the vision features, Dl width of the language model.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os.path import realpath
@@ -14,6 +15,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from llavactl.core.errors import DataError
 from llavactl.core.lookup import find_file, refuse_outside, shortened, stays_below
 from llavactl.core.paths import file_stamp
 
@@ -121,6 +123,9 @@ class ImageFile(Below):
 Content = str | ImageRef
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message: text and images in the order they are said. A literal ``<image>`` in text is text."""
@@ -131,6 +136,9 @@ class Turn:
     def __post_init__(self) -> None:
         if isinstance(self.content, str):  # else each character would be a part
             raise TypeError(f'content must be a tuple of texts and images: Turn("{self.role}", ("text",))')
+        for part in self.content:
+            if isinstance(part, str) and not part.isascii() and _SURROGATE.search(part):
+                raise DataError(f"not text: {part!r:.60} has bytes that are not UTF-8", hint="save or type it as UTF-8")
 
     @property
     def text(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -11,23 +11,20 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Finds
 from llavactl.core.records import Record, read_records, read_text
-from llavactl.core.schema import Answer
+from llavactl.core.schema import Answer, Question
 
 IDS = ("question_id", "id", "questionId", "image_id")
 TEXTS = ("text", "answer", "pred", "caption")
 """What published files call a question's id and the answer to it."""
 
-OTHERS = (
-    "prediction",
-    "response",
-    "output",
-    "model_answer",
-    "model_output",
-    "generated_text",
-    "resps",
-    "filtered_resps",
+LISTS = ("resps", "filtered_resps")
+"""lmms-eval's keys for a model's answers, which are lists."""
+
+ABOUT = frozenset(
+    "question prompt image images image_path image_file file_name category type split subject topic source "  # noqa: SIM905
+    "target model model_id model_name answer_id label gt gt_answer gt_ans ground_truth reference hint context".split()
 )
-"""Other programs' keys for a model's answer; beside one of these, ``answer`` is the ground truth."""
+"""Keys that never are a model's answer."""
 
 ACCEPTED = (
     f"supported: one object per answer, as a JSON list or JSONL, with the question's id as {', '.join(IDS)} and the "
@@ -86,14 +83,32 @@ def _answer(record: Record) -> Answer:
     if record.get("text") is None and record.get("answer") is not None and (other := _other(record)):
         raise DataError(
             f"{record.where}: ambiguous: either `answer` or `{other}` may be the model's answer; {keys}",
-            hint="rename the model's answer to `text` and remove the other",
+            hint="rename the model's answer to `text`",
         )
     return Answer(str(name), text, {key: value for key, value in record.fields.items() if key not in TEXTS})
 
 
 def _other(record: Record) -> str:
-    """The key beside ``answer`` that may be the model's answer, or ""."""
-    return next((key for key in ("pred", *OTHERS) if record.get(key) not in (None, record.get("answer"))), "")
+    """A key beside ``answer`` that may be the model's answer, and ``answer`` then the ground truth; or ""."""
+    for key, value in record.fields.items():
+        said = isinstance(value, str) or key in LISTS
+        if said and key not in (*IDS, *ABOUT) and value not in ("", record.get("answer")):
+            return str(key)
+    return ""
+
+
+def refuse_echoes(file: Path, questions: Iterable[Question], answers: Mapping[str, Answer]) -> None:
+    """Raises DataError if every answer is its question: ``file`` is one of questions, or has them as ``text``."""
+    answered = [(asked.turns[-1].text, answers[asked.id].text) for asked in questions if asked.id in answers]
+    if answered and all(len(said.split()) > 2 and _plain(said) in _plain(asked) for asked, said in answered):
+        raise DataError(
+            f"{file}: every answer repeats its question: {answered[0][1]!r:.60}",
+            hint="`--answers` takes a model's answers, as `text`; is this the file of questions?",
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _few(names: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint
     never share features because one omits a field. Models in options are left out if the identity has ``weights``.
     """
     identity = component.get("identity", {})
-    options = component.get("options", {})
+    options = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
     if "weights" in identity:
         options = {key: value for key, value in options.items() if not names_model(value)}
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}

@@ -94,8 +94,10 @@ def identity(folder: Path) -> str:
     kinds = {"languages": language_of(folder, description)}
     kinds |= {"vision": description["vision"], "connectors": description["connector"]}
     parts = {kind: component_identity(kind, spec) for kind, spec in kinds.items()}
-    template = component_identity("templates", description["template"])
-    return hash_json([hash_folder(folder), parts, template])
+    parts["templates"] = component_identity("templates", description["template"])
+    named = ("vision", "connector", "language", "template", "trained_language", "location", "versions")
+    rest = {key: value for key, value in description.items() if key not in named}
+    return hash_json([hash_folder(folder, but=(DESCRIPTION,)), parts, rest])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Judged
 from llavactl.evaluation import runner, tasks
-from llavactl.evaluation.answers import read_answers
+from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.statistics import Difference, paired
 from llavactl.report.inputs import read_document
 
@@ -61,7 +61,10 @@ def compare(
     candidates, grades = [], {}
     for path in given:
         file = _answers(path, task)
-        scored = runner.score(made, questions, read_answers(file, made), chosen, file)
+        answers = read_answers(file, made)
+        if not path.is_dir():
+            refuse_echoes(file, questions, answers)
+        scored = runner.score(made, questions, answers, chosen, file)
         candidates.append(Candidate(str(path), scored.scores, scored.failed))
         grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
         if not grades[str(path)]:

@@ -18,7 +18,7 @@ from llavactl.core.identity import component_identity
 from llavactl.core.paths import json_text, write_atomic, write_json
 from llavactl.core.protocols import Consults, Judged, Pairs
 from llavactl.evaluation import runner, tasks
-from llavactl.evaluation.answers import read_answers
+from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.processes import processes
 from llavactl.evaluation.statistics import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
@@ -146,6 +146,7 @@ def evaluate(
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
     if answers is not None:
         given = read_answers(answers, made)
+        refuse_echoes(answers, asked.questions, given)
         replies = answers.with_name(f"{answers.name}.{task}.replies.sqlite")
         report, scored = asked.report(given, str(answers), answers, replies)
         if report.ignored and limit is None:

@@ -22,8 +22,8 @@ class TrainReport:
 
     ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
     of the tokens that were not computed, as another conversation of the row begins with them too. ``model_step``: the
-    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one. ``model_sha256``: a hash
-    of all files of the model.
+    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one.
+    ``model_sha256``: a hash of all files of the model.
     """
 
     stage: int

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llavactl.core.errors import DataError
-from llavactl.evaluation.answers import read_answers
+from llavactl.core.schema import Answer, Question, Turn
+from llavactl.evaluation.answers import read_answers, refuse_echoes
 
 
 def read(tmp_path: Path, *rows: Any) -> dict[str, str]:
@@ -141,3 +142,19 @@ def test_the_same_words_twice_are_one_answer(tmp_path: Path) -> None:
         "1": "A",
         "2": "B",
     }
+
+
+@pytest.mark.parametrize("key", ["generation", "completion", "what_the_model_said", "pred"])
+def test_one_of_two_answers_is_not_guessed(tmp_path: Path, key: str) -> None:
+    """Beside text under another key, ``answer`` may be what is right."""
+    with pytest.raises(DataError, match=f"ambiguous: either `answer` or `{key}`"):
+        read(tmp_path, {"question_id": 1, "answer": "yes", key: "no"})
+    assert read(tmp_path, {"question_id": 1, "answer": "yes", "label": "no", "prompt": "Is it?"}) == {"1": "yes"}
+
+
+def test_questions_are_no_answers(tmp_path: Path) -> None:
+    asked = [Question(str(at), (Turn("user", (f"Is there a cat {at}?\nAnswer yes or no.",)),)) for at in range(3)]
+    file = tmp_path / "a.jsonl"
+    with pytest.raises(DataError, match="every answer repeats its question"):
+        refuse_echoes(file, asked, {each.id: Answer(each.id, f"Is there a cat {each.id}?") for each in asked})
+    refuse_echoes(file, asked, {each.id: Answer(each.id, "yes") for each in asked})

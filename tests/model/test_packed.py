@@ -320,8 +320,8 @@ def test_every_model_type_that_is_packed(parts: Any, kind: str, more: dict[str, 
 @pytest.mark.parametrize(
     ("kind", "more", "why"),
     [
-        ("mistral", {"sliding_window": 32}, "window of 32 tokens"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "window of 32 tokens"),
+        ("mistral", {"sliding_window": 32}, "window: 32"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "window: 32"),
         ("gemma2", {}, "gemma2"),
         ("llama", {"attention_dropout": 0.1}, "dropout"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),

@@ -116,6 +116,13 @@ def plugin_version(_folder: Path) -> None:
     builtins.NUMBERS = "2"
 
 
+def vision_configuration(folder: Path) -> None:
+    file = folder / "clip" / "config.json"
+    written = json.loads(file.read_text())
+    (written.get("vision_config") or written)["hidden_act"] = "gelu"
+    file.write_text(json.dumps(written))
+
+
 def question_text(folder: Path) -> None:
     file = folder / "questions.jsonl"
     file.write_text(file.read_text().replace("Is it red?", "Is it blue?"))
@@ -134,6 +141,7 @@ def last_connector(folder: Path) -> None:
     _shifted(folder / "runs" / "toy" / "stage2" / "model" / "connector.safetensors", 1.0)
 
 
+# A copy's folder of images has another name, by which scores are kept: EVAL is in each of these sets.
 ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
 
 
@@ -143,13 +151,14 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
         (images, ALL),
         (vision_weights, ALL),
         (image_processor, ALL),
+        (vision_configuration, ALL),
         (language_weights, {STAGE1, STAGE2, EVAL}),
         (tokenizer, {STAGE1, STAGE2, EVAL}),
         (chat_template, {STAGE1, STAGE2, EVAL}),
         (answers, {STAGE1, STAGE2, EVAL}),
-        (plugin_version, {STAGE1, STAGE2, EVAL}),
-        (first_connector, {STAGE2, EVAL}),
-        (last_connector, {EVAL}),
+        (plugin_version, ALL),
+        (first_connector, {STAGE1, EVAL}),
+        (last_connector, {STAGE2, EVAL}),
         (question_text, {EVAL}),
         (right_answer, {EVAL}),
     ],
@@ -207,3 +216,29 @@ def test_attention_is_the_one_that_was_trained_with(copy: Path) -> None:
     assert STAGE2 in redone(copy, *eager)
     loaded = load(copy / "runs" / "toy" / "stage2" / "model")
     assert loaded.parts.model.language.config._attn_implementation == "eager"
+
+
+def test_a_project_can_be_moved(copy: Path) -> None:
+    """With its models, and to another depth: nothing is done again, and all of it is used from the new place."""
+    there = copy.parent / "far" / "away" / "project"
+    there.parent.mkdir(parents=True)
+    copy.rename(there)
+    assert redone(there) <= {EVAL}  # as above: a folder of images has another name
+    model = there / "runs" / "toy" / "stage2" / "model"
+    loaded = load(model)
+    assert loaded.description["vision"]["model"] == str(there / "clip")
+    for asked in (("--format", "llava"), ("--format", "hf")):
+        done = run_cli("export", "--model", str(model), *asked, "--to", str(there / asked[1]), "--no-verify", cwd=there)
+        assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_model_is_no_finished_one(copy: Path, damage: str) -> None:
+    file = copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors"
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-10] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert redone(copy) == {STAGE2, EVAL}  # from its last checkpoint
+    assert file.read_bytes() == whole

@@ -8,7 +8,6 @@ from typing import Any
 
 from llavactl.core.errors import ModelError
 
-
 _ARCHITECTURE = re.compile(r"(Llava)?(\w+)ForCausalLM")
 _ALIASES = {"qwen": "qwen2"}
 """LLaVA-NeXT calls its class for Qwen1.5 and Qwen2 ``LlavaQwenForCausalLM``."""
@@ -30,7 +29,7 @@ def inside(model: str) -> dict[str, Any]:
 
 
 def _renamed(config: Any) -> dict[str, str]:
-    """From a LLaVA checkpoint's names of the language model's weights to its own: ``model.…``, GPT-2's ``transformer.…``.
+    """From a LLaVA checkpoint's names of the language model's weights to its own: ``model.…``, for example.
 
     Two layouts are read: transformers' before 4.52 (still written on save), and since.
     """

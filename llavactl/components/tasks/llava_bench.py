@@ -88,6 +88,11 @@ class LlavaBench:
     def reviews(self) -> Sequence[Mapping[str, str]]:
         runs = [{name: _verdict(run[name]) for name in self._kinds} for run in self._reviews]
         for file, run, said in zip(self.options.reviews, self._reviews, runs, strict=True):
+            if any(said.values()) and not any(leniently(text) or _stored(run[name]) for name, text in said.items()):
+                raise DataError(
+                    f"{file}: none of its {len(said)} lines has a verdict: {next(iter(said.values()))!r:.60}",
+                    hint="reviews=FILE takes a judge's reviews, each with two scores; is this a file of answers?",
+                )
             other = [name for name, text in said.items() if _stored(run[name]) not in (None, as_llava(text) or FAILED)]
             if other:
                 log.warning(

@@ -139,8 +139,18 @@ class TransformersVision:
             "patch_size": self.number("patch_size"),
             "processor": type(processor).__name__,
             "preprocessing": hashlib.sha256(_canonical(processor).encode()).hexdigest()[:16],
-            "config": hash_json(_architecture(self.config))[:16],
+            "config": hash_json(self._architecture())[:16],
         }
+
+    def _architecture(self) -> dict[str, Any]:
+        """What the vision config says beyond transformers' defaults, which a checkpoint may write out or omit."""
+        from transformers import CONFIG_MAPPING
+
+        config, kind = dict(self.config), _model_type(self.config)
+        if kind in CONFIG_MAPPING:
+            with faults.loading(WHAT, self.options.model, HINT):
+                config = CONFIG_MAPPING[kind].from_dict(config).to_diff_dict()
+        return {key: value for key, value in config.items() if key not in _NOTES and not key.startswith("_")}
 
     @property
     def nested(self) -> bool:
@@ -204,16 +214,6 @@ def _model_type(config: Mapping[str, Any]) -> str:
 
 _NOTES = frozenset("architectures dtype torch_dtype transformers_version model_type projection_dim".split())  # noqa: SIM905
 """Keys of a vision config that don't change hidden states; the weights decide the stored precision."""
-
-
-def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config`` says beyond transformers' defaults, which a checkpoint may write out or omit."""
-    from transformers import CONFIG_MAPPING
-
-    kind = _model_type(config)
-    if kind in CONFIG_MAPPING:
-        config = CONFIG_MAPPING[kind].from_dict(dict(config)).to_diff_dict()
-    return {key: value for key, value in config.items() if key not in _NOTES and not key.startswith("_")}
 
 
 def _canonical(processor: Any) -> str:

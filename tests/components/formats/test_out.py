@@ -135,8 +135,10 @@ def test_new_rows_never_win(native: Make, tmp_path: Path) -> None:
 
 
 def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
-    """Verification looks at what is on disk: files of the right sizes with another content are told, and it exits 1."""
+    """Verification looks at what is on disk, and exits 1."""
     from safetensors.torch import load_file, save_file
+
+    from .test_verification import stamped
 
     model = native("ours")
     written(model, "hf", tmp_path / "out")
@@ -144,14 +146,17 @@ def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
     held = load_file(file)
     held["multi_modal_projector.linear_2.bias"] += 1
     save_file(held, file, metadata={"format": "pt"})
+    stamped(tmp_path / "out")
     again = ("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"), "--verify")
     result = run_cli(*again)
     assert result.exit_code == 1
     assert "logits differ" in result.stderr
     template = tmp_path / "out" / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USEZ"))
+    stamped(tmp_path / "out")
     assert "other token ids" in run_cli(*again).stderr
     file.write_bytes(b"no weights".ljust(file.stat().st_size))
+    stamped(tmp_path / "out")
     assert "another program can't load it" in run_cli(*again).stderr
 
 

@@ -85,9 +85,11 @@ class TestFailed:
         assert "there is no `content`" in scored("llava-bench", reviews=lines("r.jsonl", rows))
 
     def test_nothing_but_failures_is_no_score(self, scored: Any, lines: Any) -> None:
-        reviews = lines("r.jsonl", [{"question_id": 1, "category": "conv", "content": "?"}])
+        reviews = lines("r.jsonl", [{"question_id": 1, "category": "conv", "content": ""}])
         report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
         assert report["scores"]["all"] == {"relative": None, "reference": None, "candidate": None, "n": 0}
+        answers = lines("a.jsonl", [{"question_id": 1, "category": "conv", "text": "A cat on a mat."}])
+        assert "has a verdict" in scored("llava-bench", reviews=answers)
 
     @pytest.mark.parametrize(
         ("verdict", "llava", "lenient"),

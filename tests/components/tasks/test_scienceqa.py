@@ -144,7 +144,7 @@ class TestWrongFiles:
     ) -> None:
         text = (real / "scienceqa/llava-v1.5-13b_result.json").read_text()
         (tmp_path / "r.json").write_text(text.replace('"5": 1,', '"4": 1,', 1))
-        assert "'4' is there twice" in scored("scienceqa", "--answers", tmp_path / "r.json", **files)
+        assert "duplicate key '4'" in scored("scienceqa", "--answers", tmp_path / "r.json", **files)
 
     @pytest.mark.parametrize("keep", [0.5, 0.999])
     def test_cut(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path, keep: float) -> None:
