@@ -12,6 +12,7 @@ from llavactl.components.formats.chat_template import chat_template
 from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.hf_read import ORIGIN, read_hf
+from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.native import CONNECTORS, Native, shape_of
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
@@ -88,7 +89,8 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     # The dtype to load it in; transformers would write that of the first weight, which is the backbone's.
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
-    write_json(to / ORIGIN, native.kept())
+    text = whole.config.text_config
+    write_json(to / ORIGIN, {**native.kept(), BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
 
 
 def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:

@@ -36,7 +36,7 @@ def read_hf(folder: Path, model: Path) -> None:
             f"{folder}: no processor, so the image preprocessing is unknown",
             hint="expected processor_config.json or preprocessor_config.json beside the weights",
         )
-    refuse_unknown_hf(config, processor, folder)
+    refuse_unknown_hf(config, processor, folder, origin)
     if (folder / "adapter_config.json").is_file():  # transformers would load the adapter on the base that it names
         raise ModelError(f"{folder}: both an adapter and full weights", hint="move one of the two to another folder")
     if not files(folder):

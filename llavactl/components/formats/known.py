@@ -58,6 +58,16 @@ _PROCESSORS = ("CLIP", "Siglip", "Llava", "ViT", "Bit")
 """The image processors of transformers that give one square image per input."""
 
 
+BASE_KEYS = "base_keys"
+"""An export's note of ``foreign_keys``, which are no refusal when llavactl reads it again."""
+
+
+def foreign_keys(config: Mapping[str, Any], kind: str) -> list[str]:
+    """Keys of a language model's ``config`` that transformers' class of type ``kind`` doesn't have, and ignores."""
+    known = _class_keys(kind)
+    return sorted(key for key, value in config.items() if value and key not in known)
+
+
 def refuse_unknown_llava(config: Mapping[str, Any], folder: Path) -> None:
     """Refuses an original-layout ``config`` of anything but a plain LLaVA v1 or v1.5.
 
@@ -65,15 +75,19 @@ def refuse_unknown_llava(config: Mapping[str, Any], folder: Path) -> None:
         ModelError: names the key and its value, or the architecture.
     """
     kind = language_type(config, str(folder)) if "mm_vision_tower" in config else config.get("model_type")
-    known = _LLAVA_ANY | _LLAVA_TYPES.keys() | _class_keys(kind)
+    known = _LLAVA_ANY | _LLAVA_TYPES.keys() | _class_keys(kind) | {*config.get("llavactl", {}).get(BASE_KEYS, ())}
     _refuse(config, folder / "config.json", known, _LLAVA, "plain LLaVA v1 and v1.5")
     for key, wanted in _LLAVA_TYPES.items():
         if (value := config.get(key)) is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise _refusal(folder / "config.json", key, value, f"{key} of type {wanted.__name__}")
 
 
-def refuse_unknown_hf(config: Mapping[str, Any], processor: Mapping[str, Any], folder: Path) -> None:
+def refuse_unknown_hf(
+    config: Mapping[str, Any], processor: Mapping[str, Any], folder: Path, own: Mapping[str, Any]
+) -> None:
     """Refuses a ``config`` of transformers' layout of anything but a plain ``LlavaForConditionalGeneration``.
+
+    ``own`` is what llavactl's export stored beside it.
 
     Raises:
         ModelError: names the key and its value.
@@ -87,7 +101,8 @@ def refuse_unknown_hf(config: Mapping[str, Any], processor: Mapping[str, Any], f
         inner = config.get(part) or {}
         if (kind := inner.get("model_type", default)) not in CONFIG_MAPPING:
             raise _refusal(file, f"{part}.model_type", kind, "model types of transformers")
-        _refuse(inner, file, _class_keys(kind), {}, plain, within=f"{part}.")
+        ours = own.get(BASE_KEYS, ()) if part == "text_config" else ()
+        _refuse(inner, file, {*_class_keys(kind), *ours}, {}, plain, within=f"{part}.")
     maker = str(processor.get("image_processor_type", "CLIPImageProcessor"))
     if not maker.startswith(tuple(f"{name}ImageProcessor" for name in _PROCESSORS)):
         raise _refusal(folder, "image_processor_type", maker, "image processors that give one square image")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.generation import generation_config
+from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
 from llavactl.components.formats.native import CONNECTORS, Native
 from llavactl.core.errors import ModelError
@@ -138,7 +139,7 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        OWN: native.kept(),
+        OWN: {**native.kept(), BASE_KEYS: foreign_keys(config, kind)},
     }
 
 

@@ -39,7 +39,7 @@ def _renamed(config: Any) -> dict[str, str]:
     inner = f"{kind.base_model_prefix}."
     return {
         r"^model\.language_model\.": inner,
-        rf"^language_model\.{re.escape(inner)}": inner,
+        rf"^language_model\.(model|{re.escape(inner[:-1])})\.": inner,
         r"^language_model\.lm_head": "lm_head",
     }
 

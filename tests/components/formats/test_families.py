@@ -13,6 +13,7 @@ from llavactl.components.formats.hf import HfLlava
 from llavactl.components.formats.llava import OriginalLlava
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
+from llavactl.model.foreign import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make
@@ -50,6 +51,14 @@ def same(model: Path, theirs: Any) -> None:
     assert int(found.argmax(-1).max()) < tokens
 
 
+def read_back(model: Path, to: Path) -> None:
+    """llavactl reads its own export as the same model, with the attention it was trained with."""
+    again = model_folder.load(resolve(to)).parts.model.language
+    same(model, again)
+    ours = model_folder.load(model).parts.model.language
+    assert again.config._attn_implementation == ours.config._attn_implementation
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
     from transformers import LlavaForConditionalGeneration
@@ -66,6 +75,7 @@ def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family
     assert not any(info.values())
     same(model, theirs)
     assert theirs.config.text_config.use_cache
+    read_back(model, to)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,6 +87,7 @@ def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -
         return
     OriginalLlava(None).write(model, to)
     same(model, reload_llava.language(to, json.loads((to / "config.json").read_text())))
+    read_back(model, to)
 
 
 @pytest.mark.parametrize(
