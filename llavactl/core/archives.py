@@ -143,8 +143,9 @@ def _only(found: Sequence[Member], path: str) -> Member:
     first = found[0]
     for other in found[1:]:
         if not _same(first, other):
+            where = "twice" if other.archive == first.archive else f"and in {other.archive}"
             raise NameTwiceError(
-                f"image {shortened(path)} is in {first.archive} and in {other.archive}, with different contents",
+                f"image {shortened(path)} is in {first.archive} {where}, with different contents",
                 hint="keep each image in one archive only, or include the folder in image paths",
             )
     return first

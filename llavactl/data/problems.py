@@ -33,7 +33,7 @@ KINDS: Mapping[str, Kind] = {
     "placeholder": Kind("stops", "another tool's image placeholder instead of <image>"),
     "image-path": Kind("stops", "an image path outside its root, or not a path"),
     "image-link": Kind("stops", "a link to outside the images' folder: allow it with `follow_links` (--follow-links)"),
-    "image-twice": Kind("stops", "several archives have this image name with different contents"),
+    "image-twice": Kind("stops", "the archives have this image name several times, with different contents"),
     "source": Kind("stops", "a source that can't be read to its end"),
     "image-missing": Kind("lost", "an image that is missing or can't be read"),
     "image-broken": Kind("lost", "an image that can't be decoded"),

@@ -63,6 +63,16 @@ def test_a_folder_is_its_files_and_neither_its_name_nor_what_trainers_leave(tmp_
     (tmp_path / "b" / "README.md").write_text("about")
     (tmp_path / "b" / "checkpoint-500").mkdir()
     (tmp_path / "b" / "checkpoint-500" / "optimizer.pt").write_text("2")
+    for name in (
+        "LICENSE",
+        "NOTICE.txt",
+        "trainer_state.json",
+        "rng_state_0.pth",
+        "m.gguf",
+        "modeling_x.py",
+        "run.log",
+    ):
+        (tmp_path / "b" / name).write_text("beside")
     assert hash_folder(tmp_path / "a") == hash_folder(tmp_path / "b")
     (tmp_path / "b" / "adapter" / "weights").write_text("3")
     assert hash_folder(tmp_path / "a") != hash_folder(tmp_path / "b")

@@ -61,3 +61,7 @@ def test_one_process_has_it_and_when_it_dies_the_next(tmp_path: Path) -> None:
     process.wait()
     with paths.sole(lock, ValueError("taken")):
         pass
+
+
+def test_json_has_no_nan() -> None:
+    assert paths.json_text({"a": [float("nan"), 1.5], "b": (float("inf"),)}) == '{"a": [null, 1.5], "b": [null]}'

@@ -413,3 +413,24 @@ def test_features_are_those_of_the_folder(toy: Path, kind: str) -> None:
     path.write_text(path.read_text().replace("images: images/", f"images: {json.dumps(kind)}"))
     found = extract(load_recipe(path, ()))
     assert (found.images, found.encoded, found.stored_before, found.skipped) == (len(images), 0, len(images), 0)
+
+
+def test_one_name_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for content in (b"1", b"2"):
+            file.writestr("x.jpg", content)
+        for _ in range(2):
+            file.writestr("same.jpg", b"same")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("x.jpg", b"1"), ("x.jpg", b"2"), ("same.jpg", b"same"), ("same.jpg", b"same")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for archive in ("a.zip", "a.tar"):
+        assert image_in(str(tmp_path / archive), "same.jpg").read() == b"same"
+        with pytest.raises(DataError, match="twice, with different contents"):
+            image_in(str(tmp_path / archive), "x.jpg").read()
+
+
+def test_dots_that_stay_inside_are_resolved(tmp_path: Path) -> None:
+    assert image_in(str(tmp_path), "a/../b/./c/../x.jpg").name == "b/x.jpg"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from typing import Any
 
+import pluggy
 import pytest
 
 from llavactl import __version__
@@ -69,3 +71,15 @@ class TestCommands:
         file.parent.mkdir(parents=True)
         file.write_text(memory)
         assert isinstance(plugins.commands(), dict)
+
+
+@pytest.mark.parametrize("error", [GeneratorExit, type("Own", (BaseException,), {})])
+def test_an_import_that_raises_anything_is_one_line(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: metadata.EntryPoint) -> None:
+        raise error("two\nlines")
+
+    monkeypatch.setattr(metadata.EntryPoint, "load", load)
+    plugins._load(pluggy.PluginManager("llavactl"), metadata.EntryPoint("base", "no.such", "llavactl"))
+    assert caplog.messages == [f"plugin base can't be loaded: {error.__name__}: two lines"]

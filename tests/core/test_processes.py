@@ -77,3 +77,11 @@ def test_its_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with pytest.raises(RecipeError) as caught:
         check_launch()
     assert str(file) in caught.value.message
+
+
+def test_several_processes_without_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell or a job script may leave them behind."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RecipeError, match="WORLD_SIZE=2 is set but MASTER_ADDR is not"):
+        check_launch()

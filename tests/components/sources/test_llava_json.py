@@ -139,3 +139,11 @@ def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="points outside") as caught:
         ImageFile(str(root), "link.jpg").read()
     assert "follow_links" in caught.value.hint
+
+
+def test_a_media_file_under_any_key_is_not_dropped_silently(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "See a.jpg"}, {"from": "gpt", "value": "b.png"}]
+    for key, value in (("screenshot", "a.png"), ("media", ["x/a.JPG"]), ("speech", "a.wav")):
+        with pytest.raises(DataError, match=key):
+            read(tmp_path, [{"id": "1.jpg", key: value, "conversations": said}])
+    assert len(read(tmp_path, [{"id": "1.jpg", "source": "a.jpg", "conversations": said}])) == 1
