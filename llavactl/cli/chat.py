@@ -101,13 +101,19 @@ def _converse(conversation: Conversation, images: list[str | ImageRef], sampling
             return
         if word == "/new":
             conversation, images = Conversation(conversation.assistant), []
-        elif word == "/image":
-            images.append(rest.strip())
+        elif word == "/image" and rest.strip():
+            images.append(_unquoted(rest.strip()))
         elif word.startswith("/"):
             click.echo(HELP, err=True)
         elif line:
             _answer(conversation, line, images, sampling)
             images = []
+
+
+def _unquoted(name: str) -> str:
+    """``name`` without the quotes with which terminals insert a dropped file."""
+    quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
+    return name[1:-1] if quoted else name
 
 
 def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:

@@ -292,7 +292,8 @@ class TestChat:
     def test_a_conversation(self, opened: MagicMock, toys: Path, here: Path) -> None:
         photo = toys / "images/photo-000.jpg"
         said = (
-            f"hello\n\n/image {photo}\nwhat is it?\nand now?\n/image none.jpg\nthis?\n/what\ninterrupt\n/quit\nnever\n"
+            f"hello\n\n/image '{photo}'\nwhat is it?\nand now?\n/image none.jpg\nthis?\n/image\n"
+            "interrupt\n/quit\nnever\n"
         )
         result = run_cli("chat", cwd=here, stdin=said)
         assert result.exit_code == 0
