@@ -78,7 +78,8 @@ def _shape(recipe: Recipe, stage: StageNumber, found: list[Fault]) -> FeatureSha
 def _is_here(spec: Mapping[str, Any]) -> bool:
     """Whether the models that ``spec`` names are on this machine."""
     names = [value for value in spec.values() if isinstance(value, str) and "/" in value]
-    return not any(content_of(name) == name and not Path(name).is_absolute() for name in names)
+    ids = [name for name in names if not Path(name).is_absolute()]  # ``content_of`` would read a folder's weights
+    return not any(content_of(each) == each for each in ids)
 
 
 @contextmanager

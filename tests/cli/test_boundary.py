@@ -59,7 +59,7 @@ def test_a_recipes_problems_are_one_line_each(tmp_path: Path) -> None:
     result = run_cli("train", "--stage", "1", cwd=tmp_path)
     assert (result.exit_code, result.stdout) == (1, "")
     lines = result.stderr.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert all(line.startswith("error: recipe.yaml:") for line in lines)
 
 
