@@ -61,19 +61,38 @@ _LABEL = re.compile(
 _OFFER = (
     r"(?:(?:please )?let me know (?:if|whether|what|when|how)\b|(?:please )?(?:feel free|don['’]t hesitate) to "
     r"(?:ask|reach out|let me know|adjust|modify|request)\b|i hope (?:this|that|these|it)\b"
-    r"|hope (?:this|that|it) helps\b|would you like me to\b|do you (?:want|need) me to\b|is there anything else\b)"
+    r"|hope (?:this|that|it) helps\b"
+    r"|would you like me to\b|do you (?:want|need) me to\b|is there anything (?:else|you)\b)"
 )
 _IF = (
     r"if you(?:['’]d| would| need| want| have)\b[^\n.!?]{0,120}, "
     r"(?:please )?(?:let me know|just ask|i can|i['’]d be happy)"
 )
 _TAIL = re.compile(rf"(?:(?:{_IF}|{_OFFER})\b[^\n.!?]{{0,200}}[.!?]+[^\w\n]*)+", re.IGNORECASE)
-_LEFT = re.compile(
-    rf"\A(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|gladly|understood|no problem)\s?[!,.:]"
-    rf"|\b{_HERE}\b|\bi(?:['’]d| would) be (?:happy|glad) to\b|\bas (?:you )?requested\b|\b(?:{_IF}|{_OFFER})",
-    re.IGNORECASE,
+_SPECIAL = r"<\|\w{2,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
+"""Special tokens of chat templates, which a server should have removed."""
+
+_TALKS = (
+    rf"\A(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|alright|gladly|understood|no problem)\s?[!,.:—–-]"
+    rf"|\A(?:okay|ok|alright),? so\b|\A(?:great|good|excellent) question\b|\Athank(?:s| you) for (?:the|your)\b"
+    rf"|\bhere you go\b|\b{_HERE}\b|\bi(?:['’]d| would) be (?:happy|glad) to\b|\bi(?:['’]m| am) ready to\b"
+    rf"|\bas (?:you )?requested\b|\bas an? (?:ai |language |ai language )?(?:assistant|model)\b"
+    rf"|\A(?:let me|let['’]s|i (?:need|have|should|will)|i['’]ll|we (?:need|have|should)|to describe)\b"
+    rf"|\Ai think (?:we|i) (?:need|should)\b|\bthe user (?:wants|asks|asked|needs)\b"
+    rf"|\bthe following is (?:a|an|the|my) {_LIKE}{_WORK}\b|\Avoici\b"
 )
-_LEFT_IN_TALK = re.compile(rf"\b(?:{_IF}|{_OFFER})\b", re.IGNORECASE)
+_FRAMED = (
+    r"\A\W{0,6}(?:assistant|ai|thinking|reasoning|thoughts?|thought process|analysis|output|text|caption|note)\b"
+    r"\W{0,4}(?::|\n)|\A\W{0,6}(?:description|caption) of the (?:image|picture|photo|scene)\W{0,4}(?::|\n)"
+    r"|\A<(?:answer|response|output|final|final_answer|description|caption)>"
+    r"|\A\[(?:answer|response|output|description)\]"
+    r"|\A\{\s?[\"']|^[ \t]*(?:\#{1,6} *)?(?:human|user|assistant) ?:"
+    r"|^\W{0,4}(?:word count|total words)\b|\(\d+ words\)|\bp\.s\.|\s(?-i:END)\W*\Z"
+    r"|^\W{0,4}end of (?:the )?(?:description|answer|response)\b|\bhow does (?:this|that) (?:look|sound)\b"
+    r"|\bthis (?:description|answer|response) (?:covers|includes|is based|should)\b"
+)
+_LEFT = re.compile(rf"{_TALKS}|{_FRAMED}|{_SPECIAL}|\b(?:{_IF}|{_OFFER})", re.IGNORECASE | re.MULTILINE)
+_LEFT_IN_TALK = re.compile(rf"\b(?:{_IF}|{_OFFER})\b|{_SPECIAL}", re.IGNORECASE)
 """The subset that isn't valid in a conversation, either, where ``Certainly!`` may answer a question."""
 
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})")
@@ -81,7 +100,9 @@ _FENCE = re.compile(r"[ \t]*(?:```|~~~)[\w-]*[ \t]*")
 _LAYERS = 8
 """How many nested wrappings are removed; a reply with more is refused."""
 
-_WRAPPED = re.compile(r"\A<(answer|response|output|final|description)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL)
+_WRAPPED = re.compile(
+    r"\A<(answer|response|output|final|final_answer|description|caption)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL
+)
 
 
 def without_thoughts(reply: str) -> str:

@@ -17,7 +17,7 @@ from llavactl.teaching.consulting import asker
 from llavactl.teaching.generate import CHATTER, MALFORMED, made, record
 from llavactl.teaching.messages import prompts
 from llavactl.teaching.replies import turns
-from llavactl.teaching.spoken import ChatterError
+from llavactl.teaching.spoken import ChatterError, refuse_chatter, without_thoughts, without_wrapping
 
 WORDS = re.findall(
     r"\S+",
@@ -220,3 +220,37 @@ def test_a_recorded_reply_has_an_id(tmp_path: Any) -> None:
         (tmp_path / "r.jsonl").write_text(f'{{"id": {name}, "reply": "A dog."}}\n')
         with pytest.raises(DataError, match=r"r\.jsonl:1"):
             registry().create("teachers", {"name": "replay", "path": str(tmp_path / "r.jsonl")})
+
+
+LONG = "A dog runs on green grass, and a child in a red coat throws a ball."
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"Assistant: {LONG}", f"[Response]\n{LONG}", f"Great question! {LONG}", f"Here you go:\n{LONG}",
+        f"Okay so the user wants a description.\n\n{LONG}", f'{{"description": "{LONG}"}}', f"<description>\n{LONG}",
+        f"The following is a detailed description of the image: {LONG}", f"{LONG}\n\nP.S. Tell me what to change.",
+        f"{LONG}\n\nEnd of description.", f"{LONG}\n\n(Word count: 120)", f"Let me describe this. {LONG}",
+        f"{LONG}<|im_end|>", f"{LONG}<end_of_turn>", f"{LONG}[/INST]", f"{LONG}</s>",
+        f"{LONG}\n\nUser: Where?\nAssistant: On it.",
+        f"{LONG}\n\n### Human: more", f"Reasoning: I see a dog.\nDescription: {LONG}", f"Thinking:\nA dog.\n\n{LONG}",
+        f"I think we need to write this down. {LONG}", f"{LONG}\n\nHow does this look?", f"{LONG} END",
+        f"{LONG}\n\nThis description covers all captions.", f"<|start_header_id|>assistant<|end_header_id|>\n\n{LONG}",
+    ],
+)  # fmt: skip
+def test_more_remarks_around_a_description(reply: str) -> None:
+    """Removed where it is clear, else refused."""
+    try:
+        text = without_wrapping(without_thoughts(reply), label=True)
+        refuse_chatter(text, talk=False)
+    except DataError:
+        return
+    assert text == LONG
+
+
+@pytest.mark.parametrize(
+    "reply", [f"<final_answer>{LONG}</final_answer>", f"<caption>\n{LONG}\n</caption>", f"Response:\n\n{LONG}"]
+)
+def test_a_tag_or_a_label_is_removed(reply: str) -> None:
+    assert without_wrapping(reply, label=True) == LONG
