@@ -184,7 +184,11 @@ def check_model(
         why = "no config.json" if folder.is_dir() else "no such folder"
         raise ModelError(f"{what} {model}: {why}", hint=hint)
     if any("\ud800" <= sign <= "\udfff" for sign in str(folder)):
-        raise ModelError(f"{what} {folder}: the folder's name is not valid UTF-8", hint="rename the folder")
+        code = sys.getfilesystemencoding()
+        raise ModelError(
+            f"{what} {folder}: the folder's name is not valid {code}",
+            hint="rename the folder" if code == "utf-8" else "set PYTHONUTF8=1, or a UTF-8 locale (LC_ALL=C.UTF-8)",
+        )
     looked_at = ("config.json", "generation_config.json", *names)
     check_files([folder / name for name in looked_at if os.path.lexists(folder / name)])
     if method := quantised(folder):
