@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_folder
 from llavactl.core.protocols import Json
@@ -34,8 +35,8 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
     options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
-    told = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
-    found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": told}
+    contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
+    found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
     own = getattr(entry.load()(options), "identity", None)
     return {**found, "identity": own()} if own is not None else found
 
@@ -67,7 +68,7 @@ def relocated(value: Any, old: Path, new: Path) -> Json:
         return {str(key): relocated(each, old, new) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [relocated(each, old, new) for each in value]
-    if isinstance(value, str) and Path(value).is_absolute():
+    if isinstance(value, str) and Path(value).is_absolute() and Path(value).drive == old.drive:
         there = Path(os.path.normpath(new / os.path.relpath(value, old)))
         return str(there) if there.exists() else value
     found: Json = value
@@ -97,14 +98,6 @@ def _content(text: str) -> Json:
             return {"sha256": hash_file(path)}
         if path.is_dir() and any((path / name).is_file() for name in _MODEL):
             return {"sha256": hash_folder(path)}
-    elif _ID.fullmatch(text) and (commit := _commit(text)):
-        return {"id": text, "commit": commit}
+    elif _ID.fullmatch(text) and (snapshot := faults.local_folder(text)):
+        return {"id": text, "commit": snapshot.name}
     return text
-
-
-def _commit(model: str) -> str | None:
-    """The revision of the hub's ``model`` in the local cache; None if it is not there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None

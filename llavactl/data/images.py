@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from llavactl.core import faults
 from llavactl.core.errors import DataError
 from llavactl.core.schema import ImageFile
 from llavactl.data.sniffing import LOOKED_AT, reads_heif, what_it_is
@@ -149,5 +150,5 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 def _short(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = faults.reason(error)
     return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 1] + "…"

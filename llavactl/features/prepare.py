@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from llavactl.core import faults
 from llavactl.data.images import ImageError, decode
 from llavactl.features.keys import content_key, image_errors, why
 
@@ -56,8 +57,7 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         raise
     except Exception as error:  # noqa: BLE001 - a backbone that refuses one image must not end the run
         # The same bytes and backbone would fail again.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return Failure(f"preprocessing failed: {reason}", lasting=True)
+        return Failure(f"preprocessing failed: {faults.reason(error)}", lasting=True)
 
 
 def default_device() -> str:

@@ -224,6 +224,7 @@ def test_a_project_can_be_moved(copy: Path) -> None:
     there.parent.mkdir(parents=True)
     copy.rename(there)
     assert redone(there) <= {EVAL}  # as above: a folder of images has another name
+    assert len(list((there / "runs" / "toy" / "eval" / "answers").glob("*.jsonl"))) == 1
     model = there / "runs" / "toy" / "stage2" / "model"
     loaded = load(model)
     assert loaded.description["vision"]["model"] == str(there / "clip")

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavactl.components.formats.weights import read
 from llavactl.components.languages.inside import inside
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json
 
@@ -67,5 +68,4 @@ def _tensor_names(folder: Path, base: str) -> Set[str]:
             adapted = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), adapter)
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {reason}") from error
+        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {faults.reason(error)}") from error

@@ -14,6 +14,7 @@ from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.hf_read import ORIGIN, read_hf
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.native import CONNECTORS, Native, shape_of
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry, spelled
@@ -110,8 +111,8 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
         with torch.device("meta"):
             whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"layout hf can't represent a model of type {text.model_type}: {why}", hint=HINT) from error
+        kind, why = text.model_type, faults.reason(error)
+        raise ModelError(f"layout hf can't represent a model of type {kind}: {why}", hint=HINT) from error
     refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
     refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())
     refuse_other_weights("language model's head", head.state_dict(), whole.lm_head.state_dict())

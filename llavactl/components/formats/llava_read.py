@@ -18,6 +18,7 @@ from llavactl.components.formats.llava_tower import contained
 from llavactl.components.formats.native import adopt, connector_of, restored, shape_of
 from llavactl.components.formats.weights import files, read, tensors, unused
 from llavactl.components.languages.inside import inside
+from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json
 
@@ -141,19 +142,12 @@ def _within(language: str, folder: Path) -> _Found:
             refuse_unknown_llava(config, place)
         names = unused(AutoModelForCausalLM, language, **inside(language))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: its language model {language}: {reason}", hint=_BASE) from error
-    return _Found.among(tensors(_local(language), names) if names else {}, language)
+        raise ModelError(f"{folder}: its language model {language}: {faults.reason(error)}", hint=_BASE) from error
+    local = place if place.is_dir() else faults.local_folder(language)
+    return _Found.among(tensors(local, names) if names and local else {}, language)
 
 
 _BASE = "config.json (`_name_or_path`) or adapter_config.json (`base_model_name_or_path`) must name it by id or folder"
-
-
-def _local(model: str) -> Path:
-    """The folder of ``model``: itself, or its folder in the hub's cache."""
-    from transformers.utils import cached_file
-
-    return Path(model) if Path(model).is_dir() else Path(str(cached_file(model, "config.json"))).parent
 
 
 def _refuse_mismatch(

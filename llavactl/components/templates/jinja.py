@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
+from llavactl.core import faults
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import Options
 
@@ -141,6 +142,6 @@ class Jinja:
             )
         # A template that doesn't expect a message may raise any of Python's errors.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = faults.reason(error)
             raise ConversationError(f"the tokenizer's chat template refuses this conversation: {why}") from error
         return str(written)

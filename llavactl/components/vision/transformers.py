@@ -159,7 +159,7 @@ class TransformersVision:
 
     @property
     def inside(self) -> bool:
-        """Whether the backbone is part of a larger model, and has no name of its own."""
+        """Whether the backbone is stored inside a larger model, so that no id or folder names it alone."""
         folder = Path(self.options.model)
         return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
 
