@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,20 @@ def test_one_image_under_two_names_is_on_one_side(tokenizer: Any, monkeypatch: p
     assert len(data.validation) == 20
     other = {image: str(image) for image in contents}
     assert made(samples, tokenizer, monkeypatch, contents=other, validation=0.25).digest != data.digest
+
+
+def test_another_split_is_another_digest(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of the same contents under other names, by which images are held out, are split in another way."""
+
+    def under(prefix: str, validation: float) -> Split:
+        samples = [replace(shows(f"{prefix}{number}"), id=str(number)) for number in range(40)]
+        contents = {each.images[0]: f"content {index}" for index, each in enumerate(samples)}
+        return made(samples, tokenizer, monkeypatch, contents=contents, validation=validation)
+
+    one, other = under("a-", 0.25), under("b-", 0.25)
+    assert {each.id for each in one.validation.samples} != {each.id for each in other.validation.samples}
+    assert one.digest != other.digest
+    assert under("a-", 0.0).digest == under("b-", 0.0).digest
 
 
 def test_single_images_are_split_as_ever(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
