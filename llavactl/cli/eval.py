@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, load_if_there, recipe_options
+from llavactl.cli.options import (
+    component_options,
+    json_option,
+    key_values,
+    load,
+    load_if_given,
+    load_if_there,
+    recipe_options,
+)
 
 
 @click.command()
@@ -19,9 +26,7 @@ from llavactl.cli.options import json_option, load, load_if_given, load_if_there
     "--answers", type=click.Path(path_type=Path), help="Score these stored answers (JSONL); no model is loaded."
 )
 @click.option("--protocol", help="How answers are scored.  [default: the task's first]")
-@click.option(
-    "-t", "--option", "options", multiple=True, metavar="KEY=VALUE", help="Set an option of the task (repeatable)."
-)
+@component_options("task")
 @click.option(
     "--model", metavar="DIR|ID", help="A model instead of the recipe's; hf:DIR or hf:ID: any for images and text."
 )
@@ -60,7 +65,7 @@ def command(
     from llavactl.recipe.load import load_eval
     from llavactl.recipe.resolve import DEFAULT
 
-    given, settings = task_options(options), None
+    given, settings = key_values(options), None
     if answers is not None or compare or "reviews" in given:
         recipe = load_if_there(source, overrides)
     elif model is not None and source is None and not Path(DEFAULT).is_file():
@@ -81,30 +86,3 @@ def command(
         chosen["settings"] = settings
     made = evaluate(recipe, task, given, **chosen)
     output.report(made, as_json)
-
-
-def task_options(given: Sequence[str]) -> dict[str, Any]:
-    """``-t key=value``: text that the task's options model makes its own; a key given twice is a list.
-
-    ``judge.model=x`` is a key of an option that has keys of its own.
-    """
-    from llavactl.core.options import Located
-
-    found: dict[str, list[Located]] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
-        if not key or not equals:
-            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-t")
-        found.setdefault(key, []).append(Located(value, Path.cwd()))
-    options: dict[str, Any] = {}
-    for key, values in found.items():
-        inside = options
-        *outer, last = key.split(".")
-        for name in outer:
-            inside = inside.setdefault(name, {})
-            if not isinstance(inside, dict):
-                raise click.BadParameter(f"{name} is given as a value and as keys", param_hint="-t")
-        if last in inside:
-            raise click.BadParameter(f"{key} is given as a value and as keys", param_hint="-t")
-        inside[last] = values[0] if len(values) == 1 else values
-    return options

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import component_options, json_option, key_values, load, load_if_given, recipe_options
 
 
 @click.command()
@@ -24,6 +24,7 @@ from llavactl.cli.options import json_option, load, load_if_given, recipe_option
     "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
     help="An image to verify with (repeatable).  [default: the recipe's]",
 )  # fmt: skip
+@component_options("format")
 @json_option
 def command(
     source: str | None,
@@ -33,10 +34,12 @@ def command(
     model: str | None,
     verify: bool | None,
     images: tuple[Path, ...],
+    options: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Export the recipe's last finished stage, or --model, to a folder that other programs load."""
     recipe = load_if_given(source, overrides) if model is not None else load(source, overrides)
     from llavactl.verbs.export import export
 
-    output.report(export(recipe, form, to, model=model, check=verify, images=images), as_json)
+    chosen = {"name": form, **key_values(options)}
+    output.report(export(recipe, chosen, to, model=model, check=verify, images=images), as_json)

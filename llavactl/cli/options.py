@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -40,6 +40,45 @@ recipe_options = recipe_options_or("./recipe.yaml")
 def json_option(command: Command) -> Command:
     """``--json``; the command receives ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def component_options(what: str) -> Callable[[Command], Command]:
+    """``-t key=value``; the command receives ``options`` for ``key_values``. ``what`` they are options of."""
+    return click.option(
+        "-t",
+        "--option",
+        "options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"Set an option of the {what} (repeatable).",
+    )
+
+
+def key_values(given: Sequence[str]) -> dict[str, Any]:
+    """The options in ``given`` (``key=value``), as text; a key given twice is a list.
+
+    ``judge.model=x`` sets key ``model`` of option ``judge``.
+    """
+    from llavactl.core.options import Located
+
+    found: dict[str, list[Located]] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-t")
+        found.setdefault(key, []).append(Located(value, Path.cwd()))
+    options: dict[str, Any] = {}
+    for key, values in found.items():
+        inside = options
+        *outer, last = key.split(".")
+        for name in outer:
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise click.BadParameter(f"{name} is given as a value and as keys", param_hint="-t")
+        if last in inside:
+            raise click.BadParameter(f"{key} is given as a value and as keys", param_hint="-t")
+        inside[last] = values[0] if len(values) == 1 else values
+    return options
 
 
 def load(source: str | None, overrides: Sequence[str]) -> Recipe:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, RecipeError
@@ -98,6 +98,22 @@ class Registry:
         if name not in names:
             raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
+
+    def create_given(self, kind: str, spec: Mapping[str, Any]) -> Any:
+        """As ``create``, for options given with ``-t`` on the command line.
+
+        Raises:
+            RecipeError: the component has no such option, or not with that value.
+        """
+        try:
+            return self.create(kind, spec)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"-t {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+            raise RecipeError(
+                f"{singular(kind)} {spec['name']}: {where}{first['msg'].removeprefix('Value error, ')}",
+                hint=f"`llavactl components {kind}` lists the options of {spec['name']}",
+            ) from error
 
     def create(self, kind: str, spec: str | Mapping[str, Any]) -> Any:
         """The component that ``spec`` ({"name": …, options}) describes; a name alone means the default options."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from llavactl.core.errors import RecipeError
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -19,20 +16,3 @@ def describe(recipe: Recipe | None, task: str, options: Mapping[str, Any]) -> di
     own = [spec.spec() for spec in recipe.eval.tasks if spec.name == task] if recipe is not None else []
     registry().get("tasks", task)
     return {**(own[0] if own else {"name": task}), **options}
-
-
-def create(spec: Mapping[str, Any]) -> Any:
-    """The task that ``spec`` describes.
-
-    Raises:
-        RecipeError: an option that it doesn't take.
-    """
-    try:
-        return registry().create("tasks", spec)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = f"-t {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        raise RecipeError(
-            f"task {spec['name']}: {where}{first['msg'].removeprefix('Value error, ')}",
-            hint=f"`llavactl components tasks` lists what {spec['name']} takes",
-        ) from error

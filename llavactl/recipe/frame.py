@@ -32,24 +32,31 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Spec(BaseModel):
-    """A component: its registered ``name`` and its own options."""
+class Component(BaseModel):
+    """A component: its registered name and its own options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     kind: ClassVar[str]
     """The kind of component, as the registry calls it."""
 
-    name: str
+    named_by: ClassVar[str] = "name"
+    """The key that has the registered name."""
 
     def spec(self) -> dict[str, Any]:
         """``{"name": …, options}``, as ``Registry.create`` takes it."""
-        return self.model_dump(exclude=self.frame_keys())
+        return {"name": getattr(self, self.named_by), **self.model_dump(exclude={self.named_by, *self.frame_keys()})}
 
     @classmethod
     def frame_keys(cls) -> set[str]:
         """Keys that the frame reads itself and the component never sees."""
         return set()
+
+
+class Spec(Component):
+    """A component named by ``name``."""
+
+    name: str
 
 
 class VisionSpec(Spec):
@@ -287,15 +294,22 @@ class Eval(Section):
     max_new_tokens: Count = 128
 
 
-class Export(Section):
+class Export(Component):
     """One export of the finished model for other programs; ``verify`` reloads it without llavactl and compares.
 
     Formats that can't be reloaded are exported without verification, and the log says so.
     """
 
+    kind = "formats"
+    named_by = "format"
+
     format: str
     to: RecipePath
     verify: Switch = True
+
+    @classmethod
+    def frame_keys(cls) -> set[str]:
+        return {"to", "verify"}
 
 
 class Outline(Section):

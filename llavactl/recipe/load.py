@@ -20,7 +20,7 @@ from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Key, Node, write
-from llavactl.recipe.frame import Eval, Outline, Recipe, Spec, VisionRecipe
+from llavactl.recipe.frame import Component, Eval, Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
 from llavactl.recipe.wording import explain
 
@@ -31,7 +31,7 @@ KeyPath = tuple[Key, ...]
 Found = tuple[KeyPath, str]
 """A path in the recipe and what is wrong there."""
 
-Written = tuple[KeyPath, type[Spec], dict[str, Any]]
+Written = tuple[KeyPath, type[Component], dict[str, Any]]
 """A component: its path, its class in the frame and what was written."""
 
 
@@ -52,7 +52,7 @@ def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequ
     root, place, problems = document(source, overrides)
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
-    found = [*_components(data), *_templates(data), *_formats(data)]
+    found = [*_components(data), *_templates(data)]
     whole: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
     frame = whole if issubclass(whole, frame) else frame
     try:
@@ -128,7 +128,7 @@ def specs(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[W
         here, at = (*path, name), data.get(name)
         for place, item in [((*here, i), item) for i, item in enumerate(at)] if isinstance(at, list) else [(here, at)]:
             yield from specs(inner, item, place)
-            if issubclass(inner, Spec) and isinstance(item, dict):
+            if issubclass(inner, Component) and isinstance(item, dict):
                 yield place, inner, item
 
 
@@ -140,31 +140,20 @@ def _components(data: dict[str, Any]) -> list[Found]:
     return found
 
 
-def _component(kind: type[Spec], given: dict[str, Any]) -> list[Found]:
-    name = given.get("name")
+def _component(kind: type[Component], given: dict[str, Any]) -> list[Found]:
+    name = given.get(kind.named_by)
     if not isinstance(name, str):
         return []  # the frame says so
     try:
         model = registry().get(kind.kind, name).options_model()
-        own = {key: value for key, value in given.items() if key not in {"name", *kind.frame_keys()}}
+        own = {key: value for key, value in given.items() if key not in {kind.named_by, *kind.frame_keys()}}
         options = model.model_validate(own)
     except LlavactlError as error:
-        return [(("name",), sentence(error))]
+        return [((kind.named_by,), sentence(error))]
     except ValidationError as error:
         return list(explain(error, model, own, also=kind.frame_keys()))
     given.update(options.model_dump(mode="json"))
     return []
-
-
-def _formats(data: Mapping[str, Any]) -> Iterator[Found]:
-    given = data.get("export")
-    for index, each in enumerate(given if isinstance(given, list) else []):
-        name = each.get("format") if isinstance(each, dict) else None
-        if isinstance(name, str):
-            try:
-                registry().get("formats", name)
-            except RecipeError as error:
-                yield ("export", index, "format"), sentence(error)
 
 
 def _templates(data: Mapping[str, Any]) -> Iterator[Found]:

@@ -6,17 +6,18 @@ from typing import Any
 
 from llavactl.core import plugins
 from llavactl.core.registry import Entry, registry
-from llavactl.recipe.frame import Recipe, Spec
+from llavactl.recipe.frame import Component, Export, Recipe, Spec
 
 
 def schema() -> dict[str, Any]:
-    """The schema: a component is one of those registered for its kind, told apart by ``name``.
+    """The schema: a component is one of those registered for its kind, told apart by its name.
 
     A recipe that ``extends`` another may leave out anything, a component's ``name`` too.
     """
     whole = Recipe.model_json_schema()
     definitions = whole["$defs"]
-    for spec in Spec.__subclasses__():
+    kinds: tuple[type[Component], ...] = (*Spec.__subclasses__(), Export)
+    for spec in kinds:
         if spec.__name__ in definitions:
             definitions[spec.__name__] = _choice(spec, definitions[spec.__name__], definitions)
     required = [key for key in whole.pop("required") if key != "run_dir"]
@@ -28,16 +29,18 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _choice(spec: type[Spec], shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _choice(spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     """``oneOf`` the registered components of ``spec``'s kind; ``shared`` are the keys that the frame gives them all."""
-    options = [{"title": "the parent recipe's component, changed", "not": {"required": ["name"]}}]
+    options = [{"title": "the parent recipe's component, changed", "not": {"required": [spec.named_by]}}]
     for entry in registry().entries.get(spec.kind, {}).values():
         with plugins.isolated(entry.plugin):
-            options.append(_component(entry, shared, definitions))
+            options.append(_component(entry, spec, shared, definitions))
     return {"title": spec.kind, "type": "object", "oneOf": options}
 
 
-def _component(entry: Entry, shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _component(
+    entry: Entry, spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]
+) -> dict[str, Any]:
     where = f"{entry.kind}.{entry.name}"
     own = entry.options_model().model_json_schema(ref_template=f"#/$defs/{where}.{{model}}")
     for name, definition in own.get("$defs", {}).items():
@@ -46,7 +49,7 @@ def _component(entry: Entry, shared: dict[str, Any], definitions: dict[str, Any]
         "title": entry.name,
         "description": entry.summary,
         "type": "object",
-        "properties": {**own.get("properties", {}), **shared["properties"], "name": {"const": entry.name}},
-        "required": ["name", *own.get("required", ())],
+        "properties": {**own.get("properties", {}), **shared["properties"], spec.named_by: {"const": entry.name}},
+        "required": [*shared["required"], *own.get("required", ())],
         "additionalProperties": own.get("additionalProperties", False),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Judged
+from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.statistics import Difference, paired
@@ -53,7 +54,7 @@ def compare(
         raise DataError(
             "two or more different runs or files of answers can be compared", hint="--compare A --compare B"
         )
-    made = tasks.create(tasks.describe(recipe, task, options))
+    made = registry().create_given("tasks", tasks.describe(recipe, task, options))
     if isinstance(made, Judged):
         raise DataError(f"{task} has no answers that are right or wrong, so there is nothing to pair")
     chosen = runner.choose(made.protocols, protocol)

@@ -17,6 +17,7 @@ from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import json_text, write_atomic, write_json
 from llavactl.core.protocols import Consults, Judged, Pairs
+from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.processes import processes
@@ -137,7 +138,7 @@ def evaluate(
     recipe that isn't there.
     """
     spec = tasks.describe(recipe, task, options or {})
-    made: Task | Judged = tasks.create(spec)
+    made: Task | Judged = registry().create_given("tasks", spec)
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
         if answers is not None and isinstance(made, Pairs):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_file, hash_json
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile
@@ -55,27 +56,30 @@ class ExportReport:
 
 def export(
     recipe: Recipe | None,
-    form: str,
+    form: Mapping[str, Any],
     to: Path,
     *,
     model: str | None = None,
     check: bool | None = None,
     images: Sequence[Path] = (),
 ) -> ExportReport:
-    """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in format ``form``.
+    """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in the format ``form``:
+    ``{"name": …, its options}``.
 
     The export is then reloaded in a process that can't import llavactl and compared with ``model`` on ``images``, else
     on the recipe's first images, else on synthetic ones. ``check=False`` skips this, ``check=True`` refuses a format
     that can't be reloaded. An export that was verified and hasn't changed is not verified again.
 
     Raises:
+        RecipeError: the format has no such option.
         ModelError: the format can't represent the model, ``to`` has other contents, or the two differ.
     """
-    made: Format = registry().create("formats", {"name": form})
+    made: Format = registry().create_given("formats", form)
+    name = str(form["name"])
     if made.reload is None and check is not False:
         if check:
-            raise ModelError(f"exports in format {form} can't be verified", hint="omit --verify")
-        log.warning("exports in format %s can't be verified: skipping verification", form)
+            raise ModelError(f"exports in format {name} can't be verified", hint="omit --verify")
+        log.warning("exports in format %s can't be verified: skipping verification", name)
     given = _given(images)
     if model is None:
         assert recipe is not None
@@ -94,12 +98,13 @@ def export(
     files = sorted(file for file in to.rglob("*") if file.is_file())
     size = sum(file.stat().st_size for file in files)
     names = tuple(str(file.relative_to(to)) for file in files)
-    return ExportReport(form, str(to), str(source), names, size, verified, before)
+    return ExportReport(name, str(to), str(source), names, size, verified, before)
 
 
-def _stamp(form: str, source: Path) -> dict[str, Any]:
+def _stamp(form: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Everything that the export of the model folder ``source`` in format ``form`` depends on."""
-    return {"format": form, "version": registry().get("formats", form).version, "model": identity(source)}
+    made = component_identity("formats", form)
+    return {"format": made["name"], "version": made["version"], "options": made["options"], "model": identity(source)}
 
 
 def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:

@@ -124,7 +124,7 @@ def _scored(recipe: Recipe, task: TaskSpec) -> EvalReport:
 
 def _exported(recipe: Recipe, wanted: Export) -> ExportReport:
     check = None if wanted.verify else False
-    return _timed(recipe, f"export {wanted.format}", lambda: export(recipe, wanted.format, wanted.to, check=check))
+    return _timed(recipe, f"export {wanted.format}", lambda: export(recipe, wanted.spec(), wanted.to, check=check))
 
 
 def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:
