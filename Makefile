@@ -2,7 +2,7 @@
 # On Windows, or without make: docs/install.md has the same commands.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs constraints clean
+.PHONY: help demo test test-all test-original lint format docs constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 # glibc alone reads this: huge pages, and memory that stays with its allocator. Without, fresh memory is a third of a training
 # step (docs/training.md, "How fast").
@@ -39,6 +39,13 @@ test: $(DEV_READY) ## the tests that a change must pass
 
 test-all: $(DEV_READY) ## these and the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+
+# LLaVA's own code is not on a package index: LLAVA is a checkout of haotian-liu/LLaVA.
+test-original: $(DEV_READY) ## exports in LLaVA's own programs: LLAVA=/path/to/LLaVA
+	"$(PYTHON)" -m venv $(VENV)/original
+	$(VENV)/original/bin/python -m pip install -q --no-deps torch==$(TORCH) -r tests/original.txt
+	LLAVA_PYTHON=$(VENV)/original/bin/python LLAVA="$(LLAVA)" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/components/formats/test_original.py
 
 lint: $(DEV_READY) ## style, types, and which room may import which
 	$(BIN)/ruff check

@@ -169,10 +169,12 @@ def register_tasks(register: Register) -> None:
 def register_formats(register: Register) -> None:
     for name, target, summary in (
         ("hf", "hf:HfLlava", "LlavaForConditionalGeneration of transformers, with its processor"),
-        ("llava", "llava:OriginalLlava", "the original LLaVA's checkpoints: full, LoRA, or a bare mm_projector.bin"),
         ("peft", "peft:Peft", "a LoRA adapter as peft loads it, beside the LLaVA of transformers it belongs to"),
     ):
         register(name, f"{_COMPONENTS}.formats.{target}", summary=summary)
+    original = f"{_COMPONENTS}.formats.llava:OriginalLlava"
+    summary = "the original LLaVA's checkpoints: full, LoRA, or a bare mm_projector.bin"
+    register("llava", original, options=f"{original}Options", summary=summary)
 
 
 @hookimpl

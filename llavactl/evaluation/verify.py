@@ -10,8 +10,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,9 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs a script with ``import llavactl`` blocked, however it is installed: an export must not depend on it."""
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,19 @@ class _Exact:
         return (self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy(),)
 
 
-def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile]) -> Verified:
+def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """Runs ``script`` in a separate Python process with the same packages except llavactl."""
+    command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
+    return subprocess.run(  # noqa: S603 - our own script
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
+
+
+def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Run = alone) -> Verified:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
-    The two are never in memory at the same time.
+    ``run`` runs the script with the export, the prompts and the output file. The two models are never in memory at the
+    same time.
 
     Raises:
         ModelError: the script can't load the export; the message has its last line.
@@ -107,21 +120,13 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile])
     # A template without questions (stage 1's) gives an empty prompt without an image.
     conversations = [turns for turns in _conversations(photos) if _encoded(encoding, turns).ids]
     with tempfile.TemporaryDirectory() as place:
-        theirs, stated = _reloaded(export, script, conversations, encoding, Path(place))
+        theirs, stated = _reloaded(partial(run, script, export), export, conversations, encoding, Path(place))
     assistant = _opened(model, description, encoding)
     rounding = 0.0
     if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
         rounding = _merge(assistant, conversations, description["precision"])
     faults = _misstated(stated, assistant, description["precision"])
     return _compared(assistant, conversations, theirs, len(photos), rounding, faults)
-
-
-def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    """Runs ``script`` in a separate Python process with the same packages except llavactl."""
-    command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
-    return subprocess.run(  # noqa: S603 - our own script
-        command, capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
 
 
 def _merge(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:
@@ -184,9 +189,9 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 
 
 def _reloaded(
-    export: Path, script: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
+    run: Run, export: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
-    """The outputs of ``script`` for the conversations, and what the export states."""
+    """The outputs of ``run`` for the conversations, and what the export states."""
     from safetensors import safe_open
 
     saved: dict[ImageRef, str] = {}
@@ -197,7 +202,7 @@ def _reloaded(
     prompts, out = place / "prompts.json", place / "out.safetensors"
     asked = [_prompt(turns, encoding, saved) for turns in conversations]
     prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
-    done = alone(script, export, prompts, out)
+    done = run(prompts, out)
     if done.returncode or not out.is_file():
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise ModelError(f"{export}: another program can't load it: {last}")

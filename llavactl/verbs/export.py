@@ -110,9 +110,12 @@ def _stamp(form: Mapping[str, Any], source: Path) -> dict[str, Any]:
 def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:
     """Whether ``to`` is an export with this ``stamp`` and the contents that were written.
 
-    Its model card may have been edited. An export that failed its verification doesn't count.
+    Its model card may have been edited. An export that failed its verification doesn't count, nor one that names files
+    of its own by their absolute paths and was moved.
     """
     found = read_json(to / MARK)
+    if found.get("location", str(to)) != str(to):
+        return False
     if {key: found.get(key) for key in stamp} != stamp or (found.get("verified") or {}).get("faults"):
         return False
     here, written = _files(to), found.get("files", {})
@@ -132,7 +135,9 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         temporary.mkdir(parents=True)
         made.write(source, temporary)
         (temporary / CARD).write_text(card(source, stamp["format"]), encoding="utf-8")
-        write_json(temporary / MARK, {**read_json(temporary / MARK), **stamp, "files": _files(temporary)})
+        location = {"location": str(to)} if _name_final(temporary, to) else {}
+        mark = {**read_json(temporary / MARK), **stamp, **location, "files": _files(temporary)}
+        write_json(temporary / MARK, mark)
         replace_folder(temporary, to)
     except (OSError, SafetensorError) as error:
         raise ModelError(
@@ -140,6 +145,16 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _name_final(temporary: Path, to: Path) -> bool:
+    """Replaces paths into ``temporary`` by those into ``to`` in its configuration; whether there were any."""
+    config = read_json(temporary / "config.json")
+    named = {key: each for key, each in config.items() if isinstance(each, str) and each.startswith(str(temporary))}
+    if named:
+        final = {key: str(to / Path(each).relative_to(temporary)) for key, each in named.items()}
+        write_json(temporary / "config.json", {**config, **final})
+    return bool(named)
 
 
 def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -> Verified:

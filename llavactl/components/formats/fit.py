@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-HINT = "`--format llava` keeps the whole language model; llavactl's own commands need no export"
+HINT = "`--format llava -t strict=false` keeps the whole language model; llavactl's own commands need no export"
 POSITIONS = 8
 NEAR = 1e-2
 """Tolerance for two passes of the same weights in bfloat16, relative to the largest value."""

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
+from llavactl.components.formats.llava_program import loads_tower, older_config
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
+from llavactl.components.formats.llava_tokenizer import save_tokenizer
 from llavactl.components.formats.native import CONNECTORS, Native
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry
+from llavactl.core.registry import Options, registry
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 TOWER = "vision_tower"
 SHARD = "5GB"
+
+
+class OriginalLlavaOptions(Options):
+    """``strict``: refuse models that LLaVA's own programs can't load, and write the older files that they need."""
+
+    strict: bool = True
 
 
 class OriginalLlava:
@@ -26,8 +37,8 @@ class OriginalLlava:
 
     reload = Path(__file__).with_name("reload_llava.py")
 
-    def __init__(self, options: Any) -> None:
-        pass
+    def __init__(self, options: OriginalLlavaOptions) -> None:
+        self.options = options
 
     def recognise(self, folder: Path) -> bool:
         return "mm_vision_tower" in read_json(folder / "config.json") or (folder / PROJECTOR_FILE).is_file()
@@ -38,56 +49,44 @@ class OriginalLlava:
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
-        import torch
-
-        native = Native(model)
-        projection = native.projection()
+        native, strict = Native(model), self.options.strict
+        projection = {f"model.mm_projector.{name}": each for name, each in native.projection().items()}
         _refuse_backbone(native)
+        language = native.language_config().to_dict()
+        older, tokenizer = older_config(language, strict=strict), native.exported_tokenizer()
+        if strict:
+            save_tokenizer(tokenizer, to, fast=language["model_type"] != "llama")
+            # LLaVA's load_pretrained_model chooses the class by words in the folder's name.
+            words = " and ".join(dict.fromkeys(("llava", language["model_type"].replace("llama", "llava"))))
+            log.info("LLaVA's programs load this model only from a folder with %s in its name", words)
+        else:
+            tokenizer.save_pretrained(to)
+        vision = _tower(native, to)
         if native.method == "connector" and native.description["stage"] == 1:
-            to.mkdir(parents=True, exist_ok=True)
-            torch.save({f"model.mm_projector.{name}": each for name, each in projection.items()}, to / PROJECTOR_FILE)
-            base = native.description["language"].get("model", native.description["language"]["name"])
-            write_json(to / "config.json", _written(native, {"model_type": "llava_llama", "_name_or_path": base}))
-            native.exported_tokenizer().save_pretrained(to)
-            _vision(native, to)
-            return
-        language = native.language()
-        positions = _positions(language.config.to_dict())
-        state = language.state_dict() | {f"model.mm_projector.{name}": each for name, each in projection.items()}
-        if language.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        language.generation_config = generation_config(language, native.tokenizer(), native.description)
-        # The language model's own way of saving, so that shards, index and generation settings are as ever.
-        language.save_pretrained(to, state_dict=_untied(state), max_shard_size=SHARD)
-        native.exported_tokenizer().save_pretrained(to)
-        write_json(to / "config.json", {**_written(native, read_json(to / "config.json")), **positions})
-        _vision(native, to)
+            config = language | _save_projector(native, projection, to)
+        else:
+            config = _save_whole(native, projection, to)
+        write_json(to / "config.json", {**_written(native, config), **older, "mm_vision_tower": vision})
 
 
-def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary positions of the families that LLaVA itself has, by the names that its transformers (4.37) reads: by
-    newer names alone it would take a theta of 10,000 and no scaling.
+def _save_projector(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+    """Saves the connector alone; what config.json says of the language model that belongs to it."""
+    import torch
 
-    Raises:
-        ModelError: it has no such positions, or takes another width of a head than hidden size / heads.
-    """
-    if config["model_type"] not in ("llama", "mistral"):
-        return {}
-    rope = config["rope_parameters"]
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "dynamic"):
-        raise ModelError(
-            f"layout llava can't hold position embeddings of type {kind}: LLaVA knows default, linear and dynamic",
-            hint="`--format hf` holds them",
-        )
-    width, heads, head = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
-    if width and heads and head and head * heads != width:
-        raise ModelError(
-            f"layout llava can't hold attention heads of width {head}: LLaVA's programs take {width} / {heads}",
-            hint="`--format hf` holds them",
-        )
-    scaling = None if kind == "default" else {"type": kind, "factor": rope["factor"]}
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    torch.save(projection, to / PROJECTOR_FILE)
+    return {"_name_or_path": native.description["language"].get("model", native.description["language"]["name"])}
+
+
+def _save_whole(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+    """Saves the language model with the connector; its config.json."""
+    language = native.language()
+    state = language.state_dict() | projection
+    if language.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    language.generation_config = generation_config(language, native.tokenizer(), native.description)
+    # The language model's own way of saving, so that shards, index and generation settings are as ever.
+    language.save_pretrained(to, state_dict=_contiguous(state), max_shard_size=SHARD)
+    return read_json(to / "config.json")
 
 
 def _refuse_backbone(native: Native) -> None:
@@ -96,7 +95,12 @@ def _refuse_backbone(native: Native) -> None:
     if not isinstance(vision["layer"], int):
         hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
         raise ModelError("layout llava supports a single vision layer", hint=hint)
-    config = getattr(registry().create("vision", vision), "config", {})
+    backbone = registry().create("vision", vision)
+    if not hasattr(backbone, "whole"):
+        raise ModelError(
+            f"vision backbone {vision['name']} can't be exported: it has no `whole`", hint="see docs/plugins.md, vision"
+        )
+    config = getattr(backbone, "config", {})
     if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(
             f"layout llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's programs read only CLIP",
@@ -104,19 +108,23 @@ def _refuse_backbone(native: Native) -> None:
         )
 
 
-def _vision(native: Native, to: Path) -> None:
-    """Keeps the backbone beside the weights where it lies in a larger checkpoint: no name leads to it alone."""
-    backbone = registry().create("vision", native.description["vision"])
-    if not getattr(backbone, "inside", False):
-        return
+def _tower(native: Native, to: Path) -> str:
+    """``mm_vision_tower``: the name of the vision encoder, or of its copy in ``to`` if LLaVA can't load it by name."""
+    vision = native.description["vision"]
+    backbone = registry().create("vision", vision)
+    name = str(vision.get("model", vision["name"]))
+    if not getattr(backbone, "inside", False) and loads_tower(name):
+        return name
     tower = backbone.whole()
     tower.__dict__.pop("_weight_conversions", None)  # its own names, not those it had in there
-    tower.save_pretrained(to / TOWER)
+    prefix = "vision_model."  # as of older versions of transformers; newer ones read both
+    state = {f"{prefix}{key.removeprefix(prefix)}": each for key, each in tower.state_dict().items()}
+    tower.save_pretrained(to / TOWER, state_dict=_contiguous(state))
     backbone.processor.save_pretrained(to / TOWER)
-    write_json(to / "config.json", {**read_json(to / "config.json"), "mm_vision_tower": TOWER})
+    return str(to.absolute() / TOWER)
 
 
-def _untied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _contiguous(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.contiguous() for name, weight in state.items()}
 
 
@@ -128,8 +136,8 @@ def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **config,
         "architectures": [f"Llava{_family(kind)}ForCausalLM"],
+        "torch_dtype": description["precision"],
         "model_type": kind if kind.startswith("llava_") else f"llava_{kind}",
-        "mm_vision_tower": vision.get("model", vision["name"]),
         "mm_hidden_size": description["shape"]["width"],
         "mm_projector_type": {1: "linear", 2: "mlp2x_gelu"}[CONNECTORS[description["connector"]["name"]]],
         "mm_vision_select_layer": vision["layer"],

@@ -173,6 +173,12 @@ def _language(config: Mapping[str, Any], folder: Path, lora: bool) -> dict[str, 
 
 
 def _near(model: str, folder: Path) -> str:
-    """``model`` as a path below the checkpoint's ``folder`` if it exists there; otherwise unchanged."""
-    beside = folder / model
-    return str(beside.resolve()) if not Path(model).is_absolute() and (beside / "config.json").is_file() else model
+    """``model`` as a path below the checkpoint's ``folder`` if it exists there; otherwise unchanged.
+
+    An absolute path that doesn't exist is looked for there by its last part: the checkpoint may have been moved.
+    """
+    path = Path(model)
+    if path.is_absolute() and path.exists():
+        return model
+    beside = folder / (path.name if path.is_absolute() else path)
+    return str(beside.resolve()) if (beside / "config.json").is_file() else model

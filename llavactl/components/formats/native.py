@@ -13,11 +13,12 @@ from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.identity import following
 from llavactl.core.paths import read_json, write_json
+from llavactl.core.protocols import DescribedLanguage
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = "llavactl.json"
 TOKENIZERS = "tokenizer"
@@ -90,6 +91,13 @@ class Native:
         template = registry().create("templates", self.description["template"])
         own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
         return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
+
+    def language_config(self) -> PreTrainedConfig:
+        """The configuration of the language model; no weights are read if it can describe itself."""
+        language = registry().create("languages", self._language)
+        described = language.skeleton() if isinstance(language, DescribedLanguage) else self.base()
+        found: PreTrainedConfig = described.config
+        return found
 
     def base(self) -> PreTrainedModel:
         """The language model below the adapter, where there is one, in the precision it was trained in."""

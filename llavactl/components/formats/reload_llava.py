@@ -7,7 +7,9 @@ part of a checkpoint), which is split there and tokenised piece by piece, as LLa
 """
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel
 
@@ -30,6 +33,32 @@ def language(folder: Path, config: dict[str, Any]) -> Any:
     known = {key: value for key, value in config.items() if not key.startswith("mm_") and key not in unread}
     own = AutoConfig.for_model(config["model_type"].removeprefix("llava_"), **known)
     return AutoModelForCausalLM.from_pretrained(folder, config=own, dtype=torch.float32)
+
+
+def encoder(folder: Path) -> Callable[[str, bool], list[int]]:
+    """Text to ids, with BOS if it is the first piece; with a tokenizer.model as the slow Llama tokenizer does, which
+    LLaVA loads: SentencePiece between added tokens.
+    """
+    if not (folder / "tokenizer.model").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return lambda text, first: tokenizer(text, add_special_tokens=first)["input_ids"] if text or first else []
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    added = {each["content"]: int(token) for token, each in config["added_tokens_decoder"].items()}
+    marks = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+    after = len(model.encode("\n"))
+
+    def encode(text: str, first: bool) -> list[int]:
+        ids = [added[config["bos_token"]]] if first and config["add_bos_token"] else []
+        for at, part in enumerate(marks.split(text)):
+            if part in added:
+                ids.append(added[part])
+            elif part:
+                # SentencePiece begins every text with a space; a newline is a byte, which nothing is joined to.
+                ids += model.encode(part) if at == 0 or config["legacy"] else model.encode("\n" + part)[after:]
+        return ids
+
+    return encode
 
 
 def projector(folder: Path, config: dict[str, Any], width: int) -> nn.Module:
@@ -78,11 +107,10 @@ def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
 def main(folder: Path, prompts: Path, out: Path) -> None:
     """Ids (image positions -200), logits [T, V] and greedy ids of every prompt, to ``out``."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    speaker, tokenizer = language(folder, config).eval(), AutoTokenizer.from_pretrained(folder)
+    speaker, encode = language(folder, config).eval(), encoder(folder)
     embed = speaker.get_input_embeddings()
     connector = projector(folder, config, embed.weight.shape[1])
-    beside = folder / config["mm_vision_tower"]
-    place = beside if beside.is_dir() else config["mm_vision_tower"]
+    place = config["mm_vision_tower"]
     tower = CLIPVisionModel.from_pretrained(place, dtype=torch.float32).eval()
     processor = CLIPImageProcessorPil.from_pretrained(place)
     asked = json.loads(prompts.read_text(encoding="utf-8"))
@@ -99,8 +127,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
                     state = state[:, 1:] if config["mm_vision_select_feature"] == "patch" else state
                     rows.append(connector(state)[0])
                     ids.append(torch.full((len(rows[-1]),), -200))
-                tokens = tokenizer(piece, add_special_tokens=at == 0)["input_ids"] if piece or at == 0 else []
-                ids.append(torch.tensor(tokens, dtype=torch.long))
+                ids.append(torch.tensor(encode(piece, at == 0), dtype=torch.long))
                 rows.append(embed(ids[-1]))
             inputs = torch.cat(rows)[None]
             logits = speaker(inputs_embeds=inputs).logits[0]

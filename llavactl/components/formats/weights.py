@@ -32,6 +32,22 @@ def tensors(folder: Path, prefixes: Sequence[str]) -> dict[str, torch.Tensor]:
     return found
 
 
+def names(folder: Path) -> set[str]:
+    """The names of the tensors in ``folder``; no weights are read."""
+    import torch
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for file in files(folder):
+        with faults.reading(file):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    found.update(opened.keys())
+            else:
+                found.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return found
+
+
 def read(file: Path, prefixes: Sequence[str] = ("",)) -> dict[str, torch.Tensor]:
     """The tensors of one file whose names begin with one of ``prefixes``.
 

@@ -10,7 +10,7 @@ import pytest
 
 from llavactl.components.formats import reload_llava
 from llavactl.components.formats.hf import HfLlava
-from llavactl.components.formats.llava import OriginalLlava
+from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
 from llavactl.model.foreign import resolve
@@ -80,12 +80,16 @@ def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+    """By default only what LLaVA's own programs load; with ``strict: false`` every family."""
     model, to = made(native, toys, tmp_path, family), tmp_path / "out"
-    if family == "llama-rope":
-        with pytest.raises(ModelError, match="llama3"):
-            OriginalLlava(None).write(model, to)
-        return
-    OriginalLlava(None).write(model, to)
+    if family not in ("llama", "llama-tied"):
+        with pytest.raises(ModelError, match="LLaVA's programs") as refused:
+            OriginalLlava(OriginalLlavaOptions()).write(model, to)
+        assert "strict=false" in refused.value.hint
+        assert not to.exists()
+        OriginalLlava(OriginalLlavaOptions(strict=False)).write(model, to)
+    else:
+        OriginalLlava(OriginalLlavaOptions()).write(model, to)
     same(model, reload_llava.language(to, json.loads((to / "config.json").read_text())))
     read_back(model, to)
 
@@ -104,7 +108,7 @@ def test_llava_has_positions_by_the_names_that_the_original_reads(
     config.rope_parameters = rope
     LlamaForCausalLM(config).save_pretrained(language)
     model, to = native("ours", language=language), tmp_path / "out"
-    OriginalLlava(None).write(model, to)
+    OriginalLlava(OriginalLlavaOptions()).write(model, to)
     written = json.loads((to / "config.json").read_text())
     assert written["rope_theta"] == rope["rope_theta"]
     assert (written["rope_scaling"] or {}).get("factor") == rope.get("factor")

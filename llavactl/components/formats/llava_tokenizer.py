@@ -1,0 +1,209 @@
+"""A tokenizer's files as LLaVA's programs read them, with transformers 4.37.2 and tokenizers 0.15.
+
+Those know neither the classes nor the ``tokenizer.json`` of transformers 5. A SentencePiece vocabulary (Llama, Vicuna,
+Mistral) is written as ``tokenizer.model`` for their slow ``LlamaTokenizer``, any other as an older ``tokenizer.json``.
+Both are read by transformers 5 with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import ModelError
+from llavactl.core.paths import read_json, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HINT = "use `--format hf`; `-t strict=false` writes it for programs with newer versions of transformers"
+
+_SPACE = "▁"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_OLD_TYPES: Mapping[str, frozenset[str]] = {
+    "model": frozenset({"BPE", "Unigram", "WordLevel", "WordPiece"}),
+    "normalizer": frozenset({
+        "BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Replace",
+        "Sequence", "Strip", "StripAccents",
+    }),
+    "pre_tokenizer": frozenset({
+        "BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Sequence",
+        "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit",
+    }),
+    "post_processor": frozenset({
+        "BertProcessing", "ByteLevel", "RobertaProcessing", "Sequence", "TemplateProcessing",
+    }),
+    "decoder": frozenset({
+        "BPEDecoder", "ByteFallback", "ByteLevel", "CTC", "Fuse", "Metaspace", "Replace", "Sequence", "Strip",
+        "WordPiece",
+    }),
+}  # fmt: skip
+"""The types of the parts of a ``tokenizer.json`` that tokenizers 0.15 has."""
+
+_NEW_KEYS = ("backend", "is_local", "local_files_only", "extra_special_tokens", "add_prefix_space", "tokenizer_object")
+"""Keys of ``tokenizer_config.json`` that only transformers 5 has."""
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, *, fast: bool) -> None:
+    """Writes ``tokenizer`` to the folder ``to``; ``fast``: LLaVA loads it with ``use_fast``.
+
+    Raises:
+        ModelError: transformers 4.37 can't encode text as it does.
+    """
+    files = older_files(tokenizer, fast=fast)
+    tokenizer.save_pretrained(to)
+    written = read_json(to / "tokenizer_config.json")
+    named = [str(token) for token in written.get("extra_special_tokens") or ()]
+    config = {key: value for key, value in written.items() if key not in _NEW_KEYS}
+    added = {str(token): _added(each) for token, each in sorted(tokenizer.added_tokens_decoder.items())}
+    config |= {"added_tokens_decoder": added, "additional_special_tokens": named, **files.config}
+    write_json(to / "tokenizer_config.json", config)
+    for name, content in files.contents.items():
+        write_atomic(to / name, content)
+
+
+@dataclass(frozen=True)
+class OlderFiles:
+    """What differs from the files of transformers 5: files by name, and keys of ``tokenizer_config.json``."""
+
+    contents: Mapping[str, bytes]
+    config: Mapping[str, Any]
+
+
+def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles:
+    """The files of ``tokenizer`` that transformers 4.37 reads; see ``save_tokenizer``."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _is_sentencepiece(backend):
+        scheme = backend["pre_tokenizer"]["prepend_scheme"]
+        if scheme == "never":
+            raise _unreadable("it adds no space before a text")
+        if scheme == "first" and fast:
+            raise _unreadable("with legacy: false, its fast Llama tokenizer differs after special tokens")
+        ids = tokenizer("a")["input_ids"]
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": scheme == "always",
+            "add_bos_token": ids[0] == tokenizer.bos_token_id,
+            "add_eos_token": ids[-1] == tokenizer.eos_token_id,
+        }
+        spaces = [{"type": "Prepend", "prepend": _SPACE}, _replacement(" ", _SPACE)]
+        older = {**backend, "normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
+        return OlderFiles({"tokenizer.model": sentencepiece_model(backend), "tokenizer.json": _json(older)}, config)
+    return OlderFiles({"tokenizer.json": _json(backend)}, {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
+    """Whether it encodes as Llama's SentencePiece model does: BPE on whole texts, their spaces written as ``▁``."""
+    before = backend["pre_tokenizer"] or {}
+    metaspace = before.get("type") == "Metaspace" and not before.get("split", True)
+    return metaspace and backend["model"]["type"] == "BPE" and backend["model"]["byte_fallback"]
+
+
+def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
+    """A SentencePiece model with the vocabulary and merges of ``backend``, a ``tokenizer.json``.
+
+    SentencePiece joins the neighbours whose joined piece has the highest score, so a piece's score is the negative
+    rank of its first merge.
+
+    Raises:
+        ModelError: SentencePiece can't represent the vocabulary.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = backend["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    if [model["vocab"][piece] for piece in pieces] != list(range(len(pieces))):
+        raise _unreadable("its token ids have gaps")
+    if sum(map(bool, map(_BYTE.fullmatch, pieces))) != 256:
+        raise _unreadable("it lacks tokens for single bytes")
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(_pairs(model["merges"])):
+        ranks.setdefault(left + right, rank)
+    special = {each["content"]: each["special"] for each in backend["added_tokens"]}
+    made: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - generated, unknown to mypy
+    kinds = made.SentencePiece
+    for token, piece in enumerate(pieces):
+        kind = kinds.NORMAL
+        if piece == model["unk_token"] or (model["unk_token"] is None and token == 0):
+            kind = kinds.UNKNOWN
+        elif piece in special:
+            kind = kinds.CONTROL if special[piece] else kinds.USER_DEFINED
+        elif _BYTE.fullmatch(piece):
+            kind = kinds.BYTE
+        score = 0.0 if kind != kinds.NORMAL else -float(ranks.get(piece, len(ranks)))
+        made.pieces.add(piece=piece, score=score, type=kind)
+    made.trainer_spec.model_type = made.trainer_spec.BPE
+    made.trainer_spec.vocab_size = len(pieces)
+    made.trainer_spec.byte_fallback = True
+    made.normalizer_spec.name = "identity"
+    made.normalizer_spec.add_dummy_prefix = True
+    made.normalizer_spec.remove_extra_whitespaces = False
+    found: bytes = made.SerializeToString()
+    return found
+
+
+def _json(backend: Mapping[str, Any]) -> bytes:
+    """``backend`` as a ``tokenizer.json`` of tokenizers 0.15.
+
+    Raises:
+        ModelError: it has parts that are newer.
+    """
+    if newer := sorted({each for part, old in _OLD_TYPES.items() for each in _types(backend[part]) if each not in old}):
+        raise _unreadable(f"{', '.join(newer)} in tokenizer.json is newer than its programs")
+    model = {key: value for key, value in backend["model"].items() if key != "ignore_merges"}
+    if backend["model"].get("ignore_merges"):
+        raise _unreadable("ignore_merges in tokenizer.json is newer than its programs")
+    if "merges" in model:
+        if any(" " in part for pair in _pairs(model["merges"]) for part in pair):
+            raise _unreadable("its tokens contain spaces")
+        model["merges"] = [" ".join(pair) for pair in _pairs(model["merges"])]
+    return json.dumps({**_old_spaces(backend), "model": model}, ensure_ascii=False).encode()
+
+
+def _pairs(merges: Any) -> Iterator[tuple[str, str]]:
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _types(value: Any) -> Iterator[str]:
+    """The ``type`` of a part of ``tokenizer.json`` and of those in a sequence of it."""
+    if isinstance(value, Mapping):
+        yield value["type"]
+        for key in ("normalizers", "pretokenizers", "processors", "decoders"):
+            for each in value.get(key, ()):
+                yield from _types(each)
+
+
+def _old_spaces(value: Any) -> Any:
+    """``value`` with every ``Metaspace`` as older versions spell it."""
+    if isinstance(value, list):
+        return [_old_spaces(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("type") != "Metaspace":
+        return {key: each if key == "model" else _old_spaces(each) for key, each in value.items()}
+    scheme = value.get("prepend_scheme", "always")
+    return {
+        "type": "Metaspace",
+        "replacement": value["replacement"],
+        "add_prefix_space": scheme != "never",
+        "prepend_scheme": scheme,
+    }
+
+
+def _replacement(old: str, new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def _added(token: Any) -> dict[str, Any]:
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def _unreadable(why: str) -> ModelError:
+    return ModelError(f"LLaVA's programs can't load the tokenizer: {why}", hint=HINT)
