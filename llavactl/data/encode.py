@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llavactl.components.languages.sentencepiece import SPACES, takes_space
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -32,9 +33,6 @@ _BREAKS = tuple(chr(0xFDEF - index) for index in range(32))
 
 Its own tokens are removed again after tokenising.
 """
-
-_SPACES = (" ", "\N{LOWER ONE EIGHTH BLOCK}")
-"""A space, and the character that SentencePiece has for it."""
 
 
 class _Run(NamedTuple):
@@ -197,16 +195,7 @@ class Encoding:
 
     @cached_property
     def _takes_space(self) -> bool:
-        """Whether the tokenizer takes a space at the beginning of a text for the one that it puts there itself.
-
-        SentencePiece, by which LLaVA trains, always adds one; transformers 5 doesn't before a space.
-        """
-
-        def ids(text: str) -> list[int]:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        # A tokenizer that reduces every run of spaces to one loses nothing in particular here.
-        return ids("a") == ids(" a") and ids("a a") != ids("a  a")
+        return takes_space(self.tokenizer)
 
     @cached_property
     def _bos(self) -> int | None:
@@ -238,7 +227,7 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
 def _spaced(piece: list[Text]) -> list[Text]:
     """``piece`` with one space more if it begins with one."""
     first = next((each for each in piece if each.text), None)
-    return [Text(" ", first.trained), *piece] if first is not None and first.text.startswith(_SPACES) else piece
+    return [Text(" ", first.trained), *piece] if first is not None and first.text.startswith(SPACES) else piece
 
 
 def _in(mark: str, text: str) -> bool:
