@@ -1,7 +1,7 @@
 """Speed and memory of ``llavactl data``: check, stats, filter and expand on records synthesised from real ones.
 
     python benchmarks/data.py                         # a tenth of LLaVA's sizes
-    python benchmarks/data.py --records 665000 --captions 3000000 --json > benchmarks/results/data-2-cores.json
+    python benchmarks/data.py --records 665000 --captions 3000000 --out benchmarks/results/data-2-cores.json
 
 Needs ``../shared/data/llava``. Each command runs in a process of its own; its peak resident memory is the kernel's
 (of the largest process, where there are several). ``json.load`` of the same file stands beside, for it is what a
@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rounds import Document, Documents, add_options, publish
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "llava"
 IMAGES_SHARE = 0.6
@@ -65,8 +67,12 @@ def measured(words: list[str], count: int) -> dict[str, Any]:
     """Runs ``words``; seconds, records a second and the peak of memory, less nothing: a whole process."""
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    out = process.stdout.read() if process.stdout else b""
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        out = process.stdout.read() if process.stdout else b""
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        raise
     seconds = time.perf_counter() - began
     if os.waitstatus_to_exitcode(status) not in (0, 1):
         raise SystemExit(f"{' '.join(words)} failed")
@@ -85,13 +91,22 @@ def measured(words: list[str], count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Synthesises, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=66_500, help="for check and stats")
     parser.add_argument("--captions", type=int, default=300_000, help="for filter and expand")
     parser.add_argument("--recipe", help="count tokens in check and stats, too, by this recipe's stage 2")
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     asked = parser.parse_args()
+    publish(documents(asked), asked, shown)
+
+
+def shown(document: Document) -> str:
+    return "\n".join(f"{name:20} {found}" for name, found in document["results"].items())
+
+
+def documents(asked: argparse.Namespace) -> Documents:
+    """Synthesises and measures; the results so far after each command."""
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
     cli = [sys.executable, "-m", "llavactl", "data"]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -128,13 +143,7 @@ def main() -> None:
         for name, words, count in runs:
             results[name] = measured(words(), count)
             print(name, results[name], file=sys.stderr, flush=True)
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
-    document = {"records": asked.records, "captions": asked.captions, **machine, "results": results}
-    if asked.json:
-        print(json.dumps(document, indent=2))
-    else:
-        for name, found in results.items():
-            print(f"{name:20}", found)
+            yield {"records": asked.records, "captions": asked.captions, **machine, "results": results}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From image files to stored features: ours beside the bare tower and beside what else there is, in one run.
 
     python benchmarks/extract.py                                       # 6 minutes on 2 cores
-    python benchmarks/extract.py --json > benchmarks/results/extract-2-cores.json
+    python benchmarks/extract.py --out benchmarks/results/extract-2-cores.json
     python benchmarks/extract.py --towers tiny --images 8 --rounds 1   # does it run?
 
 Towers have the shape of the real ones and random weights; photos are those of ``../shared/data/coco-mini``, or drawn.
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import random
 import resource
@@ -39,11 +38,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from rounds import Document, Documents, add_options, publish
 
 from llavactl import ImageFile, TransformersVision
 from llavactl.components.vision.tower import Preprocess, Tower, pad_to_square
@@ -252,7 +251,7 @@ def needed(bench: Bench) -> dict[str, float]:
     }
 
 
-def measured(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measured(name: str, given: argparse.Namespace, folder: Path) -> Documents:
     bench = prepared(name, given.images or TOWERS[name].images, folder)
     ways: dict[str, Callable[[], None]] = {
         "bare": partial(bare, bench),
@@ -264,6 +263,8 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> dict[str, An
     chance, count = random.Random(given.seed), len(bench.photos)
     wall: dict[str, list[float]] = {way: [] for way in ways}
     processor: dict[str, list[float]] = {way: [] for way in ways}
+    with fresh_home(folder):
+        parts = needed(bench)
     for number in range(given.rounds):
         for way in chance.sample(sorted(ways), len(ways)):
             with fresh_home(folder):
@@ -272,14 +273,13 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> dict[str, An
                 wall[way].append((time.perf_counter() - began) / count)
                 processor[way].append((processor_s() - worked) / count)
         print(f"{name}: round {number + 1} of {given.rounds}", file=sys.stderr, flush=True)
-    with fresh_home(folder):
-        parts = needed(bench)
-    return {
-        "what": TOWERS[name].what,
-        "images_a_round": count,
-        "needed_processor_s": {part: round(taken, 5) for part, taken in parts.items()},
-        "ways": {way: compared(way, wall, processor, sum(parts.values())) for way in ways},
-    }
+        yield {
+            "what": TOWERS[name].what,
+            "rounds": number + 1,
+            "images_a_round": count,
+            "needed_processor_s": {part: round(taken, 5) for part, taken in parts.items()},
+            "ways": {way: compared(way, wall, processor, sum(parts.values())) for way in ways},
+        }
 
 
 def compared(
@@ -310,21 +310,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="photos a round, a multiple of 4; large 8, small 64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     given = parser.parse_args()
     torch.set_num_threads(cores())
-    with tempfile.TemporaryDirectory() as name:
-        found = {tower: measured(tower, given, Path(name)) for tower in given.towers}
+    publish(documents(given), given, shown)
+
+
+def documents(given: argparse.Namespace) -> Documents:
     document = {
         "machine": f"{cores()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers", "numpy", "pillow")},
-        "rounds": given.rounds,
-        **found,
     }
-    print(json.dumps(document, indent=1) if given.json else shown(document))
+    with tempfile.TemporaryDirectory() as name:
+        for tower in given.towers:
+            for found in measured(tower, given, Path(name)):
+                document |= {tower: found}
+                yield document
 
 
-def shown(document: dict[str, Any]) -> str:
+def shown(document: Document) -> str:
     lines = [str(document["machine"])]
     for found in (each for each in document.values() if isinstance(each, dict) and "ways" in each):
         parts = ", ".join(f"{part} {taken * 1e3:.1f} ms" for part, taken in found["needed_processor_s"].items())

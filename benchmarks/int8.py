@@ -1,7 +1,7 @@
 """What int8 features cost: error and cosine beside float16, bytes, time, and the loss of a real stage 1.
 
     python benchmarks/int8.py                         # minutes on 2 cores, most of them training
-    python benchmarks/int8.py --json > benchmarks/results/int8-2-cores.json
+    python benchmarks/int8.py --out benchmarks/results/int8-2-cores.json
     python benchmarks/int8.py --train 0               # without training
 
 Needs the demo plugin (DINOv2, SmolLM2) and the photos of ``../shared/data/coco-mini``. Errors are relative, in the
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import Document, Documents, add_options, publish
 
 from llavactl import ImageFile, TransformersVision
 from llavactl.components.vision.transformers import ClipOptions
@@ -153,7 +154,7 @@ def loss_of(model: Path, recipe: Recipe) -> float:
     return total / tokens
 
 
-def trained(samples: int, seeds: int, folder: Path) -> dict[str, Any]:
+def trained(samples: int, seeds: int, folder: Path) -> Documents:
     """The demo's stage 1 on ``samples`` drawn scenes with each dtype, all else the same; again with other seeds.
 
     ``read_percent``, what rounding itself does: the change of the final loss of the connector trained on float16 when
@@ -191,15 +192,20 @@ eval: {{tasks: []}}
             steps = report.steps
             print(f"{dtype}, seed {seed}: {report.val_loss}", file=sys.stderr, flush=True)
             read.setdefault(dtype, []).append(loss_of(folder / "float16" / str(seed) / "stage1" / "model", recipe))
-    halves, small = losses["float16"], losses["int8"]
+            yield {"samples": samples, "steps": steps, **changes(losses, read)}
+
+
+def changes(losses: dict[str, list[float]], read: dict[str, list[float]]) -> dict[str, Any]:
+    """What int8 changed, of the seeds that both dtypes have been trained with."""
+    halves, small = losses["float16"], losses.get("int8", [])
+    both = halves[: len(small)]
+    reads = zip(read.get("int8", []), read["float16"][: len(small)], strict=True)
     return {
-        "samples": samples,
-        "steps": steps,
-        "read_percent": [100 * (ours / theirs - 1) for ours, theirs in zip(read["int8"], read["float16"], strict=True)],
+        "read_percent": [100 * (ours / theirs - 1) for ours, theirs in reads],
         "val_loss": losses,
-        "change_percent": 100 * (statistics.mean(small) / statistics.mean(halves) - 1),
-        "change_percent_by_seed": [100 * (ours / theirs - 1) for ours, theirs in zip(small, halves, strict=True)],
-        "spread_percent": 100 * statistics.stdev(halves) / statistics.mean(halves) if seeds > 1 else None,
+        "change_percent": 100 * (statistics.mean(small) / statistics.mean(both) - 1) if small else None,
+        "change_percent_by_seed": [100 * (ours / theirs - 1) for ours, theirs in zip(small, both, strict=True)],
+        "spread_percent": 100 * statistics.stdev(halves) / statistics.mean(halves) if len(halves) > 1 else None,
     }
 
 
@@ -208,16 +214,23 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=16)
     parser.add_argument("--train", type=int, default=1000, metavar="SAMPLES")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    publish(documents(given), given, shown)
+
+
+def documents(given: argparse.Namespace) -> Documents:
     with tempfile.TemporaryDirectory() as name:
         os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
         document = measured(given, Path(name))
-    print(json.dumps(document, indent=1) if given.json else shown(document))
+        yield document
+        if given.train:
+            for found in trained(given.train, given.seeds, Path(name)):
+                yield {**document, "stage1": found}
 
 
-def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measured(given: argparse.Namespace, folder: Path) -> Document:
     from llavactl_demo.convert import vision_folder
 
     paths = sorted(PHOTOS.glob("*2017/*.jpg"))[: given.photos]
@@ -229,7 +242,7 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     towers["the same, outlier tokens too"] = with_loud_tokens(towers["CLIP L/336 shape, outlier channels"])
     one = towers["the same, outlier tokens too"][0]
     integers, scales = quantised(one)
-    document: dict[str, Any] = {
+    return {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{platform.machine()}",
         "bytes_of_float16": bytes_of(CLIP, 1024, 1024, "int8") / bytes_of(CLIP, 1024, 1024),
@@ -244,12 +257,9 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for name, images in towers.items()
         },
     }
-    if given.train:
-        document["stage1"] = trained(given.train, given.seeds, folder)
-    return document
 
 
-def shown(document: dict[str, Any]) -> str:
+def shown(document: Document) -> str:
     lines = [document["machine"], f"bytes of float16's: {document['bytes_of_float16']:.4f}"]
     lines.append("ms: " + ", ".join(f"{what} {ms}" for what, ms in document["ms_an_image_576x1024"].items()))
     for name, ways in document["errors"].items():

@@ -1,7 +1,7 @@
 """Random reads of stored features, warm and cold: ours beside what else could hold them, interleaved in one run.
 
     python benchmarks/store.py
-    python benchmarks/store.py --images 400 --json > benchmarks/results/store-2-cores.json
+    python benchmarks/store.py --images 400 --out benchmarks/results/store-2-cores.json
 
 Features are 576x1024, as CLIP L/336 makes them. In every round each way reads the same random images; a rate is
 the median over rounds, ``of_map`` the median of its ratio to the bare memory map of our own shard in the same
@@ -16,14 +16,15 @@ virtual machine the host may still have them.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from rounds import Document, Documents, add_options, publish
 from safetensors.numpy import load_file, save_file
 
 from llavactl import ImageFile
@@ -106,9 +108,11 @@ def ways(folder: Path, images: int) -> dict[str, Read]:
     }
 
 
-def read_rounds(folder: Path, images: int, rounds: int, reads: int, seed: int, start: Any) -> list[dict[str, Any]]:
-    """For every round, by way: when it began and ended and how many it read. ``start()`` is a barrier."""
-    every, found = ways(folder, images), []
+def read_rounds(
+    folder: Path, images: int, rounds: int, reads: int, seed: int, start: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every round, by way: when it began and ended and how many it read. ``start()`` is a barrier."""
+    every = ways(folder, images)
     for number in range(-1, rounds):  # round -1 warms up
         chosen = [random.Random(f"{seed} {number}").randrange(images) for _ in range(reads)]
         names = list(every)
@@ -122,26 +126,43 @@ def read_rounds(folder: Path, images: int, rounds: int, reads: int, seed: int, s
                 read(index)
             times[name] = (began, time.perf_counter(), len(some))
         if number >= 0:
-            found.append(times)
-    return found
+            yield number, times
+
+
+def _leave_signals() -> None:
+    """In a worker: the process that started it is the one to stop, and stops it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(queue: Any, barrier: Any, *given: Any) -> None:
-    queue.put(read_rounds(*given, barrier.wait))
+    _leave_signals()
+    for found in read_rounds(*given, barrier.wait):
+        queue.put(found)
 
 
-def together(folder: Path, images: int, rounds: int, reads: int, workers: int) -> dict[str, Any]:
-    """Rates of ``workers`` processes that read at once."""
+def together(folder: Path, images: int, rounds: int, reads: int, workers: int) -> Documents:
+    """Rates of ``workers`` processes that read at once, after every round."""
     context = multiprocessing.get_context("fork")
     queue, barrier = context.Queue(), context.Barrier(workers)
     given = [(queue, barrier, folder, images, rounds, reads, seed) for seed in range(workers)]
-    processes = [context.Process(target=_work, args=each) for each in given]
+    processes = [context.Process(target=_work, args=each, daemon=True) for each in given]
     for process in processes:
         process.start()
-    results = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return rates(results)
+    by_round: list[list[dict[str, Any]]] = [[] for _ in range(rounds)]
+    by_way: dict[str, list[float]] = {}
+    try:
+        for _ in range(rounds * workers):
+            number, times = queue.get()
+            by_round[number].append(times)
+            if len(by_round[number]) == workers:
+                for name, rate in rates(by_round[number]).items():
+                    by_way.setdefault(name, []).append(rate)
+                yield compared(by_way)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def forget(folder: Path) -> None:
@@ -155,6 +176,7 @@ def forget(folder: Path) -> None:
 
 
 def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> None:
+    _leave_signals()
     read = ways(folder, images)[name]
     forget(folder)
     chosen = random.Random(seed).sample(range(images), images)
@@ -164,28 +186,28 @@ def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> N
     queue.put(images / (time.perf_counter() - began))
 
 
-def cold(folder: Path, images: int, rounds: int) -> dict[str, Any]:
-    """Rates of one process, a new one for each way and round: what is mapped can't be forgotten."""
+def cold(folder: Path, images: int, rounds: int) -> Documents:
+    """Rates of one process after every round, a new one for each way: what is mapped can't be forgotten."""
     context = multiprocessing.get_context("fork")
     names = [name for name in ways(folder, images) if name not in WARM_ONLY]
     by_way: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in random.Random(number).sample(names, len(names)):
             queue = context.Queue()
-            process = context.Process(target=_read_cold, args=(queue, folder, images, name, number))
+            process = context.Process(target=_read_cold, args=(queue, folder, images, name, number), daemon=True)
             process.start()
             by_way[name].append(queue.get())
             process.join()
-    return compared(by_way)
+        yield compared(by_way)
 
 
-def rates(results: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    by_way: dict[str, list[float]] = {}
-    for one_round in zip(*results, strict=True):
-        for name in one_round[0]:
-            began, ended, counts = zip(*(worker[name] for worker in one_round), strict=True)
-            by_way.setdefault(name, []).append(sum(counts) / (max(ended) - min(began)))
-    return compared(by_way)
+def rates(workers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Images a second of all ``workers`` in one round, by way."""
+    found = {}
+    for name in workers[0]:
+        began, ended, counts = zip(*(worker[name] for worker in workers), strict=True)
+        found[name] = sum(counts) / (max(ended) - min(began))
+    return found
 
 
 def compared(by_way: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -206,32 +228,43 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reads", type=int, default=300, help="images a way, a round and a worker")
     parser.add_argument("--cold", type=int, default=3, metavar="ROUNDS")
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     given = parser.parse_args()
-    document: dict[str, Any] = {
+    publish(documents(given), given, shown)
+
+
+def documents(given: argparse.Namespace) -> Documents:
+    document: Document = {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, h5py {h5py.__version__}",
         "features": [SHAPE.patches, SHAPE.width],
-        **vars(given),
+        **{name: getattr(given, name) for name in ("images", "rounds", "reads", "cold")},
     }
     with tempfile.TemporaryDirectory() as name:
         os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
         prepare(Path(name), given.images)
-        for workers in (1, 4):
-            document[f"{workers} worker{'s' * (workers > 1)}"] = together(
-                Path(name), given.images, given.rounds, given.reads, workers
-            )
+        measured = {
+            "1 worker": together(Path(name), given.images, given.rounds, given.reads, 1),
+            "4 workers": together(Path(name), given.images, given.rounds, given.reads, 4),
+        }
         if given.cold and hasattr(os, "posix_fadvise"):
-            document["cold, 1 worker"] = cold(Path(name), given.images, given.cold)
-    if given.json:
-        print(json.dumps(document, indent=1))
-        return
-    print(document["machine"])
+            measured["cold, 1 worker"] = cold(Path(name), given.images, given.cold)
+        for workers, rounds in measured.items():
+            with closing(rounds):
+                for found in rounds:
+                    document |= {workers: found}
+                    yield document
+
+
+def shown(document: Document) -> str:
+    lines = [str(document["machine"])]
     for workers in ("1 worker", "4 workers", "cold, 1 worker"):
-        if workers not in document:
-            continue
-        print(workers)
-        for way, found in document[workers].items():
-            print(f"  {way:<21} {found['images_per_s']:>9.1f} images/s  {found['of_map']:.3f}")
+        if workers in document:
+            lines.append(workers)
+            lines += [
+                f"  {way:<21} {found['images_per_s']:>9.1f} images/s  {found['of_map']:.3f}"
+                for way, found in document[workers].items()
+            ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

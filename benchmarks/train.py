@@ -1,6 +1,6 @@
 """How fast a stage trains, beside transformers, TRL, and what the language model alone takes.
 
-    python benchmarks/train.py --json                                  # minutes; everything drawn from a seed
+    python benchmarks/train.py --out train.json                        # minutes; everything drawn from a seed
     python benchmarks/train.py --stages 2 --records instruct.json      # the lengths of real LLaVA records
 
 One process, one run: every way takes the same records in turn, round after round, so that what else the machine does
@@ -24,7 +24,6 @@ its speed as a share of either limit's.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -43,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rounds import Document, Documents, add_options, publish
 from torch.nn import functional
 
 from llavactl.core.memory import give_back
@@ -280,8 +280,8 @@ def given(name: str, stage: int, options: argparse.Namespace, items: Sequence[En
     return sharing(items, per_image) if name.endswith("shared") else items
 
 
-def measure(stage: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians of every way, of one interleaved run."""
+def measure(stage: int, options: argparse.Namespace) -> Documents:
+    """Medians of every way, of one interleaved run, after every round; then each way's peak memory."""
     model, tokenizer = our_model(stage)
     theirs = peers(stage, model, tokenizer, list(PEERS))
     chance = random.Random(options.seed)
@@ -318,9 +318,26 @@ def measure(stage: int, options: argparse.Namespace) -> dict[str, Any]:
         agree(losses)
         seen += items if turn else []
         print(f"stage {stage}: round {turn} of {options.rounds}", file=sys.stderr, flush=True)
+        if turn:
+            yield {"rounds": turn, **summary(stage, options, seen, wall, processor, micro, {})}
+    peaks: dict[str, float | None] = {}
+    for name in wall:
+        peaks[name] = peak_mb(stage, name, micro.get(name, 0), options)
+        yield {"rounds": options.rounds, **summary(stage, options, seen, wall, processor, micro, peaks)}
+
+
+def summary(
+    stage: int,
+    options: argparse.Namespace,
+    seen: Sequence[Encoded],
+    wall: dict[str, list[float]],
+    processor: dict[str, list[float]],
+    micro: dict[str, int],
+    peaks: dict[str, float | None],
+) -> Document:
+    """The medians of ``wall`` and ``processor`` seconds a record, by way, over the records ``seen``."""
     tokens = statistics.mean(map(len, seen))
     medians = {name: (statistics.median(wall[name]), statistics.median(processor[name])) for name in wall}
-    peaks = {name: peak_mb(stage, name, micro.get(name, 0), options) for name in medians}
     return {
         "tokens_a_record": round(tokens, 1),
         "trained_a_record": round(statistics.mean(item.trained for item in seen), 1),
@@ -335,7 +352,7 @@ def measure(stage: int, options: argparse.Namespace) -> dict[str, Any]:
                 "processor_s_a_record": round(worked, 4),
                 "processor_speed_of_limit": round(medians["limit"][1] / worked, 3),
                 "processor_speed_of_limit_shared": round(medians["limit-shared"][1] / worked, 3),
-                "peak_mb": peaks[name],
+                "peak_mb": peaks.get(name),
                 **({"micro_batch": micro[name]} if name in micro else {}),
             }
             for name, (taken, worked) in sorted(medians.items(), key=lambda way: way[1])
@@ -388,7 +405,7 @@ def main() -> None:
     parser.add_argument("--per-image", type=int, help="records an image in `shared`: 5 in stage 1, 2 in stage 2")
     parser.add_argument("--records", type=Path, help="LLaVA JSON for stage 2; without it lengths are drawn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
+    add_options(parser)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
@@ -396,27 +413,35 @@ def main() -> None:
         print_peak(int(stage), name, int(micro), options)
         return
 
-    stages = {f"stage {stage}": measure(stage, options) for stage in options.stages}
+    publish(documents(options), options, shown)
+
+
+def documents(options: argparse.Namespace) -> Documents:
     result = {
         "what": "forward and backward, seconds a record: medians of one interleaved run",
         "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}",
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "rounds": options.rounds,
-        **stages,
     }
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    for stage, found in stages.items():
-        print(f"{stage}: {found['tokens_a_record']} tokens a record, {found['trained_a_record']} trained")
+    for stage in options.stages:
+        for found in measure(stage, options):
+            result |= {f"stage {stage}": found}
+            yield result
+
+
+def shown(document: Document) -> str:
+    lines = []
+    for stage in (name for name in document if name.startswith("stage ")):
+        found = document[stage]
+        lines.append(f"{stage}: {found['tokens_a_record']} tokens a record, {found['trained_a_record']} trained")
         for name, way in found["ways"].items():
             taken, worked, speed = way["s_a_record"], way["processor_s_a_record"], way["tokens_per_s"]
-            print(
+            lines.append(
                 f"  {name:<12} {taken:8.4f} s a record ({worked:.4f} of a processor) {speed:8.1f} tokens/s"
                 f" {way['speed_of_limit']:6.3f} of limit {way['speed_of_limit_shared']:6.3f} of limit-shared"
                 f" {way['peak_mb'] or 0:8.1f} MB"
             )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llavactl.components.languages.sentencepiece import SPACES, takes_space
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -112,8 +113,8 @@ class Encoding:
     def _written(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
         """The template's texts between images, None for an image; and the break that they may contain."""
         segments, mark = self._render(turns, False)
-        found = [None if piece is None else "".join(segment.text for segment in piece) for piece in _pieces(segments)]
-        return found, mark
+        pieces = self._pieces(segments)
+        return [None if piece is None else "".join(segment.text for segment in piece) for piece in pieces], mark
 
     def _alone(self, part: str | None, mark: str) -> Sequence[int]:
         """The ids of one part of ``_written``."""
@@ -139,12 +140,17 @@ class Encoding:
         """BOS where this tokenizer begins with it, then text and images in turn."""
         image = _Run([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
         segments, mark = self._render(turns, generate)
-        runs = [image if piece is None else _tokenise(piece, self.tokenizer, mark) for piece in _pieces(segments)]
+        runs = [image if piece is None else _tokenise(piece, self.tokenizer, mark) for piece in self._pieces(segments)]
         bos = self._bos
         if bos is not None and not (runs and runs[0].ids[:1] == [bos]):
             text = str(self.tokenizer.bos_token)
             runs.insert(0, _Run([bos], [IGNORE], text, [(0, len(text))]))
         return runs
+
+    def _pieces(self, segments: Sequence[Segment]) -> list[list[Text] | None]:
+        """What is tokenised together; None is an image between two."""
+        pieces = _pieces(segments)
+        return [_spaced(piece) if piece else piece for piece in pieces] if self._takes_space else pieces
 
     def _render(self, turns: Sequence[Turn], generate: bool) -> tuple[list[Segment], str]:
         """``turns`` as the template renders them, and the break inserted into special tokens' names, if any occur.
@@ -188,6 +194,10 @@ class Encoding:
         return ""
 
     @cached_property
+    def _takes_space(self) -> bool:
+        return takes_space(self.tokenizer)
+
+    @cached_property
     def _bos(self) -> int | None:
         """The token that this tokenizer begins every text with, if it does."""
         first = self.tokenizer("a")["input_ids"][:1]
@@ -212,6 +222,12 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
         else:
             pieces.append([segment])
     return pieces
+
+
+def _spaced(piece: list[Text]) -> list[Text]:
+    """``piece`` with one space more if it begins with one."""
+    first = next((each for each in piece if each.text), None)
+    return [Text(" ", first.trained), *piece] if first is not None and first.text.startswith(SPACES) else piece
 
 
 def _in(mark: str, text: str) -> bool:

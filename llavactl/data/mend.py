@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llavactl.components.sources.llava_record import ROLES, TAG, foreign_placeholder, message_fault
+from llavactl.components.sources.llava_record import (
+    ROLES,
+    TAG,
+    foreign_placeholder,
+    message_fault,
+    names_images,
+    tag_fault,
+)
 from llavactl.core.places import Place
 from llavactl.data.problems import KINDS, Finding
 from llavactl.data.record_checks import images_of
@@ -47,8 +54,9 @@ def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[st
     if faults := [fault for message in messages if (fault := message_fault(message, images=bool(images)))]:
         return None, [*did, f"dropped: {faults[0][1]}"]
     before = _count(messages)
-    if before > len(images):
-        return None, [*did, f"dropped: {before} {TAG} tags for {len(images)} images: too few images"]
+    unfit = tag_fault(_asked(messages), len(images), named=names_images(record))
+    if unfit and before > len(images):
+        return None, [*did, f"dropped: {unfit}"]
     messages = _alternating(messages, did)
     messages = _answered(messages, did)
     if not any(role_of(message) == "assistant" for message in messages):
@@ -56,15 +64,18 @@ def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[st
     left = _count(messages)
     if left != before and len(images) > 1:
         return None, [*did, "dropped: a removed question had one of several images"]
-    asked = [message["value"] for message in messages if role_of(message) == "user"]
-    if not left and (found := foreign_placeholder(asked, images=bool(images))):
+    if not (left and images) and (found := foreign_placeholder(_asked(messages), images=bool(images))):
         return None, [*did, f"dropped: {found} in place of {TAG}"]
     messages = _tagged(messages, len(images), did)
     return ({**record, "conversations": messages} if did else record), did
 
 
+def _asked(messages: Sequence[Message]) -> list[str]:
+    return [message["value"] for message in messages if role_of(message) == "user"]
+
+
 def _count(messages: Sequence[Message]) -> int:
-    return sum(message["value"].count(TAG) for message in messages if role_of(message) == "user")
+    return sum(text.count(TAG) for text in _asked(messages))
 
 
 def role_of(message: Message) -> str:
@@ -127,7 +138,7 @@ def _answered(messages: Sequence[Message], did: list[str]) -> list[Message]:
 def _tagged(messages: Sequence[Message], images: int, did: list[str]) -> list[Message]:
     """``messages`` with as many tags as images: missing tags are added after the last one."""
     tags = _count(messages)
-    if not tags or tags == images:
+    if not tags or tags >= images:
         return list(messages)
     did.append(f"{tags} {TAG} tags made {images}")
     last = max(at for at, each in enumerate(messages) if role_of(each) == "user" and TAG in each["value"])

@@ -12,8 +12,10 @@ from llavactl.components.sources.llava_record import (
     foreign_placeholder,
     image_names,
     message_fault,
+    names_images,
     no_conversations,
     placeholder_as_text,
+    tag_fault,
     unread_media,
 )
 from llavactl.core.errors import DataError
@@ -42,7 +44,8 @@ def examine(record: Any, root: Place | str) -> tuple[list[Finding], list[ImageRe
     if wrong := list(_messages(messages, bool(images) or not named)):
         return [*findings, *wrong], images
     said = [(ROLES[message["from"]], message["value"]) for message in messages]
-    return [*findings, *_tags(said, len(images) if named else None), *_turns(said)], images
+    tags = _tags(said, len(images) if named else None, names_images(record))
+    return [*findings, *tags, *_turns(said)], images
 
 
 def images_of(record: Mapping[str, Any], root: Place | str) -> tuple[list[ImageRef], list[Finding]]:
@@ -69,12 +72,17 @@ def _messages(messages: Sequence[Any], images: bool) -> Iterator[Finding]:
             yield Finding(fault[0], f"message {number}: {fault[1]}")
 
 
-def _tags(said: Sequence[tuple[str, str]], images: int | None) -> Iterator[Finding]:
+def _tags(said: Sequence[tuple[str, str]], images: int | None, named: bool) -> Iterator[Finding]:
+    """``images``: how many; None if their names are wrong. ``named``: whether the record has a key for them."""
     asked = [text for role, text in said if role == "user"]
     tags = sum(text.count(TAG) for text in asked)
-    if images is not None and tags and tags != images:
-        yield Finding("tags", f"{tags} {TAG} tags for {images} images")
-    if images is not None and not tags and (found := foreign_placeholder(asked, images=bool(images))):
+    if images is not None and (fault := tag_fault(asked, images, named=named)):
+        yield Finding("tags", fault)
+    elif tags and images == 0:
+        yield Finding("tag-as-text", f"{tags} of them" if tags > 1 else "")
+    elif images == 1 and tags > 1:
+        yield Finding("repeated-tag", f"{tags} of them")
+    if images is not None and not (tags and images) and (found := foreign_placeholder(asked, images=bool(images))):
         yield Finding("placeholder", found)
     elif images and not tags:
         yield Finding("no-tag")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.opening import open_assistant
-from llavactl.components.sources.llava_record import image_names, unread_media
+from llavactl.components.sources.llava_record import image_names, names_images, place_images, unread_media
 from llavactl.core.errors import DataError
 from llavactl.core.json_stream import Entry, read_stream
 from llavactl.core.lookup import shortened
@@ -69,12 +69,18 @@ def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef
     return images
 
 
-def content(prompt: str, images: Sequence[str | ImageRef], base: Path | None = None) -> tuple[Content, ...]:
-    """The user's turn: the images, already opened or by name as in ``open_images``, then ``prompt``."""
-    parts: list[Content] = []
-    for each in images:
-        parts += [*(open_images([each], base) if isinstance(each, str) else [each]), "\n"]
-    return (*parts, prompt)
+def content(
+    prompt: str, images: Sequence[str | ImageRef], base: Path | None = None, *, named: bool = False
+) -> tuple[Content, ...]:
+    """The user's turn: the images, already opened or by name as in ``open_images``, then ``prompt``.
+
+    Where ``prompt`` has ``<image>``, they are there, by the rules of records: see ``place_images``.
+
+    Raises:
+        DataError: an image can't be read, or the tags don't fit the images.
+    """
+    opened = [ref for each in images for ref in (open_images([each], base) if isinstance(each, str) else [each])]
+    return place_images([prompt], opened, named=named)[0]
 
 
 def say(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> ChatReport:
@@ -121,6 +127,6 @@ def _record(entry: Entry, where: str, base: Path) -> Asked:
         names = image_names(record)
         if key := unread_media(record, images=bool(names)):
             raise DataError(f"unsupported key `{key}`", hint=FORM)
-        return record, content(record["prompt"], names, base)
+        return record, content(record["prompt"], names, base, named=names_images(record))
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -34,14 +34,12 @@ SPACE = "▁"
 class Speaker:
     """Text to ids. ``spell(text, leading)`` tokenises text without special tokens; ``leading``: as a text's beginning.
 
-    ``legacy``: what follows a special token is a beginning, too. ``exact``: a beginning gets a space of its own even
-    where there is one, as SentencePiece does it; transformers 5 doesn't.
+    ``legacy``: what follows a special token is a beginning, too.
     """
 
     spell: Callable[[str, bool], list[int]]
     pieces: list[str]
     legacy: bool
-    exact: bool = True
 
     def __call__(self, text: str) -> list[int]:
         """The ids of ``text`` after BOS, as LLaVA's tokenizer gives them."""
@@ -55,7 +53,7 @@ class Speaker:
             if part in ("<s>", "</s>"):
                 ids.append(self.pieces.index(part))
             elif part:
-                leading = (at == 0 or self.legacy) and (self.exact or not part.startswith(" "))
+                leading = at == 0 or self.legacy
                 spaced |= {len(ids)} if leading else set()
                 ids += self.spell(part, leading)
         return ids, spaced
@@ -100,7 +98,7 @@ def prepending(tokenizer: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def sentencepiece_speaker(legacy: bool, exact: bool) -> Speaker:
+def sentencepiece_speaker(legacy: bool) -> Speaker:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(MODEL))
@@ -109,7 +107,7 @@ def sentencepiece_speaker(legacy: bool, exact: bool) -> Speaker:
         # A newline is a byte, which nothing is joined to: behind it there is no leading space.
         return model.encode(text) if leading else model.encode("\n" + text)[2:]
 
-    return Speaker(spell, [model.id_to_piece(token) for token in range(model.get_piece_size())], legacy, exact)
+    return Speaker(spell, [model.id_to_piece(token) for token in range(model.get_piece_size())], legacy)
 
 
 @pytest.fixture(scope="session", params=["legacy", "not-legacy", "prepend"])
@@ -121,7 +119,7 @@ def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tokenizer = language(llama_folder(tmp_path_factory.mktemp("llama") / "model", legacy=legacy))
     if request.param == "prepend":
         tokenizer = prepending(tokenizer)
-    return Vocabulary(tokenizer, sentencepiece_speaker(legacy, exact=request.param == "prepend"))
+    return Vocabulary(tokenizer, sentencepiece_speaker(legacy))
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +159,7 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool]
 
         vocab = {piece: token for token, piece in enumerate(pieces)}
         tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
-        return Vocabulary(tokenizer, Speaker(spell, pieces, legacy, exact=False))
+        return Vocabulary(tokenizer, Speaker(spell, pieces, legacy))
 
     yield made
     stdin.close()
@@ -217,6 +215,8 @@ OWN = (
     _talk("turns", "What is it?", "A dog.", "Which colour?", "Red, I think.\n\nOr brown.", "Sure?", "Yes"),
     _talk("spaces", "Is it  there ?", "  Two spaces before, one after. ", " and now", "\nA line first\n"),
     _talk("tongues", "这是什么？", "一只狗 🐕‍🦺, naïve café – «ça»", "‽", "Ω≈ç√ \t tab"),
+    Sample("image alone", (Turn("user", (PHOTO,)), Turn("assistant", (" A dog",))), "image alone"),
+    Sample("in a line", (Turn("user", ("What is ", PHOTO, " this?")), Turn("assistant", ("  A dog",))), "in a line"),
     _talk("tag in an answer", "Which tag?", "Write <image> where it goes."),
     _talk("no image", "Two and two?", "Four", "Code?", "```python\nprint('4')\n    # deep\n```", image=False),
     _talk("marks", "«###» {said} {system}?", "{eos} «trained»"),

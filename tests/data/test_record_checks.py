@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.components.sources.llava_record import TAG, foreign_placeholder, image_names
+from llavactl.components.sources.llava_record import TAG, foreign_placeholder, image_names, names_images, tag_fault
 from llavactl.core.errors import DataError
 from llavactl.data.mend import mend
 from llavactl.data.problems import KINDS, REFUSED
@@ -112,7 +112,8 @@ def test_what_can_be_trained_is_not_dropped(record: dict[str, Any]) -> None:
     talk = [message for message in record["conversations"] if message["from"] != "system"]
     pairs = itertools.pairwise(talk)
     images = len(image_names(record))
-    if images > 1 or asked(record).count(TAG) > images or foreign_placeholder(asked(record), images=True):
+    texts = [message["value"] for message in record["conversations"] if message["from"] in ("human", "Human")]
+    if images > 1 or tag_fault(texts, images, named=names_images(record)) or foreign_placeholder(texts, images=True):
         return
     if any(a["from"] != "gpt" and b["from"] == "gpt" and b["value"].strip() for a, b in pairs):
         assert mend(record, ROOT)[0] is not None
@@ -127,9 +128,12 @@ def test_mending_takes_no_tag_from_what_is_kept(record: dict[str, Any]) -> None:
         return
     assert (mended.get("image"), mended.get("images")) == (record.get("image"), record.get("images"))
     before, after = asked(record), asked(mended)
-    assert after.count(TAG) in (0, len(image_names(mended)), before.count(TAG))
-    if len(image_names(mended)) != 1:
+    images = len(image_names(mended))
+    if images > 1:
+        assert after.count(TAG) in (0, images, before.count(TAG))
         assert after.count(TAG) >= before.count(TAG)
+    else:
+        assert after.count(TAG) <= before.count(TAG)
 
 
 SAID = {"from": "human", "value": f"{TAG}\nWhat?"}, {"from": "gpt", "value": "A dog."}
@@ -141,7 +145,7 @@ CASES: list[tuple[Any, str, Any]] = [
         "turns",
         [("human", f"{TAG}\nWhat?\nWhat?"), ("gpt", "A dog.")],
     ),
-    ([{"from": "human", "value": f"{TAG}{TAG} Which?"}, SAID[1]], "tags", None),
+    ([*SAID, *SAID], "tags", None),
     ([{"from": "human", "value": "Hi"}], "no-answer", None),
 ]
 
@@ -158,6 +162,15 @@ def test_mending_keeps_what_was_said(messages: Any, kind: str, wanted: Any) -> N
     assert mended is not None
     assert [(each["from"], each["value"]) for each in mended["conversations"]] == said
     assert mended["extra"] == "kept"
+
+
+@pytest.mark.parametrize("image", [{}, {"image": "a.jpg"}])
+def test_mending_leaves_tags_that_are_text_or_repeated(image: dict[str, str]) -> None:
+    asked = f"{TAG}\nTwo {TAG} tags?"
+    record = {"id": 1, **image, "conversations": [{"from": "Human", "value": asked}, SAID[1]]}
+    mended, _ = mend(record, ROOT)
+    assert mended is not None
+    assert mended["conversations"][0] == {"from": "human", "value": asked}
 
 
 def test_missing_tags_stand_behind_the_last_one() -> None:

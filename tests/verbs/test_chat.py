@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +14,8 @@ from threading import Thread
 import pytest
 
 from llavactl import DataError
+from llavactl.components.sources.llava_json import sample_of
+from llavactl.components.tasks.pictures import asked
 from llavactl.testing import run_cli
 from llavactl.verbs.chat import content, open_images, read_batch
 
@@ -54,6 +56,43 @@ def test_an_image_may_be_a_file_a_link_a_url_or_base64(photo: Path, tmp_path: Pa
     said = content("What?", [found[0], str(photo)])
     assert said[-1] == "What?"
     assert len(said) == 5
+
+
+QUESTIONS = ["What?", "<image>", "<image>\nWhat?", "What?\n<image>", "<image>\nTwo <image> tags", " a <image> b "]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, question: str, images: int) -> None:
+    """By chat and its batch, and by the tasks of eval: the same turn, or refused alike."""
+    shown = open_images([str(photo)] * images)
+    names = {"image": [str(photo)] * images} if images else {}
+    record: dict[str, object] = {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "A."}]
+    }
+    (file := tmp_path / "batch.jsonl").write_text(json.dumps({**names, "prompt": question}))
+    if images == 2 and question.count("<image>") == 1:
+        for refused in (lambda: content(question, shown), lambda: read_batch(file)):
+            with pytest.raises(DataError, match="1 <image> tag for 2 images"):
+                refused()
+        return
+    if images:
+        record["image"] = [photo.name] * images
+    turn = sample_of(record, "here", str(photo.parent)).turns[0]
+
+    def texts(parts: Sequence[object]) -> list[object]:
+        return [part if isinstance(part, str) else "(image)" for part in parts]
+
+    assert texts(content(question, shown)) == texts(turn.content)
+    assert texts(read_batch(file)[0][1]) == texts(turn.content)
+    if images < 2:
+        assert texts(asked(shown[0] if shown else None, question)[0].content) == texts(turn.content)
+
+
+def test_a_batch_with_a_tag_and_an_empty_image_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "batch.jsonl").write_text(json.dumps({"image": None, "prompt": "<image>\nWhat?"}))
+    with pytest.raises(DataError, match="no image"):
+        read_batch(file)
 
 
 def test_a_batch_names_images_in_the_same_ways(photo: Path, tmp_path: Path, host: str) -> None:

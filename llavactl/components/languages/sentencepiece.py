@@ -1,4 +1,4 @@
-"""What transformers 5 loses when it reads a SentencePiece model (``tokenizer.model``, as Vicuna's on the hub)."""
+"""What transformers 5 does otherwise than SentencePiece (``tokenizer.model``, as Vicuna's on the hub)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SPACES = (" ", "\N{LOWER ONE EIGHTH BLOCK}")
+"""A space, and the character that SentencePiece has for it."""
+
+
+def takes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``tokenizer`` takes a space at the beginning of a text for the one that it puts there itself.
+
+    SentencePiece, by which LLaVA trains, always puts another one there; transformers 5 doesn't.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # A tokenizer that reduces every run of spaces to one loses nothing in particular at the beginning.
+    return ids("a") == ids(" a") and ids("a a") != ids("a  a")
 
 
 def mend(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

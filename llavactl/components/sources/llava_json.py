@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,9 @@ from llavactl.components.sources.llava_record import (
     foreign_placeholder,
     image_names,
     message_fault,
+    names_images,
     no_conversations,
+    place_images,
     unread_media,
 )
 from llavactl.core.errors import DataError
@@ -22,7 +23,7 @@ from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.places import Place, check_place, image_in
 from llavactl.core.records import given_id
 from llavactl.core.registry import Options
-from llavactl.core.schema import Content, ImageRef, Sample, Turn
+from llavactl.core.schema import ImageRef, Sample, Turn
 
 HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
 
@@ -45,7 +46,8 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     """One sample per record, in the file's order.
 
     ``image`` (or ``images``) may be a string, a list or absent. Every ``<image>`` in the user's turns stands for the
-    next image; without any tag, images go before the first question; ``<image>`` in an answer is text.
+    next image; several in one turn for the only image; without any tag, images go before the first question. In an
+    answer, and in a record without either key, ``<image>`` is text.
     If a record with an image has a single answer, this is also its caption for a teacher.
     A record without an id is identified by its number in the file, from 0.
 
@@ -81,8 +83,8 @@ def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sam
     extra = {key: value for key, value in record.items() if key not in ("id", "conversations", *IMAGE_KEYS)}
     answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
     captions = tuple(answers) if len(answers) == 1 and images else ()
-    name = given_id(record) or str(index)
-    return Sample(name, tuple(_place(turns, images, where)), where, captions=captions, extra=extra)
+    placed = tuple(_place(turns, images, where, named=names_images(record)))
+    return Sample(given_id(record) or str(index), placed, where, captions=captions, extra=extra)
 
 
 def _images(record: Mapping[str, Any], where: str, root: Place | str) -> list[ImageRef]:
@@ -112,22 +114,15 @@ def _alternating(turns: list[Turn], where: str) -> list[Turn]:
     return system + talk
 
 
-def _place(turns: list[Turn], images: list[ImageRef], where: str) -> Iterator[Turn]:
+def _place(turns: list[Turn], images: list[ImageRef], where: str, *, named: bool) -> Iterator[Turn]:
     """Puts the images where the user's turns have their tags."""
     asked = [turn.text for turn in turns if turn.role == "user"]
-    tags = sum(text.count(TAG) for text in asked)
-    if tags and tags != len(images):
-        raise DataError(f"{where}: {tags} {TAG} tags for {len(images)} images")
-    if not tags and (found := foreign_placeholder(asked, images=bool(images))):
+    try:
+        contents = iter(place_images(asked, images, named=named))
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=f"{TAG} stands for an image of the record") from error
+    tagged = bool(images) and any(TAG in text for text in asked)
+    if not tagged and (found := foreign_placeholder(asked, images=bool(images))):
         raise DataError(f"{where}: {found} would be trained as text", hint=f"the placeholder of an image is {TAG}")
-    queue = list(images)
     for turn in turns:
-        if turn.role != "user":
-            yield turn
-        elif tags:
-            pieces: list[Content] = [piece for piece in re.split(f"({TAG})", turn.text) if piece]
-            yield Turn("user", tuple(queue.pop(0) if piece == TAG else piece for piece in pieces))
-        else:
-            front = [part for image in queue for part in (image, "\n")]
-            queue = []
-            yield Turn("user", (*front, *turn.content))
+        yield Turn("user", next(contents)) if turn.role == "user" else turn

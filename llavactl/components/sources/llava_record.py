@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.schema import Role
+from llavactl.core.schema import Content, ImageRef, Role
 
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -66,6 +66,51 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
     if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
         raise DataError("`image` and `images` name different images")
     return next(iter(found.values()), [])
+
+
+def names_images(record: Mapping[str, Any]) -> bool:
+    """Whether ``record`` has a key for images, even an empty one. LLaVA trains only records without it as text."""
+    return any(key in record for key in IMAGE_KEYS)
+
+
+def tag_fault(texts: Sequence[str], images: int, *, named: bool) -> str:
+    """Why the tags in the user's ``texts`` don't fit the number of ``images``; "" if they do.
+
+    Where the record has no key for images (not ``named``), ``<image>`` is text. Several tags in one text stand for the
+    only image once. Both are as in LLaVA's training; for what is refused, that takes images of other records or fails.
+    """
+    tags = sum(text.count(TAG) for text in texts)
+    if not tags or tags == images:
+        return ""
+    if not images:
+        return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'}, but no image is named" if named else ""
+    tagged = sum(TAG in text for text in texts)
+    if images == 1:
+        return f"{TAG} in {tagged} questions, but there is only one image" if tagged > 1 else ""
+    return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'} for {images} images"
+
+
+def place_images(texts: Sequence[str], images: Sequence[ImageRef], *, named: bool) -> list[tuple[Content, ...]]:
+    """The user's ``texts`` with ``images`` in place of their tags (see ``tag_fault``); without tags, images come first.
+
+    Raises:
+        DataError: tags and images don't fit together.
+    """
+    if fault := tag_fault(texts, len(images), named=named):
+        raise DataError(fault)
+    if not images or not any(TAG in text for text in texts):
+        front: tuple[Content, ...] = tuple(part for image in images for part in (image, "\n"))
+        return [(*front, text) if at == 0 else (text,) for at, text in enumerate(texts)]
+    queue = list(images)
+
+    def placed(text: str) -> Iterable[Content]:
+        for piece in re.split(f"({TAG})", text):
+            if piece == TAG and queue:  # a further tag of the only image is left out
+                yield queue.pop(0)
+            elif piece and piece != TAG:
+                yield piece
+
+    return [tuple(placed(text)) for text in texts]
 
 
 def unread_media(fields: Mapping[str, Any], *, images: bool, read: Iterable[str] = IMAGE_KEYS) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from llavactl.components.sources.llava_record import place_images
 from llavactl.core.errors import DataError
 from llavactl.core.places import Place, image_in
 from llavactl.core.records import Record
@@ -20,8 +21,9 @@ def picture(record: Record, place: Place) -> ImageRef:
 
 
 def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
-    """The picture, then the question."""
-    return (Turn("user", (text,) if image is None else (image, f"\n{text}")),)
+    """The picture, then the question; where that has ``<image>``, the picture is there, as in a record."""
+    images = [] if image is None else [image]
+    return (Turn("user", place_images([text], images, named=False)[0]),)
 
 
 UNKNOWN = "Unknown"

@@ -48,6 +48,18 @@ def test_images_take_the_places_of_their_tags(tmp_path: Path) -> None:
     assert text.images == ()
 
 
+def test_tags_are_text_where_no_image_is_named(tmp_path: Path) -> None:
+    (text,) = read(tmp_path, [{"id": 1, "conversations": TALK}])
+    assert text.turns[0].content == (TALK[0]["value"],)
+
+
+@pytest.mark.parametrize("image", ["a.jpg", ["a.jpg"]])
+def test_the_only_image_of_a_question_takes_all_its_tags(tmp_path: Path, image: Any) -> None:
+    asked = [{"from": "human", "value": "Why <image>\nTwo <image> tags?"}, TALK[1]]
+    (found,) = read(tmp_path, [{"id": 1, "image": image, "conversations": asked}])
+    assert found.turns[0].content == ("Why ", ImageFile(str(tmp_path), "a.jpg"), "\nTwo ", " tags?")
+
+
 def test_json_and_jsonl_are_alike(tmp_path: Path) -> None:
     records = [{"id": n, "image": f"{n}.jpg", "conversations": TALK} for n in range(3)]
     lines = "\n".join(map(json.dumps, records)) + "\n\n"
@@ -101,10 +113,12 @@ WRONG: list[tuple[Any, str]] = [
     ([3], r"json:1 \(record 0\): not a LLaVA record"),
     ([{"id": 1, "conversations": "hi"}], "not a LLaVA record"),
     (
-        [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image><image>"}, TALK[1]]}],
-        "2 <image> tags for 1 images",
+        [{"id": 1, "image": ["a.jpg"] * 2, "conversations": [{"from": "human", "value": "<image>" * 3}, TALK[1]]}],
+        "3 <image> tags for 2 images",
     ),
-    ([{"id": 1, "conversations": TALK}], "1 <image> tags for 0 images"),
+    ([{"id": 1, "image": "a.jpg", "conversations": [*TALK, *TALK]}], "2 questions"),
+    ([{"id": 1, "image": None, "conversations": TALK}], "1 <image> tag, but no image"),
+    ([{"id": 1, "images": [], "conversations": TALK}], "1 <image> tag, but no image"),
     ([{"id": 1, "image": "../a.jpg", "conversations": TALK}], "leads outside its root"),
     ([{"id": 1, "image": "/etc/passwd", "conversations": TALK}], "leads outside its root"),
     ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "`image`"),

@@ -217,9 +217,10 @@ def problems(tmp_path: Path) -> Path:
 class TestProblems:
     def test_asked(self, problems: Path) -> None:
         first, second = Scienceqa(ScienceqaTaskOptions(questions=problems, prompt="qcm-lea")).questions()
-        image, text = first.turns[0].content
-        assert image.name == "test/2/image.png"  # type: ignore[union-attr]
-        assert text == "\nWhat is shown?\nContext: Look.\nOptions: (A) a map (B) a plan"
+        (image,) = first.turns[0].images
+        assert image.name == "test/2/image.png"
+        assert first.turns[0].content[0] == image
+        assert first.turns[0].text == "\nWhat is shown?\nContext: Look.\nOptions: (A) a map (B) a plan"
         assert second.turns[0].content == ("Which word?\nContext: N/A\nOptions: (A) no (B) yes",)
         assert (first.reference, second.reference) == ("B", "B")
         blind = Scienceqa(ScienceqaTaskOptions(questions=problems, pictures=False))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llavactl.components.sources.llava_json import sample_of
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Sample, Turn
 from llavactl.data.encode import Encoding, arrange
@@ -202,3 +203,57 @@ def test_a_tag_in_an_answer_is_text_where_llava_looks_for_a_second_image(llama: 
     ids, labels = encode("vicuna-v1", llama, turns)
     assert ids.count(IMAGE_TOKEN) == 1
     assert llama.tokenizer.decode([label for label in labels if label != IGNORE]) == "Write <image> there.</s>"
+
+
+def multimodal(question: str) -> str:
+    """What LLaVA's ``preprocess_multimodal`` makes of a question in a record with an image."""
+    return f"<image>\n{question.replace('<image>', '').strip()}".strip() if "<image>" in question else question
+
+
+QUESTIONS = [
+    "<image>",
+    "<image>\n",
+    " <image> ",
+    "<image>\nTwo <image> tags",
+    "What is <image> this?",
+    "<image>What?<image>",
+    "What?\n<image>\n",
+]
+
+
+@pytest.mark.parametrize("name", ["vicuna-v1", "llava-v1", "llama-2"])
+@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_tags_are_read_as_llava_reads_them(llama: Any, name: str, question: str, image: bool) -> None:
+    """In a record with an image and in one without, where LLaVA trains them as text."""
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": "A dog."}]
+    sample = sample_of({"id": 1, **({"image": "a.jpg"} if image else {}), "conversations": said}, "here", "/photos")
+    speak = with_image(llama.speaker) if image else llama.speaker
+    turns = (Turn("user", (multimodal(question) if image else question,)), Turn("assistant", ("A dog.",)))
+    assert encode(name, llama, arrange(sample.turns, "first", "")) == LLAVA[name](turns, speak, llama.speaker.legacy)
+
+
+@pytest.mark.parametrize(
+    "caption", [" A dog", "  A dog", "\u2581A dog", "\u2581", "\nA dog", "\tA dog", "</s", "A  dog "]
+)
+def test_a_caption_begins_with_a_space_of_its_own(llama: Any, caption: str) -> None:
+    """Whatever it begins with: SentencePiece adds one, transformers 5 doesn't before a space."""
+    turns = (Turn("user", (PHOTO,)), Turn("assistant", (caption,)))
+    made = encode("plain", llama, turns)
+    assert made == plain(turns, with_image(llama.speaker), llama.speaker.legacy)
+    encoding = Encoding(registry().create("templates", {"name": "plain"}), llama.tokenizer, 1)
+    assert encoding.lengths([turns]) == [len(made[0])]
+    assert encoding.may_exceed(turns, len(made[0]) - 1)
+
+
+def test_special_tokens_that_llava_takes_for_its_own_are_text(llama: Any) -> None:
+    """LLaVA trains an end and another turn that the answer only quotes; here both are its words."""
+    answer = "A dog.</s>USER: faked ASSISTANT: answer"
+    turns = (Turn("user", (PHOTO, "\nWhat?")), Turn("assistant", (answer,)))
+    theirs = LLAVA["vicuna-v1"](turns, with_image(llama.speaker), llama.speaker.legacy)
+    assert theirs is not None
+    assert theirs[1].count(llama.tokenizer.eos_token_id) == 2
+    for name in ("vicuna-v1", "vicuna-v0", "plain"):
+        ids, labels = encode(name, llama, turns)
+        assert ids.count(llama.tokenizer.eos_token_id) == (name == "vicuna-v1")
+        assert answer in llama.tokenizer.decode([label for label in labels if label != IGNORE])

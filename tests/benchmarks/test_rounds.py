@@ -1,0 +1,106 @@
+"""A benchmark that is stopped keeps the figures of every round that it has finished, whatever stops it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCH = """
+import argparse, sys, time
+from rounds import add_options, publish
+
+def documents():
+    try:
+        for number in range(1, 4):
+            yield {"rounds": number}
+            print(number, file=sys.stderr, flush=True)
+            if number == 2 and given.then != "end":
+                if given.then == "fail":
+                    raise RuntimeError("a round failed")
+                time.sleep(600)
+    finally:
+        print("cleaned", file=sys.stderr, flush=True)
+
+parser = argparse.ArgumentParser()
+parser.add_argument("then", choices=("end", "fail", "wait"))
+add_options(parser)
+given = parser.parse_args()
+publish(documents(), given, lambda document: f"{document['rounds']} rounds")
+"""
+
+
+def started(then: str, *more: str) -> subprocess.Popen[str]:
+    python = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-c", BENCH, then, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(python)},
+    )  # fmt: skip
+
+
+def stopped(number: int, *more: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a benchmark that gets signal ``number`` in its third round."""
+    process = started("wait", *more)
+    assert process.stderr
+    while process.stderr.readline() != "2\n":
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def rounds(text: str) -> list[tuple[int, bool]]:
+    found: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    return [(each["rounds"], each["complete"]) for each in found]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_costs_no_finished_round(tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "out.json"
+    found, text, errors = stopped(number, "--json", "--out", str(out))
+    assert found == code
+    assert rounds(text) == [(1, False), (2, False)]
+    assert json.loads(out.read_text()) == {"rounds": 2, "complete": False}
+    assert ("cleaned" in errors) == (number != signal.SIGKILL)
+    assert "Traceback" not in errors
+
+
+def test_the_table_of_what_is_finished_is_shown_when_stopped() -> None:
+    assert stopped(signal.SIGTERM)[:2] == (143, "2 rounds\n")
+
+
+def test_an_error_in_a_round_keeps_those_before(tmp_path: Path) -> None:
+    process = started("fail", "--out", str(tmp_path / "out.json"))
+    text, errors = process.communicate(timeout=60)
+    assert (process.returncode, text) == (1, "2 rounds\n")
+    assert "a round failed" in errors
+    assert json.loads((tmp_path / "out.json").read_text()) == {"rounds": 2, "complete": False}
+
+
+def test_the_last_line_is_complete(tmp_path: Path) -> None:
+    text, _ = started("end", "--json").communicate(timeout=60)
+    assert rounds(text) == [(1, False), (2, False), (3, False), (3, True)]
+    text, _ = started("end", "--out", str(tmp_path / "out.json")).communicate(timeout=60)
+    assert text == "3 rounds\n"
+    assert json.loads((tmp_path / "out.json").read_text()) == {"rounds": 3, "complete": True}
+
+
+def test_every_benchmark_gives_its_figures_this_way() -> None:
+    scripts = [path for path in BENCHMARKS.glob("*.py") if path.name != "rounds.py"]
+    assert len(scripts) >= 5
+    for path in scripts:
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert {"publish", "add_options"} <= calls, path.name
