@@ -293,7 +293,9 @@ class Consults(Protocol):
 
 @runtime_checkable
 class Format(Protocol):
-    """A layout of a finished model on disk."""
+    """A layout of a finished model on disk. One that can tell before training what it can't hold is a
+    ``CheckedFormat``, too.
+    """
 
     reload: Path | None
     """A script that reloads the layout without llavactl to verify exports (see ``components/formats/reload_hf.py``);
@@ -310,7 +312,27 @@ class Format(Protocol):
         """
 
     def write(self, model: Path, to: Path) -> None:
-        """Writes the model folder ``model`` (llavactl's own layout) to ``to`` in this one."""
+        """Writes the model folder ``model`` (llavactl's own layout) to ``to`` in this one.
+
+        ``to`` is renamed once it is complete; paths into it in its ``config.json`` are adjusted.
+        """
+
+
+@runtime_checkable
+class CheckedFormat(Protocol):
+    """A layout that says before training whether it can hold the model that a recipe will make."""
+
+    def check(
+        self,
+        vision: Mapping[str, Any],
+        connector: Mapping[str, Any],
+        language: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Raises ModelError if it can't, as far as configurations show.
+
+        ``vision`` and ``connector`` are specs ({"name", options}), ``language`` has no weights: see ``skeleton``.
+        """
 
 
 KINDS: Mapping[str, type] = {

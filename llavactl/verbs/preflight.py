@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.identity import content_of
-from llavactl.core.protocols import DescribedLanguage, MeasuredVision
+from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVision
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
 from llavactl.features import stage_vision, stage_vision_spec
@@ -55,7 +55,18 @@ def faults(recipe: Recipe) -> list[Fault]:
             own = (recipe.stage1 if stage == 1 else recipe.stage2).template
             with _collected(found, f"stage{stage}.template" if own else "language.template"):
                 registry().create("templates", recipe.template(stage)).render(PROBE, tokenizer)
+    if skeleton is not None and tokenizer is not None and shapes:
+        _exports(recipe, skeleton, tokenizer, found)
     return list(dict.fromkeys(found))
+
+
+def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) -> None:
+    """Adds the exports that can't hold the recipe's model: known now, not after days of training."""
+    for index, each in enumerate(recipe.export):
+        with _collected(found, f"export.{index}.format"):
+            made = registry().create("formats", each.spec())
+            if isinstance(made, CheckedFormat):
+                made.check(stage_vision_spec(recipe, 2), recipe.connector.spec(), skeleton, tokenizer)
 
 
 def refuse(recipe: Recipe) -> None:

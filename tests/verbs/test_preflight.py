@@ -77,6 +77,35 @@ def test_components_that_do_not_fit_are_named_by_their_key(toy: Path, override: 
     assert not (toy / "runs").exists(), "before any work"
 
 
+@pytest.mark.parametrize(
+    ("export", "override"),
+    [
+        ("llava, strict: true", "connector={name: mlp2x-gelu, norm: true}"),
+        ("hf", "connector={name: mlp2x-gelu, norm: true}"),
+        ("llava", "vision.layer=[-2,-3]"),
+        ("llava", "language.model=./qwen"),
+        ("hf", "language.model=./phi"),
+    ],
+)
+def test_exports_that_cannot_hold_the_model_are_known_before_training(toy: Path, export: str, override: str) -> None:
+    from ..components.formats.families import language_of
+
+    for kind in ("qwen2", "phi"):
+        language_of(kind, toy / "language", toy / kind.rstrip("2"))
+    exports = f"export=[{{format: hf, to: a}}, {{format: {export}, to: b}}]"
+    found = [each["key"] for each in problems(toy, exports, override)]
+    assert "export.1.format" in found
+    assert set(found) <= {"export.0.format", "export.1.format"}
+    done = run_cli("run", "-r", "recipe.yaml", "-o", exports, "-o", override, cwd=toy)
+    assert done.exit_code == 1
+    assert not (toy / "runs").exists(), "before any work"
+
+
+def test_exports_that_hold_the_model(toy: Path) -> None:
+    exports = "export=[{format: hf, to: a}, {format: llava, to: b}, {format: llava, to: c, strict: false}]"
+    assert problems(toy, exports) == []
+
+
 def test_a_template_of_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
     file = toy / "language" / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace("<|im_start|>", "<|other|>"), encoding="utf-8")

@@ -26,6 +26,17 @@ NEAR = 1e-2
 
 def refuse_unless_linear(language: PreTrainedModel) -> None:
     """Raises ModelError unless the logits of ``language`` are a bias-free linear map of its base model's output."""
+    base, head = refuse_other_heads(language)
+    if why := _other_computation(language, base, head):
+        raise _unsupported(language, why)
+
+
+def refuse_other_heads(language: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
+    """The base model and the head of ``language``, which may be on the meta device.
+
+    Raises:
+        ModelError: it is not a base model with a linear head without bias.
+    """
     from torch import nn
 
     base, head = language.base_model, language.get_output_embeddings()
@@ -33,8 +44,7 @@ def refuse_unless_linear(language: PreTrainedModel) -> None:
         raise _unsupported(language, "it is not a base model with a linear head")
     if head.bias is not None:
         raise _unsupported(language, "its head has a bias")
-    if why := _other_computation(language, base, head):
-        raise _unsupported(language, why)
+    return base, head
 
 
 def refuse_other_weights(what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear
+from llavactl.components.formats.fit import HINT, refuse_other_heads, refuse_other_weights, refuse_unless_linear
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.hf_read import ORIGIN, read_hf
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
-from llavactl.components.formats.native import CONNECTORS, Native, shape_of
+from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, shape_of, whole_backbone
 from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
@@ -48,6 +48,19 @@ class HfLlava:
         """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
         read_hf(folder, model)
 
+    def check(
+        self,
+        vision: Mapping[str, Any],
+        connector: Mapping[str, Any],
+        language: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any will do
+    ) -> None:
+        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        refuse_connector(connector)
+        refuse_other_heads(language)
+        whole_backbone(vision)
+        _tokens(vision)
+
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``: sharded safetensors, processor, chat template."""
         native = Native(model)
@@ -63,12 +76,7 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     description = native.description
     projection = native.projection()
     refuse_unless_linear(language)
-    backbone = registry().create("vision", description["vision"])
-    if not hasattr(backbone, "whole"):
-        raise ModelError(
-            f"vision backbone {description['vision']['name']} can't be exported: it has no `whole`",
-            hint="a backbone of transformers has one; see docs/plugins.md, vision",
-        )
+    backbone = whole_backbone(description["vision"])
     vision = backbone.whole()
     strategy, extra = _tokens(description["vision"])
     tokenizer = native.tokenizer()

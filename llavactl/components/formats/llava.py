@@ -11,14 +11,15 @@ from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.llava_program import loads_tower, older_config
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
-from llavactl.components.formats.llava_tokenizer import save_tokenizer
-from llavactl.components.formats.native import CONNECTORS, Native
+from llavactl.components.formats.llava_tokenizer import older_files, save_tokenizer
+from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, whole_backbone
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import Options, registry
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,25 @@ class OriginalLlava:
         """Converts the checkpoint in ``folder`` to the model folder ``model``."""
         read_llava(folder, model)
 
+    def check(
+        self,
+        vision: Mapping[str, Any],
+        connector: Mapping[str, Any],
+        language: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        refuse_connector(connector)
+        _refuse_backbone(vision)
+        older_config(language.config.to_dict(), strict=self.options.strict)
+        if self.options.strict:
+            older_files(tokenizer, fast=language.config.model_type != "llama")
+
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
         native, strict = Native(model), self.options.strict
         projection = {f"model.mm_projector.{name}": each for name, each in native.projection().items()}
-        _refuse_backbone(native)
+        _refuse_backbone(native.description["vision"])
         language = native.language_config().to_dict()
         older, tokenizer = older_config(language, strict=strict), native.exported_tokenizer()
         if strict:
@@ -89,17 +104,12 @@ def _save_whole(native: Native, projection: Mapping[str, torch.Tensor], to: Path
     return read_json(to / "config.json")
 
 
-def _refuse_backbone(native: Native) -> None:
+def _refuse_backbone(vision: Mapping[str, Any]) -> None:
     """LLaVA's programs support only CLIP backbones and a single vision layer."""
-    vision = native.description["vision"]
     if not isinstance(vision["layer"], int):
         hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
         raise ModelError("layout llava supports a single vision layer", hint=hint)
-    backbone = registry().create("vision", vision)
-    if not hasattr(backbone, "whole"):
-        raise ModelError(
-            f"vision backbone {vision['name']} can't be exported: it has no `whole`", hint="see docs/plugins.md, vision"
-        )
+    backbone = whole_backbone(vision)
     config = getattr(backbone, "config", {})
     if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(

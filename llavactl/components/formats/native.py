@@ -35,6 +35,28 @@ ATTENTION = "attention"
 """An option of the language model that the layouts lack as well."""
 
 
+def refuse_connector(spec: Mapping[str, Any]) -> None:
+    """Raises ModelError for a connector that other programs don't have."""
+    extra = [key for key, plain in (("fold", 1), ("norm", False)) if spec.get(key, plain) != plain]
+    if spec["name"] not in CONNECTORS or extra:
+        options = f" with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else ""
+        raise ModelError(
+            f"other programs have no connector {spec['name']}{options}",
+            hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
+        )
+
+
+def whole_backbone(vision: Mapping[str, Any]) -> Any:
+    """The backbone of the spec ``vision``; raises ModelError if its model can't be exported."""
+    backbone = registry().create("vision", vision)
+    if not hasattr(backbone, "whole"):
+        raise ModelError(
+            f"vision backbone {vision['name']} can't be exported: it has no `whole`",
+            hint="a backbone of transformers has one; see docs/plugins.md, vision",
+        )
+    return backbone
+
+
 @dataclass(frozen=True)
 class Native:
     """The model in ``folder``."""
@@ -62,16 +84,7 @@ class Native:
         """
         from safetensors.torch import load_file
 
-        spec = self.description["connector"]
-        extra = [key for key, plain in (("fold", 1), ("norm", False)) if spec.get(key, plain) != plain]
-        if spec["name"] not in CONNECTORS or extra:
-            what = (
-                f"{spec['name']} with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else spec["name"]
-            )
-            raise ModelError(
-                f"{self.folder}: other programs have no connector {what}",
-                hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
-            )
+        refuse_connector(self.description["connector"])
         with faults.reading(file := self.folder / "connector.safetensors"):
             return load_file(file)
 
