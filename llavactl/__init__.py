@@ -1,6 +1,7 @@
 """llavactl: build LLaVA-type vision-language assistants.
 
 The public API, imported lazily (PEP 562): plugins and scripts use these names and ``llavactl.testing`` only.
+The commands as functions are in ``llavactl.api``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ _WHERE = {
     "Answer": "llavactl.core.schema",
     "BatchTeacher": "llavactl.core.protocols",
     "Box": "llavactl.core.schema",
+    "Chat": "llavactl.api",
     "Connector": "llavactl.core.protocols",
     "DataError": "llavactl.core.errors",
     "Encoder": "llavactl.core.protocols",
@@ -30,6 +32,7 @@ _WHERE = {
     "Options": "llavactl.core.registry",
     "PluginError": "llavactl.core.errors",
     "Problem": "llavactl.core.errors",
+    "Progress": "llavactl.core.progress",
     "Question": "llavactl.core.schema",
     "RecipeError": "llavactl.core.errors",
     "RecipePath": "llavactl.core.options",
@@ -52,7 +55,16 @@ _WHERE = {
     "Turn": "llavactl.core.schema",
     "Vision": "llavactl.core.protocols",
     "cache_dir": "llavactl.core.paths",
+    "check": "llavactl.api",
+    "evaluate": "llavactl.api",
+    "export": "llavactl.api",
+    "extract": "llavactl.api",
+    "generate": "llavactl.api",
     "hookimpl": "llavactl.core.hookspecs",
+    "load_model": "llavactl.api",
+    "load_recipe": "llavactl.api",
+    "run": "llavactl.api",
+    "train": "llavactl.api",
 }
 
 __all__ = sorted(_WHERE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.core.errors import Problem
+    pass
 
 
 @click.group()
@@ -84,28 +83,16 @@ def check(
     ctx: click.Context, recipe: str | None, source: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Every problem of a recipe at once, as file:line: key: why. Exit 1 if there is any."""
-    from llavactl.recipe.load import check
+    from llavactl.verbs.preflight import problems
 
     chosen = _recipe(recipe, source)
-    problems = check(chosen, overrides) or _together(chosen, overrides)
+    found = problems(chosen, overrides)
     if as_json:
-        output.document({"ok": not problems, "problems": [asdict(problem) for problem in problems]})
+        output.document({"ok": not found, "problems": [asdict(problem) for problem in found]})
     else:
-        output.lines([str(each) for each in problems] or [f"{chosen or 'recipe.yaml'}: ok"])
-    if problems:
+        output.lines([str(each) for each in found] or [f"{chosen or 'recipe.yaml'}: ok"])
+    if found:
         ctx.exit(1)
-
-
-def _together(chosen: str | None, overrides: Sequence[str]) -> list[Problem]:
-    """What is wrong with the components of a recipe that loads, as far as their models are on this machine."""
-    from llavactl.core.errors import Problem
-    from llavactl.recipe.frame import Outline, Recipe
-    from llavactl.recipe.load import load_frame, where
-    from llavactl.verbs.preflight import faults
-
-    recipe = load_frame(Outline, chosen, overrides)
-    found = faults(recipe) if isinstance(recipe, Recipe) else []
-    return [Problem(where(key, chosen, overrides), key, why) for key, why in found]
 
 
 @command.command()

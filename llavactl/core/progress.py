@@ -5,13 +5,44 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` (0: unknown) ``unit``s of the work ``what``, ``start`` of them before this run.
+
+    ``facts`` are current values, such as the loss.
+    """
+
+    what: str
+    done: int
+    total: int
+    unit: str
+    start: int
+    facts: Mapping[str, str]
+
+
+_listener: ContextVar[Callable[[Progress], object] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def reported_to(listener: Callable[[Progress], object] | None) -> Iterator[None]:
+    """In this context ``listener`` is called with every step of every bar; None keeps the listener that there is."""
+    token = _listener.set(listener) if listener is not None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _listener.reset(token)
 
 
 class Bar:
@@ -25,6 +56,8 @@ class Bar:
     def show(self, count: int = 1, **facts: str) -> None:
         """``count`` more are done; ``facts`` stand behind the bar."""
         self._done += count
+        if (listener := _listener.get()) is not None:
+            listener(Progress(self._what, self._done, self._total, self._unit, self._start, facts))
         if not self._inner.disable:
             self._inner.set_postfix(facts, refresh=False)
             self._inner.update(count)

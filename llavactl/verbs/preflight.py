@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
 from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVision
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
 from llavactl.features import stage_vision, stage_vision_spec
 from llavactl.model.build import build_connector
+from llavactl.recipe.frame import Outline, Recipe
+from llavactl.recipe.load import check, load_frame, where
 from llavactl.training.stages import train_only
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from llavactl.core.schema import FeatureShape
-    from llavactl.recipe.frame import Recipe
 
 StageNumber = Literal[1, 2]
 PROBE = (Turn("user", ("What?",)), Turn("assistant", ("That.",)))
@@ -67,6 +68,15 @@ def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) 
             made = registry().create("formats", each.spec())
             if isinstance(made, CheckedFormat):
                 made.check(stage_vision_spec(recipe, 2), recipe.connector.spec(), skeleton, tokenizer)
+
+
+def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Every problem of the recipe ``source``; of one that loads, what keeps its components from working together."""
+    if found := check(source, overrides):
+        return found
+    recipe = load_frame(Outline, source, overrides)
+    together = faults(recipe) if isinstance(recipe, Recipe) else []
+    return [Problem(where(key, source, overrides), key, why) for key, why in together]
 
 
 def refuse(recipe: Recipe) -> None:

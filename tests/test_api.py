@@ -1,0 +1,110 @@
+"""The Python API does what the commands do; the blocks of docs/python.md run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llavactl
+from llavactl.testing import run_cli
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy project whose page was run in it, in a process of its own as a user's script would be."""
+    from llavactl.testing import toy_recipe
+
+    folder = tmp_path_factory.mktemp("project")
+    toy_recipe(folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    script = folder / "page.py"
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    home = os.environ | {"LLAVACTL_HOME": str(folder / "home")}
+    done = subprocess.run([sys.executable, script], cwd=folder, env=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder / "page.out").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def test_the_page_runs(trained: Path) -> None:
+    out = (trained / "page.out").read_text(encoding="utf-8")
+    assert "12 images encoded, 0 skipped" in out
+    assert re.search(r"stage2: \d+ of \d+ steps \{.*loss", out)
+    assert "epochz" in out
+    assert "Verified(" in out
+
+
+def test_the_same_as_the_commands(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
+    ours = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12)
+    words = ("chat", "--model", "runs/toy/stage2/model", "--image", "images/photo-000.jpg", "--max-new-tokens", "12")
+    assert run_cli(*words, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == ours
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+
+def test_overrides_of_every_type(trained: Path) -> None:
+    given = {"stage1.epochs": 3, "stage1.learning_rate": 1e-4, "data.stage1": [], "stage2.method": "lora", "seed": 7}
+    recipe = llavactl.load_recipe(trained / "recipe.yaml", given)
+    assert (recipe.stage1.epochs, recipe.stage1.learning_rate, recipe.seed) == (3, 1e-4, 7)
+    assert (recipe.data.stage1, recipe.stage2.method) == ((), "lora")
+    assert llavactl.load_recipe(trained / "recipe.yaml", ["stage1.epochs=3"]).stage1.epochs == 3
+
+
+def test_problems_are_those_of_the_command(trained: Path) -> None:
+    wrong = ["vision.layer=9", "export=[{format: hf, to: out}]"]
+    (found,) = llavactl.check(trained / "recipe.yaml", wrong)
+    words = [part for each in wrong for part in ("-o", each)]
+    listed = run_cli("recipes", "check", str(trained / "recipe.yaml"), *words, "--json").json()["problems"]
+    assert [found.key, found.why] == [listed[0]["key"], listed[0]["why"]]
+    assert len(listed) == 1
+
+
+class EnoughError(Exception):
+    pass
+
+
+def test_progress_may_end_the_work_which_then_resumes(toy: Path) -> None:
+    recipe = llavactl.load_recipe(toy / "recipe.yaml", {"run_dir": str(toy / "run")})
+    llavactl.extract(recipe)
+    seen: list[llavactl.Progress] = []
+
+    def stop(progress: llavactl.Progress) -> None:
+        seen.append(progress)
+        if progress.what == "stage1" and progress.done == 3:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        llavactl.train(recipe, 1, progress=stop)
+    assert [each.done for each in seen] == [1, 2, 3]
+    again: list[llavactl.Progress] = []
+    llavactl.train(recipe, 1, progress=again.append)
+    assert again[0].start == 2, "the last checkpoint"
+    assert (again[-1].done, again[-1].total) == (6, 6)
+    steps = [json.loads(line) for line in (toy / "run/stage1/metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in steps if "loss" in each] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_listener_is_asked_only_during_its_call(toy: Path) -> None:
+    recipe = llavactl.load_recipe(toy / "recipe.yaml", {"run_dir": str(toy / "run")})
+    seen: list[Any] = []
+    llavactl.extract(recipe, dry_run=True, progress=seen.append)
+    before = len(seen)
+    llavactl.extract(recipe)
+    assert len(seen) == before
+
+
+def test_a_failed_turn_is_taken_back(trained: Path) -> None:
+    chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
+    with pytest.raises(llavactl.DataError):
+        chat.ask("What?", images=[trained / "recipe.yaml"])
+    assert chat.turns == ()
