@@ -12,14 +12,17 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant, Writer
+from llavactl.components.formats.chat_template import written
+from llavactl.components.formats.image_text import add_image_token, glue
 from llavactl.components.formats.native import Native
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, ImageSlot, Text, Turn
+from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, Turn
 from llavactl.data.batches import collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.data.images import decode
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from llavactl.core.protocols import Encoder
-    from llavactl.core.schema import Encoded, ImageRef
+    from llavactl.core.schema import ImageRef
 
 TOLERANCE = 1e-4
 """Of the largest logit: what two ways to the same float32 result may differ by."""
@@ -104,10 +107,10 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile])
     """
     description = model_folder.describe(model)
     encoding = _encoding(model, description)
-    # A template without questions (stage 1's) gives an empty prompt without an image.
-    conversations = [turns for turns in _conversations(photos) if _encoded(encoding, turns).ids]
+    conversations = [turns for turns in _conversations(photos) if _is_written(encoding, turns)]
+    add_image_token(processors := Native(model).tokenizer())
     with tempfile.TemporaryDirectory() as place:
-        theirs, stated = _reloaded(export, script, conversations, encoding, Path(place))
+        theirs, stated = _reloaded(export, script, conversations, encoding, processors, Path(place))
     assistant = _opened(model, description, encoding)
     rounding = 0.0
     if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
@@ -153,8 +156,12 @@ def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     return Encoding(template, Native(model).tokenizer(), tokens)
 
 
-def _encoded(encoding: Encoding, turns: Sequence[Turn]) -> Encoded:
-    return encoding.encode(arrange(turns, "first", ""), generate=True)
+def _is_written(encoding: Encoding, turns: Sequence[Turn]) -> bool:
+    """False where the template refuses ``turns`` (a system turn), or has no questions (stage 1's)."""
+    try:
+        return bool(encoding.encode(arrange(turns, "first", ""), generate=True).ids)
+    except ConversationError:
+        return False
 
 
 def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:
@@ -184,9 +191,17 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 
 
 def _reloaded(
-    export: Path, script: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
+    export: Path,
+    script: Path,
+    conversations: Sequence[tuple[Turn, ...]],
+    encoding: Encoding,
+    processors: Any,
+    place: Path,
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
-    """The outputs of ``script`` for the conversations, and what the export states."""
+    """The outputs of ``script`` for the conversations, and what the export states.
+
+    ``processors``: the tokenizer of ``encoding`` with an image token, as a processor has it.
+    """
     from safetensors import safe_open
 
     saved: dict[ImageRef, str] = {}
@@ -195,7 +210,7 @@ def _reloaded(
         saved[image] = str(place / f"{len(saved)}.png")
         decode(image.read()).save(saved[image])
     prompts, out = place / "prompts.json", place / "out.safetensors"
-    asked = [_prompt(turns, encoding, saved) for turns in conversations]
+    asked = [_prompt(turns, encoding, processors, saved) for turns in conversations]
     prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
     done = alone(script, export, prompts, out)
     if done.returncode or not out.is_file():
@@ -206,14 +221,16 @@ def _reloaded(
         return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118
 
 
-def _prompt(turns: Sequence[Turn], encoding: Encoding, saved: Mapping[ImageRef, str]) -> dict[str, Any]:
-    segments = encoding.template.render(turns, encoding.tokenizer, generate=True)
+def _prompt(
+    turns: Sequence[Turn], encoding: Encoding, processors: Any, saved: Mapping[ImageRef, str]
+) -> dict[str, Any]:
+    """``text`` is for a program that splits it at ``<image>``, ``processor_text`` for one that tokenises it whole."""
+    write = partial(written, encoding.template, encoding.tokenizer, turns, True)
     return {
         "messages": [{"role": turn.role, "content": _items(turn)} for turn in turns],
         "images": [saved[image] for turn in turns for image in turn.images],
-        "text": "".join(
-            "<image>" if isinstance(s, ImageSlot) else s.text for s in segments if isinstance(s, Text | ImageSlot)
-        ),
+        "text": write("<image>"),
+        "processor_text": write(processors.image_token, partial(glue, processors)),
     }
 
 

@@ -10,12 +10,14 @@ from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
 from llavactl.components.formats.native import CONNECTORS, Native
+from llavactl.components.languages.images import image_token
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 TOWER = "vision_tower"
 SHARD = "5GB"
@@ -43,6 +45,7 @@ class OriginalLlava:
         native = Native(model)
         projection = native.projection()
         _refuse_backbone(native)
+        _refuse_processor(native.tokenizer())
         if native.method == "connector" and native.description["stage"] == 1:
             to.mkdir(parents=True, exist_ok=True)
             torch.save({f"model.mm_projector.{name}": each for name, each in projection.items()}, to / PROJECTOR_FILE)
@@ -101,6 +104,19 @@ def _refuse_backbone(native: Native) -> None:
         raise ModelError(
             f"layout llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's programs read only CLIP",
             hint="`--format hf` supports other backbones of transformers",
+        )
+
+
+def _refuse_processor(tokenizer: PreTrainedTokenizerBase) -> None:
+    """LLaVA's programs tokenise the text after an image by itself."""
+    token = image_token(tokenizer)
+    after = "\nWhat"
+    alone, within = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (after, f"{token}{after}"))
+    if token is not None and within[1:] != alone:
+        raise ModelError(
+            "layout llava can't hold this model: its processor encodes the text after an image differently than "
+            "LLaVA's programs, which split the text there",
+            hint="use `--format hf`",
         )
 
 

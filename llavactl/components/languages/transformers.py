@@ -33,6 +33,7 @@ class TransformersLanguage:
         """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
         from transformers import AutoTokenizer
 
+        from llavactl.components.languages.images import follow_processor
         from llavactl.components.languages.sentencepiece import mend
 
         self._refuse()
@@ -45,6 +46,7 @@ class TransformersLanguage:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
             raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+        follow_processor(tokenizer, self.options.model)
         return mend(tokenizer)
 
     def load(self, dtype: str) -> PreTrainedModel:
