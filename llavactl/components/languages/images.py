@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llavactl.components.languages.inside import in_llava
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -42,11 +44,11 @@ def _own(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
     from transformers import PreTrainedConfig
     from transformers.utils import cached_file
 
-    config, _ = PreTrainedConfig.get_config_dict(model)
-    if config.get("model_type") != "llava" or "text_config" not in config:
+    if not in_llava(model):
         return None
     if cached_file(model, ORIGIN, _raise_exceptions_for_missing_entries=False) is not None:
         return None
+    config, _ = PreTrainedConfig.get_config_dict(model)
     number = config.get("image_token_index", config.get("image_token_id"))
     added = tokenizer.added_tokens_decoder.get(number)  # any other token isn't kept whole in a text
     return None if added is None else added.content
