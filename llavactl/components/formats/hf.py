@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear
-from llavactl.components.formats.generation import generation_config
+from llavactl.components.formats.generation import generation_config, stop_strings
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.image_text import add_image_token, glue
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+STOP_STRINGS = "stop_strings"
+"""Of ``llavactl_export.json``: the texts at which other programs must end an answer."""
 
 MULTIPLE = 64
 """Rows of the embeddings come in multiples of this, as in the published checkpoints: faster products on a GPU."""
@@ -93,7 +96,8 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
     text = whole.config.text_config
-    write_json(to / ORIGIN, {**native.kept(), BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
+    stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
+    write_json(to / ORIGIN, {**native.kept(), **stops, BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
 
 
 def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
