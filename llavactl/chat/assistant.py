@@ -111,13 +111,20 @@ def _eos_ids(model: LlavaModel) -> frozenset[int]:
 
 @dataclass
 class Writer:
-    """Tokens to text as they come; text is final once a character is whole."""
+    """Tokens to text as they come; text is final once a character is whole.
+
+    Only the last few tokens are decoded: of a run of bytes (SentencePiece's byte fallback) with half a character at its
+    end no character at all is decoded, so characters that were there already would be lost.
+    """
 
     tokenizer: Any
     stops: Stops
     ids: list[int] = field(default_factory=list)
     text: str = ""
     done: bool = False
+    _whole: str = ""
+    _from: int = 0
+    _to: int = 0
 
     def take(self, token: int | None) -> str:
         """Adds the next token (None: the answer has ended or reached its limit) and returns the text that it adds."""
@@ -127,8 +134,8 @@ class Writer:
             self.done = True
         else:
             self.ids.append(token)
-        # An incomplete UTF-8 character decodes to U+FFFD: held back until complete, dropped if it never is.
-        whole = self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd")
+        self._decode()
+        whole = self._whole
         ends = [at for stop in self.stops.texts if (at := whole.find(stop)) >= 0]
         if ends:
             whole, self.done = whole[: min(ends)], True
@@ -137,8 +144,31 @@ class Writer:
         added, self.text = whole[len(self.text) :], whole
         return added
 
+    def _decode(self) -> None:
+        """Adds the text of the tokens after ``_to``, decoded behind those that gave the last text (from ``_from``).
+
+        An incomplete UTF-8 character decodes to U+FFFD: held back until complete, dropped if it never is.
+        """
+        before, now = (
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self.ids[self._from : self._to], self.ids[self._from :])
+        )
+        if self.done:
+            now = now.rstrip("\ufffd")
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            self._whole += now[len(before) :]
+            self._from, self._to = self._to, len(self.ids)
+
     def _begun(self, text: str) -> int:
         """How many characters at the end of ``text`` may be the beginning of what ends the answer."""
         longest = max(map(len, self.stops.texts), default=0)
         at_most = range(min(longest - 1, len(text)), 0, -1)
         return next((n for n in at_most if any(stop.startswith(text[-n:]) for stop in self.stops.texts)), 0)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What ``ids`` say, without special tokens and half a character at their end."""
+    writer = Writer(tokenizer, Stops(frozenset(), ()))
+    for token in (*ids, None):
+        writer.take(token)
+    return writer.text

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.chat.assistant import text_of
 from llavactl.core import faults, progress
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_folder, hash_json
@@ -72,7 +73,7 @@ class Foreign:
         # Some models give back what they were asked, others what they wrote alone.
         if out.shape[1] >= asked.shape[1] and torch.equal(out[:, : asked.shape[1]], asked):
             out = out[:, asked.shape[1] :]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(out, skip_special_tokens=True)]
+        return [text_of(self.processor.tokenizer, ids).strip() for ids in out.tolist()]
 
     def _inputs(self, conversations: Sequence[Sequence[Turn]]) -> Any:
         pictures = [[_picture(image) for turn in turns for image in turn.images] for turns in conversations]

@@ -1,8 +1,9 @@
 """A conversation to token ids and labels, built together from one tokenisation.
 
 The template says what is written and which of it is trained; the text between two images is tokenised
-whole, as LLaVA does, and a token is trained when its last character is. Nothing is tokenised twice, so a
-"tokenization mismatch" can't exist.
+whole, as LLaVA does, and a token is trained when its last character is. For a tokenizer with an ``image_token`` of its
+own, images are that token and all of the text is tokenised whole, as transformers' processors do. Nothing is tokenised
+twice, so a "tokenization mismatch" can't exist.
 
 What is said is never more than text: the name of a special token in a caption, a question or an answer
 (``</s>``, ``<|im_end|>``) is spelled with ordinary tokens. Only the template writes special ones.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llavactl.components.languages.images import image_token
 from llavactl.components.languages.sentencepiece import SPACES, takes_space
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
@@ -36,7 +38,10 @@ Its own tokens are removed again after tokenising.
 
 
 class _Run(NamedTuple):
-    """The tokens between two images (``spans``: their positions in ``text``; ``mark``: the break), or of one image."""
+    """The tokens between two images (``spans``: their positions in ``text``; ``mark``: the break), or of one image.
+
+    As ``_tokenise`` makes it, an image may also be one token in it.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -90,7 +95,10 @@ class Encoding:
                 for part in parts
             ]
             begins = bool(runs) and list(runs[0][:1]) == [self._bos]
-            totals.append(sum(map(len, runs)) + (self._bos is not None and not begins))
+            images = sum(list(run).count(self._image[1]) for run in runs) if self._image else 0
+            totals.append(
+                sum(map(len, runs)) + images * (self.image_tokens - 1) + (self._bos is not None and not begins)
+            )
         return totals
 
     def written(self, turns: Sequence[Turn]) -> str:
@@ -99,19 +107,21 @@ class Encoding:
         Raises:
             ConversationError: the template refuses ``turns``.
         """
-        return "".join(part or "" for part in self._written(turns)[0])
+        return "".join(each.text for each in self._render(turns, False)[0] if isinstance(each, Text))
 
     def may_exceed(self, turns: Sequence[Turn], length: int) -> bool:
         """False where ``turns`` can't have more than ``length`` tokens, which no tokenizer is asked for.
 
         Of ASCII a token has a character at least, but for one that some tokenizers put before a text.
         """
-        parts, _ = self._written(turns)
-        most = 1 + sum(self.image_tokens if part is None else 1 + len(part) for part in parts)
-        return most > length or not all(part is None or part.isascii() for part in parts)
+        segments, _ = self._render(turns, False)
+        texts = [each.text for each in segments if isinstance(each, Text)]
+        images = len(segments) - len(texts)
+        most = 2 + images * (self.image_tokens + 1) + sum(map(len, texts))
+        return most > length or not all(text.isascii() for text in texts)
 
     def _written(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
-        """The template's texts between images, None for an image; and the break that they may contain."""
+        """The texts that are tokenised, None for an image between two; and the break that they may contain."""
         segments, mark = self._render(turns, False)
         pieces = self._pieces(segments)
         return [None if piece is None else "".join(segment.text for segment in piece) for piece in pieces], mark
@@ -140,7 +150,9 @@ class Encoding:
         """BOS where this tokenizer begins with it, then text and images in turn."""
         image = _Run([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
         segments, mark = self._render(turns, generate)
-        runs = [image if piece is None else _tokenise(piece, self.tokenizer, mark) for piece in self._pieces(segments)]
+        runs: list[_Run] = []
+        for piece in self._pieces(segments):
+            runs += [image] if piece is None else self._apart(_tokenise(piece, self.tokenizer, mark), image)
         bos = self._bos
         if bos is not None and not (runs and runs[0].ids[:1] == [bos]):
             text = str(self.tokenizer.bos_token)
@@ -149,8 +161,24 @@ class Encoding:
 
     def _pieces(self, segments: Sequence[Segment]) -> list[list[Text] | None]:
         """What is tokenised together; None is an image between two."""
-        pieces = _pieces(segments)
-        return [_spaced(piece) if piece else piece for piece in pieces] if self._takes_space else pieces
+        if self._image is None:
+            pieces = _pieces(segments)
+            return [_spaced(piece) if piece else piece for piece in pieces] if self._takes_space else pieces
+        token = Text(self._image[0])
+        return [[each if isinstance(each, Text) else token for each in segments]]
+
+    def _apart(self, run: _Run, image: _Run) -> list[_Run]:
+        """``run`` with ``image`` for each token that is an image in it."""
+        if self._image is None:
+            return [run]
+        found: list[_Run] = []
+        start = 0
+        places = [at for at, token in enumerate(run.ids) if token == self._image[1]]
+        for at in (*places, len(run.ids)):
+            ids, labels, spans = run.ids[start:at], run.labels[start:at], run.spans[start:at]
+            found += [_Run(ids, labels, run.text, spans, run.mark), image]
+            start = at + 1
+        return found[:-1]
 
     def _render(self, turns: Sequence[Turn], generate: bool) -> tuple[list[Segment], str]:
         """``turns`` as the template renders them, and the break inserted into special tokens' names, if any occur.
@@ -174,7 +202,8 @@ class Encoding:
         added = {token.content: token.special for token in self.tokenizer.added_tokens_decoder.values()}
         written = self._turned()
         names = {name for name, special in added.items() if special or name in written}
-        longer = sorted(name for name in names | set(self.tokenizer.all_special_tokens) if len(name) > 1)
+        names |= {*self.tokenizer.all_special_tokens, *(self._image or ())[:1]}
+        longer = sorted(name for name in names if len(name) > 1)
         if not longer:
             return None
         firsts = "".join(sorted({re.escape(name[0]) for name in longer}))
@@ -196,6 +225,12 @@ class Encoding:
     @cached_property
     def _takes_space(self) -> bool:
         return takes_space(self.tokenizer)
+
+    @cached_property
+    def _image(self) -> tuple[str, int] | None:
+        """The token that images are in the text, and its id; None: the text is split at images."""
+        token = image_token(self.tokenizer)
+        return None if token is None else (token, int(self.tokenizer.convert_tokens_to_ids(token)))
 
     @cached_property
     def _bos(self) -> int | None:

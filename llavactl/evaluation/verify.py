@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant, Writer
+from llavactl.components.formats.chat_template import written
+from llavactl.components.formats.image_text import add_image_token, glue
 from llavactl.components.formats.native import Native
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, ImageSlot, Text, Turn
+from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, Turn
 from llavactl.data.batches import collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.data.images import decode
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from llavactl.core.protocols import Encoder
-    from llavactl.core.schema import Encoded, ImageRef
+    from llavactl.core.schema import ImageRef
 
 TOLERANCE = 1e-4
 """Of the largest logit: what two ways to the same float32 result may differ by."""
@@ -117,10 +119,12 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile],
     """
     description = model_folder.describe(model)
     encoding = _encoding(model, description)
-    # A template without questions (stage 1's) gives an empty prompt without an image.
-    conversations = [turns for turns in _conversations(photos) if _encoded(encoding, turns).ids]
+    conversations = [turns for turns in _conversations(photos) if _is_written(encoding, turns)]
+    add_image_token(processors := Native(model).tokenizer())
     with tempfile.TemporaryDirectory() as place:
-        theirs, stated = _reloaded(partial(run, script, export), export, conversations, encoding, Path(place))
+        theirs, stated = _reloaded(
+            partial(run, script, export), export, conversations, encoding, processors, Path(place)
+        )
     assistant = _opened(model, description, encoding)
     rounding = 0.0
     if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
@@ -158,8 +162,12 @@ def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     return Encoding(template, Native(model).tokenizer(), tokens)
 
 
-def _encoded(encoding: Encoding, turns: Sequence[Turn]) -> Encoded:
-    return encoding.encode(arrange(turns, "first", ""), generate=True)
+def _is_written(encoding: Encoding, turns: Sequence[Turn]) -> bool:
+    """False where the template refuses ``turns`` (a system turn), or has no questions (stage 1's)."""
+    try:
+        return bool(encoding.encode(arrange(turns, "first", ""), generate=True).ids)
+    except ConversationError:
+        return False
 
 
 def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:
@@ -172,7 +180,7 @@ def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> 
 
 
 def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
-    """One turn, several, a system turn, several photos, none."""
+    """One turn, several, a system turn, several photos, none, a photo alone."""
     first = [(Turn("user", (photo, "\n", "What is in this picture?")),) for photo in photos]
     one, other = photos[0], photos[-1]
     return [
@@ -185,13 +193,22 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
         (Turn("user", (one, "\n", other, "\n", "What is the difference?")),),
         (Turn("system", ("Answer in one word.",)), Turn("user", (other, "\n", "Which color is most of it?"))),
         (Turn("user", ("How are you?",)),),
+        (Turn("user", (one,)),),
     ]
 
 
 def _reloaded(
-    run: Run, export: Path, conversations: Sequence[tuple[Turn, ...]], encoding: Encoding, place: Path
+    run: Run,
+    export: Path,
+    conversations: Sequence[tuple[Turn, ...]],
+    encoding: Encoding,
+    processors: Any,
+    place: Path,
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
-    """The outputs of ``run`` for the conversations, and what the export states."""
+    """The outputs of ``run`` for the conversations, and what the export states.
+
+    ``processors``: the tokenizer of ``encoding`` with an image token, as a processor has it.
+    """
     from safetensors import safe_open
 
     saved: dict[ImageRef, str] = {}
@@ -200,7 +217,7 @@ def _reloaded(
         saved[image] = str(place / f"{len(saved)}.png")
         decode(image.read()).save(saved[image])
     prompts, out = place / "prompts.json", place / "out.safetensors"
-    asked = [_prompt(turns, encoding, saved) for turns in conversations]
+    asked = [_prompt(turns, encoding, processors, saved) for turns in conversations]
     prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
     done = run(prompts, out)
     if done.returncode or not out.is_file():
@@ -211,14 +228,16 @@ def _reloaded(
         return {name: opened.get_tensor(name) for name in opened.keys()}, stated  # noqa: SIM118
 
 
-def _prompt(turns: Sequence[Turn], encoding: Encoding, saved: Mapping[ImageRef, str]) -> dict[str, Any]:
-    segments = encoding.template.render(turns, encoding.tokenizer, generate=True)
+def _prompt(
+    turns: Sequence[Turn], encoding: Encoding, processors: Any, saved: Mapping[ImageRef, str]
+) -> dict[str, Any]:
+    """``text`` is for a program that splits it at ``<image>``, ``processor_text`` for one that tokenises it whole."""
+    write = partial(written, encoding.template, encoding.tokenizer, turns, True)
     return {
         "messages": [{"role": turn.role, "content": _items(turn)} for turn in turns],
         "images": [saved[image] for turn in turns for image in turn.images],
-        "text": "".join(
-            "<image>" if isinstance(s, ImageSlot) else s.text for s in segments if isinstance(s, Text | ImageSlot)
-        ),
+        "text": write("<image>"),
+        "processor_text": write(processors.image_token, partial(glue, processors)),
     }
 
 

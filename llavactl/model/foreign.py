@@ -77,7 +77,7 @@ def _seen(folder: Path) -> str:
 
 
 VITAL = ("vision", "language")
-READING = 2
+READING = 3
 """Changes when formats read checkpoints another way: what was read before is then not looked at."""
 
 

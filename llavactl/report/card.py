@@ -29,9 +29,10 @@ processor = AutoProcessor.from_pretrained("base")
 }
 
 
-def card(model: Path, form: str) -> str:
+def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
     """The card (Markdown) of the model folder ``model`` exported in format ``form``.
 
+    ``stop_strings`` are the texts at which the program that loads it must end an answer.
     What is not known, as of a model that another program trained, is said to be unknown.
     """
     description = read_document(model / "llavactl.json")
@@ -52,7 +53,7 @@ def card(model: Path, form: str) -> str:
         "\n".join(head),
         "A LLaVA-type vision-language model: a frozen vision backbone, a connector and a language model, trained with "
         "llavactl.",
-        _section("Use", [USE.get(form, f"Format `{form}`.")]),
+        _section("Use", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
         _section("What it is made of", _made_of(description)),
         _section("Data", _data(recipe)),
         _section("Training", _training(recipe, description, run)),
@@ -66,6 +67,14 @@ def card(model: Path, form: str) -> str:
 
 def _section(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"## {title}", "", *(lines or ["Unknown."])])
+
+
+def _stopping(texts: Sequence[str]) -> list[str]:
+    if not texts:
+        return []
+    given = f"stop_strings={list(texts)!r}, tokenizer=processor.tokenizer"
+    return ["", "An answer ends at a text that is no token of its own, so it must be given:", "",
+            f"```python\nmodel.generate(**inputs, {given})\n```"]  # fmt: skip
 
 
 def _library(form: str) -> list[str]:

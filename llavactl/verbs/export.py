@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,8 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         made.write(source, temporary)
-        (temporary / CARD).write_text(card(source, stamp["format"]), encoding="utf-8")
+        told = [read_json(file).get("stop_strings", []) for file in sorted(temporary.rglob(MARK))]
+        (temporary / CARD).write_text(card(source, stamp["format"], [*chain(*told)]), encoding="utf-8")
         location = {"location": str(to)} if _name_final(temporary, to) else {}
         mark = {**read_json(temporary / MARK), **stamp, **location, "files": _files(temporary)}
         write_json(temporary / MARK, mark)

@@ -26,14 +26,20 @@ def generation_config(
     """The generation config of ``language``, with its own end tokens and those of the model's template.
 
     Settings other than greedy decoding (sampling, a repetition penalty) are left out and logged: with them, other
-    programs would give other answers than llavactl.
+    programs would give other answers than llavactl. Stop strings are left out, too: with them, ``generate`` raises an
+    error unless it is given the tokenizer, which transformers' pipeline doesn't do; its server gives it a processor.
     """
     from transformers import GenerationConfig
 
     before: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
-    ends, texts = stops(registry().create("templates", description["template"]), tokenizer)
+    ends, texts = _stops(tokenizer, description)
     for text in texts:
-        log.warning("the stop string %r can't be stored in generation_config.json: set it when generating", text)
+        log.warning(
+            "an answer ends at the text %r, which no single token is: other programs must be given it, as "
+            "`generate(…, stop_strings=[%r], tokenizer=processor.tokenizer)`",
+            text,
+            text,
+        )
     own = before.get("eos_token_id")
     said = {key for key, value in before.items() if value not in (None, False)}
     if dropped := sorted(said - {*KEPT, *OWN, "transformers_version", "_from_model_config"}):
@@ -44,3 +50,14 @@ def generation_config(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else before.get("pad_token_id"),
         do_sample=False,
     )
+
+
+def stop_strings(tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> list[str]:
+    """The texts that end an answer and that no single token is, which other programs must be given."""
+    return list(_stops(tokenizer, description)[1])
+
+
+def _stops(
+    tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    return stops(registry().create("templates", description["template"]), tokenizer)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.components.formats.fit import HINT, refuse_other_heads, refuse_other_weights, refuse_unless_linear
-from llavactl.components.formats.generation import generation_config
-from llavactl.components.formats.hf_read import ORIGIN, read_hf
+from llavactl.components.formats.generation import generation_config, stop_strings
+from llavactl.components.formats.hf_read import read_hf
+from llavactl.components.formats.image_text import add_image_token, glue
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, shape_of, whole_backbone
+from llavactl.components.languages.images import ORIGIN
 from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGE, PAD = "<image>", "<pad>"
+STOP_STRINGS = "stop_strings"
+"""Of ``llavactl_export.json``: the texts at which other programs must end an answer."""
+
 MULTIPLE = 64
 """Rows of the embeddings come in multiples of this, as in the published checkpoints: faster products on a GPU."""
 
@@ -80,13 +85,13 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     vision = backbone.whole()
     strategy, extra = _tokens(description["vision"])
     tokenizer = native.tokenizer()
-    image = _tokens_of_image(tokenizer)
+    image = add_image_token(tokenizer)
     _grow(language, len(tokenizer))
     whole = _whole(
         language,
         vision,
         _two_layers(projection),
-        image_token_index=image,
+        image_token_index=int(tokenizer.convert_tokens_to_ids(image)),
         image_seq_length=_image_tokens(description),
         projector_hidden_act="gelu" if CONNECTORS[description["connector"]["name"]] == 2 else "linear",
         vision_feature_layer=_layer(description["vision"]["layer"]),
@@ -99,7 +104,8 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
     text = whole.config.text_config
-    write_json(to / ORIGIN, {**native.kept(), BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
+    stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
+    write_json(to / ORIGIN, {**native.kept(), **stops, BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
 
 
 def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
@@ -166,41 +172,10 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """The chat template: None, and a line in the log, for a template that holds no conversation (``plain``)."""
     template = registry().create("templates", spec)
     try:
-        return chat_template(template, tokenizer, image=IMAGE, glue=_glue(tokenizer))
+        return chat_template(template, tokenizer, image=tokenizer.image_token, glue=partial(glue, tokenizer))
     except ModelError as error:
         log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
         return None
-
-
-def _glue(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to write between an image and what follows it, so that the text after it has the tokens it has alone.
-
-    A text after an added token is tokenised as the middle of a text; ours, like LLaVA's, is tokenised by itself,
-    and SentencePiece vocabularies then begin it with a space of their own (29871 before the newline in Llama's).
-    """
-    after = "\nWhat"
-    alone = tokenizer(after, add_special_tokens=False)["input_ids"]
-    for glue in ("", " "):
-        joined = tokenizer(IMAGE + glue + after, add_special_tokens=False)["input_ids"]
-        if joined[1:] == alone:
-            return glue
-    log.warning("this tokenizer encodes text after an image differently than alone; verification shows the effect")
-    return ""
-
-
-def _tokens_of_image(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Adds the tokens for images and padding where they are missing; the image token's id."""
-    tokenizer.add_tokens([_special(IMAGE)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD})
-    tokenizer.image_token = IMAGE
-    return int(tokenizer.convert_tokens_to_ids(IMAGE))
-
-
-def _special(text: str) -> Any:
-    from transformers import AddedToken
-
-    return AddedToken(text, normalized=False, special=True)
 
 
 def _grow(language: PreTrainedModel, tokens: int) -> None:

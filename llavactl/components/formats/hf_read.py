@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from llavactl.components.formats.known import refuse_unknown_hf
 from llavactl.components.formats.native import adopt, restored, shape_of
 from llavactl.components.formats.weights import files, tensors, unused
+from llavactl.components.languages.images import ORIGIN
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json
 
 if TYPE_CHECKING:
     import torch
-
-ORIGIN = "llavactl_export.json"
-"""The file beside the weights that stores what the layout lacks."""
 
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 

@@ -13,6 +13,7 @@ from llavactl.components.formats.llava_program import loads_tower, older_config
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
 from llavactl.components.formats.llava_tokenizer import older_files, save_tokenizer
 from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, whole_backbone
+from llavactl.components.languages.images import image_token
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import Options, registry
@@ -59,6 +60,7 @@ class OriginalLlava:
         refuse_connector(connector)
         _refuse_backbone(vision)
         older_config(language.config.to_dict(), strict=self.options.strict)
+        _refuse_processor(tokenizer)
         if self.options.strict:
             older_files(tokenizer, fast=language.config.model_type != "llama")
 
@@ -69,6 +71,7 @@ class OriginalLlava:
         _refuse_backbone(native.description["vision"])
         language = native.language_config().to_dict()
         older, tokenizer = older_config(language, strict=strict), native.exported_tokenizer()
+        _refuse_processor(tokenizer)
         if strict:
             save_tokenizer(tokenizer, to, fast=language["model_type"] != "llama")
             # LLaVA's load_pretrained_model chooses the class by words in the folder's name.
@@ -115,6 +118,19 @@ def _refuse_backbone(vision: Mapping[str, Any]) -> None:
         raise ModelError(
             f"layout llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's programs read only CLIP",
             hint="`--format hf` supports other backbones of transformers",
+        )
+
+
+def _refuse_processor(tokenizer: PreTrainedTokenizerBase) -> None:
+    """LLaVA's programs tokenise the text after an image by itself."""
+    token = image_token(tokenizer)
+    after = "\nWhat"
+    alone, within = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (after, f"{token}{after}"))
+    if token is not None and within[1:] != alone:
+        raise ModelError(
+            "layout llava can't hold this model: its processor encodes the text after an image differently than "
+            "LLaVA's programs, which split the text there",
+            hint="use `--format hf`",
         )
 
 

@@ -56,7 +56,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     found: dict[str, torch.Tensor] = {}
     texts, photos = [], []
     for index, prompt in enumerate(asked["prompts"]):
-        text = prompt["text"]  # of a stage 1 model, which holds no conversation
+        text = prompt["processor_text"]  # of a stage 1 model, which holds no conversation
         if processor.chat_template:
             text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
         images = [Image.open(name).convert("RGB") for name in prompt["images"]]

@@ -13,6 +13,10 @@ _ALIASES = {"qwen": "qwen2"}
 """LLaVA-NeXT calls its class for Qwen1.5 and Qwen2 ``LlavaQwenForCausalLM``."""
 
 
+_UNSCALED = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+"""What a language model does to the logits of its head, and ``LlavaForConditionalGeneration`` doesn't."""
+
+
 def inside(model: str) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` if the language model is part of a LLaVA checkpoint; else empty."""
     from transformers import AutoConfig, PreTrainedConfig
@@ -20,12 +24,26 @@ def inside(model: str) -> dict[str, Any]:
     whole, _ = PreTrainedConfig.get_config_dict(model)
     if "text_config" in whole:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+        for key, value in _UNSCALED.items() if _is_llava(whole) else ():
+            if config.to_dict().get(key) is not None:
+                setattr(config, key, value)
         return {"config": config, "key_mapping": _renamed(config)}
     if "mm_vision_tower" in whole:
         kind = language_type(whole, model)
         known = {key: value for key, value in whole.items() if key not in ("model_type", "architectures", "auto_map")}
         return {"config": AutoConfig.for_model(kind, **known)}
     return {}
+
+
+def in_llava(model: str) -> bool:
+    """Whether the language model is part of a ``LlavaForConditionalGeneration``."""
+    from transformers import PreTrainedConfig
+
+    return _is_llava(PreTrainedConfig.get_config_dict(model)[0])
+
+
+def _is_llava(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "llava" and "text_config" in config
 
 
 def _renamed(config: Any) -> dict[str, str]:

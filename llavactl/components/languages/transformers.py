@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.components.languages.inside import inside
+from llavactl.components.languages.inside import in_llava, inside
+from llavactl.components.languages.linear import more_than_linear
 from llavactl.core import faults, progress
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
@@ -15,9 +17,14 @@ from llavactl.core.registry import Options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 class TransformersLanguageOptions(Options):
-    """``attention``: eager is the faster one on a CPU for rows of a few hundred tokens; its memory grows with T²."""
+    """``attention``: eager is the faster one on a CPU for rows of a few hundred tokens; its memory grows with T².
+
+    It is also what a model without scaled-dot-product attention in transformers (Gemma 2) gets where sdpa is asked for.
+    """
 
     model: ModelId
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -33,6 +40,7 @@ class TransformersLanguage:
         """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
         from transformers import AutoTokenizer
 
+        from llavactl.components.languages.images import follow_processor
         from llavactl.components.languages.sentencepiece import mend
 
         self._refuse()
@@ -45,6 +53,7 @@ class TransformersLanguage:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
             raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+        follow_processor(tokenizer, self.options.model)
         return mend(tokenizer)
 
     def load(self, dtype: str) -> PreTrainedModel:
@@ -58,7 +67,7 @@ class TransformersLanguage:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.options.model,
                 dtype=getattr(torch, dtype),
-                attn_implementation=self.options.attention,
+                attn_implementation=self._attention(),
                 output_loading_info=True,
                 trust_remote_code=False,
                 **inside(self.options.model),
@@ -70,19 +79,35 @@ class TransformersLanguage:
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
+        if in_llava(self.options.model) and (why := more_than_linear(model)):
+            raise self._wrong(f"{why}, which LlavaForConditionalGeneration doesn't do", "such a model can't be read")
         return model
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights: names and shapes, from its configuration. Raises ModelError."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self._refuse()
         with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
-            config = inside(self.options.model).get("config")
-            config = config or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
             return made
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        own = inside(self.options.model).get("config")
+        return own or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
+
+    def _attention(self) -> str:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = self._config()
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if self.options.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True):
+            log.info("%s: %s has no sdpa attention in transformers: using eager", self.options.model, config.model_type)
+            return "eager"
+        return self.options.attention
 
     def check(self) -> None:
         """Raises ModelError if the model can't be loaded, as far as its files show without reading weights."""

@@ -260,6 +260,10 @@ class TokenizerTemplate:
         jinja = self._chat(tokenizer).jinja
         return jinja.text if self.options.arguments or self._dated(tokenizer) else tokenizer.get_chat_template()
 
+    def writes_images(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the chat template takes lists of content parts, and writes an image itself."""
+        return self._chat(tokenizer).tag is not None
+
     def _chat(self, tokenizer: PreTrainedTokenizerBase) -> _Chat:
         specials = tuple(tokenizer.special_tokens_map.items())
         key = (str(tokenizer.chat_template), specials, len(tokenizer), getattr(tokenizer, "image_token", None))

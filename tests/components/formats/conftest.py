@@ -73,16 +73,16 @@ def native(toys: Path, tmp_path: Path) -> Make:
 
 
 @pytest.fixture
-def foreign(toys: Path, tmp_path: Path) -> Callable[[], tuple[Any, Path]]:
+def foreign(toys: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
     """A LLaVA that transformers alone made, with a chat template like the published one's: model and folder."""
 
-    def make() -> tuple[Any, Path]:
+    def make(language_folder: Path | None = None, **how: Any) -> tuple[Any, Path]:
         import torch
         from transformers import (
+            AutoModelForCausalLM,
             AutoTokenizer,
             CLIPImageProcessor,
             CLIPVisionModel,
-            LlamaForCausalLM,
             LlavaConfig,
             LlavaForConditionalGeneration,
             LlavaProcessor,
@@ -90,8 +90,8 @@ def foreign(toys: Path, tmp_path: Path) -> Callable[[], tuple[Any, Path]]:
 
         torch.manual_seed(7)
         vision = CLIPVisionModel.from_pretrained(toys / "clip")
-        language = LlamaForCausalLM.from_pretrained(toys / "language")
-        tokenizer = AutoTokenizer.from_pretrained(toys / "language")
+        language = AutoModelForCausalLM.from_pretrained(language_folder or toys / "language", **how)
+        tokenizer = AutoTokenizer.from_pretrained(language_folder or toys / "language")
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
         language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
@@ -104,7 +104,7 @@ def foreign(toys: Path, tmp_path: Path) -> Callable[[], tuple[Any, Path]]:
         model = LlavaForConditionalGeneration(config)
         model.model.vision_tower.load_state_dict(vision.state_dict())
         model.model.language_model.load_state_dict(language.model.state_dict())
-        model.lm_head.load_state_dict(language.lm_head.state_dict())
+        model.lm_head.load_state_dict(language.lm_head.state_dict(), strict=False)  # Llava's has no bias
         folder = tmp_path / "theirs"
         model.save_pretrained(folder)
         processor = LlavaProcessor(

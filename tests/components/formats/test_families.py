@@ -181,3 +181,19 @@ def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str
     assert found["max_length"] == 512
     assert not found["do_sample"]
     assert not found.keys() & {"temperature", "top_p", "repetition_penalty"}
+
+
+@pytest.mark.parametrize(
+    ("template", "texts"), [("vicuna-v0", ["###"]), ("vicuna-v1", []), ("plain", ["\n"]), ("chatml", [])]
+)
+@pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("peft", "lora")])
+def test_stop_strings_are_told(
+    native: Make, tmp_path: Path, form: str, method: str, template: str, texts: list[str]
+) -> None:
+    """Beside the weights and on the card; in generation_config.json they would keep transformers from generating."""
+    written(native("ours", method=method, template=template), form, tmp_path / "out")
+    base = tmp_path / "out" / ("base" if form == "peft" else "")
+    assert json.loads((base / "llavactl_export.json").read_text())["stop_strings"] == texts
+    assert "stop_strings" not in json.loads((base / "generation_config.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (f"stop_strings={texts!r}" in card) == bool(texts)

@@ -64,7 +64,7 @@ def test_out_and_back(
     photos = sorted((toys / "images").iterdir())[:2]
     report = exported(model, form, tmp_path / "out", *photos)
     verified = report["verified"]
-    assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 6
+    assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 7
     assert verified["logits"] < 1e-4
     assert verified["pixels"] == 0
     back = resolve(tmp_path / "out")

@@ -1,0 +1,62 @@
+"""Whether ``LlavaForConditionalGeneration`` computes the same as a causal language model's own class.
+
+It wraps the base model (without head) and adds its own linear head without bias. Anything else that the causal model's
+class does (a bias, scaled or capped logits) can't be represented, and transformers drops it silently. This is detected
+by running the model once, not by a list of architectures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+POSITIONS = 8
+NEAR = 1e-2
+"""Tolerance for two passes of the same weights in bfloat16, relative to the largest value."""
+
+
+def more_than_linear(language: PreTrainedModel) -> str:
+    """Why the logits of ``language`` aren't a bias-free linear map of its base model's output; "" if they are."""
+    return other_head(language) or _other_computation(language, language.base_model, language.get_output_embeddings())
+
+
+def other_head(language: PreTrainedModel) -> str:
+    """Why ``language`` is no base model with a bias-free linear head; "" if it is one. No weights are needed."""
+    from torch import nn
+
+    base, head = language.base_model, language.get_output_embeddings()
+    if base is language or not isinstance(head, nn.Linear):
+        return "it is not a base model with a linear head"
+    return "its head has a bias" if head.bias is not None else ""
+
+
+def _other_computation(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
+    """What ``language`` computes besides ``base`` and ``head``; "" if nothing.
+
+    The head's output is compared with the logits of the same pass bit for bit, as a soft cap is nearly the identity on
+    small logits. The head's input is compared with a pass of ``base`` alone.
+    """
+    import torch
+
+    seen: list[torch.Tensor] = []
+
+    def projected(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        seen.extend((args[0].clone(), output.clone()))
+
+    width = language.get_input_embeddings().weight.shape[1]
+    embeds = torch.randn(1, POSITIONS, width, generator=torch.Generator().manual_seed(0)).to(language.dtype)
+    hook = head.register_forward_hook(projected)
+    try:
+        with torch.no_grad():
+            logits = language.eval()(inputs_embeds=embeds, use_cache=False).logits
+            hidden = base(inputs_embeds=embeds, use_cache=False)[0]
+    finally:
+        hook.remove()
+    given, made = seen
+    if given.shape != hidden.shape or not (given - hidden).abs().max() <= NEAR * hidden.abs().max():
+        return "it scales or changes the input of its base model or its head"
+    return "" if torch.equal(made.float(), logits.float()) else "it scales, caps or changes the logits of its head"

@@ -1,0 +1,29 @@
+"""Text of tokens, whole or cut anywhere, with every kind of tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llavactl.chat.assistant import Stops, Writer, text_of
+
+from ..components.languages.test_images import ALL, TOKENIZERS
+
+TEXTS = ("ab 🐕🦺🐈 ok 𝔸𝔹", "一只狗 naïve\n\n  é ", "🐕‍🦺🐕‍🦺", "plain, text. Don't ", "")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_streamed_text_is_the_text_and_a_cut_one_its_beginning(tmp_path: Path, name: str) -> None:
+    """Nothing is said twice or taken back, half a character is no text, and a whole one never lost."""
+    tokenizer = TOKENIZERS[name](tmp_path)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        wanted = tokenizer.decode(ids, skip_special_tokens=True)
+        writer = Writer(tokenizer, Stops(frozenset(), ()))
+        pieces = [writer.take(token) for token in (*ids, None)]
+        assert "".join(pieces) == writer.text == wanted
+        cuts = [text_of(tokenizer, ids[:count]) for count in range(len(ids) + 1)]
+        assert all(wanted.startswith(cut) and "\ufffd" not in cut for cut in cuts)
+        assert [len(cut) for cut in cuts] == sorted(len(cut) for cut in cuts)
+        assert cuts[-1] == wanted

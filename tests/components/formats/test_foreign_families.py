@@ -1,0 +1,64 @@
+"""Language models of many families in checkpoints that transformers wrote: its logits, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.chat.opening import open_assistant
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import ImageFile, Turn
+from llavactl.data.batches import collate
+from llavactl.data.images import decode
+from llavactl.model.foreign import resolve
+
+from .families import EAGER, FAMILIES, language_of
+from .test_in import theirs
+
+OTHER_NAMES = {"gpt2", "gpt2-untied", "gpt-neo", "gpt-neox", "gpt-neox-tied", "gptj", "opt", "opt-projected", "bloom",
+               "mpt", "falcon"}  # fmt: skip
+"""The fixture puts a checkpoint together by Llama's names."""
+
+REFUSED = {"phi": "lm_head.bias", "minicpm-like": "scales"}
+"""What these compute in their own class and ``LlavaForConditionalGeneration`` leaves out can't be turned off."""
+
+
+class Exact:
+    """Features in float32, not rounded to the dtype of a store."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+
+    def stored(self, image: Any) -> Any:
+        import torch
+
+        pixels = torch.from_numpy(self.encoder.preprocess(decode(image.read())))[None]
+        return (self.encoder.encode(pixels)[0].numpy(),)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - OTHER_NAMES))
+def test_logits(foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, family: str, caplog: Any) -> None:
+    import torch
+
+    caplog.set_level(logging.INFO)
+    model, folder = foreign(language_of(family, toys / "language", tmp_path / "language"))
+    photo = sorted((toys / "images").iterdir())[0]
+    wanted, _ = theirs(model, folder, photo, "What is it?")
+    if family in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[family]):
+            open_assistant(resolve(folder), "cpu")
+        return
+    assistant = open_assistant(resolve(folder), "cpu")
+    turn = Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", "What is it?"))
+    features: Any = assistant.features
+    exact: Any = Exact(features.encoder)
+    with torch.no_grad():
+        logits = assistant.model.logits(collate([assistant.encode((turn,))], exact))[0]
+    off = (logits - wanted[:, : logits.shape[-1]]).abs().max().item()
+    assert off < 1e-4 * wanted.abs().max()
+    assert (assistant.model.language.config._attn_implementation == "eager") == (family in EAGER)
+    assert any("eager" in record.message for record in caplog.records) == (family in EAGER)
