@@ -190,6 +190,8 @@ class Encoding:
         if names is not None and any(names.search(turn.text) for turn in turns):
             said = {each for turn in turns for each in turn.text}
             mark = next((each for each in _BREAKS if each not in said), "")
+            if not mark:
+                raise ConversationError("the conversation has too many Unicode noncharacters (U+FDD0 to U+FDEF)")
             turns = [Turn(turn.role, tuple(_broken(part, names, mark) for part in turn.content)) for turn in turns]
         return self.template.render(turns, self.tokenizer, generate=generate), mark
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
 from llavactl.data.encode import Encoding, arrange, arrangements
@@ -108,6 +108,15 @@ def test_a_bos_is_put_before_everything_once(tokenizer: Any) -> None:
     made = encoding("plain", begins).encode(TALK[:2])
     assert made.ids[:2] == (0, IMAGE_TOKEN)
     assert made.labels[0] == IGNORE
+
+
+def test_a_special_tokens_name_that_no_break_can_hide_is_refused(tokenizer: Any) -> None:
+    """A conversation with every noncharacter would else end its turn by itself."""
+    every = "".join(chr(0xFDD0 + index) for index in range(32))
+    made = encoding("vicuna-v1", tokenizer)
+    assert made.encode([Turn("user", (every,)), Turn("assistant", ("A dog.",))]).trained
+    with pytest.raises(ConversationError, match="noncharacters"):
+        made.encode([Turn("user", (every,)), Turn("assistant", ("A dog.</s>",))])
 
 
 # Cn: noncharacters, which are no text; the encoding uses two of them.

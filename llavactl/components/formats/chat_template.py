@@ -7,9 +7,9 @@ about a conversation of placeholders, and then held against the template on othe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ConversationError, ModelError
@@ -47,7 +47,7 @@ def chat_template(
         asked = [[_stripped(each) for each in said] for said, generate in _PROBES if generate]
         if all(probed(own, said, True, lists=True) for said in asked):
             return own
-    text = _jinja(_parts(template, tokenizer), image, glue)
+    text = _jinja(_parts(template, tokenizer), _trimmed(template, tokenizer), image, glue)
     if not all(probed(text, said, generate) for said, generate in _PROBES):
         raise ModelError("this conversation template can't be written as a chat template of the tokenizer")
     return text
@@ -192,6 +192,20 @@ def _parts(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     }
 
 
+def _trimmed(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[Role, str]:
+    """Jinja's ``| trim`` for each role whose text the template strips, else ""."""
+    found: dict[Role, str] = {}
+    for role in get_args(Role):
+        talk = [Turn(each, (_SAID[0],)) for each in (*([role] if role == "system" else []), "user", "assistant")]
+        spaced = [Turn(turn.role, (f" {turn.text} ",)) if turn.role == role else turn for turn in talk]
+        try:
+            one, other = (written(template, tokenizer, turns, False, _IMAGE) for turns in (talk, spaced))
+            found[role] = " | trim" if one == other else ""
+        except ConversationError:
+            found[role] = ""
+    return found
+
+
 def _system_parts(write: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], question: str) -> dict[str, str]:
     """What stands before and after a system prompt, and where it is empty; nothing if the template refuses one."""
     try:
@@ -209,7 +223,7 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _jinja(parts: dict[str, str], image: str, glue: Glue) -> str:
+def _jinja(parts: Mapping[str, str], trim: Mapping[Role, str], image: str, glue: Glue) -> str:
     # JSON's strings are Jinja's, but Jinja knows no \/ and needs none.
     said = {key: json.dumps(text, ensure_ascii=False) for key, text in parts.items()}
     # What stands after an image: a newline and the question or the next image; or, with no question, what is next.
@@ -234,10 +248,12 @@ def _jinja(parts: dict[str, str], image: str, glue: Glue) -> str:
         "{%- for message in messages -%}"
         "{%- set text = said(message['content']) -%}"
         "{%- if message['role'] == 'system' -%}"
+        f"{{%- set text = text{trim['system']} -%}}"
         f"{{{{ {system} }}}}"
         "{%- elif message['role'] == 'user' -%}"
         f"{{%- if loop.first -%}}{{{{ {said['first']} }}}}"
         f"{{%- elif messages[loop.index0 - 1]['role'] == 'assistant' -%}}{{{{ {said['next']} }}}}{{%- endif -%}}"
+        f"{{%- set text = text{trim['user']} -%}}"
         "{%- if message['content'] is not string -%}"
         "{%- set images = message['content'] | selectattr('type', 'equalto', 'image') | list -%}"
         "{%- if images -%}{%- set text = text | trim -%}{%- endif -%}"
@@ -251,7 +267,7 @@ def _jinja(parts: dict[str, str], image: str, glue: Glue) -> str:
         f"{{%- if not loop.last -%}}{{{{ {said['middle']} }}}}"
         f"{{%- elif add_generation_prompt -%}}{{{{ {said['generate']} }}}}{{%- endif -%}}"
         "{%- elif message['role'] == 'assistant' -%}"
-        f"{{{{ text + {said['end']} }}}}"
+        f"{{{{ text{trim['assistant']} }}}}{{{{ {said['end']} }}}}"
         f"{{%- if {last} -%}}{{{{ {said['close']} }}}}{{%- endif -%}}"
         "{%- endif -%}"
         "{%- endfor -%}"

@@ -102,9 +102,9 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     whole.save_pretrained(to, max_shard_size=SHARD)
     # The dtype to load it in; transformers would write that of the first weight, which is the backbone's.
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
+    stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
     _save_processor(native, tokenizer, backbone, strategy, extra, to)
     text = whole.config.text_config
-    stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
     write_json(to / ORIGIN, {**native.kept(), **stops, BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
 
 

@@ -13,6 +13,9 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile, Turn
 from llavactl.data.encode import arrange
 
+from .conftest import Make
+from .test_out import exported
+
 PHOTO = ImageFile("/photos", "a.jpg")
 
 
@@ -74,3 +77,40 @@ def test_a_finished_conversation(toys: Path, name: str) -> None:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     (found,), _ = render_jinja_template([messages], chat_template=chat_template(template, tokenizer))
     assert found == written(template, tokenizer, turns, False, "<image>")
+
+
+SEES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision|><|image_pad|><|/vision|>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen-VL's: an image token of its own, between two others."""
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Gemma 2's: text alone, and a system turn is refused."""
+
+
+@pytest.mark.parametrize(("text", "own"), [(SEES, True), (NO_SYSTEM, False)])
+def test_a_tokenizers_own_chat_template_is_exported(
+    native: Make, toys: Path, tmp_path: Path, text: str, own: bool
+) -> None:
+    """As it is where it writes images; verified by another process."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(toys / "language")
+    model = AutoModelForCausalLM.from_pretrained(toys / "language")
+    if own:
+        tokenizer.add_tokens(["<|vision|>", "<|/vision|>", "<|image_pad|>"], special_tokens=True)
+        tokenizer.init_kwargs["image_token"] = "<|image_pad|>"
+        model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = text
+    model.save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    made = native("ours", language=tmp_path / "language", template="tokenizer")
+    verified = exported(made, "hf", tmp_path / "out")["verified"]
+    assert verified["ids_equal"] == verified["prompts"] == (7 if own else 6)
+    assert ((tmp_path / "out" / "chat_template.jinja").read_text() == text) == own
