@@ -14,6 +14,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.faults import out_of_memory, reason
 from llavactl.core.network import proxy_fault
+from llavactl.core.registry import registry
 
 
 def report(error: Exception) -> None:
@@ -107,6 +108,9 @@ def _from(error: Exception, package: str) -> bool:
 def _plugin(error: Exception) -> str | None:
     """The plugin whose code is innermost in the traceback, if any."""
     modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
+    # A component may lie in another package than the module of its plugin's entry point.
+    components = {entry.target.partition(":")[0].partition(".")[0]: entry.plugin for entry in registry()}
+    modules |= {module: plugin for module, plugin in components.items() if module != "llavactl"}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     ran = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
     return next((modules[name] for name in ran if name in modules), None)

@@ -73,7 +73,17 @@ class MeasuredVision(Protocol):
 
 @runtime_checkable
 class Connector(Protocol):
-    """What turns vision features into language embeddings."""
+    """What turns vision features into language embeddings.
+
+    Modules that it builds keep these rules, which ``recipes check`` and ``train`` try on random features:
+
+    - Of features [I, P, Dv] for any I from 1 they make finite embeddings [I, Q, Dl], in training as well, and leave the
+      features as they are.
+    - When not training, an image's embeddings don't depend on the other images of its batch.
+    - Their state dict has tensors alone, of the same names and shapes throughout, and all that their embeddings depend
+      on: a module that loads it continues where the other was. Random numbers come from torch's global generator.
+    - All of the state dict is saved. Parameters that don't require a gradient when built are never trained.
+    """
 
     def tokens(self, shape: FeatureShape) -> int:
         """Q, how many embeddings one image becomes."""

@@ -27,6 +27,7 @@ from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
 from llavactl.model.quantised import four_bits
+from llavactl.model.trial import try_connector
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -69,6 +70,8 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         parts = build(
             recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
         )
+    width = parts.model.language.get_input_embeddings().weight.shape[1]
+    try_connector(recipe.connector.spec(), features.shape, width, [settings.precision], str(accelerator.device))
     template = recipe.template(stage)
     encoding = Encoding(
         registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
@@ -96,7 +99,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     parts.model.to(accelerator.device)
     matrices = stages.matrices(parts.model, settings)
     optimizer = Optimizer(
-        parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices, stages.untrained(parts.model)
+        parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices, stages.Untrained(parts.model)
     )
     description = _description(recipe, stage, features.fingerprint, digest, start) | {
         "shape": asdict(features.shape),
@@ -294,10 +297,10 @@ def _dry_save(run: Run, parts: Parts, description: Mapping[str, Any]) -> None:
 
 
 def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
-    connector = {name: weight.detach().cpu() for name, weight in parts.model.connector.state_dict().items()}
-    for name, master in optimizer.masters.items():
-        if name.startswith("connector."):
-            connector[name.removeprefix("connector.")] = master.detach().cpu()
+    # By identity, not by name: a shared parameter has two names and one master.
+    masters = {id(optimizer.parameters[name]): master for name, master in optimizer.masters.items()}
+    state = parts.model.connector.state_dict(keep_vars=True)
+    connector = {name: masters.get(id(each), each).detach().cpu() for name, each in state.items()}
     model_folder.save(folder, parts, connector, description)
 
 
