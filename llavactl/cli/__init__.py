@@ -62,8 +62,8 @@ def _run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command to resume", err=True)
         return stopping.exit_code()
-    except Exception as error:  # noqa: BLE001 - the one boundary
-        boundary.report(error)
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the one boundary
+        boundary.report(error)  # llavactl never exits by SystemExit: what it calls does
         return 1
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.registry import registry
+from llavactl.model.exactness import is_causal
 from llavactl.model.llava import LlavaModel
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def build(
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the language model embeds {len(embeddings)}",
             hint="the tokenizer belongs to another model",
+        )
+    if not is_causal(written):
+        raise ModelError(
+            f"{written.config.model_type} models see the tokens that they should predict",
+            hint="`language.model` must be a causal language model, such as Llama or Qwen",
         )
     torch.manual_seed(seed)
     made, tokens = build_connector(connector, shape, embeddings.shape[1])

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -39,16 +39,22 @@ from llavactl.training.optimizer import Optimizer
 from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import FeatureShape
+    from llavactl.core.schema import Contents, FeatureShape, ImageRef
     from llavactl.recipe.frame import Recipe, Stage
+
+    Look = Callable[[Sequence[ImageRef]], Contents]
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
 OWN_INITS = ("stage1", "scratch")
 
 
-def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto") -> TrainReport:
+def train(
+    recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
+) -> TrainReport:
     """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or goes on where it was cut off.
+
+    Samples with an image that can't be read are left out; more than ``max_skipped`` such images are an error.
 
     Raises:
         LlavactlError: whatever stands in the way, before any work where it can be known.
@@ -76,7 +82,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     encoding = Encoding(
         registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
-    data = split(sources, settings, encoding, features, features.contents, recipe.seed)
+    data = split(sources, settings, encoding, features, _bounded(features.contents, max_skipped), recipe.seed)
     if stage == 1 and not any(sample.images for sample in data.train.samples):
         raise DataError(
             "data.stage1: no training sample has an image, so the connector can't be trained",
@@ -128,6 +134,22 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
             _left_out(folder, data)
         return _run(recipe, run, parts, data, description)
+
+
+def _bounded(contents: Look, max_skipped: int | None) -> Look:
+    """``contents``, raising DataError where more than ``max_skipped`` images can't be read."""
+
+    def look(images: Sequence[ImageRef]) -> Contents:
+        found = contents(images)
+        if max_skipped is not None and len(found.unreadable) > max_skipped:
+            image, why = next(iter(found.unreadable.items()))
+            raise DataError(
+                f"{len(found.unreadable)} images can't be read, more than {max_skipped}; {image.name}: {why}",
+                hint="`llavactl data check` lists all of them",
+            )
+        return found
+
+    return look
 
 
 def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mapping[str, Any]) -> TrainReport:
