@@ -14,7 +14,6 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.faults import out_of_memory, reason
 from llavactl.core.network import proxy_fault
-from llavactl.core.registry import registry
 
 
 def report(error: BaseException) -> None:
@@ -108,6 +107,8 @@ def _from(error: BaseException, package: str) -> bool:
 def _plugin(error: BaseException) -> str | None:
     """The plugin whose code is innermost in the traceback of ``error`` or of its cause, if any."""
     modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
+    from llavactl.core.registry import registry  # --help needs none of it
+
     # A component may lie in another package than the module of its plugin's entry point.
     components = {entry.target.partition(":")[0].partition(".")[0]: entry.plugin for entry in registry()}
     modules |= {module: plugin for module, plugin in components.items() if module != "llavactl"}
@@ -116,6 +117,12 @@ def _plugin(error: BaseException) -> str | None:
         frames += [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
     ran = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
     return next((modules[name] for name in ran if name in modules), None)
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether code of ``package`` itself raised ``error``."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] == package
 
 
 def _lines(error: LlavactlError) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, load_if_there, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, load_outline_if_there, recipe_options
 
 
 @click.command()
@@ -62,13 +62,13 @@ def command(
 
     given, settings = task_options(options), None
     if answers is not None or compare or "reviews" in given:
-        recipe = load_if_there(source, overrides)
+        recipe = load_outline_if_there(source, overrides)
     elif model is not None and source is None and not Path(DEFAULT).is_file():
         recipe, settings = None, load_eval(overrides)
     elif model is not None:
-        recipe = load_if_given(source, overrides)
+        recipe = load_outline_if_given(source, overrides)
     else:
-        recipe = load(source, overrides)
+        recipe = load_outline(source, overrides)
     if compare:
         from llavactl.verbs.compare import compare as compared
 
