@@ -12,8 +12,8 @@ from llavactl.components.templates.ends import stops
 from llavactl.core.schema import IGNORE, Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
+from llavactl.model.exactness import Exact, exactness
 from llavactl.model.generate import GREEDY, Sampling, generate, read
-from llavactl.model.packed import sees_window
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -47,24 +47,30 @@ class Assistant:
         return self.encoding.encode(arrange(turns, order, ""), generate=True)
 
     @cached_property
+    def exact(self) -> Exact:
+        """Which ways of computing answers change none."""
+        return exactness(self.model.language)
+
+    @cached_property
     def stops(self) -> Stops:
         return Stops.of(self.encoding, _eos_ids(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer a conversation, made together as one left-padded batch.
+        """One answer a conversation, made together as one left-padded batch unless padding would change them.
 
         What all of them begin with, a picture for one, is read once.
         """
         prompts = [self.prompt(turns) for turns in conversations]
         writers = [Writer(self.encoding.tokenizer, self.stops) for _ in conversations]
         asked = [(prompt, writer) for prompt, writer in zip(prompts, writers, strict=True) if prompt.ids]
-        if asked:
-            self._write([prompt for prompt, _ in asked], [writer for _, writer in asked], sampling)
+        for some in [asked] if self.exact.padded else [[each] for each in asked]:
+            if some:
+                self._write([prompt for prompt, _ in some], [writer for _, writer in some], sampling)
         return [writer.text.strip() for writer in writers]
 
     def _write(self, prompts: Sequence[Encoded], writers: Sequence[Writer], sampling: Sampling) -> None:
         batch, cache = self._batch(prompts)
-        for tokens in generate(self.model, batch, sampling, self.stops.ids, cache):
+        for tokens in generate(self.model, batch, sampling, self.stops.ids, cache, cached=self.exact.cached):
             for writer, token in zip(writers, tokens, strict=True):
                 writer.take(token)
             if all(writer.done for writer in writers):
@@ -75,13 +81,12 @@ class Assistant:
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
         """The prompts as a batch without their common prefix, and a key/value cache of it (None: prefix too short).
 
-        The padding then lies between prefix and rest, where it would take up part of a sliding window. Models with
-        sliding-window attention therefore share no prefix.
+        The padding then lies between prefix and rest, where it would take up part of a sliding window, for example.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
         places = [signature(prompt, per_image) for prompt in prompts]
         keep = min((shared(places[0], other) for other in places[1:]), default=0)
-        if keep < WORTH_SHARING or sees_window(self.model.language):
+        if keep < WORTH_SHARING or not self.exact.shared:
             return collate(prompts, self.features, side="left").to(device), None
         halves = [split(prompt, keep, per_image) for prompt in prompts]
         cache = read(self.model, collate([halves[0][0]], self.features).to(device))

@@ -9,6 +9,7 @@ from llavactl.chat.assistant import Assistant, Writer
 from llavactl.chat.prefix import shared, signature, split
 from llavactl.core.schema import Content, Turn
 from llavactl.data.batches import collate
+from llavactl.model.exactness import is_resumable, new_cache
 from llavactl.model.generate import GREEDY, Sampling, generate
 
 
@@ -47,25 +48,23 @@ class Conversation:
                 self.turns.append(Turn("assistant", (writer.text.strip(),)))
 
     def _tokens(self, sampling: Sampling) -> Iterator[int | None]:
-        from transformers import DynamicCache
-
-        encoded = self.assistant.prompt(self.turns)
+        model, encoded = self.assistant.model, self.assistant.prompt(self.turns)
         if not encoded.ids:
             return
         per_image = self.assistant.encoding.image_tokens
         wanted = signature(encoded, per_image)
         cache, keep = self._cache, 0
-        if cache is not None:
+        if cache is not None and is_resumable(cache) and self.assistant.exact.resumed:
             keep = shared(self._read[: cache.get_seq_length()], wanted)
         if keep:
             if surplus := cache.get_seq_length() - keep:
                 cache.crop(-surplus)
         else:
-            cache = DynamicCache()
+            cache = new_cache(model.language) if self.assistant.exact.cached else None
         self._cache, self._read = cache, wanted
-        model = self.assistant.model
         batch = collate([split(encoded, keep, per_image)[1]], self.assistant.features, side="left").to(model.device)
-        for (token,) in generate(model, batch, sampling, self.assistant.stops.ids, cache):
+        cached = self.assistant.exact.cached
+        for (token,) in generate(model, batch, sampling, self.assistant.stops.ids, cache, cached=cached):
             if token is not None:
                 self._read = [*self._read, token]
             yield token

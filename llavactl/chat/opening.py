@@ -10,6 +10,7 @@ from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.features import Fingerprint, LiveFeatures, fingerprint
+from llavactl.features.checked import load_encoder
 from llavactl.features.prepare import default_device
 from llavactl.model import folder as model_folder
 from llavactl.recipe.frame import Features
@@ -42,7 +43,7 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
     return Assistant(
         loaded.parts.model,
         Encoding(writes, loaded.parts.tokenizer, loaded.parts.image_tokens),
-        LiveFeatures(vision.load(device, features.compute), now, device),
+        LiveFeatures(load_encoder(vision, device, features.compute), now, device),
         description["image_order"],
         str(folder),
     )

@@ -62,7 +62,9 @@ def _run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command to resume", err=True)
         return stopping.exit_code()
-    except Exception as error:  # noqa: BLE001 - the one boundary
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the one boundary
+        if isinstance(error, SystemExit) and boundary.raised_in(error, "click"):  # for a closed pipe
+            return int(error.code or 0)
         boundary.report(error)
         return 1
 

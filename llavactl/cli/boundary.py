@@ -16,7 +16,7 @@ from llavactl.core.faults import out_of_memory, reason
 from llavactl.core.network import proxy_fault
 
 
-def report(error: Exception) -> None:
+def report(error: BaseException) -> None:
     """Prints ``error`` to stderr."""
     if (known := explained(error)) is not None:
         _lines(known)
@@ -27,7 +27,7 @@ def report(error: Exception) -> None:
     click.echo(f"bug in {whose or 'llavactl, please report this traceback'}", err=True)
 
 
-def explained(error: Exception) -> LlavactlError | None:
+def explained(error: BaseException) -> LlavactlError | None:
     """``error`` as one that the user can act on; None if it is a bug.
 
     Typed errors are returned unchanged. Other exceptions are converted if they concern the machine rather than the
@@ -79,7 +79,7 @@ def _import(error: ImportError) -> LlavactlError | None:
     return LlavactlError(f"a package is missing or broken: {reason(error)}", hint=hint)
 
 
-def _network(error: Exception) -> LlavactlError:
+def _network(error: BaseException) -> LlavactlError:
     said = reason(error)
     if fault := proxy_fault():
         return fault
@@ -92,7 +92,7 @@ def _network(error: Exception) -> LlavactlError:
     return LlavactlError(f"the model hub: {said}", hint=hint)
 
 
-def _device(error: Exception) -> bool:
+def _device(error: BaseException) -> bool:
     """Whether an accelerator, or the communication between several, failed."""
     torch = sys.modules.get("torch")
     kinds = [getattr(torch, "AcceleratorError", None), getattr(getattr(torch, "distributed", None), "DistError", None)]
@@ -100,16 +100,29 @@ def _device(error: Exception) -> bool:
     return named or isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
 
 
-def _from(error: Exception, package: str) -> bool:
+def _from(error: BaseException, package: str) -> bool:
     return any(kind.__module__.partition(".")[0] in (package, f"{package}_rust") for kind in type(error).__mro__)
 
 
-def _plugin(error: Exception) -> str | None:
-    """The plugin whose code is innermost in the traceback, if any."""
+def _plugin(error: BaseException) -> str | None:
+    """The plugin whose code is innermost in the traceback of ``error`` or of its cause, if any."""
     modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
+    from llavactl.core.registry import registry  # --help needs none of it
+
+    # A component may lie in another package than the module of its plugin's entry point.
+    components = {entry.target.partition(":")[0].partition(".")[0]: entry.plugin for entry in registry()}
+    modules |= {module: plugin for module, plugin in components.items() if module != "llavactl"}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if error.__cause__ is not None:  # a generator turns StopIteration into another error
+        frames += [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
     ran = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
     return next((modules[name] for name in ran if name in modules), None)
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether code of ``package`` itself raised ``error``."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] == package
 
 
 def _lines(error: LlavactlError) -> None:

@@ -7,7 +7,7 @@ import sys
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options_or
+from llavactl.cli.options import json_option, load_vision, load_vision_if_given, recipe_options_or
 from llavactl.core.errors import StoreError
 
 
@@ -23,7 +23,7 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """What is stored, and for which fingerprint."""
     from llavactl.verbs.cache import info
 
-    output.report(info(load_if_given(source, overrides)), as_json)
+    output.report(info(load_vision_if_given(source, overrides)), as_json)
 
 
 @command.command()
@@ -33,7 +33,7 @@ def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
     """Hash every shard again and list those that are damaged or can't be read. Exit 1 if there are any."""
     from llavactl.verbs.cache import verify
 
-    report = verify(load_if_given(source, overrides))
+    report = verify(load_vision_if_given(source, overrides))
     output.report(report, as_json)
     if report.unchecked:
         first = report.unchecked[0]
@@ -64,8 +64,8 @@ def prune(
     """
     from llavactl.verbs.cache import prune
 
-    asked = load_if_given(source, overrides)
-    recipes = [*([asked] if asked else []), *(load(each, ()) for each in needed)]
+    asked = load_vision_if_given(source, overrides)
+    recipes = [*([asked] if asked else []), *(load_vision(each, ()) for each in needed)]
     report = prune(*recipes, dry_run=True)
     if not dry_run:
         removes = f"Remove {len(report.stores)} stores and {len(report.files)} files, {report.bytes / 1e9:.1f} GB?"

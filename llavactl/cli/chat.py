@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, load_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import json_text
@@ -55,7 +55,7 @@ def command(
         raise click.UsageError("--batch brings its own images and prompts")
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json needs --prompt or --batch: a conversation is no document")
-    recipe = load_if_given(source, overrides) if model is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
     from llavactl.model.generate import Sampling
     from llavactl.verbs import chat
 

@@ -12,9 +12,9 @@ from llavactl.cli.options import (
     component_options,
     json_option,
     key_values,
-    load,
-    load_if_given,
-    load_if_there,
+    load_outline,
+    load_outline_if_given,
+    load_outline_if_there,
     recipe_options,
 )
 
@@ -67,13 +67,13 @@ def command(
 
     given, settings = key_values(options), None
     if answers is not None or compare or "reviews" in given:
-        recipe = load_if_there(source, overrides)
+        recipe = load_outline_if_there(source, overrides)
     elif model is not None and source is None and not Path(DEFAULT).is_file():
         recipe, settings = None, load_eval(overrides)
     elif model is not None:
-        recipe = load_if_given(source, overrides)
+        recipe = load_outline_if_given(source, overrides)
     else:
-        recipe = load(source, overrides)
+        recipe = load_outline(source, overrides)
     if compare:
         from llavactl.verbs.compare import compare as compared
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import component_options, json_option, key_values, load, load_if_given, recipe_options
+from llavactl.cli.options import (
+    component_options,
+    json_option,
+    key_values,
+    load_outline,
+    load_outline_if_given,
+    recipe_options,
+)
 
 
 @click.command()
@@ -38,7 +45,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Export the recipe's last finished stage, or --model, to a folder that other programs load."""
-    recipe = load_if_given(source, overrides) if model is not None else load(source, overrides)
+    recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
     from llavactl.verbs.export import export
 
     chosen = {"name": form, **key_values(options)}

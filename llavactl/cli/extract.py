@@ -7,7 +7,7 @@ import re
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, recipe_options
+from llavactl.cli.options import json_option, load_vision, recipe_options
 
 
 @click.command()
@@ -33,12 +33,10 @@ def command(
     An image that can't be read is skipped and listed with its reason.
     """
     from llavactl.features.parts import Part
-    from llavactl.recipe.frame import VisionRecipe
-    from llavactl.recipe.load import load_frame
     from llavactl.verbs.extract import extract
 
     share = Part(*_numbers(part)) if part else None
-    recipe = load_frame(VisionRecipe, source, overrides)
+    recipe = load_vision(source, overrides)
     report = extract(recipe, dry_run=dry_run, max_skipped=max_skipped, part=share)
     output.report(report, as_json)
 

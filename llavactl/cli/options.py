@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, Recipe
+    from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
@@ -97,17 +97,25 @@ def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
 
 
 def load_outline_if_given(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """As ``load_if_given``; no section is required."""
+    """The recipe that ``-r`` or ``-o`` asks for; None where neither is there, whatever lies in this folder."""
     return load_outline(source, overrides) if source or overrides else None
 
 
-def load_if_given(source: str | None, overrides: Sequence[str]) -> Recipe | None:
-    """The recipe that ``-r`` or ``-o`` asks for; None where neither is there, whatever lies in this folder."""
-    return load(source, overrides) if source or overrides else None
+def load_vision(source: str | None, overrides: Sequence[str]) -> VisionRecipe:
+    """The recipe that ``recipe_options`` name, with a vision backbone."""
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.load import load_frame
+
+    return load_frame(VisionRecipe, source, overrides)
 
 
-def load_if_there(source: str | None, overrides: Sequence[str]) -> Recipe | None:
+def load_vision_if_given(source: str | None, overrides: Sequence[str]) -> VisionRecipe | None:
+    """As ``load_outline_if_given``, with a vision backbone."""
+    return load_vision(source, overrides) if source or overrides else None
+
+
+def load_outline_if_there(source: str | None, overrides: Sequence[str]) -> Outline | None:
     """The recipe asked for, else ``./recipe.yaml`` if there is one, else None."""
     from llavactl.recipe.resolve import DEFAULT
 
-    return load(source, overrides) if Path(DEFAULT).is_file() else load_if_given(source, overrides)
+    return load_outline(source, overrides) if Path(DEFAULT).is_file() else load_outline_if_given(source, overrides)

@@ -16,10 +16,14 @@ from llavactl.cli.options import json_option, load, recipe_options
     "--stage", required=True, type=click.Choice(["1", "2"]), help="1: connector; 2: connector and language model."
 )
 @click.option("--resume", type=click.Choice(["auto", "never"]), default="auto", show_default=True)
+@click.option("--max-skipped", type=click.IntRange(min=0), help="Fail when more images than this can't be read.")
 @json_option
-def command(source: str | None, overrides: tuple[str, ...], stage: str, resume: str, as_json: bool) -> None:
+def command(
+    source: str | None, overrides: tuple[str, ...], stage: str, resume: str, max_skipped: int | None, as_json: bool
+) -> None:
     """Train one stage, from the feature store, or live with `-o features.mode=live`."""
     from llavactl.verbs.train import train
 
     number = cast(Literal[1, 2], int(stage))
-    output.report(train(load(source, overrides), number, cast(Literal["auto", "never"], resume)), as_json)
+    how = cast(Literal["auto", "never"], resume)
+    output.report(train(load(source, overrides), number, how, max_skipped=max_skipped), as_json)

@@ -300,6 +300,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory: you tried to allocate" in str(error)
 
 
+_NAMED = (KeyError, IndexError, TypeError, AttributeError, AssertionError, SystemExit)
+"""Their messages mean nothing without the exception's name: a KeyError's is only the key."""
+
+
 def reason(error: BaseException) -> str:
     """The message of ``error`` in one line."""
     if isinstance(error, OSError) and error.strerror:
@@ -310,9 +314,13 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
     said = " ".join(lines[: last + 1])
-    # Some messages mean nothing without the exception's name: a KeyError's is only the key.
-    named = isinstance(error, KeyError | IndexError | TypeError | AttributeError | AssertionError) or not said
-    return f"{type(error).__name__}: {said}".removesuffix(": ") if named else said
+    named = isinstance(error, _NAMED) or not said
+    return printable(f"{type(error).__name__}: {said}".removesuffix(": ") if named else said)
+
+
+def printable(text: str) -> str:
+    """``text`` with what is no character (half of a surrogate pair) written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def downloaded(model: str, hint: str) -> Path:

@@ -6,6 +6,7 @@ and one whose weights, tokenizer or chat template changed is another.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llavactl.core import faults
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
 from llavactl.core.protocols import Json
-from llavactl.core.registry import registry
+from llavactl.core.registry import Entry, registry, singular
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
@@ -31,14 +32,29 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
 
     Raises:
         ModelError: a file that an option names can't be read.
+        PluginError: ``identity()`` gives something else than JSON, or something else each time.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
     options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
     contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
     found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
-    own = getattr(entry.load()(options), "identity", None)
-    return {**found, "identity": own()} if own is not None else found
+    made = entry.load()(options)
+    return {**found, "identity": _identity(made, entry)} if hasattr(made, "identity") else found
+
+
+def _identity(component: Any, entry: Entry) -> dict[str, Json]:
+    """What ``component.identity()`` gives, the same whenever it is asked."""
+    own = [component.identity() for _ in range(2)]
+    try:
+        first, second = (json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in own)
+    except (TypeError, ValueError) as error:
+        first, second, why = "", " ", f"is not JSON: {error}"
+    else:
+        why = "changes from call to call"
+    if first != second:
+        raise PluginError(f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin}: its identity() {why}")
+    return dict(own[0])
 
 
 def content_of(value: Any) -> Json:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llavactl.core.schema import Answer, FeatureShape, Question, Sample, Segment, Turn
+from llavactl.core.typed import Typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,14 +35,22 @@ class Source(Protocol):
 class Encoder(Protocol):
     """A vision backbone with its weights loaded, frozen."""
 
-    shape: FeatureShape
-    """What ``encode`` gives for one image."""
+    @property
+    def shape(self) -> FeatureShape:
+        """What ``encode`` gives for one image."""
 
-    preprocess: Callable[[Image.Image], np.ndarray]
-    """RGB image to pixels [3, H, W] float32; picklable, free of weights, safe in any thread."""
+    @property
+    def preprocess(self) -> Callable[[Image.Image], np.ndarray]:
+        """RGB image to pixels [3, H, W] float32; picklable, free of weights, safe in any thread.
+
+        An image for which it raises, whatever that is, is skipped and listed with the reason.
+        """
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [I, 3, H, W] to features [I, P, Dv], on the device it was loaded on."""
+        """Pixels [I, 3, H, W] to features [I, P, Dv], on the device it was loaded on.
+
+        An image's features don't depend on the others of its batch. What it raises stops the run.
+        """
 
 
 @runtime_checkable
@@ -73,7 +82,17 @@ class MeasuredVision(Protocol):
 
 @runtime_checkable
 class Connector(Protocol):
-    """What turns vision features into language embeddings."""
+    """What turns vision features into language embeddings.
+
+    Modules that it builds keep these rules, which ``recipes check`` and ``train`` try on random features:
+
+    - Of features [I, P, Dv] for any I from 1 they make finite embeddings [I, Q, Dl], in training as well, and leave the
+      features as they are.
+    - When not training, an image's embeddings don't depend on the other images of its batch.
+    - Their state dict has tensors alone, of the same names and shapes throughout, and all that their embeddings depend
+      on: a module that loads it continues where the other was. Random numbers come from torch's global generator.
+    - All of the state dict is saved. Parameters that don't require a gradient when built are never trained.
+    """
 
     def tokens(self, shape: FeatureShape) -> int:
         """Q, how many embeddings one image becomes."""
@@ -128,7 +147,7 @@ class Template(Protocol):
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Typed):
     """``scores`` by their published names, rates as percentages; ``failed`` answers that could not be read as one.
 
     ``right`` says of each question whether its answer is right, where that can be said: intervals need it.
@@ -191,7 +210,7 @@ class Pairs(Protocol):
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Typed):
     """What a teacher is asked: chat ``messages`` ({"role", "content"}), and the sample it is about."""
 
     id: str
@@ -202,7 +221,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Reply(Typed):
     """What a teacher said, the tokens it read and wrote (None: it doesn't say) and why it ended.
 
     ``finish`` is ``stop``, or ``length`` for a reply that was cut at the limit of tokens.
@@ -215,7 +234,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Typed):
     """How a language teacher may be asked: how many at a time, how many and how many tokens a minute (None: any).
 
     A request that fails for a while is asked ``retries`` times more. ``model`` names its price; ``max_tokens`` bounds

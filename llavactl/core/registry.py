@@ -169,6 +169,14 @@ def registry() -> Registry:
     return found
 
 
+def plugin_of(component: Any) -> str:
+    """The plugin whose package the class of ``component`` is in; its module where that is no plugin's."""
+    module = type(component).__module__
+    package = module.partition(".")[0]
+    found = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)
+    return next(found, module)
+
+
 def _import(target: str, entry: Entry) -> Any:
     module, _, attribute = target.partition(":")
     try:

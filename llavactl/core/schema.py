@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from os.path import realpath
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from llavactl.core.errors import DataError
 from llavactl.core.lookup import find_file, refuse_outside, shortened, stays_below
 from llavactl.core.paths import file_stamp
+from llavactl.core.typed import Typed, behaves, check_fields
 
 if TYPE_CHECKING:
     import torch
 
 Role = Literal["system", "user", "assistant"]
+_ROLES = get_args(Role)
 
 IMAGE_TOKEN = -200
 """Stands for one connector token of an image in ``Encoded.ids`` and ``Batch.ids`` (LLaVA's value)."""
@@ -71,6 +73,8 @@ class Below:
     path: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.root, str) or not isinstance(self.path, str):
+            check_fields(self)
         stays_below(self.root, self.path)
 
     @property
@@ -87,6 +91,11 @@ class ImageFile(Below):
     """
 
     follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.follow_links, bool):
+            check_fields(self)
+        Below.__post_init__(self)
 
     @property
     def file(self) -> Path:
@@ -136,8 +145,14 @@ class Turn:
     def __post_init__(self) -> None:
         if isinstance(self.content, str):  # else each character would be a part
             raise TypeError(f'content must be a tuple of texts and images: Turn("{self.role}", ("text",))')
+        # By hand, as there may be millions of turns.
+        if self.role not in _ROLES or not isinstance(self.content, tuple):
+            check_fields(self)
         for part in self.content:
-            if isinstance(part, str) and not part.isascii() and _SURROGATE.search(part):
+            if not isinstance(part, str):
+                if not behaves(type(part), "read", "stamp"):
+                    check_fields(self)
+            elif not part.isascii() and _SURROGATE.search(part):
                 raise DataError(f"not text: {part!r:.60} has bytes that are not UTF-8", hint="save or type it as UTF-8")
 
     @property
@@ -151,7 +166,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Box:
+class Box(Typed):
     """A labelled box: ``xyxy`` are (left, top, right, bottom) as shares of width and height, 0 to 1."""
 
     category: str
@@ -160,7 +175,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Typed):
     """One record: a conversation about images, and what is known of the image for a teacher.
 
     ``where`` names the record for messages (``file.json:12 (record 3)``).
@@ -179,7 +194,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Typed):
     """A piece of a rendered conversation; ``trained`` text is a target of the loss."""
 
     text: str
@@ -225,6 +240,11 @@ class FeatureShape:
     grid: tuple[int, int]
     width: int
     prefix: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if min(*self.grid, self.width) < 1 or self.prefix < 0:
+            raise ValueError(f"{self} has no patches, no width or less than no prefix")
 
     @property
     def patches(self) -> int:
@@ -305,7 +325,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Typed):
     """One thing a task asks: a conversation that ends with the user's turn, and what a right answer is."""
 
     id: str
@@ -315,7 +335,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Typed):
     """What a model said to ``Question`` ``id``; ``extra``: whatever else a file of answers says of it."""
 
     id: str

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from llavactl.core import faults
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, LlavactlError
 from llavactl.core.schema import ImageFile
-from llavactl.data.sniffing import LOOKED_AT, reads_heif, what_it_is
+from llavactl.data.sniffing import LOOKED_AT, NO_MEMORY, reads_heif, what_it_is
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +39,33 @@ class ImageError(DataError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"the image can't be read: {reason}")
         self.reason = reason
+
+
+@contextmanager
+def image_errors() -> Iterator[None]:
+    """Converts whatever a plugin's image raises to OSError (an unreadable image); typed errors are passed on."""
+    try:
+        yield
+    except (OSError, LlavactlError):
+        raise
+    except MemoryError as error:
+        raise OSError(NO_MEMORY) from error
+    except (Exception, SystemExit, GeneratorExit) as error:
+        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def read(image: ImageRef) -> bytes:
+    """The encoded ``image``.
+
+    Raises:
+        OSError: it can't be read, or gives something else than bytes.
+        DataError: reading it is not allowed.
+    """
+    with image_errors():
+        data: object = image.read()
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"read() gives a {type(data).__name__}, not bytes")
+        return bytes(data)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -73,7 +100,7 @@ def inspect(image: ImageRef, *, whole: bool) -> None:
         DataError: reading it is not allowed (a link outside its folder).
     """
     if not isinstance(image, ImageFile):
-        decode(image.read())
+        decode(read(image))
         return
     with Path(image.locate()[0]).open("rb") as file:
         if not whole:
@@ -112,6 +139,8 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         file.seek(0)
         raise ImageError(what_it_is(file.read(LOOKED_AT))) from None
+    except MemoryError as error:
+        raise ImageError(NO_MEMORY) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:

@@ -12,6 +12,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
 from llavactl.data.encode import Encoding, arrange
 from llavactl.data.problems import Finding
+from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
@@ -82,5 +83,6 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
 def image_tokens(recipe: Recipe, stage: StageNumber) -> int:
     """Q, how many tokens an image of ``stage`` becomes; the backbone is loaded only where it can't say otherwise."""
     vision = stage_vision(recipe, stage)
-    shape = vision.shape() if isinstance(vision, MeasuredVision) else vision.load("cpu", recipe.features.compute).shape
+    measured = vision if isinstance(vision, MeasuredVision) else None
+    shape = measured.shape() if measured else load_encoder(vision, "cpu", recipe.features.compute).shape
     return int(registry().create("connectors", recipe.connector.spec()).tokens(shape))

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from llavactl.core.errors import PluginError
 from llavactl.core.registry import registry
-from llavactl.core.schema import Turn
+from llavactl.core.schema import Sample, Turn
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Content, ImageRef, Sample
+    from llavactl.core.schema import Content, ImageRef
     from llavactl.recipe.frame import SourceSpec
 
 
@@ -19,9 +20,16 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
 
     Raises:
         DataError: a source's file or record can't be used.
+        PluginError: a source gives something else.
     """
     for spec in specs:
         for sample in registry().create("sources", spec.spec()):
+            if not isinstance(sample, Sample):
+                raise PluginError(
+                    f"source {spec.name!r} of plugin {registry().get('sources', spec.name).plugin} gives a "
+                    f"{type(sample).__name__}, not a Sample",
+                    hint="`llavactl.testing.check_source` tests a source by itself",
+                )
             if spec.turns == "apart":
                 yield from apart(sample)
             else:

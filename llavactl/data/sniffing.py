@@ -8,6 +8,7 @@ from functools import cache
 _HEIF = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _AVIF = frozenset({b"avif", b"avis"})
 
+NO_MEMORY = "not enough memory"
 HEIC = "HEIC, which needs a package: pip install pillow-heif"
 """The only reason that installing a package can resolve."""
 
@@ -78,4 +79,4 @@ def reads_heif() -> bool:
 
 def curable(reason: str) -> bool:
     """Whether an image that was refused for ``reason`` may be readable now."""
-    return reason == HEIC and reads_heif()
+    return reason == NO_MEMORY or (reason == HEIC and reads_heif())

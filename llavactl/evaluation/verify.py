@@ -27,6 +27,7 @@ from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, Turn
 from llavactl.data.batches import collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.data.images import decode
+from llavactl.features.checked import load_encoder
 from llavactl.model import folder as model_folder
 from llavactl.model.generate import Sampling
 
@@ -177,7 +178,7 @@ def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> 
     loaded.parts.model.float()
     model_folder.load_connector(loaded.parts.model.connector, model)
     vision = registry().create("vision", description["vision"])
-    return Assistant(loaded.parts.model, encoding, _Exact(vision.load("cpu", "float32")), "first", str(model))
+    return Assistant(loaded.parts.model, encoding, _Exact(load_encoder(vision, "cpu", "float32")), "first", str(model))
 
 
 def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:

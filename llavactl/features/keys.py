@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.errors import LlavactlError
+from llavactl.core.faults import printable
 from llavactl.core.hashes import HashMemory, stamp_bytes
 from llavactl.core.paths import cache_dir
+from llavactl.data.images import image_errors, read
 from llavactl.features.recall import Recall
 
 if TYPE_CHECKING:
@@ -25,20 +25,9 @@ def content_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@contextmanager
-def image_errors() -> Iterator[None]:
-    """Converts what a plugin's image raises to OSError (an unreadable image); typed errors are passed on."""
-    try:
-        yield
-    except (OSError, LlavactlError, MemoryError):
-        raise
-    except Exception as error:
-        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
-
-
 def why(error: OSError) -> str:
     """The reason alone: no path, no number, the same on every machine."""
-    return error.strerror or str(error) or type(error).__name__
+    return printable(error.strerror or str(error) or type(error).__name__)
 
 
 class ContentKeys:
@@ -131,7 +120,6 @@ def _stamp(image: ImageRef) -> bytes | OSError | None:
 def _hash_one(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:
     """The key of ``image`` and its stamp after it was read."""
     try:
-        with image_errors():
-            return content_key(image.read()), _stamp(image)
+        return content_key(read(image)), _stamp(image)
     except OSError as error:
         return error, None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llavactl.core import faults
-from llavactl.data.images import ImageError, decode
-from llavactl.features.keys import content_key, image_errors, why
+from llavactl.data.images import ImageError, decode, read
+from llavactl.data.sniffing import NO_MEMORY
+from llavactl.features.keys import content_key, why
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder
@@ -36,8 +37,7 @@ def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.nda
     With ``key``, content that is no longer the one of that key is a failure too.
     """
     try:
-        with image_errors():
-            data = image.read()
+        data = read(image)
     except OSError as error:
         return Failure(why(error))
     if key is not None and content_key(data) != key:
@@ -54,8 +54,8 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
     try:
         return encoder.preprocess(picture)
     except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a backbone that refuses one image must not end the run
+        return Failure(NO_MEMORY, lasting=True)
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - a refused image must not end the run
         # The same bytes and backbone would fail again.
         return Failure(f"preprocessing failed: {faults.reason(error)}", lasting=True)
 

@@ -12,9 +12,11 @@ import numpy as np
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import Contents, FeatureShape
+from llavactl.data.images import read
 from llavactl.features.backbone import OVERFLOW, Backbone
+from llavactl.features.checked import load_encoder
 from llavactl.features.fingerprint import Fingerprint, fingerprint
-from llavactl.features.keys import ContentKeys, image_errors, why
+from llavactl.features.keys import ContentKeys, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
 from llavactl.features.quantise import as_stored
 from llavactl.features.store import FeatureStore
@@ -125,13 +127,12 @@ class LiveFeatures:
     def load(self, image: ImageRef) -> np.ndarray:
         """Keeps the features of the last RECENT contents: several questions about one picture follow each other."""
         try:
-            with image_errors():
-                data = image.read()
-            found = self._recent(data)
+            found = self._recent(read(image))
         except OSError as error:
             raise DataError(f"image {image.name} can't be read: {why(error)}") from error
         if isinstance(found, Failure):
-            raise DataError(f"image {image.name} can't be read: {found.reason}")
+            hint = "`features.mode: cached` leaves such images out" if found.reason == OVERFLOW else ""
+            raise DataError(f"image {image.name} can't be read: {found.reason}", hint=hint)
         return found.copy()
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
@@ -149,8 +150,9 @@ class LiveFeatures:
         with ThreadPoolExecutor(self.workers) as pool:
             done = ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
             reasons = {image: found.reason for image, found in done if isinstance(found, Failure)}
-        keys = ContentKeys(workers=self.workers).many(images)
-        return Contents({i: key for i, key in zip(images, keys, strict=True) if isinstance(key, str)}, reasons)
+        keys = dict(zip(images, ContentKeys(workers=self.workers).many(images), strict=True))
+        reasons = {image: why(key) for image, key in keys.items() if isinstance(key, OSError)} | reasons
+        return Contents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
 
 
 def stage_image(recipe: VisionRecipe, stage: StageNumber) -> str:
@@ -195,5 +197,5 @@ def open_features(recipe: VisionRecipe, stage: StageNumber, device: str | None =
         return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
     device = device or default_device()
     settings = recipe.features
-    encoder = vision.load(device, settings.compute)
+    encoder = load_encoder(vision, device, settings.compute)
     return LiveFeatures(encoder, made_with, device, workers=settings.workers, batch_size=settings.batch_size)

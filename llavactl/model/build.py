@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.registry import registry
+from llavactl.model.exactness import is_causal
 from llavactl.model.llava import LlavaModel
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ def build(
             f"the tokenizer has {len(tokenizer)} tokens, the language model embeds {len(embeddings)}",
             hint="the tokenizer belongs to another model",
         )
+    if not is_causal(written):
+        raise ModelError(
+            f"{written.config.model_type} models see the tokens that they should predict",
+            hint="`language.model` must be a causal language model, such as Llama or Qwen",
+        )
     torch.manual_seed(seed)
     made, tokens = build_connector(connector, shape, embeddings.shape[1])
     written.config.use_cache = False
@@ -54,25 +61,42 @@ def build(
 def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) -> tuple[nn.Module, int]:
     """The connector ``spec`` for features of ``shape`` and a language model of ``width`` Dl, in float32; and Q.
 
-    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly.
+    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly; ``try_connector`` finds
+    more.
 
     Raises:
         RecipeError: it doesn't fit features of this ``shape``.
         PluginError: its output isn't embeddings [I, Q, Dl].
     """
     maker = registry().create("connectors", spec)
-    made: nn.Module = maker.build(shape, width)
-    tokens = int(maker.tokens(shape))
-    mode, wanted = made.training, (2, tokens, width)
+    made, tokens = maker.build(shape, width), maker.tokens(shape)
+    if not isinstance(made, nn.Module) or not isinstance(tokens, Integral) or int(tokens) < 1:
+        found = f"a {type(made).__name__}, tokens() {tokens!r}"
+        raise broken(spec, f"build() gives {found}; expected a torch module and 1 or more")
+    mode, features = made.training, torch.zeros(2, shape.patches, shape.width)
     with torch.no_grad():
-        seen = made.eval()(torch.zeros(2, shape.patches, shape.width))
+        seen = made.eval()(features)
     made.train(mode)
-    if not isinstance(seen, torch.Tensor) or tuple(seen.shape) != wanted:
-        found = tuple(seen.shape) if isinstance(seen, torch.Tensor) else f"a {type(seen).__name__}"
-        entry = registry().get("connectors", spec["name"])
-        raise PluginError(
-            f"connector {spec['name']!r} of plugin {entry.plugin} gives {found} for features "
-            f"{(2, shape.patches, shape.width)}; tokens() and the language model's width require {wanted}",
-            hint="`llavactl.testing.check_connector` tests a connector by itself",
-        )
-    return made, tokens
+    if why := misshapen(seen, features, (int(tokens), width)):
+        raise broken(spec, why)
+    return made, int(tokens)
+
+
+def misshapen(made: Any, features: torch.Tensor, wanted: tuple[int, int]) -> str:
+    """Why ``made`` of ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl] for Q and Dl ``wanted``; "" if it is."""
+    shape = (len(features), *wanted)
+    if isinstance(made, torch.Tensor) and tuple(made.shape) == shape:
+        return ""
+    found = tuple(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
+    return (
+        f"it makes {found} of features {tuple(features.shape)}; tokens() and the language model's width require {shape}"
+    )
+
+
+def broken(spec: Mapping[str, Any], why: str) -> PluginError:
+    """The error for a connector ``spec`` that breaks a rule of its Protocol."""
+    plugin = registry().get("connectors", spec["name"]).plugin
+    return PluginError(
+        f"connector {spec['name']!r} of plugin {plugin}: {why}",
+        hint="`llavactl.testing.check_connector` tests a connector by itself",
+    )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DESCRIPTION = "llavactl.json"
+CONNECTOR = "connector.safetensors"
 FORMAT = 1
 
 
@@ -56,9 +57,8 @@ def save(folder: Path, parts: Parts, connector: Mapping[str, torch.Tensor], desc
         StoreError: it can't be written.
     """
     with whole_folder(folder) as temporary:
-        save_file(
-            {name: weight.contiguous() for name, weight in connector.items()}, temporary / "connector.safetensors"
-        )
+        # Clones, because safetensors refuses tensors that share memory.
+        save_file({name: weight.clone().contiguous() for name, weight in connector.items()}, temporary / CONNECTOR)
         method, language = description["method"], parts.model.language
         if method == "full":
             language.save_pretrained(temporary / "language")
@@ -188,8 +188,9 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
         with faults.loading("adapter", folder / "adapter"):
             adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
         # Not ``adapted.to``: that would round the frequencies of rotary positions, which are no weights, as well.
+        own = parts.model.language.get_input_embeddings().weight.dtype
         for weight in adapted.parameters():
-            weight.data = weight.data.to(next(parts.model.connector.parameters()).dtype)
+            weight.data = weight.data.to(own)
         parts.model.language = adapted
     parts.model.eval().requires_grad_(False)
     return Loaded(parts, description)
@@ -197,7 +198,7 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
 
 def _refuse_broken(folder: Path, method: str) -> None:
     """Raises ModelError if a file of the model folder is missing or broken, before anything large is read."""
-    files = [folder / "connector.safetensors"]
+    files = [folder / CONNECTOR]
     if method == "lora":
         names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
         weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
@@ -207,7 +208,7 @@ def _refuse_broken(folder: Path, method: str) -> None:
 
 def load_connector(connector: nn.Module, folder: Path) -> None:
     """Fills ``connector`` from ``folder``; every weight must be there, of the right shape and finite."""
-    path = folder / "connector.safetensors"
+    path = folder / CONNECTOR
     with faults.reading(path):
         weights = load_file(path)
         connector.load_state_dict(weights)

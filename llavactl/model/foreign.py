@@ -18,10 +18,11 @@ from llavactl.core.identity import content_of
 from llavactl.core.paths import cache_dir, expanded, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, of_run
+from llavactl.recipe.frame import Recipe
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Format
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ TEMPLATE = "vicuna-v1"
 """How a conversation is written for a checkpoint that doesn't say: as LLaVA v1.5 writes it."""
 
 
-def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
+def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     """The model folder that ``model`` names: one of ours as it is, another's as a small one that points to it.
 
     ``model`` is a folder (a run's means its last finished stage), an id of the hub, which is then downloaded, or a
@@ -55,7 +56,7 @@ def resolve(model: str | Path, recipe: Recipe | None = None) -> Path:
     for name in registry().names("formats"):
         found: Format = registry().create("formats", {"name": name})
         if found.recognise(folder):
-            return _completed(_adopted(folder, name, found), folder, recipe)
+            return _completed(_adopted(folder, name, found), folder, recipe if isinstance(recipe, Recipe) else None)
     if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ModelError(
             f"{folder}: unknown checkpoint format: {_seen(folder)}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavactl.core.errors import ModelError
+from llavactl.model.exactness import is_resumable, new_cache
 from llavactl.model.llava import positions
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ GREEDY = Sampling()
 @torch.inference_mode()
 def read(model: LlavaModel, batch: Batch) -> Any:
     """A fresh cache that has read ``batch``, whose rows are not padded."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = new_cache(model.language)
     embeds = model.embed(batch.ids, batch.image_features)
     model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
@@ -42,19 +41,27 @@ def read(model: LlavaModel, batch: Batch) -> Any:
 
 @torch.inference_mode()
 def generate(
-    model: LlavaModel, batch: Batch, sampling: Sampling, stop: Collection[int], cache: Any = None
+    model: LlavaModel,
+    batch: Batch,
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: Any = None,
+    *,
+    cached: bool = True,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of each row of ``batch`` (left-padded [B, T]); None once a row has stopped.
 
     ``cache`` (a transformers ``Cache``) holds earlier tokens of the same conversation, and grows with
-    all tokens but the last; rows of a fresh call are independent of each other.
+    all tokens but the last; rows of a fresh call are independent of each other. Without ``cached`` all tokens are
+    read again for each new one.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache() if cache is None else cache
-    mask = batch.mask
-    if past := cache.get_seq_length():
-        mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
+    mask, state = batch.mask, {"use_cache": False}
+    if cached:
+        cache = new_cache(model.language) if cache is None else cache
+        state = {"use_cache": True, "past_key_values": cache}
+        # A cache of states alone can't tell that it is empty.
+        if past := cache.get_seq_length() if is_resumable(cache) else 0:
+            mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
     embeds = model.embed(batch.ids, batch.image_features)
     running = [True] * len(batch.ids)
@@ -63,9 +70,8 @@ def generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
             position_ids=positions(mask)[:, -embeds.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
             logits_to_keep=1,
+            **state,
         ).logits[:, -1]
         chosen = _choose(logits.float(), sampling, generator)
         tokens = chosen.tolist()
@@ -73,7 +79,8 @@ def generate(
         yield [token if on else None for on, token in zip(running, tokens, strict=True)]
         if not any(running):
             return
-        embeds = model.embed(chosen[:, None], None)
+        new = model.embed(chosen[:, None], None)
+        embeds = new if cached else torch.cat([embeds, new], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 

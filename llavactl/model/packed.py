@@ -34,10 +34,16 @@ def refusal(language: PreTrainedModel) -> str:
         return f"it uses sliding-window attention (window: {getattr(config, 'sliding_window', None) or 'unknown'})"
     if getattr(config, "attention_dropout", 0):
         return "it has dropout within its attention"
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    if kind := changes_with_length(language):
         return f"its position embeddings ({kind}) change with the length of the whole row"
     return ""
+
+
+def changes_with_length(language: PreTrainedModel) -> str:
+    """The kind of its position embeddings if they change with the longest row of a batch; "" if they don't."""
+    given = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
+    each = [given, *(part for part in given.values() if isinstance(part, dict))]  # one for each kind of layer
+    return next((kind for part in each if (kind := part.get("rope_type")) in ("dynamic", "longrope")), "")
 
 
 def sees_window(language: PreTrainedModel) -> bool:

@@ -215,9 +215,19 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
+        _share_buffers(run)
     share = schedule(step, steps, run.stage.warmup, run.stage.cooldown)
     rate = optimizer.step(share, run.stage.max_grad_norm)
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
+
+
+def _share_buffers(run: Run) -> None:
+    """Gives every process the connector's buffers of the first, which are those that are saved."""
+    from accelerate.utils import broadcast
+
+    if run.optimizer.untrained:
+        device, buffers = run.accelerator.device, run.optimizer.untrained.buffers()
+        run.optimizer.untrained.load({name: broadcast(each.to(device)) for name, each in buffers.items()})
 
 
 @torch.no_grad()
@@ -260,8 +270,11 @@ def _ground(run: Run) -> None:
     if not steps:
         return
     weights = ground(run.model, run.data, run.shape, steps, run.seed)
-    processes = run.accelerator.num_processes
-    run.optimizer.take({f"connector.{name}": _sum(run.accelerator, w) / processes for name, w in weights.items()})
+    processes, optimizer = run.accelerator.num_processes, run.optimizer
+    weights = {name: _sum(run.accelerator, weight) / processes for name, weight in weights.items()}
+    optimizer.take({f"connector.{name}": w for name, w in weights.items() if f"connector.{name}" in optimizer.masters})
+    if optimizer.untrained:
+        optimizer.untrained.load({name: weights[name] for name in optimizer.untrained.state()})
 
 
 def _take_best(run: Run) -> int:

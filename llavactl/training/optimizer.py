@@ -6,10 +6,13 @@ import math
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from llavactl.training.stages import Untrained
 
 
 def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
@@ -27,6 +30,9 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+_UNTRAINED = "untrained.connector."
+
+
 class Optimizer:
     """AdamW, and Muon for some matrices, with float32 master weights of the trainable parameters.
 
@@ -42,17 +48,17 @@ class Optimizer:
         weight_decay: float,
         beta2: float = 0.999,
         matrices: Collection[str] = (),
-        untrained: Mapping[str, torch.Tensor] | None = None,
+        untrained: Untrained | None = None,
     ) -> None:
         """``rates``: the learning rate of each trainable parameter, by name; ``matrices``: those of them for Muon.
-        ``untrained``: tensors of the model that are saved and restored with these, by name.
+        ``untrained``: what else of the model is saved and restored with these.
 
         Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
         scalable for LLM training", section 2.2), so that both use the same learning rate.
         """
         parameters = dict(model.named_parameters())
         self.parameters = {name: parameters[name] for name in rates}
-        self.untrained = dict(untrained or {})
+        self.untrained = untrained
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
@@ -125,7 +131,7 @@ class Optimizer:
     def take(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replaces the values of some parameters, by name."""
         for name, weight in weights.items():
-            (self.untrained[name] if name in self.untrained else self.masters[name]).copy_(weight)
+            self.masters[name].copy_(weight)
         self._follow()
 
     @torch.no_grad()
@@ -144,7 +150,8 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """Master weights, moments and untrained tensors as one flat mapping."""
         flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
-        flat |= {f"untrained.{name}": tensor.clone() for name, tensor in self.untrained.items()}
+        if self.untrained:
+            flat |= {_UNTRAINED + name: tensor.clone() for name, tensor in self.untrained.state().items()}
         for name, master in self.masters.items():
             for key, value in self.algorithm[name].state.get(master, {}).items():
                 flat[f"{key}.{name}"] = value
@@ -153,8 +160,8 @@ class Optimizer:
     @torch.no_grad()
     def load(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Restores what ``state`` gave, to the bit."""
-        for name, tensor in self.untrained.items():
-            tensor.copy_(flat[f"untrained.{name}"])
+        if self.untrained:
+            self.untrained.load({name: flat[_UNTRAINED + name] for name in self.untrained.state()})
         for name, master in self.masters.items():
             master.copy_(flat[f"master.{name}"])
             moments: dict[str, Any] = {

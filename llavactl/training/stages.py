@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,14 +57,30 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
     return rates
 
 
-def untrained(model: LlavaModel) -> dict[str, torch.Tensor]:
-    """The connector's buffers and the parameters that its component froze, by name.
+class Untrained:
+    """The connector's state that no optimizer updates: its buffers and the parameters that its component froze.
 
-    Buffers such as BatchNorm statistics change during training and are part of the result.
+    Buffers such as BatchNorm statistics change during training and are part of the result. They are looked up each
+    time, as a module may put new tensors in their place.
     """
-    trainable = {name for name, _ in model.connector.named_parameters()} - model.frozen
-    state = model.connector.state_dict(prefix="connector.", keep_vars=True)
-    return {name: each.detach() for name, each in state.items() if name.removeprefix("connector.") not in trainable}
+
+    def __init__(self, model: LlavaModel) -> None:
+        self.connector, self.frozen = model.connector, model.frozen
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """By name in the connector's state dict."""
+        # By identity, not by name: a shared parameter has two.
+        trainable = {id(each) for name, each in self.connector.named_parameters() if name not in self.frozen}
+        state = self.connector.state_dict(keep_vars=True)
+        return {name: each.detach() for name, each in state.items() if id(each) not in trainable}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restores what ``state`` gave, or a part of it."""
+        self.connector.load_state_dict(state, strict=False)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What of its state training may change."""
+        return {name: each for name, each in self.state().items() if name not in self.frozen}
 
 
 def matrices(model: LlavaModel, stage: Stage) -> list[str]:

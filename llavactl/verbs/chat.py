@@ -23,7 +23,7 @@ from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 BATCH = 8
 FORM = '--batch takes a JSONL of {"image": "file", "prompt": "text"}'
@@ -39,7 +39,7 @@ class ChatReport:
     model: str
 
 
-def open_chat(recipe: Recipe | None, model: str | None = None, template: str | None = None) -> Conversation:
+def open_chat(recipe: Outline | None, model: str | None = None, template: str | None = None) -> Conversation:
     """A conversation with ``model`` (of any format), else with the recipe's last finished stage."""
     if model is None:
         assert recipe is not None

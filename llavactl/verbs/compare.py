@@ -17,7 +17,7 @@ from llavactl.evaluation.statistics import Difference, paired
 from llavactl.report.inputs import read_document
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CompareReport:
 
 
 def compare(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     task: str,
     options: Mapping[str, Any],
     given: Sequence[Path],

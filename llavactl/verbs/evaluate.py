@@ -35,7 +35,7 @@ from llavactl.teaching.consulting import asker, name_of
 if TYPE_CHECKING:
     from llavactl.core.protocols import Scores, Task
     from llavactl.core.schema import Answer, Content, Question
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class _Model:
 
 
 def evaluate(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     task: str,
     options: Mapping[str, Any] | None = None,
     *,
@@ -159,7 +159,7 @@ def evaluate(
     return _ask(recipe, settings, asked, _model(recipe, model), cases)
 
 
-def _model(recipe: Recipe | None, model: str | None) -> _Model:
+def _model(recipe: Outline | None, model: str | None) -> _Model:
     """The model that is asked: ``model``, of ours or of another program (``hf:``), else the recipe's."""
     if model is not None and model.startswith(foreign.PREFIX):
         name = re.sub(r"[^\w.-]+", "--", model.removeprefix(foreign.PREFIX)).strip("-.") or "model"
@@ -189,7 +189,7 @@ def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:
     )
 
 
-def _ask(recipe: Recipe | None, settings: Eval, asked: _Asked, model: _Model, cases: Path | None) -> EvalReport:
+def _ask(recipe: Outline | None, settings: Eval, asked: _Asked, model: _Model, cases: Path | None) -> EvalReport:
     """Asks the model and those beside it, unless that was done before; of several processes each asks its share."""
     runs, name, among = model.runs, asked.spec["name"], processes()
     # Some questions are another result than all of them, and take no page or file of it.
@@ -215,7 +215,7 @@ def _ask(recipe: Recipe | None, settings: Eval, asked: _Asked, model: _Model, ca
 
 
 def _write(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     asked: _Asked,
     model: _Model,
     said: Mapping[str, Answers],
@@ -240,7 +240,7 @@ def _write(
     return report
 
 
-def _views(recipe: Recipe | None, model: _Model, settings: Eval, asked: _Asked) -> list[View]:
+def _views(recipe: Outline | None, model: _Model, settings: Eval, asked: _Asked) -> list[View]:
     """The model itself (without a name), and those that the recipe wants beside it."""
     views = [model.view]
     # Who is asked without pictures, or about a single one, has no other picture to be shown.

@@ -26,7 +26,7 @@ from llavactl.report.card import card
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Format
-    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.frame import Outline
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ExportReport:
 
 
 def export(
-    recipe: Recipe | None,
+    recipe: Outline | None,
     form: Mapping[str, Any],
     to: Path,
     *,
@@ -215,12 +215,12 @@ def _given(images: Sequence[Path]) -> list[ImageFile]:
     return chosen
 
 
-def _photos(recipe: Recipe | None) -> list[ImageFile]:
+def _photos(recipe: Outline | None) -> list[ImageFile]:
     """Images of the recipe's data, else synthetic ones (cached)."""
     return list(islice(_of_recipe(recipe), PHOTOS)) or _drawn()
 
 
-def _of_recipe(recipe: Recipe | None) -> Iterator[ImageFile]:
+def _of_recipe(recipe: Outline | None) -> Iterator[ImageFile]:
     seen: set[ImageFile] = set()
     for spec in (*recipe.data.stage2, *recipe.data.stage1) if recipe is not None else ():
         for sample in islice(registry().create("sources", spec.spec()), 200):

@@ -16,6 +16,7 @@ from llavactl.core.errors import DataError, RecipeError, StoreError
 from llavactl.core.hashes import nothing_remembered
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.features.backbone import Backbone
+from llavactl.features.checked import load_encoder
 from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
@@ -131,7 +132,7 @@ def _plans(recipe: VisionRecipe, part: Part, *, remember: bool) -> list[Plan]:
 
 def _work(each: Plan, recipe: VisionRecipe, device: str, part: Part) -> Work:
     settings = recipe.features
-    encoder = each.wanted.vision.load(device, settings.compute)
+    encoder = load_encoder(each.wanted.vision, device, settings.compute)
     return Work(Backbone(encoder, device, settings.batch_size), settings, part)
 
 

@@ -13,7 +13,7 @@ from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVi
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
 from llavactl.features import stage_vision, stage_vision_spec
-from llavactl.model.build import build_connector
+from llavactl.model.trial import try_connector
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import check, load_frame, where
 from llavactl.training.stages import train_only
@@ -46,9 +46,10 @@ def faults(recipe: Recipe) -> list[Fault]:
             tokenizer = language.tokenizer()
     if skeleton is not None:
         width = skeleton.get_input_embeddings().weight.shape[1]
+        precisions = dict.fromkeys((recipe.stage1.precision, recipe.stage2.precision))
         for shape in dict.fromkeys(shapes):
             with _collected(found, "connector", recipe.connector.spec()):
-                build_connector(recipe.connector.spec(), shape, width)
+                try_connector(recipe.connector.spec(), shape, width, precisions)
         with _collected(found, "stage2.only"):
             train_only(skeleton, recipe.stage2.only)
     if tokenizer is not None:

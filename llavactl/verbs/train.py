@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -27,6 +27,7 @@ from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
 from llavactl.model.quantised import four_bits
+from llavactl.model.trial import try_connector
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -38,16 +39,22 @@ from llavactl.training.optimizer import Optimizer
 from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import FeatureShape
+    from llavactl.core.schema import Contents, FeatureShape, ImageRef
     from llavactl.recipe.frame import Recipe, Stage
+
+    Look = Callable[[Sequence[ImageRef]], Contents]
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
 OWN_INITS = ("stage1", "scratch")
 
 
-def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto") -> TrainReport:
+def train(
+    recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
+) -> TrainReport:
     """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or goes on where it was cut off.
+
+    Samples with an image that can't be read are left out; more than ``max_skipped`` such images are an error.
 
     Raises:
         LlavactlError: whatever stands in the way, before any work where it can be known.
@@ -69,11 +76,13 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
         parts = build(
             recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
         )
+    width = parts.model.language.get_input_embeddings().weight.shape[1]
+    try_connector(recipe.connector.spec(), features.shape, width, [settings.precision], str(accelerator.device))
     template = recipe.template(stage)
     encoding = Encoding(
         registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
-    data = split(sources, settings, encoding, features, features.contents, recipe.seed)
+    data = split(sources, settings, encoding, features, _bounded(features.contents, max_skipped), recipe.seed)
     if stage == 1 and not any(sample.images for sample in data.train.samples):
         raise DataError(
             "data.stage1: no training sample has an image, so the connector can't be trained",
@@ -96,7 +105,7 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
     parts.model.to(accelerator.device)
     matrices = stages.matrices(parts.model, settings)
     optimizer = Optimizer(
-        parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices, stages.untrained(parts.model)
+        parts.model, rates, settings.weight_decay, settings.adam_beta2, matrices, stages.Untrained(parts.model)
     )
     description = _description(recipe, stage, features.fingerprint, digest, start) | {
         "shape": asdict(features.shape),
@@ -125,6 +134,22 @@ def train(recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"]
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
             _left_out(folder, data)
         return _run(recipe, run, parts, data, description)
+
+
+def _bounded(contents: Look, max_skipped: int | None) -> Look:
+    """``contents``, raising DataError where more than ``max_skipped`` images can't be read."""
+
+    def look(images: Sequence[ImageRef]) -> Contents:
+        found = contents(images)
+        if max_skipped is not None and len(found.unreadable) > max_skipped:
+            image, why = next(iter(found.unreadable.items()))
+            raise DataError(
+                f"{len(found.unreadable)} images can't be read, more than {max_skipped}; {image.name}: {why}",
+                hint="`llavactl data check` lists all of them",
+            )
+        return found
+
+    return look
 
 
 def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mapping[str, Any]) -> TrainReport:
@@ -294,10 +319,10 @@ def _dry_save(run: Run, parts: Parts, description: Mapping[str, Any]) -> None:
 
 
 def _save_model(folder: Path, parts: Parts, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
-    connector = {name: weight.detach().cpu() for name, weight in parts.model.connector.state_dict().items()}
-    for name, master in optimizer.masters.items():
-        if name.startswith("connector."):
-            connector[name.removeprefix("connector.")] = master.detach().cpu()
+    # By identity, not by name: a shared parameter has two names and one master.
+    masters = {id(optimizer.parameters[name]): master for name, master in optimizer.masters.items()}
+    state = parts.model.connector.state_dict(keep_vars=True)
+    connector = {name: masters.get(id(each), each).detach().cpu() for name, each in state.items()}
     model_folder.save(folder, parts, connector, description)
 
 

@@ -63,3 +63,10 @@ def test_differences_show_both_values_and_what_is_absent() -> None:
     ours, theirs = Fingerprint({"a": 1, "b": "x", "c": True}), Fingerprint({"a": 2, "c": True, "d": None})
     assert ours.differences(theirs) == ["a: 1, not 2", 'b: "x", not nothing', "d: nothing, not null"]
     assert ours.differences(ours) == []
+
+
+@pytest.mark.parametrize("field", ["dtype", "compute", "format", "component", "own"])
+def test_no_field_of_an_identity_is_lost_to_one_of_ours(field: str) -> None:
+    one, other = (fingerprint({field: value}, Features()) for value in ("a", "b"))
+    assert one.id != other.id
+    assert one.fields["dtype"] == "float16"

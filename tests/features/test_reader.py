@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llavactl import DataError, FeatureShape, ImageFile, ModelError, StoreError, TransformersVision
+from llavactl import DataError, FeatureShape, ImageFile, StoreError, TransformersVision
 from llavactl.features import (
     FeatureStore,
     Fingerprint,
@@ -128,13 +128,6 @@ def test_another_device_is_given_the_next_group_before_the_last_is_awaited(
     assert [key for each in made for key in each.keys] == [str(index) for index in range(8)]
     assert np.array_equal(np.concatenate([each.features for each in made]).reshape(-1), np.arange(8))
     assert " ".join(log) == order
-
-
-def test_a_backbone_that_makes_another_shape_is_named() -> None:
-    encoder = Counting(0)
-    encoder.shape = FeatureShape((2, 2), 1)
-    with pytest.raises(ModelError, match=r"should make features \(1, 4, 1\) and made \(1, 1, 1\)"):
-        Backbone(encoder, "cpu", 4).encode([np.zeros((1, 1, 1), np.float32)])
 
 
 def test_cached_never_loads_the_backbone(

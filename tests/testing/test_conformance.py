@@ -65,8 +65,6 @@ def test_a_source_that_is_wrong_is_told_how() -> None:
     assert check_source(["text"]) == ["item 0 is a str, not a Sample"]  # type: ignore[arg-type]
     silent = Sample("a", (Turn("user", (PHOTO,)),))
     assert "not user, assistant" in check_source([silent])[0]
-    odd = Sample("a", (Turn("user", (object(),)), Turn("assistant", ("b",))))  # type: ignore[arg-type]
-    assert "is not an ImageRef" in check_source([odd])[0]
 
 
 class Lying:
@@ -80,7 +78,7 @@ class Lying:
 
 
 def test_a_connector_that_is_wrong_is_told_how() -> None:
-    assert "tokens() promises (2, 17, 24)" in check_connector(Lying())[0]
+    assert "(2, 17, 24)" in check_connector(Lying())[0]
     torch.manual_seed(0)
 
 

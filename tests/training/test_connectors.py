@@ -68,12 +68,52 @@ class Fixed(Statistics):
         return super().build(shape, language_width).requires_grad_(False)
 
 
+class Replacing(nn.Module):
+    """Puts a new tensor in a buffer's place, and has two names for one parameter."""
+
+    mean: torch.Tensor
+
+    def __init__(self, width: int, language_width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.projection = nn.Linear(width, language_width)
+        self.twin = nn.Linear(width, language_width)
+        self.twin.weight = self.projection.weight
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * features.detach().mean((0, 1))
+        made: torch.Tensor = self.projection(features - self.mean) + self.twin(features)
+        return made
+
+
+class Replaced(Statistics):
+    """Its buffer is another tensor after each step."""
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        return Replacing(shape.width, language_width)
+
+
+class Counting(Statistics):
+    """Depends on how often it ran, which its state dict doesn't say."""
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        class Counted(nn.Linear):
+            runs = 0
+
+            def forward(self, features: torch.Tensor) -> torch.Tensor:
+                self.runs += self.training
+                return super().forward(features) * (1 + self.runs)
+
+        return Counted(shape.width, language_width)
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "connectors_of_a_test", sys.modules[HERE])
-    for name in ("Statistics", "Wide", "Fewer", "Fixed"):
+    for name in ("Statistics", "Wide", "Fewer", "Fixed", "Replaced", "Counting"):
         entry = Entry("connectors", name.lower(), f"connectors_of_a_test:{name}", None, "", "stranger")
         monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
 
@@ -83,9 +123,14 @@ def train(recipe: Path, connector: str, *options: str, stage: int = 1) -> Any:
     return run_cli("train", "--stage", str(stage), "-r", str(recipe), *chosen, *options, "--json")
 
 
-@pytest.mark.parametrize("wrong", ["wide", "fewer"])
+@pytest.mark.parametrize("wrong", ["wide", "fewer", "counting"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_embeddings_of_another_shape_are_refused_before_training(toy: Path, wrong: str, stage: int) -> None:
+def test_a_connector_that_breaks_a_rule_is_refused_before_training(toy: Path, wrong: str, stage: int) -> None:
+    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "-o", f"connector={{name: {wrong}}}", "--json")
+    (problem,) = checked.json()["problems"]
+    assert problem["key"] == "connector"
+    assert wrong in problem["why"]
+    assert "stranger" in problem["why"]
     done = train(toy / "recipe.yaml", wrong, stage=stage)
     assert done.exit_code == 1
     assert wrong in done.stderr
@@ -98,11 +143,11 @@ def test_a_connector_with_nothing_to_train_is_refused_in_stage_1_alone(toy: Path
     assert train(toy / "recipe.yaml", "fixed", "-o", "stage2.max_steps=1", stage=2).exit_code == 0
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_buffers_are_saved_and_restored_and_what_is_frozen_stays(
-    toy: Path, stage: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, state = toy / "recipe.yaml", {}
+def whole_and_cut(
+    recipe: Path, connector: str, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, torch.Tensor], ...]:
+    """The connector of an uninterrupted run, and that of one that died after step 3 and resumed after step 2."""
+    state = []
     for name in ("whole", "cut"):
         if name == "cut":
             with monkeypatch.context() as patch:
@@ -114,16 +159,29 @@ def test_buffers_are_saved_and_restored_and_what_is_frozen_stays(
                     return ours(*given)
 
                 patch.setattr(loop, "_step", dies)
-                assert train(recipe, "statistics", "-o", f"name={name}", stage=stage).exit_code != 0
-        done = train(recipe, "statistics", "-o", f"name={name}", stage=stage)
+                assert train(recipe, connector, "-o", f"name={name}", stage=stage).exit_code != 0
+        done = train(recipe, connector, "-o", f"name={name}", stage=stage)
         assert done.exit_code == 0, done.stderr
         report = done.json()
         assert report["first_step"] == (2 if name == "cut" else 0)
-        state[name] = load_file(Path(report["model"]) / "connector.safetensors")
-    assert state["whole"].keys() == state["cut"].keys() >= {"norm.running_mean", "norm.running_var", "scale"}
-    assert all(torch.equal(state["whole"][key], state["cut"][key]) for key in state["whole"])
-    assert state["whole"]["norm.running_mean"].any()
-    assert torch.equal(state["whole"]["scale"], torch.full_like(state["whole"]["scale"], 0.5))
+        state.append(load_file(Path(report["model"]) / "connector.safetensors"))
+    return tuple(state)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("connector", ["statistics", "replaced"])
+def test_resumed_equals_uninterrupted_whatever_state_a_connector_has(
+    toy: Path, connector: str, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = whole_and_cut(toy / "recipe.yaml", connector, stage, monkeypatch)
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    if connector == "statistics":
+        assert whole["norm.running_mean"].any()
+        assert torch.equal(whole["scale"], torch.full_like(whole["scale"], 0.5))
+    else:
+        assert whole["mean"].any()
+        assert torch.equal(whole["projection.weight"], whole["twin.weight"])
 
 
 def test_a_micro_batch_without_an_image_trains(toy: Path) -> None:

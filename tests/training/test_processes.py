@@ -91,3 +91,57 @@ def test_a_last_batch_of_one_leaves_a_process_without_work(toy: Path) -> None:
     assert run_cli(*command(toy, 2, settings, "one")).json()["samples"] == 17
     two_processes(command(toy, 2, settings, "two"))
     compare(toy / "one/stage2", toy / "two/stage2")
+
+
+BUFFERED = """
+import os
+from torch import nn, zeros
+from llavactl import hookimpl
+
+@hookimpl
+def register_connectors(register):
+    register("buffered", "buffered:Connector")
+
+class Module(nn.Module):
+    def __init__(self, width, language_width):
+        super().__init__()
+        self.projection = nn.Linear(width, language_width)
+        self.register_buffer("mean", zeros(width))
+
+    def forward(self, features):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * features.detach().mean((0, 1))
+        elif self.mean.any():
+            with open(f"{os.environ['SEEN']}-{os.environ['RANK']}", "a") as file:
+                print(self.mean.tolist(), file=file)
+        return self.projection(features - self.mean)
+
+class Connector:
+    def __init__(self, options):
+        pass
+
+    def tokens(self, shape):
+        return shape.patches
+
+    def build(self, shape, language_width):
+        return Module(shape.width, language_width)
+"""
+
+
+def test_all_processes_validate_with_the_buffers_that_are_saved(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "plugin"
+    info = folder / "buffered-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: buffered\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llavactl]\nbuffered = buffered\n")
+    (folder / "buffered.py").write_text(BUFFERED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    settings = ["max_steps=2", "micro_batch_size=1", "validation=0.5", "template=vicuna-v1"]
+    two_processes([*command(toy, 1, settings, "run"), "-o", "connector.name=buffered"])
+    saved = load_file(toy / "run/stage1/model/connector.safetensors")["mean"].tolist()
+    seen = [(tmp_path / f"seen-{rank}").read_text().splitlines() for rank in (0, 1)]
+    # The trial at the start uses it, too; the first process also writes samples at the end.
+    assert all(str(saved) in lines for lines in seen)

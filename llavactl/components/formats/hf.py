@@ -138,22 +138,27 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
     return whole
 
 
+def padding_processor(own: Any) -> Any:
+    """LLaVA's image processor with the settings of ``own``, which pads images to squares first."""
+    from transformers import LlavaImageProcessorPil
+
+    from llavactl.components.vision.tower import means
+
+    known = {key: value for key, value in own.to_dict().items() if key != "image_processor_type"}
+    # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.
+    known |= {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
+    known["image_mean"] = list(means(own))  # what it pads with must be one number a colour
+    return LlavaImageProcessorPil(**known | {"do_pad": True})
+
+
 def _save_processor(
     native: Native, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, extra: int, to: Path
 ) -> None:
-    from transformers import AutoImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
     own = backbone.processor
     if native.description["vision"]["image"] == "pad":
-        known = own.to_dict()
-        # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.
-        steps = {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
-        settings = {**known, **steps, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
-        (to / "padding").mkdir()
-        write_json(to / "padding" / "preprocessor_config.json", settings)
-        own = AutoImageProcessor.from_pretrained(to / "padding", trust_remote_code=False)
-        (to / "padding" / "preprocessor_config.json").unlink()
-        (to / "padding").rmdir()
+        own = padding_processor(own)
     processor = LlavaProcessor(
         image_processor=own,
         tokenizer=tokenizer,

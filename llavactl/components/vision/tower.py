@@ -29,9 +29,24 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         if self.image == "pad":
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in means(self.processor)))
         pixels = self.processor(images=image, return_tensors="np")["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
+
+
+def means(processor: Any) -> tuple[float, ...]:
+    """The mean of each colour that ``processor`` subtracts: what padding is filled with.
+
+    Raises:
+        ModelError: it has none.
+    """
+    found = getattr(processor, "image_mean", None)
+    if found is None:
+        raise ModelError(
+            "vision.image: pad fills up with the image_mean of preprocessor_config.json, which has none",
+            hint="`vision.image: square` pads nothing; or add image_mean beside the weights",
+        )
+    return (found,) * 3 if isinstance(found, int | float) else tuple(found)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -46,6 +61,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
+
+_OTHERS = "a vision transformer such as CLIP, SigLIP or DINOv2 is expected; a plugin can add other encoders"
 
 MAX_PREFIX = 32
 """Tokens before the patches, CLS and registers: more of them, and what is taken for patches is something else."""
@@ -132,29 +149,38 @@ def _tower(vision: TransformersVision, model: nn.Module) -> Tower:
     _cut(model, max(max(layers), 1))
     side, patch = vision.number("image_size"), vision.number("patch_size")
     grid = (side // patch, side // patch)
-    tower = Tower(model, Preprocess(vision.processor, vision.options.image), FeatureShape(grid, 0), layers, 0)
+    tower = Tower(model, Preprocess(vision.processor, vision.options.image), FeatureShape(grid, 1), layers, 0)
     return _measured(tower, vision, side)
 
 
 def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
-    """The same tower, its shape read off one blank image: tokens beyond the grid are CLS and registers."""
+    """The same tower, its shape read off two blank images: tokens beyond the grid are CLS and registers.
+
+    Two, as some models take a batch for one long sequence.
+    """
     from PIL import Image
 
-    pixels = torch.from_numpy(tower.preprocess(Image.new("RGB", (side, side))))[None]
+    what = f"vision model {vision.options.model}"
+    pixels = torch.from_numpy(tower.preprocess(Image.new("RGB", (side, side))))[None].expand(2, -1, -1, -1)
     if pixels.shape[-2:] != (side, side):
         got = "x".join(map(str, pixels.shape[-2:]))
         raise ModelError(
-            f"vision model {vision.options.model}: its processor makes {got} pixels, the model takes {side}x{side}",
+            f"{what}: its processor makes {got} pixels, the model takes {side}x{side}",
             hint="mend preprocessor_config.json beside the weights",
         )
-    features = tower.encode(pixels)
+    try:
+        features = tower.encode(pixels)
+    except Exception as error:
+        if faults.out_of_memory(error):
+            raise
+        raise ModelError(f"{what}: it can't be run on images alone: {faults.reason(error)}", hint=_OTHERS) from error
     grid = tower.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
-    if features.ndim != 3 or not 0 <= prefix <= MAX_PREFIX:
+    if features.ndim != 3 or len(features) != 2 or not 0 <= prefix <= MAX_PREFIX:
         raise ModelError(
-            f"vision model {vision.options.model}: its blocks give {tuple(features.shape[1:])} per image, not a token "
-            f"for each of {grid[0]}x{grid[1]} patches",
-            hint="a vision transformer such as CLIP, SigLIP or DINOv2 is expected; a plugin can add other encoders",
+            f"{what}: its blocks give {tuple(features.shape)} for two images, not a token for each of "
+            f"{grid[0]}x{grid[1]} patches",
+            hint=_OTHERS,
         )
     keep = prefix if vision.options.select == "cls-patch" else 0
     shape = FeatureShape(grid, features.shape[2], keep)

@@ -1,0 +1,144 @@
+"""Trying a connector on random features before anything is trained with it, as its module may be any author's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from llavactl.core import faults
+from llavactl.core.errors import LlavactlError
+from llavactl.core.registry import registry
+from llavactl.model.build import broken, misshapen
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Connector
+    from llavactl.core.schema import FeatureShape
+
+
+def try_connector(
+    spec: Mapping[str, Any], shape: FeatureShape, width: int, precisions: Iterable[str] = (), device: str = "cpu"
+) -> None:
+    """Tries the connector ``spec`` on features of ``shape``, before a language model of ``width`` Dl.
+
+    Raises:
+        PluginError: it breaks a rule of ``Connector``; the message has the first one.
+        RecipeError: it doesn't fit features of this ``shape``.
+    """
+    connector = registry().create("connectors", spec)
+    if why := connector_fault(connector, shape, width, precisions, device):
+        raise broken(spec, why)
+
+
+def connector_fault(
+    connector: Connector, shape: FeatureShape, width: int, precisions: Iterable[str] = (), device: str = "cpu"
+) -> str:
+    """The first rule of ``Connector`` that ``connector`` breaks; "" if none is found.
+
+    It is tried in float32, and again in each of ``precisions``; random states are as before.
+    """
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            tokens = connector.tokens(shape)
+            if not isinstance(tokens, Integral) or int(tokens) < 1:
+                return f"tokens() gives {tokens!r}, not 1 or more"
+            return _Trial(connector, shape, (int(tokens), width), device).fault(precisions)
+    except _BrokenRuleError as rule:
+        return str(rule)
+    except Exception as error:
+        if isinstance(error, LlavactlError) or faults.out_of_memory(error):
+            raise
+        return f"it fails: {faults.reason(error)}"
+
+
+class _BrokenRuleError(Exception):
+    """Says which."""
+
+
+class _Trial:
+    """Of modules that ``connector`` builds; they must make ``wanted`` [Q, Dl] of one image's features."""
+
+    def __init__(self, connector: Connector, shape: FeatureShape, wanted: tuple[int, int], device: str) -> None:
+        self.connector, self.shape, self.wanted, self.device = connector, shape, wanted, device
+
+    def fault(self, precisions: Iterable[str]) -> str:
+        two = self._features(2)
+        module = self._built()
+        together = self._run(module, two)
+        if not torch.isfinite(together).all():
+            return "its embeddings are not finite"
+        alone = torch.cat([self._run(module, each[None]) for each in two])
+        if not _close(together, alone):
+            return "an image's embeddings change with the other images of its batch"
+        before = _layout(module)
+        module.train()
+        for images in (1, 2, 1):  # the last micro-batch of an epoch may have one image
+            self._train(module, self._features(images))
+        if _layout(module) != before:
+            return "names or shapes of its state dict change in training"
+        if odd := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
+            return f"{odd[0]} of its state dict is not a tensor"
+        other = self._built()
+        self._run(other, two)
+        other.load_state_dict(module.state_dict())
+        for mode in (True, False):
+            if not _close(*(self._seeded(each.train(mode), two) for each in (module, other))):
+                return "its state dict doesn't hold all that its embeddings depend on: another module with it differs"
+        for precision in precisions:
+            dtype = getattr(torch, precision)
+            self._train(module.to(dtype).train(), two.to(dtype))
+        return ""
+
+    def _built(self) -> nn.Module:
+        module = self.connector.build(self.shape, self.wanted[1])
+        if not isinstance(module, nn.Module):
+            raise _BrokenRuleError(f"build() gives a {type(module).__name__}, not a torch module")
+        # Once before it goes to the device, as some create weights only then.
+        with torch.no_grad():
+            module.eval()(self._features(2).cpu())
+        return module.to(self.device)
+
+    def _features(self, images: int) -> torch.Tensor:
+        return torch.randn(images, self.shape.patches, self.shape.width).to(self.device) + 1
+
+    def _seeded(self, module: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return self._run(module, features, module.training)
+
+    def _run(self, module: nn.Module, features: torch.Tensor, training: bool = False) -> torch.Tensor:
+        """Embeddings [I, Q, Dl] of ``features``; raises _BrokenRuleError for anything else."""
+        given = features.clone()
+        made = module.train(training)(given)
+        if why := misshapen(made, features, self.wanted):
+            raise _BrokenRuleError(why)
+        embeddings: torch.Tensor = made
+        if embeddings.device != features.device:
+            raise _BrokenRuleError(f"its embeddings are on {embeddings.device}, the features on {features.device}")
+        if not torch.equal(given, features):
+            raise _BrokenRuleError("it changes the features that it is given in place")
+        return embeddings
+
+    def _train(self, module: nn.Module, features: torch.Tensor) -> None:
+        """A backward pass, if there is anything to train."""
+        trainable = [each for each in module.parameters() if each.requires_grad]
+        made = self._run(module, features, training=True)
+        if trainable and not made.requires_grad:
+            raise _BrokenRuleError("no gradient reaches its parameters")
+        if made.requires_grad:
+            made.float().square().sum().backward()
+            if trainable and all(each.grad is None for each in trainable):
+                raise _BrokenRuleError("no gradient reaches its parameters")
+        module.zero_grad()
+
+
+def _layout(module: nn.Module) -> dict[str, Any]:
+    """Names and shapes of its state dict."""
+    return {name: getattr(each, "shape", None) for name, each in module.state_dict().items()}
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they are equal but for the order of sums."""
+    return torch.allclose(one, other, rtol=0, atol=1e-4 * float(other.detach().abs().max()))

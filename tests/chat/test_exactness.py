@@ -1,0 +1,166 @@
+"""Together = alone for language models of every kind: with windows, chunks, states, positions bound to a length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from llavactl.chat.assistant import Assistant
+from llavactl.core.schema import IGNORE, Encoded
+from llavactl.model import generate
+from llavactl.model.exactness import Exact, is_causal
+from llavactl.model.generate import Sampling
+from llavactl.model.llava import LlavaModel
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, **ROPE}
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "dynamic-rope": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 8}),
+    "qwen2-window": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "phi3-longrope": ("Phi3ForCausalLM", {"rope_parameters": LONGROPE, "pad_token_id": 0}),
+    "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 8}),
+    "cohere2": ("Cohere2ForCausalLM", LAYERS),
+    "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 8, "head_dim": 16}),
+    "gemma3": ("Gemma3ForCausalLM", LAYERS),
+    "gpt-oss": ("GptOssForCausalLM", {**LAYERS, **EXPERTS}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {**EXPERTS, "head_dim": 16, "attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_hidden_layers": 4},
+    ),
+    "mixtral": ("MixtralForCausalLM", EXPERTS),
+    "gpt-neo": (
+        "GPTNeoForCausalLM",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    ),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "opt": ("OPTForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+    "mpt": ("MptForCausalLM", {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256}),
+    "bloom": ("BloomForCausalLM", {"n_layer": 2, "n_head": 4}),
+    "bart": (
+        "BartForCausalLM",
+        {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "is_decoder": True},
+    ),
+    "mamba": ("MambaForCausalLM", {"state_size": 8}),
+    "jamba": ("JambaForCausalLM", {**EXPERTS, "num_hidden_layers": 8, "mamba_d_state": 8, "mamba_dt_rank": 8}),
+    "qwen3-next": (
+        "Qwen3NextForCausalLM",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "recurrent-gemma": ("RecurrentGemmaForCausalLM", {"lru_width": 64, "attention_window_size": 8, "head_dim": 16}),
+    "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 64}),
+    "falcon": ("FalconForCausalLM", {"alibi": True}),
+}
+STEPS = 5
+NEAR = 1e-4
+
+
+def language_of(kind: str) -> Any:
+    """A tiny model of ``kind``, its matrices random."""
+    name, own = KINDS[kind]
+    made = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = made(made.config_class(**{**COMMON, **own})).eval()
+    for each, weight in model.named_parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=1.0 if "emb" in each or "wte" in each else 0.2)
+    return model
+
+
+def assistant_of(language: Any) -> Assistant:
+    model = LlavaModel(nn.Linear(4, 64), language)
+    encoding: Any = SimpleNamespace(image_tokens=4, tokenizer=None, template=None)
+    return Assistant(model, encoding, None)  # type: ignore[arg-type]
+
+
+def prompts(*lengths: int, shared: int) -> list[Encoded]:
+    chance = torch.Generator().manual_seed(1)
+    start, *rest = (torch.randint(2, 200, (n,), generator=chance).tolist() for n in (shared, *lengths))
+    return [Encoded((*start, *each), (IGNORE,) * (shared + len(each))) for each in rest]
+
+
+def logits(assistant: Assistant, asked: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """For each prompt those of each step, answered as ``Assistant.answer`` would."""
+    seen: list[torch.Tensor] = []
+    choose = generate._choose
+
+    def spy(found: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(found.clone())
+        return choose(found, *rest)
+
+    class Ear:
+        done = False
+
+        def take(self, token: int | None) -> None:
+            pass
+
+    rows: list[list[torch.Tensor]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_choose", spy)
+        patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
+        for some in [asked] if assistant.exact.padded else [[each] for each in asked]:
+            assistant._write(some, [Ear() for _ in some], Sampling(max_new_tokens=STEPS))  # type: ignore[misc]
+            rows += [[step[row] for step in seen] for row in range(len(some))]
+            seen.clear()
+    return rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [24, 0])
+def test_together_is_alone_is_without_a_cache(kind: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = language_of(kind)
+    assistant = assistant_of(language)
+    assert is_causal(language)
+    asked = prompts(3, 40, 9, shared=shared)
+    for prompt, steps in zip(asked, logits(assistant, asked, monkeypatch), strict=True):
+        ids = list(prompt.ids)
+        for found in steps:
+            with torch.no_grad():
+                embeds = language.get_input_embeddings()(torch.tensor([ids]))
+                wanted = language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+            assert (found - wanted).abs().max() <= NEAR * wanted.abs().max()
+            ids.append(int(found.argmax()))
+
+
+def test_what_is_exact_is_found_out() -> None:
+    found = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
+    assert found["llama"] == Exact()
+    for kind in ("mistral", "gpt-neo", "mpt"):
+        assert found[kind] == Exact(shared=False)
+    assert found["bart"] == Exact(padded=False, shared=False)
+    assert not assistant_of(language_of("rwkv")).exact.cached
+
+
+def test_a_model_that_sees_what_comes_is_no_causal_one() -> None:
+    config = transformers.BertConfig(**COMMON)
+    assert not is_causal(transformers.BertLMHeadModel(config).eval())
+    config.is_decoder = True
+    assert is_causal(transformers.BertLMHeadModel(config).eval())

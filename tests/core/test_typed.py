@@ -1,0 +1,94 @@
+"""Fields of what plugins make are of their types, or refused where they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import llavactl
+from llavactl.core.schema import Box, FeatureShape, ImageFile, Question, Sample, Text, Turn
+
+PHOTO = ImageFile("/photos", "a.jpg")
+TURN = Turn("user", (PHOTO, "What?"))
+GOOD: list[Any] = [
+    PHOTO,
+    TURN,
+    Box("cat", (0, 0.5, 1, 1.0)),
+    Sample("a", (TURN,), captions=("a cat",), boxes=(Box("cat", (0, 0, 1, 1)),)),
+    Text("a", trained=True),
+    FeatureShape((2, 3), 8, 1),
+    Question("q", (TURN,)),
+    llavactl.Answer("q", "yes"),
+    llavactl.Scores({"accuracy": 1.0}, right={"q": True}),
+    llavactl.Reply("yes", 1, None),
+    llavactl.Request("r", "detail", ({"role": "user", "content": "?"},), Sample("a", (TURN,))),
+    llavactl.Limits(),
+]
+FIELDS = [(made, field.name) for made in GOOD for field in dataclasses.fields(made)]
+
+
+class Odd:
+    """Of no type that any field has."""
+
+
+def name_of(each: Any) -> str:
+    return each if isinstance(each, str) else type(each).__name__
+
+
+@pytest.mark.parametrize(("made", "field"), FIELDS, ids=name_of)
+def test_every_field_of_every_public_dataclass_has_its_type(made: Any, field: str) -> None:
+    assert dataclasses.replace(made) == made
+    for wrong in (Odd(), [Odd()], (Odd(),), {1, 2}, b"bytes"):
+        with pytest.raises(TypeError, match=field):
+            dataclasses.replace(made, **{field: wrong})
+
+
+def test_no_public_dataclass_is_left_out() -> None:
+    public = {each for name in llavactl.__all__ if dataclasses.is_dataclass(each := getattr(llavactl, name))}
+    assert public - {type(made) for made in GOOD} <= {llavactl.ImageSlot, llavactl.Problem}
+
+
+class Unhashable:
+    name = "u"
+    __hash__ = None  # type: ignore[assignment]
+
+    def read(self) -> bytes:
+        return b""
+
+    def stamp(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (Turn, ("user", "hi")),
+        (Turn, ("user", ["hi"])),
+        (Turn, ("user", ("hi", 3))),
+        (Turn, ("user", (Unhashable(),))),
+        (Turn, ("human", ("hi",))),
+        (Turn, (["user"], ("hi",))),
+        (Sample, (1, (TURN,))),
+        (Sample, ("a", TURN)),
+        (Sample, ("a", [TURN])),
+        (Sample, ("a", (TURN,), "", "a caption")),
+        (FeatureShape, ((2.0, 2), 8)),
+        (FeatureShape, ([2, 2], 8)),
+        (FeatureShape, ((2, 2, 2), 8)),
+        (FeatureShape, ((2, True), 8)),
+        (Box, ("cat", (0, 0, 1))),
+        (Text, ("a", 1)),
+        (ImageFile, ("/photos", b"a.jpg")),
+    ],
+)
+def test_what_looks_nearly_right_is_refused(make: Any, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError):
+        make(*arguments)
+
+
+@pytest.mark.parametrize("numbers", [((0, 2), 8), ((2, -2), 8), ((2, 2), 0), ((2, 2), 8, -1)])
+def test_a_shape_without_features_is_refused(numbers: Any) -> None:
+    with pytest.raises(ValueError, match="FeatureShape"):
+        FeatureShape(*numbers)

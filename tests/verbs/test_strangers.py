@@ -1,0 +1,246 @@
+"""Sources and vision backbones of others: whatever they raise for an image, extract and train leave out the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llavactl.core.registry import Entry, Options, registry
+from llavactl.core.schema import FeatureShape, Sample, Turn
+from llavactl.features import ContentKeys
+from llavactl.features.prepare import Failure, prepare
+from llavactl.testing import run_cli
+
+HERE = __name__
+RAISED = [
+    KeyError("k"),
+    RuntimeError("two\nlines"),
+    MemoryError(),
+    StopIteration(),
+    SystemExit(3),
+    RecursionError("deep"),
+]
+RAISED += [ValueError("half \udcff"), AssertionError(), EOFError(), ExceptionGroup("some", [ValueError("a")])]
+RAISED += [GeneratorExit(), ImportError("no library"), OSError("io"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")]
+BAD = 4
+"""Every fourth of twelve images, from the first on."""
+
+
+class Fault(Options):
+    """``at``: where the component fails; ``number``: by which of RAISED or GIVEN."""
+
+    at: str = ""
+    number: int = 0
+
+    def raised(self, where: str) -> None:
+        if self.at == where:
+            raise RAISED[self.number]
+
+
+GIVEN: list[Any] = [None, "text", 5]
+PIXELS = [None, "text", np.zeros((3, 2, 4)), np.zeros((1, 3, 4, 4)), np.array([None, 1])]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A file whose image may fail."""
+
+    path: str
+    fault: Fault
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def read(self) -> Any:
+        self.fault.raised("read")
+        data = Path(self.path).read_bytes()
+        kinds = {"given": GIVEN[self.fault.number % len(GIVEN)], "array": bytearray(data), "view": memoryview(data)}
+        return kinds.get(self.fault.at, data)
+
+    def stamp(self) -> str:
+        self.fault.raised("stamp")
+        return f"{self.path} {os.stat(self.path).st_mtime_ns}"  # noqa: PTH116
+
+
+class Source:
+    def __init__(self, options: Fault) -> None:
+        self.fault = options
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(12):
+            if index == BAD and self.fault.at == "sample":
+                yield GIVEN[self.fault.number]
+            if index == BAD:
+                self.fault.raised("iteration")
+            path = f"{os.environ['PHOTOS']}/photo-{index:03d}.jpg"
+            image = Drawn(path, self.fault if index % BAD == 0 else Fault())
+            turns = Turn("user", (image, "\nWhat?")), Turn("assistant", ("It is red.",))
+            yield Sample(str(index), turns)
+
+
+class Encoder:
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.shape: Any = None if fault.at == "shape" else FeatureShape((2, 2), 12)
+
+    def preprocess(self, image: Any) -> Any:
+        pixels = np.asarray(image.resize((4, 4)), np.float32).transpose(2, 0, 1) / 255
+        if pixels[0].mean() > 0.7:  # red and yellow
+            self.fault.raised("preprocess")
+            if self.fault.at == "pixels":
+                return PIXELS[self.fault.number]
+        return pixels
+
+    def encode(self, pixels: torch.Tensor) -> Any:
+        self.fault.raised("encode")
+        features = pixels.reshape(len(pixels), 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), 4, 12)
+        wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta")]
+        return wrong[self.fault.number] if self.fault.at == "features" else features
+
+
+class Vision:
+    count = 0
+
+    def __init__(self, options: Fault) -> None:
+        self.fault = options
+
+    def identity(self) -> Any:
+        Vision.count += 1
+        wrong = [{"path": Path("/")}, {"number": float("nan")}, None, {"count": Vision.count}, [1]]
+        return wrong[self.fault.number] if self.fault.at == "identity" else {}
+
+    def load(self, device: str, dtype: str) -> Any:
+        return Encoder(self.fault)
+
+
+class Measured(Vision):
+    def shape(self) -> Any:
+        return FeatureShape((3, 3), 12)
+
+
+@pytest.fixture(autouse=True)
+def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTOS", str(toy / "images"))
+    for kind, name in (("sources", "Source"), ("vision", "Vision"), ("vision", "Measured")):
+        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "stranger")
+        monkeypatch.setitem(registry().entries[kind], name.lower(), entry)
+
+
+def run(toy: Path, verb: str, *options: str, source: str = "", number: int = 0, vision: str = "") -> Any:
+    """``verb`` on the stranger's source and backbone, which fail at ``source`` and ``vision``."""
+    kind, _, fault = vision.rpartition("/")
+    words = [
+        f"data.stage1=[{{name: source, at: {source!r}, number: {number}}}]",
+        "data.stage2=[]",
+        f"vision={{name: {kind or 'vision'}, at: {fault!r}, number: {number}}}",
+        "stage1.max_steps=1",
+    ]
+    chosen = [word for each in words for word in ("-o", each)]
+    return run_cli(*verb.split(), "-r", str(toy / "recipe.yaml"), *chosen, *options)
+
+
+def left_out(toy: Path, file: str) -> set[str]:
+    lines = [json.loads(line) for line in (toy / "runs/toy" / file).read_text().splitlines()]
+    return {f"photo-{int(line['id']):03d}.jpg" if "id" in line else line["image"] for line in lines}
+
+
+def check_agreement(toy: Path, bad: int, **fault: Any) -> None:
+    """``bad`` images are skipped by extract, train from the cache and live alike, and counted by --max-skipped."""
+    done = run(toy, "extract", **fault)
+    assert done.exit_code == 0, done.stderr
+    skipped = left_out(toy, "skipped.jsonl")
+    assert len(skipped) == bad
+    assert run(toy, "extract", **fault).exit_code == 0
+    for mode in ("cached", "live"):
+        mode = f"features.mode={mode}"
+        for most, code in ((bad, 0), (bad - 1, 1)):
+            if most >= 0:
+                done = run(toy, "train --stage 1 --resume never", "-o", mode, "--max-skipped", str(most), **fault)
+                assert done.exit_code == code, done.stderr
+        assert left_out(toy, "stage1/left_out.jsonl") == skipped
+
+
+def name_of(number: int) -> str:
+    return type(RAISED[number]).__name__
+
+
+@pytest.mark.parametrize("number", range(len(RAISED)), ids=name_of)
+def test_whatever_an_image_raises_is_its_reason(toy: Path, number: int) -> None:
+    path = str(toy / "images/photo-000.jpg")
+    for at in ("read", "stamp"):
+        image = Drawn(path, Fault(at=at, number=number))
+        assert isinstance(ContentKeys().many([image])[0], OSError)
+    assert isinstance(prepare(Encoder(Fault()), Drawn(path, Fault(at="read", number=number))), Failure)
+    failed = prepare(Encoder(Fault(at="preprocess", number=number)), Drawn(path, Fault()))
+    assert isinstance(failed, Failure)
+    assert failed.lasting
+    assert failed.reason.encode().decode().isprintable()
+
+
+@pytest.mark.parametrize("number", [2, 4, 6], ids=name_of)
+@pytest.mark.parametrize(("source", "vision"), [("read", ""), ("stamp", ""), ("", "preprocess")])
+def test_an_image_that_fails_is_left_out_by_all(toy: Path, source: str, vision: str, number: int) -> None:
+    check_agreement(toy, 3 if source else 6, source=source, vision=vision, number=number)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_are_no_bytes_is_left_out_by_all(toy: Path, number: int) -> None:
+    check_agreement(toy, 3, source="given", number=number)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_what_are_no_pixels_is_left_out_by_all(toy: Path, number: int) -> None:
+    check_agreement(toy, 6, vision="pixels", number=number)
+
+
+@pytest.mark.parametrize("kind", ["array", "view"])
+def test_bytes_of_any_kind_will_do(toy: Path, kind: str) -> None:
+    check_agreement(toy, 0, source=kind)
+
+
+@pytest.mark.parametrize("number", range(len(RAISED)), ids=name_of)
+def test_data_check_lists_what_fails(toy: Path, number: int) -> None:
+    found = run(toy, "data check", "--json", source="read", number=number).json()
+    assert [(each["problem"], each["count"]) for each in found["problems"]] == [("image-missing", 3)]
+
+
+@pytest.mark.parametrize("vision", ["features", "identity"])
+@pytest.mark.parametrize("number", range(5))
+def test_what_breaks_a_rule_is_refused_by_name(toy: Path, vision: str, number: int) -> None:
+    done = run(toy, "extract", vision=vision, number=number)
+    assert done.exit_code == 1
+    assert "stranger" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("vision", ["shape", "measured/"])
+def test_a_shape_that_is_none_or_another_is_refused_by_name(toy: Path, vision: str) -> None:
+    done = run(toy, "extract", vision=vision)
+    assert done.exit_code == 1
+    assert "stranger" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", range(len(GIVEN)))
+def test_what_is_no_sample_is_refused_by_name(toy: Path, number: int) -> None:
+    done = run(toy, "extract", source="sample", number=number)
+    assert done.exit_code == 1
+    assert "stranger" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("at", [{"source": "iteration"}, {"vision": "encode"}])
+@pytest.mark.parametrize("number", [0, 3, 4], ids=name_of)
+def test_other_bugs_are_the_plugins(toy: Path, at: dict[str, str], number: int) -> None:
+    done = run(toy, "extract", number=number, **at)  # type: ignore[arg-type]
+    assert done.exit_code == 1
+    assert "bug in plugin stranger" in done.stderr
