@@ -46,7 +46,8 @@ def _own(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
 
     if not in_llava(model):
         return None
-    if cached_file(model, ORIGIN, _raise_exceptions_for_missing_entries=False) is not None:
+    calm = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(model, ORIGIN, **calm) is not None:
         return None
     config, _ = PreTrainedConfig.get_config_dict(model)
     number = config.get("image_token_index", config.get("image_token_id"))
