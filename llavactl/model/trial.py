@@ -42,10 +42,7 @@ def connector_fault(
     """
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            tokens = connector.tokens(shape)
-            if not isinstance(tokens, Integral) or int(tokens) < 1:
-                return f"tokens() gives {tokens!r}, not 1 or more"
-            return _Trial(connector, shape, (int(tokens), width), device).fault(precisions)
+            return _Trial(connector, shape, width, device).fault(precisions)
     except _BrokenRuleError as rule:
         return str(rule)
     except Exception as error:
@@ -59,14 +56,19 @@ class _BrokenRuleError(Exception):
 
 
 class _Trial:
-    """Of modules that ``connector`` builds; they must make ``wanted`` [Q, Dl] of one image's features."""
+    """Of modules that ``connector`` builds for features of ``shape`` and embeddings of ``width`` Dl."""
 
-    def __init__(self, connector: Connector, shape: FeatureShape, wanted: tuple[int, int], device: str) -> None:
-        self.connector, self.shape, self.wanted, self.device = connector, shape, wanted, device
+    def __init__(self, connector: Connector, shape: FeatureShape, width: int, device: str) -> None:
+        self.connector, self.shape, self.width, self.device = connector, shape, width, device
+        self.tokens = 0
 
     def fault(self, precisions: Iterable[str]) -> str:
         two = self._features(2)
         module = self._built()
+        tokens = self.connector.tokens(self.shape)
+        if not isinstance(tokens, Integral) or int(tokens) < 1:
+            return f"tokens() gives {tokens!r}, not 1 or more"
+        self.tokens = int(tokens)
         together = self._run(module, two)
         if not torch.isfinite(together).all():
             return "its embeddings are not finite"
@@ -93,7 +95,7 @@ class _Trial:
         return ""
 
     def _built(self) -> nn.Module:
-        module = self.connector.build(self.shape, self.wanted[1])
+        module = self.connector.build(self.shape, self.width)
         if not isinstance(module, nn.Module):
             raise _BrokenRuleError(f"build() gives a {type(module).__name__}, not a torch module")
         # Once before it goes to the device, as some create weights only then.
@@ -112,7 +114,7 @@ class _Trial:
         """Embeddings [I, Q, Dl] of ``features``; raises _BrokenRuleError for anything else."""
         given = features.clone()
         made = module.train(training)(given)
-        if why := misshapen(made, features, self.wanted):
+        if why := misshapen(made, features, (self.tokens, self.width)):
             raise _BrokenRuleError(why)
         embeddings: torch.Tensor = made
         if embeddings.device != features.device:
