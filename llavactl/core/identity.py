@@ -92,12 +92,24 @@ def relocated(value: Any, old: Path, new: Path) -> Json:
 
 
 def following(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's ``description``, read in ``folder``, with the paths to what has moved together with ``folder``."""
+    """A model's ``description``, read in ``folder``, with the paths to what has moved together with ``folder``.
+
+    Options of earlier versions have their names now.
+    """
+    description = _with_new_names(description)
     where = description.get("location")
     if where is None or Path(where) == folder.absolute():
         return dict(description)
     components = {key: description[key] for key in ("vision", "connector", "language") if key in description}
     return {**description, **{key: relocated(each, Path(where), folder.absolute()) for key, each in components.items()}}
+
+
+def _with_new_names(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    connector = description.get("connector")
+    if not isinstance(connector, Mapping) or "fold" not in connector:
+        return description
+    kept = {key: value for key, value in connector.items() if key != "fold"}
+    return {**description, "connector": {**kept, "pixel_shuffle": connector["fold"]}}
 
 
 def names_model(content: Any) -> bool:

@@ -135,7 +135,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` when something near exists, and what there is."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + (f"there is: {', '.join(names)}" if names else "")
+    return (f"did you mean {near[0]!r}? " if near else "") + (f"available: {', '.join(names)}" if names else "")
 
 
 def singular(kind: str) -> str:

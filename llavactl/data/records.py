@@ -30,7 +30,7 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
                     f"{type(sample).__name__}, not a Sample",
                     hint="`llavactl.testing.check_source` tests a source by itself",
                 )
-            if spec.turns == "apart":
+            if spec.split_turns:
                 yield from apart(sample)
             else:
                 yield sample

@@ -105,7 +105,7 @@ def split(
         StoreError: images whose features were never extracted.
     """
     found = [
-        Member(sample, spec.weight, spec.phase, _record_of(sample, apart=spec.turns == "apart"))
+        Member(sample, spec.weight, spec.phase, _record_of(sample, apart=spec.split_turns))
         for spec in specs
         for sample in samples([spec])
     ]

@@ -93,18 +93,18 @@ class LanguageSpec(Spec):
 class SourceSpec(Spec):
     """A source of training samples: ``weight`` copies an epoch; those of a lower ``phase`` come first in it.
 
-    ``turns`` of a conversation ``together``, or each question ``apart``, a sample that knows no other answer.
+    ``split_turns``: each question with its answer is a sample of its own, without the other turns.
     """
 
     kind = "sources"
 
     weight: Positive = 1.0
     phase: Count = 1
-    turns: Literal["together", "apart"] = "together"
+    split_turns: Switch = False
 
     @classmethod
     def frame_keys(cls) -> set[str]:
-        return {"weight", "phase", "turns"}
+        return {"weight", "phase", "split_turns"}
 
 
 class TaskSpec(Spec):
@@ -192,12 +192,12 @@ class Lora(Section):
 class Stage(Section):
     """One training stage. Sizes are in samples; ``batch_size`` is the global batch size of one optimiser step.
 
-    ``micro_batch_size`` is the largest micro-batch; it has fewer samples if they exceed ``micro_tokens`` tokens.
+    ``micro_batch_size`` is the largest micro-batch; it has fewer samples if they exceed ``micro_batch_tokens`` tokens.
     ``packing``: sequence packing where it is exact and tested (auto), wherever it is exact (always), or never.
     ``shuffle`` by sample, or by image: all conversations of an image together, so that its prefix is shared.
     ``cooldown``: constant learning rate with a linear decay over this last fraction of steps; null: cosine decay.
     ``weight_decay`` excludes norms and biases. ``max_grad_norm`` clips the gradient; null, as in LLaVA: no clipping.
-    ``final``: the model has the weights of the last step, or of the checkpoint with the lowest validation loss.
+    ``restore_best``: the model gets the weights of the best checkpoint (lowest validation loss), else of the last step.
     """
 
     template: str | TemplateSpec | None = None
@@ -207,7 +207,7 @@ class Stage(Section):
     max_steps: Count | None = None
     batch_size: Count = 128
     micro_batch_size: Count = 16
-    micro_tokens: Count | None = None
+    micro_batch_tokens: Count | None = None
     packing: Literal["auto", "always", "never"] = "auto"
     shuffle: Literal["samples", "images"] = "samples"
     learning_rate: Positive = 1e-3
@@ -223,7 +223,7 @@ class Stage(Section):
     gradient_checkpointing: Switch = False
     checkpoint_every: Count = 500
     keep_last: Count = 2
-    final: Literal["last", "best"] = "last"
+    restore_best: Switch = False
 
     @model_validator(mode="before")
     @classmethod
@@ -247,9 +247,9 @@ class Stage(Section):
 
 
 class Stage1(Stage):
-    """``grounding_steps``: before the first step, so many in which the connector is fitted to the boxes of the data."""
+    """``box_alignment_steps``: for this many steps before training, the connector is fitted to the data's boxes."""
 
-    grounding_steps: NotNegativeWhole = 0
+    box_alignment_steps: NotNegativeWhole = 0
     template: str | TemplateSpec | None = "plain"
     batch_size: Count = 256
     micro_batch_size: Count = 32
@@ -258,23 +258,23 @@ class Stage1(Stage):
 class Stage2(Stage):
     """``init``: what it starts from: stage 1's connector, nothing, or a whole model of any format (folder or id).
 
-    ``only``: parts of names, such as ``self_attn``; with method ``full``, no other weights of the language model are
-    trained. ``qlora``: ``lora`` on a language model of four bits. ``optimizer: muon`` is for the language model's
-    matrices but its embeddings and head; all else has AdamW.
+    ``trainable_modules``: parts of names, such as ``self_attn``; with method ``full``, all other weights of the
+    language model are frozen. ``qlora``: LoRA on a language model in 4 bits. ``optimizer: muon`` trains the language
+    model's matrices, except embeddings and head, with Muon and all other weights with AdamW.
     """
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
     method: Literal["full", "lora", "qlora"] = "full"
-    only: tuple[str, ...] = ()
+    trainable_modules: tuple[str, ...] = ()
     lora: Lora = Lora()
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 2e-5
 
     @model_validator(mode="after")
-    def _only_of_all(self) -> Stage2:
-        if self.only and self.method != "full":
+    def _modules_of_full(self) -> Stage2:
+        if self.trainable_modules and self.method != "full":
             raise ValueError(
-                f"only: method {self.method} trains adapters of all linear layers; `method: full` has `only`"
+                f"trainable_modules: only for method full; method {self.method} trains adapters of all linear layers"
             )
         return self
 
@@ -285,10 +285,10 @@ class Data(Section):
 
 
 class Eval(Section):
-    """``blind_twin`` and ``stage1`` ask a task of the model shown other pictures, and of stage 1's, to set beside."""
+    """``blind_baseline``: also score the model with shuffled images. ``stage1``: also score the stage 1 model."""
 
     tasks: tuple[TaskSpec, ...] = ()
-    blind_twin: Switch = True
+    blind_baseline: Switch = True
     stage1: Switch = False
     batch_size: Count = 8
     max_new_tokens: Count = 128
@@ -361,9 +361,9 @@ class Recipe(VisionRecipe):
 
     @model_validator(mode="after")
     def _boxes_lie_on_patches(self) -> Recipe:
-        if self.stage1.grounding_steps and (self.stage1.image or self.vision.image) != "square":
+        if self.stage1.box_alignment_steps and (self.stage1.image or self.vision.image) != "square":
             raise ValueError(
-                "stage1.grounding_steps needs `vision.image: square`: boxes are shares of the picture, "
+                "stage1.box_alignment_steps needs `vision.image: square`: boxes are shares of the picture, "
                 "and lie elsewhere on a padded one"
             )
         return self

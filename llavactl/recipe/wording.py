@@ -63,7 +63,7 @@ def _why(found: Mapping[str, Any], path: Sequence[Key], schema: Schema, given: A
         return str(found["ctx"]["error"])
     if kind == "extra_forbidden" and len(path) == len(found["loc"]):
         known = {*_resolve(_at(schema, path[:-1], schema), schema).get("properties", {}), *also}
-        return f"there is no such key; {_meant(str(path[-1]), known)}".removesuffix("; ")
+        return f"unknown key; {_meant(str(path[-1]), known)}".removesuffix("; ")
     expected = describe(_at(schema, path, schema), schema)
     if kind == "missing":
         return f"is missing: {expected}" if expected else "is missing"
@@ -72,10 +72,24 @@ def _why(found: Mapping[str, Any], path: Sequence[Key], schema: Schema, given: A
     return str(found["msg"])
 
 
+RENAMED = {
+    "blind_twin": "blind_baseline",
+    "final": "restore_best",
+    "fold": "pixel_shuffle",
+    "grounding_steps": "box_alignment_steps",
+    "micro_tokens": "micro_batch_tokens",
+    "only": "trainable_modules",
+    "turns": "split_turns",
+}
+"""Keys of earlier versions, and their names now."""
+
+
 def _meant(key: str, known: Iterable[str]) -> str:
     """The nearest key; all of them only when none is near."""
-    near, _, every = suggest(key, known).rpartition("there is: ")
-    return near.strip() or f"there is: {every}" if every else ""
+    if (now := RENAMED.get(key, "")) in {*known}:
+        return f"renamed to {now!r}"
+    near, _, every = suggest(key, known).rpartition("available: ")
+    return near.strip() or f"available: {every}" if every else ""
 
 
 def describe(field: Schema, schema: Schema) -> str:

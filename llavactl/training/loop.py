@@ -26,7 +26,7 @@ from llavactl.data.plan import Plan
 from llavactl.model.packed import packed_attention
 from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
-from llavactl.training.grounding import ground
+from llavactl.training.box_alignment import ground
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
 from llavactl.training.prepared import micro_batches, prepared
@@ -96,7 +96,7 @@ class Trained:
 
 
 def train(run: Run) -> Trained:
-    """Trains to the end of the plan; the model then has its last or its best weights, according to ``final``.
+    """Trains to the end of the plan; the model then has its last or its best weights, according to ``restore_best``.
 
     The first Ctrl-C or SIGTERM stops training after the current step and saves a checkpoint; a second one stops it at
     once.
@@ -155,7 +155,7 @@ def train(run: Run) -> Trained:
             bar.show(1, **{name: f"{value:.4f}" for name, value in facts.items()})
         if stop.asked:
             _stopped(run, plan.steps)
-    return Trained(start, _take_best(run) if stage.final == "best" else plan.steps)
+    return Trained(start, _take_best(run) if stage.restore_best else plan.steps)
 
 
 def _announce(run: Run) -> None:
@@ -266,7 +266,7 @@ def _restore(run: Run) -> checkpoints.State | None:
 
 def _ground(run: Run) -> None:
     """Fits the connector to boxes, where the stage says so: the same on all processes."""
-    steps = getattr(run.stage, "grounding_steps", 0)
+    steps = getattr(run.stage, "box_alignment_steps", 0)
     if not steps:
         return
     weights = ground(run.model, run.data, run.shape, steps, run.seed)

@@ -39,7 +39,7 @@ def micro_batches(run: Run, data: TrainingSet, members: micro.Members, stop: Sto
     """This process's micro-batches of a global batch; raises CancelledError once ``stop`` is asked."""
     stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
     samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
-    share = micro.Share(Limits(samples, stage.micro_tokens), process, processes)
+    share = micro.Share(Limits(samples, stage.micro_batch_tokens), process, processes)
     data = replace(data, features=_UntilStopped(data.features, stop))
     return (micro.padded if run.unpacked else micro.packed)(data, members, share)
 

@@ -33,7 +33,7 @@ def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
         parameter.requires_grad_(name not in model.frozen)
     if method == "full":
         model.language.requires_grad_(True)
-        train_only(model.language, stage.only)  # type: ignore[attr-defined]
+        train_only(model.language, stage.trainable_modules)  # type: ignore[attr-defined]
     elif method in ("lora", "qlora"):
         if method == "qlora":
             quantise(model.language)
@@ -102,7 +102,7 @@ def matrices(model: LlavaModel, stage: Stage) -> list[str]:
     if not found:
         raise RecipeError(
             "stage2.optimizer: muon, but none of the language model's matrices is trained",
-            hint="`stage2.only` leaves none but its embeddings and head; `stage2.optimizer: adamw` updates anything",
+            hint="`stage2.trainable_modules` selects only embeddings or head: use `stage2.optimizer: adamw`",
         )
     return found
 
@@ -135,7 +135,7 @@ def train_only(language: nn.Module, parts: Sequence[str]) -> None:
     names = [name for name, _ in language.named_parameters()]
     if unknown := [part for part in parts if not any(part in name for name in names)]:
         raise RecipeError(
-            f"stage2.only: the language model has no weight with {unknown[0]!r} in its name",
+            f"stage2.trainable_modules: the language model has no weight with {unknown[0]!r} in its name",
             hint=f"its names are like {names[0]}, {names[len(names) // 2]}",
         )
     for name, parameter in language.named_parameters():

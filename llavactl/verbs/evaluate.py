@@ -244,7 +244,7 @@ def _views(recipe: Outline | None, model: _Model, settings: Eval, asked: _Asked)
     """The model itself (without a name), and those that the recipe wants beside it."""
     views = [model.view]
     # Who is asked without pictures, or about a single one, has no other picture to be shown.
-    if settings.blind_twin and len(other_pictures(asked.everything)) > 1:
+    if settings.blind_baseline and len(other_pictures(asked.everything)) > 1:
         views.append(replace(model.view, name=BLIND, blind=True))
     first = None if recipe is None else recipe.run_dir / "stage1" / "model"
     if settings.stage1 and model.own and first is not None and first.is_dir() and first != model.view.folder:

@@ -50,8 +50,8 @@ def faults(recipe: Recipe) -> list[Fault]:
         for shape in dict.fromkeys(shapes):
             with _collected(found, "connector", recipe.connector.spec()):
                 try_connector(recipe.connector.spec(), shape, width, precisions)
-        with _collected(found, "stage2.only"):
-            train_only(skeleton, recipe.stage2.only)
+        with _collected(found, "stage2.trainable_modules"):
+            train_only(skeleton, recipe.stage2.trainable_modules)
     if tokenizer is not None:
         for stage in get_args(StageNumber):
             own = (recipe.stage1 if stage == 1 else recipe.stage2).template

@@ -106,7 +106,7 @@ def _generated(recipe: Recipe) -> GenerateReport:
     if report.asking is not None and report.asking.stopped:
         raise TeacherError(
             f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
-            hint="raise the limit or wait, then run this again; or train on what there is: -o generate=null",
+            hint="raise the limit or wait, then run this again; or train on what available: -o generate=null",
         )
     return report
 

@@ -90,11 +90,11 @@ def train(
         )
     with accelerator.main_process_first():  # the others use the hashes that it cached
         digest = _digest(recipe, stage, features.fingerprint, data, start)
-    if resume == "auto" and (done := finished(folder, digest, settings.final)):
+    if resume == "auto" and (done := finished(folder, digest, settings.restore_best)):
         return done
-    if settings.final == "best" and not len(data.validation):
+    if settings.restore_best and not len(data.validation):
         raise RecipeError(
-            f"stage{stage}.final: best needs validation samples, but none are held out"
+            f"stage{stage}.restore_best needs validation samples, but none are held out"
             + (f" ({data.held_out})" if data.held_out else ""),
             hint=f"`-o stage{stage}.validation=0.05` holds out a twentieth of the images",
         )
@@ -249,8 +249,8 @@ def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data
     run resumes after they change.
     """
     settings = recipe.stage1 if stage == 1 else recipe.stage2
-    free = {"micro_batch_size", "micro_tokens", "packing", "gradient_checkpointing"}
-    free |= {"checkpoint_every", "keep_last", "final", "init"}
+    free = {"micro_batch_size", "micro_batch_tokens", "packing", "gradient_checkpointing"}
+    free |= {"checkpoint_every", "keep_last", "restore_best", "init"}
     return hash_json(
         {
             "stage": settings.model_dump(mode="json", exclude=free),
@@ -259,7 +259,7 @@ def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data
             "template": component_identity("templates", recipe.template(stage)),
             "fingerprint": fingerprint.id,
             "data": data.digest,
-            "boxes": [s.boxes for s in data.train.samples] if getattr(settings, "grounding_steps", 0) else None,
+            "boxes": [s.boxes for s in data.train.samples] if getattr(settings, "box_alignment_steps", 0) else None,
             "seed": recipe.seed,
             "start": model_folder.identity(start) if start else None,
         }
@@ -289,7 +289,7 @@ def _description(
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,
-        "final": settings.final,
+        "restore_best": settings.restore_best,
         "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
     }
 

@@ -22,7 +22,7 @@ class TrainReport:
 
     ``rows``: packed, or why they are padded. ``padding``: its share of the positions computed. ``shared``: the share
     of the tokens that were not computed, as another conversation of the row begins with them too. ``model_step``: the
-    step whose weights the model has, and ``val_loss`` what they lost; ``final`` says why that one.
+    step whose weights the model has, the best checkpoint's with ``restore_best``; ``val_loss``: their validation loss.
     ``model_sha256``: a hash of all files of the model.
     """
 
@@ -33,7 +33,7 @@ class TrainReport:
     samples: int
     validation_samples: int
     left_out: int
-    trained_parameters: int
+    trainable_parameters: int
     loss: float
     val_loss: float | None
     tokens: int
@@ -43,14 +43,14 @@ class TrainReport:
     padding: float
     shared: float
     digest: str
-    final: str
+    restore_best: bool
     model_step: int
     model_sha256: str
     finished_before: bool = False
 
 
-def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
-    """The report of ``folder``'s finished run, if it is the run ``digest`` and its model is the ``final`` one, whole.
+def finished(folder: Path, digest: str, restore_best: bool) -> TrainReport | None:
+    """The report of the finished run in ``folder``, if its digest and ``restore_best`` are these and its model whole.
 
     Raises:
         OSError: the report or the model exists but can't be read.
@@ -58,7 +58,7 @@ def finished(folder: Path, digest: str, final: str) -> TrainReport | None:
     model = folder / "model"
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        same = (report["digest"], report["final"]) == (digest, final)
+        same = (report["digest"], report["restore_best"]) == (digest, restore_best)
         if not same or hash_folder(model) != report["model_sha256"]:
             return None
     except (FileNotFoundError, ValueError, KeyError):
@@ -82,7 +82,7 @@ def report_of(run: Run, data: Split, trained: Trained, seconds: float, descripti
         samples=len(data.train),
         validation_samples=len(data.validation),
         left_out=len(data.left_out),
-        trained_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
+        trainable_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
         loss=steps[-1]["loss"],
         val_loss=validations.get(trained.step),
         tokens=tokens,
@@ -92,7 +92,7 @@ def report_of(run: Run, data: Split, trained: Trained, seconds: float, descripti
         padding=round(work.padding / max(work.positions, 1), 4),
         shared=round(1 - (work.positions - work.padding) / max(work.tokens, 1), 4),
         digest=run.digest,
-        final=run.stage.final,
+        restore_best=run.stage.restore_best,
         model_step=trained.step,
         model_sha256=hash_folder(run.folder / "model") if run.accelerator.is_main_process else "",
     )

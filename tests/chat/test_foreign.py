@@ -181,7 +181,7 @@ def test_a_picture_is_seen(models: Any, toys: Path) -> None:
 
 def test_eval_with_a_blind_twin_beside(models: Any, toy: Path) -> None:
     words = ("eval", "scenes", "-t", "scenes=2", "--model", f"hf:{models('llava')}", "--json")
-    settings = ("-o", "eval.max_new_tokens=4", "-o", "eval.blind_twin=true")
+    settings = ("-o", "eval.max_new_tokens=4", "-o", "eval.blind_baseline=true")
     result = run_cli(*words, *settings, cwd=toy)
     assert result.exit_code == 0, result.stderr
     report = result.json()
@@ -207,7 +207,7 @@ def test_eval_without_a_recipe(models: Any, tmp_path: Path) -> None:
 
 def test_settings_without_a_recipe(models: Any, tmp_path: Path) -> None:
     words = ("eval", "scenes", "-t", "scenes=1", "--limit", "1", "--model", f"hf:{models('blip2')}", "--json")
-    short = run_cli(*words, "-o", "eval.max_new_tokens=1", "-o", "eval.blind_twin=false", cwd=tmp_path).json()
+    short = run_cli(*words, "-o", "eval.max_new_tokens=1", "-o", "eval.blind_baseline=false", cwd=tmp_path).json()
     assert short["beside"] == {}
     assert len(Path(short["answers"]).read_text().splitlines()) == 1
     for wrong, why in (

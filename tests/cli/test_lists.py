@@ -76,8 +76,8 @@ class TestRecipes:
         assert result.exit_code == 1
         assert result.stdout.splitlines() == [
             "recipe.yaml:5: seed: must be a whole number, not 'x'",
-            "recipe.yaml:6: stage1.epoch: there is no such key; did you mean 'epochs'?",
-            f"-o foo=1: foo: there is no such key; {KEYS}",
+            "recipe.yaml:6: stage1.epoch: unknown key; did you mean 'epochs'?",
+            f"-o foo=1: foo: unknown key; {KEYS}",
         ]
 
     def test_check_json(self, here: Path) -> None:
@@ -102,7 +102,7 @@ class TestRecipes:
         assert run_cli("recipes", "schema").json()["title"] == "Recipe"
 
 
-KEYS = f"there is: {', '.join(sorted(Recipe.model_fields))}"
+KEYS = f"available: {', '.join(sorted(Recipe.model_fields))}"
 
 
 class TestComponents:
@@ -126,7 +126,7 @@ class TestComponents:
         assert clip["options"]["model"] == "text; required"
         assert clip["options"]["image"] == "one of 'square', 'pad'; default \"pad\""
         lines = [" ".join(line.split()) for line in run_cli("components", "connectors").stdout.splitlines()]
-        assert "fold a whole number ≥ 1; default 1" in lines
+        assert "pixel_shuffle a whole number ≥ 1; default 1" in lines
 
     def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         entry = Entry("connectors", "broken", "x:y", "no.such:Options", "", "stranger")

@@ -30,7 +30,7 @@ def test_an_unknown_name_gets_what_there_is() -> None:
     made.add(entry("llava-json"))
     with pytest.raises(RecipeError, match="there is no source named 'llava_json'") as caught:
         made.get("sources", "llava_json")
-    assert caught.value.hint == "did you mean 'llava-json'? there is: llava-json"
+    assert caught.value.hint == "did you mean 'llava-json'? available: llava-json"
     with pytest.raises(RecipeError, match="there is no vision backbone named 'x'") as caught:
         made.get("vision", "x")
     assert caught.value.hint == ""
@@ -83,8 +83,8 @@ def test_a_recipe_that_is_not_there() -> None:
 
 
 def test_suggestions() -> None:
-    assert suggest("linaer", ["linear", "mlp2x-gelu"]) == "did you mean 'linear'? there is: linear, mlp2x-gelu"
-    assert suggest("zzz", ["linear"]) == "there is: linear"
+    assert suggest("linaer", ["linear", "mlp2x-gelu"]) == "did you mean 'linear'? available: linear, mlp2x-gelu"
+    assert suggest("zzz", ["linear"]) == "available: linear"
     assert suggest("zzz", []) == ""
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from llavactl.testing import run_cli
 
-SHORT = ("-o", "eval.max_new_tokens=3", "-o", "eval.batch_size=2", "-o", "eval.blind_twin=false")
+SHORT = ("-o", "eval.max_new_tokens=3", "-o", "eval.batch_size=2", "-o", "eval.blind_baseline=false")
 OPTIONS = ("-t", "scenes=15", *SHORT, "--json")
 
 

@@ -133,7 +133,7 @@ def test_a_second_signal_leaves_the_step_unfinished(toy: Path, monkeypatch: pyte
     assert checkpoints(toy / "cut/stage1") == []
 
 
-OFTEN = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.final=best")
+OFTEN = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.restore_best=true")
 MOMENTS = {
     "in a step": ("schedule", 2),
     "in a step before a validation": ("schedule", 3),

@@ -342,7 +342,7 @@ class TestARecipeOfAPlugin:
     def test_its_options_are_checked_in_our_words(self, site: Any) -> None:
         done = site.run("recipes", "check", "ours", "-o", "connector.width=1", "-o", "connector.wdth=2", code=1)
         assert done.stdout.splitlines() == [
-            "-o connector.wdth=2: connector.wdth: there is no such key; did you mean 'width'?",
+            "-o connector.wdth=2: connector.wdth: unknown key; did you mean 'width'?",
             "-o connector.width=1: connector.width: must be a whole number ≥ 2, not 1",
         ]
 

@@ -12,7 +12,7 @@ from llavactl.recipe.load import check, load_recipe
 PARENT = """\
 name: parent
 vision: {name: clip, model: a/b, layer: -3}
-connector: {name: mlp2x-gelu, fold: 2}
+connector: {name: mlp2x-gelu, pixel_shuffle: 2}
 language: {name: hf, model: c/d, template: plain}
 data: {stage1: [{name: llava-json, path: x.json}]}
 stage1: {epochs: 3, batch_size: 64}
@@ -42,7 +42,7 @@ def test_the_child_is_over_the_parent(here: Path) -> None:
     assert (recipe.stage1.epochs, recipe.stage1.batch_size) == (1, 64)
     assert recipe.vision.spec()["layer"] == -2
     assert recipe.vision.spec()["model"] == "a/b"
-    assert recipe.connector.spec() == {"name": "linear", "fold": 1, "norm": False}, (
+    assert recipe.connector.spec() == {"name": "linear", "pixel_shuffle": 1, "norm": False}, (
         "another component replaces the parent's whole"
     )
     assert recipe.language.template == "plain"
@@ -81,11 +81,13 @@ def test_grandparents(here: Path) -> None:
 
 
 def test_problems_are_told_where_they_were_written(here: Path) -> None:
-    (here / "base/parent.yaml").write_text(PARENT.replace("epochs: 3", "epochs: x").replace("fold: 2", "fold: x"))
-    child("extends: base/parent.yaml\nconnector: {fold: y}\nseed: z\n")
+    (here / "base/parent.yaml").write_text(
+        PARENT.replace("epochs: 3", "epochs: x").replace("pixel_shuffle: 2", "pixel_shuffle: x")
+    )
+    child("extends: base/parent.yaml\nconnector: {pixel_shuffle: y}\nseed: z\n")
     assert [str(problem) for problem in check()] == [
         "base/parent.yaml:6: stage1.epochs: must be a number > 0, not 'x'",
-        "recipe.yaml:2: connector.fold: must be a whole number ≥ 1, not 'y'",
+        "recipe.yaml:2: connector.pixel_shuffle: must be a whole number ≥ 1, not 'y'",
         "recipe.yaml:3: seed: must be a whole number, not 'z'",
     ]
 

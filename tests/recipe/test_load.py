@@ -161,8 +161,8 @@ vison: {name: clip}
 vision: {name: clipp, model: x, image: padd}
 connector:
   name: linear
-  fold: abc
-  foldd: 3
+  pixel_shuffle: abc
+  pixel_shufle: 3
 language: {name: hf, modle: y, template: vicuna}
 features: null
 data:
@@ -178,34 +178,34 @@ run_dir: 3
         )
         assert problems("stage2.epochs=on", "seed2=1") == [
             "recipe.yaml:1: name: must be letters, digits, '.', '_', '-', not 'my run'",
-            "recipe.yaml:2: vison: there is no such key; did you mean 'vision'?",
+            "recipe.yaml:2: vison: unknown key; did you mean 'vision'?",
             "recipe.yaml:3: vision.image: must be one of 'square', 'pad' or null, not 'padd'",
             "recipe.yaml:3: vision.name: there is no vision backbone named 'clipp'; "
-            f"did you mean 'clip'? there is: {', '.join(registry().names('vision'))}",
-            "recipe.yaml:6: connector.fold: must be a whole number ≥ 1, not 'abc'",
-            "recipe.yaml:7: connector.foldd: there is no such key; did you mean 'fold'?",
+            f"did you mean 'clip'? available: {', '.join(registry().names('vision'))}",
+            "recipe.yaml:6: connector.pixel_shuffle: must be a whole number ≥ 1, not 'abc'",
+            "recipe.yaml:7: connector.pixel_shufle: unknown key; did you mean 'pixel_shuffle'?",
             "recipe.yaml:8: language.model: is missing: text",
-            "recipe.yaml:8: language.modle: there is no such key; did you mean 'model'?",
+            "recipe.yaml:8: language.modle: unknown key; did you mean 'model'?",
             "recipe.yaml:8: language.template: there is no template named 'vicuna'; "
-            f"did you mean 'vicuna-v1'? there is: {', '.join(registry().names('templates'))}",
+            f"did you mean 'vicuna-v1'? available: {', '.join(registry().names('templates'))}",
             "recipe.yaml:9: features: must be a section of keys, not null",
             "recipe.yaml:11: data.stage1.0.path: is missing: a file or folder",
-            "recipe.yaml:11: data.stage1.0.wieght: there is no such key; did you mean 'weight'?",
+            "recipe.yaml:11: data.stage1.0.wieght: unknown key; did you mean 'weight'?",
             "recipe.yaml:12: data.stage2: must be a list, each a component, {name: …}, not {'name': 'x'}",
             "recipe.yaml:12: data.stage2.name: there is no source named 'x'; "
-            f"there is: {', '.join(registry().names('sources'))}",
+            f"available: {', '.join(registry().names('sources'))}",
             "recipe.yaml:13: stage1.batch_size: must be a whole number ≥ 1, not 'abc'",
             "recipe.yaml:13: stage1.epochs: must be a number > 0, not -1",
-            "recipe.yaml:13: stage1.learning_rte: there is no such key; did you mean 'learning_rate'?",
+            "recipe.yaml:13: stage1.learning_rte: unknown key; did you mean 'learning_rate'?",
             "recipe.yaml:14: stage1: said twice; first at recipe.yaml:13",
             "recipe.yaml:15: stage2.lora.r: must be a whole number ≥ 1, not 0.5",
             "recipe.yaml:15: stage2.method: must be one of 'full', 'lora', 'qlora', not 'fulll'",
             "recipe.yaml:16: eval.tasks.0.name: there is no task named 'scenez'; "
-            f"did you mean 'scenes'? there is: {', '.join(registry().names('tasks'))}",
+            f"did you mean 'scenes'? available: {', '.join(registry().names('tasks'))}",
             "recipe.yaml:16: eval.tasks.1: must be a component, {name: …}, not 3",
             "recipe.yaml:17: seed: must be a whole number, not true",
             "recipe.yaml:18: run_dir: must be a file or folder, not 3",
-            "-o seed2=1: seed2: there is no such key; did you mean 'seed'?",
+            "-o seed2=1: seed2: unknown key; did you mean 'seed'?",
             "-o stage2.epochs=on: stage2.epochs: must be a number > 0, not 'on'",
         ]
 
@@ -277,9 +277,9 @@ run_dir: 3
 
     def test_a_whole_component_by_override(self) -> None:
         small()
-        assert load_recipe(None, ["connector={name: mlp2x-gelu, fold: 2}"]).connector.spec() == {
+        assert load_recipe(None, ["connector={name: mlp2x-gelu, pixel_shuffle: 2}"]).connector.spec() == {
             "name": "mlp2x-gelu",
-            "fold": 2,
+            "pixel_shuffle": 2,
             "norm": False,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llavactl.core.options import ModelId, RecipePath
 from llavactl.core.registry import Options
+from llavactl.recipe.load import check
 from llavactl.recipe.wording import describe_options, explain
 
 
@@ -69,12 +71,12 @@ def why(**given: Any) -> dict[str, str]:
         ({"names": {"a": "x"}}, "names.a", "must be a whole number, not 'x'"),
         ({"kind": "c"}, "kind", "must be one of 'a', 'b', not 'c'"),
         ({"inner": []}, "inner", "must be a section of keys, not []"),
-        ({"inner": {"y": 1}}, "inner.y", "there is no such key; there is: x"),
+        ({"inner": {"y": 1}}, "inner.y", "unknown key; available: x"),
         ({"either": 3}, "either", "must be a section of keys or text or null, not 3"),
         ({"many": [{"x": "a"}]}, "many.0.x", "must be a whole number, not 'a'"),
         ({"many": [1]}, "many.0", "must be a section of keys, not 1"),
         ({"even": 3}, "even", "3 is odd; LLaVA likes even numbers"),
-        ({"kin": "a"}, "kin", "there is no such key; did you mean 'kind'?"),
+        ({"kin": "a"}, "kin", "unknown key; did you mean 'kind'?"),
         ({"model": ["x"]}, "model", "must be text, not ['x']"),
         ({"count": "x" * 100}, "count", f"must be a whole number ≥ 1 and ≤ 9, not '{'x' * 56}…"),
     ],
@@ -117,3 +119,20 @@ class TestCase:
     """A class that pydantic knows nothing of."""
 
     __test__ = False
+
+
+@pytest.mark.parametrize(
+    ("override", "now"),
+    [
+        ("stage2.only=[norm]", "trainable_modules"),
+        ("stage1.final=best", "restore_best"),
+        ("connector.fold=2", "pixel_shuffle"),
+        ("stage1.micro_tokens=100", "micro_batch_tokens"),
+        ("stage1.grounding_steps=1", "box_alignment_steps"),
+        ("data.stage2=[{name: llava-json, path: a.json, turns: apart}]", "split_turns"),
+        ("eval.blind_twin=false", "blind_baseline"),
+    ],
+)
+def test_a_key_of_an_earlier_version_names_its_new_one(toys: Path, override: str, now: str) -> None:
+    (problem,) = check(toys / "recipe.yaml", [override])
+    assert now in problem.why

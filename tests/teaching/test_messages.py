@@ -70,7 +70,7 @@ def test_what_is_wrong_with_a_prompt_is_said_with_its_line(tmp_path: Path) -> No
     (tmp_path / "detail.yaml").write_text("system: x\nexampels: []\nexamples:\n  - {picture: a, reply: 7}\n")
     with pytest.raises(RecipeError) as caught:
         prompts(tmp_path)
-    assert "detail.yaml:2: exampels: there is no such key" in caught.value.message
+    assert "detail.yaml:2: exampels: unknown key" in caught.value.message
     assert "detail.yaml:4: examples.0.reply: must be" in caught.value.message
     (tmp_path / "detail.yaml").unlink()
     (tmp_path / "reasoning.yaml").write_text("system: x\nexamples:\n  - {picture: a, reply: no blocks}\n")

@@ -31,7 +31,7 @@ def test_built_in_components_pass(toys: Path) -> None:
     assert check_language(make("languages", {"name": "hf", "model": str(toys / "language")})) == []
     for name in ("linear", "mlp2x-gelu"):
         assert check_connector(make("connectors", {"name": name})) == []
-        assert check_connector(make("connectors", {"name": name, "fold": 2})) == []
+        assert check_connector(make("connectors", {"name": name, "pixel_shuffle": 2})) == []
     assert check_source(make("sources", {"name": "scenes", "scenes": 4})) == []
     assert check_task(make("tasks", {"name": "scenes", "scenes": 4})) == []
     assert check_plugin("llavactl") == []

@@ -111,19 +111,19 @@ def test_the_best_one_becomes_the_model(toy: Path) -> None:
     assert (last["model_step"], last["val_loss"]) == (last["steps"], losses[last["steps"]])
     folders = sorted((toy / "run/stage2/checkpoints").iterdir())
     assert [int(folder.name.removeprefix("step-")) for folder in folders] == [best, last["steps"]]
-    report = trained("stage2.final=best")
+    report = trained("stage2.restore_best=true")
     assert report["first_step"] == last["steps"], "nothing is trained anew"
     assert (report["model_step"], report["val_loss"]) == (best, losses[best])
     masters, model = load_file(folders[0] / TENSORS), load_file(toy / "run/stage2/model/connector.safetensors")
     assert all(torch.equal(masters[f"master.connector.{name}"], weight) for name, weight in model.items())
-    assert trained("stage2.final=best")["finished_before"] is True
+    assert trained("stage2.restore_best=true")["finished_before"] is True
     assert trained()["model_step"] == last["steps"]
 
 
 def test_best_of_nothing_held_out_is_refused(toy: Path) -> None:
-    result = run_cli(*command(toy, "stage1.final=best", "stage1.validation=0"))
+    result = run_cli(*command(toy, "stage1.restore_best=true", "stage1.validation=0"))
     assert result.exit_code == 1
-    assert "stage1.final: best" in result.stderr
+    assert "stage1.restore_best" in result.stderr
 
 
 LIMITED = """

@@ -97,7 +97,7 @@ def test_the_matrices_of_adapters_are_its(model: LlavaModel) -> None:
 
 
 def test_it_is_for_nothing_where_no_matrix_is_trained(model: LlavaModel) -> None:
-    stage = muon(only=("norm",))
+    stage = muon(trainable_modules=("norm",))
     trained(model, stage, seed=0)
     with pytest.raises(RecipeError, match="muon, but none of the language model's matrices is trained"):
         matrices(model, stage)

@@ -49,7 +49,7 @@ def test_packed_rows_train_what_padded_ones_do(toy: Path, shuffle: str) -> None:
     more = [f"stage2.shuffle={shuffle}", "stage2.batch_size=8", "stage2.micro_batch_size=8"]
     packed = trained(toy, "packed", *more)
     padded = trained(toy, "padded", *more, "stage2.packing=never")
-    budget = trained(toy, "budget", *more, "stage2.micro_tokens=150")
+    budget = trained(toy, "budget", *more, "stage2.micro_batch_tokens=150")
     assert (packed["rows"], padded["rows"]) == ("packed", "padded: the recipe says so")
     assert 0 < packed["padding"] < 0.1
     assert padded["shared"] == 0

@@ -34,7 +34,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def evaluate(folder: Path, *arguments: str, code: int = 0) -> Any:
-    options = ("-o", "eval.max_new_tokens=4", "-o", "eval.blind_twin=false", "--json")
+    options = ("-o", "eval.max_new_tokens=4", "-o", "eval.blind_baseline=false", "--json")
     result = run_cli("eval", "scenes", *SCENES, *options, *arguments, cwd=folder)
     assert result.exit_code == code, result.stderr
     return result.json() if code == 0 else result.stderr
@@ -62,7 +62,7 @@ def test_some_questions_then_all_of_them(run: Path) -> None:
 
 
 def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path) -> None:
-    blind = ("-o", "eval.blind_twin=true")
+    blind = ("-o", "eval.blind_baseline=true")
     evaluate(run, *blind, "--limit", "7")
     some = {file.name: file.read_text().splitlines() for file in (run / "runs/toy/eval/answers").glob("*.jsonl")}
     assert sorted(map(len, some.values())) == [7, 7]

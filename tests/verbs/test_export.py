@@ -44,12 +44,12 @@ def test_stage_2_trains_what_only_names(toy: Path) -> None:
 
     recipe = str(toy / "recipe.yaml")
     live = ("-o", "features.mode=live", "-o", "stage2.init=scratch", "-o", "stage2.max_steps=2")
-    done = run_cli("train", "--stage", "2", "-r", recipe, *live, "-o", "stage2.only=[self_attn]")
+    done = run_cli("train", "--stage", "2", "-r", recipe, *live, "-o", "stage2.trainable_modules=[self_attn]")
     assert done.exit_code == 0, done.stderr
     before = load_file(toy / "language/model.safetensors")
     after = load_file(toy / "runs/toy/stage2/model/language/model.safetensors")
     for name, weight in before.items():
         assert torch.equal(weight, after[name]) != ("self_attn" in name), name
-    wrong = run_cli("train", "--stage", "2", "-r", recipe, *live, "-o", "stage2.only=[query]")
+    wrong = run_cli("train", "--stage", "2", "-r", recipe, *live, "-o", "stage2.trainable_modules=[query]")
     assert wrong.exit_code == 1
     assert "no weight with 'query' in its name" in wrong.stderr

@@ -61,8 +61,8 @@ def test_a_sound_recipe_has_none(toy: Path) -> None:
     [
         ("connector={name: wide}", "connector", "stranger"),
         ("connector={name: raising}", "connector", "stranger"),
-        ("connector.fold=3", "connector", "fold"),
-        ("stage2.only=[self_atn]", "stage2.only", "self_atn"),
+        ("connector.pixel_shuffle=3", "connector", "pixel_shuffle"),
+        ("stage2.trainable_modules=[self_atn]", "stage2.trainable_modules", "self_atn"),
         ("vision.layer=9", "vision", "layer"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_template_of_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
 
 
 def test_only_is_for_full_fine_tuning(toy: Path) -> None:
-    (found,) = problems(toy, "stage2.only=[self_attn]", "stage2.method=lora")
+    (found,) = problems(toy, "stage2.trainable_modules=[self_attn]", "stage2.method=lora")
     assert found["key"].startswith("stage2")
 
 

@@ -20,7 +20,7 @@ from llavactl.core import builtins
 from llavactl.model.folder import load
 from llavactl.testing import run_cli, toy_recipe
 
-QUICK = ("-o", "stage1.max_steps=1", "-o", "stage2.max_steps=1", "-o", "eval.blind_twin=false")
+QUICK = ("-o", "stage1.max_steps=1", "-o", "stage2.max_steps=1", "-o", "eval.blind_baseline=false")
 
 EXTRACT, STAGE1, STAGE2, EVAL = "extract", "stage1", "stage2", "eval"
 

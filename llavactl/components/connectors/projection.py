@@ -1,4 +1,4 @@
-"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally over folded patches."""
+"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally after pixel shuffle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class ProjectionOptions(Options):
-    """``fold: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide.
+    """``pixel_shuffle: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide.
 
     ``norm: true`` first brings every patch to mean 0 and variance 1, for hidden states whose numbers are much
     smaller or larger than the language model's embeddings; it has no weights.
     """
 
-    fold: Annotated[int, Field(ge=1)] = 1
+    pixel_shuffle: Annotated[int, Field(ge=1)] = 1
     norm: Annotated[bool, Field(strict=True)] = False
 
 
@@ -30,46 +30,46 @@ class ProjectionOptions(Options):
 class Projection:
     """A connector of ``layers`` linear layers (1 or 2)."""
 
-    fold: int
+    factor: int
     layers: int
     norm: bool = False
 
     def tokens(self, shape: FeatureShape) -> int:
-        return shape.patches // self.fold**2
+        return shape.patches // self.factor**2
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """Features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
 
         Raises:
-            RecipeError: the grid can't be folded so.
+            RecipeError: the factor doesn't divide the grid.
         """
         from torch import nn
 
-        from llavactl.components.connectors.fold import Fold, Normed
+        from llavactl.components.connectors.pixel_shuffle import Normed, PixelShuffle
 
-        if self.fold > 1 and (shape.prefix or any(side % self.fold for side in shape.grid)):
+        if self.factor > 1 and (shape.prefix or any(side % self.factor for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
             able = [n for n in range(1, min(shape.grid) + 1) if not any(side % n for side in shape.grid)]
             raise RecipeError(
-                f"connector.fold {self.fold} does not divide the patch grid {grid}",
+                f"connector.pixel_shuffle {self.factor} does not divide the patch grid {grid}",
                 hint="`vision.select: patch` leaves patches alone" if shape.prefix else f"these do: {able}",
             )
-        width = shape.width * self.fold**2
+        width = shape.width * self.factor**2
         if self.layers == 1:
             projection: nn.Module = nn.Linear(width, language_width)
         else:
             projection = nn.Sequential(
                 nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
             )
-        connector = projection if self.fold == 1 else Fold(shape.grid, self.fold, projection)
+        connector = projection if self.factor == 1 else PixelShuffle(shape.grid, self.factor, projection)
         return Normed(shape.width, connector) if self.norm else connector
 
 
 def linear(options: ProjectionOptions) -> Projection:
     """LLaVA v1's ``W``."""
-    return Projection(options.fold, 1, options.norm)
+    return Projection(options.pixel_shuffle, 1, options.norm)
 
 
 def mlp2x_gelu(options: ProjectionOptions) -> Projection:
     """LLaVA v1.5's ``mlp2x_gelu``."""
-    return Projection(options.fold, 2, options.norm)
+    return Projection(options.pixel_shuffle, 2, options.norm)

@@ -37,12 +37,12 @@ ATTENTION = "attention"
 
 def refuse_connector(spec: Mapping[str, Any]) -> None:
     """Raises ModelError for a connector that other programs don't have."""
-    extra = [key for key, plain in (("fold", 1), ("norm", False)) if spec.get(key, plain) != plain]
+    extra = [key for key, plain in (("pixel_shuffle", 1), ("norm", False)) if spec.get(key, plain) != plain]
     if spec["name"] not in CONNECTORS or extra:
         options = f" with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else ""
         raise ModelError(
             f"other programs have no connector {spec['name']}{options}",
-            hint="train with connector linear or mlp2x-gelu, without fold and norm, to export to them",
+            hint="train with connector linear or mlp2x-gelu, without pixel_shuffle and norm, to export to them",
         )
 
 

@@ -13,9 +13,9 @@ SHAPE = FeatureShape((4, 6), 8)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp2x-gelu"])
-@pytest.mark.parametrize("fold", [1, 2])
-def test_tokens_are_counted_and_ordered(name: str, fold: int) -> None:
-    maker = registry().create("connectors", {"name": name, "fold": fold})
+@pytest.mark.parametrize("factor", [1, 2])
+def test_tokens_are_counted_and_ordered(name: str, factor: int) -> None:
+    maker = registry().create("connectors", {"name": name, "pixel_shuffle": factor})
     connector = maker.build(SHAPE, 5)
     features = torch.randn(3, 24, 8)
     made = connector(features)
@@ -27,15 +27,15 @@ def test_tokens_are_counted_and_ordered(name: str, fold: int) -> None:
     assert not changed[:, :-1].any()
 
 
-@pytest.mark.parametrize("fold", [1, 2])
-def test_norm_makes_the_scale_of_features_irrelevant(fold: int) -> None:
-    maker = registry().create("connectors", {"name": "mlp2x-gelu", "fold": fold, "norm": True})
+@pytest.mark.parametrize("factor", [1, 2])
+def test_norm_makes_the_scale_of_features_irrelevant(factor: int) -> None:
+    maker = registry().create("connectors", {"name": "mlp2x-gelu", "pixel_shuffle": factor, "norm": True})
     connector = maker.build(SHAPE, 5)
     features = torch.randn(2, 24, 8)
     torch.testing.assert_close(connector(features * 30 + 4), connector(features), rtol=1e-3, atol=1e-3)
     assert not any("norm" in name for name in connector.state_dict()), "it has no weights of its own"
 
 
-def test_a_fold_that_does_not_divide_the_grid_is_refused() -> None:
+def test_a_factor_that_does_not_divide_the_grid_is_refused() -> None:
     with pytest.raises(RecipeError, match="4x6"):
-        registry().create("connectors", {"name": "linear", "fold": 4}).build(SHAPE, 5)
+        registry().create("connectors", {"name": "linear", "pixel_shuffle": 4}).build(SHAPE, 5)

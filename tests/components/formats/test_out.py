@@ -163,10 +163,12 @@ def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
 def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) -> None:
     model = native("ours")
     description = json.loads((model / "llavactl.json").read_text())
-    (model / "llavactl.json").write_text(json.dumps(description | {"connector": {"name": "mlp2x-gelu", "fold": 2}}))
+    (model / "llavactl.json").write_text(
+        json.dumps(description | {"connector": {"name": "mlp2x-gelu", "pixel_shuffle": 2}})
+    )
     result = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "no connector mlp2x-gelu with fold: 2" in result.stderr
+    assert "no connector mlp2x-gelu with pixel_shuffle: 2" in result.stderr
     assert not (tmp_path / "out").exists()
     result = run_cli("export", "--model", str(native("full")), "--format", "peft", "--to", str(tmp_path / "out"))
     assert "no adapter" in result.stderr

@@ -168,7 +168,7 @@ class TestIdentity:
     def test_answers_are_not_those_of_the_adapter_before(self, toy: Path, tmp_path: Path) -> None:
         folder, other = lora(toy, tmp_path / "one"), lora(toy, tmp_path / "other", seed=5)
         words = ("eval", "scenes", "-t", "scenes=1", "--limit", "2", "--model", str(folder), "--json")
-        settings = ("-o", "eval.max_new_tokens=2", "-o", "eval.blind_twin=false")
+        settings = ("-o", "eval.max_new_tokens=2", "-o", "eval.blind_baseline=false")
         first = run_cli(*words, *settings, cwd=toy)
         assert first.exit_code == 0, first.stderr
         assert run_cli(*words, *settings, cwd=toy).json()["finished_before"] is True

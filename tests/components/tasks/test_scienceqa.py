@@ -257,7 +257,7 @@ class TestProblems:
             ids("val")
         with pytest.raises(DataError, match="no split 'x'") as caught:
             ids("x")
-        assert caught.value.hint == "there is: minitest, test, val"
+        assert caught.value.hint == "available: minitest, test, val"
 
     def test_without_any_split_all_are_asked(self, problems: Path) -> None:
         problems.write_text(json.dumps({name: {**each, "split": None} for name, each in PROBLEMS.items()}))

@@ -82,7 +82,7 @@ def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | Non
             raise DataError(f"{splits}: not an object of splits")
         ids, known = [str(each) for each in document.get(split, [])], sorted(document)
     if not ids:
-        raise DataError(f"{splits or path}: there is no split {split!r}", hint=f"there is: {', '.join(known)}")
+        raise DataError(f"{splits or path}: there is no split {split!r}", hint=f"available: {', '.join(known)}")
     if missing := [name for name in ids if name not in problems]:
         raise DataError(
             f"{path}: {len(missing)} problems of the split {split!r} are missing, the first is {missing[0]!r}"

@@ -1,4 +1,4 @@
-"""What may come before a projection, as in InternVL: neighbouring patches folded into one token, patches normalised."""
+"""What may come before a projection: pixel shuffle of neighbouring patches, as in InternVL, and normalised patches."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 
-class Fold(nn.Module):
-    """Features [I, h*w, Dv] to [I, h/f * w/f, f*f*Dv], then ``projection``."""
+class PixelShuffle(nn.Module):
+    """Features [I, h*w, Dv] to [I, h/f * w/f, f*f*Dv] with ``factor`` f, then ``projection``."""
 
-    def __init__(self, grid: tuple[int, int], fold: int, projection: nn.Module) -> None:
+    def __init__(self, grid: tuple[int, int], factor: int, projection: nn.Module) -> None:
         super().__init__()
-        self.grid, self.fold, self.projection = grid, fold, projection
+        self.grid, self.factor, self.projection = grid, factor, projection
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        (h, w), f, (i, _, d) = self.grid, self.fold, features.shape
+        (h, w), f, (i, _, d) = self.grid, self.factor, features.shape
         blocks = features.view(i, h // f, f, w // f, f, d).permute(0, 1, 3, 2, 4, 5)
-        folded: torch.Tensor = self.projection(blocks.reshape(i, (h // f) * (w // f), f * f * d))
-        return folded
+        projected: torch.Tensor = self.projection(blocks.reshape(i, (h // f) * (w // f), f * f * d))
+        return projected
 
 
 class Normed(nn.Module):

@@ -53,10 +53,10 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
     samples = [sample for sample in data.samples if len(sample.images) == 1 and _things(sample.boxes)]
     if not samples:
         raise RecipeError(
-            "stage1.grounding_steps: no record of data.stage1 has boxes",
-            hint="the sources `coco` and `scenes` have; `-o stage1.grounding_steps=0` goes without",
+            "stage1.box_alignment_steps: no record of data.stage1 has boxes",
+            hint="the sources `coco` and `scenes` have; `-o stage1.box_alignment_steps=0` goes without",
         )
-    fold = folded(shape, data.encoding.image_tokens)
+    factor = shuffle_factor(shape, data.encoding.image_tokens)
     embeddings = model.language.get_input_embeddings().weight.detach()
 
     @cache
@@ -71,7 +71,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
     explained = 0.0
     with progress.bar(steps, "fitting to boxes", "step") as bar:
         for step, batch in zip(range(steps), _batches(samples, seed), strict=False):
-            wanted = torch.stack([targets(sample.boxes, shape.grid, fold, word) for sample in batch])
+            wanted = torch.stack([targets(sample.boxes, shape.grid, factor, word) for sample in batch])
             features = collate([Encoded((), (), sample.images) for sample in batch], data.features).image_features
             assert features is not None, "every sample here has an image"
             made = connector(features.to(embeddings.device).float())[:, shape.prefix :]
@@ -86,12 +86,12 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
     return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 
-def targets(boxes: Sequence[Box], grid: tuple[int, int], fold: int, word: Word) -> torch.Tensor:
-    """What the tokens of a picture are fitted to, [h/fold * w/fold, Dl], for a ``grid`` (h, w) of patches.
+def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: Word) -> torch.Tensor:
+    """What the tokens of a picture are fitted to, [h/factor * w/factor, Dl], for a ``grid`` (h, w) of patches.
 
     A patch is in a box where its center is in the largest ellipse there, as few things fill their corners; in the
     smallest of several. It is its name's ``word`` [Dl], else that for background, with how far it is from left to
-    right and from above to below. A token is the mean of its ``fold`` x ``fold`` patches.
+    right and from above to below. A token is the mean of its ``factor`` x ``factor`` patches.
     """
     h, w = grid
     ground = word("background")
@@ -105,10 +105,10 @@ def targets(boxes: Sequence[Box], grid: tuple[int, int], fold: int, word: Word) 
         patches[across.square() + upright.square() <= 1] = word(box.category)
     patches += PLACE * (x - 0.5)[..., None] * (word("right") - word("left"))
     patches += PLACE * (y - 0.5)[..., None] * (word("below") - word("above"))
-    return patches.view(h // fold, fold, w // fold, fold, -1).mean((1, 3)).flatten(0, 1)
+    return patches.view(h // factor, factor, w // factor, factor, -1).mean((1, 3)).flatten(0, 1)
 
 
-def folded(shape: FeatureShape, tokens: int) -> int:
+def shuffle_factor(shape: FeatureShape, tokens: int) -> int:
     """How many patches a side make one of a connector's ``tokens``, which are taken to be in the order of the patches.
 
     Raises:
@@ -117,13 +117,13 @@ def folded(shape: FeatureShape, tokens: int) -> int:
     h, w = shape.grid
     if tokens == shape.patches:
         return 1
-    fold = math.isqrt(h * w // tokens)
-    if shape.prefix or not fold or h % fold or w % fold or h * w != tokens * fold**2:
+    factor = math.isqrt(h * w // tokens)
+    if shape.prefix or not factor or h % factor or w % factor or h * w != tokens * factor**2:
         raise RecipeError(
-            f"stage1.grounding_steps: {tokens} image tokens don't lie as a grid over {h}x{w} patches",
-            hint="the connectors `linear` and `mlp2x-gelu` make such; `-o stage1.grounding_steps=0` goes without",
+            f"stage1.box_alignment_steps: {tokens} image tokens don't lie as a grid over {h}x{w} patches",
+            hint="the connectors `linear` and `mlp2x-gelu` make such; `-o stage1.box_alignment_steps=0` goes without",
         )
-    return fold
+    return factor
 
 
 def _things(boxes: Sequence[Box]) -> list[Box]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, FeatureShape, ImageFile, ImageRef, Sample, Turn
 from llavactl.testing import run_cli
-from llavactl.training.grounding import PLACE, folded, ground, targets
+from llavactl.training.box_alignment import PLACE, ground, shuffle_factor, targets
 
 WORDS = ("background", "left", "right", "above", "below", "red circle", "blue square")
 SCENES = ["-o", "data.stage1=[{name: scenes, content: descriptions, scenes: 40}]", "-o", "vision.image=square"]
@@ -26,9 +26,9 @@ def word(text: str) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.tensor(WORDS.index(text)), len(WORDS)).float()
 
 
-def shown(boxes: list[Box], grid: tuple[int, int], fold: int) -> list[list[float]]:
+def shown(boxes: list[Box], grid: tuple[int, int], factor: int) -> list[list[float]]:
     """How much of each token is background, the circle and the square."""
-    made = targets(boxes, grid, fold, word)
+    made = targets(boxes, grid, factor, word)
     return made[:, [0, 5, 6]].tolist()
 
 
@@ -38,7 +38,7 @@ def test_a_patch_is_what_the_smallest_box_around_its_center_holds() -> None:
     for boxes in ([large, small], [small, large]):
         assert shown(boxes, (2, 2), 1) == [square, circle, circle, circle]
     assert shown([large], (4, 4), 1)[:2] == [nothing, circle], "the corner is outside the ellipse"
-    assert shown([small], (2, 2), 2) == [[0.75, 0, 0.25]], "a folded token is the mean of its patches"
+    assert shown([small], (2, 2), 2) == [[0.75, 0, 0.25]], "a token is the mean of its patches"
     crowd, flat = Box("red circle", (0, 0, 1, 1), crowd=True), Box("red circle", (0.2, 0.2, 0.2, 0.9))
     assert shown([crowd, flat], (2, 2), 1) == [nothing] * 4
 
@@ -53,11 +53,11 @@ def test_what_says_where_grows_evenly_from_left_to_right_and_downwards() -> None
 
 def test_how_many_patches_make_a_token() -> None:
     shape = FeatureShape((4, 6), 8)
-    assert [folded(shape, tokens) for tokens in (24, 6)] == [1, 2]
-    assert folded(FeatureShape((4, 6), 8, prefix=1), 25) == 1
+    assert [shuffle_factor(shape, tokens) for tokens in (24, 6)] == [1, 2]
+    assert shuffle_factor(FeatureShape((4, 6), 8, prefix=1), 25) == 1
     for wrong, tokens in ((shape, 12), (shape, 5), (shape, 30), (FeatureShape((4, 6), 8, prefix=1), 6)):
         with pytest.raises(RecipeError, match="don't lie as a grid over 4x6 patches"):
-            folded(wrong, tokens)
+            shuffle_factor(wrong, tokens)
 
 
 class Pictures:
@@ -96,7 +96,7 @@ def test_the_fit_finds_what_the_features_tell() -> None:
 
 
 def train(toy: Path, steps: int, name: str, *more: str) -> dict[str, torch.Tensor]:
-    options = [*SCENES, "-o", f"stage1.grounding_steps={steps}", "-o", f"run_dir={toy}/{name}", *more]
+    options = [*SCENES, "-o", f"stage1.box_alignment_steps={steps}", "-o", f"run_dir={toy}/{name}", *more]
     words = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *options, "-o", "features.mode=live"]
     result = run_cli(*words, "--json")
     assert result.exit_code == 0, result.stderr
@@ -114,7 +114,7 @@ def test_the_connector_is_fitted_before_the_first_step(toy: Path) -> None:
 
 
 def test_without_boxes_or_with_padded_pictures_it_says_so(toy: Path) -> None:
-    words = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), "-o", "stage1.grounding_steps=5"]
+    words = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), "-o", "stage1.box_alignment_steps=5"]
     padded = run_cli(*words)
     assert padded.exit_code == 1
     assert "vision.image: square" in padded.stderr
