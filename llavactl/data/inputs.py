@@ -22,8 +22,7 @@ from llavactl.recipe.frame import Recipe
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Outline, SourceSpec
+    from llavactl.recipe.frame import Outline, SourceSpec, StageNumber
 
 _KILOBYTE = 1000
 

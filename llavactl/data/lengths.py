@@ -16,8 +16,7 @@ from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
-    from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import ImageOrder, Recipe
+    from llavactl.recipe.frame import ImageOrder, Recipe, StageNumber
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
     Raises:
         LlavactlError: the tokenizer or the backbone can't be had.
     """
-    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    chosen = recipe.stage(stage)
     encoding = Encoding(
-        registry().create("templates", recipe.template(stage)),
+        registry().create("templates", chosen.template),
         registry().create("languages", recipe.language.spec()).tokenizer(),
         image_tokens(recipe, stage),
     )
-    return Lengths(encoding, settings.image_order, settings.max_length)
+    return Lengths(encoding, chosen.settings.image_order, chosen.settings.max_length)
 
 
 def image_tokens(recipe: Recipe, stage: StageNumber) -> int:

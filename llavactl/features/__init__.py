@@ -9,7 +9,6 @@ from llavactl.features.reader import (
     open_features,
     stage_fingerprint,
     stage_vision,
-    stage_vision_spec,
 )
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
@@ -27,5 +26,4 @@ __all__ = [
     "open_features",
     "stage_fingerprint",
     "stage_vision",
-    "stage_vision_spec",
 ]

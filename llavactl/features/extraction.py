@@ -24,14 +24,14 @@ from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.keys import ContentKeys, why
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.prepare import Failure, ordered, prepare
-from llavactl.features.reader import StageNumber, stage_fingerprint, stage_image, stage_vision
+from llavactl.features.reader import stage_fingerprint, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features, VisionRecipe
+    from llavactl.recipe.frame import Features, StageNumber, VisionRecipe
 
 _BATCHES_WAITING = 4
 """How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""
@@ -93,14 +93,11 @@ def wanted_features(recipe: VisionRecipe) -> list[Wanted]:
     """
     by_image: dict[str, dict[ImageRef, None]] = {}
     stages: dict[str, tuple[StageNumber, ...]] = {}
-    both: tuple[StageNumber, StageNumber] = (1, 2)
-    for stage in both:
-        specs = recipe.data.stage1 if stage == 1 else recipe.data.stage2
-        images = dict.fromkeys(image for sample in samples(specs) for image in sample.images)
+    for stage in recipe.stages():
+        images = dict.fromkeys(image for sample in samples(stage.sources) for image in sample.images)
         if images:
-            option = stage_image(recipe, stage)
-            by_image.setdefault(option, {}).update(images)
-            stages[option] = (*stages.get(option, ()), stage)
+            by_image.setdefault(stage.image, {}).update(images)
+            stages[stage.image] = (*stages.get(stage.image, ()), stage.number)
     found = []
     for option, images in by_image.items():
         vision = stage_vision(recipe, stages[option][0])

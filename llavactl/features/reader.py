@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,9 +24,8 @@ from llavactl.features.store import FeatureStore
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import SourceSpec, VisionRecipe
+    from llavactl.recipe.frame import StageNumber, VisionRecipe
 
-StageNumber = Literal[1, 2]
 
 _NAMED = 3
 RECENT = 16
@@ -155,33 +154,21 @@ class LiveFeatures:
         return Contents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
 
 
-def stage_image(recipe: VisionRecipe, stage: StageNumber) -> str:
-    """How images of ``stage`` are made square: its own ``image``, else the backbone's; "" without such an option."""
-    return (recipe.stage1 if stage == 1 else recipe.stage2).image or recipe.vision.image or ""
-
-
-def stage_vision_spec(recipe: VisionRecipe, stage: StageNumber) -> dict[str, Any]:
-    """The vision backbone of ``stage`` for ``Registry.create``; with ``image`` only if it has that option."""
-    image = stage_image(recipe, stage)
-    return {**recipe.vision.spec(), **({"image": image} if image else {})}
-
-
 def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:
     """The vision backbone of ``stage``, no weights loaded."""
-    made: Vision = registry().create("vision", stage_vision_spec(recipe, stage))
+    made: Vision = registry().create("vision", recipe.stage(stage).vision)
     return made
 
 
 def stage_fingerprint(recipe: VisionRecipe, stage: StageNumber) -> Fingerprint:
     """What the features of ``stage`` are made with."""
-    return fingerprint(stage_vision_spec(recipe, stage), recipe.features)
+    return fingerprint(recipe.stage(stage).vision, recipe.features)
 
 
 def recipe_fingerprints(recipe: VisionRecipe) -> list[Fingerprint]:
     """The fingerprints that the stages with data need; stages whose images are made alike share one."""
-    sources: dict[StageNumber, tuple[SourceSpec, ...]] = {1: recipe.data.stage1, 2: recipe.data.stage2}
-    stages = {stage_image(recipe, stage): stage for stage, specs in sources.items() if specs}
-    return [stage_fingerprint(recipe, stage) for stage in stages.values()]
+    stages = {stage.image: stage for stage in recipe.stages() if stage.sources}
+    return [fingerprint(stage.vision, recipe.features) for stage in stages.values()]
 
 
 def open_features(recipe: VisionRecipe, stage: StageNumber, device: str | None = None) -> FeatureReader:

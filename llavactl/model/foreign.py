@@ -170,6 +170,6 @@ def _told(recipe: Recipe) -> dict[str, Any]:
         "vision": recipe.vision.spec(),
         "shape": {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix},
         "language": recipe.language.spec(),
-        "template": recipe.template(2),
+        "template": recipe.stage(2).template,
         "precision": recipe.stage2.precision,
     }

@@ -6,8 +6,9 @@ registered it and are validated by its own model (see ``recipe.load``).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -249,6 +250,10 @@ class Stage(Section):
 class Stage1(Stage):
     """``box_alignment_steps``: for this many steps before training, the connector is fitted to the data's boxes."""
 
+    method: ClassVar[Literal["connector"]] = "connector"
+    optimizer: ClassVar[Literal["adamw"]] = "adamw"
+    trainable_modules: ClassVar[tuple[str, ...]] = ()
+
     box_alignment_steps: NotNegativeWhole = 0
     template: str | TemplateSpec | None = "plain"
     batch_size: Count = 256
@@ -262,6 +267,8 @@ class Stage2(Stage):
     language model are frozen. ``qlora``: LoRA on a language model in 4 bits. ``optimizer: muon`` trains the language
     model's matrices, except embeddings and head, with Muon and all other weights with AdamW.
     """
+
+    box_alignment_steps: ClassVar[int] = 0
 
     init: Literal["stage1", "scratch"] | ModelId = "stage1"
     method: Literal["full", "lora", "qlora"] = "full"
@@ -277,6 +284,25 @@ class Stage2(Stage):
                 f"trainable_modules: only for method full; method {self.method} trains adapters of all linear layers"
             )
         return self
+
+
+AnyStage = Stage1 | Stage2
+StageNumber = Literal[1, 2]
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """Stage ``number`` of a recipe: its settings and data, and the specs of its vision backbone and template.
+
+    ``image`` says how the backbone makes images square; "" if it has no such option.
+    """
+
+    number: StageNumber
+    settings: AnyStage
+    sources: tuple[SourceSpec, ...]
+    image: str
+    vision: dict[str, Any]
+    template: str | dict[str, Any]
 
 
 class Data(Section):
@@ -340,6 +366,21 @@ class VisionRecipe(Outline):
 
     vision: VisionSpec
 
+    def stage(self, number: StageNumber) -> TrainingStage:
+        """Everything that belongs to stage ``number``; specs are as ``Registry.create`` takes them."""
+        settings: AnyStage = self.stage1 if number == 1 else self.stage2
+        sources = self.data.stage1 if number == 1 else self.data.stage2
+        image = settings.image or self.vision.image or ""
+        vision = {**self.vision.spec(), **({"image": image} if image else {})}
+        template = settings.template or (self.language or LanguageSpec(name="")).template
+        return TrainingStage(
+            number, settings, sources, image, vision, template if isinstance(template, str) else template.spec()
+        )
+
+    def stages(self) -> tuple[TrainingStage, ...]:
+        """All stages, in order."""
+        return tuple(self.stage(number) for number in get_args(StageNumber))
+
     @model_validator(mode="after")
     def _image_is_an_option(self) -> VisionRecipe:
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
@@ -354,14 +395,9 @@ class Recipe(VisionRecipe):
     connector: ConnectorSpec
     language: LanguageSpec
 
-    def template(self, stage: Literal[1, 2]) -> str | dict[str, Any]:
-        """The template of ``stage`` for ``Registry.create``: its name, with its options if it has any."""
-        own = (self.stage1 if stage == 1 else self.stage2).template or self.language.template
-        return own if isinstance(own, str) else own.spec()
-
     @model_validator(mode="after")
     def _boxes_lie_on_patches(self) -> Recipe:
-        if self.stage1.box_alignment_steps and (self.stage1.image or self.vision.image) != "square":
+        if self.stage1.box_alignment_steps and self.stage(1).image != "square":
             raise ValueError(
                 "stage1.box_alignment_steps needs `vision.image: square`: boxes are shares of the picture, "
                 "and lie elsewhere on a padded one"

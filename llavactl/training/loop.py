@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from llavactl.core.stopping import Stop
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.frame import Stage
+    from llavactl.recipe.frame import AnyStage
     from llavactl.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Run:
 
     model: LlavaModel
     optimizer: Optimizer
-    stage: Stage
+    stage: AnyStage
     data: TrainingSet
     validation: TrainingSet
     shape: FeatureShape
@@ -266,7 +266,7 @@ def _restore(run: Run) -> checkpoints.State | None:
 
 def _ground(run: Run) -> None:
     """Fits the connector to boxes, where the stage says so: the same on all processes."""
-    steps = getattr(run.stage, "box_alignment_steps", 0)
+    steps = run.stage.box_alignment_steps
     if not steps:
         return
     weights = ground(run.model, run.data, run.shape, steps, run.seed)

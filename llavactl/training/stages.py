@@ -15,25 +15,25 @@ from llavactl.model.quantised import quantise
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.frame import Stage, Stage2
+    from llavactl.recipe.frame import AnyStage, Stage2
 
 log = logging.getLogger(__name__)
 
 
-def trained(model: LlavaModel, stage: Stage, seed: int) -> dict[str, float]:
+def trained(model: LlavaModel, stage: AnyStage, seed: int) -> dict[str, float]:
     """Freezes and unfreezes ``model`` for ``stage``; returns the learning rate of each trained parameter by name.
 
     Stage 1 trains the connector alone; stage 2 the connector and the language model: whole, some
     of its weights (``only``), or through LoRA on all of its linear layers but the head (LLaVA's choice),
     with ``qlora`` on four bits a weight.
     """
-    method = getattr(stage, "method", "connector")
+    method = stage.method
     model.requires_grad_(False)
     for name, parameter in model.connector.named_parameters():
         parameter.requires_grad_(name not in model.frozen)
     if method == "full":
         model.language.requires_grad_(True)
-        train_only(model.language, stage.trainable_modules)  # type: ignore[attr-defined]
+        train_only(model.language, stage.trainable_modules)
     elif method in ("lora", "qlora"):
         if method == "qlora":
             quantise(model.language)
@@ -83,13 +83,13 @@ class Untrained:
         return {name: each for name, each in self.state().items() if name not in self.frozen}
 
 
-def matrices(model: LlavaModel, stage: Stage) -> list[str]:
+def matrices(model: LlavaModel, stage: AnyStage) -> list[str]:
     """What Muon updates, by name: the language model's trained matrices between its embeddings and its head.
 
     Raises:
         RecipeError: ``optimizer: muon``, and none is trained.
     """
-    if getattr(stage, "optimizer", "adamw") != "muon":
+    if stage.optimizer != "muon":
         return []
     language = model.language
     parts = (language.get_input_embeddings(), language.get_output_embeddings())
@@ -107,7 +107,7 @@ def matrices(model: LlavaModel, stage: Stage) -> list[str]:
     return found
 
 
-def unpacked(model: LlavaModel, stage: Stage, device: str) -> str:
+def unpacked(model: LlavaModel, stage: AnyStage, device: str) -> str:
     """Why every sample of ``stage`` has a row of its own on ``device``; "" where rows hold many.
 
     Raises:

@@ -19,8 +19,7 @@ from llavactl.data.problems import KINDS, Finding, Tally
 from llavactl.data.scan import Decode, Images, scan
 
 if TYPE_CHECKING:
-    from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.frame import Outline, StageNumber
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
 from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVision
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
-from llavactl.features import stage_vision, stage_vision_spec
 from llavactl.model.trial import try_connector
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import check, load_frame, where
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from llavactl.core.schema import FeatureShape
 
-StageNumber = Literal[1, 2]
 PROBE = (Turn("user", ("What?",)), Turn("assistant", ("That.",)))
 
 Fault = tuple[str, str]
@@ -36,7 +34,7 @@ def faults(recipe: Recipe) -> list[Fault]:
     A model that is neither a folder nor in the hub's cache is not looked at: nothing is downloaded to check a recipe.
     """
     found: list[Fault] = []
-    shapes = [shape for stage in get_args(StageNumber) if (shape := _shape(recipe, stage, found)) is not None]
+    shapes = [shape for stage in recipe.stages() if (shape := _shape(stage.vision, found)) is not None]
     language = registry().create("languages", recipe.language.spec())
     skeleton = tokenizer = None
     if _is_here(recipe.language.spec()):
@@ -53,10 +51,9 @@ def faults(recipe: Recipe) -> list[Fault]:
         with _collected(found, "stage2.trainable_modules"):
             train_only(skeleton, recipe.stage2.trainable_modules)
     if tokenizer is not None:
-        for stage in get_args(StageNumber):
-            own = (recipe.stage1 if stage == 1 else recipe.stage2).template
-            with _collected(found, f"stage{stage}.template" if own else "language.template"):
-                registry().create("templates", recipe.template(stage)).render(PROBE, tokenizer)
+        for stage in recipe.stages():
+            with _collected(found, f"stage{stage.number}.template" if stage.settings.template else "language.template"):
+                registry().create("templates", stage.template).render(PROBE, tokenizer)
     if skeleton is not None and tokenizer is not None and shapes:
         _exports(recipe, skeleton, tokenizer, found)
     return list(dict.fromkeys(found))
@@ -68,7 +65,7 @@ def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) 
         with _collected(found, f"export.{index}.format"):
             made = registry().create("formats", each.spec())
             if isinstance(made, CheckedFormat):
-                made.check(stage_vision_spec(recipe, 2), recipe.connector.spec(), skeleton, tokenizer)
+                made.check(recipe.stage(2).vision, recipe.connector.spec(), skeleton, tokenizer)
 
 
 def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[Problem]:
@@ -88,11 +85,10 @@ def refuse(recipe: Recipe) -> None:
         )
 
 
-def _shape(recipe: Recipe, stage: StageNumber, found: list[Fault]) -> FeatureShape | None:
-    spec = stage_vision_spec(recipe, stage)
+def _shape(spec: Mapping[str, Any], found: list[Fault]) -> FeatureShape | None:
     if _is_here(spec):
         with _collected(found, "vision", spec):
-            vision = stage_vision(recipe, stage)
+            vision = registry().create("vision", spec)
             return vision.shape() if isinstance(vision, MeasuredVision) else None
     return None
 

@@ -85,15 +85,14 @@ def show(
         DataError: a record can't be used, there is no such sample, or ``html`` can't be written.
     """
     number = stage or (2 if recipe.data.stage2 else 1)
-    settings: Stage = recipe.stage1 if number == 1 else recipe.stage2
-    sources = recipe.data.stage1 if number == 1 else recipe.data.stage2
-    if not sources:
+    chosen_stage = recipe.stage(number)
+    settings, template = chosen_stage.settings, chosen_stage.template
+    if not chosen_stage.sources:
         raise RecipeError(f"data.stage{number} names no source", hint="there is nothing to show")
-    every = list(samples(sources))
+    every = list(samples(chosen_stage.sources))
     first = _find(every, sample, f"data.stage{number}")
     chosen = every[first : first + count]
     has_image = any(each.images for each in chosen)
-    template = recipe.template(number)
     encoding = Encoding(
         registry().create("templates", template),
         registry().create("languages", recipe.language.spec()).tokenizer(),

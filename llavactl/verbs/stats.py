@@ -18,8 +18,7 @@ from llavactl.data.scan import CHUNK
 from llavactl.data.statistics import Statistics, Summary, summary
 
 if TYPE_CHECKING:
-    from llavactl.features.reader import StageNumber
-    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.frame import Outline, StageNumber
 
 OPENINGS = 20
 

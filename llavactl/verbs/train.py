@@ -22,7 +22,7 @@ from llavactl.core.paths import json_text, sole, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
-from llavactl.features import Fingerprint, open_features, stage_vision_spec
+from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
 from llavactl.model.foreign import resolve
@@ -40,7 +40,7 @@ from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Contents, FeatureShape, ImageRef
-    from llavactl.recipe.frame import Recipe, Stage
+    from llavactl.recipe.frame import Recipe
 
     Look = Callable[[Sequence[ImageRef]], Contents]
 
@@ -59,12 +59,12 @@ def train(
     Raises:
         LlavactlError: whatever stands in the way, before any work where it can be known.
     """
-    settings: Stage = recipe.stage1 if stage == 1 else recipe.stage2
+    chosen = recipe.stage(stage)
+    settings, sources, template = chosen.settings, chosen.sources, chosen.template
     accelerator = launch.accelerator(settings.precision)
-    sources = recipe.data.stage1 if stage == 1 else recipe.data.stage2
     if not sources:
         raise RecipeError(f"data.stage{stage} names no source", hint=f"stage {stage} needs records to train on")
-    if stage == 2 and recipe.stage2.method == "qlora":
+    if settings.method == "qlora":
         four_bits()
     folder = recipe.run_dir / f"stage{stage}"
     features = open_features(recipe, stage, device=str(accelerator.device))
@@ -78,7 +78,6 @@ def train(
         )
     width = parts.model.language.get_input_embeddings().weight.shape[1]
     try_connector(recipe.connector.spec(), features.shape, width, [settings.precision], str(accelerator.device))
-    template = recipe.template(stage)
     encoding = Encoding(
         registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
@@ -248,7 +247,8 @@ def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data
     Files count by content, not by name. Settings that don't change the result, only speed for example, are left out: a
     run resumes after they change.
     """
-    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    chosen = recipe.stage(stage)
+    settings = chosen.settings
     free = {"micro_batch_size", "micro_batch_tokens", "packing", "gradient_checkpointing"}
     free |= {"checkpoint_every", "keep_last", "restore_best", "init"}
     return hash_json(
@@ -256,10 +256,10 @@ def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data
             "stage": settings.model_dump(mode="json", exclude=free),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
-            "template": component_identity("templates", recipe.template(stage)),
+            "template": component_identity("templates", chosen.template),
             "fingerprint": fingerprint.id,
             "data": data.digest,
-            "boxes": [s.boxes for s in data.train.samples] if getattr(settings, "box_alignment_steps", 0) else None,
+            "boxes": [s.boxes for s in data.train.samples] if settings.box_alignment_steps else None,
             "seed": recipe.seed,
             "start": model_folder.identity(start) if start else None,
         }
@@ -276,12 +276,13 @@ def _language(recipe: Recipe, start: Path | None) -> dict[str, Any]:
 def _description(
     recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, digest: str, start: Path | None
 ) -> dict[str, Any]:
-    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    chosen = recipe.stage(stage)
+    settings = chosen.settings
     return {
         "stage": stage,
-        "method": "connector" if stage == 1 else recipe.stage2.method.removeprefix("q"),
-        "quantised": "nf4" if stage == 2 and recipe.stage2.method == "qlora" else None,
-        "vision": stage_vision_spec(recipe, stage),
+        "method": settings.method.removeprefix("q"),
+        "quantised": "nf4" if settings.method == "qlora" else None,
+        "vision": chosen.vision,
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(fingerprint.fields),
         "connector": recipe.connector.spec(),

@@ -13,7 +13,7 @@ from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
     from llavactl.data.scan import Decode
-    from llavactl.features.reader import StageNumber
+    from llavactl.recipe.frame import StageNumber
     from llavactl.verbs.check import CheckReport
 
 

@@ -12,7 +12,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.features.reader import StageNumber
+    from llavactl.recipe.frame import StageNumber
 
 
 @click.command("stats")
