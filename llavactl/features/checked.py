@@ -26,13 +26,15 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     """The encoder that ``vision`` loads, checked.
 
     Raises:
-        PluginError: its shape is none, or not the one that ``vision.shape()`` gives.
+        PluginError: the encoder lacks something, or its shape is not the one that ``vision.shape()`` gives.
         ModelError: as of ``Vision.load``.
     """
     encoder, who = vision.load(device, dtype), f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
     shape: Any = getattr(encoder, "shape", None)
     if not isinstance(shape, FeatureShape):
         raise PluginError(f"{who}: the shape of its encoder is {shape!r}, not a FeatureShape", hint=_HINT)
+    if missing := [name for name in ("preprocess", "encode") if not callable(getattr(encoder, name, None))]:
+        raise PluginError(f"{who}: its encoder has no {' and no '.join(missing)}", hint=_HINT)
     if isinstance(vision, MeasuredVision) and (said := vision.shape()) != shape:
         raise PluginError(f"{who}: shape() gives {said}, its encoder has {shape}", hint=_HINT)
     return CheckedEncoder(encoder, who, shape, CheckedPixels(encoder.preprocess, _size(encoder)))

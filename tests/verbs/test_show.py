@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,7 +184,7 @@ def test_a_backbone_that_cannot_be_measured_is_loaded(bare: Path, monkeypatch: p
             return {}
 
         def load(self, device: str, dtype: str) -> Any:
-            return type("Encoder", (), {"shape": FeatureShape((3, 5), 8)})()
+            return SimpleNamespace(shape=FeatureShape((3, 5), 8), preprocess=len, encode=len)
 
     monkeypatch.setattr("llavactl.data.lengths.stage_vision", lambda recipe, stage: Loaded())
     assert run_cli("data", "show", "--json", cwd=bare).json()["image_tokens"] == 15

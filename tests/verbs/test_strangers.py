@@ -7,15 +7,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from llavactl.core.errors import PluginError
 from llavactl.core.registry import Entry, Options, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
+from llavactl.features.checked import load_encoder
 from llavactl.features.prepare import Failure, prepare
 from llavactl.testing import run_cli
 
@@ -228,6 +231,15 @@ def test_a_shape_that_is_none_or_another_is_refused_by_name(toy: Path, vision: s
     assert done.exit_code == 1
     assert "stranger" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lacking", ["preprocess", "encode"])
+def test_an_encoder_that_lacks_something_is_refused_by_name(lacking: str) -> None:
+    encoder = Encoder(Fault())
+    setattr(encoder, lacking, None)
+    vision: Any = SimpleNamespace(load=lambda device, dtype: encoder)
+    with pytest.raises(PluginError, match=lacking):
+        load_encoder(vision, "cpu", "float32")
 
 
 @pytest.mark.parametrize("number", range(len(GIVEN)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def kinds() -> list[str]:
     found = []
     for kind, names in MODEL_MAPPING_NAMES.items():
         model = getattr(transformers, names if isinstance(names, str) else names[0], None)
-        if getattr(model, "main_input_name", None) == "pixel_values":
-            found.append(kind)
+        with suppress(ImportError):  # some need packages that are not here
+            if getattr(model, "main_input_name", None) == "pixel_values":
+                found.append(kind)
     return found
 
 
@@ -134,9 +136,7 @@ def processors() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("settings", processors().values(), ids=processors())
-@pytest.mark.parametrize(
-    "kind", ["CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor"]
-)
+@pytest.mark.parametrize("family", ["CLIP", "Siglip", "ViT", "Bit"])
 def test_exported_processors_make_the_same_pixels(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     import numpy as np
     from transformers import AutoImageProcessor
