@@ -11,13 +11,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from llavactl.core.typed import Typed
+
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(Typed):
     """``done`` of ``total`` (0: unknown) ``unit``s of the work ``what``, ``start`` of them before this run.
 
     ``facts`` are current values, such as the loss.

@@ -25,6 +25,7 @@ GOOD: list[Any] = [
     llavactl.Reply("yes", 1, None),
     llavactl.Request("r", "detail", ({"role": "user", "content": "?"},), Sample("a", (TURN,))),
     llavactl.Limits(),
+    llavactl.Progress("stage1", 1, 2, "step", 0, {"loss": "1.0"}),
 ]
 FIELDS = [(made, field.name) for made in GOOD for field in dataclasses.fields(made)]
 
