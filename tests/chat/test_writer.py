@@ -8,7 +8,7 @@ import pytest
 
 from llavactl.chat.assistant import Stops, Writer, text_of
 
-from ..components.languages.test_images import ALL, TOKENIZERS
+from ..components.languages.test_image_token import ALL, TOKENIZERS
 
 TEXTS = ("ab 🐕🦺🐈 ok 𝔸𝔹", "一只狗 naïve\n\n  é ", "🐕‍🦺🐕‍🦺", "plain, text. Don't ", "")
 

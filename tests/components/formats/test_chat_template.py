@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.formats.chat_template import chat_template, written
+from llavactl.components.formats.chat_template import chat_template, rendered
 from llavactl.components.templates.styles import STYLES
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile, Turn
@@ -62,7 +62,7 @@ def test_messages_are_written_as_training_has_them(toys: Path, name: str, talk: 
     ]
     jinja = chat_template(template, tokenizer)
     (found,), _ = render_jinja_template([messages], chat_template=jinja, add_generation_prompt=True)
-    assert found == written(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
+    assert found == rendered(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
     if talk == "an empty system turn" and name == "llama-2":
         assert "SYS" not in found
 
@@ -76,7 +76,7 @@ def test_a_finished_conversation(toys: Path, name: str) -> None:
     turns = (_user("What?"), _answer("So."))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     (found,), _ = render_jinja_template([messages], chat_template=chat_template(template, tokenizer))
-    assert found == written(template, tokenizer, turns, False, "<image>")
+    assert found == rendered(template, tokenizer, turns, False, "<image>")
 
 
 SEES = (
@@ -112,5 +112,5 @@ def test_a_tokenizers_own_chat_template_is_exported(
     tokenizer.save_pretrained(tmp_path / "language")
     made = native("ours", language=tmp_path / "language", template="tokenizer")
     verified = exported(made, "hf", tmp_path / "out")["verified"]
-    assert verified["ids_equal"] == verified["prompts"] == (7 if own else 6)
+    assert verified["ids_equal"] == verified["prompts"] == (8 if own else 7)
     assert ((tmp_path / "out" / "chat_template.jinja").read_text() == text) == own

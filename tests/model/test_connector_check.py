@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llavactl.core.schema import FeatureShape
-from llavactl.model.trial import connector_fault
+from llavactl.model.connector_check import connector_fault
 from llavactl.testing import check_connector
 
 SHAPE, WIDTH = FeatureShape((2, 3), 8), 12

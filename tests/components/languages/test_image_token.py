@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.languages.images import image_token
+from llavactl.components.languages.image_token import image_token
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
 from llavactl.data.encode import Encoding, arrange
