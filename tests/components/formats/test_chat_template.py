@@ -1,4 +1,4 @@
-"""A chat template writes messages as training has them, whatever is in them."""
+"""Exported chat templates render messages as in training, whatever their contents."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TALKS: dict[str, tuple[Turn, ...]] = {
 @pytest.mark.parametrize("parts", [True, False])
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", STYLES)
-def test_messages_are_written_as_training_has_them(toys: Path, name: str, talk: str, parts: bool) -> None:
+def test_messages_are_rendered_as_in_training(toys: Path, name: str, talk: str, parts: bool) -> None:
     """With content as text where it can be (``parts`` false), and as lists of parts in any order."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
