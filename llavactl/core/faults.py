@@ -313,9 +313,9 @@ def reason(error: BaseException) -> str:
         return f"a file name can't be encoded in this locale ({error.encoding}): {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
-    said = " ".join(lines[: last + 1])
-    named = isinstance(error, _NEED_NAME) or not said
-    return printable(f"{type(error).__name__}: {said}".removesuffix(": ") if named else said)
+    message = " ".join(lines[: last + 1])
+    named = isinstance(error, _NEED_NAME) or not message
+    return printable(f"{type(error).__name__}: {message}".removesuffix(": ") if named else message)
 
 
 def printable(text: str) -> str:

@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
     @property
     def shape(self) -> FeatureShape:
-        """What ``encode`` gives for one image."""
+        """The shape of one image's features."""
 
     @property
     def preprocess(self) -> Callable[[Image.Image], np.ndarray]:

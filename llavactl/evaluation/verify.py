@@ -102,7 +102,7 @@ class _UnroundedFeatures:
         return (self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy(),)
 
 
-def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Runs ``script`` in a separate Python process with the same packages except llavactl."""
     command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
     return subprocess.run(  # noqa: S603 - our own script
@@ -110,7 +110,7 @@ def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = alone) -> Verified:
+def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = run_isolated) -> Verified:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
     ``run`` runs the script with the export, the prompts and the output file. The two models are never in memory at the

@@ -173,7 +173,7 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     except Exception as error:
         if faults.out_of_memory(error):
             raise
-        raise ModelError(f"{what}: it can't be run on images alone: {faults.reason(error)}", hint=_SUPPORTED) from error
+        raise ModelError(f"{what}: it can't be run on pixels only: {faults.reason(error)}", hint=_SUPPORTED) from error
     grid = tower.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
     if features.ndim != 3 or len(features) != 2 or not 0 <= prefix <= MAX_PREFIX:
