@@ -49,7 +49,7 @@ GARBAGE = 0.2
 
 NEW_TOKENS = 32
 
-ALONE = """\
+ISOLATED = """\
 import runpy, sys
 sys.modules["llavactl"] = None
 del sys.argv[0]
@@ -104,13 +104,15 @@ class _UnroundedFeatures:
 
 def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Runs ``script`` in a separate Python process with the same packages except llavactl."""
-    command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", ISOLATED, str(script), *map(str, arguments)]
     return subprocess.run(  # noqa: S603 - our own script
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
 
 
-def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = run_isolated) -> Verified:
+def verify(
+    model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = run_isolated
+) -> Verified:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
     ``run`` runs the script with the export, the prompts and the output file. The two models are never in memory at the
