@@ -131,12 +131,12 @@ class Measured(Vision):
 def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", str(toy / "images"))
     for kind, name in (("sources", "Source"), ("vision", "Vision"), ("vision", "Measured")):
-        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "stranger")
+        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "otherplugin")
         monkeypatch.setitem(registry().entries[kind], name.lower(), entry)
 
 
 def run(toy: Path, verb: str, *options: str, source: str = "", number: int = 0, vision: str = "") -> Any:
-    """``verb`` on the stranger's source and backbone, which fail at ``source`` and ``vision``."""
+    """``verb`` on the failing source and backbone, which fail at ``source`` and ``vision``."""
     kind, _, fault = vision.rpartition("/")
     words = [
         f"data.stage1=[{{name: source, at: {source!r}, number: {number}}}]",
@@ -218,7 +218,7 @@ def test_data_check_lists_what_fails(toy: Path, number: int) -> None:
 def test_invalid_results_are_refused_with_the_plugins_name(toy: Path, vision: str, number: int) -> None:
     done = run(toy, "extract", vision=vision, number=number)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -226,7 +226,7 @@ def test_invalid_results_are_refused_with_the_plugins_name(toy: Path, vision: st
 def test_invalid_shapes_are_refused_with_the_plugins_name(toy: Path, vision: str) -> None:
     done = run(toy, "extract", vision=vision)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -234,7 +234,7 @@ def test_invalid_shapes_are_refused_with_the_plugins_name(toy: Path, vision: str
 def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -> None:
     done = run(toy, "extract", source="sample", number=number)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -243,4 +243,4 @@ def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -
 def test_other_errors_are_bugs_of_the_plugin(toy: Path, at: dict[str, str], number: int) -> None:
     done = run(toy, "extract", number=number, **at)  # type: ignore[arg-type]
     assert done.exit_code == 1
-    assert "bug in plugin stranger" in done.stderr
+    assert "bug in plugin otherplugin" in done.stderr
