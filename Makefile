@@ -41,7 +41,7 @@ test-all: $(DEV_READY) ## these and the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 # LLaVA's own code is not on a package index: LLAVA is a checkout of haotian-liu/LLaVA.
-test-original: $(DEV_READY) ## exports in LLaVA's own programs: LLAVA=/path/to/LLaVA
+test-original: $(DEV_READY) ## test exports in LLaVA's own code: LLAVA=/path/to/LLaVA
 	"$(PYTHON)" -m venv $(VENV)/original
 	$(VENV)/original/bin/python -m pip install -q --no-deps torch==$(TORCH) -r tests/original.txt
 	LLAVA_PYTHON=$(VENV)/original/bin/python LLAVA="$(LLAVA)" OMP_NUM_THREADS=1 \

@@ -196,7 +196,7 @@ eval: {{tasks: []}}
 
 
 def changes(losses: dict[str, list[float]], read: dict[str, list[float]]) -> dict[str, Any]:
-    """What int8 changed, of the seeds that both dtypes have been trained with."""
+    """Changes by int8, over the seeds that both dtypes were trained with."""
     halves, small = losses["float16"], losses.get("int8", [])
     both = halves[: len(small)]
     reads = zip(read.get("int8", []), read["float16"][: len(small)], strict=True)

@@ -1,4 +1,4 @@
-"""What a benchmark does with its figures: it gives them after every round, so that stopping it loses none."""
+"""Writes a benchmark's results after every round, so that an interrupted run keeps them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Documents = Generator[Document]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="a line of JSON after every round: the last one counts")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write that JSON to FILE, again after every round")
+    parser.add_argument("--json", action="store_true", help="Print a line of JSON per round; the last one counts.")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="Write the JSON to FILE after every round.")
 
 
 def publish(documents: Documents, given: argparse.Namespace, shown: Callable[[Document], str]) -> None:
-    """Prints and writes ``documents``, each of which has all figures so far; ``complete`` is true in the last one.
+    """Prints and writes ``documents``, each with all results so far; ``complete`` is true in the last one.
 
-    Without ``--json`` the last one is ``shown`` at the end. Ctrl-C, SIGTERM and errors end ``documents`` early.
+    Without ``--json``, the last one is printed at the end by ``shown``, also after Ctrl-C, SIGTERM or an error.
     """
     newest: Document | None = None
     code = 0
     try:
         with stopping.signals(), closing(documents):
             for newest in documents:
-                _give({**newest, "complete": False}, given)
+                _output({**newest, "complete": False}, given)
         newest = {**(newest or {}), "complete": True}
-        _give(newest, given)
+        _output(newest, given)
     except KeyboardInterrupt:
         code = stopping.exit_code()
     finally:
@@ -42,7 +42,7 @@ def publish(documents: Documents, given: argparse.Namespace, shown: Callable[[Do
     sys.exit(code)
 
 
-def _give(document: Document, given: argparse.Namespace) -> None:
+def _output(document: Document, given: argparse.Namespace) -> None:
     if given.out is not None:
         write_json(given.out, document)
     if given.json:

@@ -111,7 +111,7 @@ def ways(folder: Path, images: int) -> dict[str, Read]:
 def read_rounds(
     folder: Path, images: int, rounds: int, reads: int, seed: int, start: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every round, by way: when it began and ended and how many it read. ``start()`` is a barrier."""
+    """Every round, by way: start, end and the number of images. ``start()`` is a barrier."""
     every = ways(folder, images)
     for number in range(-1, rounds):  # round -1 warms up
         chosen = [random.Random(f"{seed} {number}").randrange(images) for _ in range(reads)]
@@ -129,14 +129,14 @@ def read_rounds(
             yield number, times
 
 
-def _leave_signals() -> None:
-    """In a worker: the process that started it is the one to stop, and stops it."""
+def _ignore_signals() -> None:
+    """In a worker: leaves signals to the parent process, which terminates it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(queue: Any, barrier: Any, *given: Any) -> None:
-    _leave_signals()
+    _ignore_signals()
     for found in read_rounds(*given, barrier.wait):
         queue.put(found)
 
@@ -176,7 +176,7 @@ def forget(folder: Path) -> None:
 
 
 def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> None:
-    _leave_signals()
+    _ignore_signals()
     read = ways(folder, images)[name]
     forget(folder)
     chosen = random.Random(seed).sample(range(images), images)
@@ -187,7 +187,7 @@ def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> N
 
 
 def cold(folder: Path, images: int, rounds: int) -> Documents:
-    """Rates of one process after every round, a new one for each way: what is mapped can't be forgotten."""
+    """Rates of one process after every round, a new one for each way: mapped pages stay in memory."""
     context = multiprocessing.get_context("fork")
     names = [name for name in ways(folder, images) if name not in WARM_ONLY]
     by_way: dict[str, list[float]] = {name: [] for name in names}
@@ -202,7 +202,7 @@ def cold(folder: Path, images: int, rounds: int) -> Documents:
 
 
 def rates(workers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Images a second of all ``workers`` in one round, by way."""
+    """Images per second of all ``workers`` in one round, by way."""
     found = {}
     for name in workers[0]:
         began, ended, counts = zip(*(worker[name] for worker in workers), strict=True)

@@ -7,7 +7,7 @@
     print(chat.ask("What is this?", images=["cat.jpg"]))
 
 Functions return the reports that the commands print with ``--json`` and raise ``LlavactlError``, with ``message``
-and ``hint``. ``progress`` is called with a ``Progress`` as the work proceeds.
+and ``hint``. ``progress`` is called with a ``Progress`` while the function runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core.progress import Progress, reported_to
+from llavactl.core.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -63,7 +63,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, progress: OnProgress | N
     """Makes instruction data with the recipe's teacher; with ``dry_run`` estimates requests, tokens and cost."""
     from llavactl.verbs.generate import generate as work
 
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe, dry_run=dry_run)
 
 
@@ -81,7 +81,7 @@ def extract(
     """
     from llavactl.verbs.extract import extract as work
 
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe, dry_run=dry_run, max_skipped=max_skipped)
 
 
@@ -95,7 +95,7 @@ def train(
     """Trains ``stage`` of ``recipe``, or resumes it; a finished stage is not trained again."""
     from llavactl.verbs.train import train as work
 
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe, stage, resume)
 
 
@@ -118,7 +118,7 @@ def evaluate(
 
     file = None if answers is None else Path(answers)
     name = None if model is None else str(model)
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe, task, options, model=name, answers=file, protocol=protocol, limit=limit)
 
 
@@ -142,22 +142,22 @@ def export(
     from llavactl.verbs.export import export as work
 
     chosen = {"name": format, **(options or {})}
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe, chosen, Path(to), model=None if model is None else str(model), check=verify)
 
 
 def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
-    """The recipe's whole pipeline, from generate to export; finished steps are skipped, an interrupted one resumes."""
+    """Runs the recipe's pipeline, from generate to export; finished steps are skipped, an interrupted one resumes."""
     from llavactl.verbs.run import run as work
 
-    with reported_to(progress):
+    with reporting_to(progress):
         return work(recipe)
 
 
 def load_model(
     model: Recipe | str | Path, *, template: str | None = None, device: str | None = None, recipe: Recipe | None = None
 ) -> Assistant:
-    """A model ready to answer: the last finished stage of a recipe, a folder in any format, or a hub id.
+    """A model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
     ``template`` replaces the model's conversation template, ``device`` is by default the best available. ``recipe``
     supplies what a checkpoint lacks: see docs/export.md.
@@ -184,7 +184,7 @@ class Chat:
 
     @property
     def turns(self) -> Sequence[Turn]:
-        """What was said so far."""
+        """The turns so far."""
         return tuple(self._conversation.turns)
 
     def ask(self, prompt: str, images: Sequence[str | Path | PIL.Image.Image] = (), **sampling: Any) -> str:
@@ -218,7 +218,7 @@ class Chat:
 
 
 def _in_memory(image: PIL.Image.Image) -> ImageRef:
-    """``image`` as PNG bytes, which keep every pixel."""
+    """``image`` as PNG, which is lossless."""
     from llavactl.core.places import ImageBytes
 
     file = io.BytesIO()
@@ -227,8 +227,8 @@ def _in_memory(image: PIL.Image.Image) -> ImageRef:
     return ImageBytes(f"image {digest[:12]}", digest, file.getvalue())
 
 
-def _overrides(given: Overrides) -> Sequence[str]:
-    """``given`` in the form of ``-o``; values are written as JSON, which is YAML."""
-    if not isinstance(given, Mapping):
-        return given
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in given.items()]
+def _overrides(overrides: Overrides) -> Sequence[str]:
+    """``overrides`` as for ``-o``; values are written as JSON, which is YAML."""
+    if not isinstance(overrides, Mapping):
+        return overrides
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

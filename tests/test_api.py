@@ -1,4 +1,4 @@
-"""The Python API does what the commands do; the blocks of docs/python.md run as they stand."""
+"""The Python API equals the commands; the code blocks of docs/python.md run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_progress_may_end_the_work_which_then_resumes(toy: Path) -> None:
     assert [each["step"] for each in steps if "loss" in each] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_listener_is_asked_only_during_its_call(toy: Path) -> None:
+def test_a_listener_is_called_only_during_its_call(toy: Path) -> None:
     recipe = llavactl.load_recipe(toy / "recipe.yaml", {"run_dir": str(toy / "run")})
     seen: list[Any] = []
     llavactl.extract(recipe, dry_run=True, progress=seen.append)
@@ -103,7 +103,7 @@ def test_a_listener_is_asked_only_during_its_call(toy: Path) -> None:
     assert len(seen) == before
 
 
-def test_a_failed_turn_is_taken_back(trained: Path) -> None:
+def test_a_failed_turn_is_removed(trained: Path) -> None:
     chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
     with pytest.raises(llavactl.DataError):
         chat.ask("What?", images=[trained / "recipe.yaml"])

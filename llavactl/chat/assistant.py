@@ -48,7 +48,7 @@ class Assistant:
 
     @cached_property
     def exact(self) -> Exact:
-        """Which ways of computing answers change none."""
+        """Which optimisations leave the answers unchanged."""
         return exactness(self.model.language)
 
     @cached_property
@@ -56,16 +56,16 @@ class Assistant:
         return Stops.of(self.encoding, _eos_ids(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer a conversation, made together as one left-padded batch unless padding would change them.
+        """One answer per conversation, generated in one left-padded batch unless padding would change them.
 
-        What all of them begin with, a picture for one, is read once.
+        A common prefix, such as an image, is processed once.
         """
         prompts = [self.prompt(turns) for turns in conversations]
         writers = [Writer(self.encoding.tokenizer, self.stops) for _ in conversations]
         asked = [(prompt, writer) for prompt, writer in zip(prompts, writers, strict=True) if prompt.ids]
-        for some in [asked] if self.exact.padded else [[each] for each in asked]:
-            if some:
-                self._write([prompt for prompt, _ in some], [writer for _, writer in some], sampling)
+        for batch in [asked] if self.exact.padded else [[each] for each in asked]:
+            if batch:
+                self._write([prompt for prompt, _ in batch], [writer for _, writer in batch], sampling)
         return [writer.text.strip() for writer in writers]
 
     def _write(self, prompts: Sequence[Encoded], writers: Sequence[Writer], sampling: Sampling) -> None:
@@ -81,7 +81,7 @@ class Assistant:
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
         """The prompts as a batch without their common prefix, and a key/value cache of it (None: prefix too short).
 
-        The padding then lies between prefix and rest, where it would take up part of a sliding window, for example.
+        Padding then lies between prefix and rest, where it would fill part of a sliding window, for example.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
         places = [signature(prompt, per_image) for prompt in prompts]
@@ -118,8 +118,8 @@ def _eos_ids(model: LlavaModel) -> frozenset[int]:
 class Writer:
     """Tokens to text as they come; text is final once a character is whole.
 
-    Only the last few tokens are decoded: of a run of bytes (SentencePiece's byte fallback) with half a character at its
-    end no character at all is decoded, so characters that were there already would be lost.
+    Only the last few tokens are decoded at a time: a run of byte tokens (SentencePiece's byte fallback) that ends in
+    the middle of a character decodes to no characters at all, so that complete ones would be lost.
     """
 
     tokenizer: Any
@@ -127,9 +127,9 @@ class Writer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     done: bool = False
-    _whole: str = ""
-    _from: int = 0
-    _to: int = 0
+    _decoded: str = ""
+    _start: int = 0
+    _end: int = 0
 
     def take(self, token: int | None) -> str:
         """Adds the next token (None: the answer has ended or reached its limit) and returns the text that it adds."""
@@ -140,7 +140,7 @@ class Writer:
         else:
             self.ids.append(token)
         self._decode()
-        whole = self._whole
+        whole = self._decoded
         ends = [at for stop in self.stops.texts if (at := whole.find(stop)) >= 0]
         if ends:
             whole, self.done = whole[: min(ends)], True
@@ -150,19 +150,19 @@ class Writer:
         return added
 
     def _decode(self) -> None:
-        """Adds the text of the tokens after ``_to``, decoded behind those that gave the last text (from ``_from``).
+        """Adds the text of the tokens from ``_end``, decoded with the last ones before (from ``_start``) as context.
 
         An incomplete UTF-8 character decodes to U+FFFD: held back until complete, dropped if it never is.
         """
         before, now = (
             self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self.ids[self._from : self._to], self.ids[self._from :])
+            for ids in (self.ids[self._start : self._end], self.ids[self._start :])
         )
         if self.done:
             now = now.rstrip("\ufffd")
         if len(now) > len(before) and not now.endswith("\ufffd"):
-            self._whole += now[len(before) :]
-            self._from, self._to = self._to, len(self.ids)
+            self._decoded += now[len(before) :]
+            self._start, self._end = self._end, len(self.ids)
 
     def _begun(self, text: str) -> int:
         """How many characters at the end of ``text`` may be the beginning of what ends the answer."""
@@ -172,7 +172,7 @@ class Writer:
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """What ``ids`` say, without special tokens and half a character at their end."""
+    """The text of ``ids`` without special tokens and without an incomplete last character."""
     writer = Writer(tokenizer, Stops(frozenset(), ()))
     for token in (*ids, None):
         writer.take(token)

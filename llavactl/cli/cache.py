@@ -64,8 +64,8 @@ def prune(
     """
     from llavactl.verbs.cache import prune
 
-    asked = load_vision_if_given(source, overrides)
-    recipes = [*([asked] if asked else []), *(load_vision(each, ()) for each in needed)]
+    given = load_vision_if_given(source, overrides)
+    recipes = [*([given] if given else []), *(load_vision(each, ()) for each in needed)]
     report = prune(*recipes, dry_run=True)
     if not dry_run:
         removes = f"Remove {len(report.stores)} stores and {len(report.files)} files, {report.bytes / 1e9:.1f} GB?"

@@ -43,7 +43,7 @@ def json_option(command: Command) -> Command:
 
 
 def component_options(what: str) -> Callable[[Command], Command]:
-    """``-t key=value``; the command receives ``options`` for ``key_values``. ``what`` they are options of."""
+    """``-t key=value``; the command receives ``options`` for ``key_values``. ``what``: the kind of component."""
     return click.option(
         "-t",
         "--option",
@@ -55,7 +55,7 @@ def component_options(what: str) -> Callable[[Command], Command]:
 
 
 def key_values(given: Sequence[str]) -> dict[str, Any]:
-    """The options in ``given`` (``key=value``), as text; a key given twice is a list.
+    """The options in ``given`` (``key=value``), as text; repeated keys become a list.
 
     ``judge.model=x`` sets key ``model`` of option ``judge``.
     """
@@ -97,7 +97,7 @@ def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
 
 
 def load_outline_if_given(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """The recipe that ``-r`` or ``-o`` asks for; None where neither is there, whatever lies in this folder."""
+    """The recipe of ``-r`` or ``-o``; None if neither is given, even if there is a ``./recipe.yaml``."""
     return load_outline(source, overrides) if source or overrides else None
 
 
@@ -115,7 +115,7 @@ def load_vision_if_given(source: str | None, overrides: Sequence[str]) -> Vision
 
 
 def load_outline_if_there(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """The recipe asked for, else ``./recipe.yaml`` if there is one, else None."""
+    """The recipe of ``-r`` or ``-o``, else ``./recipe.yaml`` if it exists, else None."""
     from llavactl.recipe.resolve import DEFAULT
 
     return load_outline(source, overrides) if Path(DEFAULT).is_file() else load_outline_if_given(source, overrides)

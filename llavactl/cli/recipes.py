@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group()

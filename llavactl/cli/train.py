@@ -25,5 +25,5 @@ def command(
     from llavactl.verbs.train import train
 
     number = cast(Literal[1, 2], int(stage))
-    how = cast(Literal["auto", "never"], resume)
-    output.report(train(load(source, overrides), number, how, max_skipped=max_skipped), as_json)
+    mode = cast(Literal["auto", "never"], resume)
+    output.report(train(load(source, overrides), number, mode, max_skipped=max_skipped), as_json)

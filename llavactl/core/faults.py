@@ -300,8 +300,8 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory: you tried to allocate" in str(error)
 
 
-_NAMED = (KeyError, IndexError, TypeError, AttributeError, AssertionError, SystemExit)
-"""Their messages mean nothing without the exception's name: a KeyError's is only the key."""
+_NEED_NAME = (KeyError, IndexError, TypeError, AttributeError, AssertionError, SystemExit)
+"""Exceptions whose messages need the exception's name: a KeyError's is only the key."""
 
 
 def reason(error: BaseException) -> str:
@@ -313,13 +313,13 @@ def reason(error: BaseException) -> str:
         return f"a file name can't be encoded in this locale ({error.encoding}): {name}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
-    said = " ".join(lines[: last + 1])
-    named = isinstance(error, _NAMED) or not said
-    return printable(f"{type(error).__name__}: {said}".removesuffix(": ") if named else said)
+    message = " ".join(lines[: last + 1])
+    named = isinstance(error, _NEED_NAME) or not message
+    return printable(f"{type(error).__name__}: {message}".removesuffix(": ") if named else message)
 
 
 def printable(text: str) -> str:
-    """``text`` with what is no character (half of a surrogate pair) written out."""
+    """``text`` with lone surrogates escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 

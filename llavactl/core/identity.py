@@ -32,7 +32,7 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
 
     Raises:
         ModelError: a file that an option names can't be read.
-        PluginError: ``identity()`` gives something else than JSON, or something else each time.
+        PluginError: ``identity()`` is not JSON, or changes from call to call.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
@@ -44,17 +44,16 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
 
 
 def _identity(component: Any, entry: Entry) -> dict[str, Json]:
-    """What ``component.identity()`` gives, the same whenever it is asked."""
-    own = [component.identity() for _ in range(2)]
+    """``component.identity()``, checked: JSON, and the same on every call."""
+    identities = [component.identity() for _ in range(2)]
     try:
-        first, second = (json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in own)
+        first, second = (json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in identities)
+        why = "" if first == second else "changes from call to call"
     except (TypeError, ValueError) as error:
-        first, second, why = "", " ", f"is not JSON: {error}"
-    else:
-        why = "changes from call to call"
-    if first != second:
+        why = f"is not JSON: {error}"
+    if why:
         raise PluginError(f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin}: its identity() {why}")
-    return dict(own[0])
+    return dict(identities[0])
 
 
 def content_of(value: Any) -> Json:

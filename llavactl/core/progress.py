@@ -37,8 +37,8 @@ _listener: ContextVar[Callable[[Progress], object] | None] = ContextVar("listene
 
 
 @contextmanager
-def reported_to(listener: Callable[[Progress], object] | None) -> Iterator[None]:
-    """In this context ``listener`` is called with every step of every bar; None keeps the listener that there is."""
+def reporting_to(listener: Callable[[Progress], object] | None) -> Iterator[None]:
+    """Calls ``listener`` at every update of a bar within the context; None keeps the current listener."""
     token = _listener.set(listener) if listener is not None else None
     try:
         yield

@@ -37,19 +37,19 @@ class Encoder(Protocol):
 
     @property
     def shape(self) -> FeatureShape:
-        """What ``encode`` gives for one image."""
+        """The shape of one image's features."""
 
     @property
     def preprocess(self) -> Callable[[Image.Image], np.ndarray]:
         """RGB image to pixels [3, H, W] float32; picklable, free of weights, safe in any thread.
 
-        An image for which it raises, whatever that is, is skipped and listed with the reason.
+        An image for which it raises any exception is skipped and listed with the reason.
         """
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [I, 3, H, W] to features [I, P, Dv], on the device it was loaded on.
 
-        An image's features don't depend on the others of its batch. What it raises stops the run.
+        An image's features don't depend on the others of its batch. An exception stops the run.
         """
 
 
@@ -84,14 +84,14 @@ class MeasuredVision(Protocol):
 class Connector(Protocol):
     """What turns vision features into language embeddings.
 
-    Modules that it builds keep these rules, which ``recipes check`` and ``train`` try on random features:
+    Rules for the modules that it builds, tested on random features by ``recipes check`` and ``train``:
 
-    - Of features [I, P, Dv] for any I from 1 they make finite embeddings [I, Q, Dl], in training as well, and leave the
-      features as they are.
-    - When not training, an image's embeddings don't depend on the other images of its batch.
-    - Their state dict has tensors alone, of the same names and shapes throughout, and all that their embeddings depend
-      on: a module that loads it continues where the other was. Random numbers come from torch's global generator.
-    - All of the state dict is saved. Parameters that don't require a gradient when built are never trained.
+    - They map features [I, P, Dv], for any I from 1, to finite embeddings [I, Q, Dl], in training mode as well, and
+      don't change the features in place.
+    - In evaluation mode, an image's embeddings don't depend on the other images of its batch.
+    - The state dict contains only tensors, with constant names and shapes, and all state that the embeddings depend on:
+      a module that loads it computes the same. Random numbers come from torch's global generator.
+    - The whole state dict is saved. Parameters that don't require a gradient when built are never trained.
     """
 
     def tokens(self, shape: FeatureShape) -> int:
@@ -312,9 +312,7 @@ class Consults(Protocol):
 
 @runtime_checkable
 class Format(Protocol):
-    """A layout of a finished model on disk. One that can tell before training what it can't hold is a
-    ``CheckedFormat``, too.
-    """
+    """A layout of a finished model on disk. One that can be checked before training is a ``CheckedFormat``, too."""
 
     reload: Path | None
     """A script that reloads the layout without llavactl to verify exports (see ``components/formats/reload_hf.py``);
@@ -339,7 +337,7 @@ class Format(Protocol):
 
 @runtime_checkable
 class CheckedFormat(Protocol):
-    """A layout that says before training whether it can hold the model that a recipe will make."""
+    """A layout that can be checked against a recipe's components before training."""
 
     def check(
         self,
@@ -348,9 +346,9 @@ class CheckedFormat(Protocol):
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Raises ModelError if it can't, as far as configurations show.
+        """Raises ModelError if the layout can't represent a model of these components, as far as configurations show.
 
-        ``vision`` and ``connector`` are specs ({"name", options}), ``language`` has no weights: see ``skeleton``.
+        ``vision`` and ``connector`` are specs ({"name", options}), ``language`` is a ``skeleton`` without weights.
         """
 
 

@@ -99,11 +99,11 @@ class Registry:
             raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
 
-    def create_given(self, kind: str, spec: Mapping[str, Any]) -> Any:
-        """As ``create``, for options given with ``-t`` on the command line.
+    def create_from_options(self, kind: str, spec: Mapping[str, Any]) -> Any:
+        """As ``create``, with a RecipeError for invalid options, which the command line gives as ``-t``.
 
         Raises:
-            RecipeError: the component has no such option, or not with that value.
+            RecipeError: an unknown option or an invalid value.
         """
         try:
             return self.create(kind, spec)
@@ -170,7 +170,7 @@ def registry() -> Registry:
 
 
 def plugin_of(component: Any) -> str:
-    """The plugin whose package the class of ``component`` is in; its module where that is no plugin's."""
+    """The plugin whose package defines the class of ``component``; its module if there is none."""
     module = type(component).__module__
     package = module.partition(".")[0]
     found = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, 
 from llavactl.core.errors import DataError
 from llavactl.core.lookup import find_file, refuse_outside, shortened, stays_below
 from llavactl.core.paths import file_stamp
-from llavactl.core.typed import Typed, behaves, check_fields
+from llavactl.core.typed import Typed, check_fields, has_methods
 
 if TYPE_CHECKING:
     import torch
@@ -145,12 +145,12 @@ class Turn:
     def __post_init__(self) -> None:
         if isinstance(self.content, str):  # else each character would be a part
             raise TypeError(f'content must be a tuple of texts and images: Turn("{self.role}", ("text",))')
-        # By hand, as there may be millions of turns.
+        # Checked inline for speed: there may be millions of turns.
         if self.role not in _ROLES or not isinstance(self.content, tuple):
             check_fields(self)
         for part in self.content:
             if not isinstance(part, str):
-                if not behaves(type(part), "read", "stamp"):
+                if not has_methods(type(part), "read", "stamp"):
                     check_fields(self)
             elif not part.isascii() and _SURROGATE.search(part):
                 raise DataError(f"not text: {part!r:.60} has bytes that are not UTF-8", hint="save or type it as UTF-8")
@@ -244,7 +244,7 @@ class FeatureShape:
     def __post_init__(self) -> None:
         check_fields(self)
         if min(*self.grid, self.width) < 1 or self.prefix < 0:
-            raise ValueError(f"{self} has no patches, no width or less than no prefix")
+            raise ValueError(f"{self}: grid and width must be at least 1, prefix at least 0")
 
     @property
     def patches(self) -> int:

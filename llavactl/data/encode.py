@@ -2,7 +2,7 @@
 
 The template says what is written and which of it is trained; the text between two images is tokenised
 whole, as LLaVA does, and a token is trained when its last character is. For a tokenizer with an ``image_token`` of its
-own, images are that token and all of the text is tokenised whole, as transformers' processors do. Nothing is tokenised
+own, images are that token and the whole text is tokenised at once, as transformers' processors do. Nothing is tokenised
 twice, so a "tokenization mismatch" can't exist.
 
 What is said is never more than text: the name of a special token in a caption, a question or an answer
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from llavactl.components.languages.images import image_token
-from llavactl.components.languages.sentencepiece import SPACES, takes_space
+from llavactl.components.languages.image_token import image_token
+from llavactl.components.languages.sentencepiece import SPACES, omits_space_prefix
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -40,7 +40,7 @@ Its own tokens are removed again after tokenising.
 class _Run(NamedTuple):
     """The tokens between two images (``spans``: their positions in ``text``; ``mark``: the break), or of one image.
 
-    As ``_tokenise`` makes it, an image may also be one token in it.
+    Before ``_split_at_images``, it may contain images as single tokens.
     """
 
     ids: list[int]
@@ -123,7 +123,7 @@ class Encoding:
     def _written(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
         """The texts that are tokenised, None for an image between two; and the break that they may contain."""
         segments, mark = self._render(turns, False)
-        pieces = self._pieces(segments)
+        pieces = self._chunks(segments)
         return [None if piece is None else "".join(segment.text for segment in piece) for piece in pieces], mark
 
     def _alone(self, part: str | None, mark: str) -> Sequence[int]:
@@ -151,24 +151,24 @@ class Encoding:
         image = _Run([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
         segments, mark = self._render(turns, generate)
         runs: list[_Run] = []
-        for piece in self._pieces(segments):
-            runs += [image] if piece is None else self._apart(_tokenise(piece, self.tokenizer, mark), image)
+        for piece in self._chunks(segments):
+            runs += [image] if piece is None else self._split_at_images(_tokenise(piece, self.tokenizer, mark), image)
         bos = self._bos
         if bos is not None and not (runs and runs[0].ids[:1] == [bos]):
             text = str(self.tokenizer.bos_token)
             runs.insert(0, _Run([bos], [IGNORE], text, [(0, len(text))]))
         return runs
 
-    def _pieces(self, segments: Sequence[Segment]) -> list[list[Text] | None]:
-        """What is tokenised together; None is an image between two."""
+    def _chunks(self, segments: Sequence[Segment]) -> list[list[Text] | None]:
+        """The texts that are tokenised together; None for an image between two."""
         if self._image is None:
             pieces = _pieces(segments)
-            return [_spaced(piece) if piece else piece for piece in pieces] if self._takes_space else pieces
+            return [_with_space(piece) if piece else piece for piece in pieces] if self._omits_space_prefix else pieces
         token = Text(self._image[0])
         return [[each if isinstance(each, Text) else token for each in segments]]
 
-    def _apart(self, run: _Run, image: _Run) -> list[_Run]:
-        """``run`` with ``image`` for each token that is an image in it."""
+    def _split_at_images(self, run: _Run, image: _Run) -> list[_Run]:
+        """``run`` split at its image tokens, each replaced by ``image``."""
         if self._image is None:
             return [run]
         found: list[_Run] = []
@@ -225,12 +225,12 @@ class Encoding:
         return ""
 
     @cached_property
-    def _takes_space(self) -> bool:
-        return takes_space(self.tokenizer)
+    def _omits_space_prefix(self) -> bool:
+        return omits_space_prefix(self.tokenizer)
 
     @cached_property
     def _image(self) -> tuple[str, int] | None:
-        """The token that images are in the text, and its id; None: the text is split at images."""
+        """The image token and its id; None: the text is split at images."""
         token = image_token(self.tokenizer)
         return None if token is None else (token, int(self.tokenizer.convert_tokens_to_ids(token)))
 
@@ -261,8 +261,8 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
     return pieces
 
 
-def _spaced(piece: list[Text]) -> list[Text]:
-    """``piece`` with one space more if it begins with one."""
+def _with_space(piece: list[Text]) -> list[Text]:
+    """``piece`` with an additional space if it begins with one."""
     first = next((each for each in piece if each.text), None)
     return [Text(" ", first.trained), *piece] if first is not None and first.text.startswith(SPACES) else piece
 

@@ -43,7 +43,7 @@ class ImageError(DataError):
 
 @contextmanager
 def image_errors() -> Iterator[None]:
-    """Converts whatever a plugin's image raises to OSError (an unreadable image); typed errors are passed on."""
+    """Converts any exception of a plugin's image to OSError (an unreadable image), except LlavactlError."""
     try:
         yield
     except (OSError, LlavactlError):
@@ -58,13 +58,13 @@ def read(image: ImageRef) -> bytes:
     """The encoded ``image``.
 
     Raises:
-        OSError: it can't be read, or gives something else than bytes.
+        OSError: it can't be read, or ``read()`` returns no bytes.
         DataError: reading it is not allowed.
     """
     with image_errors():
         data: object = image.read()
         if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(f"read() gives a {type(data).__name__}, not bytes")
+            raise TypeError(f"read() returned {type(data).__name__}, expected bytes")
         return bytes(data)
 
 

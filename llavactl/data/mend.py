@@ -54,9 +54,9 @@ def mend(record: Any, root: Place | str) -> tuple[dict[str, Any] | None, list[st
     if faults := [fault for message in messages if (fault := message_fault(message, images=bool(images)))]:
         return None, [*did, f"dropped: {faults[0][1]}"]
     before = _count(messages)
-    unfit = tag_fault(_asked(messages), len(images), named=names_images(record))
-    if unfit and before > len(images):
-        return None, [*did, f"dropped: {unfit}"]
+    mismatch = tag_fault(_asked(messages), len(images), named=names_images(record))
+    if mismatch and before > len(images):
+        return None, [*did, f"dropped: {mismatch}"]
     messages = _alternating(messages, did)
     messages = _answered(messages, did)
     if not any(role_of(message) == "assistant" for message in messages):

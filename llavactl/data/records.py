@@ -20,14 +20,14 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
 
     Raises:
         DataError: a source's file or record can't be used.
-        PluginError: a source gives something else.
+        PluginError: a source yields something else.
     """
     for spec in specs:
         for sample in registry().create("sources", spec.spec()):
             if not isinstance(sample, Sample):
                 raise PluginError(
-                    f"source {spec.name!r} of plugin {registry().get('sources', spec.name).plugin} gives a "
-                    f"{type(sample).__name__}, not a Sample",
+                    f"source {spec.name!r} of plugin {registry().get('sources', spec.name).plugin} yielded "
+                    f"{type(sample).__name__}, expected Sample",
                     hint="`llavactl.testing.check_source` tests a source by itself",
                 )
             if spec.split_turns:

@@ -1,8 +1,8 @@
 """Verifies that an export equals its model: a process that can't import llavactl loads it and runs the same prompts.
 
 Token ids, pixels, logits at every position and greedy answers are compared, with and without images, and so are the end
-tokens and the dtype that the export states. Both sides compute in float32 on the CPU, one after the other, and don't
-round features: as a store rounds them (float16), logits differ by more than what is tolerated here.
+tokens and the dtype that the export states. Both sides compute in float32 on the CPU, one after the other, with
+unrounded features: rounding them as a store does (float16) would exceed the tolerance.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant, Writer
-from llavactl.components.formats.chat_template import written
-from llavactl.components.formats.image_text import add_image_token, glue
+from llavactl.components.formats.chat_template import rendered
+from llavactl.components.formats.image_text import add_image_token, separator
 from llavactl.components.formats.native import Native
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
@@ -49,7 +49,7 @@ GARBAGE = 0.2
 
 NEW_TOKENS = 32
 
-ALONE = """\
+ISOLATED = """\
 import runpy, sys
 sys.modules["llavactl"] = None
 del sys.argv[0]
@@ -58,7 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a script with ``import llavactl`` blocked, however it is installed: an export must not depend on it."""
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Runner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class _Exact:
+class _UnroundedFeatures:
     """Features as the backbone makes them in float32, not rounded for a store; and the pixels they were made of."""
 
     encoder: Encoder
@@ -102,15 +102,17 @@ class _Exact:
         return (self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy(),)
 
 
-def alone(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Runs ``script`` in a separate Python process with the same packages except llavactl."""
-    command = [sys.executable, "-P", "-c", ALONE, str(script), *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", ISOLATED, str(script), *map(str, arguments)]
     return subprocess.run(  # noqa: S603 - our own script
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
 
 
-def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Run = alone) -> Verified:
+def verify(
+    model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = run_isolated
+) -> Verified:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
     ``run`` runs the script with the export, the prompts and the output file. The two models are never in memory at the
@@ -121,11 +123,12 @@ def verify(model: Path, export: Path, script: Path, photos: Sequence[ImageFile],
     """
     description = model_folder.describe(model)
     encoding = _encoding(model, description)
-    conversations = [turns for turns in _conversations(photos) if _is_written(encoding, turns)]
-    add_image_token(processors := Native(model).tokenizer())
+    conversations = [turns for turns in _conversations(photos) if _has_prompt(encoding, turns)]
+    processor_tokenizer = Native(model).tokenizer()
+    add_image_token(processor_tokenizer)
     with tempfile.TemporaryDirectory() as place:
         theirs, stated = _reloaded(
-            partial(run, script, export), export, conversations, encoding, processors, Path(place)
+            partial(run, script, export), export, conversations, encoding, processor_tokenizer, Path(place)
         )
     assistant = _opened(model, description, encoding)
     rounding = 0.0
@@ -164,8 +167,8 @@ def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     return Encoding(template, Native(model).tokenizer(), tokens)
 
 
-def _is_written(encoding: Encoding, turns: Sequence[Turn]) -> bool:
-    """False where the template refuses ``turns`` (a system turn), or has no questions (stage 1's)."""
+def _has_prompt(encoding: Encoding, turns: Sequence[Turn]) -> bool:
+    """Whether the template renders ``turns``; False if it refuses a system turn or has no questions (stage 1's)."""
     try:
         return bool(encoding.encode(arrange(turns, "first", ""), generate=True).ids)
     except ConversationError:
@@ -178,11 +181,13 @@ def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> 
     loaded.parts.model.float()
     model_folder.load_connector(loaded.parts.model.connector, model)
     vision = registry().create("vision", description["vision"])
-    return Assistant(loaded.parts.model, encoding, _Exact(load_encoder(vision, "cpu", "float32")), "first", str(model))
+    return Assistant(
+        loaded.parts.model, encoding, _UnroundedFeatures(load_encoder(vision, "cpu", "float32")), "first", str(model)
+    )
 
 
 def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
-    """One turn, several, a system turn, several photos, none, a photo alone."""
+    """One turn, several, a system turn, several images, none, an image alone."""
     first = [(Turn("user", (photo, "\n", "What is in this picture?")),) for photo in photos]
     one, other = photos[0], photos[-1]
     return [
@@ -200,16 +205,16 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 
 
 def _reloaded(
-    run: Run,
+    run: Runner,
     export: Path,
     conversations: Sequence[tuple[Turn, ...]],
     encoding: Encoding,
-    processors: Any,
+    processor_tokenizer: Any,
     place: Path,
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
     """The outputs of ``run`` for the conversations, and what the export states.
 
-    ``processors``: the tokenizer of ``encoding`` with an image token, as a processor has it.
+    ``processor_tokenizer``: the tokenizer of ``encoding`` with an image token.
     """
     from safetensors import safe_open
 
@@ -219,7 +224,7 @@ def _reloaded(
         saved[image] = str(place / f"{len(saved)}.png")
         decode(image.read()).save(saved[image])
     prompts, out = place / "prompts.json", place / "out.safetensors"
-    asked = [_prompt(turns, encoding, processors, saved) for turns in conversations]
+    asked = [_prompt(turns, encoding, processor_tokenizer, saved) for turns in conversations]
     prompts.write_text(json.dumps({"prompts": asked, "max_new_tokens": NEW_TOKENS}), encoding="utf-8")
     done = run(prompts, out)
     if done.returncode or not out.is_file():
@@ -231,15 +236,15 @@ def _reloaded(
 
 
 def _prompt(
-    turns: Sequence[Turn], encoding: Encoding, processors: Any, saved: Mapping[ImageRef, str]
+    turns: Sequence[Turn], encoding: Encoding, processor_tokenizer: Any, saved: Mapping[ImageRef, str]
 ) -> dict[str, Any]:
     """``text`` is for a program that splits it at ``<image>``, ``processor_text`` for one that tokenises it whole."""
-    write = partial(written, encoding.template, encoding.tokenizer, turns, True)
+    write = partial(rendered, encoding.template, encoding.tokenizer, turns, True)
     return {
         "messages": [{"role": turn.role, "content": _items(turn)} for turn in turns],
         "images": [saved[image] for turn in turns for image in turn.images],
         "text": write("<image>"),
-        "processor_text": write(processors.image_token, partial(glue, processors)),
+        "processor_text": write(processor_tokenizer.image_token, partial(separator, processor_tokenizer)),
     }
 
 

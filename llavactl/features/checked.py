@@ -1,4 +1,4 @@
-"""A loaded vision backbone whose pixels and features are checked where they enter: it may be any author's."""
+"""Validation of the pixels and features of a loaded vision backbone, which may be a plugin's."""
 
 from __future__ import annotations
 
@@ -23,53 +23,54 @@ _HINT = "`llavactl.testing.check_vision` tests a backbone by itself"
 
 
 def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
-    """The encoder that ``vision`` loads, checked.
+    """The encoder that ``vision`` loads, with its pixels and features validated.
 
     Raises:
-        PluginError: the encoder lacks something, or its shape is not the one that ``vision.shape()`` gives.
+        PluginError: it lacks a method, its shape is not a FeatureShape, or differs from ``vision.shape()``.
         ModelError: as of ``Vision.load``.
     """
-    encoder, who = vision.load(device, dtype), f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
+    encoder = vision.load(device, dtype)
+    label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
     shape: Any = getattr(encoder, "shape", None)
     if not isinstance(shape, FeatureShape):
-        raise PluginError(f"{who}: the shape of its encoder is {shape!r}, not a FeatureShape", hint=_HINT)
+        raise PluginError(f"{label}: its encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
     if missing := [name for name in ("preprocess", "encode") if not callable(getattr(encoder, name, None))]:
-        raise PluginError(f"{who}: its encoder has no {' and no '.join(missing)}", hint=_HINT)
-    if isinstance(vision, MeasuredVision) and (said := vision.shape()) != shape:
-        raise PluginError(f"{who}: shape() gives {said}, its encoder has {shape}", hint=_HINT)
-    return CheckedEncoder(encoder, who, shape, CheckedPixels(encoder.preprocess, _size(encoder)))
+        raise PluginError(f"{label}: its encoder has no {' and no '.join(missing)}", hint=_HINT)
+    if isinstance(vision, MeasuredVision) and (stated := vision.shape()) != shape:
+        raise PluginError(f"{label}: shape() returned {stated}, but its encoder has {shape}", hint=_HINT)
+    return CheckedEncoder(encoder, label, shape, CheckedPixels(encoder.preprocess, _pixel_shape(encoder)))
 
 
-def _size(encoder: Encoder) -> tuple[int, ...]:
-    """The shape of what it makes of a blank image; () if it makes nothing of that."""
+def _pixel_shape(encoder: Encoder) -> tuple[int, ...]:
+    """The shape of a blank image's pixels; () if preprocessing refuses it."""
     from PIL import Image
 
     try:
         return np.shape(encoder.preprocess(Image.new("RGB", (64, 64))))
-    except Exception:  # noqa: BLE001 - it may well refuse such an image
+    except Exception:  # noqa: BLE001 - it may refuse blank images
         return ()
 
 
 @dataclass(frozen=True)
 class CheckedPixels:
-    """``preprocess``, giving pixels [3, H, W] float32 alone, of shape ``size`` if that is not ()."""
+    """``preprocess``, validated: pixels [3, H, W] float32, of the shape ``size`` unless that is ()."""
 
     preprocess: Callable[[Image.Image], Any]
     size: tuple[int, ...]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        made = np.asarray(self.preprocess(image), dtype=np.float32)
-        if made.ndim != 3 or (self.size and made.shape != self.size):
-            raise ValueError(f"preprocess gives pixels {made.shape}, not {self.size or '[3, H, W]'}")
-        return made
+        pixels = np.asarray(self.preprocess(image), dtype=np.float32)
+        if pixels.ndim != 3 or (self.size and pixels.shape != self.size):
+            raise ValueError(f"preprocess returned pixels {pixels.shape}, expected {self.size or '[3, H, W]'}")
+        return pixels
 
 
 @dataclass(frozen=True)
 class CheckedEncoder:
-    """``encoder``, giving features [I, P, Dv] of ``shape`` alone, on the device of the pixels."""
+    """``encoder``, validated: features [I, P, Dv] of ``shape``, on the device of the pixels."""
 
     encoder: Encoder
-    who: str
+    label: str
     shape: FeatureShape
     preprocess: CheckedPixels
 
@@ -77,13 +78,17 @@ class CheckedEncoder:
         """Pixels [I, 3, H, W] to features [I, P, Dv].
 
         Raises:
-            PluginError: it gave something else.
+            PluginError: the encoder returned something else.
         """
         import torch
 
-        made: Any = self.encoder.encode(pixels)
-        wanted = (len(pixels), self.shape.patches, self.shape.width)
-        if not isinstance(made, torch.Tensor) or tuple(made.shape) != wanted or made.device != pixels.device:
-            found = f"{tuple(made.shape)} on {made.device}" if isinstance(made, torch.Tensor) else type(made).__name__
-            raise PluginError(f"{self.who}: encode() should give {wanted} on {pixels.device}, gave {found}", hint=_HINT)
-        return made.detach()
+        features: Any = self.encoder.encode(pixels)
+        expected = (len(pixels), self.shape.patches, self.shape.width)
+        found = type(features).__name__
+        if isinstance(features, torch.Tensor):
+            if tuple(features.shape) == expected and features.device == pixels.device:
+                return features.detach()
+            found = f"{tuple(features.shape)} on {features.device}"
+        raise PluginError(
+            f"{self.label}: encode() returned {found}, expected {expected} on {pixels.device}", hint=_HINT
+        )

@@ -91,8 +91,8 @@ def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint
         options = {key: value for key, value in options.items() if not names_model(value)}
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}
     ours = {"component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
-    if taken := {key: identity[key] for key in ours if key in identity}:
-        own["identity"] = taken
+    if clashing := {key: identity[key] for key in ours if key in identity}:
+        own["identity"] = clashing
     fields = {**identity, **ours}
     # Through JSON once, so that a tuple and the list it is read back as are the same field.
     return Fingerprint(json.loads(Fingerprint(fields).json))

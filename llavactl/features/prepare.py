@@ -55,7 +55,7 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         return encoder.preprocess(picture)
     except MemoryError:
         return Failure(NO_MEMORY, lasting=True)
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - a refused image must not end the run
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not end the run
         # The same bytes and backbone would fail again.
         return Failure(f"preprocessing failed: {faults.reason(error)}", lasting=True)
 

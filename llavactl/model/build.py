@@ -49,8 +49,8 @@ def build(
         )
     if not is_causal(written):
         raise ModelError(
-            f"{written.config.model_type} models see the tokens that they should predict",
-            hint="`language.model` must be a causal language model, such as Llama or Qwen",
+            f"{written.config.model_type} is not a causal language model: its logits depend on later tokens",
+            hint="set `language.model` to a causal language model, such as Llama or Qwen",
         )
     torch.manual_seed(seed)
     made, tokens = build_connector(connector, shape, embeddings.shape[1])
@@ -61,8 +61,8 @@ def build(
 def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) -> tuple[nn.Module, int]:
     """The connector ``spec`` for features of ``shape`` and a language model of ``width`` Dl, in float32; and Q.
 
-    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly; ``try_connector`` finds
-    more.
+    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly. ``validate_connector``
+    tests more.
 
     Raises:
         RecipeError: it doesn't fit features of this ``shape``.
@@ -70,30 +70,37 @@ def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) ->
     """
     maker = registry().create("connectors", spec)
     made, tokens = maker.build(shape, width), maker.tokens(shape)
-    if not isinstance(made, nn.Module) or not isinstance(tokens, Integral) or int(tokens) < 1:
-        found = f"a {type(made).__name__}, tokens() {tokens!r}"
-        raise broken(spec, f"build() gives {found}; expected a torch module and 1 or more")
+    if why := build_fault(made, tokens):
+        raise connector_error(spec, why)
     mode, features = made.training, torch.zeros(2, shape.patches, shape.width)
     with torch.no_grad():
         seen = made.eval()(features)
     made.train(mode)
-    if why := misshapen(seen, features, (int(tokens), width)):
-        raise broken(spec, why)
+    if why := embeddings_fault(seen, features, (int(tokens), width)):
+        raise connector_error(spec, why)
     return made, int(tokens)
 
 
-def misshapen(made: Any, features: torch.Tensor, wanted: tuple[int, int]) -> str:
-    """Why ``made`` of ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl] for Q and Dl ``wanted``; "" if it is."""
+def build_fault(module: Any, tokens: Any) -> str:
+    """Why these aren't results of a connector's ``build()`` and ``tokens()``; "" if they are."""
+    if not isinstance(module, nn.Module):
+        return f"build() returned {type(module).__name__}, expected a torch module"
+    if not isinstance(tokens, Integral) or int(tokens) < 1:
+        return f"tokens() returned {tokens!r}, expected an integer of 1 or more"
+    return ""
+
+
+def embeddings_fault(made: Any, features: torch.Tensor, wanted: tuple[int, int]) -> str:
+    """Why ``made`` from ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl], (Q, Dl) = ``wanted``; "" if it is."""
     shape = (len(features), *wanted)
     if isinstance(made, torch.Tensor) and tuple(made.shape) == shape:
         return ""
     found = tuple(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
-    return (
-        f"it makes {found} of features {tuple(features.shape)}; tokens() and the language model's width require {shape}"
-    )
+    given = tuple(features.shape)
+    return f"it returned {found} for features {given}; tokens() and the language model's width require {shape}"
 
 
-def broken(spec: Mapping[str, Any], why: str) -> PluginError:
+def connector_error(spec: Mapping[str, Any], why: str) -> PluginError:
     """The error for a connector ``spec`` that breaks a rule of its Protocol."""
     plugin = registry().get("connectors", spec["name"]).plugin
     return PluginError(

@@ -79,7 +79,7 @@ def _seen(folder: Path) -> str:
 
 VITAL = ("vision", "language")
 READING = 3
-"""Changes when formats read checkpoints another way: what was read before is then not looked at."""
+"""Increased when formats read checkpoints differently, so that earlier results are ignored."""
 
 
 def _adopted(folder: Path, name: str, found: Format) -> Path:

@@ -52,14 +52,14 @@ def generate(
     """Yields the next token of each row of ``batch`` (left-padded [B, T]); None once a row has stopped.
 
     ``cache`` (a transformers ``Cache``) holds earlier tokens of the same conversation, and grows with
-    all tokens but the last; rows of a fresh call are independent of each other. Without ``cached`` all tokens are
-    read again for each new one.
+    all tokens but the last; rows of a fresh call are independent of each other. Without ``cached``, every token is
+    computed without a cache, from the whole sequence.
     """
     mask, state = batch.mask, {"use_cache": False}
     if cached:
         cache = new_cache(model.language) if cache is None else cache
         state = {"use_cache": True, "past_key_values": cache}
-        # A cache of states alone can't tell that it is empty.
+        # A cache of states only has no sequence length.
         if past := cache.get_seq_length() if is_resumable(cache) else 0:
             mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)

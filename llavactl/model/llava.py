@@ -48,7 +48,7 @@ class LlavaModel(nn.Module):
         embedded = self.language.get_input_embeddings()(ids.masked_fill(places, 0))
         if features is None:
             return embedded
-        # Not the embeddings' dtype: on four bits they are float32. Weights may be integers, which never had another.
+        # Not the embeddings' dtype, which is float32 with 4-bit weights. Integer parameters don't count.
         weight = next((each for each in self.connector.parameters() if each.is_floating_point()), embedded)
         tokens = self.connector(features.to(weight.dtype)).flatten(0, 1)
         if (wanted := int(places.sum())) != len(tokens):

@@ -40,10 +40,10 @@ def refusal(language: PreTrainedModel) -> str:
 
 
 def changes_with_length(language: PreTrainedModel) -> str:
-    """The kind of its position embeddings if they change with the longest row of a batch; "" if they don't."""
-    given = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
-    each = [given, *(part for part in given.values() if isinstance(part, dict))]  # one for each kind of layer
-    return next((kind for part in each if (kind := part.get("rope_type")) in ("dynamic", "longrope")), "")
+    """The type of its position embeddings if they depend on the longest row of a batch; "" if they don't."""
+    rope = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    return next((kind for part in parts if (kind := part.get("rope_type")) in ("dynamic", "longrope")), "")
 
 
 def sees_window(language: PreTrainedModel) -> bool:

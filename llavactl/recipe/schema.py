@@ -10,7 +10,7 @@ from llavactl.recipe.frame import Component, Export, Recipe, Spec
 
 
 def schema() -> dict[str, Any]:
-    """The schema: a component is one of those registered for its kind, told apart by its name.
+    """The schema: a component is one of those registered for its kind, distinguished by name.
 
     A recipe that ``extends`` another may leave out anything, a component's ``name`` too.
     """

@@ -32,7 +32,7 @@ processor = AutoProcessor.from_pretrained("base")
 def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
     """The card (Markdown) of the model folder ``model`` exported in format ``form``.
 
-    ``stop_strings`` are the texts at which the program that loads it must end an answer.
+    ``stop_strings`` must be given to the program that loads it.
     What is not known, as of a model that another program trained, is said to be unknown.
     """
     description = read_document(model / "llavactl.json")
@@ -73,7 +73,7 @@ def _stopping(texts: Sequence[str]) -> list[str]:
     if not texts:
         return []
     given = f"stop_strings={list(texts)!r}, tokenizer=processor.tokenizer"
-    return ["", "An answer ends at a text that is no token of its own, so it must be given:", "",
+    return ["", "Pass the stop string, which is not a single token, to `generate`:", "",
             f"```python\nmodel.generate(**inputs, {given})\n```"]  # fmt: skip
 
 

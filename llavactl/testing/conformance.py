@@ -60,10 +60,10 @@ def check_vision(vision: Vision) -> list[str]:
 
 
 def check_connector(connector: Connector, *, grid: tuple[int, int] = (4, 4), width: int = 16) -> list[str]:
-    """Embeddings [I, Q, Dl], alike in any batch; a gradient to every trainable weight; a state dict that holds all."""
+    """The rules of ``Connector``, and a gradient for every trainable weight."""
     import torch
 
-    from llavactl.model.trial import connector_fault
+    from llavactl.model.connector_check import connector_fault
 
     shape, language_width = FeatureShape(grid, width), 24
     if fault := connector_fault(connector, shape, language_width, ("bfloat16",)):

@@ -215,14 +215,14 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
-        _share_buffers(run)
+        _broadcast_buffers(run)
     share = schedule(step, steps, run.stage.warmup, run.stage.cooldown)
     rate = optimizer.step(share, run.stage.max_grad_norm)
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 
-def _share_buffers(run: Run) -> None:
-    """Gives every process the connector's buffers of the first, which are those that are saved."""
+def _broadcast_buffers(run: Run) -> None:
+    """Broadcasts the connector's buffers from the first process, which saves them."""
     from accelerate.utils import broadcast
 
     if run.optimizer.untrained:

@@ -51,7 +51,7 @@ class Optimizer:
         untrained: Untrained | None = None,
     ) -> None:
         """``rates``: the learning rate of each trainable parameter, by name; ``matrices``: those of them for Muon.
-        ``untrained``: what else of the model is saved and restored with these.
+        ``untrained``: further state of the model, saved and restored with them.
 
         Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
         scalable for LLM training", section 2.2), so that both use the same learning rate.

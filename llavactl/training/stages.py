@@ -60,8 +60,8 @@ def trained(model: LlavaModel, stage: AnyStage, seed: int) -> dict[str, float]:
 class Untrained:
     """The connector's state that no optimizer updates: its buffers and the parameters that its component froze.
 
-    Buffers such as BatchNorm statistics change during training and are part of the result. They are looked up each
-    time, as a module may put new tensors in their place.
+    Buffers such as BatchNorm statistics change during training and are part of the result. They are looked up on
+    each call, because a module may replace them.
     """
 
     def __init__(self, model: LlavaModel) -> None:
@@ -79,7 +79,7 @@ class Untrained:
         self.connector.load_state_dict(state, strict=False)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What of its state training may change."""
+        """The part that may change in training."""
         return {name: each for name, each in self.state().items() if name not in self.frozen}
 
 

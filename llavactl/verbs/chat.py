@@ -74,7 +74,7 @@ def content(
 ) -> tuple[Content, ...]:
     """The user's turn: the images, already opened or by name as in ``open_images``, then ``prompt``.
 
-    Where ``prompt`` has ``<image>``, they are there, by the rules of records: see ``place_images``.
+    ``<image>`` in ``prompt`` is an image's position, as in records: see ``place_images``.
 
     Raises:
         DataError: an image can't be read, or the tags don't fit the images.

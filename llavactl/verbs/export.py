@@ -56,14 +56,14 @@ class ExportReport:
 
 def export(
     recipe: Outline | None,
-    form: Mapping[str, Any],
+    spec: Mapping[str, Any],
     to: Path,
     *,
     model: str | None = None,
     check: bool | None = None,
     images: Sequence[Path] = (),
 ) -> ExportReport:
-    """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in the format ``form``:
+    """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in the format ``spec``:
     ``{"name": …, its options}``.
 
     The export is then reloaded in a process that can't import llavactl and compared with ``model`` on ``images``, else
@@ -74,8 +74,8 @@ def export(
         RecipeError: the format has no such option.
         ModelError: the format can't represent the model, ``to`` has other contents, or the two differ.
     """
-    made: Format = registry().create_given("formats", form)
-    name = str(form["name"])
+    made: Format = registry().create_from_options("formats", spec)
+    name = str(spec["name"])
     if made.reload is None and check is not False:
         if check:
             raise ModelError(f"exports in format {name} can't be verified", hint="omit --verify")
@@ -87,7 +87,7 @@ def export(
     else:
         source = resolve(model, recipe)
     to = to.absolute()
-    stamp = _stamp(form, source)
+    stamp = _stamp(spec, source)
     before = _is_made_of(to, stamp)
     if not before:
         _write(made, source, to, stamp)
@@ -101,17 +101,17 @@ def export(
     return ExportReport(name, str(to), str(source), names, size, verified, before)
 
 
-def _stamp(form: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Everything that the export of the model folder ``source`` in format ``form`` depends on."""
-    made = component_identity("formats", form)
+def _stamp(spec: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Everything that the export of the model folder ``source`` in format ``spec`` depends on."""
+    made = component_identity("formats", spec)
     return {"format": made["name"], "version": made["version"], "options": made["options"], "model": identity(source)}
 
 
 def _is_made_of(to: Path, stamp: Mapping[str, Any]) -> bool:
     """Whether ``to`` is an export with this ``stamp`` and the contents that were written.
 
-    Its model card may have been edited. An export that failed its verification doesn't count, nor one that names files
-    of its own by their absolute paths and was moved.
+    Its model card may have been edited. Not so for an export that failed verification, or that was moved and
+    contains absolute paths.
     """
     found = read_json(to / MARK)
     if found.get("location", str(to)) != str(to):
@@ -134,9 +134,9 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         made.write(source, temporary)
-        told = [read_json(file).get("stop_strings", []) for file in sorted(temporary.rglob(MARK))]
-        (temporary / CARD).write_text(card(source, stamp["format"], [*chain(*told)]), encoding="utf-8")
-        location = {"location": str(to)} if _name_final(temporary, to) else {}
+        stop_strings = [read_json(file).get("stop_strings", []) for file in sorted(temporary.rglob(MARK))]
+        (temporary / CARD).write_text(card(source, stamp["format"], [*chain(*stop_strings)]), encoding="utf-8")
+        location = {"location": str(to)} if _relocate(temporary, to) else {}
         mark = {**read_json(temporary / MARK), **stamp, **location, "files": _files(temporary)}
         write_json(temporary / MARK, mark)
         replace_folder(temporary, to)
@@ -148,8 +148,8 @@ def _write(made: Format, source: Path, to: Path, stamp: Mapping[str, Any]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _name_final(temporary: Path, to: Path) -> bool:
-    """Replaces paths into ``temporary`` by those into ``to`` in its configuration; whether there were any."""
+def _relocate(temporary: Path, to: Path) -> bool:
+    """Replaces paths into ``temporary`` in its config.json by those into ``to``; returns whether there were any."""
     config = read_json(temporary / "config.json")
     named = {key: each for key, each in config.items() if isinstance(each, str) and each.startswith(str(temporary))}
     if named:

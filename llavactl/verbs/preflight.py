@@ -12,7 +12,7 @@ from llavactl.core.identity import content_of
 from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVision
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
-from llavactl.model.trial import try_connector
+from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import check, load_frame, where
 from llavactl.training.stages import train_only
@@ -47,7 +47,7 @@ def faults(recipe: Recipe) -> list[Fault]:
         precisions = dict.fromkeys((recipe.stage1.precision, recipe.stage2.precision))
         for shape in dict.fromkeys(shapes):
             with _collected(found, "connector", recipe.connector.spec()):
-                try_connector(recipe.connector.spec(), shape, width, precisions)
+                validate_connector(recipe.connector.spec(), shape, width, precisions)
         with _collected(found, "stage2.trainable_modules"):
             train_only(skeleton, recipe.stage2.trainable_modules)
     if tokenizer is not None:
@@ -60,7 +60,7 @@ def faults(recipe: Recipe) -> list[Fault]:
 
 
 def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) -> None:
-    """Adds the exports that can't hold the recipe's model: known now, not after days of training."""
+    """Adds the exports whose layout can't represent the recipe's model, so that they fail before training."""
     for index, each in enumerate(recipe.export):
         with _collected(found, f"export.{index}.format"):
             made = registry().create("formats", each.spec())
@@ -69,7 +69,7 @@ def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) 
 
 
 def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``; of one that loads, what keeps its components from working together."""
+    """Every problem of the recipe ``source``: of its keys and values, or else of its components together."""
     if found := check(source, overrides):
         return found
     recipe = load_frame(Outline, source, overrides)

@@ -25,9 +25,9 @@ from llavactl.data.training_set import Split, split
 from llavactl.features import Fingerprint, open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import Parts, build
+from llavactl.model.connector_check import validate_connector
 from llavactl.model.foreign import resolve
 from llavactl.model.quantised import four_bits
-from llavactl.model.trial import try_connector
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from llavactl.core.schema import Contents, FeatureShape, ImageRef
     from llavactl.recipe.frame import Recipe
 
-    Look = Callable[[Sequence[ImageRef]], Contents]
+    ReadContents = Callable[[Sequence[ImageRef]], Contents]
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
@@ -77,11 +77,11 @@ def train(
             recipe.connector.spec(), recipe.language.spec(), features.shape, dtype=settings.precision, seed=recipe.seed
         )
     width = parts.model.language.get_input_embeddings().weight.shape[1]
-    try_connector(recipe.connector.spec(), features.shape, width, [settings.precision], str(accelerator.device))
+    validate_connector(recipe.connector.spec(), features.shape, width, [settings.precision], str(accelerator.device))
     encoding = Encoding(
         registry().create("templates", template), parts.tokenizer, parts.image_tokens, settings.max_length
     )
-    data = split(sources, settings, encoding, features, _bounded(features.contents, max_skipped), recipe.seed)
+    data = split(sources, settings, encoding, features, _limit_skipped(features.contents, max_skipped), recipe.seed)
     if stage == 1 and not any(sample.images for sample in data.train.samples):
         raise DataError(
             "data.stage1: no training sample has an image, so the connector can't be trained",
@@ -135,20 +135,21 @@ def train(
         return _run(recipe, run, parts, data, description)
 
 
-def _bounded(contents: Look, max_skipped: int | None) -> Look:
-    """``contents``, raising DataError where more than ``max_skipped`` images can't be read."""
+def _limit_skipped(contents: ReadContents, max_skipped: int | None) -> ReadContents:
+    """``contents``, raising DataError if more than ``max_skipped`` images can't be read."""
 
-    def look(images: Sequence[ImageRef]) -> Contents:
+    def limited(images: Sequence[ImageRef]) -> Contents:
         found = contents(images)
         if max_skipped is not None and len(found.unreadable) > max_skipped:
             image, why = next(iter(found.unreadable.items()))
             raise DataError(
-                f"{len(found.unreadable)} images can't be read, more than {max_skipped}; {image.name}: {why}",
-                hint="`llavactl data check` lists all of them",
+                f"{len(found.unreadable)} images can't be read, more than --max-skipped {max_skipped}; the first is "
+                f"{image.name}: {why}",
+                hint="list them with `llavactl data check`",
             )
         return found
 
-    return look
+    return limited
 
 
 def _run(recipe: Recipe, run: Run, parts: Parts, data: Split, description: Mapping[str, Any]) -> TrainReport:

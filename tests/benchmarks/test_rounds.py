@@ -1,4 +1,4 @@
-"""A benchmark that is stopped keeps the figures of every round that it has finished, whatever stops it."""
+"""An interrupted benchmark keeps the results of all finished rounds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rounds(text: str) -> list[tuple[int, bool]]:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_signal_costs_no_finished_round(tmp_path: Path, number: int, code: int) -> None:
+def test_finished_rounds_survive_a_signal(tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "out.json"
     found, text, errors = stopped(number, "--json", "--out", str(out))
     assert found == code
@@ -74,11 +74,11 @@ def test_a_signal_costs_no_finished_round(tmp_path: Path, number: int, code: int
     assert "Traceback" not in errors
 
 
-def test_the_table_of_what_is_finished_is_shown_when_stopped() -> None:
+def test_finished_rounds_are_printed_when_interrupted() -> None:
     assert stopped(signal.SIGTERM)[:2] == (143, "2 rounds\n")
 
 
-def test_an_error_in_a_round_keeps_those_before(tmp_path: Path) -> None:
+def test_finished_rounds_survive_an_error(tmp_path: Path) -> None:
     process = started("fail", "--out", str(tmp_path / "out.json"))
     text, errors = process.communicate(timeout=60)
     assert (process.returncode, text) == (1, "2 rounds\n")
@@ -94,7 +94,7 @@ def test_the_last_line_is_complete(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == {"rounds": 3, "complete": True}
 
 
-def test_every_benchmark_gives_its_figures_this_way() -> None:
+def test_every_benchmark_publishes_by_round() -> None:
     scripts = [path for path in BENCHMARKS.glob("*.py") if path.name != "rounds.py"]
     assert len(scripts) >= 5
     for path in scripts:

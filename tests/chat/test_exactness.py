@@ -1,4 +1,4 @@
-"""Together = alone for language models of every kind: with windows, chunks, states, positions bound to a length."""
+"""Batched answers equal single ones for language models with windows, chunks, states, or length-dependent positions."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def logits(assistant: Assistant, asked: Sequence[Encoded], monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [24, 0])
-def test_together_is_alone_is_without_a_cache(kind: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     language = language_of(kind)
     assistant = assistant_of(language)
     assert is_causal(language)
@@ -150,7 +150,7 @@ def test_together_is_alone_is_without_a_cache(kind: str, shared: int, monkeypatc
             ids.append(int(found.argmax()))
 
 
-def test_what_is_exact_is_found_out() -> None:
+def test_inexact_optimisations_are_detected() -> None:
     found = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
     assert found["llama"] == Exact()
     for kind in ("mistral", "gpt-neo", "mpt"):
@@ -159,7 +159,7 @@ def test_what_is_exact_is_found_out() -> None:
     assert not assistant_of(language_of("rwkv")).exact.cached
 
 
-def test_a_model_that_sees_what_comes_is_no_causal_one() -> None:
+def test_models_that_see_later_tokens_are_not_causal() -> None:
     config = transformers.BertConfig(**COMMON)
     assert not is_causal(transformers.BertLMHeadModel(config).eval())
     config.is_decoder = True

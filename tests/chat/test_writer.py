@@ -8,14 +8,14 @@ import pytest
 
 from llavactl.chat.assistant import Stops, Writer, text_of
 
-from ..components.languages.test_images import ALL, TOKENIZERS
+from ..components.languages.test_image_token import ALL, TOKENIZERS
 
 TEXTS = ("ab 🐕🦺🐈 ok 𝔸𝔹", "一只狗 naïve\n\n  é ", "🐕‍🦺🐕‍🦺", "plain, text. Don't ", "")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_streamed_text_is_the_text_and_a_cut_one_its_beginning(tmp_path: Path, name: str) -> None:
-    """Nothing is said twice or taken back, half a character is no text, and a whole one never lost."""
+def test_streamed_and_truncated_text_is_a_prefix_of_the_decoded_text(tmp_path: Path, name: str) -> None:
+    """Nothing is repeated or retracted; incomplete characters are omitted, complete ones kept."""
     tokenizer = TOKENIZERS[name](tmp_path)
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

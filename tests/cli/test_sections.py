@@ -61,7 +61,7 @@ def test_these_sections_are_enough(trained: Path, sections: str, command: str) -
         ("", "data generate", "generate"),
     ],
 )
-def test_the_section_that_is_missing_is_named(trained: Path, sections: str, command: str, missing: str) -> None:
+def test_a_missing_section_is_named(trained: Path, sections: str, command: str, missing: str) -> None:
     code, said = run(trained, sections, command)
     assert code == 1
     assert missing in said

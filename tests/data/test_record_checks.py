@@ -165,7 +165,7 @@ def test_mending_keeps_what_was_said(messages: Any, kind: str, wanted: Any) -> N
 
 
 @pytest.mark.parametrize("image", [{}, {"image": "a.jpg"}])
-def test_mending_leaves_tags_that_are_text_or_repeated(image: dict[str, str]) -> None:
+def test_repair_keeps_tags_that_are_text_or_repeated(image: dict[str, str]) -> None:
     asked = f"{TAG}\nTwo {TAG} tags?"
     record = {"id": 1, **image, "conversations": [{"from": "Human", "value": asked}, SAID[1]]}
     mended, _ = mend(record, ROOT)

@@ -66,7 +66,7 @@ def test_differences_show_both_values_and_what_is_absent() -> None:
 
 
 @pytest.mark.parametrize("field", ["dtype", "compute", "format", "component", "own"])
-def test_no_field_of_an_identity_is_lost_to_one_of_ours(field: str) -> None:
+def test_identity_fields_with_reserved_names_are_kept(field: str) -> None:
     one, other = (fingerprint({field: value}, Features()) for value in ("a", "b"))
     assert one.id != other.id
     assert one.fields["dtype"] == "float16"

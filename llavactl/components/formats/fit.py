@@ -1,10 +1,10 @@
-"""Whether ``LlavaForConditionalGeneration`` holds a causal language model: see ``languages.linear``."""
+"""Refuses language models that ``LlavaForConditionalGeneration`` can't represent: see ``languages.linear``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.components.languages.linear import more_than_linear, other_head
+from llavactl.components.languages.linear import head_fault, logits_fault
 from llavactl.core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ HINT = "`--format llava -t strict=false` keeps the whole language model; llavact
 
 def refuse_unless_linear(language: PreTrainedModel) -> None:
     """Raises ModelError unless the logits of ``language`` are a bias-free linear map of its base model's output."""
-    _refuse(language, more_than_linear(language))
+    _refuse(language, logits_fault(language))
 
 
-def refuse_other_heads(language: PreTrainedModel) -> None:
+def refuse_unless_linear_head(language: PreTrainedModel) -> None:
     """Raises ModelError unless ``language`` is a base model with a bias-free linear head; no weights are needed."""
-    _refuse(language, other_head(language))
+    _refuse(language, head_fault(language))
 
 
 def _refuse(language: PreTrainedModel, why: str) -> None:

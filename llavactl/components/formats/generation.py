@@ -26,8 +26,8 @@ def generation_config(
     """The generation config of ``language``, with its own end tokens and those of the model's template.
 
     Settings other than greedy decoding (sampling, a repetition penalty) are left out and logged: with them, other
-    programs would give other answers than llavactl. Stop strings are left out, too: with them, ``generate`` raises an
-    error unless it is given the tokenizer, which transformers' pipeline doesn't do; its server gives it a processor.
+    programs would give other answers than llavactl. Stop strings are left out as well: with them, ``generate`` requires
+    the tokenizer, which neither transformers' pipeline nor its server passes.
     """
     from transformers import GenerationConfig
 
@@ -35,8 +35,8 @@ def generation_config(
     ends, texts = _stops(tokenizer, description)
     for text in texts:
         log.warning(
-            "an answer ends at the text %r, which no single token is: other programs must be given it, as "
-            "`generate(…, stop_strings=[%r], tokenizer=processor.tokenizer)`",
+            "the stop string %r is not a single token and isn't stored in generation_config.json: in other programs, "
+            "pass it as in `generate(…, stop_strings=[%r], tokenizer=processor.tokenizer)`",
             text,
             text,
         )
@@ -53,7 +53,7 @@ def generation_config(
 
 
 def stop_strings(tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> list[str]:
-    """The texts that end an answer and that no single token is, which other programs must be given."""
+    """The stop strings that aren't a single token, so that other programs must be given them."""
     return list(_stops(tokenizer, description)[1])
 
 

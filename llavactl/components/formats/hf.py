@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.fit import HINT, refuse_other_heads, refuse_other_weights, refuse_unless_linear
+from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear, refuse_unless_linear_head
 from llavactl.components.formats.generation import generation_config, stop_strings
 from llavactl.components.formats.hf_read import read_hf
-from llavactl.components.formats.image_text import add_image_token, glue
+from llavactl.components.formats.image_text import add_image_token, separator
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
-from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, shape_of, whole_backbone
-from llavactl.components.languages.images import ORIGIN
+from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector, shape_of
+from llavactl.components.languages.image_token import ORIGIN
 from llavactl.core import faults
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_STRINGS = "stop_strings"
-"""Of ``llavactl_export.json``: the texts at which other programs must end an answer."""
+"""Key of ``llavactl_export.json``: the stop strings that other programs must be given."""
 
 MULTIPLE = 64
 """Rows of the embeddings come in multiples of this, as in the published checkpoints: faster products on a GPU."""
@@ -58,12 +58,12 @@ class HfLlava:
         vision: Mapping[str, Any],
         connector: Mapping[str, Any],
         language: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any will do
+        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any is supported
     ) -> None:
         """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
         refuse_connector(connector)
-        refuse_other_heads(language)
-        whole_backbone(vision)
+        refuse_unless_linear_head(language)
+        exportable_backbone(vision)
         _tokens(vision)
 
     def write(self, model: Path, to: Path) -> None:
@@ -81,7 +81,7 @@ def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
     description = native.description
     projection = native.projection()
     refuse_unless_linear(language)
-    backbone = whole_backbone(description["vision"])
+    backbone = exportable_backbone(description["vision"])
     vision = backbone.whole()
     strategy, extra = _tokens(description["vision"])
     tokenizer = native.tokenizer()
@@ -142,12 +142,12 @@ def padding_processor(own: Any) -> Any:
     """LLaVA's image processor with the settings of ``own``, which pads images to squares first."""
     from transformers import LlavaImageProcessorPil
 
-    from llavactl.components.vision.tower import means
+    from llavactl.components.vision.tower import channel_means
 
     known = {key: value for key, value in own.to_dict().items() if key != "image_processor_type"}
     # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.
     known |= {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
-    known["image_mean"] = list(means(own))  # what it pads with must be one number a colour
+    known["image_mean"] = list(channel_means(own))  # padding needs a number per channel
     return LlavaImageProcessorPil(**known | {"do_pad": True})
 
 
@@ -177,7 +177,7 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     """The chat template: None, and a line in the log, for a template that holds no conversation (``plain``)."""
     template = registry().create("templates", spec)
     try:
-        return chat_template(template, tokenizer, image=tokenizer.image_token, glue=partial(glue, tokenizer))
+        return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
         log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
         return None

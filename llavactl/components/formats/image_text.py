@@ -1,12 +1,12 @@
-"""The image token of a tokenizer that processors of transformers use, and the text around it."""
+"""The image token of tokenizers for transformers' processors, and the text after it."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.languages.images import image_token
-from llavactl.components.languages.sentencepiece import SPACES, takes_space
+from llavactl.components.languages.image_token import image_token
+from llavactl.components.languages.sentencepiece import SPACES, omits_space_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ IMAGE, PAD = "<image>", "<pad>"
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Adds the tokens for images and padding where they are missing; the image token."""
+    """Adds the tokens for images and padding where they are missing; returns the image token."""
     token = image_token(tokenizer) or getattr(tokenizer, "image_token", None)
     if token not in {each.content for each in tokenizer.added_tokens_decoder.values()}:
         token = IMAGE
@@ -28,17 +28,16 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(token)
 
 
-def glue(tokenizer: PreTrainedTokenizerBase, after: str) -> str:
-    """What to write between an image and the text ``after`` it, so that a processor gives it the ids of training.
+def separator(tokenizer: PreTrainedTokenizerBase, after: str) -> str:
+    """The text to insert between an image and the text ``after`` it, so that a processor's ids equal those of training.
 
-    ``tokenizer`` has an image token. A processor's text after it is tokenised as the middle of a text; in LLaVA's way
-    it is tokenised by itself, and SentencePiece vocabularies then begin it with a space of their own (29871 before the
-    newline in Llama's).
+    ``tokenizer`` has an image token. A processor tokenises the text after it as a continuation. LLaVA tokenises it
+    separately, and SentencePiece vocabularies then prepend a space (29871 before the newline in Llama's).
     """
     if image_token(tokenizer) is not None or not after:
         return ""
-    own = " " if after.startswith(SPACES) and takes_space(tokenizer) else ""
-    alone = tokenizer(own + after, add_special_tokens=False)["input_ids"]
+    prefix = " " if after.startswith(SPACES) and omits_space_prefix(tokenizer) else ""
+    alone = tokenizer(prefix + after, add_special_tokens=False)["input_ids"]
     for space in ("", " "):
         joined = tokenizer(tokenizer.image_token + space + after, add_special_tokens=False)["input_ids"]
         if joined[1:] == alone:

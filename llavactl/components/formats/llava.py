@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
-from llavactl.components.formats.llava_program import loads_tower, older_config
+from llavactl.components.formats.llava_program import loads_tower, older_config, uses_fast_tokenizer
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
 from llavactl.components.formats.llava_tokenizer import older_files, save_tokenizer
-from llavactl.components.formats.native import CONNECTORS, Native, refuse_connector, whole_backbone
-from llavactl.components.languages.images import image_token
+from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector
+from llavactl.components.languages.image_token import image_token
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import Options, registry
@@ -60,9 +60,9 @@ class OriginalLlava:
         refuse_connector(connector)
         _refuse_backbone(vision)
         older_config(language.config.to_dict(), strict=self.options.strict)
-        _refuse_processor(tokenizer)
+        _refuse_processor_ids(tokenizer)
         if self.options.strict:
-            older_files(tokenizer, fast=language.config.model_type != "llama")
+            older_files(tokenizer, fast=uses_fast_tokenizer(language.config.model_type))
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
@@ -71,15 +71,15 @@ class OriginalLlava:
         _refuse_backbone(native.description["vision"])
         language = native.language_config().to_dict()
         older, tokenizer = older_config(language, strict=strict), native.exported_tokenizer()
-        _refuse_processor(tokenizer)
+        _refuse_processor_ids(tokenizer)
         if strict:
-            save_tokenizer(tokenizer, to, fast=language["model_type"] != "llama")
+            save_tokenizer(tokenizer, to, fast=uses_fast_tokenizer(language["model_type"]))
             # LLaVA's load_pretrained_model chooses the class by words in the folder's name.
             words = " and ".join(dict.fromkeys(("llava", language["model_type"].replace("llama", "llava"))))
             log.info("LLaVA's programs load this model only from a folder with %s in its name", words)
         else:
             tokenizer.save_pretrained(to)
-        vision = _tower(native, to)
+        vision = _vision_tower(native, to)
         if native.method == "connector" and native.description["stage"] == 1:
             config = language | _save_projector(native, projection, to)
         else:
@@ -88,7 +88,7 @@ class OriginalLlava:
 
 
 def _save_projector(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
-    """Saves the connector alone; what config.json says of the language model that belongs to it."""
+    """Saves the connector only; returns the keys of config.json that name its language model."""
     import torch
 
     torch.save(projection, to / PROJECTOR_FILE)
@@ -96,13 +96,13 @@ def _save_projector(native: Native, projection: Mapping[str, torch.Tensor], to: 
 
 
 def _save_whole(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
-    """Saves the language model with the connector; its config.json."""
+    """Saves the language model with the connector; returns its config.json."""
     language = native.language()
     state = language.state_dict() | projection
     if language.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     language.generation_config = generation_config(language, native.tokenizer(), native.description)
-    # The language model's own way of saving, so that shards, index and generation settings are as ever.
+    # The language model's own way of saving, so that shards, index and generation settings are as usual.
     language.save_pretrained(to, state_dict=_contiguous(state), max_shard_size=SHARD)
     return read_json(to / "config.json")
 
@@ -112,7 +112,7 @@ def _refuse_backbone(vision: Mapping[str, Any]) -> None:
     if not isinstance(vision["layer"], int):
         hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
         raise ModelError("layout llava supports a single vision layer", hint=hint)
-    backbone = whole_backbone(vision)
+    backbone = exportable_backbone(vision)
     config = getattr(backbone, "config", {})
     if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(
@@ -121,29 +121,29 @@ def _refuse_backbone(vision: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_processor(tokenizer: PreTrainedTokenizerBase) -> None:
-    """LLaVA's programs tokenise the text after an image by itself."""
+def _refuse_processor_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError if LLaVA's programs, which split the text at images, would encode it differently."""
     token = image_token(tokenizer)
     after = "\nWhat"
     alone, within = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (after, f"{token}{after}"))
     if token is not None and within[1:] != alone:
         raise ModelError(
-            "layout llava can't hold this model: its processor encodes the text after an image differently than "
+            "layout llava can't represent this model: its processor encodes the text after an image differently than "
             "LLaVA's programs, which split the text there",
             hint="use `--format hf`",
         )
 
 
-def _tower(native: Native, to: Path) -> str:
-    """``mm_vision_tower``: the name of the vision encoder, or of its copy in ``to`` if LLaVA can't load it by name."""
+def _vision_tower(native: Native, to: Path) -> str:
+    """``mm_vision_tower``: the encoder's name, or the path of its copy in ``to`` if LLaVA can't load that."""
     vision = native.description["vision"]
     backbone = registry().create("vision", vision)
     name = str(vision.get("model", vision["name"]))
     if not getattr(backbone, "inside", False) and loads_tower(name):
         return name
     tower = backbone.whole()
-    tower.__dict__.pop("_weight_conversions", None)  # its own names, not those it had in there
-    prefix = "vision_model."  # as of older versions of transformers; newer ones read both
+    tower.__dict__.pop("_weight_conversions", None)  # its own names, not those of the checkpoint
+    prefix = "vision_model."  # as in older versions of transformers; newer ones read both
     state = {f"{prefix}{key.removeprefix(prefix)}": each for key, each in tower.state_dict().items()}
     tower.save_pretrained(to / TOWER, state_dict=_contiguous(state))
     backbone.processor.save_pretrained(to / TOWER)

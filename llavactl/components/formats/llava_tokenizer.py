@@ -1,6 +1,6 @@
-"""A tokenizer's files as LLaVA's programs read them, with transformers 4.37.2 and tokenizers 0.15.
+"""A tokenizer's files for LLaVA's programs, which use transformers 4.37.2 and tokenizers 0.15.
 
-Those know neither the classes nor the ``tokenizer.json`` of transformers 5. A SentencePiece vocabulary (Llama, Vicuna,
+These have neither the classes nor the ``tokenizer.json`` of transformers 5. A SentencePiece vocabulary (Llama, Vicuna,
 Mistral) is written as ``tokenizer.model`` for their slow ``LlamaTokenizer``, any other as an older ``tokenizer.json``.
 Both are read by transformers 5 with the same result.
 """
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.components.formats.llava_program import HINT
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-HINT = "use `--format hf`; `-t strict=false` writes it for programs with newer versions of transformers"
 
 _SPACE = "▁"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -49,17 +48,17 @@ _NEW_KEYS = ("backend", "is_local", "local_files_only", "extra_special_tokens", 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, *, fast: bool) -> None:
-    """Writes ``tokenizer`` to the folder ``to``; ``fast``: LLaVA loads it with ``use_fast``.
+    """Writes ``tokenizer`` to the folder ``to``; ``fast``: see ``uses_fast_tokenizer``.
 
     Raises:
-        ModelError: transformers 4.37 can't encode text as it does.
+        ModelError: transformers 4.37 would encode text differently.
     """
     files = older_files(tokenizer, fast=fast)
     tokenizer.save_pretrained(to)
     written = read_json(to / "tokenizer_config.json")
     named = [str(token) for token in written.get("extra_special_tokens") or ()]
     config = {key: value for key, value in written.items() if key not in _NEW_KEYS}
-    added = {str(token): _added(each) for token, each in sorted(tokenizer.added_tokens_decoder.items())}
+    added = {str(token): _added_token(each) for token, each in sorted(tokenizer.added_tokens_decoder.items())}
     config |= {"added_tokens_decoder": added, "additional_special_tokens": named, **files.config}
     write_json(to / "tokenizer_config.json", config)
     for name, content in files.contents.items():
@@ -80,9 +79,11 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
     if _is_sentencepiece(backend):
         scheme = backend["pre_tokenizer"]["prepend_scheme"]
         if scheme == "never":
-            raise _unreadable("it adds no space before a text")
+            raise _unsupported("it adds no space before a text")
         if scheme == "first" and fast:
-            raise _unreadable("with legacy: false, its fast Llama tokenizer differs after special tokens")
+            raise _unsupported(
+                "with legacy: false, the fast Llama tokenizer of transformers 4.37 differs after special tokens"
+            )
         ids = tokenizer("a")["input_ids"]
         config = {
             "tokenizer_class": "LlamaTokenizer",
@@ -92,12 +93,16 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
         }
         spaces = [{"type": "Prepend", "prepend": _SPACE}, _replacement(" ", _SPACE)]
         older = {**backend, "normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
-        return OlderFiles({"tokenizer.model": sentencepiece_model(backend), "tokenizer.json": _json(older)}, config)
-    return OlderFiles({"tokenizer.json": _json(backend)}, {"tokenizer_class": "PreTrainedTokenizerFast"})
+        return OlderFiles(
+            {"tokenizer.model": sentencepiece_model(backend), "tokenizer.json": _older_tokenizer_json(older)}, config
+        )
+    return OlderFiles(
+        {"tokenizer.json": _older_tokenizer_json(backend)}, {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
 
 
 def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
-    """Whether it encodes as Llama's SentencePiece model does: BPE on whole texts, their spaces written as ``▁``."""
+    """Whether it encodes like Llama's SentencePiece model: BPE on whole texts, with ``▁`` for spaces."""
     before = backend["pre_tokenizer"] or {}
     metaspace = before.get("type") == "Metaspace" and not before.get("split", True)
     return metaspace and backend["model"]["type"] == "BPE" and backend["model"]["byte_fallback"]
@@ -106,7 +111,7 @@ def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
 def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     """A SentencePiece model with the vocabulary and merges of ``backend``, a ``tokenizer.json``.
 
-    SentencePiece joins the neighbours whose joined piece has the highest score, so a piece's score is the negative
+    SentencePiece merges the neighbours whose merged piece has the highest score, so a piece's score is the negative
     rank of its first merge.
 
     Raises:
@@ -117,15 +122,15 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     model = backend["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
     if [model["vocab"][piece] for piece in pieces] != list(range(len(pieces))):
-        raise _unreadable("its token ids have gaps")
+        raise _unsupported("its token ids have gaps")
     if sum(map(bool, map(_BYTE.fullmatch, pieces))) != 256:
-        raise _unreadable("it lacks tokens for single bytes")
+        raise _unsupported("it lacks tokens for single bytes")
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_pairs(model["merges"])):
+    for rank, (left, right) in enumerate(_merge_pairs(model["merges"])):
         ranks.setdefault(left + right, rank)
     special = {each["content"]: each["special"] for each in backend["added_tokens"]}
-    made: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - generated, unknown to mypy
-    kinds = made.SentencePiece
+    proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - generated, unknown to mypy
+    kinds = proto.SentencePiece
     for token, piece in enumerate(pieces):
         kind = kinds.NORMAL
         if piece == model["unk_token"] or (model["unk_token"] is None and token == 0):
@@ -135,58 +140,60 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
         elif _BYTE.fullmatch(piece):
             kind = kinds.BYTE
         score = 0.0 if kind != kinds.NORMAL else -float(ranks.get(piece, len(ranks)))
-        made.pieces.add(piece=piece, score=score, type=kind)
-    made.trainer_spec.model_type = made.trainer_spec.BPE
-    made.trainer_spec.vocab_size = len(pieces)
-    made.trainer_spec.byte_fallback = True
-    made.normalizer_spec.name = "identity"
-    made.normalizer_spec.add_dummy_prefix = True
-    made.normalizer_spec.remove_extra_whitespaces = False
-    found: bytes = made.SerializeToString()
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.vocab_size = len(pieces)
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    found: bytes = proto.SerializeToString()
     return found
 
 
-def _json(backend: Mapping[str, Any]) -> bytes:
+def _older_tokenizer_json(backend: Mapping[str, Any]) -> bytes:
     """``backend`` as a ``tokenizer.json`` of tokenizers 0.15.
 
     Raises:
-        ModelError: it has parts that are newer.
+        ModelError: it has newer parts.
     """
-    if newer := sorted({each for part, old in _OLD_TYPES.items() for each in _types(backend[part]) if each not in old}):
-        raise _unreadable(f"{', '.join(newer)} in tokenizer.json is newer than its programs")
+    if newer := sorted(
+        {each for part, old in _OLD_TYPES.items() for each in _part_types(backend[part]) if each not in old}
+    ):
+        raise _unsupported(f"{', '.join(newer)} in tokenizer.json is newer than tokenizers 0.15")
     model = {key: value for key, value in backend["model"].items() if key != "ignore_merges"}
     if backend["model"].get("ignore_merges"):
-        raise _unreadable("ignore_merges in tokenizer.json is newer than its programs")
+        raise _unsupported("ignore_merges in tokenizer.json is newer than tokenizers 0.15")
     if "merges" in model:
-        if any(" " in part for pair in _pairs(model["merges"]) for part in pair):
-            raise _unreadable("its tokens contain spaces")
-        model["merges"] = [" ".join(pair) for pair in _pairs(model["merges"])]
-    return json.dumps({**_old_spaces(backend), "model": model}, ensure_ascii=False).encode()
+        if any(" " in part for pair in _merge_pairs(model["merges"]) for part in pair):
+            raise _unsupported("its tokens contain spaces")
+        model["merges"] = [" ".join(pair) for pair in _merge_pairs(model["merges"])]
+    return json.dumps({**_older_metaspace(backend), "model": model}, ensure_ascii=False).encode()
 
 
-def _pairs(merges: Any) -> Iterator[tuple[str, str]]:
+def _merge_pairs(merges: Any) -> Iterator[tuple[str, str]]:
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right
 
 
-def _types(value: Any) -> Iterator[str]:
+def _part_types(value: Any) -> Iterator[str]:
     """The ``type`` of a part of ``tokenizer.json`` and of those in a sequence of it."""
     if isinstance(value, Mapping):
         yield value["type"]
         for key in ("normalizers", "pretokenizers", "processors", "decoders"):
             for each in value.get(key, ()):
-                yield from _types(each)
+                yield from _part_types(each)
 
 
-def _old_spaces(value: Any) -> Any:
-    """``value`` with every ``Metaspace`` as older versions spell it."""
+def _older_metaspace(value: Any) -> Any:
+    """``value`` with every ``Metaspace`` as in tokenizers 0.15."""
     if isinstance(value, list):
-        return [_old_spaces(each) for each in value]
+        return [_older_metaspace(each) for each in value]
     if not isinstance(value, Mapping):
         return value
     if value.get("type") != "Metaspace":
-        return {key: each if key == "model" else _old_spaces(each) for key, each in value.items()}
+        return {key: each if key == "model" else _older_metaspace(each) for key, each in value.items()}
     scheme = value.get("prepend_scheme", "always")
     return {
         "type": "Metaspace",
@@ -200,10 +207,10 @@ def _replacement(old: str, new: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _added(token: Any) -> dict[str, Any]:
+def _added_token(token: Any) -> dict[str, Any]:
     names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {name: getattr(token, name) for name in names}
 
 
-def _unreadable(why: str) -> ModelError:
+def _unsupported(why: str) -> ModelError:
     return ModelError(f"LLaVA's programs can't load the tokenizer: {why}", hint=HINT)

@@ -46,8 +46,8 @@ def refuse_connector(spec: Mapping[str, Any]) -> None:
         )
 
 
-def whole_backbone(vision: Mapping[str, Any]) -> Any:
-    """The backbone of the spec ``vision``; raises ModelError if its model can't be exported."""
+def exportable_backbone(vision: Mapping[str, Any]) -> Any:
+    """The backbone of the spec ``vision``. Raises ModelError if it can't be exported."""
     backbone = registry().create("vision", vision)
     if not hasattr(backbone, "whole"):
         raise ModelError(
@@ -106,7 +106,7 @@ class Native:
         return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
 
     def language_config(self) -> PreTrainedConfig:
-        """The configuration of the language model; no weights are read if it can describe itself."""
+        """The language model's configuration; weights are read only if the component is no ``DescribedLanguage``."""
         language = registry().create("languages", self._language)
         described = language.skeleton() if isinstance(language, DescribedLanguage) else self.base()
         found: PreTrainedConfig = described.config

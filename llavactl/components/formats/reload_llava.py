@@ -36,8 +36,9 @@ def language(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def encoder(folder: Path) -> Callable[[str, bool], list[int]]:
-    """Text to ids, with BOS if it is the first piece; with a tokenizer.model as the slow Llama tokenizer does, which
-    LLaVA loads: SentencePiece between added tokens.
+    """A function from text to ids, which begin with BOS for the first piece.
+
+    With a tokenizer.model it encodes like LLaVA's slow Llama tokenizer: SentencePiece between added tokens.
     """
     if not (folder / "tokenizer.model").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -54,7 +55,7 @@ def encoder(folder: Path) -> Callable[[str, bool], list[int]]:
             if part in added:
                 ids.append(added[part])
             elif part:
-                # SentencePiece begins every text with a space; a newline is a byte, which nothing is joined to.
+                # SentencePiece prepends a space to every text; a newline is a byte token, which is never merged.
                 ids += model.encode(part) if at == 0 or config["legacy"] else model.encode("\n" + part)[after:]
         return ids
 

@@ -14,7 +14,7 @@ _ALIASES = {"qwen": "qwen2"}
 
 
 _UNSCALED = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
-"""What a language model does to the logits of its head, and ``LlavaForConditionalGeneration`` doesn't."""
+"""Neutral values of keys that scale or cap logits, which ``LlavaForConditionalGeneration`` ignores."""
 
 
 def inside(model: str) -> dict[str, Any]:

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POSITIONS = 8
-NEAR = 1e-2
-"""Tolerance for two passes of the same weights in bfloat16, relative to the largest value."""
+TOLERANCE = 1e-2
+"""For two passes of the same weights in bfloat16, relative to the largest value."""
 
 
-def more_than_linear(language: PreTrainedModel) -> str:
+def logits_fault(language: PreTrainedModel) -> str:
     """Why the logits of ``language`` aren't a bias-free linear map of its base model's output; "" if they are."""
-    return other_head(language) or _other_computation(language, language.base_model, language.get_output_embeddings())
+    return head_fault(language) or _computation_fault(language, language.base_model, language.get_output_embeddings())
 
 
-def other_head(language: PreTrainedModel) -> str:
-    """Why ``language`` is no base model with a bias-free linear head; "" if it is one. No weights are needed."""
+def head_fault(language: PreTrainedModel) -> str:
+    """Why ``language`` isn't a base model with a bias-free linear head; "" if it is. No weights are needed."""
     from torch import nn
 
     base, head = language.base_model, language.get_output_embeddings()
@@ -34,29 +34,31 @@ def other_head(language: PreTrainedModel) -> str:
     return "its head has a bias" if head.bias is not None else ""
 
 
-def _other_computation(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
-    """What ``language`` computes besides ``base`` and ``head``; "" if nothing.
+def _computation_fault(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
+    """What ``language`` computes in addition to ``base`` and ``head``; "" if nothing.
 
     The head's output is compared with the logits of the same pass bit for bit, as a soft cap is nearly the identity on
     small logits. The head's input is compared with a pass of ``base`` alone.
     """
     import torch
 
-    seen: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
 
-    def projected(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen.extend((args[0].clone(), output.clone()))
+    def capture(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        captured.extend((args[0].clone(), output.clone()))
 
     width = language.get_input_embeddings().weight.shape[1]
     embeds = torch.randn(1, POSITIONS, width, generator=torch.Generator().manual_seed(0)).to(language.dtype)
-    hook = head.register_forward_hook(projected)
+    hook = head.register_forward_hook(capture)
     try:
         with torch.no_grad():
             logits = language.eval()(inputs_embeds=embeds, use_cache=False).logits
             hidden = base(inputs_embeds=embeds, use_cache=False)[0]
     finally:
         hook.remove()
-    given, made = seen
-    if given.shape != hidden.shape or not (given - hidden).abs().max() <= NEAR * hidden.abs().max():
+    head_input, head_output = captured
+    if head_input.shape != hidden.shape or not (head_input - hidden).abs().max() <= TOLERANCE * hidden.abs().max():
         return "it scales or changes the input of its base model or its head"
-    return "" if torch.equal(made.float(), logits.float()) else "it scales, caps or changes the logits of its head"
+    return (
+        "" if torch.equal(head_output.float(), logits.float()) else "it scales, caps or changes the logits of its head"
+    )

@@ -1,4 +1,4 @@
-"""What transformers 5 does otherwise than SentencePiece (``tokenizer.model``, as Vicuna's on the hub)."""
+"""Where transformers 5 differs from SentencePiece (``tokenizer.model``, as Vicuna's on the hub)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
 
 SPACES = (" ", "\N{LOWER ONE EIGHTH BLOCK}")
-"""A space, and the character that SentencePiece has for it."""
+"""A space, and SentencePiece's character for it."""
 
 
-def takes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ``tokenizer`` takes a space at the beginning of a text for the one that it puts there itself.
+def omits_space_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``tokenizer`` prepends a space to texts, except to those that begin with one.
 
-    SentencePiece, by which LLaVA trains, always puts another one there; transformers 5 doesn't.
+    SentencePiece, which LLaVA's training uses, prepends it to all texts; transformers 5 doesn't.
     """
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    # A tokenizer that reduces every run of spaces to one loses nothing in particular at the beginning.
+    # The second condition excludes tokenizers that collapse every run of spaces.
     return ids("a") == ids(" a") and ids("a a") != ids("a  a")
 
 
-def mend(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Joins pieces in the order of the model's scores, as SentencePiece does, not of their ids.
+def repair_merges(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Merges pieces in the order of the model's scores, as SentencePiece does, not of their ids.
 
     Llama's runs of spaces have low ids and the lowest score: by ids ``a  b`` becomes other tokens than those
     that the language model was trained on. Also keeps ``legacy`` in what ``save_pretrained`` writes.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.components.languages.inside import in_llava, inside
-from llavactl.components.languages.linear import more_than_linear
+from llavactl.components.languages.linear import logits_fault
 from llavactl.core import faults, progress
 from llavactl.core.errors import ModelError
 from llavactl.core.options import ModelId
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class TransformersLanguageOptions(Options):
-    """``attention``: eager is the faster one on a CPU for rows of a few hundred tokens; its memory grows with T².
+    """``attention``: eager is faster on a CPU for rows of a few hundred tokens; its memory grows with T².
 
-    It is also what a model without scaled-dot-product attention in transformers (Gemma 2) gets where sdpa is asked for.
+    Models without scaled-dot-product attention in transformers (Gemma 2) always use eager.
     """
 
     model: ModelId
@@ -40,8 +40,8 @@ class TransformersLanguage:
         """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
         from transformers import AutoTokenizer
 
-        from llavactl.components.languages.images import follow_processor
-        from llavactl.components.languages.sentencepiece import mend
+        from llavactl.components.languages.image_token import set_image_token
+        from llavactl.components.languages.sentencepiece import repair_merges
 
         self._refuse()
         with faults.loading("tokenizer of the language model", self.options.model, _HINT):
@@ -53,8 +53,8 @@ class TransformersLanguage:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
             raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
-        follow_processor(tokenizer, self.options.model)
-        return mend(tokenizer)
+        set_image_token(tokenizer, self.options.model)
+        return repair_merges(tokenizer)
 
     def load(self, dtype: str) -> PreTrainedModel:
         """Raises ModelError when weights are missing or not finite."""
@@ -79,8 +79,10 @@ class TransformersLanguage:
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
-        if in_llava(self.options.model) and (why := more_than_linear(model)):
-            raise self._wrong(f"{why}, which LlavaForConditionalGeneration doesn't do", "such a model can't be read")
+        if in_llava(self.options.model) and (why := logits_fault(model)):
+            raise self._wrong(
+                f"{why}, which LlavaForConditionalGeneration doesn't do", "llavactl doesn't support such checkpoints"
+            )
         return model
 
     def skeleton(self) -> PreTrainedModel:
@@ -105,7 +107,7 @@ class TransformersLanguage:
         config = self._config()
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if self.options.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True):
-            log.info("%s: %s has no sdpa attention in transformers: using eager", self.options.model, config.model_type)
+            log.info("%s: %s has no sdpa attention in transformers; using eager", self.options.model, config.model_type)
             return "eager"
         return self.options.attention
 

@@ -46,8 +46,8 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     """One sample per record, in the file's order.
 
     ``image`` (or ``images``) may be a string, a list or absent. Every ``<image>`` in the user's turns stands for the
-    next image; several in one turn for the only image; without any tag, images go before the first question. In an
-    answer, and in a record without either key, ``<image>`` is text.
+    next image, and several in one turn for the only image. Without tags, images go before the first question. In
+    answers, and in records without either key, ``<image>`` is text.
     If a record with an image has a single answer, this is also its caption for a teacher.
     A record without an id is identified by its number in the file, from 0.
 

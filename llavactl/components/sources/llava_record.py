@@ -69,21 +69,21 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
 
 
 def names_images(record: Mapping[str, Any]) -> bool:
-    """Whether ``record`` has a key for images, even an empty one. LLaVA trains only records without it as text."""
+    """Whether ``record`` has a key for images, even if its value is empty. LLaVA trains records without one as text."""
     return any(key in record for key in IMAGE_KEYS)
 
 
 def tag_fault(texts: Sequence[str], images: int, *, named: bool) -> str:
     """Why the tags in the user's ``texts`` don't fit the number of ``images``; "" if they do.
 
-    Where the record has no key for images (not ``named``), ``<image>`` is text. Several tags in one text stand for the
-    only image once. Both are as in LLaVA's training; for what is refused, that takes images of other records or fails.
+    If the record has no key for images (not ``named``), ``<image>`` is text. Several tags in one text stand for the
+    only image once. Both as in LLaVA's training, which fails, or uses images of other records, where a reason is given.
     """
     tags = sum(text.count(TAG) for text in texts)
     if not tags or tags == images:
         return ""
     if not images:
-        return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'}, but no image is named" if named else ""
+        return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'}, but no image" if named else ""
     tagged = sum(TAG in text for text in texts)
     if images == 1:
         return f"{TAG} in {tagged} questions, but there is only one image" if tagged > 1 else ""

@@ -21,7 +21,7 @@ def picture(record: Record, place: Place) -> ImageRef:
 
 
 def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
-    """The picture, then the question; where that has ``<image>``, the picture is there, as in a record."""
+    """The user's turn: the image, or ``<image>`` in the question as its position, as in records; then the question."""
     images = [] if image is None else [image]
     return (Turn("user", place_images([text], images, named=False)[0]),)
 

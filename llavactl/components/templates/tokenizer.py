@@ -261,7 +261,7 @@ class TokenizerTemplate:
         return jinja.text if self.options.arguments or self._dated(tokenizer) else tokenizer.get_chat_template()
 
     def writes_images(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the chat template takes lists of content parts, and writes an image itself."""
+        """Whether the chat template accepts lists of content parts and writes images."""
         return self._chat(tokenizer).tag is not None
 
     def _chat(self, tokenizer: PreTrainedTokenizerBase) -> _Chat:

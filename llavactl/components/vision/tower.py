@@ -29,13 +29,13 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         if self.image == "pad":
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in means(self.processor)))
+            image = pad_to_square(image, tuple(int(mean * 255) for mean in channel_means(self.processor)))
         pixels = self.processor(images=image, return_tensors="np")["pixel_values"][0]
         return np.asarray(pixels, dtype=np.float32)
 
 
-def means(processor: Any) -> tuple[float, ...]:
-    """The mean of each colour that ``processor`` subtracts: what padding is filled with.
+def channel_means(processor: Any) -> tuple[float, ...]:
+    """The mean of each colour channel that ``processor`` subtracts; padding is filled with it.
 
     Raises:
         ModelError: it has none.
@@ -43,8 +43,8 @@ def means(processor: Any) -> tuple[float, ...]:
     found = getattr(processor, "image_mean", None)
     if found is None:
         raise ModelError(
-            "vision.image: pad fills up with the image_mean of preprocessor_config.json, which has none",
-            hint="`vision.image: square` pads nothing; or add image_mean beside the weights",
+            "vision.image: pad needs image_mean, which is missing in preprocessor_config.json",
+            hint="set `vision.image: square`, or add image_mean to preprocessor_config.json beside the weights",
         )
     return (found,) * 3 if isinstance(found, int | float) else tuple(found)
 
@@ -62,7 +62,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return square
 
 
-_OTHERS = "a vision transformer such as CLIP, SigLIP or DINOv2 is expected; a plugin can add other encoders"
+_SUPPORTED = "a vision transformer such as CLIP, SigLIP or DINOv2 is expected; a plugin can add other encoders"
 
 MAX_PREFIX = 32
 """Tokens before the patches, CLS and registers: more of them, and what is taken for patches is something else."""
@@ -154,9 +154,9 @@ def _tower(vision: TransformersVision, model: nn.Module) -> Tower:
 
 
 def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
-    """The same tower, its shape read off two blank images: tokens beyond the grid are CLS and registers.
+    """``tower`` with its shape measured on two blank images: tokens beyond the grid are CLS and registers.
 
-    Two, as some models take a batch for one long sequence.
+    Two images, because some models process a batch as one sequence.
     """
     from PIL import Image
 
@@ -165,22 +165,22 @@ def _measured(tower: Tower, vision: TransformersVision, side: int) -> Tower:
     if pixels.shape[-2:] != (side, side):
         got = "x".join(map(str, pixels.shape[-2:]))
         raise ModelError(
-            f"{what}: its processor makes {got} pixels, the model takes {side}x{side}",
-            hint="mend preprocessor_config.json beside the weights",
+            f"{what}: its processor returns {got} pixels, the model expects {side}x{side}",
+            hint="correct preprocessor_config.json beside the weights",
         )
     try:
         features = tower.encode(pixels)
     except Exception as error:
         if faults.out_of_memory(error):
             raise
-        raise ModelError(f"{what}: it can't be run on images alone: {faults.reason(error)}", hint=_OTHERS) from error
+        raise ModelError(f"{what}: it can't be run on pixels only: {faults.reason(error)}", hint=_SUPPORTED) from error
     grid = tower.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
     if features.ndim != 3 or len(features) != 2 or not 0 <= prefix <= MAX_PREFIX:
         raise ModelError(
-            f"{what}: its blocks give {tuple(features.shape)} for two images, not a token for each of "
+            f"{what}: its blocks return {tuple(features.shape)} for two images, expected a token for each of "
             f"{grid[0]}x{grid[1]} patches",
-            hint=_OTHERS,
+            hint=_SUPPORTED,
         )
     keep = prefix if vision.options.select == "cls-patch" else 0
     shape = FeatureShape(grid, features.shape[2], keep)

@@ -1,4 +1,4 @@
-"""A chat template writes messages as training has them, whatever is in them."""
+"""Exported chat templates render messages as in training, whatever their contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.formats.chat_template import chat_template, written
+from llavactl.components.formats.chat_template import chat_template, rendered
 from llavactl.components.templates.styles import STYLES
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageFile, Turn
@@ -42,7 +42,7 @@ TALKS: dict[str, tuple[Turn, ...]] = {
 @pytest.mark.parametrize("parts", [True, False])
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", STYLES)
-def test_messages_are_written_as_training_has_them(toys: Path, name: str, talk: str, parts: bool) -> None:
+def test_messages_are_rendered_as_in_training(toys: Path, name: str, talk: str, parts: bool) -> None:
     """With content as text where it can be (``parts`` false), and as lists of parts in any order."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -62,7 +62,7 @@ def test_messages_are_written_as_training_has_them(toys: Path, name: str, talk: 
     ]
     jinja = chat_template(template, tokenizer)
     (found,), _ = render_jinja_template([messages], chat_template=jinja, add_generation_prompt=True)
-    assert found == written(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
+    assert found == rendered(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
     if talk == "an empty system turn" and name == "llama-2":
         assert "SYS" not in found
 
@@ -76,7 +76,7 @@ def test_a_finished_conversation(toys: Path, name: str) -> None:
     turns = (_user("What?"), _answer("So."))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     (found,), _ = render_jinja_template([messages], chat_template=chat_template(template, tokenizer))
-    assert found == written(template, tokenizer, turns, False, "<image>")
+    assert found == rendered(template, tokenizer, turns, False, "<image>")
 
 
 SEES = (

@@ -187,7 +187,7 @@ def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str
     ("template", "texts"), [("vicuna-v0", ["###"]), ("vicuna-v1", []), ("plain", ["\n"]), ("chatml", [])]
 )
 @pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("peft", "lora")])
-def test_stop_strings_are_told(
+def test_stop_strings_are_stated(
     native: Make, tmp_path: Path, form: str, method: str, template: str, texts: list[str]
 ) -> None:
     """Beside the weights and on the card; in generation_config.json they would keep transformers from generating."""

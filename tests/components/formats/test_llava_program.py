@@ -60,7 +60,7 @@ class TestTokenizer:
             assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == speaker(text)
 
     @real
-    def test_tokens_that_were_added_stay(self, tmp_path: Path) -> None:
+    def test_added_tokens_are_kept(self, tmp_path: Path) -> None:
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
         tokenizer.add_tokens(["<box>"], special_tokens=True)
         tokenizer.add_tokens(["blorp"])
@@ -75,13 +75,13 @@ class TestTokenizer:
         assert (again.pad_token, len(again)) == ("<pad>", len(tokenizer))
 
     @real
-    def test_one_of_older_versions_of_transformers(self, tmp_path: Path) -> None:
+    def test_tokenizers_of_older_transformers(self, tmp_path: Path) -> None:
         tokenizer = prepending(language(llama_folder(tmp_path / "llama", legacy=True)))
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         again = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS)
 
-    def test_others_are_written_as_tokenizers_0_15_reads_them(self, toys: Path, tmp_path: Path) -> None:
+    def test_other_vocabularies_are_written_for_tokenizers_0_15(self, toys: Path, tmp_path: Path) -> None:
         tokenizer = language(toys / "language")
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
@@ -92,7 +92,7 @@ class TestTokenizer:
         again = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS)
 
-    def test_spaces_are_written_the_older_way(self, tmp_path: Path) -> None:
+    def test_metaspace_is_written_for_tokenizers_0_15(self, tmp_path: Path) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ class TestTokenizer:
         assert backend["pre_tokenizer"] == backend["decoder"] == spaces
 
     @pytest.mark.parametrize("newer", ["ignore_merges", "normalizer", "pre_tokenizer"])
-    def test_what_is_newer_is_refused(self, toys: Path, tmp_path: Path, newer: str) -> None:
+    def test_newer_parts_are_refused(self, toys: Path, tmp_path: Path, newer: str) -> None:
         from tokenizers import Tokenizer, normalizers, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +123,7 @@ class TestTokenizer:
         assert not (tmp_path / "out").exists()
 
     @real
-    def test_a_fast_llama_tokenizer_knows_no_other_than_legacy(self, tmp_path: Path) -> None:
+    def test_fast_llama_tokenizers_must_be_legacy(self, tmp_path: Path) -> None:
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=False))
         with pytest.raises(ModelError, match="legacy"):
             save_tokenizer(tokenizer, tmp_path / "out", fast=True)
@@ -145,7 +145,7 @@ class TestTokenizer:
         },
     ],
 )
-def test_what_the_original_does_not_read_is_refused(
+def test_unsupported_configurations_are_refused(
     native: Make, toys: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     """Before anything is written, with the option that writes it for other programs."""
@@ -159,7 +159,7 @@ def test_what_the_original_does_not_read_is_refused(
 
 
 @pytest.mark.parametrize(("window", "loads"), [(8, False), (4096, True), (None, True)])
-def test_windows_that_cut_nothing(native: Make, toys: Path, tmp_path: Path, window: int | None, loads: bool) -> None:
+def test_sliding_windows(native: Make, toys: Path, tmp_path: Path, window: int | None, loads: bool) -> None:
     folder = language_of("mistral", toys / "language", tmp_path / "language", sliding_window=window)
     result = run_cli(
         "export", "--model", str(native("ours", language=folder)), "--format", "llava", "--to", str(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_a_stage_1_export_has_the_sizes_of_its_language_model(native: Make, toys
 
 
 class TestVisionEncoder:
-    def test_it_has_the_names_of_older_versions(self, native: Make, toys: Path, tmp_path: Path) -> None:
+    def test_tensors_have_older_names(self, native: Make, toys: Path, tmp_path: Path) -> None:
         """transformers 4.37 would read none of the tensors that transformers 5 writes, and start from random ones."""
         from safetensors import safe_open
 
@@ -195,7 +195,7 @@ class TestVisionEncoder:
         with safe_open(Path(named, "model.safetensors"), "pt") as opened:
             assert all(name.startswith("vision_model.") for name in opened.keys())  # noqa: SIM118
 
-    def test_a_folder_that_has_them_is_named(self, native: Make, toys: Path, tmp_path: Path) -> None:
+    def test_a_folder_with_older_names_is_referenced(self, native: Make, toys: Path, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file
 
         shutil.copytree(toys / "clip", tmp_path / "clip")
@@ -209,7 +209,7 @@ class TestVisionEncoder:
         assert json.loads((tmp_path / "out/config.json").read_text())["mm_vision_tower"] == str(tmp_path / "clip")
         assert not (tmp_path / "out/vision_tower").exists()
 
-    def test_a_moved_export_is_read_where_it_is(self, native: Make, tmp_path: Path) -> None:
+    def test_a_moved_export_is_read(self, native: Make, tmp_path: Path) -> None:
         """And made again there, since it names its vision encoder by an absolute path."""
         model = native("ours")
         written(model, "llava", tmp_path / "out")
@@ -229,14 +229,14 @@ class TestOptions:
         assert not run_cli(*words, "--no-verify", "-t", "strict=false").json()["finished_before"]
         assert run_cli(*words, "--no-verify", "-t", "strict=false").json()["finished_before"]
 
-    def test_an_unknown_one_is_refused(self, native: Make, tmp_path: Path) -> None:
+    def test_an_unknown_option_is_refused(self, native: Make, tmp_path: Path) -> None:
         words = ("export", "--model", str(native("ours")), "--format", "hf", "--to", str(tmp_path / "out"))
         refused = run_cli(*words, "-t", "strict=false")
         assert refused.exit_code == 1
         assert "-t strict" in refused.stderr
 
     @pytest.mark.parametrize(("form", "ok"), [("llava", True), ("hf", False)])
-    def test_a_recipe_has_them_beside_the_format(self, toy: Path, form: str, ok: bool) -> None:
+    def test_recipe_keys_beside_the_format(self, toy: Path, form: str, ok: bool) -> None:
         recipe = toy / "recipe.yaml"
         recipe.write_text(recipe.read_text() + f"export: [{{format: {form}, to: out, strict: false}}]\n")
         checked = run_cli("recipes", "check", "-r", str(recipe), "--json")
@@ -245,5 +245,5 @@ class TestOptions:
             assert "export.0.strict" in checked.stdout
 
 
-def test_the_options_are_default_when_reading(tmp_path: Path) -> None:
+def test_reading_uses_default_options(tmp_path: Path) -> None:
     assert not OriginalLlava(OriginalLlavaOptions()).recognise(tmp_path)

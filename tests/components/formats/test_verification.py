@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verify import Verified, alone
+from llavactl.evaluation.verify import Verified, run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
@@ -30,7 +30,7 @@ def test_the_other_process_has_no_llavactl(tmp_path: Path, monkeypatch: pytest.M
         "    sys.exit('it has ' + name)\n"
         "print(sys.argv[1:])\n"
     )
-    done = alone(script, tmp_path)
+    done = run_isolated(script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([str(tmp_path)])
 

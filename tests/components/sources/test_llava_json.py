@@ -48,13 +48,13 @@ def test_images_take_the_places_of_their_tags(tmp_path: Path) -> None:
     assert text.images == ()
 
 
-def test_tags_are_text_where_no_image_is_named(tmp_path: Path) -> None:
+def test_tags_without_an_image_key_are_text(tmp_path: Path) -> None:
     (text,) = read(tmp_path, [{"id": 1, "conversations": TALK}])
     assert text.turns[0].content == (TALK[0]["value"],)
 
 
 @pytest.mark.parametrize("image", ["a.jpg", ["a.jpg"]])
-def test_the_only_image_of_a_question_takes_all_its_tags(tmp_path: Path, image: Any) -> None:
+def test_several_tags_in_a_question_are_the_only_image_once(tmp_path: Path, image: Any) -> None:
     asked = [{"from": "human", "value": "Why <image>\nTwo <image> tags?"}, TALK[1]]
     (found,) = read(tmp_path, [{"id": 1, "image": image, "conversations": asked}])
     assert found.turns[0].content == ("Why ", ImageFile(str(tmp_path), "a.jpg"), "\nTwo ", " tags?")

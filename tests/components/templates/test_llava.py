@@ -224,7 +224,7 @@ QUESTIONS = [
 @pytest.mark.parametrize("name", ["vicuna-v1", "llava-v1", "llama-2"])
 @pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_tags_are_read_as_llava_reads_them(llama: Any, name: str, question: str, image: bool) -> None:
+def test_tags_are_read_as_in_llava(llama: Any, name: str, question: str, image: bool) -> None:
     """In a record with an image and in one without, where LLaVA trains them as text."""
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": "A dog."}]
     sample = sample_of({"id": 1, **({"image": "a.jpg"} if image else {}), "conversations": said}, "here", "/photos")

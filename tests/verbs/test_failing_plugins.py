@@ -1,4 +1,4 @@
-"""Sources and vision backbones of others: whatever they raise for an image, extract and train leave out the same."""
+"""Plugins' sources and vision backbones: extract and train skip the same images, whatever exception they raise."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ class Measured(Vision):
 def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", str(toy / "images"))
     for kind, name in (("sources", "Source"), ("vision", "Vision"), ("vision", "Measured")):
-        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "stranger")
+        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "otherplugin")
         monkeypatch.setitem(registry().entries[kind], name.lower(), entry)
 
 
 def run(toy: Path, verb: str, *options: str, source: str = "", number: int = 0, vision: str = "") -> Any:
-    """``verb`` on the stranger's source and backbone, which fail at ``source`` and ``vision``."""
+    """``verb`` on the failing source and backbone, which fail at ``source`` and ``vision``."""
     kind, _, fault = vision.rpartition("/")
     words = [
         f"data.stage1=[{{name: source, at: {source!r}, number: {number}}}]",
@@ -177,7 +177,7 @@ def name_of(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", range(len(RAISED)), ids=name_of)
-def test_whatever_an_image_raises_is_its_reason(toy: Path, number: int) -> None:
+def test_any_exception_is_the_reason(toy: Path, number: int) -> None:
     path = str(toy / "images/photo-000.jpg")
     for at in ("read", "stamp"):
         image = Drawn(path, Fault(at=at, number=number))
@@ -191,22 +191,22 @@ def test_whatever_an_image_raises_is_its_reason(toy: Path, number: int) -> None:
 
 @pytest.mark.parametrize("number", [2, 4, 6], ids=name_of)
 @pytest.mark.parametrize(("source", "vision"), [("read", ""), ("stamp", ""), ("", "preprocess")])
-def test_an_image_that_fails_is_left_out_by_all(toy: Path, source: str, vision: str, number: int) -> None:
+def test_failing_images_are_skipped_by_every_command(toy: Path, source: str, vision: str, number: int) -> None:
     check_agreement(toy, 3 if source else 6, source=source, vision=vision, number=number)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_what_are_no_bytes_is_left_out_by_all(toy: Path, number: int) -> None:
+def test_images_that_are_not_bytes_are_skipped(toy: Path, number: int) -> None:
     check_agreement(toy, 3, source="given", number=number)
 
 
 @pytest.mark.parametrize("number", [0, 2, 3])
-def test_what_are_no_pixels_is_left_out_by_all(toy: Path, number: int) -> None:
+def test_invalid_pixels_are_skipped(toy: Path, number: int) -> None:
     check_agreement(toy, 6, vision="pixels", number=number)
 
 
 @pytest.mark.parametrize("kind", ["array", "view"])
-def test_bytes_of_any_kind_will_do(toy: Path, kind: str) -> None:
+def test_bytes_like_objects_are_accepted(toy: Path, kind: str) -> None:
     check_agreement(toy, 0, source=kind)
 
 
@@ -218,18 +218,18 @@ def test_data_check_lists_what_fails(toy: Path, number: int) -> None:
 
 @pytest.mark.parametrize("vision", ["features", "identity"])
 @pytest.mark.parametrize("number", range(5))
-def test_what_breaks_a_rule_is_refused_by_name(toy: Path, vision: str, number: int) -> None:
+def test_invalid_results_are_refused_with_the_plugins_name(toy: Path, vision: str, number: int) -> None:
     done = run(toy, "extract", vision=vision, number=number)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("vision", ["shape", "measured/"])
-def test_a_shape_that_is_none_or_another_is_refused_by_name(toy: Path, vision: str) -> None:
+def test_invalid_shapes_are_refused_with_the_plugins_name(toy: Path, vision: str) -> None:
     done = run(toy, "extract", vision=vision)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -243,16 +243,16 @@ def test_an_encoder_that_lacks_something_is_refused_by_name(lacking: str) -> Non
 
 
 @pytest.mark.parametrize("number", range(len(GIVEN)))
-def test_what_is_no_sample_is_refused_by_name(toy: Path, number: int) -> None:
+def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -> None:
     done = run(toy, "extract", source="sample", number=number)
     assert done.exit_code == 1
-    assert "stranger" in done.stderr
+    assert "otherplugin" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("at", [{"source": "iteration"}, {"vision": "encode"}])
 @pytest.mark.parametrize("number", [0, 3, 4], ids=name_of)
-def test_other_bugs_are_the_plugins(toy: Path, at: dict[str, str], number: int) -> None:
+def test_other_errors_are_bugs_of_the_plugin(toy: Path, at: dict[str, str], number: int) -> None:
     done = run(toy, "extract", number=number, **at)  # type: ignore[arg-type]
     assert done.exit_code == 1
-    assert "bug in plugin stranger" in done.stderr
+    assert "bug in plugin otherplugin" in done.stderr

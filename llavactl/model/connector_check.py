@@ -1,9 +1,8 @@
-"""Trying a connector on random features before anything is trained with it, as its module may be any author's."""
+"""Tests a connector on random features before training, as it may be a plugin's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,25 +11,25 @@ from torch import nn
 from llavactl.core import faults
 from llavactl.core.errors import LlavactlError
 from llavactl.core.registry import registry
-from llavactl.model.build import broken, misshapen
+from llavactl.model.build import build_fault, connector_error, embeddings_fault
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Connector
     from llavactl.core.schema import FeatureShape
 
 
-def try_connector(
+def validate_connector(
     spec: Mapping[str, Any], shape: FeatureShape, width: int, precisions: Iterable[str] = (), device: str = "cpu"
 ) -> None:
-    """Tries the connector ``spec`` on features of ``shape``, before a language model of ``width`` Dl.
+    """Tests the connector ``spec`` on features of ``shape``, for a language model of ``width`` Dl.
 
     Raises:
-        PluginError: it breaks a rule of ``Connector``; the message has the first one.
+        PluginError: it breaks a rule of ``Connector``; the message states the first one.
         RecipeError: it doesn't fit features of this ``shape``.
     """
     connector = registry().create("connectors", spec)
     if why := connector_fault(connector, shape, width, precisions, device):
-        raise broken(spec, why)
+        raise connector_error(spec, why)
 
 
 def connector_fault(
@@ -38,11 +37,11 @@ def connector_fault(
 ) -> str:
     """The first rule of ``Connector`` that ``connector`` breaks; "" if none is found.
 
-    It is tried in float32, and again in each of ``precisions``; random states are as before.
+    It is tested in float32, then in each of ``precisions``; random states are restored.
     """
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            return _Trial(connector, shape, width, device).fault(precisions)
+            return _ConnectorCheck(connector, shape, width, device).fault(precisions)
     except _BrokenRuleError as rule:
         return str(rule)
     except Exception as error:
@@ -52,11 +51,11 @@ def connector_fault(
 
 
 class _BrokenRuleError(Exception):
-    """Says which."""
+    """The message states the rule."""
 
 
-class _Trial:
-    """Of modules that ``connector`` builds for features of ``shape`` and embeddings of ``width`` Dl."""
+class _ConnectorCheck:
+    """Tests the modules that ``connector`` builds for features of ``shape`` and embeddings of ``width`` Dl."""
 
     def __init__(self, connector: Connector, shape: FeatureShape, width: int, device: str) -> None:
         self.connector, self.shape, self.width, self.device = connector, shape, width, device
@@ -65,10 +64,7 @@ class _Trial:
     def fault(self, precisions: Iterable[str]) -> str:
         two = self._features(2)
         module = self._built()
-        tokens = self.connector.tokens(self.shape)
-        if not isinstance(tokens, Integral) or int(tokens) < 1:
-            return f"tokens() gives {tokens!r}, not 1 or more"
-        self.tokens = int(tokens)
+        self.tokens = int(self.connector.tokens(self.shape))
         together = self._run(module, two)
         if not torch.isfinite(together).all():
             return "its embeddings are not finite"
@@ -81,14 +77,14 @@ class _Trial:
             self._train(module, self._features(images))
         if _layout(module) != before:
             return "names or shapes of its state dict change in training"
-        if odd := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
-            return f"{odd[0]} of its state dict is not a tensor"
-        other = self._built()
-        self._run(other, two)
-        other.load_state_dict(module.state_dict())
+        if other := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
+            return f"{other[0]} of its state dict is not a tensor"
+        copy = self._built()
+        self._run(copy, two)
+        copy.load_state_dict(module.state_dict())
         for mode in (True, False):
-            if not _close(*(self._seeded(each.train(mode), two) for each in (module, other))):
-                return "its state dict doesn't hold all that its embeddings depend on: another module with it differs"
+            if not _close(*(self._seeded(each.train(mode), two) for each in (module, copy))):
+                return "its state dict is incomplete: another module that loads it computes other embeddings"
         for precision in precisions:
             dtype = getattr(torch, precision)
             self._train(module.to(dtype).train(), two.to(dtype))
@@ -96,9 +92,9 @@ class _Trial:
 
     def _built(self) -> nn.Module:
         module = self.connector.build(self.shape, self.width)
-        if not isinstance(module, nn.Module):
-            raise _BrokenRuleError(f"build() gives a {type(module).__name__}, not a torch module")
-        # Once before it goes to the device, as some create weights only then.
+        if why := build_fault(module, self.connector.tokens(self.shape)):
+            raise _BrokenRuleError(why)
+        # Once on the CPU, because lazy modules create their weights in the first call.
         with torch.no_grad():
             module.eval()(self._features(2).cpu())
         return module.to(self.device)
@@ -114,17 +110,17 @@ class _Trial:
         """Embeddings [I, Q, Dl] of ``features``; raises _BrokenRuleError for anything else."""
         given = features.clone()
         made = module.train(training)(given)
-        if why := misshapen(made, features, (self.tokens, self.width)):
+        if why := embeddings_fault(made, features, (self.tokens, self.width)):
             raise _BrokenRuleError(why)
         embeddings: torch.Tensor = made
         if embeddings.device != features.device:
             raise _BrokenRuleError(f"its embeddings are on {embeddings.device}, the features on {features.device}")
         if not torch.equal(given, features):
-            raise _BrokenRuleError("it changes the features that it is given in place")
+            raise _BrokenRuleError("it changes its input features in place")
         return embeddings
 
     def _train(self, module: nn.Module, features: torch.Tensor) -> None:
-        """A backward pass, if there is anything to train."""
+        """Runs a backward pass if there are trainable parameters."""
         trainable = [each for each in module.parameters() if each.requires_grad]
         made = self._run(module, features, training=True)
         if trainable and not made.requires_grad:
@@ -137,10 +133,10 @@ class _Trial:
 
 
 def _layout(module: nn.Module) -> dict[str, Any]:
-    """Names and shapes of its state dict."""
+    """Names and shapes of the state dict."""
     return {name: getattr(each, "shape", None) for name, each in module.state_dict().items()}
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether they are equal but for the order of sums."""
+    """Whether they are equal up to floating-point summation order."""
     return torch.allclose(one, other, rtol=0, atol=1e-4 * float(other.detach().abs().max()))

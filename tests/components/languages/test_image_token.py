@@ -1,4 +1,4 @@
-"""A LLaVA checkpoint that transformers wrote is asked with its processor's ids; one of llavactl's as it was trained."""
+"""Checkpoints written by transformers use their processor's ids, those of llavactl the ids of their training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.languages.images import image_token
+from llavactl.components.languages.image_token import image_token
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
 from llavactl.data.encode import Encoding, arrange
@@ -230,7 +230,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gemma", "qwen"])
-def test_of_any_kind_of_image_token(tmp_path: Path, name: str, kind: str) -> None:
+def test_any_image_token(tmp_path: Path, name: str, kind: str) -> None:
     """It may strip the spaces around it, be found in normalised text only, or have another name."""
     from transformers import AddedToken
 
@@ -241,7 +241,7 @@ def test_of_any_kind_of_image_token(tmp_path: Path, name: str, kind: str) -> Non
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_labels_lengths_and_texts_belong_to_the_ids(tmp_path: Path, name: str) -> None:
+def test_labels_lengths_and_texts_match_the_ids(tmp_path: Path, name: str) -> None:
     """What is trained is the answers with their ends, and each token's text is its own."""
     folder, _ = checkpoint(tmp_path / "theirs", TOKENIZERS[name](tmp_path), "vicuna")
     encoding = encoding_of(folder)
@@ -269,7 +269,7 @@ def test_labels_lengths_and_texts_belong_to_the_ids(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", ["gemma", "qwen"])
-def test_the_image_token_in_what_is_said_is_text(tmp_path: Path, name: str, special: bool) -> None:
+def test_the_image_token_in_messages_is_text(tmp_path: Path, name: str, special: bool) -> None:
     from transformers import AddedToken
 
     token = AddedToken("<image>", normalized=False, special=special)
@@ -283,7 +283,7 @@ def test_the_image_token_in_what_is_said_is_text(tmp_path: Path, name: str, spec
 
 
 @NEEDS_MODEL
-def test_an_export_of_llavactls_and_a_plain_language_model_are_asked_in_llavas_way(tmp_path: Path) -> None:
+def test_own_exports_and_plain_language_models_use_llavas_ids(tmp_path: Path) -> None:
     folder, processor = checkpoint(tmp_path / "theirs", TOKENIZERS["llama"](tmp_path), "vicuna")
     plain = llama_folder(tmp_path / "plain", legacy=False)
     assert image_token(language(plain)) is None
@@ -297,7 +297,7 @@ def test_an_export_of_llavactls_and_a_plain_language_model_are_asked_in_llavas_w
 
 
 @NEEDS_MODEL
-def test_a_saved_tokenizer_keeps_the_way(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_keeps_its_image_token(tmp_path: Path) -> None:
     """As full fine-tuning saves it beside the language model alone."""
     folder, processor = checkpoint(tmp_path / "theirs", TOKENIZERS["llama"](tmp_path), "vicuna")
     language(folder).save_pretrained(tmp_path / "trained")
@@ -305,7 +305,7 @@ def test_a_saved_tokenizer_keeps_the_way(tmp_path: Path) -> None:
     assert_ids_are_the_processors(tmp_path / "trained", processor)
 
 
-def test_a_token_that_the_tokenizer_does_not_keep_whole_is_no_image(tmp_path: Path) -> None:
+def test_a_token_that_may_be_split_is_no_image_token(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "theirs", TOKENIZERS["qwen"](tmp_path), "vicuna")
     config = json.loads((folder / "config.json").read_text())
     for number in (30, 10**6):

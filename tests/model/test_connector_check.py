@@ -1,4 +1,4 @@
-"""Every rule of a connector is found broken by its trial, and what keeps them all is not."""
+"""Connectors that break a rule of the protocol are found; valid ones pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llavactl.core.schema import FeatureShape
-from llavactl.model.trial import connector_fault
+from llavactl.model.connector_check import connector_fault
 from llavactl.testing import check_connector
 
 SHAPE, WIDTH = FeatureShape((2, 3), 8), 12
@@ -81,7 +81,7 @@ class Frozen(Base):
 
 
 class Kept(Base):
-    """Python state that is in the state dict."""
+    """Python state in the state dict."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.tensor(self.seen)
@@ -99,7 +99,7 @@ class Dropout(Base):
 
 
 class Whole(Base):
-    """Numbers that are no weights, before any that is."""
+    """Integer parameters come before floating-point ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Whole(Base):
 
 
 @pytest.mark.parametrize("kind", [Base, Double, Lazy, Statistics, Replaced, Shared, Frozen, Kept, Dropout, Whole])
-def test_what_keeps_the_rules_passes(kind: type[nn.Module]) -> None:
+def test_valid_connectors_pass(kind: type[nn.Module]) -> None:
     assert not connector_fault(Connector(kind), SHAPE, WIDTH, ("float32", "bfloat16"))
 
 
@@ -266,14 +266,14 @@ BROKEN += [NotSaved, OwnRandomness, NotTensors, NotLoading, OneType]
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_rule_is_found(kind: type[nn.Module]) -> None:
+def test_broken_rules_are_found(kind: type[nn.Module]) -> None:
     assert connector_fault(Connector(kind), SHAPE, WIDTH, ("bfloat16",))
     if kind is OneType:
         assert not connector_fault(Connector(kind), SHAPE, WIDTH)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 6.0, None, "6", 5, ValueError("none")])
-def test_numbers_of_tokens_that_are_none_are_found(tokens: Any) -> None:
+def test_invalid_token_counts_are_found(tokens: Any) -> None:
     def answer(_shape: FeatureShape) -> Any:
         if isinstance(tokens, Exception):
             raise tokens
@@ -283,11 +283,11 @@ def test_numbers_of_tokens_that_are_none_are_found(tokens: Any) -> None:
 
 
 @pytest.mark.parametrize("made", [lambda: torch.relu, lambda: None, lambda: 1 / 0])
-def test_what_is_no_module_is_found(made: Callable[[], Any]) -> None:
+def test_non_modules_are_found(made: Callable[[], Any]) -> None:
     assert connector_fault(Connector(made), SHAPE, WIDTH)
 
 
-def test_the_trial_leaves_random_numbers_as_they_were() -> None:
+def test_random_states_are_restored() -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -295,7 +295,7 @@ def test_the_trial_leaves_random_numbers_as_they_were() -> None:
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_the_kit_takes_a_frozen_connector_and_names_a_weight_without_a_gradient() -> None:
+def test_check_connector_accepts_frozen_weights_and_names_those_without_a_gradient() -> None:
     class Own:
         def tokens(self, shape: FeatureShape) -> int:
             return shape.patches
