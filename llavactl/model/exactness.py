@@ -11,7 +11,8 @@ import torch
 
 from llavactl.core import faults
 from llavactl.model.llava import positions
-from llavactl.model.packed import LIKE_LLAMA, changes_with_length, sees_window
+from llavactl.model.packed import LIKE_LLAMA, sees_window
+from llavactl.model.rotary import changes_with_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +44,12 @@ class Exact:
 def exactness(language: PreTrainedModel) -> Exact:
     """What is exact for ``language``. What fails is not, whatever the reason; models like Llama are not tried."""
     limited = sees_window(language) or _has_limit(language)
-    alone = changes_with_length(language)
+    alone = bool(changes_with_length(language))
     if language.config.model_type in LIKE_LLAMA:
-        return Exact(padded=not alone, shared=not limited and not alone)
+        return Exact(resumed=not alone, padded=not alone, shared=not limited and not alone)
     tried = _Trial(language)
     cached = tried.passes(tried.cached)
-    resumed = cached and tried.passes(tried.resumed)
+    resumed = cached and not alone and tried.passes(tried.resumed)
     padded = not alone and tried.passes(lambda: tried.padded(through_cache=cached))
     return Exact(cached, resumed, padded, resumed and padded and not limited and tried.passes(tried.shared))
 
