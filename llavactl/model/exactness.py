@@ -11,7 +11,8 @@ import torch
 
 from llavactl.core import faults
 from llavactl.model.llava import positions
-from llavactl.model.packed import LIKE_LLAMA, changes_with_length, sees_window
+from llavactl.model.packed import LIKE_LLAMA, sees_window
+from llavactl.model.rotary import changes_with_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +44,12 @@ class Exact:
 def exactness(language: PreTrainedModel) -> Exact:
     """What is exact for ``language``. What raises isn't exact; models like Llama aren't run."""
     windowed = sees_window(language) or _may_have_window(language)
-    length_bound = changes_with_length(language)
+    length_bound = bool(changes_with_length(language))
     if language.config.model_type in LIKE_LLAMA:
-        return Exact(padded=not length_bound, shared=not windowed and not length_bound)
+        return Exact(resumed=not length_bound, padded=not length_bound, shared=not windowed and not length_bound)
     probe = _LanguageProbe(language)
     cached = probe.passes(probe.cached)
-    resumed = cached and probe.passes(probe.resumed)
+    resumed = cached and not length_bound and probe.passes(probe.resumed)
     padded = not length_bound and probe.passes(lambda: probe.padded(through_cache=cached))
     return Exact(cached, resumed, padded, resumed and padded and not windowed and probe.passes(probe.shared))
 

@@ -11,6 +11,7 @@ import torch
 from llavactl.core.errors import ModelError
 from llavactl.model.exactness import is_resumable, new_cache
 from llavactl.model.llava import positions
+from llavactl.model.rotary import frequencies
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -53,7 +54,8 @@ def generate(
 
     ``cache`` (a transformers ``Cache``) holds earlier tokens of the same conversation, and grows with
     all tokens but the last; rows of a fresh call are independent of each other. Without ``cached``, every token is
-    computed without a cache, from the whole sequence.
+    computed without a cache, from the whole sequence; so are those where positions change with the length: see
+    ``frequencies``.
     """
     mask, state = batch.mask, {"use_cache": False}
     if cached:
@@ -63,7 +65,8 @@ def generate(
         if past := cache.get_seq_length() if is_resumable(cache) else 0:
             mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
-    embeds = model.embed(batch.ids, batch.image_features)
+    embeds = whole = model.embed(batch.ids, batch.image_features)
+    at = frequencies(model.language, mask.shape[1])
     running = [True] * len(batch.ids)
     for _ in range(sampling.max_new_tokens):
         logits = model.language(
@@ -80,8 +83,12 @@ def generate(
         if not any(running):
             return
         new = model.embed(chosen[:, None], None)
-        embeds = new if cached else torch.cat([embeds, new], dim=1)
+        whole = torch.cat([whole, new], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        before, at = at, frequencies(model.language, mask.shape[1])
+        embeds = new if cached and at == before else whole
+        if cached and at != before:
+            state["past_key_values"] = new_cache(model.language)
 
 
 def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

@@ -15,6 +15,7 @@ from llavactl.model.blocks import Layout
 from llavactl.model.last_layer import filled
 from llavactl.model.loss import cross_entropy, predictions, summed
 from llavactl.model.packed import LIKE_LLAMA, span_positions
+from llavactl.model.rotary import forget_longest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ class LlavaModel(nn.Module):
         super().__init__()
         self.connector = connector
         self.language = language
+        forget_longest(language)
         self.frozen = frozenset(name for name, each in connector.named_parameters() if not each.requires_grad)
 
     @property

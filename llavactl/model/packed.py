@@ -13,6 +13,7 @@ from llavactl.core.schema import Span
 from llavactl.model import blocks
 from llavactl.model.blocks import Layout
 from llavactl.model.last_layer import narrowed
+from llavactl.model.rotary import changes_with_length
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,13 +38,6 @@ def refusal(language: PreTrainedModel) -> str:
     if kind := changes_with_length(language):
         return f"its position embeddings ({kind}) change with the length of the whole row"
     return ""
-
-
-def changes_with_length(language: PreTrainedModel) -> str:
-    """The type of its position embeddings if they depend on the longest row of a batch; "" if they don't."""
-    rope = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
-    return next((kind for part in parts if (kind := part.get("rope_type")) in ("dynamic", "longrope")), "")
 
 
 def sees_window(language: PreTrainedModel) -> bool:

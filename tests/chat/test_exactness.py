@@ -29,15 +29,31 @@ COMMON = {
 }
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
-ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+LIMIT = 29
+"""Tokens beyond which positions change: one prompt begins below and its answer ends above."""
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": LIMIT}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, **ROPE}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
-    "dynamic-rope": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **ROPE}}),
+    "dynamic-rope": ("LlamaForCausalLM", {"rope_parameters": DYNAMIC, "max_position_embeddings": LIMIT}),
+    "dynamic-by-layer": (
+        "Gemma3ForCausalLM",
+        {
+            **LAYERS,
+            "max_position_embeddings": LIMIT,
+            "rope_parameters": {
+                "full_attention": DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "longrope": ("LlamaForCausalLM", {"rope_parameters": LONGROPE}),
+    "yarn": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ROPE}}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 8}),
     "qwen2-window": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "phi3-longrope": ("Phi3ForCausalLM", {"rope_parameters": LONGROPE, "pad_token_id": 0}),
+    "phi3-longrope": ("Phi3ForCausalLM", {"rope_parameters": LONGROPE, "pad_token_id": 0, **ROPE}),
     "starcoder2": ("Starcoder2ForCausalLM", {"sliding_window": 8}),
     "cohere2": ("Cohere2ForCausalLM", LAYERS),
     "gemma2": ("Gemma2ForCausalLM", {"sliding_window": 8, "head_dim": 16}),
@@ -142,6 +158,7 @@ def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: 
     asked = prompts(3, 40, 9, shared=shared)
     for prompt, steps in zip(asked, logits(assistant, asked, monkeypatch), strict=True):
         ids = list(prompt.ids)
+        language = language_of(kind)  # some remember what they have read
         for found in steps:
             with torch.no_grad():
                 embeds = language.get_input_embeddings()(torch.tensor([ids]))

@@ -76,6 +76,9 @@ class OlderFiles:
 def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles:
     """The files of ``tokenizer`` that transformers 4.37 reads; see ``save_tokenizer``."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["post_processor"] = _post_processor_without_eos(tokenizer, backend["post_processor"])
+    # Its own default is to join punctuation to the word before it, which changes answers.
+    shared = {"clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces)}
     if _is_sentencepiece(backend):
         scheme = backend["pre_tokenizer"]["prepend_scheme"]
         if scheme == "never":
@@ -84,12 +87,14 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
             raise _unsupported(
                 "with legacy: false, the fast Llama tokenizer of transformers 4.37 differs after special tokens"
             )
-        ids = tokenizer("a")["input_ids"]
+        if single := [each["content"] for each in backend["added_tokens"] if each["single_word"]]:
+            raise _unsupported(f"their slow Llama tokenizer misses {single[0]}, a single_word token")
         config = {
+            **shared,
             "tokenizer_class": "LlamaTokenizer",
             "legacy": scheme == "always",
-            "add_bos_token": ids[0] == tokenizer.bos_token_id,
-            "add_eos_token": ids[-1] == tokenizer.eos_token_id,
+            "add_bos_token": _adds_bos(tokenizer),
+            "add_eos_token": False,
         }
         spaces = [{"type": "Prepend", "prepend": _SPACE}, _replacement(" ", _SPACE)]
         older = {**backend, "normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
@@ -97,8 +102,32 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
             {"tokenizer.model": sentencepiece_model(backend), "tokenizer.json": _older_tokenizer_json(older)}, config
         )
     return OlderFiles(
-        {"tokenizer.json": _older_tokenizer_json(backend)}, {"tokenizer_class": "PreTrainedTokenizerFast"}
+        {"tokenizer.json": _older_tokenizer_json(backend)}, {**shared, "tokenizer_class": "PreTrainedTokenizerFast"}
     )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``tokenizer`` adds BOS to every text."""
+    return bool(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+
+
+def _post_processor_without_eos(tokenizer: PreTrainedTokenizerBase, given: Any) -> Any:
+    """The ``post_processor`` ``given``, or one that only adds BOS.
+
+    LLaVA's programs tokenise each piece of a prompt with all that its tokenizer adds, so that an end token would stand
+    before every image, where training has none.
+    """
+    begins = _adds_bos(tokenizer)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if tokenizer("a")["input_ids"] == [*([tokenizer.bos_token_id] if begins else []), *bare]:
+        return given
+    if not begins:
+        return None
+    bos, number = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
+    first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    text: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    special = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": first + text[:1], "pair": first + text, "special_tokens": special}
 
 
 def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
@@ -135,10 +164,11 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
         kind = kinds.NORMAL
         if piece == model["unk_token"] or (model["unk_token"] is None and token == 0):
             kind = kinds.UNKNOWN
-        elif piece in special:
-            kind = kinds.CONTROL if special[piece] else kinds.USER_DEFINED
         elif _BYTE.fullmatch(piece):
             kind = kinds.BYTE
+        elif piece in special and piece not in ranks:
+            # One that is joined of others is found in the middle of words, too, where its name alone isn't.
+            kind = kinds.CONTROL if special[piece] else kinds.USER_DEFINED
         score = 0.0 if kind != kinds.NORMAL else -float(ranks.get(piece, len(ranks)))
         proto.pieces.add(piece=piece, score=score, type=kind)
     proto.trainer_spec.model_type = proto.trainer_spec.BPE

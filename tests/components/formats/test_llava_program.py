@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
@@ -17,6 +19,7 @@ from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
 from llavactl.model.foreign import resolve
 from llavactl.testing import run_cli
+from llavactl.testing.toys import toy_language
 
 from ..conftest import MODEL, language, llama_folder, prepending, sentencepiece_speaker
 from .conftest import Make
@@ -73,6 +76,66 @@ class TestTokenizer:
         text = "a <box> blorp<pad></s>b"
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert (again.pad_token, len(again)) == ("<pad>", len(tokenizer))
+
+    @real
+    def test_no_piece_ends_with_a_token_that_training_has_not(self, tmp_path: Path) -> None:
+        """LLaVA's programs tokenise each piece of a prompt with all that the tokenizer adds."""
+        folder = llama_folder(tmp_path / "llama", legacy=True)
+        stated = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"add_eos_token": True}))
+        tokenizer = language(folder)
+        assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+        save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+        assert not json.loads((tmp_path / "out/tokenizer_config.json").read_text())["add_eos_token"]
+        again = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+        assert again.encode("a").ids == [1, *tokenizer("a", add_special_tokens=False)["input_ids"]]
+
+    @pytest.mark.parametrize("begin", ["<s> ", ""])
+    def test_of_a_post_processor_only_bos_is_written(self, tmp_path: Path, begin: str) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(toy_language(tmp_path / "toy"))
+        specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begin}$A </s>", None, specials)
+        save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+        again = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+        bare = tokenizer("USER: hi", add_special_tokens=False)["input_ids"]
+        assert again.encode("USER: hi").ids == ([tokenizer.bos_token_id] if begin else []) + bare
+
+    @pytest.mark.parametrize("clean", [True, False])
+    def test_answers_are_decoded_as_here(self, tmp_path: Path, clean: bool) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(toy_language(tmp_path / "toy"))
+        tokenizer.clean_up_tokenization_spaces = clean
+        save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+        stated = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+        assert stated["clean_up_tokenization_spaces"] is clean
+
+    @real
+    def test_a_word_of_the_vocabulary_may_be_special(self, tmp_path: Path) -> None:
+        """Its name alone is split off, but words are still made of it."""
+        from sentencepiece import SentencePieceProcessor
+
+        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer.add_special_tokens({"additional_special_tokens": ["▁the"]})
+        save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+        made = SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
+        for text in ("the end of the line", "these"):
+            assert made.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @real
+    def test_bytes_may_be_special(self, tmp_path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer.add_special_tokens({"additional_special_tokens": [f"<0x{byte:02X}>" for byte in range(256)]})
+        save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+        made = SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model"))
+        assert made.encode("\n🐕") == tokenizer("\n🐕", add_special_tokens=False)["input_ids"]
+
+    @real
+    def test_a_token_that_the_slow_tokenizer_misses_is_refused(self, tmp_path: Path) -> None:
+        tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
+        tokenizer.add_tokens([AddedToken("blorp", single_word=True)])
+        with pytest.raises(ModelError, match="blorp"):
+            save_tokenizer(tokenizer, tmp_path / "out", fast=False)
 
     @real
     def test_tokenizers_of_older_transformers(self, tmp_path: Path) -> None:
