@@ -86,7 +86,7 @@ def test_verified_once(native: Make, toys: Path, tmp_path: Path, verdicts: list[
     assert asked(model, out).json()["verified"]["faults"] == []  # what wasn't verified is, the next time
     again = asked(model, out).json()  # nobody is asked again
     assert again["finished_before"]
-    assert again["verified"]["prompts"] == 8
+    assert again["verified"]["prompts"] == 7
     assert asked(model, out, "--verify").exit_code == 0
     changed(out / "generation_config.json", lambda found: found.update(do_sample=True))
     stamped(out)
