@@ -90,13 +90,18 @@ def train(
     stage: Literal[1, 2],
     *,
     resume: Literal["auto", "never"] = "auto",
+    max_skipped: int | None = None,
     progress: OnProgress | None = None,
 ) -> TrainReport:
-    """Trains ``stage`` of ``recipe``, or resumes it; a finished stage is not trained again."""
+    """Trains ``stage`` of ``recipe``, or resumes it; a finished stage is not trained again.
+
+    Raises:
+        DataError: more than ``max_skipped`` images can't be read.
+    """
     from llavactl.verbs.train import train as work
 
     with reporting_to(progress):
-        return work(recipe, stage, resume)
+        return work(recipe, stage, resume, max_skipped=max_skipped)
 
 
 def evaluate(

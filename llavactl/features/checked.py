@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Encoder, Vision
 
+ALIKE = 5e-2
+"""Of the norm of an image's features: half precision in batches of another size costs less."""
+
 _HINT = "`llavactl.testing.check_vision` tests a backbone by itself"
 
 
@@ -47,7 +50,7 @@ def _pixel_shape(encoder: Encoder) -> tuple[int, ...]:
 
     try:
         return np.shape(encoder.preprocess(Image.new("RGB", (64, 64))))
-    except Exception:  # noqa: BLE001 - it may refuse blank images
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - it may refuse blank images
         return ()
 
 
@@ -60,19 +63,24 @@ class CheckedPixels:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         pixels = np.asarray(self.preprocess(image), dtype=np.float32)
-        if pixels.ndim != 3 or (self.size and pixels.shape != self.size):
-            raise ValueError(f"preprocess returned pixels {pixels.shape}, expected {self.size or '[3, H, W]'}")
+        if pixels.ndim != 3 or len(pixels) != 3 or (self.size and pixels.shape != self.size):
+            expected = self.size if self.size[:1] == (3,) else "[3, H, W]"
+            raise ValueError(f"preprocess returned pixels {pixels.shape}, expected {expected}")
         return pixels
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedEncoder:
-    """``encoder``, validated: features [I, P, Dv] of ``shape``, on the device of the pixels."""
+    """``encoder``, validated: features [I, P, Dv] of ``shape``, on the device of the pixels.
+
+    The first batch of several images is compared with one of them alone.
+    """
 
     encoder: Encoder
     label: str
     shape: FeatureShape
     preprocess: CheckedPixels
+    compared: bool = False
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [I, 3, H, W] to features [I, P, Dv].
@@ -86,9 +94,15 @@ class CheckedEncoder:
         expected = (len(pixels), self.shape.patches, self.shape.width)
         found = type(features).__name__
         if isinstance(features, torch.Tensor):
-            if tuple(features.shape) == expected and features.device == pixels.device:
-                return features.detach()
             found = f"{tuple(features.shape)} on {features.device}"
-        raise PluginError(
-            f"{self.label}: encode() returned {found}, expected {expected} on {pixels.device}", hint=_HINT
-        )
+        if not isinstance(features, torch.Tensor) or found != f"{expected} on {pixels.device}":
+            raise PluginError(
+                f"{self.label}: encode() returned {found}, expected {expected} on {pixels.device}", hint=_HINT
+            )
+        if not self.compared and len(pixels) > 1:
+            self.compared = True
+            alone = self.encode(pixels[-1:])
+            if (alone - features[-1:]).norm() > ALIKE * features[-1:].norm():
+                why = "an image's features depend on the other images of its batch, or differ between calls"
+                raise PluginError(f"{self.label}: {why}", hint=_HINT)
+        return features.detach()

@@ -94,7 +94,7 @@ def embeddings_fault(made: Any, features: torch.Tensor, wanted: tuple[int, int])
     """Why ``made`` from ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl], (Q, Dl) = ``wanted``; "" if it is."""
     shape = (len(features), *wanted)
     if isinstance(made, torch.Tensor) and tuple(made.shape) == shape:
-        return ""
+        return "" if made.is_floating_point() else f"it makes numbers of type {made.dtype}"
     found = tuple(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
     given = tuple(features.shape)
     return f"it returned {found} for features {given}; tokens() and the language model's width require {shape}"
