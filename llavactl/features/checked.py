@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Encoder, Vision
 
+ALIKE = 5e-2
+"""Of the norm of an image's features: half precision in batches of another size costs less."""
+
 _HINT = "`llavactl.testing.check_vision` tests a backbone by itself"
 
 
@@ -44,7 +47,7 @@ def _size(encoder: Encoder) -> tuple[int, ...]:
 
     try:
         return np.shape(encoder.preprocess(Image.new("RGB", (64, 64))))
-    except Exception:  # noqa: BLE001 - it may well refuse such an image
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - it may well refuse such an image
         return ()
 
 
@@ -57,19 +60,24 @@ class CheckedPixels:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         made = np.asarray(self.preprocess(image), dtype=np.float32)
-        if made.ndim != 3 or (self.size and made.shape != self.size):
-            raise ValueError(f"preprocess gives pixels {made.shape}, not {self.size or '[3, H, W]'}")
+        if made.ndim != 3 or len(made) != 3 or (self.size and made.shape != self.size):
+            wanted = self.size if self.size[:1] == (3,) else "[3, H, W]"
+            raise ValueError(f"preprocess gives pixels {made.shape}, not {wanted}")
         return made
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckedEncoder:
-    """``encoder``, giving features [I, P, Dv] of ``shape`` alone, on the device of the pixels."""
+    """``encoder``, giving features [I, P, Dv] of ``shape`` alone, on the device of the pixels.
+
+    The first batch of several images is compared with one of them alone.
+    """
 
     encoder: Encoder
     who: str
     shape: FeatureShape
     preprocess: CheckedPixels
+    compared: bool = False
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [I, 3, H, W] to features [I, P, Dv].
@@ -84,4 +92,10 @@ class CheckedEncoder:
         if not isinstance(made, torch.Tensor) or tuple(made.shape) != wanted or made.device != pixels.device:
             found = f"{tuple(made.shape)} on {made.device}" if isinstance(made, torch.Tensor) else type(made).__name__
             raise PluginError(f"{self.who}: encode() should give {wanted} on {pixels.device}, gave {found}", hint=_HINT)
+        if not self.compared and len(pixels) > 1:
+            self.compared = True
+            alone = self.encode(pixels[-1:])
+            if (alone - made[-1:]).norm() > ALIKE * made[-1:].norm():
+                why = "an image's features change with the other images of its batch, or from call to call"
+                raise PluginError(f"{self.who}: {why}", hint=_HINT)
         return made.detach()

@@ -86,7 +86,7 @@ def misshapen(made: Any, features: torch.Tensor, wanted: tuple[int, int]) -> str
     """Why ``made`` of ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl] for Q and Dl ``wanted``; "" if it is."""
     shape = (len(features), *wanted)
     if isinstance(made, torch.Tensor) and tuple(made.shape) == shape:
-        return ""
+        return "" if made.is_floating_point() else f"it makes numbers of type {made.dtype}"
     found = tuple(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
     return (
         f"it makes {found} of features {tuple(features.shape)}; tokens() and the language model's width require {shape}"

@@ -131,6 +131,11 @@ class Tuple(Base):
         return (made,)
 
 
+class Complex(Base):
+    def change(self, made: torch.Tensor) -> Any:
+        return made.to(torch.complex64)
+
+
 class FewerInTraining(Base):
     def change(self, made: torch.Tensor) -> Any:
         return made[:, 1:] if self.training else made
@@ -260,7 +265,19 @@ class OneType(Base):
         return made @ torch.eye(WIDTH)
 
 
-BROKEN = [Narrow, Flat, Tuple, FewerInTraining, NarrowInTraining, NotFinite, Elsewhere, Swapped, OfTheBatch, Random]
+BROKEN = [
+    Narrow,
+    Flat,
+    Tuple,
+    Complex,
+    FewerInTraining,
+    NarrowInTraining,
+    NotFinite,
+    Elsewhere,
+    Swapped,
+    OfTheBatch,
+    Random,
+]
 BROKEN += [NeverOne, NeverOneInTraining, InPlace, Detached, Unused, Late, Growing, Counting, CountingInTraining]
 BROKEN += [NotSaved, OwnRandomness, NotTensors, NotLoading, OneType]
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llavactl.core.registry import Entry, Options, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
+from llavactl.features.checked import CheckedPixels, load_encoder
 from llavactl.features.prepare import Failure, prepare
 from llavactl.testing import run_cli
 
@@ -47,6 +49,7 @@ class Fault(Options):
 
 GIVEN: list[Any] = [None, "text", 5]
 PIXELS = [None, "text", np.zeros((3, 2, 4)), np.zeros((1, 3, 4, 4)), np.array([None, 1])]
+"""In place of pixels [3, 4, 4]."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Encoder:
 
     def preprocess(self, image: Any) -> Any:
         pixels = np.asarray(image.resize((4, 4)), np.float32).transpose(2, 0, 1) / 255
+        if not pixels.any():
+            self.fault.raised("blank")
         if pixels[0].mean() > 0.7:  # red and yellow
             self.fault.raised("preprocess")
             if self.fault.at == "pixels":
@@ -103,7 +108,8 @@ class Encoder:
     def encode(self, pixels: torch.Tensor) -> Any:
         self.fault.raised("encode")
         features = pixels.reshape(len(pixels), 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), 4, 12)
-        wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta")]
+        others = [features - features.mean(0), features + torch.rand(())]
+        wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta"), *others]
         return wrong[self.fault.number] if self.fault.at == "features" else features
 
 
@@ -202,6 +208,18 @@ def test_what_are_no_pixels_is_left_out_by_all(toy: Path, number: int) -> None:
     check_agreement(toy, 6, vision="pixels", number=number)
 
 
+@pytest.mark.parametrize("number", [0, 4], ids=name_of)
+def test_one_that_fails_for_a_blank_image_is_tried_on_the_others(number: int) -> None:
+    vision: Any = Vision(Fault(at="blank", number=number))
+    made = load_encoder(vision, "cpu", "float32").preprocess(Image.new("RGB", (9, 9), "blue"))
+    assert made.shape == (3, 4, 4)
+
+
+def test_pixels_have_three_channels_first() -> None:
+    with pytest.raises(ValueError, match=r"\[3, H, W\]"):
+        CheckedPixels(lambda image: np.zeros((4, 4, 3)), (4, 4, 3))(Image.new("RGB", (9, 9)))
+
+
 @pytest.mark.parametrize("kind", ["array", "view"])
 def test_bytes_of_any_kind_will_do(toy: Path, kind: str) -> None:
     check_agreement(toy, 0, source=kind)
@@ -213,8 +231,9 @@ def test_data_check_lists_what_fails(toy: Path, number: int) -> None:
     assert [(each["problem"], each["count"]) for each in found["problems"]] == [("image-missing", 3)]
 
 
-@pytest.mark.parametrize("vision", ["features", "identity"])
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize(
+    ("vision", "number"), [*(("features", n) for n in range(7)), *(("identity", n) for n in range(5))]
+)
 def test_what_breaks_a_rule_is_refused_by_name(toy: Path, vision: str, number: int) -> None:
     done = run(toy, "extract", vision=vision, number=number)
     assert done.exit_code == 1
