@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Fault(Options):
             raise RAISED[self.number]
 
 
+CALLS = itertools.count()
 GIVEN: list[Any] = [None, "text", 5]
 PIXELS = [None, "text", np.zeros((3, 2, 4)), np.zeros((1, 3, 4, 4)), np.array([None, 1])]
 """In place of pixels [3, 4, 4]."""
@@ -110,7 +112,7 @@ class Encoder:
     def encode(self, pixels: torch.Tensor) -> Any:
         self.fault.raised("encode")
         features = pixels.reshape(len(pixels), 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), 4, 12)
-        others = [features - features.mean(0), features + torch.rand(())]
+        others = [features - features.mean(0), features + next(CALLS)]
         wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta"), *others]
         return wrong[self.fault.number] if self.fault.at == "features" else features
 
