@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,22 @@ def takes_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     # A tokenizer that reduces every run of spaces to one loses nothing in particular at the beginning.
     return ids("a") == ids(" a") and ids("a a") != ids("a  a")
+
+
+def taken_spaces(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What ends where ``tokenizer`` takes a space for its own: a text's beginning and, if it puts a space after added
+    tokens as well (``legacy``), those. None if it takes none.
+    """
+    if not takes_space(tokenizer):
+        return None
+    added = sorted(
+        (each.content for each in tokenizer.added_tokens_decoder.values() if not each.rstrip), key=len, reverse=True
+    )
+    one, other = (
+        tokenizer(f"{''.join(added[:1])}{rest}", add_special_tokens=False)["input_ids"] for rest in ("a", " a")
+    )
+    before = ["\\A", *(map(re.escape, added) if one == other else ())]
+    return re.compile(f"(?:{'|'.join(before)})(?=[{''.join(SPACES)}])")
 
 
 def mend(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
