@@ -16,10 +16,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llavactl.components.languages.image_token import image_token
-from llavactl.components.languages.sentencepiece import SPACES, omits_space_prefix
+from llavactl.components.languages.sentencepiece import omitted_space_prefixes
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -163,7 +164,8 @@ class Encoding:
         """The texts that are tokenised together; None for an image between two."""
         if self._image is None:
             pieces = _pieces(segments)
-            return [_with_space(piece) if piece else piece for piece in pieces] if self._omits_space_prefix else pieces
+            omitted = self._omitted_spaces
+            return pieces if omitted is None else [piece and _with_spaces(piece, omitted) for piece in pieces]
         token = Text(self._image[0])
         return [[each if isinstance(each, Text) else token for each in segments]]
 
@@ -225,8 +227,8 @@ class Encoding:
         return ""
 
     @cached_property
-    def _omits_space_prefix(self) -> bool:
-        return omits_space_prefix(self.tokenizer)
+    def _omitted_spaces(self) -> re.Pattern[str] | None:
+        return omitted_space_prefixes(self.tokenizer)
 
     @cached_property
     def _image(self) -> tuple[str, int] | None:
@@ -261,10 +263,19 @@ def _pieces(segments: Sequence[Segment]) -> list[list[Text] | None]:
     return pieces
 
 
-def _with_space(piece: list[Text]) -> list[Text]:
-    """``piece`` with an additional space if it begins with one."""
-    first = next((each for each in piece if each.text), None)
-    return [Text(" ", first.trained), *piece] if first is not None and first.text.startswith(SPACES) else piece
+def _with_spaces(piece: list[Text], omitted: re.Pattern[str]) -> list[Text]:
+    """``piece`` with an additional space at the end of each match of ``omitted``."""
+    places = [found.end() for found in omitted.finditer("".join(each.text for each in piece))]
+    if not places:
+        return piece
+    spaced, start = [], 0
+    for each in piece:
+        end = start + len(each.text)
+        cuts = [start, *(at for at in places if start <= at < end), end]
+        parts = [each.text[one - start : other - start] for one, other in pairwise(cuts)]
+        spaced.append(Text(" ".join(parts), each.trained))
+        start = end
+    return spaced
 
 
 def _in(mark: str, text: str) -> bool:

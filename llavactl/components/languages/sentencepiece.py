@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,23 @@ def omits_space_prefix(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     # The second condition excludes tokenizers that collapse every run of spaces.
     return ids("a") == ids(" a") and ids("a a") != ids("a  a")
+
+
+def omitted_space_prefixes(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches the places where ``tokenizer`` omits SentencePiece's space before a space; None if it omits none.
+
+    These are the beginning of a text and, if it also prepends a space after added tokens (``legacy``), their ends.
+    """
+    if not omits_space_prefix(tokenizer):
+        return None
+    added = sorted(
+        (each.content for each in tokenizer.added_tokens_decoder.values() if not each.rstrip), key=len, reverse=True
+    )
+    one, other = (
+        tokenizer(f"{''.join(added[:1])}{rest}", add_special_tokens=False)["input_ids"] for rest in ("a", " a")
+    )
+    before = ["\\A", *(map(re.escape, added) if one == other else ())]
+    return re.compile(f"(?:{'|'.join(before)})(?=[{''.join(SPACES)}])")
 
 
 def repair_merges(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

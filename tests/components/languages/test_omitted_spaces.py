@@ -1,0 +1,41 @@
+"""Spaces that a tokenizer takes for its own: at the beginning of a text, and after added tokens."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from tokenizers import AddedToken
+
+from llavactl.core.registry import registry
+from llavactl.core.schema import Turn
+from llavactl.data.encode import Encoding
+
+from ..conftest import Vocabulary
+
+ADDED = ("<box>", "blorp", "blor")
+TEXTS = (
+    "blorp x", "blorp  x<box> y", "<box> <box>z", " blor blorpy", "x <box>", "  x", "▁x blorp▁y", "no\n blorp \n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("split", [False, True])
+def test_spaces_are_those_of_sentencepiece_between_added_tokens(llama: Vocabulary, text: str, split: bool) -> None:
+    """As LLaVA's slow tokenizer: it splits the text at added tokens and gives SentencePiece each part."""
+    tokenizer, speaker = copy.deepcopy(llama.tokenizer), llama.speaker
+    assert speaker is not None
+    tokenizer.add_tokens([AddedToken(each, normalized=False) for each in ADDED])
+    wanted = []
+    for at, part in enumerate(re.split(f"({'|'.join(ADDED)})", f"{text}\n")):
+        if part in ADDED:
+            wanted.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            wanted += speaker.spell(part, speaker.legacy or at == 0)
+    content = (text[:3], text[3:]) if split else (text,)
+    encoding = Encoding(registry().create("templates", {"name": "plain"}), tokenizer, 1)
+    found = encoding.encode((Turn("user", ()), Turn("assistant", content)))
+    ids = [token for token in found.ids if token >= 0]
+    assert ids == [1, *wanted]
+    assert list(found.labels)[-len(wanted) :] == wanted
