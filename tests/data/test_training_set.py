@@ -167,7 +167,7 @@ def test_a_source_may_be_taken_apart(tmp_path: Path) -> None:
     (tmp_path / "records.json").write_text(json.dumps([{"id": "x", "image": "x.jpg", "conversations": talk}]))
     spec = {"name": "llava-json", "path": str(tmp_path / "records.json")}
     assert [each.id for each in samples([SourceSpec.model_validate(spec)])] == ["x"]
-    apart_too = SourceSpec.model_validate({**spec, "turns": "apart"})
+    apart_too = SourceSpec.model_validate({**spec, "split_turns": True})
     assert [each.turns[0].text.strip() for each in samples([apart_too])] == ["A?", "B?"]
 
 
@@ -254,7 +254,7 @@ def test_texts_of_one_record_or_id_or_alike_stay_together(
     share: float, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = [says(f"r{record}#{part}", f"Question {record} {part}?") for record in range(20) for part in (1, 2)]
-    data = made(parts, tokenizer, monkeypatch, turns="apart", validation=share)
+    data = made(parts, tokenizer, monkeypatch, split_turns=True, validation=share)
     sides = [{each.id.split("#")[0] for each in side.samples} for side in (data.train, data.validation)]
     assert not sides[0] & sides[1]
     assert len(data.validation) == 40 * share

@@ -112,7 +112,7 @@ class Encoder:
     def encode(self, pixels: torch.Tensor) -> Any:
         self.fault.raised("encode")
         features = pixels.reshape(len(pixels), 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), 4, 12)
-        others = [features - features.mean(0), features + next(CALLS)]
+        others = [features - features.mean(0), features * (-1) ** next(CALLS)]
         wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta"), *others]
         return wrong[self.fault.number] if self.fault.at == "features" else features
 
