@@ -77,7 +77,7 @@ def made(
     monkeypatch: pytest.MonkeyPatch,
     unreadable: Mapping[Any, str] | None = None,
     contents: Mapping[Any, str] | None = None,
-    turns: Any = "together",
+    split_turns: bool = False,
     **stage: Any,
 ) -> Split:
     monkeypatch.setattr("llavactl.data.training_set.samples", lambda specs: iter(samples))
@@ -87,7 +87,7 @@ def made(
     features: Any = None
     keys = dict(contents or {})
     looked_at = Contents(keys, unreadable or {})
-    spec = SourceSpec(name="any", turns=turns)
+    spec = SourceSpec(name="any", split_turns=split_turns)
     return split([spec], settings, encoding, features, lambda _images: looked_at, 0)
 
 
