@@ -11,7 +11,7 @@ from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.llava_program import loads_tower, older_config, uses_fast_tokenizer
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
-from llavactl.components.formats.llava_tokenizer import older_files, save_tokenizer
+from llavactl.components.formats.llava_tokenizer import loads_tokenizer, older_files, save_tokenizer
 from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.errors import ModelError
@@ -82,6 +82,9 @@ class OriginalLlava:
         vision = _vision_tower(native, to)
         if native.method == "connector" and native.description["stage"] == 1:
             config = language | _save_projector(native, projection, to)
+            if strict and not loads_tokenizer(Path(config["_name_or_path"])):
+                hint = "copy the tokenizer files of this export into a copy of it"
+                log.warning("LLaVA's programs can't read the tokenizer of %s: %s", config["_name_or_path"], hint)
         else:
             config = _save_whole(native, projection, to)
         write_json(to / "config.json", {**_written(native, config), **older, "mm_vision_tower": vision})

@@ -65,6 +65,16 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, *, fast: bool) 
         write_atomic(to / name, content)
 
 
+def loads_tokenizer(folder: Path) -> bool:
+    """Whether LLaVA's programs load the tokenizer in ``folder``, as far as its files show; True for what is no folder.
+
+    They load that of a bare projector from its language model, which may have been saved by transformers 5.
+    """
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    slow = kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    return not folder.is_dir() or (kind != "TokenizersBackend" and (not slow or (folder / "tokenizer.model").is_file()))
+
+
 @dataclass(frozen=True)
 class OlderFiles:
     """What differs from the files of transformers 5: files by name, and keys of ``tokenizer_config.json``."""

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
 from llavactl.components.formats.llava_program import READS
-from llavactl.components.formats.llava_tokenizer import save_tokenizer
+from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
 from llavactl.model.foreign import resolve
@@ -136,6 +136,24 @@ class TestTokenizer:
         tokenizer.add_tokens([AddedToken("blorp", single_word=True)])
         with pytest.raises(ModelError, match="blorp"):
             save_tokenizer(tokenizer, tmp_path / "out", fast=False)
+
+    @real
+    @pytest.mark.parametrize("legacy", [True, False])
+    def test_what_is_exported_can_be_loaded_and_what_transformers_5_saves_can_not(
+        self, tmp_path: Path, legacy: bool
+    ) -> None:
+        given = llama_folder(tmp_path / "llama", legacy=legacy)
+        tokenizer = language(given)
+        tokenizer.save_pretrained(tmp_path / "new")
+        save_tokenizer(tokenizer, tmp_path / "old", fast=False)
+        found = {name: loads_tokenizer(tmp_path / name) for name in ("llama", "new", "old", "nowhere")}
+        assert found == {"llama": True, "new": False, "old": True, "nowhere": True}
+
+    def test_the_same_of_other_vocabularies(self, tmp_path: Path) -> None:
+        folder = toy_language(tmp_path / "new")
+        save_tokenizer(AutoTokenizer.from_pretrained(folder), tmp_path / "old", fast=False)
+        assert not loads_tokenizer(folder)
+        assert loads_tokenizer(tmp_path / "old")
 
     @real
     def test_tokenizers_of_older_transformers(self, tmp_path: Path) -> None:
