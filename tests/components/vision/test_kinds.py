@@ -134,9 +134,7 @@ def processors() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("settings", processors().values(), ids=processors())
-@pytest.mark.parametrize(
-    "kind", ["CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor"]
-)
+@pytest.mark.parametrize("family", ["CLIP", "Siglip", "ViT", "Bit"])
 def test_exported_processors_make_the_same_pixels(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     import numpy as np
     from transformers import AutoImageProcessor
