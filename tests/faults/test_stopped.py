@@ -221,7 +221,7 @@ def test_a_signal_where_no_step_is_under_way_acts_at_once(
 def test_extract_keeps_what_was_made(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         real = Tower.encode
-        sends = Sends(real, 8, signal.SIGTERM)
+        sends = Sends(real, 9, signal.SIGTERM)
         patch.setattr(Tower, "encode", lambda *args: sends(*args))
         result = run_cli("extract", cwd=toy)
     assert result.exit_code == 143, result.stderr

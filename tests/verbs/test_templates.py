@@ -90,8 +90,8 @@ def test_a_date_and_arguments_are_recorded_and_used_by_all(toy: Path) -> None:
 class TestRecipe:
     def test_a_template_with_options_gets_its_defaults(self, toy: Path) -> None:
         recipe = load_recipe(toy / "recipe.yaml", ["language.template=tokenizer", "stage1.template=plain"])
-        assert recipe.template(2) == {"name": "tokenizer", "date": "2024-07-26"}
-        assert recipe.template(1) == "plain"
+        assert recipe.stage(2).template == {"name": "tokenizer", "date": "2024-07-26"}
+        assert recipe.stage(1).template == "plain"
         (toy / "again.yaml").write_text(dump(recipe))
         assert load_recipe(toy / "again.yaml") == recipe
 
