@@ -22,8 +22,17 @@ NEEDS_MODEL = pytest.mark.skipif(
 
 
 @NEEDS_MODEL
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("template", ["vicuna-v1", "llama-2", "plain"])
+@pytest.mark.parametrize(
+    ("template", "legacy"),
+    [
+        ("vicuna-v1", True),
+        ("llama-2", False),
+        ("plain", False),
+        pytest.param("vicuna-v1", False, marks=pytest.mark.slow),
+        pytest.param("llama-2", True, marks=pytest.mark.slow),
+        pytest.param("plain", True, marks=pytest.mark.slow),
+    ],
+)
 def test_ids_of_a_sentencepiece_vocabulary(native: Make, tmp_path: Path, legacy: bool, template: str) -> None:
     """Tokenised as the middle of a text, what follows ``<image>`` would lose its leading space."""
     folder = tiny(llama_folder(tmp_path / "llama", legacy=legacy))
@@ -48,7 +57,7 @@ def tiny(folder: Path) -> Path:
 
 
 @NEEDS_MODEL
-@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("legacy", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
     foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, legacy: bool
 ) -> None:
@@ -71,7 +80,7 @@ def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
 
 
 @NEEDS_MODEL
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_trained_from_a_model_tuned_in_transformers(
     foreign: Callable[..., tuple[Any, Path]], toy: Path, toys: Path, tmp_path: Path, method: str
 ) -> None:
