@@ -33,7 +33,7 @@ class Record:
         return value
 
     def name(self, *names: str) -> str:
-        """The first of ``names`` that is there, which has to be an id: text or a whole number."""
+        """The first of ``names`` that is there, which has to be an id: text or an integer."""
         value = self._first(names)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise DataError(f"{self.where}: `{names[0]}` is {value!r:.60}, not an id")

@@ -35,9 +35,9 @@ def _frequencies(part: Mapping[str, Any], longest: int, length: int) -> int:
 
 
 def forget_longest(language: nn.Module) -> None:
-    """Lets the frequencies of ``language`` depend on the row at hand alone.
+    """Makes the frequencies of ``language`` depend only on the current input.
 
-    transformers keeps those of the longest row so far, so that an answer would depend on what was asked before.
+    transformers keeps those of the longest input so far, so that answers would depend on earlier prompts.
     """
     for module in language.modules():
         if hasattr(module, _LONGEST) and hasattr(module, "original_max_seq_len"):

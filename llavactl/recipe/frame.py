@@ -399,7 +399,7 @@ class Recipe(VisionRecipe):
     def _boxes_lie_on_patches(self) -> Recipe:
         if self.stage1.box_alignment_steps and self.stage(1).image != "square":
             raise ValueError(
-                "stage1.box_alignment_steps needs `vision.image: square`: boxes are shares of the picture, "
-                "and lie elsewhere on a padded one"
+                "stage1.box_alignment_steps needs `vision.image: square`: boxes are fractions of the image, "
+                "which padding would move"
             )
         return self

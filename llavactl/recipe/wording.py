@@ -21,12 +21,12 @@ Schema = Mapping[str, Any]
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _TYPES = {
-    "integer": "a whole number",
+    "integer": "an integer",
     "number": "a number",
     "boolean": "true or false",
-    "string": "text",
+    "string": "a string",
     "array": "a list",
-    "object": "a section of keys",
+    "object": "a mapping",
     "null": "null",
 }
 # Errors that say "this kind of value was expected"; for others pydantic's own words are better.
@@ -93,7 +93,7 @@ def _meant(key: str, known: Iterable[str]) -> str:
 
 
 def describe(field: Schema, schema: Schema) -> str:
-    """``a whole number ≥ 1``: what a value of ``field`` is; nothing when the schema doesn't say."""
+    """``an integer ≥ 1``: what a value of ``field`` is; nothing when the schema doesn't say."""
     field = _resolve(field, schema)
     if options := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(filter(None, (describe(option, schema) for option in options)))

@@ -87,7 +87,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
 
 
 def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: Word) -> torch.Tensor:
-    """What the tokens of a picture are fitted to, [h/factor * w/factor, Dl], for a ``grid`` (h, w) of patches.
+    """The targets for the tokens of an image, [h/factor * w/factor, Dl], for a ``grid`` (h, w) of patches.
 
     A patch is in a box where its center is in the largest ellipse there, as few things fill their corners; in the
     smallest of several. It is its name's ``word`` [Dl], else that for background, with how far it is from left to

@@ -75,7 +75,7 @@ class TestRecipes:
         result = run_cli("recipes", "check", "-o", "foo=1", cwd=here)
         assert result.exit_code == 1
         assert result.stdout.splitlines() == [
-            "recipe.yaml:5: seed: must be a whole number, not 'x'",
+            "recipe.yaml:5: seed: must be an integer, not 'x'",
             "recipe.yaml:6: stage1.epoch: unknown key; did you mean 'epochs'?",
             f"-o foo=1: foo: unknown key; {KEYS}",
         ]
@@ -86,7 +86,7 @@ class TestRecipes:
         assert result.exit_code == 1
         assert result.json() == {
             "ok": False,
-            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "must be a whole number, not 'x'"}],
+            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "must be an integer, not 'x'"}],
         }
         assert run_cli("recipes", "check", "--json", "-o", "seed=1", cwd=here).json() == {"ok": True, "problems": []}
 
@@ -123,10 +123,10 @@ class TestComponents:
 
     def test_options_in_words(self) -> None:
         (clip,) = [each for each in run_cli("components", "vision", "--json").json() if each["name"] == "clip"]
-        assert clip["options"]["model"] == "text; required"
+        assert clip["options"]["model"] == "a string; required"
         assert clip["options"]["image"] == "one of 'square', 'pad'; default \"pad\""
         lines = [" ".join(line.split()) for line in run_cli("components", "connectors").stdout.splitlines()]
-        assert "pixel_shuffle a whole number ≥ 1; default 1" in lines
+        assert "pixel_shuffle an integer ≥ 1; default 1" in lines
 
     def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         entry = Entry("connectors", "broken", "x:y", "no.such:Options", "", "stranger")

@@ -87,8 +87,8 @@ def test_problems_are_told_where_they_were_written(here: Path) -> None:
     child("extends: base/parent.yaml\nconnector: {pixel_shuffle: y}\nseed: z\n")
     assert [str(problem) for problem in check()] == [
         "base/parent.yaml:6: stage1.epochs: must be a number > 0, not 'x'",
-        "recipe.yaml:2: connector.pixel_shuffle: must be a whole number ≥ 1, not 'y'",
-        "recipe.yaml:3: seed: must be a whole number, not 'z'",
+        "recipe.yaml:2: connector.pixel_shuffle: must be an integer ≥ 1, not 'y'",
+        "recipe.yaml:3: seed: must be an integer, not 'z'",
     ]
 
 

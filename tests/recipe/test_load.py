@@ -182,28 +182,28 @@ run_dir: 3
             "recipe.yaml:3: vision.image: must be one of 'square', 'pad' or null, not 'padd'",
             "recipe.yaml:3: vision.name: there is no vision backbone named 'clipp'; "
             f"did you mean 'clip'? available: {', '.join(registry().names('vision'))}",
-            "recipe.yaml:6: connector.pixel_shuffle: must be a whole number ≥ 1, not 'abc'",
+            "recipe.yaml:6: connector.pixel_shuffle: must be an integer ≥ 1, not 'abc'",
             "recipe.yaml:7: connector.pixel_shufle: unknown key; did you mean 'pixel_shuffle'?",
-            "recipe.yaml:8: language.model: is missing: text",
+            "recipe.yaml:8: language.model: is missing: a string",
             "recipe.yaml:8: language.modle: unknown key; did you mean 'model'?",
             "recipe.yaml:8: language.template: there is no template named 'vicuna'; "
             f"did you mean 'vicuna-v1'? available: {', '.join(registry().names('templates'))}",
-            "recipe.yaml:9: features: must be a section of keys, not null",
+            "recipe.yaml:9: features: must be a mapping, not null",
             "recipe.yaml:11: data.stage1.0.path: is missing: a file or folder",
             "recipe.yaml:11: data.stage1.0.wieght: unknown key; did you mean 'weight'?",
             "recipe.yaml:12: data.stage2: must be a list, each a component, {name: …}, not {'name': 'x'}",
             "recipe.yaml:12: data.stage2.name: there is no source named 'x'; "
             f"available: {', '.join(registry().names('sources'))}",
-            "recipe.yaml:13: stage1.batch_size: must be a whole number ≥ 1, not 'abc'",
+            "recipe.yaml:13: stage1.batch_size: must be an integer ≥ 1, not 'abc'",
             "recipe.yaml:13: stage1.epochs: must be a number > 0, not -1",
             "recipe.yaml:13: stage1.learning_rte: unknown key; did you mean 'learning_rate'?",
             "recipe.yaml:14: stage1: said twice; first at recipe.yaml:13",
-            "recipe.yaml:15: stage2.lora.r: must be a whole number ≥ 1, not 0.5",
+            "recipe.yaml:15: stage2.lora.r: must be an integer ≥ 1, not 0.5",
             "recipe.yaml:15: stage2.method: must be one of 'full', 'lora', 'qlora', not 'fulll'",
             "recipe.yaml:16: eval.tasks.0.name: there is no task named 'scenez'; "
             f"did you mean 'scenes'? available: {', '.join(registry().names('tasks'))}",
             "recipe.yaml:16: eval.tasks.1: must be a component, {name: …}, not 3",
-            "recipe.yaml:17: seed: must be a whole number, not true",
+            "recipe.yaml:17: seed: must be an integer, not true",
             "recipe.yaml:18: run_dir: must be a file or folder, not 3",
             "-o seed2=1: seed2: unknown key; did you mean 'seed'?",
             "-o stage2.epochs=on: stage2.epochs: must be a number > 0, not 'on'",
@@ -215,7 +215,7 @@ run_dir: 3
             "recipe.yaml:2: connector: is missing: a component, {name: …}",
             "recipe.yaml:2: language: is missing: a component, {name: …}",
             "recipe.yaml:2: name: is missing: letters, digits, '.', '_', '-'",
-            "recipe.yaml:3: vision.name: is missing: text",
+            "recipe.yaml:3: vision.name: is missing: a string",
         ]
 
     def test_they_are_the_errors_message_too(self) -> None:
@@ -250,7 +250,7 @@ run_dir: 3
             ("=1", "must be key.path=value"),
             ("a..b=1", "must be key.path=value"),
             ("seed=[1", "not YAML: "),
-            ("seed={x: 1}", "seed: must be a whole number, not {'x': 1}"),
+            ("seed={x: 1}", "seed: must be an integer, not {'x': 1}"),
             ("name.x=1", "name is 'small'; there is nothing below it"),
             ("data.stage1.2.path=x", "data.stage1 is a list of 0"),
             ("data.stage1.0.path=x", "data.stage1.0.name: is missing"),

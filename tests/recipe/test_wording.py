@@ -58,27 +58,27 @@ def why(**given: Any) -> dict[str, str]:
     [
         ({"path": 3}, "path", "must be a file or folder, not 3"),
         ({"path": ""}, "path", "must be a file or folder, not ''"),
-        ({"model": 4}, "model", "must be text, not 4"),
-        ({"count": "abc"}, "count", "must be a whole number ≥ 1 and ≤ 9, not 'abc'"),
-        ({"count": 0}, "count", "must be a whole number ≥ 1 and ≤ 9, not 0"),
-        ({"count": 1.5}, "count", "must be a whole number ≥ 1 and ≤ 9, not 1.5"),
-        ({"count": None}, "count", "must be a whole number ≥ 1 and ≤ 9, not null"),
-        ({"maybe": 0}, "maybe", "must be a whole number ≥ 1 or null, not 0"),
+        ({"model": 4}, "model", "must be a string, not 4"),
+        ({"count": "abc"}, "count", "must be an integer ≥ 1 and ≤ 9, not 'abc'"),
+        ({"count": 0}, "count", "must be an integer ≥ 1 and ≤ 9, not 0"),
+        ({"count": 1.5}, "count", "must be an integer ≥ 1 and ≤ 9, not 1.5"),
+        ({"count": None}, "count", "must be an integer ≥ 1 and ≤ 9, not null"),
+        ({"maybe": 0}, "maybe", "must be an integer ≥ 1 or null, not 0"),
         ({"share": 1}, "share", "must be a number ≥ 0 and < 1, not 1"),
-        ({"layer": "x"}, "layer", "must be a whole number or a list, each a whole number, not 'x'"),
-        ({"layer": [1, "x"]}, "layer", "must be a whole number or a list, each a whole number, not [1, 'x']"),
-        ({"many": {}}, "many", "must be a list, each a section of keys, not {}"),
-        ({"names": {"a": "x"}}, "names.a", "must be a whole number, not 'x'"),
+        ({"layer": "x"}, "layer", "must be an integer or a list, each an integer, not 'x'"),
+        ({"layer": [1, "x"]}, "layer", "must be an integer or a list, each an integer, not [1, 'x']"),
+        ({"many": {}}, "many", "must be a list, each a mapping, not {}"),
+        ({"names": {"a": "x"}}, "names.a", "must be an integer, not 'x'"),
         ({"kind": "c"}, "kind", "must be one of 'a', 'b', not 'c'"),
-        ({"inner": []}, "inner", "must be a section of keys, not []"),
+        ({"inner": []}, "inner", "must be a mapping, not []"),
         ({"inner": {"y": 1}}, "inner.y", "unknown key; available: x"),
-        ({"either": 3}, "either", "must be a section of keys or text or null, not 3"),
-        ({"many": [{"x": "a"}]}, "many.0.x", "must be a whole number, not 'a'"),
-        ({"many": [1]}, "many.0", "must be a section of keys, not 1"),
+        ({"either": 3}, "either", "must be a mapping or a string or null, not 3"),
+        ({"many": [{"x": "a"}]}, "many.0.x", "must be an integer, not 'a'"),
+        ({"many": [1]}, "many.0", "must be a mapping, not 1"),
         ({"even": 3}, "even", "3 is odd; LLaVA likes even numbers"),
         ({"kin": "a"}, "kin", "unknown key; did you mean 'kind'?"),
-        ({"model": ["x"]}, "model", "must be text, not ['x']"),
-        ({"count": "x" * 100}, "count", f"must be a whole number ≥ 1 and ≤ 9, not '{'x' * 56}…"),
+        ({"model": ["x"]}, "model", "must be a string, not ['x']"),
+        ({"count": "x" * 100}, "count", f"must be an integer ≥ 1 and ≤ 9, not '{'x' * 56}…"),
     ],
 )
 def test_words(given: dict[str, Any], path: str, said: str) -> None:
@@ -91,13 +91,13 @@ def test_what_has_no_words_of_ours_keeps_pydantics() -> None:
 
 
 def test_a_place_is_told_once_however_many_branches_failed() -> None:
-    assert why(either={"zz": 1}) == {"either": "must be a section of keys or text or null, not {'zz': 1}"}
+    assert why(either={"zz": 1}) == {"either": "must be a mapping or a string or null, not {'zz': 1}"}
 
 
 def test_options_in_words() -> None:
     described = describe_options(Everything)
     assert described["path"] == "a file or folder; required"
-    assert described["count"] == "a whole number ≥ 1 and ≤ 9; default 1; how many"
+    assert described["count"] == "an integer ≥ 1 and ≤ 9; default 1; how many"
     assert described["anything"] == "any value; default null"
 
 

@@ -39,7 +39,7 @@ SHOWN = 3
 @click.option(
     "--stage", type=click.Choice(["1", "2"]), help="Of one stage alone; FILE trains it.  [default: both; FILE: 2]"
 )
-@click.option("--fix", type=click.Path(path_type=Path), metavar="OUT", help="Write FILE, mended, to OUT.")
+@click.option("--fix", type=click.Path(path_type=Path), metavar="OUT", help="Write FILE, repaired, to OUT.")
 @json_option
 def command(
     file: Path | None,
@@ -96,6 +96,6 @@ def _print(report: CheckReport) -> None:
                 output.line(f"{each.problem}: {place}")
             if each.count > SHOWN:
                 output.line(f"{each.problem}: and {each.count - SHOWN:,} more; --json has up to a thousand")
-    if (mended := report.mended) is not None:
-        counts = f"{mended.written:,} records written, {mended.changed:,} changed, {mended.dropped:,} dropped"
-        output.line(f"{mended.out}: {counts}; reasons in {mended.log}")
+    if (repaired := report.mended) is not None:
+        counts = f"{repaired.written:,} records written, {repaired.changed:,} changed, {repaired.dropped:,} dropped"
+        output.line(f"{repaired.out}: {counts}; reasons in {repaired.log}")
