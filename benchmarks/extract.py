@@ -45,11 +45,11 @@ from PIL import Image
 from rounds import Document, Documents, add_options, publish
 
 from llavactl import ImageFile, TransformersVision
-from llavactl.components.vision.tower import Preprocess, Tower, pad_to_square
-from llavactl.components.vision.transformers import ClipOptions
+from llavactl.components.vision.encoder import Preprocess, VisionEncoder, pad_to_square
+from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.features import ContentKeys, StoreWriter, content_key
 from llavactl.features.backbone import Backbone
-from llavactl.features.extraction import Wanted, Work, fill, plan
+from llavactl.features.extraction import Extraction, Wanted, fill, plan
 from llavactl.features.fingerprint import of_identity
 from llavactl.features.prepare import prepare
 from llavactl.recipe.frame import Features
@@ -104,8 +104,8 @@ class Bench:
     ready: Sequence[torch.Tensor]
 
     @property
-    def tower(self) -> Tower:
-        found: Tower = self.backbone.encoder  # type: ignore[assignment]
+    def tower(self) -> VisionEncoder:
+        found: VisionEncoder = self.backbone.encoder  # type: ignore[assignment]
         return found
 
 
@@ -162,7 +162,7 @@ def ours(bench: Bench) -> None:
     made_with = of_identity({"identity": bench.vision.identity()}, settings)
     wanted = Wanted(bench.vision, made_with, "pad", (1,), tuple(bench.photos))
     todo = plan(wanted, ContentKeys()).todo
-    filled = fill(todo, wanted, Work(bench.backbone, settings), lambda _images, _bytes: None)
+    filled = fill(todo, wanted, Extraction(bench.backbone, settings), lambda _images, _bytes: None)
     if filled.encoded != len(bench.photos):
         raise SystemExit(f"{filled.encoded} of {len(bench.photos)} photos were stored: {filled.failures}")
 

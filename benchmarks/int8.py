@@ -28,12 +28,12 @@ import torch
 from rounds import Document, Documents, add_options, publish
 
 from llavactl import ImageFile, TransformersVision
-from llavactl.components.vision.transformers import ClipOptions
+from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, FeatureShape
 from llavactl.data import micro
 from llavactl.data.encode import Encoding
-from llavactl.data.rows import Limits
+from llavactl.data.rows import RowLimits
 from llavactl.data.training_set import split
 from llavactl.features import open_features
 from llavactl.features.backbone import Backbone
@@ -147,7 +147,7 @@ def loss_of(model: Path, recipe: Recipe) -> float:
     held_out = split(recipe.data.stage1, stage, encoding, features, features.contents, recipe.seed).validation
     total, tokens = 0.0, 0
     for index in range(len(held_out)):
-        (batch,) = micro.padded(held_out, [(0, index)], micro.Share(Limits(1, None)))
+        (batch,) = micro.padded(held_out, [(0, index)], micro.Share(RowLimits(1, None)))
         with torch.inference_mode():
             total += parts.model(batch).item()
         tokens += int((batch.labels != IGNORE).sum())

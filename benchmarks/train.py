@@ -45,14 +45,15 @@ import torch
 from rounds import Document, Documents, add_options, publish
 from torch.nn import functional
 
-from llavactl.core.memory import give_back
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageFile, ImageRef
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef
 from llavactl.data import rows
 from llavactl.data.batches import collate, pack
 from llavactl.data.encode import Encoding, arrange
+from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
 from llavactl.model.packed import packed_attention
+from llavactl.training.memory import release_memory
 
 SHAPE = FeatureShape((16, 16), 384)
 DRAWN = {1: (2, 8, 20), 2: (60, 120, 380)}
@@ -99,7 +100,7 @@ def sharing(items: Sequence[Encoded], per_image: int) -> list[Encoded]:
 
 def ours(model: Any, items: Sequence[Encoded]) -> float:
     """One row of all ``items``."""
-    families = rows.families(items, SHAPE.patches, rows.Limits(len(items)))
+    families = rows.families(items, SHAPE.patches, rows.RowLimits(len(items)))
     batch = pack([(each.shared, [items[at] for at in each.members]) for each in families], Features())
     with packed_attention(model.language):
         loss = model(batch)
@@ -390,7 +391,7 @@ def print_peak(stage: int, name: str, micro: int, options: argparse.Namespace) -
         run = partial(OURS[name], model, given(name, stage, options, items))
     if name in PEERS:
         del model
-    give_back()
+    release_memory()
     RESET.write_text("5", encoding="utf-8")  # the kernel counts its peak from here
     run()
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

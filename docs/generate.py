@@ -126,7 +126,7 @@ def components() -> Iterator[str]:
 
 def problems() -> Iterator[str]:
     """What ``data check`` finds, and what each does to a run."""
-    from llavactl.data.problems import KINDS
+    from llavactl.curation.problems import KINDS
 
     yield "| problem | effect | |\n|---|---|---|"
     for name, kind in KINDS.items():
@@ -143,7 +143,8 @@ def recipes() -> Iterator[str]:
 def templates() -> Iterator[str]:
     """Every template that writes in a way of its own, as it writes one conversation."""
     from llavactl.components.templates.styles import STYLES
-    from llavactl.core.schema import ImageFile, Text, Turn
+    from llavactl.core.schema import Text, Turn
+    from llavactl.images.image_file import ImageFile
 
     asked = Turn("user", (ImageFile("photos", "a.jpg"), "\nWhat is it?"))
     talk = (asked, Turn("assistant", ("A dog.",)), Turn("user", ("Which colour?",)), Turn("assistant", ("Red.",)))

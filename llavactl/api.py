@@ -224,7 +224,7 @@ class Chat:
 
 def _in_memory(image: PIL.Image.Image) -> ImageRef:
     """``image`` as PNG, which is lossless."""
-    from llavactl.core.places import ImageBytes
+    from llavactl.images.references import ImageBytes
 
     file = io.BytesIO()
     image.save(file, "PNG")

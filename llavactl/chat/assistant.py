@@ -14,6 +14,7 @@ from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
 from llavactl.model.exactness import Exact, exactness
 from llavactl.model.generate import GREEDY, Sampling, generate, read
+from llavactl.model.inputs import to_device
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -87,11 +88,11 @@ class Assistant:
         places = [signature(prompt, per_image) for prompt in prompts]
         keep = min((shared(places[0], other) for other in places[1:]), default=0)
         if keep < WORTH_SHARING or not self.exact.shared:
-            return collate(prompts, self.features, side="left").to(device), None
+            return to_device(collate(prompts, self.features, side="left"), device), None
         halves = [split(prompt, keep, per_image) for prompt in prompts]
-        cache = read(self.model, collate([halves[0][0]], self.features).to(device))
+        cache = read(self.model, to_device(collate([halves[0][0]], self.features), device))
         cache.batch_repeat_interleave(len(prompts))
-        return collate([rest for _, rest in halves], self.features, side="left").to(device), cache
+        return to_device(collate([rest for _, rest in halves], self.features, side="left"), device), cache
 
 
 @dataclass(frozen=True)

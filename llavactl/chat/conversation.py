@@ -11,6 +11,7 @@ from llavactl.core.schema import Content, Turn
 from llavactl.data.batches import collate
 from llavactl.model.exactness import is_resumable, new_cache
 from llavactl.model.generate import GREEDY, Sampling, generate
+from llavactl.model.inputs import to_device
 
 
 class Conversation:
@@ -62,7 +63,8 @@ class Conversation:
         else:
             cache = new_cache(model.language) if self.assistant.exact.cached else None
         self._cache, self._read = cache, wanted
-        batch = collate([split(encoded, keep, per_image)[1]], self.assistant.features, side="left").to(model.device)
+        rest = split(encoded, keep, per_image)[1]
+        batch = to_device(collate([rest], self.assistant.features, side="left"), model.device)
         cached = self.assistant.exact.cached
         for (token,) in generate(model, batch, sampling, self.assistant.stops.ids, cache, cached=cached):
             if token is not None:

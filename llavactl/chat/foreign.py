@@ -17,8 +17,8 @@ from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
 from llavactl.core.paths import expanded, read_json
 from llavactl.core.schema import ImageRef, Turn
-from llavactl.data.images import ImageError, decode
 from llavactl.features.prepare import default_device
+from llavactl.images.decode import ImageError, decode
 from llavactl.model.foreign import HUB_ID
 from llavactl.model.generate import GREEDY, Sampling
 
@@ -34,7 +34,7 @@ UNTEMPLATED = frozenset({"blip-2", "instructblip"})
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignModel:
     """A model, its processor, and how it is asked (``prompt``: CHAT or QUESTION)."""
 
     model: Any
@@ -144,7 +144,7 @@ def digest(folder: Path) -> str:
         raise ModelError(f"{error.filename or folder}: {error.strerror or error}") from error
 
 
-def open_foreign(folder: Path, device: str | None = None) -> Foreign:
+def open_foreign(folder: Path, device: str | None = None) -> ForeignModel:
     """The model in ``folder``, on ``device`` (default: the best there is); float32 on a CPU, else as it was saved.
 
     Raises:
@@ -165,7 +165,7 @@ def open_foreign(folder: Path, device: str | None = None) -> Foreign:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Foreign(model.to(device).eval(), processor, prompt)
+    return ForeignModel(model.to(device).eval(), processor, prompt)
 
 
 def prompt_of(folder: Path) -> str:

@@ -16,9 +16,9 @@ from llavactl.core.protocols import KINDS
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
     """What is registered and by which plugin; with a KIND, each component's options too."""
-    from llavactl.core.registry import Entry, registry
+    from llavactl.core.registry import Registration, registry
 
-    found: list[Entry] = [
+    found: list[Registration] = [
         registry().get(each, name) for each in KINDS if kind in (None, each) for name in registry().names(each)
     ]
     if as_json:

@@ -65,7 +65,7 @@ def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], res
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def copy(name: str, destination: Path | None, force: bool) -> None:
     """Write the recipe NAME to ./recipe.yaml, or to DESTINATION, to be edited."""
-    from llavactl.recipe.copy import copy
+    from llavactl.recipe.copying import copy
 
     output.line(str(copy(name, destination, force=force)))
 

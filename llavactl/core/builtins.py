@@ -67,8 +67,8 @@ def register_sources(register: Register) -> None:
 def register_vision(register: Register) -> None:
     register(
         "clip",
-        f"{_COMPONENTS}.vision.transformers:TransformersVision",
-        options=f"{_COMPONENTS}.vision.transformers:ClipOptions",
+        f"{_COMPONENTS}.vision.pretrained:TransformersVision",
+        options=f"{_COMPONENTS}.vision.pretrained:ClipOptions",
         summary="any CLIPVisionModel, an id or a folder",
     )
 
@@ -92,8 +92,8 @@ def register_connectors(register: Register) -> None:
 def register_languages(register: Register) -> None:
     register(
         "hf",
-        f"{_COMPONENTS}.languages.transformers:TransformersLanguage",
-        options=f"{_COMPONENTS}.languages.transformers:TransformersLanguageOptions",
+        f"{_COMPONENTS}.languages.causal_lm:TransformersLanguage",
+        options=f"{_COMPONENTS}.languages.causal_lm:TransformersLanguageOptions",
         summary="any causal language model of transformers with a fast tokenizer, an id or a folder",
     )
 
@@ -126,12 +126,17 @@ def register_teachers(register: Register) -> None:
         options=f"{_COMPONENTS}.teachers.rules:RulesOptions",
         summary="captions and boxes to conversations, details and reasoning by rules, without a network",
     )
-    for name, attribute, summary in (
-        ("openai", "OpenAI", "any OpenAI-style endpoint: OpenAI, vLLM, llama.cpp, Ollama, transformers serve"),
-        ("transformers", "Transformers", "a language model in this process, an id or a folder"),
-        ("replay", "Replay", "replies from a file, or kept by an earlier run"),
+    for name, module, attribute, summary in (
+        (
+            "openai",
+            "openai_api",
+            "OpenAI",
+            "any OpenAI-style endpoint: OpenAI, vLLM, llama.cpp, Ollama, transformers serve",
+        ),
+        ("transformers", "local", "Transformers", "a language model in this process, an id or a folder"),
+        ("replay", "replay", "Replay", "replies from a file, or kept by an earlier run"),
     ):
-        where = f"{_COMPONENTS}.teachers.{name}"
+        where = f"{_COMPONENTS}.teachers.{module}"
         register(name, f"{where}:{attribute}", options=f"{where}:{attribute}Options", summary=summary)
 
 
@@ -169,7 +174,11 @@ def register_tasks(register: Register) -> None:
 def register_formats(register: Register) -> None:
     for name, target, summary in (
         ("hf", "hf:HfLlava", "LlavaForConditionalGeneration of transformers, with its processor"),
-        ("peft", "peft:Peft", "a LoRA adapter as peft loads it, beside the LLaVA of transformers it belongs to"),
+        (
+            "peft",
+            "peft_folder:PeftAdapter",
+            "a LoRA adapter as peft loads it, beside the LLaVA of transformers it belongs to",
+        ),
     ):
         register(name, f"{_COMPONENTS}.formats.{target}", summary=summary)
     original = f"{_COMPONENTS}.formats.llava:OriginalLlava"

@@ -17,7 +17,7 @@ from llavactl.core import faults
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
 from llavactl.core.protocols import Json
-from llavactl.core.registry import Entry, registry, singular
+from llavactl.core.registry import Registration, registry, singular
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
@@ -43,7 +43,7 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
     return {**found, "identity": _identity(made, entry)} if hasattr(made, "identity") else found
 
 
-def _identity(component: Any, entry: Entry) -> dict[str, Json]:
+def _identity(component: Any, entry: Registration) -> dict[str, Json]:
     """``component.identity()``, checked: JSON, and the same on every call."""
     identities = [component.identity() for _ in range(2)]
     try:

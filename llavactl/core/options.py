@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from llavactl.core.lookup import is_file_url, is_url, local_path
+from llavactl.core.locations import is_file_url, is_url, local_path
 
 
 class Located(str):

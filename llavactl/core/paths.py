@@ -93,7 +93,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def sole(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[None]:
+def exclusive_lock(lock_file: Path, busy: Exception, timeout_s: float = 0) -> Iterator[None]:
     """Holds an exclusive lock on ``lock_file``; the system releases it if the process dies.
 
     On a file system without locks, a file ``*.owner`` beside it names the process that holds the lock. If that process

@@ -29,7 +29,7 @@ class Options(BaseModel):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Registration:
     """One registered thing and the plugin it came from."""
 
     kind: str
@@ -71,9 +71,9 @@ class Entry:
 class Registry:
     """Entries by kind and name; the first to take a name keeps it."""
 
-    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    entries: dict[str, dict[str, Registration]] = field(default_factory=dict)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: Registration) -> None:
         names = self.entries.setdefault(entry.kind, {})
         if (first := names.get(entry.name)) is not None:
             raise PluginError(
@@ -85,10 +85,10 @@ class Registry:
     def names(self, kind: str) -> list[str]:
         return sorted(self.entries.get(kind, {}))
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Registration]:
         return (entry for names in self.entries.values() for entry in names.values())
 
-    def get(self, kind: str, name: str) -> Entry:
+    def get(self, kind: str, name: str) -> Registration:
         """The entry ``name`` of ``kind``.
 
         Raises:
@@ -162,7 +162,7 @@ def registry() -> Registry:
                 with plugins.isolated(plugin):
                     if ":" not in target:
                         raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
-                    found.add(Entry(kind, name, target, options, summary, plugin))
+                    found.add(Registration(kind, name, target, options, summary, plugin))
 
             with plugins.isolated(plugin), diverted():
                 implementation(register=register)
@@ -177,7 +177,7 @@ def plugin_of(component: Any) -> str:
     return next(found, module)
 
 
-def _import(target: str, entry: Entry) -> Any:
+def _import(target: str, entry: Registration) -> Any:
     module, _, attribute = target.partition(":")
     try:
         with diverted():

@@ -6,18 +6,12 @@ Dv width of the vision features, Dl width of the language model.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os.path import realpath
-from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from llavactl.core.errors import DataError
-from llavactl.core.lookup import find_file, refuse_outside, shortened, stays_below
-from llavactl.core.paths import file_stamp
 from llavactl.core.typed import Typed, check_fields, has_methods
 
 if TYPE_CHECKING:
@@ -59,74 +53,6 @@ class ImageRef(Protocol):
 
         Raises as ``read``.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Below:
-    """What lies at ``path`` below ``root``; with slots, as there may be millions of them.
-
-    Raises:
-        DataError: ``path`` leads outside ``root``. A record must never reach a file its owner didn't mean.
-    """
-
-    root: str
-    path: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.root, str) or not isinstance(self.path, str):
-            check_fields(self)
-        stays_below(self.root, self.path)
-
-    @property
-    def name(self) -> str:
-        return shortened(self.path)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile(Below):
-    """An image file ``path`` below the folder ``root``; with ``follow_links``, links may point outside it.
-
-    ``root`` may itself be a link. If no file has exactly this name, one in an equivalent spelling is used:
-    see ``llavactl.core.lookup.find_file``.
-    """
-
-    follow_links: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.follow_links, bool):
-            check_fields(self)
-        Below.__post_init__(self)
-
-    @property
-    def file(self) -> Path:
-        return Path(self.root, self.path)
-
-    def locate(self) -> tuple[str, os.stat_result]:
-        """The real path of the file, and its status.
-
-        Raises:
-            OSError: no such file, or it can't be read.
-            LinkOutsideError: a link points outside ``root``.
-        """
-        # Strings: training asks for a stamp at every sample, and pathlib takes twice as long.
-        target = realpath(f"{self.root}/{self.path}")
-        try:
-            status = os.stat(target)  # noqa: PTH116
-        except (FileNotFoundError, NotADirectoryError):
-            target = realpath(find_file(self.root, self.path))
-            status = os.stat(target)  # noqa: PTH116
-        if not self.follow_links:
-            refuse_outside(self.root, target, self.name)
-        if not S_ISREG(status.st_mode) and not S_ISDIR(status.st_mode):  # reading a folder raises an error by itself
-            raise OSError("a pipe, socket or device, not a file")  # opening a pipe could block
-        return target, status
-
-    def read(self) -> bytes:
-        return Path(self.locate()[0]).read_bytes()
-
-    def stamp(self) -> str | None:
-        target, status = self.locate()
-        return f"{target}\0{file_stamp(status)}"
 
 
 Content = str | ImageRef
@@ -268,7 +194,7 @@ class Batch:
     """What the model sees: ``ids``, ``labels`` and ``mask`` (False: padding) [B, T], ``features`` [I, P, Dv].
 
     The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order. Where these are
-    int8, they have ``scales`` [I, P + Dv] float32: half of the bytes travel, and ``image_features`` are what is meant.
+    int8, they have ``scales`` [I, P + Dv] float32, and ``llavactl.model.inputs.image_features`` gives their values.
     ``names`` says whose tokens these are, for messages. ``spans`` are empty where every row is one conversation;
     else the batch is one packed row [1, T], and they tile it: padding, if any, ends one of them.
     """
@@ -280,32 +206,6 @@ class Batch:
     names: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
     scales: torch.Tensor | None = None
-
-    @property
-    def image_features(self) -> torch.Tensor | None:
-        """``features`` [I, P, Dv] as numbers, on the device where they are.
-
-        Of int8: integer x its token's x its channel's scale, float32 in that order, as float16. The same bits anywhere.
-        """
-        if self.features is None or self.scales is None:
-            return self.features
-        tokens, channels = self.scales.split(list(self.features.shape[1:]), dim=1)
-        return (self.features * tokens[:, :, None] * channels[:, None]).half()
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of its conversations; what several of them begin with counts once for each."""
-        before = [span.after for span in self.spans if span.after is not None]
-        again = sum(self.spans[at].length for at in before) - sum(self.spans[at].length for at in set(before))
-        return int(self.mask.sum()) + again
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        features, scales = (
-            None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (self.features, self.scales)
-        )
-        ids, mask, labels = self.ids.to(device), self.mask.to(device), self.labels.to(device)
-        return Batch(ids, mask, labels, features, self.names, self.spans, scales)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.schema import Batch
 from llavactl.data.batches import collate, pack
-from llavactl.data.rows import Limits, rows
+from llavactl.data.rows import RowLimits, rows
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Encoded
@@ -25,7 +25,7 @@ Members = Sequence[tuple[int, int]]
 class Share:
     """What ``process`` of ``processes`` takes of a global batch, in batches within ``limits``."""
 
-    limits: Limits
+    limits: RowLimits
     process: int = 0
     processes: int = 1
 

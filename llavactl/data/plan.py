@@ -36,7 +36,7 @@ def order(
     return shuffled if phases is None else shuffled[np.argsort(np.asarray(phases)[shuffled], kind="stable")]
 
 
-class Plan:
+class BatchPlan:
     """The global batches of a run: ``epochs`` over samples with ``weights`` (copies an epoch)."""
 
     def __init__(

@@ -36,6 +36,11 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
                 yield sample
 
 
+def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
+    """The distinct images of all samples, in order of first use. Raises as ``samples``."""
+    return list(dict.fromkeys(image for sample in samples(specs) for image in sample.images))
+
+
 def apart(sample: Sample) -> Iterator[Sample]:
     """Each question of ``sample`` with its answer as a sample of its own, ``ID#1`` and so on.
 

@@ -22,7 +22,7 @@ def filling(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RowLimits:
     """What a row holds at most: ``samples``, and ``tokens`` where that is not None (a longer sample is alone)."""
 
     samples: int
@@ -42,7 +42,7 @@ class Family:
     tokens: int
 
 
-def rows(items: Sequence[Encoded], image_tokens: int, limits: Limits, processes: int = 1) -> list[list[Family]]:
+def rows(items: Sequence[Encoded], image_tokens: int, limits: RowLimits, processes: int = 1) -> list[list[Family]]:
     """``items`` in as few rows as ``limits`` allow, equally many for each process, of much the same length.
 
     Each family, longest first, goes where least is yet: rows that differ in length would have processes wait, and
@@ -59,7 +59,7 @@ def rows(items: Sequence[Encoded], image_tokens: int, limits: Limits, processes:
         count += 1
 
 
-def _placed(ordered: Sequence[Family], count: int, limits: Limits) -> list[list[Family]] | None:
+def _placed(ordered: Sequence[Family], count: int, limits: RowLimits) -> list[list[Family]] | None:
     """``ordered`` in ``count`` rows, or None where they don't fit."""
     placed: list[list[Family]] = [[] for _ in range(count)]
     samples, tokens = [0] * count, [0] * count
@@ -78,7 +78,7 @@ def _placed(ordered: Sequence[Family], count: int, limits: Limits) -> list[list[
     return placed
 
 
-def families(items: Sequence[Encoded], image_tokens: int, limits: Limits) -> list[Family]:
+def families(items: Sequence[Encoded], image_tokens: int, limits: RowLimits) -> list[Family]:
     """``items`` by what they begin with up to the end of their first image; none larger than ``limits``."""
     alike: dict[Hashable, list[int]] = {}
     for number, item in enumerate(items):

@@ -77,7 +77,7 @@ class Split:
     held_out: str = ""
 
 
-class Member(NamedTuple):
+class WeightedSample(NamedTuple):
     """A sample with its source's copies per epoch and phase, and the id of its record."""
 
     sample: Sample
@@ -105,7 +105,7 @@ def split(
         StoreError: images whose features were never extracted.
     """
     found = [
-        Member(sample, spec.weight, spec.phase, _record_of(sample, apart=spec.split_turns))
+        WeightedSample(sample, spec.weight, spec.phase, _record_of(sample, apart=spec.split_turns))
         for spec in specs
         for sample in samples([spec])
     ]
@@ -122,7 +122,7 @@ def split(
     groups, sizes = _groups(kept, looked_at.keys)
     validation = held_out(groups, stage.validation, seed, sizes)
 
-    def subset(members: Sequence[Member]) -> TrainingSet:
+    def subset(members: Sequence[WeightedSample]) -> TrainingSet:
         return TrainingSet(
             [member.sample for member in members],
             [member.weight for member in members],
@@ -185,11 +185,11 @@ def _record_of(sample: Sample, *, apart: bool) -> str:
     return sample.id.rpartition("#")[0] if apart else sample.id
 
 
-def _images(members: Sequence[Member]) -> list[ImageRef]:
+def _images(members: Sequence[WeightedSample]) -> list[ImageRef]:
     return list(dict.fromkeys(image for member in members for image in member.sample.images))
 
 
-def _groups(members: Sequence[Member], contents: Mapping[ImageRef, str]) -> tuple[list[str], dict[str, int]]:
+def _groups(members: Sequence[WeightedSample], contents: Mapping[ImageRef, str]) -> tuple[list[str], dict[str, int]]:
     """The name of each member's group, which must stay on one side of the split, and the images per group.
 
     Samples that share an image, by name or by content, are in one group; without images, those of the same record, the
@@ -226,7 +226,7 @@ def _held_out(samples: int, validation: Collection[str], sizes: Mapping[str, int
     )
 
 
-def _digest(members: Sequence[Member], keys: Mapping[ImageRef, str], held: Sequence[bool]) -> str:
+def _digest(members: Sequence[WeightedSample], keys: Mapping[ImageRef, str], held: Sequence[bool]) -> str:
     """A hash of all text, images (by content), weights and phases, and of which members are ``held`` out."""
     total = hashlib.sha256()
     for (sample, weight, phase, _), out in zip(members, held, strict=True):

@@ -10,8 +10,8 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Finds
-from llavactl.core.records import Record, read_records, read_text
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_records, read_text
 
 IDS = ("question_id", "id", "questionId", "image_id")
 TEXTS = ("text", "answer", "pred", "caption")

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError
-from llavactl.core.paths import json_text, sole, write_atomic
+from llavactl.core.paths import exclusive_lock, json_text, write_atomic
 from llavactl.core.registry import suggest
-from llavactl.core.schema import Answer, ImageFile, Question
-from llavactl.data.images import ImageError, inspect
+from llavactl.core.schema import Answer, Question
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import ALONE, Processes
 from llavactl.features.keys import why
+from llavactl.images.decode import ImageError, inspect
+from llavactl.images.image_file import ImageFile
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def ask(
         DataError: a picture can't be read, or somebody else asks into ``file``.
     """
     busy = DataError(f"another process is writing {file}", hint="wait until it has finished")
-    with sole(file.with_name(f".{file.name}.lock"), busy) if among.first else nullcontext():
+    with exclusive_lock(file.with_name(f".{file.name}.lock"), busy) if among.first else nullcontext():
         answers = _gathered(file, among)
         wanted = [question for question in questions[:limit] if question.id not in answers]
         if not wanted:

@@ -23,11 +23,12 @@ from llavactl.components.formats.image_text import add_image_token, separator
 from llavactl.components.formats.native import Native
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, ImageFile, Turn
+from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, Turn
 from llavactl.data.batches import collate
 from llavactl.data.encode import Encoding, arrange
-from llavactl.data.images import decode
 from llavactl.features.checked import load_encoder
+from llavactl.images.decode import decode
+from llavactl.images.image_file import ImageFile
 from llavactl.model import folder as model_folder
 from llavactl.model.generate import Sampling
 
@@ -58,7 +59,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a script with ``import llavactl`` blocked, however it is installed: an export must not depend on it."""
 
 
-Runner = Callable[..., subprocess.CompletedProcess[str]]
+ScriptRunner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[
 
 
 def verify(
-    model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: Runner = run_isolated
+    model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: ScriptRunner = run_isolated
 ) -> Verified:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
@@ -205,7 +206,7 @@ def _conversations(photos: Sequence[ImageFile]) -> list[tuple[Turn, ...]]:
 
 
 def _reloaded(
-    run: Runner,
+    run: ScriptRunner,
     export: Path,
     conversations: Sequence[tuple[Turn, ...]],
     encoding: Encoding,

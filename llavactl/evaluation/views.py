@@ -22,7 +22,7 @@ BLIND = "blind twin"
 STAGE1 = "stage 1"
 
 
-class Answers(Protocol):
+class Answerer(Protocol):
     """What answers conversations that end with the user's turn."""
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]: ...
@@ -42,9 +42,9 @@ class View:
         """A hash of everything that determines the model's answers."""
         return digest(self.folder) if self.foreign else identity(self.folder)
 
-    def open(self, questions: Sequence[Question]) -> Answers:
+    def open(self, questions: Sequence[Question]) -> Answerer:
         """The model, ready to answer ``questions``."""
-        model: Answers = open_foreign(self.folder) if self.foreign else open_assistant(self.folder)
+        model: Answerer = open_foreign(self.folder) if self.foreign else open_assistant(self.folder)
         return Blind(model, other_pictures(questions)) if self.blind else model
 
 
@@ -52,7 +52,7 @@ class View:
 class Blind:
     """A model that is ``shown`` another picture in the place of each."""
 
-    model: Answers
+    model: Answerer
     shown: Mapping[ImageRef, ImageRef]
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llavactl.data.records import samples
-from llavactl.data.sniffing import curable
 from llavactl.features.backbone import OVERFLOW, Backbone, Result
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.keys import ContentKeys, why
@@ -27,6 +25,7 @@ from llavactl.features.prepare import Failure, ordered, prepare
 from llavactl.features.reader import stage_fingerprint, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
+from llavactl.images.sniffing import curable
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
@@ -51,7 +50,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtractionPlan:
     """What is to be done for one fingerprint.
 
     ``keys`` [N] are the content keys of ``wanted.images``, or the errors that reading them raised; ``todo``
@@ -85,25 +84,24 @@ class Plan:
         return found
 
 
-def wanted_features(recipe: VisionRecipe) -> list[Wanted]:
-    """The images of both stages by fingerprint; reads every record, so that a bad one stops the run here.
-
-    Raises:
-        DataError: a record can't be used.
-    """
-    by_image: dict[str, dict[ImageRef, None]] = {}
+def wanted_features(recipe: VisionRecipe, images: Mapping[StageNumber, Collection[ImageRef]]) -> list[Wanted]:
+    """The distinct ``images`` of each stage, grouped by the fingerprint of their features."""
+    by_option: dict[str, dict[ImageRef, None]] = {}
     stages: dict[str, tuple[StageNumber, ...]] = {}
     for stage in recipe.stages():
-        images = dict.fromkeys(image for sample in samples(stage.sources) for image in sample.images)
-        if images:
-            by_image.setdefault(stage.image, {}).update(images)
+        if images[stage.number]:
+            by_option.setdefault(stage.image, {}).update(dict.fromkeys(images[stage.number]))
             stages[stage.image] = (*stages.get(stage.image, ()), stage.number)
-    found = []
-    for option, images in by_image.items():
-        vision = stage_vision(recipe, stages[option][0])
-        made_with = stage_fingerprint(recipe, stages[option][0])
-        found.append(Wanted(vision, made_with, option, stages[option], tuple(images)))
-    return found
+    return [
+        Wanted(
+            stage_vision(recipe, numbers[0]),
+            stage_fingerprint(recipe, numbers[0]),
+            option,
+            numbers,
+            tuple(by_option[option]),
+        )
+        for option, numbers in stages.items()
+    ]
 
 
 def plan(
@@ -111,7 +109,7 @@ def plan(
     keys: ContentKeys,
     advance: Callable[[int], object] = lambda _count: None,
     part: Part = WHOLE,
-) -> Plan:
+) -> ExtractionPlan:
     """What of ``wanted`` is this ``part``'s and not stored; hashes images never seen before.
 
     Raises:
@@ -130,9 +128,9 @@ def plan(
             by_key.setdefault(key, image)
     store = FeatureStore.find(wanted.fingerprint)
     if store is None:
-        return Plan(wanted, found, by_key, {})
+        return ExtractionPlan(wanted, found, by_key, {})
     known = {key: store.skipped[key] for key in by_key if key in store.skipped and not curable(store.skipped[key])}
-    return Plan(wanted, found, _absent(by_key, store), known)
+    return ExtractionPlan(wanted, found, _absent(by_key, store), known)
 
 
 def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, ImageRef]:
@@ -146,7 +144,7 @@ def _absent(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, Im
 
 
 @dataclass(frozen=True)
-class Work:
+class Extraction:
     """What features are made with: a loaded backbone, the recipe's ``features``, and which part is made here."""
 
     backbone: Backbone
@@ -159,7 +157,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Made:
+class EncodedImages:
     """What became of some images: ``features`` [n, P, Dv] float16 of the contents ``keys``, and failures by key."""
 
     keys: list[str]
@@ -167,13 +165,13 @@ class Made:
     failures: dict[str, Failure] = field(default_factory=dict)
 
 
-def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
-    """The features of ``todo``, as many at a time as go through the backbone at once; each is in one ``Made``.
+def encoded(todo: Mapping[str, ImageRef], work: Extraction) -> Generator[EncodedImages]:
+    """The features of ``todo``, as many at a time as go through the backbone at once; each is in one ``EncodedImages``.
 
     A GPU is given the next images before what it made of the last ones is awaited.
     """
     size, workers = work.backbone.group, work.settings.workers
-    under_way: deque[Callable[[], Made]] = deque()
+    under_way: deque[Callable[[], EncodedImages]] = deque()
     keys: list[str] = []
     pixels: list[np.ndarray] = []
     failures: dict[str, Failure] = {}
@@ -200,17 +198,17 @@ def encoded(todo: Mapping[str, ImageRef], work: Work) -> Generator[Made]:
         under_way.append(partial(_made, keys, work.backbone.start(pixels), failures))
     elif failures:
         shape = work.encoder.shape
-        under_way.append(lambda: Made([], np.empty((0, shape.patches, shape.width), np.float16), failures))
+        under_way.append(lambda: EncodedImages([], np.empty((0, shape.patches, shape.width), np.float16), failures))
     for wait in under_way:
         yield wait()
 
 
-def _made(keys: list[str], wait: Callable[[], Result], failures: dict[str, Failure]) -> Made:
+def _made(keys: list[str], wait: Callable[[], Result], failures: dict[str, Failure]) -> EncodedImages:
     features, good = wait()
     if not good.all():
         failures |= {key: Failure(OVERFLOW, lasting=True) for key, fine in zip(keys, good, strict=True) if not fine}
         keys, features = [key for key, fine in zip(keys, good, strict=True) if fine], features[good]
-    return Made(keys, features, failures)
+    return EncodedImages(keys, features, failures)
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ class Filled:
     failures: Mapping[str, str]
 
 
-def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Advance) -> Filled:
+def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Extraction, advance: Advance) -> Filled:
     """Makes the features of ``todo`` and stores them; ``advance`` is told images and bytes.
 
     What was made when an exception or Ctrl-C ends it is stored.
@@ -254,14 +252,14 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Work, advance: Adva
     return Filled(count, writer.bytes_written, time.perf_counter() - began, failures)
 
 
-def _store(writer: StoreWriter, made: Made) -> None:
+def _store(writer: StoreWriter, made: EncodedImages) -> None:
     for key, failure in made.failures.items():
         if failure.lasting:
             writer.skip(key, failure.reason)
     writer.append(made.keys, made.features)
 
 
-def images_per_second(todo: Mapping[str, ImageRef], work: Work) -> float:
+def images_per_second(todo: Mapping[str, ImageRef], work: Extraction) -> float:
     """Measured on one batch of ``todo``, taken from all over it, reading and decoding included; stores nothing."""
     size = work.settings.batch_size
     some = dict(list(todo.items())[:: max(1, len(todo) // size)][:size])

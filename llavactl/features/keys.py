@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from llavactl.core.faults import printable
 from llavactl.core.hashes import HashMemory, stamp_bytes
 from llavactl.core.paths import cache_dir
-from llavactl.data.images import image_errors, read
 from llavactl.features.recall import Recall
+from llavactl.images.decode import image_errors, read
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef

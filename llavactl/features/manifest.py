@@ -17,7 +17,7 @@ _FINGERPRINT = "fingerprint.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """One finished shard: its ``file`` name, how many ``images`` it holds, its size and sha256."""
 
     file: str
@@ -31,7 +31,7 @@ class Manifest:
     """The finished shards, and by content key why an image's content has no features."""
 
     shape: FeatureShape
-    shards: tuple[Entry, ...] = ()
+    shards: tuple[ShardEntry, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -42,7 +42,7 @@ class Manifest:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.shards)
 
-    def listing(self, entry: Entry) -> Manifest:
+    def listing(self, entry: ShardEntry) -> Manifest:
         """The same manifest with one shard more."""
         return replace(self, shards=(*self.shards, entry))
 
@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         shape = found["shape"]
         return Manifest(
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
-            tuple(Entry(**entry) for entry in found["shards"]),
+            tuple(ShardEntry(**entry) for entry in found["shards"]),
             dict(found["skipped"]),
         )
     except FileNotFoundError:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llavactl.core import faults
-from llavactl.data.images import ImageError, decode, read
-from llavactl.data.sniffing import NO_MEMORY
 from llavactl.features.keys import content_key, why
+from llavactl.images.decode import ImageError, decode, read
+from llavactl.images.sniffing import NO_MEMORY
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder

@@ -12,7 +12,6 @@ import numpy as np
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import Contents, FeatureShape
-from llavactl.data.images import read
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.checked import load_encoder
 from llavactl.features.fingerprint import Fingerprint, fingerprint
@@ -20,6 +19,7 @@ from llavactl.features.keys import ContentKeys, why
 from llavactl.features.prepare import Failure, default_device, ordered, pixels_of, prepare
 from llavactl.features.quantise import as_stored
 from llavactl.features.store import FeatureStore
+from llavactl.images.decode import read
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision

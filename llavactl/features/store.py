@@ -13,8 +13,8 @@ from llavactl.core.errors import StoreError
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
-    Entry,
     Manifest,
+    ShardEntry,
     check_fingerprint,
     read_fingerprint,
     read_manifest,
@@ -131,7 +131,7 @@ class FeatureStore:
         return {**self.__dict__, "_maps": {}}
 
 
-def _open(path: Path, entry: Entry, fingerprint: Fingerprint, shape: FeatureShape) -> Shard:
+def _open(path: Path, entry: ShardEntry, fingerprint: Fingerprint, shape: FeatureShape) -> Shard:
     """A listed shard, checked as far as that is cheap: size, layout, fingerprint, shape, number of images."""
     try:
         size = path.stat().st_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
-from llavactl.features.manifest import Entry, read_manifest
+from llavactl.features.manifest import ShardEntry, read_manifest
 from llavactl.features.shards import DamagedShardError, Shard, checksum
 from llavactl.features.writer import exclusive, may_write, unfinished
 
@@ -60,7 +60,7 @@ def verify_store(folder: Path) -> list[Fault]:
         return faults
 
 
-def _fault(folder: Path, entry: Entry) -> Fault | None:
+def _fault(folder: Path, entry: ShardEntry) -> Fault | None:
     """The fault of the shard of ``entry``; None if it is intact."""
     path = folder / entry.file
     try:

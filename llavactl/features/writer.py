@@ -21,12 +21,12 @@ from types import TracebackType
 import numpy as np
 
 from llavactl.core.errors import StoreError
-from llavactl.core.paths import sole, sync_folder
+from llavactl.core.paths import exclusive_lock, sync_folder
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.manifest import (
-    Entry,
     Manifest,
+    ShardEntry,
     read_fingerprint,
     read_manifest,
     store_dir,
@@ -146,7 +146,7 @@ class StoreWriter:
                 self._manifest = read_manifest(self.folder) or self._manifest
             if partial is not None:
                 finished = partial.path.with_suffix("") if self.part.alone else self.folder / self._next()
-                entry = Entry(finished.name, len(partial.keys), size, digest)
+                entry = ShardEntry(finished.name, len(partial.keys), size, digest)
                 partial.path.rename(finished)
                 self._partial = None
                 sync_folder(self.folder)
@@ -198,7 +198,7 @@ class StoreWriter:
             shard = Shard.open(path)
             if differences := self.fingerprint.differences(shard.fingerprint):
                 raise damaged(path, f"it has features of another fingerprint: {'; '.join(differences)}")
-            entry = Entry(path.name, len(shard.keys), path.stat().st_size, checksum(path))
+            entry = ShardEntry(path.name, len(shard.keys), path.stat().st_size, checksum(path))
         except DamagedShardError as error:
             log.warning("%s; set aside", error)
             path.rename(path.with_name(f"{path.name}.damaged"))
@@ -236,7 +236,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _locked(lock_file: Path, folder: Path, timeout_s: float = 0) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(sole(lock_file, _busy(folder), timeout_s))
+            held.enter_context(exclusive_lock(lock_file, _busy(folder), timeout_s))
         except OSError as error:
             raise StoreError(
                 f"the feature store {folder} can't be written: {error.strerror or error}",
@@ -256,7 +256,7 @@ def _part_lock(folder: Path, index: int) -> Path:
 def _held(lock_file: Path) -> bool:
     """Whether a living process has ``lock_file``."""
     try:
-        with sole(lock_file, StoreError("held")):
+        with exclusive_lock(lock_file, StoreError("held")):
             return False
     except StoreError:
         return True

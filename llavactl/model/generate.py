@@ -10,6 +10,7 @@ import torch
 
 from llavactl.core.errors import ModelError
 from llavactl.model.exactness import is_resumable, new_cache
+from llavactl.model.inputs import image_features
 from llavactl.model.llava import positions
 from llavactl.model.rotary import frequencies
 
@@ -35,7 +36,7 @@ GREEDY = Sampling()
 def read(model: LlavaModel, batch: Batch) -> Any:
     """A fresh cache that has read ``batch``, whose rows are not padded."""
     cache = new_cache(model.language)
-    embeds = model.embed(batch.ids, batch.image_features)
+    embeds = model.embed(batch.ids, image_features(batch))
     model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -65,7 +66,7 @@ def generate(
         if past := cache.get_seq_length() if is_resumable(cache) else 0:
             mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
-    embeds = whole = model.embed(batch.ids, batch.image_features)
+    embeds = whole = model.embed(batch.ids, image_features(batch))
     at = frequencies(model.language, mask.shape[1])
     running = [True] * len(batch.ids)
     for _ in range(sampling.max_new_tokens):

@@ -11,8 +11,9 @@ from torch import nn
 
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IMAGE_TOKEN, Batch
-from llavactl.model.blocks import Layout
-from llavactl.model.last_layer import filled
+from llavactl.model.cpu.block_attention import Layout
+from llavactl.model.cpu.last_layer import filled
+from llavactl.model.inputs import image_features
 from llavactl.model.loss import cross_entropy, predictions, summed
 from llavactl.model.packed import LIKE_LLAMA, span_positions
 from llavactl.model.rotary import forget_longest
@@ -93,7 +94,7 @@ class LlavaModel(nn.Module):
         return seen[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, batch.image_features)}
+        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, image_features(batch))}
         if batch.spans:
             inputs["layout"] = Layout(batch.spans)
             inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model import blocks
-from llavactl.model.blocks import Layout
-from llavactl.model.last_layer import narrowed
+from llavactl.model.cpu import block_attention as blocks
+from llavactl.model.cpu.block_attention import Layout
+from llavactl.model.cpu.last_layer import narrowed
 from llavactl.model.rotary import changes_with_length
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that hand their attention all that decides it, and whose logits are their head's and nothing more."""
 
 
-def refusal(language: PreTrainedModel) -> str:
+def packing_blocker(language: PreTrainedModel) -> str:
     """Why rows for ``language`` can't be packed exactly; "" where they can."""
     config = language.config
     if config.model_type not in LIKE_LLAMA:

@@ -22,14 +22,14 @@ DEFAULT = "recipe.yaml"
 
 
 @dataclass(frozen=True)
-class Place:
+class RecipeLocation:
     """Where a recipe lies, and the folder that the paths in it are relative to."""
 
     file: Path
     base: Path
 
 
-def find(source: str | Path | None) -> Place:
+def find(source: str | Path | None) -> RecipeLocation:
     """The recipe that ``source`` names; None is ``./recipe.yaml``.
 
     A file's paths are relative to its folder, those of a recipe given by name to the working directory.
@@ -46,8 +46,8 @@ def find(source: str | Path | None) -> Place:
         source = Path(DEFAULT)
     if is_path(source):
         file = expanded(source).absolute()
-        return Place(file, file.parent)
-    return Place(_registered(str(source)), Path.cwd())
+        return RecipeLocation(file, file.parent)
+    return RecipeLocation(_registered(str(source)), Path.cwd())
 
 
 def is_path(source: str | Path) -> bool:
@@ -55,7 +55,7 @@ def is_path(source: str | Path) -> bool:
     return isinstance(source, Path) or source.endswith((".yaml", ".yml")) or os.sep in source or "/" in source
 
 
-def document(source: str | Path | None, overrides: Sequence[str]) -> tuple[Node, Place, list[Problem]]:
+def document(source: str | Path | None, overrides: Sequence[str]) -> tuple[Node, RecipeLocation, list[Problem]]:
     """The recipe's tree with parents merged and ``overrides`` applied, and what was wrong on the way.
 
     Raises:
@@ -75,7 +75,7 @@ def overridden(overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
     return root, [problem for override in overrides for problem in _override(root, override)]
 
 
-def _with_parents(place: Place, problems: list[Problem], below: tuple[Path, ...]) -> Node:
+def _with_parents(place: RecipeLocation, problems: list[Problem], below: tuple[Path, ...]) -> Node:
     child = read(place.file, place.base, problems)
     extends = child.value.pop("extends", None)
     if extends is None:
@@ -91,7 +91,7 @@ def _with_parents(place: Place, problems: list[Problem], below: tuple[Path, ...]
     return merge(_with_parents(parent, problems, line), child)
 
 
-def _parent(extends: object, child: Place) -> Place:
+def _parent(extends: object, child: RecipeLocation) -> RecipeLocation:
     """The parent's place. A path is relative to the child's file.
 
     A parent found by name has no folder of its own: its paths are relative to what its child's are.
@@ -99,11 +99,11 @@ def _parent(extends: object, child: Place) -> Place:
     if not isinstance(extends, str) or not extends:
         raise RecipeError("must be the name or the path of a recipe")
     if not is_path(extends):
-        return Place(_registered(extends), child.base)
+        return RecipeLocation(_registered(extends), child.base)
     file = Path(child.file.parent, expanded(extends))
     if not file.is_file():
         raise RecipeError(f"there is no recipe file {display(file)}")
-    return Place(file, file.parent if child.base == child.file.parent else child.base)
+    return RecipeLocation(file, file.parent if child.base == child.file.parent else child.base)
 
 
 def _registered(name: str) -> Path:

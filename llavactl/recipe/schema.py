@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llavactl.core import plugins
-from llavactl.core.registry import Entry, registry
+from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Component, Export, Recipe, Spec
 
 
@@ -39,7 +39,7 @@ def _choice(spec: type[Component], shared: dict[str, Any], definitions: dict[str
 
 
 def _component(
-    entry: Entry, spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]
+    entry: Registration, spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]
 ) -> dict[str, Any]:
     where = f"{entry.kind}.{entry.name}"
     own = entry.options_model().model_json_schema(ref_template=f"#/$defs/{where}.{{model}}")

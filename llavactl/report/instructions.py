@@ -22,7 +22,7 @@ SHOWN_SIGNS = 2000
 
 
 @dataclass(frozen=True)
-class Shown:
+class InstructionExample:
     """One sample: its picture, and its turns as (question, answer)."""
 
     kind: str
@@ -58,7 +58,7 @@ def write_instructions(
     return path
 
 
-def _shown(kind: str, images: Sequence[ImageRef], record: Mapping[str, Any]) -> Shown:
+def _shown(kind: str, images: Sequence[ImageRef], record: Mapping[str, Any]) -> InstructionExample:
     said = [each["value"].replace("<image>\n", "")[:SHOWN_SIGNS] for each in record.get("conversations", ())]
     picture = name = ""
     if images:
@@ -67,4 +67,4 @@ def _shown(kind: str, images: Sequence[ImageRef], record: Mapping[str, Any]) -> 
             picture = safe_image(thumbnail(images[0].read()))
         except OSError:  # not on this disk: the sample is still worth reading
             picture = ""
-    return Shown(kind, name, picture, tuple(zip(said[::2], said[1::2], strict=True)))
+    return InstructionExample(kind, name, picture, tuple(zip(said[::2], said[1::2], strict=True)))

@@ -7,7 +7,7 @@ import io
 import re
 
 from llavactl.core.errors import DataError
-from llavactl.data.images import decode
+from llavactl.images.decode import decode
 
 _SAFE = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/]+={0,2}")
 

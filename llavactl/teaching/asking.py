@@ -53,7 +53,7 @@ class Keyed:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskResult:
     """What a call of ``ask`` did: requests ``sent`` by it, why others have no answer, and why it stopped early."""
 
     sent: int = 0
@@ -90,7 +90,7 @@ def ask(
     *,
     answered: int = 0,
     what: str = "generate",
-) -> Asked:
+) -> AskResult:
     """Sends ``todo`` and keeps every reply in ``journal``; ``answered`` and ``what`` are for the progress line alone.
 
     Raises:
@@ -138,7 +138,7 @@ class _Asking:
         self.replies = self.failures = 0
         self.refusals: list[int] = []
 
-    def run(self, answered: int, what: str) -> Asked:
+    def run(self, answered: int, what: str) -> AskResult:
         total = answered + len(self.fresh)
         with progress.bar(total, what, "answer", start=answered) as self.bar:
             try:
@@ -158,7 +158,7 @@ class _Asking:
             raise self.fatal
         if self.interrupted.is_set():
             raise KeyboardInterrupt
-        return Asked(self.budget.sent, self.unanswered, self.stopped or self.gone)
+        return AskResult(self.budget.sent, self.unanswered, self.stopped or self.gone)
 
     def interrupt(self) -> None:
         """Nothing more is sent; what is in flight may still arrive, and is kept."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from operator import eq
 from typing import TYPE_CHECKING
 
-from llavactl.teaching.generate import Made
+from llavactl.teaching.generate import GeneratedRecord
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Gates
@@ -85,7 +85,7 @@ class Gatekeeper:
         self._sketches: list[tuple[array[int], str]] = []
         self._like: dict[int, list[int]] = {}  # which of the sketches have this band
 
-    def check(self, made: Made) -> Made:
+    def check(self, made: GeneratedRecord) -> GeneratedRecord:
         """``made`` as it is, or without its record and with the reason."""
         if made.record is None:
             return made
@@ -97,7 +97,9 @@ class Gatekeeper:
         self._asked.setdefault(_picture(made), set()).update(map(_bare, said[::2]))
         return made
 
-    def _faults(self, made: Made, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def _faults(
+        self, made: GeneratedRecord, questions: Sequence[str], answers: Sequence[str]
+    ) -> Iterator[tuple[str, str]]:
         """(sort, reason) of all that is wrong, the cheapest first: a hostile reply is out before it is searched."""
         gates = self.gates
         if gates.max_words is not None:
@@ -118,7 +120,7 @@ class Gatekeeper:
             told = answers if made.request.kind == "detail" else [*questions, *answers]
             yield from self._near(made.request.id, " ".join(told), gates.similarity)
 
-    def _duplicates(self, made: Made, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def _duplicates(self, made: GeneratedRecord, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
         """A question asked twice about one picture; details share theirs, which we draw."""
         known = set(self._asked.get(_picture(made), ())) if made.request.kind != "detail" else set()
         for question in map(_bare, questions):
@@ -202,7 +204,7 @@ def _sketch(text: str) -> array[int] | None:
     return array("L", sketch)
 
 
-def _picture(made: Made) -> str:
+def _picture(made: GeneratedRecord) -> str:
     return "\0".join(image.name for image in made.request.sample.images) or made.request.sample.id
 
 

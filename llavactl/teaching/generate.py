@@ -10,7 +10,8 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request, Teacher
-from llavactl.core.schema import Below, Sample
+from llavactl.core.schema import Sample
+from llavactl.images.image_file import Below
 from llavactl.teaching.messages import Prompts, prompts
 from llavactl.teaching.replies import Kind, turns
 from llavactl.teaching.spoken import ChatterError
@@ -65,7 +66,7 @@ def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts, ag
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedRecord:
     """A request's record, or why there is none: in a word or two (``sort``), in full, and what the teacher said."""
 
     request: Request
@@ -75,29 +76,31 @@ class Made:
     reply: str = ""
 
 
-def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> Made:
+def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> GeneratedRecord:
     """Asks the teacher and reads its reply."""
     try:
         reply = teacher.reply(request)
     except DataError as error:
-        return Made(request, None, error.message, UNANSWERED)
+        return GeneratedRecord(request, None, error.message, UNANSWERED)
     reply = reply if isinstance(reply, Reply) else Reply(reply)
     return record(request, reply, told or prompts(), exact=bool(getattr(teacher, "exact", False)))
 
 
-def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False) -> Made:
+def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False) -> GeneratedRecord:
     """A reply parsed into a LLaVA record, or kept with the reason if it can't be; ``exact`` as in ``turns``."""
     kind: Any = request.kind
     if reply.finish == "length":
-        return Made(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
+        return GeneratedRecord(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
     if reply.finish == "content_filter":
-        return Made(request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text)
+        return GeneratedRecord(
+            request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text
+        )
     try:
         said = turns(kind, reply.text, request.id, told.questions, exact=exact)
     except DataError as error:
         ended = "" if reply.finish == "stop" else f" (it ended with {reply.finish})"
         sort = CHATTER if isinstance(error, ChatterError) else MALFORMED
-        return Made(request, None, f"{error.message}{ended}", sort, reply.text)
+        return GeneratedRecord(request, None, f"{error.message}{ended}", sort, reply.text)
     images = request.sample.images
     messages = [
         {"from": role, "value": text}
@@ -109,4 +112,4 @@ def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False
     if images:
         paths = [image.path if isinstance(image, Below) else image.name for image in images]
         row["image"] = paths[0] if len(paths) == 1 else paths
-    return Made(request, row, reply=reply.text)
+    return GeneratedRecord(request, row, reply=reply.text)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llavactl.core.errors import DataError
-from llavactl.core.paths import has_locks, sole
+from llavactl.core.paths import exclusive_lock, has_locks
 from llavactl.core.protocols import Reply
 
 State = Literal["sent", "reply", "refused", "failed", "lost"]
@@ -48,7 +48,7 @@ from attempts
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     """What a request came to: a ``reply``, or the ``reason`` why there will never be one."""
 
     reply: Reply | None
@@ -145,11 +145,11 @@ class Journal:
         """The keys of requests that have a reply or never will."""
         return {key for (key,) in self._run(_ANSWERED)}
 
-    def get(self, key: str) -> Answer | None:
+    def get(self, key: str) -> Outcome | None:
         """The latest answer to the request ``key``."""
         rows = self._run(_LATEST, key)
         for state, text, tokens_in, tokens_out, finish, reason in rows:
-            return Answer(Reply(text, tokens_in, tokens_out, finish) if state == "reply" else None, reason or "")
+            return Outcome(Reply(text, tokens_in, tokens_out, finish) if state == "reply" else None, reason or "")
         return None
 
     def spent(self) -> Spent:
@@ -195,4 +195,4 @@ def alone(out: Path) -> AbstractContextManager[None]:
         DataError: another process has it.
     """
     hint = "wait until it has finished, or give `generate.out` another name"
-    return sole(out.with_name(f".{out.name}.lock"), DataError(f"another process is making {out}", hint=hint))
+    return exclusive_lock(out.with_name(f".{out.name}.lock"), DataError(f"another process is making {out}", hint=hint))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request
-from llavactl.teaching.asking import Asked, Keyed, ask, keys
+from llavactl.teaching.asking import AskResult, Keyed, ask, keys
 from llavactl.teaching.batch import Results, affordable, read_results, write_requests
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.estimate import Estimate, estimate
 from llavactl.teaching.gates import Gatekeeper
-from llavactl.teaching.generate import UNANSWERED, Made, record
+from llavactl.teaching.generate import UNANSWERED, GeneratedRecord, record
 from llavactl.teaching.journal import Journal, Spent
 from llavactl.teaching.messages import Prompts
 from llavactl.teaching.prices import Prices, prices
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class GenerationOptions:
     """How a language teacher is asked this once.
 
     ``max_cost`` is for all that ``out`` ever costs and takes the recipe's place, ``max_requests`` for this command.
@@ -43,7 +43,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Done:
+class GenerationStats:
     """What asking came to: requests ``sent`` now, ``unanswered`` after it, why it ``stopped`` before all were asked."""
 
     sent: int = 0
@@ -76,7 +76,7 @@ class Session:
         """The file of every reply."""
         return self.wanted.out.with_suffix(".replies.sqlite")
 
-    def estimate(self, wishes: Wishes) -> Estimate:
+    def estimate(self, wishes: GenerationOptions) -> Estimate:
         """What is still to be asked and would take; nothing is asked or written."""
         with Journal(self.kept_in) if self.kept_in.is_file() else nullcontext() as journal:
             todo = self._todo(wishes, journal) if journal else list(self.keyed)
@@ -84,10 +84,10 @@ class Session:
             kept = len(self.keyed) - len(todo)
             return estimate(todo, kept, self.teacher.limits, self.told, self.budget(wishes), journal, money)
 
-    def run(self, wishes: Wishes, journal: Journal) -> Done:
+    def run(self, wishes: GenerationOptions, journal: Journal) -> GenerationStats:
         """Asks for what has no reply yet, within the budget, or by files."""
         budget = self.budget(wishes)
-        results, files, outcome = None, [], Asked()
+        results, files, outcome = None, [], AskResult()
         if wishes.batch_results:
             results = read_results(self._by_files(), wishes.batch_results, self.keyed, journal, self._cheaper(budget))
         todo = self._todo(wishes, journal)
@@ -95,7 +95,7 @@ class Session:
         if wishes.batch_requests:
             some, stopped = affordable(todo, self._cheaper(budget), self.teacher.limits)
             files = write_requests(self._by_files(), some, wishes.batch_requests)
-            outcome = Asked(stopped=stopped)
+            outcome = AskResult(stopped=stopped)
         elif results is None:
             outcome = self._ask(todo, journal, budget)
         answered = journal.answered()
@@ -104,17 +104,19 @@ class Session:
         left = sum(each.key not in answered for each in self.keyed)
         if outcome.stopped:
             log.warning("stopped with %d requests left: %s", left, outcome.stopped)
-        return Done(outcome.sent, left, outcome.stopped, journal.spent(), tuple(map(str, files)), results)
+        return GenerationStats(outcome.sent, left, outcome.stopped, journal.spent(), tuple(map(str, files)), results)
 
-    def made(self, journal: Journal) -> Iterator[Made]:
+    def made(self, journal: Journal) -> Iterator[GeneratedRecord]:
         """What became of every request that was answered, in order, gates passed; then those not worth asking."""
         answered = journal.answered()
         yield from self._gated(self._read([each for each in self.keyed if each.key in answered], journal))
         for request in self.asked:
             if not request.messages[-1]["content"]:
-                yield Made(request, None, "nothing is known of the picture that could be told", "nothing known")
+                yield GeneratedRecord(
+                    request, None, "nothing is known of the picture that could be told", "nothing known"
+                )
 
-    def budget(self, wishes: Wishes) -> Budget:
+    def budget(self, wishes: GenerationOptions) -> Budget:
         """What may be spent.
 
         Raises:
@@ -132,14 +134,14 @@ class Session:
             raise RecipeError("max_cost: a reply could be of any length", hint="set `generate.teacher.max_tokens`")
         return Budget(price, most, wishes.max_requests)
 
-    def _ask(self, todo: Sequence[Keyed], journal: Journal, budget: Budget) -> Asked:
+    def _ask(self, todo: Sequence[Keyed], journal: Journal, budget: Budget) -> AskResult:
         try:
             return ask(self.teacher, todo, journal, budget, answered=len(self.keyed) - len(todo))
         except BaseException:
             log.warning("%d replies are kept in %s: none is asked for again", journal.spent().replies, journal.path)
             raise
 
-    def _todo(self, wishes: Wishes, journal: Journal) -> list[Keyed]:
+    def _todo(self, wishes: GenerationOptions, journal: Journal) -> list[Keyed]:
         """What has no reply yet; with ``retry_refused`` also what has one that can't be used."""
         answered = journal.answered()
         refused = set()
@@ -149,15 +151,15 @@ class Session:
             refused = {each.key for each, made in zip(known, found, strict=True) if made.record is None}
         return [each for each in self.keyed if each.key not in answered or each.key in refused]
 
-    def _read(self, keyed: Iterable[Keyed], journal: Journal) -> Iterator[Made]:
+    def _read(self, keyed: Iterable[Keyed], journal: Journal) -> Iterator[GeneratedRecord]:
         for each in keyed:
             answer = journal.get(each.key)
             if answer is not None and answer.reply is not None:
                 yield record(each.request, answer.reply, self.told, exact=bool(getattr(self.teacher, "exact", False)))
             else:
-                yield Made(each.request, None, answer.reason if answer else "", UNANSWERED)
+                yield GeneratedRecord(each.request, None, answer.reason if answer else "", UNANSWERED)
 
-    def _gated(self, found: Iterable[Made]) -> Iterator[Made]:
+    def _gated(self, found: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
         return gated(self.teacher, self.wanted, found)
 
     def _cheaper(self, budget: Budget) -> Budget:
@@ -170,7 +172,7 @@ class Session:
         return self.teacher
 
 
-def gated(teacher: object, wanted: Generate, found: Iterable[Made]) -> Iterator[Made]:
+def gated(teacher: object, wanted: Generate, found: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
     """What passes the recipe's gates, and what doesn't with the reason; an exact teacher's needs none."""
     if getattr(teacher, "exact", False):
         yield from found

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from llavactl.teaching.generate import Made
+from llavactl.teaching.generate import GeneratedRecord
 
 EXAMPLES, OPENINGS = 10, 15
 
 
 @dataclass
-class Summary:
+class GenerationSummary:
     """Counts of what was made and refused, lengths in words, how questions begin, and ten records drawn at random."""
 
     seed: int = 0
@@ -22,12 +22,12 @@ class Summary:
     refused: dict[str, Counter[str]] = field(default_factory=dict)
     words: dict[str, list[int]] = field(default_factory=dict)
     openings: Counter[str] = field(default_factory=Counter)
-    examples: list[Made] = field(default_factory=list)
+    examples: list[GeneratedRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._draw = Random(f"{self.seed} examples")
 
-    def add(self, made: Made) -> None:
+    def add(self, made: GeneratedRecord) -> None:
         """One more."""
         kind = made.request.kind
         if made.record is None:

@@ -20,6 +20,7 @@ from llavactl.core import progress
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, Encoded
 from llavactl.data.batches import collate
+from llavactl.model.inputs import image_features
 from llavactl.training.optimizer import schedule
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
     with progress.bar(steps, "fitting to boxes", "step") as bar:
         for step, batch in zip(range(steps), _batches(samples, seed), strict=False):
             wanted = torch.stack([targets(sample.boxes, shape.grid, factor, word) for sample in batch])
-            features = collate([Encoded((), (), sample.images) for sample in batch], data.features).image_features
+            features = image_features(collate([Encoded((), (), sample.images) for sample in batch], data.features))
             assert features is not None, "every sample here has an image"
             made = connector(features.to(embeddings.device).float())[:, shape.prefix :]
             loss = (made - wanted).square().mean()

@@ -20,13 +20,14 @@ import torch
 
 from llavactl.core import progress, stopping
 from llavactl.core.errors import ModelError
-from llavactl.core.memory import give_back, settled
 from llavactl.core.schema import IGNORE, Batch
-from llavactl.data.plan import Plan
+from llavactl.data.plan import BatchPlan
+from llavactl.model.cpu.rms_norm import lean_norms
+from llavactl.model.inputs import to_device, token_count
 from llavactl.model.packed import packed_attention
-from llavactl.model.rms_norm import lean_norms
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import ground
+from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
 from llavactl.training.prepared import micro_batches, prepared
@@ -50,7 +51,7 @@ Observer = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass
-class Work:
+class TokenCounts:
     """What this process computed: ``positions`` in all, ``padding`` among them; ``tokens`` of its conversations."""
 
     positions: int = 0
@@ -61,7 +62,7 @@ class Work:
         """Counts ``batch``."""
         self.positions += batch.mask.numel()
         self.padding += batch.mask.numel() - int(batch.mask.sum())
-        self.tokens += batch.tokens
+        self.tokens += token_count(batch)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Run:
     unpacked: str
     accelerator: Accelerator
     observe: Observer
-    work: Work = field(default_factory=Work)
+    work: TokenCounts = field(default_factory=TokenCounts)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def train(run: Run) -> Trained:
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
     stage, accelerator = run.stage, run.accelerator
-    plan = Plan(
+    plan = BatchPlan(
         run.data.weights,
         epochs=stage.epochs,
         batch_size=stage.batch_size,
@@ -130,7 +131,7 @@ def train(run: Run) -> Trained:
     with (
         attention,
         lean_norms(language),
-        settled(),
+        gc_frozen(),
         closing(metrics) if metrics else nullcontext(),
         progress.bar(plan.steps, run.folder.name, "step", start) as bar,
         stopping.deferred(lambda: _announce(run)) as stop,
@@ -146,7 +147,7 @@ def train(run: Run) -> Trained:
                 _stopped(run, step)
             done = step + 1
             if done % TIDY_EVERY == 0 and accelerator.device.type == "cpu":
-                give_back()
+                release_memory()
             _write(run, {"step": done, **line}, metrics)
             facts = {"loss": line["loss"]}
             if due(done):
@@ -195,7 +196,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        counts += torch.tensor([int((batch.labels != IGNORE).sum()), batch.tokens, 0])
+        counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
     counts[2] = stop.asked
     counts = _sum(accelerator, counts)
     if counts[2]:
@@ -206,7 +207,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     model.train()
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        part = model(batch.to(accelerator.device)) / counts[0].item()
+        part = model(to_device(batch, accelerator.device)) / counts[0].item()
         if part.requires_grad:  # text alone with a frozen language model gives the connector no gradient
             part.backward()
         optimizer.accumulate()
@@ -242,7 +243,7 @@ def validate(run: Run, stop: Stop) -> float | None:
             for batch in micro_batches(run, run.validation, members, stop):
                 if stop.asked:
                     raise CancelledError
-                loss = run.model(batch.to(run.accelerator.device))
+                loss = run.model(to_device(batch, run.accelerator.device))
                 total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
     total[2] = stop.asked
     total = _sum(run.accelerator, total)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.core.json_stream import read_stream
 from llavactl.core.paths import write_atomic
+from llavactl.files.json_stream import read_stream
 
 
 class Metrics:

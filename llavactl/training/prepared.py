@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llavactl.data import micro
-from llavactl.data.rows import Limits
+from llavactl.data.rows import RowLimits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from llavactl.core.schema import Batch, ImageRef
     from llavactl.core.stopping import Stop
     from llavactl.data.batches import Loads
-    from llavactl.data.plan import Plan
+    from llavactl.data.plan import BatchPlan
     from llavactl.data.training_set import TrainingSet
     from llavactl.training.loop import Run
 
 
-def prepared(run: Run, plan: Plan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
+def prepared(run: Run, plan: BatchPlan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
     """Yields each step from ``start`` on with its batches; may end early once ``stop`` is asked."""
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(micro_batches, run, run.data, plan.batch(start), stop)
@@ -39,7 +39,7 @@ def micro_batches(run: Run, data: TrainingSet, members: micro.Members, stop: Sto
     """This process's micro-batches of a global batch; raises CancelledError once ``stop`` is asked."""
     stage, process, processes = run.stage, run.accelerator.process_index, run.accelerator.num_processes
     samples = max(1, min(stage.micro_batch_size, stage.batch_size // processes))
-    share = micro.Share(Limits(samples, stage.micro_batch_tokens), process, processes)
+    share = micro.Share(RowLimits(samples, stage.micro_batch_tokens), process, processes)
     data = replace(data, features=_UntilStopped(data.features, stop))
     return (micro.padded if run.unpacked else micro.packed)(data, members, share)
 

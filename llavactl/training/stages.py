@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import RecipeError
-from llavactl.model.packed import refusal
+from llavactl.model.packed import packing_blocker
 from llavactl.model.quantised import quantise
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def unpacked(model: LlavaModel, stage: AnyStage, device: str) -> str:
     Raises:
         RecipeError: ``packing: always``, and this language model can't be given such rows.
     """
-    why = refusal(model.language)
+    why = packing_blocker(model.language)
     if why and stage.packing == "always":
         raise RecipeError(f"packing: always, but {why}", hint="`packing: auto` trains such a model on padded rows")
     if stage.packing == "never":

@@ -11,12 +11,12 @@ from llavactl.chat.conversation import Conversation
 from llavactl.chat.opening import open_assistant
 from llavactl.components.sources.llava_record import image_names, names_images, place_images, unread_media
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import Entry, read_stream
-from llavactl.core.lookup import shortened
-from llavactl.core.places import named_image
+from llavactl.core.locations import shortened
 from llavactl.core.schema import Content, ImageRef, Turn
-from llavactl.data.images import ImageError, decode
 from llavactl.features.keys import why
+from llavactl.files.json_stream import JsonEntry, read_stream
+from llavactl.images.decode import ImageError, decode
+from llavactl.images.references import named_image
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.model.generate import Sampling
@@ -91,10 +91,10 @@ def say(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef
     return ChatReport(answer, prompt, names, conversation.assistant.name)
 
 
-Asked = tuple[dict[str, Any], tuple[Content, ...]]
+BatchRecord = tuple[dict[str, Any], tuple[Content, ...]]
 
 
-def read_batch(file: Path) -> list[Asked]:
+def read_batch(file: Path) -> list[BatchRecord]:
     """The records of a JSONL of ``{"image", "prompt"}``, each with its content; a JSON list is read, too.
 
     ``image`` may be a list or absent; its items are as in ``open_images``, with paths relative to ``file``.
@@ -108,7 +108,7 @@ def read_batch(file: Path) -> list[Asked]:
         raise DataError(f"{file}: {error.strerror or error}", hint=FORM) from error
 
 
-def answer_batch(assistant: Assistant, records: Sequence[Asked], sampling: Sampling) -> list[dict[str, Any]]:
+def answer_batch(assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling) -> list[dict[str, Any]]:
     """``records`` in order, each with its ``answer``."""
     answers: list[str] = []
     for at in range(0, len(records), BATCH):
@@ -117,7 +117,7 @@ def answer_batch(assistant: Assistant, records: Sequence[Asked], sampling: Sampl
     return [{**record, "answer": answer} for (record, _), answer in zip(records, answers, strict=True)]
 
 
-def _record(entry: Entry, where: str, base: Path) -> Asked:
+def _record(entry: JsonEntry, where: str, base: Path) -> BatchRecord:
     record = entry.value
     if entry.problem:
         raise DataError(f"{where}: {entry.problem}", hint=FORM)

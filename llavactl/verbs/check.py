@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import never_onto, write_stream
-from llavactl.core.places import Place
-from llavactl.data.inputs import counted_lengths, inputs, with_bar
-from llavactl.data.mend import Mender
-from llavactl.data.problems import KINDS, Finding, Tally
-from llavactl.data.scan import Decode, Images, scan
+from llavactl.curation.inputs import counted_lengths, inputs, with_bar
+from llavactl.curation.problems import KINDS, Finding, Tally
+from llavactl.curation.repair import Repairer
+from llavactl.curation.scan import Decode, ImageChecks, scan
+from llavactl.files.json_stream import never_onto, write_stream
+from llavactl.images.references import ImageRoot
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline, StageNumber
@@ -34,7 +34,7 @@ class ProblemCount:
 
 
 @dataclass(frozen=True)
-class MendedFile:
+class RepairedFile:
     """What ``--fix`` wrote: ``log`` has a line for each record that was changed or dropped."""
 
     out: str
@@ -60,7 +60,7 @@ class CheckReport:
     hurts: int
     problems: tuple[ProblemCount, ...]
     seconds: float
-    mended: MendedFile | None = None
+    mended: RepairedFile | None = None
 
 
 def check(
@@ -84,7 +84,7 @@ def check(
     """
     began = time.perf_counter()
     given = inputs(recipe, file, images, stage, follow_links=follow_links)
-    looked = Images("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
+    looked = ImageChecks("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
     tally, said, records = Tally(), [], 0
     with _mender(file, fix, given[0].root) as mender:
         for each in given:
@@ -109,7 +109,7 @@ def check(
         seconds=round(time.perf_counter() - began, 3),
         mended=None
         if mender is None or fix is None
-        else MendedFile(str(fix), str(_log(fix)), mender.written, mender.changed, mender.dropped),
+        else RepairedFile(str(fix), str(_log(fix)), mender.written, mender.changed, mender.dropped),
     )
 
 
@@ -123,7 +123,7 @@ def _log(out: Path) -> Path:
 
 
 @contextmanager
-def _mender(file: Path | None, out: Path | None, root: Place) -> Iterator[Mender | None]:
+def _mender(file: Path | None, out: Path | None, root: ImageRoot) -> Iterator[Repairer | None]:
     if out is None:
         yield None
         return
@@ -131,4 +131,4 @@ def _mender(file: Path | None, out: Path | None, root: Place) -> Iterator[Mender
         raise DataError("one file is mended at a time", hint="`llavactl data check FILE --fix OUT`")
     never_onto(file, out)
     with write_stream(out) as write, write_stream(_log(out)) as note:
-        yield Mender(root, write, note)
+        yield Repairer(root, write, note)

@@ -13,7 +13,7 @@ from llavactl.core.protocols import Judged
 from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
-from llavactl.evaluation.statistics import Difference, paired
+from llavactl.evaluation.significance import Difference, paired
 from llavactl.report.inputs import read_document
 
 if TYPE_CHECKING:

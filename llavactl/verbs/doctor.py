@@ -42,7 +42,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that works here or doesn't, and why."""
 
     what: str
@@ -61,7 +61,7 @@ class DoctorReport:
     devices: tuple[Device, ...]
     disks: tuple[Disk, ...]
     plugins: tuple[plugins.Plugin, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnosis, ...]
 
 
 def doctor() -> DoctorReport:
@@ -72,7 +72,7 @@ def doctor() -> DoctorReport:
     try:
         disks.insert(0, _disk("feature stores", cache_dir()))
     except LlavactlError as error:
-        homeless.append(Finding("feature stores", False, f"{error.message}; {error.hint}"))
+        homeless.append(Diagnosis("feature stores", False, f"{error.message}; {error.hint}"))
     found = tuple(plugins.installed())
     findings = [
         *unmet,
@@ -83,7 +83,7 @@ def doctor() -> DoctorReport:
         _pixels(packages),
         _hub(),
         *_network(),
-        *(Finding(f"plugin {plugin.name}", False, plugin.error) for plugin in found if plugin.error),
+        *(Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in found if plugin.error),
     ]
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return DoctorReport(
@@ -91,14 +91,14 @@ def doctor() -> DoctorReport:
     )
 
 
-def _packages() -> tuple[dict[str, str], list[Finding]]:
+def _packages() -> tuple[dict[str, str], list[Diagnosis]]:
     """The versions of what llavactl requires, and what doesn't meet the requirement."""
     from packaging.requirements import Requirement
 
     try:
         wanted = [Requirement(text) for text in metadata.requires("llavactl") or ()]
     except metadata.PackageNotFoundError:
-        return {}, [Finding("installation", False, "llavactl is not installed, only imported: plugins can't find it")]
+        return {}, [Diagnosis("installation", False, "llavactl is not installed, only imported: plugins can't find it")]
     versions, unmet = {}, []
     for one in wanted:
         if one.marker and not one.marker.evaluate({"extra": ""}):
@@ -106,21 +106,21 @@ def _packages() -> tuple[dict[str, str], list[Finding]]:
         try:
             versions[one.name] = metadata.version(one.name)
         except metadata.PackageNotFoundError:
-            unmet.append(Finding(f"package {one.name}", False, f"not installed; `pip install '{one}'`"))
+            unmet.append(Diagnosis(f"package {one.name}", False, f"not installed; `pip install '{one}'`"))
             continue
         if not one.specifier.contains(versions[one.name], prereleases=True):
-            unmet.append(Finding(f"package {one.name}", False, f"{versions[one.name]} does not meet {one.specifier}"))
+            unmet.append(Diagnosis(f"package {one.name}", False, f"{versions[one.name]} does not meet {one.specifier}"))
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions["torchvision"] = metadata.version("torchvision")
     return versions, unmet
 
 
-def _devices() -> tuple[tuple[Device, ...], list[Finding]]:
+def _devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
     """The CPU, then every accelerator."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        return (), [Finding("torch", False, f"can't be imported: {error}")]
+        return (), [Diagnosis("torch", False, f"can't be imported: {error}")]
     found = [_cpu(torch)]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -149,18 +149,18 @@ def _gb(size: float) -> float:
     return round(size / 1e9, 1)
 
 
-def _computing(devices: tuple[Device, ...]) -> Iterator[Finding]:
+def _computing(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
     accelerators = [device for device in devices if not device.name.startswith("cpu")]
     if not devices:
         return
     best = max(accelerators or devices, key=lambda device: device.memory_gb)
-    yield Finding(
+    yield Diagnosis(
         "bfloat16, as recipes train by default",
         "bfloat16" in best.dtypes,
         "" if "bfloat16" in best.dtypes else f"{best.name} has it in software: right, but slow; `precision: float32`",
     )
     short = "" if accelerators else ", and training on a CPU takes weeks"
-    yield Finding(
+    yield Diagnosis(
         "a 7B language model",
         bool(accelerators) and best.memory_gb > SEVEN_B_GB,
         f"{best.name}, {best.memory_gb:.0f} GB; its weights alone take 14 GB in bfloat16{short}",
@@ -172,29 +172,29 @@ def _disk(what: str, folder: Path) -> Disk:
     return Disk(what, str(folder), _gb(shutil.disk_usage(there).free), os.access(there, os.W_OK))
 
 
-def _room(disk: Disk) -> Finding:
+def _room(disk: Disk) -> Diagnosis:
     if not disk.writable:
-        return Finding(disk.what, False, f"{disk.folder} can't be written; LLAVACTL_HOME or `run_dir` name another")
-    return Finding(disk.what, disk.free_gb >= LOW_DISK_GB, f"{disk.free_gb:.0f} GB free in {disk.folder}")
+        return Diagnosis(disk.what, False, f"{disk.folder} can't be written; LLAVACTL_HOME or `run_dir` name another")
+    return Diagnosis(disk.what, disk.free_gb >= LOW_DISK_GB, f"{disk.free_gb:.0f} GB free in {disk.folder}")
 
 
-def _pixels(packages: dict[str, str]) -> Finding:
+def _pixels(packages: dict[str, str]) -> Diagnosis:
     if "torchvision" in packages:
-        return Finding("image preprocessing", True, "torchvision's")
+        return Diagnosis("image preprocessing", True, "torchvision's")
     why = "Pillow's, as torchvision is missing: features differ in the last digits, and are kept apart by fingerprint"
-    return Finding("image preprocessing", True, why)
+    return Diagnosis("image preprocessing", True, why)
 
 
-def _network() -> Iterator[Finding]:
+def _network() -> Iterator[Diagnosis]:
     if fault := proxy_fault():
-        yield Finding("network", False, f"{fault.message}; {fault.hint}")
+        yield Diagnosis("network", False, f"{fault.message}; {fault.hint}")
 
 
-def _hub() -> Finding:
+def _hub() -> Diagnosis:
     what = "downloads from the model hub"
     if proxy_fault():
-        return Finding(what, False, "no network: only models in local folders or in the hub's cache can be used")
+        return Diagnosis(what, False, "no network: only models in local folders or in the hub's cache can be used")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
-            return Finding(what, False, f"{name} is set: only models in folders or in the hub's cache")
-    return Finding(what, True, "allowed; not tried by this command")
+            return Diagnosis(what, False, f"{name} is set: only models in folders or in the hub's cache")
+    return Diagnosis(what, True, "allowed; not tried by this command")

@@ -21,7 +21,7 @@ from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.processes import processes
-from llavactl.evaluation.statistics import intervals
+from llavactl.evaluation.significance import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
 from llavactl.features import ContentKeys
 from llavactl.model.folder import of_run

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llavactl.core.json_stream import never_onto, write_stream
-from llavactl.data.captions import TagPlace, expanded, read_captions
-from llavactl.data.inputs import reading
+from llavactl.curation.captions import TagPlace, expanded, read_captions
+from llavactl.curation.inputs import reading
+from llavactl.files.json_stream import never_onto, write_stream
 
 
 @dataclass(frozen=True)

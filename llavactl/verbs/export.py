@@ -17,9 +17,9 @@ from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile
-from llavactl.data.images import ImageError, decode
 from llavactl.evaluation.verify import Verified, verify
+from llavactl.images.decode import ImageError, decode
+from llavactl.images.image_file import ImageFile
 from llavactl.model.folder import identity, of_run, replace_folder
 from llavactl.model.foreign import resolve
 from llavactl.report.card import card

@@ -15,9 +15,18 @@ from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, RecipeError, StoreError
 from llavactl.core.hashes import nothing_remembered
 from llavactl.core.paths import json_text, write_atomic
+from llavactl.data.records import distinct_images
 from llavactl.features.backbone import Backbone
 from llavactl.features.checked import load_encoder
-from llavactl.features.extraction import Filled, Plan, Work, fill, images_per_second, plan, wanted_features
+from llavactl.features.extraction import (
+    Extraction,
+    ExtractionPlan,
+    Filled,
+    fill,
+    images_per_second,
+    plan,
+    wanted_features,
+)
 from llavactl.features.keys import ContentKeys
 from llavactl.features.manifest import store_dir, stores_dir
 from llavactl.features.parts import Part, device_of, part_of_this_process
@@ -75,7 +84,7 @@ class ExtractReport:
     parts: int = 1
 
 
-Job = tuple[Plan, Work]
+Job = tuple[ExtractionPlan, Extraction]
 
 
 def extract(
@@ -122,25 +131,25 @@ def extract(
     return report
 
 
-def _plans(recipe: VisionRecipe, part: Part, *, remember: bool) -> list[Plan]:
-    """One plan a store. All records are read before the first image is."""
-    wanted = wanted_features(recipe)
+def _plans(recipe: VisionRecipe, part: Part, *, remember: bool) -> list[ExtractionPlan]:
+    """One plan per store. Every record is read before the first image, so that a bad record stops the run here."""
+    wanted = wanted_features(recipe, {stage.number: distinct_images(stage.sources) for stage in recipe.stages()})
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
     with progress.bar(sum(len(each.images) for each in wanted), "hashing", "image") as bar:
         return [plan(each, keys, bar.show, part) for each in wanted]
 
 
-def _work(each: Plan, recipe: VisionRecipe, device: str, part: Part) -> Work:
+def _work(each: ExtractionPlan, recipe: VisionRecipe, device: str, part: Part) -> Extraction:
     settings = recipe.features
     encoder = load_encoder(each.wanted.vision, device, settings.compute)
-    return Work(Backbone(encoder, device, settings.batch_size), settings, part)
+    return Extraction(Backbone(encoder, device, settings.batch_size), settings, part)
 
 
-def _bytes(each: Plan, work: Work) -> int:
+def _bytes(each: ExtractionPlan, work: Extraction) -> int:
     return bytes_of(work.encoder.shape, len(each.todo), work.settings.shard_images, work.settings.dtype)
 
 
-def _before(plans: Sequence[Plan], device: str, part: Part) -> ExtractReport:
+def _before(plans: Sequence[ExtractionPlan], device: str, part: Part) -> ExtractReport:
     keys = {key for each in plans for key in each.keys if isinstance(key, str)}
     return ExtractReport(
         images=len({image for each in plans for image in each.wanted.images}),
@@ -156,7 +165,7 @@ def _before(plans: Sequence[Plan], device: str, part: Part) -> ExtractReport:
     )
 
 
-def _store_report(each: Plan) -> StoreReport:
+def _store_report(each: ExtractionPlan) -> StoreReport:
     wanted = each.wanted
     return StoreReport(
         fingerprint=wanted.fingerprint.id,
@@ -195,7 +204,7 @@ def _fill(jobs: Sequence[Job]) -> list[Filled]:
         return [fill(each.todo, each.wanted, work, advance) for each, work in jobs]
 
 
-def _skipped(plans: Sequence[Plan], filled: Mapping[str, Filled]) -> dict[ImageRef, str]:
+def _skipped(plans: Sequence[ExtractionPlan], filled: Mapping[str, Filled]) -> dict[ImageRef, str]:
     """Every image without features and why; one that two stores want is there once. ``filled`` by fingerprint id."""
     reasons: dict[ImageRef, str] = {}
     for each in plans:

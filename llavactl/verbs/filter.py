@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from llavactl.core.errors import DataError, PluginError
-from llavactl.core.json_stream import never_onto, write_stream
-from llavactl.data.captions import Caption, read_captions
-from llavactl.data.concepts import Concepts, phrase_key
-from llavactl.data.inputs import reading
-from llavactl.data.noun_phrases import DEFAULT, load_extractor
+from llavactl.curation.captions import Caption, read_captions
+from llavactl.curation.concepts import Concepts, phrase_key
+from llavactl.curation.inputs import reading
+from llavactl.curation.noun_phrases import DEFAULT, load_extractor
 from llavactl.features.prepare import ordered
+from llavactl.files.json_stream import never_onto, write_stream
 
 _BATCH = 2000
 _SMALL = 8_000_000
@@ -97,19 +97,19 @@ def filter_captions(
 
 
 @dataclass(frozen=True)
-class Batch:
+class CaptionChunk:
     """The texts of captions; ``done`` characters of the file are read with them."""
 
     texts: tuple[str, ...]
     done: int
 
 
-def _batches(captions: Iterator[Caption]) -> Iterator[Batch]:
+def _batches(captions: Iterator[Caption]) -> Iterator[CaptionChunk]:
     while some := list(itertools.islice(captions, _BATCH)):
-        yield Batch(tuple(caption.text for caption in some), some[-1].done)
+        yield CaptionChunk(tuple(caption.text for caption in some), some[-1].done)
 
 
-def _extracted(extractor: str, batch: Batch) -> list[list[int]]:
+def _extracted(extractor: str, batch: CaptionChunk) -> list[list[int]]:
     """The keys of the noun phrases of each caption."""
     try:
         found = [[phrase_key(phrase) for phrase in phrases] for phrases in load_extractor(extractor)(batch.texts)]

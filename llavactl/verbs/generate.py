@@ -15,18 +15,19 @@ from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.hashes import hash_json, nothing_remembered
 from llavactl.core.identity import component_identity
-from llavactl.core.json_stream import write_stream
 from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
-from llavactl.core.schema import Below, ImageFile, Sample
+from llavactl.core.schema import Sample
+from llavactl.files.json_stream import write_stream
+from llavactl.images.image_file import Below, ImageFile
 from llavactl.report.instructions import write_instructions
 from llavactl.teaching import generate as teaching
 from llavactl.teaching.estimate import Estimate
 from llavactl.teaching.journal import Journal, alone
 from llavactl.teaching.messages import Prompts, prompts
-from llavactl.teaching.session import Done, Session, Wishes, gated
-from llavactl.teaching.summary import Summary
+from llavactl.teaching.session import GenerationOptions, GenerationStats, Session, gated
+from llavactl.teaching.summary import GenerationSummary
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Generate, Outline
@@ -51,11 +52,11 @@ class GenerateReport:
     finished_before: bool = False
     reasons: Mapping[str, int] = field(default_factory=dict)
     page: str = ""
-    asking: Done | None = None
+    asking: GenerationStats | None = None
     estimate: Estimate | None = None
 
 
-def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = None) -> GenerateReport:
+def generate(recipe: Outline, *, dry_run: bool = False, wishes: GenerationOptions | None = None) -> GenerateReport:
     """Asks the recipe's teacher about every picture of ``generate.source`` and writes ``generate.out``.
 
     JSONL, or a JSON list where ``out`` ends in ``.json``. Pictures that are not files are written beside it, so that
@@ -69,7 +70,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = 
     """
     if (wanted := recipe.generate) is None:
         raise RecipeError("the recipe has no `generate`", hint="generate: {source: …, teacher: …, kinds: …, out: …}")
-    wishes = wishes or Wishes()
+    wishes = wishes or GenerationOptions()
     began = time.perf_counter()
     told = prompts(wanted.prompts)
     pictures = list(registry().create("sources", wanted.source.spec()))
@@ -83,7 +84,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = 
     asked = list(teaching.requests(pictures, wanted.kinds.weights(), wanted.samples, recipe.seed, told))
     teacher = registry().create("teachers", wanted.teacher.spec())
     session = Session(wanted, teacher, told, asked) if isinstance(teacher, LanguageTeacher) else None
-    if session is None and wishes != Wishes():
+    if session is None and wishes != GenerationOptions():
         raise RecipeError(
             f"the teacher {wanted.teacher.name!r} costs nothing: there is no budget, retry or batch for it"
         )
@@ -126,7 +127,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, wishes: Wishes | None = 
     return report
 
 
-def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Iterator[teaching.Made]:
+def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Iterator[teaching.GeneratedRecord]:
     """Replies that cost nothing need not be kept."""
     with progress.bar(len(asked), "generate", "sample") as bar:
         for request in asked:
@@ -134,9 +135,9 @@ def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Itera
             bar.show()
 
 
-def _write(wanted: Generate, found: Iterable[teaching.Made], seed: int) -> Summary:
+def _write(wanted: Generate, found: Iterable[teaching.GeneratedRecord], seed: int) -> GenerationSummary:
     """Records and refusals to their files as they come: a hundred thousand need not be in memory at once."""
-    summary = Summary(seed)
+    summary = GenerationSummary(seed)
     with write_stream(wanted.out) as keep, write_stream(_beside(wanted.out, "refused.jsonl")) as refuse:
         for made in found:
             summary.add(made)
@@ -156,7 +157,7 @@ def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
             write_atomic(file, data)
 
 
-def _page(out: Path, summary: Summary) -> Path:
+def _page(out: Path, summary: GenerationSummary) -> Path:
     examples = [(made.request.kind, made.request.sample.images, made.record) for made in summary.examples]
     return write_instructions(_beside(out, "report.html"), out.stem, summary.document(), examples)
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavactl.core.errors import TeacherError
-from llavactl.core.memory import give_back
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch, on_cpu
 from llavactl.core.registry import registry
 from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
+from llavactl.training.memory import release_memory
 from llavactl.verbs import preflight
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
@@ -134,7 +134,7 @@ def _timed(recipe: Recipe, step: str, work: Callable[[], R]) -> R:
     """
     began = time.perf_counter()
     report = work()
-    give_back()
+    release_memory()
     if not (getattr(report, "finished_before", False) or getattr(report, "encoded", None) == 0):
         file = recipe.run_dir / TIMES
         write_json(file, {**read_document(file), step: round(time.perf_counter() - began, 1)})

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
 from llavactl.core.registry import registry, spelled
+from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
-from llavactl.data.images import ImageError, decode
-from llavactl.data.lengths import image_tokens
 from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
 from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import why
+from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail
 from llavactl.report.tokens import page
 
@@ -34,7 +34,7 @@ class ShownImage:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSample:
     """One sample, ``number`` of its stage (from 0), as it is in an epoch.
 
     ``tokens`` and ``trained`` are what is left within ``max_length``, ``cut`` and ``cut_trained`` what is beyond
@@ -64,7 +64,7 @@ class ShowReport:
     max_length: int
     image_tokens: int | None
     samples: int
-    shown: tuple[Shown, ...]
+    shown: tuple[ShownSample, ...]
     html: str | None = None
 
 
@@ -131,12 +131,12 @@ def _find(every: Sequence[Sample], wanted: str | None, where: str) -> int:
     return found
 
 
-def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, drawn: tuple[int, int]) -> Shown:
+def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, drawn: tuple[int, int]) -> ShownSample:
     refused = refusal(sample, encoding, settings.image_order)
     found = [] if refused else pieces(encoding, arranged(sample, settings.image_order, *drawn))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
     broken = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
-    return Shown(
+    return ShownSample(
         number=number,
         id=sample.id,
         where=sample.where,

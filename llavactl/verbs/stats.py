@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic
 from llavactl.core.schema import Sample
-from llavactl.data.inputs import Input, counted_lengths, inputs, with_bar
-from llavactl.data.lengths import Lengths
-from llavactl.data.scan import CHUNK
-from llavactl.data.statistics import Statistics, Summary, summary
+from llavactl.curation.inputs import Input, counted_lengths, inputs, with_bar
+from llavactl.curation.lengths import Lengths
+from llavactl.curation.scan import CHUNK
+from llavactl.curation.stats import Distribution, Statistics, summary
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline, StageNumber
@@ -33,7 +33,7 @@ class StatsReport:
     samples: int
     unusable: int
     tokens: str
-    measures: Mapping[str, Summary]
+    measures: Mapping[str, Distribution]
     openings: Mapping[str, int]
     seconds: float
     html: str | None = None
@@ -71,7 +71,7 @@ def stats(
         html=str(html) if html else None,
     )
     if html is not None:
-        from llavactl.report.statistics import statistics_page
+        from llavactl.report.stats_page import statistics_page
 
         title = file.name if file is not None else recipe.name if recipe is not None else ""
         write_atomic(html, statistics_page(title, asdict(report), distributions))

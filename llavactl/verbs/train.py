@@ -18,7 +18,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeError, StoreError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
-from llavactl.core.paths import json_text, sole, write_atomic, write_json
+from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import Split, split
@@ -128,7 +128,7 @@ def train(
     busy = ModelError(
         f"another process is training {folder}", hint="wait until it has finished, or give this run another `name`"
     )
-    with sole(recipe.run_dir / f".stage{stage}.lock", busy) if accelerator.is_main_process else nullcontext():
+    with exclusive_lock(recipe.run_dir / f".stage{stage}.lock", busy) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
             _left_out(folder, data)

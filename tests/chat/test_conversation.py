@@ -17,8 +17,9 @@ from llavactl.chat.conversation import Conversation
 from llavactl.chat.prefix import shared
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
-from llavactl.core.schema import FeatureShape, ImageFile, Turn
+from llavactl.core.schema import FeatureShape, Turn
 from llavactl.data.encode import Encoding
+from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
 from llavactl.model.generate import Sampling
 from llavactl.model.llava import LlavaModel

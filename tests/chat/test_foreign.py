@@ -12,7 +12,8 @@ import pytest
 
 from llavactl.chat import foreign
 from llavactl.core.errors import DataError, ModelError
-from llavactl.core.schema import ImageFile, Turn
+from llavactl.core.schema import Turn
+from llavactl.images.image_file import ImageFile
 from llavactl.model.generate import Sampling
 from llavactl.testing import run_cli, toy_clip, toy_language
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Entry, registry
+from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
@@ -129,7 +129,7 @@ class TestComponents:
         assert "pixel_shuffle an integer ≥ 1; default 1" in lines
 
     def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        entry = Entry("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
+        entry = Registration("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
         monkeypatch.setitem(registry().entries["connectors"], "broken", entry)
         result = run_cli("components", "connectors")
         assert result.exit_code == 0
@@ -163,7 +163,7 @@ class TestDoctor:
         assert result.stdout.startswith("llavactl ")
         assert any(line.startswith(("yes ", "NO ")) for line in result.stdout.splitlines())
 
-    def findings(self) -> dict[str, doctor.Finding]:
+    def findings(self) -> dict[str, doctor.Diagnosis]:
         return {finding.what: finding for finding in doctor.doctor().findings}
 
     def test_it_writes_nothing(self, home: Path) -> None:

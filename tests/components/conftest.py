@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile, Sample, Turn
+from llavactl.core.schema import Sample, Turn
+from llavactl.images.image_file import ImageFile
 
 MODEL = Path(sys.prefix, "vocabularies/mistral_common/data/tokenizer.model.v1")
 DATA = Path(__file__).parents[3] / "shared/data/llava"

@@ -11,12 +11,12 @@ import pytest
 
 from llavactl.components.sources.llava_json import LlavaJsonOptions, llava_json
 from llavactl.components.teachers.replay import Replay, ReplayOptions
-from llavactl.core.json_stream import read_stream
 from llavactl.core.protocols import Request
-from llavactl.core.records import read_records
 from llavactl.core.schema import Sample
-from llavactl.data.captions import read_captions
+from llavactl.curation.captions import read_captions
 from llavactl.evaluation.answers import read_answers
+from llavactl.files.json_stream import read_stream
+from llavactl.files.records import read_records
 from llavactl.report.inputs import read_lines
 from llavactl.training.metrics import read as read_metrics
 from llavactl.verbs.chat import read_batch

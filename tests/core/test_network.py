@@ -67,7 +67,7 @@ def test_what_needs_one_says_why_it_has_none(monkeypatch: pytest.MonkeyPatch, to
 
 
 def test_an_endpoint_on_this_machine_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llavactl.components.teachers.openai import OpenAI, OpenAIOptions
+    from llavactl.components.teachers.openai_api import OpenAI, OpenAIOptions
     from llavactl.core.errors import TeacherError
     from llavactl.core.protocols import Request
     from llavactl.core.schema import Sample

@@ -48,18 +48,19 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 def test_one_process_has_it_and_when_it_dies_the_next(tmp_path: Path) -> None:
     lock = tmp_path / "new/.lock"
-    code = "import sys, pathlib\nfrom llavactl.core.paths import sole\n"
-    code += "with sole(pathlib.Path(sys.argv[1]), ValueError('taken')): print('mine', flush=True); sys.stdin.read()"
+    code = "import sys, pathlib\nfrom llavactl.core.paths import exclusive_lock\n"
+    code += "with exclusive_lock(pathlib.Path(sys.argv[1]), ValueError('taken')):\n"
+    code += "    print('mine', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "mine\n"
-    with pytest.raises(ValueError, match="taken"), paths.sole(lock, ValueError("taken")):
+    with pytest.raises(ValueError, match="taken"), paths.exclusive_lock(lock, ValueError("taken")):
         pytest.fail("two have it")
     process.kill()
     process.wait()
-    with paths.sole(lock, ValueError("taken")):
+    with paths.exclusive_lock(lock, ValueError("taken")):
         pass
 
 

@@ -10,11 +10,11 @@ import pytest
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Entry, Options, Registry, registry, singular, suggest
+from llavactl.core.registry import Options, Registration, Registry, registry, singular, suggest
 
 
-def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", options: str | None = None) -> Entry:
-    return Entry("sources", name, target, options, "", plugin)
+def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", options: str | None = None) -> Registration:
+    return Registration("sources", name, target, options, "", plugin)
 
 
 def test_the_first_keeps_a_name_and_both_are_named() -> None:
@@ -68,7 +68,7 @@ def test_create_validates_options_and_calls_the_target() -> None:
         width: int
 
     made = Registry()
-    made.add(Entry("sources", "x", "t", "o", "", "p"))
+    made.add(Registration("sources", "x", "t", "o", "", "p"))
     targets: dict[str, Any] = {"t": lambda options: ("made", options.width), "o": Width}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llavactl.core.registry._import", lambda target, _: targets[target])
@@ -77,9 +77,9 @@ def test_create_validates_options_and_calls_the_target() -> None:
 
 def test_a_recipe_that_is_not_there() -> None:
     with pytest.raises(PluginError, match=r"there is no file llavactl:recipes/none\.yaml"):
-        Entry("recipes", "none", "llavactl:recipes/none.yaml", None, "", "llavactl").path()
+        Registration("recipes", "none", "llavactl:recipes/none.yaml", None, "", "llavactl").path()
     with pytest.raises(PluginError, match="there is no file"):
-        Entry("recipes", "none", "no_such_package:none.yaml", None, "", "p").path()
+        Registration("recipes", "none", "no_such_package:none.yaml", None, "", "p").path()
 
 
 def test_suggestions() -> None:
@@ -104,7 +104,7 @@ def test_singulars() -> None:
 @pytest.mark.parametrize(
     "one", [each for each in registry() if each.plugin == plugins.BUILTIN], ids=lambda one: f"{one.kind}-{one.name}"
 )
-def test_everything_built_in_can_be_loaded(one: Entry) -> None:
+def test_everything_built_in_can_be_loaded(one: Registration) -> None:
     assert one.summary, "what it is, in a line"
     if one.kind == "recipes":
         assert one.path().is_file()

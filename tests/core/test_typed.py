@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import llavactl
-from llavactl.core.schema import Box, FeatureShape, ImageFile, Question, Sample, Text, Turn
+from llavactl.core.schema import Box, FeatureShape, Question, Sample, Text, Turn
+from llavactl.images.image_file import ImageFile
 
 PHOTO = ImageFile("/photos", "a.jpg")
 TURN = Turn("user", (PHOTO, "What?"))

@@ -10,6 +10,7 @@ import pytest
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef
 from llavactl.data.batches import pack
 from llavactl.data.rows import MULTIPLE, filling
+from llavactl.model.inputs import token_count
 
 
 class Drawn(NamedTuple):
@@ -38,7 +39,7 @@ def test_a_conversation_ends_in_padding(length: int) -> None:
     assert batch.ids.shape == batch.mask.shape == batch.labels.shape == (1, 2 * width)
     assert batch.mask.view(2, width).tolist() == [[at < length for at in range(width)]] * 2
     assert (batch.labels.view(2, width)[:, length:] == IGNORE).all()
-    assert batch.tokens == 2 * length
+    assert token_count(batch) == 2 * length
 
 
 def test_those_behind_one_image_end_in_padding_together() -> None:
@@ -56,7 +57,7 @@ def test_tokens_of_what_is_shared_count_for_each() -> None:
     first = (1, IMAGE_TOKEN, IMAGE_TOKEN)
     items = [Encoded((*first, *rest), (IGNORE,) * 3 + rest, (image,)) for rest in ((7, 8), (9,))]
     batch = pack([(3, items)], Features())
-    assert batch.tokens == 5 + 4
+    assert token_count(batch) == 5 + 4
     assert int(batch.mask.sum()) == 3 + 2 + 1
     assert batch.features is not None
     assert batch.features.shape == (1, 2, 3)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Turn
 from llavactl.data.encode import Encoding, arrange, arrangements
+from llavactl.images.image_file import ImageFile
 
 PHOTO, OTHER = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
 SYSTEM = (

@@ -9,12 +9,12 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.data.plan import Plan, connected, held_out, order
+from llavactl.data.plan import BatchPlan, connected, held_out, order
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
 def test_every_epoch_holds_every_sample_once(count: int, batch: int, epochs: int, seed: int) -> None:
-    plan = Plan([1.0] * count, epochs=epochs, batch_size=batch, seed=seed)
+    plan = BatchPlan([1.0] * count, epochs=epochs, batch_size=batch, seed=seed)
     members = [member for step in range(plan.steps) for member in plan.batch(step)]
     assert len(members) == count * epochs
     assert all(len(plan.batch(step)) == batch for step in range(plan.steps - 1))
@@ -22,19 +22,19 @@ def test_every_epoch_holds_every_sample_once(count: int, batch: int, epochs: int
 
 
 def test_weights_are_copies_an_epoch() -> None:
-    plan = Plan([2.0, 0.5] * 500, epochs=1, batch_size=10, seed=0)
+    plan = BatchPlan([2.0, 0.5] * 500, epochs=1, batch_size=10, seed=0)
     counts = Counter(index % 2 for step in range(plan.steps) for _, index in plan.batch(step))
     assert counts[0] == 1000
     assert 200 < counts[1] < 300
 
 
 def test_fractions_of_epochs_and_max_steps() -> None:
-    assert Plan([1.0] * 100, epochs=1.5, batch_size=10, seed=0).steps == 15
-    assert Plan([1.0] * 100, epochs=3, batch_size=10, seed=0, max_steps=7).steps == 7
+    assert BatchPlan([1.0] * 100, epochs=1.5, batch_size=10, seed=0).steps == 15
+    assert BatchPlan([1.0] * 100, epochs=3, batch_size=10, seed=0, max_steps=7).steps == 7
 
 
 def test_another_seed_is_another_order() -> None:
-    first, second = (Plan([1.0] * 50, epochs=1, batch_size=50, seed=seed).batch(0) for seed in (0, 1))
+    first, second = (BatchPlan([1.0] * 50, epochs=1, batch_size=50, seed=seed).batch(0) for seed in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
 
@@ -101,7 +101,7 @@ def test_a_lower_phase_comes_first_and_is_shuffled_within() -> None:
 
 def test_groups_stay_together_and_are_shuffled() -> None:
     groups = [index // 3 for index in range(60)]
-    plan = [Plan([1.0] * 60, epochs=2, batch_size=6, seed=0, groups=groups) for _ in range(2)]
+    plan = [BatchPlan([1.0] * 60, epochs=2, batch_size=6, seed=0, groups=groups) for _ in range(2)]
     steps = [[index for _, index in plan[0].batch(step)] for step in range(20)]
     assert steps == [[index for _, index in plan[1].batch(step)] for step in range(20)]
     assert all(len({groups[index] for index in step}) == 2 for step in steps)
@@ -112,7 +112,7 @@ def test_groups_stay_together_and_are_shuffled() -> None:
 
 def test_groups_are_within_phases() -> None:
     groups, phases = [0, 1] * 10, [1] * 10 + [2] * 10
-    (step,) = [Plan([1.0] * 20, epochs=1, batch_size=20, seed=0, groups=groups, phases=phases).batch(0)]
+    (step,) = [BatchPlan([1.0] * 20, epochs=1, batch_size=20, seed=0, groups=groups, phases=phases).batch(0)]
     order = [(phases[index], groups[index]) for _, index in step]
     assert [phase for phase, _ in order] == phases
     assert len(list(itertools.groupby(order))) == 4

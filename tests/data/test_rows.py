@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageFile, ImageRef
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef
 from llavactl.data.batches import pack
-from llavactl.data.rows import MULTIPLE, Limits, families, rows
+from llavactl.data.rows import MULTIPLE, RowLimits, families, rows
+from llavactl.images.image_file import ImageFile
 
 Q = 4
 REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
@@ -35,11 +36,11 @@ def item(length: int, image: int | None, target_at: int = 0) -> Encoded:
 
 
 items = st.lists(st.builds(item, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 3))), max_size=24)
-limits = st.builds(Limits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
+limits = st.builds(RowLimits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
 
 
 @given(items, limits, st.integers(1, 4))
-def test_rows_hold_everything_once_and_keep_their_limits(found: list[Encoded], most: Limits, processes: int) -> None:
+def test_rows_hold_everything_once_and_keep_their_limits(found: list[Encoded], most: RowLimits, processes: int) -> None:
     planned = rows(found, Q, most, processes)
     members = [number for row in planned for family in row for number in family.members]
     assert sorted(members) == list(range(len(found)))
@@ -53,7 +54,7 @@ def test_rows_hold_everything_once_and_keep_their_limits(found: list[Encoded], m
 
 
 @given(items, limits)
-def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: Limits) -> None:
+def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: RowLimits) -> None:
     for family in families(found, Q, most):
         first = found[family.members[0]]
         for number in family.members:
@@ -65,19 +66,19 @@ def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: 
 
 def test_one_picture_is_shared_and_another_is_not() -> None:
     found = [item(5, 0), item(6, 1), item(7, 0), item(5, None), item(5, None)]
-    assert [(f.members, f.shared, f.tokens) for f in families(found, Q, Limits(8))] == [
+    assert [(f.members, f.shared, f.tokens) for f in families(found, Q, RowLimits(8))] == [
         ((0, 2), 5, 21), ((1,), 0, 16), ((3,), 0, 16), ((4,), 0, 16),
     ]  # fmt: skip
 
 
 def test_a_target_before_the_end_of_the_image_is_nobody_elses() -> None:
     late = Encoded((1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11), (ImageFile("/photos", "0.jpg"),))
-    assert [family.shared for family in families([late, late], Q, Limits(8))] == [0, 0]
+    assert [family.shared for family in families([late, late], Q, RowLimits(8))] == [0, 0]
 
 
 def test_rows_are_of_much_the_same_length() -> None:
     found = [item(length * MULTIPLE - 1, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
-    lengths = [sum(family.tokens for family in row) for row in rows(found, Q, Limits(4), 2)]
+    lengths = [sum(family.tokens for family in row) for row in rows(found, Q, RowLimits(4), 2)]
     assert len(lengths) == 2
     assert abs(lengths[0] - lengths[1]) <= 10 * MULTIPLE
 
@@ -89,7 +90,7 @@ def test_real_lengths_leave_processes_alike() -> None:
         sum(len(turn["value"].split()) for turn in record["conversations"]) for record in json.loads(REAL.read_text())
     ]
     found = [item(length, number) for number, length in enumerate(words)]
-    planned = rows(found, Q, Limits(16), 8)
+    planned = rows(found, Q, RowLimits(16), 8)
     tokens = [sum(family.tokens for family in row) for row in planned]
     assert len(planned) == 8
     assert sum(max(tokens) - each for each in tokens) / (len(tokens) * max(tokens)) < 0.03

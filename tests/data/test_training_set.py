@@ -13,11 +13,12 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, Contents, ImageFile, Sample, Turn
+from llavactl.core.schema import IMAGE_TOKEN, Contents, Sample, Turn
 from llavactl.data.encode import Encoding
-from llavactl.data.plan import Plan
+from llavactl.data.plan import BatchPlan
 from llavactl.data.records import apart, samples
 from llavactl.data.training_set import Split, arranged, split
+from llavactl.images.image_file import ImageFile
 from llavactl.recipe.frame import SourceSpec, Stage
 
 COUNT, EPOCHS = 2000, 6
@@ -104,7 +105,7 @@ def test_what_stands_beside_a_sample_does_not_change_its_coins(tokenizer: Any, m
 def test_the_plan_shows_another_side_in_another_epoch(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the loop asks: by the (epoch, index) of the plan, whichever process it is and wherever it goes on."""
     data = made([sample(number) for number in range(64)], tokenizer, monkeypatch).train
-    plan = Plan(data.weights, epochs=3, batch_size=8, seed=0)
+    plan = BatchPlan(data.weights, epochs=3, batch_size=8, seed=0)
     members = [member for step in range(plan.steps) for member in plan.batch(step)]
     seen: dict[int, list[bool]] = {}
     for epoch, index in sorted(members):

@@ -111,22 +111,22 @@ def lock(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("lockless")
 def test_without_locks_one_still_excludes_the_other(lock: Path) -> None:
-    with paths.sole(lock, StoreError("taken")):
-        with pytest.raises(StoreError, match="taken") as caught, paths.sole(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("taken")):
+        with pytest.raises(StoreError, match="taken") as caught, paths.exclusive_lock(lock, StoreError("taken")):
             pass
         assert "no locks" in caught.value.hint
-    with paths.sole(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("taken")):
         pass
 
 
 HOLD = """
 import errno, fcntl, os, sys
 from pathlib import Path
-from llavactl.core.paths import sole
+from llavactl.core.paths import exclusive_lock
 def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = refuse
-with sole(Path(sys.argv[1]), ValueError("taken")):
+with exclusive_lock(Path(sys.argv[1]), ValueError("taken")):
     os._exit(0)
 """
 
@@ -135,7 +135,7 @@ def test_what_a_killed_process_held_is_taken_over(lock: Path, monkeypatch: pytes
     subprocess.run([sys.executable, "-c", HOLD, lock], check=True)
     assert lock.with_name("x.lock.owner").exists()
     refuse(monkeypatch)
-    with paths.sole(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("taken")):
         pass
 
 
@@ -145,11 +145,14 @@ def test_a_holder_on_another_machine_is_named_with_the_file_to_remove(
     refuse(monkeypatch)
     owner = lock.with_name("x.lock.owner")
     owner.write_text(f"1234\nnot-{socket.gethostname()}\n")
-    with pytest.raises(StoreError, match="taken") as caught, paths.sole(lock, StoreError("taken", hint="wait")):
+    with (
+        pytest.raises(StoreError, match="taken") as caught,
+        paths.exclusive_lock(lock, StoreError("taken", hint="wait")),
+    ):
         pass
     assert str(owner) in caught.value.hint
     owner.unlink()
-    with paths.sole(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("taken")):
         pass
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from llavactl.chat.conversation import Conversation
-from llavactl.components.vision.tower import Tower
+from llavactl.components.vision.encoder import VisionEncoder
 from llavactl.core import stopping
 from llavactl.features import FeatureStore, stage_fingerprint
 from llavactl.features.reader import LiveFeatures
@@ -220,9 +220,9 @@ def test_a_signal_where_no_step_is_under_way_acts_at_once(
 
 def test_extract_keeps_what_was_made(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        real = Tower.encode
+        real = VisionEncoder.encode
         sends = Sends(real, 9, signal.SIGTERM)
-        patch.setattr(Tower, "encode", lambda *args: sends(*args))
+        patch.setattr(VisionEncoder, "encode", lambda *args: sends(*args))
         result = run_cli("extract", cwd=toy)
     assert result.exit_code == 143, result.stderr
     assert len(FeatureStore.open(stage_fingerprint(load_recipe(toy / "recipe.yaml"), 1))) > 0

@@ -21,6 +21,7 @@ from llavactl.data.batches import collate, pack
 from llavactl.features import FeatureStore, Fingerprint, StoreWriter, content_key, open_features, stage_fingerprint
 from llavactl.features.quantise import as_stored, quantised, restored
 from llavactl.features.shards import bytes_of
+from llavactl.model.inputs import image_features, to_device
 from llavactl.recipe.frame import Recipe
 from llavactl.verbs.cache import verify
 from llavactl.verbs.extract import extract
@@ -110,11 +111,11 @@ def test_batches_carry_what_is_stored_and_make_the_same_numbers_of_it(recipe: Lo
     items = [Encoded((1, *[IMAGE_TOKEN] * 4, 5), (IGNORE,) * 5 + (5,), (image,)) for image in images[:3]]
     wanted = np.stack([features.load(image) for image in images[:3]])
     for batch in (collate(items, features), pack([(0, items[:2]), (5, items[2:])], features)):
-        moved = batch.to("cpu")
+        moved = to_device(batch, "cpu")
         assert moved.features is not None
-        assert moved.image_features is not None
+        assert image_features(moved) is not None
         assert moved.features.dtype == torch.int8
-        assert np.array_equal(moved.image_features.numpy(), wanted)
+        assert np.array_equal(image_features(moved).numpy(), wanted)
     live = collate(items, open_features(recipe("features.dtype=int8", "features.mode=live"), 1, "cpu"))
     assert live.scales is None
     assert live.features is not None

@@ -21,7 +21,7 @@ from llavactl.features import (
     stage_vision,
 )
 from llavactl.features.backbone import Backbone, Result
-from llavactl.features.extraction import Work, encoded
+from llavactl.features.extraction import Extraction, encoded
 from llavactl.features.prepare import prepare
 from llavactl.recipe.frame import Features, Recipe
 from llavactl.verbs.extract import extract
@@ -123,7 +123,7 @@ def test_another_device_is_given_the_next_group_before_the_last_is_awaited(
             return told
 
     monkeypatch.setattr(extraction, "prepare", lambda _encoder, image, _key: np.full((1, 1, 1), image, np.float32))
-    work = Work(Told(Counting(0), device, 4), Features(workers=1))
+    work = Extraction(Told(Counting(0), device, 4), Features(workers=1))
     made = list(encoded({str(index): index for index in range(8)}, work))  # type: ignore[misc]
     assert [key for each in made for key in each.keys] == [str(index) for index in range(8)]
     assert np.array_equal(np.concatenate([each.features for each in made]).reshape(-1), np.arange(8))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model import blocks
+from llavactl.model.cpu import block_attention as blocks
 from llavactl.model.packed import _varlen
 
 SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))

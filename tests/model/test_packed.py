@@ -17,18 +17,20 @@ import torch
 from torch.nn import functional
 
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageFile, ImageRef, Sample, Turn
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef, Sample, Turn
 from llavactl.data import micro
 from llavactl.data.encode import Encoding
-from llavactl.data.rows import Limits
+from llavactl.data.rows import RowLimits
 from llavactl.data.training_set import TrainingSet
+from llavactl.images.image_file import ImageFile
 from llavactl.model import loss
 from llavactl.model.build import build
-from llavactl.model.last_layer import MULTIPLE, filled
+from llavactl.model.cpu.last_layer import MULTIPLE, filled
+from llavactl.model.cpu.rms_norm import lean_norms
+from llavactl.model.inputs import token_count
 from llavactl.model.llava import LlavaModel
-from llavactl.model.packed import packed_attention, refusal
+from llavactl.model.packed import packed_attention, packing_blocker
 from llavactl.model.quantised import quantise
-from llavactl.model.rms_norm import lean_norms
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -125,7 +127,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(
-    model: LlavaModel, setting: Setting, tokenizer: Any, limits: Limits | None = None, *, packed: bool = True
+    model: LlavaModel, setting: Setting, tokenizer: Any, limits: RowLimits | None = None, *, packed: bool = True
 ) -> list[Any]:
     """Asserts that both ways agree on ``setting``; returns the batches that ours was made of."""
     data = setting.data(tokenizer)
@@ -134,7 +136,7 @@ def compare(
     expected = sum(plain(theirs, data.encoded(*member)) for member in members)
     expected.backward()
     ours = copy.deepcopy(model).train()
-    batches = (micro.packed if packed else micro.padded)(data, members, micro.Share(limits or Limits(len(members))))
+    batches = (micro.packed if packed else micro.padded)(data, members, micro.Share(limits or RowLimits(len(members))))
     total = torch.zeros(())
     with packed_attention(ours.language) if packed else nullcontext(), lean_norms(ours.language):
         for batch in batches:
@@ -162,8 +164,8 @@ def test_whatever_the_order(parts: Any, order: str) -> None:
     assert any(span.after is not None for span in batches[0].spans)
 
 
-@pytest.mark.parametrize("limits", [Limits(1), Limits(3), Limits(8, 200)], ids=str)
-def test_several_rows_add_up(parts: Any, limits: Limits) -> None:
+@pytest.mark.parametrize("limits", [RowLimits(1), RowLimits(3), RowLimits(8, 200)], ids=str)
+def test_several_rows_add_up(parts: Any, limits: RowLimits) -> None:
     compare(parts.model, Setting([*ALIKE, TEXT], length=400), parts.tokenizer, limits)
 
 
@@ -176,13 +178,13 @@ def test_cut_samples(parts: Any, length: int) -> None:
 
 
 def test_spans_longer_than_matrix_products_are_for(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llavactl.model.blocks.SHORT", 20)
+    monkeypatch.setattr("llavactl.model.cpu.block_attention.SHORT", 20)
     compare(parts.model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
 @pytest.mark.parametrize("crowd", [1, 60])
 def test_spans_too_many_for_one_block(parts: Any, monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
-    monkeypatch.setattr("llavactl.model.blocks.CROWD", crowd)
+    monkeypatch.setattr("llavactl.model.cpu.block_attention.CROWD", crowd)
     compare(parts.model, Setting([*ALIKE, *ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
@@ -239,8 +241,8 @@ WAYS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("limits", [None, Limits(4, 300)], ids=["a row", "rows"])
-def test_ways_to_train(parts: Any, way: Callable[[LlavaModel], LlavaModel], limits: Limits | None) -> None:
+@pytest.mark.parametrize("limits", [None, RowLimits(4, 300)], ids=["a row", "rows"])
+def test_ways_to_train(parts: Any, way: Callable[[LlavaModel], LlavaModel], limits: RowLimits | None) -> None:
     mixed = [*ALIKE, TEN, TEXT, LATE, TWO, *DIFFERENT]
     model = way(parts.model)
     batches = compare(model, Setting(mixed, order="random", length=130), parts.tokenizer, limits)
@@ -253,7 +255,7 @@ def test_any_mixture(parts: Any, seed: int) -> None:
     chance = random.Random(seed)
     mixed = chance.choices([*ALIKE, *DIFFERENT, TEN, TEXT, LATE, TWO], k=12)
     setting = Setting(mixed, order=chance.choice(["first", "random", "as-data"]), length=chance.randint(70, 300))
-    compare(parts.model, setting, parts.tokenizer, Limits(chance.randint(2, 12), chance.choice([None, 150, 400])))
+    compare(parts.model, setting, parts.tokenizer, RowLimits(chance.randint(2, 12), chance.choice([None, 150, 400])))
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="no real records here")
@@ -277,7 +279,7 @@ def test_the_last_layer_looks_where_something_is_predicted(parts: Any) -> None:
             part = layers[layer].get_submodule(name)
             part.forward = counted(part.forward, (layer, name))
     data = Setting([*ALIKE, TEXT]).data(parts.tokenizer)
-    (batch,) = micro.packed(data, [(0, index) for index in range(len(data))], micro.Share(Limits(9)))
+    (batch,) = micro.packed(data, [(0, index) for index in range(len(data))], micro.Share(RowLimits(9)))
     with packed_attention(model.language):
         model(batch)
     places, _ = loss.predictions(batch)
@@ -313,7 +315,7 @@ def toy(kind: str, **more: Any) -> Any:
 )
 def test_every_model_type_that_is_packed(parts: Any, kind: str, more: dict[str, Any]) -> None:
     model = LlavaModel(copy.deepcopy(parts.model.connector), toy(kind, **more))
-    assert refusal(model.language) == ""
+    assert packing_blocker(model.language) == ""
     compare(model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
@@ -328,7 +330,7 @@ def test_every_model_type_that_is_packed(parts: Any, kind: str, more: dict[str, 
     ],
 )
 def test_models_that_are_not_packed_say_why(kind: str, more: dict[str, Any], why: str) -> None:
-    assert why in refusal(toy(kind, **more))
+    assert why in packing_blocker(toy(kind, **more))
 
 
 def test_an_image_of_many_conversations_is_in_the_row_once(parts: Any) -> None:
@@ -336,8 +338,8 @@ def test_an_image_of_many_conversations_is_in_the_row_once(parts: Any) -> None:
     assert batch.features.shape[0] == 2
     assert int((batch.ids == IMAGE_TOKEN).sum()) == 2 * SHAPE.patches
     data = Setting(ALIKE).data(parts.tokenizer)
-    assert batch.tokens == sum(len(data.encoded(0, index)) for index in range(len(data)))
-    assert batch.ids.shape[1] < batch.tokens
+    assert token_count(batch) == sum(len(data.encoded(0, index)) for index in range(len(data)))
+    assert batch.ids.shape[1] < token_count(batch)
 
 
 def test_attention_is_as_before_after_a_run(parts: Any) -> None:

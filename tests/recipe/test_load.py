@@ -11,7 +11,7 @@ import pytest
 
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, Problem, RecipeError
-from llavactl.core.registry import Entry, registry
+from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check, dump, load_recipe
 
@@ -296,7 +296,7 @@ class TestPlugins:
     @pytest.fixture
     def add(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         def add(options: str) -> None:
-            entry = Entry("connectors", "broken", "no.such:thing", options, "", "stranger")
+            entry = Registration("connectors", "broken", "no.such:thing", options, "", "stranger")
             monkeypatch.setitem(registry().entries["connectors"], "broken", entry)
 
         return add

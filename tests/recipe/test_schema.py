@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from llavactl.core.registry import Entry, Options, registry
+from llavactl.core.registry import Options, Registration, registry
 from llavactl.recipe.frame import Recipe, Spec
 from llavactl.recipe.schema import schema
 
@@ -64,16 +64,16 @@ class Nested(Options):
 
 
 def test_a_components_own_definitions_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Entry("vision", "nested", "x:y", "x:Nested", "", "stranger")
+    entry = Registration("vision", "nested", "x:y", "x:Nested", "", "stranger")
     monkeypatch.setitem(registry().entries["vision"], "nested", entry)
-    monkeypatch.setattr(Entry, "options_model", lambda self: Nested if self.name == "nested" else Options)
+    monkeypatch.setattr(Registration, "options_model", lambda self: Nested if self.name == "nested" else Options)
     made = schema()
     assert "deep" in made["$defs"]["vision.nested.Inner"]["properties"]
     assert choices("VisionSpec")["nested"]["properties"]["inner"] == {"$ref": "#/$defs/vision.nested.Inner"}
 
 
 def test_a_broken_component_costs_its_own_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Entry("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
+    entry = Registration("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
     monkeypatch.setitem(registry().entries["connectors"], "broken", entry)
     found = choices("ConnectorSpec")
     assert "broken" not in found

@@ -15,24 +15,27 @@ import pytest
 from PIL import Image
 
 from llavactl.core.protocols import Request
-from llavactl.core.schema import ImageFile, Sample, Turn
+from llavactl.core.schema import Sample, Turn
+from llavactl.images.image_file import ImageFile
 from llavactl.report.instructions import write_instructions
-from llavactl.teaching.generate import Made
-from llavactl.teaching.summary import Summary
+from llavactl.teaching.generate import GeneratedRecord
+from llavactl.teaching.summary import GenerationSummary
 
 EVIL = '<script src="http://evil.example/x.js"></script><img src=x onerror=alert(1)>'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def made(folder: Path, number: int, kind: str = "detail", text: str = "A dog is here.", sort: str = "") -> Made:
+def made(
+    folder: Path, number: int, kind: str = "detail", text: str = "A dog is here.", sort: str = ""
+) -> GeneratedRecord:
     sample = Sample(str(number), (Turn("user", (ImageFile(str(folder), f"{number}.png"),)),))
     said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": text}]
     record: Any = None if sort else {"conversations": said}
-    return Made(Request(f"{number}-{kind}", kind, (), sample), record, sort and "why", sort)
+    return GeneratedRecord(Request(f"{number}-{kind}", kind, (), sample), record, sort and "why", sort)
 
 
-def page(folder: Path, rows: list[Made]) -> str:
-    summary = Summary(seed=1)
+def page(folder: Path, rows: list[GeneratedRecord]) -> str:
+    summary = GenerationSummary(seed=1)
     for row in rows:
         summary.add(row)
     examples = [(each.request.kind, each.request.sample.images, each.record) for each in summary.examples]
@@ -51,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 def test_figures_and_samples(folder: Path) -> None:
     rows = [made(folder, n, "detail" if n % 2 else "reasoning", "word " * (n + 1)) for n in range(30)]
     rows += [made(folder, n, sort="leak") for n in range(3)]
-    summary = Summary(seed=1)
+    summary = GenerationSummary(seed=1)
     for row in rows:
         summary.add(row)
     assert summary.document() == {
@@ -79,7 +82,7 @@ def test_figures_and_samples(folder: Path) -> None:
 def test_samples_are_drawn_evenly(folder: Path) -> None:
     counts = [0] * 30
     for seed in range(300):
-        summary = Summary(seed)
+        summary = GenerationSummary(seed)
         for n in range(30):
             summary.add(made(folder, n))
         for each in summary.examples:

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 
 from llavactl.core.protocols import Request
-from llavactl.core.schema import ImageFile, Sample, Turn
+from llavactl.core.schema import Sample, Turn
+from llavactl.images.image_file import ImageFile
 from llavactl.recipe.frame import Gates
 from llavactl.teaching.gates import Gatekeeper
-from llavactl.teaching.generate import Made
+from llavactl.teaching.generate import GeneratedRecord
 from llavactl.testing.endpoint import WORDS
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "llava"
 FINE = "A dog is sitting on a bench in the park, and a child is standing next to it with a kite in one hand."
 
 
-def made(*said: str, kind: str = "conversation", name: str = "1", picture: str = "1") -> Made:
+def made(*said: str, kind: str = "conversation", name: str = "1", picture: str = "1") -> GeneratedRecord:
     sample = Sample(picture, (Turn("user", (ImageFile("/", f"{picture}.jpg"),)),))
     messages = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
-    return Made(Request(f"{name}-{kind}", kind, (), sample), {"conversations": messages})
+    return GeneratedRecord(Request(f"{name}-{kind}", kind, (), sample), {"conversations": messages})
 
 
 def sort(*said: str, kind: str = "conversation", **gates: Any) -> str:

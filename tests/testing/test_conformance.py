@@ -10,7 +10,8 @@ from torch import nn
 
 from llavactl.core.protocols import Scores
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile, Question, Sample, Turn
+from llavactl.core.schema import Question, Sample, Turn
+from llavactl.images.image_file import ImageFile
 from llavactl.testing import (
     check_connector,
     check_language,

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from llavactl.core.errors import RecipeError
-from llavactl.core.schema import Box, FeatureShape, ImageFile, ImageRef, Sample, Turn
+from llavactl.core.schema import Box, FeatureShape, ImageRef, Sample, Turn
+from llavactl.images.image_file import ImageFile
 from llavactl.testing import run_cli
 from llavactl.training.box_alignment import PLACE, ground, shuffle_factor, targets
 

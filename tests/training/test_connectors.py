@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llavactl.core.registry import Entry, registry
+from llavactl.core.registry import Registration, registry
 from llavactl.core.schema import FeatureShape
 from llavactl.testing import run_cli
 from llavactl.training import loop
@@ -114,7 +114,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "connectors_of_a_test", sys.modules[HERE])
     for name in ("Statistics", "Wide", "Fewer", "Fixed", "Replaced", "Counting"):
-        entry = Entry("connectors", name.lower(), f"connectors_of_a_test:{name}", None, "", "stranger")
+        entry = Registration("connectors", name.lower(), f"connectors_of_a_test:{name}", None, "", "stranger")
         monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
 
 

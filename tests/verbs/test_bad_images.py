@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from llavactl import ImageFile, Sample, Turn
-from llavactl.components.vision.tower import Preprocess
-from llavactl.core.registry import Entry, registry
+from llavactl.components.vision.encoder import Preprocess
+from llavactl.core.registry import Registration, registry
 from llavactl.testing import run_cli
 
 FOLDER = ""
@@ -50,7 +50,7 @@ def table(_options: Any) -> Iterator[Sample]:
 def recipe(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys.modules[__name__], "FOLDER", str(toy / "images"))
     monkeypatch.setitem(sys.modules, "a_table", sys.modules[__name__])
-    entry = Entry("sources", "table", "a_table:table", None, "", "x")
+    entry = Registration("sources", "table", "a_table:table", None, "", "x")
     monkeypatch.setitem(registry().entries["sources"], "table", entry)
     return toy / "recipe.yaml"
 

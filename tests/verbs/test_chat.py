@@ -15,7 +15,7 @@ import pytest
 
 from llavactl import DataError
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.components.tasks.pictures import asked
+from llavactl.components.tasks.image_questions import asked
 from llavactl.testing import run_cli
 from llavactl.verbs.chat import content, open_images, read_batch
 

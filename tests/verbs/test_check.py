@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from llavactl.curation.lengths import stage_lengths
+from llavactl.curation.problems import KINDS
 from llavactl.data.encode import arrange
-from llavactl.data.lengths import stage_lengths
-from llavactl.data.problems import KINDS
 from llavactl.data.records import samples
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.core.paths import sole
+from llavactl.core.paths import exclusive_lock
 from llavactl.evaluation.answers import read_answers
 from llavactl.testing import run_cli
 
@@ -124,7 +124,7 @@ def test_cases_of_stored_answers_hold_no_markup_of_theirs(tmp_path: Path) -> Non
 def test_two_at_once_are_refused_in_words(run: Path) -> None:
     evaluate(run, "--limit", "2")
     (lock,) = (run / "runs/toy/eval/answers").glob(".scenes-*.lock")
-    with sole(lock, ValueError()):
+    with exclusive_lock(lock, ValueError()):
         assert "another process is writing" in evaluate(run, code=1)
 
 

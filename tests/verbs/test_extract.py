@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llavactl import DataError, ImageFile, RecipeError, StoreError, hookimpl
-from llavactl.components.vision.tower import Tower
+from llavactl.components.vision.encoder import VisionEncoder
 from llavactl.core import plugins
 from llavactl.features import FeatureStore, content_key, extraction, open_features, stage_fingerprint
 from llavactl.recipe.frame import Recipe
@@ -253,14 +253,14 @@ def test_a_recipe_without_data_says_so(recipe: Load) -> None:
 def test_features_beyond_float16_are_never_stored(
     recipe: Load, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Tower.encode
+    real = VisionEncoder.encode
 
-    def overflows(tower: Tower, pixels: torch.Tensor) -> torch.Tensor:
+    def overflows(tower: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
         features = real(tower, pixels).clone()
         features[pixels.mean(dim=(1, 2, 3)) > 0, 0, 0] = 1e5
         return features
 
-    monkeypatch.setattr(Tower, "encode", overflows)
+    monkeypatch.setattr(VisionEncoder, "encode", overflows)
     report = extract(recipe())
     found = skipped(recipe())
     assert 0 < len(found) < 12
@@ -389,10 +389,10 @@ def test_a_disk_that_fills_up_keeps_what_was_finished(recipe: Load, monkeypatch:
 
 def test_an_interrupt_keeps_what_was_made(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = recipe("features.shard_images=100")
-    real = Tower.encode
+    real = VisionEncoder.encode
     calls = 0
 
-    def interrupted(tower: Tower, pixels: torch.Tensor) -> torch.Tensor:
+    def interrupted(tower: VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 9:
@@ -400,7 +400,7 @@ def test_an_interrupt_keeps_what_was_made(recipe: Load, monkeypatch: pytest.Monk
         return real(tower, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tower, "encode", interrupted)
+        patch.setattr(VisionEncoder, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             extract(whole)
     kept = len(store(whole))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from llavactl.core.errors import PluginError
-from llavactl.core.registry import Entry, Options, registry
+from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
 from llavactl.features.checked import CheckedPixels, load_encoder
@@ -141,7 +141,7 @@ class Measured(Vision):
 def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", str(toy / "images"))
     for kind, name in (("sources", "Source"), ("vision", "Vision"), ("vision", "Measured")):
-        entry = Entry(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "otherplugin")
+        entry = Registration(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "otherplugin")
         monkeypatch.setitem(registry().entries[kind], name.lower(), entry)
 
 

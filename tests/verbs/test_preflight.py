@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from llavactl.core.registry import Entry, registry
+from llavactl.core.registry import Registration, registry
 from llavactl.core.schema import FeatureShape
 from llavactl.testing import run_cli
 
@@ -39,7 +39,7 @@ class Raising(Wide):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "preflight_of_a_test", sys.modules[__name__])
     for name in ("Wide", "Raising"):
-        entry = Entry("connectors", name.lower(), f"preflight_of_a_test:{name}", None, "", "stranger")
+        entry = Registration("connectors", name.lower(), f"preflight_of_a_test:{name}", None, "", "stranger")
         monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
 
 

@@ -186,5 +186,5 @@ def test_a_backbone_that_cannot_be_measured_is_loaded(bare: Path, monkeypatch: p
         def load(self, device: str, dtype: str) -> Any:
             return SimpleNamespace(shape=FeatureShape((3, 5), 8), preprocess=len, encode=len)
 
-    monkeypatch.setattr("llavactl.data.lengths.stage_vision", lambda recipe, stage: Loaded())
+    monkeypatch.setattr("llavactl.curation.lengths.stage_vision", lambda recipe, stage: Loaded())
     assert run_cli("data", "show", "--json", cwd=bare).json()["image_tokens"] == 15

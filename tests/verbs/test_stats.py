@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.data.statistics import summary
+from llavactl.curation.stats import summary
 from llavactl.report.histograms import BARS, grouped
 from llavactl.testing import run_cli
 

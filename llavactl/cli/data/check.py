@@ -12,7 +12,7 @@ from llavactl.cli.options import json_option, load_outline, load_outline_if_give
 from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
-    from llavactl.data.scan import Decode
+    from llavactl.curation.scan import Decode
     from llavactl.recipe.frame import StageNumber
     from llavactl.verbs.check import CheckReport
 
@@ -57,7 +57,7 @@ def command(
     FILE has LLaVA's records, as JSON or JSONL. With -r its lengths are counted in tokens, too. OUT is JSON or JSONL by
     its suffix; OUT's .fixes.jsonl says what was done to each record.
     """
-    from llavactl.data.problems import KINDS, NOT_IN_RECORDS
+    from llavactl.curation.problems import KINDS, NOT_IN_RECORDS
     from llavactl.verbs.check import check
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)

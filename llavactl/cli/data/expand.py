@@ -11,7 +11,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.data.captions import TagPlace
+    from llavactl.curation.captions import TagPlace
 
 
 @click.command("expand")
@@ -40,7 +40,7 @@ def command(
 
     FILE is JSON or JSONL of {id, image, caption}, or of LLaVA's records, whose first answers are taken.
     """
-    from llavactl.data.inputs import caption_file
+    from llavactl.curation.inputs import caption_file
     from llavactl.verbs.expand import expand
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)

@@ -37,8 +37,8 @@ def command(
     As LLaVA made 595K of CC3M's 3 million: every caption with a phrase that is in 3 to 100 of them, and for phrases in
     more, 100 drawn at random. FILE is JSON or JSONL of records with a `caption`, or of LLaVA's.
     """
-    from llavactl.data.inputs import caption_file
-    from llavactl.data.noun_phrases import DEFAULT
+    from llavactl.curation.inputs import caption_file
+    from llavactl.curation.noun_phrases import DEFAULT
     from llavactl.verbs.filter import filter_captions
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)

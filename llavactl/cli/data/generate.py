@@ -28,7 +28,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **wishes: Any) -> None:
     """Have the recipe's teacher write samples about the pictures of `generate.source`."""
-    from llavactl.teaching.session import Wishes
+    from llavactl.teaching.session import GenerationOptions
     from llavactl.verbs.generate import generate
 
-    output.report(generate(load_outline(source, overrides), dry_run=dry_run, wishes=Wishes(**wishes)), as_json)
+    output.report(
+        generate(load_outline(source, overrides), dry_run=dry_run, wishes=GenerationOptions(**wishes)), as_json
+    )

@@ -16,7 +16,7 @@ from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
     from llavactl.data.pieces import Piece
-    from llavactl.verbs.show import Shown, ShowReport
+    from llavactl.verbs.show import ShownSample, ShowReport
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a terminal would obey: others wrote the data."""
@@ -63,7 +63,7 @@ def command(
         output.lines([line for each in report.shown for line in (*_head(report, each), *_body(each, ids), "")][:-1])
 
 
-def _head(report: ShowReport, sample: Shown) -> Iterator[str]:
+def _head(report: ShowReport, sample: ShownSample) -> Iterator[str]:
     where = f", {_harmless(sample.where)}" if sample.where else ""
     yield f"sample {sample.number} of {report.samples}, id {_harmless(sample.id)}{where}"
     yield (
@@ -83,7 +83,7 @@ def _head(report: ShowReport, sample: Shown) -> Iterator[str]:
     yield ""
 
 
-def _body(sample: Shown, ids: bool) -> Iterator[str]:
+def _body(sample: ShownSample, ids: bool) -> Iterator[str]:
     for cut, found in itertools.groupby(sample.pieces, key=lambda piece: piece.cut):
         if cut:
             yield "--- cut ---"

@@ -35,7 +35,7 @@ def command(
 
     With -r lengths are counted in tokens, too, as the stage's template and tokenizer make them.
     """
-    from llavactl.data.statistics import Summary
+    from llavactl.curation.stats import Distribution
     from llavactl.verbs.stats import stats
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
@@ -46,7 +46,7 @@ def command(
     output.line(f"{report.samples:,} samples, {report.unusable:,} unusable records, {report.seconds:.1f} s")
     output.line(f"tokens: {report.tokens}")
     rows = [(name, *(f"{value:,}" for value in astuple(each))) for name, each in report.measures.items()]
-    output.table([("", *(field.name for field in fields(Summary))), *rows])
+    output.table([("", *(field.name for field in fields(Distribution))), *rows])
     if report.openings:
         output.table([("questions begin", ""), *((words, f"{count:,}") for words, count in report.openings.items())])
     if report.html:

@@ -142,7 +142,7 @@ def padding_processor(own: Any) -> Any:
     """LLaVA's image processor with the settings of ``own``, which pads images to squares first."""
     from transformers import LlavaImageProcessorPil
 
-    from llavactl.components.vision.tower import channel_means
+    from llavactl.components.vision.encoder import channel_means
 
     known = {key: value for key, value in own.to_dict().items() if key != "image_processor_type"}
     # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.

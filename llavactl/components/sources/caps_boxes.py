@@ -11,19 +11,19 @@ from typing import Any
 
 from pydantic import Field
 
+from llavactl.components.sources.captioned import CaptionedOptions, captioned, place_of, present, refuse, wanted
 from llavactl.components.sources.llava_record import image_names
-from llavactl.components.sources.pictures import PicturesOptions, captioned, place_of, present, refuse, wanted
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
-from llavactl.core.places import Place, image_in
-from llavactl.core.records import given_id
 from llavactl.core.schema import Box, Sample
+from llavactl.files.json_stream import read_stream
+from llavactl.files.records import given_id
+from llavactl.images.references import ImageRoot, image_in
 
 HINT = 'a record is {"id", "image", "captions": […], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}, 0 to 1'
 
 
-class CapsBoxesOptions(PicturesOptions):
+class CapsBoxesOptions(CaptionedOptions):
     """Options of the source ``caps-boxes``."""
 
     path: RecipePath = Field(description="JSONL, or a JSON list")
@@ -54,7 +54,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
     yield from present(iter(found), options)
 
 
-def _sample(record: Any, where: str, place: Place, options: CapsBoxesOptions) -> Sample:
+def _sample(record: Any, where: str, place: ImageRoot, options: CapsBoxesOptions) -> Sample:
     named = image_names(record)
     if len(named) != 1:
         raise DataError(f"expected one image, found {len(named)}" if named else "no `image`")

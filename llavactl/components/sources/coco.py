@@ -9,16 +9,16 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.sources.pictures import PicturesOptions, captioned, place_of, present, refuse, wanted
+from llavactl.components.sources.captioned import CaptionedOptions, captioned, place_of, present, refuse, wanted
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
-from llavactl.core.places import image_in
 from llavactl.core.schema import Box, Sample
+from llavactl.images.references import image_in
 
 HINT = "`captions` and `instances` name COCO's captions_….json and instances_….json"
 
 
-class CocoOptions(PicturesOptions):
+class CocoOptions(CaptionedOptions):
     """Options of the source ``coco``."""
 
     captions: RecipePath = Field(description="captions_….json")

@@ -18,12 +18,12 @@ from llavactl.components.sources.llava_record import (
     unread_media,
 )
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import read_stream
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place, check_place, image_in
-from llavactl.core.records import given_id
 from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Sample, Turn
+from llavactl.files.json_stream import read_stream
+from llavactl.files.records import given_id
+from llavactl.images.references import ImageRoot, check_place, image_in
 
 HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
 
@@ -56,7 +56,7 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
     """
     if not options.path.is_file():
         raise DataError(f"{options.path}: no such file", hint=HINT)
-    root = Place(str(options.images or options.path.parent), options.follow_links)
+    root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
     if options.images is not None:
         check_place(root.root)
     for entry in read_stream(options.path):
@@ -66,7 +66,7 @@ def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
         yield sample_of(entry.value, where, root, entry.index)
 
 
-def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sample:
+def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) -> Sample:
     """``record`` as a sample; its images are relative to ``root``. ``index`` is the id of one without.
 
     Raises:
@@ -87,7 +87,7 @@ def sample_of(record: Any, where: str, root: Place | str, index: int = 0) -> Sam
     return Sample(given_id(record) or str(index), placed, where, captions=captions, extra=extra)
 
 
-def _images(record: Mapping[str, Any], where: str, root: Place | str) -> list[ImageRef]:
+def _images(record: Mapping[str, Any], where: str, root: ImageRoot | str) -> list[ImageRef]:
     try:
         images = [image_in(root, path) for path in image_names(record)]
     except DataError as error:

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import Field
 
 from llavactl.components.tasks.coco_words import CATEGORIES, objects_in
-from llavactl.components.tasks.pictures import asked, picture
+from llavactl.components.tasks.image_questions import asked, picture
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
-from llavactl.core.records import Record, read_document, read_records, unique
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_document, read_records, unique
+from llavactl.images.references import ImageRoot
 
 
 class ChairOptions(Options):
@@ -42,7 +42,7 @@ class Chair:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        root = Place(str(self.options.images or self.options.instances.parent), self.options.follow_links)
+        root = ImageRoot(str(self.options.images or self.options.instances.parent), self.options.follow_links)
         for name, record in self._pictures.items():
             image = picture(Record(record.where, {"image": record.text("file_name")}), root)
             there = ", ".join(each for each in CATEGORIES if each in self._objects[name])

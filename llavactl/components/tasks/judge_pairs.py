@@ -14,14 +14,14 @@ from statistics import fmean, stdev
 
 from pydantic import Field, model_validator
 
+from llavactl.components.tasks.image_questions import asked, picture, refuse_others
 from llavactl.components.tasks.judging import JudgeOptions, Pair, described, leniently, request, rules, verdicts
-from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Ask, Json, Request, Scores
-from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_records, unique
+from llavactl.images.references import ImageRoot
 
 WON = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
@@ -56,7 +56,7 @@ class JudgePairs:
 
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
-            root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
+            root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
             image = picture(record, root) if record.get("image") else None
             turns = asked(image, record.text("text"))
             yield Question(name, turns, self._others[name].text("text"), str(record.get("category") or ""))

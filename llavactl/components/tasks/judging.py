@@ -17,9 +17,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Ask, Consultant, Request
-from llavactl.core.records import Record, read_document
 from llavactl.core.registry import Options, registry
 from llavactl.core.schema import Sample
+from llavactl.files.records import Record, read_document
 
 Pair = tuple[float, float]
 

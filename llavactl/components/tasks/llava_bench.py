@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 
 from pydantic import Field, model_validator
 
+from llavactl.components.tasks.image_questions import asked, picture, refuse_others
 from llavactl.components.tasks.judging import (
     JudgeOptions,
     Pair,
@@ -24,13 +25,12 @@ from llavactl.components.tasks.judging import (
     rules,
     verdicts,
 )
-from llavactl.components.tasks.pictures import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePaths, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Ask, Json, Request, Scores
-from llavactl.core.records import Record, read_records, unique
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_records, unique
+from llavactl.images.references import ImageRoot
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class LlavaBench:
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
             assert self.options.questions is not None
-            root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
+            root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
             image = picture(record, root) if record.get("image") else None
             reference = self._references[name].text("text") if self._references else ""
             yield Question(name, asked(image, record.text("text")), reference, kind_of(record))

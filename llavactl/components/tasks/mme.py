@@ -10,14 +10,14 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, beyond, prompt_of, refuse_others
+from llavactl.components.tasks.image_questions import asked, beyond, prompt_of, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place, image_in
 from llavactl.core.protocols import Json, Scores
-from llavactl.core.records import read_text
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import read_text
+from llavactl.images.references import ImageRoot, image_in
 
 GROUPS = {
     "perception": (
@@ -47,7 +47,7 @@ class MmeOptions(Options):
 
 
 @dataclass(frozen=True)
-class Item:
+class MmeQuestion:
     """One of the two questions about a picture."""
 
     id: str
@@ -66,7 +66,7 @@ class Mme:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        place = Place(str(self.options.images or self.options.questions), self.options.follow_links)
+        place = ImageRoot(str(self.options.images or self.options.questions), self.options.follow_links)
         for each in self._items:
             image = image_in(place, f"{each.category}/{each.image}")
             yield Question(each.id, asked(image, each.text), each.gold, each.category)
@@ -115,7 +115,7 @@ class Mme:
         return {(each.category, PurePosixPath(each.image).stem, _words(each.text)): each.id for each in self._items}
 
     @cached_property
-    def _items(self) -> list[Item]:
+    def _items(self) -> list[MmeQuestion]:
         files = sorted(self.options.questions.glob("*.txt"))
         if not files:
             raise DataError(f"{self.options.questions}: there is no CATEGORY.txt in this folder")
@@ -135,7 +135,7 @@ def says(text: str) -> str | None:
     return "yes" if "yes" in start else "no" if "no" in start else None
 
 
-def _read(file: Path) -> Iterator[Item]:
+def _read(file: Path) -> Iterator[MmeQuestion]:
     asked_of: Counter[str] = Counter()
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
@@ -145,6 +145,6 @@ def _read(file: Path) -> Iterator[Item]:
         if gold not in ("yes", "no"):
             raise DataError(f"{file}:{number}: not picture, question and Yes or No with tabs between")
         asked_of[cells[0]] += 1
-        yield Item(f"{file.stem}/{cells[0]}/{asked_of[cells[0]]}", file.stem, cells[0], cells[1], gold)
+        yield MmeQuestion(f"{file.stem}/{cells[0]}/{asked_of[cells[0]]}", file.stem, cells[0], cells[1], gold)
     if odd := [image for image, count in asked_of.items() if count != 2]:
         raise DataError(f"{file}: {odd[0]} has {asked_of[odd[0]]} questions, not two", hint="is the file cut?")

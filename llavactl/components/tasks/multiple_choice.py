@@ -16,14 +16,14 @@ from string import ascii_uppercase
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, picture, refuse_others
+from llavactl.components.tasks.image_questions import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
-from llavactl.core.records import Record, read_records, read_table, unique
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, ImageRef, Question
+from llavactl.files.records import Record, read_records, read_table, unique
+from llavactl.images.references import ImageRoot
 
 LETTERS = ascii_uppercase[:8]
 TURN = 1_000_000
@@ -48,7 +48,7 @@ class MultipleChoiceOptions(Options):
 
 
 @dataclass(frozen=True)
-class Item:
+class ChoiceQuestion:
     """One question, which may have a text before it; ``right`` is an option's place from 0."""
 
     name: str
@@ -59,7 +59,7 @@ class Item:
     category: str
     image: ImageRef | None
 
-    def turned(self, by: int) -> Item:
+    def turned(self, by: int) -> ChoiceQuestion:
         """The same question with its options moved on by ``by`` places: ``A B C`` → ``B C A`` by one."""
         options = self.options[by:] + self.options[:by]
         right = (self.right - by) % len(options)
@@ -112,11 +112,11 @@ class MultipleChoice:
         return f"{answer.id}+{turn}" if isinstance(turn, int) and turn > 0 else answer.id
 
     @cached_property
-    def _asked(self) -> list[Item]:
+    def _asked(self) -> list[ChoiceQuestion]:
         return [turn for group in self._groups.values() for turn in group]
 
     @cached_property
-    def _groups(self) -> Mapping[str, list[Item]]:
+    def _groups(self) -> Mapping[str, list[ChoiceQuestion]]:
         """What is asked of each question: itself alone, or all of its turns."""
         if not self.options.circular:
             return {item.name: [item] for item in self._items}
@@ -127,19 +127,19 @@ class MultipleChoice:
         return own
 
     @cached_property
-    def _items(self) -> list[Item]:
+    def _items(self) -> list[ChoiceQuestion]:
         file = self.options.questions
         records = (
             read_table(file, "question", "answer", delimiter="\t") if file.suffix == ".tsv" else read_records(file)
         )
-        root = Place(str(self.options.images or file.parent), self.options.follow_links)
+        root = ImageRoot(str(self.options.images or file.parent), self.options.follow_links)
         return [_item(name, record, root) for name, record in unique(records, "index", "question_id", "id").items()]
 
 
-def _turns_in(items: Sequence[Item]) -> Mapping[str, list[Item]]:
+def _turns_in(items: Sequence[ChoiceQuestion]) -> Mapping[str, list[ChoiceQuestion]]:
     """The items by their question, where their numbers say that they are turns of one."""
     names = {item.name for item in items}
-    found: dict[str, list[Item]] = {}
+    found: dict[str, list[ChoiceQuestion]] = {}
     for item in items:
         number = int(item.name) if item.name.isascii() and item.name.isdecimal() else 0
         first = str(number % TURN)
@@ -163,7 +163,7 @@ def read_letter(text: str, options: Sequence[str]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _item(name: str, record: Record, root: Place) -> Item:
+def _item(name: str, record: Record, root: ImageRoot) -> ChoiceQuestion:
     # A table has "nan" or nothing where a question has fewer options.
     given = [str(record.get(letter) or "") for letter in LETTERS]
     count = next((at for at, each in enumerate(given) if each in ("", "nan")), len(LETTERS))
@@ -171,7 +171,7 @@ def _item(name: str, record: Record, root: Place) -> Item:
     if count < 2 or len(answer) != 1 or answer not in LETTERS[:count]:
         raise DataError(f"{record.where}: `answer` is {answer!r:.40}, the options are {count}: A, B, …")
     hint = str(record.get("hint") or "")
-    return Item(
+    return ChoiceQuestion(
         name,
         "" if hint in ("", "nan") else f"{hint}\n",
         record.text("question"),

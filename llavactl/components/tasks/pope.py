@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, picture, refuse_others
+from llavactl.components.tasks.image_questions import asked, picture, refuse_others
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePaths, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
-from llavactl.core.records import Record, read_records, unique
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_records, unique
+from llavactl.images.references import ImageRoot
 
 SPLITS = ("random", "popular", "adversarial")
 RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -49,7 +49,7 @@ class Pope:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
+        root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         for name, (record, label, split) in self._labelled.items():
             yield Question(name, asked(picture(record, root), record.text("text")), label, split)
 

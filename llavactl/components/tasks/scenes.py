@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llavactl.components.sources.scenes import picture
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, PLURALS, Asked, ask, chance
+from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, PLURALS, SceneQuestion, ask, chance
 from llavactl.components.sources.scenes.things import AXES, CANVAS, COLORS, Split
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options
@@ -78,7 +78,7 @@ class ScenesTask:
         scores = {"accuracy": 100 * fmean(everything), **shares, "chance": {"accuracy": blind, **chances}}
         return Scores(scores, unparsed, outcome)
 
-    def _asked(self) -> Iterator[tuple[str, Staged, Asked]]:
+    def _asked(self) -> Iterator[tuple[str, Staged, SceneQuestion]]:
         """All that is asked, with the question's id and its scene."""
         for index in range(self.options.scenes):
             staged = stage(self.options.split, self.options.seed, index)

@@ -15,14 +15,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llavactl.components.sources.scienceqa.problems import Problem, read_problems
+from llavactl.components.sources.scienceqa.problems import ScienceqaProblem, read_problems
+from llavactl.components.tasks.image_questions import asked, refuse_others, same_words
 from llavactl.components.tasks.judging import ConsultOptions
-from llavactl.components.tasks.pictures import asked, refuse_others, same_words
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.schema import Answer, Question, Sample
 
-COLUMNS: Mapping[str, Callable[[Problem], bool]] = {
+COLUMNS: Mapping[str, Callable[[ScienceqaProblem], bool]] = {
     "NAT": lambda each: each.subject == "natural science",
     "SOC": lambda each: each.subject == "social science",
     "LAN": lambda each: each.subject == "language science",
@@ -110,13 +110,13 @@ class Scienceqa:
         }
         return replace(joint, scores={**joint.scores, **alone})
 
-    def _here(self, answers: Mapping[str, Answer]) -> list[Problem]:
+    def _here(self, answers: Mapping[str, Answer]) -> list[ScienceqaProblem]:
         # The words alone: what was asked may have had the context behind the question, or other marks for the options.
         refuse_others({each.id: _FRAME.sub(" ", each.prompt) for each in self._problems}, answers, same_words)
         return [problem for problem in self._problems if problem.id in answers]
 
     @cached_property
-    def _problems(self) -> list[Problem]:
+    def _problems(self) -> list[ScienceqaProblem]:
         given = self.options
         return read_problems(
             given.questions, given.split, given.splits, given.meta, given.images, follow_links=given.follow_links
@@ -134,13 +134,13 @@ def _request(name: str, text: str) -> Request:
     return Request(name, "scienceqa", ({"role": "user", "content": text},), Sample(name, ()))
 
 
-def _both(problem: Problem, ours: str, told: Mapping[str, str]) -> str:
+def _both(problem: ScienceqaProblem, ours: str, told: Mapping[str, str]) -> str:
     """What the teacher is asked where its answer and the model's differ; the words are our own."""
     answers = f"First answer:\n{told[problem.id].strip()}\n\nSecond answer:\n{ours.strip()}"
     return f"{problem.prompt}\n\n{UNDECIDED}\n\n{answers}\n\n{REASONS}"
 
 
-def _columns(here: Sequence[Problem], chosen: Mapping[str, int | None]) -> Scores:
+def _columns(here: Sequence[ScienceqaProblem], chosen: Mapping[str, int | None]) -> Scores:
     right = {each.id: chosen[each.id] == each.right for each in here}
     about = {name: [each.id for each in here if holds(each)] for name, holds in COLUMNS.items()}
     scores: dict[str, Json] = {

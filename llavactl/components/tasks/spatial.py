@@ -21,7 +21,7 @@ from llavactl.components.sources.scenes import picture
 from llavactl.components.sources.scenes.layout import Staged, stage
 from llavactl.components.sources.scenes.questions import MOST, PLURALS, article, ask
 from llavactl.components.sources.scenes.things import CANVAS, Split
-from llavactl.components.tasks.pictures import asked
+from llavactl.components.tasks.image_questions import asked
 from llavactl.components.tasks.scenes import read_answer
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options

@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.tasks.pictures import asked, beyond, picture, prompt_of, refuse_others
+from llavactl.components.tasks.image_questions import asked, beyond, picture, prompt_of, refuse_others
 from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
-from llavactl.core.places import Place
 from llavactl.core.protocols import Json, Scores
-from llavactl.core.records import Record, read_document, unique
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
+from llavactl.files.records import Record, read_document, unique
+from llavactl.images.references import ImageRoot
 
 PEOPLE = 10
 SHORTLY = "Answer the question using a single word or phrase."
@@ -50,7 +50,7 @@ class TextVqaOptions(Options):
 
 
 @dataclass(frozen=True)
-class Item:
+class VqaQuestion:
     """A question with what ten people said."""
 
     question: Question
@@ -74,7 +74,7 @@ class Vqa:
         return _scores(self._items, answers, vqa_grade)
 
     @cached_property
-    def _items(self) -> list[Item]:
+    def _items(self) -> list[VqaQuestion]:
         notes = unique(_records(self.options.annotations, "annotations"), "question_id", what="annotation")
         questions = unique(_records(self.options.questions, "questions"), "question_id")
         if missing := [name for name in questions if name not in notes]:
@@ -83,7 +83,7 @@ class Vqa:
                 f"{missing[0]!r}",
                 hint="are these the annotations of these questions?",
             )
-        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
+        root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
             _item(name, record, notes[name], root, self._file(record), str(notes[name].get("answer_type") or ""))
             for name, record in questions.items()
@@ -133,8 +133,8 @@ class TextVqa:
         }
 
     @cached_property
-    def _items(self) -> list[Item]:
-        root = Place(str(self.options.images or self.options.questions.parent), self.options.follow_links)
+    def _items(self) -> list[VqaQuestion]:
+        root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
             _item(name, record, record, root, f"{record.name('image_id')}.jpg", "")
             for name, record in unique(_records(self.options.questions, "data"), "question_id").items()
@@ -161,7 +161,7 @@ def soft(agree: int, people: int) -> float:
 
 
 def _scores(
-    items: Sequence[Item], answers: Mapping[str, Answer], grade: Callable[[str, Sequence[str]], float]
+    items: Sequence[VqaQuestion], answers: Mapping[str, Answer], grade: Callable[[str, Sequence[str]], float]
 ) -> Scores:
     here = {each.question.id: each for each in items if each.question.id in answers}
     refuse_others({name: each.words for name, each in here.items()}, answers)
@@ -184,7 +184,7 @@ def _records(path: Path, key: str) -> list[Record]:
     return [Record(f"{path} {key} {at}", each) for at, each in enumerate(listed)]
 
 
-def _item(name: str, record: Record, notes: Record, root: Place, file: str, kind: str) -> Item:
+def _item(name: str, record: Record, notes: Record, root: ImageRoot, file: str, kind: str) -> VqaQuestion:
     people = notes.get("answers")
     said = (
         [each.get("answer") if isinstance(each, dict) else each for each in people] if isinstance(people, list) else []
@@ -195,4 +195,4 @@ def _item(name: str, record: Record, notes: Record, root: Place, file: str, kind
     image = picture(Record(record.where, {"image": file}), root)
     words = f"{record.text('question')}\n{SHORTLY}"
     question = Question(name, asked(image, words), max(texts, key=texts.count), kind)
-    return Item(question, record.text("question"), texts)
+    return VqaQuestion(question, record.text("question"), texts)

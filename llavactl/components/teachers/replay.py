@@ -10,11 +10,11 @@ from typing import Any
 from pydantic import Field
 
 from llavactl.core.errors import DataError
-from llavactl.core.json_stream import read_stream
 from llavactl.core.options import RecipePath
 from llavactl.core.protocols import Reply, Request
-from llavactl.core.records import given_id, read_document
 from llavactl.core.registry import Options
+from llavactl.files.json_stream import read_stream
+from llavactl.files.records import given_id, read_document
 
 
 class ReplayOptions(Options):

@@ -52,7 +52,7 @@ class Rules:
         if not request.sample.boxes:
             raise DataError(f"{request.sample.where or request.id}: no boxes", hint="the teacher `rules` needs boxes")
         rng = Random(f"{request.seed}/{request.kind}/{request.id}")
-        things = [Thing(box) for box in request.sample.boxes if not box.crowd]
+        things = [NamedBox(box) for box in request.sample.boxes if not box.crowd]
         if request.kind == "detail":
             return _description(things, rng)
         pairs = [_reasoning(things, rng)]
@@ -61,7 +61,7 @@ class Rules:
         return "\n===\n".join(f"Question:\n{question}\n===\nAnswer:\n{answer}" for question, answer in pairs)
 
 
-class Thing:
+class NamedBox:
     """A box in words: ``name`` ("red circle"), its ``color`` where it has one, its ``kind``, its center (x, y)."""
 
     def __init__(self, box: Box) -> None:
@@ -72,7 +72,7 @@ class Thing:
         self.x, self.y, self.area = (left + right) / 2, (top + bottom) / 2, (right - left) * (bottom - top)
 
 
-def _conversation(sample: Sample, things: Sequence[Thing], rng: Random, limit: int) -> list[QA]:
+def _conversation(sample: Sample, things: Sequence[NamedBox], rng: Random, limit: int) -> list[QA]:
     """Questions of every sort by turns, none twice; behind the first, those whose text tells the most come last.
 
     What an earlier text has told needs no picture any more, and teaches nothing of it.
@@ -98,7 +98,7 @@ def _conversation(sample: Sample, things: Sequence[Thing], rng: Random, limit: i
     return [(question, answer) for question, (_, answer) in pairs]
 
 
-def _looks(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
+def _looks(things: Sequence[NamedBox], rng: Random) -> Iterator[QA]:
     """The color of a thing, or its kind: one question about each, as each answer is told by the other's question."""
     for thing in _shuffled([thing for thing in things if thing.color], rng):
         color = rng.choice(("What color is the {}?", "Which color does the {} have?")).format(thing.kind)
@@ -110,7 +110,7 @@ def _looks(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
             yield rng.choice(ways)
 
 
-def _counts(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
+def _counts(things: Sequence[NamedBox], rng: Random) -> Iterator[QA]:
     """How many of all, of a kind, of a color, the largest groups mostly first.
 
     Most groups are of one: drawn alike, "1" would be the answer to most questions, and with the largest
@@ -129,9 +129,9 @@ def _counts(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
     yield from asked
 
 
-def _presence(things: Sequence[Thing], absent: Sequence[str], rng: Random) -> Iterator[QA]:
-    names = {"name": absent, "kind": [Thing(_named(name)).kind for name in absent]}
-    names["color"] = [f"{color} object" for name in absent if (color := Thing(_named(name)).color)]
+def _presence(things: Sequence[NamedBox], absent: Sequence[str], rng: Random) -> Iterator[QA]:
+    names = {"name": absent, "kind": [NamedBox(_named(name)).kind for name in absent]}
+    names["color"] = [f"{color} object" for name in absent if (color := NamedBox(_named(name)).color)]
     for form in _shuffled(["name", "kind", "color"], rng):
         here = {f"{thing.color} object" if form == "color" else str(getattr(thing, form)) for thing in things}
         here -= {" object"}
@@ -144,7 +144,7 @@ def _presence(things: Sequence[Thing], absent: Sequence[str], rng: Random) -> It
         yield wording.format(article(name)), "yes" if yes else "no"
 
 
-def _relations(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
+def _relations(things: Sequence[NamedBox], rng: Random) -> Iterator[QA]:
     single = [thing for thing in things if _only(things, "name", thing)]
     for one, other in _shuffled(list(permutations(single, 2)), rng):
         sides = [side for side in (_across(one, other), _upright(one, other)) if side]
@@ -163,11 +163,11 @@ def _relations(things: Sequence[Thing], rng: Random) -> Iterator[QA]:
 WHERE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 
 
-def _across(one: Thing, other: Thing) -> str:
+def _across(one: NamedBox, other: NamedBox) -> str:
     return _side(one.x - other.x, one.y - other.y, ("left", "right"))
 
 
-def _upright(one: Thing, other: Thing) -> str:
+def _upright(one: NamedBox, other: NamedBox) -> str:
     return _side(one.y - other.y, one.x - other.x, ("above", "below"))
 
 
@@ -176,7 +176,7 @@ def _side(along: float, aside: float, words: tuple[str, str]) -> str:
     return "" if abs(along) < max(CLEAR, abs(aside) / 2) else words[along > 0]
 
 
-def _description(things: Sequence[Thing], rng: Random) -> str:
+def _description(things: Sequence[NamedBox], rng: Random) -> str:
     """How many things there are, which and where: in their order along both axes, else each with its place."""
     number = NUMBERS.get(len(things), str(len(things)))
     noun = "shape" if all(thing.color for thing in things) else "object"
@@ -192,7 +192,7 @@ def _description(things: Sequence[Thing], rng: Random) -> str:
     return " ".join(said)
 
 
-def _order(things: Sequence[Thing], way: str, axis: str) -> list[str]:
+def _order(things: Sequence[NamedBox], way: str, axis: str) -> list[str]:
     """The things in their order along an axis, where nobody would argue about it."""
     order = sorted(things, key=lambda thing: float(getattr(thing, axis)))
     clear = all(getattr(b, axis) - getattr(a, axis) >= IN_ORDER for a, b in pairwise(order))
@@ -200,7 +200,7 @@ def _order(things: Sequence[Thing], way: str, axis: str) -> list[str]:
     return [f"{way}: {', '.join(names[:-1])} and {names[-1]}."] if clear and len(order) > 1 else []
 
 
-def _reasoning(things: Sequence[Thing], rng: Random) -> QA:
+def _reasoning(things: Sequence[NamedBox], rng: Random) -> QA:
     """A question that takes two looks, and an answer that says both."""
     ways: list[Callable[[], QA | None]] = [
         lambda: _left_over(things, rng), lambda: _nearest_corner(things, rng), lambda: _largest(things)
@@ -211,7 +211,7 @@ def _reasoning(things: Sequence[Thing], rng: Random) -> QA:
     return "What is the one thing to be seen?", f"It is {article(things[0].name)}."
 
 
-def _left_over(things: Sequence[Thing], rng: Random) -> QA | None:
+def _left_over(things: Sequence[NamedBox], rng: Random) -> QA | None:
     colors = sorted({thing.color for thing in things if thing.color})
     if not colors:
         return None
@@ -225,7 +225,7 @@ def _left_over(things: Sequence[Thing], rng: Random) -> QA | None:
     )
 
 
-def _nearest_corner(things: Sequence[Thing], rng: Random) -> QA | None:
+def _nearest_corner(things: Sequence[NamedBox], rng: Random) -> QA | None:
     name, x, y = rng.choice((("top left", 0, 0), ("top right", 1, 0), ("bottom left", 0, 1), ("bottom right", 1, 1)))
     near = sorted(things, key=lambda thing: (thing.x - x) ** 2 + (thing.y - y) ** 2)
     if len(near) < 2:
@@ -237,7 +237,7 @@ def _nearest_corner(things: Sequence[Thing], rng: Random) -> QA | None:
     )
 
 
-def _largest(things: Sequence[Thing]) -> QA | None:
+def _largest(things: Sequence[NamedBox]) -> QA | None:
     order = sorted(things, key=lambda thing: -thing.area)
     if len(order) < 2 or order[0].area < 1.25 * order[1].area:
         return None
@@ -247,7 +247,7 @@ def _largest(things: Sequence[Thing]) -> QA | None:
     )
 
 
-def _place(thing: Thing) -> str:
+def _place(thing: NamedBox) -> str:
     """``in the top left``, ``in the middle``, ``on the right`` …"""
     across = "left" if thing.x < 0.36 else "right" if thing.x > 0.64 else ""
     upright = "top" if thing.y < 0.36 else "bottom" if thing.y > 0.64 else ""
@@ -279,7 +279,7 @@ def _named(name: str) -> Box:
     return Box(name, (0, 0, 1, 1))
 
 
-def _only(things: Sequence[Thing], what: str, thing: Thing) -> bool:
+def _only(things: Sequence[NamedBox], what: str, thing: NamedBox) -> bool:
     return sum(getattr(other, what) == getattr(thing, what) for other in things) == 1
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from llavactl.chat.opening import open_assistant
 from llavactl.core.errors import ModelError
-from llavactl.core.schema import ImageFile, Turn
+from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
-from llavactl.data.images import decode
+from llavactl.images.decode import decode
+from llavactl.images.image_file import ImageFile
 from llavactl.model.foreign import resolve
 
 from .families import EAGER, FAMILIES, language_of

@@ -12,8 +12,9 @@ import pytest
 
 from llavactl.chat.opening import open_assistant
 from llavactl.core.errors import ModelError
-from llavactl.core.schema import IMAGE_TOKEN, ImageFile, Turn
+from llavactl.core.schema import IMAGE_TOKEN, Turn
 from llavactl.data.batches import collate
+from llavactl.images.image_file import ImageFile
 from llavactl.model import folder as model_folder
 from llavactl.model.foreign import resolve
 from llavactl.testing import run_cli

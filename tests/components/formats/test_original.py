@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llavactl.core.schema import ImageFile
 from llavactl.evaluation.verify import verify
+from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, llama_folder
 from .conftest import Make

@@ -11,8 +11,9 @@ import pytest
 
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Turn
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Turn
 from llavactl.data.encode import Encoding, arrange
+from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, language, llama_folder, prepending
 

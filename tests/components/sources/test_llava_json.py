@@ -10,7 +10,8 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageFile, Sample
+from llavactl.core.schema import Sample
+from llavactl.images.image_file import ImageFile
 from llavactl.testing import check_source
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]

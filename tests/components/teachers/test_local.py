@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llavactl.components.teachers.local import Transformers, TransformersOptions
 from llavactl.components.teachers.replay import Replay, ReplayOptions
-from llavactl.components.teachers.transformers import Transformers, TransformersOptions
 from llavactl.core.errors import DataError, ModelError, TeacherError
 from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request
 from llavactl.core.schema import Sample

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from llavactl.components.teachers import completions
-from llavactl.components.teachers.openai import OpenAI, OpenAIOptions
+from llavactl.components.teachers.openai_api import OpenAI, OpenAIOptions
 from llavactl.core.errors import TeacherError
 from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Reply, Request, Teacher
 from llavactl.core.schema import Sample

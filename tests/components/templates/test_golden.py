@@ -14,8 +14,9 @@ import pytest
 
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Sample, Turn
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Sample, Turn
 from llavactl.data.encode import Encoding, arrange
+from llavactl.images.image_file import ImageFile
 
 IMAGE = object()
 Q = 3

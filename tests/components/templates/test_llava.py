@@ -13,8 +13,9 @@ import pytest
 
 from llavactl.components.sources.llava_json import sample_of
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, ImageFile, Sample, Turn
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Sample, Turn
 from llavactl.data.encode import Encoding, arrange
+from llavactl.images.image_file import ImageFile
 
 USER = (
     "A chat between a curious user and an artificial intelligence assistant. "

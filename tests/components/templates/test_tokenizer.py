@@ -13,9 +13,10 @@ from llavactl.chat.assistant import Stops
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, ImageFile, Text, Turn
+from llavactl.core.schema import IGNORE, Text, Turn
+from llavactl.curation.lengths import Lengths
 from llavactl.data.encode import Encoding
-from llavactl.data.lengths import Lengths
+from llavactl.images.image_file import ImageFile
 
 PHOTO = ImageFile("/photos", "a.jpg")
 TALK = (

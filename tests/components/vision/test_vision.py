@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llavactl.components.vision.tower import Tower, pad_to_square
-from llavactl.components.vision.transformers import TransformersVision, TransformersVisionOptions
+from llavactl.components.vision.encoder import VisionEncoder, pad_to_square
+from llavactl.components.vision.pretrained import TransformersVision, TransformersVisionOptions
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 
@@ -26,8 +26,10 @@ def photos(toys: Path) -> list[Image.Image]:
     return [*(Image.open(file).convert("RGB") for file in files), Image.new("RGB", (31, 31), (9, 90, 200))]
 
 
-def tower(folder: Path, **options: Any) -> Tower:
-    made: Tower = registry().create("vision", {"name": "clip", "model": str(folder), **options}).load("cpu", "float32")
+def tower(folder: Path, **options: Any) -> VisionEncoder:
+    made: VisionEncoder = (
+        registry().create("vision", {"name": "clip", "model": str(folder), **options}).load("cpu", "float32")
+    )
     return made
 
 

@@ -9,7 +9,7 @@ from random import Random
 
 from llavactl.components.sources.scenes.layout import Staged
 from llavactl.components.sources.scenes.questions import PLURALS, WHERE, article
-from llavactl.components.sources.scenes.things import Thing, clear_axes, side
+from llavactl.components.sources.scenes.things import DrawnShape, clear_axes, side
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
@@ -46,15 +46,15 @@ def enumerated(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _named(things: Sequence[Thing]) -> str:
+def _named(things: Sequence[DrawnShape]) -> str:
     return enumerated([article(thing.name) for thing in things])
 
 
-def _listed(things: Sequence[Thing], rng: Random) -> str:
+def _listed(things: Sequence[DrawnShape], rng: Random) -> str:
     return rng.choice(LISTS).format(number=NUMBERS[len(things)], listed=_named(things))
 
 
-def _related(things: Sequence[Thing], rng: Random) -> str:
+def _related(things: Sequence[DrawnShape], rng: Random) -> str:
     """Where one thing is as seen from another, then what else there is."""
     one, other, axis = rng.choice([(*both, axis) for both in combinations(things, 2) for axis in clear_axes(*both)])
     where = WHERE[side(one, other, axis)]
@@ -66,7 +66,7 @@ def _related(things: Sequence[Thing], rng: Random) -> str:
     return f"{article(one.name)} {where} {article(other.name)}{beside}."
 
 
-def _counted(things: Sequence[Thing], rng: Random) -> str | None:
+def _counted(things: Sequence[DrawnShape], rng: Random) -> str | None:
     """How many there are of each shape or each color, where some has more than one."""
     ways = []
     for by_color in (False, True):
@@ -84,7 +84,7 @@ def _several(kind: str, number: int, by_color: bool) -> str:
     return f"{NUMBERS[number]} {kind if number == 1 else PLURALS[kind]}"
 
 
-def _ordered(things: Sequence[Thing], rng: Random) -> str:
+def _ordered(things: Sequence[DrawnShape], rng: Random) -> str:
     """The things from left to right or from top to bottom, where that is clear; else a list."""
     across = sorted(things, key=lambda thing: thing.x)
     down = sorted(things, key=lambda thing: thing.y)

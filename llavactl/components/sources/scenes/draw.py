@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from llavactl.components.sources.scenes.things import CANVAS, Scene, Thing
+from llavactl.components.sources.scenes.things import CANVAS, DrawnShape, Scene
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,7 +58,7 @@ def draw(scene: Scene, size: int) -> Image.Image:
     return ImageChops.add(image, Image.merge("RGB", (grain, grain, grain)), offset=-GRAIN)
 
 
-def _paint(image: Image.Image, thing: Thing, scale: float) -> None:
+def _paint(image: Image.Image, thing: DrawnShape, scale: float) -> None:
     """Paints one thing, smooth at its edge: its mask is drawn larger and averaged down."""
     from PIL import Image, ImageChops, ImageDraw
 

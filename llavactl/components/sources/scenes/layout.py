@@ -17,10 +17,10 @@ from llavactl.components.sources.scenes.things import (
     CANVAS,
     COLORS,
     SHAPES,
+    DrawnShape,
     Rgb,
     Scene,
     Split,
-    Thing,
     exchange_colors,
     exchange_places,
     held_out,
@@ -46,8 +46,8 @@ class Contrast:
 
     id: str
     kind: Literal["binding", "arrangement"]
-    one: Thing
-    other: Thing
+    one: DrawnShape
+    other: DrawnShape
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def _cast(rng: Random, split: Split) -> tuple[list[Pair], str]:
             return pairs, counted
 
 
-def _place(rng: Random, pairs: Sequence[Pair]) -> tuple[Thing, ...]:
+def _place(rng: Random, pairs: Sequence[Pair]) -> tuple[DrawnShape, ...]:
     """The pairs as things, apart from each other."""
-    things: list[Thing] = []
+    things: list[DrawnShape] = []
     tries = 0
     while len(things) < len(pairs):
         tries += 1
@@ -116,13 +116,13 @@ def _place(rng: Random, pairs: Sequence[Pair]) -> tuple[Thing, ...]:
         radius = rng.randint(SMALLEST, LARGEST[len(pairs)])
         low, high = radius + MARGIN, CANVAS - radius - MARGIN
         x, y, angle = rng.randint(low, high), rng.randint(low, high), rng.randint(-9, 9)
-        thing = Thing(color, shape, x, y, radius, angle, _shade(rng, COLORS[color]))
+        thing = DrawnShape(color, shape, x, y, radius, angle, _shade(rng, COLORS[color]))
         if all(_apart(thing, other) for other in things):
             things.append(thing)
     return tuple(things)
 
 
-def _apart(one: Thing, other: Thing) -> bool:
+def _apart(one: DrawnShape, other: DrawnShape) -> bool:
     return (one.x - other.x) ** 2 + (one.y - other.y) ** 2 >= (one.radius + other.radius + GAP) ** 2
 
 
@@ -165,7 +165,9 @@ def _rebinds(scene: Scene, places: tuple[int, int], split: Split) -> bool:
     return one.color != other.color and one.shape != other.shape and allowed(pairs, split)
 
 
-def _exchanged(scene: Scene, places: tuple[int, int], exchange: Callable[[Thing, Thing], tuple[Thing, Thing]]) -> Scene:
+def _exchanged(
+    scene: Scene, places: tuple[int, int], exchange: Callable[[DrawnShape, DrawnShape], tuple[DrawnShape, DrawnShape]]
+) -> Scene:
     things = list(scene.things)
     things[places[0]], things[places[1]] = exchange(things[places[0]], things[places[1]])
     return replace(scene, things=tuple(things))

@@ -18,9 +18,9 @@ from llavactl.components.sources.scenes.things import (
     AXES,
     COLORS,
     SHAPES,
+    DrawnShape,
     Scene,
     Split,
-    Thing,
     clear_axes,
     held_out,
     side,
@@ -46,7 +46,7 @@ WHERE = {"left": "to the left of", "right": "to the right of", "above": "above",
 
 
 @dataclass(frozen=True)
-class Asked:
+class SceneQuestion:
     """A question and its answer; ``pair`` names the minimal pair that it tells apart."""
 
     category: str
@@ -63,7 +63,7 @@ def chance(category: str, split: Split) -> float:
     return 100 / 3 if category == "count" else 50.0
 
 
-def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list[Asked]:
+def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list[SceneQuestion]:
     """``limit`` questions about a scene, at most MOST: one of each category of ``about``, then more yes and no.
 
     ``about`` may have one of HALVES in place of ``relation``.
@@ -98,21 +98,21 @@ def article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _color(staged: Staged, rng: Random) -> Iterator[Asked]:
+def _color(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
     shapes = [thing.shape for thing in staged.scene.things]
     for thing in _subject([t for t in staged.scene.things if shapes.count(t.shape) == 1], staged.split, rng):
         text = rng.choice(("What color is the {}?", "Which color does the {} have?")).format(thing.shape)
-        yield Asked("color", text, thing.color)
+        yield SceneQuestion("color", text, thing.color)
 
 
-def _shape(staged: Staged, rng: Random) -> Iterator[Asked]:
+def _shape(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
     colors = [thing.color for thing in staged.scene.things]
     for thing in _subject([t for t in staged.scene.things if colors.count(t.color) == 1], staged.split, rng):
         text = rng.choice(("What shape is the {} object?", "Which shape does the {} object have?"))
-        yield Asked("shape", text.format(thing.color), thing.shape)
+        yield SceneQuestion("shape", text.format(thing.color), thing.shape)
 
 
-def _subject(things: Sequence[Thing], split: Split, rng: Random) -> list[Thing]:
+def _subject(things: Sequence[DrawnShape], split: Split, rng: Random) -> list[DrawnShape]:
     """The thing to ask about, if any will do.
 
     When testing, a held-out pair is asked about as often as each other pair. Scenes that hadn't both to
@@ -127,19 +127,19 @@ def _subject(things: Sequence[Thing], split: Split, rng: Random) -> list[Thing]:
     return [rng.choice(unseen if rng.randrange(len(SHAPES)) == 0 else ordinary)]
 
 
-def _count(staged: Staged, rng: Random) -> Iterator[Asked]:
+def _count(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
     things = staged.scene.things
     if rng.random() < 0.5:
         text = rng.choice(("How many shapes are there?", "How many objects are in the image?"))
-        yield Asked("count", text, str(len(things)))
+        yield SceneQuestion("count", text, str(len(things)))
         return
     counted = staged.counted
     what = PLURALS.get(counted, f"{counted} objects")
     text = rng.choice(("How many {} are there?", "How many {} are in the image?")).format(what)
-    yield Asked("count", text, str(sum(counted in thing.pair for thing in things)))
+    yield SceneQuestion("count", text, str(sum(counted in thing.pair for thing in things)))
 
 
-def _presence(staged: Staged, rng: Random) -> Iterator[Asked]:
+def _presence(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
     """Is there such a thing? Each form once: by pair, by shape, by color."""
     forms = ["shape", "color"]
     rng.shuffle(forms)
@@ -150,7 +150,7 @@ def _presence(staged: Staged, rng: Random) -> Iterator[Asked]:
         yes = rng.random() < 0.5
         what = _pair_to_find(staged, rng, yes) if form == "pair" else _kind_to_find(staged.scene, rng, form, yes)
         text = rng.choice(PRESENCE).format(article(what))
-        yield Asked("presence", text, "yes" if yes else "no")
+        yield SceneQuestion("presence", text, "yes" if yes else "no")
 
 
 def _kind_to_find(scene: Scene, rng: Random, form: str, present: bool) -> str:
@@ -180,7 +180,7 @@ def _pair_to_find(staged: Staged, rng: Random, present: bool) -> str:
     return rng.choice(next(by_likeness[likeness] for likeness in order if by_likeness[likeness]))
 
 
-def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[Asked]:
+def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[SceneQuestion]:
     """Which of two things is where, each two and each of ``axes`` once."""
     contrast = staged.contrast
     known = {contrast.one.name, contrast.other.name} if contrast and contrast.kind == "arrangement" else set()
@@ -192,10 +192,10 @@ def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[As
         if {one.name, other.name} == known:
             continue
         first, second = rng.sample((one, other), 2)
-        yield Asked("relation", *_compared(first, second, axis, rng))
+        yield SceneQuestion("relation", *_compared(first, second, axis, rng))
 
 
-def _compared(one: Thing, other: Thing, axis: str, rng: Random) -> tuple[str, str]:
+def _compared(one: DrawnShape, other: DrawnShape, axis: str, rng: Random) -> tuple[str, str]:
     """A question on where ``one`` is, and its answer; the question is made without looking."""
     here = side(one, other, axis)
     first, second = rng.sample(AXES[axis], 2)
@@ -205,7 +205,7 @@ def _compared(one: Thing, other: Thing, axis: str, rng: Random) -> tuple[str, st
     return f"Is the {one.name} {options} the {other.name}?", here
 
 
-def _pair(contrast: Contrast, scene: Scene) -> Asked:
+def _pair(contrast: Contrast, scene: Scene) -> SceneQuestion:
     """The question of a minimal pair: the same text about both scenes, with opposite answers."""
     rng = Random(f"llavactl scenes/pair/{contrast.id}")
     one, other = rng.sample((contrast.one, contrast.other), 2)
@@ -213,6 +213,6 @@ def _pair(contrast: Contrast, scene: Scene) -> Asked:
     if contrast.kind == "binding":
         name = f"{one.color} {rng.choice((one, other)).shape}"
         text = rng.choice(PRESENCE).format(article(name))
-        return Asked("pair", text, "yes" if name in things else "no", contrast.id)
+        return SceneQuestion("pair", text, "yes" if name in things else "no", contrast.id)
     axis = rng.choice(clear_axes(one, other))
-    return Asked("pair", *_compared(things[one.name], things[other.name], axis, rng), contrast.id)
+    return SceneQuestion("pair", *_compared(things[one.name], things[other.name], axis, rng), contrast.id)

@@ -47,7 +47,7 @@ def held_out(color: str, shape: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Thing:
+class DrawnShape:
     """One colored shape: inside the circle of ``radius`` around (``x``, ``y``), turned by ``angle`` degrees."""
 
     color: str
@@ -86,7 +86,7 @@ class Thing:
 class Scene:
     """All that determines a picture: the ``things``, the ``background`` and the seed of its ``grain``."""
 
-    things: tuple[Thing, ...]
+    things: tuple[DrawnShape, ...]
     background: Rgb
     grain: int
 
@@ -95,24 +95,24 @@ AXES: dict[str, tuple[str, str]] = {"x": ("left", "right"), "y": ("above", "belo
 """The words for a place before and after another one along each axis."""
 
 
-def clear_axes(one: Thing, other: Thing) -> tuple[str, ...]:
+def clear_axes(one: DrawnShape, other: DrawnShape) -> tuple[str, ...]:
     """The axes along which anybody would say that one of the two comes first."""
     dx, dy = abs(one.x - other.x), abs(one.y - other.y)
     return tuple(axis for axis, along, across in (("x", dx, dy), ("y", dy, dx)) if along >= max(CLEAR, across / 2))
 
 
-def side(one: Thing, other: Thing, axis: str) -> str:
+def side(one: DrawnShape, other: DrawnShape, axis: str) -> str:
     """Where ``one`` is as seen from ``other``: left, right, above or below."""
     before = one.x < other.x if axis == "x" else one.y < other.y
     return AXES[axis][0 if before else 1]
 
 
-def exchange_places(one: Thing, other: Thing) -> tuple[Thing, Thing]:
+def exchange_places(one: DrawnShape, other: DrawnShape) -> tuple[DrawnShape, DrawnShape]:
     """Both things, each where the other was."""
     return replace(one, x=other.x, y=other.y), replace(other, x=one.x, y=one.y)
 
 
-def exchange_colors(one: Thing, other: Thing) -> tuple[Thing, Thing]:
+def exchange_colors(one: DrawnShape, other: DrawnShape) -> tuple[DrawnShape, DrawnShape]:
     """Both things, each in the color that the other had."""
     return replace(one, color=other.color, rgb=other.rgb), replace(other, color=one.color, rgb=one.rgb)
 

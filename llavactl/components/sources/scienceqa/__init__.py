@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llavactl.components.sources.scienceqa.problems import Problem, read_problems
+from llavactl.components.sources.scienceqa.problems import ScienceqaProblem, read_problems
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.registry import Options
 from llavactl.core.schema import Content, Sample, Turn
@@ -45,7 +45,7 @@ def scienceqa(options: ScienceqaOptions) -> Iterator[Sample]:
         yield Sample(problem.id, turns, f"{options.path} problem {problem.id}")
 
 
-def told(problem: Problem, answer: Literal["lea", "a"]) -> str:
+def told(problem: ScienceqaProblem, answer: Literal["lea", "a"]) -> str:
     """The answer in words; with ``lea`` the lecture and the solution come first, where the problem has them."""
     reasons = (problem.lecture, problem.solution) if answer == "lea" else ()
     return " ".join([*(each.strip() for each in reasons if each.strip()), f"The answer is {problem.letter}."])

@@ -10,16 +10,16 @@ from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.places import Place, image_in
-from llavactl.core.records import Record, read_document, read_records, read_table, unique
 from llavactl.core.schema import ImageRef
+from llavactl.files.records import Record, read_document, read_records, read_table, unique
+from llavactl.images.references import ImageRoot, image_in
 
 SUBJECTS = ("natural science", "social science", "language science")
 IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
-class Problem:
+class ScienceqaProblem:
     """One problem: what is asked in words, its options' number, and which one is right, from 0."""
 
     id: str
@@ -47,7 +47,7 @@ def read_problems(
     images: Path | str | None,
     *,
     follow_links: bool = False,
-) -> list[Problem]:
+) -> list[ScienceqaProblem]:
     """The problems of ``split`` of a ``problems.json``, or all of LLaVA's converted file, in the file's order.
 
     Raises:
@@ -56,7 +56,7 @@ def read_problems(
     document = read_document(path)
     if isinstance(document, dict) and document and all(isinstance(each, dict) for each in document.values()):
         beside = path.parent / "images"
-        place = Place(str(images or (beside if beside.is_dir() else path.parent)), follow_links)
+        place = ImageRoot(str(images or (beside if beside.is_dir() else path.parent)), follow_links)
         return list(_original(path, document, _ids(path, document, split, splits), place))
     if not isinstance(document, list):
         raise DataError(f"{path}: neither ScienceQA's problems.json nor LLaVA's list of conversations")
@@ -65,7 +65,7 @@ def read_problems(
             f"{path}: LLaVA's file does not say subject and grade of a problem",
             hint="-t meta=FILE, a CSV of question_id, grade, subject",
         )
-    place = Place(str(images or path.parent), follow_links)
+    place = ImageRoot(str(images or path.parent), follow_links)
     return list(_converted(unique(read_records(path), "id"), _meta(meta), place))
 
 
@@ -90,7 +90,9 @@ def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | Non
     return ids
 
 
-def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], place: Place) -> Iterator[Problem]:
+def _original(
+    path: Path, problems: Mapping[str, Any], ids: Sequence[str], place: ImageRoot
+) -> Iterator[ScienceqaProblem]:
     for name in ids:
         record = Record(f"{path} problem {name}", problems[name])
         choices, right = record.get("choices"), record.get("answer")
@@ -103,7 +105,7 @@ def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], place
         hint = str(record.get("hint") or "")
         options = " ".join(f"({letter}) {each}" for letter, each in zip(ascii_uppercase, choices, strict=False))
         prompt = f"{record.text('question')}\nContext: {hint.strip() or 'N/A'}\nOptions: {options}"
-        yield Problem(
+        yield ScienceqaProblem(
             name,
             prompt.replace("  ", " "),
             len(choices),
@@ -116,7 +118,9 @@ def _original(path: Path, problems: Mapping[str, Any], ids: Sequence[str], place
         )
 
 
-def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], place: Place) -> Iterator[Problem]:
+def _converted(
+    records: Mapping[str, Record], meta: Mapping[str, Record], place: ImageRoot
+) -> Iterator[ScienceqaProblem]:
     if missing := [name for name in records if name not in meta]:
         raise DataError(
             f"meta: {len(missing)} of {len(records)} problems are not in it, the first is {missing[0]!r}",
@@ -131,10 +135,10 @@ def _converted(records: Mapping[str, Record], meta: Mapping[str, Record], place:
             raise DataError(f"{record.where}: no option of {count} is told right by {answer!r:.60}")
         image = _image(record, place, str(record.get("image")))
         context = re.search(r"(?:\A|\n)Context: (?!N/A\n)", prompt) is not None
-        yield Problem(name, prompt, count, right, image, context, *_subject_and_grade(meta[name]))
+        yield ScienceqaProblem(name, prompt, count, right, image, context, *_subject_and_grade(meta[name]))
 
 
-def _image(record: Record, place: Place, path: str) -> ImageRef | None:
+def _image(record: Record, place: ImageRoot, path: str) -> ImageRef | None:
     if not record.get("image"):
         return None
     try:

@@ -1,0 +1,125 @@
+"""Any causal language model of transformers with a fast tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llavactl.components.languages.inside import in_llava, inside
+from llavactl.components.languages.linear import logits_fault
+from llavactl.core import faults, progress
+from llavactl.core.errors import ModelError
+from llavactl.core.options import ModelId
+from llavactl.core.registry import Options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class TransformersLanguageOptions(Options):
+    """``attention``: eager is faster on a CPU for rows of a few hundred tokens; its memory grows with T².
+
+    Models without scaled-dot-product attention in transformers (Gemma 2) always use eager.
+    """
+
+    model: ModelId
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+
+class TransformersLanguage:
+    """A causal language model, an id or a folder; or the one inside a LLaVA checkpoint of either layout."""
+
+    def __init__(self, options: TransformersLanguageOptions) -> None:
+        self.options = options
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
+        from transformers import AutoTokenizer
+
+        from llavactl.components.languages.image_token import set_image_token
+        from llavactl.components.languages.omitted_spaces import repair_merges
+
+        self._refuse()
+        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
+            tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
+        if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
+            # Where processors of older versions keep theirs; a tokenizer does not look there.
+            tokenizer.chat_template = json.loads(own.read_text(encoding="utf-8"))["chat_template"]
+        if not tokenizer.is_fast:
+            raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
+        if tokenizer.eos_token_id is None:
+            raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+        set_image_token(tokenizer, self.options.model)
+        return repair_merges(tokenizer)
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """Raises ModelError when weights are missing or not finite."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        progress.calm_transformers()
+        self.check()
+        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.options.model,
+                dtype=getattr(torch, dtype),
+                attn_implementation=self._attention(),
+                output_loading_info=True,
+                trust_remote_code=False,
+                **inside(self.options.model),
+            )
+        # transformers would save it under the checkpoint's names again, as if it were still a part of that.
+        model.__dict__.pop("_weight_conversions", None)
+        if missing := sorted(info["missing_keys"]):
+            raise self._wrong(f"{len(missing)} weights are missing, such as {missing[0]}")
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
+        if in_llava(self.options.model) and (why := logits_fault(model)):
+            raise self._wrong(
+                f"{why}, which LlavaForConditionalGeneration doesn't do", "llavactl doesn't support such checkpoints"
+            )
+        return model
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights: names and shapes, from its configuration. Raises ModelError."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._refuse()
+        with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
+            return made
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        own = inside(self.options.model).get("config")
+        return own or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
+
+    def _attention(self) -> str:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = self._config()
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if self.options.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True):
+            log.info("%s: %s has no sdpa attention in transformers; using eager", self.options.model, config.model_type)
+            return "eager"
+        return self.options.attention
+
+    def check(self) -> None:
+        """Raises ModelError if the model can't be loaded, as far as its files show without reading weights."""
+        self._refuse(weights=True)
+
+    def _refuse(self, *, weights: bool = False) -> None:
+        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
+
+    def _wrong(self, why: str, hint: str = "") -> ModelError:
+        return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)
+
+
+_HINT = "`language.model` takes a Hugging Face id or a folder of a transformers model"

@@ -1,0 +1,1 @@
+"""Records before training: check, repair, filter, expand, statistics."""

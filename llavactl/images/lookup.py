@@ -1,0 +1,108 @@
+"""Finding an image file by the name in a record: equivalent spellings, and symbolic links."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from os.path import exists, islink, lexists, realpath
+from unicodedata import normalize
+
+from llavactl.core.errors import DataError
+from llavactl.core.locations import is_absolute, shortened
+
+_HUB_SNAPSHOT = re.compile(r"(.*/(?:datasets|models|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?")
+_HUB_BLOB = re.compile(r"/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
+
+
+class LinkOutsideError(DataError):
+    """A symbolic link points outside the folder of images without ``follow_links``."""
+
+
+def stays_below(root: str, path: str) -> None:
+    """Raises DataError if ``path``, in any spelling, leads outside ``root``."""
+    bare = path.strip()
+    parts = bare.replace("\\", "/").split("/")
+    if ".." in parts or is_absolute(bare) or not any(part not in ("", ".") for part in parts) or "\0" in path:
+        raise DataError(
+            f"image path {shortened(path)!r} leads outside its root {root}",
+            hint="image paths are relative to the source's `images` folder and must stay inside it",
+        )
+
+
+def canonical(path: str) -> str:
+    """The canonical spelling of ``path``: forward slashes, composed characters (NFC), no surrounding space."""
+    return normalize("NFC", path.strip().replace("\\", "/"))
+
+
+def spellings(path: str) -> Iterator[str]:
+    """Other spellings of ``path``: without surrounding space, and with slashes for backslashes or the reverse."""
+    bare = path.strip()
+    slashes = bare.replace("\\", "/")
+    yield from dict.fromkeys(each for each in (bare, slashes, slashes.replace("/", "\\")) if each != path)
+
+
+def find_file(root: str, path: str) -> str:
+    """The file below ``root`` that matches ``path`` in another spelling, if none has exactly this name.
+
+    Raises:
+        FileNotFoundError: there is none; the reason names a file that differs only in case, if any.
+    """
+    for each in spellings(path):
+        if exists(f"{root}/{each}"):  # noqa: PTH110
+            return f"{root}/{each}"
+    if islink(f"{root}/{path}"):  # noqa: PTH114
+        raise FileNotFoundError(2, "broken symbolic link")
+    reason = "No such file or directory"
+    for each in (path, *spellings(path)):
+        found, same = _walk(root, each)
+        if same:
+            return found
+        if found:
+            twin = shortened(found.removeprefix(root).lstrip("/"))
+            reason = f"No such file or directory; did you mean {twin} (different case)?"
+    raise FileNotFoundError(2, reason)
+
+
+def _walk(root: str, path: str) -> tuple[str, bool]:
+    """The file at ``path`` in another Unicode normal form and True, or in other case and False; else "" and False."""
+    where, same = root, True
+    for part in path.split("/"):
+        name: str | None = part
+        if not lexists(f"{where}/{part}"):
+            try:
+                composed, folded = _listing(where, os.stat(where).st_mtime_ns)  # noqa: PTH116
+            except OSError:
+                return "", False
+            if (name := composed.get(normalize("NFC", part))) is None:
+                same, name = False, folded.get(normalize("NFC", part).casefold())
+            if name is None:
+                return "", False
+        where = f"{where}/{name}"
+    return where, same
+
+
+@lru_cache(maxsize=16)
+def _listing(folder: str, _modified: int) -> tuple[dict[str, str], dict[str, str]]:
+    """The names in ``folder`` by their NFC form where it may differ, and by their case-folded form."""
+    names = os.listdir(folder)  # noqa: PTH208
+    composed = {normalize("NFC", name): name for name in names if not name.isascii()}
+    return composed, {normalize("NFC", name).casefold(): name for name in names}
+
+
+def refuse_outside(root: str, target: str, name: str) -> None:
+    """Raises LinkOutsideError if ``target``, a resolved path, is not below ``root``.
+
+    Links from a snapshot in the hub's cache to the blobs of the same repository are allowed.
+    """
+    top = realpath(root)
+    if target.startswith(top.rstrip(os.sep) + os.sep):
+        return
+    hub = _HUB_SNAPSHOT.fullmatch(top)
+    if hub and target.startswith(hub[1]) and _HUB_BLOB.fullmatch(target[len(hub[1]) :]):
+        return
+    raise LinkOutsideError(
+        f"image {name}: a symbolic link points outside {root}",
+        hint="`follow_links: true` beside the source's `images` (for a task: -t follow_links=true) allows such links",
+    )

@@ -1,0 +1,288 @@
+"""References to images: below a folder, inside archives, at a URL, or as base64 in a record."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from os.path import realpath
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, unquote_to_bytes
+
+from llavactl.core.errors import DataError
+from llavactl.core.locations import is_absolute, is_file_url, is_url, local_path, shortened
+from llavactl.core.schema import ImageRef
+from llavactl.images.archives import check_archives, find_member, is_archive, stamp_of
+from llavactl.images.image_file import Below, ImageFile
+from llavactl.images.lookup import spellings
+
+T = TypeVar("T")
+
+_PLAIN = re.compile(r"(?!\./)(?!~)[^/\\:\s](?:[^/\\:]|/(?![/.]))*")
+"""An ordinary relative path, as in nearly all records: needs no further checks."""
+
+_DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w=.+-]+)*?)(;base64)?,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+_BASE64_OF_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkqA", "TU0AK")
+"""How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
+
+_SHORTEST_BASE64 = 64
+_LONGEST_FILE_NAME = 255
+_LONGEST_PATH = 4096
+"""Limits of file systems: a longer text is not a path."""
+
+_MAX_BYTES = 1 << 28
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ImageMember(Below):
+    """The member ``path`` of the archives ``root``: a .zip, a .tar, a pattern of them (``shards/*.tar``), a URL."""
+
+    def read(self) -> bytes:
+        return find_member(self.root, self.path).read()
+
+    def stamp(self) -> str | None:
+        member = find_member(self.root, self.path)
+        return f"{member.archive}\0{member.stamp}\0{member.offset}" if member.stamp else None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAtUrl(Below):
+    """The image ``path`` below the URL ``root``, which fsspec opens."""
+
+    def read(self) -> bytes:
+        return self._asked(_read_url)
+
+    def stamp(self) -> str | None:
+        url, told = self._asked(lambda url: (url, stamp_of(url)))
+        return f"{url}\0{told}" if told else None
+
+    def _asked(self, ask: Callable[[str], T]) -> T:
+        """The result of ``ask`` for the first spelling of the URL that exists."""
+        for path in (self.path, *spellings(self.path)):
+            try:
+                return ask(f"{self.root.rstrip('/')}/{path}")
+            except FileNotFoundError:
+                continue
+            except OSError:
+                raise
+            except Exception as error:  # file systems raise what their libraries raise, such as aiohttp's
+                raise OSError(_in_short(error)) from error
+        raise FileNotFoundError(2, "no such file")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBytes:
+    """An image in memory, from base64 in a record or from a URL. Two are equal if their bytes are.
+
+    ``fault`` says why ``data`` is not an image, if that is known.
+    """
+
+    name: str
+    digest: str
+    data: bytes = field(compare=False, repr=False)
+    fault: str = field(default="", compare=False)
+
+    def read(self) -> bytes:
+        if self.fault:
+            raise OSError(self.fault)
+        return self.data
+
+    def stamp(self) -> str | None:
+        if self.fault:
+            raise OSError(self.fault)
+        return self.digest
+
+
+@dataclass(frozen=True)
+class ImageRoot:
+    """Where the images of some records are: ``root`` as in ``image_in``, and whether links may point outside it."""
+
+    root: str
+    follow_links: bool = False
+
+
+def image_in(place: str | Path | ImageRoot, path: str) -> ImageRef:
+    """The image ``path`` of a record, in a folder, in archives (see ``ImageMember``) or below a URL.
+
+    ``path`` is relative to ``place`` or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
+
+    Raises:
+        DataError: ``path`` leads outside ``place``: a record must not reach any other file.
+    """
+    root, follow_links = (place.root, place.follow_links) if isinstance(place, ImageRoot) else (str(place), False)
+    root = local_path(root)
+    if len(path) >= _SHORTEST_BASE64 or not _PLAIN.fullmatch(path):
+        if (inline := _inline(path)) is not None:
+            return inline
+        path = _relative(root, path)
+    if is_archive(root):
+        return ImageMember(root, path)
+    return ImageAtUrl(root, path) if is_url(root) else ImageFile(root, path, follow_links)
+
+
+def _relative(root: str, path: str) -> str:
+    """``path`` relative to ``root``, without redundant dots and slashes.
+
+    Raises:
+        DataError: a URL or an absolute path that doesn't begin with ``root``, or text that can't be a path.
+    """
+    if len(path) > _LONGEST_PATH:
+        raise DataError(
+            f"image {shortened(path)!r}: {len(path):,} characters are neither a path nor an image as base64",
+            hint="`image` is a path relative to `images`, base64, or a data: URI",
+        )
+    bare = local_path(path.strip())
+    top = f"{root.rstrip('/')}/"
+    if is_url(bare):
+        if is_url(root) and bare.startswith(top):
+            return bare.removeprefix(top)
+        raise DataError(
+            f"image {shortened(bare)!r}: a URL outside its root {root}",
+            hint="set `images` to a local folder, or to the URL that all image URLs begin with",
+        )
+    if is_absolute(bare):
+        if is_archive(root) or is_url(root) or (below := _below(root, bare)) is None:
+            raise DataError(
+                f"image path {shortened(bare)!r} leads outside its root {root}",
+                hint="image paths are relative to the source's `images`, and absolute ones must be inside it: "
+                "set `images` to a folder that contains all of them",
+            )
+        return below
+    kept: list[str] = []
+    for part in path.split("/"):
+        if part == ".." and kept and kept[-1] != "..":
+            kept.pop()
+        elif part not in ("", "."):
+            kept.append(part)
+    return "/".join(kept)
+
+
+def _below(root: str, path: str) -> str | None:
+    """The absolute ``path`` relative to the folder ``root``, before or after resolving links; None if outside."""
+    real = realpath(root)
+    for top in (root, real):
+        if path.startswith(top := f"{top.rstrip('/')}/"):
+            return path.removeprefix(top)
+    folder, _, name = path.rpartition("/")
+    inside = f"{realpath(folder)}/"
+    top = f"{real.rstrip('/')}/"
+    return f"{inside.removeprefix(top)}{name}" if inside.startswith(top) else None
+
+
+def _inline(text: str) -> ImageBytes | None:
+    """The image that ``text`` holds as base64 or a ``data:`` URI; None if it holds none."""
+    text = text.strip()
+    if uri := _DATA.match(text):
+        body = text[uri.end() :]
+        return _of_base64(unquote(body)) if uri[3] else _in_memory("data", unquote_to_bytes(body))
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    begins = text.startswith(_BASE64_OF_IMAGES)
+    # Long text with an image's first bytes is never a path, even if its base64 is broken; other text must be valid.
+    long = len(text) > _LONGEST_FILE_NAME
+    if (begins and long) or ((begins or (long and "." not in text)) and _BASE64.fullmatch(text)):
+        return _of_base64(text)
+    return None
+
+
+def _of_base64(text: str) -> ImageBytes:
+    bare = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return _in_memory("base64", base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True))
+    except (binascii.Error, ValueError):
+        return _in_memory("base64", text.encode("utf-8", "surrogatepass"), "invalid base64")
+
+
+def _in_memory(kind: str, data: bytes, fault: str = "") -> ImageBytes:
+    digest = hashlib.sha256(data).hexdigest()
+    return ImageBytes(f"{kind}:{digest[:12]}", digest, b"" if fault else data, fault)
+
+
+def named_image(name: str, base: Path | None = None) -> ImageRef:
+    """The image that the user names: a file relative to ``base`` (links are followed), a URL, or base64.
+
+    Raises:
+        DataError: a URL that can't be read.
+    """
+    if (inline := _inline(name)) is not None:
+        return inline
+    if is_url(name) and not is_file_url(name):
+        return _fetched(name)
+    path = Path(base or Path.cwd(), local_path(name))
+    if path.name in ("", ".."):
+        raise DataError(f"image {name}: is a folder", hint="name an image file")
+    return ImageFile(str(path.parent), path.name, follow_links=True)
+
+
+def _fetched(url: str) -> ImageBytes:
+    try:
+        data = _downloaded(url) if url.lower().startswith(("http://", "https://")) else _read_url(url)
+    except Exception as error:  # of any library; the message names the cause
+        raise DataError(
+            f"image {shortened(url)} can't be read: {_in_short(error)}", hint="download it and name the file"
+        ) from error
+    return ImageBytes(shortened(url), hashlib.sha256(data).hexdigest(), data)
+
+
+def _downloaded(url: str) -> bytes:
+    # Not with fsspec, which needs aiohttp for HTTP.
+    import httpx2
+
+    data = bytearray()
+    headers = {"User-Agent": "llavactl"}
+    with httpx2.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S, headers=headers) as answer:
+        if answer.status_code != httpx2.codes.OK:
+            raise OSError(f"HTTP {answer.status_code} {answer.reason_phrase}")
+        for piece in answer.iter_bytes():
+            data += piece
+            if len(data) > _MAX_BYTES:
+                raise OSError(f"larger than {_MAX_BYTES >> 20} MiB")
+    return bytes(data)
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(url, "rb") as file:
+        data: Any = file.read()
+    return bytes(data)
+
+
+def _in_short(error: Exception) -> str:
+    return shortened(" ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__)
+
+
+def check_place(root: str) -> None:
+    """Raises a DataError unless images can be looked for in ``root``; of URLs only archives are opened."""
+    root = local_path(root)
+    if is_archive(root):
+        check_archives(root)
+    elif is_url(root):
+        _check_protocol(root)
+    elif Path(root).is_file():
+        raise DataError(
+            f"{root} is neither a folder nor an archive that can be read where it lies",
+            hint="an archive must be a whole .zip, or a .tar that is not compressed",
+        )
+    elif not Path(root).is_dir():
+        raise DataError(
+            f"{root}: no such folder",
+            hint="`images` is the folder that image paths are relative to, a .zip, a .tar, or a URL",
+        )
+
+
+def _check_protocol(root: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.core.url_to_fs(root)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{root} can't be opened: {error}", hint="fsspec opens URLs; most kinds need a package"
+        ) from error
