@@ -51,7 +51,6 @@ def test_one_process_has_it_and_when_it_dies_the_next(tmp_path: Path) -> None:
     code = "import sys, pathlib\nfrom llavactl.core.paths import exclusive_lock\n"
     code += "with exclusive_lock(pathlib.Path(sys.argv[1]), ValueError('taken')):\n"
     code += "    print('mine', flush=True); sys.stdin.read()"
-    code += "    print('mine', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
