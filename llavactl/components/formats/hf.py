@@ -17,8 +17,8 @@ from llavactl.components.formats.image_text import add_image_token, separator
 from llavactl.components.formats.known import BASE_KEYS, foreign_keys
 from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector, shape_of
 from llavactl.components.languages.image_token import ORIGIN
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry, spelled
 
@@ -125,7 +125,7 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
         with torch.device("meta"):
             whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        kind, why = text.model_type, faults.reason(error)
+        kind, why = text.model_type, reason(error)
         raise ModelError(f"layout hf can't represent a model of type {kind}: {why}", hint=HINT) from error
     refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
     refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())

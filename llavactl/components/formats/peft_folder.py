@@ -12,8 +12,8 @@ from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.native import Native
 from llavactl.components.formats.weights import read
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reading
 from llavactl.core.paths import read_json, write_atomic, write_json
 
 BASE = "base"
@@ -62,7 +62,7 @@ class PeftAdapter:
         native = Native(model)
         if native.method != "lora":
             raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
-        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+        with reading(file := native.adapter / "adapter_model.safetensors"):
             weights = load_file(file)
         if others := sorted(name for name in weights if not name.startswith(OURS)):
             raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")
