@@ -45,7 +45,7 @@ test-original: $(DEV_READY) ## test exports in LLaVA's code: LLAVA=/path/to/LLaV
 	"$(PYTHON)" -m venv $(VENV)/original
 	$(VENV)/original/bin/python -m pip install -q --no-deps torch==$(TORCH) -r tests/original.txt
 	LLAVA_PYTHON=$(VENV)/original/bin/python LLAVA="$(LLAVA)" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest tests/components/formats/test_original.py
+		$(BIN)/python -m pytest tests/components/formats/test_original_llava.py
 
 lint: $(DEV_READY) ## check style, types and import layers
 	$(BIN)/ruff check
