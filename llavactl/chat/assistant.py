@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.chat.prefix import shared, signature, split
-from llavactl.components.templates.ends import stops
+from llavactl.components.templates.stop_criteria import stop_criteria
 from llavactl.core.schema import IGNORE, Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
@@ -105,7 +105,7 @@ class Stops:
     @classmethod
     def of(cls, encoding: Encoding, also: Collection[int] = ()) -> Stops:
         """The stops of the template and tokenizer of ``encoding``, and the token ids ``also``."""
-        ids, texts = stops(encoding.template, encoding.tokenizer)
+        ids, texts = stop_criteria(encoding.template, encoding.tokenizer)
         return cls(ids | frozenset(also), texts)
 
 

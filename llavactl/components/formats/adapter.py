@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavactl.components.formats.weights import read
-from llavactl.components.languages.inside import inside
+from llavactl.components.languages.llava_checkpoint import inside
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.adapter import copy_adapter
-from llavactl.components.formats.known import refuse_unknown_llava, tuned
-from llavactl.components.formats.llava_tower import contained
+from llavactl.components.formats.llava_vision import contained
 from llavactl.components.formats.native import adopt, connector_of, restored, shape_of
+from llavactl.components.formats.supported_keys import refuse_unknown_llava, tuned
 from llavactl.components.formats.weights import files, read, tensors, unused
-from llavactl.components.languages.inside import inside
+from llavactl.components.languages.llava_checkpoint import inside
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.model_files import local_folder

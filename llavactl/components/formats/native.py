@@ -14,7 +14,7 @@ from llavactl.core.identity import following
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.protocols import DescribedLanguage
+from llavactl.core.protocols import SkeletonLanguage
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def exportable_backbone(vision: Mapping[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Native:
+class NativeModel:
     """The model in ``folder``."""
 
     folder: Path
@@ -107,9 +107,9 @@ class Native:
         return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
 
     def language_config(self) -> PreTrainedConfig:
-        """The language model's configuration; weights are read only if the component is no ``DescribedLanguage``."""
+        """The language model's configuration; weights are read only if the component is no ``SkeletonLanguage``."""
         language = registry().create("languages", self._language)
-        described = language.skeleton() if isinstance(language, DescribedLanguage) else self.base()
+        described = language.skeleton() if isinstance(language, SkeletonLanguage) else self.base()
         found: PreTrainedConfig = described.config
         return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from llavactl.components.formats.adapter import refuse_unfit
 from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.hf_read import read_hf
-from llavactl.components.formats.native import Native
+from llavactl.components.formats.native import NativeModel
 from llavactl.components.formats.weights import read
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reading
@@ -23,7 +23,7 @@ OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model
 class PeftAdapter:
     """The layout ``peft``: the adapter at the top, ``base/`` with the language model as it was and the connector."""
 
-    reload = Path(__file__).with_name("reload_hf.py")
+    reload = Path(__file__).with_name("hf_outputs.py")
 
     def __init__(self, options: Any) -> None:
         pass
@@ -59,7 +59,7 @@ class PeftAdapter:
         """
         from safetensors.torch import load_file, save_file
 
-        native = Native(model)
+        native = NativeModel(model)
         if native.method != "lora":
             raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
         with reading(file := native.adapter / "adapter_model.safetensors"):

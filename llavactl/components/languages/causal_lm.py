@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.components.languages.inside import in_llava, inside
-from llavactl.components.languages.linear import logits_fault
+from llavactl.components.languages.linear_head import logits_fault
+from llavactl.components.languages.llava_checkpoint import in_llava, inside
 from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import loading
@@ -44,7 +44,7 @@ class TransformersLanguage:
         from transformers import AutoTokenizer
 
         from llavactl.components.languages.image_token import set_image_token
-        from llavactl.components.languages.omitted_spaces import repair_merges
+        from llavactl.components.languages.sentencepiece_spaces import repair_merges
 
         self._refuse()
         with loading("tokenizer of the language model", self.options.model, _HINT):

@@ -108,14 +108,14 @@ def _names(date: dt.date) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Jinja:
+class JinjaTemplate:
     """A chat template ready to render: its ``text``, and the tokenizer's special tokens by name."""
 
     text: str
     specials: Mapping[str, str]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, options: TokenizerTemplateOptions) -> Jinja:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, options: TokenizerTemplateOptions) -> JinjaTemplate:
         """The chat template of ``tokenizer``.
 
         Raises:
