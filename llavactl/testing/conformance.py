@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Answer, FeatureShape, Sample
 
@@ -50,7 +50,7 @@ def check_vision(vision: Vision) -> list[str]:
     wanted = (2, encoder.shape.patches, encoder.shape.width)
     if tuple(features.shape) != wanted:
         faults.append(f"encode() gives {tuple(features.shape)}, its shape promises {wanted}")
-    elif isinstance(vision, MeasuredVision) and vision.shape() != encoder.shape:
+    elif isinstance(vision, ShapedVision) and vision.shape() != encoder.shape:
         faults.append(f"shape() says {vision.shape()}, load() gives {encoder.shape}")
     elif not torch.isfinite(features).all():
         faults.append("encode() gives numbers that are not finite")
