@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from llavactl.core.schema import Answer, FeatureShape, Question, Sample, Segment, Turn
+from llavactl.core.schema import Answer, FeatureShape, ImageRef, Question, Sample, Segment, Turn
 from llavactl.core.typed import Typed
 
 if TYPE_CHECKING:
@@ -26,9 +26,72 @@ Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
 class Source(Protocol):
-    """Records, in the same order every time it is made. A generator function is a source."""
+    """Samples, in the same order on every iteration. A generator function is a source.
+
+    A source that reads a file record by record can be a ``RecordSource``, and a ``RepairingSource``, too.
+    """
 
     def __iter__(self) -> Iterator[Sample]: ...
+
+
+@dataclass(frozen=True)
+class RawRecord(Typed):
+    """The ``index``-th record (from 0) as its source stores it; ``where`` is its location for messages, ``file:line``.
+
+    ``problem`` is the reason why the record can't be parsed, otherwise "". ``position`` is the number of characters
+    (or bytes) of the source's file that have been read, for the progress bar.
+    """
+
+    where: str
+    value: Any
+    index: int
+    problem: str = ""
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Finding(Typed):
+    """A problem of one record: a ``kind`` that ``llavactl data check`` defines (see docs/data.md), and details."""
+
+    kind: str
+    detail: str = ""
+
+
+@runtime_checkable
+class RecordSource(Source, Protocol):
+    """A source that reads a file record by record, so that ``llavactl data`` can report and select single records.
+
+    Iterating over it yields ``sample(record)`` for each of ``records()``. It may have ``check()``, which ``llavactl
+    data check`` and ``stats`` call before the first record: it raises DataError if, for example, the image folder is
+    missing.
+    """
+
+    path: Path
+    """The file that holds the records; its size is the total of progress bars."""
+
+    def records(self) -> Iterator[RawRecord]:
+        """Every record in order, including those that can't be parsed or used."""
+
+    def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
+        """All problems of a parsed record at once, and its images, which are not opened."""
+
+    def sample(self, record: RawRecord) -> Sample:
+        """The record as a sample.
+
+        Raises:
+            DataError: the record can't be used; the message begins with ``record.where``.
+        """
+
+
+@runtime_checkable
+class RepairingSource(RecordSource, Protocol):
+    """A record source that can repair records for ``llavactl data check --fix``."""
+
+    def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
+        """The record's repaired value, which is written as JSON (None: dropped), and a list of the changes.
+
+        The given value isn't changed. Without changes it is returned itself.
+        """
 
 
 @runtime_checkable

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import ConversationError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import Finding, MeasuredVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
-from llavactl.curation.problems import Finding
 from llavactl.data.encode import Encoding, arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.opening import open_assistant
-from llavactl.components.sources.llava_record import image_names, names_images, place_images, unread_media
+from llavactl.components.sources.llava_record import names_images, place_images, unread_media
 from llavactl.core.errors import DataError
 from llavactl.core.locations import shortened
 from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.features.keys import why
 from llavactl.files.json_stream import JsonEntry, read_stream
+from llavactl.files.records import image_names
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.references import named_image
 from llavactl.model.folder import of_run
