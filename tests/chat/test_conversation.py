@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from llavactl.chat.assistant import Assistant, Stops, Writer
+from llavactl.chat.assistant import Assistant
+from llavactl.chat.common_prefix import common_prefix_length
 from llavactl.chat.conversation import Conversation
-from llavactl.chat.prefix import shared
+from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, Turn
@@ -100,28 +101,28 @@ def test_leaving_early_does_not_spoil_the_next_turn(assistant: Assistant) -> Non
 
 def test_another_image_in_the_same_place_is_read_anew(assistant: Assistant) -> None:
     read: list[Any] = [1, (PHOTO, 0), (PHOTO, 1), 2, 3]
-    assert shared(read, [1, (PHOTO, 0), (PHOTO, 1), 2, 3, 4]) == 5
-    assert shared(read, [1, (OTHER, 0), (OTHER, 1), 2, 3, 4]) == 1
-    assert shared(read, read) == 4
-    assert shared(read[:2], [1, (PHOTO, 0), (PHOTO, 1), 2]) == 1
+    assert common_prefix_length(read, [1, (PHOTO, 0), (PHOTO, 1), 2, 3, 4]) == 5
+    assert common_prefix_length(read, [1, (OTHER, 0), (OTHER, 1), 2, 3, 4]) == 1
+    assert common_prefix_length(read, read) == 4
+    assert common_prefix_length(read[:2], [1, (PHOTO, 0), (PHOTO, 1), 2]) == 1
 
 
 def test_writer_holds_back_half_a_character_and_stops_at_text(assistant: Assistant) -> None:
     tokenizer = assistant.encoding.tokenizer
-    writer = Writer(tokenizer, Stops(frozenset(), ("\n",)))
-    pieces = [writer.take(token) for token in tokenizer("é!\nmore", add_special_tokens=False)["input_ids"]]
-    assert "".join(pieces) == writer.text == "é!"
+    output = Detokenizer(tokenizer, Stops(frozenset(), ("\n",)))
+    pieces = [output.add(token) for token in tokenizer("é!\nmore", add_special_tokens=False)["input_ids"]]
+    assert "".join(pieces) == output.text == "é!"
     assert all("\ufffd" not in piece for piece in pieces)
-    assert writer.done
+    assert output.done
 
 
 def test_writer_holds_back_what_may_become_a_stop(assistant: Assistant) -> None:
     tokenizer = assistant.encoding.tokenizer
     for text, said in (("a # b ## c\n### Human", "a # b ## c\n"), ("ends with ##", "ends with ##")):
-        writer = Writer(tokenizer, Stops(frozenset(), ("###",)))
+        output = Detokenizer(tokenizer, Stops(frozenset(), ("###",)))
         tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], None]
-        pieces = [writer.take(token) for token in tokens]
-        assert "".join(pieces) == writer.text == said
+        pieces = [output.add(token) for token in tokens]
+        assert "".join(pieces) == output.text == said
 
 
 def test_a_batch_answers_as_single_questions_do(assistant: Assistant) -> None:
@@ -142,9 +143,9 @@ def test_half_a_character_at_the_limit_is_no_text(assistant: Assistant) -> None:
     tokenizer = assistant.encoding.tokenizer
     for stops, text in ((("\n",), "ab é"), (("##",), "ab #é")):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        writer = Writer(tokenizer, Stops(frozenset(), stops))
-        pieces = [writer.take(token) for token in [*tokens[:-1], None]]
-        assert "".join(pieces) == writer.text == text[:-1]
+        output = Detokenizer(tokenizer, Stops(frozenset(), stops))
+        pieces = [output.add(token) for token in [*tokens[:-1], None]]
+        assert "".join(pieces) == output.text == text[:-1]
 
 
 @pytest.mark.parametrize("limit", range(1, 6))

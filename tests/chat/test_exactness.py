@@ -135,7 +135,7 @@ def logits(assistant: Assistant, asked: Sequence[Encoded], monkeypatch: pytest.M
     class Ear:
         done = False
 
-        def take(self, token: int | None) -> None:
+        def add(self, token: int | None) -> None:
             pass
 
     rows: list[list[torch.Tensor]] = []
@@ -143,7 +143,7 @@ def logits(assistant: Assistant, asked: Sequence[Encoded], monkeypatch: pytest.M
         patch.setattr(generate, "_choose", spy)
         patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
         for some in [asked] if assistant.exact.padded else [[each] for each in asked]:
-            assistant._write(some, [Ear() for _ in some], Sampling(max_new_tokens=STEPS))  # type: ignore[misc]
+            assistant._generate(some, [Ear() for _ in some], Sampling(max_new_tokens=STEPS))  # type: ignore[misc]
             rows += [[step[row] for step in seen] for row in range(len(some))]
             seen.clear()
     return rows

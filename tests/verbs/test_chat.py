@@ -14,10 +14,10 @@ from threading import Thread
 import pytest
 
 from llavactl import DataError
+from llavactl.chat.inputs import open_images, read_batch, user_content
 from llavactl.components.sources.llava_json import sample_of
 from llavactl.components.tasks.image_questions import asked
 from llavactl.testing import run_cli
-from llavactl.verbs.chat import content, open_images, read_batch
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_an_image_may_be_a_file_a_link_a_url_or_base64(photo: Path, tmp_path: Pa
     names = [str(photo), str(tmp_path / "link.jpg"), photo.as_uri(), f"{host}/photo-000.jpg", f"{host}/moved"]
     found = open_images([*names, text, f"data:image/jpeg;base64,{text}"])
     assert [image.read() for image in found] == [data] * 7
-    said = content("What?", [found[0], str(photo)])
+    said = user_content("What?", [found[0], str(photo)])
     assert said[-1] == "What?"
     assert len(said) == 5
 
@@ -72,7 +72,7 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
     }
     (file := tmp_path / "batch.jsonl").write_text(json.dumps({**names, "prompt": question}))
     if images == 2 and question.count("<image>") == 1:
-        for refused in (lambda: content(question, shown), lambda: read_batch(file)):
+        for refused in (lambda: user_content(question, shown), lambda: read_batch(file)):
             with pytest.raises(DataError, match="1 <image> tag for 2 images"):
                 refused()
         return
@@ -83,7 +83,7 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
     def texts(parts: Sequence[object]) -> list[object]:
         return [part if isinstance(part, str) else "(image)" for part in parts]
 
-    assert texts(content(question, shown)) == texts(turn.content)
+    assert texts(user_content(question, shown)) == texts(turn.content)
     assert texts(read_batch(file)[0][1]) == texts(turn.content)
     if images < 2:
         assert texts(asked(shown[0] if shown else None, question)[0].content) == texts(turn.content)

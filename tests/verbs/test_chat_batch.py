@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llavactl.core.errors import DataError
-from llavactl.verbs.chat import read_batch
+from llavactl.chat.inputs import read_batch
 
 
 def batch(toys: Path, tmp_path: Path, *records: Any) -> list[list[str]]:

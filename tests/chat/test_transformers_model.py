@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat import foreign
+from llavactl.chat.transformers_model import load_transformers_model
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.schema import Turn
 from llavactl.images.image_file import ImageFile
@@ -146,7 +146,7 @@ def questions(toys: Path) -> list[tuple[Turn, ...]]:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_batch_is_answered_as_each_alone(models: Any, toys: Path, name: str) -> None:
-    model = foreign.open_foreign(models(name), "cpu")
+    model = load_transformers_model(models(name), "cpu")
     asked = questions(toys)
     together = model.answer(asked, SHORT)
     assert together == [model.answer([turns], SHORT)[0] for turns in asked]
@@ -169,11 +169,11 @@ def test_the_answer_is_that_of_its_own_library(models: Any, toys: Path, name: st
         inputs = processor(text=[prompt], images=[[picture.convert("RGB")]], return_tensors="pt")
     wrote = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
     expected = processor.tokenizer.decode(wrote[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert foreign.open_foreign(models(name), "cpu").answer([(turn,)], SHORT) == [expected]
+    assert load_transformers_model(models(name), "cpu").answer([(turn,)], SHORT) == [expected]
 
 
 def test_a_picture_is_seen(models: Any, toys: Path) -> None:
-    model = foreign.open_foreign(models("llava"), "cpu")
+    model = load_transformers_model(models("llava"), "cpu")
     (first,), (second,), _ = questions(toys)
     swapped = Turn("user", (*second.images, *first.content[1:]))
     one, other = (model._inputs([[turn]])["pixel_values"] for turn in (first, swapped))
@@ -233,30 +233,30 @@ class TestWhatCannotBeAsked:
         for file in ("processor_config.json", "preprocessor_config.json"):
             (tmp_path / "m" / file).unlink(missing_ok=True)
         with pytest.raises(ModelError, match="processor"):
-            foreign.open_foreign(tmp_path / "m", "cpu")
+            load_transformers_model(tmp_path / "m", "cpu")
 
     def test_no_chat_template(self, models: Any, tmp_path: Path) -> None:
         shutil.copytree(models("llava"), tmp_path / "m")
         (tmp_path / "m/chat_template.jinja").unlink()
         with pytest.raises(ModelError, match="a llava without a chat template") as caught:
-            foreign.open_foreign(tmp_path / "m", "cpu")
+            load_transformers_model(tmp_path / "m", "cpu")
         assert "chat_template.jinja" in caught.value.hint
 
     def test_a_language_model(self, toys: Path) -> None:
         with pytest.raises(ModelError, match="processor"):
-            foreign.open_foreign(toys / "language", "cpu")
+            load_transformers_model(toys / "language", "cpu")
 
     def test_weights_that_are_missing(self, models: Any, tmp_path: Path) -> None:
         shutil.copytree(models("llava"), tmp_path / "m")
         (tmp_path / "m/model.safetensors").unlink()
         with pytest.raises(ModelError, match=r"model for images and text .*model\.safetensors"):
-            foreign.open_foreign(tmp_path / "m", "cpu")
+            load_transformers_model(tmp_path / "m", "cpu")
 
     def test_a_broken_picture(self, models: Any, tmp_path: Path) -> None:
         (tmp_path / "x.png").write_bytes(b"no picture")
         turn = Turn("user", (ImageFile(str(tmp_path), "x.png"), "What?"))
         with pytest.raises(DataError, match=r"image x\.png"):
-            foreign.open_foreign(models("llava"), "cpu").answer([(turn,)])
+            load_transformers_model(models("llava"), "cpu").answer([(turn,)])
 
     def test_code_of_its_own(self, models: Any, tmp_path: Path) -> None:
         """A checkpoint is data: what it brings as code is not run."""
@@ -269,5 +269,5 @@ class TestWhatCannotBeAsked:
         (tmp_path / "m/config.json").write_text(json.dumps(config))
         (tmp_path / "m/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         with pytest.raises(ModelError):
-            foreign.open_foreign(tmp_path / "m", "cpu")
+            load_transformers_model(tmp_path / "m", "cpu")
         assert not (tmp_path / "ran").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llavactl.chat.assistant import Stops, Writer, text_of
+from llavactl.chat.detokenizer import Detokenizer, Stops, decode_tokens
 
 from ..components.languages.test_image_token import ALL, TOKENIZERS
 
@@ -20,10 +20,10 @@ def test_streamed_and_truncated_text_is_a_prefix_of_the_decoded_text(tmp_path: P
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         wanted = tokenizer.decode(ids, skip_special_tokens=True)
-        writer = Writer(tokenizer, Stops(frozenset(), ()))
-        pieces = [writer.take(token) for token in (*ids, None)]
-        assert "".join(pieces) == writer.text == wanted
-        cuts = [text_of(tokenizer, ids[:count]) for count in range(len(ids) + 1)]
+        output = Detokenizer(tokenizer, Stops(frozenset(), ()))
+        pieces = [output.add(token) for token in (*ids, None)]
+        assert "".join(pieces) == output.text == wanted
+        cuts = [decode_tokens(tokenizer, ids[:count]) for count in range(len(ids) + 1)]
         assert all(wanted.startswith(cut) and "\ufffd" not in cut for cut in cuts)
         assert [len(cut) for cut in cuts] == sorted(len(cut) for cut in cuts)
         assert cuts[-1] == wanted
