@@ -20,8 +20,6 @@ from llavactl.images.references import ImageRoot, check_place
 from llavactl.recipe.frame import Recipe
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from llavactl.recipe.frame import Outline, SourceSpec, StageNumber
 
 _KILOBYTE = 1000
@@ -81,7 +79,7 @@ def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Inp
 
 
 def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
-    options = _options(spec)
+    options = registry().options("sources", spec.spec())
     if isinstance(options, LlavaJsonOptions):
         return _file_input(options.path, options.images or options.path.parent, stage, options.follow_links)
     return Input(ImageRoot(""), stage, lambda _: source_records(spec.name, lambda: samples([spec])))
@@ -135,12 +133,7 @@ def caption_file(recipe: Outline | None, file: Path | None) -> Path:
     if file is not None:
         return file
     specs = recipe.data.stage1 if recipe is not None else ()
-    options = [_options(spec) for spec in specs]
+    options = [registry().options("sources", spec.spec()) for spec in specs]
     if len(options) != 1 or not isinstance(options[0], LlavaJsonOptions):
         raise RecipeError("data.stage1 is not one file of captions", hint="name the file: `llavactl data filter FILE`")
     return options[0].path
-
-
-def _options(spec: SourceSpec) -> BaseModel:
-    model = registry().get("sources", spec.name).options_model()
-    return model.model_validate({key: value for key, value in spec.spec().items() if key != "name"})

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic
-from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, Question
+from llavactl.core.suggest import suggest
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import ALONE, Processes
 from llavactl.features.keys import why

@@ -138,7 +138,7 @@ def evaluate(
     recipe that isn't there.
     """
     spec = tasks.describe(recipe, task, options or {})
-    made: Task | Judged = registry().create_from_options("tasks", spec)
+    made: Task | Judged = registry().create("tasks", spec, flag="-t ")
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
         if answers is not None and isinstance(made, Pairs):
@@ -229,7 +229,10 @@ def _write(
     replies = model.runs / "judge" / f"{name}.replies.sqlite"
     report, scored = asked.report(said[""], model.name, kept, replies)
     others = {other: dict(asked.scored(said[other], kept, replies).scores) for other in said if other}
-    file, prompt = into / f"{name}.json", transformers_model.prompt_format_of(model.view.folder) if model.view.foreign else None
+    file, prompt = (
+        into / f"{name}.json",
+        transformers_model.prompt_format_of(model.view.folder) if model.view.foreign else None,
+    )
     report = replace(report, beside=others, file=str(file), ignored=0, prompt=prompt)
     _examples(into / "examples", name, asked.questions, said, scored)
     write_json(file, {**asdict(report), "digest": digest})
