@@ -18,7 +18,7 @@ from llavactl.images.image_file import ImageFile
 from llavactl.model.foreign import resolve
 
 from .families import EAGER, FAMILIES, language_of
-from .test_in import theirs
+from .test_import import theirs
 
 OTHER_NAMES = {"gpt2", "gpt2-untied", "gpt-neo", "gpt-neox", "gpt-neox-tied", "gptj", "opt", "opt-projected", "bloom",
                "mpt", "falcon"}  # fmt: skip

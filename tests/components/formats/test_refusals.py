@@ -281,7 +281,7 @@ class TestConfig:
         assert seen in result.stderr
 
     def test_llava_next_calls_qwen2_qwen(self) -> None:
-        from llavactl.components.languages.inside import language_type
+        from llavactl.components.languages.llava_checkpoint import language_type
 
         for kind in ("llava_qwen", "qwen2", "llava"):
             assert language_type({"architectures": ["LlavaQwenForCausalLM"], "model_type": kind}, "x") == "qwen2"
