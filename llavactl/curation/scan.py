@@ -13,7 +13,7 @@ from llavactl.core.errors import DataError, LlavactlError, PluginError
 from llavactl.core.protocols import Finding, RawRecord
 from llavactl.core.schema import Sample
 from llavactl.curation.problems import KINDS
-from llavactl.features.keys import why
+from llavactl.features.keys import error_reason
 from llavactl.files.records import given_id
 from llavactl.images.archives import DuplicateMemberError
 from llavactl.images.decode import ImageError, inspect
@@ -68,7 +68,7 @@ def _image_finding(image: ImageRef, *, whole: bool) -> Finding | None:
     try:
         inspect(image, whole=whole)
     except OSError as error:
-        return Finding("image-missing", f"{image.name}: {why(error)}")
+        return Finding("image-missing", f"{image.name}: {error_reason(error)}")
     except ImageError as error:
         return Finding("image-broken", f"{image.name}: {error.reason}")
     except DuplicateMemberError as error:

@@ -19,7 +19,7 @@ from llavactl.curation.captions import Caption, read_captions
 from llavactl.curation.concepts import Concepts, phrase_key
 from llavactl.curation.inputs import reading
 from llavactl.curation.noun_phrases import DEFAULT, load_extractor
-from llavactl.features.prepare import ordered
+from llavactl.features.prepare import map_ordered
 from llavactl.files.json_stream import never_onto, write_stream
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def filter_captions(
         workers = (os.cpu_count() or 1) if large else 1
     with reading(source.path, "noun phrases") as show, _pool(workers) as pool:
         batches = _batches(read_captions(source))
-        for batch, phrase_keys in ordered(pool, partial(_phrase_keys, extractor), batches, 2 * workers):
+        for batch, phrase_keys in map_ordered(pool, partial(_phrase_keys, extractor), batches, 2 * workers):
             for keys in phrase_keys:
                 concepts.add(keys)
             show(batch.position, concepts.captions)
