@@ -18,11 +18,14 @@ from llavactl.data.records import samples
 from llavactl.files.json_stream import need_file
 from llavactl.images.references import ImageRoot, check_place
 from llavactl.recipe.frame import Recipe
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from llavactl.recipe.frame import Outline, SourceSpec, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
 
 _KILOBYTE = 1000
 
@@ -73,7 +76,7 @@ def _file_input(file: Path, images: str | Path | None, stage: StageNumber, follo
 def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Input]:
     specs: list[tuple[StageNumber, SourceSpec]] = []
     if recipe is not None:
-        specs = [(1, spec) for spec in recipe.data.stage1] + [(2, spec) for spec in recipe.data.stage2]
+        specs = [(stage, spec) for stage in STAGES for spec in recipe.sources(stage)]
     specs = [(stage, spec) for stage, spec in specs if only in (None, stage)]
     if not specs:
         raise RecipeError("there are no records", hint="name a file, or with -r a recipe with sources in `data`")
@@ -134,7 +137,7 @@ def caption_file(recipe: Outline | None, file: Path | None) -> Path:
     """
     if file is not None:
         return file
-    specs = recipe.data.stage1 if recipe is not None else ()
+    specs = recipe.sources(1) if recipe is not None else ()
     options = [_options(spec) for spec in specs]
     if len(options) != 1 or not isinstance(options[0], LlavaJsonOptions):
         raise RecipeError("data.stage1 is not one file of captions", hint="name the file: `llavactl data filter FILE`")

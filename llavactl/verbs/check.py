@@ -19,7 +19,8 @@ from llavactl.files.json_stream import never_onto, write_stream
 from llavactl.images.references import ImageRoot
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.stages import StageNumber
 
 
 @dataclass(frozen=True)
