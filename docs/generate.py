@@ -25,7 +25,7 @@ import click
 import llavactl
 from llavactl.core import hookspecs, protocols
 from llavactl.core.registry import registry
-from llavactl.recipe.wording import describe_options
+from llavactl.core.validation import describe_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md", "docs/data.md")

@@ -68,7 +68,7 @@ _WHERE = {
 }
 
 __all__ = sorted(_WHERE)
-__version__ = "0.1.0"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str) -> Any:

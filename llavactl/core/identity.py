@@ -36,7 +36,7 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
-    options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
+    options = registry().options(kind, spec)
     contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
     found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
     made = entry.load()(options)

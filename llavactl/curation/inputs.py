@@ -21,8 +21,6 @@ from llavactl.recipe.frame import Recipe
 from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from llavactl.recipe.frame import Outline
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import StageNumber
@@ -84,7 +82,7 @@ def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Inp
 
 
 def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
-    options = _options(spec)
+    options = registry().options("sources", spec.spec())
     if isinstance(options, LlavaJsonOptions):
         return _file_input(options.path, options.images or options.path.parent, stage, options.follow_links)
     return Input(ImageRoot(""), stage, lambda _: source_records(spec.name, lambda: samples([spec])))
@@ -138,12 +136,7 @@ def caption_file(recipe: Outline | None, file: Path | None) -> Path:
     if file is not None:
         return file
     specs = recipe.sources(1) if recipe is not None else ()
-    options = [_options(spec) for spec in specs]
+    options = [registry().options("sources", spec.spec()) for spec in specs]
     if len(options) != 1 or not isinstance(options[0], LlavaJsonOptions):
         raise RecipeError("data.stage1 is not one file of captions", hint="name the file: `llavactl data filter FILE`")
     return options[0].path
-
-
-def _options(spec: SourceSpec) -> BaseModel:
-    model = registry().get("sources", spec.name).options_model()
-    return model.model_validate({key: value for key, value in spec.spec().items() if key != "name"})

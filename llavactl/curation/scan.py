@@ -17,7 +17,7 @@ from llavactl.core.schema import ImageRef, Sample
 from llavactl.curation.lengths import Lengths
 from llavactl.curation.problems import REFUSED, Finding
 from llavactl.curation.record_checks import examine
-from llavactl.features.keys import why
+from llavactl.features.keys import error_reason
 from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.files.records import given_id
 from llavactl.images.archives import DuplicateMemberError
@@ -66,7 +66,7 @@ def _inspected(image: ImageRef, *, whole: bool) -> Finding | None:
     try:
         inspect(image, whole=whole)
     except OSError as error:
-        return Finding("image-missing", f"{image.name}: {why(error)}")
+        return Finding("image-missing", f"{image.name}: {error_reason(error)}")
     except ImageError as error:
         return Finding("image-broken", f"{image.name}: {error.reason}")
     except DuplicateMemberError as error:

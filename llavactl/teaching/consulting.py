@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.protocols import Ask, Consultant, LanguageTeacher, Reply, Request, Teacher
 from llavactl.core.registry import registry
@@ -33,25 +31,12 @@ def asker(consultant: Consultant, kept: Path) -> Ask:
     """
 
     def ask(requests: Sequence[Request]) -> Mapping[str, str]:
-        teacher = _teacher(consultant)
+        teacher: Teacher = registry().create("teachers", consultant.teacher)
         if isinstance(teacher, LanguageTeacher):
             return _durably(teacher, requests, kept, _budget(consultant, teacher))
         return {request.id: _at_once(teacher, request) for request in requests}
 
     return ask
-
-
-def _teacher(consultant: Consultant) -> Teacher:
-    try:
-        made: Teacher = registry().create("teachers", consultant.teacher)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RecipeError(
-            f"teacher {consultant.teacher.get('name')}: {where}: {first['msg'].removeprefix('Value error, ')}",
-            hint="`llavactl components teachers` lists what it takes",
-        ) from error
-    return made
 
 
 def _at_once(teacher: Teacher, request: Request) -> str:

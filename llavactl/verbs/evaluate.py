@@ -138,7 +138,7 @@ def evaluate(
     recipe that isn't there.
     """
     spec = tasks.describe(recipe, task, options or {})
-    made: Task | Judged = registry().create_from_options("tasks", spec)
+    made: Task | Judged = registry().create("tasks", spec, flag="-t ")
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
         if answers is not None and isinstance(made, Pairs):

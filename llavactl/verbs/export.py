@@ -75,7 +75,7 @@ def export(
         RecipeError: the format has no such option.
         ModelError: the format can't represent the model, ``to`` has other contents, or the two differ.
     """
-    made: Format = registry().create_from_options("formats", spec)
+    made: Format = registry().create("formats", spec, flag="-t ")
     name = str(spec["name"])
     if made.reload is None and check is not False:
         if check:

@@ -18,7 +18,7 @@ from llavactl.curation.captions import Caption, read_captions
 from llavactl.curation.concepts import Concepts, phrase_key
 from llavactl.curation.inputs import reading
 from llavactl.curation.noun_phrases import DEFAULT, load_extractor
-from llavactl.features.prepare import ordered
+from llavactl.features.prepare import map_ordered
 from llavactl.files.json_stream import never_onto, write_stream
 
 _BATCH = 2000
@@ -68,7 +68,9 @@ def filter_captions(
     if workers is None:
         workers = (os.cpu_count() or 1) if file.is_file() and file.stat().st_size > _SMALL else 1
     with reading(file, "noun phrases") as show, _pool(workers) as pool:
-        for batch, found in ordered(pool, partial(_extracted, extractor), _batches(read_captions(file)), 2 * workers):
+        for batch, found in map_ordered(
+            pool, partial(_extracted, extractor), _batches(read_captions(file)), 2 * workers
+        ):
             for keys in found:
                 concepts.add(keys)
             show(batch.done, concepts.captions)

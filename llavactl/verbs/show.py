@@ -15,7 +15,7 @@ from llavactl.data.encode import Encoding
 from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
 from llavactl.data.training_set import arranged, refusal, untrainable
-from llavactl.features.keys import why
+from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail
 from llavactl.report.tokens import page
@@ -157,7 +157,7 @@ def _problem(image: ImageRef) -> str:
     except DataError as error:
         return error.reason if isinstance(error, ImageError) else error.message
     except OSError as error:
-        return why(error)
+        return error_reason(error)
     return ""
 
 

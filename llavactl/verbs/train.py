@@ -238,9 +238,7 @@ def _whole(recipe: Recipe, start: Path, shape: FeatureShape) -> Parts:
 
 def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A connector with its defaults written out."""
-    options = {key: value for key, value in spec.items() if key != "name"}
-    model = registry().get("connectors", spec["name"]).options_model()
-    return {"name": spec["name"], **model.model_validate(options).model_dump(mode="json")}
+    return {"name": spec["name"], **registry().options("connectors", spec).model_dump(mode="json")}
 
 
 def _digest(recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:

@@ -15,7 +15,7 @@ from llavactl.features.writer import exclusive, may_write, unfinished
 
 
 @dataclass(frozen=True)
-class Fault:
+class ShardFault:
     """A shard with its number of images and its fault; unless ``damaged``, it couldn't be read and may be intact."""
 
     file: str
@@ -24,7 +24,7 @@ class Fault:
     damaged: bool
 
 
-def verify_store(folder: Path) -> list[Fault]:
+def verify_store(folder: Path) -> list[ShardFault]:
     """Hashes every shard of the store in ``folder``; renames damaged ones to ``*.damaged`` and unlists them.
 
     Shards that can't be read (disk, network, permissions) are left as they are, since their content may be intact.
@@ -60,7 +60,7 @@ def verify_store(folder: Path) -> list[Fault]:
         return faults
 
 
-def _fault(folder: Path, entry: ShardEntry) -> Fault | None:
+def _fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
     """The fault of the shard of ``entry``; None if it is intact."""
     path = folder / entry.file
     try:
@@ -77,13 +77,13 @@ def _fault(folder: Path, entry: ShardEntry) -> Fault | None:
     except DamagedShardError as error:
         reason = error.message
     except OSError as error:
-        return Fault(entry.file, error.strerror or str(error), entry.images, damaged=False)
+        return ShardFault(entry.file, error.strerror or str(error), entry.images, damaged=False)
     except StoreError as error:
-        return Fault(entry.file, error.message, entry.images, damaged=False)
-    return Fault(entry.file, reason, entry.images, damaged=True)
+        return ShardFault(entry.file, error.message, entry.images, damaged=False)
+    return ShardFault(entry.file, reason, entry.images, damaged=True)
 
 
-def debris(folder: Path) -> list[Path]:
+def leftover_files(folder: Path) -> list[Path]:
     """Files that no reader uses: shards that were never finished and those set aside as damaged."""
     return [*unfinished(folder), *sorted(folder.glob("*.damaged"))]
 
@@ -102,8 +102,8 @@ def remove_store(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def remove_debris(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes ``debris``; raises StoreError when the store is being written to or the files can't be removed."""
     with exclusive(folder), _removing(folder):
-        for path in debris(folder):
+        for path in leftover_files(folder):
             path.unlink()

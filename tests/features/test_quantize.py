@@ -19,7 +19,7 @@ from llavactl import FeatureShape, ImageFile, StoreError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded
 from llavactl.data.batches import collate, pack
 from llavactl.features import FeatureStore, Fingerprint, StoreWriter, content_key, open_features, stage_fingerprint
-from llavactl.features.quantise import as_stored, quantised, restored
+from llavactl.features.quantize import as_stored, dequantize, quantize
 from llavactl.features.shards import bytes_of
 from llavactl.model.inputs import image_features, to_device
 from llavactl.recipe.frame import Recipe
@@ -81,9 +81,9 @@ def test_the_bytes_on_disk_are_foretold(side: int, width: int, a_shard: int, dty
     )
 )
 def test_any_finite_features_come_back_near_and_finite(features: np.ndarray) -> None:
-    integers, scales = quantised(features)
+    integers, scales = quantize(features)
     assert (integers.dtype, scales.dtype, scales.shape) == (np.int8, np.float32, (sum(features.shape),))
-    found = restored(integers, scales)
+    found = dequantize(integers, scales)
     assert found.dtype == np.float16
     assert np.isfinite(found).all()
     tokens, channels = scales[: len(features), None], scales[len(features) :]
@@ -96,12 +96,12 @@ def test_any_finite_features_come_back_near_and_finite(features: np.ndarray) -> 
 
 def test_numpy_torch_and_any_company_make_the_same_bits() -> None:
     features = clip_like(64, 48)
-    integers, scales = quantised(features)
+    integers, scales = quantize(features)
     plain = (integers.astype(np.float32) * scales[:64, None] * scales[64:]).astype(np.float16)
     before = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert np.array_equal(restored(integers, scales), plain)
+        assert np.array_equal(dequantize(integers, scales), plain)
     torch.set_num_threads(before)
 
 

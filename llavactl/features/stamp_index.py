@@ -9,7 +9,7 @@ import numpy as np
 _KEY_BYTES = 32
 
 
-class Recall:
+class StampIndex:
     """Content keys by stamp. Arrays, not a dict: 600,000 are 29 MB, and workers share them after a fork."""
 
     def __init__(self, keys: Mapping[bytes, str]) -> None:

@@ -1,7 +1,6 @@
-"""What pydantic found, in words for the person who wrote the recipe.
+"""Converts pydantic's validation errors to messages, and describes the options of a model.
 
-What a key should hold is read from the model's JSON schema, the same that editors get: one
-description of a field, whoever defined it.
+Expected types come from the model's JSON schema, which editors use as well.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from llavactl.core.registry import suggest
-from llavactl.recipe.document import Key
+from llavactl.core.suggest import suggest
 
+Key = str | int
+KeyPath = tuple[Key, ...]
 Schema = Mapping[str, Any]
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -35,7 +35,7 @@ _EXPECTED = ("_type", "_parsing", "_error", "from_float", "_than", "_than_equal"
 
 def explain(
     error: ValidationError, model: type[BaseModel], given: Any, also: Iterable[str] = ()
-) -> Iterator[tuple[tuple[Key, ...], str]]:
+) -> Iterator[tuple[KeyPath, str]]:
     """Each place in ``given`` that ``model`` refused, once, and why; ``also`` are keys known beside the model's."""
     schema = schema_of(model)
     seen = set()

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llavactl.core.options import ModelId, RecipePath
 from llavactl.core.registry import Options
+from llavactl.core.validation import describe_options, explain
 from llavactl.recipe.load import check
-from llavactl.recipe.wording import describe_options, explain
 
 
 class Inner(BaseModel):

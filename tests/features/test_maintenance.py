@@ -131,7 +131,7 @@ def test_prune_removes_debris_and_without_a_recipe_nothing_else(recipe: Load, im
         (folder(recipe()) / name).write_bytes(b"12345")
     planned = prune(dry_run=True)
     assert (planned.stores, len(planned.files), planned.bytes) == ((), 3, 15)
-    assert len(info().stores[0].debris) == 3
+    assert len(info().stores[0].leftovers) == 3
     assert prune().files == planned.files
     assert prune().files == ()
     assert np.array_equal(contents(recipe(), images), whole)

@@ -18,7 +18,7 @@ _HALF_MAX = 65504.0
 _ROUNDS_TO_INFINITY = 65520.0
 
 
-def quantised(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finite ``features`` [P, Dv] float16 as int8 [P, Dv] and ``scales`` [P + Dv] float32, tokens' before channels'.
 
     NumPy on one thread and one image at a time: the sums are added in the same order whatever is made beside it.
@@ -37,7 +37,7 @@ def quantised(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return integers.astype(np.int8), np.concatenate([tokens, steps])
 
 
-def restored(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantize(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The features [P, Dv] float16 that ``integers`` [P, Dv] int8 stand for: integer x token's x channel's scale.
 
     The products are float32, in that order, then rounded: any library on any device gives the same bits. Torch
@@ -59,7 +59,7 @@ def restored(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def as_stored(features: np.ndarray, dtype: str) -> np.ndarray:
     """What a store of ``dtype`` gives back of ``features`` [P, Dv] float16."""
-    return restored(*quantised(features)) if dtype == "int8" else features
+    return dequantize(*quantize(features)) if dtype == "int8" else features
 
 
 def _no_zeros(values: np.ndarray) -> np.ndarray:
