@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import text_of
-from llavactl.core import faults, progress
+from llavactl.core import hub, progress
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
+from llavactl.core.library_errors import loading
+from llavactl.core.model_files import check_files, weight_files
 from llavactl.core.paths import expanded, read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.features.prepare import default_device
@@ -126,7 +128,7 @@ def find(model: str) -> Path:
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name):
         raise ModelError(f"{model}: no such folder", hint=f"{PREFIX} takes a folder or a Hugging Face id")
-    return faults.downloaded(name, f"{PREFIX} takes a folder or a Hugging Face id")
+    return hub.download(name, f"{PREFIX} takes a folder or a Hugging Face id")
 
 
 def digest(folder: Path) -> str:
@@ -154,9 +156,9 @@ def open_foreign(folder: Path, device: str | None = None) -> ForeignModel:
 
     device = device or default_device()
     processor = _processor(folder)
-    faults.check_files(faults.weight_files(folder))
+    check_files(weight_files(folder))
     progress.calm_transformers()
-    with faults.loading(_WHAT, folder, "omit hf: for models that llavactl trained or can read", weights=True):
+    with loading(_WHAT, folder, "omit hf: for models that llavactl trained or can read", weights=True):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False
         )
@@ -173,7 +175,7 @@ def prompt_of(folder: Path) -> str:
     from transformers import AutoConfig
 
     processor = _processor(folder)
-    with faults.loading(_WHAT, folder):
+    with loading(_WHAT, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _prompt(folder, processor, config.model_type)
 
@@ -192,7 +194,7 @@ def _prompt(folder: Path, processor: Any, model_type: str) -> str:
 def _processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
-    with faults.loading("processor", folder, _PROCESSOR):
+    with loading("processor", folder, _PROCESSOR):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder}: there is no processor of pictures and text", hint=_PROCESSOR)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
+from llavactl.core.model_files import local_folder
 from llavactl.core.protocols import Json
 from llavactl.core.registry import Registration, registry, singular
 
@@ -125,6 +125,6 @@ def _content(text: str) -> Json:
             return {"sha256": hash_file(path)}
         if path.is_dir() and any((path / name).is_file() for name in _MODEL):
             return {"sha256": hash_folder(path)}
-    elif _ID.fullmatch(text) and (snapshot := faults.local_folder(text)):
+    elif _ID.fullmatch(text) and (snapshot := local_folder(text)):
         return {"id": text, "commit": snapshot.name}
     return text

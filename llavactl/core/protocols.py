@@ -117,7 +117,7 @@ class Language(Protocol):
 
 
 @runtime_checkable
-class DescribedLanguage(Protocol):
+class SkeletonLanguage(Protocol):
     """A language model that can be looked at without its weights."""
 
     def skeleton(self) -> PreTrainedModel:
@@ -315,7 +315,7 @@ class Format(Protocol):
     """A layout of a finished model on disk. One that can be checked before training is a ``CheckedFormat``, too."""
 
     reload: Path | None
-    """A script that reloads the layout without llavactl to verify exports (see ``components/formats/reload_hf.py``);
+    """A script that reloads the layout without llavactl to verify exports (see ``components/formats/hf_outputs.py``);
     None: exports in this layout are not verified."""
 
     def recognise(self, folder: Path) -> bool:

@@ -134,7 +134,7 @@ class Registry:
             reasons = explain(error, entry.options_model(), options)
             problems = [Problem(f"{singular(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
-        raise RecipeError("\n".join(map(str, problems)), hint=hint, problems=problems)
+        raise RecipeError.from_problems(problems, hint=hint)
 
 
 def component_name(spec: str | Mapping[str, Any]) -> str:

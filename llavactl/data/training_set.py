@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from llavactl.components.templates.ends import alternative
+from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
 from llavactl.core.schema import Contents, Encoded, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads
@@ -173,7 +173,7 @@ def _check_written(samples: Sequence[Sample], encoding: Encoding, order: ImageOr
     if refusals and all(refusals) and (first := refusals[0]) is not None:
         raise ConversationError(
             f"the template refuses all {len(samples)} records; {samples[0].where or samples[0].id}: {first.message}",
-            hint=first.hint or f"`template: {alternative(encoding.tokenizer)}` renders any conversation",
+            hint=first.hint or f"`template: {fallback_template(encoding.tokenizer)}` renders any conversation",
         ) from first
 
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.faults import printable
 from llavactl.core.hashes import HashMemory, stamp_bytes
+from llavactl.core.library_errors import printable
 from llavactl.core.paths import cache_dir
 from llavactl.features.stamp_index import StampIndex
 from llavactl.images.decode import image_errors, read

@@ -1,13 +1,17 @@
-"""``llavactl chat``: one question, a file of questions, or a conversation."""
+"""``llavactl chat``: answers one question, a file of questions, or the turns of a conversation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.conversation import Conversation
+<<<<<<< HEAD
+from llavactl.chat.inputs import BatchRecord, user_content
+from llavactl.chat.loading import load_assistant
+from llavactl.core.schema import ImageRef, Turn
+=======
 from llavactl.chat.opening import open_assistant
 from llavactl.components.sources.llava_record import image_names, names_images, place_images, unread_media
 from llavactl.core.errors import DataError
@@ -17,6 +21,7 @@ from llavactl.features.keys import error_reason
 from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.references import named_image
+>>>>>>> main
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
 from llavactl.model.generate import Sampling
@@ -25,8 +30,7 @@ if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.recipe.frame import Outline
 
-BATCH = 8
-FORM = '--batch takes a JSONL of {"image": "file", "prompt": "text"}'
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,20 @@ class ChatReport:
 
 
 def open_chat(recipe: Outline | None, model: str | None = None, template: str | None = None) -> Conversation:
-    """A conversation with ``model`` (of any format), else with the recipe's last finished stage."""
+    """A conversation with ``model`` (in any format), else with the recipe's last finished stage."""
     if model is None:
         assert recipe is not None
-        return Conversation(open_assistant(of_run(recipe.run_dir), template=template))
-    return Conversation(open_assistant(resolve(model, recipe), template=template))
+        return Conversation(load_assistant(of_run(recipe.run_dir), template=template))
+    return Conversation(load_assistant(resolve(model, recipe), template=template))
 
 
+<<<<<<< HEAD
+def answer_prompt(
+    conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling
+) -> ChatReport:
+    """Asks one question and returns the complete answer."""
+    pieces = conversation.ask(*user_content(prompt, images), sampling=sampling)
+=======
 WANTED = "expected an image file (PNG, JPEG, WebP, …), its URL, or base64"
 
 
@@ -86,47 +97,16 @@ def content(
 def say(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> ChatReport:
     """One question and its whole answer."""
     pieces = conversation.ask(*content(prompt, images), sampling=sampling)
+>>>>>>> main
     answer = "".join(pieces).strip()
-    names = tuple(each if isinstance(each, str) else each.name for each in images)
+    names = tuple(image if isinstance(image, str) else image.name for image in images)
     return ChatReport(answer, prompt, names, conversation.assistant.name)
-
-
-BatchRecord = tuple[dict[str, Any], tuple[Content, ...]]
-
-
-def read_batch(file: Path) -> list[BatchRecord]:
-    """The records of a JSONL of ``{"image", "prompt"}``, each with its content; a JSON list is read, too.
-
-    ``image`` may be a list or absent; its items are as in ``open_images``, with paths relative to ``file``.
-
-    Raises:
-        DataError: a record or an image can't be read; names its line.
-    """
-    try:
-        return [_record(entry, f"{file}:{entry.place}", file.parent) for entry in read_stream(file)]
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}", hint=FORM) from error
 
 
 def answer_batch(assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling) -> list[dict[str, Any]]:
     """``records`` in order, each with its ``answer``."""
     answers: list[str] = []
-    for at in range(0, len(records), BATCH):
-        asked = [(Turn("user", said),) for _, said in records[at : at + BATCH]]
-        answers += assistant.answer(asked, sampling)
+    for start in range(0, len(records), BATCH_SIZE):
+        conversations = [(Turn("user", content),) for _, content in records[start : start + BATCH_SIZE]]
+        answers += assistant.answer(conversations, sampling)
     return [{**record, "answer": answer} for (record, _), answer in zip(records, answers, strict=True)]
-
-
-def _record(entry: JsonEntry, where: str, base: Path) -> BatchRecord:
-    record = entry.value
-    if entry.problem:
-        raise DataError(f"{where}: {entry.problem}", hint=FORM)
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise DataError(f"{where}: no text `prompt`", hint=FORM)
-    try:
-        names = image_names(record)
-        if key := unread_media(record, images=bool(names)):
-            raise DataError(f"unsupported key `{key}`", hint=FORM)
-        return record, content(record["prompt"], names, base, named=names_images(record))
-    except DataError as error:
-        raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -17,7 +17,7 @@ from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.registry import registry
-from llavactl.evaluation.verify import Verified, verify
+from llavactl.evaluation.verify import VerificationResult, verify
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.image_file import ImageFile
 from llavactl.model.folder import identity, of_run, replace_folder
@@ -51,7 +51,7 @@ class ExportReport:
     model: str
     files: tuple[str, ...]
     bytes: int
-    verified: Verified | None
+    verified: VerificationResult | None
     finished_before: bool = False
 
 
@@ -159,7 +159,7 @@ def _relocate(temporary: Path, to: Path) -> bool:
     return bool(named)
 
 
-def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -> Verified:
+def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -> VerificationResult:
     """Compares ``to`` with ``source`` and stores the result in ``to``, with a hash of the verified content.
 
     Raises:
@@ -179,13 +179,17 @@ def _verify(script: Path, source: Path, to: Path, photos: Sequence[ImageFile]) -
     return found
 
 
-def _verified_before(to: Path) -> Verified | None:
+def _verified_before(to: Path) -> VerificationResult | None:
     """The result of the last verification of ``to``, if it passed and no file has changed since."""
     mark = read_json(to / MARK)
     kept = mark.get("verified")
-    if not isinstance(kept, dict) or kept.keys() != {each.name for each in fields(Verified)} or kept["faults"]:
+    if (
+        not isinstance(kept, dict)
+        or kept.keys() != {each.name for each in fields(VerificationResult)}
+        or kept["faults"]
+    ):
         return None
-    return Verified(**{**kept, "faults": ()}) if mark.get("verified_content") == _content(to) else None
+    return VerificationResult(**{**kept, "faults": ()}) if mark.get("verified_content") == _content(to) else None
 
 
 def _content(to: Path) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
-from llavactl.core.protocols import CheckedFormat, DescribedLanguage, MeasuredVision
+from llavactl.core.protocols import CheckedFormat, MeasuredVision, SkeletonLanguage
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
@@ -39,7 +39,7 @@ def faults(recipe: Recipe) -> list[Fault]:
     skeleton = tokenizer = None
     if _is_here(recipe.language.spec()):
         with _collected(found, "language", recipe.language.spec()):
-            skeleton = language.skeleton() if isinstance(language, DescribedLanguage) else None
+            skeleton = language.skeleton() if isinstance(language, SkeletonLanguage) else None
         with _collected(found, "language", recipe.language.spec()):
             tokenizer = language.tokenizer()
     if skeleton is not None:

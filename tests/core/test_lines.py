@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llavactl.chat.inputs import read_batch
 from llavactl.components.sources.llava_json import LlavaJsonOptions, llava_json
 from llavactl.components.teachers.replay import Replay, ReplayOptions
 from llavactl.core.protocols import Request
@@ -19,12 +20,11 @@ from llavactl.files.json_stream import read_stream
 from llavactl.files.records import read_records
 from llavactl.report.inputs import read_lines
 from llavactl.training.metrics import read as read_metrics
-from llavactl.verbs.chat import read_batch
 
 ROOT = Path(__file__).parents[2]
 
 TEXT_OF_OTHER_KINDS = {
-    "llavactl/core/faults.py": "an exception's message",
+    "llavactl/core/library_errors.py": "an exception's message",
     "llavactl/evaluation/verify.py": "what a process wrote to stderr",
     "llavactl/components/tasks/coco_words.py": "a table of words in the module itself",
     "llavactl/components/tasks/judging.py": "the first line of a judge's verdict",
