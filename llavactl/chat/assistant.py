@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-<<<<<<< HEAD
 from llavactl.chat.common_prefix import common_prefix_length, split_prompt, token_keys
 from llavactl.chat.detokenizer import Detokenizer, Stops
-=======
-from llavactl.chat.prefix import shared, signature, split
-from llavactl.components.templates.stop_criteria import stop_criteria
->>>>>>> main
 from llavactl.core.schema import IGNORE, Encoded, Turn
 from llavactl.data.batches import Loads, collate
 from llavactl.data.encode import Encoding, arrange
@@ -102,23 +97,6 @@ class Assistant:
         return to_device(collate([rest for _, rest in halves], self.features, side="left"), device), cache
 
 
-<<<<<<< HEAD
-=======
-@dataclass(frozen=True)
-class Stops:
-    """What ends an answer: tokens, and texts that no single token stands for."""
-
-    ids: frozenset[int]
-    texts: tuple[str, ...]
-
-    @classmethod
-    def of(cls, encoding: Encoding, also: Collection[int] = ()) -> Stops:
-        """The stops of the template and tokenizer of ``encoding``, and the token ids ``also``."""
-        ids, texts = stop_criteria(encoding.template, encoding.tokenizer)
-        return cls(ids | frozenset(also), texts)
-
-
->>>>>>> main
 def _eos_ids(model: LlavaModel) -> frozenset[int]:
     """The end-of-sequence token ids of the language model's generation config."""
     ids = getattr(getattr(model.language, "generation_config", None), "eos_token_id", None)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.templates.ends import stops
+from llavactl.components.templates.stop_criteria import stop_criteria
 
 if TYPE_CHECKING:
     from llavactl.data.encode import Encoding
@@ -22,7 +22,7 @@ class Stops:
     @classmethod
     def of(cls, encoding: Encoding, more_ids: Collection[int] = ()) -> Stops:
         """The stops of the template and tokenizer of ``encoding``, and the token ids ``more_ids``."""
-        ids, texts = stops(encoding.template, encoding.tokenizer)
+        ids, texts = stop_criteria(encoding.template, encoding.tokenizer)
         return cls(ids | frozenset(more_ids), texts)
 
 

@@ -10,7 +10,7 @@ from llavactl.components.sources.llava_record import image_names, names_images, 
 from llavactl.core.errors import DataError
 from llavactl.core.locations import shortened
 from llavactl.core.schema import Content, ImageRef
-from llavactl.features.keys import why
+from llavactl.features.keys import error_reason
 from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.references import named_image
@@ -34,7 +34,7 @@ def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef
             image = named_image(name, base)
             decode(image.read())
         except OSError as error:
-            raise DataError(f"image {shortened(name)}: {why(error)}", hint=_IMAGE_HINT) from error
+            raise DataError(f"image {shortened(name)}: {error_reason(error)}", hint=_IMAGE_HINT) from error
         except ImageError as error:
             raise DataError(f"image {shortened(name)}: {error.reason}", hint=_IMAGE_HINT) from error
         images.append(image)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.detokenizer import decode_tokens
-from llavactl.core import faults, progress
+from llavactl.core import hub, progress
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
+from llavactl.core.library_errors import loading
+from llavactl.core.model_files import check_files, weight_files
 from llavactl.core.paths import expanded, read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.features.prepare import default_device
@@ -130,7 +132,7 @@ def resolve_folder(model: str) -> Path:
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name):
         raise ModelError(f"{model}: no such folder", hint=f"{PREFIX} takes a folder or a Hugging Face id")
-    return faults.downloaded(name, f"{PREFIX} takes a folder or a Hugging Face id")
+    return hub.download(name, f"{PREFIX} takes a folder or a Hugging Face id")
 
 
 def model_digest(folder: Path) -> str:
@@ -160,9 +162,9 @@ def load_transformers_model(folder: Path, device: str | None = None) -> Transfor
 
     device = device or default_device()
     processor = _load_processor(folder)
-    faults.check_files(faults.weight_files(folder))
+    check_files(weight_files(folder))
     progress.calm_transformers()
-    with faults.loading(_MODEL_KIND, folder, "omit hf: for models that llavactl trained or can read", weights=True):
+    with loading(_MODEL_KIND, folder, "omit hf: for models that llavactl trained or can read", weights=True):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False
         )
@@ -179,7 +181,7 @@ def prompt_format_of(folder: Path) -> str:
     from transformers import AutoConfig
 
     processor = _load_processor(folder)
-    with faults.loading(_MODEL_KIND, folder):
+    with loading(_MODEL_KIND, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _prompt_format(folder, processor, config.model_type)
 
@@ -198,7 +200,7 @@ def _prompt_format(folder: Path, processor: Any, model_type: str) -> str:
 def _load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
-    with faults.loading("processor", folder, _PROCESSOR_HINT):
+    with loading("processor", folder, _PROCESSOR_HINT):
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder}: no processor for images and text", hint=_PROCESSOR_HINT)
