@@ -359,9 +359,7 @@ class TestPlugins:
             load_recipe()
 
 
-def test_loading_a_file_does_not_depend_on_the_working_directory(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_a_file_does_not_depend_on_the_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small()
     before = load_recipe(here / "recipe.yaml")
     (here / "other").mkdir()
