@@ -17,9 +17,12 @@ from llavactl.curation.scan import ScannedRecord, scan_records, scan_samples
 from llavactl.data.records import samples
 from llavactl.files.json_stream import need_file
 from llavactl.recipe.frame import Recipe
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, SourceSpec, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
 
 FILE_SOURCE = "llava-json"
 """The source that reads a FILE named on the command line."""
@@ -75,7 +78,7 @@ def file_source(file: Path, images: str | Path | None = None, *, follow_links: b
 def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Input]:
     specs: list[tuple[StageNumber, SourceSpec]] = []
     if recipe is not None:
-        specs = [(1, spec) for spec in recipe.data.stage1] + [(2, spec) for spec in recipe.data.stage2]
+        specs = [(stage, spec) for stage in STAGES for spec in recipe.sources(stage)]
     specs = [(stage, spec) for stage, spec in specs if only in (None, stage)]
     if not specs:
         raise RecipeError("no records", hint="name a file, or with -r a recipe with sources in `data`")
@@ -143,7 +146,7 @@ def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
     """
     if file is not None:
         return file_source(file)
-    specs = recipe.data.stage1 if recipe is not None else ()
+    specs = recipe.sources(1) if recipe is not None else ()
     if len(specs) != 1:
         raise RecipeError(
             f"data.stage1: expected one source of captions, got {len(specs)}",

@@ -15,7 +15,9 @@ from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import ImageOrder, Recipe, StageNumber
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.values import ImageOrder
 
 
 @dataclass(frozen=True)

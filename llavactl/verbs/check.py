@@ -19,7 +19,8 @@ from llavactl.curation.scan import Decode, ImageChecks, scan
 from llavactl.files.json_stream import never_onto, write_stream
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.stages import StageNumber
 
 
 @dataclass(frozen=True)

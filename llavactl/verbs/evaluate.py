@@ -26,7 +26,7 @@ from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
 from llavactl.features import ContentKeys
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
-from llavactl.recipe.frame import Eval
+from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -250,7 +250,7 @@ def _views(recipe: Outline | None, model: _Model, settings: Eval, asked: _Asked)
     if settings.blind_baseline and len(other_pictures(asked.everything)) > 1:
         views.append(replace(model.view, name=BLIND, blind=True))
     first = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    if settings.stage1 and model.own and first is not None and first.is_dir() and first != model.view.folder:
+    if settings.stage1_baseline and model.own and first is not None and first.is_dir() and first != model.view.folder:
         views.append(View(STAGE1, first))
     return views
 

@@ -18,7 +18,8 @@ from llavactl.curation.scan import CHUNK
 from llavactl.curation.stats import Distribution, Statistics, summary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.stages import StageNumber
 
 MAX_OPENINGS = 20
 

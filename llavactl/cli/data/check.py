@@ -13,7 +13,7 @@ from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
     from llavactl.curation.scan import Decode
-    from llavactl.recipe.frame import StageNumber
+    from llavactl.recipe.stages import StageNumber
     from llavactl.verbs.check import CheckReport
 
 

@@ -12,7 +12,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import StageNumber
+    from llavactl.recipe.stages import StageNumber
 
 
 @click.command("stats")
