@@ -142,7 +142,7 @@ def problems() -> Iterator[str]:
 
     yield "| problem | effect | |\n|---|---|---|"
     for name, kind in KINDS.items():
-        yield f"| `{name}` | {kind.effect} | {kind.what.replace('<image>', '`<image>`')} |"
+        yield f"| `{name}` | {kind.effect} | {kind.description.replace('<image>', '`<image>`')} |"
 
 
 def recipes() -> Iterator[str]:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import ConversationError
-from llavactl.core.protocols import ShapedVision
+from llavactl.core.protocols import Finding, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
-from llavactl.curation.problems import Finding
 from llavactl.data.encode import Encoding, arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import ImageOrder, Recipe, StageNumber
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.values import ImageOrder
 
 
 @dataclass(frozen=True)

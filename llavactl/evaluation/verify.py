@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.chat.assistant import Assistant, Writer
+from llavactl.chat.assistant import Assistant
+from llavactl.chat.detokenizer import Detokenizer
 from llavactl.components.formats.chat_template import rendered
 from llavactl.components.formats.native import NativeModel
 from llavactl.components.formats.processor_text import add_image_token, separator
@@ -363,10 +364,10 @@ def _difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
 
 def _text(assistant: Assistant, tokens: Sequence[int]) -> str:
     """What ``tokens`` say up to where an answer ends."""
-    writer = Writer(assistant.encoding.tokenizer, assistant.stops)
+    output = Detokenizer(assistant.encoding.tokenizer, assistant.stops)
     for token in tokens:
-        writer.take(None if token in assistant.stops.ids else token)
-        if writer.done:
+        output.add(None if token in assistant.stops.ids else token)
+        if output.done:
             break
-    writer.take(None)
-    return writer.text.strip()
+    output.add(None)
+    return output.text.strip()

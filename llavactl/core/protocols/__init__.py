@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llavactl.core.protocols.data import Source
+from llavactl.core.protocols.data import Finding, RawRecord, RecordSource, RepairingSource, Source
 from llavactl.core.protocols.export import CheckableFormat, Format
 from llavactl.core.protocols.language import Language, SkeletonLanguage, Template
 from llavactl.core.protocols.tasks import AnswerChecker, AnswerMatcher, Judged, Scores, Task, TeacherScored
@@ -36,12 +36,16 @@ __all__ = [
     "CheckableFormat",
     "Connector",
     "Encoder",
+    "Finding",
     "Format",
     "Json",
     "Judged",
     "Language",
     "LanguageTeacher",
     "Limits",
+    "RawRecord",
+    "RecordSource",
+    "RepairingSource",
     "Reply",
     "Request",
     "Scores",
