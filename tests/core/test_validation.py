@@ -56,29 +56,29 @@ def why(**given: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("given", "path", "said"),
     [
-        ({"path": 3}, "path", "must be a file or folder, not 3"),
-        ({"path": ""}, "path", "must be a file or folder, not ''"),
-        ({"model": 4}, "model", "must be a string, not 4"),
-        ({"count": "abc"}, "count", "must be an integer ≥ 1 and ≤ 9, not 'abc'"),
-        ({"count": 0}, "count", "must be an integer ≥ 1 and ≤ 9, not 0"),
-        ({"count": 1.5}, "count", "must be an integer ≥ 1 and ≤ 9, not 1.5"),
-        ({"count": None}, "count", "must be an integer ≥ 1 and ≤ 9, not null"),
-        ({"maybe": 0}, "maybe", "must be an integer ≥ 1 or null, not 0"),
-        ({"share": 1}, "share", "must be a number ≥ 0 and < 1, not 1"),
-        ({"layer": "x"}, "layer", "must be an integer or a list, each an integer, not 'x'"),
-        ({"layer": [1, "x"]}, "layer", "must be an integer or a list, each an integer, not [1, 'x']"),
-        ({"many": {}}, "many", "must be a list, each a mapping, not {}"),
-        ({"names": {"a": "x"}}, "names.a", "must be an integer, not 'x'"),
-        ({"kind": "c"}, "kind", "must be one of 'a', 'b', not 'c'"),
-        ({"inner": []}, "inner", "must be a mapping, not []"),
+        ({"path": 3}, "path", "expected a file or folder, got 3"),
+        ({"path": ""}, "path", "expected a file or folder, got ''"),
+        ({"model": 4}, "model", "expected a string, got 4"),
+        ({"count": "abc"}, "count", "expected an integer ≥ 1 and ≤ 9, got 'abc'"),
+        ({"count": 0}, "count", "expected an integer ≥ 1 and ≤ 9, got 0"),
+        ({"count": 1.5}, "count", "expected an integer ≥ 1 and ≤ 9, got 1.5"),
+        ({"count": None}, "count", "expected an integer ≥ 1 and ≤ 9, got null"),
+        ({"maybe": 0}, "maybe", "expected an integer ≥ 1 or null, got 0"),
+        ({"share": 1}, "share", "expected a number ≥ 0 and < 1, got 1"),
+        ({"layer": "x"}, "layer", "expected an integer or a list, each item an integer, got 'x'"),
+        ({"layer": [1, "x"]}, "layer", "expected an integer or a list, each item an integer, got [1, 'x']"),
+        ({"many": {}}, "many", "expected a list, each item a mapping, got {}"),
+        ({"names": {"a": "x"}}, "names.a", "expected an integer, got 'x'"),
+        ({"kind": "c"}, "kind", "expected one of 'a', 'b', got 'c'"),
+        ({"inner": []}, "inner", "expected a mapping, got []"),
         ({"inner": {"y": 1}}, "inner.y", "unknown key; available: x"),
-        ({"either": 3}, "either", "must be a mapping or a string or null, not 3"),
-        ({"many": [{"x": "a"}]}, "many.0.x", "must be an integer, not 'a'"),
-        ({"many": [1]}, "many.0", "must be a mapping, not 1"),
+        ({"either": 3}, "either", "expected a mapping or a string or null, got 3"),
+        ({"many": [{"x": "a"}]}, "many.0.x", "expected an integer, got 'a'"),
+        ({"many": [1]}, "many.0", "expected a mapping, got 1"),
         ({"even": 3}, "even", "3 is odd; LLaVA likes even numbers"),
         ({"kin": "a"}, "kin", "unknown key; did you mean 'kind'?"),
-        ({"model": ["x"]}, "model", "must be a string, not ['x']"),
-        ({"count": "x" * 100}, "count", f"must be an integer ≥ 1 and ≤ 9, not '{'x' * 56}…"),
+        ({"model": ["x"]}, "model", "expected a string, got ['x']"),
+        ({"count": "x" * 100}, "count", f"expected an integer ≥ 1 and ≤ 9, got '{'x' * 56}…"),
     ],
 )
 def test_words(given: dict[str, Any], path: str, said: str) -> None:
@@ -91,7 +91,7 @@ def test_what_has_no_words_of_ours_keeps_pydantics() -> None:
 
 
 def test_a_place_is_told_once_however_many_branches_failed() -> None:
-    assert why(either={"zz": 1}) == {"either": "must be a mapping or a string or null, not {'zz': 1}"}
+    assert why(either={"zz": 1}) == {"either": "expected a mapping or a string or null, got {'zz': 1}"}
 
 
 def test_options_in_words() -> None:
