@@ -98,7 +98,7 @@ def identity(folder: Path) -> str:
     parts["templates"] = component_identity("templates", description["template"])
     named = ("vision", "connector", "language", "template", "trained_language", "location", "versions")
     rest = {key: value for key, value in description.items() if key not in named}
-    return hash_json([hash_folder(folder, but=(DESCRIPTION,)), parts, rest])
+    return hash_json([hash_folder(folder, exclude=(DESCRIPTION,)), parts, rest])
 
 
 @contextmanager
