@@ -1,4 +1,4 @@
-"""``llavactl eval TASK --compare``: which of several candidates is better, from answers that are there."""
+"""``llavactl eval TASK --compare``: paired comparison of candidates from stored answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Judged
+from llavactl.core.protocols import Judged, Scores
 from llavactl.core.registry import registry
+from llavactl.core.schema import Question
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
 from llavactl.evaluation.significance import Difference, paired
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of those compared: a run folder or a file of answers."""
+    """The scores of a run folder or an answer file."""
 
     name: str
     scores: Mapping[str, Any]
@@ -31,7 +32,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """Candidates on the same ``n`` questions, and every pair of them."""
+    """Candidates on the same ``n`` questions, and the difference of every pair."""
 
     task: str
     protocol: str
@@ -44,44 +45,53 @@ def compare(
     recipe: Outline | None,
     task: str,
     options: Mapping[str, Any],
-    given: Sequence[Path],
+    paths: Sequence[Path],
     *,
     protocol: str | None = None,
     limit: int | None = None,
 ) -> CompareReport:
-    """Scores each of ``given``, run folders that evaluated ``task`` or files of answers, and compares them in pairs."""
-    if len(given) < 2 or len(set(given)) < len(given):
+    """Scores ``paths``, run folders that evaluated ``task`` or answer files, and compares them in pairs.
+
+    Raises:
+        DataError: fewer than two different paths, unreadable answers, or a task without right and wrong answers.
+    """
+    if len(paths) < 2 or len(set(paths)) < len(paths):
         raise DataError(
-            "two or more different runs or files of answers can be compared", hint="--compare A --compare B"
+            "--compare: expected two or more different run folders or answer files", hint="--compare A --compare B"
         )
-    made = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
-    if isinstance(made, Judged):
-        raise DataError(f"{task} has no answers that are right or wrong, so there is nothing to pair")
-    chosen = runner.choose(made.protocols, protocol)
-    questions = list(made.questions())[:limit]
-    candidates, grades = [], {}
-    for path in given:
-        file = _answers(path, task)
-        answers = read_answers(file, made)
-        if not path.is_dir():
-            refuse_echoes(file, questions, answers)
-        scored = runner.score(made, questions, answers, chosen, file)
-        candidates.append(Candidate(str(path), scored.scores, scored.failed))
-        grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
-        if not grades[str(path)]:
-            raise DataError(f"{task} does not say which answers are right, so there is nothing to pair")
+    component = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
+    if isinstance(component, Judged):
+        raise DataError(f"{task}: a judged task has no right or wrong answers to compare in pairs")
+    protocol = runner.choose(component.protocols, protocol)
+    questions = list(component.questions())[:limit]
+    results = {path: _score(path, task, component, questions, protocol) for path in paths}
+    candidates = tuple(Candidate(str(path), result.scores, result.failed) for path, result in results.items())
+    grades = {str(path): _grades(result, task) for path, result in results.items()}
     pairs = tuple(paired(a, b, grades[a], grades[b]) for a, b in combinations(grades, 2))
-    return CompareReport(task, chosen, len(questions), tuple(candidates), pairs)
+    return CompareReport(task, protocol, len(questions), candidates, pairs)
+
+
+def _score(path: Path, task: str, component: Any, questions: Sequence[Question], protocol: str) -> Scores:
+    file = _answers(path, task)
+    answers = read_answers(file, component)
+    if not path.is_dir():
+        refuse_echoes(file, questions, answers)
+    return runner.score(component, questions, answers, protocol, file)
 
 
 def _answers(path: Path, task: str) -> Path:
-    """The answers: ``path`` itself, a file or MME's folder of them, or where the run in ``path`` has kept them."""
+    """The answers of ``path``: an answer file, MME's folder of answer files, or the answers stored in a run folder."""
     if not path.is_dir() or (not (path / "eval").is_dir() and any(path.glob("*.txt"))):
         return path
-    kept = read_document(path / "eval" / f"{task}.json").get("answers")
-    if not isinstance(kept, str):
-        raise DataError(
-            f"{path}: {task} was not evaluated in this run", hint=f"llavactl eval {task} -r {path}/recipe.yaml"
-        )
-    # A run that was moved has its answers with it.
-    return path / "eval" / "answers" / Path(kept).name
+    stored = read_document(path / "eval" / f"{task}.json").get("answers")
+    if not isinstance(stored, str):
+        raise DataError(f"{path}: no evaluation of {task}", hint=f"run `llavactl eval {task} -r {path}/recipe.yaml`")
+    # The run may have been moved, together with its answers.
+    return path / "eval" / "answers" / Path(stored).name
+
+
+def _grades(result: Scores, task: str) -> Mapping[str, float]:
+    """The grade of every answer, by question id."""
+    if grades := result.grades or {name: float(right) for name, right in result.right.items()}:
+        return grades
+    raise DataError(f"{task}: the task doesn't grade single answers, so they can't be compared in pairs")
