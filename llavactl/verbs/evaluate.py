@@ -16,7 +16,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import json_text, write_atomic, write_json
-from llavactl.core.protocols import Consults, Judged, Pairs
+from llavactl.core.protocols import AnswerChecker, Judged, TeacherScored
 from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
@@ -93,9 +93,9 @@ class _Asked:
 
     def scored(self, answers: Answers, file: Path, replies: Path) -> Scores:
         """The scores of the answers in ``file``; what a teacher says to them is kept in ``replies``."""
-        if isinstance(self.task, Consults) and self.task.consultant is not None:
+        if isinstance(self.task, TeacherScored) and self.task.teacher is not None:
             given = runner.chosen(self.questions, answers, file)
-            return self.task.consulted(given, asker(self.task.consultant, replies), self.protocol)
+            return self.task.score_with_teacher(given, asker(self.task.teacher, replies), self.protocol)
         assert not isinstance(self.task, Judged)
         return runner.score(self.task, self.questions, answers, self.protocol, file)
 
@@ -104,7 +104,7 @@ class _Asked:
         ranges, name = intervals(self.questions, scored), self.spec["name"]
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
-        asks = self.task.consultant if isinstance(self.task, Consults) else None
+        asks = self.task.teacher if isinstance(self.task, TeacherScored) else None
         return replace(made, ignored=beyond, answers=str(file), judge=name_of(asks) if asks else None), scored
 
 
@@ -141,7 +141,7 @@ def evaluate(
     made: Task | Judged = registry().create("tasks", spec, flag="-t ")
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
-        if answers is not None and isinstance(made, Pairs):
+        if answers is not None and isinstance(made, AnswerChecker):
             made.check_answers(read_answers(answers, made))
         return stored
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
@@ -180,7 +180,7 @@ def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:
     if reviews := task.reviews():
         scored = task.judge(reviews, protocol)
         return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
-    if isinstance(task, Consults) and task.consultant is not None:
+    if isinstance(task, TeacherScored) and task.teacher is not None:
         return None
     raise DataError(
         f"{name} is scored by a judge, who compares each answer with a reference answer; no verdicts are given",

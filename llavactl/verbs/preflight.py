@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
-from llavactl.core.protocols import CheckedFormat, MeasuredVision, SkeletonLanguage
+from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
 from llavactl.core.registry import registry, singular
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
@@ -69,7 +69,7 @@ def _feature_shape(spec: Mapping[str, Any], found: list[Fault]) -> FeatureShape 
     if _is_local(spec):
         with _collected(found, "vision", spec):
             vision = registry().create("vision", spec)
-            return vision.shape() if isinstance(vision, MeasuredVision) else None
+            return vision.shape() if isinstance(vision, ShapedVision) else None
     return None
 
 
@@ -114,7 +114,7 @@ def _check_exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fa
     for index, export in enumerate(recipe.export):
         with _collected(found, f"export.{index}.format"):
             component = registry().create("formats", export.spec())
-            if isinstance(component, CheckedFormat):
+            if isinstance(component, CheckableFormat):
                 component.check(vision, recipe.connector.spec(), skeleton, tokenizer)
 
 
