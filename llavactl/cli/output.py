@@ -12,7 +12,7 @@ import click
 
 from llavactl.cli import terminal
 from llavactl.core.paths import json_text
-from llavactl.core.streams import results
+from llavactl.core.streams import result_stream
 
 
 def document(value: Any) -> None:
@@ -42,7 +42,7 @@ def lines(texts: Sequence[str]) -> None:
 
 def labeled(rows: Sequence[tuple[str, str]]) -> None:
     """Prints lines that begin with a label, which is bold on terminals."""
-    console = terminal.console(results()) if _is_main_process() else None
+    console = terminal.console(result_stream()) if _is_main_process() else None
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         if console is None:
@@ -56,7 +56,7 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = (), styles: Ma
 
     Titles (``columns``) and ``styles`` (rich styles of cells by their text) are used on terminals only.
     """
-    console = terminal.console(results()) if _is_main_process() else None
+    console = terminal.console(result_stream()) if _is_main_process() else None
     if console is not None:
         terminal.print_table(console, rows, columns, styles or {})
         return
@@ -72,7 +72,7 @@ def text(piece: str) -> None:
 
 def _print(text: str, *, newline: bool = True) -> None:
     if _is_main_process():
-        click.echo(text, file=results(), nl=newline)
+        click.echo(text, file=result_stream(), nl=newline)
 
 
 def _is_main_process() -> bool:
