@@ -1,4 +1,4 @@
-"""``llavactl eval TASK --compare``: which of several candidates is better, from answers that are there."""
+"""``llavactl eval TASK --compare``: compares runs or answer files in pairs, with significance tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Judged
 from llavactl.core.registry import registry
-from llavactl.evaluation import runner, tasks
-from llavactl.evaluation.answers import read_answers, refuse_echoes
+from llavactl.evaluation.answers import check_not_questions, read_answers
+from llavactl.evaluation.scoring import choose_protocol, select_answers, task_spec
 from llavactl.evaluation.significance import Difference, paired
 from llavactl.report.inputs import read_document
 
@@ -54,18 +54,18 @@ def compare(
         raise DataError(
             "two or more different runs or files of answers can be compared", hint="--compare A --compare B"
         )
-    made = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
+    made = registry().create("tasks", task_spec(recipe, task, options), flag="-t ")
     if isinstance(made, Judged):
         raise DataError(f"{task} has no answers that are right or wrong, so there is nothing to pair")
-    chosen = runner.choose(made.protocols, protocol)
+    chosen = choose_protocol(made.protocols, protocol)
     questions = list(made.questions())[:limit]
     candidates, grades = [], {}
     for path in given:
         file = _answers(path, task)
         answers = read_answers(file, made)
         if not path.is_dir():
-            refuse_echoes(file, questions, answers)
-        scored = runner.score(made, questions, answers, chosen, file)
+            check_not_questions(file, questions, answers)
+        scored = made.score(select_answers(questions, answers, file), chosen)
         candidates.append(Candidate(str(path), scored.scores, scored.failed))
         grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
         if not grades[str(path)]:

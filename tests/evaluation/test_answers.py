@@ -10,7 +10,7 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Answer, Question, Turn
-from llavactl.evaluation.answers import read_answers, refuse_echoes
+from llavactl.evaluation.answers import check_not_questions, read_answers
 
 
 def read(tmp_path: Path, *rows: Any) -> dict[str, str]:
@@ -156,5 +156,5 @@ def test_questions_are_no_answers(tmp_path: Path) -> None:
     asked = [Question(str(at), (Turn("user", (f"Is there a cat {at}?\nAnswer yes or no.",)),)) for at in range(3)]
     file = tmp_path / "a.jsonl"
     with pytest.raises(DataError, match="every answer repeats its question"):
-        refuse_echoes(file, asked, {each.id: Answer(each.id, f"Is there a cat {each.id}?") for each in asked})
-    refuse_echoes(file, asked, {each.id: Answer(each.id, "yes") for each in asked})
+        check_not_questions(file, asked, {each.id: Answer(each.id, f"Is there a cat {each.id}?") for each in asked})
+    check_not_questions(file, asked, {each.id: Answer(each.id, "yes") for each in asked})

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llavactl.evaluation import runner
-from llavactl.evaluation.processes import ALONE
+from llavactl.evaluation.processes import SINGLE_PROCESS
 from llavactl.testing import run_cli
 
 WORDS = ("eval", "scenes", "-t", "scenes=3", "-o", "eval.max_new_tokens=4", "--json")
@@ -54,7 +54,7 @@ def test_two_processes_give_one_result(run: Path) -> None:
     assert report["n"] == alone["n"] == 18
     twin = {file.name for file in answers.parent.glob("scenes*")} - {answers.name}
     assert [name.endswith(".jsonl") for name in twin] == [True]
-    assert report["beside"] == alone["beside"]
+    assert report["baselines"] == alone["baselines"]
     said = {json.loads(line)["id"]: json.loads(line)["text"] for line in answers.read_text().splitlines()}
     known = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
     assert said.pop(marked["id"]) == "kept from before"
@@ -66,7 +66,7 @@ def test_parts_become_one_file(tmp_path: Path) -> None:
     file = tmp_path / "x[1].jsonl"
     file.write_text('{"id": "1", "text": "a"}\n')
     for rank in (0, 1):
-        runner._part(file, rank).write_text(f'{{"id": "{rank + 2}", "text": "b"}}\n{{"id"')
-    assert set(runner._gathered(file, ALONE)) == {"1", "2", "3"}
+        runner._part_file(file, rank).write_text(f'{{"id": "{rank + 2}", "text": "b"}}\n{{"id"')
+    assert set(runner._merge_parts(file, SINGLE_PROCESS)) == {"1", "2", "3"}
     assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
     assert len(file.read_text().splitlines()) == 3

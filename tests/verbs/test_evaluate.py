@@ -74,13 +74,13 @@ def test_the_blind_twin_sees_the_same_pictures_however_many_are_asked(run: Path)
 
 def test_the_blind_twin_stands_beside_a_score_unless_nothing_else_can_be_shown(run: Path) -> None:
     words = ("eval", "scenes", "-t", "scenes=2", "-o", "eval.max_new_tokens=2", "--json")
-    beside = run_cli(*words, cwd=run).json()["beside"]
-    assert set(beside["blind twin"]) >= {"accuracy"}
+    baselines = run_cli(*words, cwd=run).json()["baselines"]
+    assert set(baselines["blind baseline"]) >= {"accuracy"}
     one = [{"question_id": at, "image": "images/0.png", "text": f"{at}?", "label": "yes"} for at in range(2)]
     shutil.copy(min((run / "images").iterdir()), run / "images/0.png")
     (run / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one))
     words = ("eval", "pope", "-t", "questions=q.jsonl", "-o", "eval.max_new_tokens=2", "--json")
-    assert run_cli(*words, cwd=run).json()["beside"] == {}
+    assert run_cli(*words, cwd=run).json()["baselines"] == {}
 
 
 def test_a_file_cut_by_a_kill_goes_on(run: Path) -> None:
