@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llavactl.components.sources.llava_record import image_names, names_images, place_images, unread_media
+from llavactl.components.sources.llava_record import names_images, place_images, unread_media
 from llavactl.core.errors import DataError
 from llavactl.core.locations import shortened
 from llavactl.core.schema import Content, ImageRef
 from llavactl.features.keys import error_reason
 from llavactl.files.json_stream import JsonEntry, read_stream
+from llavactl.files.records import image_names
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.references import named_image
 

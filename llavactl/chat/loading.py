@@ -13,7 +13,7 @@ from llavactl.features import Fingerprint, LiveFeatures, fingerprint
 from llavactl.features.checked import load_encoder
 from llavactl.features.prepare import default_device
 from llavactl.model import folder as model_folder
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 
 
 def load_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:

@@ -33,7 +33,7 @@ COMMANDS = {
 def register_sources(register: Register) -> None:
     register(
         "llava-json",
-        f"{_COMPONENTS}.sources.llava_json:llava_json",
+        f"{_COMPONENTS}.sources.llava_json:LlavaJson",
         options=f"{_COMPONENTS}.sources.llava_json:LlavaJsonOptions",
         summary="LLaVA's records: JSON or JSONL with `image` and `conversations`",
     )

@@ -16,7 +16,8 @@ from llavactl.data.plan import connected, held_out
 from llavactl.data.records import samples
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import SourceSpec, Stage
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import Stage
 
 
 @dataclass(frozen=True)

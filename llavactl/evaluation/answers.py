@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Finds
+from llavactl.core.protocols import AnswerMatcher
 from llavactl.core.schema import Answer, Question
 from llavactl.files.records import Record, read_records, read_text
 
@@ -36,7 +36,7 @@ _MAX_NAMES = 10
 def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[str, Answer]:
     """Answers by question id. With ``cut``, an incomplete last line is ignored.
 
-    ``task`` may map ids of published answer files to its own (``llavactl.core.protocols.Finds``).
+    ``task`` may map ids of published answer files to its own (``llavactl.core.protocols.AnswerMatcher``).
 
     Supported layouts:
 
@@ -65,7 +65,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
     answers: dict[str, Answer] = {}
     for record in records:
         answer = _answer(record)
-        if isinstance(task, Finds):
+        if isinstance(task, AnswerMatcher):
             answer = replace(answer, id=task.id_of(answer))
         if answer.id in answers:
             raise DataError(f"{record.where}: duplicate answer to question {answer.id!r}")

@@ -12,7 +12,7 @@ from llavactl.features import ContentKeys
 if TYPE_CHECKING:
     from llavactl.core.schema import Content, Question
     from llavactl.evaluation.models import EvaluatedModel
-    from llavactl.recipe.frame import Eval
+    from llavactl.recipe.sections import Eval
 
 _NAMES_IN_DIGESTS = {BLIND_BASELINE: "blind twin"}
 """Names of baselines in digests where they differ from those in reports: stored results are found by them."""

@@ -28,7 +28,8 @@ from llavactl.model.foreign import resolve
 from llavactl.model.generate import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Eval, Outline
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.sections import Eval
 
 BLIND_BASELINE = "blind baseline"
 STAGE1_BASELINE = "stage 1"
@@ -110,7 +111,7 @@ def with_baselines(
     if settings.blind_baseline and len(shuffled_images(questions)) > 1:
         models.append(replace(target.model, name=BLIND_BASELINE, shuffled_images=True))
     stage1 = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    is_own = settings.stage1 and target.from_recipe
+    is_own = settings.stage1_baseline and target.from_recipe
     if is_own and stage1 is not None and stage1.is_dir() and stage1 != target.model.folder:
         models.append(EvaluatedModel(STAGE1_BASELINE, stage1))
     return models

@@ -22,7 +22,7 @@ from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
     from llavactl.evaluation.models import EvaluatedModel
-    from llavactl.recipe.frame import Eval
+    from llavactl.recipe.sections import Eval
 
 
 def answer_questions(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.identity import component_identity
-from llavactl.core.protocols import Consults, Judged
+from llavactl.core.protocols import Judged, TeacherScored
 from llavactl.core.registry import registry
 from llavactl.core.suggest import suggest
 from llavactl.evaluation.results import EvalReport
 from llavactl.evaluation.significance import intervals
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Ask, Consultant, Scores, Task
+    from llavactl.core.protocols import Ask, BudgetedTeacher, Scores, Task
     from llavactl.core.schema import Answer, Question
     from llavactl.recipe.frame import Outline
 
@@ -79,9 +79,9 @@ class Benchmark:
         return self.all_questions[: self.limit]
 
     @property
-    def judge(self) -> Consultant | None:
+    def judge(self) -> BudgetedTeacher | None:
         """The teacher that is asked about the answers, if any."""
-        return self.task.consultant if isinstance(self.task, Consults) else None
+        return self.task.teacher if isinstance(self.task, TeacherScored) else None
 
     @property
     def scoring_identity(self) -> list[Any]:
@@ -92,9 +92,9 @@ class Benchmark:
     def score(self, answers: Mapping[str, Answer], file: Path, ask_judge: Ask | None) -> Scores:
         """The scores of the answers, which were read from ``file``; ``ask_judge`` is required if a judge is set."""
         selected = select_answers(self.questions, answers, file)
-        if isinstance(self.task, Consults) and self.judge is not None:
+        if isinstance(self.task, TeacherScored) and self.judge is not None:
             assert ask_judge is not None
-            return self.task.consulted(selected, ask_judge, self.protocol)
+            return self.task.score_with_teacher(selected, ask_judge, self.protocol)
         assert not isinstance(self.task, Judged)
         return self.task.score(selected, self.protocol)
 

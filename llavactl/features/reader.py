@@ -24,7 +24,8 @@ from llavactl.images.decode import read
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.stages import StageNumber
 
 
 _NAMED = 3

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.paths import json_text, write_atomic
-from llavactl.core.protocols import Consults, Judged, Pairs
+from llavactl.core.protocols import AnswerChecker, Judged, TeacherScored
 from llavactl.core.registry import registry
 from llavactl.evaluation.answers import check_not_questions, read_answers
 from llavactl.evaluation.identity import answer_digests, result_digest
@@ -20,7 +20,7 @@ from llavactl.evaluation.processes import launched_processes
 from llavactl.evaluation.results import EvalReport, stored_result, write_result
 from llavactl.evaluation.runner import answer_questions
 from llavactl.evaluation.scoring import Benchmark, choose_protocol, task_spec
-from llavactl.recipe.frame import Eval
+from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -62,7 +62,7 @@ def evaluate(
     component: Task | Judged = registry().create("tasks", spec, flag="-t ")
     protocol = choose_protocol(component.protocols, protocol)
     if isinstance(component, Judged) and (report := _score_stored_verdicts(component, task, protocol)):
-        if answers is not None and isinstance(component, Pairs):
+        if answers is not None and isinstance(component, AnswerChecker):
             component.check_answers(read_answers(answers, component))
         return report
     benchmark = Benchmark(component, spec, list(component.questions()), limit, protocol)
@@ -81,7 +81,7 @@ def _score_stored_verdicts(task: Judged, name: str, protocol: str) -> EvalReport
     if reviews := task.reviews():
         scores = task.judge(reviews, protocol)
         return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scores.scores, scores.failed)
-    if isinstance(task, Consults) and task.consultant is not None:
+    if isinstance(task, TeacherScored) and task.teacher is not None:
         return None
     raise DataError(
         f"{name} requires a judge or stored verdicts",

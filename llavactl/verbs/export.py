@@ -22,6 +22,7 @@ from llavactl.images.decode import ImageError, decode
 from llavactl.images.image_file import ImageFile
 from llavactl.model.folder import identity, of_run, replace_folder
 from llavactl.model.foreign import resolve
+from llavactl.recipe.stages import STAGES
 from llavactl.report.card import card
 
 if TYPE_CHECKING:
@@ -226,7 +227,8 @@ def _photos(recipe: Outline | None) -> list[ImageFile]:
 
 def _of_recipe(recipe: Outline | None) -> Iterator[ImageFile]:
     seen: set[ImageFile] = set()
-    for spec in (*recipe.data.stage2, *recipe.data.stage1) if recipe is not None else ():
+    specs = [spec for number in reversed(STAGES) for spec in recipe.sources(number)] if recipe is not None else []
+    for spec in specs:
         for sample in islice(registry().create("sources", spec.spec()), 200):
             for image in sample.images:
                 if isinstance(image, ImageFile) and image not in seen and not _unreadable(image):

@@ -19,7 +19,8 @@ from llavactl.data.plan import BatchPlan
 from llavactl.data.records import apart, samples
 from llavactl.data.training_set import Split, arranged, split
 from llavactl.images.image_file import ImageFile
-from llavactl.recipe.frame import SourceSpec, Stage
+from llavactl.recipe.specs import SourceSpec
+from llavactl.recipe.stages import Stage
 
 COUNT, EPOCHS = 2000, 6
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, Contents
 from llavactl.data.encode import Encoding
@@ -172,7 +172,7 @@ def test_samples_without_an_image_ask_nothing_of_the_backbone(bare: Path) -> Non
 def test_a_backbone_is_measured_as_it_is_loaded(tmp_path: Path, more: dict[str, Any]) -> None:
     spec = {"name": "clip", "model": str(toy_clip(tmp_path / "clip", size=42)), **more}
     vision = registry().create("vision", spec)
-    assert isinstance(vision, MeasuredVision)
+    assert isinstance(vision, ShapedVision)
     assert vision.shape() == vision.load("cpu", "float32").shape  # type: ignore[attr-defined]
 
 

@@ -65,7 +65,7 @@ class HfLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any is supported
     ) -> None:
-        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if it can't hold a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         refuse_unless_linear_head(language)
         exportable_backbone(vision)
