@@ -11,7 +11,8 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import AnswerMatcher
 from llavactl.core.schema import Answer, Question
-from llavactl.files.records import Record, read_records, read_text
+from llavactl.files.records import Record, read_records
+from llavactl.files.text import read_text
 
 ID_KEYS = ("question_id", "id", "questionId", "image_id")
 TEXT_KEYS = ("text", "answer", "pred", "caption")
@@ -33,8 +34,8 @@ SUPPORTED = (
 _MAX_NAMES = 10
 
 
-def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[str, Answer]:
-    """Answers by question id. With ``cut``, an incomplete last line is ignored.
+def read_answers(file: Path, task: object = None, *, truncated: bool = False) -> dict[str, Answer]:
+    """Answers by question id. With ``truncated``, an incomplete last line is ignored.
 
     ``task`` may map ids of published answer files to its own (``llavactl.core.protocols.AnswerMatcher``).
 
@@ -50,7 +51,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
     """
     _check_file_type(file)
     tables = sorted(file.glob("*.txt")) if file.is_dir() else []
-    records = [row for table in tables for row in _mme_rows(table)] or read_records(file, cut=cut)
+    records = [row for table in tables for row in _mme_rows(table)] or read_records(file, truncated=truncated)
     document = records[0].fields if len(records) == 1 else {}
     if isinstance(document.get("results"), dict):
         return {answer.id: answer for answer in _answers_by_index(file, document)}

@@ -78,7 +78,7 @@ def _merge_parts(file: Path, processes: Processes) -> dict[str, Answer]:
         answers: dict[str, Answer] = {}
         for source in (file, *parts):
             if source.is_file():
-                answers |= read_answers(source, cut=True)
+                answers |= read_answers(source, truncated=True)
         if answers:
             write_atomic(file, "".join(_json_line(answer) for answer in answers.values()))
         for part in parts:
