@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from llavactl.core.processes import check_launch, leave_in_order
+from llavactl.core.processes import check_launch, destroy_process_group_at_exit
 
 BARRIER_TIMEOUT = timedelta(days=7)
 """A judge may take long; if a process dies, the launcher ends the others anyway."""
@@ -44,5 +44,5 @@ def launched_processes() -> Processes:
 
     # Without ``cpu=True``, accelerate treats several processes without a GPU as separate single processes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
-    leave_in_order()
+    destroy_process_group_at_exit()
     return Processes(state.process_index, state.num_processes)

@@ -63,7 +63,7 @@ def answer_questions(
                     answers[question.id] = Answer(question.id, text)
                     output.write(_json_line(answers[question.id]))
                 output.flush()
-                bar.show(len(batch))
+                bar.advance(len(batch))
         return answers if processes.count == 1 else _merge_parts(file, processes)
 
 
