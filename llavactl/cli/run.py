@@ -14,7 +14,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
 Row = tuple[str, str]
@@ -71,7 +71,7 @@ def _scores(task: EvalReport) -> list[Row]:
     """The scores of a task with their confidence intervals and baselines, one row per score or group of scores."""
     scores = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
     groups = {name: value for name, value in task.scores.items() if isinstance(value, dict)}
-    groups |= {name: {key: values[key] for key in scores if key in values} for name, values in task.beside.items()}
+    groups |= {name: {key: values[key] for key in scores if key in values} for name, values in task.baselines.items()}
     baselines = {name: group for name, group in groups.items() if group.keys() <= scores.keys()}
     title = f"{task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} answers not parsed"
     rows = [("eval", title)]

@@ -1,4 +1,4 @@
-"""``llavactl eval TASK --compare``: paired comparison of candidates from stored answers."""
+"""``llavactl eval TASK --compare``: compares runs or answer files in pairs, with significance tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Judged, Scores
+from llavactl.core.protocols import Judged
 from llavactl.core.registry import registry
-from llavactl.core.schema import Question
-from llavactl.evaluation import runner, tasks
-from llavactl.evaluation.answers import read_answers, refuse_echoes
+from llavactl.evaluation.answers import check_not_questions, read_answers
+from llavactl.evaluation.scoring import choose_protocol, select_answers, task_spec
 from llavactl.evaluation.significance import Difference, paired
-from llavactl.report.inputs import read_document
+from llavactl.files.eval_result import read_eval_result
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """The scores of a run folder or an answer file."""
+    """A run folder or answer file, with its scores."""
 
     name: str
     scores: Mapping[str, Any]
@@ -32,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """Candidates on the same ``n`` questions, and the difference of every pair."""
+    """Candidates scored on the same ``n`` questions, and all pairs of them."""
 
     task: str
     protocol: str
@@ -50,48 +49,41 @@ def compare(
     protocol: str | None = None,
     limit: int | None = None,
 ) -> CompareReport:
-    """Scores ``paths``, run folders that evaluated ``task`` or answer files, and compares them in pairs.
+    """Scores ``paths`` (run folders in which ``task`` was evaluated, or answer files) and compares them in pairs.
 
     Raises:
-        DataError: fewer than two different paths, unreadable answers, or a task without right and wrong answers.
+        DataError: fewer than two different candidates, unusable answers, or a task whose answers can't be paired.
     """
     if len(paths) < 2 or len(set(paths)) < len(paths):
-        raise DataError(
-            "--compare: expected two or more different run folders or answer files", hint="--compare A --compare B"
-        )
-    component = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
+        raise DataError("expected two or more different runs or answer files", hint="--compare A --compare B")
+    component = registry().create("tasks", task_spec(recipe, task, options), flag="-t ")
     if isinstance(component, Judged):
-        raise DataError(f"{task}: a judged task has no right or wrong answers to compare in pairs")
-    protocol = runner.choose(component.protocols, protocol)
+        raise DataError(f"{task} can't be compared in pairs: its answers are judged, not right or wrong")
+    protocol = choose_protocol(component.protocols, protocol)
     questions = list(component.questions())[:limit]
-    results = {path: _score(path, task, component, questions, protocol) for path in paths}
-    candidates = tuple(Candidate(str(path), result.scores, result.failed) for path, result in results.items())
-    grades = {str(path): _grades(result, task) for path, result in results.items()}
+    candidates, grades = [], {}
+    for path in paths:
+        file = _answer_file(path, task)
+        answers = read_answers(file, component)
+        if not path.is_dir():
+            check_not_questions(file, questions, answers)
+        scores = component.score(select_answers(questions, answers, file), protocol)
+        candidates.append(Candidate(str(path), scores.scores, scores.failed))
+        grades[str(path)] = scores.grades or {name: float(right) for name, right in scores.right.items()}
+        if not grades[str(path)]:
+            raise DataError(f"{task} can't be compared in pairs: it has no score for single answers")
     pairs = tuple(paired(a, b, grades[a], grades[b]) for a, b in combinations(grades, 2))
-    return CompareReport(task, protocol, len(questions), candidates, pairs)
+    return CompareReport(task, protocol, len(questions), tuple(candidates), pairs)
 
 
-def _score(path: Path, task: str, component: Any, questions: Sequence[Question], protocol: str) -> Scores:
-    file = _answers(path, task)
-    answers = read_answers(file, component)
-    if not path.is_dir():
-        refuse_echoes(file, questions, answers)
-    return runner.score(component, questions, answers, protocol, file)
-
-
-def _answers(path: Path, task: str) -> Path:
-    """The answers of ``path``: an answer file, MME's folder of answer files, or the answers stored in a run folder."""
+def _answer_file(path: Path, task: str) -> Path:
+    """``path`` itself if it is an answer file or MME's folder, else the answer file of the run in ``path``."""
     if not path.is_dir() or (not (path / "eval").is_dir() and any(path.glob("*.txt"))):
         return path
-    stored = read_document(path / "eval" / f"{task}.json").get("answers")
-    if not isinstance(stored, str):
-        raise DataError(f"{path}: no evaluation of {task}", hint=f"run `llavactl eval {task} -r {path}/recipe.yaml`")
-    # The run may have been moved, together with its answers.
-    return path / "eval" / "answers" / Path(stored).name
-
-
-def _grades(result: Scores, task: str) -> Mapping[str, float]:
-    """The grade of every answer, by question id."""
-    if grades := result.grades or {name: float(right) for name, right in result.right.items()}:
-        return grades
-    raise DataError(f"{task}: the task doesn't grade single answers, so they can't be compared in pairs")
+    file = read_eval_result(path / "eval" / f"{task}.json").get("answers")
+    if not isinstance(file, str):
+        raise DataError(
+            f"{path}: {task} was not evaluated in this run", hint=f"llavactl eval {task} -r {path}/recipe.yaml"
+        )
+    # The path in the result is outdated if the run was moved.
+    return path / "eval" / "answers" / Path(file).name

@@ -68,7 +68,7 @@ def test_a_report_is_yaml_or_json(verb: Any, here: Path) -> None:
 def test_run_prints_scores_an_example_and_a_chat_command(
     verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
     scores = {"accuracy": 81.25, "chance": {"accuracy": 25.0}, "by kind": {"colour": 90.0, "count": 72.5}}
