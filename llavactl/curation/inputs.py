@@ -131,7 +131,7 @@ def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
         def show(position: int, count: int) -> None:
             nonlocal shown
             if (kilobytes := position // _KILOBYTE) > shown:
-                bar.show(kilobytes - shown, records=f"{count:,}")
+                bar.advance(kilobytes - shown, records=f"{count:,}")
                 shown = kilobytes
 
         yield show

@@ -15,7 +15,7 @@ from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
-from llavactl.core.paths import cache_dir, expanded, read_json, write_json
+from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, of_run
 from llavactl.recipe.frame import Recipe
@@ -40,7 +40,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     Raises:
         ModelError: there is no model, none of the formats recognises it, or it lacks what no recipe tells.
     """
-    folder = expanded(model).absolute()
+    folder = expand_user(model).absolute()
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):

@@ -39,11 +39,11 @@ from llavactl.training.optimizer import Optimizer
 from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Contents, FeatureShape, ImageRef
+    from llavactl.core.schema import FeatureShape, ImageContents, ImageRef
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import StageNumber
 
-    ReadContents = Callable[[Sequence[ImageRef]], Contents]
+    ReadContents = Callable[[Sequence[ImageRef]], ImageContents]
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
@@ -139,7 +139,7 @@ def train(
 def _limit_skipped(contents: ReadContents, max_skipped: int | None) -> ReadContents:
     """``contents``, raising DataError if more than ``max_skipped`` images can't be read."""
 
-    def limited(images: Sequence[ImageRef]) -> Contents:
+    def limited(images: Sequence[ImageRef]) -> ImageContents:
         found = contents(images)
         if max_skipped is not None and len(found.unreadable) > max_skipped:
             image, why = next(iter(found.unreadable.items()))
