@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavactl.chat.prefix import shared, signature, split
 from llavactl.components.templates.ends import stops
 from llavactl.core.schema import IGNORE, Encoded, Turn
-from llavactl.data.batches import Loads, collate
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.batches import FeatureLookup, collate
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.model.exactness import Exact, exactness
 from llavactl.model.generate import GREEDY, Sampling, generate, read
 from llavactl.model.inputs import to_device
@@ -29,7 +30,7 @@ class Assistant:
 
     model: LlavaModel
     encoding: Encoding
-    features: Loads
+    features: FeatureLookup
     image_order: Literal["first", "random", "as-data"] = "first"
     name: str = ""
 

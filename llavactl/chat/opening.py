@@ -38,11 +38,11 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
             hint="`vision` in llavactl.json names it",
         )
     loaded = model_folder.load(folder)
-    loaded.parts.model.to(device)
+    loaded.bundle.model.to(device)
     writes: Any = registry().create("templates", template or description["template"])
     return Assistant(
-        loaded.parts.model,
-        Encoding(writes, loaded.parts.tokenizer, loaded.parts.image_tokens),
+        loaded.bundle.model,
+        Encoding(writes, loaded.bundle.tokenizer, loaded.bundle.image_tokens),
         LiveFeatures(load_encoder(vision, device, features.compute), now, device),
         description["image_order"],
         str(folder),

@@ -11,7 +11,8 @@ from llavactl.core.protocols import MeasuredVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
 from llavactl.curation.problems import Finding
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
@@ -37,7 +38,7 @@ class Lengths:
     def refusal(self, sample: Sample) -> str:
         """Why the template refuses ``sample``, or ""."""
         try:
-            self.encoding.written(self._turns(sample))
+            self.encoding.rendered_text(self._turns(sample))
         except ConversationError as error:
             return error.message
         return ""

@@ -17,9 +17,9 @@ from llavactl.features.keys import why
 from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.references import named_image
-from llavactl.model.folder import of_run
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import latest_model
 from llavactl.model.generate import Sampling
+from llavactl.model.imported import resolve
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
@@ -43,7 +43,7 @@ def open_chat(recipe: Outline | None, model: str | None = None, template: str | 
     """A conversation with ``model`` (of any format), else with the recipe's last finished stage."""
     if model is None:
         assert recipe is not None
-        return Conversation(open_assistant(of_run(recipe.run_dir), template=template))
+        return Conversation(open_assistant(latest_model(recipe.run_dir), template=template))
     return Conversation(open_assistant(resolve(model, recipe), template=template))
 
 

@@ -24,8 +24,8 @@ from llavactl.evaluation.processes import processes
 from llavactl.evaluation.significance import intervals
 from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
 from llavactl.features import ContentKeys
-from llavactl.model.folder import of_run
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import latest_model
+from llavactl.model.imported import resolve
 from llavactl.recipe.frame import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
@@ -167,7 +167,7 @@ def _model(recipe: Outline | None, model: str | None) -> _Model:
         return _Model(View("", foreign.find(model), foreign=True), runs, model, own=False)
     if model is None:
         assert recipe is not None
-        folder = of_run(recipe.run_dir)
+        folder = latest_model(recipe.run_dir)
     else:
         folder = resolve(model, recipe)
     # What stands for another program's checkpoint has no run around it: its scores go into that folder itself.

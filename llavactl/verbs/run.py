@@ -13,14 +13,15 @@ from llavactl.core.processes import check_launch, on_cpu
 from llavactl.core.registry import registry
 from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
+from llavactl.training.initial_model import BUILT_FROM_RECIPE
 from llavactl.training.memory import release_memory
+from llavactl.training.report import TrainReport
 from llavactl.verbs import preflight
 from llavactl.verbs.evaluate import EvalReport, evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import OWN_INITS, train
-from llavactl.verbs.train_report import TrainReport
+from llavactl.verbs.train import train
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Export, Recipe, TaskSpec
@@ -85,7 +86,7 @@ def _refuse(recipe: Recipe) -> None:
             check_launch(stage.precision)
     if recipe.data.stage1 or recipe.data.stage2:
         _check("vision", recipe.vision.spec())
-    if recipe.data.stage1 or (recipe.data.stage2 and recipe.stage2.init in OWN_INITS):
+    if recipe.data.stage1 or (recipe.data.stage2 and recipe.stage2.init in BUILT_FROM_RECIPE):
         _check("languages", recipe.language.spec())
         preflight.refuse(recipe)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model.cpu import block_attention as blocks
-from llavactl.model.packed import _varlen
+from llavactl.model.cpu import block_attention
+from llavactl.model.cuda import varlen_attention
 
 SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 
@@ -25,8 +25,8 @@ def test_one_kernel_is_block_by_block(dtype: torch.dtype, heads: int, of_keys: i
     weights = torch.randn(length, heads, 64, device="cuda", dtype=torch.float64)
     for tensor in (*exact, *rough):
         tensor.requires_grad_()
-    expected = blocks.attention(*exact, blocks.Layout(SPANS), 0.125)
-    found = _varlen(*rough, SPANS, 0.125)
+    expected = block_attention.attention(*exact, block_attention.BlockLayout(SPANS), 0.125)
+    found = varlen_attention.attention(*rough, SPANS, 0.125)
     (expected * weights).sum().backward()
     (found.double() * weights).sum().backward()
     assert (found.double() - expected).norm() < 1e-2 * expected.norm()
