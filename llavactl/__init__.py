@@ -18,6 +18,7 @@ _WHERE = {
     "DataError": "llavactl.core.errors",
     "Encoder": "llavactl.core.protocols",
     "FeatureShape": "llavactl.core.schema",
+    "Finding": "llavactl.core.protocols",
     "Format": "llavactl.core.protocols",
     "ImageFile": "llavactl.images.image_file",
     "ImageRef": "llavactl.core.schema",
@@ -34,9 +35,12 @@ _WHERE = {
     "Problem": "llavactl.core.errors",
     "Progress": "llavactl.core.progress",
     "Question": "llavactl.core.schema",
+    "RawRecord": "llavactl.core.protocols",
     "RecipeError": "llavactl.core.errors",
     "RecipePath": "llavactl.core.options",
     "RecipePaths": "llavactl.core.options",
+    "RecordSource": "llavactl.core.protocols",
+    "RepairingSource": "llavactl.core.protocols",
     "Reply": "llavactl.core.protocols",
     "Request": "llavactl.core.protocols",
     "Sample": "llavactl.core.schema",
@@ -68,7 +72,7 @@ _WHERE = {
 }
 
 __all__ = sorted(_WHERE)
-__version__ = "0.1.0"
+__version__ = "0.4.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            from llavactl.core.registry import suggest
+            from llavactl.core.suggest import suggest
 
             raise click.UsageError(f"{error.message} {suggest(args[0], self.list_commands(ctx))}", ctx) from error
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
+from llavactl.core.model_files import local_folder
 from llavactl.core.protocols import Json
 from llavactl.core.registry import Registration, registry, singular
 
@@ -36,7 +36,7 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
-    options = entry.options_model().model_validate({key: value for key, value in spec.items() if key != "name"})
+    options = registry().options(kind, spec)
     contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
     found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
     made = entry.load()(options)
@@ -125,6 +125,6 @@ def _content(text: str) -> Json:
             return {"sha256": hash_file(path)}
         if path.is_dir() and any((path / name).is_file() for name in _MODEL):
             return {"sha256": hash_folder(path)}
-    elif _ID.fullmatch(text) and (snapshot := faults.local_folder(text)):
+    elif _ID.fullmatch(text) and (snapshot := local_folder(text)):
         return {"id": text, "commit": snapshot.name}
     return text

@@ -17,6 +17,8 @@ from llavactl.core.typed import Typed, check_fields, has_methods
 if TYPE_CHECKING:
     import torch
 
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
 Role = Literal["system", "user", "assistant"]
 _ROLES = get_args(Role)
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import ConversationError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import Finding, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
-from llavactl.curation.problems import Finding
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import ImageOrder, Recipe, StageNumber
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.values import ImageOrder
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,6 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
 def image_tokens(recipe: Recipe, stage: StageNumber) -> int:
     """Q, how many tokens an image of ``stage`` becomes; the backbone is loaded only where it can't say otherwise."""
     vision = stage_vision(recipe, stage)
-    measured = vision if isinstance(vision, MeasuredVision) else None
+    measured = vision if isinstance(vision, ShapedVision) else None
     shape = measured.shape() if measured else load_encoder(vision, "cpu", recipe.features.compute).shape
     return int(registry().create("connectors", recipe.connector.spec()).tokens(shape))

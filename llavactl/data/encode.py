@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llavactl.components.languages.image_token import image_token
-from llavactl.components.languages.omitted_spaces import omitted_space_prefixes
+from llavactl.components.languages.sentencepiece_spaces import omitted_space_prefixes
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Segment, Text, Turn
 from llavactl.data.text_tokens import (

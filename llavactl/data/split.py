@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from llavactl.components.templates.ends import alternative
+from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
 from llavactl.core.schema import Contents, ImageRef, Sample
 from llavactl.data.batches import FeatureLookup
@@ -17,7 +17,8 @@ from llavactl.data.records import samples
 from llavactl.data.training_set import TrainingSet, refusal, untrainable
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import SourceSpec, Stage
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import Stage
 
 
 class SkippedSample(NamedTuple):
@@ -119,7 +120,7 @@ def _raise_if_all_refused(all_samples: Sequence[Sample], encoding: Encoding, ord
         raise ConversationError(
             f"the template refuses all {len(all_samples)} records; {all_samples[0].where or all_samples[0].id}: "
             f"{first.message}",
-            hint=first.hint or f"`template: {alternative(encoding.tokenizer)}` renders any conversation",
+            hint=first.hint or f"`template: {fallback_template(encoding.tokenizer)}` renders any conversation",
         ) from first
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic
-from llavactl.core.registry import suggest
 from llavactl.core.schema import Answer, Question
+from llavactl.core.suggest import suggest
 from llavactl.evaluation.answers import read_answers
 from llavactl.evaluation.processes import ALONE, Processes
-from llavactl.features.keys import why
+from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, inspect
 from llavactl.images.image_file import ImageFile
 from llavactl.model.generate import Sampling
@@ -104,7 +104,7 @@ def _refuse_unreadable(questions: Sequence[Question]) -> None:
             else:  # the check would have to read it completely
                 image.stamp()
         except OSError as error:
-            missing.append(f"{image.name}: {why(error)}")
+            missing.append(f"{image.name}: {error_reason(error)}")
         except ImageError as error:
             missing.append(f"{image.name}: {error.reason}")
     if missing:

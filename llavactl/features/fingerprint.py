@@ -13,7 +13,7 @@ from llavactl.core.identity import component_identity, names_model
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
-    from llavactl.recipe.frame import Features
+    from llavactl.recipe.sections import Features
 
 FORMAT = 1
 """Version of the store's layout; part of every fingerprint, so an older store is never misread."""

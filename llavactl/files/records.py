@@ -17,6 +17,9 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 
+IMAGE_KEYS = ("image", "images")
+"""Keys for a record's images; LLaMA-Factory, ms-swift and others write the second."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -58,6 +61,25 @@ def given_id(record: Mapping[str, Any]) -> str | None:
     if isinstance(found, float) and not math.isfinite(found):
         return None
     return str(found) if str(found).strip() else None
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """The images that ``record`` names: a path or a list of paths under ``image`` or ``images``.
+
+    Raises:
+        DataError: the value is something else, or the two keys differ.
+    """
+    found: dict[str, list[str]] = {}
+    for key in IMAGE_KEYS:
+        value = record.get(key)
+        paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
+        if not all(isinstance(path, str) for path in paths):
+            raise DataError(f"`{key}`: expected a path or a list of paths, found {value!r:.60}")
+        if paths:
+            found[key] = paths
+    if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
+        raise DataError("`image` and `images` name different images")
+    return next(iter(found.values()), [])
 
 
 def read_records(path: Path, *, cut: bool = False) -> list[Record]:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import component_identity, following
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, share, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import ModelBundle, build
@@ -155,7 +156,7 @@ def describe(folder: Path) -> dict[str, Any]:
             else "`--model` takes a run folder, a model/ folder, or a checkpoint of another program"
         )
         raise ModelError(f"{folder}: not a model folder (no {DESCRIPTION})", hint=hint)
-    faults.check_files([path])
+    check_files([path])
     description = read_json(path)
     if description.get("format") != FORMAT:
         raise ModelError(
@@ -187,7 +188,7 @@ def load(folder: Path, *, dtype: str | None = None) -> LoadedModel:
     if description["method"] == "lora":
         from peft import PeftModel
 
-        with faults.loading("adapter", folder / "adapter"):
+        with loading("adapter", folder / "adapter"):
             adapted = PeftModel.from_pretrained(bundle.model.language, folder / "adapter", autocast_adapter_dtype=False)
         # Not ``adapted.to``, which would also round the frequencies of rotary position embeddings.
         weight_dtype = bundle.model.language.get_input_embeddings().weight.dtype
@@ -205,13 +206,13 @@ def _check_model_files(folder: Path, method: str) -> None:
         names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
         weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
         files += [folder / "adapter" / name for name in ("adapter_config.json", weights)]
-    faults.check_files(files)
+    check_files(files)
 
 
 def load_connector(connector: nn.Module, folder: Path) -> None:
     """Loads the weights of ``connector`` from ``folder``; raises ModelError unless all are valid and finite."""
     path = folder / CONNECTOR
-    with faults.reading(path):
+    with reading(path):
         weights = load_file(path)
         connector.load_state_dict(weights)
     if not all(weight.isfinite().all() for weight in weights.values()):

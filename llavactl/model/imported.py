@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import faults
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
@@ -47,7 +47,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):
-        folder = faults.downloaded(str(model), "`--model` takes a folder or a Hugging Face id")
+        folder = hub.download(str(model), "`--model` takes a folder or a Hugging Face id")
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
         describe(folder)
         return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
     from llavactl.features import Fingerprint
     from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
 
 _EXCLUDED_SETTINGS = {
     "micro_batch_size",
@@ -28,7 +29,7 @@ _EXCLUDED_SETTINGS = {
 
 
 def stage_digest(
-    recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data: DataSplit, start: Path | None
+    recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: DataSplit, start: Path | None
 ) -> str:
     """A hash of settings, components, data, features and the initial model.
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
@@ -17,12 +17,13 @@ from llavactl.model.imported import resolve
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape
     from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
 
 BUILT_FROM_RECIPE = ("stage1", "scratch")
 """Values of ``stage2.init`` with which the recipe's language model is trained; others refer to a complete model."""
 
 
-def initial_folder(recipe: Recipe, stage: Literal[1, 2]) -> Path | None:
+def initial_folder(recipe: Recipe, stage: StageNumber) -> Path | None:
     """The model folder that ``stage`` starts from; None for a new connector.
 
     Raises:
@@ -41,7 +42,7 @@ def initial_folder(recipe: Recipe, stage: Literal[1, 2]) -> Path | None:
     return folder
 
 
-def initial_model(recipe: Recipe, stage: Literal[1, 2], start: Path | None, shape: FeatureShape) -> ModelBundle:
+def initial_model(recipe: Recipe, stage: StageNumber, start: Path | None, shape: FeatureShape) -> ModelBundle:
     """The model before the first step, on the CPU; the connector's weights are not loaded from ``start`` yet."""
     if stage == 2 and recipe.stage2.init not in BUILT_FROM_RECIPE:
         assert start is not None
@@ -93,6 +94,4 @@ def _complete_model(recipe: Recipe, start: Path, shape: FeatureShape) -> ModelBu
 
 def _with_defaults(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a connector with all options."""
-    options = {key: value for key, value in spec.items() if key != "name"}
-    model = registry().get("connectors", spec["name"]).options_model()
-    return {"name": spec["name"], **model.model_validate(options).model_dump(mode="json")}
+    return {"name": spec["name"], **registry().options("connectors", spec).model_dump(mode="json")}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from llavactl.core.stopping import Stop
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.frame import AnyStage
+    from llavactl.recipe.stages import AnyStage
     from llavactl.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import StoreError
 from llavactl.model import folder as model_folder
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from llavactl.features import FeatureReader
     from llavactl.model.build import ModelBundle
     from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
     from llavactl.training.loop import Run
     from llavactl.training.optimizer import Optimizer
 
 
 def model_description(
-    recipe: Recipe, stage: Literal[1, 2], features: FeatureReader, digest: str, start: Path | None
+    recipe: Recipe, stage: StageNumber, features: FeatureReader, digest: str, start: Path | None
 ) -> dict[str, Any]:
     """The contents of ``llavactl.json`` for the model of ``stage``."""
     chosen = recipe.stage(stage)

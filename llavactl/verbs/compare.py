@@ -54,7 +54,7 @@ def compare(
         raise DataError(
             "two or more different runs or files of answers can be compared", hint="--compare A --compare B"
         )
-    made = registry().create_from_options("tasks", tasks.describe(recipe, task, options))
+    made = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
     if isinstance(made, Judged):
         raise DataError(f"{task} has no answers that are right or wrong, so there is nothing to pair")
     chosen = runner.choose(made.protocols, protocol)

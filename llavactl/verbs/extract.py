@@ -101,7 +101,7 @@ def extract(
             skipped (after all others are stored).
         StoreError: too little disk (before any work), the store can't be written or another process writes to it.
     """
-    if not (recipe.data.stage1 or recipe.data.stage2):
+    if not recipe.stages_with_data():
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="there is nothing to extract features of")
     began = time.perf_counter()
     part = part or part_of_this_process()

@@ -30,7 +30,8 @@ from llavactl.teaching.session import GenerationOptions, GenerationStats, Sessio
 from llavactl.teaching.summary import GenerationSummary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate, Outline
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.sections import Generate
 
 
 @dataclass(frozen=True)

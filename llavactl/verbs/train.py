@@ -38,6 +38,7 @@ from llavactl.training.saving import model_description, save_model, trial_save
 if TYPE_CHECKING:
     from llavactl.core.schema import Contents, ImageRef
     from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
 
     ReadContents = Callable[[Sequence[ImageRef]], Contents]
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
+    recipe: Recipe, stage: StageNumber, resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
 ) -> TrainReport:
     """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or resumes it from its last checkpoint.
 

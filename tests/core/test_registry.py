@@ -10,7 +10,8 @@ import pytest
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, Registry, registry, singular, suggest
+from llavactl.core.registry import Options, Registration, Registry, registry, singular
+from llavactl.core.suggest import suggest
 
 
 def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", options: str | None = None) -> Registration:

@@ -176,7 +176,7 @@ class TestWrong:
         for words, why in (
             (("-t", "judge.name=nobody"), "there is no teacher named 'nobody'"),
             (("-t", "judge.model=x"), "needs a `name`"),
-            (("-t", "judge.name=openai"), "model: Field required"),
+            (("-t", "judge.name=openai"), "openai: model: "),
             (("-t", "runs=2"), "for a judge who is asked"),
         ):
             assert why in judge(tmp_path, "llava-bench", bench, *words, code=1)
