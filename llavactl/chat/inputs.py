@@ -65,7 +65,7 @@ def read_batch(file: Path) -> list[BatchRecord]:
         DataError: a record or an image can't be read; names the line.
     """
     try:
-        return [_batch_record(entry, f"{file}:{entry.place}", file.parent) for entry in read_stream(file)]
+        return [_batch_record(entry, f"{file}:{entry.location}", file.parent) for entry in read_stream(file)]
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}", hint=_BATCH_HINT) from error
 

@@ -18,7 +18,7 @@ from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
 from llavactl.core.library_errors import loading
 from llavactl.core.model_files import check_files, weight_files
-from llavactl.core.paths import expanded, read_json
+from llavactl.core.paths import expand_user, read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.features.prepare import default_device
 from llavactl.images.decode import ImageError, decode
@@ -127,7 +127,7 @@ def resolve_folder(model: str) -> Path:
         ModelError: the folder doesn't exist, or the download failed.
     """
     name = model.removeprefix(PREFIX)
-    folder = expanded(name).absolute()
+    folder = expand_user(name).absolute()
     if folder.is_dir():
         return folder
     if folder.exists() or not HUB_ID.fullmatch(name):
@@ -163,7 +163,7 @@ def load_transformers_model(folder: Path, device: str | None = None) -> Transfor
     device = device or default_device()
     processor = _load_processor(folder)
     check_files(weight_files(folder))
-    progress.calm_transformers()
+    progress.quiet_transformers()
     with loading(_MODEL_KIND, folder, "omit hf: for models that llavactl trained or can read", weights=True):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False

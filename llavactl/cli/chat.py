@@ -16,7 +16,7 @@ from llavactl.cli.options import json_option, load_outline, load_outline_if_give
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import json_text
-from llavactl.core.streams import restored, results
+from llavactl.core.streams import real_stdout, result_stream
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
@@ -147,9 +147,9 @@ def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageR
 def _lines() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and arrow keys
-    prompt = "> " if sys.stdin.isatty() and results().isatty() else ""
+    prompt = "> " if sys.stdin.isatty() and result_stream().isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            with restored():
+            with real_stdout():
                 line = input(prompt).strip()
             yield line

@@ -15,7 +15,7 @@ from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
 from llavactl.curation.scan import ScannedRecord, scan_records, scan_samples
 from llavactl.data.records import samples
-from llavactl.files.json_stream import need_file
+from llavactl.files.text import require_file
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.stages import STAGES
 
@@ -68,7 +68,7 @@ def file_source(file: Path, images: str | Path | None = None, *, follow_links: b
     Raises:
         DataError: ``file`` is missing or a folder.
     """
-    need_file(file)
+    require_file(file)
     images = images if images is not None else file.parent
     spec = {"name": FILE_SOURCE, "path": file, "images": images, "follow_links": follow_links}
     source: RecordSource = registry().create("sources", spec)
@@ -93,7 +93,7 @@ def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
 
 
 def _record_input(name: str, source: RecordSource, stage: StageNumber) -> Input:
-    need_file(source.path)
+    require_file(source.path)
     if check := getattr(source, "check", None):
         check()
     return Input(name, stage, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
@@ -124,14 +124,14 @@ def with_progress(records: Iterator[ScannedRecord], source: RecordSource | None,
 @contextmanager
 def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over ``file``; the function it gives is called with the characters and records read so far."""
-    need_file(file)
+    require_file(file)
     shown = 0
     with progress.bar(file.stat().st_size // _KILOBYTE, f"{verb} {file.name}", "kB") as bar:
 
         def show(position: int, count: int) -> None:
             nonlocal shown
             if (kilobytes := position // _KILOBYTE) > shown:
-                bar.show(kilobytes - shown, records=f"{count:,}")
+                bar.advance(kilobytes - shown, records=f"{count:,}")
                 shown = kilobytes
 
         yield show
@@ -155,7 +155,7 @@ def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
     source = registry().create("sources", specs[0].spec())
     if not isinstance(source, RecordSource):
         raise _samples_only(specs[0].name, "reading captions")
-    need_file(source.path)
+    require_file(source.path)
     return source
 
 

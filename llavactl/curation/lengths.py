@@ -55,8 +55,9 @@ class Lengths:
         turns = self._turns(sample)
         whole = self.encoding.encode(turns)
         cut = replace(self.encoding, max_length=self.max_length).encode(turns)
-        what = f"{len(whole)} tokens, {whole.trained - cut.trained} of {whole.trained} trained ones cut off"
-        if not cut.trained:
+        lost = whole.target_tokens - cut.target_tokens
+        what = f"{len(whole)} tokens, {lost} of {whole.target_tokens} target tokens truncated"
+        if not cut.target_tokens:
             return [Finding("untrained", what)]
         gone = len(whole.images) - len(cut.images)
         also = [Finding("image-cut", f"{gone} of {len(whole.images)} images")] if gone else []

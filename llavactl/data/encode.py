@@ -123,7 +123,7 @@ class Encoding:
                 return True
             else:
                 upper_bound += len(segment.text.encode("utf-8", "surrogatepass"))
-        return self.encode(turns).trained > 0
+        return self.encode(turns).target_tokens > 0
 
     def _runs(self, turns: Sequence[Turn], generate: bool) -> list[TokenRun]:
         """The runs of text and image tokens, after BOS if the tokenizer starts texts with it."""

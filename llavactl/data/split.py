@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
-from llavactl.core.schema import Contents, ImageRef, Sample
+from llavactl.core.schema import ImageContents, ImageRef, Sample
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import ImageOrder
@@ -58,7 +58,7 @@ def load_split(
     stage: Stage,
     encoding: Encoding,
     features: FeatureLookup,
-    contents: Callable[[Sequence[ImageRef]], Contents],
+    contents: Callable[[Sequence[ImageRef]], ImageContents],
     seed: int,
 ) -> DataSplit:
     """The trainable samples of ``specs``, split so that no image is in both sets.

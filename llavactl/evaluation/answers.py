@@ -11,7 +11,8 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import AnswerMatcher
 from llavactl.core.schema import Answer, Question
-from llavactl.files.records import Record, read_records, read_text
+from llavactl.files.records import Record, read_records
+from llavactl.files.text import read_text
 
 IDS = ("question_id", "id", "questionId", "image_id")
 TEXTS = ("text", "answer", "pred", "caption")
@@ -47,7 +48,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
     """
     _refuse_other_kinds(file)
     tables = sorted(file.glob("*.txt")) if file.is_dir() else []
-    records = [row for each in tables for row in _rows(each)] or read_records(file, cut=cut)
+    records = [row for each in tables for row in _rows(each)] or read_records(file, truncated=cut)
     whole = records[0].fields if len(records) == 1 else {}
     answers: dict[str, Answer] = {}
     if isinstance(whole.get("results"), dict):

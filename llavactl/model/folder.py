@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
-from llavactl.core.identity import component_identity, following
+from llavactl.core.identity import component_identity, with_moved_paths
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_files import check_files
-from llavactl.core.paths import read_json, share, sync_folder, write_json
+from llavactl.core.paths import apply_umask, read_json, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import ModelBundle, build
 
@@ -128,7 +128,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     """Replaces ``folder`` by ``temporary``, flushed to disk; the previous contents are removed afterwards."""
     for file in temporary.rglob("*"):
         if file.is_file():
-            share(file)
+            apply_umask(file)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
     old = folder.with_name(f".{folder.name}.old")
@@ -162,7 +162,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{path}: unsupported format {description.get('format')}, expected {FORMAT}", hint="update llavactl"
         )
-    return following(description, folder)
+    return with_moved_paths(description, folder)
 
 
 def latest_model(run_dir: Path) -> Path:

@@ -18,7 +18,7 @@ from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
-from llavactl.core.paths import cache_dir, expanded, read_json, write_json
+from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, latest_model
 from llavactl.recipe.frame import Recipe
@@ -43,7 +43,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     Raises:
         ModelError: the model doesn't exist, its format is unknown, or information is missing without a recipe.
     """
-    folder = expanded(model).absolute()
+    folder = expand_user(model).absolute()
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):

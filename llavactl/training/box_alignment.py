@@ -84,7 +84,7 @@ def align_to_boxes(
             loss.backward()
             optimizer.step()
             explained = 1 - float(loss.detach() / (target - target.mean((0, 1))).square().mean())
-            bar.show(1, explained=f"{explained:.3f}")
+            bar.advance(1, explained=f"{explained:.3f}")
     return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 

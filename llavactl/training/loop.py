@@ -136,7 +136,7 @@ def train(run: Run) -> TrainingResult:
         gc_frozen(),
         closing(metrics) if metrics else nullcontext(),
         progress.bar(plan.steps, run.folder.name, "step", start) as bar,
-        stopping.deferred(lambda: _log_stop(run)) as stop,
+        stopping.deferred_interrupt(lambda: _log_stop(run)) as stop,
     ):
         saved_step = start
         if checkpoint and checkpoint_due(start) and checkpoint.val_loss is None and len(run.validation):
@@ -155,8 +155,8 @@ def train(run: Run) -> TrainingResult:
             if checkpoint_due(completed):
                 facts |= _checkpoint(run, completed, metrics, stop)
                 saved_step = completed
-            bar.show(1, **{name: f"{value:.4f}" for name, value in facts.items()})
-        if stop.asked:
+            bar.advance(1, **{name: f"{value:.4f}" for name, value in facts.items()})
+        if stop.requested:
             _raise_interrupted(run, plan.steps)
     return TrainingResult(start, _load_best(run) if settings.restore_best else plan.steps)
 
@@ -171,7 +171,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
-    counts[2] = stop.asked
+    counts[2] = stop.requested
     counts = _sum(accelerator, counts)
     if counts[2]:
         return None
@@ -234,11 +234,11 @@ def validate(run: Run, stop: Stop) -> float | None:
         for begin in range(0, len(run.validation), size):
             indices = [(0, index) for index in range(begin, min(begin + size, len(run.validation)))]
             for batch in micro_batches(run, run.validation, indices, stop):
-                if stop.asked:
+                if stop.requested:
                     raise CancelledError
                 loss = run.model(to_device(batch, run.accelerator.device))
                 total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
-    total[2] = stop.asked
+    total[2] = stop.requested
     total = _sum(run.accelerator, total)
     return None if total[2] else float(total[0] / total[1])
 

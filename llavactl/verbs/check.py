@@ -16,7 +16,8 @@ from llavactl.curation.inputs import Input, inputs, repairing_source, token_leng
 from llavactl.curation.problems import KINDS, Tally
 from llavactl.curation.repair import RepairWriter
 from llavactl.curation.scan import Decode, ImageChecks, scan
-from llavactl.files.json_stream import never_onto, write_stream
+from llavactl.files.json_stream import write_stream
+from llavactl.files.text import refuse_overwriting
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
@@ -140,6 +141,6 @@ def _repair_writer(sources: Sequence[Input], out: Path | None) -> Iterator[Repai
             hint="`llavactl data check FILE --fix OUT`, or select one source with --stage",
         )
     source = repairing_source(sources[0])
-    never_onto(source.path, out)
+    refuse_overwriting(source.path, out)
     with write_stream(out) as write, write_stream(_log(out)) as log:
         yield RepairWriter(source, write, log)

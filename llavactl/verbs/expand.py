@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from llavactl.curation.captions import TagPlace, expanded, read_captions
 from llavactl.curation.inputs import reading
-from llavactl.files.json_stream import never_onto, write_stream
+from llavactl.files.json_stream import write_stream
+from llavactl.files.text import refuse_overwriting
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import RecordSource
@@ -34,7 +35,7 @@ def expand(source: RecordSource, out: Path, *, image_tag: TagPlace = "random", s
     """
     began = time.perf_counter()
     records = 0
-    never_onto(source.path, out)
+    refuse_overwriting(source.path, out)
     with reading(source.path, "expand") as show, write_stream(out) as write:
         for records, caption in enumerate(read_captions(source), 1):
             write(expanded(caption, records - 1, seed, image_tag))

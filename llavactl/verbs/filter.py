@@ -20,7 +20,8 @@ from llavactl.curation.concepts import Concepts, phrase_key
 from llavactl.curation.inputs import reading
 from llavactl.curation.noun_phrases import DEFAULT, load_extractor
 from llavactl.features.prepare import map_ordered
-from llavactl.files.json_stream import never_onto, write_stream
+from llavactl.files.json_stream import write_stream
+from llavactl.files.text import refuse_overwriting
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import RecordSource
@@ -67,7 +68,7 @@ def filter_captions(
     """
     began = time.perf_counter()
     load_extractor(extractor)
-    never_onto(source.path, out)
+    refuse_overwriting(source.path, out)
     concepts = Concepts()
     if workers is None:
         large = source.path.is_file() and source.path.stat().st_size > _SMALL_FILE

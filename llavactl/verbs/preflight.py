@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
 from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
-from llavactl.core.registry import registry, singular
+from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.frame import Outline, Recipe
@@ -112,5 +112,5 @@ def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = No
             raise
         kind = {"vision": "vision", "connector": "connectors", "language": "languages"}[key]
         plugin = registry().get(kind, spec["name"]).plugin
-        what = f"{singular(kind)} {spec['name']!r} of plugin {plugin}"
+        what = f"{kind_label(kind)} {spec['name']!r} of plugin {plugin}"
         found.append((key, f"{what} fails: {type(error).__name__}: {error}"))

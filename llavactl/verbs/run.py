@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
-from llavactl.core.processes import check_launch, on_cpu
+from llavactl.core.processes import check_launch, multiprocess_on_cpu
 from llavactl.core.registry import registry
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_list
@@ -134,7 +134,7 @@ def _wait_for_other_processes() -> None:
     """A stage needs the features of all processes."""
     from accelerate import PartialState
 
-    PartialState(cpu=on_cpu()).wait_for_everyone()
+    PartialState(cpu=multiprocess_on_cpu()).wait_for_everyone()
 
 
 def _train(recipe: Recipe, number: StageNumber) -> TrainReport:

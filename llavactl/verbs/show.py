@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
 from llavactl.data.records import samples
@@ -102,7 +102,7 @@ def show(
     )
     report = ShowReport(
         stage=number,
-        template=spelled(template),
+        template=format_spec(template),
         image_order=settings.image_order,
         epoch=epoch,
         max_length=settings.max_length,

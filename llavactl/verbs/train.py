@@ -36,11 +36,11 @@ from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Contents, ImageRef
+    from llavactl.core.schema import ImageContents, ImageRef
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import StageNumber
 
-    ReadContents = Callable[[Sequence[ImageRef]], Contents]
+    ReadContents = Callable[[Sequence[ImageRef]], ImageContents]
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _write_skipped(folder: Path, data: DataSplit) -> None:
 def _limit_skipped(contents: ReadContents, max_skipped: int | None) -> ReadContents:
     """``contents``, raising DataError if more than ``max_skipped`` images can't be read."""
 
-    def limited(images: Sequence[ImageRef]) -> Contents:
+    def limited(images: Sequence[ImageRef]) -> ImageContents:
         result = contents(images)
         if max_skipped is not None and len(result.unreadable) > max_skipped:
             image, reason = next(iter(result.unreadable.items()))

@@ -99,7 +99,7 @@ def test_the_matrices_of_adapters_are_its(model: LlavaModel) -> None:
 def test_it_is_for_nothing_where_no_matrix_is_trained(model: LlavaModel) -> None:
     stage = muon(trainable_modules=("norm",))
     configure_trainable(model, stage, seed=0)
-    with pytest.raises(RecipeError, match="stage2.optimizer: muon"):
+    with pytest.raises(RecipeError, match=r"stage2\.optimizer: muon"):
         muon_matrices(model, stage)
 
 

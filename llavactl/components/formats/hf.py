@@ -25,7 +25,7 @@ from llavactl.components.languages.image_token import ORIGIN
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     try:
         return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
+        log.warning("template %s: %s; the export has no chat template", format_spec(spec), error.message)
         return None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ModelError
-from llavactl.core.identity import following
+from llavactl.core.identity import with_moved_paths
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
@@ -67,7 +67,7 @@ class NativeModel:
     @cached_property
     def description(self) -> Mapping[str, Any]:
         check_files([self.folder / DESCRIPTION])
-        return following(read_json(self.folder / DESCRIPTION), self.folder)
+        return with_moved_paths(read_json(self.folder / DESCRIPTION), self.folder)
 
     @property
     def method(self) -> str:

@@ -80,7 +80,7 @@ def unused(kind: Any, model: str, **how: Any) -> list[str]:
     """
     from transformers.utils import logging
 
-    progress.calm_transformers()
+    progress.quiet_transformers()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print these names as a table
     try:

@@ -64,7 +64,7 @@ class TransformersLanguage:
         import torch
         from transformers import AutoModelForCausalLM
 
-        progress.calm_transformers()
+        progress.quiet_transformers()
         self.check()
         with loading(LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -39,7 +39,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
     place = place_of(options, options.path)
     problems, found = [], []
     for entry in read_stream(options.path):
-        where = f"{options.path}:{entry.place}"
+        where = f"{options.path}:{entry.location}"
         if entry.problem:
             problems.append(f"{where}: {entry.problem}")
             continue

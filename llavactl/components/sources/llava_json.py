@@ -76,7 +76,7 @@ class LlavaJson:
 
     def records(self) -> Iterator[RawRecord]:
         for entry in read_stream(self.path):
-            yield RawRecord(f"{self.path}:{entry.place}", entry.value, entry.index, entry.problem, entry.done)
+            yield RawRecord(f"{self.path}:{entry.location}", entry.value, entry.index, entry.problem, entry.position)
 
     def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
         return examine(record.value, self.root)

@@ -201,7 +201,7 @@ def read_whole(vision: TransformersVision) -> nn.Module:
     """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
     from transformers import AutoConfig
 
-    progress.calm_transformers()
+    progress.quiet_transformers()
     part: dict[str, Any] = {}
     vision.check()
     with loading(WHAT, vision.options.model, HINT, weights=True):
