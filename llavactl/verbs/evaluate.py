@@ -255,7 +255,7 @@ def _views(recipe: Outline | None, model: _Model, settings: Eval, asked: _Asked)
 def _content(questions: Sequence[Question]) -> list[Any]:
     """The content of ``questions``: text, and images by content hash, or by name if they can't be read."""
     images = list(dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images))
-    keys = dict(zip(images, ContentKeys().many(images), strict=True))
+    keys = dict(zip(images, ContentKeys().keys_of(images), strict=True))
 
     def part(said: Content) -> Any:
         if isinstance(said, str):
