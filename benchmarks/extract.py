@@ -53,7 +53,7 @@ from llavactl.features.fill import ExtractionJob, fill_store
 from llavactl.features.fingerprint import identity_fingerprint
 from llavactl.features.plan import ExtractionTarget, plan_extraction
 from llavactl.features.prepare import prepare
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 from llavactl.testing import toy_clip
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"

@@ -28,7 +28,7 @@ from llavactl.features.writer import StoreWriter
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features
+    from llavactl.recipe.sections import Features
 
 _MAX_PENDING_BATCHES = 4
 """How many batches may wait to be written, so that the fsync and checksum of a full shard don't stall the backbone."""
@@ -180,7 +180,7 @@ def fill_stores(jobs: Sequence[ExtractionJob]) -> dict[str, FillResult]:
     def advance(images: int, size: int) -> None:
         nonlocal written
         written += size
-        bar.show(images, GB=f"{written / 1e9:.2f}")
+        bar.advance(images, GB=f"{written / 1e9:.2f}")
 
     with progress.bar(sum(len(job.plan.missing) for job in jobs), "encoding", "image") as bar:
         return {job.plan.target.fingerprint.id: fill_store(job, advance) for job in jobs}

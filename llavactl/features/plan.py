@@ -18,7 +18,8 @@ from llavactl.images.sniffing import curable
 if TYPE_CHECKING:
     from llavactl.core.protocols import Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.stages import StageNumber
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def plan_extractions(
     targets = extraction_targets(recipe, images)
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
     with progress.bar(sum(len(target.images) for target in targets), "hashing", "image") as bar:
-        return [plan_extraction(target, keys, bar.show, part) for target in targets]
+        return [plan_extraction(target, keys, bar.advance, part) for target in targets]
 
 
 def missing_images(images: Mapping[str, ImageRef], store: FeatureStore) -> dict[str, ImageRef]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
-from llavactl.core.schema import Contents, FeatureShape
+from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.checked import load_encoder
 from llavactl.features.fingerprint import Fingerprint, fingerprint
@@ -24,7 +24,8 @@ from llavactl.images.decode import read
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.stages import StageNumber
 
 
 _MAX_LISTED = 3
@@ -58,7 +59,7 @@ class FeatureReader(Protocol):
             DataError, StoreError: see ``load``.
         """
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         """The content keys of ``images``, and the images that have no features; called once, before training.
 
         Raises:
@@ -93,7 +94,7 @@ class CachedFeatures:
         except OSError as error:
             raise DataError(f"image {image.name} can't be read any more: {error_reason(error)}") from error
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         keys = dict(zip(images, self.keys.preload(images), strict=True))
         reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)}
         readable = {image: key for image, key in keys.items() if isinstance(key, str)}
@@ -103,7 +104,7 @@ class CachedFeatures:
         if missing := {key: image.name for image, key in absent if key not in self.store.skipped}:
             names = ", ".join(list(missing.values())[:_MAX_LISTED]) + (", …" if len(missing) > _MAX_LISTED else "")
             raise StoreError(f"{len(missing)} images have no cached features: {names}", hint="run `llavactl extract`")
-        return Contents(readable, reasons)
+        return ImageContents(readable, reasons)
 
 
 class LiveFeatures:
@@ -149,14 +150,14 @@ class LiveFeatures:
         features, finite = self.backbone.encode_async([pixels])()
         return as_stored(features[0], self.fingerprint.dtype) if finite[0] else Failure(OVERFLOW)
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         """See ``FeatureReader.contents``. Decodes every image once; features beyond float16 are found by ``load``."""
         with ThreadPoolExecutor(self.workers) as pool:
             prepared = map_ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
             reasons = {image: pixels.reason for image, pixels in prepared if isinstance(pixels, Failure)}
         keys = dict(zip(images, ContentKeys(workers=self.workers).keys_of(images), strict=True))
         reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)} | reasons
-        return Contents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
+        return ImageContents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
 
 
 def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:

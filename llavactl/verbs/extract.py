@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import plugins
 from llavactl.core.errors import DataError, RecipeError
-from llavactl.core.hashes import nothing_remembered
+from llavactl.core.hashes import read_only_cache
 from llavactl.data.records import distinct_images
 from llavactl.features.disk import check_free_space, free_bytes
 from llavactl.features.fill import ExtractionJob, FillResult, estimated_seconds, fill_stores, load_jobs
@@ -83,11 +83,11 @@ def extract(
         StoreError: too little disk space (before any work), the store can't be written, or another process is writing
             to it.
     """
-    if not (recipe.data.stage1 or recipe.data.stage2):
+    if not recipe.stages_with_data():
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="add a source of records to either")
     started = time.perf_counter()
     part = part or part_of_this_process()
-    with nothing_remembered() if dry_run else nullcontext():
+    with read_only_cache() if dry_run else nullcontext():
         # All records are read before the first image, so that an invalid record stops the run before any work.
         images = {stage.number: distinct_images(stage.sources) for stage in recipe.stages()}
         plans = plan_extractions(recipe, images, part, remember=not dry_run)

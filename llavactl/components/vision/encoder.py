@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from llavactl.components.vision.pretrained import CHECKPOINT_PREFIX, HINT, LABEL
-from llavactl.core import faults, progress
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading, out_of_memory, reason
 from llavactl.core.schema import FeatureShape
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def measure(vision: TransformersVision) -> FeatureShape:
     from transformers import AutoConfig, AutoModel
 
     model_class = _model_class(vision)
-    with faults.loading(LABEL, vision.options.model, HINT):
+    with loading(LABEL, vision.options.model, HINT):
         config = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False)
         vision_config = getattr(config, "vision_config", config)
         with torch.device("meta"):
@@ -177,10 +178,10 @@ def _with_measured_shape(encoder: VisionEncoder, vision: TransformersVision, sid
     try:
         features = encoder.encode(pixels)
     except Exception as error:
-        if faults.out_of_memory(error):
+        if out_of_memory(error):
             raise
         raise ModelError(
-            f"{label}: it can't be run with pixels as the only input: {faults.reason(error)}", hint=_SUPPORTED
+            f"{label}: it can't be run with pixels as the only input: {reason(error)}", hint=_SUPPORTED
         ) from error
     grid = encoder.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
@@ -212,10 +213,10 @@ def load_full_model(vision: TransformersVision) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    progress.calm_transformers()
+    progress.quiet_transformers()
     nested_options: dict[str, Any] = {}
     vision.check()
-    with faults.loading(LABEL, vision.options.model, HINT, weights=True):
+    with loading(LABEL, vision.options.model, HINT, weights=True):
         if vision.nested:
             config = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False)
             nested_options = {"config": config.vision_config, "key_mapping": {CHECKPOINT_PREFIX.pattern: ""}}

@@ -13,9 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core import faults
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_check import check_model
+from llavactl.core.model_files import PROCESSOR, WEIGHTS, check_files, shards_of, weight_files
 from llavactl.core.options import ModelId
 from llavactl.core.paths import read_json
 from llavactl.core.registry import Options
@@ -68,11 +71,7 @@ class TransformersVision:
                 return None
             reason = f"{name} is missing" if Path(model).is_dir() else "folder not found"
             raise ModelError(f"{LABEL} {model}: {reason}", hint=HINT)
-        from transformers.utils import cached_file
-
-        with faults.loading(LABEL, model, "set `vision.model` to a local folder"):
-            file = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
-        return None if file is None else Path(file)
+        return hub.download_file(name, LABEL, model, "set `vision.model` to a local folder", required=required)
 
     def check(self) -> None:
         """Check, without reading weights, that the backbone can be loaded.
@@ -80,7 +79,7 @@ class TransformersVision:
         Raises:
             ModelError: a file is missing or invalid.
         """
-        faults.check_model(self.options.model, LABEL, faults.PROCESSOR, weights=True, hint=HINT)
+        check_model(self.options.model, LABEL, PROCESSOR, weights=True, hint=HINT)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -92,7 +91,7 @@ class TransformersVision:
     @cached_property
     def _full_config(self) -> dict[str, Any]:
         """The content of config.json."""
-        faults.check_model(self.options.model, LABEL, faults.PROCESSOR, hint=HINT)
+        check_model(self.options.model, LABEL, PROCESSOR, hint=HINT)
         path = self.file("config.json")
         assert path is not None
         return read_json(path)
@@ -123,7 +122,7 @@ class TransformersVision:
         from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
         if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
-            with faults.loading(LABEL, self.options.model, HINT):
+            with loading(LABEL, self.options.model, HINT):
                 return AutoImageProcessor.from_pretrained(self.options.model, backend="pil", trust_remote_code=False)
         side = self.number("image_size")
         square = {"height": side, "width": side}
@@ -159,7 +158,7 @@ class TransformersVision:
 
         config, model_type = dict(self.config), _model_type(self.config)
         if model_type in CONFIG_MAPPING:
-            with faults.loading(LABEL, self.options.model, HINT):
+            with loading(LABEL, self.options.model, HINT):
                 config = CONFIG_MAPPING[model_type].from_dict(config).to_diff_dict()
         return {key: value for key, value in config.items() if key not in _IGNORED_KEYS and not key.startswith("_")}
 
@@ -181,18 +180,18 @@ class TransformersVision:
 
         For a checkpoint that contains more than the backbone, sha256 of the backbone's tensors.
         """
-        first = next((path for name in faults.WEIGHTS if (path := self.file(name, required=False))), None)
+        first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
             raise ModelError(
-                f"{LABEL} {self.options.model}: weights not found", hint=f"expected one of {', '.join(faults.WEIGHTS)}"
+                f"{LABEL} {self.options.model}: weights not found", hint=f"expected one of {', '.join(WEIGHTS)}"
             )
         files = [first]
         if first.suffix == ".json":
             if not Path(self.options.model).is_absolute():
-                for shard in faults.shards_of(first):
+                for shard in shards_of(first):
                     self.file(shard)
-            files = faults.weight_files(first.parent)
-        faults.check_files(files)
+            files = weight_files(first.parent)
+        check_files(files)
         if self.nested and first.name.startswith("model.safetensors"):
             return _tensors_hash(files)
         digests = [hash_file(file) for file in files]
@@ -242,13 +241,13 @@ def _tensors_hash(files: Sequence[Path]) -> str:
 
     files_by_name: dict[str, Path] = {}
     for file in files:
-        with faults.reading(file), safe_open(file, "pt") as tensors:
+        with reading(file), safe_open(file, "pt") as tensors:
             names = [name for name in tensors.keys() if CHECKPOINT_PREFIX.match(name)]  # noqa: SIM118 - not a dict
         files_by_name |= dict.fromkeys(names, file)
     digest = hashlib.sha256()
     for name in sorted(files_by_name, key=lambda name: CHECKPOINT_PREFIX.sub("", name)):
         file = files_by_name[name]
-        with faults.reading(file), safe_open(file, "pt") as tensors:
+        with reading(file), safe_open(file, "pt") as tensors:
             tensor = tensors.get_tensor(name).contiguous()
         digest.update(CHECKPOINT_PREFIX.sub("", name).encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())

@@ -27,7 +27,7 @@ def any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], tuple[str, ...]]:
+def stop_criteria(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], tuple[str, ...]]:
     """The token ids that end an answer, including the tokenizer's end-of-sequence token, and the stop strings."""
     added = added_tokens(tokenizer)
     pattern = any_of(added)
@@ -40,7 +40,7 @@ def stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[froze
     return frozenset(ids - {None}), tuple(texts)
 
 
-def alternative(tokenizer: PreTrainedTokenizerBase) -> str:
+def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The name of a template that can render any conversation with this tokenizer."""
     ids = [tokenizer.convert_tokens_to_ids(token) for token in _TURNS]
     return "chatml" if all(each not in (None, tokenizer.unk_token_id) for each in ids) else "vicuna-v1"

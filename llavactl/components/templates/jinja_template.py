@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from llavactl.core import faults
 from llavactl.core.errors import ConversationError, ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ def _names(date: dt.date) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Jinja:
+class JinjaTemplate:
     """A chat template ready to render: its ``text``, and the tokenizer's special tokens by name."""
 
     text: str
     specials: Mapping[str, str]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, options: TokenizerTemplateOptions) -> Jinja:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, options: TokenizerTemplateOptions) -> JinjaTemplate:
         """The chat template of ``tokenizer``.
 
         Raises:
@@ -142,6 +142,6 @@ class Jinja:
             )
         # A template that doesn't expect a message may raise any of Python's errors.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            why = faults.reason(error)
+            why = reason(error)
             raise ConversationError(f"the tokenizer's chat template refuses this conversation: {why}") from error
         return str(written)

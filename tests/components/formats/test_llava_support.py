@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
-from llavactl.components.formats.llava_program import READS
+from llavactl.components.formats.llava_support import READS
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
@@ -24,7 +24,7 @@ from llavactl.testing.toys import toy_language
 from ..conftest import MODEL, language, llama_folder, prepending, sentencepiece_speaker
 from .conftest import Make
 from .families import language_of
-from .test_out import exported, written
+from .test_export import exported, written
 
 TEXTS = (
     "Hello world", "\nWhat is in this picture?", "a  b   c\n\n  d", "USER: hi</s>ASSISTANT: x</s>", "naïve café",

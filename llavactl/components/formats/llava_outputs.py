@@ -1,6 +1,6 @@
 """Loads an original-layout export by LLaVA's rules, reimplemented with transformers. A script, never imported.
 
-    python reload_llava.py FOLDER PROMPTS.json OUT.safetensors
+    python llava_outputs.py FOLDER PROMPTS.json OUT.safetensors
 
 ``llavactl`` can't be imported here. Prompts are text with ``<image>`` (LLaVA's conversation templates are code, not
 part of a checkpoint), which is split there and tokenised piece by piece, as LLaVA does.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from llavactl.components.languages.inside import language_type
+from llavactl.components.languages.llava_checkpoint import language_type
 from llavactl.core.errors import ModelError
 
 _BOOKKEEPING = frozenset({

@@ -14,7 +14,7 @@ from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, llama_folder
 from .conftest import Make
-from .test_out import written
+from .test_export import written
 
 PYTHON, LLAVA = os.environ.get("LLAVA_PYTHON"), os.environ.get("LLAVA")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs LLaVA's own code: make test-original LLAVA=/path/to/LLaVA")
@@ -67,6 +67,6 @@ def _same(model: Path, toys: Path, to: Path, language: Path) -> None:
         return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(LLAVA)}, capture_output=True, text=True)
 
     photos = [ImageFile(str(file.parent), file.name) for file in sorted((toys / "images").iterdir())[:3]]
-    verified = verify(model, to, Path(__file__).with_name("original_llava.py"), photos, run=run)
+    verified = verify(model, to, Path(__file__).with_name("original_llava_outputs.py"), photos, run=run)
     assert verified.faults == ()
     assert verified.ids_equal == verified.text_equal == verified.prompts

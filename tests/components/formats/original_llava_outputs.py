@@ -1,6 +1,6 @@
 """Loads an export with LLaVA's own ``load_pretrained_model`` and runs prompts. A script for LLaVA's environment.
 
-    python original_llava.py FOLDER PROMPTS.json OUT.safetensors [BASE]
+    python original_llava_outputs.py FOLDER PROMPTS.json OUT.safetensors [BASE]
 
 ``BASE`` is the language model of a bare projector. The folder's name chooses the class, as in LLaVA.
 """

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.languages.image_token import image_token
-from llavactl.components.languages.omitted_spaces import SPACES, omits_space_prefix
+from llavactl.components.languages.sentencepiece_spaces import SPACES, omits_space_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from llavactl.testing import run_cli
 
 from ..conftest import MODEL, llama_folder
 from .conftest import Make
-from .test_in import ours, theirs
-from .test_out import exported
+from .test_export import exported
+from .test_import import ours, theirs
 
 NEEDS_MODEL = pytest.mark.skipif(
     not MODEL.is_file(), reason="there is no real SentencePiece model: tests/vocabularies.txt"

@@ -1,6 +1,6 @@
 """Loads an export as any other program would, and writes its outputs for some prompts. A script, never imported.
 
-    python reload_hf.py FOLDER PROMPTS.json OUT.safetensors
+    python hf_outputs.py FOLDER PROMPTS.json OUT.safetensors
 
 ``llavactl`` can't be imported here: an export must not depend on it.
 """

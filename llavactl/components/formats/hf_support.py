@@ -1,10 +1,10 @@
-"""Refuses language models that ``LlavaForConditionalGeneration`` can't represent: see ``languages.linear``."""
+"""Refuses language models that ``LlavaForConditionalGeneration`` can't represent: see ``languages.linear_head``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.components.languages.linear import head_fault, logits_fault
+from llavactl.components.languages.linear_head import head_fault, logits_fault
 from llavactl.core.errors import ModelError
 
 if TYPE_CHECKING:
