@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.core.errors import Problem
     from llavactl.core.schema import ImageRef, Turn
+    from llavactl.evaluation.results import EvalReport
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-    from llavactl.verbs.evaluate import EvalReport
     from llavactl.verbs.export import ExportReport
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
+from llavactl.files.eval_result import read_eval_result
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
 from llavactl.report.plots import DARK, LIGHT, draw_loss
@@ -147,7 +148,7 @@ def _words(text: str) -> str:
 
 
 def _task(file: Path) -> TaskView:
-    report = read_document(file)
+    report = read_eval_result(file)
     cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
         name=show(report.get("task") or file.stem),
@@ -172,7 +173,7 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
     """The scores, and as groups beside them their intervals and the same scores of others."""
-    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "beside"))
+    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "baselines"))
     plain = {name: each for name, each in scores.items() if not isinstance(each, Mapping)}
     interval = {name: _range(each) for name, each in ranges.items() if name in plain}
     theirs = {

@@ -12,12 +12,13 @@ from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch, multiprocess_on_cpu
 from llavactl.core.registry import registry
+from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_list
 from llavactl.report.page import TIMES, write_report
 from llavactl.training.memory import release_memory
 from llavactl.verbs import preflight
-from llavactl.verbs.evaluate import EvalReport, evaluate
+from llavactl.verbs.evaluate import evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
