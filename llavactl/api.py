@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.core.errors import Problem
     from llavactl.core.schema import ImageRef, Turn
+    from llavactl.evaluation.results import EvalReport
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
     from llavactl.training.report import TrainReport
-    from llavactl.verbs.evaluate import EvalReport
     from llavactl.verbs.export import ExportReport
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport
