@@ -13,20 +13,23 @@ Distinct from llavactl's version: most releases don't change results and must no
 """
 
 COMMANDS = {
-    "recipes": "list, show, copy and check recipes",
-    "run": "run a recipe's complete pipeline; finished steps are skipped",
-    "data": "generate, filter, check, show and analyze training data",
-    "extract": "extract vision features into the feature store",
-    "cache": "list, verify, prune, export and import feature stores",
-    "train": "train stage 1 (connector) or 2 (connector + language model)",
-    "chat": "chat with a model about images",
-    "eval": "evaluate a model or stored answers on a benchmark",
-    "export": "export a model to another format",
-    "components": "list components and their options",
-    "plugins": "list and check installed plugins",
-    "doctor": "check versions, devices, disk space and plugins",
+    "recipes": "List, show, copy and check recipes.",
+    "run": "Run all steps of a recipe.",
+    "data": "Generate, inspect, check and filter training data.",
+    "extract": "Extract vision features into the feature store.",
+    "cache": "Inspect, verify and prune the feature stores.",
+    "train": "Train one stage of a recipe.",
+    "chat": "Chat with a model about images.",
+    "eval": "Run a benchmark, or score stored answers.",
+    "export": "Export a model to another format.",
+    "components": "List the registered components and their plugins.",
+    "plugins": "List and check the installed plugins.",
+    "doctor": "Check packages, devices, disk space, network and plugins.",
 }
-"""llavactl's commands in order of use; each is ``command`` in the module of its name in ``llavactl.cli``."""
+"""The built-in commands in their usual order, with the first sentence of their help.
+
+Each is the attribute ``command`` of a module in ``llavactl.cli``, which ``--help`` doesn't import.
+"""
 
 
 @hookimpl
