@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model.cpu import block_attention as blocks
-from llavactl.model.packed import _varlen
+from llavactl.model.cpu import block_attention
+from llavactl.model.cuda import varlen_attention
 
 SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 
@@ -25,8 +25,8 @@ def test_varlen_kernel_agrees_with_block_attention(dtype: torch.dtype, heads: in
     weights = torch.randn(length, heads, 64, device="cuda", dtype=torch.float64)
     for tensor in (*reference, *inputs):
         tensor.requires_grad_()
-    expected = blocks.attention(*reference, blocks.Layout(SPANS), 0.125)
-    output = _varlen(*inputs, SPANS, 0.125)
+    expected = block_attention.attention(*reference, block_attention.BlockLayout(SPANS), 0.125)
+    output = varlen_attention.attention(*inputs, SPANS, 0.125)
     (expected * weights).sum().backward()
     (output.double() * weights).sum().backward()
     assert (output.double() - expected).norm() < 1e-2 * expected.norm()
