@@ -1,6 +1,6 @@
-"""Reading a run folder as it is: what is missing, half written or not ours is left out, never an error.
+"""Reading the files of a run folder: missing, truncated or malformed content is left out and never an error.
 
-A report is made while a run goes on and after it broke, so nothing here may stop it.
+Reports are written during a run and after it failed.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def read_list(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of the list in ``path``, or []."""
-    found = _json(_text(path))
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    items = _json(_text(path))
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSONL file; a last line cut short by a kill is left out."""
-    return [found for line in _text(path).split("\n") if isinstance(found := _json(line), dict)]
+    """The JSON objects of a JSONL file; a truncated last line is left out."""
+    return [row for line in _text(path).split("\n") if isinstance(row := _json(line), dict)]
 
 
 def read_recipe(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """The resolved recipe of a run: its text, and what it says; "" and {} before the first step."""
+    """The resolved recipe of a run as text and as a dictionary; "" and {} before the first step."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     text = _text(run_dir / "recipe.yaml")
     try:
-        found = YAML(typ="safe", pure=True).load(text) if text else None
+        recipe = YAML(typ="safe", pure=True).load(text) if text else None
     except (YAMLError, ValueError):
-        found = None
-    return text, dict(found) if isinstance(found, Mapping) else {}
+        recipe = None
+    return text, dict(recipe) if isinstance(recipe, Mapping) else {}
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Asking a teacher about a model's answers: within a budget, each reply kept before it is read, none paid for twice."""
+"""A teacher that judges a model's answers: requests within a budget, replies stored so that none is paid for twice."""
 
 from __future__ import annotations
 
@@ -10,88 +10,93 @@ from pydantic import ValidationError
 from llavactl.core.errors import DataError, RecipeError, TeacherError
 from llavactl.core.protocols import Ask, Consultant, LanguageTeacher, Reply, Request, Teacher
 from llavactl.core.registry import registry
-from llavactl.teaching import asking
 from llavactl.teaching.budget import Budget
-from llavactl.teaching.journal import Journal, alone
-from llavactl.teaching.prices import prices
-from llavactl.teaching.spoken import without_thoughts
+from llavactl.teaching.cleanup import without_thinking
+from llavactl.teaching.journal import Journal, exclusive_output
+from llavactl.teaching.keyed import with_keys
+from llavactl.teaching.prices import load_prices
+from llavactl.teaching.sender import send_requests
 
 
-def name_of(consultant: Consultant) -> str:
-    """Who is asked, as a result names it: the teacher, and the model where it says which."""
-    given = consultant.teacher
-    return " ".join(str(given[key]) for key in ("name", "model") if given.get(key))
+def teacher_name(consultant: Consultant) -> str:
+    """The teacher's name and model, as evaluation results name it."""
+    spec = consultant.teacher
+    return " ".join(str(spec[key]) for key in ("name", "model") if spec.get(key))
 
 
-def asker(consultant: Consultant, kept: Path) -> Ask:
-    """What asks ``consultant``; a language teacher's replies are kept in ``kept`` (SQLite).
+def ask_function(consultant: Consultant, journal_file: Path) -> Ask:
+    """A function that sends requests to ``consultant``; a language teacher's replies are stored in ``journal_file``.
 
     Raises (when it is called):
-        RecipeError: an option that the teacher doesn't take, or a budget without a price.
-        TeacherError: the teacher will not answer, or the budget ends; what it answered before is kept.
-        DataError: the replies can't be kept.
+        RecipeError: an invalid option of the teacher, or a budget without a price.
+        TeacherError: the teacher can't answer, or the budget is exhausted; earlier replies are kept.
+        DataError: the replies can't be stored.
     """
 
     def ask(requests: Sequence[Request]) -> Mapping[str, str]:
         teacher = _teacher(consultant)
         if isinstance(teacher, LanguageTeacher):
-            return _durably(teacher, requests, kept, _budget(consultant, teacher))
-        return {request.id: _at_once(teacher, request) for request in requests}
+            return _stored_replies(teacher, requests, journal_file, _budget(consultant, teacher))
+        return {request.id: _reply(teacher, request) for request in requests}
 
     return ask
 
 
 def _teacher(consultant: Consultant) -> Teacher:
     try:
-        made: Teacher = registry().create("teachers", consultant.teacher)
+        teacher: Teacher = registry().create("teachers", consultant.teacher)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise RecipeError(
             f"teacher {consultant.teacher.get('name')}: {where}: {first['msg'].removeprefix('Value error, ')}",
-            hint="`llavactl components teachers` lists what it takes",
+            hint="`llavactl components teachers` lists the options",
         ) from error
-    return made
+    return teacher
 
 
-def _at_once(teacher: Teacher, request: Request) -> str:
-    """A reply that costs nothing and need not be kept."""
+def _reply(teacher: Teacher, request: Request) -> str:
+    """A reply that is free and therefore not stored."""
     reply = teacher.reply(request)
-    return _said(reply.text if isinstance(reply, Reply) else reply)
+    return _answer(reply.text if isinstance(reply, Reply) else reply)
 
 
-def _said(reply: str) -> str:
-    """``reply`` without the teacher's thinking before it; all of it if the thinking never ends."""
+def _answer(reply: str) -> str:
+    """``reply`` without the thinking before it; unchanged if the thinking has no end."""
     try:
-        said = without_thoughts(reply)
-        return reply if said == reply else said.strip()
+        answer = without_thinking(reply)
+        return reply if answer == reply else answer.strip()
     except DataError:
         return reply
 
 
-def _durably(teacher: LanguageTeacher, requests: Sequence[Request], kept: Path, budget: Budget) -> Mapping[str, str]:
-    keyed = tuple(asking.keys(teacher, requests))
-    with alone(kept), Journal(kept) as journal:
-        answered = journal.answered()
-        todo = [each for each in keyed if each.key not in answered]
+def _stored_replies(
+    teacher: LanguageTeacher, requests: Sequence[Request], journal_file: Path, budget: Budget
+) -> Mapping[str, str]:
+    keyed = tuple(with_keys(teacher, requests))
+    with exclusive_output(journal_file), Journal(journal_file) as journal:
+        answered = journal.answered_keys()
+        pending = [each for each in keyed if each.key not in answered]
         budget.spent = journal.spent().cost
-        outcome = asking.ask(teacher, todo, journal, budget, answered=len(keyed) - len(todo), what="judge")
-        found = {each.request.id: journal.get(each.key) for each in keyed}
-    if missing := [name for name, answer in found.items() if answer is None]:
-        why = outcome.stopped or next(iter(outcome.unanswered.values()), "")
+        result = send_requests(teacher, pending, journal, budget, answered=len(keyed) - len(pending), label="judge")
+        outcomes = {each.request.id: journal.outcome(each.key) for each in keyed}
+    if missing := [name for name, outcome in outcomes.items() if outcome is None]:
+        reason = result.stopped or next(iter(result.unanswered.values()), "")
         raise TeacherError(
-            f"{len(missing)} of {len(keyed)} requests have no reply: {why}",
-            hint=f"{len(keyed) - len(missing)} replies are kept in {kept}; the same command goes on from there",
+            f"{len(missing)} of {len(keyed)} requests have no reply: {reason}",
+            hint=f"{len(keyed) - len(missing)} replies are stored in {journal_file}; run the same command to resume",
         )
-    return {name: _said(answer.reply.text) if answer and answer.reply else "" for name, answer in found.items()}
+    return {
+        name: _answer(outcome.reply.text) if outcome and outcome.reply else "" for name, outcome in outcomes.items()
+    }
 
 
 def _budget(consultant: Consultant, teacher: LanguageTeacher) -> Budget:
-    known, limits = prices(consultant.prices), teacher.limits
-    price = known.models.get(limits.model)
+    limits = teacher.limits
+    price = load_prices(consultant.prices).models.get(limits.model)
     if consultant.max_cost is not None and (price is None or limits.max_tokens is None):
         raise RecipeError(
-            f"max_cost: what a reply of {limits.model or consultant.teacher['name']!r} can cost isn't known",
-            hint="name a file with its price in `prices` and set the teacher's `max_tokens`; or leave max_cost out",
+            f"max_cost: the maximum cost of a reply of {limits.model or consultant.teacher['name']!r} is unknown",
+            hint="set `prices` to a file with its price and the teacher's `max_tokens`, or remove max_cost",
         )
     return Budget(price, consultant.max_cost)

@@ -30,7 +30,7 @@ from llavactl.recipe.frame import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
-from llavactl.teaching.consulting import asker, name_of
+from llavactl.teaching.consulting import ask_function, teacher_name
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Scores, Task
@@ -95,7 +95,7 @@ class _Asked:
         """The scores of the answers in ``file``; what a teacher says to them is kept in ``replies``."""
         if isinstance(self.task, Consults) and self.task.consultant is not None:
             given = runner.chosen(self.questions, answers, file)
-            return self.task.consulted(given, asker(self.task.consultant, replies), self.protocol)
+            return self.task.consulted(given, ask_function(self.task.consultant, replies), self.protocol)
         assert not isinstance(self.task, Judged)
         return runner.score(self.task, self.questions, answers, self.protocol, file)
 
@@ -105,7 +105,7 @@ class _Asked:
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
         asks = self.task.consultant if isinstance(self.task, Consults) else None
-        return replace(made, ignored=beyond, answers=str(file), judge=name_of(asks) if asks else None), scored
+        return replace(made, ignored=beyond, answers=str(file), judge=teacher_name(asks) if asks else None), scored
 
 
 @dataclass(frozen=True)

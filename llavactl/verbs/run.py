@@ -103,9 +103,9 @@ def _generated(recipe: Recipe) -> GenerateReport:
         TeacherError: not all was asked.
     """
     report = generate(recipe)
-    if report.asking is not None and report.asking.stopped:
+    if report.requests is not None and report.requests.stopped:
         raise TeacherError(
-            f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
+            f"{report.requests.unanswered} requests to the teacher are left: {report.requests.stopped}",
             hint="raise the limit or wait, then run this again; or train on what available: -o generate=null",
         )
     return report

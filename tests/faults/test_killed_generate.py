@@ -112,7 +112,7 @@ def test_killed_after_n_answers_and_run_again_is_once_each(folder: Path) -> None
         assert again.returncode == 0, err
         report = json.loads(out)
         assert report["samples"] + report["refused"] == PICTURES
-        assert report["asking"]["sent"] == PICTURES - 23
+        assert report["requests"]["sent"] == PICTURES - 23
         assert len(endpoint.answered) == PICTURES
         assert set(endpoint.answered.values()) == {1}
 
@@ -134,7 +134,7 @@ def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, see
         found = kept(folder)
         sent = len(endpoint.bodies)
         out, err = start(folder, endpoint).communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
+        assert json.loads(out)["requests"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
         assert len(endpoint.answered) == PICTURES
         assert sum(endpoint.answered.values()) - PICTURES <= 3 * 8
 
@@ -152,7 +152,7 @@ def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path, end:
         assert "run the same command to resume" in err
         assert "Traceback" not in err
         assert len(endpoint.bodies) == 8 == kept(folder)
-        assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8
+        assert json.loads(start(folder, endpoint).communicate()[0])["requests"]["sent"] == PICTURES - 8
         assert set(endpoint.answered.values()) == {1}
 
 
@@ -175,4 +175,4 @@ def test_two_processes_on_one_file_are_refused_in_words(folder: Path) -> None:
         assert "another process is making" in second.stderr
         released.set()
         out, err = first.communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES, err
+        assert json.loads(out)["requests"]["sent"] == PICTURES, err
