@@ -38,7 +38,7 @@ from llavactl.data.training_set import split
 from llavactl.features import open_features
 from llavactl.features.backbone import Backbone
 from llavactl.features.prepare import Failure, prepare
-from llavactl.features.quantise import as_stored, quantised, restored
+from llavactl.features.quantize import as_stored, dequantize, quantize
 from llavactl.features.shards import bytes_of
 from llavactl.model import folder as model_folder
 from llavactl.recipe.frame import Recipe
@@ -241,14 +241,14 @@ def measured(given: argparse.Namespace, folder: Path) -> Document:
     }
     towers["the same, outlier tokens too"] = with_loud_tokens(towers["CLIP L/336 shape, outlier channels"])
     one = towers["the same, outlier tokens too"][0]
-    integers, scales = quantised(one)
+    integers, scales = quantize(one)
     return {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{platform.machine()}",
         "bytes_of_float16": bytes_of(CLIP, 1024, 1024, "int8") / bytes_of(CLIP, 1024, 1024),
         "ms_an_image_576x1024": {
-            "quantise": milliseconds(lambda: quantised(one)),
-            "restore": milliseconds(lambda: restored(integers, scales)),
+            "quantise": milliseconds(lambda: quantize(one)),
+            "restore": milliseconds(lambda: dequantize(integers, scales)),
             "copy float16": milliseconds(one.copy),
         },
         "photos": len(paths),

@@ -40,7 +40,7 @@ def test_the_page_runs(trained: Path) -> None:
     assert "12 images encoded, 0 skipped" in out
     assert re.search(r"stage2: \d+ of \d+ steps \{.*loss", out)
     assert "epochz" in out
-    assert "Verified(" in out
+    assert "VerificationResult(" in out
 
 
 def test_the_same_as_the_commands(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

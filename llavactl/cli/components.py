@@ -39,7 +39,7 @@ def _entry(entry: Any, *, with_options: bool) -> dict[str, Any]:
 def _options(entry: Any) -> dict[str, str]:
     """Each option in words; what a plugin's broken options model raises is that plugin's own line."""
     from llavactl.core import plugins
-    from llavactl.recipe.wording import describe_options
+    from llavactl.core.validation import describe_options
 
     with plugins.isolated(entry.plugin):
         return describe_options(entry.options_model())

@@ -14,7 +14,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
 
@@ -76,7 +76,7 @@ def _scores(task: EvalReport) -> list[str]:
     """One line a score, with its interval and what stands beside it under the same name (chance, say)."""
     plain = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
     groups = {name: value for name, value in task.scores.items() if isinstance(value, dict)}
-    groups |= {name: {key: each[key] for key in plain if key in each} for name, each in task.beside.items()}
+    groups |= {name: {key: each[key] for key in plain if key in each} for name, each in task.baselines.items()}
     beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
     lines = [f"eval     {task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} not understood"]
     for name, value in plain.items():

@@ -33,7 +33,7 @@ COMMANDS = {
 def register_sources(register: Register) -> None:
     register(
         "llava-json",
-        f"{_COMPONENTS}.sources.llava_json:llava_json",
+        f"{_COMPONENTS}.sources.llava_json:LlavaJson",
         options=f"{_COMPONENTS}.sources.llava_json:LlavaJsonOptions",
         summary="LLaVA's records: JSON or JSONL with `image` and `conversations`",
     )
@@ -100,7 +100,7 @@ def register_languages(register: Register) -> None:
 
 @hookimpl
 def register_templates(register: Register) -> None:
-    register("plain", f"{_COMPONENTS}.templates.plain:Plain", summary="image, caption, newline (stage 1)")
+    register("plain", f"{_COMPONENTS}.templates.plain:PlainTemplate", summary="image, caption, newline (stage 1)")
     for name, summary in (
         ("vicuna-v1", "USER: … ASSISTANT: … (LLaVA v1.5)"),
         ("llava-v1", "the same, its system sentence says human for user (LLaVA v1 on ScienceQA)"),
@@ -112,7 +112,7 @@ def register_templates(register: Register) -> None:
     register(
         "tokenizer",
         f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate",
-        options=f"{_COMPONENTS}.templates.jinja:TokenizerTemplateOptions",
+        options=f"{_COMPONENTS}.templates.jinja_template:TokenizerTemplateOptions",
         summary="the tokenizer's own chat template",
     )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
-from llavactl.core.errors import LlavactlError, PluginError, RecipeError
+from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
+from llavactl.core.suggest import suggest
+from llavactl.core.validation import KeyPath, explain
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,14 @@ class Registration:
     def options_model(self) -> type[BaseModel]:
         """The model of its options; without one, a model that takes none."""
         return Options if self.options is None else _import(self.options, self)
+
+    def parse(self, options: Mapping[str, Any]) -> BaseModel:
+        """``options`` validated by the options model, with defaults added.
+
+        Raises:
+            ValidationError: an unknown key or an invalid value; ``validation.explain`` converts it to messages.
+        """
+        return self.options_model().model_validate(dict(options))
 
     def path(self) -> Path:
         """The file that a recipe's target (``package:path``) names.
@@ -96,34 +105,48 @@ class Registry:
         """
         names = self.entries.get(kind, {})
         if name not in names:
-            raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
+            raise RecipeError(f"there is no {kind_label(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
 
-    def create_from_options(self, kind: str, spec: Mapping[str, Any]) -> Any:
-        """As ``create``, with a RecipeError for invalid options, which the command line gives as ``-t``.
+    def create(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> Any:
+        """The component that ``spec`` describes; ``flag`` as in ``options``.
 
         Raises:
-            RecipeError: an unknown option or an invalid value.
+            RecipeError: an unknown name, an unknown option or an invalid value.
         """
+        options = self.options(kind, spec, flag)
+        return self.get(kind, component_name(spec)).load()(options)
+
+    def options(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> BaseModel:
+        """The validated options of the component that ``spec`` describes: a name, or {"name": …, options}.
+
+        ``flag`` precedes the options in messages: ``-t `` if they are from the command line.
+
+        Raises:
+            RecipeError: an unknown name, an unknown option or an invalid value; lists all problems.
+        """
+        name = component_name(spec)
+        entry = self.get(kind, name)
+        options = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
         try:
-            return self.create(kind, spec)
+            return entry.parse(options)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = f"-t {'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-            raise RecipeError(
-                f"{singular(kind)} {spec['name']}: {where}{first['msg'].removeprefix('Value error, ')}",
-                hint=f"`llavactl components {kind}` lists the options of {spec['name']}",
-            ) from error
-
-    def create(self, kind: str, spec: str | Mapping[str, Any]) -> Any:
-        """The component that ``spec`` ({"name": …, options}) describes; a name alone means the default options."""
-        spec = {"name": spec} if isinstance(spec, str) else spec
-        entry = self.get(kind, spec["name"])
-        options = entry.options_model().model_validate({k: v for k, v in spec.items() if k != "name"})
-        return entry.load()(options)
+            reasons = explain(error, entry.options_model(), options)
+            problems = [Problem(f"{kind_label(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
+        hint = f"`llavactl components {kind}` lists the options of {name}"
+        raise RecipeError.from_problems(problems, hint=hint)
 
 
-def spelled(spec: str | Mapping[str, Any]) -> str:
+def component_name(spec: str | Mapping[str, Any]) -> str:
+    """The name in ``spec``, which is a name or {"name": …, options}."""
+    return spec if isinstance(spec, str) else str(spec["name"])
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def format_spec(spec: str | Mapping[str, Any]) -> str:
     """A component in one line: its name, with its options if it has any."""
     if isinstance(spec, str):
         return spec
@@ -131,14 +154,7 @@ def spelled(spec: str | Mapping[str, Any]) -> str:
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` when something near exists, and what there is."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + (f"available: {', '.join(names)}" if names else "")
-
-
-def singular(kind: str) -> str:
+def kind_label(kind: str) -> str:
     """``sources`` → ``source``; ``vision`` → ``vision backbone``."""
     return "vision backbone" if kind == "vision" else kind.removesuffix("s")
 
@@ -164,7 +180,7 @@ def registry() -> Registry:
                         raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
                     found.add(Registration(kind, name, target, options, summary, plugin))
 
-            with plugins.isolated(plugin), diverted():
+            with plugins.isolated(plugin), stdout_to_stderr():
                 implementation(register=register)
     return found
 
@@ -180,7 +196,7 @@ def plugin_of(component: Any) -> str:
 def _import(target: str, entry: Registration) -> Any:
     module, _, attribute = target.partition(":")
     try:
-        with diverted():
+        with stdout_to_stderr():
             found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -188,7 +204,7 @@ def _import(target: str, entry: Registration) -> Any:
         raise
     except BaseException as error:
         raise PluginError(
-            f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
+            f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
             f"{type(error).__name__}: {error}",
             hint=f"`llavactl plugins check {entry.plugin}` shows more",
         ) from error

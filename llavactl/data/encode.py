@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llavactl.components.languages.image_token import image_token
-from llavactl.components.languages.omitted_spaces import omitted_space_prefixes
+from llavactl.components.languages.sentencepiece_spaces import omitted_space_prefixes
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Content, Encoded, ImageRef, Segment, Text, Turn
 
@@ -145,7 +145,7 @@ class Encoding:
                 return True
             else:
                 most += len(segment.text.encode("utf-8", "surrogatepass"))
-        return self.encode(turns).trained > 0
+        return self.encode(turns).target_tokens > 0
 
     def _runs(self, turns: Sequence[Turn], generate: bool) -> list[_Run]:
         """BOS where this tokenizer begins with it, then text and images in turn."""

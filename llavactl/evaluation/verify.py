@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.chat.assistant import Assistant, Writer
+from llavactl.chat.assistant import Assistant
+from llavactl.chat.detokenizer import Detokenizer
 from llavactl.components.formats.chat_template import rendered
-from llavactl.components.formats.image_text import add_image_token, separator
-from llavactl.components.formats.native import Native
+from llavactl.components.formats.native import NativeModel
+from llavactl.components.formats.processor_text import add_image_token, separator
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, Turn
@@ -63,7 +64,7 @@ ScriptRunner = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerificationResult:
     """What the other program made of ``prompts`` prompts about ``photos`` photos.
 
     ``ids_equal`` and ``text_equal`` count prompts; ``pixels`` and ``logits`` are the largest differences,
@@ -113,7 +114,7 @@ def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[
 
 def verify(
     model: Path, export: Path, script: Path, photos: Sequence[ImageFile], *, run: ScriptRunner = run_isolated
-) -> Verified:
+) -> VerificationResult:
     """Compares the model folder ``model`` with its ``export``, which ``script`` loads, on prompts about ``photos``.
 
     ``run`` runs the script with the export, the prompts and the output file. The two models are never in memory at the
@@ -125,7 +126,7 @@ def verify(
     description = model_folder.describe(model)
     encoding = _encoding(model, description)
     conversations = [turns for turns in _conversations(photos) if _has_prompt(encoding, turns)]
-    processor_tokenizer = Native(model).tokenizer()
+    processor_tokenizer = NativeModel(model).tokenizer()
     add_image_token(processor_tokenizer)
     with tempfile.TemporaryDirectory() as place:
         theirs, stated = _reloaded(
@@ -165,7 +166,7 @@ def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     template: Any = registry().create("templates", description["template"])
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     tokens = registry().create("connectors", description["connector"]).tokens(shape)
-    return Encoding(template, Native(model).tokenizer(), tokens)
+    return Encoding(template, NativeModel(model).tokenizer(), tokens)
 
 
 def _has_prompt(encoding: Encoding, turns: Sequence[Turn]) -> bool:
@@ -277,7 +278,7 @@ def _compared(
     photos: int,
     rounding: float,
     faults: list[str],
-) -> Verified:
+) -> VerificationResult:
     exact: Any = assistant.features
     ids_equal = text_equal = 0
     pixels = logits = largest = 0.0
@@ -307,7 +308,7 @@ def _compared(
             faults.append(f"{name}: the answer in a padded batch differs from that alone")
     if rounding > GARBAGE * largest:
         faults.append(f"merging the adapter changed logits by {rounding:.3g}")
-    return Verified(
+    return VerificationResult(
         prompts=len(conversations),
         photos=photos,
         ids_equal=ids_equal,
@@ -363,10 +364,10 @@ def _difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
 
 def _text(assistant: Assistant, tokens: Sequence[int]) -> str:
     """What ``tokens`` say up to where an answer ends."""
-    writer = Writer(assistant.encoding.tokenizer, assistant.stops)
+    output = Detokenizer(assistant.encoding.tokenizer, assistant.stops)
     for token in tokens:
-        writer.take(None if token in assistant.stops.ids else token)
-        if writer.done:
+        output.add(None if token in assistant.stops.ids else token)
+        if output.done:
             break
-    writer.take(None)
-    return writer.text.strip()
+    output.add(None)
+    return output.text.strip()

@@ -19,9 +19,9 @@ import numpy as np
 
 from llavactl.features.backbone import OVERFLOW, Backbone, Result
 from llavactl.features.fingerprint import Fingerprint
-from llavactl.features.keys import ContentKeys, why
+from llavactl.features.keys import ContentKeys, error_reason
 from llavactl.features.parts import WHOLE, Part
-from llavactl.features.prepare import Failure, ordered, prepare
+from llavactl.features.prepare import Failure, map_ordered, prepare
 from llavactl.features.reader import stage_fingerprint, stage_vision
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
@@ -30,7 +30,9 @@ from llavactl.images.sniffing import curable
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features, StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.sections import Features
+    from llavactl.recipe.stages import StageNumber
 
 _BATCHES_WAITING = 4
 """How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""
@@ -78,7 +80,7 @@ class ExtractionPlan:
         reasons = {**self.known, **failures}
         found = {}
         for image, key in zip(self.wanted.images, self.keys, strict=True):
-            reason = why(key) if isinstance(key, OSError) else reasons.get(key)
+            reason = error_reason(key) if isinstance(key, OSError) else reasons.get(key)
             if reason is not None:
                 found[image] = reason
         return found
@@ -181,7 +183,7 @@ def encoded(todo: Mapping[str, ImageRef], work: Extraction) -> Generator[Encoded
 
     with (
         ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool,
-        contextlib.closing(ordered(pool, ready, todo.items(), ahead=2 * size + workers)) as items,
+        contextlib.closing(map_ordered(pool, ready, todo.items(), ahead=2 * size + workers)) as items,
     ):
         for (key, _), found in items:
             if isinstance(found, Failure):
@@ -206,7 +208,7 @@ def encoded(todo: Mapping[str, ImageRef], work: Extraction) -> Generator[Encoded
 def _made(keys: list[str], wait: Callable[[], Result], failures: dict[str, Failure]) -> EncodedImages:
     features, good = wait()
     if not good.all():
-        failures |= {key: Failure(OVERFLOW, lasting=True) for key, fine in zip(keys, good, strict=True) if not fine}
+        failures |= {key: Failure(OVERFLOW, permanent=True) for key, fine in zip(keys, good, strict=True) if not fine}
         keys, features = [key for key, fine in zip(keys, good, strict=True) if fine], features[good]
     return EncodedImages(keys, features, failures)
 
@@ -254,7 +256,7 @@ def fill(todo: Mapping[str, ImageRef], wanted: Wanted, work: Extraction, advance
 
 def _store(writer: StoreWriter, made: EncodedImages) -> None:
     for key, failure in made.failures.items():
-        if failure.lasting:
+        if failure.permanent:
             writer.skip(key, failure.reason)
     writer.append(made.keys, made.features)
 

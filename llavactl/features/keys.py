@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.faults import printable
-from llavactl.core.hashes import HashMemory, stamp_bytes
+from llavactl.core.hashes import HashCache, stamp_bytes
+from llavactl.core.library_errors import printable
 from llavactl.core.paths import cache_dir
-from llavactl.features.recall import Recall
+from llavactl.features.stamp_index import StampIndex
 from llavactl.images.decode import image_errors, read
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def content_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def why(error: OSError) -> str:
+def error_reason(error: OSError) -> str:
     """The reason alone: no path, no number, the same on every machine."""
     return printable(error.strerror or str(error) or type(error).__name__)
 
@@ -37,9 +37,9 @@ class ContentKeys:
     """
 
     def __init__(self, file: Path | None = None, *, remember: bool = True, workers: int = 4) -> None:
-        self.memory = HashMemory(file or cache_dir() / "keys.sqlite", remember=remember)
+        self.memory = HashCache(file or cache_dir() / "keys.sqlite", remember=remember)
         self.workers = workers
-        self._held = Recall({})
+        self._held = StampIndex({})
 
     def key(self, image: ImageRef) -> str:
         """The content key of ``image``.
@@ -75,7 +75,7 @@ class ContentKeys:
         found: list[str | OSError] = []
         for start in range(0, len(images), _ROUND):
             found += self._round(images[start : start + _ROUND], held)
-        self._held = Recall(held)
+        self._held = StampIndex(held)
         return found
 
     def _round(self, images: Sequence[ImageRef], held: dict[bytes, str] | None = None) -> list[str | OSError]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llavactl.core import faults
-from llavactl.features.keys import content_key, why
+from llavactl.core.library_errors import reason
+from llavactl.features.keys import content_key, error_reason
 from llavactl.images.decode import ImageError, decode, read
 from llavactl.images.sniffing import NO_MEMORY
 
@@ -25,10 +25,10 @@ Out = TypeVar("Out")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an image has no features; ``lasting`` when that lies in its content and will be the same next time."""
+    """Why an image has no features; ``permanent`` when that lies in its content and will be the same next time."""
 
     reason: str
-    lasting: bool = False
+    permanent: bool = False
 
 
 def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.ndarray | Failure:
@@ -39,7 +39,7 @@ def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.nda
     try:
         data = read(image)
     except OSError as error:
-        return Failure(why(error))
+        return Failure(error_reason(error))
     if key is not None and content_key(data) != key:
         return Failure("it changed while features were being extracted")
     return pixels_of(encoder, data)
@@ -50,14 +50,14 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
     try:
         picture = decode(data)
     except ImageError as error:
-        return Failure(error.reason, lasting=True)
+        return Failure(error.reason, permanent=True)
     try:
         return encoder.preprocess(picture)
     except MemoryError:
-        return Failure(NO_MEMORY, lasting=True)
+        return Failure(NO_MEMORY, permanent=True)
     except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not end the run
         # The same bytes and backbone would fail again.
-        return Failure(f"preprocessing failed: {faults.reason(error)}", lasting=True)
+        return Failure(f"preprocessing failed: {reason(error)}", permanent=True)
 
 
 def default_device() -> str:
@@ -69,8 +69,10 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def ordered(pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Generator[tuple[In, Out]]:
-    """Each item with what ``work`` makes of it, in order; at most ``ahead`` are done before they are asked for."""
+def map_ordered(
+    pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int
+) -> Generator[tuple[In, Out]]:
+    """Each item with the result of ``work``, in order; at most ``ahead`` are submitted before they are needed."""
     waiting: deque[tuple[In, Future[Out]]] = deque()
     try:
         for item in items:

@@ -26,7 +26,7 @@ import numpy as np
 from llavactl.core.errors import StoreError
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import FORMAT, Fingerprint
-from llavactl.features.quantise import quantised
+from llavactl.features.quantize import quantize
 
 KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
@@ -194,7 +194,7 @@ class Partial:
         if len(self._columns) == 1:
             return (features,)
         with ThreadPoolExecutor(_QUANTISERS, thread_name_prefix="quantise") as pool:
-            integers, scales = zip(*pool.map(quantised, features), strict=True)
+            integers, scales = zip(*pool.map(quantize, features), strict=True)
         return np.stack(integers), np.stack(scales)
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from llavactl.features.manifest import (
     store_dir,
     store_dirs,
 )
-from llavactl.features.quantise import restored
+from llavactl.features.quantize import dequantize
 from llavactl.features.shards import KEY_BYTES, Shard, damaged, fault
 
 _KEY = np.dtype(f"S{KEY_BYTES}")
@@ -92,7 +92,7 @@ class FeatureStore:
     def read(self, key: str) -> np.ndarray:
         """The features [P, Dv] float16 of the image with content ``key``, a copy of its own; raises as ``stored``."""
         features, *scales = self._rows(key)
-        return restored(features, scales[0]) if scales else features.copy()
+        return dequantize(features, scales[0]) if scales else features.copy()
 
     def stored(self, key: str) -> tuple[np.ndarray, ...]:
         """What ``read`` would be made of, copies: features [P, Dv]; where these are int8 also scales [P + Dv].

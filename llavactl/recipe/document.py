@@ -15,6 +15,7 @@ from typing import Any
 
 from llavactl.core.errors import Problem, RecipeError
 from llavactl.core.options import Located
+from llavactl.core.validation import Key
 
 MAX_BYTES = 1_000_000
 """No recipe is larger; weights given as a recipe by mistake are."""
@@ -25,8 +26,6 @@ MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 _TRUTH = {"true": True, "false": False}
 _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
-
-Key = str | int
 
 
 @dataclass

@@ -19,15 +19,17 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
-from llavactl.recipe.document import Key, Node, write
-from llavactl.recipe.frame import Component, Eval, Outline, Recipe, VisionRecipe
+from llavactl.core.validation import KeyPath, explain
+from llavactl.recipe.document import Node, write
+from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
-from llavactl.recipe.wording import explain
+from llavactl.recipe.sections import Eval
+from llavactl.recipe.specs import Component
+from llavactl.recipe.stages import STAGES
 
-TEMPLATES = (("language", "template"), ("stage1", "template"), ("stage2", "template"))
-"""Keys of the frame that name a template."""
+TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
+"""Recipe keys that name a template."""
 
-KeyPath = tuple[Key, ...]
 Found = tuple[KeyPath, str]
 """A path in the recipe and what is wrong there."""
 
@@ -145,13 +147,13 @@ def _component(kind: type[Component], given: dict[str, Any]) -> list[Found]:
     if not isinstance(name, str):
         return []  # the frame says so
     try:
-        model = registry().get(kind.kind, name).options_model()
+        entry = registry().get(kind.kind, name)
         own = {key: value for key, value in given.items() if key not in {kind.named_by, *kind.frame_keys()}}
-        options = model.model_validate(own)
+        options = entry.parse(own)
     except LlavactlError as error:
         return [((kind.named_by,), sentence(error))]
     except ValidationError as error:
-        return list(explain(error, model, own, also=kind.frame_keys()))
+        return list(explain(error, entry.options_model(), own, also=kind.frame_keys()))
     given.update(options.model_dump(mode="json"))
     return []
 
@@ -163,8 +165,7 @@ def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
         name = inside.get(key) if isinstance(inside, dict) else None
         if isinstance(inside, dict) and isinstance(name, str):
             try:
-                options = registry().get("templates", name).options_model()
-                defaults = options.model_validate({}).model_dump(mode="json")
+                defaults = registry().get("templates", name).parse({}).model_dump(mode="json")
             except (LlavactlError, ValidationError) as error:
                 yield (section, key), sentence(error) if isinstance(error, LlavactlError) else _lacks(name)
             else:

@@ -5,12 +5,13 @@ Reports are written during a run and after it failed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.errors import DataError
 from llavactl.core.paths import read_json
+from llavactl.files.json_stream import read_stream
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -18,15 +19,12 @@ def read_document(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_list(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of the list in ``path``, or []."""
-    items = _json(_text(path))
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSONL file; a truncated last line is left out."""
-    return [row for line in _text(path).split("\n") if isinstance(row := _json(line), dict)]
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a JSON list or JSONL file; invalid ones, such as a truncated last line, are skipped."""
+    try:
+        return [entry.value for entry in read_stream(path) if isinstance(entry.value, dict)]
+    except (OSError, DataError):
+        return []
 
 
 def read_recipe(run_dir: Path) -> tuple[str, dict[str, Any]]:
@@ -47,10 +45,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
+from llavactl.files.eval_result import read_eval_result
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
-from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
+from llavactl.report.inputs import read_document, read_objects, read_recipe
 from llavactl.report.plots import DARK, LIGHT, PLOTS_MISSING, draw_loss, plots_available
 from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri, safe_image
@@ -83,7 +84,7 @@ class TaskView:
 def write_report(run_dir: Path) -> Path:
     """Writes ``run_dir/report.html`` from the results in ``run_dir`` so far; returns its path."""
     text, recipe = read_recipe(run_dir)
-    skipped = read_lines(run_dir / "skipped.jsonl")
+    skipped = read_objects(run_dir / "skipped.jsonl")
     can_plot = plots_available()
     page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
@@ -117,7 +118,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
     """The stage in ``folder``; None before its first step."""
     metrics = run_dir / folder / "metrics.jsonl"
     report = read_document(run_dir / folder / "report.json")
-    lines = read_lines(metrics)
+    lines = read_objects(metrics)
     if not report and not lines:
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
@@ -133,7 +134,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
         facts=tuple(
             (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
         ),
-        answers=tuple(map(sample_answer, read_list(run_dir / folder / "samples.json"))),
+        answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
         step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
@@ -159,13 +160,13 @@ def _words(text: str) -> str:
 
 
 def _task(file: Path) -> TaskView:
-    report = read_document(file)
+    report = read_eval_result(file)
     cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
         name=show(report.get("task") or file.stem),
         about=about(report),
         tables=tables(report),
-        answers=tuple(map(sample_answer, read_list(file.parent / "examples" / file.name))),
+        answers=tuple(map(sample_answer, read_objects(file.parent / "examples" / file.name))),
         cases=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
     )
 
@@ -184,7 +185,7 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def _with_baselines(report: Mapping[str, Any]) -> dict[str, Any]:
     """The scores, with confidence intervals and the same scores of baselines as groups."""
-    scores, intervals, baselines = (_mapping(report.get(key)) for key in ("scores", "interval", "beside"))
+    scores, intervals, baselines = (_mapping(report.get(key)) for key in ("scores", "interval", "baselines"))
     scalars = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
     interval = {name: _range(value) for name, value in intervals.items() if name in scalars}
     columns = {

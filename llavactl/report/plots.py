@@ -16,7 +16,7 @@ import numpy as np
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import write_atomic
-from llavactl.report.inputs import read_lines
+from llavactl.report.inputs import read_objects
 
 PLOTS_MISSING = "plots need matplotlib: pip install 'llavactl[plots]'"
 
@@ -66,7 +66,7 @@ def plot_loss(metrics: Path, png: Path) -> None:
 
 def draw_loss(metrics: Path, palette: Palette) -> bytes:
     """The PNG of ``plot_loss`` in the colors of ``palette``."""
-    lines = read_lines(metrics)
+    lines = read_objects(metrics)
     steps, losses = _series(lines, "loss")
     validation_steps, validation = _series(lines, "val_loss")
     figure, axes = _figure(8, 3.4, palette)

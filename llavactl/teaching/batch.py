@@ -11,6 +11,7 @@ from typing import Any
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.paths import open_atomic
 from llavactl.core.protocols import BatchTeacher, Limits
+from llavactl.files.json_stream import read_stream
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.journal import Journal
 from llavactl.teaching.keyed import KeyedRequest, request_size
@@ -120,22 +121,10 @@ def _store(teacher: BatchTeacher, keyed: KeyedRequest, row: Any, journal: Journa
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            for number, line in enumerate(opened, 1):
-                if line.strip():
-                    yield f"{file}:{number}", _parsed(line)
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: file not found", hint="download the results of the batch first") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    if not file.is_file():
+        raise DataError(f"{file}: file not found", hint="download the results of the batch first")
+    for entry in read_stream(file):
+        yield f"{file}:{entry.location}", entry.value
 
 
 def _is_result(row: Any) -> bool:

@@ -14,7 +14,7 @@ from llavactl.teaching.generate import GeneratedRecord
 from llavactl.teaching.near_duplicates import WORD, NearDuplicates
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Gates
+    from llavactl.recipe.sections import Gates
 
 _INPUT = "descriptions?|annotations?|sentences?|captions?|labels?|boxes"
 LEAKS = (

@@ -58,7 +58,7 @@ def send_requests(
         KeyboardInterrupt: after the replies in flight have arrived; a second interrupt abandons them.
     """
     sender = _Sender(teacher, pending, journal, budget)
-    with stopping.deferred(sender.interrupt):  # never between receiving a reply and storing it
+    with stopping.deferred_interrupt(sender.interrupt):  # never between receiving a reply and storing it
         return sender.run(answered, label)
 
 
@@ -281,10 +281,10 @@ class _Sender:
     def _show_progress(self) -> None:
         """Advances the progress bar by one answer and shows the cost so far."""
         if self.budget.price is None:
-            self.bar.show()
+            self.bar.advance()
         else:
             limit = "" if self.budget.max_cost is None else f" of {self.budget.max_cost:g}"
-            self.bar.show(cost=f"{self.budget.spent:.4f}{limit}")
+            self.bar.advance(cost=f"{self.budget.spent:.4f}{limit}")
 
 
 def _as_reply(reply: str | Reply) -> Reply:

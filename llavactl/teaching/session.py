@@ -23,7 +23,7 @@ from llavactl.teaching.prices import Prices, load_prices
 from llavactl.teaching.sender import SendResult, send_requests
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate
+    from llavactl.recipe.sections import Generate
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core.errors import Problem, RecipeError
+from llavactl.core.validation import explain
 from llavactl.recipe.document import read
-from llavactl.recipe.wording import explain
 
 PACKAGE = Path(__file__).parent
 

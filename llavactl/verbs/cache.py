@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.features.maintenance import leftover_files, remove_leftovers, remove_store, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
 from llavactl.features.reader import recipe_fingerprints
-from llavactl.features.upkeep import debris, remove_debris, remove_store, verify_store
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import VisionRecipe
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """One store: ``undecodable`` contents are known to have no features; ``debris`` are files nothing uses."""
+    """One store: ``undecodable`` images have no features; ``leftovers`` are files that no reader uses."""
 
     id: str
     path: str
@@ -27,7 +27,7 @@ class StoreInfo:
     undecodable: int
     grid: tuple[int, int] | None
     width: int | None
-    debris: tuple[str, ...]
+    leftovers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,15 @@ def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
     needed = {each.id for recipe in recipes for each in recipe_fingerprints(recipe)}
     unneeded = [folder for folder in store_dirs() if recipes and folder.name not in needed]
     kept = [folder for folder in store_dirs() if folder not in unneeded]
-    files = [file for folder in kept for file in debris(folder)]
+    files = [file for folder in kept for file in leftover_files(folder)]
     gone = [file for folder in unneeded for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in [*files, *gone])
     if not dry_run:
         for folder in unneeded:
             remove_store(folder)
         for folder in kept:
-            if debris(folder):
-                remove_debris(folder)
+            if leftover_files(folder):
+                remove_leftovers(folder)
     return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, files)), size, dry_run)
 
 
@@ -164,5 +164,5 @@ def _info(folder: Path) -> StoreInfo:
         undecodable=len(manifest.skipped) if manifest else 0,
         grid=manifest.shape.grid if manifest else None,
         width=manifest.shape.width if manifest else None,
-        debris=tuple(path.name for path in debris(folder)),
+        leftovers=tuple(path.name for path in leftover_files(folder)),
     )

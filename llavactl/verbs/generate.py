@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
-from llavactl.core.hashes import hash_json, nothing_remembered
+from llavactl.core.hashes import hash_json, read_only_cache
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
@@ -30,7 +30,8 @@ from llavactl.teaching.session import GenerationOptions, GenerationStats, Teache
 from llavactl.teaching.summary import GenerationSummary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate, Outline
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.sections import Generate
 
 _RENAMED = {"pictures": "images"}
 """Fields of reports written by earlier versions."""
@@ -79,7 +80,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptio
     images = list(registry().create("sources", settings.source.spec()))
     if not images:
         raise DataError(f"generate.source {settings.source.name}: no images")
-    with nothing_remembered() if dry_run else nullcontext():
+    with read_only_cache() if dry_run else nullcontext():
         digest = _digest(settings, images, recipe.seed, prompts)
     manual = options.retry_refused or options.batch_requests or options.batch_results
     if not dry_run and not manual and (finished := _finished(settings.out, digest)):
@@ -142,7 +143,7 @@ def _generated(teacher: Teacher, requests: Sequence[Request], prompts: Prompts) 
     with progress.bar(len(requests), "generate", "sample") as bar:
         for request in requests:
             yield generate_record(teacher, request, prompts)
-            bar.show()
+            bar.advance()
 
 
 def _write(out: Path, records: Iterable[GeneratedRecord], seed: int) -> GenerationSummary:

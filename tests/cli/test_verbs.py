@@ -66,7 +66,7 @@ def test_a_report_is_lines_or_one_document(verb: Any, here: Path) -> None:
 
 
 def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
     scores = {"accuracy": 81.25, "chance": {"accuracy": 25.0}, "by kind": {"colour": 90.0, "count": 72.5}}

@@ -15,7 +15,7 @@ from llavactl.testing import run_cli
 PACKAGE = Path(__file__).parents[2] / "llavactl"
 AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer")
 AUTO += ("AutoImageProcessor", "AutoProcessor")
-EXEMPT = ("reload_hf.py", "reload_llava.py")
+EXEMPT = ("hf_outputs.py", "llava_outputs.py")
 """Scripts that read an export of ours in a process of its own, as its users do."""
 
 

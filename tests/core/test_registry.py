@@ -10,7 +10,8 @@ import pytest
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, Registry, registry, singular, suggest
+from llavactl.core.registry import Options, Registration, Registry, kind_label, registry
+from llavactl.core.suggest import suggest
 
 
 def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", options: str | None = None) -> Registration:
@@ -89,7 +90,7 @@ def test_suggestions() -> None:
 
 
 def test_singulars() -> None:
-    assert [singular(kind) for kind in KINDS] == [
+    assert [kind_label(kind) for kind in KINDS] == [
         "source",
         "vision backbone",
         "connector",

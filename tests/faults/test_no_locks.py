@@ -197,7 +197,7 @@ NUMBERS = [errno.EIO, errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT,
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("where", ["llavactl.features.upkeep.checksum", "h5py.File", "pathlib.Path.stat"])
+@pytest.mark.parametrize("where", ["llavactl.features.maintenance.checksum", "h5py.File", "pathlib.Path.stat"])
 def test_verify_leaves_what_it_could_not_read(
     victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
@@ -224,10 +224,10 @@ def test_verify_tells_damage_from_what_it_could_not_read(
     data = bytearray(other.read_bytes())
     data[-1] ^= 1
     other.write_bytes(data)
-    from llavactl.features import upkeep
+    from llavactl.features import maintenance
 
     with monkeypatch.context() as patch:
-        patch.setattr(upkeep, "checksum", failing(upkeep.checksum, victim, errno.EIO))
+        patch.setattr(maintenance, "checksum", failing(maintenance.checksum, victim, errno.EIO))
         report = run_cli("cache", "verify", "--json", cwd=toy).json()
     found = [[each["file"] for each in report[kind]] for kind in ("damaged", "unchecked")]
     assert found == [[other.name], [victim.name]]

@@ -148,7 +148,7 @@ def test_a_clock_that_jumps_changes_nothing(
 def test_what_rots_is_named_set_aside_and_made_again(
     recipe: Recipe, sound: dict[bytes, bytes], toy: Path, harm: str
 ) -> None:
-    """As users meet it; any place in a shard: tests/features/test_upkeep.py."""
+    """As users meet it; any place in a shard: tests/features/test_maintenance.py."""
     extract(recipe)
     chance, before = random.Random(harm), shards(recipe)
     victim = store(recipe).folder / chance.choice(sorted(before))

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavactl import ImageFile
-from llavactl.core.hashes import HashMemory
+from llavactl.core.hashes import HashCache
 from llavactl.features import ContentKeys
-from llavactl.features.recall import Recall
+from llavactl.features.stamp_index import StampIndex
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def test_held_keys_need_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("the database was asked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HashMemory, "_ask", ask)
+        patch.setattr(HashCache, "_ask", ask)
         assert [again.key(image) for image in images] == [sha(image.read()) for image in images]
     images[0].file.write_bytes(b"other")
     assert again.key(images[0]) == sha(b"other")
@@ -207,7 +207,7 @@ def test_held_keys_need_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_recall_is_a_dict(keys: dict[bytes, bytes], other: bytes) -> None:
     # Stamps with the same first half, which is what the search goes by.
     keys |= {stamp[:8] + stamp[8:][::-1]: digest for stamp, digest in keys.items()}
-    recall = Recall({stamp: digest.hex() for stamp, digest in keys.items()})
+    recall = StampIndex({stamp: digest.hex() for stamp, digest in keys.items()})
     assert len(recall) == len(keys)
     assert {stamp: recall.find(stamp) for stamp in keys} == {stamp: digest.hex() for stamp, digest in keys.items()}
     assert other in keys or recall.find(other) is None

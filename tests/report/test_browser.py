@@ -14,7 +14,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")]
 
-TASK = "\neval: {tasks: [{name: scenes, scenes: 4}], blind_baseline: true, stage1: true, max_new_tokens: 2}\n"
+TASK = "\neval: {tasks: [{name: scenes, scenes: 4}], blind_baseline: true, stage1_baseline: true, max_new_tokens: 2}\n"
 NEXT = 'try_next: ["llavactl run -o connector.name=linear"]\n'
 
 # Collects facts that only a browser has, and writes them into the title of the dumped page.
@@ -49,7 +49,7 @@ def browse(page: Path, tmp_path: Path, *arguments: str) -> str:
 
 def test_the_page_has_all_sections(report: Path, tmp_path: Path) -> None:
     shown = browse(report, tmp_path, "--window-size=1200,900", "--dump-dom")
-    for words in ("Stage 1", "Stage 2", "chance", "95 %", "Try next", "total"):
+    for words in ("Stage 1", "Stage 2", "blind baseline", "chance", "95 %", "Try next", "total"):
         assert words in shown, words
     assert "shuffled image" in shown
 

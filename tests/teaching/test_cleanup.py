@@ -13,8 +13,8 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
+from llavactl.teaching.budgeted import ask_function
 from llavactl.teaching.cleanup import ChatterError, reject_chatter, without_thinking, without_wrapping
-from llavactl.teaching.consulting import ask_function
 from llavactl.teaching.generate import CHATTER, MALFORMED, generate_record, parse_record
 from llavactl.teaching.messages import load_prompts
 from llavactl.teaching.replies import parse_turns
@@ -222,9 +222,9 @@ def test_the_thinking_of_a_judge_is_removed(tmp_path: Any) -> None:
         '{"id": "1", "reply": "<think>8 or 9?</think>\\n8 9\\nGood."}\n{"id": "2", "reply": "Hm</think>7 7"}\n'
         '{"id": "3", "reply": " 5 6\\nAs it stands. "}\n{"id": "4", "reply": "<think>8 9"}\n'
     )
-    from llavactl.core.protocols import Consultant
+    from llavactl.core.protocols import BudgetedTeacher
 
-    ask = ask_function(Consultant({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
+    ask = ask_function(BudgetedTeacher({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
     replies = ask([Request(name, "judge", (), Sample(name, ())) for name in "1234"])
     assert replies == {"1": "8 9\nGood.", "2": "7 7", "3": " 5 6\nAs it stands. ", "4": "<think>8 9"}
     assert registry().get("teachers", "replay")

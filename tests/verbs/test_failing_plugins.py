@@ -192,7 +192,7 @@ def test_any_exception_is_the_reason(toy: Path, number: int) -> None:
     assert isinstance(prepare(Encoder(Fault()), Drawn(path, Fault(at="read", number=number))), Failure)
     failed = prepare(Encoder(Fault(at="preprocess", number=number)), Drawn(path, Fault()))
     assert isinstance(failed, Failure)
-    assert failed.lasting
+    assert failed.permanent
     assert failed.reason.encode().decode().isprintable()
 
 

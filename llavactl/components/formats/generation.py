@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.templates.ends import stops
+from llavactl.components.templates.stop_criteria import stop_criteria
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -60,4 +60,4 @@ def stop_strings(tokenizer: PreTrainedTokenizerBase, description: Mapping[str, A
 def _stops(
     tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> tuple[frozenset[int], tuple[str, ...]]:
-    return stops(registry().create("templates", description["template"]), tokenizer)
+    return stop_criteria(registry().create("templates", description["template"]), tokenizer)

@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.fit import HINT, refuse_other_weights, refuse_unless_linear, refuse_unless_linear_head
 from llavactl.components.formats.generation import generation_config, stop_strings
 from llavactl.components.formats.hf_read import read_hf
-from llavactl.components.formats.image_text import add_image_token, separator
-from llavactl.components.formats.known import BASE_KEYS, foreign_keys
-from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector, shape_of
+from llavactl.components.formats.hf_support import (
+    HINT,
+    refuse_other_weights,
+    refuse_unless_linear,
+    refuse_unless_linear_head,
+)
+from llavactl.components.formats.native import CONNECTORS, NativeModel, exportable_backbone, refuse_connector, shape_of
+from llavactl.components.formats.processor_text import add_image_token, separator
+from llavactl.components.formats.supported_keys import BASE_KEYS, foreign_keys
 from llavactl.components.languages.image_token import ORIGIN
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +45,7 @@ SHARD = "5GB"
 class HfLlava:
     """The layout ``hf``."""
 
-    reload = Path(__file__).with_name("reload_hf.py")
+    reload = Path(__file__).with_name("hf_outputs.py")
 
     def __init__(self, options: Any) -> None:
         pass
@@ -60,7 +65,7 @@ class HfLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any is supported
     ) -> None:
-        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if it can't hold a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         refuse_unless_linear_head(language)
         exportable_backbone(vision)
@@ -68,11 +73,11 @@ class HfLlava:
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``: sharded safetensors, processor, chat template."""
-        native = Native(model)
+        native = NativeModel(model)
         assemble(native, native.language(), to)
 
 
-def assemble(native: Native, language: PreTrainedModel, to: Path) -> None:
+def assemble(native: NativeModel, language: PreTrainedModel, to: Path) -> None:
     """Saves ``language`` with the connector and the backbone of ``native`` as one checkpoint in ``to``.
 
     Raises:
@@ -125,7 +130,7 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
         with torch.device("meta"):
             whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        kind, why = text.model_type, faults.reason(error)
+        kind, why = text.model_type, reason(error)
         raise ModelError(f"layout hf can't represent a model of type {kind}: {why}", hint=HINT) from error
     refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
     refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())
@@ -152,7 +157,7 @@ def padding_processor(own: Any) -> Any:
 
 
 def _save_processor(
-    native: Native, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, extra: int, to: Path
+    native: NativeModel, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, extra: int, to: Path
 ) -> None:
     from transformers import LlavaProcessor
 
@@ -179,7 +184,7 @@ def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     try:
         return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
+        log.warning("template %s: %s; the export has no chat template", format_spec(spec), error.message)
         return None
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.known import refuse_unknown_hf
 from llavactl.components.formats.native import adopt, restored, shape_of
+from llavactl.components.formats.supported_keys import refuse_unknown_hf
 from llavactl.components.formats.weights import files, tensors, unused
 from llavactl.components.languages.image_token import ORIGIN
 from llavactl.core.errors import ModelError

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.generation import generation_config
-from llavactl.components.formats.known import BASE_KEYS, foreign_keys
-from llavactl.components.formats.llava_program import loads_tower, older_config, uses_fast_tokenizer
 from llavactl.components.formats.llava_read import OWN, PROJECTOR_FILE, read_llava
+from llavactl.components.formats.llava_support import loads_tower, older_config, uses_fast_tokenizer
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, older_files, save_tokenizer
-from llavactl.components.formats.native import CONNECTORS, Native, exportable_backbone, refuse_connector
+from llavactl.components.formats.native import CONNECTORS, NativeModel, exportable_backbone, refuse_connector
+from llavactl.components.formats.supported_keys import BASE_KEYS, foreign_keys
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
@@ -37,7 +37,7 @@ class OriginalLlavaOptions(Options):
 class OriginalLlava:
     """The layout ``llava``."""
 
-    reload = Path(__file__).with_name("reload_llava.py")
+    reload = Path(__file__).with_name("llava_outputs.py")
 
     def __init__(self, options: OriginalLlavaOptions) -> None:
         self.options = options
@@ -56,7 +56,7 @@ class OriginalLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if it can't hold a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         _refuse_backbone(vision)
         older_config(language.config.to_dict(), strict=self.options.strict)
@@ -66,7 +66,7 @@ class OriginalLlava:
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``; a stage 1 model as a bare projector, an adapter merged."""
-        native, strict = Native(model), self.options.strict
+        native, strict = NativeModel(model), self.options.strict
         projection = {f"model.mm_projector.{name}": each for name, each in native.projection().items()}
         _refuse_backbone(native.description["vision"])
         language = native.language_config().to_dict()
@@ -90,7 +90,7 @@ class OriginalLlava:
         write_json(to / "config.json", {**_written(native, config), **older, "mm_vision_tower": vision})
 
 
-def _save_projector(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+def _save_projector(native: NativeModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
     """Saves the connector only; returns the keys of config.json that name its language model."""
     import torch
 
@@ -98,7 +98,7 @@ def _save_projector(native: Native, projection: Mapping[str, torch.Tensor], to: 
     return {"_name_or_path": native.description["language"].get("model", native.description["language"]["name"])}
 
 
-def _save_whole(native: Native, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+def _save_whole(native: NativeModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
     """Saves the language model with the connector; returns its config.json."""
     language = native.language()
     state = language.state_dict() | projection
@@ -137,7 +137,7 @@ def _refuse_processor_ids(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _vision_tower(native: Native, to: Path) -> str:
+def _vision_tower(native: NativeModel, to: Path) -> str:
     """``mm_vision_tower``: the encoder's name, or the path of its copy in ``to`` if LLaVA can't load that."""
     vision = native.description["vision"]
     backbone = registry().create("vision", vision)
@@ -157,7 +157,7 @@ def _contiguous(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.contiguous() for name, weight in state.items()}
 
 
-def _written(native: Native, config: Mapping[str, Any]) -> dict[str, Any]:
+def _written(native: NativeModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """LLaVA's config.json: the language model's, and what belongs to the image."""
     description = native.description
     vision, (height, width) = description["vision"], description["shape"]["grid"]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.adapter import copy_adapter
-from llavactl.components.formats.known import refuse_unknown_llava, tuned
-from llavactl.components.formats.llava_tower import contained
+from llavactl.components.formats.llava_vision import contained
 from llavactl.components.formats.native import adopt, connector_of, restored, shape_of
+from llavactl.components.formats.supported_keys import refuse_unknown_llava, tuned
 from llavactl.components.formats.weights import files, read, tensors, unused
-from llavactl.components.languages.inside import inside
-from llavactl.core import faults
+from llavactl.components.languages.llava_checkpoint import inside
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
+from llavactl.core.model_files import local_folder
 from llavactl.core.paths import read_json
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def _within(language: str, folder: Path) -> _Found:
             refuse_unknown_llava(config, place)
         names = unused(AutoModelForCausalLM, language, **inside(language))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its language model {language}: {faults.reason(error)}", hint=_BASE) from error
-    local = place if place.is_dir() else faults.local_folder(language)
+        raise ModelError(f"{folder}: its language model {language}: {reason(error)}", hint=_BASE) from error
+    local = place if place.is_dir() else local_folder(language)
     return _Found.among(tensors(local, names) if names and local else {}, language)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.llava_program import HINT
+from llavactl.components.formats.llava_support import HINT
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_atomic, write_json
 

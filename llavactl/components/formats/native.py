@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.identity import following
+from llavactl.core.identity import with_moved_paths
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.protocols import DescribedLanguage
+from llavactl.core.protocols import SkeletonLanguage
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -58,15 +59,15 @@ def exportable_backbone(vision: Mapping[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Native:
+class NativeModel:
     """The model in ``folder``."""
 
     folder: Path
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
-        faults.check_files([self.folder / DESCRIPTION])
-        return following(read_json(self.folder / DESCRIPTION), self.folder)
+        check_files([self.folder / DESCRIPTION])
+        return with_moved_paths(read_json(self.folder / DESCRIPTION), self.folder)
 
     @property
     def method(self) -> str:
@@ -85,7 +86,7 @@ class Native:
         from safetensors.torch import load_file
 
         refuse_connector(self.description["connector"])
-        with faults.reading(file := self.folder / "connector.safetensors"):
+        with reading(file := self.folder / "connector.safetensors"):
             return load_file(file)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -106,9 +107,9 @@ class Native:
         return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
 
     def language_config(self) -> PreTrainedConfig:
-        """The language model's configuration; weights are read only if the component is no ``DescribedLanguage``."""
+        """The language model's configuration; weights are read only if the component is no ``SkeletonLanguage``."""
         language = registry().create("languages", self._language)
-        described = language.skeleton() if isinstance(language, DescribedLanguage) else self.base()
+        described = language.skeleton() if isinstance(language, SkeletonLanguage) else self.base()
         found: PreTrainedConfig = described.config
         return found
 
@@ -130,7 +131,7 @@ class Native:
         from peft import PeftModel
 
         dtype = base.dtype
-        with faults.loading("adapter", self.adapter):
+        with loading("adapter", self.adapter):
             whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
         merged: PreTrainedModel = whole.merge_and_unload().to(dtype)
         return merged

@@ -10,10 +10,10 @@ from typing import Any
 from llavactl.components.formats.adapter import refuse_unfit
 from llavactl.components.formats.hf import assemble
 from llavactl.components.formats.hf_read import read_hf
-from llavactl.components.formats.native import Native
+from llavactl.components.formats.native import NativeModel
 from llavactl.components.formats.weights import read
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reading
 from llavactl.core.paths import read_json, write_atomic, write_json
 
 BASE = "base"
@@ -23,7 +23,7 @@ OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model
 class PeftAdapter:
     """The layout ``peft``: the adapter at the top, ``base/`` with the language model as it was and the connector."""
 
-    reload = Path(__file__).with_name("reload_hf.py")
+    reload = Path(__file__).with_name("hf_outputs.py")
 
     def __init__(self, options: Any) -> None:
         pass
@@ -59,10 +59,10 @@ class PeftAdapter:
         """
         from safetensors.torch import load_file, save_file
 
-        native = Native(model)
+        native = NativeModel(model)
         if native.method != "lora":
             raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
-        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+        with reading(file := native.adapter / "adapter_model.safetensors"):
             weights = load_file(file)
         if others := sorted(name for name in weights if not name.startswith(OURS)):
             raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")

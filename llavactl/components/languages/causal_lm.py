@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.components.languages.inside import in_llava, inside
-from llavactl.components.languages.linear import logits_fault
-from llavactl.core import faults, progress
+from llavactl.components.languages.linear_head import logits_fault
+from llavactl.components.languages.llava_checkpoint import in_llava, inside
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading
+from llavactl.core.model_check import LANGUAGE, check_model
+from llavactl.core.model_files import TOKENIZER
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
+from llavactl.files.json_parse import read_json_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,14 +44,14 @@ class TransformersLanguage:
         from transformers import AutoTokenizer
 
         from llavactl.components.languages.image_token import set_image_token
-        from llavactl.components.languages.omitted_spaces import repair_merges
+        from llavactl.components.languages.sentencepiece_spaces import repair_merges
 
         self._refuse()
-        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
+        with loading("tokenizer of the language model", self.options.model, _HINT):
             tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
         if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
             # Where processors of older versions keep theirs; a tokenizer does not look there.
-            tokenizer.chat_template = json.loads(own.read_text(encoding="utf-8"))["chat_template"]
+            tokenizer.chat_template = read_json_document(own)["chat_template"]
         if not tokenizer.is_fast:
             raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
         if tokenizer.eos_token_id is None:
@@ -61,9 +64,9 @@ class TransformersLanguage:
         import torch
         from transformers import AutoModelForCausalLM
 
-        progress.calm_transformers()
+        progress.quiet_transformers()
         self.check()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
+        with loading(LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.options.model,
                 dtype=getattr(torch, dtype),
@@ -91,7 +94,7 @@ class TransformersLanguage:
         from transformers import AutoModelForCausalLM
 
         self._refuse()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
+        with loading(LANGUAGE, self.options.model, _HINT), torch.device("meta"):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
             return made
 
@@ -116,7 +119,7 @@ class TransformersLanguage:
         self._refuse(weights=True)
 
     def _refuse(self, *, weights: bool = False) -> None:
-        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
+        check_model(self.options.model, LANGUAGE, TOKENIZER, weights=weights, hint=_HINT)
 
     def _wrong(self, why: str, hint: str = "") -> ModelError:
         return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.components.languages.inside import in_llava
+from llavactl.components.languages.llava_checkpoint import in_llava
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

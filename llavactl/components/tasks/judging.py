@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.options import RecipePath
-from llavactl.core.protocols import Ask, Consultant, Request
+from llavactl.core.protocols import Ask, BudgetedTeacher, Request
 from llavactl.core.registry import Options, registry
 from llavactl.core.schema import Sample
 from llavactl.files.records import Record, read_document
@@ -40,14 +40,11 @@ def _teacher(given: dict[str, Any]) -> dict[str, Any]:
     """The teacher's own options, checked and with whole paths, while the recipe that names them is read."""
     if not isinstance(given.get("name"), str):
         raise ValueError("needs a `name`, that of a teacher")
-    options = {key: value for key, value in given.items() if key != "name"}
     try:
-        model = registry().get("teachers", given["name"]).options_model().model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{where}: {why}") from error
-    return {"name": given["name"], **model.model_dump(exclude_unset=True)}
+        options = registry().options("teachers", given)
+    except RecipeError as error:
+        raise ValueError("; ".join(map(str, error.problems)) or f"{error.message}; {error.hint}") from error
+    return {"name": given["name"], **options.model_dump(exclude_unset=True)}
 
 
 Teacher = Annotated[dict[str, Any], AfterValidator(_teacher)]
@@ -62,8 +59,8 @@ class ConsultOptions(Options):
     prices: RecipePath | None = Field(None, description="file of prices; null: llavactl's own")
 
     @property
-    def consultant(self) -> Consultant | None:
-        return None if self.judge is None else Consultant(self.judge, self.max_cost, self.prices)
+    def teacher(self) -> BudgetedTeacher | None:
+        return None if self.judge is None else BudgetedTeacher(self.judge, self.max_cost, self.prices)
 
 
 class JudgeOptions(ConsultOptions):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Plain:
+class PlainTemplate:
     """BOS, image, caption, newline. The caption and the newline are trained; what the user says is left out; no EOS."""
 
     def __init__(self, options: Any) -> None:

@@ -95,7 +95,7 @@ STYLES: Mapping[str, Style] = {
 
 
 @dataclass(frozen=True)
-class Styled:
+class StyledTemplate:
     """The template of ``style``. A system turn of the conversation's own takes the default's place."""
 
     style: Style
@@ -152,12 +152,12 @@ def _parts(pattern: str) -> Sequence[str]:
     return _MARKS.split(pattern)
 
 
-def _template(name: str, options: Any) -> Styled:
-    return Styled(STYLES[name])
+def _template(name: str, options: Any) -> StyledTemplate:
+    return StyledTemplate(STYLES[name])
 
 
-vicuna_v1: Callable[[Any], Styled] = partial(_template, "vicuna-v1")
-llava_v1: Callable[[Any], Styled] = partial(_template, "llava-v1")
-vicuna_v0: Callable[[Any], Styled] = partial(_template, "vicuna-v0")
-llama_2: Callable[[Any], Styled] = partial(_template, "llama-2")
-chatml: Callable[[Any], Styled] = partial(_template, "chatml")
+vicuna_v1: Callable[[Any], StyledTemplate] = partial(_template, "vicuna-v1")
+llava_v1: Callable[[Any], StyledTemplate] = partial(_template, "llava-v1")
+vicuna_v0: Callable[[Any], StyledTemplate] = partial(_template, "vicuna-v0")
+llama_2: Callable[[Any], StyledTemplate] = partial(_template, "llama-2")
+chatml: Callable[[Any], StyledTemplate] = partial(_template, "chatml")

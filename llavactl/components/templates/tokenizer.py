@@ -17,8 +17,8 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llavactl.components.templates.ends import added_tokens, alternative, any_of
-from llavactl.components.templates.jinja import Jinja, TokenizerTemplateOptions
+from llavactl.components.templates.jinja_template import JinjaTemplate, TokenizerTemplateOptions
+from llavactl.components.templates.stop_criteria import added_tokens, any_of, fallback_template
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import ImageSlot, Segment, Text, Turn
 
@@ -83,7 +83,7 @@ class _Plan:
 class _Chat:
     """A tokenizer's chat template, and what was found out by probing it."""
 
-    jinja: Jinja
+    jinja: JinjaTemplate
     tokenizer: PreTrainedTokenizerBase
     plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
 
@@ -225,7 +225,7 @@ class _Chat:
         """The error for a conversation that the chat template can't be used for, with alternatives."""
         return ConversationError(
             f"the tokenizer's chat template {why}, so training would not match inference",
-            hint=f"`template: {alternative(self.tokenizer)}` renders any conversation with this tokenizer; or pass an "
+            hint=f"use `template: {fallback_template(self.tokenizer)}`, which renders any conversation, or pass an "
             "argument to the chat template, such as `template: {name: tokenizer, enable_thinking: false}`",
         )
 
@@ -268,7 +268,7 @@ class TokenizerTemplate:
         specials = tuple(tokenizer.special_tokens_map.items())
         key = (str(tokenizer.chat_template), specials, len(tokenizer), getattr(tokenizer, "image_token", None))
         if key not in self._chats:
-            self._chats[key] = _Chat(Jinja.of(tokenizer, self.options), tokenizer)
+            self._chats[key] = _Chat(JinjaTemplate.of(tokenizer, self.options), tokenizer)
             if self._dated(tokenizer):
                 log.info("the tokenizer's chat template writes a date: %s (`template.date`)", self.options.date)
         return self._chats[key]
@@ -278,7 +278,9 @@ class TokenizerTemplate:
         days = (self.options.date, self.options.date + timedelta(days=400))
         options = [self.options.model_copy(update={"date": day}) for day in days]
         try:
-            one, other = (Jinja.of(tokenizer, each).write([{"role": "user", "content": "a"}]) for each in options)
+            one, other = (
+                JinjaTemplate.of(tokenizer, each).write([{"role": "user", "content": "a"}]) for each in options
+            )
         except ConversationError:
             return False
         return one != other

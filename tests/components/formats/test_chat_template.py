@@ -15,7 +15,7 @@ from llavactl.data.encode import arrange
 from llavactl.images.image_file import ImageFile
 
 from .conftest import Make
-from .test_out import exported
+from .test_export import exported
 
 PHOTO = ImageFile("/photos", "a.jpg")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.formats import reload_llava
+from llavactl.components.formats import llava_outputs
 from llavactl.components.formats.hf import HfLlava
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
 from llavactl.core.errors import ModelError
@@ -18,7 +18,7 @@ from llavactl.testing import run_cli
 
 from .conftest import Make
 from .families import EAGER, FAMILIES, REFUSED, language_of
-from .test_out import exported, written
+from .test_export import exported, written
 
 
 def made(native: Make, toys: Path, tmp_path: Path, family: str, **more: Any) -> Path:
@@ -90,7 +90,7 @@ def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -
         OriginalLlava(OriginalLlavaOptions(strict=False)).write(model, to)
     else:
         OriginalLlava(OriginalLlavaOptions()).write(model, to)
-    same(model, reload_llava.language(to, json.loads((to / "config.json").read_text())))
+    same(model, llava_outputs.language(to, json.loads((to / "config.json").read_text())))
     read_back(model, to)
 
 
@@ -112,7 +112,7 @@ def test_llava_has_positions_by_the_names_that_the_original_reads(
     written = json.loads((to / "config.json").read_text())
     assert written["rope_theta"] == rope["rope_theta"]
     assert (written["rope_scaling"] or {}).get("factor") == rope.get("factor")
-    same(model, reload_llava.language(to, {**written, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}))
+    same(model, llava_outputs.language(to, {**written, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat.opening import open_assistant
+from llavactl.chat.loading import load_assistant
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
@@ -18,7 +18,7 @@ from llavactl.images.image_file import ImageFile
 from llavactl.model.foreign import resolve
 
 from .families import EAGER, FAMILIES, language_of
-from .test_in import theirs
+from .test_import import theirs
 
 OTHER_NAMES = {"gpt2", "gpt2-untied", "gpt-neo", "gpt-neox", "gpt-neox-tied", "gptj", "opt", "opt-projected", "bloom",
                "mpt", "falcon"}  # fmt: skip
@@ -51,9 +51,9 @@ def test_logits(foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: 
     wanted, _ = theirs(model, folder, photo, "What is it?")
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]):
-            open_assistant(resolve(folder), "cpu")
+            load_assistant(resolve(folder), "cpu")
         return
-    assistant = open_assistant(resolve(folder), "cpu")
+    assistant = load_assistant(resolve(folder), "cpu")
     turn = Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", "What is it?"))
     features: Any = assistant.features
     exact: Any = Exact(features.encoder)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verify import Verified, run_isolated
+from llavactl.evaluation.verify import VerificationResult, run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
 from .conftest import Make
-from .test_out import written
+from .test_export import written
 
 
 def test_the_other_process_has_no_llavactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +72,8 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """The faults that the next verifications will find; they take no time."""
     faults: list[tuple[str, ...]] = []
 
-    def verify(*_: Any) -> Verified:
-        return Verified(7, 3, 7, 7, 0.0, 0.0, 1.0, 0.0, 1e-4, faults.pop(0))
+    def verify(*_: Any) -> VerificationResult:
+        return VerificationResult(7, 3, 7, 7, 0.0, 0.0, 1.0, 0.0, 1e-4, faults.pop(0))
 
     monkeypatch.setattr("llavactl.verbs.export.verify", verify)
     return faults

@@ -1,0 +1,275 @@
+"""Checkpoints that other programs wrote: ours computes what theirs does, and nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl.chat.loading import load_assistant
+from llavactl.core.errors import ModelError
+from llavactl.core.schema import IMAGE_TOKEN, Turn
+from llavactl.data.batches import collate
+from llavactl.images.image_file import ImageFile
+from llavactl.model import folder as model_folder
+from llavactl.model.foreign import resolve
+from llavactl.testing import run_cli
+
+from .conftest import Make, original
+
+
+def theirs(model: Any, folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
+    """Logits [T, V] and ids as transformers makes them."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=[Image.open(photo).convert("RGB")], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits[0], inputs["input_ids"][0].tolist()
+
+
+def ours(folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
+    import torch
+
+    assistant = load_assistant(resolve(folder), "cpu")
+    encoded = assistant.encode((Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", question)),))
+    with torch.no_grad():
+        return assistant.model.logits(collate([encoded], assistant.features))[0], list(encoded.ids)
+
+
+@pytest.mark.parametrize("layout", ["before 4.52", "since 4.52", "sharded"])
+def test_hf_of_any_layout(foreign: Callable[[], tuple[Any, Path]], toys: Path, layout: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, folder = foreign()
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    assert "language_model.lm_head.weight" in held
+    if layout != "before 4.52":
+        now = {re.sub(r"^language_model\.model\.", "model.language_model.", name): each for name, each in held.items()}
+        now = {re.sub(r"^language_model\.lm_head", "lm_head", name): each for name, each in now.items()}
+        now = {re.sub(r"^(vision_tower|multi_modal)", r"model.\1", name): each for name, each in now.items()}
+        held = now
+    if layout == "sharded":
+        file.unlink()
+        names = sorted(held)
+        shards = {f"model-0000{i + 1}-of-00003.safetensors": names[i::3] for i in range(3)}
+        for shard, some in shards.items():
+            save_file({name: held[name] for name in some}, folder / shard, metadata={"format": "pt"})
+        weight_map = {name: shard for shard, some in shards.items() for name in some}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        save_file(held, file, metadata={"format": "pt"})
+    photo = toys / "images" / "photo-001.jpg"
+    wanted, their_ids = theirs(model, folder, photo, "What is it?")
+    logits, ids = ours(folder, photo, "What is it?")
+    image = model.config.image_token_index
+    assert [image if token == IMAGE_TOKEN else token for token in ids] == their_ids
+    # Features are stored as float16, live ones too: hence not 1e-4 of the largest.
+    assert (logits - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    assert model_folder.describe(resolve(folder))["template"] == "tokenizer"
+
+
+def test_hf_answers_with_the_published_chat_template(foreign: Callable[[], tuple[Any, Path]], toys: Path) -> None:
+    _, folder = foreign()
+    (folder / "chat_template.jinja").rename(folder / "kept")
+    text = (folder / "kept").read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    photo = str(toys / "images" / "photo-001.jpg")
+    ask = ("chat", "--model", str(folder), "--image", photo, "--prompt", "Where is a literal <image>?", "--json")
+    result = run_cli(*ask, "--max-new-tokens", "4")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_without_a_processor_nobody_knows_the_pixels(foreign: Callable[[], tuple[Any, Path]]) -> None:
+    _, folder = foreign()
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="processor"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_original_full(toys: Path, tmp_path: Path, linear: bool) -> None:
+    import torch
+
+    state = original(toys, tmp_path / "theirs", linear=linear)
+    loaded = model_folder.load(resolve(tmp_path / "theirs"))
+    connector = loaded.parts.model.connector.state_dict()
+    assert loaded.description["connector"]["name"] == ("linear" if linear else "mlp2x-gelu")
+    assert loaded.description["vision"]["image"] == "pad"
+    assert all(torch.equal(weight, state[f"model.mm_projector.{name}"]) for name, weight in connector.items())
+    language = loaded.parts.model.language.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in language.items())
+
+
+def test_original_lora(toys: Path, tmp_path: Path) -> None:
+    """adapter, non_lora_trainables.bin and a config, as LLaVA's training writes them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    state = original(toys, tmp_path / "full")
+    folder = tmp_path / "lora"
+    torch.manual_seed(1)
+    base = LlamaForCausalLM.from_pretrained(toys / "language")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    adapted.save_pretrained(folder, safe_serialization=False)
+    projector = {f"base_model.model.{k}": v for k, v in state.items() if "mm_projector" in k}
+    torch.save(projector, folder / "non_lora_trainables.bin")
+    (folder / "config.json").write_text((tmp_path / "full" / "config.json").read_text())
+    loaded = model_folder.load(resolve(folder))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded.parts.model.language(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(ModelError, match=r"non_lora_trainables\.bin"):
+        resolve(folder)
+
+
+def test_a_bare_projector_beside_its_base(toys: Path, tmp_path: Path) -> None:
+    import torch
+
+    state = original(toys, tmp_path / "full")
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    projector = {k: v for k, v in state.items() if "mm_projector" in k}
+    torch.save(projector, folder / "mm_projector.bin")
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": str(toys / "language")}))
+    assert model_folder.load(resolve(folder)).parts.model.connector
+    (folder / "config.json").write_text(json.dumps(config))
+    photo = str(toys / "images" / "photo-000.jpg")
+    ask = ("chat", "--model", str(folder), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
+    result = run_cli(*ask)
+    assert result.exit_code == 1
+    assert "doesn't name its language" in result.stderr
+    assert run_cli(*ask, "-r", str(toys / "recipe.yaml")).exit_code == 0
+    assert run_cli(*ask, "-r", str(toys / "recipe.yaml"), "--template", "llava-v1").exit_code == 0
+
+
+@pytest.mark.parametrize("beside", ["nothing", "its base"])
+def test_a_projector_and_nothing_that_says_what_it_is(toy: Path, toys: Path, tmp_path: Path, beside: str) -> None:
+    """As LLaVA's --pretrain_mm_mlp_adapter takes it: backbone and language model are the recipe's, or its neighbour."""
+    import shutil
+
+    import torch
+
+    state = original(toys, tmp_path / "full")
+    folder = tmp_path / "bare"
+    if beside == "nothing":
+        folder.mkdir()
+    else:
+        shutil.copytree(toys / "language", folder)
+    torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
+    photo = str(toys / "images" / "photo-000.jpg")
+    recipe = str(toy / "recipe.yaml")
+    for model in (folder, folder / "mm_projector.bin"):
+        ask = ("chat", "--model", str(model), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
+        alone = run_cli(*ask)
+        assert alone.exit_code == 1
+        assert "doesn't name its vision" in alone.stderr
+        assert ("language" in alone.stderr.splitlines()[0]) == (beside == "nothing")
+        assert run_cli(*ask, "-r", recipe).exit_code == 0
+    quick = ("-o", f"stage2.init={folder / 'mm_projector.bin'}", "-o", "features.mode=live", "-o", "stage2.max_steps=1")
+    still = ("-o", "stage2.learning_rate=1e-30", "-o", "name=next")
+    done = run_cli("train", "--stage", "2", "-r", recipe, *quick, *still)
+    assert done.exit_code == 0, done.stderr
+    connector = model_folder.load(toy / "runs/next/stage2/model").parts.model.connector.state_dict()
+    assert all(torch.allclose(state[f"model.mm_projector.{name}"], each) for name, each in connector.items())
+
+
+def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], native: Make, tmp_path: Path) -> None:
+    _, folder = foreign()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        resolve(folder)
+    made = run_cli(
+        "export", "--model", str(native("l", method="lora")), "--format", "peft", "--to", str(tmp_path / "p")
+    )
+    assert made.exit_code == 0, made.stderr
+    (tmp_path / "p/base/config.json").unlink()
+    with pytest.raises(ModelError, match="its base/ is missing"):
+        resolve(tmp_path / "p")
+    with pytest.raises(ModelError, match=r"llavactl\.json"):
+        resolve("../nope")
+
+
+def test_a_pickle_is_tensors_and_nothing_else(toys: Path, tmp_path: Path) -> None:
+    import pickle
+
+    original(toys, tmp_path / "theirs")
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "owned",))
+
+    (tmp_path / "theirs" / "pytorch_model.bin").unlink()
+    (tmp_path / "theirs" / "mm_projector.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ModelError, match=r"mm_projector\.bin"):
+        resolve(tmp_path / "theirs")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_runs_folder_is_its_last_finished_stage(native: Make, tmp_path: Path) -> None:
+    first, second = native("first"), native("second")
+    for stage, model in (("stage1", first), ("stage2", second)):
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        model.rename(tmp_path / "run" / stage / "model")
+    assert resolve(tmp_path / "run") == tmp_path / "run/stage2/model"
+    assert resolve(tmp_path / "run" / "stage1") == tmp_path / "run/stage1/model"
+
+
+def test_the_copy_follows_the_checkpoint(toys: Path, tmp_path: Path) -> None:
+    """What was read is kept, and read anew once a file of the checkpoint is another."""
+    import torch
+
+    state = original(toys, tmp_path / "theirs")
+    first = resolve(tmp_path / "theirs")
+    assert resolve(tmp_path / "theirs") == first
+    state["model.mm_projector.0.bias"] += 1
+    torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
+    second = resolve(tmp_path / "theirs")
+    assert second != first
+    assert model_folder.describe(second)["digest"] != model_folder.describe(first)["digest"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "original", "run"])
+def test_stage_2_starts_from_any(
+    foreign: Callable[[], tuple[Any, Path]], toy: Path, toys: Path, tmp_path: Path, kind: str
+) -> None:
+    """With no step worth speaking of, what comes out is what went in."""
+    import torch
+
+    if kind == "original":
+        original(toys, tmp_path / "theirs")
+    elif kind == "hf":
+        foreign()
+    else:
+        made = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", "stage2.init=scratch",
+                       "-o", "features.mode=live", "-o", "stage2.max_steps=1")  # fmt: skip
+        assert made.exit_code == 0, made.stderr
+        (tmp_path / "theirs").symlink_to(toy / "runs/toy/stage2/model")
+    start = model_folder.load(resolve(tmp_path / "theirs"))
+    still = ("-o", "name=next", "-o", f"stage2.init={tmp_path / 'theirs'}", "-o", "features.mode=live")
+    still += ("-o", "stage2.max_steps=1", "-o", "stage2.learning_rate=1e-30")
+    result = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), *still)
+    assert result.exit_code == 0, result.stderr
+    end = model_folder.load(toy / "runs/next/stage2/model")
+    for one, other in zip(start.parts.model.state_dict().values(), end.parts.model.state_dict().values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-7)
+    other = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), *still, "-o", "connector.name=linear")
+    assert other.exit_code == 1
+    assert "its connector is" in other.stderr
