@@ -13,20 +13,23 @@ It is not llavactl's version: most releases change no result, and must not cause
 """
 
 COMMANDS = {
-    "recipes": "list, show, copy, check: what a run is made of",
-    "run": "a recipe's whole pipeline; finished steps are skipped",
-    "data": "records: made by a teacher, checked, shown, measured, chosen",
-    "extract": "vision features into the store",
-    "cache": "what the feature stores hold; verify and prune them",
-    "train": "one stage: the connector, then the language model",
-    "chat": "talk with a model about images",
-    "eval": "run or score a benchmark",
-    "export": "a folder that other programs load",
-    "components": "what is registered, and by which plugin",
-    "plugins": "the installed plugins",
-    "doctor": "what will work on this machine and what will not",
+    "recipes": "List, show, copy and check recipes.",
+    "run": "Run all steps of a recipe.",
+    "data": "Generate, inspect, check and filter training data.",
+    "extract": "Extract vision features into the feature store.",
+    "cache": "Inspect, verify and prune the feature stores.",
+    "train": "Train one stage of a recipe.",
+    "chat": "Chat with a model about images.",
+    "eval": "Run a benchmark, or score stored answers.",
+    "export": "Export a model to another format.",
+    "components": "List the registered components and their plugins.",
+    "plugins": "List and check the installed plugins.",
+    "doctor": "Check packages, devices, disk space, network and plugins.",
 }
-"""llavactl's own commands in the order that they are used, each the ``command`` of a module of its name."""
+"""The built-in commands in their usual order, with the first sentence of their help.
+
+Each is the attribute ``command`` of a module in ``llavactl.cli``, which ``--help`` doesn't import.
+"""
 
 
 @hookimpl

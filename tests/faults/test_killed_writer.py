@@ -41,7 +41,7 @@ step, call, after, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after
 sys.path.insert(0, folder)
 import test_killed_writer as test
 from llavactl.features import manifest, shards, writer
-owners = {"_lay_out": shards, "_write": shards, "fsync": os, "rename": Path, "replace": Path,
+owners = {"_create_layout": shards, "_write": shards, "fsync": os, "rename": Path, "replace": Path,
           "sync_folder": writer, "checksum": writer, "unlink": Path}
 die_at(owners[step], step, call, after)
 test.write_all()
@@ -83,9 +83,9 @@ STEPS = [
     ("sync_folder", 2, "after"), ("replace", 3, "before"), ("rename", 4, "after"),
 ]  # fmt: skip
 SLOW_STEPS = [
-    ("_lay_out", 1, "before"), ("_lay_out", 2, "after"), ("_write", 2, "before"), ("fsync", 5, "before"),
+    ("_create_layout", 1, "before"), ("_create_layout", 2, "after"), ("_write", 2, "before"), ("fsync", 5, "before"),
     ("checksum", 2, "after"), ("rename", 2, "before"), ("rename", 3, "after"), ("replace", 1, "after"),
-    ("replace", 3, "after"), ("rename", 4, "before"), ("_lay_out", 5, "before"), ("replace", 2, "before"),
+    ("replace", 3, "after"), ("rename", 4, "before"), ("_create_layout", 5, "before"), ("replace", 2, "before"),
 ]  # fmt: skip
 
 

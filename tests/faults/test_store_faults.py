@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up(
     with pytest.raises(StoreError, match="are free"):
         extract(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_free_bytes", lambda: 1 << 40)  # as before others filled it
+        patch.setattr(verb, "free_bytes", lambda: 1 << 40)  # as before others filled it
         with pytest.raises(StoreError, match="No space left on device") as caught:
             extract(recipe)
     assert "free disk space" in caught.value.hint

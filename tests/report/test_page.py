@@ -69,7 +69,9 @@ def run_dir(tmp_path: Path) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 8, "val_loss": 0.4}])
         write(folder / stage / "metrics.jsonl", text)
         report = {"stage": 1, "steps": 8, "samples": 640, "seconds": 95.2, "tokens_per_s": 1234.5, "loss": 0.375}
-        write(folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "left_out": 0})
+        write(
+            folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "skipped_samples": 0}
+        )
         answers = [("What is it?", "A cat.", "a cat"), ("How many?", "Two.", "Three.")]
         rows = [{"image": "a.jpg", "question": q, "reference": r, "answer": a} for q, r, a in answers]
         write(folder / stage / "samples.json", [{**rows[0], "thumbnail": PIXEL}, {**rows[1], "thumbnail": ""}])

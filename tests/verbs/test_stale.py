@@ -215,7 +215,7 @@ def test_attention_is_the_one_that_was_trained_with(copy: Path) -> None:
     eager = ("-o", "language.attention=eager")
     assert STAGE2 in redone(copy, *eager)
     loaded = load(copy / "runs" / "toy" / "stage2" / "model")
-    assert loaded.parts.model.language.config._attn_implementation == "eager"
+    assert loaded.bundle.model.language.config._attn_implementation == "eager"
 
 
 def test_a_project_can_be_moved(copy: Path) -> None:
