@@ -68,7 +68,7 @@ for command in (["extract"], ["cache", "verify"], ["cache", "info"], ["train", "
     assert report.get("sound", True), report
 for _ in range(2):
     with Journal(Path(recipe).with_name("journal.sqlite")) as journal:
-        journal.begin("key", "name", "kind", None)
+        journal.start("key", "name", "kind", None)
 """
 
 
@@ -348,7 +348,7 @@ def test_unreadable_old_checkpoint_does_not_stop_training(
     for step in (1, 2, 3):
         if step == 3:
             make_unreadable("step-00000001/state.json")
-        checkpoints.save(tmp_path, checkpoints.State(step, "a"), {"x": torch.zeros(1)}, keep_last=2)
+        checkpoints.save(tmp_path, checkpoints.CheckpointState(step, "a"), {"x": torch.zeros(1)}, keep_last=2)
     assert "Permission denied" in caplog.text
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "2", "3"], (
         "an unreadable checkpoint was removed"
