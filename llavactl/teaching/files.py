@@ -35,7 +35,7 @@ def load(file: Path, model: type[C]) -> C:
         found = model.model_validate(root.plain())
     except ValidationError as error:
         wrong = explain(error, model, root.plain())
-        problems += [Problem(root.whereabouts(path), ".".join(map(str, path)), why) for path, why in wrong]
+        problems += [Problem(root.origin(path), ".".join(map(str, path)), why) for path, why in wrong]
         found = None
     if found is None or problems:
         raise RecipeError.from_problems(problems)
