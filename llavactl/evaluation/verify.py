@@ -26,7 +26,8 @@ from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN, FeatureShape, Turn
 from llavactl.data.batches import collate
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.features.checked import load_encoder
 from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile
@@ -180,11 +181,11 @@ def _has_prompt(encoding: Encoding, turns: Sequence[Turn]) -> bool:
 def _opened(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:
     """The model as it was trained, computing in float32; its connector is kept in that anyway."""
     loaded = model_folder.load(model)
-    loaded.parts.model.float()
-    model_folder.load_connector(loaded.parts.model.connector, model)
+    loaded.bundle.model.float()
+    model_folder.load_connector(loaded.bundle.model.connector, model)
     vision = registry().create("vision", description["vision"])
     return Assistant(
-        loaded.parts.model, encoding, _UnroundedFeatures(load_encoder(vision, "cpu", "float32")), "first", str(model)
+        loaded.bundle.model, encoding, _UnroundedFeatures(load_encoder(vision, "cpu", "float32")), "first", str(model)
     )
 
 

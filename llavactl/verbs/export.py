@@ -20,8 +20,8 @@ from llavactl.core.registry import registry
 from llavactl.evaluation.verify import VerificationResult, verify
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.image_file import ImageFile
-from llavactl.model.folder import identity, of_run, replace_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import identity, latest_model, replace_folder
+from llavactl.model.imported import resolve
 from llavactl.recipe.stages import STAGES
 from llavactl.report.card import card
 
@@ -84,7 +84,7 @@ def export(
     given = _given(images)
     if model is None:
         assert recipe is not None
-        source = of_run(recipe.run_dir)
+        source = latest_model(recipe.run_dir)
     else:
         source = resolve(model, recipe)
     to = to.absolute()

@@ -16,14 +16,15 @@ from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_objects
 from llavactl.report.page import TIMES, write_report
+from llavactl.training.initial_model import BUILT_FROM_RECIPE
 from llavactl.training.memory import release_memory
+from llavactl.training.report import TrainReport
 from llavactl.verbs import preflight
 from llavactl.verbs.evaluate import evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import OWN_INITS, train
-from llavactl.verbs.train_report import TrainReport
+from llavactl.verbs.train import train
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
@@ -90,7 +91,7 @@ def _check(recipe: Recipe) -> None:
     if stages:
         _check_component("vision", recipe.vision.spec())
     # A stage with an ``init`` of its own replaces the recipe's language model by that of another model.
-    if any(getattr(stage.settings, "init", "scratch") in OWN_INITS for stage in stages):
+    if any(getattr(stage.settings, "init", "scratch") in BUILT_FROM_RECIPE for stage in stages):
         _check_component("languages", recipe.language.spec())
         preflight.refuse(recipe)
 
@@ -112,9 +113,9 @@ def _generate_all(recipe: Recipe) -> GenerateReport:
         TeacherError: requests are left, because of a budget for example. No model is trained on a part of the data.
     """
     report = generate(recipe)
-    if report.asking is not None and report.asking.stopped:
+    if report.requests is not None and report.requests.stopped:
         raise TeacherError(
-            f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
+            f"{report.requests.unanswered} requests to the teacher are left: {report.requests.stopped}",
             hint="raise the limit or wait, then run the command again; or train on the data in `generate.out`: "
             "`-o generate=null`",
         )
