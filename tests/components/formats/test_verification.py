@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verify import VerificationResult, run_isolated
+from llavactl.evaluation.verification.compare import VerificationResult
+from llavactl.evaluation.verification.script import run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
