@@ -84,7 +84,7 @@ def measured(words: list[str], count: int) -> dict[str, Any]:
         "peak_rss_mb": round(usage.ru_maxrss / 1024),
         "said": {
             key: document[key]
-            for key in ("captions", "kept", "phrases", "rare", "frequent", "hurts")
+            for key in ("captions", "kept", "phrases", "rare", "frequent", "errors")
             if key in document
         },
     }

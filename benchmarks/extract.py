@@ -52,7 +52,7 @@ from llavactl.features.backbone import Backbone
 from llavactl.features.extraction import Extraction, Wanted, fill, plan
 from llavactl.features.fingerprint import of_identity
 from llavactl.features.prepare import prepare
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 from llavactl.testing import toy_clip
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"

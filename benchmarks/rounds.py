@@ -29,7 +29,7 @@ def publish(documents: Documents, given: argparse.Namespace, shown: Callable[[Do
     newest: Document | None = None
     code = 0
     try:
-        with stopping.signals(), closing(documents):
+        with stopping.sigterm_as_interrupt(), closing(documents):
             for newest in documents:
                 _output({**newest, "complete": False}, given)
         newest = {**(newest or {}), "complete": True}

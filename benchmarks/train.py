@@ -341,7 +341,7 @@ def summary(
     medians = {name: (statistics.median(wall[name]), statistics.median(processor[name])) for name in wall}
     return {
         "tokens_a_record": round(tokens, 1),
-        "trained_a_record": round(statistics.mean(item.trained for item in seen), 1),
+        "trained_a_record": round(statistics.mean(item.target_tokens for item in seen), 1),
         "records_at_a_time": options.count,
         "records_an_image_in_shared": options.per_image or PER_IMAGE[stage],
         "ways": {

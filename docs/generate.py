@@ -82,8 +82,16 @@ def _describe(path: list[str]) -> Iterator[str]:
         yield "\n".join(lines) + "\n"
 
 
+def hook_table() -> Iterator[str]:
+    """One line per hook."""
+    yield "| hook | purpose |\n|---|---|"
+    for name, function in vars(hookspecs).items():
+        if hasattr(function, "llavactl_spec"):
+            yield f"| `{name}` | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |"
+
+
 def hooks() -> Iterator[str]:
-    """Every hook with its signature, in the order of the module."""
+    """Every hook with its signature and docstring, in the order of the module."""
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
             text = (inspect.getdoc(function) or "").replace("``", "`")
@@ -96,12 +104,16 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
 
 
 def kinds() -> Iterator[str]:
-    """The Protocol of every kind of component, with the classes of the same module that it speaks of."""
-    own = [each for _, each in inspect.getmembers(protocols, inspect.isclass) if each.__module__ == protocols.__name__]
+    """The Protocol of every kind of component, with the other classes of the package that it mentions."""
+    classes = [
+        each
+        for _, each in inspect.getmembers(protocols, inspect.isclass)
+        if each.__module__.startswith(protocols.__name__)
+    ]
     for kind, protocol in protocols.KINDS.items():
         source = _source(protocol)
-        spoken_of = [each for each in own if each is not protocol and re.search(rf"\b{each.__name__}\b", source)]
-        sources = "\n\n\n".join([source, *map(_source, spoken_of)])
+        mentioned = [each for each in classes if each is not protocol and re.search(rf"\b{each.__name__}\b", source)]
+        sources = "\n\n\n".join([source, *map(_source, mentioned)])
         yield f"### `{kind}`\n\n```python\n{sources}\n```\n"
 
 
@@ -130,7 +142,7 @@ def problems() -> Iterator[str]:
 
     yield "| problem | effect | |\n|---|---|---|"
     for name, kind in KINDS.items():
-        yield f"| `{name}` | {kind.effect} | {kind.what.replace('<image>', '`<image>`')} |"
+        yield f"| `{name}` | {kind.effect} | {kind.description.replace('<image>', '`<image>`')} |"
 
 
 def recipes() -> Iterator[str]:
@@ -160,9 +172,10 @@ def templates() -> Iterator[str]:
 
 
 def names() -> Iterator[str]:
-    """The public names, and what each is."""
+    """The public names with the first paragraph of their docstrings."""
+    yield "| name | description |\n|---|---|"
     for name in llavactl.__all__:
-        yield f"- `{name}` – {_first_line(name)}".removesuffix(" – ")
+        yield f"| `{name}` | {_first_line(name)} |"
 
 
 def _first_line(name: str) -> str:
@@ -184,7 +197,8 @@ def _below_assignment(name: str) -> str | None:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    each.__name__: each for each in (commands, cli, hooks, kinds, components, problems, recipes, templates, names)
+    each.__name__: each
+    for each in (commands, cli, hook_table, hooks, kinds, components, problems, recipes, templates, names)
 }
 
 

@@ -170,12 +170,12 @@ def load_model(
     Raises:
         ModelError: the model can't be read.
     """
-    from llavactl.chat.opening import open_assistant
+    from llavactl.chat.loading import load_assistant
     from llavactl.model.folder import of_run
     from llavactl.model.foreign import resolve
 
     folder = resolve(str(model), recipe) if isinstance(model, str | Path) else of_run(model.run_dir)
-    return open_assistant(folder, device, template=template)
+    return load_assistant(folder, device, template=template)
 
 
 class Chat:
@@ -214,12 +214,12 @@ class Chat:
         Raises:
             DataError: an image can't be read.
         """
+        from llavactl.chat.inputs import user_content
         from llavactl.model.generate import Sampling
-        from llavactl.verbs.chat import content
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         shown = [str(each) if isinstance(each, str | Path) else _in_memory(each) for each in images]
-        yield from self._conversation.ask(*content(prompt, shown), sampling=sampling)
+        yield from self._conversation.ask(*user_content(prompt, shown), sampling=sampling)
 
 
 def _in_memory(image: PIL.Image.Image) -> ImageRef:

@@ -19,7 +19,7 @@ from llavactl.cli import boundary
 from llavactl.cli.root import root
 from llavactl.core import stopping
 from llavactl.core.network import proxy_fault
-from llavactl.core.paths import settle_caches
+from llavactl.core.paths import redirect_library_caches
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _set_environment()
     _speak_utf8()
     _log_to_stderr()
-    with stopping.signals():
+    with stopping.sigterm_as_interrupt():
         code = _run(sys.argv[1:] if arguments is None else arguments)
     sys.exit(code)
 
@@ -42,7 +42,7 @@ def _set_environment() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\b")  # odd images are read all the same, or listed
     if proxy_fault():  # offline, cached models of the hub still load
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    settle_caches()
+    redirect_library_caches()
 
 
 def _speak_utf8() -> None:

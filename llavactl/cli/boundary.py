@@ -12,7 +12,7 @@ import click
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
-from llavactl.core.faults import out_of_memory, reason
+from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import proxy_fault
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llavactl.core.paths import json_text
-from llavactl.core.streams import results
+from llavactl.core.streams import result_stream
 
 
 def document(value: Any) -> None:
@@ -54,7 +54,7 @@ def text(piece: str) -> None:
 def _print(text: str, *, newline: bool = True) -> None:
     """Once, however many processes torchrun or accelerate started."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(text, file=results(), nl=newline)
+        click.echo(text, file=result_stream(), nl=newline)
 
 
 def _plain(value: Any) -> Any:

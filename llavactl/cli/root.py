@@ -10,7 +10,7 @@ import click
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.builtins import COMMANDS
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
 
 
 class LazyGroup(click.Group):
@@ -47,7 +47,7 @@ def _own(name: str) -> click.Command:
     found: click.Command = importlib.import_module(f"llavactl.cli.{name}").command
     for each in [found, *(found.commands.values() if isinstance(found, click.Group) else ())]:
         if each.callback is not None:
-            each.callback = diverted()(each.callback)
+            each.callback = stdout_to_stderr()(each.callback)
     return found
 
 

@@ -36,7 +36,7 @@ Each is the attribute ``command`` of a module in ``llavactl.cli``, which ``--hel
 def register_sources(register: Register) -> None:
     register(
         "llava-json",
-        f"{_COMPONENTS}.sources.llava_json:llava_json",
+        f"{_COMPONENTS}.sources.llava_json:LlavaJson",
         options=f"{_COMPONENTS}.sources.llava_json:LlavaJsonOptions",
         summary="LLaVA records: JSON or JSONL with `image` and `conversations`",
     )

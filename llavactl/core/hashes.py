@@ -52,7 +52,7 @@ _forgetful: ContextVar[bool] = ContextVar("_forgetful", default=False)
 
 
 @contextlib.contextmanager
-def nothing_remembered() -> Iterator[None]:
+def read_only_cache() -> Iterator[None]:
     """In this context, cached file hashes are read but none is written (for dry runs)."""
     before = _forgetful.set(True)
     try:
@@ -61,7 +61,7 @@ def nothing_remembered() -> Iterator[None]:
         _forgetful.reset(before)
 
 
-class HashMemory:
+class HashCache:
     """sha256 hashes by stamp, cached in ``file``; ``remember=False`` only reads. Safe for threads and after forks."""
 
     def __init__(self, file: Path, *, remember: bool = True) -> None:
@@ -153,7 +153,7 @@ def hash_file(file: Path) -> str:
     """
     if _BLOB.fullmatch(name := file.resolve().name):
         return name
-    memory = HashMemory(cache_dir() / "files.sqlite", remember=not _forgetful.get())
+    memory = HashCache(cache_dir() / "files.sqlite", remember=not _forgetful.get())
     status = file.stat()
     stamp = stamp_bytes(f"{file.resolve()}\0{file_stamp(status)}")
     if known := memory.find([stamp]).get(stamp):

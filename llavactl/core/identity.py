@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
+from llavactl.core.model_files import local_folder
 from llavactl.core.protocols import Json
-from llavactl.core.registry import Registration, registry, singular
+from llavactl.core.registry import Registration, kind_label, registry
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
@@ -52,7 +52,7 @@ def _identity(component: Any, entry: Registration) -> dict[str, Json]:
     except (TypeError, ValueError) as error:
         why = f"is not JSON: {error}"
     if why:
-        raise PluginError(f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin}: its identity() {why}")
+        raise PluginError(f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin}: its identity() {why}")
     return dict(identities[0])
 
 
@@ -90,7 +90,7 @@ def relocated(value: Any, old: Path, new: Path) -> Json:
     return found
 
 
-def following(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def with_moved_paths(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A model's ``description``, read in ``folder``, with the paths to what has moved together with ``folder``.
 
     Options of earlier versions have their names now.
@@ -111,7 +111,7 @@ def _with_new_names(description: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**description, "connector": {**kept, "pixel_shuffle": connector["fold"]}}
 
 
-def names_model(content: Any) -> bool:
+def refers_to_model(content: Any) -> bool:
     """Whether ``content``, an option's value after ``content_of``, stands for a file or a model."""
     if isinstance(content, Mapping):
         return bool({"sha256", "commit"} & content.keys())
@@ -125,6 +125,6 @@ def _content(text: str) -> Json:
             return {"sha256": hash_file(path)}
         if path.is_dir() and any((path / name).is_file() for name in _MODEL):
             return {"sha256": hash_folder(path)}
-    elif _ID.fullmatch(text) and (snapshot := faults.local_folder(text)):
+    elif _ID.fullmatch(text) and (snapshot := local_folder(text)):
         return {"id": text, "commit": snapshot.name}
     return text

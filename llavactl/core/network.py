@@ -1,4 +1,4 @@
-"""Checks the proxy that environment variables set."""
+"""Checks the HTTP proxy configured by environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
 def proxy_fault() -> LlavactlError | None:
-    """Why HTTP clients can't use the proxy that an environment variable sets; None if they can."""
+    """An error if the proxy in an environment variable is invalid, else None."""
     proxies = urllib.request.getproxies()
     if "*" in proxies.get("no", ""):
         return None
@@ -23,7 +23,7 @@ def proxy_fault() -> LlavactlError | None:
             hint = f"unset {name}, or set it to a proxy like http://host:port"
             if "socksio" in why:
                 hint = f"`pip install socksio`, or unset {name}"
-            return LlavactlError(f"the proxy in {name} can't be used: {why}", hint=hint)
+            return LlavactlError(f"invalid proxy in {name}: {why}", hint=hint)
     return None
 
 
@@ -36,7 +36,7 @@ def _fault(address: str) -> str:
     if not usable:
         return "not a proxy URL"
     if parts.scheme not in _SCHEMES:
-        return f"unsupported scheme {parts.scheme}://, expected one of {', '.join(_SCHEMES)}"
+        return f"expected a scheme of {', '.join(_SCHEMES)}, got {parts.scheme}"
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         return "SOCKS proxies need the package socksio"
     return ""

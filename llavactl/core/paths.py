@@ -29,7 +29,7 @@ def data_dir() -> Path:
 
 def _home(kind: str) -> Path:
     if home := os.environ.get("LLAVACTL_HOME"):
-        return expanded(home).absolute() / kind
+        return expand_user(home).absolute() / kind
     import platformdirs
 
     try:
@@ -42,7 +42,7 @@ def _home(kind: str) -> Path:
     return Path(found).absolute()
 
 
-def expanded(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """``path`` with a leading ``~`` or ``~user`` resolved.
 
     Raises:
@@ -57,7 +57,7 @@ def expanded(path: str | Path) -> Path:
 _LIBRARIES = {"HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
 
 
-def settle_caches() -> None:
+def redirect_library_caches() -> None:
     """Points the caches of libraries below LLAVACTL_HOME if the user has no writable home folder."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 - leaves ~ where there is none, and doesn't raise
     if os.environ.get("LLAVACTL_HOME") and not (home.is_absolute() and os.access(home, os.W_OK)):
@@ -83,7 +83,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        share(temporary)
+        apply_umask(temporary)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def file_stamp(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def share(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Gives a file that some library made private the permissions of any other file that the user writes."""
     path.chmod(0o666 & ~_UMASK)
 

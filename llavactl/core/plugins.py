@@ -27,7 +27,7 @@ import pluggy
 from llavactl.core import builtins, hookspecs
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.paths import cache_dir, write_json
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def manager() -> pluggy.PluginManager:
 
 def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
     started = time.perf_counter()
-    with isolated(point.value), diverted():
+    with isolated(point.value), stdout_to_stderr():
         if first := made.get_plugin(point.name):
             kept = "llavactl itself" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
 
@@ -105,7 +105,7 @@ class Registry:
         """
         names = self.entries.get(kind, {})
         if name not in names:
-            raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
+            raise RecipeError(f"there is no {kind_label(kind)} named {name!r}", hint=suggest(name, names))
         return names[name]
 
     def create(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> Any:
@@ -132,9 +132,9 @@ class Registry:
             return entry.parse(options)
         except ValidationError as error:
             reasons = explain(error, entry.options_model(), options)
-            problems = [Problem(f"{singular(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
+            problems = [Problem(f"{kind_label(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
-        raise RecipeError("\n".join(map(str, problems)), hint=hint, problems=problems)
+        raise RecipeError.from_problems(problems, hint=hint)
 
 
 def component_name(spec: str | Mapping[str, Any]) -> str:
@@ -146,7 +146,7 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def spelled(spec: str | Mapping[str, Any]) -> str:
+def format_spec(spec: str | Mapping[str, Any]) -> str:
     """A component in one line: its name, with its options if it has any."""
     if isinstance(spec, str):
         return spec
@@ -154,7 +154,7 @@ def spelled(spec: str | Mapping[str, Any]) -> str:
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
-def singular(kind: str) -> str:
+def kind_label(kind: str) -> str:
     """``sources`` → ``source``; ``vision`` → ``vision backbone``."""
     return "vision backbone" if kind == "vision" else kind.removesuffix("s")
 
@@ -180,7 +180,7 @@ def registry() -> Registry:
                         raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
                     found.add(Registration(kind, name, target, options, summary, plugin))
 
-            with plugins.isolated(plugin), diverted():
+            with plugins.isolated(plugin), stdout_to_stderr():
                 implementation(register=register)
     return found
 
@@ -196,7 +196,7 @@ def plugin_of(component: Any) -> str:
 def _import(target: str, entry: Registration) -> Any:
     module, _, attribute = target.partition(":")
     try:
-        with diverted():
+        with stdout_to_stderr():
             found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
@@ -204,7 +204,7 @@ def _import(target: str, entry: Registration) -> Any:
         raise
     except BaseException as error:
         raise PluginError(
-            f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
+            f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
             f"{type(error).__name__}: {error}",
             hint=f"`llavactl plugins check {entry.plugin}` shows more",
         ) from error

@@ -17,6 +17,8 @@ from llavactl.core.typed import Typed, check_fields, has_methods
 if TYPE_CHECKING:
     import torch
 
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
 Role = Literal["system", "user", "assistant"]
 _ROLES = get_args(Role)
 
@@ -151,8 +153,8 @@ class Encoded:
         return len(self.ids)
 
     @property
-    def trained(self) -> int:
-        """How many positions are targets of the loss."""
+    def target_tokens(self) -> int:
+        """The number of positions that are targets of the loss."""
         return sum(label != IGNORE for label in self.labels)
 
 
@@ -209,15 +211,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An image that could not be read, and why."""
-
-    image: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Contents:
+class ImageContents:
     """The contents of images: ``keys`` has the sha256 of their bytes, ``unreadable`` the reason why there is none."""
 
     keys: Mapping[ImageRef, str]

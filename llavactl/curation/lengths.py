@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import ConversationError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import Finding, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
-from llavactl.curation.problems import Finding
 from llavactl.data.encode import Encoding, arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import ImageOrder, Recipe, StageNumber
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.values import ImageOrder
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Lengths:
         turns = self._turns(sample)
         whole = self.encoding.encode(turns)
         cut = replace(self.encoding, max_length=self.max_length).encode(turns)
-        what = f"{len(whole)} tokens, {whole.trained - cut.trained} of {whole.trained} trained ones cut off"
-        if not cut.trained:
+        lost = whole.target_tokens - cut.target_tokens
+        what = f"{len(whole)} tokens, {lost} of {whole.target_tokens} target tokens truncated"
+        if not cut.target_tokens:
             return [Finding("untrained", what)]
         gone = len(whole.images) - len(cut.images)
         also = [Finding("image-cut", f"{gone} of {len(whole.images)} images")] if gone else []
@@ -82,6 +84,6 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
 def image_tokens(recipe: Recipe, stage: StageNumber) -> int:
     """Q, how many tokens an image of ``stage`` becomes; the backbone is loaded only where it can't say otherwise."""
     vision = stage_vision(recipe, stage)
-    measured = vision if isinstance(vision, MeasuredVision) else None
+    measured = vision if isinstance(vision, ShapedVision) else None
     shape = measured.shape() if measured else load_encoder(vision, "cpu", recipe.features.compute).shape
     return int(registry().create("connectors", recipe.connector.spec()).tokens(shape))

@@ -145,7 +145,7 @@ class Encoding:
                 return True
             else:
                 most += len(segment.text.encode("utf-8", "surrogatepass"))
-        return self.encode(turns).trained > 0
+        return self.encode(turns).target_tokens > 0
 
     def _runs(self, turns: Sequence[Turn], generate: bool) -> list[_Run]:
         """BOS where this tokenizer begins with it, then text and images in turn."""

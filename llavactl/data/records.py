@@ -12,7 +12,7 @@ from llavactl.core.schema import Sample, Turn
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Content, ImageRef
-    from llavactl.recipe.frame import SourceSpec
+    from llavactl.recipe.specs import SourceSpec
 
 
 def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:

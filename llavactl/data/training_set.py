@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
-from llavactl.core.schema import Contents, Encoded, ImageRef, Sample, Turn
+from llavactl.core.schema import Encoded, ImageContents, ImageRef, Sample, Turn
 from llavactl.data.batches import Loads
 from llavactl.data.encode import Encoding, ImageOrder, arrange, arrangements
 from llavactl.data.plan import connected, held_out
 from llavactl.data.records import samples
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import SourceSpec, Stage
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def split(
     stage: Stage,
     encoding: Encoding,
     features: Loads,
-    contents: Callable[[Sequence[ImageRef]], Contents],
+    contents: Callable[[Sequence[ImageRef]], ImageContents],
     seed: int,
 ) -> Split:
     """The trainable samples of ``specs``, split so that no image is in both sets.

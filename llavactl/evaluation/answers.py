@@ -9,9 +9,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Finds
+from llavactl.core.protocols import AnswerMatcher
 from llavactl.core.schema import Answer, Question
-from llavactl.files.records import Record, read_records, read_text
+from llavactl.files.records import Record, read_records
+from llavactl.files.text import read_text
 
 IDS = ("question_id", "id", "questionId", "image_id")
 TEXTS = ("text", "answer", "pred", "caption")
@@ -36,7 +37,7 @@ _SHOWN = 10
 def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[str, Answer]:
     """Answers by question id; with ``cut`` a last line may be half written and is left out.
 
-    ``task`` may know what others call its questions (``llavactl.core.protocols.Finds``).
+    ``task`` may know what others call its questions (``llavactl.core.protocols.AnswerMatcher``).
 
     One object an answer, as a JSON list or in lines, ``{"question_id" or "id", "text"}``; or LLaVA's files
     for ScienceQA: ``{"correct": […], "incorrect": […]}``, and ``{"results": {id: index}, "outputs": {id: text}}``,
@@ -47,7 +48,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
     """
     _refuse_other_kinds(file)
     tables = sorted(file.glob("*.txt")) if file.is_dir() else []
-    records = [row for each in tables for row in _rows(each)] or read_records(file, cut=cut)
+    records = [row for each in tables for row in _rows(each)] or read_records(file, truncated=cut)
     whole = records[0].fields if len(records) == 1 else {}
     answers: dict[str, Answer] = {}
     if isinstance(whole.get("results"), dict):
@@ -60,7 +61,7 @@ def read_answers(file: Path, task: object = None, *, cut: bool = False) -> dict[
         ]
     for record in records:
         answer = _answer(record)
-        if isinstance(task, Finds):
+        if isinstance(task, AnswerMatcher):
             answer = replace(answer, id=task.id_of(answer))
         if answer.id in answers:
             raise DataError(f"{record.where}: question {answer.id!r} is answered twice")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from llavactl.core.processes import check_launch, leave_in_order
+from llavactl.core.processes import check_launch, destroy_process_group_at_exit
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: a judge may take long, and who dies takes the others along anyhow."""
@@ -44,5 +44,5 @@ def processes() -> Processes:
 
     # It has to be told of a CPU: else several processes without a GPU are strangers to it.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    leave_in_order()
+    destroy_process_group_at_exit()
     return Processes(state.process_index, state.num_processes)

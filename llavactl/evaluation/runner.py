@@ -65,7 +65,7 @@ def ask(
                     answers[question.id] = Answer(question.id, text)
                     out.write(_line(answers[question.id]))
                 out.flush()
-                bar.show(len(asked))
+                bar.advance(len(asked))
         return answers if among.count == 1 else _gathered(file, among)
 
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from llavactl.chat.foreign import digest, open_foreign
-from llavactl.chat.opening import open_assistant
+from llavactl.chat.loading import load_assistant
+from llavactl.chat.transformers_model import load_transformers_model, model_digest
 from llavactl.core.schema import ImageRef, Question, Turn
 from llavactl.model.folder import identity
 from llavactl.model.generate import GREEDY, Sampling
@@ -40,11 +40,11 @@ class View:
     @cached_property
     def identity(self) -> str:
         """A hash of everything that determines the model's answers."""
-        return digest(self.folder) if self.foreign else identity(self.folder)
+        return model_digest(self.folder) if self.foreign else identity(self.folder)
 
     def open(self, questions: Sequence[Question]) -> Answerer:
         """The model, ready to answer ``questions``."""
-        model: Answerer = open_foreign(self.folder) if self.foreign else open_assistant(self.folder)
+        model: Answerer = load_transformers_model(self.folder) if self.foreign else load_assistant(self.folder)
         return Blind(model, other_pictures(questions)) if self.blind else model
 
 

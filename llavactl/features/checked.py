@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llavactl.core.errors import PluginError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import plugin_of
 from llavactl.core.schema import FeatureShape
 
@@ -39,7 +39,7 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
         raise PluginError(f"{label}: its encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
     if missing := [name for name in ("preprocess", "encode") if not callable(getattr(encoder, name, None))]:
         raise PluginError(f"{label}: its encoder has no {' and no '.join(missing)}", hint=_HINT)
-    if isinstance(vision, MeasuredVision) and (stated := vision.shape()) != shape:
+    if isinstance(vision, ShapedVision) and (stated := vision.shape()) != shape:
         raise PluginError(f"{label}: shape() returned {stated}, but its encoder has {shape}", hint=_HINT)
     return CheckedEncoder(encoder, label, shape, CheckedPixels(encoder.preprocess, _pixel_shape(encoder)))
 

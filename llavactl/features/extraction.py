@@ -30,7 +30,9 @@ from llavactl.images.sniffing import curable
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import Features, StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.sections import Features
+    from llavactl.recipe.stages import StageNumber
 
 _BATCHES_WAITING = 4
 """How many batches may wait to be written: what fsync and checksum of a full shard take must stop nobody."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.identity import component_identity, names_model
+from llavactl.core.identity import component_identity, refers_to_model
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
-    from llavactl.recipe.frame import Features
+    from llavactl.recipe.sections import Features
 
 FORMAT = 1
 """Version of the store's layout; part of every fingerprint, so an older store is never misread."""
@@ -88,7 +88,7 @@ def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint
     identity = component.get("identity", {})
     options = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
     if "weights" in identity:
-        options = {key: value for key, value in options.items() if not names_model(value)}
+        options = {key: value for key, value in options.items() if not refers_to_model(value)}
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}
     ours = {"component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
     if clashing := {key: identity[key] for key in ours if key in identity}:

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.faults import printable
-from llavactl.core.hashes import HashMemory, stamp_bytes
+from llavactl.core.hashes import HashCache, stamp_bytes
+from llavactl.core.library_errors import printable
 from llavactl.core.paths import cache_dir
 from llavactl.features.stamp_index import StampIndex
 from llavactl.images.decode import image_errors, read
@@ -37,7 +37,7 @@ class ContentKeys:
     """
 
     def __init__(self, file: Path | None = None, *, remember: bool = True, workers: int = 4) -> None:
-        self.memory = HashMemory(file or cache_dir() / "keys.sqlite", remember=remember)
+        self.memory = HashCache(file or cache_dir() / "keys.sqlite", remember=remember)
         self.workers = workers
         self._held = StampIndex({})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llavactl.core import faults
+from llavactl.core.library_errors import reason
 from llavactl.features.keys import content_key, error_reason
 from llavactl.images.decode import ImageError, decode, read
 from llavactl.images.sniffing import NO_MEMORY
@@ -57,7 +57,7 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         return Failure(NO_MEMORY, permanent=True)
     except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not end the run
         # The same bytes and backbone would fail again.
-        return Failure(f"preprocessing failed: {faults.reason(error)}", permanent=True)
+        return Failure(f"preprocessing failed: {reason(error)}", permanent=True)
 
 
 def default_device() -> str:

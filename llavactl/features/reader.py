@@ -11,7 +11,7 @@ import numpy as np
 
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
-from llavactl.core.schema import Contents, FeatureShape
+from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.checked import load_encoder
 from llavactl.features.fingerprint import Fingerprint, fingerprint
@@ -24,7 +24,8 @@ from llavactl.images.decode import read
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.stages import StageNumber
 
 
 _NAMED = 3
@@ -53,7 +54,7 @@ class FeatureReader(Protocol):
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         """What ``load`` would be made of: features [P, Dv]; where these are int8 also scales [P + Dv]. Raises as it."""
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         """The content keys of ``images``, and those that ``load`` has no features for; called once, before training.
 
         Raises:
@@ -88,7 +89,7 @@ class CachedFeatures:
         except OSError as error:
             raise DataError(f"image {image.name} can't be read any more: {error_reason(error)}") from error
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         found = list(zip(images, self.keys.hold(images), strict=True))
         reasons = {image: error_reason(key) for image, key in found if isinstance(key, OSError)}
         read = [(image, key) for image, key in found if isinstance(key, str)]
@@ -98,7 +99,7 @@ class CachedFeatures:
         if missing := {key: image.name for image, key in absent if key not in self.store.skipped}:
             named = ", ".join(list(missing.values())[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             raise StoreError(f"{len(missing)} images have no features yet: {named}", hint="run `llavactl extract`")
-        return Contents(dict(read), reasons)
+        return ImageContents(dict(read), reasons)
 
 
 class LiveFeatures:
@@ -144,14 +145,14 @@ class LiveFeatures:
         features, fine = self.backbone.start([pixels])()
         return as_stored(features[0], self.fingerprint.dtype) if fine[0] else Failure(OVERFLOW)
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
         """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""
         with ThreadPoolExecutor(self.workers) as pool:
             done = map_ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
             reasons = {image: found.reason for image, found in done if isinstance(found, Failure)}
         keys = dict(zip(images, ContentKeys(workers=self.workers).many(images), strict=True))
         reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)} | reasons
-        return Contents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
+        return ImageContents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
 
 
 def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from llavactl.core import faults
 from llavactl.core.errors import DataError, LlavactlError
+from llavactl.core.library_errors import reason
 from llavactl.images.image_file import ImageFile
 from llavactl.images.sniffing import LOOKED_AT, NO_MEMORY, reads_heif, what_it_is
 
@@ -179,5 +179,5 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 def _short(error: Exception) -> str:
-    words = faults.reason(error)
+    words = reason(error)
     return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 1] + "…"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llavactl.core import faults
 from llavactl.core.errors import LlavactlError
+from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.registry import registry
 from llavactl.model.build import build_fault, connector_error, embeddings_fault
 
@@ -45,9 +45,9 @@ def connector_fault(
     except _BrokenRuleError as rule:
         return str(rule)
     except Exception as error:
-        if isinstance(error, LlavactlError) or faults.out_of_memory(error):
+        if isinstance(error, LlavactlError) or out_of_memory(error):
             raise
-        return f"it fails: {faults.reason(error)}"
+        return f"it fails: {reason(error)}"
 
 
 class _BrokenRuleError(Exception):

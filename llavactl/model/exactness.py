@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavactl.core import faults
+from llavactl.core.library_errors import out_of_memory
 from llavactl.model.llava import positions
 from llavactl.model.packed import LIKE_LLAMA, sees_window
 from llavactl.model.rotary import changes_with_length
@@ -123,7 +123,7 @@ class _LanguageProbe:
         try:
             return rule()
         except Exception as error:
-            if faults.out_of_memory(error):
+            if out_of_memory(error):
                 raise
             return False
 

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
-from llavactl.core.identity import component_identity, following
-from llavactl.core.paths import read_json, share, sync_folder, write_json
+from llavactl.core.identity import component_identity, with_moved_paths
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files
+from llavactl.core.paths import apply_umask, read_json, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import Parts, build
 
@@ -125,7 +126,7 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     """Puts ``temporary`` in the place of ``folder``, to outlast a power cut; what was there is gone only after that."""
     for file in temporary.rglob("*"):
         if file.is_file():
-            share(file)
+            apply_umask(file)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
     old = folder.with_name(f".{folder.name}.old")
@@ -153,11 +154,11 @@ def describe(folder: Path) -> dict[str, Any]:
             else "`--model` takes a run, a model/ folder, or a checkpoint of another program"
         )
         raise ModelError(f"{folder}: not a model folder (no {DESCRIPTION})", hint=hint)
-    faults.check_files([path])
+    check_files([path])
     description = read_json(path)
     if description.get("format") != FORMAT:
         raise ModelError(f"{path}: format {description.get('format')}, this llavactl reads {FORMAT}")
-    return following(description, folder)
+    return with_moved_paths(description, folder)
 
 
 def of_run(run_dir: Path) -> Path:
@@ -185,7 +186,7 @@ def load(folder: Path, *, dtype: str | None = None) -> Loaded:
     if description["method"] == "lora":
         from peft import PeftModel
 
-        with faults.loading("adapter", folder / "adapter"):
+        with loading("adapter", folder / "adapter"):
             adapted = PeftModel.from_pretrained(parts.model.language, folder / "adapter", autocast_adapter_dtype=False)
         # Not ``adapted.to``: that would round the frequencies of rotary positions, which are no weights, as well.
         own = parts.model.language.get_input_embeddings().weight.dtype
@@ -203,13 +204,13 @@ def _refuse_broken(folder: Path, method: str) -> None:
         names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
         weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
         files += [folder / "adapter" / name for name in ("adapter_config.json", weights)]
-    faults.check_files(files)
+    check_files(files)
 
 
 def load_connector(connector: nn.Module, folder: Path) -> None:
     """Fills ``connector`` from ``folder``; every weight must be there, of the right shape and finite."""
     path = folder / CONNECTOR
-    with faults.reading(path):
+    with reading(path):
         weights = load_file(path)
         connector.load_state_dict(weights)
     if not all(weight.isfinite().all() for weight in weights.values()):

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import faults
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
-from llavactl.core.paths import cache_dir, expanded, read_json, write_json
+from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, of_run
 from llavactl.recipe.frame import Recipe
@@ -40,11 +40,11 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     Raises:
         ModelError: there is no model, none of the formats recognises it, or it lacks what no recipe tells.
     """
-    folder = expanded(model).absolute()
+    folder = expand_user(model).absolute()
     if folder.is_file():
         folder = folder.parent
     if not folder.exists() and HUB_ID.fullmatch(str(model)):
-        folder = faults.downloaded(str(model), "`--model` takes a folder or a Hugging Face id")
+        folder = hub.download(str(model), "`--model` takes a folder or a Hugging Face id")
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
         describe(folder)
         return folder

@@ -21,11 +21,14 @@ from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.core.validation import KeyPath, explain
 from llavactl.recipe.document import Node, write
-from llavactl.recipe.frame import Component, Eval, Outline, Recipe, VisionRecipe
+from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
+from llavactl.recipe.sections import Eval
+from llavactl.recipe.specs import Component
+from llavactl.recipe.stages import STAGES
 
-TEMPLATES = (("language", "template"), ("stage1", "template"), ("stage2", "template"))
-"""Keys of the frame that name a template."""
+TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
+"""Recipe keys that name a template."""
 
 Found = tuple[KeyPath, str]
 """A path in the recipe and what is wrong there."""

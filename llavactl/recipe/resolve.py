@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
-from llavactl.core.paths import expanded
+from llavactl.core.paths import expand_user
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Node, display, merge, parse, put, read
 
@@ -45,7 +45,7 @@ def find(source: str | Path | None) -> RecipeLocation:
             )
         source = Path(DEFAULT)
     if is_path(source):
-        file = expanded(source).absolute()
+        file = expand_user(source).absolute()
         return RecipeLocation(file, file.parent)
     return RecipeLocation(_registered(str(source)), Path.cwd())
 
@@ -100,7 +100,7 @@ def _parent(extends: object, child: RecipeLocation) -> RecipeLocation:
         raise RecipeError("must be the name or the path of a recipe")
     if not is_path(extends):
         return RecipeLocation(_registered(extends), child.base)
-    file = Path(child.file.parent, expanded(extends))
+    file = Path(child.file.parent, expand_user(extends))
     if not file.is_file():
         raise RecipeError(f"there is no recipe file {display(file)}")
     return RecipeLocation(file, file.parent if child.base == child.file.parent else child.base)

@@ -6,7 +6,8 @@ from typing import Any
 
 from llavactl.core import plugins
 from llavactl.core.registry import Registration, registry
-from llavactl.recipe.frame import Component, Export, Recipe, Spec
+from llavactl.recipe.frame import Recipe
+from llavactl.recipe.specs import Component, Export, Spec
 
 
 def schema() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavactl.core.registry import spelled
+from llavactl.core.registry import format_spec
 from llavactl.report.inputs import read_document, read_recipe
 
 USE = {
@@ -91,7 +91,7 @@ def _made_of(description: Mapping[str, Any]) -> list[str]:
         spec = description.get(key) or {}
         options = ", ".join(f"{option} {_short(value)}" for option, value in spec.items() if option != "name")
         shown.append(f"- {key}: `{spec.get('name', 'unknown')}`" + (f" ({options})" if options else ""))
-    return [*shown, f"- conversation template: `{spelled(description.get('template') or 'unknown')}`"]
+    return [*shown, f"- conversation template: `{format_spec(description.get('template') or 'unknown')}`"]
 
 
 def _data(recipe: Mapping[str, Any]) -> list[str]:

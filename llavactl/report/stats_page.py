@@ -30,7 +30,7 @@ def statistics_page(name: str, report: Mapping[str, Any], distributions: Mapping
         name=name,
         samples=show(report["samples"]),
         unusable=show(report["unusable"]),
-        tokens=report["tokens"],
+        tokens=report["token_counting"],
         columns=QUANTILES,
         rows=rows,
         plots=plots,

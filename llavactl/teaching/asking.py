@@ -98,7 +98,7 @@ def ask(
         KeyboardInterrupt: after what was in flight has arrived; a second one leaves that behind.
     """
     asking = _Asking(teacher, todo, journal, budget)
-    with stopping.deferred(asking.interrupt):  # never between receiving a reply and storing it
+    with stopping.deferred_interrupt(asking.interrupt):  # never between receiving a reply and storing it
         return asking.run(answered, what)
 
 
@@ -314,10 +314,10 @@ class _Asking:
     def _show(self) -> None:
         """One more is done; what that has cost so far stands in the progress line."""
         if self.budget.price is None:
-            self.bar.show()
+            self.bar.advance()
         else:
             most = "" if self.budget.max_cost is None else f" of {self.budget.max_cost:g}"
-            self.bar.show(cost=f"{self.budget.spent:.4f}{most}")
+            self.bar.advance(cost=f"{self.budget.spent:.4f}{most}")
 
 
 def _reply(said: str | Reply) -> Reply:

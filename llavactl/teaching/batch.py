@@ -11,6 +11,7 @@ from typing import Any
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.paths import open_atomic
 from llavactl.core.protocols import BatchTeacher, Limits
+from llavactl.files.json_stream import read_stream
 from llavactl.teaching.asking import Keyed, size
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.journal import Journal
@@ -117,22 +118,10 @@ def _keep(teacher: BatchTeacher, keyed: Keyed, row: Any, journal: Journal, budge
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            for number, line in enumerate(opened, 1):
-                if line.strip():
-                    yield f"{file}:{number}", _parsed(line)
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file", hint="download the batch's results first") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    if not file.is_file():
+        raise DataError(f"{file}: no such file", hint="download the batch's results first")
+    for entry in read_stream(file):
+        yield f"{file}:{entry.location}", entry.value
 
 
 def _is_result(row: Any) -> bool:

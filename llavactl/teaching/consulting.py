@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llavactl.core.errors import DataError, RecipeError, TeacherError
-from llavactl.core.protocols import Ask, Consultant, LanguageTeacher, Reply, Request, Teacher
+from llavactl.core.protocols import Ask, BudgetedTeacher, LanguageTeacher, Reply, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.teaching import asking
 from llavactl.teaching.budget import Budget
@@ -15,14 +15,14 @@ from llavactl.teaching.prices import prices
 from llavactl.teaching.spoken import without_thoughts
 
 
-def name_of(consultant: Consultant) -> str:
+def name_of(budgeted: BudgetedTeacher) -> str:
     """Who is asked, as a result names it: the teacher, and the model where it says which."""
-    given = consultant.teacher
+    given = budgeted.spec
     return " ".join(str(given[key]) for key in ("name", "model") if given.get(key))
 
 
-def asker(consultant: Consultant, kept: Path) -> Ask:
-    """What asks ``consultant``; a language teacher's replies are kept in ``kept`` (SQLite).
+def asker(budgeted: BudgetedTeacher, kept: Path) -> Ask:
+    """What asks ``budgeted``; a language teacher's replies are kept in ``kept`` (SQLite).
 
     Raises (when it is called):
         RecipeError: an option that the teacher doesn't take, or a budget without a price.
@@ -31,9 +31,9 @@ def asker(consultant: Consultant, kept: Path) -> Ask:
     """
 
     def ask(requests: Sequence[Request]) -> Mapping[str, str]:
-        teacher: Teacher = registry().create("teachers", consultant.teacher)
+        teacher: Teacher = registry().create("teachers", budgeted.spec)
         if isinstance(teacher, LanguageTeacher):
-            return _durably(teacher, requests, kept, _budget(consultant, teacher))
+            return _durably(teacher, requests, kept, _budget(budgeted, teacher))
         return {request.id: _at_once(teacher, request) for request in requests}
 
     return ask
@@ -71,12 +71,12 @@ def _durably(teacher: LanguageTeacher, requests: Sequence[Request], kept: Path, 
     return {name: _said(answer.reply.text) if answer and answer.reply else "" for name, answer in found.items()}
 
 
-def _budget(consultant: Consultant, teacher: LanguageTeacher) -> Budget:
-    known, limits = prices(consultant.prices), teacher.limits
+def _budget(budgeted: BudgetedTeacher, teacher: LanguageTeacher) -> Budget:
+    known, limits = prices(budgeted.prices), teacher.limits
     price = known.models.get(limits.model)
-    if consultant.max_cost is not None and (price is None or limits.max_tokens is None):
+    if budgeted.max_cost is not None and (price is None or limits.max_tokens is None):
         raise RecipeError(
-            f"max_cost: what a reply of {limits.model or consultant.teacher['name']!r} can cost isn't known",
+            f"max_cost: what a reply of {limits.model or budgeted.spec['name']!r} can cost isn't known",
             hint="name a file with its price in `prices` and set the teacher's `max_tokens`; or leave max_cost out",
         )
-    return Budget(price, consultant.max_cost)
+    return Budget(price, budgeted.max_cost)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from llavactl.teaching.generate import GeneratedRecord
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Gates
+    from llavactl.recipe.sections import Gates
 
 _TOLD = "descriptions?|annotations?|sentences?|captions?|labels?|boxes"
 LEAKS = (

@@ -22,7 +22,7 @@ from llavactl.teaching.messages import Prompts
 from llavactl.teaching.prices import Prices, prices
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate
+    from llavactl.recipe.sections import Generate
 
 log = logging.getLogger(__name__)
 

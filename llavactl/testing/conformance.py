@@ -5,25 +5,31 @@ Each returns what is wrong, one line a fault; an empty list is a component that 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import pickle
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import plugins
-from llavactl.core.errors import PluginError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.errors import DataError, PluginError
+from llavactl.core.protocols import RecordSource, RepairingSource, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Answer, FeatureShape, Sample
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Connector, Judged, Language, Source, Task, Vision
+    from llavactl.core.protocols import Connector, Judged, Language, RawRecord, Source, Task, Vision
 
 
 def check_source(source: Source, *, at_most: int = 50) -> list[str]:
-    """Samples with ids, turns that alternate, images that are ImageRefs and survive pickling."""
-    faults: list[str] = []
+    """Samples with ids, turns that alternate, images that are ImageRefs and survive pickling.
+
+    Of a RecordSource also: its records and findings are consistent with its samples, and repaired records are usable.
+    """
+    faults: list[str] = _record_faults(source, at_most) if isinstance(source, RecordSource) else []
     for index, sample in zip(range(at_most), source, strict=False):
         if not isinstance(sample, Sample):
             return [f"item {index} is a {type(sample).__name__}, not a Sample"]
@@ -33,6 +39,48 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
         changed = [image for image in sample.images if pickle.loads(pickle.dumps(image)) != image]  # noqa: S301 - ours
         faults += [f"sample {sample.id!r}: image {image.name!r} is another after pickling" for image in changed]
     return faults
+
+
+def _record_faults(source: RecordSource, at_most: int) -> list[str]:
+    from llavactl.curation.problems import KINDS
+
+    faults: list[str] = []
+    for record in itertools.islice(source.records(), at_most):
+        if record.problem:
+            continue
+        before = copy.deepcopy(record.value)
+        findings, images = source.examine(record)
+        if unknown := [finding.kind for finding in findings if finding.kind not in KINDS]:
+            return [*faults, f"{record.where}: examine() gives an unknown finding {unknown[0]!r}"]
+        refused = any(KINDS[finding.kind].effect == "stops" for finding in findings)
+        try:
+            sample = source.sample(record)
+        except DataError as error:
+            if not refused:
+                faults.append(f"{record.where}: sample() refuses what examine() accepts: {error.message}")
+        else:
+            if refused:
+                faults.append(f"{record.where}: examine() refuses what sample() accepts")
+            elif set(sample.images) != set(images):
+                faults.append(f"{record.where}: the images of examine() differ from those of sample()")
+        if isinstance(source, RepairingSource):
+            faults += _repair_faults(source, record)
+        if record.value != before:
+            faults.append(f"{record.where}: the record's value was changed in place")
+    return faults
+
+
+def _repair_faults(source: RepairingSource, record: RawRecord) -> list[str]:
+    value, changes = source.repair(record)
+    if value is None:
+        return [] if changes else [f"{record.where}: repair() drops the record without a reason"]
+    if not changes and value is not record.value:
+        return [f"{record.where}: repair() returns another value without a change"]
+    try:
+        source.sample(replace(record, value=value))
+    except DataError as error:
+        return [f"{record.where}: sample() refuses the repaired record: {error.message}"]
+    return []
 
 
 def check_vision(vision: Vision) -> list[str]:
@@ -50,7 +98,7 @@ def check_vision(vision: Vision) -> list[str]:
     wanted = (2, encoder.shape.patches, encoder.shape.width)
     if tuple(features.shape) != wanted:
         faults.append(f"encode() gives {tuple(features.shape)}, its shape promises {wanted}")
-    elif isinstance(vision, MeasuredVision) and vision.shape() != encoder.shape:
+    elif isinstance(vision, ShapedVision) and vision.shape() != encoder.shape:
         faults.append(f"shape() says {vision.shape()}, load() gives {encoder.shape}")
     elif not torch.isfinite(features).all():
         faults.append("encode() gives numbers that are not finite")

@@ -83,7 +83,7 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
             loss.backward()
             optimizer.step()
             explained = 1 - float(loss.detach() / (wanted - wanted.mean((0, 1))).square().mean())
-            bar.show(1, explained=f"{explained:.3f}")
+            bar.advance(1, explained=f"{explained:.3f}")
     return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.core.processes import check_launch, leave_in_order, on_cpu
+from llavactl.core.processes import check_launch, destroy_process_group_at_exit, multiprocess_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,7 +19,7 @@ def accelerator(precision: str) -> Accelerator:
     check_launch(precision)
     from accelerate import Accelerator
 
-    made = Accelerator(mixed_precision="no", cpu=on_cpu())
+    made = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
     if made.num_processes > 1:
-        leave_in_order()
+        destroy_process_group_at_exit()
     return made

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llavactl.core.stopping import Stop
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.frame import AnyStage
+    from llavactl.recipe.stages import AnyStage
     from llavactl.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def train(run: Run) -> Trained:
         gc_frozen(),
         closing(metrics) if metrics else nullcontext(),
         progress.bar(plan.steps, run.folder.name, "step", start) as bar,
-        stopping.deferred(lambda: _announce(run)) as stop,
+        stopping.deferred_interrupt(lambda: _announce(run)) as stop,
     ):
         saved = start
         if found and due(start) and found.val_loss is None and len(run.validation):
@@ -153,8 +153,8 @@ def train(run: Run) -> Trained:
             if due(done):
                 facts |= _checkpoint(run, done, metrics, stop)
                 saved = done
-            bar.show(1, **{name: f"{value:.4f}" for name, value in facts.items()})
-        if stop.asked:
+            bar.advance(1, **{name: f"{value:.4f}" for name, value in facts.items()})
+        if stop.requested:
             _stopped(run, plan.steps)
     return Trained(start, _take_best(run) if stage.restore_best else plan.steps)
 
@@ -197,7 +197,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
-    counts[2] = stop.asked
+    counts[2] = stop.requested
     counts = _sum(accelerator, counts)
     if counts[2]:
         return None
@@ -241,11 +241,11 @@ def validate(run: Run, stop: Stop) -> float | None:
         for at in range(0, len(run.validation), size):
             members = [(0, index) for index in range(at, min(at + size, len(run.validation)))]
             for batch in micro_batches(run, run.validation, members, stop):
-                if stop.asked:
+                if stop.requested:
                     raise CancelledError
                 loss = run.model(to_device(batch, run.accelerator.device))
                 total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
-    total[2] = stop.asked
+    total[2] = stop.requested
     total = _sum(run.accelerator, total)
     return None if total[2] else float(total[0] / total[1])
 

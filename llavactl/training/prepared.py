@@ -52,6 +52,6 @@ class _UntilStopped:
     stop: Stop
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        if self.stop.asked:
+        if self.stop.requested:
             raise CancelledError
         return self.features.stored(image)

@@ -15,7 +15,7 @@ from llavactl.model.quantised import quantise
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.frame import AnyStage, Stage2
+    from llavactl.recipe.stages import AnyStage, Stage2
 
 log = logging.getLogger(__name__)
 

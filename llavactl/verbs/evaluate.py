@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.chat import foreign
+from llavactl.chat import transformers_model
 from llavactl.core import plugins
 from llavactl.core.errors import DataError
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import json_text, write_atomic, write_json
-from llavactl.core.protocols import Consults, Judged, Pairs
+from llavactl.core.protocols import AnswerChecker, Judged, TeacherScored
 from llavactl.core.registry import registry
 from llavactl.evaluation import runner, tasks
 from llavactl.evaluation.answers import read_answers, refuse_echoes
@@ -26,7 +26,7 @@ from llavactl.evaluation.views import BLIND, STAGE1, View, other_pictures
 from llavactl.features import ContentKeys
 from llavactl.model.folder import of_run
 from llavactl.model.foreign import resolve
-from llavactl.recipe.frame import Eval
+from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
@@ -93,9 +93,9 @@ class _Asked:
 
     def scored(self, answers: Answers, file: Path, replies: Path) -> Scores:
         """The scores of the answers in ``file``; what a teacher says to them is kept in ``replies``."""
-        if isinstance(self.task, Consults) and self.task.consultant is not None:
+        if isinstance(self.task, TeacherScored) and self.task.teacher is not None:
             given = runner.chosen(self.questions, answers, file)
-            return self.task.consulted(given, asker(self.task.consultant, replies), self.protocol)
+            return self.task.score_with_teacher(given, asker(self.task.teacher, replies), self.protocol)
         assert not isinstance(self.task, Judged)
         return runner.score(self.task, self.questions, answers, self.protocol, file)
 
@@ -104,7 +104,7 @@ class _Asked:
         ranges, name = intervals(self.questions, scored), self.spec["name"]
         beyond = len(answers) - len(self.questions)
         made = EvalReport(name, self.protocol, model, len(self.questions), scored.scores, scored.failed, ranges)
-        asks = self.task.consultant if isinstance(self.task, Consults) else None
+        asks = self.task.teacher if isinstance(self.task, TeacherScored) else None
         return replace(made, ignored=beyond, answers=str(file), judge=name_of(asks) if asks else None), scored
 
 
@@ -141,7 +141,7 @@ def evaluate(
     made: Task | Judged = registry().create("tasks", spec, flag="-t ")
     chosen = runner.choose(made.protocols, protocol)
     if isinstance(made, Judged) and (stored := _stored(made, task, chosen)):
-        if answers is not None and isinstance(made, Pairs):
+        if answers is not None and isinstance(made, AnswerChecker):
             made.check_answers(read_answers(answers, made))
         return stored
     asked = _Asked(made, spec, list(made.questions()), limit, chosen)
@@ -161,10 +161,10 @@ def evaluate(
 
 def _model(recipe: Outline | None, model: str | None) -> _Model:
     """The model that is asked: ``model``, of ours or of another program (``hf:``), else the recipe's."""
-    if model is not None and model.startswith(foreign.PREFIX):
-        name = re.sub(r"[^\w.-]+", "--", model.removeprefix(foreign.PREFIX)).strip("-.") or "model"
+    if model is not None and model.startswith(transformers_model.PREFIX):
+        name = re.sub(r"[^\w.-]+", "--", model.removeprefix(transformers_model.PREFIX)).strip("-.") or "model"
         runs = Path("runs", name, "eval").absolute() if recipe is None else recipe.run_dir / "eval" / "others" / name
-        return _Model(View("", foreign.find(model), foreign=True), runs, model, own=False)
+        return _Model(View("", transformers_model.resolve_folder(model), foreign=True), runs, model, own=False)
     if model is None:
         assert recipe is not None
         folder = of_run(recipe.run_dir)
@@ -180,7 +180,7 @@ def _stored(task: Judged, name: str, protocol: str) -> EvalReport | None:
     if reviews := task.reviews():
         scored = task.judge(reviews, protocol)
         return EvalReport(name, protocol, "stored reviews", len(reviews[0]), scored.scores, scored.failed)
-    if isinstance(task, Consults) and task.consultant is not None:
+    if isinstance(task, TeacherScored) and task.teacher is not None:
         return None
     raise DataError(
         f"{name} is scored by a judge, who compares each answer with a reference answer; no verdicts are given",
@@ -229,7 +229,10 @@ def _write(
     replies = model.runs / "judge" / f"{name}.replies.sqlite"
     report, scored = asked.report(said[""], model.name, kept, replies)
     others = {other: dict(asked.scored(said[other], kept, replies).scores) for other in said if other}
-    file, prompt = into / f"{name}.json", foreign.prompt_of(model.view.folder) if model.view.foreign else None
+    file, prompt = (
+        into / f"{name}.json",
+        transformers_model.prompt_format_of(model.view.folder) if model.view.foreign else None,
+    )
     report = replace(report, beside=others, file=str(file), ignored=0, prompt=prompt)
     _examples(into / "examples", name, asked.questions, said, scored)
     write_json(file, {**asdict(report), "digest": digest})
@@ -247,7 +250,7 @@ def _views(recipe: Outline | None, model: _Model, settings: Eval, asked: _Asked)
     if settings.blind_baseline and len(other_pictures(asked.everything)) > 1:
         views.append(replace(model.view, name=BLIND, blind=True))
     first = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    if settings.stage1 and model.own and first is not None and first.is_dir() and first != model.view.folder:
+    if settings.stage1_baseline and model.own and first is not None and first.is_dir() and first != model.view.folder:
         views.append(View(STAGE1, first))
     return views
 

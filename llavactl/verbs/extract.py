@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, RecipeError, StoreError
-from llavactl.core.hashes import nothing_remembered
+from llavactl.core.hashes import read_only_cache
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.data.records import distinct_images
 from llavactl.features.backbone import Backbone
@@ -101,11 +101,11 @@ def extract(
             skipped (after all others are stored).
         StoreError: too little disk (before any work), the store can't be written or another process writes to it.
     """
-    if not (recipe.data.stage1 or recipe.data.stage2):
+    if not recipe.stages_with_data():
         raise RecipeError("data.stage1 and data.stage2 name no source", hint="there is nothing to extract features of")
     began = time.perf_counter()
     part = part or part_of_this_process()
-    with nothing_remembered() if dry_run else nullcontext():
+    with read_only_cache() if dry_run else nullcontext():
         plans, device = _plans(recipe, part, remember=not dry_run), device_of(part, default_device())
         jobs = [(each, _work(each, recipe, device, part)) for each in plans if each.todo]
     report = _before(plans, device, part)
@@ -136,7 +136,7 @@ def _plans(recipe: VisionRecipe, part: Part, *, remember: bool) -> list[Extracti
     wanted = wanted_features(recipe, {stage.number: distinct_images(stage.sources) for stage in recipe.stages()})
     keys = ContentKeys(remember=remember, workers=recipe.features.workers)
     with progress.bar(sum(len(each.images) for each in wanted), "hashing", "image") as bar:
-        return [plan(each, keys, bar.show, part) for each in wanted]
+        return [plan(each, keys, bar.advance, part) for each in wanted]
 
 
 def _work(each: ExtractionPlan, recipe: VisionRecipe, device: str, part: Part) -> Extraction:
@@ -198,7 +198,7 @@ def _fill(jobs: Sequence[Job]) -> list[Filled]:
     def advance(images: int, size: int) -> None:
         nonlocal written
         written += size
-        bar.show(images, GB=f"{written / 1e9:.2f}")
+        bar.advance(images, GB=f"{written / 1e9:.2f}")
 
     with progress.bar(sum(len(each.todo) for each, _ in jobs), "encoding", "image") as bar:
         return [fill(each.todo, each.wanted, work, advance) for each, work in jobs]

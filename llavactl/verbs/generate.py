@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
-from llavactl.core.hashes import hash_json, nothing_remembered
+from llavactl.core.hashes import hash_json, read_only_cache
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
@@ -30,7 +30,8 @@ from llavactl.teaching.session import GenerationOptions, GenerationStats, Sessio
 from llavactl.teaching.summary import GenerationSummary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate, Outline
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.sections import Generate
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, wishes: GenerationOption
     pictures = list(registry().create("sources", wanted.source.spec()))
     if not pictures:
         raise DataError(f"generate.source {wanted.source.name}: there is no picture to ask about")
-    with nothing_remembered() if dry_run else nullcontext():
+    with read_only_cache() if dry_run else nullcontext():
         digest = _digest(wanted, pictures, recipe.seed, told)
     by_hand = wishes.retry_refused or wishes.batch_requests or wishes.batch_results
     if not dry_run and not by_hand and (done := _finished(wanted.out, digest)):
@@ -132,7 +133,7 @@ def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Itera
     with progress.bar(len(asked), "generate", "sample") as bar:
         for request in asked:
             yield teaching.made(teacher, request, told)
-            bar.show()
+            bar.advance()
 
 
 def _write(wanted: Generate, found: Iterable[teaching.GeneratedRecord], seed: int) -> GenerationSummary:

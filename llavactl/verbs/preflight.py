@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import content_of
-from llavactl.core.protocols import CheckedFormat, MeasuredVision, SkeletonLanguage
-from llavactl.core.registry import registry, singular
+from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
+from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.frame import Outline, Recipe
@@ -64,7 +64,7 @@ def _exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fault]) 
     for index, each in enumerate(recipe.export):
         with _collected(found, f"export.{index}.format"):
             made = registry().create("formats", each.spec())
-            if isinstance(made, CheckedFormat):
+            if isinstance(made, CheckableFormat):
                 made.check(recipe.stage(2).vision, recipe.connector.spec(), skeleton, tokenizer)
 
 
@@ -89,7 +89,7 @@ def _shape(spec: Mapping[str, Any], found: list[Fault]) -> FeatureShape | None:
     if _is_here(spec):
         with _collected(found, "vision", spec):
             vision = registry().create("vision", spec)
-            return vision.shape() if isinstance(vision, MeasuredVision) else None
+            return vision.shape() if isinstance(vision, ShapedVision) else None
     return None
 
 
@@ -112,5 +112,5 @@ def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = No
             raise
         kind = {"vision": "vision", "connector": "connectors", "language": "languages"}[key]
         plugin = registry().get(kind, spec["name"]).plugin
-        what = f"{singular(kind)} {spec['name']!r} of plugin {plugin}"
+        what = f"{kind_label(kind)} {spec['name']!r} of plugin {plugin}"
         found.append((key, f"{what} fails: {type(error).__name__}: {error}"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
 from llavactl.data.pieces import Piece, pieces
@@ -22,7 +22,8 @@ from llavactl.report.tokens import page
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Sample
-    from llavactl.recipe.frame import Recipe, Stage
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import Stage, StageNumber
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ShowReport:
 
 def show(
     recipe: Recipe,
-    stage: Literal[1, 2] | None = None,
+    stage: StageNumber | None = None,
     *,
     sample: str | None = None,
     count: int = 1,
@@ -84,7 +85,7 @@ def show(
     Raises:
         DataError: a record can't be used, there is no such sample, or ``html`` can't be written.
     """
-    number = stage or (2 if recipe.data.stage2 else 1)
+    number = stage or max(recipe.stages_with_data(), default=1)
     chosen_stage = recipe.stage(number)
     settings, template = chosen_stage.settings, chosen_stage.template
     if not chosen_stage.sources:
@@ -101,7 +102,7 @@ def show(
     )
     report = ShowReport(
         stage=number,
-        template=spelled(template),
+        template=format_spec(template),
         image_order=settings.image_order,
         epoch=epoch,
         max_length=settings.max_length,

@@ -39,10 +39,11 @@ from llavactl.training.optimizer import Optimizer
 from llavactl.verbs.train_report import TrainReport, finished, report_of
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Contents, FeatureShape, ImageRef
+    from llavactl.core.schema import FeatureShape, ImageContents, ImageRef
     from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
 
-    ReadContents = Callable[[Sequence[ImageRef]], Contents]
+    ReadContents = Callable[[Sequence[ImageRef]], ImageContents]
 
 log = logging.getLogger(__name__)
 SAMPLE_ANSWERS = 8
@@ -50,7 +51,7 @@ OWN_INITS = ("stage1", "scratch")
 
 
 def train(
-    recipe: Recipe, stage: Literal[1, 2], resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
+    recipe: Recipe, stage: StageNumber, resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
 ) -> TrainReport:
     """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or goes on where it was cut off.
 
@@ -138,7 +139,7 @@ def train(
 def _limit_skipped(contents: ReadContents, max_skipped: int | None) -> ReadContents:
     """``contents``, raising DataError if more than ``max_skipped`` images can't be read."""
 
-    def limited(images: Sequence[ImageRef]) -> Contents:
+    def limited(images: Sequence[ImageRef]) -> ImageContents:
         found = contents(images)
         if max_skipped is not None and len(found.unreadable) > max_skipped:
             image, why = next(iter(found.unreadable.items()))
@@ -240,7 +241,7 @@ def _complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": spec["name"], **registry().options("connectors", spec).model_dump(mode="json")}
 
 
-def _digest(recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
+def _digest(recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: Split, start: Path | None) -> str:
     """A hash of everything that determines the result: settings, components, data, features, the initial model.
 
     Files count by content, not by name. Settings that don't change the result, only speed for example, are left out: a
@@ -273,7 +274,7 @@ def _language(recipe: Recipe, start: Path | None) -> dict[str, Any]:
 
 
 def _description(
-    recipe: Recipe, stage: Literal[1, 2], fingerprint: Fingerprint, digest: str, start: Path | None
+    recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, digest: str, start: Path | None
 ) -> dict[str, Any]:
     chosen = recipe.stage(stage)
     settings = chosen.settings

@@ -210,8 +210,8 @@ def test_output_is_utf_8_in_any_locale(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     process = program("recipes", "check", cwd=tmp_path, env=environment, encoding="utf-8")
     out, err = process.communicate()
-    assert "must be an integer ≥ 1, not 0" in out
-    assert "not 'ä'" in out
+    assert "expected an integer ≥ 1, got 0" in out
+    assert "got 'ä'" in out
     assert err == ""
 
 

@@ -75,7 +75,7 @@ class TestRecipes:
         result = run_cli("recipes", "check", "-o", "foo=1", cwd=here)
         assert result.exit_code == 1
         assert result.stdout.splitlines() == [
-            "recipe.yaml:5: seed: must be an integer, not 'x'",
+            "recipe.yaml:5: seed: expected an integer, got 'x'",
             "recipe.yaml:6: stage1.epoch: unknown key; did you mean 'epochs'?",
             f"-o foo=1: foo: unknown key; {KEYS}",
         ]
@@ -86,7 +86,7 @@ class TestRecipes:
         assert result.exit_code == 1
         assert result.json() == {
             "ok": False,
-            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "must be an integer, not 'x'"}],
+            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "expected an integer, got 'x'"}],
         }
         assert run_cli("recipes", "check", "--json", "-o", "seed=1", cwd=here).json() == {"ok": True, "problems": []}
 

@@ -51,7 +51,7 @@ def test_a_file_just_written_is_not_remembered(tmp_path: Path) -> None:
     file.write_bytes(b"one")
     first = hash_file(file)
     stamp = hashes.stamp_bytes(f"{file}\0{hashes.file_stamp(file.stat())}")
-    assert hashes.HashMemory(hashes.cache_dir() / "files.sqlite").find([stamp]) == {}
+    assert hashes.HashCache(hashes.cache_dir() / "files.sqlite").find([stamp]) == {}
     assert hash_file(_aged(file)) == first
 
 

@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.sources.llava_json import LlavaJsonOptions, llava_json
+from llavactl.chat.inputs import read_batch
+from llavactl.components.sources.llava_json import LlavaJson, LlavaJsonOptions
 from llavactl.components.teachers.replay import Replay, ReplayOptions
 from llavactl.core.protocols import Request
 from llavactl.core.schema import Sample
 from llavactl.curation.captions import read_captions
+from llavactl.curation.inputs import file_source
 from llavactl.evaluation.answers import read_answers
 from llavactl.files.json_stream import read_stream
 from llavactl.files.records import read_records
 from llavactl.report.inputs import read_lines
 from llavactl.training.metrics import read as read_metrics
-from llavactl.verbs.chat import read_batch
 
 ROOT = Path(__file__).parents[2]
 
 TEXT_OF_OTHER_KINDS = {
-    "llavactl/core/faults.py": "an exception's message",
+    "llavactl/core/library_errors.py": "an exception's message",
     "llavactl/evaluation/verification/script.py": "what a process wrote to stderr",
     "llavactl/components/tasks/coco_words.py": "a table of words in the module itself",
     "llavactl/components/tasks/judging.py": "the first line of a judge's verdict",
@@ -66,9 +67,9 @@ READERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[Path], list[
     "read_records": (lambda text: {"x": text}, lambda file: [each.fields["x"] for each in read_records(file)]),
     "llava-json": (
         lambda text: {"conversations": _turns(text)},
-        lambda file: [each.turns[1].text for each in llava_json(LlavaJsonOptions(path=file))],
+        lambda file: [each.turns[1].text for each in LlavaJson(LlavaJsonOptions(path=file))],
     ),
-    "captions": (lambda text: {"caption": text}, lambda file: [each.text for each in read_captions(file)]),
+    "captions": (lambda text: {"caption": text}, lambda file: [each.text for each in read_captions(file_source(file))]),
     "answers": (
         lambda text: {"id": text.count("z"), "text": text},
         lambda file: [each.text for each in read_answers(file).values()],

@@ -14,7 +14,7 @@ def test_transformers_bars_stay_off_what_is_no_terminal(capsys: pytest.CaptureFi
     try:
         assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
         assert "Loading weights" in capsys.readouterr().err
-        progress.calm_transformers()
+        progress.quiet_transformers()
         assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
         assert capsys.readouterr().err == ""
     finally:

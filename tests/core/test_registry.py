@@ -10,7 +10,7 @@ import pytest
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, Registry, registry, singular
+from llavactl.core.registry import Options, Registration, Registry, kind_label, registry
 from llavactl.core.suggest import suggest
 
 
@@ -90,7 +90,7 @@ def test_suggestions() -> None:
 
 
 def test_singulars() -> None:
-    assert [singular(kind) for kind in KINDS] == [
+    assert [kind_label(kind) for kind in KINDS] == [
         "source",
         "vision backbone",
         "connector",

@@ -26,9 +26,11 @@ GOOD: list[Any] = [
     llavactl.Reply("yes", 1, None),
     llavactl.Request("r", "detail", ({"role": "user", "content": "?"},), Sample("a", (TURN,))),
     llavactl.Limits(),
+    llavactl.Finding("no-answer", "answer 1 of 2"),
+    llavactl.RawRecord("a.jsonl:1", {"id": 1}, 0, "", 12),
     llavactl.Progress("stage1", 1, 2, "step", 0, {"loss": "1.0"}),
 ]
-FIELDS = [(made, field.name) for made in GOOD for field in dataclasses.fields(made)]
+FIELDS = [(made, field.name) for made in GOOD for field in dataclasses.fields(made) if field.type != "Any"]
 
 
 class Odd:

@@ -70,7 +70,7 @@ def test_another_extractor_takes_the_place_of_ours(
     report = run("filter", captions, "--out", tmp_path / "o.jsonl", "--extractor", "mine:last_words")
     assert (report["phrases"], report["rare"], report["kept"]) == (4, 1, 48)
     for extractor, said in (
-        ("mine:wrong", "1 answers for 49 captions"),
+        ("mine:wrong", "1 results for 49 captions"),
         ("mine:none", "not iterable"),
         ("mine:gone", "can't be loaded"),
         ("nowhere:x", "can't be loaded"),
@@ -127,15 +127,15 @@ def test_a_recipe_names_the_captions_and_the_seed(toy: Path, tmp_path: Path) -> 
     assert run("expand", *recipe, "-o", "seed=3", "--out", out)["seed"] == 3
     result = run_cli("data", "expand", *recipe, "-o", "data.stage1=[]", "--out", str(out))
     assert result.exit_code == 1
-    assert "not one file of captions" in result.stderr
+    assert "data.stage1" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"id": 1, "caption": " "}', ":50: no text `caption`"),
+        ('{"id": 1, "caption": " "}', ":50: no `caption`"),
         ("{oops", ":50: not JSON"),
-        ("[1]", ":50: no text `caption`"),
+        ("[1]", ":50: no `caption`"),
         ('{"id": 1, "caption": "a dog"}', ":50: no `image`"),
     ],
 )
@@ -176,7 +176,7 @@ def test_the_file_that_is_read_is_never_altered(captions: Path, verb: str) -> No
     before = captions.read_bytes()
     result = run_cli("data", verb, str(captions), "--out", str(captions))
     assert result.exit_code == 1
-    assert "is never altered" in result.stderr
+    assert str(captions) in result.stderr
     assert captions.read_bytes() == before
 
 
@@ -188,7 +188,7 @@ def test_all_lines_without_a_caption_are_named_at_once(captions: Path, tmp_path:
     result = run_cli("data", verb, str(captions), "--out", str(out))
     assert result.exit_code == 1
     for line in (50, 51, 53, 69):
-        assert f"{captions}:{line}: no text `caption`" in result.stderr
+        assert f"{captions}:{line}: no `caption`" in result.stderr
     assert f"{captions}:52: not JSON" in result.stderr
     assert "and 13 more" in result.stderr
     assert not out.exists()

@@ -115,7 +115,7 @@ def test_a_special_tokens_name_that_no_break_can_hide_is_refused(tokenizer: Any)
     """A conversation with every noncharacter would else end its turn by itself."""
     every = "".join(chr(0xFDD0 + index) for index in range(32))
     made = encoding("vicuna-v1", tokenizer)
-    assert made.encode([Turn("user", (every,)), Turn("assistant", ("A dog.",))]).trained
+    assert made.encode([Turn("user", (every,)), Turn("assistant", ("A dog.",))]).target_tokens
     with pytest.raises(ConversationError, match="noncharacters"):
         made.encode([Turn("user", (every,)), Turn("assistant", ("A dog.</s>",))])
 
@@ -190,7 +190,7 @@ def test_what_trains_is_known_before_it_is_tokenised(
 ) -> None:
     turns = [Turn("user", (question, *[PHOTO, OTHER][:images])), Turn("assistant", (answer,)), *TALK[2:]]
     made = encoding(name, tokenizer, 5, length)
-    assert made.trains(turns) == (made.encode(turns).trained > 0)
+    assert made.trains(turns) == (made.encode(turns).target_tokens > 0)
 
 
 def test_texts_are_what_the_tokens_stand_for(tokenizer: Any) -> None:

@@ -13,13 +13,14 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
-from llavactl.core.schema import IMAGE_TOKEN, Contents, Sample, Turn
+from llavactl.core.schema import IMAGE_TOKEN, ImageContents, Sample, Turn
 from llavactl.data.encode import Encoding
 from llavactl.data.plan import BatchPlan
 from llavactl.data.records import apart, samples
 from llavactl.data.training_set import Split, arranged, split
 from llavactl.images.image_file import ImageFile
-from llavactl.recipe.frame import SourceSpec, Stage
+from llavactl.recipe.specs import SourceSpec
+from llavactl.recipe.stages import Stage
 
 COUNT, EPOCHS = 2000, 6
 
@@ -87,7 +88,7 @@ def made(
     encoding = Encoding(template, tokenizer, 4, settings.max_length)
     features: Any = None
     keys = dict(contents or {})
-    looked_at = Contents(keys, unreadable or {})
+    looked_at = ImageContents(keys, unreadable or {})
     spec = SourceSpec(name="any", split_turns=split_turns)
     return split([spec], settings, encoding, features, lambda _images: looked_at, 0)
 
@@ -127,7 +128,7 @@ def test_a_sample_without_a_target_is_left_out_and_listed(tokenizer: Any, monkey
     assert (out.id, out.where) == ("s1", "record 1")
     assert out.reason == "nothing of its answers is within max_length 260"
     for epoch in range(4):
-        assert all(data.train.encoded(epoch, index).trained for index in range(2))
+        assert all(data.train.encoded(epoch, index).target_tokens for index in range(2))
 
 
 def test_left_out_is_a_line_a_sample_even_of_one_id(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,9 +244,9 @@ def test_sigterm_ends_a_conversation_that_ctrl_c_does_not(toy: Path, monkeypatch
 def test_what_was_started_to_ignore_a_signal_ignores_it() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with stopping.signals(), stopping.deferred() as stop:
+        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt() as stop:
             signal.raise_signal(signal.SIGTERM)
-        assert not stop.asked
+        assert not stop.requested
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -255,7 +255,7 @@ def test_in_another_thread_nothing_is_touched() -> None:
     found: list[Any] = []
 
     def work() -> None:
-        with stopping.signals(), stopping.deferred():
+        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -9,7 +9,7 @@ import pytest
 
 from llavactl.features import Fingerprint
 from llavactl.features.fingerprint import of_identity
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 
 FIELDS = {"backbone": "toy", "layers": [2], "image": "pad"}
 

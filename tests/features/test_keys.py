@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavactl import ImageFile
-from llavactl.core.hashes import HashMemory
+from llavactl.core.hashes import HashCache
 from llavactl.features import ContentKeys
 from llavactl.features.stamp_index import StampIndex
 
@@ -191,7 +191,7 @@ def test_held_keys_need_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("the database was asked")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HashMemory, "_ask", ask)
+        patch.setattr(HashCache, "_ask", ask)
         assert [again.key(image) for image in images] == [sha(image.read()) for image in images]
     images[0].file.write_bytes(b"other")
     assert again.key(images[0]) == sha(b"other")

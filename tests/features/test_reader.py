@@ -23,7 +23,8 @@ from llavactl.features import (
 from llavactl.features.backbone import Backbone, Result
 from llavactl.features.extraction import Extraction, encoded
 from llavactl.features.prepare import prepare
-from llavactl.recipe.frame import Features, Recipe
+from llavactl.recipe.frame import Recipe
+from llavactl.recipe.sections import Features
 from llavactl.verbs.extract import extract
 
 Load = Callable[..., Recipe]

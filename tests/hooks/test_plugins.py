@@ -343,7 +343,7 @@ class TestARecipeOfAPlugin:
         done = site.run("recipes", "check", "ours", "-o", "connector.width=1", "-o", "connector.wdth=2", code=1)
         assert done.stdout.splitlines() == [
             "-o connector.wdth=2: connector.wdth: unknown key; did you mean 'width'?",
-            "-o connector.width=1: connector.width: must be an integer ≥ 2, not 1",
+            "-o connector.width=1: connector.width: expected an integer ≥ 2, got 1",
         ]
 
     def test_its_own_check_is_asked(self, site: Any) -> None:

@@ -86,9 +86,9 @@ def test_problems_are_told_where_they_were_written(here: Path) -> None:
     )
     child("extends: base/parent.yaml\nconnector: {pixel_shuffle: y}\nseed: z\n")
     assert [str(problem) for problem in check()] == [
-        "base/parent.yaml:6: stage1.epochs: must be a number > 0, not 'x'",
-        "recipe.yaml:2: connector.pixel_shuffle: must be an integer ≥ 1, not 'y'",
-        "recipe.yaml:3: seed: must be an integer, not 'z'",
+        "base/parent.yaml:6: stage1.epochs: expected a number > 0, got 'x'",
+        "recipe.yaml:2: connector.pixel_shuffle: expected an integer ≥ 1, got 'y'",
+        "recipe.yaml:3: seed: expected an integer, got 'z'",
     ]
 
 

@@ -9,8 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from llavactl.core.registry import Options, Registration, registry
-from llavactl.recipe.frame import Recipe, Spec
+from llavactl.recipe.frame import Recipe
 from llavactl.recipe.schema import schema
+from llavactl.recipe.specs import Spec
 
 
 def choices(spec: str) -> dict[str, Any]:

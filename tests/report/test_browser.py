@@ -14,7 +14,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")]
 
-TASK = "\neval: {tasks: [{name: scenes, scenes: 4}], blind_baseline: true, stage1: true, max_new_tokens: 2}\n"
+TASK = "\neval: {tasks: [{name: scenes, scenes: 4}], blind_baseline: true, stage1_baseline: true, max_new_tokens: 2}\n"
 NEXT = 'try_next: ["llavactl run -o connector.name=linear"]\n'
 
 # Counts what only a browser knows, and writes it where a dump of the page shows it.

@@ -12,7 +12,7 @@ import pytest
 from llavactl.core.protocols import Request
 from llavactl.core.schema import Sample, Turn
 from llavactl.images.image_file import ImageFile
-from llavactl.recipe.frame import Gates
+from llavactl.recipe.sections import Gates
 from llavactl.teaching.gates import Gatekeeper
 from llavactl.teaching.generate import GeneratedRecord
 from llavactl.testing.endpoint import WORDS

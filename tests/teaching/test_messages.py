@@ -10,7 +10,7 @@ import pytest
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import Reply, Request
 from llavactl.core.schema import Box, Sample
-from llavactl.recipe.frame import Gates
+from llavactl.recipe.sections import Gates
 from llavactl.teaching import files
 from llavactl.teaching.gates import Gatekeeper
 from llavactl.teaching.generate import record, requests

@@ -207,9 +207,9 @@ def test_a_judge_may_think_first(tmp_path: Any) -> None:
         '{"id": "1", "reply": "<think>8 or 9?</think>\\n8 9\\nGood."}\n{"id": "2", "reply": "Hm</think>7 7"}\n'
         '{"id": "3", "reply": " 5 6\\nAs it stands. "}\n{"id": "4", "reply": "<think>8 9"}\n'
     )
-    from llavactl.core.protocols import Consultant
+    from llavactl.core.protocols import BudgetedTeacher
 
-    ask = asker(Consultant({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
+    ask = asker(BudgetedTeacher({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
     said = ask([Request(name, "judge", (), Sample(name, ())) for name in "1234"])
     assert said == {"1": "8 9\nGood.", "2": "7 7", "3": " 5 6\nAs it stands. ", "4": "<think>8 9"}
     assert registry().get("teachers", "replay")

@@ -15,7 +15,7 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
-from llavactl.recipe.frame import Stage2
+from llavactl.recipe.stages import Stage2
 from llavactl.training.optimizer import Optimizer, schedule
 from llavactl.training.stages import matrices, trained
 

@@ -90,7 +90,7 @@ def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, 
     (found,) = report["problems"]
     assert (found["problem"], found["count"], found["effect"]) == (kind, 1, KINDS[kind].effect)
     place = f"{path}:4 (record 2)" if suffix == "json" else f"{path}:3"
-    assert found["places"][0].startswith(place)
+    assert found["locations"][0].startswith(place)
     assert report["ok"] == (KINDS[kind].effect == "noted")
     assert code == (0 if report["ok"] else 1)
     assert report["records"] == 3
@@ -115,11 +115,11 @@ def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix:
     assert path.read_bytes() == before
     after = check(out, "--images", str(photos))
     assert after[0] == 0
-    assert after[1]["hurts"] == 0
-    assert after[1]["records"] == report["mended"]["written"] >= 2 * len(FAULTS) - 12
-    notes = [json.loads(line) for line in Path(report["mended"]["log"]).read_text().splitlines()]
-    assert len(notes) == report["mended"]["changed"] + report["mended"]["dropped"]
-    assert any("image-broken cut.jpg" in did for note in notes for did in note["did"])
+    assert after[1]["errors"] == 0
+    assert after[1]["records"] == report["repaired"]["written"] >= 2 * len(FAULTS) - 12
+    notes = [json.loads(line) for line in Path(report["repaired"]["log"]).read_text().splitlines()]
+    assert len(notes) == report["repaired"]["changed"] + report["repaired"]["dropped"]
+    assert any("image-broken cut.jpg" in change for note in notes for change in note["changes"])
     read = json.loads(out.read_text()) if suffix == "json" else [json.loads(line) for line in out.open()]
     assert sum(each == record(7) for each in read) == len(FAULTS)
     assert run_cli("data", "check", str(path), "--fix", str(path)).exit_code == 1
@@ -143,7 +143,7 @@ def test_what_does_not_lie_in_the_records_costs_no_record(photos: Path, tmp_path
     code, report = check(path, "--images", str(place), "--fix", str(out))
     assert code == 1, "what --fix wrote can't be trained yet"
     assert [(each["problem"], each["count"], each["effect"]) for each in report["problems"]] == [(kind, 2, "stops")]
-    assert (report["mended"]["written"], report["mended"]["dropped"]) == (2, 0)
+    assert (report["repaired"]["written"], report["repaired"]["dropped"]) == (2, 0)
     assert json.loads(out.read_text()) == [record(1), record(2)]
     said = run_cli("data", "check", str(path), "--images", str(place))
     assert said.exit_code == 1
@@ -193,7 +193,7 @@ def test_a_recipe_is_checked_in_both_stages_with_its_tokenizer(toy: Path) -> Non
     report = result.json()
     assert report["records"] == 24
     assert [(each["problem"], each["count"]) for each in report["problems"]] == [("image-missing", 2)]
-    assert "stage 1, max_length 2048" in report["lengths"]
+    assert "stage 1, max_length 2048" in report["token_counting"]
     assert result.exit_code == 1
 
 
@@ -237,7 +237,7 @@ def test_a_recipe_without_its_weights_is_checked_all_the_same(toy: Path) -> None
     missing = f"language.model={toy / 'language'}"  # by its path, which no hub is asked for
     result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "-o", missing, "--json")
     assert result.exit_code == 0
-    assert "not counted for stage 1" in result.json()["lengths"]
+    assert "not counted for stage 1" in result.json()["token_counting"]
 
 
 def test_a_source_that_is_no_file_is_checked_too(toy: Path) -> None:
@@ -266,14 +266,14 @@ def test_real_records_are_sound() -> None:
     code, report = check(REAL / "llava_instruct_100.json")
     assert (code, report["problems"], report["records"]) == (0, [], 100)
     code, report = check(REAL / "blip_laion_cc_sbu_2k.json", "--images", str(REAL))
-    assert (code, report["records"], report["hurts"]) == (1, 2183, 2183)
+    assert (code, report["records"], report["errors"]) == (1, 2183, 2183)
 
 
 def test_every_place_is_in_the_json_and_the_first_are_printed(tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     file.write_text("{\n" * 40 + json.dumps(record(1, None)))
     (problem,) = json.loads(run_cli("data", "check", str(file), "--json").stdout)["problems"]
-    assert [place.split(":")[1] for place in problem["places"]] == [str(line) for line in range(1, 41)]
+    assert [place.split(":")[1] for place in problem["locations"]] == [str(line) for line in range(1, 41)]
     printed = run_cli("data", "check", str(file)).stdout
     assert printed.count(f"{file}:") == 3
     assert "json: and 37 more" in printed

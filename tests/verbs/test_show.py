@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, Contents
+from llavactl.core.schema import IGNORE, ImageContents
 from llavactl.data.encode import Encoding
 from llavactl.data.training_set import split
 from llavactl.recipe.load import load_recipe
@@ -48,7 +48,7 @@ def test_every_piece_is_a_token_that_training_sees(toy: Path) -> None:
     encoding = Encoding(registry().create("templates", {"name": "vicuna-v1"}), parts.tokenizer(), 4, 80)
     features: Any = None
     settings = recipe.stage2.model_copy(update={"validation": 0.0})
-    data = split(recipe.data.stage2, settings, encoding, features, lambda images: Contents({}), recipe.seed).train
+    data = split(recipe.data.stage2, settings, encoding, features, lambda images: ImageContents({}), recipe.seed).train
     for epoch in (1, 2, 3):
         report = show(recipe, 2, count=12, epoch=epoch)
         assert [each.id for each in report.shown] == [each.id for each in data.samples]
@@ -58,7 +58,7 @@ def test_every_piece_is_a_token_that_training_sees(toy: Path) -> None:
             assert [piece.id for piece in kept for _ in range(piece.tokens)] == list(encoded.ids)
             marks = [piece.trained for piece in kept for _ in range(piece.tokens)]
             assert marks == [label != IGNORE for label in encoded.labels]
-            assert (each.tokens, each.trained) == (len(encoded), encoded.trained)
+            assert (each.tokens, each.trained) == (len(encoded), encoded.target_tokens)
 
 
 def test_ids_are_a_line_each_and_the_image_is_one(bare: Path) -> None:
@@ -172,7 +172,7 @@ def test_samples_without_an_image_ask_nothing_of_the_backbone(bare: Path) -> Non
 def test_a_backbone_is_measured_as_it_is_loaded(tmp_path: Path, more: dict[str, Any]) -> None:
     spec = {"name": "clip", "model": str(toy_clip(tmp_path / "clip", size=42)), **more}
     vision = registry().create("vision", spec)
-    assert isinstance(vision, MeasuredVision)
+    assert isinstance(vision, ShapedVision)
     assert vision.shape() == vision.load("cpu", "float32").shape  # type: ignore[attr-defined]
 
 

@@ -38,7 +38,7 @@ def test_what_a_person_would_count(tmp_path: Path) -> None:
     assert (measures["answer words"]["min"], measures["answer words"]["max"]) == (2, 4)
     assert measures["turns"]["mean"] == 1.33
     assert measures["images"]["mean"] == 0.67
-    assert measures["samples an image"] == {"n": 1, "mean": 2.0, "min": 2, "p5": 2, "median": 2, "p95": 2, "max": 2}
+    assert measures["samples per image"] == {"n": 1, "mean": 2.0, "min": 2, "p5": 2, "median": 2, "p95": 2, "max": 2}
     assert report["openings"] == {"what is": 2, "where is": 2}
 
 
@@ -95,4 +95,4 @@ def test_real_records() -> None:
     assert report["measures"]["turns"]["mean"] == sum(n * count for n, count in turns.items()) / 100
     assert next(iter(report["openings"])).startswith("what")
     shown = run_cli("data", "stats", str(REAL)).stdout
-    assert "questions begin" in shown
+    assert "question opening" in shown

@@ -10,8 +10,8 @@ from typing import Any
 
 from llavactl.components.formats.weights import read_file
 from llavactl.components.languages.llava_checkpoint import load_arguments
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json
 
 CONFIG = "adapter_config.json"
@@ -70,4 +70,4 @@ def _expected_names(folder: Path, base: str) -> Set[str]:
             adapted = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), adapter)
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {faults.reason(error)}") from error
+        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {reason(error)}") from error

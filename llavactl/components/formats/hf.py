@@ -28,10 +28,10 @@ from llavactl.components.formats.native import (
 from llavactl.components.formats.processor_text import add_image_token, separator
 from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
 from llavactl.components.languages.image_token import EXPORT_RECORD
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class HfLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any is supported
     ) -> None:
-        """Raises ModelError if the format can't represent a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if the format can't represent a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         refuse_nonlinear_head(language)
         exportable_backbone(vision)
@@ -137,7 +137,7 @@ def _llava_model(language: PreTrainedModel, vision: Any, projector: Mapping[str,
         with torch.device("meta"):
             llava = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        message = f"format hf can't represent a language model of type {text.model_type}: {faults.reason(error)}"
+        message = f"format hf can't represent a language model of type {text.model_type}: {reason(error)}"
         raise ModelError(message, hint=HINT) from error
     refuse_other_shapes("vision backbone", vision.state_dict(), llava.model.vision_tower.state_dict())
     refuse_other_shapes("language model", base.state_dict(), llava.model.language_model.state_dict())
@@ -192,7 +192,7 @@ def _chat_template_or_none(spec: str | Mapping[str, Any], tokenizer: PreTrainedT
     try:
         return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
+        log.warning("template %s: %s; the export has no chat template", format_spec(spec), error.message)
         return None
 
 

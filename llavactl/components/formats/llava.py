@@ -56,7 +56,7 @@ class OriginalLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        """Raises ModelError if the format can't represent a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if the format can't represent a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         _refuse_backbone(vision)
         older_rope_keys(language.config.to_dict(), strict=self.options.strict)

@@ -18,8 +18,9 @@ from llavactl.components.formats.native import connector_spec, restore_settings,
 from llavactl.components.formats.supported_keys import refuse_unsupported_llava, tuned_vision_key
 from llavactl.components.formats.weights import files, read_file, read_tensors, unexpected_tensors
 from llavactl.components.languages.llava_checkpoint import load_arguments
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
+from llavactl.core.model_files import local_folder
 from llavactl.core.paths import read_json
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ def _included_weights(language: str, folder: Path) -> _Weights:
             refuse_unsupported_llava(config, path)
         names = unexpected_tensors(AutoModelForCausalLM, language, **load_arguments(language))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: language model {language}: {faults.reason(error)}", hint=_BASE_HINT) from error
-    local = path if path.is_dir() else faults.local_folder(language)
+        raise ModelError(f"{folder}: language model {language}: {reason(error)}", hint=_BASE_HINT) from error
+    local = path if path.is_dir() else local_folder(language)
     return _Weights.among(read_tensors(local, names) if names and local else {}, language)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.identity import following
+from llavactl.core.identity import with_moved_paths
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.protocols import SkeletonLanguage
 from llavactl.core.registry import registry
@@ -64,8 +65,8 @@ class NativeModel:
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
-        faults.check_files([self.folder / DESCRIPTION])
-        return following(read_json(self.folder / DESCRIPTION), self.folder)
+        check_files([self.folder / DESCRIPTION])
+        return with_moved_paths(read_json(self.folder / DESCRIPTION), self.folder)
 
     @property
     def method(self) -> str:
@@ -84,7 +85,7 @@ class NativeModel:
         from safetensors.torch import load_file
 
         refuse_connector(self.description["connector"])
-        with faults.reading(file := self.folder / "connector.safetensors"):
+        with reading(file := self.folder / "connector.safetensors"):
             return load_file(file)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -132,7 +133,7 @@ class NativeModel:
         from peft import PeftModel
 
         dtype = base.dtype
-        with faults.loading("adapter", self.adapter):
+        with loading("adapter", self.adapter):
             adapted = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
         merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
         return merged

@@ -12,8 +12,8 @@ from llavactl.components.formats.hf import save_checkpoint
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.native import NativeModel
 from llavactl.components.formats.weights import read_file
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reading
 from llavactl.core.paths import read_json, write_atomic, write_json
 
 BASE = "base"
@@ -66,7 +66,7 @@ class PeftAdapter:
             raise ModelError(
                 f"{model}: the model has no adapter", hint="use `--format hf` to export the complete model"
             )
-        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+        with reading(file := native.adapter / "adapter_model.safetensors"):
             weights = load_file(file)
         if others := sorted(name for name in weights if not name.startswith(NATIVE_PREFIX)):
             raise ModelError(f"{native.adapter}: adapter tensor {others[0]} is outside the language model's layers")

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import faults, progress
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +21,8 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ModelError: the index can't be read, or a file is missing or a Git LFS pointer.
     """
-    found = faults.weight_files(folder)
-    faults.check_files(found)
+    found = weight_files(folder)
+    check_files(found)
     return found
 
 
@@ -39,7 +41,7 @@ def tensor_names(folder: Path) -> set[str]:
 
     names: set[str] = set()
     for file in files(folder):
-        with faults.reading(file):
+        with reading(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
                     names.update(opened.keys())
@@ -57,8 +59,8 @@ def read_file(file: Path, prefixes: Sequence[str] = ("",)) -> dict[str, torch.Te
     import torch
     from safetensors import safe_open
 
-    faults.check_files([file])
-    with faults.reading(file):
+    check_files([file])
+    with reading(file):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys() if _has_prefix(name, prefixes)}  # noqa: SIM118
@@ -78,11 +80,11 @@ def unexpected_tensors(model_class: Any, model: str, **load_options: Any) -> lis
     """
     from transformers.utils import logging
 
-    progress.calm_transformers()
+    progress.quiet_transformers()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would print these names as a table
     try:
-        with faults.loading("checkpoint", model, weights=True):
+        with loading("checkpoint", model, weights=True):
             loaded, info = model_class.from_pretrained(
                 model, device_map="meta", output_loading_info=True, trust_remote_code=False, **load_options
             )

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.components.languages.linear_head import logits_fault
 from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
-from llavactl.core import faults, progress
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading
+from llavactl.core.model_check import LANGUAGE, check_model
+from llavactl.core.model_files import TOKENIZER
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
 
@@ -44,7 +47,7 @@ class TransformersLanguage:
         from llavactl.components.languages.sentencepiece_spaces import repair_merges
 
         self._check_files()
-        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
+        with loading("tokenizer of the language model", self.options.model, _HINT):
             tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
         if not tokenizer.chat_template and (file := Path(self.options.model, "chat_template.json")).is_file():
             # Older versions of transformers save a processor's chat template here; tokenizers don't read it.
@@ -61,9 +64,9 @@ class TransformersLanguage:
         import torch
         from transformers import AutoModelForCausalLM
 
-        progress.calm_transformers()
+        progress.quiet_transformers()
         self.check()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
+        with loading(LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.options.model,
                 dtype=getattr(torch, dtype),
@@ -95,7 +98,7 @@ class TransformersLanguage:
         from transformers import AutoModelForCausalLM
 
         self._check_files()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
+        with loading(LANGUAGE, self.options.model, _HINT), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
             return model
 
@@ -120,7 +123,7 @@ class TransformersLanguage:
         self._check_files(weights=True)
 
     def _check_files(self, *, weights: bool = False) -> None:
-        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
+        check_model(self.options.model, LANGUAGE, TOKENIZER, weights=weights, hint=_HINT)
 
     def _error(self, reason: str, hint: str = "") -> ModelError:
         return ModelError(f"language model {self.options.model}: {reason}", hint=hint or _HINT)

@@ -12,12 +12,11 @@ from typing import Any
 from pydantic import Field
 
 from llavactl.components.sources.captioned import CaptionedOptions, captioned, place_of, present, refuse, wanted
-from llavactl.components.sources.llava_record import image_names
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.schema import Box, Sample
 from llavactl.files.json_stream import read_stream
-from llavactl.files.records import given_id
+from llavactl.files.records import given_id, image_names
 from llavactl.images.references import ImageRoot, image_in
 
 HINT = 'a record is {"id", "image", "captions": […], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}, 0 to 1'
@@ -40,7 +39,7 @@ def caps_boxes(options: CapsBoxesOptions) -> Iterator[Sample]:
     place = place_of(options, options.path)
     problems, found = [], []
     for entry in read_stream(options.path):
-        where = f"{options.path}:{entry.place}"
+        where = f"{options.path}:{entry.location}"
         if entry.problem:
             problems.append(f"{where}: {entry.problem}")
             continue

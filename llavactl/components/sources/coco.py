@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +12,7 @@ from llavactl.components.sources.captioned import CaptionedOptions, captioned, p
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.schema import Box, Sample
+from llavactl.files.json_parse import read_json_document
 from llavactl.images.references import image_in
 
 HINT = "`captions` and `instances` name COCO's captions_….json and instances_….json"
@@ -95,23 +95,8 @@ def _by_image(
 
 
 def _read(file: Path, lists: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            document = json.load(opened, object_hook=_without_outlines)
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file", hint=HINT) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise DataError(f"{file}: nested too deeply to be COCO's", hint=HINT) from error
+    # Outlines are most of instances_train2017.json, and of the memory it would need.
+    document = read_json_document(file, ignored_keys=("segmentation",))
     if not isinstance(document, dict) or not all(isinstance(document.get(name), list) for name in lists):
-        raise DataError(f"{file}: not COCO's: it needs the lists {', '.join(lists)}", hint=HINT)
+        raise DataError(f"{file}: not a COCO file: expected the lists {', '.join(lists)}", hint=HINT)
     return document
-
-
-def _without_outlines(row: dict[str, Any]) -> dict[str, Any]:
-    """Outlines are most of instances_train2017.json and of the memory it takes; nobody here looks at them."""
-    row.pop("segmentation", None)
-    return row

@@ -1,33 +1,33 @@
-"""LLaVA's records: ``{"id", "image", "conversations": [{"from", "value"}, …]}``, a JSON list or one a line (JSONL)."""
+"""The source ``llava-json``: LLaVA's records, ``{"id", "image", "conversations": [{"from", "value"}, …]}``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from llavactl.components.sources.llava_checks import examine
 from llavactl.components.sources.llava_record import (
-    IMAGE_KEYS,
     ROLES,
     TAG,
     foreign_placeholder,
-    image_names,
     message_fault,
     names_images,
     no_conversations,
     place_images,
     unread_media,
 )
+from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.protocols import Finding, RawRecord
 from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Sample, Turn
 from llavactl.files.json_stream import read_stream
-from llavactl.files.records import given_id
+from llavactl.files.records import IMAGE_KEYS, given_id, image_names
 from llavactl.images.references import ImageRoot, check_place, image_in
 
-HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
-
-
+PATH_HINT = "`path` is a JSON or JSONL file; `llavactl data generate` writes the one of a recipe's teacher"
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
 MEDIA = "name images in `image` or `images`; remove records with video or audio, which can't be trained"
 
@@ -42,28 +42,50 @@ class LlavaJsonOptions(Options):
     follow_links: FollowLinks = False
 
 
-def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
-    """One sample per record, in the file's order.
+class LlavaJson:
+    """One sample per record of a JSON list or a JSONL file, in the file's order.
 
     ``image`` (or ``images``) may be a string, a list or absent. Every ``<image>`` in the user's turns stands for the
     next image, and several in one turn for the only image. Without tags, images go before the first question. In
     answers, and in records without either key, ``<image>`` is text.
     If a record with an image has a single answer, this is also its caption for a teacher.
-    A record without an id is identified by its number in the file, from 0.
-
-    Raises:
-        DataError: a file or record can't be read; names its line or number.
+    A record without an id is identified by its index in the file, from 0.
     """
-    if not options.path.is_file():
-        raise DataError(f"{options.path}: no such file", hint=HINT)
-    root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
-    if options.images is not None:
-        check_place(root.root)
-    for entry in read_stream(options.path):
-        where = f"{options.path}:{entry.place}"
-        if entry.problem:
-            raise DataError(f"{where}: {entry.problem}", hint="`llavactl data check` finds all of them at once")
-        yield sample_of(entry.value, where, root, entry.index)
+
+    def __init__(self, options: LlavaJsonOptions) -> None:
+        self.path: Path = options.path
+        self.images = options.images
+        self.root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Raises DataError with the line of the first record that can't be used."""
+        self.check()
+        for record in self.records():
+            if record.problem:
+                raise DataError(
+                    f"{record.where}: {record.problem}", hint="`llavactl data check` lists all problems at once"
+                )
+            yield self.sample(record)
+
+    def check(self) -> None:
+        """Raises DataError if the file or the images' location doesn't exist."""
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file", hint=PATH_HINT)
+        if self.images is not None:
+            check_place(self.root.root)
+
+    def records(self) -> Iterator[RawRecord]:
+        for entry in read_stream(self.path):
+            yield RawRecord(f"{self.path}:{entry.location}", entry.value, entry.index, entry.problem, entry.position)
+
+    def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
+        return examine(record.value, self.root)
+
+    def sample(self, record: RawRecord) -> Sample:
+        return sample_of(record.value, record.where, self.root, record.index)
+
+    def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
+        return repair(record.value, self.root)
 
 
 def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) -> Sample:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Content, ImageRef, Role
+from llavactl.files.records import IMAGE_KEYS
 
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -17,9 +18,6 @@ ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 TAG = "<image>"
-IMAGE_KEYS = ("image", "images")
-"""Keys for a record's images; LLaMA-Factory, ms-swift and others write the second."""
-
 UNREAD = frozenset(
     "system tools weight loss bbox bboxes box boxes objects region regions mask masks segmentation messages history "  # noqa: SIM905
     "chosen rejected rejected_response".split()
@@ -47,25 +45,6 @@ _PLACEHOLDER = re.compile(
 )
 _INLINE = re.compile(r"<img>\s*[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.IGNORECASE)
 _KEYS_SHOWN = 8
-
-
-def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The images that ``record`` names: a path or a list of paths under ``image`` or ``images``.
-
-    Raises:
-        DataError: the value is something else, or the two keys differ.
-    """
-    found: dict[str, list[str]] = {}
-    for key in IMAGE_KEYS:
-        value = record.get(key)
-        paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-        if not all(isinstance(path, str) for path in paths):
-            raise DataError(f"`{key}`: expected a path or a list of paths, found {value!r:.60}")
-        if paths:
-            found[key] = paths
-    if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
-        raise DataError("`image` and `images` name different images")
-    return next(iter(found.values()), [])
 
 
 def names_images(record: Mapping[str, Any]) -> bool:

@@ -46,13 +46,13 @@ class JudgePairsOptions(JudgeOptions):
 
 
 class JudgePairs:
-    """The task ``judge-pairs``; see ``llavactl.core.protocols.Judged`` and ``Consults``."""
+    """The task ``judge-pairs``; see ``llavactl.core.protocols.Judged`` and ``TeacherScored``."""
 
     protocols = ("points",)
 
     def __init__(self, options: JudgePairsOptions) -> None:
         self.options = options
-        self.consultant = options.consultant
+        self.teacher = options.teacher
 
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
@@ -64,7 +64,7 @@ class JudgePairs:
     def reviews(self) -> Sequence[Mapping[str, str]]:
         return ()
 
-    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+    def score_with_teacher(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
         """Scores of ``answers`` after asking a judge about each; the other's answer is the first of the two.
 
         ``length`` says whether longer answers won: ``longer_wins`` in percent of the ``decided`` questions (a win or a

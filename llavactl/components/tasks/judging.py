@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.options import RecipePath
-from llavactl.core.protocols import Ask, Consultant, Request
+from llavactl.core.protocols import Ask, BudgetedTeacher, Request
 from llavactl.core.registry import Options, registry
 from llavactl.core.schema import Sample
 from llavactl.files.records import Record, read_document
@@ -59,8 +59,8 @@ class ConsultOptions(Options):
     prices: RecipePath | None = Field(None, description="file of prices; null: llavactl's own")
 
     @property
-    def consultant(self) -> Consultant | None:
-        return None if self.judge is None else Consultant(self.judge, self.max_cost, self.prices)
+    def teacher(self) -> BudgetedTeacher | None:
+        return None if self.judge is None else BudgetedTeacher(self.judge, self.max_cost, self.prices)
 
 
 class JudgeOptions(ConsultOptions):

@@ -75,7 +75,7 @@ class LlavaBench:
 
     def __init__(self, options: LlavaBenchOptions) -> None:
         self.options = options
-        self.consultant = options.consultant
+        self.teacher = options.teacher
 
     def questions(self) -> Iterator[Question]:
         for name, record in self._questions.items():
@@ -133,7 +133,7 @@ class LlavaBench:
         told = {name: [run[name][1] for run in counted if name in run] for name in self._kinds}
         return Scores(scores, failed, grades={name: max(0.0, fmean(each) / 10) for name, each in told.items() if each})
 
-    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+    def score_with_teacher(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
         """Scores of ``answers`` after asking a judge about each; the reference answer is the first of the two."""
         refuse_others({name: record.text("text") for name, record in self._questions.items()}, answers)
 

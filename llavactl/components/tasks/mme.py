@@ -16,7 +16,7 @@ from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
-from llavactl.files.records import read_text
+from llavactl.files.text import read_text
 from llavactl.images.references import ImageRoot, image_in
 
 GROUPS = {

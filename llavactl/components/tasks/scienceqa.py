@@ -72,7 +72,7 @@ class Scienceqa:
 
     def __init__(self, options: ScienceqaTaskOptions) -> None:
         self.options = options
-        self.consultant = options.consultant
+        self.teacher = options.teacher
 
     def questions(self) -> Iterator[Question]:
         for problem in self._problems:
@@ -85,7 +85,7 @@ class Scienceqa:
         here = self._here(answers)
         return _columns(here, {each.id: PROTOCOLS[protocol](answers[each.id], each.options) for each in here})
 
-    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+    def score_with_teacher(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
         """The nine columns of a model and a teacher who sees no picture (LLaVA's paper, section 5.2).
 
         ``complement``: the teacher's option, and the model's where it gives none. ``judge``: where the two differ

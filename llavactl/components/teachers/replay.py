@@ -68,7 +68,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Reply]]:
         name = given_id(record) if isinstance(record, dict) else None
         if name is None or not isinstance(record.get("reply"), str):
             why = entry.problem or 'it needs {"id", "reply"}'
-            raise DataError(f"{path}:{entry.place}: not a recorded reply: {why}")
+            raise DataError(f"{path}:{entry.location}: not a recorded reply: {why}")
         yield name, Reply(record["reply"])
 
 

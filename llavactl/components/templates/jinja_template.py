@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from llavactl.core import faults
 from llavactl.core.errors import ConversationError, ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
@@ -144,6 +144,6 @@ class JinjaTemplate:
             )
         # A template may raise any of these for a message that it doesn't expect.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            reason = faults.reason(error)
-            raise ConversationError(f"the tokenizer's chat template refuses this conversation: {reason}") from error
+            message = f"the tokenizer's chat template refuses this conversation: {reason(error)}"
+            raise ConversationError(message) from error
         return str(text)

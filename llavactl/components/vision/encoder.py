@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from llavactl.components.vision.pretrained import HINT, INSIDE, WHAT
-from llavactl.core import faults, progress
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading, out_of_memory, reason
 from llavactl.core.schema import FeatureShape
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def measure(vision: TransformersVision) -> FeatureShape:
     from transformers import AutoConfig, AutoModel
 
     kind = _kind(vision)
-    with faults.loading(WHAT, vision.options.model, HINT):
+    with loading(WHAT, vision.options.model, HINT):
         config = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False)
         own = getattr(config, "vision_config", config)
         with torch.device("meta"):
@@ -171,9 +172,9 @@ def _measured(tower: VisionEncoder, vision: TransformersVision, side: int) -> Vi
     try:
         features = tower.encode(pixels)
     except Exception as error:
-        if faults.out_of_memory(error):
+        if out_of_memory(error):
             raise
-        raise ModelError(f"{what}: it can't be run on pixels only: {faults.reason(error)}", hint=_SUPPORTED) from error
+        raise ModelError(f"{what}: it can't be run on pixels only: {reason(error)}", hint=_SUPPORTED) from error
     grid = tower.shape.grid
     prefix = features.shape[1] - grid[0] * grid[1]
     if features.ndim != 3 or len(features) != 2 or not 0 <= prefix <= MAX_PREFIX:
@@ -200,10 +201,10 @@ def read_whole(vision: TransformersVision) -> nn.Module:
     """The whole backbone; it may lie inside a LLaVA checkpoint of transformers."""
     from transformers import AutoConfig
 
-    progress.calm_transformers()
+    progress.quiet_transformers()
     part: dict[str, Any] = {}
     vision.check()
-    with faults.loading(WHAT, vision.options.model, HINT, weights=True):
+    with loading(WHAT, vision.options.model, HINT, weights=True):
         if vision.nested:
             part["config"] = AutoConfig.from_pretrained(vision.options.model, trust_remote_code=False).vision_config
             part["key_mapping"] = {INSIDE.pattern: ""}

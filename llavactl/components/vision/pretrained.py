@@ -13,9 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core import faults
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_check import check_model
+from llavactl.core.model_files import PROCESSOR, WEIGHTS, check_files, shards_of, weight_files
 from llavactl.core.options import ModelId
 from llavactl.core.paths import read_json
 from llavactl.core.registry import Options
@@ -64,15 +67,11 @@ class TransformersVision:
                 return None
             why = f"no {name}" if Path(model).is_dir() else "no such folder"
             raise ModelError(f"{WHAT} {model}: {why}", hint=HINT)
-        from transformers.utils import cached_file
-
-        with faults.loading(WHAT, model, "give a local folder as `vision.model`"):
-            found = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
-        return None if found is None else Path(found)
+        return hub.download_file(name, WHAT, model, "give a local folder as `vision.model`", required=required)
 
     def check(self) -> None:
         """Raises ModelError if the backbone can't be loaded, as far as its files show without reading weights."""
-        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, weights=True, hint=HINT)
+        check_model(self.options.model, WHAT, PROCESSOR, weights=True, hint=HINT)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -82,7 +81,7 @@ class TransformersVision:
     @cached_property
     def _whole(self) -> dict[str, Any]:
         """config.json."""
-        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, hint=HINT)
+        check_model(self.options.model, WHAT, PROCESSOR, hint=HINT)
         path = self.file("config.json")
         assert path is not None
         return read_json(path)
@@ -112,7 +111,7 @@ class TransformersVision:
         from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
         if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
-            with faults.loading(WHAT, self.options.model, HINT):
+            with loading(WHAT, self.options.model, HINT):
                 return AutoImageProcessor.from_pretrained(self.options.model, backend="pil", trust_remote_code=False)
         side = self.number("image_size")
         square = {"height": side, "width": side}
@@ -148,7 +147,7 @@ class TransformersVision:
 
         config, kind = dict(self.config), _model_type(self.config)
         if kind in CONFIG_MAPPING:
-            with faults.loading(WHAT, self.options.model, HINT):
+            with loading(WHAT, self.options.model, HINT):
                 config = CONFIG_MAPPING[kind].from_dict(config).to_diff_dict()
         return {key: value for key, value in config.items() if key not in _NOTES and not key.startswith("_")}
 
@@ -168,18 +167,16 @@ class TransformersVision:
 
         Of a checkpoint that has more than the backbone, over the backbone's own tensors.
         """
-        first = next((path for name in faults.WEIGHTS if (path := self.file(name, required=False))), None)
+        first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
-            raise ModelError(
-                f"{WHAT} {self.options.model}: no weights", hint=f"expected one of {', '.join(faults.WEIGHTS)}"
-            )
+            raise ModelError(f"{WHAT} {self.options.model}: no weights", hint=f"expected one of {', '.join(WEIGHTS)}")
         files = [first]
         if first.suffix == ".json":
             if not Path(self.options.model).is_absolute():
-                for shard in faults.shards_of(first):
+                for shard in shards_of(first):
                     self.file(shard)
-            files = faults.weight_files(first.parent)
-        faults.check_files(files)
+            files = weight_files(first.parent)
+        check_files(files)
         if self.nested and first.name.startswith("model.safetensors"):
             return _tensors_hash(files)
         digests = [hash_file(file) for file in files]
@@ -228,11 +225,11 @@ def _tensors_hash(files: Sequence[Path]) -> str:
 
     found: dict[str, Path] = {}
     for file in files:
-        with faults.reading(file), safe_open(file, "pt") as opened:
+        with reading(file), safe_open(file, "pt") as opened:
             found |= {name: file for name in opened.keys() if INSIDE.match(name)}  # noqa: SIM118 - it is no dict
     total = hashlib.sha256()
     for name in sorted(found, key=lambda name: INSIDE.sub("", name)):
-        with faults.reading(found[name]), safe_open(found[name], "pt") as opened:
+        with reading(found[name]), safe_open(found[name], "pt") as opened:
             tensor = opened.get_tensor(name).contiguous()
         total.update(INSIDE.sub("", name).encode())
         total.update(tensor.flatten().view(torch.uint8).numpy())

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from llavactl.chat.assistant import Assistant, Writer
+from llavactl.chat.assistant import Assistant
+from llavactl.chat.detokenizer import Detokenizer
 from llavactl.core.schema import IMAGE_TOKEN, Turn
 from llavactl.data.batches import collate
 from llavactl.evaluation.verification.script import MAX_NEW_TOKENS, ScriptOutputs
@@ -225,10 +226,10 @@ def _ids_difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
 
 def _answer_text(assistant: Assistant, ids: Sequence[int]) -> str:
     """The text of the generated ``ids`` up to the first stop token or stop string."""
-    writer = Writer(assistant.encoding.tokenizer, assistant.stops)
+    detokenizer = Detokenizer(assistant.encoding.tokenizer, assistant.stops)
     for token in ids:
-        writer.take(None if token in assistant.stops.ids else token)
-        if writer.done:
+        detokenizer.add(None if token in assistant.stops.ids else token)
+        if detokenizer.done:
             break
-    writer.take(None)
-    return writer.text.strip()
+    detokenizer.add(None)
+    return detokenizer.text.strip()

@@ -12,6 +12,7 @@ from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
 from llavactl.images.decode import ImageError, decode
 from llavactl.images.image_file import ImageFile
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
@@ -44,7 +45,8 @@ def default_images(recipe: Outline | None) -> list[ImageFile]:
 
 def _recipe_images(recipe: Outline | None) -> Iterator[ImageFile]:
     yielded: set[ImageFile] = set()
-    for spec in (*recipe.data.stage2, *recipe.data.stage1) if recipe is not None else ():
+    specs = [spec for number in reversed(STAGES) for spec in recipe.sources(number)] if recipe is not None else []
+    for spec in specs:
         for sample in islice(registry().create("sources", spec.spec()), MAX_SAMPLES):
             for image in sample.images:
                 if isinstance(image, ImageFile) and image not in yielded and not _decoding_error(image):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat.opening import open_assistant
+from llavactl.chat.loading import load_assistant
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
@@ -51,9 +51,9 @@ def test_logits(foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: 
     wanted, _ = theirs(model, folder, photo, "What is it?")
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]):
-            open_assistant(resolve(folder), "cpu")
+            load_assistant(resolve(folder), "cpu")
         return
-    assistant = open_assistant(resolve(folder), "cpu")
+    assistant = load_assistant(resolve(folder), "cpu")
     turn = Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", "What is it?"))
     features: Any = assistant.features
     exact: Any = Exact(features.encoder)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat.opening import open_assistant
+from llavactl.chat.loading import load_assistant
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IMAGE_TOKEN, Turn
 from llavactl.data.batches import collate
@@ -39,7 +39,7 @@ def theirs(model: Any, folder: Path, photo: Path, question: str) -> tuple[Any, l
 def ours(folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
     import torch
 
-    assistant = open_assistant(resolve(folder), "cpu")
+    assistant = load_assistant(resolve(folder), "cpu")
     encoded = assistant.encode((Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", question)),))
     with torch.no_grad():
         return assistant.model.logits(collate([encoded], assistant.features))[0], list(encoded.ids)
@@ -201,7 +201,7 @@ def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], nativ
     )
     assert made.exit_code == 0, made.stderr
     (tmp_path / "p/base/config.json").unlink()
-    with pytest.raises(ModelError, match="its base/ is missing"):
+    with pytest.raises(ModelError, match="base/ is missing"):
         resolve(tmp_path / "p")
     with pytest.raises(ModelError, match=r"llavactl\.json"):
         resolve("../nope")

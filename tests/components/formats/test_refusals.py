@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat import foreign as chat_foreign
+from llavactl.chat.transformers_model import model_digest
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.model import folder as model_folder
@@ -134,7 +134,7 @@ class TestIdentity:
             configure(folder, _name_or_path=str(toys / "language"))
             name = "mm_projector.bin"
         rewrite(folder / name, lambda held: held)
-        known = chat_foreign.digest if kind == "hf:" else digest
+        known = model_digest if kind == "hf:" else digest
         before, status = known(folder), (folder / name).stat()
         rewrite(folder / name, lambda held: {key: each.flip(0).contiguous() for key, each in held.items()})
         os.utime(folder / name, ns=(status.st_atime_ns, status.st_mtime_ns))

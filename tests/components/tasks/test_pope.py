@@ -188,8 +188,8 @@ class TestSplits:
         ("row", "why"),
         [
             ({"label": "maybe"}, "`label` is 'maybe', not yes or no"),
-            ({"label": None}, "there is no `label`"),
-            ({"label": 1}, "`label` is 1, not text"),
+            ({"label": None}, "missing `label`"),
+            ({"label": 1}, "`label`: expected a string, got 1"),
             ({"image": "0.jpg", "text": QUESTIONS[0]["text"]}, "the question of"),
         ],
     )

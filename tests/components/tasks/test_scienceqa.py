@@ -126,11 +126,11 @@ class TestWrongFiles:
         rows = files["meta"].read_text().splitlines()
         cases = {
             "problems are not in it": rows[:100],
-            "is there twice": [*rows, rows[5]],
-            "no column 'grade'": ["question_id,subject", "4,x"],
+            "duplicate question": [*rows, rows[5]],
+            "column 'grade'": ["question_id,subject", "4,x"],
             "`grade` is '13'": [*rows[:4], rows[4].replace(",11,", ",13,"), *rows[5:]],
             "not one of natural science": [*rows[:4], rows[4].replace("language science", "art"), *rows[5:]],
-            "not as many cells": [*rows[:-1], "21208,21208"],
+            "cells": [*rows[:-1], "21208,21208"],
         }
         for why, kept in cases.items():
             (tmp_path / "meta.csv").write_text("\ufeff" + "\r\n".join(kept), encoding="utf-8", newline="")
@@ -269,7 +269,7 @@ class TestProblems:
             ({"answer": 2}, "not the place of one of 2 choices"),
             ({"answer": "B"}, "not the place"),
             ({"choices": "AB"}, "not a list of texts"),
-            ({"question": None}, "there is no `question`"),
+            ({"question": None}, "missing `question`"),
             ({"image": "../../../etc/passwd/../../.."}, "outside its root"),
             ({"grade": "eight"}, "not 1 to 12"),
         ],

@@ -310,7 +310,7 @@ def test_a_system_turn_takes_the_defaults_place_and_may_be_empty(llama: Any) -> 
 
 
 def test_chatml_needs_its_tokens(llama: Any, bpe: Any) -> None:
-    assert encoding("chatml", bpe.tokenizer).encode(TALK).trained
+    assert encoding("chatml", bpe.tokenizer).encode(TALK).target_tokens
     with pytest.raises(ModelError, match=r"no token <\|im_start\|> or <\|im_end\|>") as raised:
         encoding("chatml", llama.tokenizer).encode(TALK)
     assert "vicuna-v1" in raised.value.hint

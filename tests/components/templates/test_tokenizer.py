@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
-from llavactl.chat.assistant import Stops
+from llavactl.chat.detokenizer import Stops
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry

@@ -10,7 +10,6 @@ from llavactl.components.sources.llava_record import (
     TAG,
     UNREAD,
     foreign_placeholder,
-    image_names,
     message_fault,
     names_images,
     no_conversations,
@@ -19,16 +18,19 @@ from llavactl.components.sources.llava_record import (
     unread_media,
 )
 from llavactl.core.errors import DataError
+from llavactl.core.protocols import Finding
 from llavactl.core.schema import ImageRef
-from llavactl.curation.problems import Finding
-from llavactl.files.records import given_id
+from llavactl.files.records import given_id, image_names
 from llavactl.images.references import ImageRoot, image_in
+
+REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer", "tags", "placeholder", "image-path"})
+"""The problems of a single record for which ``sample_of`` refuses it."""
 
 
 def examine(record: Any, root: ImageRoot | str) -> tuple[list[Finding], list[ImageRef]]:
     """What is wrong with ``record`` by itself, and its images, relative to ``root``, which are not looked at.
 
-    A record without a finding of ``problems.REFUSED`` is one that the source `llava-json` takes.
+    A record without a finding of ``REFUSED`` is one that the source `llava-json` takes.
     """
     if not isinstance(record, dict):
         return [Finding("record", f"{record!r:.60} is no object")], []

@@ -1,4 +1,4 @@
-"""From a model folder to an assistant that sees."""
+"""Loads a model folder with its vision backbone as an assistant."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llavactl.features import Fingerprint, LiveFeatures, fingerprint
 from llavactl.features.checked import load_encoder
 from llavactl.features.prepare import default_device
 from llavactl.model import folder as model_folder
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 
 
-def open_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:
-    """The model in ``folder`` with its vision backbone, on ``device`` (default: the best there is).
+def load_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:
+    """Loads the model in ``folder`` and its vision backbone on ``device`` (default: the best available).
 
-    ``template`` takes the place of the model's own.
+    ``template`` replaces the model's conversation template.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
@@ -28,22 +28,23 @@ def open_assistant(folder: Path, device: str | None = None, *, template: str | N
     description = model_folder.describe(folder)
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
-    now = fingerprint(description["vision"], features)
-    # A checkpoint that another program wrote names its backbone and has no fingerprint of it.
-    then = Fingerprint(description["fingerprint"] or now.fields)
-    # Models trained before a fingerprint field existed don't have it: compare only the fields that they have.
-    if different := then.differences(Fingerprint({key: now.fields[key] for key in now.fields if key in then.fields})):
+    current = fingerprint(description["vision"], features)
+    # A checkpoint written by another program names its backbone, but has no fingerprint of it.
+    trained = Fingerprint(description["fingerprint"] or current.fields)
+    # Models trained before a fingerprint field existed lack it: compare only the fields that they have.
+    comparable = Fingerprint({key: current.fields[key] for key in current.fields if key in trained.fields})
+    if different := trained.differences(comparable):
         raise ModelError(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
             hint="`vision` in llavactl.json names it",
         )
     loaded = model_folder.load(folder)
     loaded.parts.model.to(device)
-    writes: Any = registry().create("templates", template or description["template"])
+    template_component: Any = registry().create("templates", template or description["template"])
     return Assistant(
         loaded.parts.model,
-        Encoding(writes, loaded.parts.tokenizer, loaded.parts.image_tokens),
-        LiveFeatures(load_encoder(vision, device, features.compute), now, device),
+        Encoding(template_component, loaded.parts.tokenizer, loaded.parts.image_tokens),
+        LiveFeatures(load_encoder(vision, device, features.compute), current, device),
         description["image_order"],
         str(folder),
     )

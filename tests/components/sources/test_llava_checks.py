@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llavactl.components.sources.llava_checks import REFUSED, examine
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.components.sources.llava_record import TAG, foreign_placeholder, image_names, names_images, tag_fault
+from llavactl.components.sources.llava_record import TAG, foreign_placeholder, names_images, tag_fault
+from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
-from llavactl.curation.problems import KINDS, REFUSED
-from llavactl.curation.record_checks import examine
-from llavactl.curation.repair import repair
+from llavactl.curation.problems import KINDS
+from llavactl.files.records import image_names
 
 ROOT = "/images"
-REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "llava_instruct_100.json"
+REAL = Path(__file__).parents[4] / "shared" / "data" / "llava" / "llava_instruct_100.json"
 
 SPEAKERS = st.sampled_from(["human", "gpt", "system", "user", "assistant", "Human", "bot", "nobody", 3, None, []])
 TEXTS = st.sampled_from(

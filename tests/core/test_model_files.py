@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
+from llavactl.core.model_files import file_fault, weight_files
 from llavactl.core.registry import registry
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21461\nsize 12345\n"
@@ -59,7 +59,7 @@ def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
 def test_whole_files_pass(toys: Path, bins: Path) -> None:
     for folder in (toys, bins):
         for name in ("clip", "language"):
-            assert [fault for file in (folder / name).iterdir() if (fault := faults.file_fault(file))] == []
+            assert [fault for file in (folder / name).iterdir() if (fault := file_fault(file))] == []
     _load(bins)
 
 
@@ -119,7 +119,7 @@ class TestShards:
         return folder
 
     def test_whole(self, folder: Path) -> None:
-        assert [file.name[:11] for file in faults.weight_files(folder)] == ["model-00001", "model-00002"]
+        assert [file.name[:11] for file in weight_files(folder)] == ["model-00001", "model-00002"]
         _load(folder.parent)
 
     @pytest.mark.parametrize("how", BROKEN)
@@ -171,17 +171,17 @@ def _config(folder: Path, **changes: Any) -> None:
         ),
         ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
-        ({"compression_config": {"format": "pack-quantized"}}, "quantised"),
+        ({"compression_config": {"format": "pack-quantized"}}, "quantized"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     ],
 )
 @pytest.mark.parametrize("which", ["clip", "language"])
 def test_quantised_weights_are_refused(toy: Path, which: str, changes: dict[str, Any], method: str) -> None:
     _config(toy / which, **changes)
-    with pytest.raises(ModelError, match="quantised") as caught:
+    with pytest.raises(ModelError, match="quantized") as caught:
         _load(toy)
     assert method in caught.value.message
-    assert "unquantised" in caught.value.hint
+    assert "unquantized" in caught.value.hint
     assert ("qlora" in caught.value.hint) == (which == "language")
 
 
