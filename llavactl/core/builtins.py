@@ -1,4 +1,4 @@
-"""The built-in plugin: registers llavactl's own components, commands and recipes through the plugin hooks."""
+"""The built-in plugin: llavactl's own components, commands and recipes, registered through the public hooks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from llavactl.core.hookspecs import Register, hookimpl
 
 _COMPONENTS = "llavactl.components"
 
-NUMBERS = "1"
-"""Incremented when a built-in component's results change; finished steps are then run again.
+RESULTS_VERSION = "1"
+"""Incremented when the results of a built-in component change; finished steps are then run again.
 
-It is not llavactl's version: most releases change no results and must not invalidate finished runs.
+Distinct from llavactl's version: most releases don't change results and must not invalidate finished runs.
 """
 
 COMMANDS = {
@@ -44,25 +44,25 @@ def register_sources(register: Register) -> None:
         "scienceqa",
         f"{_COMPONENTS}.sources.scienceqa:scienceqa",
         options=f"{_COMPONENTS}.sources.scienceqa:ScienceqaOptions",
-        summary="ScienceQA's problems.json: reasoning, then the answer",
+        summary="ScienceQA's problems.json: explanation, then answer",
     )
     register(
         "coco",
         f"{_COMPONENTS}.sources.coco:coco",
         options=f"{_COMPONENTS}.sources.coco:CocoOptions",
-        summary="COCO images with their captions and boxes",
+        summary="COCO images with captions and boxes",
     )
     register(
         "caps-boxes",
         f"{_COMPONENTS}.sources.caps_boxes:caps_boxes",
         options=f"{_COMPONENTS}.sources.caps_boxes:CapsBoxesOptions",
-        summary="captions and boxes, one image per record, in LLaVA's JSONL format",
+        summary="captions and boxes, one image per record, in the JSONL format of LLaVA",
     )
     register(
         "scenes",
         f"{_COMPONENTS}.sources.scenes:scenes",
         options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",
-        summary="synthetic scenes of colored shapes with captions, boxes and questions",
+        summary="synthetic scenes of colored shapes, with captions, boxes and exact questions",
     )
 
 
@@ -72,7 +72,7 @@ def register_vision(register: Register) -> None:
         "clip",
         f"{_COMPONENTS}.vision.pretrained:TransformersVision",
         options=f"{_COMPONENTS}.vision.pretrained:ClipOptions",
-        summary="CLIPVisionModel of transformers (id or folder)",
+        summary="any CLIPVisionModel, by id or folder",
     )
 
 
@@ -80,7 +80,7 @@ def register_vision(register: Register) -> None:
 def register_connectors(register: Register) -> None:
     for name, summary in (
         ("linear", "one linear layer (LLaVA v1)"),
-        ("mlp2x-gelu", "two linear layers with GELU in between (LLaVA v1.5)"),
+        ("mlp2x-gelu", "two linear layers with GELU between them (LLaVA v1.5)"),
     ):
         target = name.replace("-", "_")
         register(
@@ -97,7 +97,7 @@ def register_languages(register: Register) -> None:
         "hf",
         f"{_COMPONENTS}.languages.causal_lm:TransformersLanguage",
         options=f"{_COMPONENTS}.languages.causal_lm:TransformersLanguageOptions",
-        summary="causal language model of transformers with a fast tokenizer (id or folder)",
+        summary="any causal language model of transformers with a fast tokenizer, by id or folder",
     )
 
 
@@ -106,7 +106,7 @@ def register_templates(register: Register) -> None:
     register("plain", f"{_COMPONENTS}.templates.plain:PlainTemplate", summary="image, caption, newline (stage 1)")
     for name, summary in (
         ("vicuna-v1", "USER: … ASSISTANT: … (LLaVA v1.5)"),
-        ("llava-v1", 'vicuna-v1 with "human" instead of "user" in the system prompt (LLaVA v1 on ScienceQA)'),
+        ("llava-v1", "vicuna-v1 with `human` instead of `user` in the system prompt (LLaVA v1 on ScienceQA)"),
         ("vicuna-v0", "### Human: … ### Assistant: … (LLaVA v1)"),
         ("llama-2", "[INST] … [/INST] … (Llama 2 chat)"),
         ("chatml", "<|im_start|>user … <|im_end|>"),
@@ -116,7 +116,7 @@ def register_templates(register: Register) -> None:
         "tokenizer",
         f"{_COMPONENTS}.templates.tokenizer:TokenizerTemplate",
         options=f"{_COMPONENTS}.templates.jinja_template:TokenizerTemplateOptions",
-        summary="the tokenizer's own chat template",
+        summary="the chat template of the tokenizer",
     )
 
 
@@ -126,17 +126,17 @@ def register_teachers(register: Register) -> None:
         "rules",
         f"{_COMPONENTS}.teachers.rules:Rules",
         options=f"{_COMPONENTS}.teachers.rules:RulesOptions",
-        summary="conversations, descriptions and reasoning from captions and boxes by rules, offline",
+        summary="conversation, detail and reasoning samples from captions and boxes by rules; offline",
     )
     for name, module, attribute, summary in (
         (
             "openai",
             "openai_api",
             "OpenAI",
-            "OpenAI-compatible endpoint: OpenAI, vLLM, llama.cpp, Ollama, transformers serve",
+            "any OpenAI-compatible endpoint: OpenAI, vLLM, llama.cpp, Ollama, transformers serve",
         ),
-        ("transformers", "local", "Transformers", "local language model of transformers (id or folder)"),
-        ("replay", "replay", "Replay", "replies from a file, or those of an earlier run"),
+        ("transformers", "local", "Transformers", "a language model in this process, by id or folder"),
+        ("replay", "replay", "Replay", "stored replies from a file or an earlier run"),
     ):
         where = f"{_COMPONENTS}.teachers.{module}"
         register(name, f"{where}:{attribute}", options=f"{where}:{attribute}Options", summary=summary)
@@ -148,28 +148,38 @@ def register_tasks(register: Register) -> None:
         "scenes",
         f"{_COMPONENTS}.tasks.scenes:ScenesTask",
         options=f"{_COMPONENTS}.tasks.scenes:ScenesTaskOptions",
-        summary="questions about synthetic scenes that are not in the training data",
+        summary="questions about synthetic scenes excluded from training",
     )
     for name, target, options, summary in (
-        ("pope", "pope:Pope", "PopeOptions", "object hallucination: yes-or-no questions"),
+        ("pope", "pope:Pope", "PopeOptions", "object hallucination: yes-no questions about objects in an image"),
         ("scienceqa", "scienceqa:Scienceqa", "ScienceqaTaskOptions", "multiple-choice science questions"),
-        ("llava-bench", "llava_bench:LlavaBench", "LlavaBenchOptions", "60 open-ended questions (In-the-Wild), judged"),
-        ("llava-bench-coco", "llava_bench:LlavaBench", "LlavaBenchOptions", "90 open-ended questions on COCO, judged"),
+        (
+            "llava-bench",
+            "llava_bench:LlavaBench",
+            "LlavaBenchOptions",
+            "60 open questions in the wild, judged",
+        ),
+        (
+            "llava-bench-coco",
+            "llava_bench:LlavaBench",
+            "LlavaBenchOptions",
+            "90 open questions about COCO, judged",
+        ),
         (
             "judge-pairs",
             "judge_pairs:JudgePairs",
             "JudgePairsOptions",
-            "pairwise comparison of two models' answers by a judge",
+            "two models' answers, compared by a judge",
         ),
-        ("spatial", "spatial:Spatial", "SpatialOptions", "minimal pairs of synthetic scenes, scored in pairs"),
-        ("vqa", "vqa:Vqa", "VqaOptions", "VQAv2: short answers, compared with those of ten annotators"),
-        ("textvqa", "vqa:TextVqa", "TextVqaOptions", "TextVQA: short answers about text in images"),
-        ("mme", "mme:Mme", "MmeOptions", "two yes-or-no questions per image in 14 categories"),
+        ("spatial", "spatial:Spatial", "SpatialOptions", "minimal pairs of synthetic scenes, scored per pair"),
+        ("vqa", "vqa:Vqa", "VqaOptions", "VQAv2 and similar: short answers, compared with ten human answers"),
+        ("textvqa", "vqa:TextVqa", "TextVqaOptions", "short answers about text in images"),
+        ("mme", "mme:Mme", "MmeOptions", "two yes-no questions per image, in 14 categories"),
         (
             "multiple-choice",
             "multiple_choice:MultipleChoice",
             "MultipleChoiceOptions",
-            "multiple-choice benchmarks such as MMBench",
+            "MMBench and similar",
         ),
         ("chair", "chair:Chair", "ChairOptions", "object hallucination in descriptions of COCO images"),
     ):
@@ -180,16 +190,16 @@ def register_tasks(register: Register) -> None:
 @hookimpl
 def register_formats(register: Register) -> None:
     for name, target, summary in (
-        ("hf", "hf:HfLlava", "LlavaForConditionalGeneration of transformers, with its processor"),
+        ("hf", "hf:HfLlava", "LlavaForConditionalGeneration of transformers, with processor"),
         (
             "peft",
             "peft_folder:PeftAdapter",
-            "LoRA adapter for peft, with its base model in format hf",
+            "a LoRA adapter for peft, with its base model in format hf",
         ),
     ):
         register(name, f"{_COMPONENTS}.formats.{target}", summary=summary)
     original = f"{_COMPONENTS}.formats.llava:OriginalLlava"
-    summary = "checkpoints of the original LLaVA: full, LoRA, or a bare mm_projector.bin"
+    summary = "checkpoints of the original LLaVA code: full, LoRA, or only mm_projector.bin"
     register("llava", original, options=f"{original}Options", summary=summary)
 
 
@@ -202,9 +212,9 @@ def register_commands(register: Register) -> None:
 @hookimpl
 def register_recipes(register: Register) -> None:
     for name, summary in (
-        ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K then 158K instructions"),
-        ("llava-v1-13b-scienceqa", "LLaVA v1 13B fine-tuned on ScienceQA, 12 epochs of reasoning and answers"),
-        ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K then mix-665K"),
+        ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K, then 158K instructions"),
+        ("llava-v1-13b-scienceqa", "LLaVA v1 13B fine-tuned on ScienceQA, 12 epochs"),
+        ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K, then mix-665K"),
         ("llava-v1.5-13b", "LLaVA v1.5 with Vicuna v1.5 13B"),
         ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),
     ):

@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
+from llavactl.files.eval_result import read_eval_result
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
-from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
+from llavactl.report.inputs import read_document, read_objects, read_recipe
 from llavactl.report.plots import DARK, LIGHT, draw_loss
 from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri, safe_image
@@ -75,7 +76,7 @@ class TaskView:
 def write_report(run_dir: Path) -> Path:
     """Writes ``run_dir/report.html`` from what is in ``run_dir`` so far; returns its path."""
     text, recipe = read_recipe(run_dir)
-    skipped = read_lines(run_dir / "skipped.jsonl")
+    skipped = read_objects(run_dir / "skipped.jsonl")
     page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
         parts=_parts(recipe),
@@ -107,7 +108,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | 
     """The stage in ``folder``; None before its first step."""
     metrics = run_dir / folder / "metrics.jsonl"
     report = read_document(run_dir / folder / "report.json")
-    lines = read_lines(metrics)
+    lines = read_objects(metrics)
     if not report and not lines:
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
@@ -121,7 +122,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | 
         facts=tuple(
             (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
         ),
-        answers=tuple(map(sample_answer, read_list(run_dir / folder / "samples.json"))),
+        answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
         step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
@@ -147,13 +148,13 @@ def _words(text: str) -> str:
 
 
 def _task(file: Path) -> TaskView:
-    report = read_document(file)
+    report = read_eval_result(file)
     cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
         name=show(report.get("task") or file.stem),
         about=about(report),
         tables=tables(report),
-        answers=tuple(map(sample_answer, read_list(file.parent / "examples" / file.name))),
+        answers=tuple(map(sample_answer, read_objects(file.parent / "examples" / file.name))),
         more=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
     )
 
@@ -172,7 +173,7 @@ def tables(report: Mapping[str, Any]) -> tuple[Table, ...]:
 
 def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
     """The scores, and as groups beside them their intervals and the same scores of others."""
-    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "beside"))
+    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "baselines"))
     plain = {name: each for name, each in scores.items() if not isinstance(each, Mapping)}
     interval = {name: _range(each) for name, each in ranges.items() if name in plain}
     theirs = {

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llavactl.core.paths import write_atomic
-from llavactl.report.inputs import read_lines
+from llavactl.report.inputs import read_objects
 
 SMOOTHED_SHARE = 25
 """The smoothed curve is a mean over one part in so many of all steps."""
@@ -47,7 +47,7 @@ def draw_loss(metrics: Path, palette: Palette) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = read_lines(metrics)
+    lines = read_objects(metrics)
     steps, losses = _series(lines, "loss")
     at, validation = _series(lines, "val_loss")
     figure = Figure(figsize=(8, 3.4), dpi=144, facecolor=palette.ground, layout="constrained")

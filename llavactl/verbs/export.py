@@ -16,8 +16,8 @@ from llavactl.evaluation.verification.compare import VerificationResult
 from llavactl.evaluation.verification.images import default_images, image_files
 from llavactl.evaluation.verification.verify import verify
 from llavactl.model.export_folder import ExportFolder
-from llavactl.model.folder import identity, of_run
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import identity, latest_model
+from llavactl.model.imported import resolve
 from llavactl.report.card import card
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _source_model(recipe: Outline | None, model: str | None) -> Path:
     if model is not None:
         return resolve(model, recipe)
     assert recipe is not None
-    return of_run(recipe.run_dir)
+    return latest_model(recipe.run_dir)
 
 
 def _origin(spec: Mapping[str, Any], source: Path) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def test_eval_with_a_shuffled_image_baseline(models: Any, toy: Path) -> None:
     assert report["model"] == f"hf:{models('llava')}"
     assert report["prompt"] == "chat template"
     assert report["n"] == 12
-    assert report["beside"]["blind twin"]["accuracy"] >= 0
+    assert report["baselines"]["blind baseline"]["accuracy"] >= 0
     kept = list(Path(report["answers"]).parent.glob("*.jsonl"))
     assert len(kept) == 2
     assert len({file.read_text() for file in kept}) == 2
@@ -209,13 +209,13 @@ def test_eval_without_a_recipe(models: Any, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.json()["prompt"] == "Question: … Answer:"
     assert (tmp_path / "runs" / Path(result.json()["file"]).relative_to(tmp_path / "runs")).is_file()
-    assert "blind twin" in result.json()["beside"]
+    assert "blind baseline" in result.json()["baselines"]
 
 
 def test_settings_without_a_recipe(models: Any, tmp_path: Path) -> None:
     words = ("eval", "scenes", "-t", "scenes=1", "--limit", "1", "--model", f"hf:{models('blip2')}", "--json")
     short = run_cli(*words, "-o", "eval.max_new_tokens=1", "-o", "eval.blind_baseline=false", cwd=tmp_path).json()
-    assert short["beside"] == {}
+    assert short["baselines"] == {}
     assert len(Path(short["answers"]).read_text().splitlines()) == 1
     for wrong, why in (
         ("eval.max_new_tokens=no", "-o eval.max_new_tokens=no: eval.max_new_tokens: must be"),

@@ -164,7 +164,7 @@ def test_without_locks_parts_still_take_turns(monkeypatch: pytest.MonkeyPatch) -
     with StoreWriter(MADE_WITH, SHAPE, 2, Part(0, 2)) as one, StoreWriter(MADE_WITH, SHAPE, 2, Part(1, 2)) as two:
         for number in range(6):
             (one, two)[number % 2].append([content_key(bytes([number]))], np.zeros((1, 2, 3), np.float16))
-        with pytest.raises(StoreError, match="another process is writing"), exclusive(one.folder):
+        with pytest.raises(StoreError, match="another process"), exclusive(one.folder):
             pass
     assert len(FeatureStore.open(MADE_WITH)) == 6
     assert not list(one.folder.parent.glob("*.owner"))

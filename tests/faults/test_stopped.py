@@ -83,7 +83,7 @@ def test_one_signal_saves_and_the_rest_follows(toy: Path, end: signal.Signals, c
     assert line.endswith(f"step {last}")
     assert err.splitlines()[-1] == "interrupted; run the same command to resume"
     resumed = run_cli(*command(toy, stage=stage))
-    assert resumed.json()["first_step"] == last
+    assert resumed.json()["resumed_from"] == last
     assert run_cli(*command(toy, stage=stage, folder="whole")).exit_code == 0
     same(folder, toy / f"whole/stage{stage}")
 
@@ -97,7 +97,7 @@ def test_two_signals_stop_at_once_and_the_rest_follows(toy: Path) -> None:
     err = process.communicate()[1]
     assert process.returncode == 143, err
     assert "Traceback" not in err
-    assert run_cli(*command(toy, "stage1.checkpoint_every=2")).json()["first_step"] >= 4
+    assert run_cli(*command(toy, "stage1.checkpoint_every=2")).json()["resumed_from"] >= 4
     assert run_cli(*command(toy, "stage1.checkpoint_every=2", folder="whole")).exit_code == 0
     same(toy / "cut/stage1", toy / "whole/stage1")
 
@@ -171,7 +171,7 @@ def test_a_signal_at_any_moment_changes_no_bit(
     stopped = read(toy / "cut/stage1/metrics.jsonl")[-1]["step"]
     assert checkpoints(toy / "cut/stage1")[-1] == stopped
     resumed = run_cli(*command(toy, *OFTEN))
-    assert resumed.json()["first_step"] == stopped, resumed.stderr
+    assert resumed.json()["resumed_from"] == stopped, resumed.stderr
     same(toy / "cut/stage1", folder)
 
 
@@ -189,20 +189,20 @@ def test_a_batch_that_takes_long_to_prepare_holds_nobody_up(toy: Path, monkeypat
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
-    real_batches = loop.prepared
+    real_batches = loop.prefetched_steps
 
-    def prepared(*args: Any) -> Any:
+    def delayed_steps(*args: Any) -> Any:
         threading.Timer(1, send).start()
         return real_batches(*args)
 
-    monkeypatch.setattr(loop, "prepared", prepared)
+    monkeypatch.setattr(loop, "prefetched_steps", delayed_steps)
     result = run_cli(*command(toy, "stage1.batch_size=120"))
     assert result.exit_code == 143
     assert time.monotonic() - sent[0] < 10, "not the 60 s that the batch takes"
     assert "resume after" not in result.stderr, "there is nothing yet"
 
 
-@pytest.mark.parametrize("where", ["build", "split", "_dry_save", "_save_model", "_write_samples"])
+@pytest.mark.parametrize("where", ["initial_model", "load_split", "trial_save", "save_model", "_write_sample_answers"])
 def test_a_signal_where_no_step_is_under_way_acts_at_once(
     toy: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -49,7 +49,7 @@ def browse(page: Path, tmp_path: Path, *arguments: str) -> str:
 
 def test_a_browser_shows_all_of_it(report: Path, tmp_path: Path) -> None:
     shown = browse(report, tmp_path, "--window-size=1200,900", "--dump-dom")
-    for words in ("Stage 1", "Stage 2", "blind twin", "chance", "95 %", "What to try next", "together"):
+    for words in ("Stage 1", "Stage 2", "blind baseline", "chance", "95 %", "What to try next", "together"):
         assert words in shown, words
     assert "shown another picture" in shown
 

@@ -68,7 +68,9 @@ def run_dir(tmp_path: Path) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 8, "val_loss": 0.4}])
         write(folder / stage / "metrics.jsonl", text)
         report = {"stage": 1, "steps": 8, "samples": 640, "seconds": 95.2, "tokens_per_s": 1234.5, "loss": 0.375}
-        write(folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "left_out": 0})
+        write(
+            folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "skipped_samples": 0}
+        )
         answers = [("What is it?", "A cat.", "a cat"), ("How many?", "Two.", "Three.")]
         rows = [{"image": "a.jpg", "question": q, "reference": r, "answer": a} for q, r, a in answers]
         write(folder / stage / "samples.json", [{**rows[0], "thumbnail": PIXEL}, {**rows[1], "thumbnail": ""}])
@@ -113,18 +115,18 @@ def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
 
 def test_intervals_and_others_stand_beside_the_scores(run_dir: Path) -> None:
     report = json.loads((run_dir / "eval/scenes.json").read_text())
-    others = {"blind twin": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
-    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "beside": others})
+    others = {"blind baseline": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
+    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "baselines": others})
     html = write_report(run_dir).read_text()
     columns = re.findall(r'<th class="number">(.*?)</th>', html)
     cells = re.findall(r'<td class="number">(.*?)</td>', html)
-    assert columns == ["score", "95 %", "chance", "blind twin", "stage 1"]
+    assert columns == ["score", "95 %", "chance", "blind baseline", "stage 1"]
     assert cells[:5] == ["61.2", "57.5 to 65.0", "33.5", "34.5", "20.2"]
 
 
 def test_a_task_with_groups_alone_has_no_empty_lines(run_dir: Path) -> None:
     groups = {"all": {"relative": 80.0}, "conv": {"relative": 75.0}}
-    write(run_dir / "eval/scenes.json", {"task": "llava-bench", "scores": groups, "interval": {}, "beside": {}})
+    write(run_dir / "eval/scenes.json", {"task": "llava-bench", "scores": groups, "interval": {}, "baselines": {}})
     assert re.findall(r"<tr><td>(.*?)</td>", write_report(run_dir).read_text())[:3] == ["all", "conv", "0.jpg"]
 
 

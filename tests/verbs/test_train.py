@@ -31,7 +31,7 @@ def trained(recipe: Path, stage: int, *options: str) -> Any:
     return done.json()
 
 
-@pytest.mark.parametrize("extra", ["_write_samples", "plot_loss", "write_report"])
+@pytest.mark.parametrize("extra", ["_write_sample_answers", "plot_loss", "write_report"])
 @pytest.mark.parametrize("error", [RuntimeError("cannot reshape tensor of 0 elements"), DataError("image gone")])
 def test_after_the_last_step_nothing_fails_the_stage(
     toy: Path, extra: str, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -55,8 +55,8 @@ def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:
     made = Path(trained(recipe, 2, *lora)["model"])
     description = json.loads((made / "llavactl.json").read_text(encoding="utf-8"))
     assert description["language"]["model"] == str(Path(first) / "language")
-    base = model_folder.load(made).parts.model.language.get_base_model()
-    theirs = model_folder.load(Path(first)).parts.model.language
+    base = model_folder.load(made).bundle.model.language.get_base_model()
+    theirs = model_folder.load(Path(first)).bundle.model.language
     assert base.lm_head.weight.equal(theirs.lm_head.weight)
 
 

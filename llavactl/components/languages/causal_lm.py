@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from llavactl.core.model_check import LANGUAGE, check_model
 from llavactl.core.model_files import TOKENIZER
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
+from llavactl.files.json_parse import read_json_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class TransformersLanguage:
             tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
         if not tokenizer.chat_template and (file := Path(self.options.model, "chat_template.json")).is_file():
             # Older versions of transformers save a processor's chat template here; tokenizers don't read it.
-            tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+            tokenizer.chat_template = read_json_document(file)["chat_template"]
         if not tokenizer.is_fast:
             raise self._error("no fast tokenizer", "convert it with save_pretrained of transformers")
         if tokenizer.eos_token_id is None:

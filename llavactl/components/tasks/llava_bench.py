@@ -202,7 +202,7 @@ class LlavaBench:
         files = self.options.reviews
         if twice := [file for at, file in enumerate(files) if file in files[:at]]:
             raise DataError(f"{twice[0]}: given twice as reviews", hint="a run counts once")
-        return [unique(read_records(file), "question_id", what="the review of question") for file in files]
+        return [unique(read_records(file), "question_id", what="review") for file in files]
 
     @cached_property
     def _kinds(self) -> Mapping[str, str]:

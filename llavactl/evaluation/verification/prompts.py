@@ -11,7 +11,8 @@ from llavactl.components.formats.chat_template import render_text
 from llavactl.components.formats.processor_text import separator
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.images.decode import decode
 
 if TYPE_CHECKING:

@@ -94,11 +94,11 @@ def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
 def _float32_assistant(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:
     """The model in float32; the connector is loaded again because it is stored in float32."""
     loaded = model_folder.load(model)
-    loaded.parts.model.float()
-    model_folder.load_connector(loaded.parts.model.connector, model)
+    loaded.bundle.model.float()
+    model_folder.load_connector(loaded.bundle.model.connector, model)
     vision = registry().create("vision", description["vision"])
     features = _UnroundedFeatures(load_encoder(vision, "cpu", "float32"))
-    return Assistant(loaded.parts.model, encoding, features, "first", str(model))
+    return Assistant(loaded.bundle.model, encoding, features, "first", str(model))
 
 
 def _merge_adapter(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:

@@ -11,7 +11,7 @@ from llavactl.components.formats.chat_template import chat_template, render_text
 from llavactl.components.templates.styles import STYLES
 from llavactl.core.registry import registry
 from llavactl.core.schema import Turn
-from llavactl.data.encode import arrange
+from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
 from .conftest import Make

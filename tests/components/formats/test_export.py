@@ -11,7 +11,7 @@ import pytest
 
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make
@@ -32,10 +32,10 @@ def written(model: Path, form: str, to: Path, *more: str) -> Any:
 def weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Connector and language model of a model folder, adapter merged."""
     loaded = model_folder.load(folder)
-    language: Any = loaded.parts.model.language
+    language: Any = loaded.bundle.model.language
     if loaded.description["method"] == "lora":
         language = language.merge_and_unload()
-    return loaded.parts.model.connector.state_dict(), language.state_dict()
+    return loaded.bundle.model.connector.state_dict(), language.state_dict()
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any], rows: int | None = None) -> None:
@@ -224,7 +224,7 @@ def test_an_adapter_in_bfloat16_changes_no_positions(native: Make) -> None:
     """Rounded to bfloat16, the frequencies of rotary positions would turn every token a little wrong."""
     import torch
 
-    language: Any = model_folder.load(native("ours", method="lora", precision="bfloat16")).parts.model.language
+    language: Any = model_folder.load(native("ours", method="lora", precision="bfloat16")).bundle.model.language
     frequencies = [buffer for name, buffer in language.named_buffers() if name.endswith("inv_freq")]
     assert frequencies
     assert all(buffer.dtype == torch.float32 for buffer in frequencies)

@@ -174,7 +174,7 @@ class TestRecorded:
 class TestWrong:
     def test_options(self, bench: dict[str, Path], tmp_path: Path) -> None:
         for words, why in (
-            (("-t", "judge.name=nobody"), "there is no teacher named 'nobody'"),
+            (("-t", "judge.name=nobody"), "teacher 'nobody'"),
             (("-t", "judge.model=x"), "needs a `name`"),
             (("-t", "judge.name=openai"), "openai: model: "),
             (("-t", "runs=2"), "for a judge who is asked"),

@@ -109,7 +109,7 @@ def test_a_folder_of_results(scored: Any, folder: Path, tmp_path: Path) -> None:
     assert scored("mme", "--answers", results, questions=results)["scores"]["cognition"] == 200
     with (results / "existence.txt").open("a") as file:
         file.write("1.txt\tIs it cut?\tYes\n")
-    assert "existence.txt:5: not picture, question" in scored("mme", "--answers", results, questions=folder)
+    assert "existence.txt:5: expected" in scored("mme", "--answers", results, questions=folder)
 
 
 def test_answers_to_other_questions(scored: Any, folder: Path, lines: Any) -> None:

@@ -96,7 +96,7 @@ class TestWrongFiles:
         whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
         (tmp_path / "a.jsonl").write_text(whole + whole.splitlines()[4] + "\n")
         said = scored("pope", "--answers", tmp_path / "a.jsonl", **pope(real))
-        assert "a.jsonl:2911: question '10000005' is answered twice" in said
+        assert "a.jsonl:2911: duplicate answer to question '10000005'" in said
 
 
 QUESTIONS = [

@@ -126,7 +126,7 @@ class TestWrongFiles:
         rows = files["meta"].read_text().splitlines()
         cases = {
             "problems are not in it": rows[:100],
-            "duplicate question": [*rows, rows[5]],
+            "duplicate ": [*rows, rows[5]],
             "column 'grade'": ["question_id,subject", "4,x"],
             "`grade` is '13'": [*rows[:4], rows[4].replace(",11,", ",13,"), *rows[5:]],
             "not one of natural science": [*rows[:4], rows[4].replace("language science", "art"), *rows[5:]],

@@ -70,10 +70,10 @@ def test_a_pair_that_was_asked_by_half_is_no_pair() -> None:
 
 
 def test_the_twin_of_a_picture_is_never_its_blind_view() -> None:
-    from llavactl.evaluation.views import other_pictures
+    from llavactl.evaluation.models import shuffled_images
 
     questions = list(task(5).questions())
-    shown = other_pictures(questions)
+    shown = shuffled_images(questions)
     of = {each.turns[0].images[0]: each.id for each in questions}
     assert len(of) == len(questions)
     assert all(of[image].rstrip("ab") != of[other].rstrip("ab") for image, other in shown.items())

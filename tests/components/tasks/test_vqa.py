@@ -157,9 +157,8 @@ def test_llava_s_answers_to_textvqa_name_the_picture(scored: Any, tmp_path: Path
     ]
     report = scored("textvqa", "--answers", lines("a.jsonl", rows), questions=tmp_path / "t.json")
     assert report["scores"] == {"accuracy": 50}
-    assert "answered twice" in scored(
-        "textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json"
-    )
+    error = scored("textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json")
+    assert "a.jsonl:3: duplicate answer" in error
 
 
 def test_an_old_prompt_of_textvqa_and_answers_beyond(scored: Any, tmp_path: Path, lines: Any) -> None:
