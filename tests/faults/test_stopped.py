@@ -142,7 +142,7 @@ MOMENTS = {
     "before the last validation": ("validate", -1),
     "before the first checkpoint": ("_save", 1),
     "before the last checkpoint": ("_save", -1),
-    "when all steps are done": ("_take_best", 1),
+    "when all steps are done": ("_load_best", 1),
 }
 
 
