@@ -100,7 +100,7 @@ def identity(folder: Path) -> str:
     components["templates"] = component_identity("templates", description["template"])
     excluded = ("vision", "connector", "language", "template", "trained_language", "location", "versions")
     rest = {key: value for key, value in description.items() if key not in excluded}
-    return hash_json([hash_folder(folder, but=(DESCRIPTION,)), components, rest])
+    return hash_json([hash_folder(folder, exclude=(DESCRIPTION,)), components, rest])
 
 
 @contextmanager

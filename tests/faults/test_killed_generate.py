@@ -93,7 +93,7 @@ def kept(folder: Path) -> int:
         return journal.spent().replies
 
 
-def test_killed_after_n_answers_and_run_again_is_once_each(folder: Path) -> None:
+def test_after_a_kill_no_answered_request_is_repeated(folder: Path) -> None:
     """The endpoint answers 23 requests and holds the others until the process is dead."""
 
     def behave(number: int, body: Mapping[str, Any]) -> Answers | None:
@@ -112,15 +112,15 @@ def test_killed_after_n_answers_and_run_again_is_once_each(folder: Path) -> None
         assert again.returncode == 0, err
         report = json.loads(out)
         assert report["samples"] + report["refused"] == PICTURES
-        assert report["asking"]["sent"] == PICTURES - 23
+        assert report["requests"]["sent"] == PICTURES - 23
         assert len(endpoint.answered) == PICTURES
         assert set(endpoint.answered.values()) == {1}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, seed: int) -> None:
-    """Whatever was in flight may be asked again, at most the eight of each kill; nothing that was kept is."""
+def test_after_a_kill_at_any_moment_no_stored_reply_is_requested_again(folder: Path, seed: int) -> None:
+    """Requests in flight may be repeated, at most eight per kill; requests with a stored reply are not."""
     with toy_endpoint(lambda number, body: Answers(wait_s=0.05)) as endpoint:
         before = 0
         for kill in range(3):
@@ -134,32 +134,33 @@ def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, see
         found = kept(folder)
         sent = len(endpoint.bodies)
         out, err = start(folder, endpoint).communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
+        assert json.loads(out)["requests"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
         assert len(endpoint.answered) == PICTURES
         assert sum(endpoint.answered.values()) - PICTURES <= 3 * 8
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path, end: signal.Signals) -> None:
+def test_ctrl_c_stores_replies_in_flight_and_names_the_way_to_resume(folder: Path, end: signal.Signals) -> None:
     """And so does the signal by which a scheduler ends a job."""
     with eight_held(folder) as (endpoint, process, released):
         process.send_signal(end)
-        err = read_until(process, "waiting for 8 replies in flight")
+        err = read_until(process, "waiting for 8 ")
         released.set()
         err += process.communicate()[1]
         assert process.returncode == 128 + end
-        assert "8 replies are kept in" in err
+        assert "8 replies" in err
+        assert "made.replies.sqlite" in err
         assert "run the same command to resume" in err
         assert "Traceback" not in err
         assert len(endpoint.bodies) == 8 == kept(folder)
-        assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8
+        assert json.loads(start(folder, endpoint).communicate()[0])["requests"]["sent"] == PICTURES - 8
         assert set(endpoint.answered.values()) == {1}
 
 
 def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
     with eight_held(folder) as (endpoint, process, _):
         process.send_signal(signal.SIGINT)
-        read_until(process, "waiting for 8 replies in flight")
+        read_until(process, "waiting for 8 ")
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 130
@@ -168,11 +169,12 @@ def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
         assert not endpoint.answered
 
 
-def test_two_processes_on_one_file_are_refused_in_words(folder: Path) -> None:
+def test_two_processes_on_one_file_are_refused(folder: Path) -> None:
     with eight_held(folder) as (_, first, released):
         second = run_cli("data", "generate", cwd=folder)
         assert second.exit_code == 1
-        assert "another process is making" in second.stderr
+        assert "another process" in second.stderr
+        assert "made.jsonl" in second.stderr
         released.set()
         out, err = first.communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES, err
+        assert json.loads(out)["requests"]["sent"] == PICTURES, err

@@ -68,7 +68,7 @@ for command in (["extract"], ["cache", "verify"], ["cache", "info"], ["train", "
     assert report.get("sound", True), report
 for _ in range(2):
     with Journal(Path(recipe).with_name("journal.sqlite")) as journal:
-        journal.begin("key", "name", "kind", None)
+        journal.start("key", "name", "kind", None)
 """
 
 

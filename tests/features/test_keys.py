@@ -192,7 +192,7 @@ def test_preloaded_keys_need_no_database(tmp_path: Path, monkeypatch: pytest.Mon
         raise AssertionError("the database was queried")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HashCache, "_ask", fail)
+        patch.setattr(HashCache, "_query", fail)
         assert [unpickled.key(image) for image in images] == [sha256(image.read()) for image in images]
     images[0].file.write_bytes(b"other")
     assert unpickled.key(images[0]) == sha256(b"other")

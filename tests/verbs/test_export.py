@@ -35,7 +35,7 @@ def test_an_unknown_format_is_found_before_any_work(toy: Path) -> None:
     recipe.write_text(recipe.read_text() + "export: [{format: onnx, to: out/}]\n")
     checked = run_cli("recipes", "check", str(recipe))
     assert checked.exit_code == 1
-    assert "export.0.format: there is no format named 'onnx'" in checked.stdout + checked.stderr
+    assert "export.0.format: unknown format 'onnx'" in checked.stdout + checked.stderr
 
 
 def test_stage_2_trains_what_only_names(toy: Path) -> None:

@@ -113,7 +113,7 @@ def answers(folder: Path) -> None:
 
 
 def plugin_version(_folder: Path) -> None:
-    builtins.NUMBERS = "2"
+    builtins.RESULTS_VERSION = "2"
 
 
 def vision_configuration(folder: Path) -> None:
@@ -166,7 +166,7 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
 def test_what_depends_on_a_changed_input_is_done_again(
     copy: Path, change: Callable[[Path], None], wanted: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builtins, "NUMBERS", builtins.NUMBERS)  # whatever a change does to it is undone
+    monkeypatch.setattr(builtins, "RESULTS_VERSION", builtins.RESULTS_VERSION)  # restores it after the test
     change(copy)
     assert redone(copy) == wanted
     assert redone(copy) == set()

@@ -128,7 +128,8 @@ class TestAsked:
             assert not server.bodies
             assert judge(tmp_path, "llava-bench", bench, *words, "-t", "max_cost=100")["n"] == 6
         said = judge(tmp_path, "llava-bench", bench, *endpoint("http://localhost:1"), "-t", "max_cost=1", code=1)
-        assert "what a reply of 'judge-1' can cost isn't known" in said
+        assert "max_cost: " in said
+        assert "'judge-1'" in said
 
     def test_verdicts_that_say_nothing(self, bench: dict[str, Path], tmp_path: Path) -> None:
         with toy_endpoint(lambda *_: Answers(body=completion("Both are fine."))) as server:
@@ -174,7 +175,7 @@ class TestRecorded:
 class TestWrong:
     def test_options(self, bench: dict[str, Path], tmp_path: Path) -> None:
         for words, why in (
-            (("-t", "judge.name=nobody"), "there is no teacher named 'nobody'"),
+            (("-t", "judge.name=nobody"), "teacher 'nobody'"),
             (("-t", "judge.model=x"), "needs a `name`"),
             (("-t", "judge.name=openai"), "openai: model: "),
             (("-t", "runs=2"), "for a judge who is asked"),
