@@ -1,6 +1,6 @@
-"""Reading a run folder as it is: what is missing, half written or not ours is left out, never an error.
+"""Reading the files of a run folder: missing, truncated or malformed content is left out and never an error.
 
-A report is made while a run goes on and after it broke, so nothing here may stop it.
+Reports are written during a run and after it failed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """The resolved recipe of a run: its text, and what it says; "" and {} before the first step."""
+    """The resolved recipe of a run as text and as a dictionary; "" and {} before the first step."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     text = _text(run_dir / "recipe.yaml")
     try:
-        found = YAML(typ="safe", pure=True).load(text) if text else None
+        recipe = YAML(typ="safe", pure=True).load(text) if text else None
     except (YAMLError, ValueError):
-        found = None
-    return text, dict(found) if isinstance(found, Mapping) else {}
+        recipe = None
+    return text, dict(recipe) if isinstance(recipe, Mapping) else {}
 
 
 def _text(path: Path) -> str:

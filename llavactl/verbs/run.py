@@ -113,9 +113,9 @@ def _generate_all(recipe: Recipe) -> GenerateReport:
         TeacherError: requests are left, because of a budget for example. No model is trained on a part of the data.
     """
     report = generate(recipe)
-    if report.asking is not None and report.asking.stopped:
+    if report.requests is not None and report.requests.stopped:
         raise TeacherError(
-            f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
+            f"{report.requests.unanswered} requests to the teacher are left: {report.requests.stopped}",
             hint="raise the limit or wait, then run the command again; or train on the data in `generate.out`: "
             "`-o generate=null`",
         )

@@ -18,7 +18,7 @@ from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail
-from llavactl.report.tokens import page
+from llavactl.report.tokens import tokens_page
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Sample
@@ -171,7 +171,7 @@ def _written(report: ShowReport, file: Path, chosen: Sequence[Sample]) -> ShowRe
     }
     report = replace(report, html=str(file))
     try:
-        write_atomic(file, page(report, pictures))
+        write_atomic(file, tokens_page(report, pictures))
     except OSError as error:
         raise DataError(f"{file} can't be written: {error.strerror or error}", hint="name another file") from error
     return report

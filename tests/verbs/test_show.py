@@ -127,8 +127,8 @@ def test_html_is_a_page_of_its_own(bare: Path) -> None:
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert page.count("<img ") == page.count("data:image/jpeg;base64,") == 2
     assert page.count("&lt;image × 4&gt;") == 2
-    assert '<span class="trained ' in page
-    assert '<span class="trained cut ' in page
+    assert '<span class="target ' in page
+    assert '<span class="target cut ' in page
     document = run_cli("data", "show", "--html", "show.html", "--json", cwd=bare).json()
     assert document["html"] == "show.html"
     denied = run_cli("data", "show", "--html", "recipe.yaml/show.html", cwd=bare)

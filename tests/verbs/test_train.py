@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def test_after_the_last_step_nothing_fails_the_stage(
     assert str(error) in done.stderr
     assert Path(done.json()["model"], "connector.safetensors").is_file()
     assert trained(toy / "recipe.yaml", 1)["finished_before"] is True
+
+
+def test_without_matplotlib_training_warns_once_and_writes_no_plot(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("pip install 'llavactl[plots]'") == 1
+    folder = toy / "runs/toy"
+    assert not (folder / "stage1/loss.png").exists()
+    assert (folder / "stage1/model").is_dir()
+    assert "llavactl[plots]" in (folder / "report.html").read_text()
 
 
 def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:

@@ -128,7 +128,8 @@ class TestAsked:
             assert not server.bodies
             assert judge(tmp_path, "llava-bench", bench, *words, "-t", "max_cost=100")["n"] == 6
         said = judge(tmp_path, "llava-bench", bench, *endpoint("http://localhost:1"), "-t", "max_cost=1", code=1)
-        assert "what a reply of 'judge-1' can cost isn't known" in said
+        assert "max_cost: " in said
+        assert "'judge-1'" in said
 
     def test_verdicts_that_say_nothing(self, bench: dict[str, Path], tmp_path: Path) -> None:
         with toy_endpoint(lambda *_: Answers(body=completion("Both are fine."))) as server:
