@@ -49,8 +49,9 @@ from llavactl.components.vision.encoder import Preprocess, VisionEncoder, pad_to
 from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.features import ContentKeys, StoreWriter, content_key
 from llavactl.features.backbone import Backbone
-from llavactl.features.extraction import Extraction, Wanted, fill, plan
-from llavactl.features.fingerprint import of_identity
+from llavactl.features.fill import ExtractionJob, fill_store
+from llavactl.features.fingerprint import identity_fingerprint
+from llavactl.features.plan import ExtractionTarget, plan_extraction
 from llavactl.features.prepare import prepare
 from llavactl.recipe.sections import Features
 from llavactl.testing import toy_clip
@@ -159,12 +160,11 @@ def fresh_home(folder: Path) -> Iterator[None]:
 
 def ours(bench: Bench) -> None:
     settings = Features(shard_images=len(bench.photos))
-    made_with = of_identity({"identity": bench.vision.identity()}, settings)
-    wanted = Wanted(bench.vision, made_with, "pad", (1,), tuple(bench.photos))
-    todo = plan(wanted, ContentKeys()).todo
-    filled = fill(todo, wanted, Extraction(bench.backbone, settings), lambda _images, _bytes: None)
-    if filled.encoded != len(bench.photos):
-        raise SystemExit(f"{filled.encoded} of {len(bench.photos)} photos were stored: {filled.failures}")
+    fingerprint = identity_fingerprint({"identity": bench.vision.identity()}, settings)
+    target = ExtractionTarget(bench.vision, fingerprint, "pad", (1,), tuple(bench.photos))
+    result = fill_store(ExtractionJob(plan_extraction(target, ContentKeys()), bench.backbone, settings))
+    if result.encoded != len(bench.photos):
+        raise SystemExit(f"{result.encoded} of {len(bench.photos)} photos were stored: {result.failures}")
 
 
 def opened(preprocess: Preprocess, image: ImageFile) -> np.ndarray:
@@ -238,7 +238,9 @@ def needed(bench: Bench) -> dict[str, float]:
     encoded = processor_s()
     repeat = 16
     with StoreWriter(
-        of_identity({"identity": bench.vision.identity()}, Features()), bench.tower.shape, repeat * len(features)
+        identity_fingerprint({"identity": bench.vision.identity()}, Features()),
+        bench.tower.shape,
+        repeat * len(features),
     ) as writer:
         for number in range(repeat):
             writer.append([content_key(b"%d %d" % (number, row)) for row in range(len(features))], features)

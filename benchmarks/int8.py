@@ -31,10 +31,10 @@ from llavactl import ImageFile, TransformersVision
 from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, FeatureShape
-from llavactl.data import micro
 from llavactl.data.encode import Encoding
-from llavactl.data.rows import RowLimits
-from llavactl.data.training_set import split
+from llavactl.data.micro_batches import Partition, padded_micro_batches
+from llavactl.data.packing import MicroBatchLimits
+from llavactl.data.split import load_split
 from llavactl.features import open_features
 from llavactl.features.backbone import Backbone
 from llavactl.features.prepare import Failure, prepare
@@ -142,12 +142,12 @@ def loss_of(model: Path, recipe: Recipe) -> float:
     loaded = model_folder.load(model)
     features = open_features(recipe, 1)
     template = registry().create("templates", {"name": loaded.description["template"]})
-    parts, stage = loaded.parts, recipe.stage1
+    parts, stage = loaded.bundle, recipe.stage1
     encoding = Encoding(template, parts.tokenizer, parts.image_tokens, stage.max_length)
-    held_out = split(recipe.data.stage1, stage, encoding, features, features.contents, recipe.seed).validation
+    held_out = load_split(recipe.data.stage1, stage, encoding, features, features.contents, recipe.seed).validation
     total, tokens = 0.0, 0
     for index in range(len(held_out)):
-        (batch,) = micro.padded(held_out, [(0, index)], micro.Share(RowLimits(1, None)))
+        (batch,) = padded_micro_batches(held_out, [(0, index)], Partition(MicroBatchLimits(1, None)))
         with torch.inference_mode():
             total += parts.model(batch).item()
         tokens += int((batch.labels != IGNORE).sum())

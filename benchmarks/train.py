@@ -47,9 +47,10 @@ from torch.nn import functional
 
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef
-from llavactl.data import rows
 from llavactl.data.batches import collate, pack
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
+from llavactl.data.packing import MicroBatchLimits, prefix_groups
 from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
 from llavactl.model.packed import packed_attention
@@ -100,8 +101,8 @@ def sharing(items: Sequence[Encoded], per_image: int) -> list[Encoded]:
 
 def ours(model: Any, items: Sequence[Encoded]) -> float:
     """One row of all ``items``."""
-    families = rows.families(items, SHAPE.patches, rows.RowLimits(len(items)))
-    batch = pack([(each.shared, [items[at] for at in each.members]) for each in families], Features())
+    groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
+    batch = pack([(group.prefix_length, [items[at] for at in group.samples]) for group in groups], Features())
     with packed_attention(model.language):
         loss = model(batch)
         loss.backward()

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Turn
     from llavactl.evaluation.results import EvalReport
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
+    from llavactl.training.report import TrainReport
     from llavactl.verbs.export import ExportReport
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport
     from llavactl.verbs.run import RunReport
-    from llavactl.verbs.train_report import TrainReport
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Recipe keys to set: ``{"stage1.epochs": 2}``, or as on the command line ``["stage1.epochs=2"]``."""
@@ -171,10 +171,10 @@ def load_model(
         ModelError: the model can't be read.
     """
     from llavactl.chat.loading import load_assistant
-    from llavactl.model.folder import of_run
-    from llavactl.model.foreign import resolve
+    from llavactl.model.folder import latest_model
+    from llavactl.model.imported import resolve
 
-    folder = resolve(str(model), recipe) if isinstance(model, str | Path) else of_run(model.run_dir)
+    folder = resolve(str(model), recipe) if isinstance(model, str | Path) else latest_model(model.run_dir)
     return load_assistant(folder, device, template=template)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from llavactl.chat.common_prefix import common_prefix_length, split_prompt, token_keys
 from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.schema import IGNORE, Encoded, Turn
-from llavactl.data.batches import Loads, collate
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.batches import FeatureLookup, collate
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.model.exactness import Exact, exactness
 from llavactl.model.generate import GREEDY, Sampling, generate, read
 from llavactl.model.inputs import to_device
@@ -30,7 +31,7 @@ class Assistant:
 
     model: LlavaModel
     encoding: Encoding
-    features: Loads
+    features: FeatureLookup
     image_order: Literal["first", "random", "as-data"] = "first"
     name: str = ""
 

@@ -39,11 +39,11 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
             hint="`vision` in llavactl.json names it",
         )
     loaded = model_folder.load(folder)
-    loaded.parts.model.to(device)
+    loaded.bundle.model.to(device)
     template_component: Any = registry().create("templates", template or description["template"])
     return Assistant(
-        loaded.parts.model,
-        Encoding(template_component, loaded.parts.tokenizer, loaded.parts.image_tokens),
+        loaded.bundle.model,
+        Encoding(template_component, loaded.bundle.tokenizer, loaded.bundle.image_tokens),
         LiveFeatures(load_encoder(vision, device, features.compute), current, device),
         description["image_order"],
         str(folder),

@@ -22,8 +22,8 @@ from llavactl.core.paths import expand_user, read_json
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.features.prepare import default_device
 from llavactl.images.decode import ImageError, decode
-from llavactl.model.foreign import HUB_ID
 from llavactl.model.generate import GREEDY, Sampling
+from llavactl.model.imported import HUB_ID
 
 if TYPE_CHECKING:
     from PIL import Image

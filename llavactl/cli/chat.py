@@ -65,7 +65,10 @@ def command(
     temperature: float,
     as_json: bool,
 ) -> None:
-    """Chat about images with the recipe's last finished stage, or with --model."""
+    """Chat with a model about images.
+
+    The model is the recipe's last finished stage, or --model.
+    """
     if batch is not None and (prompt is not None or images):
         raise click.UsageError("--batch can't be combined with --prompt or --image")
     if as_json and batch is None and prompt is None:

@@ -10,7 +10,8 @@ from llavactl.core.errors import ConversationError
 from llavactl.core.protocols import Finding, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.features.checked import load_encoder
 from llavactl.features.reader import stage_vision
 
@@ -38,7 +39,7 @@ class Lengths:
     def refusal(self, sample: Sample) -> str:
         """Why the template refuses ``sample``, or ""."""
         try:
-            self.encoding.written(self._turns(sample))
+            self.encoding.rendered_text(self._turns(sample))
         except ConversationError as error:
             return error.message
         return ""

@@ -10,8 +10,9 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import Any
 
-from llavactl.core.errors import PluginError
+from llavactl.core.errors import LlavactlError, PluginError
 
 Extractor = Callable[[Sequence[str]], Iterable[Sequence[str]]]
 """Captions to the noun phrases of each, in the same order."""
@@ -41,7 +42,10 @@ def load_extractor(target: str) -> Extractor:
 
     Raises:
         PluginError: it can't be imported or called.
+        LlavactlError: it is the default one, and TextBlob is not installed.
     """
+    if target == DEFAULT:
+        _tagger()  # fails here, before any caption is read
     module, _, attribute = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -53,11 +57,23 @@ def load_extractor(target: str) -> Extractor:
     return loaded
 
 
+@cache
+def _tagger() -> Callable[..., Any]:
+    """TextBlob's tagger, from the extra ``captions``."""
+    try:
+        from textblob.en import parse
+    except ImportError as error:
+        raise LlavactlError(
+            f"extracting noun phrases needs textblob, which can't be imported ({error})",
+            hint="pip install 'llavactl[captions]'",
+        ) from error
+    tagger: Callable[..., Any] = parse
+    return tagger
+
+
 def _tagged(caption: str) -> list[tuple[str, str]]:
     """(word, Penn Treebank tag) of each word and sign."""
-    from textblob.en import parse
-
-    sentences = parse(caption, tokenize=True, tags=True, chunks=False).split()
+    sentences = _tagger()(caption, tokenize=True, tags=True, chunks=False).split()
     return [(word.lower(), tag) for sentence in sentences for word, tag, *_ in sentence]
 
 

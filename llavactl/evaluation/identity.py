@@ -35,7 +35,7 @@ def result_digest(answers: Mapping[str, str], scoring: Any) -> str:
 def question_content(questions: Sequence[Question]) -> list[Any]:
     """Ids, roles and contents of ``questions``; images as content hashes, or by name if they can't be read."""
     images = list(dict.fromkeys(image for question in questions for turn in question.turns for image in turn.images))
-    keys = dict(zip(images, ContentKeys().many(images), strict=True))
+    keys = dict(zip(images, ContentKeys().keys_of(images), strict=True))
 
     def part_content(part: Content) -> Any:
         if isinstance(part, str):

@@ -23,9 +23,9 @@ from llavactl.chat.transformers_model import (
     resolve_folder,
 )
 from llavactl.core.schema import ImageRef, Question, Turn
-from llavactl.model.folder import identity, of_run
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import identity, latest_model
 from llavactl.model.generate import GREEDY, Sampling
+from llavactl.model.imported import resolve
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
@@ -94,7 +94,7 @@ def evaluation_target(recipe: Outline | None, model: str | None) -> EvaluationTa
         return EvaluationTarget(evaluated, results, model, from_recipe=False)
     if model is None:
         assert recipe is not None
-        folder = of_run(recipe.run_dir)
+        folder = latest_model(recipe.run_dir)
     else:
         folder = resolve(model, recipe)
     # A converted checkpoint has no run folder around it: its results go into its own folder.

@@ -20,12 +20,10 @@ class _Head(Section):
     """The keys before the training stages: a resolved recipe lists its keys in the order of the classes."""
 
     name: FileName
-    vision: VisionSpec | None = Field(None, description="vision encoder, frozen: a component")
-    connector: ConnectorSpec | None = Field(
-        None, description="connector from vision features to language embeddings: a component"
-    )
-    language: LanguageSpec | None = Field(None, description="language model: a component with a `template`")
-    features: Features = Field(Features(), description="feature store and live encoding")
+    vision: VisionSpec | None = Field(None, description="frozen vision encoder")
+    connector: ConnectorSpec | None = Field(None, description="connector from vision features to language embeddings")
+    language: LanguageSpec | None = Field(None, description="language model and its conversation template")
+    features: Features = Field(Features(), description="precision, caching and loading of vision features")
     data: Data = Field(Data(), description="training data of the stages")
 
 
@@ -37,7 +35,7 @@ class Outline(StageSections, _Head):
 
     eval: Eval = Field(Eval(), description="evaluation after training")
     generate: Generate | None = Field(None, description="instruction data written by a teacher; null: none")
-    export: tuple[Export, ...] = Field((), description="exports of the trained model")
+    export: tuple[Export, ...] = Field((), description="exports of the trained model to other formats")
     try_next: tuple[str, ...] = Field((), description="suggestions shown at the end of the report")
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")

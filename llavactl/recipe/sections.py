@@ -20,7 +20,7 @@ class Features(Section):
         "cached", description="cached: extract once into the feature store; live: encode images in every step"
     )
     dtype: Literal["float16", "int8"] = Field(
-        "float16", description="dtype of stored features; int8 needs half the disk space (features.md)"
+        "float16", description="dtype of stored features; int8 needs half the disk space (docs/features.md)"
     )
     compute: Precision = Field("float32", description="dtype in which the vision encoder computes")
     batch_size: PositiveInteger = Field(16, description="images per forward pass of the vision encoder")
@@ -29,7 +29,7 @@ class Features(Section):
 
 
 _SOURCES: dict[str, Any] = {
-    section: (tuple[SourceSpec, ...], Field((), description=f"training data of stage {number}: a list of sources"))
+    section: (tuple[SourceSpec, ...], Field((), description=f"sources of stage {number}"))
     for number, section in STAGES.items()
 }
 _PerStage: Any = create_model("_PerStage", __base__=Section, **_SOURCES)
@@ -58,11 +58,12 @@ class SampleKinds(Section):
 
 
 class Gates(Section):
-    """Filters for samples that a language model wrote (``teaching.gates``)."""
+    """Filters for samples written by a language model. Rejected samples are listed with the reason."""
 
     leaks: Boolean = Field(True, description="reject mentions of captions, boxes, coordinates or the prompt")
     structure: Boolean = Field(
-        True, description="reject malformed samples, such as a reasoning sample with several questions"
+        True,
+        description="reject markup and turn markers in turns, and reasoning samples with several questions",
     )
     duplicates: Boolean = Field(True, description="reject a question that was already asked about the image")
     similarity: Annotated[float, Field(strict=True, gt=0, le=1)] | None = Field(
@@ -75,8 +76,8 @@ class Gates(Section):
 class Generate(Section):
     """Instruction data written by a teacher."""
 
-    source: CaptionSourceSpec = Field(description="source of images with captions and boxes: a component")
-    teacher: TeacherSpec = Field(description="model or rules that write the samples: a component")
+    source: CaptionSourceSpec = Field(description="source of images with captions and boxes")
+    teacher: TeacherSpec = Field(description="model or rules that write the samples")
     kinds: SampleKinds = Field(description="relative frequencies of the kinds of samples")
     samples: PositiveInteger | None = Field(
         None, description="number of samples; null: one of each kind with a weight above 0 per image"
@@ -86,7 +87,7 @@ class Generate(Section):
         None, description="folder with conversation.yaml, detail.yaml and reasoning.yaml; null: the built-in prompts"
     )
     prices: RecipePath | None = Field(None, description="file of prices per token; null: the built-in prices")
-    gates: Gates = Field(Gates(), description="filters for samples that a language model wrote")
+    gates: Gates = Field(Gates(), description="filters for samples written by a language model")
     max_cost: NonNegativeNumber | None = Field(
         None, description="budget for `out` over all runs, in the currency of the prices; null: no limit"
     )
@@ -102,7 +103,7 @@ class Generate(Section):
 class Eval(Section):
     """Evaluation after training."""
 
-    tasks: tuple[TaskSpec, ...] = Field((), description="tasks to run: a list of components")
+    tasks: tuple[TaskSpec, ...] = Field((), description="tasks to run")
     blind_baseline: Boolean = Field(
         True, description="also score the shuffled-image baseline: the same model, shown other images"
     )

@@ -37,7 +37,7 @@ class Component(BaseModel):
 class Spec(Component):
     """A component named by the key ``name``."""
 
-    name: str
+    name: str = Field(description="registered name; `llavactl components` lists the components")
 
 
 class VisionSpec(Spec):
@@ -84,9 +84,13 @@ class SourceSpec(Spec):
 
     kind = "sources"
 
-    weight: PositiveNumber = Field(1.0, description="copies of each sample per epoch; 0.5 draws half of the samples")
+    weight: PositiveNumber = Field(
+        1.0,
+        description="copies of each sample per epoch; 1.5: one copy of every sample and a second copy of half of them",
+    )
     phase: PositiveInteger = Field(
-        1, description="position in the epoch: sources of a lower phase come first; sources of one phase are shuffled"
+        1,
+        description="order in the epoch: lower phases first; sources of the same phase are shuffled together",
     )
     split_turns: Boolean = Field(
         False, description="make each question with its answer a separate sample, without the other turns"

@@ -62,8 +62,8 @@ class Stage(Section):
     )
     image_order: ImageOrder = Field(
         "first",
-        description="position of the image in the first turn: before the text, before or after it at random, or as in "
-        "the record",
+        description="position of the images: before the text of each turn, at random before or after the text of the "
+        "first turn, or as in the record",
     )
     epochs: PositiveNumber = Field(1, description="passes over the data")
     max_steps: PositiveInteger | None = Field(None, description="stop after this many optimizer steps")
@@ -73,7 +73,8 @@ class Stage(Section):
         None, description="largest micro-batch, in tokens; a longer sample is a micro-batch by itself; null: no limit"
     )
     packing: Literal["auto", "always", "never"] = Field(
-        "auto", description="sequence packing: where it is exact and tested, wherever it is exact, or never"
+        "auto",
+        description="sequence packing: where it is exact and tested, wherever it is exact, or never (docs/training.md)",
     )
     shuffle: Literal["samples", "images"] = Field(
         "samples", description="shuffle by sample, or by image: all samples of an image together, to share its prefix"
@@ -137,7 +138,8 @@ class Stage1(Stage):
     trainable_modules: ClassVar[tuple[str, ...]] = ()
 
     box_alignment_steps: NonNegativeInteger = Field(
-        0, description="steps before training in which the connector is fitted to the boxes of the data (training.md)"
+        0,
+        description="steps before training that fit the connector to the boxes of the data (docs/training.md)",
     )
     template: Template = "plain"
     batch_size: BatchSize = 256

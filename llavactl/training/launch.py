@@ -1,4 +1,4 @@
-"""Setting up distributed training under torchrun or accelerate."""
+"""Sets up distributed training under torchrun or accelerate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def accelerator(precision: str) -> Accelerator:
-    """This process's accelerator. The model itself has the recipe's ``precision``, so autocast is not used.
+    """This process's accelerator, without autocast: the model's weights already have the recipe's ``precision``.
 
     Raises:
-        RecipeError: accelerate's configuration requires something that llavactl doesn't support.
+        RecipeError: accelerate's configuration requires a feature that llavactl doesn't support.
     """
     check_launch(precision)
     from accelerate import Accelerator
 
-    made = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
-    if made.num_processes > 1:
+    created = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
+    if created.num_processes > 1:
         destroy_process_group_at_exit()
-    return made
+    return created

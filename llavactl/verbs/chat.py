@@ -10,9 +10,9 @@ from llavactl.chat.conversation import Conversation
 from llavactl.chat.inputs import BatchRecord, user_content
 from llavactl.chat.loading import load_assistant
 from llavactl.core.schema import ImageRef, Turn
-from llavactl.model.folder import of_run
-from llavactl.model.foreign import resolve
+from llavactl.model.folder import latest_model
 from llavactl.model.generate import Sampling
+from llavactl.model.imported import resolve
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
@@ -35,7 +35,7 @@ def open_chat(recipe: Outline | None, model: str | None = None, template: str | 
     """A conversation with ``model`` (in any format), else with the recipe's last finished stage."""
     if model is None:
         assert recipe is not None
-        return Conversation(load_assistant(of_run(recipe.run_dir), template=template))
+        return Conversation(load_assistant(latest_model(recipe.run_dir), template=template))
     return Conversation(load_assistant(resolve(model, recipe), template=template))
 
 

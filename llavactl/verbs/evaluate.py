@@ -24,7 +24,7 @@ from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
-from llavactl.teaching.consulting import asker, name_of
+from llavactl.teaching.budgeted import ask_function, teacher_name
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Ask, Scores, Task
@@ -164,7 +164,7 @@ def _scored(
 def _judge(benchmark: Benchmark, replies: Path) -> tuple[Ask | None, str | None]:
     """Asks the task's judge, storing its replies in ``replies`` (SQLite); and the judge's name. (None, None): none."""
     judge = benchmark.judge
-    return (None, None) if judge is None else (asker(judge, replies), name_of(judge))
+    return (None, None) if judge is None else (ask_function(judge, replies), teacher_name(judge))
 
 
 def _write_examples(folder: Path, benchmark: Benchmark, answers: Mapping[str, Answers], scores: Scores) -> None:

@@ -14,16 +14,17 @@ from llavactl.core.processes import check_launch, multiprocess_on_cpu
 from llavactl.core.registry import registry
 from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
-from llavactl.report.inputs import read_document, read_list
+from llavactl.report.inputs import read_document, read_objects
 from llavactl.report.page import TIMES, write_report
+from llavactl.training.initial_model import BUILT_FROM_RECIPE
 from llavactl.training.memory import release_memory
+from llavactl.training.report import TrainReport
 from llavactl.verbs import preflight
 from llavactl.verbs.evaluate import evaluate
 from llavactl.verbs.export import ExportReport, export
 from llavactl.verbs.extract import ExtractReport, extract
 from llavactl.verbs.generate import GenerateReport, generate
-from llavactl.verbs.train import OWN_INITS, train
-from llavactl.verbs.train_report import TrainReport
+from llavactl.verbs.train import train
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
@@ -90,7 +91,7 @@ def _check(recipe: Recipe) -> None:
     if stages:
         _check_component("vision", recipe.vision.spec())
     # A stage with an ``init`` of its own replaces the recipe's language model by that of another model.
-    if any(getattr(stage.settings, "init", "scratch") in OWN_INITS for stage in stages):
+    if any(getattr(stage.settings, "init", "scratch") in BUILT_FROM_RECIPE for stage in stages):
         _check_component("languages", recipe.language.spec())
         preflight.refuse(recipe)
 
@@ -112,9 +113,9 @@ def _generate_all(recipe: Recipe) -> GenerateReport:
         TeacherError: requests are left, because of a budget for example. No model is trained on a part of the data.
     """
     report = generate(recipe)
-    if report.asking is not None and report.asking.stopped:
+    if report.requests is not None and report.requests.stopped:
         raise TeacherError(
-            f"{report.asking.unanswered} requests to the teacher are left: {report.asking.stopped}",
+            f"{report.requests.unanswered} requests to the teacher are left: {report.requests.stopped}",
             hint="raise the limit or wait, then run the command again; or train on the data in `generate.out`: "
             "`-o generate=null`",
         )
@@ -170,6 +171,6 @@ def _example(recipe: Recipe) -> Mapping[str, str] | None:
     files = [recipe.run_dir / "eval" / "examples" / f"{task.name}.json" for task in reversed(recipe.eval.tasks)]
     files += [recipe.run_dir / section / "samples.json" for section in reversed(STAGES.values())]
     for file in files:
-        if examples := read_list(file):
+        if examples := read_objects(file):
             return {key: value for key, value in examples[0].items() if key != "thumbnail"}
     return None

@@ -12,13 +12,13 @@ from llavactl.core.paths import write_atomic
 from llavactl.core.registry import format_spec, registry
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
-from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
+from llavactl.data.token_info import TokenInfo, token_info
 from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail
-from llavactl.report.tokens import page
+from llavactl.report.tokens import tokens_page
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Sample
@@ -51,7 +51,7 @@ class ShownSample:
     cut_trained: int
     images: tuple[ShownImage, ...]
     left_out: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _find(every: Sequence[Sample], wanted: str | None, where: str) -> int:
 
 def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, drawn: tuple[int, int]) -> ShownSample:
     refused = refusal(sample, encoding, settings.image_order)
-    found = [] if refused else pieces(encoding, arranged(sample, settings.image_order, *drawn))
+    found = [] if refused else token_info(encoding, arranged(sample, settings.image_order, *drawn))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
     broken = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
     return ShownSample(
@@ -171,7 +171,7 @@ def _written(report: ShowReport, file: Path, chosen: Sequence[Sample]) -> ShowRe
     }
     report = replace(report, html=str(file))
     try:
-        write_atomic(file, page(report, pictures))
+        write_atomic(file, tokens_page(report, pictures))
     except OSError as error:
         raise DataError(f"{file} can't be written: {error.strerror or error}", hint="name another file") from error
     return report

@@ -19,14 +19,14 @@ from llavactl.curation.inputs import file_source
 from llavactl.evaluation.answers import read_answers
 from llavactl.files.json_stream import read_stream
 from llavactl.files.records import read_records
-from llavactl.report.inputs import read_lines
+from llavactl.report.inputs import read_objects
 from llavactl.training.metrics import read as read_metrics
 
 ROOT = Path(__file__).parents[2]
 
 TEXT_OF_OTHER_KINDS = {
     "llavactl/core/library_errors.py": "an exception's message",
-    "llavactl/evaluation/verify.py": "what a process wrote to stderr",
+    "llavactl/evaluation/verification/script.py": "what a process wrote to stderr",
     "llavactl/components/tasks/coco_synonyms.py": "a table of words in the module itself",
     "llavactl/components/tasks/judging.py": "the first line of a judge's verdict",
     "llavactl/components/tasks/scenes.py": "lines of one answer",
@@ -77,7 +77,7 @@ READERS: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[Path], list[
     "chat --batch": (lambda text: {"prompt": text}, lambda file: [record["prompt"] for record, _ in read_batch(file)]),
     "replay": (lambda text: {"id": text.count("z"), "reply": text}, lambda file: [_reply(file, n) for n in range(3)]),
     "metrics": (lambda text: {"step": 1, "x": text}, lambda file: [each["x"] for each in read_metrics(file)]),
-    "report": (lambda text: {"x": text}, lambda file: [each["x"] for each in read_lines(file)]),
+    "report": (lambda text: {"x": text}, lambda file: [each["x"] for each in read_objects(file)]),
 }
 
 

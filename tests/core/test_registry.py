@@ -21,7 +21,7 @@ def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", option
 def test_the_first_keeps_a_name_and_both_are_named() -> None:
     made = Registry()
     made.add(entry(plugin="one"))
-    with pytest.raises(PluginError, match="plugin one and again by plugin two; the one of one is kept"):
+    with pytest.raises(PluginError, match=r"'x'.* plugin one .* plugin two"):
         made.add(entry(plugin="two"))
     assert made.get("sources", "x").plugin == "one"
 
@@ -29,10 +29,10 @@ def test_the_first_keeps_a_name_and_both_are_named() -> None:
 def test_an_unknown_name_gets_what_there_is() -> None:
     made = Registry()
     made.add(entry("llava-json"))
-    with pytest.raises(RecipeError, match="there is no source named 'llava_json'") as caught:
+    with pytest.raises(RecipeError, match="source 'llava_json'") as caught:
         made.get("sources", "llava_json")
     assert caught.value.hint == "did you mean 'llava-json'? available: llava-json"
-    with pytest.raises(RecipeError, match="there is no vision backbone named 'x'") as caught:
+    with pytest.raises(RecipeError, match="vision backbone 'x'") as caught:
         made.get("vision", "x")
     assert caught.value.hint == ""
 
@@ -77,9 +77,9 @@ def test_create_validates_options_and_calls_the_target() -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(PluginError, match=r"there is no file llavactl:recipes/none\.yaml"):
+    with pytest.raises(PluginError, match=r"llavactl:recipes/none\.yaml"):
         Registration("recipes", "none", "llavactl:recipes/none.yaml", None, "", "llavactl").path()
-    with pytest.raises(PluginError, match="there is no file"):
+    with pytest.raises(PluginError, match=r"no_such_package:none\.yaml"):
         Registration("recipes", "none", "no_such_package:none.yaml", None, "", "p").path()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llavactl.curation import noun_phrases
 from llavactl.curation.captions import INSTRUCTIONS
 from llavactl.testing import run_cli
 
@@ -192,3 +193,17 @@ def test_all_lines_without_a_caption_are_named_at_once(captions: Path, tmp_path:
     assert f"{captions}:52: not JSON" in result.stderr
     assert "and 13 more" in result.stderr
     assert not out.exists()
+
+
+def test_filter_without_textblob_names_the_extra(
+    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noun_phrases._tagger.cache_clear()
+    noun_phrases.load_extractor.cache_clear()
+    monkeypatch.setitem(sys.modules, "textblob.en", None)
+    result = run_cli("data", "filter", str(captions), "--out", str(tmp_path / "out.jsonl"))
+    assert result.exit_code == 1
+    assert "textblob" in result.stderr
+    assert "pip install 'llavactl[captions]'" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()

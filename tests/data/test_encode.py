@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Turn
-from llavactl.data.encode import Encoding, arrange, arrangements
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange, arrangements
 from llavactl.images.image_file import ImageFile
 
 PHOTO, OTHER = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
@@ -190,7 +191,7 @@ def test_what_trains_is_known_before_it_is_tokenised(
 ) -> None:
     turns = [Turn("user", (question, *[PHOTO, OTHER][:images])), Turn("assistant", (answer,)), *TALK[2:]]
     made = encoding(name, tokenizer, 5, length)
-    assert made.trains(turns) == (made.encode(turns).target_tokens > 0)
+    assert made.has_targets(turns) == (made.encode(turns).target_tokens > 0)
 
 
 def test_texts_are_what_the_tokens_stand_for(tokenizer: Any) -> None:

@@ -9,7 +9,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.data.plan import BatchPlan, connected, held_out, order
+from llavactl.data.plan import BatchPlan, order
+from llavactl.data.split import choose_held_out, connected_components
 
 
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.integers(0, 5))
@@ -41,15 +42,15 @@ def test_another_seed_is_another_order() -> None:
 
 @given(st.lists(st.sampled_from("abcdefghijklmnop"), min_size=1), st.floats(0, 0.9), st.integers(0, 3))
 def test_the_split_is_by_group(groups: list[str], share: float, seed: int) -> None:
-    held = held_out(groups, share, seed)
+    held = choose_held_out(groups, share, seed)
     assert held <= set(groups)
     assert abs(len(held) - share * len(set(groups))) <= 1
 
 
 def test_ten_images_spare_one_for_validation_and_two_do_not() -> None:
-    assert len(held_out([str(n) for n in range(10)], 0.01, 0)) == 1
-    assert not held_out(["a", "b"], 0.01, 0)
-    assert not held_out([str(n) for n in range(100)], 0.0, 0)
+    assert len(choose_held_out([str(n) for n in range(10)], 0.01, 0)) == 1
+    assert not choose_held_out(["a", "b"], 0.01, 0)
+    assert not choose_held_out([str(n) for n in range(100)], 0.0, 0)
 
 
 SIZES = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.integers(1, 30), min_size=1, max_size=40)
@@ -57,7 +58,7 @@ SIZES = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=3), st.integers
 
 @given(SIZES, st.floats(0, 0.99), st.integers(0, 3))
 def test_groups_are_held_out_whole_and_never_all_of_them(sizes: dict[str, int], share: float, seed: int) -> None:
-    held = held_out(sizes, share, seed, sizes)
+    held = choose_held_out(sizes, share, seed, sizes)
     assert held < sizes.keys()
     total, taken = sum(sizes.values()), sum(sizes[group] for group in held)
     wanted = max(round(total * share), 1 if total >= 10 and share else 0)
@@ -71,12 +72,12 @@ def test_groups_of_one_image_are_chosen_by_hash_alone(names: set[str], share: fl
     """The choice of earlier releases: their runs must find the same split."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
     count = round(len(names) * share) or (1 if share and len(names) >= 10 else 0)
-    assert held_out(names, share, seed) == set(ranked[: min(count, len(names) - 1)])
+    assert choose_held_out(names, share, seed) == set(ranked[: min(count, len(names) - 1)])
 
 
 @given(st.lists(st.sets(st.integers(0, 20), max_size=3), max_size=30))
 def test_what_has_a_key_in_common_is_of_one_group(keys: list[set[int]]) -> None:
-    numbers = connected(keys)
+    numbers = connected_components(keys)
     for one, other in itertools.combinations(range(len(keys)), 2):
         if keys[one] & keys[other]:
             assert numbers[one] == numbers[other]

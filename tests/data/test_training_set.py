@@ -16,8 +16,9 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN, ImageContents, Sample, Turn
 from llavactl.data.encode import Encoding
 from llavactl.data.plan import BatchPlan
-from llavactl.data.records import apart, samples
-from llavactl.data.training_set import Split, arranged, split
+from llavactl.data.records import samples, split_turns
+from llavactl.data.split import DataSplit, load_split
+from llavactl.data.training_set import arranged
 from llavactl.images.image_file import ImageFile
 from llavactl.recipe.specs import SourceSpec
 from llavactl.recipe.stages import Stage
@@ -81,8 +82,8 @@ def made(
     contents: Mapping[Any, str] | None = None,
     split_turns: bool = False,
     **stage: Any,
-) -> Split:
-    monkeypatch.setattr("llavactl.data.training_set.samples", lambda specs: iter(samples))
+) -> DataSplit:
+    monkeypatch.setattr("llavactl.data.split.samples", lambda specs: iter(samples))
     settings = Stage(**{"validation": 0.0, "image_order": "random", **stage})
     template = registry().create("templates", {"name": "vicuna-v1"})
     encoding = Encoding(template, tokenizer, 4, settings.max_length)
@@ -90,7 +91,7 @@ def made(
     keys = dict(contents or {})
     looked_at = ImageContents(keys, unreadable or {})
     spec = SourceSpec(name="any", split_turns=split_turns)
-    return split([spec], settings, encoding, features, lambda _images: looked_at, 0)
+    return load_split([spec], settings, encoding, features, lambda _images: looked_at, 0)
 
 
 def test_what_stands_beside_a_sample_does_not_change_its_coins(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +125,9 @@ def test_a_sample_without_a_target_is_left_out_and_listed(tokenizer: Any, monkey
     late = sample(2, answer="Because. " * 200)
     data = made([sample(0), long, late], tokenizer, monkeypatch, max_length=260)
     assert [each.id for each in data.train.samples] == ["s0", "s2"]
-    (out,) = data.left_out
+    (out,) = data.skipped
     assert (out.id, out.where) == ("s1", "record 1")
-    assert out.reason == "nothing of its answers is within max_length 260"
+    assert "max_length 260" in out.reason
     for epoch in range(4):
         assert all(data.train.encoded(epoch, index).target_tokens for index in range(2))
 
@@ -134,11 +135,11 @@ def test_a_sample_without_a_target_is_left_out_and_listed(tokenizer: Any, monkey
 def test_left_out_is_a_line_a_sample_even_of_one_id(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, good = sample(1), sample(1, "And now?"), sample(2)
     data = made([first, second, good], tokenizer, monkeypatch, {first.images[0]: "the file is empty"})
-    assert [out.reason for out in data.left_out] == ["1.jpg: the file is empty"] * 2
+    assert [out.reason for out in data.skipped] == ["1.jpg: the file is empty"] * 2
 
 
 def test_nothing_left_says_why(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"2 of 2 records are left out, the first \(record 0\): nothing of its answers"):
+    with pytest.raises(DataError, match=r"2 of 2 .*\(record 0\).*max_length 3"):
         made([sample(0), sample(1)], tokenizer, monkeypatch, max_length=3)
 
 
@@ -150,7 +151,7 @@ def test_questions_apart_know_no_other_answer_and_every_image_so_far() -> None:
         Turn("user", ("And this? ", two)), Turn("assistant", ("A cat.",)),
         Turn("user", ("Which is larger?",)), Turn("assistant", ("The dog.",)),
     )  # fmt: skip
-    found = list(apart(Sample("a", turns, "record 3", captions=("A dog and a cat.",))))
+    found = list(split_turns(Sample("a", turns, "record 3", captions=("A dog and a cat.",))))
     assert [each.id for each in found] == ["a#1", "a#2", "a#3"]
     assert {(each.where, each.captions) for each in found} == {("record 3", ("A dog and a cat.",))}
     assert [each.turns[0] for each in found] == [turns[0]] * 3
@@ -185,7 +186,7 @@ def says(name: str, question: str, **extra: Any) -> Sample:
     return Sample(name, (Turn("user", (question,)), Turn("assistant", ("Yes.",))), extra=extra)
 
 
-def apart_on_both_sides(data: Split) -> set[str]:
+def apart_on_both_sides(data: DataSplit) -> set[str]:
     sides = [{image.name for each in side.samples for image in each.images} for side in (data.train, data.validation)]
     return sides[0] & sides[1]
 
@@ -231,7 +232,7 @@ def test_one_image_under_two_names_is_on_one_side(tokenizer: Any, monkeypatch: p
 def test_another_split_is_another_digest(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of the same contents under other names, by which images are held out, are split in another way."""
 
-    def under(prefix: str, validation: float) -> Split:
+    def under(prefix: str, validation: float) -> DataSplit:
         samples = [replace(shows(f"{prefix}{number}"), id=str(number)) for number in range(40)]
         contents = {each.images[0]: f"content {index}" for index, each in enumerate(samples)}
         return made(samples, tokenizer, monkeypatch, contents=contents, validation=validation)

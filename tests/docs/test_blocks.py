@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 import pytest
-from ruamel.yaml import YAML
+from pydantic import BaseModel
 
 from llavactl.cli.root import root
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check
+from llavactl.recipe.specs import ConnectorSpec, VisionSpec
 from llavactl.testing import check_source
 
 ROOT = Path(__file__).parents[2]
@@ -98,13 +99,25 @@ def test_python_compiles(block: Block) -> None:
     compile(block.text, block.where, "exec")
 
 
-def test_the_reference_has_every_key_of_the_frame_with_its_default() -> None:
-    whole = next(param.values[0] for param in blocks("yaml") if "\nrun_dir: " in param.values[0].text)
-    assert whole.where.startswith("docs/recipes.md")
-    written = YAML(typ="safe", pure=True).load(whole.text)
-    assert written.keys() == Recipe.model_fields.keys()
-    for name in ("features", "stage1", "stage2", "eval"):
-        assert written[name] == Recipe.model_fields[name].get_default().model_dump(mode="json")
+def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """``model`` and the models of its keys, at any depth."""
+
+    def models(annotation: Any) -> set[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return sections(annotation)
+        return set().union(*map(models, get_args(annotation)))
+
+    return {model}.union(*(models(field.annotation) for field in model.model_fields.values()))
+
+
+@pytest.mark.parametrize("model", sorted(sections(Recipe), key=lambda model: model.__name__))
+def test_the_reference_describes_every_key_of_the_frame(model: type[BaseModel]) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    reference = page.partition("<!-- generated: keys -->")[2].partition("<!-- end: keys -->")[0]
+    for key in model.model_fields:
+        rows = [line for line in reference.splitlines() if line.startswith(f"| `{key}` |")]
+        assert rows or model in (VisionSpec, ConnectorSpec), f"{model.__name__}.{key}"
+        assert all(row.split("|")[-2].strip() for row in rows), f"{key} has no description"
 
 
 def test_the_plugin_of_the_page_works(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llavactl.core import hookspecs, protocols
-from llavactl.core.builtins import COMMANDS
+from llavactl.core.builtin_plugin import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "docs" / "generate.py"
@@ -34,7 +34,7 @@ def test_the_pages_are_up_to_date() -> None:
 
 def test_every_block_is_in_some_page() -> None:
     pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/*.md"))))
-    for name in ("commands", "cli", "hooks", "kinds", "components", "recipes", "templates", "names"):
+    for name in ("commands", "cli", "hooks", "kinds", "keys", "components", "recipes", "templates", "names"):
         assert f"<!-- generated: {name} -->" in pages
         assert f"<!-- end: {name} -->" in pages
 

@@ -81,9 +81,7 @@ def test_an_invalid_record_loses_no_other(
         ('[{"id": 1},\n{"image": "\\uDE00"},\n{"id": 2}]', 2, "lone surrogate \\ude00"),
     ],
 )
-def test_an_error_has_its_line_and_reading_continues(
-    tmp_path: Path, text: str | bytes, line: int, problem: str
-) -> None:
+def test_an_error_has_its_line_and_reading_goes_on(tmp_path: Path, text: str | bytes, line: int, problem: str) -> None:
     entries = read(tmp_path / "a.json", text)
     (invalid,) = [entry for entry in entries if entry.problem]
     assert invalid.line == line

@@ -18,19 +18,19 @@ from torch.nn import functional
 
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef, Sample, Turn
-from llavactl.data import micro
 from llavactl.data.encode import Encoding
-from llavactl.data.rows import RowLimits
+from llavactl.data.micro_batches import Partition, packed_micro_batches, padded_micro_batches
+from llavactl.data.packing import MicroBatchLimits
 from llavactl.data.training_set import TrainingSet
 from llavactl.images.image_file import ImageFile
 from llavactl.model import loss
 from llavactl.model.build import build
-from llavactl.model.cpu.last_layer import MULTIPLE, filled
-from llavactl.model.cpu.rms_norm import lean_norms
+from llavactl.model.cpu.rms_norm import fused_rms_norms
 from llavactl.model.inputs import token_count
+from llavactl.model.last_layer import INDEX_MULTIPLE, padded_indices
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, packing_blocker
-from llavactl.model.quantised import quantise
+from llavactl.model.quantized import quantize
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -127,7 +127,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(
-    model: LlavaModel, setting: Setting, tokenizer: Any, limits: RowLimits | None = None, *, packed: bool = True
+    model: LlavaModel, setting: Setting, tokenizer: Any, limits: MicroBatchLimits | None = None, *, packed: bool = True
 ) -> list[Any]:
     """Asserts that both ways agree on ``setting``; returns the batches that ours was made of."""
     data = setting.data(tokenizer)
@@ -136,9 +136,11 @@ def compare(
     expected = sum(plain(theirs, data.encoded(*member)) for member in members)
     expected.backward()
     ours = copy.deepcopy(model).train()
-    batches = (micro.packed if packed else micro.padded)(data, members, micro.Share(limits or RowLimits(len(members))))
+    batches = (packed_micro_batches if packed else padded_micro_batches)(
+        data, members, Partition(limits or MicroBatchLimits(len(members)))
+    )
     total = torch.zeros(())
-    with packed_attention(ours.language) if packed else nullcontext(), lean_norms(ours.language):
+    with packed_attention(ours.language) if packed else nullcontext(), fused_rms_norms(ours.language):
         for batch in batches:
             part = ours(batch)
             part.backward()
@@ -164,8 +166,8 @@ def test_whatever_the_order(parts: Any, order: str) -> None:
     assert any(span.after is not None for span in batches[0].spans)
 
 
-@pytest.mark.parametrize("limits", [RowLimits(1), RowLimits(3), RowLimits(8, 200)], ids=str)
-def test_several_rows_add_up(parts: Any, limits: RowLimits) -> None:
+@pytest.mark.parametrize("limits", [MicroBatchLimits(1), MicroBatchLimits(3), MicroBatchLimits(8, 200)], ids=str)
+def test_several_rows_add_up(parts: Any, limits: MicroBatchLimits) -> None:
     compare(parts.model, Setting([*ALIKE, TEXT], length=400), parts.tokenizer, limits)
 
 
@@ -178,13 +180,13 @@ def test_cut_samples(parts: Any, length: int) -> None:
 
 
 def test_spans_longer_than_matrix_products_are_for(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llavactl.model.cpu.block_attention.SHORT", 20)
+    monkeypatch.setattr("llavactl.model.cpu.block_attention.MAX_PRODUCT_QUERIES", 20)
     compare(parts.model, Setting([*ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
 @pytest.mark.parametrize("crowd", [1, 60])
 def test_spans_too_many_for_one_block(parts: Any, monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
-    monkeypatch.setattr("llavactl.model.cpu.block_attention.CROWD", crowd)
+    monkeypatch.setattr("llavactl.model.cpu.block_attention.MAX_BLOCK_TOKENS", crowd)
     compare(parts.model, Setting([*ALIKE, *ALIKE, TEN, TEXT]), parts.tokenizer)
 
 
@@ -222,10 +224,10 @@ def frozen(model: LlavaModel) -> LlavaModel:
     return model
 
 
-def quantised(model: LlavaModel) -> LlavaModel:
+def quantized(model: LlavaModel) -> LlavaModel:
     pytest.importorskip("bitsandbytes")
     model = copy.deepcopy(model)
-    quantise(model.language)
+    quantize(model.language)
     return adapted(model)
 
 
@@ -233,16 +235,16 @@ WAYS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
     "checkpointing": checkpointed,
     "adapters": adapted,
     "adapters and checkpointing": lambda model: checkpointed(adapted(model)),
-    "adapters on four bits": quantised,
-    "adapters on four bits and checkpointing": lambda model: checkpointed(quantised(model)),
+    "adapters on four bits": quantized,
+    "adapters on four bits and checkpointing": lambda model: checkpointed(quantized(model)),
     "connector alone": frozen,
     "connector alone and checkpointing": lambda model: checkpointed(frozen(model)),
 }
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("limits", [None, RowLimits(4, 300)], ids=["a row", "rows"])
-def test_ways_to_train(parts: Any, way: Callable[[LlavaModel], LlavaModel], limits: RowLimits | None) -> None:
+@pytest.mark.parametrize("limits", [None, MicroBatchLimits(4, 300)], ids=["a row", "rows"])
+def test_ways_to_train(parts: Any, way: Callable[[LlavaModel], LlavaModel], limits: MicroBatchLimits | None) -> None:
     mixed = [*ALIKE, TEN, TEXT, LATE, TWO, *DIFFERENT]
     model = way(parts.model)
     batches = compare(model, Setting(mixed, order="random", length=130), parts.tokenizer, limits)
@@ -255,7 +257,9 @@ def test_any_mixture(parts: Any, seed: int) -> None:
     chance = random.Random(seed)
     mixed = chance.choices([*ALIKE, *DIFFERENT, TEN, TEXT, LATE, TWO], k=12)
     setting = Setting(mixed, order=chance.choice(["first", "random", "as-data"]), length=chance.randint(70, 300))
-    compare(parts.model, setting, parts.tokenizer, RowLimits(chance.randint(2, 12), chance.choice([None, 150, 400])))
+    compare(
+        parts.model, setting, parts.tokenizer, MicroBatchLimits(chance.randint(2, 12), chance.choice([None, 150, 400]))
+    )
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="no real records here")
@@ -279,12 +283,12 @@ def test_the_last_layer_looks_where_something_is_predicted(parts: Any) -> None:
             part = layers[layer].get_submodule(name)
             part.forward = counted(part.forward, (layer, name))
     data = Setting([*ALIKE, TEXT]).data(parts.tokenizer)
-    (batch,) = micro.packed(data, [(0, index) for index in range(len(data))], micro.Share(RowLimits(9)))
+    (batch,) = packed_micro_batches(data, [(0, index) for index in range(len(data))], Partition(MicroBatchLimits(9)))
     with packed_attention(model.language):
         model(batch)
     places, _ = loss.predictions(batch)
-    predicting = len(filled(places, batch.ids.shape[1]))
-    assert predicting < len(places.unique()) + MULTIPLE
+    predicting = len(padded_indices(places, batch.ids.shape[1]))
+    assert predicting < len(places.unique()) + INDEX_MULTIPLE
     assert predicting < batch.ids.shape[1] / 2
     assert len(rows) == 8
     for (layer, name), count in rows.items():
@@ -295,10 +299,10 @@ def test_the_last_layer_looks_where_something_is_predicted(parts: Any) -> None:
 
 @pytest.mark.parametrize(("places", "length"), [([], 40), ([3, 3, 39], 40), ([*range(20)], 24), ([*range(33)], 90)])
 def test_places_are_filled_up(places: list[int], length: int) -> None:
-    found = filled(torch.tensor(places, dtype=torch.long), length).tolist()
+    found = padded_indices(torch.tensor(places, dtype=torch.long), length).tolist()
     assert found == sorted(set(found))
     assert set(places) <= set(found) <= set(range(length))
-    assert len(found) in (length, math.ceil(len(set(places)) / MULTIPLE) * MULTIPLE)
+    assert len(found) in (length, math.ceil(len(set(places)) / INDEX_MULTIPLE) * INDEX_MULTIPLE)
 
 
 def toy(kind: str, **more: Any) -> Any:

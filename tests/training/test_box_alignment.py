@@ -16,7 +16,7 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, FeatureShape, ImageRef, Sample, Turn
 from llavactl.images.image_file import ImageFile
 from llavactl.testing import run_cli
-from llavactl.training.box_alignment import PLACE, ground, shuffle_factor, targets
+from llavactl.training.box_alignment import POSITION_SCALE, align_to_boxes, patches_per_side, targets
 
 WORDS = ("background", "left", "right", "above", "below", "red circle", "blue square")
 SCENES = ["-o", "data.stage1=[{name: scenes, content: descriptions, scenes: 40}]", "-o", "vision.image=square"]
@@ -46,19 +46,19 @@ def test_a_patch_is_what_the_smallest_box_around_its_center_holds() -> None:
 
 def test_what_says_where_grows_evenly_from_left_to_right_and_downwards() -> None:
     made = targets([], (2, 4), 1, word)
-    assert made[:, 2].tolist() == pytest.approx([PLACE * x for x in (-0.375, -0.125, 0.125, 0.375)] * 2)
-    assert made[:, 4].tolist() == pytest.approx([-PLACE / 4] * 4 + [PLACE / 4] * 4)
+    assert made[:, 2].tolist() == pytest.approx([POSITION_SCALE * x for x in (-0.375, -0.125, 0.125, 0.375)] * 2)
+    assert made[:, 4].tolist() == pytest.approx([-POSITION_SCALE / 4] * 4 + [POSITION_SCALE / 4] * 4)
     assert torch.equal(made[:, 1], -made[:, 2])
     assert torch.equal(made[:, 3], -made[:, 4])
 
 
 def test_how_many_patches_make_a_token() -> None:
     shape = FeatureShape((4, 6), 8)
-    assert [shuffle_factor(shape, tokens) for tokens in (24, 6)] == [1, 2]
-    assert shuffle_factor(FeatureShape((4, 6), 8, prefix=1), 25) == 1
+    assert [patches_per_side(shape, tokens) for tokens in (24, 6)] == [1, 2]
+    assert patches_per_side(FeatureShape((4, 6), 8, prefix=1), 25) == 1
     for wrong, tokens in ((shape, 12), (shape, 5), (shape, 30), (FeatureShape((4, 6), 8, prefix=1), 6)):
-        with pytest.raises(RecipeError, match="don't lie as a grid over 4x6 patches"):
-            shuffle_factor(wrong, tokens)
+        with pytest.raises(RecipeError, match="4x6 patches"):
+            patches_per_side(wrong, tokens)
 
 
 class Pictures:
@@ -87,7 +87,7 @@ def test_the_fit_finds_what_the_features_tell() -> None:
     language = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     model: Any = SimpleNamespace(connector=connector, language=language, frozen=frozenset())
     before = connector.weight.clone()
-    fitted = ground(model, data, FeatureShape(grid, len(WORDS)), 1500, 0)
+    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS)), 1500, 0)
     assert torch.equal(connector.weight, before), "the caller decides what becomes of the weights"
     for name, given in boxes.items():
         shown = torch.from_numpy(data.features.stored(ImageFile("", name))[0]).float()

@@ -163,7 +163,7 @@ def whole_and_cut(
         done = train(recipe, connector, "-o", f"name={name}", stage=stage)
         assert done.exit_code == 0, done.stderr
         report = done.json()
-        assert report["first_step"] == (2 if name == "cut" else 0)
+        assert report["resumed_from"] == (2 if name == "cut" else 0)
         state.append(load_file(Path(report["model"]) / "connector.safetensors"))
     return tuple(state)
 

@@ -17,7 +17,7 @@ from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
 from llavactl.training.optimizer import Optimizer, schedule
-from llavactl.training.stages import matrices, trained
+from llavactl.training.stages import configure_trainable, muon_matrices
 
 RATE = 0.01
 
@@ -49,8 +49,8 @@ def muon(**settings: Any) -> Stage2:
 
 def one_step(model: LlavaModel, stage: Stage2) -> tuple[list[str], dict[str, torch.Tensor]]:
     """What Muon updates, and how far each trained weight went, its gradients drawn at random."""
-    rates = trained(model, stage, seed=0)
-    found = matrices(model, stage)
+    rates = configure_trainable(model, stage, seed=0)
+    found = muon_matrices(model, stage)
     optimizer = Optimizer(model, rates, weight_decay=0.0, matrices=found)
     before = {name: parameter.detach().clone() for name, parameter in optimizer.parameters.items()}
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_any_number_of_threads_makes_the_same_steps(model: LlavaModel) -> None:
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
-    found = matrices(model, muon())
+    found = muon_matrices(model, muon())
     assert len(found) > 3
     for name in found:
         assert torch.equal(made[0][name], made[1][name]), name
@@ -98,16 +98,16 @@ def test_the_matrices_of_adapters_are_its(model: LlavaModel) -> None:
 
 def test_it_is_for_nothing_where_no_matrix_is_trained(model: LlavaModel) -> None:
     stage = muon(trainable_modules=("norm",))
-    trained(model, stage, seed=0)
-    with pytest.raises(RecipeError, match="muon, but none of the language model's matrices is trained"):
-        matrices(model, stage)
+    configure_trainable(model, stage, seed=0)
+    with pytest.raises(RecipeError, match=r"stage2\.optimizer: muon"):
+        muon_matrices(model, stage)
 
 
 def test_norms_and_biases_are_spared_weight_decay_as_transformers_spares_them(model: LlavaModel) -> None:
     from transformers.trainer_pt_utils import get_parameter_names
 
     stage = Stage2(batch_size=2, micro_batch_size=1, weight_decay=0.1)
-    rates = trained(model, stage, 0)
+    rates = configure_trainable(model, stage, 0)
     optimizer = Optimizer(model, rates, stage.weight_decay)
     names = {id(master): name for name, master in optimizer.masters.items()}
     decayed = {

@@ -67,8 +67,8 @@ def test_two_processes_train_what_one_does(toy: Path, stage: int, settings: list
     result = run_cli(*command(toy, stage, settings, "one"))
     assert result.exit_code == 0, result.stderr
     two_processes(command(toy, stage, settings, "two"))
-    assert (result.json()["rows"] == "packed") == ("packing=never" not in settings)
-    assert (result.json()["shared"] > 0.1) == (SHARED[1] in settings and "packing=never" not in settings)
+    assert (result.json()["packing"] == "packed") == ("packing=never" not in settings)
+    assert (result.json()["prefix_sharing"] > 0.1) == (SHARED[1] in settings and "packing=never" not in settings)
     compare(toy / f"one/stage{stage}", toy / f"two/stage{stage}")
 
 

@@ -40,7 +40,7 @@ def test_it_trains_also_behind_a_validation_and_merges_into_the_full_precision_b
     report = result.json()
     losses = [line["loss"] for line in read(toy / "run/stage2/metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
-    assert report["rows"] == "packed"
+    assert report["packing"] == "packed"
     model = toy / "run/stage2/model"
     assert (describe(model)["method"], describe(model)["quantised"]) == ("lora", "nf4")
     adapter = load_file(model / "adapter/adapter_model.safetensors")
@@ -48,5 +48,5 @@ def test_it_trains_also_behind_a_validation_and_merges_into_the_full_precision_b
     layer = "model.layers.1.mlp.up_proj"
     base = load_file(toy / "language/model.safetensors")[f"{layer}.weight"]
     down, up = (adapter[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
-    merged = load(model, dtype="float32").parts.model.language.merge_and_unload()
+    merged = load(model, dtype="float32").bundle.model.language.merge_and_unload()
     torch.testing.assert_close(merged.get_submodule(layer).weight.detach(), base.float() + 2 * up @ down)

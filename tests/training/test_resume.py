@@ -97,9 +97,9 @@ def test_ended_and_resumed_is_uninterrupted(toy: Path, more: list[str], how: int
         kill_after(toy, stage, 11, *more, how=how)
         result = run_cli(*command(toy, stage, *more))
         assert result.exit_code == 0, result.stderr
-        first = result.json()["first_step"]
+        first = result.json()["resumed_from"]
         assert first >= 11 - 3, "at most one checkpoint interval is repeated"
-        assert (more is IMAGES) == (result.json()["shared"] > 0.1)
+        assert (more is IMAGES) == (result.json()["prefix_sharing"] > 0.1)
         same(toy / f"runs/toy/stage{stage}", toy / f"whole/stage{stage}")
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(toy: Path) -> None:
     tensors.write_bytes(tensors.read_bytes()[:-100] + bytes(100))
     result = run_cli(*command(toy, 1))
     assert newest.name in result.stderr
-    assert 0 < result.json()["first_step"] < int(newest.name.partition("-")[2])
+    assert 0 < result.json()["resumed_from"] < int(newest.name.partition("-")[2])
     same(toy / "runs/toy/stage1", toy / "whole/stage1")
 
 
@@ -138,7 +138,7 @@ def test_never_starts_anew_and_other_settings_do_too(toy: Path) -> None:
     changed[0]["conversations"][1]["value"] = "Something else."
     records.write_text(json.dumps(changed))
     again = run_cli(*command(toy, 1, "-o", "stage1.learning_rate=2e-3")).json()
-    assert (again["finished_before"], again["first_step"]) == (False, 0)
+    assert (again["finished_before"], again["resumed_from"]) == (False, 0)
 
 
 def test_accumulation_does_not_change_the_loss(toy: Path) -> None:

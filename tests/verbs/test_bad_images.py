@@ -91,7 +91,7 @@ def test_extract_and_train_leave_out_the_same_images(recipe: Path, mode: str, mo
         assert run_cli("extract", *options, "--json").json()["encoded"] == 0
     done = run_cli("train", "--stage", "1", *options, "-o", "stage1.max_steps=1", "--json")
     assert done.exit_code == 0, done.stderr
-    assert done.json()["left_out"] == len(broken)
+    assert done.json()["skipped_samples"] == len(broken)
 
 
 def test_a_text_in_the_place_of_a_turns_parts_is_refused() -> None:

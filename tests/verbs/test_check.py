@@ -14,7 +14,7 @@ import pytest
 
 from llavactl.curation.lengths import stage_lengths
 from llavactl.curation.problems import KINDS
-from llavactl.data.encode import arrange
+from llavactl.data.image_order import arrange
 from llavactl.data.records import samples
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli

@@ -20,7 +20,7 @@ from llavactl.core.errors import PluginError
 from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
-from llavactl.features.checked import CheckedPixels, load_encoder
+from llavactl.features.checked import CheckedPreprocess, load_encoder
 from llavactl.features.prepare import Failure, prepare
 from llavactl.testing import run_cli
 
@@ -188,7 +188,7 @@ def test_any_exception_is_the_reason(toy: Path, number: int) -> None:
     path = str(toy / "images/photo-000.jpg")
     for at in ("read", "stamp"):
         image = Drawn(path, Fault(at=at, number=number))
-        assert isinstance(ContentKeys().many([image])[0], OSError)
+        assert isinstance(ContentKeys().keys_of([image])[0], OSError)
     assert isinstance(prepare(Encoder(Fault()), Drawn(path, Fault(at="read", number=number))), Failure)
     failed = prepare(Encoder(Fault(at="preprocess", number=number)), Drawn(path, Fault()))
     assert isinstance(failed, Failure)
@@ -221,7 +221,7 @@ def test_one_that_fails_for_a_blank_image_is_tried_on_the_others(number: int) ->
 
 def test_pixels_have_three_channels_first() -> None:
     with pytest.raises(ValueError, match=r"\[3, H, W\]"):
-        CheckedPixels(lambda image: np.zeros((4, 4, 3)), (4, 4, 3))(Image.new("RGB", (9, 9)))
+        CheckedPreprocess(lambda image: np.zeros((4, 4, 3)), (4, 4, 3))(Image.new("RGB", (9, 9)))
 
 
 @pytest.mark.parametrize("kind", ["array", "view"])

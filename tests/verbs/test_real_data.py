@@ -10,7 +10,8 @@ import pytest
 
 from llavactl.core.registry import registry
 from llavactl.core.schema import IMAGE_TOKEN
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.testing import run_cli, toy_clip, toy_language
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -61,7 +62,7 @@ def test_run_on_coco_photos(coco: Path) -> None:
     assert len(skipped) == 54
     assert not present & {each["image"] for each in skipped}
     for stage in ("stage1", "stage2"):
-        assert report[stage]["left_out"] == 54 * 5
+        assert report[stage]["skipped_samples"] == 54 * 5
         left_out = [json.loads(line) for line in (coco / f"runs/coco/{stage}/left_out.jsonl").read_text().splitlines()]
         assert len(left_out) == 54 * 5
         assert left_out[0].keys() == {"id", "where", "reason"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavactl.curation.stats import summary
-from llavactl.report.histograms import BARS, grouped
+from llavactl.report.plots import MAX_BARS, histogram
 from llavactl.testing import run_cli
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "llava_instruct_100.json"
@@ -54,8 +55,8 @@ def test_quantiles_are_those_of_the_sorted_values(counts: dict[int, int]) -> Non
 
 @given(COUNTS)
 def test_columns_hold_nearly_all_values_once(counts: dict[int, int]) -> None:
-    edges, heights = grouped(counts)
-    assert len(heights) == len(edges) - 1 <= BARS + 1
+    edges, heights = histogram(counts)
+    assert len(heights) == len(edges) - 1 <= MAX_BARS + 1
     assert 0.995 * sum(counts.values()) <= sum(heights) <= sum(counts.values())
     for start, end, height in zip(edges, edges[1:], heights, strict=False):
         assert height == sum(count for value, count in counts.items() if start <= value < end)
@@ -76,6 +77,19 @@ def test_the_page_stands_alone(toy: Path, tmp_path: Path) -> None:
     assert html.count("data:image/png;base64,") == 2 * sum(
         each["min"] < each["max"] for each in report["measures"].values()
     )
+
+
+def test_without_matplotlib_the_page_has_tables_only(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = tmp_path / "stats.html"
+    result = run_cli("data", "stats", "-r", str(toy / "recipe.yaml"), "--stage", "2", "--html", str(page))
+    assert result.exit_code == 0, result.stderr
+    html = page.read_text()
+    assert "llavactl[plots]" in html
+    assert "<picture" not in html
+    assert "question words" in html
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:

@@ -41,14 +41,14 @@ def test_what_a_template_refuses_is_listed_and_left_out(toy: Path) -> None:
     assert checked.exit_code == 1
     (found,) = checked.json()["problems"]
     assert (found["problem"], found["effect"], found["count"]) == ("template", "lost", 1)
-    assert "one turn only" in found["places"][0]
+    assert "one turn only" in found["locations"][0]
     shown = run_cli("data", "show", "--sample", last, "--json", *OWN, cwd=toy).json()["shown"][0]
     assert "one turn only" in shown["left_out"]
     assert (shown["tokens"], shown["pieces"]) == (0, [])
     assert run_cli("data", "stats", "--stage", "2", "--json", *OWN, cwd=toy).json()["measures"]["tokens"]["n"] == 11
     trained = run_cli("train", "--stage", "2", "--json", *SCRATCH, cwd=toy)
     assert trained.exit_code == 0, trained.stderr
-    assert trained.json()["left_out"] == 1
+    assert trained.json()["skipped_samples"] == 1
     (line,) = (toy / "runs/toy/stage2/left_out.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == last
     assert "one turn only" in json.loads(line)["reason"]

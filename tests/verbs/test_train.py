@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def trained(recipe: Path, stage: int, *options: str) -> Any:
     return done.json()
 
 
-@pytest.mark.parametrize("extra", ["_write_samples", "plot_loss", "write_report"])
+@pytest.mark.parametrize("extra", ["_write_sample_answers", "plot_loss", "write_report"])
 @pytest.mark.parametrize("error", [RuntimeError("cannot reshape tensor of 0 elements"), DataError("image gone")])
 def test_after_the_last_step_nothing_fails_the_stage(
     toy: Path, extra: str, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -47,6 +48,18 @@ def test_after_the_last_step_nothing_fails_the_stage(
     assert trained(toy / "recipe.yaml", 1)["finished_before"] is True
 
 
+def test_without_matplotlib_training_warns_once_and_writes_no_plot(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("pip install 'llavactl[plots]'") == 1
+    folder = toy / "runs/toy"
+    assert not (folder / "stage1/loss.png").exists()
+    assert (folder / "stage1/model").is_dir()
+    assert "llavactl[plots]" in (folder / "report.html").read_text()
+
+
 def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:
     """With ``stage2.init`` that is not the recipe's language model."""
     recipe = toy / "recipe.yaml"
@@ -55,8 +68,8 @@ def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:
     made = Path(trained(recipe, 2, *lora)["model"])
     description = json.loads((made / "llavactl.json").read_text(encoding="utf-8"))
     assert description["language"]["model"] == str(Path(first) / "language")
-    base = model_folder.load(made).parts.model.language.get_base_model()
-    theirs = model_folder.load(Path(first)).parts.model.language
+    base = model_folder.load(made).bundle.model.language.get_base_model()
+    theirs = model_folder.load(Path(first)).bundle.model.language
     assert base.lm_head.weight.equal(theirs.lm_head.weight)
 
 

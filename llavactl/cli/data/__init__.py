@@ -19,7 +19,7 @@ COMMANDS = (
 
 @click.group()
 def command() -> None:
-    """Instruction data: what a teacher makes of captions and boxes, and what training sees of it."""
+    """Generate, inspect, check and filter training data."""
 
 
 for _name in COMMANDS:

@@ -26,11 +26,11 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--batch-results", type=FILE, multiple=True, help="Read a batch's results (repeatable), and ask nothing.")
 @json_option
-def command(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **wishes: Any) -> None:
+def command(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
     """Have the recipe's teacher write samples about the pictures of `generate.source`."""
     from llavactl.teaching.session import GenerationOptions
     from llavactl.verbs.generate import generate
 
     output.report(
-        generate(load_outline(source, overrides), dry_run=dry_run, wishes=GenerationOptions(**wishes)), as_json
+        generate(load_outline(source, overrides), dry_run=dry_run, options=GenerationOptions(**options)), as_json
     )

@@ -15,7 +15,7 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.data.pieces import Piece
+    from llavactl.data.token_info import TokenInfo
     from llavactl.verbs.show import ShownSample, ShowReport
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -93,18 +93,18 @@ def _body(sample: ShownSample, ids: bool) -> Iterator[str]:
             yield "·".join(_run(trained, list(run)) for trained, run in itertools.groupby(found, lambda p: p.trained))
 
 
-def _run(trained: bool, pieces: list[Piece]) -> str:
+def _run(trained: bool, pieces: list[TokenInfo]) -> str:
     text = "·".join(_text(piece) for piece in pieces)
     return click.style(f"«{text}»", fg="green", bold=True) if trained else text
 
 
-def _text(piece: Piece) -> str:
+def _text(piece: TokenInfo) -> str:
     if piece.image:
         return f"<image x {piece.tokens}>"
     return _harmless(piece.text).replace("\n", "\\n\n")
 
 
-def _row(piece: Piece) -> str:
+def _row(piece: TokenInfo) -> str:
     if piece.image:
         return f"{piece.position:6}          <image x {piece.tokens}> {_harmless(piece.image)}"
     mark = "*" if piece.trained else " "

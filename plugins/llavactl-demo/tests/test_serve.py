@@ -74,10 +74,10 @@ def test_transformers_serve_is_a_teacher(folder: Path, server: str, language: Pa
     made = run_cli("data", "generate", "--json", cwd=folder)
     assert made.exit_code == 0, made.stderr
     report = made.json()
-    assert report["asking"]["sent"] == 3
-    assert report["asking"]["unanswered"] == 0
-    assert report["asking"]["spent"]["replies"] == 3
-    assert report["asking"]["spent"]["tokens_in"] > 300, "its own count of what it read"
+    assert report["requests"]["sent"] == 3
+    assert report["requests"]["unanswered"] == 0
+    assert report["requests"]["spent"]["replies"] == 3
+    assert report["requests"]["spent"]["tokens_in"] > 300, "its own count of what it read"
     assert report["samples"] + report["refused"] == 3
     assert run_cli("data", "generate", "--json", "--retry-refused", cwd=folder).exit_code == 0
 
@@ -89,7 +89,7 @@ def test_a_model_in_the_process_is_a_teacher(folder: Path, language: Path) -> No
     made = run_cli("data", "generate", "--json", cwd=folder)
     assert made.exit_code == 0, made.stderr
     report = made.json()
-    assert report["asking"]["spent"]["replies"] == 3
-    assert 3 <= report["asking"]["spent"]["tokens_out"] <= 120
+    assert report["requests"]["spent"]["replies"] == 3
+    assert 3 <= report["requests"]["spent"]["tokens_out"] <= 120
     again = run_cli("data", "generate", "--json", "-o", "generate.gates.leaks=false", cwd=folder).json()
-    assert again["asking"]["sent"] == 0
+    assert again["requests"]["sent"] == 0

@@ -15,7 +15,7 @@ from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
 from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 
 from .families import EAGER, FAMILIES, language_of
 from .test_import import theirs

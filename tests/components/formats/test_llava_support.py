@@ -13,11 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
-from llavactl.components.formats.llava_support import READS
+from llavactl.components.formats.llava_support import CONFIG_KEYS
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 from llavactl.testing.toys import toy_language
 
@@ -35,7 +35,7 @@ real = pytest.mark.skipif(not MODEL.is_file(), reason="there is no real Sentence
 
 def reads(config: dict[str, Any], kind: str = "llama") -> dict[str, Any]:
     """``config`` as transformers 4.37 reads it: only the keys that it knows."""
-    return {key: value for key, value in config.items() if key in READS[kind]}
+    return {key: value for key, value in config.items() if key in CONFIG_KEYS[kind]}
 
 
 class TestTokenizer:
@@ -257,7 +257,7 @@ def test_a_stage_1_export_has_the_sizes_of_its_language_model(native: Make, toys
     config = json.loads((tmp_path / "out/config.json").read_text())
     # From these keys alone the base's weights make the same model.
     theirs = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**reads(config)))
-    ours = model_folder.load(model).parts.model.language
+    ours = model_folder.load(model).bundle.model.language
     assert theirs.config.rms_norm_eps == 1e-3
     for key in ("hidden_size", "num_key_value_heads", "intermediate_size"):
         assert getattr(theirs.config, key) == getattr(ours.config, key)

@@ -15,7 +15,7 @@ from llavactl.chat.transformers_model import model_digest
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make, original
@@ -385,7 +385,7 @@ class TestTensors:
         save_file({name: each.contiguous() for name, each in state.items()}, tmp_path / "theirs/model.safetensors")
         index = {"weight_map": dict.fromkeys(state, "pytorch_model.bin")}
         (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(json.dumps(index))
-        connector = model_folder.load(resolve(tmp_path / "theirs")).parts.model.connector
+        connector = model_folder.load(resolve(tmp_path / "theirs")).bundle.model.connector
         assert torch.equal(connector.state_dict()["0.bias"], state["model.mm_projector.0.bias"])
 
 

@@ -12,7 +12,8 @@ import pytest
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, language, llama_folder, prepending
@@ -250,7 +251,7 @@ def test_labels_lengths_and_texts_match_the_ids(tmp_path: Path, name: str) -> No
         turns = (*talk, Turn("assistant", ("Both, a dog.",)))
         made, texts = encoding.encode(turns), encoding.texts(turns)
         assert encoding.lengths([turns]) == [len(made.ids)] == [len(texts)]
-        assert not encoding.written(turns).isascii() or not encoding.may_exceed(turns, 4 * len(made.ids) + 400)
+        assert not encoding.rendered_text(turns).isascii() or not encoding.may_exceed(turns, 4 * len(made.ids) + 400)
         assert encoding.may_exceed(turns, len(made.ids) - 1)
         said = "".join(text for text, label in zip(texts, made.labels, strict=True) if label != IGNORE)
         # A token may begin before an answer: its last character decides.
@@ -262,7 +263,7 @@ def test_labels_lengths_and_texts_match_the_ids(tmp_path: Path, name: str) -> No
         )
         assert all(label in (IGNORE, token) for label, token in zip(made.labels, made.ids, strict=True))
         begins = texts[0] == "<s>"
-        assert "".join(texts[begins:]) == encoding.written(turns)
+        assert "".join(texts[begins:]) == encoding.rendered_text(turns)
         assert all(not text for text, token in zip(texts, made.ids, strict=True) if token == IMAGE_TOKEN)
         short = Encoding(encoding.template, encoding.tokenizer, Q, len(made.ids) - 1).encode(turns)
         assert short.ids == made.ids[: len(short.ids)]

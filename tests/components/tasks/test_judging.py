@@ -177,7 +177,7 @@ class TestRecordedVerdicts:
 class TestInvalidOptions:
     def test_options_of_the_judge(self, bench: dict[str, Path], tmp_path: Path) -> None:
         for words, expected in (
-            (("-t", "judge.name=nobody"), "there is no teacher named 'nobody'"),
+            (("-t", "judge.name=nobody"), "'nobody'"),
             (("-t", "judge.model=x"), "`name`"),
             (("-t", "judge.name=openai"), "openai: model: "),
             (("-t", "runs=2"), "judge.name=TEACHER"),

@@ -88,7 +88,7 @@ def test_what_a_run_kept_makes_the_same_records_again(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(again)
     result = run_cli("data", "generate", "--json", cwd=tmp_path)
     assert result.json()["samples"] == 5
-    assert result.json()["asking"] is None
+    assert result.json()["requests"] is None
     gone = run_cli("data", "generate", "-o", "generate.teacher.path=none.jsonl", cwd=tmp_path)
     assert gone.exit_code == 1
     assert "none.jsonl: no such file" in gone.stderr

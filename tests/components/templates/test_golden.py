@@ -15,7 +15,8 @@ import pytest
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Sample, Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
 IMAGE = object()

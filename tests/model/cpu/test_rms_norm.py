@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llavactl.model.cpu.rms_norm import lean_norms
+from llavactl.model.cpu.rms_norm import fused_rms_norms
 
 WIDTH = 48
 
@@ -48,7 +48,7 @@ def test_as_near_to_the_exact_value_as_transformers_is(precision: torch.dtype) -
 
     weight = norm.weight.data.clone()
     theirs = computed(hidden, weight)
-    with lean_norms(model):  # type: ignore[arg-type]
+    with fused_rms_norms(model):  # type: ignore[arg-type]
         ours = computed(hidden, weight)
     x, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     made = w * (x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt())
@@ -72,7 +72,7 @@ def test_a_model_and_its_gradients_stay_what_they_are_and_its_norms_come_back(ki
         return {name: parameter.grad.double() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
 
     exact = gradients()
-    with lean_norms(model):  # type: ignore[arg-type]
+    with fused_rms_norms(model):  # type: ignore[arg-type]
         patched = [module for module in model.modules() if "forward" in vars(module)]
         found = gradients()
     assert len(patched) == {"qwen3": 9, "olmo2": 0}.get(kind, 5)
@@ -86,7 +86,7 @@ def test_a_frozen_weight_gets_no_gradient_and_is_not_computed() -> None:
     norm = model.model.norm  # type: ignore[union-attr]
     norm.weight.requires_grad_(False)
     hidden = torch.randn(1, 5, WIDTH, requires_grad=True)
-    with lean_norms(model):  # type: ignore[arg-type]
+    with fused_rms_norms(model):  # type: ignore[arg-type]
         norm(hidden).sum().backward()
     assert norm.weight.grad is None
     assert hidden.grad is not None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef
 from llavactl.data.batches import pack
-from llavactl.data.rows import MULTIPLE, RowLimits, families, rows
+from llavactl.data.packing import PAD_MULTIPLE, MicroBatchLimits, plan_sequences, prefix_groups
 from llavactl.images.image_file import ImageFile
 
 Q = 4
@@ -36,51 +36,55 @@ def item(length: int, image: int | None, target_at: int = 0) -> Encoded:
 
 
 items = st.lists(st.builds(item, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 3))), max_size=24)
-limits = st.builds(RowLimits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
+limits = st.builds(MicroBatchLimits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
 
 
 @given(items, limits, st.integers(1, 4))
-def test_rows_hold_everything_once_and_keep_their_limits(found: list[Encoded], most: RowLimits, processes: int) -> None:
-    planned = rows(found, Q, most, processes)
-    members = [number for row in planned for family in row for number in family.members]
+def test_rows_hold_everything_once_and_keep_their_limits(
+    found: list[Encoded], most: MicroBatchLimits, processes: int
+) -> None:
+    planned = plan_sequences(found, Q, most, processes)
+    members = [number for row in planned for family in row for number in family.samples]
     assert sorted(members) == list(range(len(found)))
     assert len(planned) % processes == 0
     for row in planned:
         tokens = sum(family.tokens for family in row)
-        batch = pack([(family.shared, [found[number] for number in family.members]) for family in row], Features())
+        batch = pack(
+            [(family.prefix_length, [found[number] for number in family.samples]) for family in row], Features()
+        )
         assert tokens == (batch.ids.shape[1] if row else 0)
-        samples = sum(len(family.members) for family in row)
+        samples = sum(len(family.samples) for family in row)
         assert most.allow(samples, tokens) or samples == 1
 
 
 @given(items, limits)
-def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: RowLimits) -> None:
-    for family in families(found, Q, most):
-        first = found[family.members[0]]
-        for number in family.members:
-            assert found[number].ids[: family.shared] == first.ids[: family.shared]
+def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: MicroBatchLimits) -> None:
+    for family in prefix_groups(found, Q, most):
+        first = found[family.samples[0]]
+        for number in family.samples:
+            assert found[number].ids[: family.prefix_length] == first.ids[: family.prefix_length]
             assert found[number].images[:1] == first.images[:1]
-            assert all(label == IGNORE for label in found[number].labels[: family.shared])
-        assert (family.shared > 0) == (len(family.members) > 1)
+            assert all(label == IGNORE for label in found[number].labels[: family.prefix_length])
+        assert (family.prefix_length > 0) == (len(family.samples) > 1)
 
 
 def test_one_picture_is_shared_and_another_is_not() -> None:
     found = [item(5, 0), item(6, 1), item(7, 0), item(5, None), item(5, None)]
-    assert [(f.members, f.shared, f.tokens) for f in families(found, Q, RowLimits(8))] == [
+    assert [(f.samples, f.prefix_length, f.tokens) for f in prefix_groups(found, Q, MicroBatchLimits(8))] == [
         ((0, 2), 5, 21), ((1,), 0, 16), ((3,), 0, 16), ((4,), 0, 16),
     ]  # fmt: skip
 
 
 def test_a_target_before_the_end_of_the_image_is_nobody_elses() -> None:
     late = Encoded((1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11), (ImageFile("/photos", "0.jpg"),))
-    assert [family.shared for family in families([late, late], Q, RowLimits(8))] == [0, 0]
+    assert [family.prefix_length for family in prefix_groups([late, late], Q, MicroBatchLimits(8))] == [0, 0]
 
 
 def test_rows_are_of_much_the_same_length() -> None:
-    found = [item(length * MULTIPLE - 1, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
-    lengths = [sum(family.tokens for family in row) for row in rows(found, Q, RowLimits(4), 2)]
+    found = [item(length * PAD_MULTIPLE - 1, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
+    lengths = [sum(family.tokens for family in row) for row in plan_sequences(found, Q, MicroBatchLimits(4), 2)]
     assert len(lengths) == 2
-    assert abs(lengths[0] - lengths[1]) <= 10 * MULTIPLE
+    assert abs(lengths[0] - lengths[1]) <= 10 * PAD_MULTIPLE
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not there")
@@ -90,7 +94,7 @@ def test_real_lengths_leave_processes_alike() -> None:
         sum(len(turn["value"].split()) for turn in record["conversations"]) for record in json.loads(REAL.read_text())
     ]
     found = [item(length, number) for number, length in enumerate(words)]
-    planned = rows(found, Q, RowLimits(16), 8)
+    planned = plan_sequences(found, Q, MicroBatchLimits(16), 8)
     tokens = [sum(family.tokens for family in row) for row in planned]
     assert len(planned) == 8
     assert sum(max(tokens) - each for each in tokens) / (len(tokens) * max(tokens)) < 0.03

@@ -1,7 +1,7 @@
 """Cleaning a language model's reply: removes thinking, code fences or tags around it, and remarks to the user.
 
-Only what is unmistakable is removed. If it isn't clear, the reply is refused: losing a sample is better than one with
-assistant boilerplate or missing text.
+Only unambiguous text is removed; otherwise the reply is refused. Losing a sample is better than keeping assistant
+boilerplate or removing content.
 """
 
 from __future__ import annotations
@@ -98,38 +98,38 @@ _LEFT_IN_TALK = re.compile(rf"\b(?:{_IF}|{_OFFER})\b|{_SPECIAL}", re.IGNORECASE)
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})")
 _FENCE = re.compile(r"[ \t]*(?:```|~~~)[\w-]*[ \t]*")
 _LAYERS = 8
-"""How many nested wrappings are removed; a reply with more is refused."""
+"""Nested wrappings that are removed; a reply with more is refused."""
 
 _WRAPPED = re.compile(
     r"\A<(answer|response|output|final|final_answer|description|caption)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL
 )
 
 
-def without_thoughts(reply: str) -> str:
+def without_thinking(reply: str) -> str:
     """``reply`` without the thinking at its beginning, whether or not its opening tag is there.
 
     Raises:
-        DataError: the thinking never ends, or starts again within the answer.
+        DataError: the thinking has no end, or occurs again within the answer.
     """
     if "<|channel|>" in reply:
-        finals = [found.end() for found in _FINAL.finditer(reply)]
+        finals = [match.end() for match in _FINAL.finditer(reply)]
         if not finals:
-            raise DataError("the reply is only thinking: it has no channel `final`")
+            raise DataError("the reply has only thinking: no channel `final`")
         return _END.sub("", reply[finals[-1] :])
     if _FLAT.match(reply):
         _, ended, reply = reply.rpartition("assistantfinal")
         if not ended:
-            raise DataError("the reply is only thinking, which never ends")
+            raise DataError("the reply has only thinking, without an end")
     begin, thinking = 0, False
     for mark in _MARK.finditer(reply):
         if mark["end"]:
             begin, thinking = mark.end(), False
         elif not thinking and reply[begin : mark.start()].strip():
-            raise DataError(f"the reply has thinking within the answer: {mark[0]}")
+            raise DataError(f"the answer contains thinking: {mark[0]}")
         else:
             thinking = True
     if thinking:
-        raise DataError("the reply has thinking that never ends")
+        raise DataError("the thinking in the reply has no end")
     return reply[begin:]
 
 
@@ -142,8 +142,8 @@ def without_wrapping(reply: str, *, label: bool = False) -> str:
     for _ in range(_LAYERS):
         text = _inside(text)
         for pattern in (_LEAD, _LABEL) if label else (_LEAD,):
-            if (found := pattern.match(text)) and text[found.end() :].strip():
-                text = text[found.end() :].strip()
+            if (match := pattern.match(text)) and text[match.end() :].strip():
+                text = text[match.end() :].strip()
         first, _, rest = text.partition("\n")
         if _RULE.fullmatch(first.strip()) and rest.strip():
             text = rest.strip()
@@ -155,15 +155,15 @@ def without_wrapping(reply: str, *, label: bool = False) -> str:
 
 def _inside(text: str) -> str:
     """The content of a code fence or tag that encloses all of ``text``."""
-    if found := _WRAPPED.match(text):
-        return found[2].strip()
+    if match := _WRAPPED.match(text):
+        return match[2].strip()
     lines = text.split("\n")
     fences = [at for at, line in enumerate(lines) if _FENCE.fullmatch(line)]
     return "\n".join(lines[1:-1]).strip() if fences == [0, len(lines) - 1] and len(lines) > 2 else text
 
 
-def refuse_chatter(text: str, *, talk: bool) -> None:
-    """Raises ChatterError if ``text``, an answer in a ``talk`` or a description, still has remarks to the user."""
-    if found := (_LEFT_IN_TALK if talk else _LEFT).search(text):
-        around = " ".join(text[max(found.start() - 30, 0) : found.end() + 30].split())
-        raise ChatterError(f"the reply addresses the user: {around!r}")
+def reject_chatter(text: str, *, talk: bool) -> None:
+    """Raises ChatterError if ``text``, an answer in a conversation (``talk``) or a description, addresses the user."""
+    if match := (_LEFT_IN_TALK if talk else _LEFT).search(text):
+        context = " ".join(text[max(match.start() - 30, 0) : match.end() + 30].split())
+        raise ChatterError(f"the reply addresses the user: {context!r}")

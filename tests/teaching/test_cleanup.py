@@ -1,4 +1,4 @@
-"""What a model says around its reply goes, or the reply is refused; what was asked for is never altered."""
+"""Thinking, wrapping and remarks around a reply are removed, or the reply is refused; its content never changes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
-from llavactl.teaching.consulting import asker
-from llavactl.teaching.generate import CHATTER, MALFORMED, made, record
-from llavactl.teaching.messages import prompts
-from llavactl.teaching.replies import turns
-from llavactl.teaching.spoken import ChatterError, refuse_chatter, without_thoughts, without_wrapping
+from llavactl.teaching.budgeted import ask_function
+from llavactl.teaching.cleanup import ChatterError, reject_chatter, without_thinking, without_wrapping
+from llavactl.teaching.generate import CHATTER, MALFORMED, generate_record, parse_record
+from llavactl.teaching.messages import load_prompts
+from llavactl.teaching.replies import parse_turns
 
 WORDS = re.findall(
     r"\S+",
@@ -57,7 +57,7 @@ AFTER = st.sampled_from(
         "\n\nWould you like me to describe another image?",
     ]
 )
-THOUGHTS = st.sampled_from(
+THINKING = st.sampled_from(
     [
         "",
         "<think>\nHm: a dog?\n</think>\n\n",
@@ -74,36 +74,38 @@ THOUGHTS = st.sampled_from(
 
 
 def detail(reply: str) -> str:
-    ((_, answer),) = turns("detail", reply, "", ("Q?",))
+    ((_, answer),) = parse_turns("detail", reply, "", ("Q?",))
     return answer
 
 
 @settings(max_examples=500)
 @given(TEXTS)
-def test_text_is_kept_to_the_letter_or_refused(text: str) -> None:
+def test_text_is_unchanged_or_refused(text: str) -> None:
     try:
-        found = detail(text)
+        kept = detail(text)
     except DataError:
         return
-    assert found == text.strip()
+    assert kept == text.strip()
 
 
 @settings(max_examples=500)
-@given(st.text() | TEXTS | st.tuples(THOUGHTS, BEFORE, TEXTS, AFTER).map("".join))
-def test_what_is_kept_is_one_piece_of_the_reply(reply: str) -> None:
+@given(st.text() | TEXTS | st.tuples(THINKING, BEFORE, TEXTS, AFTER).map("".join))
+def test_the_kept_text_is_a_substring_of_the_reply(reply: str) -> None:
     try:
-        found = detail(reply)
+        kept = detail(reply)
     except DataError:
         return
-    assert found in reply
+    assert kept in reply
 
 
-@given(THOUGHTS, BEFORE, CONTENT, AFTER, st.booleans())
-def test_what_is_around_a_description_goes(thoughts: str, before: str, content: str, after: str, fence: bool) -> None:
+@given(THINKING, BEFORE, CONTENT, AFTER, st.booleans())
+def test_text_around_a_description_is_removed(
+    thinking: str, before: str, content: str, after: str, fence: bool
+) -> None:
     inner = f"```text\n{content}\n```" if fence else content
     if fence and before.endswith(" "):
         before = before.strip() + "\n"
-    assert detail(f"{thoughts}{before}{inner}{after}") == content
+    assert detail(f"{thinking}{before}{inner}{after}") == content
 
 
 @pytest.mark.parametrize(
@@ -120,11 +122,11 @@ def test_what_is_around_a_description_goes(thoughts: str, before: str, content: 
         "<think></think>",
     ],
 )
-def test_thoughts_are_never_trained(reply: str) -> None:
+def test_unclosed_or_inner_thinking_is_refused(reply: str) -> None:
     with pytest.raises(DataError):
         detail(reply)
     with pytest.raises(DataError):
-        turns("conversation", f"{reply}\nQuestion: What?\n===\nAnswer: {reply}", "", ())
+        parse_turns("conversation", f"{reply}\nQuestion: What?\n===\nAnswer: {reply}", "", ())
 
 
 @pytest.mark.parametrize(
@@ -138,84 +140,97 @@ def test_thoughts_are_never_trained(reply: str) -> None:
         "I'd be happy to describe it: a dog.",
     ],
 )
-def test_words_to_whoever_asked_that_cannot_be_parted_are_refused(reply: str) -> None:
+def test_remarks_inside_a_description_are_refused(reply: str) -> None:
     with pytest.raises(ChatterError):
         detail(reply)
-    found = record(Request("a", "detail", (), Sample("a", ())), Reply(reply), prompts())
-    assert (found.record, found.sort) == (None, CHATTER)
+    result = parse_record(Request("a", "detail", (), Sample("a", ())), Reply(reply), load_prompts())
+    assert (result.record, result.category) == (None, CHATTER)
 
 
 @pytest.mark.parametrize("reply", ["A dog.\n```\nprint()\n```\nA cat.", "```\nA dog.", "```a\n```\n```b\n```"])
-def test_a_fence_that_is_not_around_all_is_refused(reply: str) -> None:
-    found = record(Request("a", "detail", (), Sample("a", ())), Reply(reply), prompts())
-    assert (found.record, found.sort) == (None, MALFORMED)
+def test_a_code_fence_inside_a_reply_is_refused(reply: str) -> None:
+    result = parse_record(Request("a", "detail", (), Sample("a", ())), Reply(reply), load_prompts())
+    assert (result.record, result.category) == (None, MALFORMED)
 
 
-MARKS = ["{}:", "**{}:**", "**{}**:", "### {}:", "### **{}:**", "{} 1:", "**{} 2:**", "1. {}:", "- **{}:**", "__{}__:"]
+MARKERS = [
+    "{}:",
+    "**{}:**",
+    "**{}**:",
+    "### {}:",
+    "### **{}:**",
+    "{} 1:",
+    "**{} 2:**",
+    "1. {}:",
+    "- **{}:**",
+    "__{}__:",
+]
 
 
-@pytest.mark.parametrize("mark", [*MARKS, "> {}:", "*{}:*", "### {}\n", "**{}**\n", "#{} :", "{} #3:", "2) **{}**:"])
+@pytest.mark.parametrize(
+    "marker", [*MARKERS, "> {}:", "*{}:*", "### {}\n", "**{}**\n", "#{} :", "{} #3:", "2) **{}**:"]
+)
 @pytest.mark.parametrize("names", [("Question", "Answer"), ("QUESTION", "ANSWER"), ("Q", "A")])
-def test_decorated_marks_are_marks(mark: str, names: tuple[str, str]) -> None:
-    question, answer = (mark.format(name) for name in names)
+def test_markdown_around_the_markers_is_removed(marker: str, names: tuple[str, str]) -> None:
+    question, answer = (marker.format(name) for name in names)
     text = "It is **red**:\n\n1. *very* red."
     reply = f"{question} What color?\n===\n{answer}\n{text}\n===\n{question}\nWhy?\n======\n{answer} {text}"
-    if mark.endswith("\n"):
+    if marker.endswith("\n"):
         reply = reply.replace("\n What", "\nWhat").replace("\n It", "\nIt")
-    assert turns("conversation", reply, "", ()) == [("What color?", text), ("Why?", text)]
+    assert parse_turns("conversation", reply, "", ()) == [("What color?", text), ("Why?", text)]
 
 
-def test_a_line_that_is_bold_as_a_whole_is_plain_text() -> None:
+def test_bold_around_an_entire_line_is_removed() -> None:
     reply = (
         "**Question: What is it?**\n===\n**Answer:** A dog.\n===\n**Question: And *this*?**\n===\nAnswer: **A** cat."
     )
-    assert turns("conversation", reply, "", ()) == [("What is it?", "A dog."), ("And *this*?", "**A** cat.")]
+    assert parse_turns("conversation", reply, "", ()) == [("What is it?", "A dog."), ("And *this*?", "**A** cat.")]
 
 
-@given(THOUGHTS, AFTER, st.booleans())
-def test_what_is_around_a_conversation_goes(thoughts: str, after: str, fence: bool) -> None:
+@given(THINKING, AFTER, st.booleans())
+def test_text_around_a_conversation_is_removed(thinking: str, after: str, fence: bool) -> None:
     talk = "Question:\nCan you describe it?\n===\nAnswer:\nCertainly! It is a dog."
     inner = f"```\n{talk}\n```" if fence else talk
     for before in ("", "Sure!\n", "Sure! Here are the questions and answers:\n\n", "Here is the conversation:\n---\n"):
         for between in ("", "\n==="):
             if fence and between:
                 continue
-            found = turns("conversation", f"{thoughts}{before}{inner}{between}{after}", "", ())
-            assert found == [("Can you describe it?", "Certainly! It is a dog.")]
+            pairs = parse_turns("conversation", f"{thinking}{before}{inner}{between}{after}", "", ())
+            assert pairs == [("Can you describe it?", "Certainly! It is a dog.")]
 
 
 @pytest.mark.parametrize("before", ["The picture is told in captions.\n", "A dog.\n===\n", "Title: dogs\n\n"])
-def test_what_is_no_chatter_before_a_conversation_is_refused(before: str) -> None:
+def test_other_text_before_a_conversation_is_refused(before: str) -> None:
     with pytest.raises(DataError):
-        turns("conversation", f"{before}Question: What?\n===\nAnswer: A dog.", "", ())
+        parse_turns("conversation", f"{before}Question: What?\n===\nAnswer: A dog.", "", ())
 
 
-def test_an_exact_teacher_is_taken_at_its_word() -> None:
+def test_replies_of_an_exact_teacher_are_unchanged() -> None:
     class Exact:
         exact = True
 
         def reply(self, request: Request) -> str:
             return "Sure!\nDescription: ```a``` Let me know if it helps."
 
-    found = made(Exact(), Request("a", "detail", (), Sample("a", ())))
-    assert found.record is not None
-    assert found.record["conversations"][1]["value"] == "Sure!\nDescription: ```a``` Let me know if it helps."
+    result = generate_record(Exact(), Request("a", "detail", (), Sample("a", ())))
+    assert result.record is not None
+    assert result.record["conversations"][1]["value"] == "Sure!\nDescription: ```a``` Let me know if it helps."
 
 
-def test_a_judge_may_think_first(tmp_path: Any) -> None:
+def test_the_thinking_of_a_judge_is_removed(tmp_path: Any) -> None:
     (tmp_path / "r.jsonl").write_text(
         '{"id": "1", "reply": "<think>8 or 9?</think>\\n8 9\\nGood."}\n{"id": "2", "reply": "Hm</think>7 7"}\n'
         '{"id": "3", "reply": " 5 6\\nAs it stands. "}\n{"id": "4", "reply": "<think>8 9"}\n'
     )
     from llavactl.core.protocols import BudgetedTeacher
 
-    ask = asker(BudgetedTeacher({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
-    said = ask([Request(name, "judge", (), Sample(name, ())) for name in "1234"])
-    assert said == {"1": "8 9\nGood.", "2": "7 7", "3": " 5 6\nAs it stands. ", "4": "<think>8 9"}
+    ask = ask_function(BudgetedTeacher({"name": "replay", "path": str(tmp_path / "r.jsonl")}), tmp_path / "kept.sqlite")
+    replies = ask([Request(name, "judge", (), Sample(name, ())) for name in "1234"])
+    assert replies == {"1": "8 9\nGood.", "2": "7 7", "3": " 5 6\nAs it stands. ", "4": "<think>8 9"}
     assert registry().get("teachers", "replay")
 
 
-def test_a_recorded_reply_has_an_id(tmp_path: Any) -> None:
+def test_a_recorded_reply_needs_an_id(tmp_path: Any) -> None:
     for name in ("null", "[1]", '""'):
         (tmp_path / "r.jsonl").write_text(f'{{"id": {name}, "reply": "A dog."}}\n')
         with pytest.raises(DataError, match=r"r\.jsonl:1"):
@@ -240,10 +255,10 @@ LONG = "A dog runs on green grass, and a child in a red coat throws a ball."
     ],
 )  # fmt: skip
 def test_more_remarks_around_a_description(reply: str) -> None:
-    """Removed where it is clear, else refused."""
+    """Removed if they are unambiguous, else refused."""
     try:
-        text = without_wrapping(without_thoughts(reply), label=True)
-        refuse_chatter(text, talk=False)
+        text = without_wrapping(without_thinking(reply), label=True)
+        reject_chatter(text, talk=False)
     except DataError:
         return
     assert text == LONG
@@ -252,5 +267,5 @@ def test_more_remarks_around_a_description(reply: str) -> None:
 @pytest.mark.parametrize(
     "reply", [f"<final_answer>{LONG}</final_answer>", f"<caption>\n{LONG}\n</caption>", f"Response:\n\n{LONG}"]
 )
-def test_a_tag_or_a_label_is_removed(reply: str) -> None:
+def test_tags_and_labels_are_removed(reply: str) -> None:
     assert without_wrapping(reply, label=True) == LONG
