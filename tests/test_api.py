@@ -47,16 +47,11 @@ def test_answers_match_the_command(trained: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(trained)
     chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
     answer = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12)
-    arguments = (
-        "chat",
-        "--model",
-        "runs/toy/stage2/model",
-        "--image",
-        "images/photo-000.jpg",
-        "--max-new-tokens",
-        "12",
+    arguments = ("chat", "--model", "runs/toy/stage2/model", "--max-new-tokens", "12")
+    image = ("--image", "images/photo-000.jpg")
+    assert (
+        run_cli(*arguments, *image, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == answer
     )
-    assert run_cli(*words, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == answer
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
 
 
