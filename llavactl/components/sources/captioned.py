@@ -12,7 +12,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePlace
 from llavactl.core.registry import Options
 from llavactl.core.schema import Box, ImageRef, Sample, Turn
-from llavactl.images.references import ImageRoot, check_place
+from llavactl.images.references import ImageRoot, check_image_root
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def image_root(options: CaptionedOptions, records: Path) -> ImageRoot:
         DataError: ``images`` doesn't exist.
     """
     if options.images is not None:
-        check_place(str(options.images))
+        check_image_root(str(options.images))
     return ImageRoot(str(options.images or records.parent), options.follow_links)
 
 

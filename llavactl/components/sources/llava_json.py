@@ -25,7 +25,7 @@ from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Sample, Turn
 from llavactl.files.json_stream import read_stream
 from llavactl.files.records import IMAGE_KEYS, given_id, image_names
-from llavactl.images.references import ImageRoot, check_place, image_in
+from llavactl.images.references import ImageRoot, check_image_root, image_in
 
 PATH_HINT = "`path` is a JSON or JSONL file; `llavactl data generate` writes the one of a recipe's teacher"
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
@@ -72,7 +72,7 @@ class LlavaJson:
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file", hint=PATH_HINT)
         if self.images is not None:
-            check_place(self.root.root)
+            check_image_root(self.root.root)
 
     def records(self) -> Iterator[RawRecord]:
         for entry in read_stream(self.path):
