@@ -112,7 +112,7 @@ class TestAsked:
 
         with toy_endpoint(breaks) as server:
             words = endpoint(server.url, concurrency=1)
-            assert "answers 401" in judge(tmp_path, "llava-bench", bench, *words, code=1)
+            assert "401: no" in judge(tmp_path, "llava-bench", bench, *words, code=1)
         with toy_endpoint(points) as server:
             words = endpoint(server.url, concurrency=1)
             assert judge(tmp_path, "llava-bench", bench, *words)["scores"]["all"]["relative"] == 75
@@ -169,7 +169,7 @@ class TestRecorded:
     def test_a_verdict_that_was_not_recorded(self, bench: dict[str, Path], tmp_path: Path, lines: Any) -> None:
         said = lines("said.jsonl", [{"id": "0", "reply": "8 9"}])
         words = ("-t", "judge.name=replay", "-t", f"judge.path={said}")
-        assert "has no reply for 1" in judge(tmp_path, "llava-bench", bench, *words, code=1)
+        assert "request 1" in judge(tmp_path, "llava-bench", bench, *words, code=1)
 
 
 class TestWrong:

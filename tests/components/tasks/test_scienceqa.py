@@ -370,7 +370,7 @@ class TestJoint:
         more = [("1-judge", "The answer is B."), ("2-judge", "Hard to say."), ("4-judge", "The answer is B.")]
         report = asked(scored, "judge", *more)
         assert report["scores"]["Avg"] == 80
-        assert "has no reply for 2-judge" in asked(scored, "judge", more[0])
+        assert "request 2-judge" in asked(scored, "judge", more[0])
 
     def test_both_are_needed(self, scored: Any, tmp_path: Path) -> None:
         said = scored("scienceqa", "--answers", tmp_path / "a.jsonl", questions=tmp_path / "p.json", joint="judge")
