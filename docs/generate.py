@@ -36,7 +36,7 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOT
 
 def commands() -> Iterator[str]:
     """The commands with their summaries."""
-    from llavactl.core.builtins import COMMANDS
+    from llavactl.core.builtin_plugin import COMMANDS
 
     yield "| command | |\n|---|---|"
     for name, summary in COMMANDS.items():
@@ -47,7 +47,7 @@ def commands() -> Iterator[str]:
 
 def cli() -> Iterator[str]:
     """Every command with its usage, help and options."""
-    from llavactl.core.builtins import COMMANDS
+    from llavactl.core.builtin_plugin import COMMANDS
 
     for name in COMMANDS:
         yield from _describe([name])

@@ -9,7 +9,7 @@ import click
 
 from llavactl import __version__
 from llavactl.core import plugins
-from llavactl.core.builtins import COMMANDS
+from llavactl.core.builtin_plugin import COMMANDS
 from llavactl.core.streams import stdout_to_stderr
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pluggy
 
-from llavactl.core import builtins, hookspecs
+from llavactl.core import builtin_plugin, hookspecs
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.paths import cache_dir, write_json
 from llavactl.core.streams import stdout_to_stderr
@@ -91,7 +91,7 @@ def manager() -> pluggy.PluginManager:
     """The plugin manager, with the built-in plugin first, then all installed plugins that load."""
     plugin_manager = pluggy.PluginManager("llavactl")
     plugin_manager.add_hookspecs(hookspecs)
-    plugin_manager.register(builtins, BUILTIN)
+    plugin_manager.register(builtin_plugin, BUILTIN)
     for point in entry_points():
         _load(plugin_manager, point)
     return plugin_manager
@@ -154,7 +154,7 @@ def installed() -> list[Plugin]:
     from llavactl.core.registry import registry
 
     registry()
-    plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtins")]
+    plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtin_plugin")]
     for point in entry_points():
         package, version = _package(point)
         errors = dict.fromkeys([*_errors.get(point.value, ()), *_errors.get(point.name, ())])
@@ -165,7 +165,7 @@ def installed() -> list[Plugin]:
 def version_of(plugin: str) -> str:
     """The package version of ``plugin``; for the built-in plugin, ``RESULTS_VERSION``."""
     if plugin == BUILTIN:
-        return builtins.RESULTS_VERSION
+        return builtin_plugin.RESULTS_VERSION
     return next((_package(point)[1] for point in entry_points() if point.name == plugin), "?")
 
 

@@ -15,7 +15,7 @@ from llavactl.core.schema import Sample
 from llavactl.curation.problems import KINDS
 from llavactl.features.keys import error_reason
 from llavactl.files.records import given_id
-from llavactl.images.archives import DuplicateMemberError
+from llavactl.images.archive_index import DuplicateMemberError
 from llavactl.images.decode import ImageError, inspect
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request, Teacher
 from llavactl.core.schema import Sample
-from llavactl.images.image_file import Below
+from llavactl.images.image_file import RelativeImage
 from llavactl.teaching.cleanup import ChatterError
 from llavactl.teaching.messages import Prompts, load_prompts
 from llavactl.teaching.replies import Kind, parse_turns
@@ -112,6 +112,6 @@ def parse_record(request: Request, reply: Reply, prompts: Prompts, *, exact: boo
     conversations[0]["value"] = "<image>\n" * len(images) + conversations[0]["value"]
     record: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": conversations}
     if images:
-        paths = [image.path if isinstance(image, Below) else image.name for image in images]
+        paths = [image.path if isinstance(image, RelativeImage) else image.name for image in images]
         record["image"] = paths[0] if len(paths) == 1 else paths
     return GeneratedRecord(request, record, reply=reply.text)

@@ -35,7 +35,7 @@ def load(file: Path, model: type[M]) -> M:
         content = model.model_validate(root.plain())
     except ValidationError as error:
         invalid = explain(error, model, root.plain())
-        problems += [Problem(root.whereabouts(path), ".".join(map(str, path)), reason) for path, reason in invalid]
+        problems += [Problem(root.origin(path), ".".join(map(str, path)), reason) for path, reason in invalid]
         content = None
     if content is None or problems:
         raise RecipeError.from_problems(problems)

@@ -20,7 +20,7 @@ from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.files.json_stream import write_stream
-from llavactl.images.image_file import Below, ImageFile
+from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.report.instructions import write_instructions
 from llavactl.teaching.estimate import Estimate
 from llavactl.teaching.generate import GeneratedRecord, build_requests, generate_record
@@ -164,7 +164,7 @@ def _write(out: Path, records: Iterable[GeneratedRecord], seed: int) -> Generati
 def _write_images(folder: Path, samples: Sequence[Sample]) -> None:
     """Writes the images that are not files yet."""
     for image in {image.name: image for sample in samples for image in sample.images}.values():
-        if isinstance(image, Below):
+        if isinstance(image, RelativeImage):
             continue
         file, data = ImageFile(str(folder), image.name).file, image.read()
         if not file.is_file() or file.read_bytes() != data:

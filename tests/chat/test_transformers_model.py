@@ -218,10 +218,10 @@ def test_settings_without_a_recipe(models: Any, tmp_path: Path) -> None:
     assert short["baselines"] == {}
     assert len(Path(short["answers"]).read_text().splitlines()) == 1
     for wrong, why in (
-        ("eval.max_new_tokens=no", "-o eval.max_new_tokens=no: eval.max_new_tokens: must be"),
+        ("eval.max_new_tokens=no", "-o eval.max_new_tokens=no: eval.max_new_tokens: "),
         ("eval.blind=true", "eval.blind: "),
-        ("seed=1", "-o seed=1: seed: without a recipe (-r) `eval` alone can be set"),
-        ("seed", "must be key.path=value"),
+        ("seed=1", "-o seed=1: seed: "),
+        ("seed", "key.path=value"),
     ):
         refused = run_cli(*words, "-o", wrong, cwd=tmp_path)
         assert refused.exit_code == 1

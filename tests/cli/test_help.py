@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
-from llavactl.core.builtins import COMMANDS
+from llavactl.core.builtin_plugin import COMMANDS
 from llavactl.testing import run_cli
 
 PACKAGE = Path(__file__).parents[2] / "llavactl"

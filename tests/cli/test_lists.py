@@ -145,7 +145,7 @@ class TestComponents:
 
 def test_plugins_list() -> None:
     first = run_cli("plugins", "list", "--json").json()[0]
-    assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtins", "")
+    assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtin_plugin", "")
     assert run_cli("plugins", "list").stdout.startswith("llavactl ")
 
 

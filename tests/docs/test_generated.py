@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llavactl.core import hookspecs, protocols
-from llavactl.core.builtins import COMMANDS
+from llavactl.core.builtin_plugin import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "docs" / "generate.py"

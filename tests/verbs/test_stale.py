@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from llavactl.core import builtins
+from llavactl.core import builtin_plugin
 from llavactl.model.folder import load
 from llavactl.testing import run_cli, toy_recipe
 
@@ -113,7 +113,7 @@ def answers(folder: Path) -> None:
 
 
 def plugin_version(_folder: Path) -> None:
-    builtins.RESULTS_VERSION = "2"
+    builtin_plugin.RESULTS_VERSION = "2"
 
 
 def vision_configuration(folder: Path) -> None:
@@ -166,7 +166,7 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
 def test_what_depends_on_a_changed_input_is_done_again(
     copy: Path, change: Callable[[Path], None], wanted: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builtins, "RESULTS_VERSION", builtins.RESULTS_VERSION)  # restores it after the test
+    monkeypatch.setattr(builtin_plugin, "RESULTS_VERSION", builtin_plugin.RESULTS_VERSION)  # restores it after the test
     change(copy)
     assert redone(copy) == wanted
     assert redone(copy) == set()

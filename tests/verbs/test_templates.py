@@ -41,7 +41,7 @@ def test_what_a_template_refuses_is_listed_and_left_out(toy: Path) -> None:
     assert checked.exit_code == 1
     (found,) = checked.json()["problems"]
     assert (found["problem"], found["effect"], found["count"]) == ("template", "lost", 1)
-    assert "one turn only" in found["places"][0]
+    assert "one turn only" in found["locations"][0]
     shown = run_cli("data", "show", "--sample", last, "--json", *OWN, cwd=toy).json()["shown"][0]
     assert "one turn only" in shown["left_out"]
     assert (shown["tokens"], shown["pieces"]) == (0, [])

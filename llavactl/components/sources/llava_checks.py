@@ -1,4 +1,4 @@
-"""All problems of one LLaVA record at once, where the source `llava-json` stops at the first."""
+"""All problems of one LLaVA record at once; the source ``llava-json`` raises an error for the first."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer",
 
 
 def examine(record: Any, root: ImageRoot | str) -> tuple[list[Finding], list[ImageRef]]:
-    """What is wrong with ``record`` by itself, and its images, relative to ``root``, which are not looked at.
+    """The problems of ``record`` by itself, and its images below ``root``, which are not opened.
 
-    A record without a finding of ``REFUSED`` is one that the source `llava-json` takes.
+    The source ``llava-json`` accepts exactly the records without a finding in ``REFUSED``.
     """
     if not isinstance(record, dict):
-        return [Finding("record", f"{record!r:.60} is no object")], []
+        return [Finding("record", f"expected an object, got {record!r:.60}")], []
     images, findings = images_of(record, root)
-    named = not any(finding.kind in ("record", "image-path") for finding in findings)
+    valid_paths = not any(finding.kind in ("record", "image-path") for finding in findings)
     if given_id(record) is None:
         findings.append(Finding("no-id"))
     if unread := [key for key in record if key in UNREAD and record[key]]:
@@ -43,11 +43,11 @@ def examine(record: Any, root: ImageRoot | str) -> tuple[list[Finding], list[Ima
     messages = record.get("conversations")
     if not isinstance(messages, list):
         return [*findings, Finding("record", no_conversations(record))], images
-    if wrong := list(_messages(messages, bool(images) or not named)):
-        return [*findings, *wrong], images
-    said = [(ROLES[message["from"]], message["value"]) for message in messages]
-    tags = _tags(said, len(images) if named else None, names_images(record))
-    return [*findings, *tags, *_turns(said)], images
+    if invalid := list(_message_findings(messages, bool(images) or not valid_paths)):
+        return [*findings, *invalid], images
+    messages_by_role = [(ROLES[message["from"]], message["value"]) for message in messages]
+    tags = _tag_findings(messages_by_role, len(images) if valid_paths else None, names_images(record))
+    return [*findings, *tags, *_turn_findings(messages_by_role)], images
 
 
 def images_of(record: Mapping[str, Any], root: ImageRoot | str) -> tuple[list[ImageRef], list[Finding]]:
@@ -68,46 +68,46 @@ def images_of(record: Mapping[str, Any], root: ImageRoot | str) -> tuple[list[Im
     return images, findings
 
 
-def _messages(messages: Sequence[Any], images: bool) -> Iterator[Finding]:
+def _message_findings(messages: Sequence[Any], images: bool) -> Iterator[Finding]:
     for number, message in enumerate(messages, 1):
         if fault := message_fault(message, images=images):
             yield Finding(fault[0], f"message {number}: {fault[1]}")
 
 
-def _tags(said: Sequence[tuple[str, str]], images: int | None, named: bool) -> Iterator[Finding]:
-    """``images``: how many; None if their names are wrong. ``named``: whether the record has a key for them."""
-    asked = [text for role, text in said if role == "user"]
-    tags = sum(text.count(TAG) for text in asked)
-    if images is not None and (fault := tag_fault(asked, images, named=named)):
+def _tag_findings(messages: Sequence[tuple[str, str]], images: int | None, named: bool) -> Iterator[Finding]:
+    """``images`` is their number (None: invalid paths), ``named`` whether the record has a key for them."""
+    questions = [text for role, text in messages if role == "user"]
+    tags = sum(text.count(TAG) for text in questions)
+    if images is not None and (fault := tag_fault(questions, images, named=named)):
         yield Finding("tags", fault)
     elif tags and images == 0:
-        yield Finding("tag-as-text", f"{tags} of them" if tags > 1 else "")
+        yield Finding("tag-as-text", f"{tags} tags" if tags > 1 else "")
     elif images == 1 and tags > 1:
-        yield Finding("repeated-tag", f"{tags} of them")
-    if images is not None and not (tags and images) and (found := foreign_placeholder(asked, images=bool(images))):
+        yield Finding("repeated-tag", f"{tags} tags")
+    if images is not None and not (tags and images) and (found := foreign_placeholder(questions, images=bool(images))):
         yield Finding("placeholder", found)
     elif images and not tags:
         yield Finding("no-tag")
-    elif not images and (found := placeholder_as_text(asked)):
+    elif not images and (found := placeholder_as_text(questions)):
         yield Finding("placeholder-text", found)
-    if any(TAG in text for role, text in said if role == "assistant"):
+    if any(TAG in text for role, text in messages if role == "assistant"):
         yield Finding("tag-in-answer")
 
 
-def _turns(said: Sequence[tuple[str, str]]) -> Iterator[Finding]:
-    talk = list(said[1:] if said and said[0][0] == "system" else said)
-    first = next((index for index, (role, _) in enumerate(talk) if role != "assistant"), len(talk))
+def _turn_findings(messages: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    turns = list(messages[1:] if messages and messages[0][0] == "system" else messages)
+    first = next((index for index, (role, _) in enumerate(turns) if role != "assistant"), len(turns))
     if first:
         yield Finding("assistant-first")
-    talk = talk[first:]
-    if any(role != ("user", "assistant")[index % 2] for index, (role, _) in enumerate(talk)):
-        yield Finding("turns", ", ".join(role for role, _ in said[:8]) + (", …" if len(said) > 8 else ""))
-    answers = [text.strip() for role, text in talk if role == "assistant"]
+    turns = turns[first:]
+    if any(role != ("user", "assistant")[index % 2] for index, (role, _) in enumerate(turns)):
+        yield Finding("turns", ", ".join(role for role, _ in messages[:8]) + (", …" if len(messages) > 8 else ""))
+    answers = [text.strip() for role, text in turns if role == "assistant"]
     if not any(answers):
         yield Finding("no-answer")
     elif not all(answers):
         yield Finding("empty-answer", f"answer {answers.index('') + 1} of {len(answers)}")
-    if talk and talk[-1][0] == "user":
+    if turns and turns[-1][0] == "user":
         yield Finding("unanswered")
-    if any(not text.strip() for role, text in talk if role == "user"):
+    if any(not text.strip() for role, text in turns if role == "user"):
         yield Finding("empty-question")

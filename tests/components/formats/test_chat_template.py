@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.formats.chat_template import chat_template, rendered
+from llavactl.components.formats.chat_template import chat_template, render_text
 from llavactl.components.templates.styles import STYLES
 from llavactl.core.registry import registry
 from llavactl.core.schema import Turn
@@ -63,7 +63,7 @@ def test_messages_are_rendered_as_in_training(toys: Path, name: str, talk: str, 
     ]
     jinja = chat_template(template, tokenizer)
     (found,), _ = render_jinja_template([messages], chat_template=jinja, add_generation_prompt=True)
-    assert found == rendered(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
+    assert found == render_text(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
     if talk == "an empty system turn" and name == "llama-2":
         assert "SYS" not in found
 
@@ -77,7 +77,7 @@ def test_a_finished_conversation(toys: Path, name: str) -> None:
     turns = (_user("What?"), _answer("So."))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     (found,), _ = render_jinja_template([messages], chat_template=chat_template(template, tokenizer))
-    assert found == rendered(template, tokenizer, turns, False, "<image>")
+    assert found == render_text(template, tokenizer, turns, False, "<image>")
 
 
 SEES = (

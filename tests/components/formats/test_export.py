@@ -154,10 +154,10 @@ def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
     template = tmp_path / "out" / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USEZ"))
     stamped(tmp_path / "out")
-    assert "other token ids" in run_cli(*again).stderr
+    assert "token ids differ" in run_cli(*again).stderr
     file.write_bytes(b"no weights".ljust(file.stat().st_size))
     stamped(tmp_path / "out")
-    assert "another program can't load it" in run_cli(*again).stderr
+    assert "can't load it" in run_cli(*again).stderr
 
 
 def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) 
     )
     result = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "no connector mlp2x-gelu with pixel_shuffle: 2" in result.stderr
+    assert "mlp2x-gelu with pixel_shuffle: 2" in result.stderr
     assert not (tmp_path / "out").exists()
     result = run_cli("export", "--model", str(native("full")), "--format", "peft", "--to", str(tmp_path / "out"))
     assert "no adapter" in result.stderr
@@ -181,7 +181,7 @@ def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) 
     model = str(native("ours"))
     result = run_cli("export", "--model", model, "--format", "hf", "--to", str(mine))
     assert result.exit_code == 1
-    assert "no export of llavactl" in result.stderr
+    assert "thesis.txt" in result.stderr
     assert (mine / "thesis.txt").read_text() == "years of work"
     to = ("export", "--model", model, "--to", str(tmp_path / "out"), "--json", "--no-verify")
     assert not run_cli(*to, "--format", "hf").json()["finished_before"]

@@ -83,7 +83,7 @@ def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -
     """By default only what LLaVA's own programs load; with ``strict: false`` every family."""
     model, to = made(native, toys, tmp_path, family), tmp_path / "out"
     if family not in ("llama", "llama-tied"):
-        with pytest.raises(ModelError, match="LLaVA's programs") as refused:
+        with pytest.raises(ModelError) as refused:
             OriginalLlava(OriginalLlavaOptions()).write(model, to)
         assert "strict=false" in refused.value.hint
         assert not to.exists()

@@ -201,7 +201,7 @@ def test_what_is_missing_is_named(foreign: Callable[[], tuple[Any, Path]], nativ
     )
     assert made.exit_code == 0, made.stderr
     (tmp_path / "p/base/config.json").unlink()
-    with pytest.raises(ModelError, match="its base/ is missing"):
+    with pytest.raises(ModelError, match="base/ is missing"):
         resolve(tmp_path / "p")
     with pytest.raises(ModelError, match=r"llavactl\.json"):
         resolve("../nope")

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
-from llavactl.components.formats.llava_support import READS
+from llavactl.components.formats.llava_support import CONFIG_KEYS
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
@@ -35,7 +35,7 @@ real = pytest.mark.skipif(not MODEL.is_file(), reason="there is no real Sentence
 
 def reads(config: dict[str, Any], kind: str = "llama") -> dict[str, Any]:
     """``config`` as transformers 4.37 reads it: only the keys that it knows."""
-    return {key: value for key, value in config.items() if key in READS[kind]}
+    return {key: value for key, value in config.items() if key in CONFIG_KEYS[kind]}
 
 
 class TestTokenizer:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.evaluation.verify import verify
+from llavactl.evaluation.verification.verify import verify
 from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, llama_folder

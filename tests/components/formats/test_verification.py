@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verify import VerificationResult, run_isolated
+from llavactl.evaluation.verification.compare import VerificationResult
+from llavactl.evaluation.verification.script import run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
@@ -52,15 +53,15 @@ def test_what_an_export_states_of_itself(native: Make, tmp_path: Path) -> None:
     stamped(out)
     result = asked(model, out)
     assert result.exit_code == 1
-    for seen in ("end tokens", "float16", "pads on the right", "pixels differ"):
+    for seen in ("end tokens", "float16", "padding side", "pixels differ"):
         assert seen in result.stderr
 
 
 def stamped(out: Path) -> None:
     """Says that the files have the contents they have, as if llavactl had written them so."""
-    from llavactl.verbs.export import MARK, _files
+    from llavactl.model.export_folder import RECORD, file_hashes
 
-    changed(out / MARK, lambda found: found.update(files=_files(out), verified=None))
+    changed(out / RECORD, lambda record: record.update(files=file_hashes(out), verified=None))
 
 
 def asked(model: Path, out: Path, *more: str) -> Result:

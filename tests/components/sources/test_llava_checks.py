@@ -1,4 +1,4 @@
-"""What check says of a record, and what mending makes of it, against what the source takes."""
+"""Checks and repairs of LLaVA records agree with what the source llava-json accepts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ LIKELY = st.fixed_dictionaries(
 )
 
 
-def taken(record: Any) -> bool:
+def accepted(record: Any) -> bool:
     try:
         sample_of(record, "here", ROOT)
     except DataError:
@@ -78,38 +78,38 @@ def kinds(record: Any) -> set[str]:
 
 @settings(max_examples=600)
 @given(RECORDS | LIKELY | st.sampled_from([3, None, []]))
-def test_check_finds_fault_just_where_the_source_does(record: Any) -> None:
+def test_check_refuses_what_the_source_refuses(record: Any) -> None:
     found = kinds(record)
     assert found <= KINDS.keys()
-    assert taken(record) == (not found & REFUSED)
+    assert accepted(record) == (not found & REFUSED)
 
 
 @settings(max_examples=600)
 @given(RECORDS | LIKELY)
-def test_a_mended_record_is_taken_and_needs_no_more(record: dict[str, Any]) -> None:
+def test_a_repaired_record_is_accepted_and_needs_no_repair(record: dict[str, Any]) -> None:
     before = copy.deepcopy(record)
-    mended, did = repair(record, ROOT)
+    repaired, changes = repair(record, ROOT)
     assert record == before
-    if mended is None:
-        assert did[-1].startswith("dropped")
+    if repaired is None:
+        assert changes[-1].startswith("dropped")
         return
-    assert taken(mended)
-    assert not {kind for kind in kinds(mended) if KINDS[kind].effect != "noted"}
-    assert repair(mended, ROOT) == (mended, [])
-    if not did:
-        assert mended is record
+    assert accepted(repaired)
+    assert not {kind for kind in kinds(repaired) if KINDS[kind].effect != "noted"}
+    assert repair(repaired, ROOT) == (repaired, [])
+    if not changes:
+        assert repaired is record
 
 
-def asked(record: dict[str, Any]) -> list[str]:
-    """What stands in the user's turns, tags and all, in order."""
+def question_words(record: dict[str, Any]) -> list[str]:
+    """The words and tags of the user's turns, in order."""
     said = (str(each["value"]) for each in record["conversations"] if each["from"] in ("human", "user", "Human"))
     return [word for text in said for word in re.findall(rf"{TAG}|\S+", text)]
 
 
 @settings(max_examples=300)
 @given(LIKELY)
-def test_what_can_be_trained_is_not_dropped(record: dict[str, Any]) -> None:
-    """A question followed by an answer with text is enough, whoever else speaks: of one image, or of none."""
+def test_trainable_records_are_not_dropped(record: dict[str, Any]) -> None:
+    """A question followed by an answer with text is enough, with one image or none."""
     talk = [message for message in record["conversations"] if message["from"] != "system"]
     pairs = itertools.pairwise(talk)
     images = len(image_names(record))
@@ -122,14 +122,14 @@ def test_what_can_be_trained_is_not_dropped(record: dict[str, Any]) -> None:
 
 @settings(max_examples=600)
 @given(RECORDS | LIKELY)
-def test_mending_takes_no_tag_from_what_is_kept(record: dict[str, Any]) -> None:
-    """Questions may go, with their tags; in those that stay every image is asked about as it was."""
-    mended, _ = repair(record, ROOT)
-    if mended is None:
+def test_repair_keeps_the_tags_of_kept_questions(record: dict[str, Any]) -> None:
+    """Questions may be removed with their tags; the others keep their images."""
+    repaired, _ = repair(record, ROOT)
+    if repaired is None:
         return
-    assert (mended.get("image"), mended.get("images")) == (record.get("image"), record.get("images"))
-    before, after = asked(record), asked(mended)
-    images = len(image_names(mended))
+    assert (repaired.get("image"), repaired.get("images")) == (record.get("image"), record.get("images"))
+    before, after = question_words(record), question_words(repaired)
+    images = len(image_names(repaired))
     if images > 1:
         assert after.count(TAG) in (0, images, before.count(TAG))
         assert after.count(TAG) >= before.count(TAG)
@@ -155,34 +155,34 @@ CASES: list[tuple[Any, str, Any]] = [
 def test_mending_keeps_what_was_said(messages: Any, kind: str, wanted: Any) -> None:
     record = {"id": 1, "image": "a.jpg", "conversations": messages, "extra": "kept"}
     assert kind in kinds(record)
-    mended, _ = repair(record, ROOT)
+    repaired, _ = repair(record, ROOT)
     if wanted is None:
-        assert mended is None
+        assert repaired is None
         return
     said = [(each["from"], each["value"]) if isinstance(each, dict) else each for each in wanted]
-    assert mended is not None
-    assert [(each["from"], each["value"]) for each in mended["conversations"]] == said
-    assert mended["extra"] == "kept"
+    assert repaired is not None
+    assert [(each["from"], each["value"]) for each in repaired["conversations"]] == said
+    assert repaired["extra"] == "kept"
 
 
 @pytest.mark.parametrize("image", [{}, {"image": "a.jpg"}])
 def test_repair_keeps_tags_that_are_text_or_repeated(image: dict[str, str]) -> None:
     asked = f"{TAG}\nTwo {TAG} tags?"
     record = {"id": 1, **image, "conversations": [{"from": "Human", "value": asked}, SAID[1]]}
-    mended, _ = repair(record, ROOT)
-    assert mended is not None
-    assert mended["conversations"][0] == {"from": "human", "value": asked}
+    repaired, _ = repair(record, ROOT)
+    assert repaired is not None
+    assert repaired["conversations"][0] == {"from": "human", "value": asked}
 
 
-def test_missing_tags_stand_behind_the_last_one() -> None:
+def test_missing_tags_are_added_after_the_last_one() -> None:
     record = {"image": ["a.jpg", "b.jpg", "c.jpg"], "conversations": list(SAID)}
-    mended, did = repair(record, ROOT)
-    assert mended is not None
-    assert mended["conversations"][0]["value"] == f"{TAG}\n{TAG}\n{TAG}\nWhat?"
-    assert did == ["1 <image> tags made 3"]
+    repaired, changes = repair(record, ROOT)
+    assert repaired is not None
+    assert repaired["conversations"][0]["value"] == f"{TAG}\n{TAG}\n{TAG}\nWhat?"
+    assert changes == ["added 2 <image> tags"]
 
 
-ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
+UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     ("media", {"video": "x.mp4"}),
     ("media", {"videos": ["x.mp4"]}),
     ("media", {"audio": "x.wav"}),
@@ -196,9 +196,9 @@ ELSEWHERE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "names"), ELSEWHERE)
+@pytest.mark.parametrize(("kind", "names"), UNSUPPORTED)
 @pytest.mark.parametrize("tag", ["", f"{TAG}\n"])
-def test_images_that_are_named_elsewhere_are_never_left_out(kind: str, names: dict[str, Any], tag: str) -> None:
+def test_images_under_unsupported_keys_are_refused(kind: str, names: dict[str, Any], tag: str) -> None:
     record = {"id": 1, **names, "conversations": [{"from": "human", "value": f"{tag}What?"}, SAID[1]]}
     assert kind in kinds(record)
     with pytest.raises(DataError, match=r"^here: "):
@@ -207,14 +207,14 @@ def test_images_that_are_named_elsewhere_are_never_left_out(kind: str, names: di
 
 
 @pytest.mark.parametrize("extra", [{"image_url": "http://x/a.jpg"}, {"picture": None}, {"video": ""}, {"photo_id": 3}])
-def test_what_else_a_record_says_is_kept_beside_it(extra: dict[str, Any]) -> None:
+def test_other_keys_are_kept_as_extra(extra: dict[str, Any]) -> None:
     record = {"id": 1, "image": "a.jpg", **extra, "conversations": list(SAID)}
     assert kinds(record) == set()
     assert sample_of(record, "here", ROOT).extra == extra
 
 
 @pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
-def test_images_are_read_like_image(value: Any) -> None:
+def test_images_equals_image(value: Any) -> None:
     one, other = ({"id": 1, key: value, "conversations": list(SAID)} for key in ("image", "images"))
     assert sample_of(one, "here", ROOT) == sample_of(other, "here", ROOT)
     assert sample_of({**one, "images": value}, "here", ROOT) == sample_of(one, "here", ROOT)
@@ -229,7 +229,7 @@ PLACEHOLDERS = ["<video>", "<|image|>", "<|image_pad|>", "<image_1>", "<ImageHer
 
 
 @pytest.mark.parametrize("placeholder", [*PLACEHOLDERS, "<start_of_image>", "<image-placeholder>", "<im_patch>"])
-def test_a_placeholder_of_others_is_no_text_beside_an_image(placeholder: str) -> None:
+def test_another_tools_placeholder_is_refused_in_a_record_with_images(placeholder: str) -> None:
     said = [{"from": "human", "value": f"{placeholder}\nWhat?"}, SAID[1]]
     assert "placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})
     assert kinds({"id": 1, "conversations": said}) == {"placeholder-text"}
@@ -238,12 +238,12 @@ def test_a_placeholder_of_others_is_no_text_beside_an_image(placeholder: str) ->
 
 
 @pytest.mark.parametrize("word", ["<imagery>", "<important>", "<b>", "[img.png]", "<imagine that>", "x < image > y?"])
-def test_other_words_are_no_placeholders(word: str) -> None:
+def test_similar_words_are_not_placeholders(word: str) -> None:
     said = [{"from": "human", "value": f"{word} What?"}, SAID[1]]
     assert ("placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})) == (word[0] == "x")
 
 
-def test_an_answer_that_is_not_to_be_trained_is_not() -> None:
+def test_an_answer_excluded_from_training_is_refused() -> None:
     for mark in ({"weight": 0}, {"loss": False}, {"train": False}):
         assert "message" in kinds({"id": 1, "conversations": [{"from": "human", "value": "A"}, {**SAID[1], **mark}]})
     fine = [{"from": "human", "value": "A", "loss": False}, {**SAID[1], "weight": 1, "loss": True}]
@@ -251,7 +251,7 @@ def test_an_answer_that_is_not_to_be_trained_is_not() -> None:
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
-def test_real_records_have_nothing_wrong() -> None:
+def test_real_records_have_no_problem() -> None:
     for record in json.loads(REAL.read_text()):
         assert kinds(record) == set()
         assert repair(record, ROOT) == (record, [])

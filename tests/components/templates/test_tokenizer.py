@@ -239,9 +239,9 @@ def test_the_exported_template_has_the_date_in_it(tokenizer: Any, chat: str) -> 
     made = encoding(tokenizer, "\n" + loop("<|A|>{{ m.content }}<|E|>", first=chat), date="2025-03-04")
     template: Any = made.template
     given = copy.deepcopy(made.tokenizer)
-    given.chat_template = template.exported(made.tokenizer)
+    given.chat_template = template.exported_chat_template(made.tokenizer)
     said = [{"role": "user", "content": "a"}]
     assert given.apply_chat_template(said, tokenize=False).startswith("\n04 Mar")
     undated = encoding(tokenizer, loop("<|A|>{{ m.content }}<|E|>"))
     untouched: Any = undated.template
-    assert untouched.exported(undated.tokenizer) == undated.tokenizer.chat_template
+    assert untouched.exported_chat_template(undated.tokenizer) == undated.tokenizer.chat_template
