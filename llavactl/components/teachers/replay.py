@@ -39,7 +39,7 @@ class Replay:
     def reply(self, request: Request) -> Reply:
         """Raises DataError if the file has no reply to the request."""
         if request.id not in self._replies:
-            raise DataError(f"{self.options.path}: no reply to the request {request.id}")
+            raise DataError(f"{self.options.path}: no reply for {request.id}")
         return self._replies[request.id]
 
 
