@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TEXT_OF_OTHER_KINDS = {
     "llavactl/core/library_errors.py": "an exception's message",
     "llavactl/evaluation/verification/script.py": "what a process wrote to stderr",
-    "llavactl/components/tasks/coco_words.py": "a table of words in the module itself",
+    "llavactl/components/tasks/coco_synonyms.py": "a table of words in the module itself",
     "llavactl/components/tasks/judging.py": "the first line of a judge's verdict",
     "llavactl/components/tasks/scenes.py": "lines of one answer",
     "llavactl/report/cases.py": "lines of one answer, indented for Markdown",
