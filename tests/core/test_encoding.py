@@ -22,7 +22,7 @@ CODE = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if "tests" not in file.parts
 )
-BINARY = ("Image", "tarfile", "zipfile", "gzip", "fsspec", "os", "FeatureStore", "Shard", "view")
+BINARY = ("Image", "tarfile", "zipfile", "gzip", "fsspec", "fsspec_module", "os", "FeatureStore", "Shard", "view")
 """Modules and classes whose ``open`` is not for text files."""
 CHILDREN, TEXT = ("run", "Popen", "check_output", "check_call", "call"), {"text", "universal_newlines"}
 

@@ -30,7 +30,7 @@ VALID: list[Any] = [
     llavactl.RawRecord("a.jsonl:1", {"id": 1}, 0, "", 12),
     llavactl.Progress("stage1", 1, 2, "step", 0, {"loss": "1.0"}),
 ]
-FIELDS = [(instance, field.name) for made in VALID for field in dataclasses.fields(made) if field.type != "Any"]
+FIELDS = [(instance, field.name) for instance in VALID for field in dataclasses.fields(instance) if field.type != "Any"]
 
 
 class Unexpected:
