@@ -260,7 +260,7 @@ def _first_line(name: str) -> str:
 
 def _below_assignment(name: str) -> str | None:
     """The string literal below ``name = …`` in the module that defines ``name``."""
-    module = importlib.import_module(llavactl._WHERE[name])
+    module = importlib.import_module(llavactl._MODULES[name])
     for node, after in itertools.pairwise(ast.parse(inspect.getsource(module)).body):
         assigned = isinstance(node, ast.Assign) and any(ast.unparse(target) == name for target in node.targets)
         if assigned and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
