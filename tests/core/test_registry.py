@@ -94,7 +94,7 @@ def test_kind_labels() -> None:
         "source",
         "vision backbone",
         "connector",
-        "language",
+        "language model",
         "template",
         "teacher",
         "task",
