@@ -89,7 +89,8 @@ def hook_table() -> Iterator[str]:
     yield "| hook | purpose |\n|---|---|"
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
-            yield f"| `{name}` | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |"
+            summary = (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")
+            yield f"| `{name}` | {summary} |"
 
 
 def hooks() -> Iterator[str]:
