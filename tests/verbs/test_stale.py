@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "label": "yes",
             "category": "random",
         }
-        for n in range(4)
+        for index in range(4)
     ]
     (recipe.parent / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     recipe.write_text(
