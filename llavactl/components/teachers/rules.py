@@ -36,7 +36,7 @@ T = TypeVar("T")
 class RulesOptions(Options):
     """``questions``: the maximum number of questions in a conversation."""
 
-    questions: int = Field(6, ge=1)
+    questions: int = Field(6, ge=1, description="maximum number of questions per conversation")
 
 
 class Rules:
