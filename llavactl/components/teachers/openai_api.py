@@ -46,8 +46,8 @@ class OpenAIOptions(Options):
     timeout_s: float = Field(120, gt=0, allow_inf_nan=False, description="total time of a request")
     max_bytes: int = Field(4_000_000, ge=1000, description="maximum size of a response")
     concurrency: int = Field(8, ge=1, le=1024, description="concurrent requests")
-    requests_per_minute: int | None = Field(None, ge=1, description="rate limit; null: no limit")
-    tokens_per_minute: int | None = Field(None, ge=1, description="input and output tokens; null: no limit")
+    requests_per_minute: int | None = Field(None, ge=1, description="rate limit; null: none")
+    tokens_per_minute: int | None = Field(None, ge=1, description="rate limit of input and output tokens; null: none")
     retries: int = Field(5, ge=0, description="retries of a request that fails temporarily")
 
     @field_validator("base_url")
