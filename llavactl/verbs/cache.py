@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """One feature store. ``undecodable``: number of images known to have no features; ``width``: feature width Dv."""
+    """One feature store. ``undecodable``: number of images known to have no features; ``width``: feature width Dv.
+
+    ``leftovers``: files that no reader uses.
+    """
 
     id: str
     path: str
@@ -27,7 +30,7 @@ class StoreInfo:
     undecodable: int
     grid: tuple[int, int] | None
     width: int | None
-    unused_files: tuple[str, ...]
+    leftovers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -154,5 +157,5 @@ def _info(folder: Path) -> StoreInfo:
         undecodable=len(manifest.skipped) if manifest else 0,
         grid=manifest.shape.grid if manifest else None,
         width=manifest.shape.width if manifest else None,
-        unused_files=tuple(path.name for path in leftover_files(folder)),
+        leftovers=tuple(path.name for path in leftover_files(folder)),
     )
