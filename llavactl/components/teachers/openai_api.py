@@ -38,7 +38,7 @@ class OpenAIOptions(Options):
     base_url: str = Field("https://api.openai.com/v1", description="URL without /chat/completions")
     key_env: str = Field("OPENAI_API_KEY", description="environment variable with the API key")
     temperature: float | None = Field(0.7, ge=0, le=2, description="null: the default of the endpoint")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, gt=0, le=1, description="nucleus sampling; null: the default of the endpoint")
     max_tokens: int | None = Field(
         1024, ge=1, description="maximum length of a reply; null: the default of the endpoint, excludes --max-cost"
     )
@@ -46,8 +46,8 @@ class OpenAIOptions(Options):
     timeout_s: float = Field(120, gt=0, allow_inf_nan=False, description="total time of a request")
     max_bytes: int = Field(4_000_000, ge=1000, description="maximum size of a response")
     concurrency: int = Field(8, ge=1, le=1024, description="concurrent requests")
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1, description="input and output tokens")
+    requests_per_minute: int | None = Field(None, ge=1, description="rate limit; null: none")
+    tokens_per_minute: int | None = Field(None, ge=1, description="rate limit of input and output tokens; null: none")
     retries: int = Field(5, ge=0, description="retries of a request that fails temporarily")
 
     @field_validator("base_url")
