@@ -58,6 +58,11 @@ def test_every_command_is_in_the_reference(command: str) -> None:
     assert f"## `llavactl {command}`\n" in CLI
 
 
+def test_every_key_and_option_has_a_description() -> None:
+    rows = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if not row.split(" | ")[-1].strip("| ")] == []
+
+
 def test_an_outdated_page_is_regenerated() -> None:
     page = "a\n<!-- generated: recipes -->\nold\n<!-- end: recipes -->\nb\n"
     once, twice = json.loads(
