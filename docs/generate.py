@@ -89,7 +89,8 @@ def hook_table() -> Iterator[str]:
     yield "| hook | purpose |\n|---|---|"
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
-            yield f"| `{name}` | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |"
+            summary = (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")
+            yield f"| `{name}` | {summary} |"
 
 
 def hooks() -> Iterator[str]:
@@ -198,7 +199,7 @@ def components() -> Iterator[str]:
             yield f"### `{kind}`\n"
         for name in names:
             entry = registry().get(kind, name)
-            yield f"**`{name}`** – {entry.summary}\n"
+            yield f"**`{name}`** – {entry.summary.replace('<|', chr(92) + '<|')}\n"
             fields = _fields(entry.options_model())
             if fields:
                 yield "| option | value | default | description |\n|---|---|---|---|"
@@ -260,7 +261,7 @@ def _first_line(name: str) -> str:
 
 def _below_assignment(name: str) -> str | None:
     """The string literal below ``name = …`` in the module that defines ``name``."""
-    module = importlib.import_module(llavactl._WHERE[name])
+    module = importlib.import_module(llavactl._MODULES[name])
     for node, after in itertools.pairwise(ast.parse(inspect.getsource(module)).body):
         assigned = isinstance(node, ast.Assign) and any(ast.unparse(target) == name for target in node.targets)
         if assigned and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 class TokenInfo:
     """A token and its characters, or all ``tokens`` of an ``image`` (its name).
 
-    ``position`` counts tokens from 0. ``trained``: a target of the loss. ``cut``: beyond ``max_length``.
+    ``position`` counts tokens from 0. ``target``: a target of the loss. ``truncated``: beyond ``max_length``.
     """
 
     position: int
     text: str
     id: int
-    trained: bool
-    cut: bool
+    target: bool
+    truncated: bool
     tokens: int = 1
     image: str = ""
 
@@ -39,12 +39,12 @@ def token_info(encoding: Encoding, turns: Sequence[Turn]) -> list[TokenInfo]:
     def tokens() -> Iterator[TokenInfo]:
         position = 0
         while position < len(encoded):
-            token, trained, cut = encoded.ids[position], encoded.labels[position] != IGNORE, position >= kept
+            token, target, truncated = encoded.ids[position], encoded.labels[position] != IGNORE, position >= kept
             if token == IMAGE_TOKEN:
-                yield TokenInfo(position, "", token, trained, cut, encoding.image_tokens, next(images).name)
+                yield TokenInfo(position, "", token, target, truncated, encoding.image_tokens, next(images).name)
                 position += encoding.image_tokens
             else:
-                yield TokenInfo(position, texts[position], token, trained, cut)
+                yield TokenInfo(position, texts[position], token, target, truncated)
                 position += 1
 
     return list(tokens())

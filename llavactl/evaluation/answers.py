@@ -11,6 +11,7 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import AnswerMatcher
 from llavactl.core.schema import Answer, Question
+from llavactl.files.json_parse import TRUNCATED_HINT
 from llavactl.files.records import Record, read_records
 from llavactl.files.text import read_text
 
@@ -153,7 +154,7 @@ def _mme_rows(file: Path) -> Iterator[Record]:
             raise DataError(
                 f"{file}:{number}: expected image, question, reference and answer separated by tabs, "
                 f"got {len(cells)} columns",
-                hint="the file may be truncated",
+                hint=TRUNCATED_HINT,
             )
         yield Record(f"{file}:{number}", {"id": f"{file.stem}/{cells[0]}", "prompt": cells[1], "text": cells[3]})
 

@@ -30,6 +30,7 @@ from llavactl.core.model_files import check_files
 from llavactl.core.paths import apply_umask, read_json, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.model.build import ModelBundle, build
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +168,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def latest_model(run_dir: Path) -> Path:
     """The model folder of the last finished stage of a run."""
-    for stage in ("stage2", "stage1"):
+    for stage in reversed(STAGES.values()):
         if (folder := run_dir / stage / "model").is_dir():
             return folder
     raise ModelError(f"{run_dir}: no stage has been trained", hint="train with `llavactl run`, or pass `--model DIR`")

@@ -22,6 +22,7 @@ from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, latest_model
 from llavactl.recipe.frame import Recipe
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Format
@@ -52,7 +53,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
         describe(folder)
         return folder
     # The folder of a run, or of one of its stages.
-    if any((folder / stage / "model" / DESCRIPTION).is_file() for stage in ("stage1", "stage2")):
+    if any((folder / stage / "model" / DESCRIPTION).is_file() for stage in STAGES.values()):
         return latest_model(folder)
     if (folder / "model" / DESCRIPTION).is_file():
         return folder / "model"
@@ -176,11 +177,12 @@ def _complete(imported: Path, folder: Path, recipe: Recipe | None) -> Path:
 
 def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The values of ``llavactl.json`` that a recipe determines."""
+    last = recipe.stages()[-1]
     shape = registry().create("vision", recipe.vision.spec()).shape()
     return {
         "vision": recipe.vision.spec(),
         "shape": {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix},
         "language": recipe.language.spec(),
-        "template": recipe.stage(2).template,
-        "precision": recipe.stage2.precision,
+        "template": last.template,
+        "precision": last.settings.precision,
     }

@@ -133,6 +133,7 @@ class Stage(Section):
 class Stage1(Stage):
     """Stage 1 trains the connector; vision encoder and language model are frozen."""
 
+    init: ClassVar[Literal["scratch"]] = "scratch"
     method: ClassVar[Literal["connector"]] = "connector"
     optimizer: ClassVar[Literal["adamw"]] = "adamw"
     trainable_modules: ClassVar[tuple[str, ...]] = ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llavactl.core.registry import format_spec
+from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
 
 USE = {
@@ -116,7 +117,7 @@ def _training(recipe: Mapping[str, Any], description: Mapping[str, Any], run: Pa
         "cooldown",
         "precision",
     )
-    for stage in ("stage1", "stage2"):
+    for stage in STAGES.values():
         report = read_document(run / stage / "report.json")
         if not report:
             continue

@@ -37,7 +37,7 @@ def model_description(
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(features.fingerprint.fields),
         "connector": recipe.connector.spec(),
-        "language": initial_language(recipe, start) if stage == 2 else recipe.language.spec(),
+        "language": initial_language(recipe, stage, start),
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,

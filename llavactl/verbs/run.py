@@ -16,7 +16,7 @@ from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_objects
 from llavactl.report.page import TIMES, write_report
-from llavactl.training.initial_model import BUILT_FROM_RECIPE
+from llavactl.training.initial_model import starts_from_recipe_language
 from llavactl.training.memory import release_memory
 from llavactl.training.report import TrainReport
 from llavactl.verbs import preflight
@@ -90,8 +90,7 @@ def _check(recipe: Recipe) -> None:
         check_launch(stage.settings.precision)
     if stages:
         _check_component("vision", recipe.vision.spec())
-    # A stage with an ``init`` of its own replaces the recipe's language model by that of another model.
-    if any(getattr(stage.settings, "init", "scratch") in BUILT_FROM_RECIPE for stage in stages):
+    if any(starts_from_recipe_language(recipe, stage.number) for stage in stages):
         _check_component("languages", recipe.language.spec())
         preflight.refuse(recipe)
 

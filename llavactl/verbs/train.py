@@ -75,9 +75,9 @@ def train(
     encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
     contents = _limit_skipped(features.contents, max_skipped)
     data = load_split(chosen.sources, settings, encoding, features, contents, recipe.seed)
-    if stage == 1 and not any(sample.images for sample in data.train.samples):
+    if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
-            "data.stage1: no training sample has an image, so the connector can't be trained",
+            f"data.stage{stage}: no training sample has an image, so the connector can't be trained",
             hint="use text-only data in stage 2",
         )
 

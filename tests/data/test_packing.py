@@ -1,4 +1,4 @@
-"""Rows: everything is in exactly one, none is over its limits, and every process has as many."""
+"""Planned sequences contain every sample once, respect the limits, and are equally many for each process."""
 
 from __future__ import annotations
 
@@ -19,82 +19,84 @@ Q = 4
 REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
 
 
-class Features:
-    """Two patches of three numbers for any image."""
+class ConstantFeatures:
+    """Features [2, 3] of ones for any image."""
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         del image
         return (np.ones((2, 3), np.float16),)
 
 
-def item(length: int, image: int | None, target_at: int = 0) -> Encoded:
-    """``length`` tokens behind BOS and an image, if any."""
-    opening = (1,) if image is None else (1, *(IMAGE_TOKEN,) * Q)
-    ids = (*opening, *range(10, 10 + length))
-    labels = tuple(IGNORE if at < len(opening) + target_at else token for at, token in enumerate(ids))
+def encoded(length: int, image: int | None, target_at: int = 0) -> Encoded:
+    """BOS, an image or none, and ``length`` tokens, which are targets from ``target_at``."""
+    prefix = (1,) if image is None else (1, *(IMAGE_TOKEN,) * Q)
+    ids = (*prefix, *range(10, 10 + length))
+    labels = tuple(IGNORE if at < len(prefix) + target_at else token for at, token in enumerate(ids))
     return Encoded(ids, labels, () if image is None else (ImageFile("/photos", f"{image}.jpg"),))
 
 
-items = st.lists(st.builds(item, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 3))), max_size=24)
-limits = st.builds(MicroBatchLimits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
+item_lists = st.lists(st.builds(encoded, st.integers(1, 60), st.one_of(st.none(), st.integers(0, 3))), max_size=24)
+limits_strategy = st.builds(MicroBatchLimits, st.integers(1, 9), st.one_of(st.none(), st.integers(5, 200)))
 
 
-@given(items, limits, st.integers(1, 4))
-def test_rows_hold_everything_once_and_keep_their_limits(
-    found: list[Encoded], most: MicroBatchLimits, processes: int
+@given(item_lists, limits_strategy, st.integers(1, 4))
+def test_sequences_contain_every_sample_once_within_the_limits(
+    items: list[Encoded], limits: MicroBatchLimits, processes: int
 ) -> None:
-    planned = plan_sequences(found, Q, most, processes)
-    members = [number for row in planned for family in row for number in family.samples]
-    assert sorted(members) == list(range(len(found)))
-    assert len(planned) % processes == 0
-    for row in planned:
-        tokens = sum(family.tokens for family in row)
-        batch = pack(
-            [(family.prefix_length, [found[number] for number in family.samples]) for family in row], Features()
-        )
-        assert tokens == (batch.ids.shape[1] if row else 0)
-        samples = sum(len(family.samples) for family in row)
-        assert most.allow(samples, tokens) or samples == 1
+    sequences = plan_sequences(items, Q, limits, processes)
+    indices = [index for sequence in sequences for group in sequence for index in group.samples]
+    assert sorted(indices) == list(range(len(items)))
+    assert len(sequences) % processes == 0
+    for sequence in sequences:
+        tokens = sum(group.tokens for group in sequence)
+        groups = [(group.prefix_length, [items[index] for index in group.samples]) for group in sequence]
+        batch = pack(groups, ConstantFeatures())
+        assert tokens == (batch.ids.shape[1] if sequence else 0)
+        samples = sum(len(group.samples) for group in sequence)
+        assert limits.allow(samples, tokens) or samples == 1
 
 
-@given(items, limits)
-def test_a_family_begins_alike_and_without_a_target(found: list[Encoded], most: MicroBatchLimits) -> None:
-    for family in prefix_groups(found, Q, most):
-        first = found[family.samples[0]]
-        for number in family.samples:
-            assert found[number].ids[: family.prefix_length] == first.ids[: family.prefix_length]
-            assert found[number].images[:1] == first.images[:1]
-            assert all(label == IGNORE for label in found[number].labels[: family.prefix_length])
-        assert (family.prefix_length > 0) == (len(family.samples) > 1)
+@given(item_lists, limits_strategy)
+def test_a_prefix_group_shares_tokens_and_image_and_no_target(items: list[Encoded], limits: MicroBatchLimits) -> None:
+    for group in prefix_groups(items, Q, limits):
+        first = items[group.samples[0]]
+        for index in group.samples:
+            assert items[index].ids[: group.prefix_length] == first.ids[: group.prefix_length]
+            assert items[index].images[:1] == first.images[:1]
+            assert all(label == IGNORE for label in items[index].labels[: group.prefix_length])
+        assert (group.prefix_length > 0) == (len(group.samples) > 1)
 
 
-def test_one_picture_is_shared_and_another_is_not() -> None:
-    found = [item(5, 0), item(6, 1), item(7, 0), item(5, None), item(5, None)]
-    assert [(f.samples, f.prefix_length, f.tokens) for f in prefix_groups(found, Q, MicroBatchLimits(8))] == [
+def test_only_samples_with_the_same_image_share_a_prefix() -> None:
+    items = [encoded(5, 0), encoded(6, 1), encoded(7, 0), encoded(5, None), encoded(5, None)]
+    groups = prefix_groups(items, Q, MicroBatchLimits(8))
+    assert [(group.samples, group.prefix_length, group.tokens) for group in groups] == [
         ((0, 2), 5, 21), ((1,), 0, 16), ((3,), 0, 16), ((4,), 0, 16),
     ]  # fmt: skip
 
 
-def test_a_target_before_the_end_of_the_image_is_nobody_elses() -> None:
-    late = Encoded((1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11), (ImageFile("/photos", "0.jpg"),))
-    assert [family.prefix_length for family in prefix_groups([late, late], Q, MicroBatchLimits(8))] == [0, 0]
+def test_a_prefix_with_a_target_is_not_shared() -> None:
+    ids, labels = (1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11)
+    item = Encoded(ids, labels, (ImageFile("/photos", "0.jpg"),))
+    assert [group.prefix_length for group in prefix_groups([item, item], Q, MicroBatchLimits(8))] == [0, 0]
 
 
-def test_rows_are_of_much_the_same_length() -> None:
-    found = [item(length * PAD_MULTIPLE - 1, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
-    lengths = [sum(family.tokens for family in row) for row in plan_sequences(found, Q, MicroBatchLimits(4), 2)]
+def test_sequences_have_similar_lengths() -> None:
+    items = [encoded(length * PAD_MULTIPLE - 1, None) for length in (50, 40, 30, 20, 20, 10, 9, 1)]
+    sequences = plan_sequences(items, Q, MicroBatchLimits(4), 2)
+    lengths = [sum(group.tokens for group in sequence) for sequence in sequences]
     assert len(lengths) == 2
     assert abs(lengths[0] - lengths[1]) <= 10 * PAD_MULTIPLE
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not there")
-def test_real_lengths_leave_processes_alike() -> None:
-    """What could be lost is waiting: a process with fewer tokens than another."""
+@pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not available")
+def test_real_lengths_are_balanced_between_processes() -> None:
+    """A process with fewer tokens than another would wait."""
     words = [
         sum(len(turn["value"].split()) for turn in record["conversations"]) for record in json.loads(REAL.read_text())
     ]
-    found = [item(length, number) for number, length in enumerate(words)]
-    planned = plan_sequences(found, Q, MicroBatchLimits(16), 8)
-    tokens = [sum(family.tokens for family in row) for row in planned]
-    assert len(planned) == 8
+    items = [encoded(length, number) for number, length in enumerate(words)]
+    sequences = plan_sequences(items, Q, MicroBatchLimits(16), 8)
+    tokens = [sum(group.tokens for group in sequence) for sequence in sequences]
+    assert len(sequences) == 8
     assert sum(max(tokens) - each for each in tokens) / (len(tokens) * max(tokens)) < 0.03

@@ -16,7 +16,7 @@ import pytest
 from llavactl import DataError
 from llavactl.chat.inputs import open_images, read_batch, user_content
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.components.tasks.image_questions import asked
+from llavactl.components.tasks.image_questions import user_turn
 from llavactl.testing import run_cli
 
 
@@ -86,7 +86,7 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
     assert texts(user_content(question, shown)) == texts(turn.content)
     assert texts(read_batch(file)[0][1]) == texts(turn.content)
     if images < 2:
-        assert texts(asked(shown[0] if shown else None, question)[0].content) == texts(turn.content)
+        assert texts(user_turn(shown[0] if shown else None, question)[0].content) == texts(turn.content)
 
 
 def test_a_batch_with_a_tag_and_an_empty_image_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole pipeline on real COCO photos and captions, most of whose images are missing, as in life."""
+"""The complete pipeline on real COCO photos and captions, most of whose images are missing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llavactl.data.image_order import arrange
 from llavactl.testing import run_cli, toy_clip, toy_language
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data folder beside the checkout")
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """A recipe over all 80 annotated images of COCO-MINI, 26 of which are there."""
+    """A recipe over all 80 annotated images of COCO-MINI, of which 26 exist."""
     toy_clip(tmp_path / "clip", size=56)
     toy_language(tmp_path / "language")
     captions = json.loads((DATA / "coco-mini/annotations/captions_train2017.json").read_text())
@@ -82,7 +82,7 @@ def test_run_on_coco_photos(coco: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llava_instruct_100.json", "blip_laion_cc_sbu_2k.json"])
 @pytest.mark.parametrize("template", ["plain", "vicuna-v1", "tokenizer"])
-def test_real_records_are_read_and_encoded_whole(toys: Path, name: str, template: str) -> None:
+def test_real_records_are_encoded_completely(toys: Path, name: str, template: str) -> None:
     source = registry().create("sources", {"name": "llava-json", "path": str(DATA / "llava" / name)})
     tokenizer: Any = registry().create("languages", {"name": "hf", "model": str(toys / "language")}).tokenizer()
     encoding = Encoding(registry().create("templates", {"name": template}), tokenizer, 4)
@@ -93,7 +93,7 @@ def test_real_records_are_read_and_encoded_whole(toys: Path, name: str, template
         encoded = encoding.encode(arrange(sample.turns, "first", ""))
         assert sum(token == IMAGE_TOKEN for token in encoded.ids) == 4
         answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
-        said = tokenizer.decode([label for label in encoded.labels if label >= 0])
+        target_text = tokenizer.decode([label for label in encoded.labels if label >= 0])
         at = 0
         for answer in answers:
-            at = said.index(answer, at) + len(answer)
+            at = target_text.index(answer, at) + len(answer)

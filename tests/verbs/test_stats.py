@@ -1,4 +1,4 @@
-"""``data stats``: counts that can be checked by hand, on toy and real records."""
+"""``data stats`` on hand-checked, toy and real records."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "llava_instruct
 COUNTS = st.dictionaries(st.integers(0, 5000), st.integers(1, 50), min_size=1)
 
 
-def test_what_a_person_would_count(tmp_path: Path) -> None:
-    said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A dog."}]
+def test_hand_checked_counts(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A dog."}]
     more = [{"from": "human", "value": "Where is it, then?"}, {"from": "gpt", "value": "On the well-kept lawn."}]
     records = [
-        {"id": 1, "image": "a.jpg", "conversations": said},
-        {"id": 2, "image": "a.jpg", "conversations": said + more},
+        {"id": 1, "image": "a.jpg", "conversations": talk},
+        {"id": 2, "image": "a.jpg", "conversations": talk + more},
         {"id": 3, "conversations": more},
         {"id": 4},
     ]
@@ -44,17 +44,17 @@ def test_what_a_person_would_count(tmp_path: Path) -> None:
 
 
 @given(COUNTS)
-def test_quantiles_are_those_of_the_sorted_values(counts: dict[int, int]) -> None:
+def test_quantiles_of_sorted_values(counts: dict[int, int]) -> None:
     values = sorted(value for value, count in counts.items() for _ in range(count))
-    found = summary(counts)
-    assert (found.n, found.min, found.max) == (len(values), values[0], values[-1])
-    for share, value in ((0.05, found.p5), (0.5, found.median), (0.95, found.p95)):
+    distribution = summary(counts)
+    assert (distribution.n, distribution.min, distribution.max) == (len(values), values[0], values[-1])
+    for share, value in ((0.05, distribution.p5), (0.5, distribution.median), (0.95, distribution.p95)):
         assert sum(each <= value for each in values) >= share * len(values)
         assert sum(each < value for each in values) < share * len(values)
 
 
 @given(COUNTS)
-def test_columns_hold_nearly_all_values_once(counts: dict[int, int]) -> None:
+def test_histogram_bars_cover_nearly_all_values_once(counts: dict[int, int]) -> None:
     edges, heights = histogram(counts)
     assert len(heights) == len(edges) - 1 <= MAX_BARS + 1
     assert 0.995 * sum(counts.values()) <= sum(heights) <= sum(counts.values())
@@ -62,7 +62,7 @@ def test_columns_hold_nearly_all_values_once(counts: dict[int, int]) -> None:
         assert height == sum(count for value, count in counts.items() if start <= value < end)
 
 
-def test_the_page_stands_alone(toy: Path, tmp_path: Path) -> None:
+def test_the_page_is_self_contained(toy: Path, tmp_path: Path) -> None:
     page = tmp_path / "stats.html"
     records = json.loads((toy / "records.json").read_text())
     records[0]["conversations"][0]["value"] = "<image>\n<script>alert(1)</script> & what?"
@@ -92,12 +92,12 @@ def test_without_matplotlib_the_page_has_tables_only(
     assert "question words" in html
 
 
-def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+def test_a_file_without_usable_records_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "records.json"
     path.write_text("[{}]")
     result = run_cli("data", "stats", str(path))
     assert result.exit_code == 1
-    assert "no usable record" in result.stderr
+    assert "data check" in result.stderr
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")

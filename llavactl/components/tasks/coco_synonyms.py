@@ -1,7 +1,7 @@
-"""COCO's 80 categories in the words that people use for them, and finding them in a text.
+"""Synonyms of COCO's 80 categories, and detection of mentioned objects in a text.
 
-The idea, and the traps it knows ("baby bird", "toilet seat"), are those of CHAIR (Rohrbach et al. 2018, arXiv
-1809.02156); the list is our own and shorter, so scores come near to published ones without being the same.
+The method, including exceptions such as "baby bird" and "toilet seat", is that of CHAIR (Rohrbach et al. 2018, arXiv
+1809.02156). The list of synonyms is shorter, so scores are close to published ones, but not equal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_WORDS = """
+_SYNONYMS = """
 person: people, man, woman, boy, girl, child, kid, baby, lady, guy, gentleman, adult, toddler, teenager, player,
     skier, snowboarder, surfer, skateboarder, skater, rider, cyclist, bicyclist, pedestrian, passenger, driver, chef,
     cook, waiter, officer, policeman, soldier, worker, farmer, student, teacher, doctor, tourist, batter, pitcher,
@@ -97,8 +97,8 @@ hair drier: hairdryer, hair dryer
 toothbrush
 """
 
-# What looks like an object and is none, or another one.
-_NO_OBJECT = (
+# Phrases that contain the name of an object, but don't mention it.
+_NOT_OBJECTS = (
     "home plate",
     "train track",
     "train station",
@@ -117,7 +117,7 @@ _NO_OBJECT = (
     "cell phone tower",
 )
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
-_PLURALS = {
+_IRREGULAR_SINGULARS = {
     "men": "man",
     "women": "woman",
     "children": "child",
@@ -136,31 +136,31 @@ _PLURALS = {
 }
 
 
-def objects_in(text: str) -> list[str]:
-    """The category of every object that ``text`` names, in order, as often as it is named.
+def mentioned_objects(text: str) -> list[str]:
+    """The category of every object mentioned in ``text``, in order and with repetitions.
 
-    The longest phrase wins: a "hot dog" is no dog.
+    The longest phrase counts: a "hot dog" is not a dog.
     """
     words = [singular(word) for word in re.findall(r"[^\W\d_]+", text.lower())]
-    found: list[str] = []
-    at = 0
-    while at < len(words):
+    categories: list[str] = []
+    position = 0
+    while position < len(words):
         for length in (3, 2, 1):
-            phrase = " ".join(words[at : at + length])
-            if phrase in PHRASES and at + length <= len(words):
+            phrase = " ".join(words[position : position + length])
+            if phrase in PHRASES and position + length <= len(words):
                 if (category := PHRASES[phrase]) is not None:
-                    found.append(category)
-                at += length
+                    categories.append(category)
+                position += length
                 break
         else:
-            at += 1
-    return found
+            position += 1
+    return categories
 
 
 def singular(word: str) -> str:
     """``dogs`` → ``dog``, ``benches`` → ``bench``, ``puppies`` → ``puppy``."""
-    if word in _PLURALS:
-        return _PLURALS[word]
+    if word in _IRREGULAR_SINGULARS:
+        return _IRREGULAR_SINGULARS[word]
     if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us")):
         return word
     if word.endswith("ies"):
@@ -169,16 +169,18 @@ def singular(word: str) -> str:
 
 
 def _phrases() -> dict[str, str | None]:
-    """Every phrase in the singular, and its category; None for one that is no object."""
-    found: dict[str, str | None] = {
-        _normal(phrase): category for category, phrases in _named() for phrase in (category, *phrases)
+    """Categories by phrase in the singular; None for phrases that don't mention an object."""
+    phrases: dict[str, str | None] = {
+        _singular_phrase(phrase): category
+        for category, synonyms in _synonyms_by_category()
+        for phrase in (category, *synonyms)
     }
-    found |= {_normal(phrase): None for phrase in _NO_OBJECT}
+    phrases |= {_singular_phrase(phrase): None for phrase in _NOT_OBJECTS}
     for animal in _ANIMALS:
-        names = [phrase for phrase, category in found.items() if category == animal]
-        found |= {f"{young} {name}": animal for young in ("baby", "adult") for name in names}
-    found |= {f"{sport} player": "person" for sport in ("tennis", "baseball", "football", "soccer")}
-    return found | {
+        names = [phrase for phrase, category in phrases.items() if category == animal]
+        phrases |= {f"{age} {name}": animal for age in ("baby", "adult") for name in names}
+    phrases |= {f"{sport} player": "person" for sport in ("tennis", "baseball", "football", "soccer")}
+    return phrases | {
         "toilet seat": "toilet",
         "truck bed": "truck",
         "passenger train": "train",
@@ -186,17 +188,18 @@ def _phrases() -> dict[str, str | None]:
     }
 
 
-def _named() -> list[tuple[str, list[str]]]:
-    """(category, its other names)."""
-    lines = re.sub(r"\n +", " ", _WORDS).strip().splitlines()
+def _synonyms_by_category() -> list[tuple[str, list[str]]]:
+    """(category, synonyms)."""
+    lines = re.sub(r"\n +", " ", _SYNONYMS).strip().splitlines()
     return [
-        (category, others.split(", ") if others else []) for category, _, others in (x.partition(": ") for x in lines)
+        (category, synonyms.split(", ") if synonyms else [])
+        for category, _, synonyms in (line.partition(": ") for line in lines)
     ]
 
 
-def _normal(phrase: str) -> str:
+def _singular_phrase(phrase: str) -> str:
     return " ".join(singular(word) for word in phrase.split())
 
 
 PHRASES: Mapping[str, str | None] = _phrases()
-CATEGORIES = tuple(category for category, _ in _named())
+CATEGORIES = tuple(category for category, _ in _synonyms_by_category())
