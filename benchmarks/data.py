@@ -40,7 +40,7 @@ def instruct_records(count: int) -> Iterator[dict[str, Any]]:
 
 
 def caption_records(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Real captions with words exchanged between them, so that the number of distinct phrases grows as in real data."""
+    """Real captions with words exchanged between them: the number of distinct phrases grows as in real data."""
     real = [
         record["conversations"][1]["value"]
         for record in json.loads((LLAVA_DATA / "blip_laion_cc_sbu_2k.json").read_text(encoding="utf-8"))

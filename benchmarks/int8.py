@@ -5,8 +5,9 @@
     python benchmarks/int8.py --train 0               # without training
 
 Needs the demo plugin (DINOv2, SmolLM2) and the images of ``../shared/data/coco-mini``. Errors are relative to the norm
-of an image's features. ``normalized`` errors are computed after scaling every channel to the same size, so that outlier
-channels don't hide the errors of the others. Plain int8 with one scale per token or per channel is measured as well.
+of an image's features. ``normalized`` errors are computed after scaling every channel to the same size; otherwise
+outlier channels would hide the errors of the others. Plain int8 with one scale per token or per channel is measured as
+well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the results of a benchmark after every round, so that an interrupted run keeps the finished rounds."""
+"""Write the results of a benchmark after every round: an interrupted run keeps its finished rounds."""
 
 from __future__ import annotations
 

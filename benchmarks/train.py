@@ -3,7 +3,7 @@
     python benchmarks/train.py --out train.json                        # minutes; random records
     python benchmarks/train.py --stages 2 --records instruct.json      # records with the lengths of real LLaVA data
 
-All methods run in one process, on the same records, in random order in every round, so that other load on the machine
+All methods run in one process, on the same records, in random order in every round: other load on the machine
 affects all of them. Only forward and backward passes are timed, since AdamW is the same for all. Besides wall time, the
 CPU time of all threads is reported, which other load hardly affects. Peak memory is measured in a separate process per
 method, after loading. Models: the demo's DINOv2 ViT-S/14 and SmolLM2-135M in bfloat16, 256 tokens per image.
