@@ -89,7 +89,8 @@ def hook_table() -> Iterator[str]:
     yield "| hook | purpose |\n|---|---|"
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
-            yield f"| `{name}` | {(inspect.getdoc(function) or '').partition(chr(10))[0]} |"
+            summary = (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")
+            yield f"| `{name}` | {summary} |"
 
 
 def hooks() -> Iterator[str]:
@@ -198,7 +199,7 @@ def components() -> Iterator[str]:
             yield f"### `{kind}`\n"
         for name in names:
             entry = registry().get(kind, name)
-            yield f"**`{name}`** – {entry.summary}\n"
+            yield f"**`{name}`** – {entry.summary.replace('<|', chr(92) + '<|')}\n"
             fields = _fields(entry.options_model())
             if fields:
                 yield "| option | value | default | description |\n|---|---|---|---|"

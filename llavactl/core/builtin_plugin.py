@@ -215,7 +215,7 @@ def register_recipes(register: Register) -> None:
         ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K, then 158K instructions"),
         ("llava-v1-13b-scienceqa", "LLaVA v1 13B fine-tuned on ScienceQA, 12 epochs"),
         ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K, then mix-665K"),
-        ("llava-v1.5-13b", "LLaVA v1.5 with Vicuna v1.5 13B"),
+        ("llava-v1.5-13b", "LLaVA v1.5 13B: as llava-v1.5-7b, with Vicuna v1.5 13B"),
         ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),
     ):
         register(name, f"llavactl:recipes/{name}.yaml", summary=summary)

@@ -36,102 +36,102 @@ class Register(Protocol):
 
 @hookspec
 def register_sources(register: Register) -> None:
-    """Register data sources. The target returns a `Source`, an iterable of `Sample`.
+    """Register data sources. The target returns a ``Source``, an iterable of ``Sample``.
 
-    Recipes use a source by name in `data.stage1`, `data.stage2` or `generate.source`.
+    Recipes use a source by name in ``data.stage1``, ``data.stage2`` or ``generate.source``.
     """
 
 
 @hookspec
 def register_vision(register: Register) -> None:
-    """Register vision backbones. The target returns a `Vision`, whose `load` returns an `Encoder`.
+    """Register vision backbones. The target returns a ``Vision``, whose ``load`` returns an ``Encoder``.
 
-    For a vision transformer that transformers supports, return a `TransformersVision`.
+    For a vision transformer that transformers supports, return a ``TransformersVision``.
     """
 
 
 @hookspec
 def register_connectors(register: Register) -> None:
-    """Register connectors. The target returns a `Connector`, whose `build` returns a torch module."""
+    """Register connectors. The target returns a ``Connector``, whose ``build`` returns a torch module."""
 
 
 @hookspec
 def register_languages(register: Register) -> None:
-    """Register language models. The target returns a `Language`: a tokenizer and a causal language model."""
+    """Register language models. The target returns a ``Language``: a tokenizer and a causal language model."""
 
 
 @hookspec
 def register_templates(register: Register) -> None:
-    """Register conversation templates. The target returns a `Template`."""
+    """Register conversation templates. The target returns a ``Template``."""
 
 
 @hookspec
 def register_teachers(register: Register) -> None:
-    """Register teachers, which generate instruction data and judge answers. The target returns a `Teacher`.
+    """Register teachers, which generate instruction data and judge answers. The target returns a ``Teacher``.
 
-    Return a `LanguageTeacher` if replies are slow or cost money: its replies are stored and its requests are limited,
+    Return a ``LanguageTeacher`` if replies are slow or cost money: its replies are stored and its requests are limited,
     retried and counted against a budget.
     """
 
 
 @hookspec
 def register_tasks(register: Register) -> None:
-    """Register benchmarks. The target returns a `Task`, or a `Judged` if a judge reviews the answers."""
+    """Register benchmarks. The target returns a ``Task``, or a ``Judged`` if a judge reviews the answers."""
 
 
 @hookspec
 def register_formats(register: Register) -> None:
-    """Register formats of a model on disk. The target returns a `Format`.
+    """Register formats of a model on disk. The target returns a ``Format``.
 
-    A format writes exports (`llavactl export --format NAME`), and reads checkpoints that it recognizes wherever a
-    model is expected (`--model`).
+    A format writes exports (``llavactl export --format NAME``), and reads checkpoints that it recognizes wherever a
+    model is expected (``--model``).
     """
 
 
 @hookspec
 def register_commands(register: Register) -> None:
-    """Register commands. The target is a click command; `llavactl --help` lists it with its `summary`."""
+    """Register commands. The target is a click command; ``llavactl --help`` lists it with its ``summary``."""
 
 
 @hookspec
 def register_recipes(register: Register) -> None:
-    """Register recipes. The target is a file in a package, `package:path/in/package.yaml`."""
+    """Register recipes. The target is a file in a package, ``package:path/in/package.yaml``."""
 
 
 @hookspec
 def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
     """Check a resolved recipe beyond the types of its keys; return all problems at once.
 
-    Called whenever a recipe is loaded. Leave `Problem.where` empty: llavactl fills in the file and line of
-    `Problem.key`.
+    Called whenever a recipe is loaded. Leave ``Problem.where`` empty: llavactl fills in the file and line of
+    ``Problem.key``.
     """
 
 
 @hookspec
 def extract_finished(report: Mapping[str, Any]) -> None:
-    """Called when all features are stored. `report` is the document that `llavactl extract --json` prints."""
+    """Called when all features are stored. ``report`` is the document that ``llavactl extract --json`` prints."""
 
 
 @hookspec
 def train_started(stage: int, folder: Path, steps: int) -> None:
-    """Called when a stage starts or resumes in `folder`; it ends after optimizer step `steps`."""
+    """Called when a stage starts or resumes in ``folder``; it ends after optimizer step ``steps``."""
 
 
 @hookspec
 def train_logged(stage: int, line: Mapping[str, Any]) -> None:
-    """Called after each line written to metrics.jsonl, with the line: `step`, `loss`, `learning_rate`, …."""
+    """Called after each line written to metrics.jsonl, with the line: ``step``, ``loss``, ``learning_rate``, …."""
 
 
 @hookspec
 def checkpoint_saved(stage: int, folder: Path, step: int) -> None:
-    """Called when the checkpoint of `step` is complete in `folder`."""
+    """Called when the checkpoint of ``step`` is complete in ``folder``."""
 
 
 @hookspec
 def train_finished(report: Mapping[str, Any]) -> None:
-    """Called when a stage is complete. `report` is the document that `llavactl train --json` prints."""
+    """Called when a stage is complete. ``report`` is the document that ``llavactl train --json`` prints."""
 
 
 @hookspec
 def eval_finished(report: Mapping[str, Any]) -> None:
-    """Called when a task is scored. `report` is the document that `llavactl eval --json` prints."""
+    """Called when a task is scored. ``report`` is the document that ``llavactl eval --json`` prints."""

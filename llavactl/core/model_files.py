@@ -38,7 +38,7 @@ _LARGE = 4_000_000
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
-def file_fault(file: Path) -> ModelError | None:
+def file_error(file: Path) -> ModelError | None:
     """An error if ``file`` is not a valid file of the type that its suffix indicates, else None.
 
     For weights, only the file size is checked, against the header.
@@ -86,14 +86,14 @@ def _json(file: Path, size: int) -> str | None:
             opened.seek(-64, os.SEEK_END)
             return None if opened.read().rstrip().endswith(b"}") else "truncated JSON"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         return "not UTF-8 text"
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
     except RecursionError:
         return "not JSON: nested too deeply"
-    return None if isinstance(found, dict) else "expected a JSON object"
+    return None if isinstance(document, dict) else "expected a JSON object"
 
 
 def _text(file: Path, _size: int) -> str | None:
@@ -162,8 +162,8 @@ def shards_of(index: Path) -> list[str]:
 def check_files(files: Sequence[Path]) -> None:
     """Raises ModelError for the first broken file in ``files``."""
     for file in files:
-        if fault := file_fault(file):
-            raise fault
+        if error := file_error(file):
+            raise error
 
 
 def quantization_method(folder: Path) -> str:
@@ -171,9 +171,9 @@ def quantization_method(folder: Path) -> str:
     config = read_json(folder / "config.json")
     for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         for key, method in (("quantization_config", ""), ("compression_config", ""), ("quantization", "MLX")):
-            if (found := part.get(key)) and isinstance(found, Mapping):
-                bits = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & found.keys() else method
-                return str(found.get("quant_method") or bits or "unknown method")
+            if (quantization := part.get(key)) and isinstance(quantization, Mapping):
+                default = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & quantization.keys() else method
+                return str(quantization.get("quant_method") or default or "unknown method")
     older = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # predate support in transformers
     return next((method for name, method in older.items() if (folder / name).is_file()), "")
 
@@ -185,6 +185,6 @@ def local_folder(model: str | Path) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError):
-        found = try_to_load_from_cache(str(model), "config.json")
-        return Path(found).parent if isinstance(found, str) else None
+        config = try_to_load_from_cache(str(model), "config.json")
+        return Path(config).parent if isinstance(config, str) else None
     return None

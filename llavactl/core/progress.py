@@ -65,9 +65,9 @@ class Bar:
             self._inner.update(count)
         elif (now := time.perf_counter()) - self._logged >= LINE_EVERY_S:
             self._logged = now
-            self._line((self._done - self._start) / (now - self._began), facts)
+            self._log_line((self._done - self._start) / (now - self._began), facts)
 
-    def _line(self, rate: float, facts: dict[str, str]) -> None:
+    def _log_line(self, rate: float, facts: dict[str, str]) -> None:
         left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         also = "".join(f", {name} {value}" for name, value in facts.items())
         unit = f"{self._unit}s"

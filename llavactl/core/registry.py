@@ -158,7 +158,7 @@ def format_spec(spec: str | Mapping[str, Any]) -> str:
 
 def kind_label(kind: str) -> str:
     """The name of ``kind`` in messages: ``source`` for ``sources``, ``vision backbone`` for ``vision``."""
-    return "vision backbone" if kind == "vision" else kind.removesuffix("s")
+    return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
 
 
 @cache

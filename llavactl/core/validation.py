@@ -39,6 +39,7 @@ RENAMED = {
     "grounding_steps": "box_alignment_steps",
     "micro_tokens": "micro_batch_tokens",
     "only": "trainable_modules",
+    "stage1": "stage1_baseline",
     "turns": "split_turns",
 }
 """Keys of earlier versions and their current names."""

@@ -74,15 +74,11 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """The model to evaluate, the folder of its results, and its name in reports.
-
-    ``from_recipe``: the model is llavactl's own, so the recipe's stage 1 and report page belong to it.
-    """
+    """The model to evaluate, the folder of its results, and its name in reports."""
 
     model: EvaluatedModel
     results_dir: Path
     name: str
-    from_recipe: bool = True
 
 
 def evaluation_target(recipe: Outline | None, model: str | None) -> EvaluationTarget:
@@ -91,7 +87,7 @@ def evaluation_target(recipe: Outline | None, model: str | None) -> EvaluationTa
         name = re.sub(r"[^\w.-]+", "--", model.removeprefix(PREFIX)).strip("-.") or "model"
         results = Path("runs", name, "eval").absolute() if recipe is None else recipe.run_dir / "eval" / "others" / name
         evaluated = EvaluatedModel("", resolve_folder(model), from_transformers=True)
-        return EvaluationTarget(evaluated, results, model, from_recipe=False)
+        return EvaluationTarget(evaluated, results, model)
     if model is None:
         assert recipe is not None
         folder = latest_model(recipe.run_dir)
@@ -106,13 +102,16 @@ def evaluation_target(recipe: Outline | None, model: str | None) -> EvaluationTa
 def with_baselines(
     target: EvaluationTarget, recipe: Outline | None, settings: Eval, questions: Sequence[Question]
 ) -> list[EvaluatedModel]:
-    """The evaluated model, followed by the baselines that ``settings`` enable and that are possible here."""
+    """The evaluated model and the baselines that ``settings`` enable.
+
+    The blind baseline requires at least two images, the stage 1 baseline a model of this recipe's run.
+    """
     models = [target.model]
     if settings.blind_baseline and len(shuffled_images(questions)) > 1:
         models.append(replace(target.model, name=BLIND_BASELINE, shuffled_images=True))
     stage1 = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    is_own = settings.stage1_baseline and target.from_recipe
-    if is_own and stage1 is not None and stage1.is_dir() and stage1 != target.model.folder:
+    has_stage1 = settings.stage1_baseline and not target.model.from_transformers
+    if has_stage1 and stage1 is not None and stage1.is_dir() and stage1 != target.model.folder:
         models.append(EvaluatedModel(STAGE1_BASELINE, stage1))
     return models
 

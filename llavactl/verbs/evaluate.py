@@ -73,7 +73,7 @@ def evaluate(
 
 
 def _score_stored_verdicts(task: Judged, name: str, protocol: str) -> EvalReport | None:
-    """The scores of stored verdicts; None if a judge is to be asked.
+    """The scores of stored verdicts; None if the task asks a judge.
 
     Raises:
         DataError: neither verdicts nor a judge.
@@ -108,7 +108,7 @@ def _evaluate_model(
 ) -> EvalReport:
     """Answers the questions with the model and its baselines and scores them, unless a stored result is up to date."""
     processes = launched_processes()
-    # The result of some questions never replaces the result of all.
+    # A limited result never replaces the complete one.
     folder = target.results_dir if benchmark.limit is None else target.results_dir / "limited"
     file = folder / f"{benchmark.name}.json"
     models = with_baselines(target, recipe, settings, benchmark.all_questions)
@@ -134,7 +134,7 @@ def _evaluate_model(
         _write_examples(folder / "examples", benchmark, answers, scores)
         write_result(file, report, digest)
         write_cases(cases or folder / "cases", asdict(report), benchmark.questions, answers[""], scores)
-        if recipe is not None and benchmark.limit is None and target.from_recipe:
+        if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
             write_report(recipe.run_dir)
         plugins.notify("eval_finished", report=asdict(report))
     processes.barrier()

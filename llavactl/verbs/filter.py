@@ -79,13 +79,13 @@ def filter_captions(
             for keys in phrase_keys:
                 concepts.add(keys)
             show(batch.position, concepts.captions)
-    kept = concepts.kept(at_least, at_most, seed)
+    selection = concepts.select(at_least, at_most, seed)
     count = 0
     with reading(source.path, "writing") as show, write_stream(out) as write:
         for count, caption in enumerate(read_captions(source), 1):
             if count > concepts.captions:
                 break
-            if kept.chosen[count - 1]:
+            if selection.selected[count - 1]:
                 write(caption.value)
             show(caption.position, count)
         if count != concepts.captions:
@@ -93,10 +93,10 @@ def filter_captions(
     return FilterReport(
         out=str(out),
         captions=count,
-        kept=int(kept.chosen.sum()),
-        phrases=kept.phrases,
-        rare=kept.rare,
-        frequent=kept.frequent,
+        kept=int(selection.selected.sum()),
+        phrases=selection.phrases,
+        rare=selection.rare,
+        frequent=selection.frequent,
         extractor=extractor,
         seed=seed,
         seconds=round(time.perf_counter() - began, 3),

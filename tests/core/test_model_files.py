@@ -1,4 +1,4 @@
-"""Files that are not what their names say: pointers, error pages, half downloads; and what libraries make of them."""
+"""Broken model files (LFS pointers, error pages, truncated downloads) and the errors of libraries about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llavactl.core.errors import ModelError
-from llavactl.core.model_files import file_fault, weight_files
+from llavactl.core.model_files import file_error, weight_files
 from llavactl.core.registry import registry
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21461\nsize 12345\n"
@@ -21,7 +21,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
     "git-annex pointer": lambda _: b"/annex/objects/SHA256E-s12345--4d7a\n",
     "empty": lambda _: b"",
     "HTML": lambda _: b"\n<!DOCTYPE html><html><body>401</body></html>",
-    "half": lambda data: data[: len(data) // 2],
+    "truncated": lambda data: data[: len(data) // 2],
     "garbage": lambda _: bytes(range(200, 256)) * 9,
     "zeros": lambda data: bytes(len(data)),
 }
@@ -56,16 +56,16 @@ def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
     return folder
 
 
-def test_whole_files_pass(toys: Path, bins: Path) -> None:
+def test_complete_files_pass(toys: Path, bins: Path) -> None:
     for folder in (toys, bins):
         for name in ("clip", "language"):
-            assert [fault for file in (folder / name).iterdir() if (fault := file_fault(file))] == []
+            assert [error for file in (folder / name).iterdir() if (error := file_error(file))] == []
     _load(bins)
 
 
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("name", FILES)
-def test_a_broken_file_is_named_before_it_is_read(toy: Path, name: str, how: str) -> None:
+def test_a_broken_file_is_named(toy: Path, name: str, how: str) -> None:
     file = toy / name
     file.write_bytes(BROKEN[how](file.read_bytes()))
     with pytest.raises(ModelError) as caught:
@@ -79,7 +79,7 @@ def test_a_broken_file_is_named_before_it_is_read(toy: Path, name: str, how: str
 
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("which", ["clip", "language"])
-def test_a_broken_pickle(bins: Path, tmp_path: Path, which: str, how: str) -> None:
+def test_a_broken_pickle_is_named(bins: Path, tmp_path: Path, which: str, how: str) -> None:
     shutil.copytree(bins, tmp_path, dirs_exist_ok=True)
     file = tmp_path / which / "pytorch_model.bin"
     file.write_bytes(BROKEN[how](file.read_bytes()))
@@ -88,7 +88,7 @@ def test_a_broken_pickle(bins: Path, tmp_path: Path, which: str, how: str) -> No
     assert str(file) in caught.value.message
 
 
-def test_a_pickle_of_code_is_not_run(bins: Path, tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_not_run(bins: Path, tmp_path: Path) -> None:
     import torch
 
     class Evil:
@@ -118,7 +118,7 @@ class TestShards:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         return folder
 
-    def test_whole(self, folder: Path) -> None:
+    def test_complete(self, folder: Path) -> None:
         assert [file.name[:11] for file in weight_files(folder)] == ["model-00001", "model-00002"]
         _load(folder.parent)
 
@@ -136,20 +136,20 @@ class TestShards:
             _load(folder.parent)
 
     @pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', LFS.decode()])
-    def test_an_index_that_is_none(self, folder: Path, text: str) -> None:
+    def test_an_invalid_index(self, folder: Path, text: str) -> None:
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
             _load(folder.parent)
 
 
-def test_a_file_that_is_not_used_may_be_a_pointer(toy: Path) -> None:
-    """``git lfs pull --include '*.safetensors'`` leaves the others."""
+def test_unused_files_may_be_pointers(toy: Path) -> None:
+    """As after ``git lfs pull --include '*.safetensors'``."""
     for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
         (toy / "language" / name).write_bytes(LFS)
     _load(toy)
 
 
-def test_a_link_to_nothing(toy: Path) -> None:
+def test_a_broken_symbolic_link(toy: Path) -> None:
     file = toy / "language" / "model.safetensors"
     file.unlink()
     file.symlink_to(toy / "blobs" / "gone")
@@ -176,7 +176,7 @@ def _config(folder: Path, **changes: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("which", ["clip", "language"])
-def test_quantised_weights_are_refused(toy: Path, which: str, changes: dict[str, Any], method: str) -> None:
+def test_quantized_weights_are_rejected(toy: Path, which: str, changes: dict[str, Any], method: str) -> None:
     _config(toy / which, **changes)
     with pytest.raises(ModelError, match="quantized") as caught:
         _load(toy)
@@ -185,13 +185,13 @@ def test_quantised_weights_are_refused(toy: Path, which: str, changes: dict[str,
     assert ("qlora" in caught.value.hint) == (which == "language")
 
 
-def test_an_older_program_quantised_it(toy: Path) -> None:
+def test_weights_quantized_by_autogptq_are_rejected(toy: Path) -> None:
     (toy / "language" / "quantize_config.json").write_text('{"bits": 4}', encoding="utf-8")
     with pytest.raises(ModelError, match="GPTQ"):
         _load(toy)
 
 
-def test_no_quantisation_is_none(toy: Path) -> None:
+def test_a_null_quantization_config_is_accepted(toy: Path) -> None:
     _config(toy / "language", quantization_config=None)
     _load(toy)
 
@@ -200,7 +200,7 @@ def test_no_quantisation_is_none(toy: Path) -> None:
     "changes", [{"model_type": "strange"}, {"hidden_act": "nope"}, {"num_attention_heads": 7}, {"hidden_size": "x"}]
 )
 @pytest.mark.parametrize("which", ["clip", "language"])
-def test_a_configuration_that_makes_no_model(toy: Path, which: str, changes: dict[str, Any]) -> None:
+def test_an_invalid_configuration_is_rejected(toy: Path, which: str, changes: dict[str, Any]) -> None:
     _config(toy / which, **changes)
     with pytest.raises(ModelError) as caught:
         _load(toy)
@@ -208,7 +208,7 @@ def test_a_configuration_that_makes_no_model(toy: Path, which: str, changes: dic
 
 
 @pytest.mark.parametrize("key", ["image_size", "patch_size", "num_hidden_layers"])
-def test_a_vision_model_of_another_kind(toy: Path, key: str) -> None:
+def test_an_unsupported_vision_configuration_is_rejected(toy: Path, key: str) -> None:
     _config(toy / "clip", **{key: [28, 28]})
     with pytest.raises(ModelError, match=key):
         _load(toy)

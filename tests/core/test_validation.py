@@ -131,6 +131,7 @@ class TestCase:
         ("stage1.grounding_steps=1", "box_alignment_steps"),
         ("data.stage2=[{name: llava-json, path: a.json, turns: apart}]", "split_turns"),
         ("eval.blind_twin=false", "blind_baseline"),
+        ("eval.stage1=true", "stage1_baseline"),
     ],
 )
 def test_a_renamed_key_suggests_its_new_name(toys: Path, override: str, now: str) -> None:

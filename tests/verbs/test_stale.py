@@ -1,6 +1,6 @@
-"""A finished step is repeated if and only if an input that determines its result has changed.
+"""A finished step runs again if and only if an input that affects its result has changed.
 
-A finished run is copied, one of its inputs is changed, and the run is started again.
+Each test copies a finished run, changes one input and runs it again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ EXTRACT, STAGE1, STAGE2, EVAL = "extract", "stage1", "stage2", "eval"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with an evaluation, with its models, data and user folder."""
+    """A finished run with an evaluation: the folder of the toy recipe and LLAVACTL_HOME."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = toy_recipe(folder / "toy")
     questions = [
-        {"question_id": n, "image": f"photo-{n:03d}.jpg", "text": "Is it red?", "label": "yes", "category": "random"}
-        for n in range(4)
+        {
+            "question_id": index,
+            "image": f"photo-{index:03d}.jpg",
+            "text": "Is it red?",
+            "label": "yes",
+            "category": "random",
+        }
+        for index in range(4)
     ]
-    (recipe.parent / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    (recipe.parent / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     recipe.write_text(
         recipe.read_text()
         + "eval: {max_new_tokens: 2, tasks: [{name: pope, questions: questions.jsonl, labels: questions.jsonl, "
@@ -53,8 +59,8 @@ def copy(finished: Path, home: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished / "toy", tmp_path / "copy"))
 
 
-def repeated_steps(folder: Path, *options: str) -> set[str]:
-    """Runs again and returns the repeated steps."""
+def rerun(folder: Path, *options: str) -> set[str]:
+    """Runs the recipe again; returns the steps that were not skipped."""
     done = run_cli("run", "-r", str(folder / "recipe.yaml"), *QUICK, *options, "--json")
     assert done.exit_code == 0, done.stderr
     report = done.json()
@@ -64,7 +70,7 @@ def repeated_steps(folder: Path, *options: str) -> set[str]:
 
 
 def _invert(file: Path) -> None:
-    """Replaces the image, with the same name and modification time."""
+    """Replaces the image, keeping its name and time stamps."""
     status = file.stat()
     ImageOps.invert(Image.open(file).convert("RGB")).save(file)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -75,18 +81,18 @@ def images(folder: Path) -> None:
         _invert(file)
 
 
-def _shift(file: Path, by: float = 0.05) -> None:
+def _shift_weights(file: Path, by: float = 0.05) -> None:
     weights = load_file(file)
-    save_file({name: each + by if each.is_floating_point() else each for name, each in weights.items()}, file,
-              metadata={"format": "pt"})  # fmt: skip
+    shifted = {name: weight + by if weight.is_floating_point() else weight for name, weight in weights.items()}
+    save_file(shifted, file, metadata={"format": "pt"})
 
 
 def language_weights(folder: Path) -> None:
-    _shift(folder / "language" / "model.safetensors")
+    _shift_weights(folder / "language" / "model.safetensors")
 
 
 def vision_weights(folder: Path) -> None:
-    _shift(folder / "clip" / "model.safetensors")
+    _shift_weights(folder / "clip" / "model.safetensors")
 
 
 def image_processor(folder: Path) -> None:
@@ -96,11 +102,11 @@ def image_processor(folder: Path) -> None:
 
 def tokenizer(folder: Path) -> None:
     file = folder / "language" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    vocabulary = content["model"]["vocab"]
-    one, other = [token for token in vocabulary if token.isalpha()][:2]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    file.write_text(json.dumps(content))
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document))
 
 
 def chat_template(folder: Path) -> None:
@@ -128,17 +134,17 @@ def question_text(folder: Path) -> None:
     file.write_text(file.read_text().replace("Is it red?", "Is it blue?"))
 
 
-def reference_answer(folder: Path) -> None:
+def right_answer(folder: Path) -> None:
     file = folder / "questions.jsonl"
     file.write_text(file.read_text().replace('"label": "yes"', '"label": "no"', 1))
 
 
-def stage1_connector(folder: Path) -> None:
-    _shift(folder / "runs" / "toy" / "stage1" / "model" / "connector.safetensors", 1.0)
+def first_connector(folder: Path) -> None:
+    _shift_weights(folder / "runs" / "toy" / "stage1" / "model" / "connector.safetensors", 1.0)
 
 
-def stage2_connector(folder: Path) -> None:
-    _shift(folder / "runs" / "toy" / "stage2" / "model" / "connector.safetensors", 1.0)
+def last_connector(folder: Path) -> None:
+    _shift_weights(folder / "runs" / "toy" / "stage2" / "model" / "connector.safetensors", 1.0)
 
 
 # Scores are stored by the name of the image folder, which differs in a copy: EVAL is in each of these sets.
@@ -146,7 +152,7 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "steps"),
     [
         (images, ALL),
         (vision_weights, ALL),
@@ -157,90 +163,90 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
         (chat_template, {STAGE1, STAGE2, EVAL}),
         (answers, {STAGE1, STAGE2, EVAL}),
         (plugin_version, ALL),
-        (stage1_connector, {STAGE1, EVAL}),
-        (stage2_connector, {STAGE2, EVAL}),
+        (first_connector, {STAGE1, EVAL}),
+        (last_connector, {STAGE2, EVAL}),
         (question_text, {EVAL}),
-        (reference_answer, {EVAL}),
+        (right_answer, {EVAL}),
     ],
 )
-def test_steps_that_depend_on_a_changed_input_are_repeated(
-    copy: Path, change: Callable[[Path], None], expected: set[str], monkeypatch: pytest.MonkeyPatch
+def test_steps_that_depend_on_a_changed_input_run_again(
+    copy: Path, change: Callable[[Path], None], steps: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builtin_plugin, "RESULTS_VERSION", builtin_plugin.RESULTS_VERSION)  # restores it after the test
     change(copy)
-    assert repeated_steps(copy) == expected
-    assert repeated_steps(copy) == set()
+    assert rerun(copy) == steps
+    assert rerun(copy) == set()
 
 
-def test_changed_names_and_times_repeat_nothing(copy: Path, tmp_path: Path) -> None:
+def test_names_and_times_of_files_do_not_matter(copy: Path, tmp_path: Path) -> None:
     for file in copy.rglob("*"):
         os.utime(file)
     (copy / "language").rename(copy / "renamed")
     (copy / "images").rename(copy / "photos")
     recipe = (copy / "recipe.yaml").read_text().replace("model: language,", "model: renamed,")
     (copy / "recipe.yaml").write_text(recipe.replace("images: images", "images: photos"))
-    # Scores are stored by the name of the image folder; the answers are not generated again.
-    assert repeated_steps(copy) <= {EVAL}
+    # The scores of a task are stored by the name of the image folder; the answers are reused.
+    assert rerun(copy) <= {EVAL}
     answers = list((copy / "runs" / "toy" / "eval" / "answers").iterdir())
     assert len([file for file in answers if file.suffix == ".jsonl"]) == 1
 
 
-def test_other_images_with_the_same_names_repeat_all_steps(copy: Path) -> None:
+def test_other_images_with_the_same_names(copy: Path) -> None:
     other = Path(shutil.copytree(copy / "images", copy / "inverted"))
     for file in other.glob("*.jpg"):
         _invert(file)
     moved = "data.{0}=[{{name: llava-json, path: {1}/records.json, images: {1}/inverted}}]"
     options = [part for stage in (STAGE1, STAGE2) for part in ("-o", moved.format(stage, copy))]
-    assert repeated_steps(copy, *options) == ALL
+    assert rerun(copy, *options) == ALL
 
 
-def test_a_replaced_model_with_the_same_path_is_evaluated_again(copy: Path) -> None:
+def test_a_model_is_identified_by_its_content(copy: Path) -> None:
+    """A model that replaces another one at the same path is evaluated again."""
 
-    def evaluate() -> dict[str, Any]:
-        task_options = ("-t", f"questions={copy}/questions.jsonl", "-t", f"labels={copy}/questions.jsonl")
-        inputs = ("-t", f"images={copy}/images", "--model", str(copy / "runs" / "toy" / "stage2" / "model"))
-        done = run_cli("eval", "pope", *task_options, *inputs, "-o", "eval.max_new_tokens=4", "--json", cwd=copy)
+    def evaluated() -> dict[str, Any]:
+        task = ("-t", f"questions={copy}/questions.jsonl", "-t", f"labels={copy}/questions.jsonl")
+        model = ("-t", f"images={copy}/images", "--model", str(copy / "runs" / "toy" / "stage2" / "model"))
+        done = run_cli("eval", "pope", *task, *model, "-o", "eval.max_new_tokens=4", "--json", cwd=copy)
         assert done.exit_code == 0, done.stderr
         report: dict[str, Any] = done.json()
         return report
 
-    assert evaluate()["finished_before"] is False
-    assert evaluate()["finished_before"] is True
-    _shift(copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors", 0.3)
-    assert evaluate()["finished_before"] is False
+    assert evaluated()["finished_before"] is False
+    assert evaluated()["finished_before"] is True
+    _shift_weights(copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors", 0.3)
+    assert evaluated()["finished_before"] is False
 
 
 def test_a_model_is_loaded_with_the_attention_of_its_training(copy: Path) -> None:
     eager = ("-o", "language.attention=eager")
-    assert STAGE2 in repeated_steps(copy, *eager)
+    assert STAGE2 in rerun(copy, *eager)
     loaded = load(copy / "runs" / "toy" / "stage2" / "model")
     assert loaded.bundle.model.language.config._attn_implementation == "eager"
 
 
 def test_a_project_can_be_moved(copy: Path) -> None:
-    """With its models, and to another depth: nothing is repeated, and files are used from the new path."""
-    moved = copy.parent / "far" / "away" / "project"
-    moved.parent.mkdir(parents=True)
-    copy.rename(moved)
-    assert repeated_steps(moved) <= {EVAL}  # as above: the image folder has another path
-    assert len(list((moved / "runs" / "toy" / "eval" / "answers").glob("*.jsonl"))) == 1
-    model = moved / "runs" / "toy" / "stage2" / "model"
+    """A moved project, models included, runs no step again and uses the files in the new folder."""
+    there = copy.parent / "far" / "away" / "project"
+    there.parent.mkdir(parents=True)
+    copy.rename(there)
+    assert rerun(there) <= {EVAL}  # scores are stored by the name of the image folder
+    assert len(list((there / "runs" / "toy" / "eval" / "answers").glob("*.jsonl"))) == 1
+    model = there / "runs" / "toy" / "stage2" / "model"
     loaded = load(model)
-    assert loaded.description["vision"]["model"] == str(moved / "clip")
+    assert loaded.description["vision"]["model"] == str(there / "clip")
     for name in ("llava", "hf"):
-        done = run_cli(
-            "export", "--model", str(model), "--format", name, "--to", str(moved / name), "--no-verify", cwd=moved
-        )
+        to = ("--format", name, "--to", str(there / name))
+        done = run_cli("export", "--model", str(model), *to, "--no-verify", cwd=there)
         assert done.exit_code == 0, done.stderr
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
-def test_a_damaged_model_is_saved_again(copy: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_stage_with_a_damaged_model_runs_again(copy: Path, damage: str) -> None:
     file = copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors"
-    content = file.read_bytes()
+    original = file.read_bytes()
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(content[:-10] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-    assert repeated_steps(copy) == {STAGE2, EVAL}  # from its last checkpoint
-    assert file.read_bytes() == content
+        file.write_bytes(original[:-10] if damage == "cut" else original[:-1] + bytes([original[-1] ^ 1]))
+    assert rerun(copy) == {STAGE2, EVAL}  # from its last checkpoint
+    assert file.read_bytes() == original

@@ -1,6 +1,6 @@
 """Pairwise comparison of two models' answers by a judge.
 
-Judges favor one position, whatever the answers are. Each pair is therefore judged in both orders, and an answer wins
+Judges favor one position regardless of the answers. Each pair is therefore judged in both orders, and an answer wins
 only if it is better in both, as in Zheng et al. 2023 (arXiv 2306.05685, section 3.4); otherwise it is a tie.
 """
 

@@ -1,4 +1,4 @@
-"""Lines of JSONL end at ``\n`` alone: a text may hold every other separator of Unicode, unescaped."""
+"""JSONL lines end only at ``\n``: strings may contain other Unicode line separators unescaped."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from llavactl.training.metrics import read as read_metrics
 
 ROOT = Path(__file__).parents[2]
 
-TEXT_OF_OTHER_KINDS = {
+SPLITLINES_ALLOWED = {
     "llavactl/core/library_errors.py": "an exception's message",
-    "llavactl/evaluation/verification/script.py": "what a process wrote to stderr",
-    "llavactl/components/tasks/coco_synonyms.py": "a table of words in the module itself",
+    "llavactl/evaluation/verification/script.py": "stderr of a process",
+    "llavactl/components/tasks/coco_synonyms.py": "a table in the module",
     "llavactl/components/tasks/judging.py": "the first line of a judge's verdict",
     "llavactl/components/tasks/scenes.py": "lines of one answer",
     "llavactl/report/cases.py": "lines of one answer, indented for Markdown",
     "llavactl/report/card.py": "YAML",
     "benchmarks/train.py": "stdout of a process, /proc, a docstring",
 }
-"""Where ``splitlines`` may be used, and on what: never on JSONL, which it would tear apart inside of texts."""
+"""Modules that may use ``splitlines``, and on what: never on JSONL, where it would split inside strings."""
 
 
 def test_jsonl_is_never_read_with_splitlines() -> None:
-    files = [path for room in ("llavactl", "plugins", "benchmarks") for path in (ROOT / room).rglob("*.py")]
-    found = {
+    files = [path for folder in ("llavactl", "plugins", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    users = {
         str(path.relative_to(ROOT))
         for path in files
         if "tests" not in path.parts and {"splitlines(", "readlines("} & set(_calls(path))
     }
-    assert found <= set(TEXT_OF_OTHER_KINDS)
+    assert users <= set(SPLITLINES_ALLOWED)
 
 
 def _calls(path: Path) -> Iterator[str]:
-    """What may tear lines apart, but for the first line of an exception's message."""
+    """Calls that split at other separators, except for the first line of an exception's message."""
     text = path.read_text(encoding="utf-8").replace("str(error).strip().splitlines()", "")
     yield from (call for call in ("splitlines(", "readlines(") if call in text)
 
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x7fe"
 ESCAPED = "\x0b\x0c\x1c\x1d\x1e"
-"""Control signs that JSON takes only escaped."""
+"""Control characters that JSON requires to be escaped."""
 
 
 def _turns(text: str) -> list[dict[str, str]]:
@@ -86,11 +86,11 @@ def _reply(file: Path, number: int) -> str:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_of_jsonl_keeps_texts_whole(reader: str, tmp_path: Path) -> None:
-    made, read = READERS[reader]
+def test_readers_of_jsonl_keep_line_separators_in_strings(reader: str, tmp_path: Path) -> None:
+    record, read = READERS[reader]
     texts = [f"{SEPARATORS}{ESCAPED}e{'z' * number}" for number in range(3)]
     file = tmp_path / "lines.jsonl"
-    lines = [json.dumps(made(text), ensure_ascii=False) for text in texts]
+    lines = [json.dumps(record(text), ensure_ascii=False) for text in texts]
     assert all("\u2028" in line for line in lines)
     for end in ("\n", "\r\n"):
         file.write_text("".join(line + end for line in lines), encoding="utf-8", newline="")
