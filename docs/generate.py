@@ -199,7 +199,7 @@ def components() -> Iterator[str]:
             yield f"### `{kind}`\n"
         for name in names:
             entry = registry().get(kind, name)
-            yield f"**`{name}`** – {entry.summary}\n"
+            yield f"**`{name}`** – {entry.summary.replace('<|', chr(92) + '<|')}\n"
             fields = _fields(entry.options_model())
             if fields:
                 yield "| option | value | default | description |\n|---|---|---|---|"

@@ -83,6 +83,17 @@ def test_core_imports_heavy_libraries_on_first_use(module: Path) -> None:
     assert _imports_at_import_time(_tree(module)) & HEAVY == set()
 
 
+def test_only_core_hub_downloads_from_the_model_hub() -> None:
+    downloads = {"snapshot_download", "hf_hub_download", "cached_file", "cached_files"}
+    users = {
+        module.relative_to(PACKAGE).as_posix()
+        for module in MODULES
+        for node in ast.walk(_tree(module))
+        if isinstance(node, ast.ImportFrom) and downloads & {alias.name for alias in node.names}
+    }
+    assert users == {"core/hub.py"}
+
+
 @pytest.mark.parametrize(
     ("code", "packages"),
     [

@@ -45,6 +45,19 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
 
+def stage_option(text: str, *, required: bool = False) -> Callable[[Command], Command]:
+    """``--stage`` with the help ``text``; the command receives ``stage``, a number or None."""
+    from llavactl.recipe.stages import STAGES
+
+    return click.option(
+        "--stage",
+        type=click.Choice([str(number) for number in STAGES]),
+        callback=lambda _context, _option, value: value and int(value),
+        required=required,
+        help=text,
+    )
+
+
 def max_skipped_option(command: Command) -> Command:
     """``--max-skipped``; the command receives ``max_skipped``."""
     return click.option(

@@ -7,18 +7,12 @@ from typing import Literal, cast
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, max_skipped_option, recipe_options
-from llavactl.recipe.stages import STAGES
+from llavactl.cli.options import json_option, load, max_skipped_option, recipe_options, stage_option
 
 
 @click.command()
 @recipe_options
-@click.option(
-    "--stage",
-    required=True,
-    type=click.Choice([str(number) for number in STAGES]),
-    help="Train this stage. 1: connector; 2: connector and language model.",
-)
+@stage_option("Train this stage. 1: connector; 2: connector and language model.", required=True)
 @click.option(
     "--resume",
     type=click.Choice(["auto", "never"]),
@@ -29,7 +23,7 @@ from llavactl.recipe.stages import STAGES
 @max_skipped_option
 @json_option
 def command(
-    source: str | None, overrides: tuple[str, ...], stage: str, resume: str, max_skipped: int | None, as_json: bool
+    source: str | None, overrides: tuple[str, ...], stage: int, resume: str, max_skipped: int | None, as_json: bool
 ) -> None:
     """Train one stage of a recipe.
 
@@ -38,4 +32,4 @@ def command(
     from llavactl.verbs.train import train
 
     mode = cast(Literal["auto", "never"], resume)
-    output.report(train(load(source, overrides), int(stage), mode, max_skipped=max_skipped), as_json)
+    output.report(train(load(source, overrides), stage, mode, max_skipped=max_skipped), as_json)

@@ -1,4 +1,4 @@
-"""Downloads models and files from the Hugging Face Hub to its cache."""
+"""Downloads models and files from the Hugging Face Hub to its cache; the only module that does."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def download_file(name: str, what: str, model: str, hint: str, *, required: bool
     with loading(what, model, hint):
         path = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
     return None if path is None else Path(path)
+
+
+def has_file(name: str, model: str) -> bool:
+    """Whether ``model`` (a folder or an id) has the file ``name``; False if it is not cached and the hub is offline."""
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model, name, **optional) is not None

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.sections import Features
 
 _MAX_PENDING_BATCHES = 4
-"""How many batches may wait to be written, so that the fsync and checksum of a full shard don't stall the backbone."""
+"""How many batches may wait to be written, while the fsync and checksum of a full shard block the writer."""
 
 Advance = Callable[[int, int], object]
 

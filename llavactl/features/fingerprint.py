@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.sections import Features
 
 FORMAT = 1
-"""Version of the store's layout. It is part of every fingerprint, so that a store of another version is never read."""
+"""Version of the store's layout. It is part of every fingerprint, so stores of other versions are never read."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fingerprint(vision: Mapping[str, Any], features: Features) -> Fingerprint:
 def identity_fingerprint(component: Mapping[str, Any], features: Features) -> Fingerprint:
     """The fingerprint of a backbone from its identity ``component`` (see ``component_identity``).
 
-    It contains the fields of the backbone's own ``identity()`` and its name, version and options, so that two backbones
+    It contains the fields of the backbone's own ``identity()`` and its name, version and options, so two backbones
     never share features because one of them omits a field. Options that name a model are left out if the identity has
     ``weights``.
     """
@@ -92,5 +92,5 @@ def identity_fingerprint(component: Mapping[str, Any], features: Features) -> Fi
     if clashing := {key: identity[key] for key in reserved if key in identity}:
         own["identity"] = clashing
     fields = {**identity, **reserved}
-    # A round trip through JSON, so that a tuple equals the list that is read back.
+    # The round trip through JSON converts tuples to lists, as they are read back.
     return Fingerprint(json.loads(Fingerprint(fields).json))

@@ -1,4 +1,4 @@
-"""Verify feature stores, and remove stores and leftover files."""
+"""Verify feature stores, and remove stores and unused files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _shard_fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
     return ShardFault(entry.file, reason, entry.images, damaged=True)
 
 
-def leftover_files(folder: Path) -> list[Path]:
+def unused_files(folder: Path) -> list[Path]:
     """Files that no reader uses: unfinished shards of interrupted writers, and shards set aside as damaged."""
     return [*unfinished_files(folder), *sorted(folder.glob("*.damaged"))]
 
@@ -109,12 +109,12 @@ def remove_store(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the ``leftover_files`` of the store in ``folder``.
+def remove_unused_files(folder: Path) -> None:
+    """Remove the ``unused_files`` of the store in ``folder``.
 
     Raises:
         StoreError: another process is writing to the store, or the files can't be removed.
     """
     with exclusive(folder), _removal_errors(folder):
-        for path in leftover_files(folder):
+        for path in unused_files(folder):
             path.unlink()

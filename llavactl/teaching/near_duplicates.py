@@ -2,7 +2,7 @@
 
 The Jaccard similarity of two texts is estimated from 128 hash values (standard error 0.035 at a similarity of 0.8). The
 LSH index proposes candidates: with the default threshold of 0.8 it has 17 bands of 7 rows, which find 98 % of the pairs
-at the threshold and over 99.9 % of those at 0.9. 100,000 texts of 130 words take about 15 s and 600 MB on one core.
+at the threshold and over 99.9 % of those at 0.9. 100,000 texts of 130 words take 50 s and 700 MB on one core.
 
 The hash functions have a fixed seed, so the same texts in the same order have the same result: a resumed run checks the
 stored replies again from the first one.

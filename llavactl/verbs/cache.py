@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.features.maintenance import leftover_files, remove_leftovers, remove_store, verify_store
+from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
 from llavactl.features.reader import recipe_fingerprints
 
@@ -123,15 +123,15 @@ def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
     needed = {fingerprint.id for recipe in recipes for fingerprint in recipe_fingerprints(recipe)}
     unneeded = [folder for folder in store_dirs() if recipes and folder.name not in needed]
     kept = [folder for folder in store_dirs() if folder not in unneeded]
-    unused = [file for folder in kept for file in leftover_files(folder)]
+    unused = [file for folder in kept for file in unused_files(folder)]
     of_unneeded = [file for folder in unneeded for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in [*unused, *of_unneeded])
     if not dry_run:
         for folder in unneeded:
             remove_store(folder)
         for folder in kept:
-            if leftover_files(folder):
-                remove_leftovers(folder)
+            if unused_files(folder):
+                remove_unused_files(folder)
     return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, unused)), size, dry_run)
 
 
@@ -154,5 +154,5 @@ def _info(folder: Path) -> StoreInfo:
         undecodable=len(manifest.skipped) if manifest else 0,
         grid=manifest.shape.grid if manifest else None,
         width=manifest.shape.width if manifest else None,
-        unused_files=tuple(path.name for path in leftover_files(folder)),
+        unused_files=tuple(path.name for path in unused_files(folder)),
     )

@@ -88,7 +88,7 @@ def extract(
     started = time.perf_counter()
     part = part or part_of_this_process()
     with read_only_cache() if dry_run else nullcontext():
-        # All records are read before the first image, so that an invalid record stops the run before any work.
+        # All records are read before the first image: an invalid record must stop the run before any work.
         images = {stage.number: distinct_images(stage.sources) for stage in recipe.stages()}
         plans = plan_extractions(recipe, images, part, remember=not dry_run)
         device = device_of(part, default_device())

@@ -125,10 +125,10 @@ class TestComponents:
 
     def test_descriptions_of_options(self) -> None:
         (clip,) = [each for each in run_cli("components", "vision", "--json").json() if each["name"] == "clip"]
-        assert clip["options"]["model"] == "a string; required"
-        assert clip["options"]["image"] == "one of 'square', 'pad'; default \"pad\""
+        assert clip["options"]["model"].startswith("a string; required")
+        assert clip["options"]["image"].startswith("one of 'square', 'pad'; default \"pad\"")
         lines = [" ".join(line.split()) for line in run_cli("components", "connectors").stdout.splitlines()]
-        assert "pixel_shuffle an integer ≥ 1; default 1" in lines
+        assert any(line.startswith("pixel_shuffle an integer ≥ 1; default 1") for line in lines)
 
     def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         entry = Registration("connectors", "broken", "x:y", "no.such:Options", "", "stranger")

@@ -76,6 +76,20 @@ def test_create_validates_options_and_calls_the_target() -> None:
         assert entries.create("sources", {"name": "x", "width": "3"}) == ("component", 3)
 
 
+def test_invalid_options_are_listed_at_once() -> None:
+    spec = {"name": "scenes", "scenes": 0, "sceens": 4}
+    with pytest.raises(RecipeError) as caught:
+        registry().options("sources", spec)
+    assert {problem.key for problem in caught.value.problems} == {"scenes", "sceens"}
+    assert "llavactl components sources" in caught.value.hint
+    with pytest.raises(RecipeError, match="-t scenes: "):
+        registry().create("sources", spec, flag="-t ")
+
+
+def test_options_of_a_name_are_the_defaults() -> None:
+    assert registry().options("connectors", "linear") == registry().options("connectors", {"name": "linear"})
+
+
 def test_a_missing_recipe_file() -> None:
     with pytest.raises(PluginError, match=r"llavactl:recipes/none\.yaml"):
         Registration("recipes", "none", "llavactl:recipes/none.yaml", None, "", "llavactl").path()

@@ -57,16 +57,16 @@ def test_damaged_shard_is_detected_and_recomputed(
     victim = folder / "shard-00001.h5"
     others = {path: path.stat().st_ino for path in folder.glob("*.h5") if path != victim}
     damage(victim, position)
-    found = verify(recipe())
-    assert (found.sound, [each.file for each in found.damaged]) == (False, [victim.name])
-    assert found.damaged[0].reason
+    verified = verify(recipe())
+    assert (verified.sound, [shard.file for shard in verified.damaged]) == (False, [victim.name])
+    assert verified.damaged[0].reason
     assert not victim.exists()
     assert victim.with_name("shard-00001.h5.damaged").exists() is (damage is not remove)
     assert verify(recipe()).sound
-    with pytest.raises(StoreError, match=f"{found.damaged[0].images} images"):
+    with pytest.raises(StoreError, match=f"{verified.damaged[0].images} images"):
         open_features(recipe(), 1).contents(images)
     rerun = extract(recipe())
-    assert rerun.encoded == found.damaged[0].images < report.encoded
+    assert rerun.encoded == verified.damaged[0].images < report.encoded
     assert np.array_equal(all_features(recipe(), images), expected)
     assert {path: path.stat().st_ino for path in others} == others
 
@@ -74,9 +74,9 @@ def test_damaged_shard_is_detected_and_recomputed(
 def test_verify_leaves_a_sound_store_unchanged(recipe: Load) -> None:
     report = extract(recipe())
     before = {path: path.stat().st_mtime_ns for path in store_folder(recipe()).iterdir()}
-    found = verify()
-    assert (found.sound, found.stores, found.shards, found.images) == (True, 1, 3, 12)
-    assert found.bytes == report.bytes
+    verified = verify()
+    assert (verified.sound, verified.stores, verified.shards, verified.images) == (True, 1, 3, 12)
+    assert verified.bytes == report.bytes
     assert {path: path.stat().st_mtime_ns for path in store_folder(recipe()).iterdir()} == before
 
 
@@ -103,10 +103,10 @@ def test_info_lists_stored_and_missing_fingerprints(recipe: Load) -> None:
     assert info().stores == ()
     assert info(recipe()).missing == (stage_fingerprint(recipe(), 1).id,)
     report = extract(recipe())
-    found = info(recipe())
-    assert found == info()
-    assert (found.images, found.bytes, found.missing) == (12, report.bytes, ())
-    store = found.stores[0]
+    listed = info(recipe())
+    assert listed == info()
+    assert (listed.images, listed.bytes, listed.missing) == (12, report.bytes, ())
+    store = listed.stores[0]
     assert (store.images, store.shards, store.undecodable, store.grid, store.width) == (12, 3, 0, (2, 2), 32)
     assert store.fingerprint == stage_fingerprint(recipe(), 1).fields
 
@@ -125,14 +125,14 @@ def test_prune_removes_stores_that_no_recipe_needs(recipe: Load, images: list[Im
     assert prune(needed, other).stores == ()
 
 
-def test_prune_without_a_recipe_removes_only_leftovers(recipe: Load, images: list[ImageFile]) -> None:
+def test_prune_without_a_recipe_removes_only_unused_files(recipe: Load, images: list[ImageFile]) -> None:
     extract(recipe())
     expected = all_features(recipe(), images)
     for name in ("shard-00007.h5.partial", "shard-00001.h5.damaged", ".manifest.json.x1"):
         (store_folder(recipe()) / name).write_bytes(b"12345")
     planned = prune(dry_run=True)
     assert (planned.stores, len(planned.files), planned.bytes) == ((), 3, 15)
-    assert len(info().stores[0].leftovers) == 3
+    assert len(info().stores[0].unused_files) == 3
     assert prune().files == planned.files
     assert prune().files == ()
     assert np.array_equal(all_features(recipe(), images), expected)
@@ -166,9 +166,9 @@ def test_folder_with_the_content_of_another_store_is_reported_as_damaged(recipe:
         (own / path.name).write_bytes(path.read_bytes())
     with pytest.raises(StoreError, match=r"fingerprint.* layers: "):
         FeatureStore.open(stage_fingerprint(recipe(), 1))
-    found = verify(recipe())
-    assert all(foreign.name in each.reason for each in found.damaged)
-    assert found.damaged
+    verified = verify(recipe())
+    assert all(foreign.name in shard.reason for shard in verified.damaged)
+    assert verified.damaged
 
 
 @pytest.mark.parametrize("text", ["not JSON", '{"image": "another"}'])

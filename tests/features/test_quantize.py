@@ -42,7 +42,7 @@ def clip_like(patches: int = 576, width: int = 1024, seed: int = 0) -> np.ndarra
 
 
 def normalized_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Relative error after scaling every channel to the same size, so that outlier channels don't dominate."""
+    """Relative error after scaling every channel to the same size; otherwise outlier channels would dominate."""
     size = np.sqrt((expected.astype(np.float64) ** 2).mean(axis=0))
     return float(np.linalg.norm((actual - expected.astype(np.float64)) / size) / np.linalg.norm(expected / size))
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 from llavactl.core.errors import DataError
 
 if TYPE_CHECKING:
     from llavactl.curation.scan import Decode
-    from llavactl.recipe.stages import StageNumber
     from llavactl.verbs.check import CheckReport
 
 
@@ -38,9 +37,7 @@ SHOWN_LOCATIONS = 3
     show_default=True,
     help="How to check images: not at all, their header and end, or by decoding them.",
 )
-@click.option(
-    "--stage", type=click.Choice(["1", "2"]), help="Check one stage only; FILE is its data.  [default: both; FILE: 2]"
-)
+@stage_option("Check one stage only; FILE is its data.  [default: both; FILE: 2]")
 @click.option(
     "--fix", type=click.Path(path_type=Path), metavar="OUT", help="Write the records of FILE, repaired, to OUT."
 )
@@ -52,7 +49,7 @@ def command(
     images: str | None,
     follow_links: bool,
     decode: Decode,
-    stage: str | None,
+    stage: int | None,
     fix: Path | None,
     as_json: bool,
 ) -> None:
@@ -71,7 +68,7 @@ def command(
         file,
         images,
         follow_links=follow_links,
-        stage=cast("StageNumber | None", stage and int(stage)),
+        stage=stage,
         decode=decode,
         fix=fix,
     )

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, recipe_options
+from llavactl.cli.options import json_option, load, recipe_options, stage_option
 
 if TYPE_CHECKING:
     from llavactl.data.token_info import TokenInfo
@@ -24,7 +24,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @click.command("show")
 @recipe_options
-@click.option("--stage", type=click.Choice(["1", "2"]), help="Stage to show.  [default: the last stage with data]")
+@stage_option("Show samples of this stage.  [default: the last stage with data]")
 @click.option("--sample", metavar="ID|N", help="First sample: its id or its index, from 0.  [default: 0]")
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of samples.")
 @click.option(
@@ -42,7 +42,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def command(
     source: str | None,
     overrides: tuple[str, ...],
-    stage: Literal["1", "2"] | None,
+    stage: int | None,
     sample: str | None,
     count: int,
     epoch: int,
@@ -57,8 +57,7 @@ def command(
     """
     from llavactl.verbs.show import show
 
-    number: Literal[1, 2] | None = None if stage is None else 1 if stage == "1" else 2
-    report = show(load(source, overrides), number, sample=sample, count=count, epoch=epoch, html=html)
+    report = show(load(source, overrides), stage, sample=sample, count=count, epoch=epoch, html=html)
     if as_json:
         output.document(report)
     elif html is not None:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
-
-if TYPE_CHECKING:
-    from llavactl.recipe.stages import StageNumber
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 
 
 @click.command("stats")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
-@click.option(
-    "--stage", type=click.Choice(["1", "2"]), help="Measure one stage only; FILE is its data.  [default: both; FILE: 2]"
-)
+@stage_option("Measure one stage only; FILE is its data.  [default: both; FILE: 2]")
 @click.option("--html", type=click.Path(path_type=Path), metavar="PAGE", help="Also write an HTML page with plots.")
 @json_option
 def command(
     file: Path | None,
     source: str | None,
     overrides: tuple[str, ...],
-    stage: str | None,
+    stage: int | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -39,7 +33,7 @@ def command(
     from llavactl.verbs.stats import stats
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
-    report = stats(recipe, file, stage=cast("StageNumber | None", stage and int(stage)), html=html)
+    report = stats(recipe, file, stage=stage, html=html)
     if as_json:
         output.document(report)
         return

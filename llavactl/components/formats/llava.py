@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.llava_read import PROJECTOR_FILE, SETTINGS_KEY, read_llava
 from llavactl.components.formats.llava_support import loads_vision_encoder, older_rope_keys, uses_fast_tokenizer
@@ -31,7 +33,9 @@ MAX_SHARD_SIZE = "5GB"
 class OriginalLlavaOptions(Options):
     """``strict``: refuse models that LLaVA's code can't load, and write files for its older version of transformers."""
 
-    strict: bool = True
+    strict: bool = Field(
+        True, description="refuse models that LLaVA's code can't load; write files for its version of transformers"
+    )
 
 
 class OriginalLlava:

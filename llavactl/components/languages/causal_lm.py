@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from llavactl.components.languages.linear_head import logits_fault
 from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
 from llavactl.core import progress
@@ -29,8 +31,10 @@ class TransformersLanguageOptions(Options):
     Models without scaled-dot-product attention in transformers (Gemma 2) always use eager.
     """
 
-    model: ModelId
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    model: ModelId = Field(description="model id or folder")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="attention implementation; eager is faster on CPUs for up to a few hundred tokens"
+    )
 
 
 class TransformersLanguage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llavactl.components.languages.llava_checkpoint import in_hf_llava
+from llavactl.core import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,12 +42,8 @@ def set_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
 def _processor_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
     """The image token if ``model`` is a LLaVA checkpoint of transformers."""
     from transformers import PreTrainedConfig
-    from transformers.utils import cached_file
 
-    if not in_hf_llava(model):
-        return None
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(model, EXPORT_RECORD, **optional) is not None:
+    if not in_hf_llava(model) or hub.has_file(EXPORT_RECORD, model):
         return None
     config, _ = PreTrainedConfig.get_config_dict(model)
     token_id = config.get("image_token_index", config.get("image_token_id"))

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from llavactl.components.sources.llava_checks import examine
 from llavactl.components.sources.llava_record import (
     ROLES,
@@ -37,8 +39,10 @@ class LlavaJsonOptions(Options):
     pattern of those (``shards/*.tar``), or a URL that fsspec opens (``s3://…``); nothing is unpacked.
     """
 
-    path: RecipePath
-    images: RecipePlace | None = None
+    path: RecipePath = Field(description="JSON list or JSONL of records")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar, pattern of these, or URL of the images; null: the folder of `path`"
+    )
     follow_links: FollowLinks = False
 
 

@@ -14,9 +14,16 @@ from statistics import fmean
 
 from pydantic import Field
 
-from llavactl.components.sources.scenes import picture
+from llavactl.components.sources.scenes import scene_image
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, PLURALS, SceneQuestion, ask, chance
+from llavactl.components.sources.scenes.questions import (
+    CATEGORIES,
+    MAX_QUESTIONS,
+    PLURALS,
+    SceneQuestion,
+    ask,
+    chance_accuracy,
+)
 from llavactl.components.sources.scenes.things import AXES, CANVAS, COLORS, Split
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options
@@ -34,7 +41,7 @@ class ScenesTaskOptions(Options):
     split: Split = Field(
         "test", description="test: unseen combinations; train (with an unused seed): new scenes of trained combinations"
     )
-    questions: int = Field(MOST, ge=1, le=MOST, description="questions per scene")
+    questions: int = Field(MAX_QUESTIONS, ge=1, le=MAX_QUESTIONS, description="questions per scene")
     size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the images in pixels")
 
 
@@ -48,7 +55,7 @@ class ScenesTask:
 
     def questions(self) -> Iterator[Question]:
         for question_id, staged, item in self._items():
-            turn = Turn("user", (picture(staged, self.options.size), "\n" + item.text))
+            turn = Turn("user", (scene_image(staged, self.options.size), "\n" + item.text))
             yield Question(question_id, (turn,), item.answer, item.category)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
@@ -71,11 +78,13 @@ class ScenesTask:
             if item.pair:
                 by_pair[item.pair].append(right[question_id])
         shares: dict[str, Json] = {name: 100 * fmean(by_category[name]) for name in CATEGORIES if name in by_category}
-        chances: dict[str, Json] = {name: chance(name, self.options.split) for name in shares}
+        chances: dict[str, Json] = {name: chance_accuracy(name, self.options.split) for name in shares}
         # With an odd number of scenes, the last pair may be incomplete.
         if complete := [all(pair) for pair in by_pair.values() if len(pair) == 2]:
             shares["pairs"], chances["pairs"] = 100 * fmean(complete), PAIRS_CHANCE
-        chance_of_all = fmean(chance(name, self.options.split) for name, values in by_category.items() for _ in values)
+        chance_of_all = fmean(
+            chance_accuracy(name, self.options.split) for name, values in by_category.items() for _ in values
+        )
         accuracy = 100 * fmean(value for values in by_category.values() for value in values)
         scores = {"accuracy": accuracy, **shares, "chance": {"accuracy": chance_of_all, **chances}}
         return Scores(scores, failed, right)

@@ -19,9 +19,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from llavactl.components.sources.scenes import picture
+from llavactl.components.sources.scenes import scene_image
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import MOST, PLURALS, article, ask
+from llavactl.components.sources.scenes.questions import MAX_QUESTIONS, PLURALS, article, ask
 from llavactl.components.sources.scenes.things import CANVAS, Split
 from llavactl.components.tasks.image_questions import user_turn
 from llavactl.components.tasks.scenes import parse_answer
@@ -66,7 +66,7 @@ class Spatial:
 
     def questions(self) -> Iterator[Question]:
         for half in self._halves:
-            turns = user_turn(picture(half.staged, self.options.size), half.text)
+            turns = user_turn(scene_image(half.staged, self.options.size), half.text)
             yield Question(half.id, turns, half.answer, half.kind)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
@@ -109,7 +109,7 @@ def _swapped(kind: Kind, pairs: int, split: Split, seed: int) -> Iterator[Half]:
         if contrast is None or contrast.kind != contrast_kind:
             continue
         for name, staged in zip("ab", halves, strict=True):
-            question = next(question for question in ask(staged, MOST) if question.pair)
+            question = next(question for question in ask(staged, MAX_QUESTIONS) if question.pair)
             yield Half(f"{kind}-{number}{name}", f"{kind}-{number}", kind, staged, question.text, question.answer)
         number += 1
         if number == pairs:

@@ -23,7 +23,7 @@ class TransformersOptions(Options):
     """Options of the teacher ``transformers``."""
 
     model: ModelId = Field(description="model id or folder; needs a chat template")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the weights")
     device: str | None = Field(None, description="null: the GPU if available")
     temperature: float = Field(0.7, ge=0, le=2, description="0: greedy decoding")
     max_tokens: int = Field(1024, ge=1, description="maximum length of a reply")

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from llavactl.components.teachers import completions
 from llavactl.core.errors import TeacherError
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.core.protocols import Json, Limits, Reply, Request
 from llavactl.core.registry import Options
 
@@ -38,7 +38,7 @@ class OpenAIOptions(Options):
     base_url: str = Field("https://api.openai.com/v1", description="URL without /chat/completions")
     key_env: str = Field("OPENAI_API_KEY", description="environment variable with the API key")
     temperature: float | None = Field(0.7, ge=0, le=2, description="null: the default of the endpoint")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, gt=0, le=1, description="nucleus sampling; null: the default of the endpoint")
     max_tokens: int | None = Field(
         1024, ge=1, description="maximum length of a reply; null: the default of the endpoint, excludes --max-cost"
     )
@@ -46,8 +46,8 @@ class OpenAIOptions(Options):
     timeout_s: float = Field(120, gt=0, allow_inf_nan=False, description="total time of a request")
     max_bytes: int = Field(4_000_000, ge=1000, description="maximum size of a response")
     concurrency: int = Field(8, ge=1, le=1024, description="concurrent requests")
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1, description="input and output tokens")
+    requests_per_minute: int | None = Field(None, ge=1, description="rate limit; null: none")
+    tokens_per_minute: int | None = Field(None, ge=1, description="rate limit of input and output tokens; null: none")
     retries: int = Field(5, ge=0, description="retries of a request that fails temporarily")
 
     @field_validator("base_url")
@@ -134,11 +134,13 @@ class OpenAI:
         # A small compressed response could be huge when decompressed.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         limits = httpx2.Limits(max_connections=self.options.concurrency)
-        fault = proxy_fault()
-        if fault and urlsplit(self.options.base_url).hostname not in _LOCAL_HOSTS:  # a local server needs no proxy
-            raise TeacherError(fault.message, hint=fault.hint, then="stop")
+        invalid_proxy = proxy_error()
+        if (
+            invalid_proxy and urlsplit(self.options.base_url).hostname not in _LOCAL_HOSTS
+        ):  # a local server needs no proxy
+            raise TeacherError(invalid_proxy.message, hint=invalid_proxy.hint, then="stop")
         self._client = httpx2.AsyncClient(
-            headers=headers, timeout=self.options.timeout_s, limits=limits, trust_env=fault is None
+            headers=headers, timeout=self.options.timeout_s, limits=limits, trust_env=invalid_proxy is None
         )
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="openai teacher", daemon=True).start()

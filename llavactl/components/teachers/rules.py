@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 
 class RulesOptions(Options):
-    """``questions``: the maximum number of questions in a conversation."""
+    """Options of the teacher ``rules``."""
 
-    questions: int = Field(6, ge=1)
+    questions: int = Field(6, ge=1, description="maximum number of questions per conversation")
 
 
 class Rules:

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
@@ -39,10 +41,14 @@ HINT = "set `vision.model` to a model id or a folder"
 class TransformersVisionOptions(Options):
     """``layer`` indexes transformers' ``hidden_states`` (0: embeddings); several layers are concatenated in width."""
 
-    model: ModelId
-    layer: int | tuple[int, ...] = -2
-    select: Literal["patch", "cls-patch"] = "patch"
-    image: Literal["square", "pad"] = "pad"
+    model: ModelId = Field(description="model id or folder")
+    layer: int | tuple[int, ...] = Field(
+        -2, description="index of the hidden state (0: embeddings); several layers are concatenated in width"
+    )
+    select: Literal["patch", "cls-patch"] = Field("patch", description="cls-patch keeps the CLS token")
+    image: Literal["square", "pad"] = Field(
+        "pad", description="square: resize and center-crop; pad: pad to a square with the mean color, then resize"
+    )
 
 
 class TransformersVision:
