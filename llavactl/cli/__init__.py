@@ -18,7 +18,7 @@ import click
 from llavactl.cli import boundary
 from llavactl.cli.root import root
 from llavactl.core import stopping
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.core.paths import redirect_library_caches
 
 
@@ -40,7 +40,7 @@ def _configure_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing kernels on every import
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the old name
     warnings.filterwarnings("ignore", module=r"PIL\b")  # such images are read anyway, or listed as skipped
-    if proxy_fault():  # cached models of the hub load only in offline mode
+    if proxy_error():  # cached models of the hub load only in offline mode
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     redirect_library_caches()
 

@@ -14,7 +14,7 @@ from llavactl.cli import terminal
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 
 
 def report(error: BaseException) -> None:
@@ -72,8 +72,8 @@ def _import(error: ImportError) -> LlavactlError | None:
     package = (error.name or "").partition(".")[0]
     if package == "llavactl":
         return None
-    if fault := proxy_fault() if "socks" in str(error).lower() else None:
-        return fault
+    if invalid_proxy := proxy_error() if "socks" in str(error).lower() else None:
+        return invalid_proxy
     hint = "run `llavactl doctor`"
     if isinstance(error, ModuleNotFoundError) and package:
         hint = f"run `{sys.executable} -m pip install {package}`"
@@ -81,8 +81,8 @@ def _import(error: ImportError) -> LlavactlError | None:
 
 
 def _network(error: BaseException) -> LlavactlError:
-    if fault := proxy_fault():
-        return fault
+    if invalid_proxy := proxy_error():
+        return invalid_proxy
     class_names = {cls.__name__ for cls in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if class_names & {"GatedRepoError", "RepositoryNotFoundError"} or status in (401, 403):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, ModelError
-from llavactl.core.model_files import INCOMPLETE, SMALL_FILES, check_files, file_fault, local_folder, weight_files
-from llavactl.core.network import proxy_fault
+from llavactl.core.model_files import INCOMPLETE, SMALL_FILES, check_files, file_error, local_folder, weight_files
+from llavactl.core.network import proxy_error
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def reading(file: Path) -> Iterator[None]:
     except (LlavactlError, MemoryError):
         raise
     except Exception as error:
-        raise file_fault(file) or ModelError(f"{file}: {reason(error)}", hint=INCOMPLETE) from error
+        raise file_error(file) or ModelError(f"{file}: {reason(error)}", hint=INCOMPLETE) from error
 
 
 @contextlib.contextmanager
@@ -77,8 +77,8 @@ def _loading_error(what: str, model: str | Path, error: Exception, hint: str) ->
         return ModelError(
             f"{what} {model}: its *.bin files are truncated or contain objects other than tensors", hint=INCOMPLETE
         )
-    if not Path(model).is_absolute() and (fault := proxy_fault()):
-        return ModelError(f"{what} {model}: not downloaded: {fault.message}", hint=fault.hint)
+    if not Path(model).is_absolute() and (invalid_proxy := proxy_error()):
+        return ModelError(f"{what} {model}: not downloaded: {invalid_proxy.message}", hint=invalid_proxy.hint)
     return ModelError(f"{what} {model}: {reason(error)}", hint=hint)
 
 

@@ -38,7 +38,7 @@ _LARGE = 4_000_000
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
-def file_fault(file: Path) -> ModelError | None:
+def file_error(file: Path) -> ModelError | None:
     """An error if ``file`` is not a valid file of the type that its suffix indicates, else None.
 
     For weights, only the file size is checked, against the header.
@@ -162,8 +162,8 @@ def shards_of(index: Path) -> list[str]:
 def check_files(files: Sequence[Path]) -> None:
     """Raises ModelError for the first broken file in ``files``."""
     for file in files:
-        if fault := file_fault(file):
-            raise fault
+        if error := file_error(file):
+            raise error
 
 
 def quantization_method(folder: Path) -> str:

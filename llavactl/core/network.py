@@ -12,13 +12,13 @@ from llavactl.core.errors import LlavactlError
 _SCHEMES = ("http", "https", "socks5", "socks5h")
 
 
-def proxy_fault() -> LlavactlError | None:
+def proxy_error() -> LlavactlError | None:
     """An error if the proxy in an environment variable is invalid, else None."""
     proxies = urllib.request.getproxies()
     if "*" in proxies.get("no", ""):
         return None
     for kind in ("http", "https", "all"):
-        if (address := proxies.get(kind)) and (why := _fault(address)):
+        if (address := proxies.get(kind)) and (why := _invalid_reason(address)):
             name = next((name for name in os.environ if name.lower() == f"{kind}_proxy"), f"{kind}_proxy")
             hint = f"unset {name}, or set it to a proxy like http://host:port"
             if "socksio" in why:
@@ -27,7 +27,7 @@ def proxy_fault() -> LlavactlError | None:
     return None
 
 
-def _fault(address: str) -> str:
+def _invalid_reason(address: str) -> str:
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
         usable = bool(parts.hostname) and parts.port != 0

@@ -122,7 +122,7 @@ def _store(teacher: BatchTeacher, keyed: KeyedRequest, row: Any, journal: Journa
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     if not file.is_file():
-        raise DataError(f"{file}: file not found", hint="download the results of the batch first")
+        raise DataError(f"{file}: no such file", hint="download the results of the batch first")
     for entry in read_stream(file):
         yield f"{file}:{entry.location}", entry.value
 

@@ -15,7 +15,7 @@ from typing import Any
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.core.paths import cache_dir
 
 MIN_FREE_DISK_GB = 20
@@ -208,7 +208,7 @@ def _preprocessing(packages: dict[str, str]) -> Diagnosis:
 
 def _downloads() -> Diagnosis:
     what = "downloads from the model hub"
-    if proxy_fault():
+    if proxy_error():
         return Diagnosis(what, False, "no network: only models in local folders or in the hub's cache can be used")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
@@ -217,5 +217,5 @@ def _downloads() -> Diagnosis:
 
 
 def _proxy() -> Iterator[Diagnosis]:
-    if fault := proxy_fault():
-        yield Diagnosis("network", False, f"{fault.message}; {fault.hint}")
+    if invalid_proxy := proxy_error():
+        yield Diagnosis("network", False, f"{invalid_proxy.message}; {invalid_proxy.hint}")

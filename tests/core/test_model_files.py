@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llavactl.core.errors import ModelError
-from llavactl.core.model_files import file_fault, weight_files
+from llavactl.core.model_files import file_error, weight_files
 from llavactl.core.registry import registry
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21461\nsize 12345\n"
@@ -59,7 +59,7 @@ def bins(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
 def test_complete_files_pass(toys: Path, bins: Path) -> None:
     for folder in (toys, bins):
         for name in ("clip", "language"):
-            assert [fault for file in (folder / name).iterdir() if (fault := file_fault(file))] == []
+            assert [error for file in (folder / name).iterdir() if (error := file_error(file))] == []
     _load(bins)
 
 

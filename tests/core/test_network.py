@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.testing import run_cli
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -25,7 +25,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
 def test_a_valid_proxy(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
     monkeypatch.setenv(name, address)
-    assert proxy_fault() is None
+    assert proxy_error() is None
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
@@ -34,13 +34,13 @@ def test_a_valid_proxy(monkeypatch: pytest.MonkeyPatch, name: str, address: str)
 )
 def test_an_invalid_proxy_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
     monkeypatch.setenv(name, address)
-    fault = proxy_fault()
-    assert fault is not None
-    assert name in fault.message
-    assert name in fault.hint
-    assert address not in str(fault), "it may contain a password"
+    error = proxy_error()
+    assert error is not None
+    assert name in error.message
+    assert name in error.hint
+    assert address not in str(error), "it may contain a password"
     monkeypatch.setenv("NO_PROXY", "*")
-    assert proxy_fault() is None
+    assert proxy_error() is None
 
 
 def test_offline_commands_ignore_an_invalid_proxy(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:

@@ -18,7 +18,9 @@ from llavactl.curation import noun_phrases
 from llavactl.curation.captions import INSTRUCTIONS
 from llavactl.testing import run_cli
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "pretrain.json"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "blip_laion_cc_sbu_2k.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 
 
 @pytest.fixture
@@ -107,14 +109,19 @@ def test_a_records_instruction_does_not_depend_on_other_records(captions: Path, 
     assert rows(partial) != rows(complete)[10:]
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
-def test_real_captions(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "count", "most"),
+    [(FIXTURE, 80, 0.9), pytest.param(REAL, 2183, 0.8, marks=needs_real)],
+    ids=["fixture", "real"],
+)
+def test_captions_of_llava_records(file: Path, count: int, most: float, tmp_path: Path) -> None:
     out, again = tmp_path / "kept.json", tmp_path / "expanded.jsonl"
-    report = run("filter", REAL, "--out", out)
-    assert report["captions"] == 2183
-    assert 0.3 < report["kept"] / report["captions"] < 0.8
+    report = run("filter", file, "--out", out)
+    assert report["captions"] == count
+    assert report["rare"] > 0
+    assert 0.3 < report["kept"] / report["captions"] < most
     assert run("expand", out, "--out", again)["records"] == report["kept"]
-    llava_instructions = {each["conversations"][0]["value"].replace("<image>", "").strip() for each in rows(REAL)}
+    llava_instructions = {each["conversations"][0]["value"].replace("<image>", "").strip() for each in rows(file)}
     assert len(INSTRUCTIONS) == len(set(INSTRUCTIONS)) >= 11
     assert not llava_instructions & set(INSTRUCTIONS)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from llavactl.images.image_file import ImageFile
 
 Q = 4
 REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 
 
 class ConstantFeatures:
@@ -89,13 +92,27 @@ def test_sequences_have_similar_lengths() -> None:
     assert abs(lengths[0] - lengths[1]) <= 10 * PAD_MULTIPLE
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not available")
-def test_real_lengths_are_balanced_between_processes() -> None:
+def skewed_lengths() -> list[int]:
+    """100 lengths with the skew of LLaVA-Instruct: a median of about 120 words and a few of more than 300."""
+    rng = random.Random(0)
+    return [max(5, round(rng.lognormvariate(4.8, 0.6))) for _ in range(100)]
+
+
+def real_lengths() -> list[int]:
+    records = json.loads(REAL.read_text())
+    return [sum(len(turn["value"].split()) for turn in record["conversations"]) for record in records]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        skewed_lengths,
+        pytest.param(real_lengths, marks=needs_real),
+    ],
+)
+def test_lengths_are_balanced_between_processes(lengths: Callable[[], list[int]]) -> None:
     """A process with fewer tokens than another would wait."""
-    words = [
-        sum(len(turn["value"].split()) for turn in record["conversations"]) for record in json.loads(REAL.read_text())
-    ]
-    items = [encoded(length, number) for number, length in enumerate(words)]
+    items = [encoded(length, number) for number, length in enumerate(lengths())]
     sequences = plan_sequences(items, Q, MicroBatchLimits(16), 8)
     tokens = [sum(group.tokens for group in sequence) for sequence in sequences]
     assert len(sequences) == 8

@@ -21,7 +21,7 @@ from llavactl.teaching.journal import Journal
 from llavactl.testing import Answers, ToyEndpoint, run_cli, toy_endpoint
 
 RECIPE = """\
-name: made
+name: instruct
 vision: {{name: clip, model: clip}}
 connector: {{name: linear}}
 language: {{name: hf, model: language}}
@@ -29,7 +29,7 @@ generate:
   source: {{name: caps-boxes, path: images.jsonl}}
   teacher: {{name: openai, model: toy, base_url: "{url}", timeout_s: 600}}
   kinds: {{detail: 1}}
-  out: made.jsonl
+  out: instruct.jsonl
 """
 IMAGES = 60
 
@@ -88,7 +88,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def stored_replies(folder: Path) -> int:
-    with Journal(folder / "made.replies.sqlite") as journal:
+    with Journal(folder / "instruct.replies.sqlite") as journal:
         return journal.spent().replies
 
 
@@ -147,7 +147,7 @@ def test_interrupt_waits_for_replies_in_flight_and_stores_them(folder: Path, end
         err += process.communicate()[1]
         assert process.returncode == 128 + end
         assert "8 replies" in err
-        assert "made.replies.sqlite" in err
+        assert "instruct.replies.sqlite" in err
         assert "run the same command to resume" in err
         assert "Traceback" not in err
         assert len(endpoint.bodies) == 8 == stored_replies(folder)
@@ -172,7 +172,7 @@ def test_second_process_on_the_same_file_is_refused(folder: Path) -> None:
         second = run_cli("data", "generate", cwd=folder)
         assert second.exit_code == 1
         assert "another process" in second.stderr
-        assert "made.jsonl" in second.stderr
+        assert "instruct.jsonl" in second.stderr
         released.set()
         out, err = first.communicate()
         assert json.loads(out)["requests"]["sent"] == IMAGES, err

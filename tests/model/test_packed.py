@@ -34,7 +34,9 @@ from llavactl.model.quantized import quantize
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
+FIXTURE = Path(__file__).parents[1] / "fixtures/instruct.json"
 REAL = Path(__file__).parents[3] / "shared/data/llava/llava_instruct_100.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 
 
 class FeaturesFromName:
@@ -261,9 +263,13 @@ def test_random_mixtures(bundle: Any, seed: int) -> None:
     compare(bundle.model, setting, bundle.tokenizer, MicroBatchLimits(rng.randint(2, 12), rng.choice([None, 150, 400])))
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="real LLaVA-Instruct records are not available")
-def test_real_records(bundle: Any) -> None:
-    records = list(registry().create("sources", {"name": "llava-json", "path": str(REAL), "images": str(REAL.parent)}))
+@pytest.mark.parametrize(
+    "file",
+    [FIXTURE, pytest.param(REAL, marks=needs_real)],
+    ids=["fixture", "real"],
+)
+def test_instruct_records(file: Path, bundle: Any) -> None:
+    records = list(registry().create("sources", {"name": "llava-json", "path": str(file), "images": str(file.parent)}))
     setting = Setting(records[:6], order="as-data", length=700)
     data = setting.data(bundle.tokenizer)
     assert len({len(data.encoded(0, index)) for index in range(6)}) > 3, "different lengths"

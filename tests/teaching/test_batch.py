@@ -60,9 +60,9 @@ def test_requests_are_written_and_results_read(recipe: Folder) -> None:
 def test_a_batch_stays_within_the_budget(recipe: Folder) -> None:
     """At half the price, a request may cost 512 output tokens at 1000 per million, and its input."""
     folder = recipe("http://127.0.0.1:9/v1", 10)
-    made = generate(folder, "--batch-requests", "r.jsonl", "--max-cost", "2.2")
+    report = generate(folder, "--batch-requests", "r.jsonl", "--max-cost", "2.2")
     assert len((folder / "r.jsonl").read_text().splitlines()) == 4
-    assert "max_cost 2.2" in made["requests"]["stopped"]
+    assert "max_cost 2.2" in report["requests"]["stopped"]
     assert generate(folder, "--batch-requests", "r.jsonl", "--max-requests", "3")["requests"]["unanswered"] == 10
     assert len((folder / "r.jsonl").read_text().splitlines()) == 3
 
@@ -70,9 +70,9 @@ def test_a_batch_stays_within_the_budget(recipe: Folder) -> None:
 def test_large_batches_are_split(recipe: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MAX_REQUESTS", 4)
     folder = recipe("http://127.0.0.1:9/v1", 10)
-    made = generate(folder, "--batch-requests", "r.jsonl")
-    assert made["requests"]["batch_files"] == ["r.jsonl", "r-2.jsonl", "r-3.jsonl"]
-    assert [len((folder / name).read_text().splitlines()) for name in made["requests"]["batch_files"]] == [4, 4, 2]
+    report = generate(folder, "--batch-requests", "r.jsonl")
+    assert report["requests"]["batch_files"] == ["r.jsonl", "r-2.jsonl", "r-3.jsonl"]
+    assert [len((folder / name).read_text().splitlines()) for name in report["requests"]["batch_files"]] == [4, 4, 2]
     monkeypatch.setattr(batch, "MAX_BYTES", 10)
     assert len(generate(folder, "--batch-requests", "s.jsonl")["requests"]["batch_files"]) == 10
 

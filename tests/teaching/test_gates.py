@@ -17,6 +17,7 @@ from llavactl.teaching.gates import GateChecker
 from llavactl.teaching.generate import GeneratedRecord
 from llavactl.testing.endpoint import WORDS
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "instruct.json"
 DATA = Path(__file__).parents[3] / "shared" / "data" / "llava"
 FINE = "A dog is sitting on a bench in the park, and a child is standing next to it with a kite in one hand."
 
@@ -127,7 +128,15 @@ def test_near_duplicates_are_found_across_images() -> None:
     assert "0-reasoning" in result.reason
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the LLaVA data is not available")
+def test_instruct_records_pass() -> None:
+    checker = GateChecker(Gates(max_words=None))
+    for record in json.loads(FIXTURE.read_text(encoding="utf-8")):
+        texts = [message["value"].replace("<image>", "").strip() for message in record["conversations"]]
+        result = checker.check(generated(*texts, name=record["id"], image=record["id"]))
+        assert not result.reason, record["id"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 def test_records_of_gpt_4_pass() -> None:
     """Of 190 LLaVA records, the gates may refuse at most 3."""
     checker, reasons, count = GateChecker(Gates(max_words=None)), [], 0

@@ -152,7 +152,7 @@ def test_rules_need_boxes() -> None:
 
 
 RECIPE = """\
-name: made
+name: instruct
 vision: {name: clip, model: clip}
 connector: {name: linear}
 language: {name: hf, model: language}
@@ -182,7 +182,7 @@ def test_generate_writes_records_and_their_images(tmp_path: Path) -> None:
     assert other.json()["finished_before"] is False
 
 
-def test_data_of_version_0_1_is_not_generated_again(tmp_path: Path) -> None:
+def test_data_of_an_earlier_version_is_not_generated_again(tmp_path: Path) -> None:
     """Its report has ``pictures`` instead of ``images``, and ``asking`` instead of ``requests``."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert run_cli("data", "generate", cwd=tmp_path).exit_code == 0

@@ -39,21 +39,21 @@ def generate(folder: Path, *options: str) -> Any:
 
 
 def records(folder: Path) -> list[Any]:
-    return [json.loads(line) for line in (folder / "data/made.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "data/instruct.jsonl").read_text().splitlines()]
 
 
 def test_every_kind_is_generated_and_no_request_is_repeated(recipe: Folder) -> None:
     with toy_endpoint() as endpoint:
         folder = recipe(endpoint.url, 6, "conversation: 1, detail: 1, reasoning: 1")
-        made = generate(folder)
-        assert made["kinds"] == {"conversation": 6, "detail": 6, "reasoning": 6}, made["reasons"]
+        report = generate(folder)
+        assert report["kinds"] == {"conversation": 6, "detail": 6, "reasoning": 6}, report["reasons"]
         assert [row["id"] for row in records(folder)][:3] == ["p000-conversation", "p000-detail", "p000-reasoning"]
-        before = (folder / "data/made.jsonl").read_bytes()
+        before = (folder / "data/instruct.jsonl").read_bytes()
         assert generate(folder)["finished_before"] is True
-        (folder / "data/made.report.json").unlink()
+        (folder / "data/instruct.report.json").unlink()
         again = generate(folder, "-o", "generate.teacher.concurrency=2")
         assert again["requests"]["sent"] == 0
-        assert (folder / "data/made.jsonl").read_bytes() == before
+        assert (folder / "data/instruct.jsonl").read_bytes() == before
         assert len(endpoint.bodies) == 18
         assert set(endpoint.answered.values()) == {1}
         assert generate(folder, "-o", "generate.teacher.temperature=0.1")["requests"]["sent"] == 18
@@ -86,9 +86,9 @@ def failing_first(number: int, body: Mapping[str, Any]) -> Answers | None:
 def test_failed_requests_are_retried(recipe: Folder) -> None:
     with toy_endpoint(failing_first) as endpoint:
         folder = recipe(endpoint.url, 12, more=", timeout_s: 3, concurrency: 3")
-        made = generate(folder)
-        assert made["samples"] == 12
-        assert made["requests"]["unanswered"] == 0
+        report = generate(folder)
+        assert report["samples"] == 12
+        assert report["requests"]["unanswered"] == 0
         assert len(endpoint.bodies) == 17
         assert set(endpoint.answered.values()) == {1}
         assert endpoint.most <= 4, "three concurrent requests, and one whose client has disconnected"
@@ -119,22 +119,22 @@ def test_eight_concurrent_requests_by_default(recipe: Folder) -> None:
 def test_max_requests_is_never_exceeded(recipe: Folder, fails: int) -> None:
     with toy_endpoint(lambda n, b: Answers(500) if fails and n % fails == 0 else Answers(wait_s=0.05)) as endpoint:
         folder = recipe(endpoint.url, 30)
-        made = generate(folder, "--max-requests", "11")
-        assert len(endpoint.bodies) == 11 == made["requests"]["sent"]
-        assert "--max-requests" in made["requests"]["stopped"]
-        assert made["samples"] + made["requests"]["unanswered"] == 30
-        assert made["samples"] == len(records(folder)) == (11 if not fails else 5)
+        report = generate(folder, "--max-requests", "11")
+        assert len(endpoint.bodies) == 11 == report["requests"]["sent"]
+        assert "--max-requests" in report["requests"]["stopped"]
+        assert report["samples"] + report["requests"]["unanswered"] == 30
+        assert report["samples"] == len(records(folder)) == (11 if not fails else 5)
 
 
 def test_max_cost_is_never_exceeded(recipe: Folder) -> None:
     """A request may cost 1024 output tokens at 1000 per million; it costs 0.051: 50 output and 100 input tokens."""
     with toy_endpoint(lambda number, body: Answers(wait_s=0.02)) as endpoint:
         folder = recipe(endpoint.url, 100)
-        made = generate(folder, "--max-cost", "3")
-        spent = made["requests"]["spent"]["cost"]
+        report = generate(folder, "--max-cost", "3")
+        spent = report["requests"]["spent"]["cost"]
         assert spent == pytest.approx(len(endpoint.bodies) * 0.051)
         assert 1.9 < spent <= 3
-        assert "max_cost 3" in made["requests"]["stopped"]
+        assert "max_cost 3" in report["requests"]["stopped"]
         again = generate(folder, "--max-cost", "3")
         assert again["requests"]["sent"] == 0, "the cost of earlier runs counts"
         more = generate(folder, "-o", "generate.max_cost=5")
@@ -154,10 +154,10 @@ def test_a_run_stops_before_training_on_incomplete_data(recipe: Folder) -> None:
 def test_requests_that_may_have_been_charged_count_with_their_maximum_cost(recipe: Folder) -> None:
     with toy_endpoint(lambda number, body: Answers(wait_s=2)) as endpoint:
         folder = recipe(endpoint.url, 50, more=", timeout_s: 0.2, retries: 50, concurrency: 2")
-        made = generate(folder, "--max-cost", "4.5")
-        assert made["samples"] == 0
+        report = generate(folder, "--max-cost", "4.5")
+        assert report["samples"] == 0
         assert len(endpoint.bodies) == 4, "each can have cost 1.06"
-        assert made["requests"]["spent"]["cost"] <= 4.5
+        assert report["requests"]["spent"]["cost"] <= 4.5
 
 
 def test_max_cost_needs_a_price_and_max_tokens(recipe: Folder) -> None:
@@ -199,10 +199,10 @@ def test_a_request_that_is_too_long_is_refused_and_the_others_continue(recipe: F
 
     with toy_endpoint(behave) as endpoint:
         folder = recipe(endpoint.url, 10)
-        made = generate(folder)
-        assert made["samples"] == 9
-        assert made["reasons"] == {"refused by the teacher": 1}
-        refused = json.loads((folder / "data/made.refused.jsonl").read_text())
+        report = generate(folder)
+        assert report["samples"] == 9
+        assert report["reasons"] == {"refused by the teacher": 1}
+        refused = json.loads((folder / "data/instruct.refused.jsonl").read_text())
         assert refused["id"] == "p003-detail"
         assert "context length" in refused["reason"]
         assert len(endpoint.bodies) == 10
@@ -230,10 +230,10 @@ def test_requests_that_always_fail_do_not_block_the_others(recipe: Folder) -> No
 
     with toy_endpoint(behave) as endpoint:
         folder = recipe(endpoint.url, 10, more=", retries: 1, concurrency: 1")
-        made = generate(folder)
-        assert made["samples"] == len(records(folder)) == 7
-        assert made["requests"]["unanswered"] == 3
-        assert "500" in made["requests"]["stopped"]
+        report = generate(folder)
+        assert report["samples"] == len(records(folder)) == 7
+        assert report["requests"]["unanswered"] == 3
+        assert "500" in report["requests"]["stopped"]
         endpoint.behave = lambda number, body: None
         assert generate(folder)["requests"]["sent"] == 3
         assert set(endpoint.answered.values()) == {1}
@@ -247,7 +247,7 @@ def test_a_retry_after_of_an_hour_stops_the_run(recipe: Folder) -> None:
         assert result.exit_code == 1
         assert "60 minutes" in result.stderr
         assert len(endpoint.bodies) <= 10
-        assert len((folder / "data/made.jsonl").read_text().splitlines()) == 2
+        assert len((folder / "data/instruct.jsonl").read_text().splitlines()) == 2
 
 
 def test_malicious_replies_are_refused(recipe: Folder) -> None:
@@ -259,12 +259,12 @@ def test_malicious_replies_are_refused(recipe: Folder) -> None:
     ]  # fmt: skip
     with toy_endpoint(lambda n, body: Answers(body=junk[n]) if n < len(junk) else None) as endpoint:
         folder = recipe(endpoint.url, len(junk) + 5, "conversation: 1", more=", concurrency: 1")
-        made = generate(folder)
-        assert made["samples"] == 5
-        assert made["refused"] == len(junk)
-        assert made["reasons"]["malformed"] == len(junk) - 2
-        assert made["reasons"]["truncated at max_tokens"] == made["reasons"]["content filter"] == 1
-        assert "<script>" not in (folder / "data/made.report.html").read_text()
+        report = generate(folder)
+        assert report["samples"] == 5
+        assert report["refused"] == len(junk)
+        assert report["reasons"]["malformed"] == len(junk) - 2
+        assert report["reasons"]["truncated at max_tokens"] == report["reasons"]["content filter"] == 1
+        assert "<script>" not in (folder / "data/instruct.report.html").read_text()
         endpoint.behave = lambda number, body: None
         assert generate(folder)["finished_before"] is True
         retried = generate(folder, "--retry-refused")
@@ -294,12 +294,12 @@ def test_a_dry_run_estimates_and_writes_nothing(recipe: Folder) -> None:
 def test_the_suffix_of_out_selects_the_format(recipe: Folder) -> None:
     with toy_endpoint() as endpoint:
         folder = recipe(endpoint.url, 2)
-        wrong = run_cli("data", "generate", "-o", "generate.out=made.txt", cwd=folder)
+        wrong = run_cli("data", "generate", "-o", "generate.out=instruct.txt", cwd=folder)
         assert wrong.exit_code == 1
-        assert "generate.out: made.txt" in wrong.stderr
+        assert "generate.out: instruct.txt" in wrong.stderr
         assert not endpoint.bodies
-        generate(folder, "-o", "generate.out=made.json")
-        assert len(json.loads((folder / "made.json").read_text())) == 2
+        generate(folder, "-o", "generate.out=instruct.json")
+        assert len(json.loads((folder / "instruct.json").read_text())) == 2
 
 
 def test_budget_options_need_a_language_teacher(recipe: Folder) -> None:
@@ -354,7 +354,7 @@ def requests(count: int, text: str = "") -> list[Request]:
 
 
 def test_the_replies_of_an_earlier_version_are_found(tmp_path: Path) -> None:
-    """A journal as version 0.1 wrote it: key, columns and states on disk must not change."""
+    """A journal as earlier versions wrote it: key, columns and states on disk must not change."""
     database = sqlite3.connect(tmp_path / "j.sqlite")
     database.execute(
         "create table attempts (number integer primary key, key text not null, id text not null, kind text not null, "

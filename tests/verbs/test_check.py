@@ -19,6 +19,7 @@ from llavactl.data.records import samples
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava"
 
 
@@ -215,7 +216,7 @@ def test_truncation_equals_that_of_training(toy: Path, length: int) -> None:
 
 
 def test_batched_lengths_equal_single_lengths(toy: Path) -> None:
-    for path in [REAL / "llava_instruct_100.json", toy / "records.json"]:
+    for path in [FIXTURES / "instruct.json", REAL / "llava_instruct_100.json", toy / "records.json"]:
         if not path.is_file():
             continue
         where = [f"data.stage2=[{{name: llava-json, path: {path}, images: {toy}}}]"]
@@ -260,6 +261,14 @@ def test_invalid_calls(toy: Path, tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert "Traceback" not in result.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+def test_valid_files(tmp_path: Path) -> None:
+    code, report = check(FIXTURES / "instruct.json")
+    assert (code, report["problems"], report["records"]) == (0, [], 12)
+    code, report = check(FIXTURES / "pretrain.json", "--images", str(tmp_path))
+    assert (code, report["records"], report["errors"]) == (1, 80, 80)
+    assert [each["problem"] for each in report["problems"]] == ["image-missing"]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")

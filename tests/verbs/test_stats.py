@@ -16,7 +16,9 @@ from llavactl.curation.stats import summary
 from llavactl.report.plots import MAX_BARS, histogram
 from llavactl.testing import run_cli
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "instruct.json"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "llava_instruct_100.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 COUNTS = st.dictionaries(st.integers(0, 5000), st.integers(1, 50), min_size=1)
 
 
@@ -100,13 +102,14 @@ def test_a_file_without_usable_records_is_an_error(tmp_path: Path) -> None:
     assert "data check" in result.stderr
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
-def test_real_records() -> None:
-    report = run_cli("data", "stats", str(REAL), "--json").json()
-    records = json.loads(REAL.read_text())
+@pytest.mark.parametrize(
+    ("file", "count"), [(FIXTURE, 12), pytest.param(REAL, 100, marks=needs_real)], ids=["fixture", "real"]
+)
+def test_instruct_records(file: Path, count: int) -> None:
+    report = run_cli("data", "stats", str(file), "--json").json()
+    records = json.loads(file.read_text(encoding="utf-8"))
     turns = Counter(len(each["conversations"]) // 2 for each in records)
-    assert (report["samples"], report["unusable"]) == (100, 0)
-    assert report["measures"]["turns"]["mean"] == sum(n * count for n, count in turns.items()) / 100
+    assert (report["samples"], report["unusable"]) == (count, 0)
+    assert report["measures"]["turns"]["mean"] == round(sum(n * number for n, number in turns.items()) / count, 2)
     assert next(iter(report["openings"])).startswith("what")
-    shown = run_cli("data", "stats", str(REAL)).stdout
-    assert "question opening" in shown
+    assert "question opening" in run_cli("data", "stats", str(file)).stdout

@@ -30,7 +30,7 @@ from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question, Turn
 
 PAIRS_CHANCE = 25.0
-"""Chance level of both questions of a pair; a model that ignores the image never answers both correctly."""
+"""Chance level of guessing both answers of a pair; a model that ignores the image never answers both correctly."""
 
 
 class ScenesTaskOptions(Options):

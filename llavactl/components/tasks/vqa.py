@@ -203,7 +203,7 @@ def _item(name: str, record: Record, annotation: Record, root: ImageRoot, file: 
     )
     human_answers = tuple(value for value in values if isinstance(value, str))
     if len(human_answers) != HUMAN_ANSWERS or len(values) != HUMAN_ANSWERS:
-        raise DataError(f"{annotation.where}: expected {HUMAN_ANSWERS} strings in `answers`, got {len(human_answers)}")
+        raise DataError(f"{annotation.where}: `answers`: expected {HUMAN_ANSWERS} strings, got {listed!r:.60}")
     image = image_of(Record(record.where, {"image": file}), root)
     turns = user_turn(image, f"{record.text('question')}\n{SHORT_ANSWER}")
     question = Question(name, turns, max(human_answers, key=human_answers.count), category)

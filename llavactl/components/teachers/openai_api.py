@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from llavactl.components.teachers import completions
 from llavactl.core.errors import TeacherError
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.core.protocols import Json, Limits, Reply, Request
 from llavactl.core.registry import Options
 
@@ -134,11 +134,13 @@ class OpenAI:
         # A small compressed response could be huge when decompressed.
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         limits = httpx2.Limits(max_connections=self.options.concurrency)
-        fault = proxy_fault()
-        if fault and urlsplit(self.options.base_url).hostname not in _LOCAL_HOSTS:  # a local server needs no proxy
-            raise TeacherError(fault.message, hint=fault.hint, then="stop")
+        invalid_proxy = proxy_error()
+        if (
+            invalid_proxy and urlsplit(self.options.base_url).hostname not in _LOCAL_HOSTS
+        ):  # a local server needs no proxy
+            raise TeacherError(invalid_proxy.message, hint=invalid_proxy.hint, then="stop")
         self._client = httpx2.AsyncClient(
-            headers=headers, timeout=self.options.timeout_s, limits=limits, trust_env=fault is None
+            headers=headers, timeout=self.options.timeout_s, limits=limits, trust_env=invalid_proxy is None
         )
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="openai teacher", daemon=True).start()

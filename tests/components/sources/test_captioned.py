@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.testing import check_source
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 DATA = Path(__file__).parents[4] / "shared" / "data"
 COCO = DATA / "coco-mini"
 real = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
@@ -25,60 +27,91 @@ def source(name: str, **options: Any) -> list[Sample]:
     return list(registry().create("sources", {"name": name, **options}))
 
 
-def coco(**options: Any) -> list[Sample]:
-    annotations = COCO / "annotations"
-    return source(
-        "coco", captions=annotations / "captions_train2017.json", instances=annotations / "instances_train2017.json",
-        **options,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class CocoFiles:
+    """COCO annotations: the number of annotated images, and of those that exist in ``images``."""
+
+    captions: Path
+    instances: Path
+    images: Path
+    annotated: int
+    existing: int
+    crowds: int
+
+    def samples(self, **options: Any) -> list[Sample]:
+        return source("coco", captions=self.captions, instances=self.instances, **options)
 
 
-@real
-def test_real_coco_files(caplog: pytest.LogCaptureFixture) -> None:
-    samples = coco(images=COCO / "train2017")
-    assert len(samples) == 26
-    assert "54 of 80 images" in caplog.text
+@pytest.fixture(params=["fixture", pytest.param("real", marks=real)])
+def coco(request: pytest.FixtureRequest, toys: Path) -> CocoFiles:
+    if request.param == "fixture":
+        files = FIXTURES / "coco_captions.json", FIXTURES / "coco_instances.json"
+        return CocoFiles(*files, toys / "images", annotated=16, existing=12, crowds=4)
+    folder = COCO / "annotations"
+    files = folder / "captions_train2017.json", folder / "instances_train2017.json"
+    return CocoFiles(*files, COCO / "train2017", annotated=80, existing=26, crowds=8)
+
+
+def test_coco_files(coco: CocoFiles, caplog: pytest.LogCaptureFixture) -> None:
+    samples = coco.samples(images=coco.images)
+    assert len(samples) == coco.existing
+    assert f"{coco.annotated - coco.existing} of {coco.annotated} images" in caplog.text
     assert check_source(samples) == []
     assert all(len(sample.captions) >= 5 and sample.images[0].read()[:2] == b"\xff\xd8" for sample in samples)
-    assert len(coco()) == 80, "without an image folder, no image is missing"
-    assert len(coco(images=COCO / "train2017", missing=True)) == 80
-    boxes = [box for sample in coco() for box in sample.boxes]
+    assert len(coco.samples()) == coco.annotated, "without an image folder, no image is missing"
+    assert len(coco.samples(images=coco.images, missing=True)) == coco.annotated
+    boxes = [box for sample in coco.samples() for box in sample.boxes]
     assert all(0 <= edge <= 1 for box in boxes for edge in box.xyxy)
     assert not any(box.crowd for box in boxes)
-    crowds = [box for sample in coco(crowds=True) for box in sample.boxes if box.crowd]
-    assert len(crowds) == 8
-    large = [box for sample in coco(min_area=0.1) for box in sample.boxes]
-    assert 0 < len(large) < len(boxes) / 2
+    crowds = [box for sample in coco.samples(crowds=True) for box in sample.boxes if box.crowd]
+    assert len(crowds) == coco.crowds
+    large = [box for sample in coco.samples(min_area=0.1) for box in sample.boxes]
+    assert 0 < len(large) < len(boxes)
 
 
-@real
-def test_coco_boxes_become_shares_of_the_image() -> None:
-    document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
+def test_coco_boxes_become_shares_of_the_image(coco: CocoFiles) -> None:
+    document = json.loads(coco.instances.read_text())
     row = next(each for each in document["annotations"] if not each["iscrowd"])
     image = next(each for each in document["images"] if each["id"] == row["image_id"])
     left, top, width, height = row["bbox"]
-    wanted = (left / image["width"], top / image["height"])
-    wanted += ((left + width) / image["width"], (top + height) / image["height"])
-    sample = next(each for each in coco() if each.id == Path(image["file_name"]).stem)
-    assert any(box.xyxy == pytest.approx(wanted, abs=1e-6) for box in sample.boxes)
+    expected = (left / image["width"], top / image["height"])
+    expected += ((left + width) / image["width"], (top + height) / image["height"])
+    sample = next(each for each in coco.samples() if each.id == Path(image["file_name"]).stem)
+    assert any(box.xyxy == pytest.approx(expected, abs=1e-6) for box in sample.boxes)
 
 
-@real
-def test_real_caps_boxes_file() -> None:
-    samples = source("caps-boxes", path=DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl")
-    assert len(samples) == 80
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        (FIXTURES / "caps_boxes.jsonl", 3),
+        pytest.param(DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl", 80, marks=real),
+    ],
+    ids=["fixture", "real"],
+)
+def test_caps_boxes_file(file: Path, count: int) -> None:
+    samples = source("caps-boxes", path=file)
+    assert len(samples) == count
     assert check_source(samples) == []
-    first = json.loads((DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl").read_text().splitlines()[0])
+    first = json.loads(file.read_text().splitlines()[0])
     assert list(samples[0].captions) == first["captions"]
     assert samples[0].boxes[0].xyxy == tuple(first["instances"][0]["bbox"])
 
 
-@real
-def test_captions_of_real_llava_records(tmp_path: Path) -> None:
-    samples = source("llava-json", path=DATA / "llava" / "blip_laion_cc_sbu_2k.json")
+@pytest.mark.parametrize(
+    ("pretrain", "instruct"),
+    [
+        (FIXTURES / "pretrain.json", FIXTURES / "instruct.json"),
+        pytest.param(
+            DATA / "llava" / "blip_laion_cc_sbu_2k.json", DATA / "llava" / "llava_instruct_100.json", marks=real
+        ),
+    ],
+    ids=["fixture", "real"],
+)
+def test_only_single_answers_are_captions(pretrain: Path, instruct: Path) -> None:
+    samples = source("llava-json", path=pretrain)
     assert all(sample.captions == (sample.turns[-1].text.strip(),) for sample in samples)
-    talks = source("llava-json", path=DATA / "llava" / "llava_instruct_100.json")
-    assert not any(sample.captions for sample in talks if len(sample.turns) > 2)
+    conversations = source("llava-json", path=instruct)
+    assert not any(sample.captions for sample in conversations if len(sample.turns) > 2)
 
 
 def write(folder: Path, captions: Any = None, instances: Any = None) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from llavactl.curation.problems import KINDS
 from llavactl.files.records import image_names
 
 ROOT = "/images"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 REAL = Path(__file__).parents[4] / "shared" / "data" / "llava" / "llava_instruct_100.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 
 SPEAKERS = st.sampled_from(["human", "gpt", "system", "user", "assistant", "Human", "bot", "nobody", 3, None, []])
 TEXTS = st.sampled_from(
@@ -250,8 +252,16 @@ def test_an_answer_excluded_from_training_is_refused() -> None:
     assert kinds({"id": 1, "conversations": fine}) == set()
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
-def test_real_records_have_no_problem() -> None:
-    for record in json.loads(REAL.read_text()):
+@pytest.mark.parametrize(
+    "file",
+    [
+        FIXTURES / "instruct.json",
+        FIXTURES / "pretrain.json",
+        pytest.param(REAL, marks=needs_real),
+    ],
+    ids=lambda file: file.name,
+)
+def test_valid_records_have_no_problem(file: Path) -> None:
+    for record in json.loads(file.read_text(encoding="utf-8")):
         assert kinds(record) == set()
         assert repair(record, ROOT) == (record, [])

@@ -132,7 +132,7 @@ def test_fewer_than_ten_human_answers(scored: Any, files: dict[str, Path], lines
     for broken in ([], None, [{"answer": 3}] * 10, [{"answer": "x"}] * 9):
         document["annotations"][0]["answers"] = broken
         files["annotations"].write_text(json.dumps(document))
-        assert "n.json annotations 0: expected 10" in scored("vqa", "--answers", answers, **files)
+        assert "n.json annotations 0: `answers`: expected 10" in scored("vqa", "--answers", answers, **files)
     document["annotations"] = document["annotations"][1:]
     files["annotations"].write_text(json.dumps(document))
     assert "n.json: 1 of 3 questions have no annotation" in scored("vqa", "--answers", answers, **files)

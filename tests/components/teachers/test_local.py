@@ -72,11 +72,11 @@ def test_recorded_replies(tmp_path: Path) -> None:
 
 def test_a_journal_replays_to_the_same_records(tmp_path: Path) -> None:
     rows = [{"id": f"p{n}", "image": f"p{n}.jpg", "captions": [f"Picture {n}."]} for n in range(5)]
-    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = (
-        "name: made\nvision: {name: clip, model: clip}\nconnector: {name: linear}\n"
+        "name: instruct\nvision: {name: clip, model: clip}\nconnector: {name: linear}\n"
         "language: {name: hf, model: language}\n"
-        "generate: {source: {name: caps-boxes, path: pictures.jsonl}, teacher: TEACHER, kinds: {detail: 1}, out: OUT}\n"
+        "generate: {source: {name: caps-boxes, path: captions.jsonl}, teacher: TEACHER, kinds: {detail: 1}, out: OUT}\n"
     )
     with toy_endpoint() as endpoint:
         recipe = text.replace("TEACHER", f'{{name: openai, model: m, base_url: "{endpoint.url}"}}').replace(
