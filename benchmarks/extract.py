@@ -1,23 +1,23 @@
-"""From image files to stored features: ours beside the bare tower and beside what else there is, in one run.
+"""Speed of extraction, from image files to stored features, compared with the encoder alone and with other programs.
 
     python benchmarks/extract.py                                       # 6 minutes on 2 cores
     python benchmarks/extract.py --out benchmarks/results/extract-2-cores.json
-    python benchmarks/extract.py --towers tiny --images 8 --rounds 1   # does it run?
+    python benchmarks/extract.py --encoders tiny --images 8 --rounds 1 # a quick functional check
 
-Towers have the shape of the real ones and random weights; photos are those of ``../shared/data/coco-mini``, or drawn.
-In every round each way takes the same photos, in an order drawn anew; figures are medians over rounds. Models are
-loaded and warm. Wall time, and the processor time of all threads and workers, which other work on the machine hardly
-changes.
+Encoders have the architecture of real models and random weights. Images are those of ``../shared/data/coco-mini`` if
+present, otherwise synthetic. In every round each method processes the same images, in random order of methods; results
+are medians over rounds, with models loaded and warm. Besides wall time, the CPU time of all threads and workers is
+reported, which other load on the machine hardly affects.
 
-- bare        the tower, cut at the layer it needs, on ready batches of pixels: nothing read, nothing written
-- ours        files hashed, read, decoded, preprocessed and encoded, features written, fsynced, checksummed and listed
-- loader      what one writes oneself: a DataLoader with two workers before the cut tower, an .npy an image, fsynced
-- pipeline    transformers' image-feature-extraction: the whole tower, its last layer, nothing written
-- one by one  as LLaVA does in training: one image at a time through the whole tower, nothing written
+- encoder only           the encoder, truncated at the layer it needs, on pixels in memory: no reading, no writing
+- llavactl               files hashed, read, decoded, preprocessed and encoded; features written, fsynced, checksummed
+- DataLoader             a PyTorch DataLoader with two workers, the truncated encoder, one fsynced .npy per image
+- transformers pipeline  image-feature-extraction: the full model, its last layer, nothing written
+- one image at a time    as in LLaVA's training loop: the full model, nothing written
 
-``of_bare`` is the speed relative to bare. Where preprocessing binds, the bare tower is no limit: ``needed`` has the
-processor seconds that an image needs, each part alone on one thread, and ``of_needed`` is the speed relative to all
-cores doing nothing else.
+``speed_vs_encoder_only`` is the ratio of wall times. If preprocessing is the bottleneck, the encoder alone is no
+meaningful limit: ``cpu_s_per_image_by_step`` is the CPU time of each step, measured separately on one thread, and
+``speed_vs_cpu_limit`` is the ratio to all cores doing only these steps.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ from llavactl.components.vision.encoder import Preprocess, VisionEncoder, pad_to
 from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.features import ContentKeys, StoreWriter, content_key
 from llavactl.features.backbone import Backbone
-from llavactl.features.extraction import Extraction, Wanted, fill, plan
-from llavactl.features.fingerprint import of_identity
+from llavactl.features.fill import ExtractionJob, fill_store
+from llavactl.features.fingerprint import identity_fingerprint
+from llavactl.features.plan import ExtractionTarget, plan_extraction
 from llavactl.features.prepare import prepare
-from llavactl.recipe.frame import Features
+from llavactl.recipe.sections import Features
 from llavactl.testing import toy_clip
 
-PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
-GROUP = 4
+COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
+BATCH_SIZE = 4
 
 
-def large(folder: Path) -> None:
+def save_large(folder: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -69,7 +70,7 @@ def large(folder: Path) -> None:
     CLIPVisionModel(config).save_pretrained(folder)
 
 
-def small(folder: Path) -> None:
+def save_small(folder: Path) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=224, patch_size=14)
@@ -77,266 +78,267 @@ def small(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A tower to measure: how it is made, and how many photos a round it takes in a bearable time."""
+class EncoderSetup:
+    """An encoder to measure: how to create it, and the default number of images per round."""
 
-    what: str
-    make: Callable[[Path], object]
+    description: str
+    save: Callable[[Path], object]
     images: int
 
 
-TOWERS = {
-    "large": Shape("CLIP ViT-L/14, 336 px", large, 8),
-    "small": Shape("DINOv2 ViT-S/14, 224 px", small, 64),
-    "tiny": Shape("CLIP, 3 layers of width 32, 28 px", toy_clip, 64),
+ENCODERS = {
+    "large": EncoderSetup("CLIP ViT-L/14, 336 px", save_large, 8),
+    "small": EncoderSetup("DINOv2 ViT-S/14, 224 px", save_small, 64),
+    "tiny": EncoderSetup("CLIP, 3 layers of width 32, 28 px", toy_clip, 64),
 }
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One tower and its photos. ``ready`` are batches of pixels [GROUP, 3, H, W]."""
+    """One encoder and its images. ``batches`` are pixels [BATCH_SIZE, 3, H, W] in memory."""
 
     folder: Path
     vision: TransformersVision
     backbone: Backbone
-    whole: torch.nn.Module
-    photos: Sequence[ImageFile]
-    ready: Sequence[torch.Tensor]
+    full_model: torch.nn.Module
+    images: Sequence[ImageFile]
+    batches: Sequence[torch.Tensor]
 
     @property
-    def tower(self) -> VisionEncoder:
-        found: VisionEncoder = self.backbone.encoder  # type: ignore[assignment]
-        return found
+    def encoder(self) -> VisionEncoder:
+        encoder: VisionEncoder = self.backbone.encoder  # type: ignore[assignment]
+        return encoder
 
 
-def photos(folder: Path, count: int) -> list[ImageFile]:
-    """``count`` JPEG files, no two alike: real ones over and over, a byte behind their end changed, or drawn ones."""
+def image_files(folder: Path, count: int) -> list[ImageFile]:
+    """``count`` JPEG files with distinct bytes: real images with different trailing bytes, or synthetic ones."""
     folder.mkdir()
-    real = sorted(PHOTOS.glob("*2017/*.jpg"))
-    sources = [path.read_bytes() for path in real] or [drawn(seed) for seed in range(16)]
-    for number, data in enumerate(islice(cycle(sources), count)):
-        (folder / f"{number}.jpg").write_bytes(data + number.to_bytes(2))
-    return [ImageFile(str(folder), f"{number}.jpg") for number in range(count)]
+    real = sorted(COCO.glob("*2017/*.jpg"))
+    sources = [path.read_bytes() for path in real] or [synthetic_jpeg(seed) for seed in range(16)]
+    for index, data in enumerate(islice(cycle(sources), count)):
+        (folder / f"{index}.jpg").write_bytes(data + index.to_bytes(2))
+    return [ImageFile(str(folder), f"{index}.jpg") for index in range(count)]
 
 
-def drawn(seed: int) -> bytes:
-    """A JPEG of 640x480 with as much detail as a photo has."""
-    chance = np.random.default_rng(seed)
-    coarse = Image.fromarray(chance.integers(0, 256, (60, 80, 3), np.uint8)).resize(
-        (640, 480), Image.Resampling.BICUBIC
-    )
-    made = io.BytesIO()
-    coarse.save(made, "JPEG", quality=90)
-    return made.getvalue()
+def synthetic_jpeg(seed: int) -> bytes:
+    """A JPEG of 640x480 with about as much detail as a photo."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((640, 480), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
-def prepared(name: str, count: int, folder: Path) -> Bench:
-    shape = TOWERS[name]
+def create_bench(name: str, count: int, folder: Path) -> Bench:
     torch.manual_seed(0)
-    shape.make(folder / name)
+    ENCODERS[name].save(folder / name)
     vision = TransformersVision(ClipOptions(model=str(folder / name), layer=-2, image="pad"))
-    backbone = Backbone(vision.load("cpu", "float32"), "cpu", GROUP)
-    images = photos(folder / f"photos of {name}", count)
+    backbone = Backbone(vision.load("cpu", "float32"), "cpu", BATCH_SIZE)
+    images = image_files(folder / f"images of {name}", count)
     pixels = [prepare(backbone.encoder, image) for image in images]
-    backbone.encode(pixels[:GROUP])  # type: ignore[arg-type] # compares batches with single images, once a process
-    whole = vision.whole().eval().requires_grad_(False)
-    ready = [torch.from_numpy(np.stack(pixels[at : at + GROUP])) for at in range(0, count, GROUP)]  # type: ignore[arg-type]
-    return Bench(folder, vision, backbone, whole, images, ready)
+    backbone.encode(pixels[:BATCH_SIZE])  # type: ignore[arg-type] # compares batches with single images, once
+    full_model = vision.whole().eval().requires_grad_(False)
+    starts = range(0, count, BATCH_SIZE)
+    batches = [torch.from_numpy(np.stack(pixels[start : start + BATCH_SIZE])) for start in starts]  # type: ignore[arg-type]
+    return Bench(folder, vision, backbone, full_model, images, batches)
 
 
-def bare(bench: Bench) -> None:
-    for batch in bench.ready:
-        bench.tower.encode(batch)
+def encoder_only(bench: Bench) -> None:
+    for batch in bench.batches:
+        bench.encoder.encode(batch)
 
 
 @contextmanager
-def fresh_home(folder: Path) -> Iterator[None]:
-    """A store of its own, removed when the clock stands still."""
+def temporary_home(folder: Path) -> Iterator[None]:
+    """An empty store, removed outside of the measured time."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         os.environ["LLAVACTL_HOME"] = name
         yield
 
 
-def ours(bench: Bench) -> None:
-    settings = Features(shard_images=len(bench.photos))
-    made_with = of_identity({"identity": bench.vision.identity()}, settings)
-    wanted = Wanted(bench.vision, made_with, "pad", (1,), tuple(bench.photos))
-    todo = plan(wanted, ContentKeys()).todo
-    filled = fill(todo, wanted, Extraction(bench.backbone, settings), lambda _images, _bytes: None)
-    if filled.encoded != len(bench.photos):
-        raise SystemExit(f"{filled.encoded} of {len(bench.photos)} photos were stored: {filled.failures}")
+def run_llavactl(bench: Bench) -> None:
+    settings = Features(shard_images=len(bench.images))
+    fingerprint = identity_fingerprint({"identity": bench.vision.identity()}, settings)
+    target = ExtractionTarget(bench.vision, fingerprint, "pad", (1,), tuple(bench.images))
+    result = fill_store(ExtractionJob(plan_extraction(target, ContentKeys()), bench.backbone, settings))
+    if result.encoded != len(bench.images):
+        raise SystemExit(f"{result.encoded} of {len(bench.images)} images were stored: {result.failures}")
 
 
-def opened(preprocess: Preprocess, image: ImageFile) -> np.ndarray:
-    with Image.open(io.BytesIO(image.read())) as picture:
-        return preprocess(picture.convert("RGB"))
+def decoded_pixels(preprocess: Preprocess, image: ImageFile) -> np.ndarray:
+    with Image.open(io.BytesIO(image.read())) as opened:
+        return preprocess(opened.convert("RGB"))
 
 
-class Photos(torch.utils.data.Dataset[np.ndarray]):
+class ImageDataset(torch.utils.data.Dataset[np.ndarray]):
     def __init__(self, bench: Bench) -> None:
-        self.photos, self.preprocess = bench.photos, bench.tower.preprocess
+        self.images, self.preprocess = bench.images, bench.encoder.preprocess
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return opened(self.preprocess, self.photos[index])
+        return decoded_pixels(self.preprocess, self.images[index])
 
 
-def loader(bench: Bench) -> None:
-    number = 0
-    for batch in torch.utils.data.DataLoader(Photos(bench), batch_size=GROUP, num_workers=2):
-        for features in bench.tower.encode(batch).to(torch.float16).numpy():
-            with Path(os.environ["LLAVACTL_HOME"], f"{number}.npy").open("wb") as file:
+def data_loader(bench: Bench) -> None:
+    index = 0
+    for batch in torch.utils.data.DataLoader(ImageDataset(bench), batch_size=BATCH_SIZE, num_workers=2):
+        for features in bench.encoder.encode(batch).to(torch.float16).numpy():
+            with Path(os.environ["LLAVACTL_HOME"], f"{index}.npy").open("wb") as file:
                 np.save(file, features)
                 os.fsync(file.fileno())
-            number += 1
+            index += 1
 
 
-def pipeline(bench: Bench) -> Callable[[], None]:
+def transformers_pipeline(bench: Bench) -> Callable[[], None]:
     from transformers import pipeline
 
-    pipe = pipeline("image-feature-extraction", model=bench.whole, image_processor=bench.vision.processor, device="cpu")
-    files = [str(image.file) for image in bench.photos]
+    processor = bench.vision.processor
+    pipe = pipeline("image-feature-extraction", model=bench.full_model, image_processor=processor, device="cpu")
+    files = [str(image.file) for image in bench.images]
 
     def run() -> None:
-        pipe(files, batch_size=GROUP, return_tensors=True)
+        pipe(files, batch_size=BATCH_SIZE, return_tensors=True)
 
     return run
 
 
 @torch.inference_mode()
-def one_by_one(bench: Bench) -> None:
+def one_at_a_time(bench: Bench) -> None:
     processor = bench.vision.processor
-    colour = tuple(int(mean * 255) for mean in processor.image_mean)
-    for image in bench.photos:
-        with Image.open(image.file) as picture:
-            square = pad_to_square(picture.convert("RGB"), colour)
+    color = tuple(int(mean * 255) for mean in processor.image_mean)
+    for image in bench.images:
+        with Image.open(io.BytesIO(image.read())) as opened:
+            square = pad_to_square(opened.convert("RGB"), color)
         pixels = processor(images=square, return_tensors="pt")["pixel_values"]
-        bench.whole(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:].to(torch.float16)
+        bench.full_model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:].to(torch.float16)
 
 
-def processor_s() -> float:
-    """Of this process, its threads, and the workers that it waited for."""
-    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(each.ru_utime + each.ru_stime for each in used)
+def cpu_seconds() -> float:
+    """CPU time of this process, its threads, and finished child processes."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def needed(bench: Bench) -> dict[str, float]:
-    """Processor seconds an image, each part alone on one thread."""
-    some = bench.photos[: 4 * GROUP]
+def cpu_s_by_step(bench: Bench) -> dict[str, float]:
+    """CPU seconds per image of each step, measured separately on one thread."""
+    sample = bench.images[: 4 * BATCH_SIZE]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    features = bench.backbone.encode(list(bench.ready[0].numpy()))
-    began = processor_s()
-    for image in some:
-        prepare(bench.tower, image, content_key(image.read()))
-    read = processor_s()
-    few = bench.ready[: 1 if bench.tower.shape.patches > 400 else len(bench.ready)]
-    for batch in few:
-        bench.tower.encode(batch)
-    encoded = processor_s()
-    repeat = 16
-    with StoreWriter(
-        of_identity({"identity": bench.vision.identity()}, Features()), bench.tower.shape, repeat * len(features)
-    ) as writer:
-        for number in range(repeat):
-            writer.append([content_key(b"%d %d" % (number, row)) for row in range(len(features))], features)
-    stored = processor_s()
+    features = bench.backbone.encode(list(bench.batches[0].numpy()))
+    started = cpu_seconds()
+    for image in sample:
+        prepare(bench.encoder, image, content_key(image.read()))
+    prepared = cpu_seconds()
+    batches = bench.batches[: 1 if bench.encoder.shape.patches > 400 else len(bench.batches)]
+    for batch in batches:
+        bench.encoder.encode(batch)
+    encoded = cpu_seconds()
+    repeats = 16
+    fingerprint = identity_fingerprint({"identity": bench.vision.identity()}, Features())
+    with StoreWriter(fingerprint, bench.encoder.shape, repeats * len(features)) as writer:
+        for repeat in range(repeats):
+            writer.append([content_key(b"%d %d" % (repeat, row)) for row in range(len(features))], features)
+    stored = cpu_seconds()
     torch.set_num_threads(threads)
     return {
-        "prepare": (read - began) / len(some),
-        "encode": (encoded - read) / sum(map(len, few)),
-        "store": (stored - encoded) / (repeat * len(features)),
+        "prepare": (prepared - started) / len(sample),
+        "encode": (encoded - prepared) / sum(map(len, batches)),
+        "store": (stored - encoded) / (repeats * len(features)),
     }
 
 
-def measured(name: str, given: argparse.Namespace, folder: Path) -> Documents:
-    bench = prepared(name, given.images or TOWERS[name].images, folder)
-    ways: dict[str, Callable[[], None]] = {
-        "bare": partial(bare, bench),
-        "ours": partial(ours, bench),
-        "loader": partial(loader, bench),
-        "pipeline": pipeline(bench),
-        "one by one": partial(one_by_one, bench),
+def measure(name: str, options: argparse.Namespace, folder: Path) -> Documents:
+    bench = create_bench(name, options.images or ENCODERS[name].images, folder)
+    methods: dict[str, Callable[[], None]] = {
+        "encoder only": partial(encoder_only, bench),
+        "llavactl": partial(run_llavactl, bench),
+        "DataLoader": partial(data_loader, bench),
+        "transformers pipeline": transformers_pipeline(bench),
+        "one image at a time": partial(one_at_a_time, bench),
     }
-    chance, count = random.Random(given.seed), len(bench.photos)
-    wall: dict[str, list[float]] = {way: [] for way in ways}
-    processor: dict[str, list[float]] = {way: [] for way in ways}
-    with fresh_home(folder):
-        parts = needed(bench)
-    for number in range(given.rounds):
-        for way in chance.sample(sorted(ways), len(ways)):
-            with fresh_home(folder):
-                began, worked = time.perf_counter(), processor_s()
-                ways[way]()
-                wall[way].append((time.perf_counter() - began) / count)
-                processor[way].append((processor_s() - worked) / count)
-        print(f"{name}: round {number + 1} of {given.rounds}", file=sys.stderr, flush=True)
+    rng, count = random.Random(options.seed), len(bench.images)
+    wall: dict[str, list[float]] = {method: [] for method in methods}
+    cpu: dict[str, list[float]] = {method: [] for method in methods}
+    with temporary_home(folder):
+        steps = cpu_s_by_step(bench)
+    for round_number in range(1, options.rounds + 1):
+        for method in rng.sample(sorted(methods), len(methods)):
+            with temporary_home(folder):
+                started, cpu_started = time.perf_counter(), cpu_seconds()
+                methods[method]()
+                wall[method].append((time.perf_counter() - started) / count)
+                cpu[method].append((cpu_seconds() - cpu_started) / count)
+        print(f"{name}: round {round_number} of {options.rounds}", file=sys.stderr, flush=True)
         yield {
-            "what": TOWERS[name].what,
-            "rounds": number + 1,
-            "images_a_round": count,
-            "needed_processor_s": {part: round(taken, 5) for part, taken in parts.items()},
-            "ways": {way: compared(way, wall, processor, sum(parts.values())) for way in ways},
+            "description": ENCODERS[name].description,
+            "rounds": round_number,
+            "images_per_round": count,
+            "cpu_s_per_image_by_step": {step: round(seconds, 5) for step, seconds in steps.items()},
+            "methods": {method: compared(method, wall, cpu, sum(steps.values())) for method in methods},
         }
 
 
 def compared(
-    way: str, wall: dict[str, list[float]], processor: dict[str, list[float]], need: float
+    method: str, wall: dict[str, list[float]], cpu: dict[str, list[float]], cpu_limit: float
 ) -> dict[str, float]:
-    def of_bare(times: dict[str, list[float]]) -> float:
-        return round(statistics.median(bare / taken for bare, taken in zip(times["bare"], times[way], strict=True)), 3)
+    def vs_encoder_only(times: dict[str, list[float]]) -> float:
+        pairs = zip(times["encoder only"], times[method], strict=True)
+        return round(statistics.median(encoder / seconds for encoder, seconds in pairs), 3)
 
-    taken = statistics.median(wall[way])
+    seconds = statistics.median(wall[method])
     return {
-        "s_an_image": round(taken, 5),
-        "images_per_s": round(1 / taken, 2),
-        "of_bare": of_bare(wall),
-        "of_needed": round(need / cores() / taken, 3),
-        "processor_s_an_image": round(statistics.median(processor[way]), 5),
-        "processor_of_bare": of_bare(processor),
+        "s_per_image": round(seconds, 5),
+        "images_per_s": round(1 / seconds, 2),
+        "speed_vs_encoder_only": vs_encoder_only(wall),
+        "speed_vs_cpu_limit": round(cpu_limit / cores() / seconds, 3),
+        "cpu_s_per_image": round(statistics.median(cpu[method]), 5),
+        "speed_vs_encoder_only_by_cpu_time": vs_encoder_only(cpu),
     }
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=["large", "small"])
-    parser.add_argument("--images", type=int, help="photos a round, a multiple of 4; large 8, small 64")
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=["large", "small"])
+    parser.add_argument("--images", type=int, help="images per round, a multiple of 4; default: large 8, small 64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     add_options(parser)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(cores())
-    publish(documents(given), given, shown)
+    publish(documents(options), options, as_text)
 
 
-def documents(given: argparse.Namespace) -> Documents:
+def documents(options: argparse.Namespace) -> Documents:
     document = {
         "machine": f"{cores()} cores, load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads",
         "versions": {package: version(package) for package in ("torch", "transformers", "numpy", "pillow")},
     }
-    with tempfile.TemporaryDirectory() as name:
-        for tower in given.towers:
-            for found in measured(tower, given, Path(name)):
-                document |= {tower: found}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.encoders:
+            for result in measure(name, options, Path(folder)):
+                document |= {name: result}
                 yield document
 
 
-def shown(document: Document) -> str:
+def as_text(document: Document) -> str:
     lines = [str(document["machine"])]
-    for found in (each for each in document.values() if isinstance(each, dict) and "ways" in each):
-        parts = ", ".join(f"{part} {taken * 1e3:.1f} ms" for part, taken in found["needed_processor_s"].items())
-        lines.append(f"{found['what']}: an image needs {parts} of a processor")
+    for result in (value for value in document.values() if isinstance(value, dict) and "methods" in value):
+        steps = ", ".join(
+            f"{step} {seconds * 1e3:.1f} ms" for step, seconds in result["cpu_s_per_image_by_step"].items()
+        )
+        lines.append(f"{result['description']}: CPU time per image: {steps}")
         lines += [
-            f"  {way:<11} {each['images_per_s']:>8.2f} images/s, {each['of_bare']:.3f} of bare "
-            f"({each['processor_of_bare']:.3f} by processor time), {each['of_needed']:.3f} of needed"
-            for way, each in found["ways"].items()
+            f"  {method:<21} {figures['images_per_s']:>8.2f} images/s, speed relative to encoder only "
+            f"{figures['speed_vs_encoder_only']:.3f} (by CPU time {figures['speed_vs_encoder_only_by_cpu_time']:.3f}), "
+            f"to the CPU limit {figures['speed_vs_cpu_limit']:.3f}"
+            for method, figures in result["methods"].items()
         ]
     return "\n".join(lines)
 

@@ -1,12 +1,13 @@
-"""What int8 features cost: error and cosine beside float16, bytes, time, and the loss of a real stage 1.
+"""The cost of int8 features: quantization error relative to float16, bytes, time, and the loss of a real stage 1.
 
-    python benchmarks/int8.py                         # minutes on 2 cores, most of them training
+    python benchmarks/int8.py                         # minutes on 2 cores, mostly training
     python benchmarks/int8.py --out benchmarks/results/int8-2-cores.json
     python benchmarks/int8.py --train 0               # without training
 
-Needs the demo plugin (DINOv2, SmolLM2) and the photos of ``../shared/data/coco-mini``. Errors are relative, in the
-norm of an image's features; those called ``even`` are with every channel brought to one size first, so that a few
-huge channels don't hide what became of the others. Beside it stand one scale a token and one a channel.
+Needs the demo plugin (DINOv2, SmolLM2) and the images of ``../shared/data/coco-mini``. Errors are relative to the norm
+of an image's features. ``normalized`` errors are computed after scaling every channel to the same size; otherwise
+outlier channels would hide the errors of the others. Plain int8 with one scale per token or per channel is measured as
+well.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from llavactl import ImageFile, TransformersVision
 from llavactl.components.vision.pretrained import ClipOptions
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, FeatureShape
-from llavactl.data import micro
 from llavactl.data.encode import Encoding
-from llavactl.data.rows import RowLimits
-from llavactl.data.training_set import split
+from llavactl.data.micro_batches import Partition, padded_micro_batches
+from llavactl.data.packing import MicroBatchLimits
+from llavactl.data.split import load_split
 from llavactl.features import open_features
 from llavactl.features.backbone import Backbone
 from llavactl.features.prepare import Failure, prepare
@@ -46,12 +47,12 @@ from llavactl.recipe.load import load_recipe
 from llavactl.verbs.extract import extract
 from llavactl.verbs.train import train
 
-PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
-CLIP = FeatureShape((24, 24), 1024)
+COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
+CLIP_SHAPE = FeatureShape((24, 24), 1024)
 
 
-def a_scale_each(axis: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Plain symmetric int8 with one scale for what lies along ``axis``."""
+def one_scale_per(axis: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Plain symmetric int8 with one scale for all values along ``axis``."""
 
     def round_trip(features: np.ndarray) -> np.ndarray:
         values = features.astype(np.float32)
@@ -61,43 +62,44 @@ def a_scale_each(axis: int) -> Callable[[np.ndarray], np.ndarray]:
     return round_trip
 
 
-WAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "ours": lambda features: as_stored(features, "int8"),
-    "a scale a token": a_scale_each(1),
-    "a scale a channel": a_scale_each(0),
+METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "llavactl": lambda features: as_stored(features, "int8"),
+    "one scale per token": one_scale_per(1),
+    "one scale per channel": one_scale_per(0),
 }
 
 
-def errors(images: Sequence[np.ndarray], way: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-    """Mean and worst over ``images`` [P, Dv] of what ``way`` does to them."""
-    relative, even, cosine, even_cosine = [], [], [], []
+def errors(images: Sequence[np.ndarray], round_trip: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+    """Mean and worst errors of ``round_trip`` over ``images`` [P, Dv]."""
+    relative, normalized, cosine, normalized_cosine = [], [], [], []
     for image in images:
-        wanted, found = image.astype(np.float64), way(image).astype(np.float64)
-        size = np.sqrt((wanted**2).mean(axis=0)) + 1e-12
-        for numbers, angles, scale in ((relative, cosine, 1.0), (even, even_cosine, size)):
-            ours, theirs = found / scale, wanted / scale
-            numbers.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
-            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-            angles += list((ours * theirs).sum(axis=1) / np.maximum(norms, 1e-12))
+        expected, actual = image.astype(np.float64), round_trip(image).astype(np.float64)
+        size = np.sqrt((expected**2).mean(axis=0)) + 1e-12
+        for distances, cosines, scale in ((relative, cosine, 1.0), (normalized, normalized_cosine, size)):
+            a, b = actual / scale, expected / scale
+            distances.append(float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+            norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+            cosines += list((a * b).sum(axis=1) / np.maximum(norms, 1e-12))
     return {
         "relative": statistics.mean(relative),
         "relative_worst": max(relative),
-        "cosine_of_a_token_worst": min(cosine),
-        "even": statistics.mean(even),
-        "even_worst": max(even),
-        "even_cosine_of_a_token_worst": min(even_cosine),
+        "token_cosine_worst": min(cosine),
+        "normalized": statistics.mean(normalized),
+        "normalized_worst": max(normalized),
+        "normalized_token_cosine_worst": min(normalized_cosine),
     }
 
 
 def encoded(model: Path, layer: int, photos: Sequence[Path]) -> list[np.ndarray]:
+    """The features of ``photos`` from ``layer`` of ``model``."""
     encoder = TransformersVision(ClipOptions(model=str(model), layer=layer, image="square")).load("cpu", "float32")
     pixels = [prepare(encoder, ImageFile(str(path.parent), path.name)) for path in photos]
-    good = [each for each in pixels if not isinstance(each, Failure)]
-    return list(Backbone(encoder, "cpu", 1).encode(good))
+    decoded = [each for each in pixels if not isinstance(each, Failure)]
+    return list(Backbone(encoder, "cpu", 1).encode(decoded))
 
 
-def planted(folder: Path) -> Path:
-    """A CLIP-shaped tower of random weights whose residual stream has a few channels of huge magnitude, and tokens."""
+def save_outlier_clip(folder: Path) -> Path:
+    """A CLIP-shaped encoder with random weights and a few outlier channels in its residual stream."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
@@ -108,7 +110,7 @@ def planted(folder: Path) -> Path:
     model = CLIPVisionModel(config)
     with torch.no_grad():
         vision = getattr(model, "vision_model", model)
-        # After the first norm: three channels stand out in every token; six tokens stand out in all channels.
+        # Three channels are scaled after the first norm, in every token.
         for channel, gain, shift in ((7, 30.0, 0.0), (300, 60.0, 40.0), (900, 20.0, 0.0)):
             vision.pre_layrnorm.weight[channel] = gain
             vision.pre_layrnorm.bias[channel] = shift
@@ -116,52 +118,53 @@ def planted(folder: Path) -> Path:
     return folder
 
 
-def with_loud_tokens(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Six tokens an image eight times as large: what registers are in CLIP and DINOv2."""
-    chance = np.random.default_rng(0)
-    made = []
+def with_outlier_tokens(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``images`` with six tokens per image multiplied by eight, like the outlier tokens of CLIP and DINOv2."""
+    rng = np.random.default_rng(0)
+    changed = []
     for image in images:
-        loud = image.astype(np.float32)
-        loud[chance.choice(len(loud), 6, replace=False)] *= 8
-        made.append(loud.astype(np.float16))
-    return made
+        values = image.astype(np.float32)
+        values[rng.choice(len(values), 6, replace=False)] *= 8
+        changed.append(values.astype(np.float16))
+    return changed
 
 
 def milliseconds(work: Callable[[], object], repeat: int = 30) -> float:
-    """The median."""
+    """The median time of ``work``."""
     times = []
     for _ in range(repeat):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return round(statistics.median(times) * 1e3, 3)
 
 
 def loss_of(model: Path, recipe: Recipe) -> float:
-    """The loss of stage 1's ``model`` over the held-out samples, reading the features of ``recipe``."""
+    """The validation loss of the stage 1 ``model`` with the features of ``recipe``."""
     loaded = model_folder.load(model)
     features = open_features(recipe, 1)
     template = registry().create("templates", {"name": loaded.description["template"]})
-    parts, stage = loaded.parts, recipe.stage1
-    encoding = Encoding(template, parts.tokenizer, parts.image_tokens, stage.max_length)
-    held_out = split(recipe.data.stage1, stage, encoding, features, features.contents, recipe.seed).validation
+    bundle, stage = loaded.bundle, recipe.stage1
+    encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, stage.max_length)
+    held_out = load_split(recipe.data.stage1, stage, encoding, features, features.contents, recipe.seed).validation
     total, tokens = 0.0, 0
     for index in range(len(held_out)):
-        (batch,) = micro.padded(held_out, [(0, index)], micro.Share(RowLimits(1, None)))
+        (batch,) = padded_micro_batches(held_out, [(0, index)], Partition(MicroBatchLimits(1, None)))
         with torch.inference_mode():
-            total += parts.model(batch).item()
+            total += bundle.model(batch).item()
         tokens += int((batch.labels != IGNORE).sum())
     return total / tokens
 
 
-def trained(samples: int, seeds: int, folder: Path) -> Documents:
-    """The demo's stage 1 on ``samples`` drawn scenes with each dtype, all else the same; again with other seeds.
+def stage1_losses(samples: int, seeds: int, folder: Path) -> Documents:
+    """Train the demo's stage 1 on ``samples`` synthetic scenes with each dtype and several seeds.
 
-    ``read_percent``, what rounding itself does: the change of the final loss of the connector trained on float16 when
-    it reads the int8 features of the same held-out scenes. ``change_percent``: that of training on int8 from the start.
-    Its connector is LLaVA v1's one linear layer: the loss of the two-layer one drops from 2 to 1 in a few steps, and
-    which ones is chance. So short a training tells little even so: ``spread_percent`` is the standard deviation of
-    float16's own losses over seeds.
+    ``loss_change_reading_int8_percent``: the effect of rounding, as the change of the final loss of the connector
+    trained on float16 when it reads the int8 features of the same validation scenes.
+    ``loss_change_training_on_int8_percent``: the effect of training on int8 from the start. The connector is LLaVA v1's
+    single linear layer: the loss of the two-layer connector drops from 2 to 1 within a few steps at a random time. Even
+    so, so short a run shows little: ``float16_seed_std_percent`` is the standard deviation of the float16 losses over
+    seeds.
     """
     (folder / "recipe.yaml").write_text(
         f"""\
@@ -175,7 +178,7 @@ eval: {{tasks: []}}
         encoding="utf-8",
     )
     losses: dict[str, list[float]] = {}
-    read: dict[str, list[float]] = {}
+    losses_reading: dict[str, list[float]] = {}
     steps = 0
     for seed in range(seeds):
         for dtype in ("float16", "int8"):
@@ -191,80 +194,94 @@ eval: {{tasks: []}}
             losses.setdefault(dtype, []).append(report.val_loss)
             steps = report.steps
             print(f"{dtype}, seed {seed}: {report.val_loss}", file=sys.stderr, flush=True)
-            read.setdefault(dtype, []).append(loss_of(folder / "float16" / str(seed) / "stage1" / "model", recipe))
-            yield {"samples": samples, "steps": steps, **changes(losses, read)}
+            float16_model = folder / "float16" / str(seed) / "stage1" / "model"
+            losses_reading.setdefault(dtype, []).append(loss_of(float16_model, recipe))
+            yield {"samples": samples, "steps": steps, **changes(losses, losses_reading)}
 
 
-def changes(losses: dict[str, list[float]], read: dict[str, list[float]]) -> dict[str, Any]:
-    """Changes by int8, over the seeds that both dtypes were trained with."""
-    halves, small = losses["float16"], losses.get("int8", [])
-    both = halves[: len(small)]
-    reads = zip(read.get("int8", []), read["float16"][: len(small)], strict=True)
+def changes(losses: dict[str, list[float]], losses_reading: dict[str, list[float]]) -> dict[str, Any]:
+    """Changes of the loss with int8, over the seeds trained with both dtypes."""
+    float16, int8 = losses["float16"], losses.get("int8", [])
+    compared = float16[: len(int8)]
+    reading = zip(losses_reading.get("int8", []), losses_reading["float16"][: len(int8)], strict=True)
+    mean_change = 100 * (statistics.mean(int8) / statistics.mean(compared) - 1) if int8 else None
+    seed_std = 100 * statistics.stdev(float16) / statistics.mean(float16) if len(float16) > 1 else None
     return {
-        "read_percent": [100 * (ours / theirs - 1) for ours, theirs in reads],
+        "loss_change_reading_int8_percent": [100 * (a / b - 1) for a, b in reading],
         "val_loss": losses,
-        "change_percent": 100 * (statistics.mean(small) / statistics.mean(both) - 1) if small else None,
-        "change_percent_by_seed": [100 * (ours / theirs - 1) for ours, theirs in zip(small, both, strict=True)],
-        "spread_percent": 100 * statistics.stdev(halves) / statistics.mean(halves) if len(halves) > 1 else None,
+        "loss_change_training_on_int8_percent": mean_change,
+        "loss_change_training_on_int8_percent_by_seed": [
+            100 * (a / b - 1) for a, b in zip(int8, compared, strict=True)
+        ],
+        "float16_seed_std_percent": seed_std,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=16)
-    parser.add_argument("--train", type=int, default=1000, metavar="SAMPLES")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--photos", type=int, default=16, help="images for the quantization errors")
+    parser.add_argument("--train", type=int, default=1000, metavar="SAMPLES", help="scenes to train on; 0: no training")
+    parser.add_argument("--seeds", type=int, default=2, help="trained models per dtype")
     add_options(parser)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    publish(documents(given), given, shown)
+    publish(documents(options), options, as_text)
 
 
-def documents(given: argparse.Namespace) -> Documents:
+def documents(options: argparse.Namespace) -> Documents:
     with tempfile.TemporaryDirectory() as name:
         os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
-        document = measured(given, Path(name))
+        document = quantization_results(options, Path(name))
         yield document
-        if given.train:
-            for found in trained(given.train, given.seeds, Path(name)):
-                yield {**document, "stage1": found}
+        if options.train:
+            for result in stage1_losses(options.train, options.seeds, Path(name)):
+                yield {**document, "stage1": result}
 
 
-def measured(given: argparse.Namespace, folder: Path) -> Document:
+def quantization_results(options: argparse.Namespace, folder: Path) -> Document:
     from llavactl_demo.convert import vision_folder
 
-    paths = sorted(PHOTOS.glob("*2017/*.jpg"))[: given.photos]
-    towers = {
+    paths = sorted(COCO.glob("*2017/*.jpg"))[: options.photos]
+    features = {
         "DINOv2 ViT-S/14, layer -2": encoded(vision_folder(), -2, paths),
         "DINOv2 ViT-S/14, layer 6": encoded(vision_folder(), 6, paths),
-        "CLIP L/336 shape, outlier channels": encoded(planted(folder / "clip"), -2, paths[:4]),
+        "CLIP L/336 shape, outlier channels": encoded(save_outlier_clip(folder / "clip"), -2, paths[:4]),
     }
-    towers["the same, outlier tokens too"] = with_loud_tokens(towers["CLIP L/336 shape, outlier channels"])
-    one = towers["the same, outlier tokens too"][0]
-    integers, scales = quantize(one)
+    with_outliers = with_outlier_tokens(features["CLIP L/336 shape, outlier channels"])
+    features["CLIP L/336 shape, outlier channels and tokens"] = with_outliers
+    image = with_outliers[0]
+    integers, scales = quantize(image)
     return {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
         f"{platform.machine()}",
-        "bytes_of_float16": bytes_of(CLIP, 1024, 1024, "int8") / bytes_of(CLIP, 1024, 1024),
-        "ms_an_image_576x1024": {
-            "quantise": milliseconds(lambda: quantize(one)),
-            "restore": milliseconds(lambda: dequantize(integers, scales)),
-            "copy float16": milliseconds(one.copy),
+        "bytes_relative_to_float16": bytes_of(CLIP_SHAPE, 1024, 1024, "int8") / bytes_of(CLIP_SHAPE, 1024, 1024),
+        "ms_per_image_576x1024": {
+            "quantize": milliseconds(lambda: quantize(image)),
+            "dequantize": milliseconds(lambda: dequantize(integers, scales)),
+            "copy float16": milliseconds(image.copy),
         },
         "photos": len(paths),
         "errors": {
-            name: {way: errors(images, round_trip) for way, round_trip in WAYS.items()}
-            for name, images in towers.items()
+            name: {method: errors(images, round_trip) for method, round_trip in METHODS.items()}
+            for name, images in features.items()
         },
     }
 
 
-def shown(document: Document) -> str:
-    lines = [document["machine"], f"bytes of float16's: {document['bytes_of_float16']:.4f}"]
-    lines.append("ms: " + ", ".join(f"{what} {ms}" for what, ms in document["ms_an_image_576x1024"].items()))
-    for name, ways in document["errors"].items():
-        lines += [name, *(f"  {way:<18} even {each['even']:.4f}, worst token's even cosine "
-                          f"{each['even_cosine_of_a_token_worst']:.5f}" for way, each in ways.items())]  # fmt: skip
+def as_text(document: Document) -> str:
+    times = ", ".join(f"{step} {ms}" for step, ms in document["ms_per_image_576x1024"].items())
+    lines = [
+        document["machine"],
+        f"bytes relative to float16: {document['bytes_relative_to_float16']:.4f}",
+        f"milliseconds per image: {times}",
+    ]
+    for name, methods in document["errors"].items():
+        lines.append(f"{name}:")
+        lines += [
+            f"  {method:<21} normalized error {error['normalized']:.4f}, "
+            f"worst normalized cosine of a token {error['normalized_token_cosine_worst']:.5f}"
+            for method, error in methods.items()
+        ]
     if "stage1" in document:
         lines.append(json.dumps(document["stage1"], indent=1))
     return "\n".join(lines)

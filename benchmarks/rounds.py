@@ -1,4 +1,4 @@
-"""Writes a benchmark's results after every round, so that an interrupted run keeps them."""
+"""Write the results of a benchmark after every round: an interrupted run keeps its finished rounds."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ Documents = Generator[Document]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="Print a line of JSON per round; the last one counts.")
+    parser.add_argument("--json", action="store_true", help="Print one line of JSON per round; the last line is final.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="Write the JSON to FILE after every round.")
 
 
-def publish(documents: Documents, given: argparse.Namespace, shown: Callable[[Document], str]) -> None:
-    """Prints and writes ``documents``, each with all results so far; ``complete`` is true in the last one.
+def publish(documents: Documents, options: argparse.Namespace, as_text: Callable[[Document], str]) -> None:
+    """Print and write ``documents``, each with all results so far; only the last one has ``complete: true``.
 
-    Without ``--json``, the last one is printed at the end by ``shown``, also after Ctrl-C, SIGTERM or an error.
+    Without ``--json``, the last document is printed by ``as_text`` at the end, even after Ctrl-C, SIGTERM or an error.
     """
-    newest: Document | None = None
+    latest: Document | None = None
     code = 0
     try:
-        with stopping.signals(), closing(documents):
-            for newest in documents:
-                _output({**newest, "complete": False}, given)
-        newest = {**(newest or {}), "complete": True}
-        _output(newest, given)
+        with stopping.sigterm_as_interrupt(), closing(documents):
+            for latest in documents:
+                _output({**latest, "complete": False}, options)
+        latest = {**(latest or {}), "complete": True}
+        _output(latest, options)
     except KeyboardInterrupt:
         code = stopping.exit_code()
     finally:
-        if newest is not None and not given.json:
-            print(shown(newest), flush=True)
+        if latest is not None and not options.json:
+            print(as_text(latest), flush=True)
     sys.exit(code)
 
 
-def _output(document: Document, given: argparse.Namespace) -> None:
-    if given.out is not None:
-        write_json(given.out, document)
-    if given.json:
+def _output(document: Document, options: argparse.Namespace) -> None:
+    if options.out is not None:
+        write_json(options.out, document)
+    if options.json:
         print(json_text(document), flush=True)

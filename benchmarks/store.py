@@ -1,16 +1,16 @@
-"""Random reads of stored features, warm and cold: ours beside what else could hold them, interleaved in one run.
+"""Random reads of stored features, warm and cold, compared with other ways to store them.
 
     python benchmarks/store.py
     python benchmarks/store.py --images 400 --out benchmarks/results/store-2-cores.json
 
-Features are 576x1024, as CLIP L/336 makes them. In every round each way reads the same random images; a rate is
-the median over rounds, ``of_map`` the median of its ratio to the bare memory map of our own shard in the same
-round. With workers, all of them read at once, and rates count all. ``by image`` is what training calls: the
-image's file is looked at, its key looked up, then read. Training reads int8 as it is and makes numbers of it on its
-device; ``to float16`` makes them on the CPU.
+Features are 576x1024, as from CLIP L/336. In every round each method reads the same random images. Rates are medians
+over rounds; ``vs_memory_map`` is the median ratio to a plain memory map of the same shard in the same round. Several
+workers read concurrently, and rates count all of them.
 
-Cold: every image once in random order by one process, each way after the system was told to forget all files. In a
-virtual machine the host may still have them.
+- by image     the call used in training: check the image file's stamp, look up its content key, read the features
+- int8         training reads int8 as stored and dequantizes on its device; ``to float16`` dequantizes on the CPU
+- cold         one process reads every image once, in random order, after asking the system to drop cached files; in a
+               virtual machine the host may still cache them
 """
 
 from __future__ import annotations
@@ -41,132 +41,133 @@ from llavactl.features import CachedFeatures, ContentKeys, FeatureStore, Fingerp
 
 SHAPE = FeatureShape((24, 24), 1024)
 FLOAT16, INT8 = Fingerprint({"dtype": "float16"}), Fingerprint({"dtype": "int8"})
-WARM_ONLY = ("copy in memory", "ours, by image")
-SLOW = {"h5py gzip": 30}
-"""Ways that read fewer images a round, by what they are divided by."""
+BASELINE = "memory map"
+WARM_ONLY = ("copy in memory", "llavactl, by image")
+SLOW_METHODS = {"h5py gzip": 30}
+"""Methods that read fewer images per round, by this factor."""
 
 Read = Callable[[int], object]
 
 
 def prepare(folder: Path, images: int) -> None:
-    """One shard of each dtype, and the same numbers in the other layouts."""
-    chance = np.random.default_rng(0)
+    """Write one shard per dtype, and the same features in the other layouts."""
+    rng = np.random.default_rng(0)
     keys = [content_key(b"%d" % index) for index in range(images)]
     (folder / "npy").mkdir()
     (folder / "safetensors").mkdir()
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     row = (1, SHAPE.patches, SHAPE.width)
     with (
-        StoreWriter(FLOAT16, SHAPE, images) as halves,
-        StoreWriter(INT8, SHAPE, images) as bytes_,
-        h5py.File(folder / "chunked.h5", "w") as chunked,
-        h5py.File(folder / "gzip.h5", "w") as gzip,
+        StoreWriter(FLOAT16, SHAPE, images) as float16_writer,
+        StoreWriter(INT8, SHAPE, images) as int8_writer,
+        h5py.File(folder / "chunked.h5", "w") as chunked_file,
+        h5py.File(folder / "gzip.h5", "w") as gzip_file,
     ):
-        whole = (images, *row[1:])
-        pieces = chunked.create_dataset("features", whole, "f2", chunks=row)
-        packed = gzip.create_dataset("features", whole, "f2", chunks=row, compression="gzip")
+        shape = (images, *row[1:])
+        chunked = chunked_file.create_dataset("features", shape, "f2", chunks=row)
+        gzip = gzip_file.create_dataset("features", shape, "f2", chunks=row, compression="gzip")
         for index, key in enumerate(keys):
-            features = (chance.standard_normal(row[1:]) * 3).astype(np.float16)
-            halves.append([key], features[None])
-            bytes_.append([key], features[None])
-            pieces[index] = packed[index] = features
+            features = (rng.standard_normal(row[1:]) * 3).astype(np.float16)
+            float16_writer.append([key], features[None])
+            int8_writer.append([key], features[None])
+            chunked[index] = gzip[index] = features
             np.save(folder / "npy" / f"{index}.npy", features)
             save_file({"features": features}, folder / "safetensors" / f"{index}.safetensors")
-            (folder / "pictures" / f"{index}.jpg").write_bytes(b"%d" % index)
+            (folder / "images" / f"{index}.jpg").write_bytes(b"%d" % index)
 
 
-def ways(folder: Path, images: int) -> dict[str, Read]:
-    """How to read image number ``i``, opened in the process that reads."""
+def methods(folder: Path, images: int) -> dict[str, Read]:
+    """A function per method that reads image ``i``; files are opened in this process."""
     torch.set_num_threads(1)
     keys = [content_key(b"%d" % index) for index in range(images)]
-    store, small = FeatureStore.open(FLOAT16), FeatureStore.open(INT8)
+    store, int8_store = FeatureStore.open(FLOAT16), FeatureStore.open(INT8)
     cached = CachedFeatures(store, ContentKeys())
-    pictures = [ImageFile(str(folder / "pictures"), f"{index}.jpg") for index in range(images)]
-    cached.contents(pictures)
-    shard, small_shard = store.folder / "shard-00000.h5", small.folder / "shard-00000.h5"
-    with h5py.File(shard) as file, h5py.File(small_shard) as small_file:
-        at, small_at = file["features"].id.get_offset(), small_file["features"].id.get_offset()
+    image_files = [ImageFile(str(folder / "images"), f"{index}.jpg") for index in range(images)]
+    cached.contents(image_files)
+    shard, int8_shard = store.folder / "shard-00000.h5", int8_store.folder / "shard-00000.h5"
+    with h5py.File(shard) as file, h5py.File(int8_shard) as int8_file:
+        offset, int8_offset = file["features"].id.get_offset(), int8_file["features"].id.get_offset()
     shape = (images, SHAPE.patches, SHAPE.width)
-    mapped = np.memmap(shard, "f2", "r", at, shape)
-    small_map = np.memmap(small_shard, "i1", "r", small_at, shape)
-    memory = cache(lambda: np.array(mapped))
-    plain = h5py.File(shard)["features"]
+    memory_map = np.memmap(shard, "f2", "r", offset, shape)
+    int8_map = np.memmap(int8_shard, "i1", "r", int8_offset, shape)
+    in_memory = cache(lambda: np.array(memory_map))
+    contiguous = h5py.File(shard)["features"]
     chunked, gzip = h5py.File(folder / "chunked.h5")["features"], h5py.File(folder / "gzip.h5")["features"]
     return {
-        "bare map": lambda i: np.array(mapped[i]),
-        "ours": lambda i: store.read(keys[i]),
-        "ours, by image": lambda i: cached.stored(pictures[i]),
-        "ours, int8": lambda i: small.stored(keys[i]),
-        "ours, int8 to float16": lambda i: small.read(keys[i]),
-        "bare map of int8": lambda i: np.array(small_map[i]),
-        "copy in memory": lambda i: memory()[i].copy(),
-        "h5py contiguous": lambda i: plain[i],
+        BASELINE: lambda i: np.array(memory_map[i]),
+        "llavactl": lambda i: store.read(keys[i]),
+        "llavactl, by image": lambda i: cached.stored(image_files[i]),
+        "llavactl, int8": lambda i: int8_store.stored(keys[i]),
+        "llavactl, int8 to float16": lambda i: int8_store.read(keys[i]),
+        "memory map, int8": lambda i: np.array(int8_map[i]),
+        "copy in memory": lambda i: in_memory()[i].copy(),
+        "h5py contiguous": lambda i: contiguous[i],
         "h5py chunked": lambda i: chunked[i],
         "h5py gzip": lambda i: gzip[i],
-        "npy each": lambda i: np.load(folder / "npy" / f"{i}.npy"),
-        "safetensors each": lambda i: load_file(folder / "safetensors" / f"{i}.safetensors"),
+        "one .npy per image": lambda i: np.load(folder / "npy" / f"{i}.npy"),
+        "one .safetensors per image": lambda i: load_file(folder / "safetensors" / f"{i}.safetensors"),
     }
 
 
 def read_rounds(
     folder: Path, images: int, rounds: int, reads: int, seed: int, start: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every round, by way: start, end and the number of images. ``start()`` is a barrier."""
-    every = ways(folder, images)
-    for number in range(-1, rounds):  # round -1 warms up
-        chosen = [random.Random(f"{seed} {number}").randrange(images) for _ in range(reads)]
-        names = list(every)
-        random.Random(number).shuffle(names)
+    """For every round and method: start time, end time and number of images. ``start()`` waits at a barrier."""
+    read_functions = methods(folder, images)
+    for round_number in range(-1, rounds):  # round -1 warms up
+        indices = [random.Random(f"{seed} {round_number}").randrange(images) for _ in range(reads)]
+        names = list(read_functions)
+        random.Random(round_number).shuffle(names)
         times: dict[str, Any] = {}
         for name in names:
-            read, some = every[name], chosen[: max(1, reads // SLOW.get(name, 1))]
+            read, sample = read_functions[name], indices[: max(1, reads // SLOW_METHODS.get(name, 1))]
             start()
-            began = time.perf_counter()
-            for index in some:
+            started = time.perf_counter()
+            for index in sample:
                 read(index)
-            times[name] = (began, time.perf_counter(), len(some))
-        if number >= 0:
-            yield number, times
+            times[name] = (started, time.perf_counter(), len(sample))
+        if round_number >= 0:
+            yield round_number, times
 
 
 def _ignore_signals() -> None:
-    """In a worker: leaves signals to the parent process, which terminates it."""
+    """In a worker: leave signals to the parent process, which terminates it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _work(queue: Any, barrier: Any, *given: Any) -> None:
+def _work(queue: Any, barrier: Any, *arguments: Any) -> None:
     _ignore_signals()
-    for found in read_rounds(*given, barrier.wait):
-        queue.put(found)
+    for result in read_rounds(*arguments, barrier.wait):
+        queue.put(result)
 
 
-def together(folder: Path, images: int, rounds: int, reads: int, workers: int) -> Documents:
-    """Rates of ``workers`` processes that read at once, after every round."""
+def warm(folder: Path, images: int, rounds: int, reads: int, workers: int) -> Documents:
+    """Rates of ``workers`` concurrent processes, after every round."""
     context = multiprocessing.get_context("fork")
     queue, barrier = context.Queue(), context.Barrier(workers)
-    given = [(queue, barrier, folder, images, rounds, reads, seed) for seed in range(workers)]
-    processes = [context.Process(target=_work, args=each, daemon=True) for each in given]
+    arguments = [(queue, barrier, folder, images, rounds, reads, seed) for seed in range(workers)]
+    processes = [context.Process(target=_work, args=worker_arguments, daemon=True) for worker_arguments in arguments]
     for process in processes:
         process.start()
-    by_round: list[list[dict[str, Any]]] = [[] for _ in range(rounds)]
-    by_way: dict[str, list[float]] = {}
+    times_by_round: list[list[dict[str, Any]]] = [[] for _ in range(rounds)]
+    rates_by_method: dict[str, list[float]] = {}
     try:
         for _ in range(rounds * workers):
-            number, times = queue.get()
-            by_round[number].append(times)
-            if len(by_round[number]) == workers:
-                for name, rate in rates(by_round[number]).items():
-                    by_way.setdefault(name, []).append(rate)
-                yield compared(by_way)
+            round_number, times = queue.get()
+            times_by_round[round_number].append(times)
+            if len(times_by_round[round_number]) == workers:
+                for name, rate in rates(times_by_round[round_number]).items():
+                    rates_by_method.setdefault(name, []).append(rate)
+                yield compared(rates_by_method)
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
-def forget(folder: Path) -> None:
-    """Asks the system to drop what it has in memory of the files below ``folder``."""
+def drop_cached_files(folder: Path) -> None:
+    """Ask the system to drop all files below ``folder`` from its page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -177,92 +178,94 @@ def forget(folder: Path) -> None:
 
 def _read_cold(queue: Any, folder: Path, images: int, name: str, seed: int) -> None:
     _ignore_signals()
-    read = ways(folder, images)[name]
-    forget(folder)
-    chosen = random.Random(seed).sample(range(images), images)
-    began = time.perf_counter()
-    for index in chosen:
+    read = methods(folder, images)[name]
+    drop_cached_files(folder)
+    indices = random.Random(seed).sample(range(images), images)
+    started = time.perf_counter()
+    for index in indices:
         read(index)
-    queue.put(images / (time.perf_counter() - began))
+    queue.put(images / (time.perf_counter() - started))
 
 
 def cold(folder: Path, images: int, rounds: int) -> Documents:
-    """Rates of one process after every round, a new one for each way: mapped pages stay in memory."""
+    """Rates after every round, with a new process for each method, since mapped pages stay in memory."""
     context = multiprocessing.get_context("fork")
-    names = [name for name in ways(folder, images) if name not in WARM_ONLY]
-    by_way: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in random.Random(number).sample(names, len(names)):
+    names = [name for name in methods(folder, images) if name not in WARM_ONLY]
+    rates_by_method: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(rounds):
+        for name in random.Random(round_number).sample(names, len(names)):
             queue = context.Queue()
-            process = context.Process(target=_read_cold, args=(queue, folder, images, name, number), daemon=True)
+            arguments = (queue, folder, images, name, round_number)
+            process = context.Process(target=_read_cold, args=arguments, daemon=True)
             process.start()
-            by_way[name].append(queue.get())
+            rates_by_method[name].append(queue.get())
             process.join()
-        yield compared(by_way)
+        yield compared(rates_by_method)
 
 
 def rates(workers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Images per second of all ``workers`` in one round, by way."""
-    found = {}
+    """Images per second of all ``workers`` in one round, by method."""
+    rates_by_method = {}
     for name in workers[0]:
-        began, ended, counts = zip(*(worker[name] for worker in workers), strict=True)
-        found[name] = sum(counts) / (max(ended) - min(began))
-    return found
+        started, ended, counts = zip(*(worker[name] for worker in workers), strict=True)
+        rates_by_method[name] = sum(counts) / (max(ended) - min(started))
+    return rates_by_method
 
 
-def compared(by_way: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians of images a second over rounds, the fastest first, and of the ratios to the bare map."""
-    bare = by_way["bare map"]
+def compared(rates_by_method: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Median images per second and median ratio to the memory map, the fastest method first."""
+    baseline = rates_by_method[BASELINE]
     return {
         name: {
-            "images_per_s": round(statistics.median(found), 1),
-            "of_map": round(statistics.median(a / b for a, b in zip(found, bare, strict=True)), 3),
+            "images_per_s": round(statistics.median(method_rates), 1),
+            "vs_memory_map": round(statistics.median(a / b for a, b in zip(method_rates, baseline, strict=True)), 3),
         }
-        for name, found in sorted(by_way.items(), key=lambda each: -statistics.median(each[1]))
+        for name, method_rates in sorted(rates_by_method.items(), key=lambda item: -statistics.median(item[1]))
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--reads", type=int, default=300, help="images a way, a round and a worker")
-    parser.add_argument("--cold", type=int, default=3, metavar="ROUNDS")
+    parser.add_argument("--images", type=int, default=200, help="stored images")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of warm reads")
+    parser.add_argument("--reads", type=int, default=300, help="images per method, round and worker")
+    parser.add_argument("--cold", type=int, default=3, metavar="ROUNDS", help="rounds of cold reads")
     add_options(parser)
-    given = parser.parse_args()
-    publish(documents(given), given, shown)
+    options = parser.parse_args()
+    publish(documents(options), options, as_text)
 
 
-def documents(given: argparse.Namespace) -> Documents:
+def documents(options: argparse.Namespace) -> Documents:
     document: Document = {
         "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, h5py {h5py.__version__}",
         "features": [SHAPE.patches, SHAPE.width],
-        **{name: getattr(given, name) for name in ("images", "rounds", "reads", "cold")},
+        **{name: getattr(options, name) for name in ("images", "rounds", "reads", "cold")},
     }
     with tempfile.TemporaryDirectory() as name:
-        os.environ["LLAVACTL_HOME"] = str(Path(name, "home"))
-        prepare(Path(name), given.images)
-        measured = {
-            "1 worker": together(Path(name), given.images, given.rounds, given.reads, 1),
-            "4 workers": together(Path(name), given.images, given.rounds, given.reads, 4),
+        folder = Path(name)
+        os.environ["LLAVACTL_HOME"] = str(folder / "home")
+        prepare(folder, options.images)
+        measurements = {
+            "1 worker": warm(folder, options.images, options.rounds, options.reads, 1),
+            "4 workers": warm(folder, options.images, options.rounds, options.reads, 4),
         }
-        if given.cold and hasattr(os, "posix_fadvise"):
-            measured["cold, 1 worker"] = cold(Path(name), given.images, given.cold)
-        for workers, rounds in measured.items():
+        if options.cold and hasattr(os, "posix_fadvise"):
+            measurements["cold, 1 worker"] = cold(folder, options.images, options.cold)
+        for workers, rounds in measurements.items():
             with closing(rounds):
-                for found in rounds:
-                    document |= {workers: found}
+                for result in rounds:
+                    document |= {workers: result}
                     yield document
 
 
-def shown(document: Document) -> str:
+def as_text(document: Document) -> str:
     lines = [str(document["machine"])]
     for workers in ("1 worker", "4 workers", "cold, 1 worker"):
         if workers in document:
-            lines.append(workers)
+            lines.append(f"{workers}:")
             lines += [
-                f"  {way:<21} {found['images_per_s']:>9.1f} images/s  {found['of_map']:.3f}"
-                for way, found in document[workers].items()
+                f"  {name:<26} {result['images_per_s']:>9.1f} images/s  {result['vs_memory_map']:.3f} of the memory map"
+                for name, result in document[workers].items()
             ]
     return "\n".join(lines)
 

@@ -1,24 +1,25 @@
-"""How fast a stage trains, beside transformers, TRL, and what the language model alone takes.
+"""Training speed and memory of one stage, compared with transformers, TRL and the language model alone.
 
-    python benchmarks/train.py --out train.json                        # minutes; everything drawn from a seed
-    python benchmarks/train.py --stages 2 --records instruct.json      # the lengths of real LLaVA records
+    python benchmarks/train.py --out train.json                        # minutes; random records
+    python benchmarks/train.py --stages 2 --records instruct.json      # records with the lengths of real LLaVA data
 
-One process, one run: every way takes the same records in turn, round after round, so that what else the machine does
-falls on all. Forward and backward alone are timed, AdamW is the same for all; wall time, and the processor time of all
-threads, which other work on the machine hardly changes. Each way's peak memory is that of a process of its own, behind
-the loading. Models: the demo's DINOv2 ViT-S/14 and SmolLM2-135M, bfloat16, 256 tokens an image.
+All methods run in one process, on the same records, in random order in every round: other load on the machine
+affects all of them. Only forward and backward passes are timed, since AdamW is the same for all. Besides wall time, the
+CPU time of all threads is reported, which other load hardly affects. Peak memory is measured in a separate process per
+method, after loading. Models: the demo's DINOv2 ViT-S/14 and SmolLM2-135M in bfloat16, 256 tokens per image.
 
-- limit         the language model (eager) behind the connector on ready features, a record at a time at its exact
-                length, logits at trained positions: nothing computed in vain, nothing shared
-- limit-shared  the same with several records to an image (--per-image): keys and values up to its end computed once
-- packed        ours: records in one row, every image with one record
-- shared        ours: as many records, several to an image
-- hf            LlavaForConditionalGeneration: tower in the loop, padded rows, logits everywhere
-- hf-compact    the same with logits at trained positions alone
-- trl           the loss of TRL's SFTTrainer on that model; left out where trl can't be imported
+- limit                       the language model (eager) and the connector on precomputed features, one record at a time
+                              at its exact length, logits only at target tokens: no wasted computation, nothing shared
+- limit-shared-prefix         the same with several records per image (--per-image): keys and values of the common
+                              prefix, up to the end of the image, are computed once
+- llavactl                    sequence packing, every image with one record
+- llavactl-shared-prefix      sequence packing and prefix sharing, as many records, several per image
+- transformers                LlavaForConditionalGeneration: vision encoder in the loop, padding, logits everywhere
+- transformers-target-logits  the same with logits only at target tokens
+- trl                         the loss of TRL's SFTTrainer on that model; left out if trl can't be imported
 
-A peer takes all records as one batch or one by one, whichever the first round found faster. For each way the result has
-its speed as a share of either limit's.
+The other programs process all records as one batch or one by one, whichever is faster in the first round. For each
+method the result includes its speed relative to both limits.
 """
 
 from __future__ import annotations
@@ -47,183 +48,189 @@ from torch.nn import functional
 
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef
-from llavactl.data import rows
 from llavactl.data.batches import collate, pack
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
+from llavactl.data.packing import MicroBatchLimits, prefix_groups
 from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
 from llavactl.model.packed import packed_attention
 from llavactl.training.memory import release_memory
 
 SHAPE = FeatureShape((16, 16), 384)
-DRAWN = {1: (2, 8, 20), 2: (60, 120, 380)}
-"""Tokens of text that are not trained, and the least and most that are: captions, and instructions as LLaVA's."""
+RECORD_LENGTHS = {1: (2, 8, 20), 2: (60, 120, 380)}
+"""Prompt tokens, and the fewest and most target tokens: captions, and instructions as in LLaVA."""
 PER_IMAGE = {1: 5, 2: 2}
-WARM = 3
-"""Records of the first round, which warms up and tells whether a peer is better off with one at a time."""
-RESET = Path("/proc/self/clear_refs")
+WARM_UP_RECORDS = 3
+"""Records of the first round, which warms up and chooses the batch size of the other programs."""
+RESET_PEAK = Path("/proc/self/clear_refs")
 
 
-class Features:
-    """Ready features, as from a warm cache."""
+class RandomFeatures:
+    """Features in memory, as from a warm cache."""
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray]:
-        chance = np.random.default_rng(sum(image.name.encode()))
-        return (chance.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
+        rng = np.random.default_rng(sum(image.name.encode()))
+        return (rng.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
 
 
-def drawn(stage: int, count: int, chance: random.Random) -> list[Encoded]:
+def random_records(stage: int, count: int, rng: random.Random) -> list[Encoded]:
     """Records of random tokens: BOS, image, text, targets."""
-    asked, least, most = DRAWN[stage]
-    found = []
-    for number in range(count):
-        text = [chance.randrange(100, 40000) for _ in range(asked + chance.randint(least, most))]
-        labels = [IGNORE] * asked + text[asked:]
-        opening = [1, *[IMAGE_TOKEN] * SHAPE.patches]
-        image = ImageFile("/", f"{number}.jpg")
-        found.append(Encoded((*opening, *text), (*[IGNORE] * len(opening), *labels), (image,)))
-    return found
+    prompt_length, fewest, most = RECORD_LENGTHS[stage]
+    encoded = []
+    for index in range(count):
+        text = [rng.randrange(100, 40000) for _ in range(prompt_length + rng.randint(fewest, most))]
+        labels = [IGNORE] * prompt_length + text[prompt_length:]
+        prefix = [1, *[IMAGE_TOKEN] * SHAPE.patches]
+        image = ImageFile("/", f"{index}.jpg")
+        encoded.append(Encoded((*prefix, *text), (*[IGNORE] * len(prefix), *labels), (image,)))
+    return encoded
 
 
-def real(path: Path, count: int, tokenizer: Any, chance: random.Random) -> list[Encoded]:
-    """``count`` of the LLaVA records in ``path``, under vicuna-v1."""
+def real_records(path: Path, count: int, tokenizer: Any, rng: random.Random) -> list[Encoded]:
+    """``count`` random LLaVA records of ``path``, encoded with the template vicuna-v1."""
     encoding = Encoding(registry().create("templates", {"name": "vicuna-v1"}), tokenizer, SHAPE.patches, 2048)
     source = registry().create("sources", {"name": "llava-json", "path": str(path), "images": str(path.parent)})
     samples = list(source)
-    return [encoding.encode(arrange(each.turns, "first", "")) for each in chance.sample(samples, count)]
+    return [encoding.encode(arrange(sample.turns, "first", "")) for sample in rng.sample(samples, count)]
 
 
-def sharing(items: Sequence[Encoded], per_image: int) -> list[Encoded]:
-    """``items``, ``per_image`` after another about the image of the first of them."""
-    return [Encoded(item.ids, item.labels, items[at - at % per_image].images) for at, item in enumerate(items)]
+def with_shared_images(items: Sequence[Encoded], per_image: int) -> list[Encoded]:
+    """``items`` with one image for every ``per_image`` consecutive records."""
+    return [Encoded(item.ids, item.labels, items[i - i % per_image].images) for i, item in enumerate(items)]
 
 
-def ours(model: Any, items: Sequence[Encoded]) -> float:
-    """One row of all ``items``."""
-    families = rows.families(items, SHAPE.patches, rows.RowLimits(len(items)))
-    batch = pack([(each.shared, [items[at] for at in each.members]) for each in families], Features())
+def packed_loss(model: Any, items: Sequence[Encoded]) -> float:
+    """All ``items`` packed into one sequence."""
+    groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
+    batch = pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], RandomFeatures())
     with packed_attention(model.language):
         loss = model(batch)
         loss.backward()
     return loss.item()
 
 
-def limit(model: Any, items: Sequence[Encoded]) -> float:
+def limit_loss(model: Any, items: Sequence[Encoded]) -> float:
     total = 0.0
     for item in items:
-        batch = collate([item], Features())
+        batch = collate([item], RandomFeatures())
         embeds = model.embed(batch.ids, batch.features)
         hidden = model.language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, :-1]
         targets = batch.labels[0, 1:]
-        trained = targets != IGNORE
-        logits = model.language.lm_head(hidden[trained]).float()
-        loss = functional.cross_entropy(logits, targets[trained], reduction="sum")
+        is_target = targets != IGNORE
+        logits = model.language.lm_head(hidden[is_target]).float()
+        loss = functional.cross_entropy(logits, targets[is_target], reduction="sum")
         loss.backward()
         total += loss.item()
     return total
 
 
-def limit_shared(model: Any, items: Sequence[Encoded]) -> float:
+def limit_shared_prefix_loss(model: Any, items: Sequence[Encoded]) -> float:
     total = 0.0
     for _, group in groupby(items, lambda item: item.images[0]):
-        about = list(group)
-        end = about[0].ids.index(IMAGE_TOKEN) + SHAPE.patches
-        opening = Encoded(about[0].ids[:end], about[0].labels[:end], about[0].images)
-        assert all(item.ids[:end] == opening.ids and item.labels[end] == IGNORE for item in about)
-        batch = collate([opening], Features())
-        seen = model.language.model(inputs_embeds=model.embed(batch.ids, batch.features), use_cache=True)
-        losses = [_behind(model, seen.past_key_values, item, end) for item in about]
+        members = list(group)
+        end = members[0].ids.index(IMAGE_TOKEN) + SHAPE.patches
+        prefix = Encoded(members[0].ids[:end], members[0].labels[:end], members[0].images)
+        assert all(item.ids[:end] == prefix.ids and item.labels[end] == IGNORE for item in members)
+        batch = collate([prefix], RandomFeatures())
+        output = model.language.model(inputs_embeds=model.embed(batch.ids, batch.features), use_cache=True)
+        losses = [_loss_after_prefix(model, output.past_key_values, item, end) for item in members]
         loss = torch.stack(losses).sum()
         loss.backward()
         total += loss.item()
     return total
 
 
-def _behind(model: Any, opening: Any, item: Encoded, end: int) -> torch.Tensor:
-    """The loss of what ``item`` says behind its ``opening`` of ``end`` tokens."""
+def _loss_after_prefix(model: Any, prefix_cache: Any, item: Encoded, end: int) -> torch.Tensor:
+    """The loss of ``item`` after its first ``end`` tokens, whose keys and values are in ``prefix_cache``."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for at, layer in enumerate(opening.layers):
-        cache.update(layer.keys, layer.values, at)
+    for index, layer in enumerate(prefix_cache.layers):
+        cache.update(layer.keys, layer.values, index)
     embeds = model.embed(torch.tensor([item.ids[end:]]), None)
     hidden = model.language.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state[0, :-1]
     targets = torch.tensor(item.labels[end + 1 :])
-    trained = targets != IGNORE
-    logits = model.language.lm_head(hidden[trained]).float()
-    return functional.cross_entropy(logits, targets[trained], reduction="sum")
+    is_target = targets != IGNORE
+    logits = model.language.lm_head(hidden[is_target]).float()
+    return functional.cross_entropy(logits, targets[is_target], reduction="sum")
 
 
-def plain(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+def transformers_loss(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     return peer.model(**inputs, labels=labels).loss * (labels[:, 1:] != IGNORE).sum()
 
 
-def compact(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+def transformers_target_logits_loss(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     hidden = peer.model.model(**inputs).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
-    trained = targets != IGNORE
-    return functional.cross_entropy(peer.model.lm_head(hidden[trained]).float(), targets[trained], reduction="sum")
+    is_target = targets != IGNORE
+    logits = peer.model.lm_head(hidden[is_target]).float()
+    return functional.cross_entropy(logits, targets[is_target], reduction="sum")
 
 
-def trl(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+def trl_loss(peer: Any, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
     loss: torch.Tensor = peer.compute_loss(peer.model, {**inputs, "labels": labels}, num_items_in_batch=1)
     return loss
 
 
-Peer = Callable[[Any, dict[str, Any], torch.Tensor], torch.Tensor]
+PeerLoss = Callable[[Any, dict[str, Any], torch.Tensor], torch.Tensor]
 OURS: dict[str, Callable[[Any, Sequence[Encoded]], float]] = {
-    "limit": limit,
-    "limit-shared": limit_shared,
-    "packed": ours,
-    "shared": ours,
+    "limit": limit_loss,
+    "limit-shared-prefix": limit_shared_prefix_loss,
+    "llavactl": packed_loss,
+    "llavactl-shared-prefix": packed_loss,
 }
-PEERS: dict[str, Peer] = {"hf": plain, "hf-compact": compact, "trl": trl}
+PEERS: dict[str, PeerLoss] = {
+    "transformers": transformers_loss,
+    "transformers-target-logits": transformers_target_logits_loss,
+    "trl": trl_loss,
+}
 
 
-def padded(way: Peer, peer: Any, items: Sequence[Encoded], micro: int) -> float:
-    """``micro`` records at a time through ``way``, each with a picture of its own."""
+def padded_loss(peer_loss: PeerLoss, peer: Any, items: Sequence[Encoded], batch_size: int) -> float:
+    """The loss of ``items`` in padded batches, every record with an image of its own."""
     torch.manual_seed(0)
     pixels = torch.randn(len(items), 3, 224, 224, dtype=torch.bfloat16)
     total = 0.0
-    for at in range(0, len(items), micro):
-        batch = collate(items[at : at + micro], Features())
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start : start + batch_size], RandomFeatures())
         inputs = {
             "input_ids": batch.ids.masked_fill(batch.ids == IMAGE_TOKEN, peer.model.config.image_token_id),
             "attention_mask": batch.mask.long(),
-            "pixel_values": pixels[at : at + micro],
+            "pixel_values": pixels[start : start + batch_size],
             "use_cache": False,
         }
-        loss = way(peer, inputs, batch.labels)
+        loss = peer_loss(peer, inputs, batch.labels)
         loss.backward()
         total += loss.item()
     return total
 
 
-def our_model(stage: int) -> tuple[Any, Any]:
-    """Ours and its tokenizer; what ``stage`` trains has gradients."""
+def llavactl_model(stage: int) -> tuple[Any, Any]:
+    """llavactl's model and its tokenizer; the parameters that ``stage`` trains require gradients."""
     from llavactl_demo.convert import language_folder
 
     spec = {"name": "hf", "model": str(language_folder()), "attention": "eager"}
-    parts = build({"name": "mlp2x-gelu"}, spec, SHAPE, dtype="bfloat16")
-    parts.model.language.requires_grad_(stage == 2)
-    return parts.model, parts.tokenizer
+    bundle = build({"name": "mlp2x-gelu"}, spec, SHAPE, dtype="bfloat16")
+    bundle.model.language.requires_grad_(stage == 2)
+    return bundle.model, bundle.tokenizer
 
 
-def their_model(stage: int, model: Any) -> Any:
-    """transformers' with the weights of ours."""
+def transformers_model(stage: int, model: Any) -> Any:
+    """LlavaForConditionalGeneration with the weights of ``model``."""
     from llavactl_demo.convert import vision_folder
     from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
-    tower = AutoModel.from_pretrained(vision_folder(), dtype=torch.bfloat16)
+    vision_encoder = AutoModel.from_pretrained(vision_folder(), dtype=torch.bfloat16)
     config = LlavaConfig(
-        vision_config=tower.config,
+        vision_config=vision_encoder.config,
         text_config=model.language.config,
         image_token_index=49151,
         vision_feature_layer=-3,
         vision_feature_select_strategy="default",
     )
     llava = LlavaForConditionalGeneration(config).to(torch.bfloat16)
-    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    llava.model.vision_tower.load_state_dict(vision_encoder.state_dict())
     llava.model.language_model.load_state_dict(model.language.model.state_dict())
     llava.tie_weights()
     llava.requires_grad_(stage == 2)
@@ -232,16 +239,16 @@ def their_model(stage: int, model: Any) -> Any:
     return llava
 
 
-def trainer(llava: Any, tokenizer: Any) -> Any:
-    """TRL's, for ``llava``.
+def trl_trainer(llava: Any, tokenizer: Any) -> Any:
+    """TRL's SFTTrainer for ``llava``.
 
     Raises:
-        ImportError: it isn't there, or doesn't go with this transformers.
+        ImportError: trl is not installed or doesn't support this version of transformers.
     """
     try:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
-    except RuntimeError as error:  # what trl makes of an import that fails
+    except RuntimeError as error:  # raised by trl if one of its imports fails
         raise ImportError(" ".join(str(error).split())) from error
     settings = SFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -253,146 +260,164 @@ def trainer(llava: Any, tokenizer: Any) -> Any:
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    nothing = Dataset.from_list([{"input_ids": [1]}])
-    return SFTTrainer(llava, settings, lambda batch: batch, nothing, processing_class=tokenizer)
+    dummy = Dataset.from_list([{"input_ids": [1]}])
+    return SFTTrainer(llava, settings, lambda batch: batch, dummy, processing_class=tokenizer)
 
 
-def peers(stage: int, model: Any, tokenizer: Any, wanted: Sequence[str]) -> dict[str, Any]:
-    """Whose ``model`` each of the ``wanted`` peers takes; a missing trl is left out."""
-    holder = SimpleNamespace(model=their_model(stage, model))
-    found: dict[str, Any] = {name: holder for name in wanted if name != "trl"}
-    if "trl" in wanted:
+def load_peers(stage: int, model: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, Any]:
+    """An object with the attribute ``model`` for each of ``names``; trl is left out if it can't be imported."""
+    holder = SimpleNamespace(model=transformers_model(stage, model))
+    peers: dict[str, Any] = {name: holder for name in names if name != "trl"}
+    if "trl" in names:
         try:
-            found["trl"] = trainer(holder.model, tokenizer)
+            peers["trl"] = trl_trainer(holder.model, tokenizer)
         except ImportError as error:
             print(f"trl is left out: {error}", file=sys.stderr, flush=True)
-    return found
+    return peers
 
 
-def records(stage: int, options: argparse.Namespace, tokenizer: Any, chance: random.Random) -> list[Encoded]:
+def records(stage: int, options: argparse.Namespace, tokenizer: Any, rng: random.Random) -> list[Encoded]:
     if options.records and stage == 2:
-        return real(options.records, options.count, tokenizer, chance)
-    return drawn(stage, options.count, chance)
+        return real_records(options.records, options.count, tokenizer, rng)
+    return random_records(stage, options.count, rng)
 
 
-def given(name: str, stage: int, options: argparse.Namespace, items: Sequence[Encoded]) -> Sequence[Encoded]:
-    """The records as the way ``name`` takes them."""
+def method_records(name: str, stage: int, options: argparse.Namespace, items: Sequence[Encoded]) -> Sequence[Encoded]:
+    """``items`` as the method ``name`` needs them: with shared images for prefix sharing."""
     per_image = options.per_image or PER_IMAGE[stage]
-    return sharing(items, per_image) if name.endswith("shared") else items
+    return with_shared_images(items, per_image) if name.endswith("shared-prefix") else items
 
 
 def measure(stage: int, options: argparse.Namespace) -> Documents:
-    """Medians of every way, of one interleaved run, after every round; then each way's peak memory."""
-    model, tokenizer = our_model(stage)
-    theirs = peers(stage, model, tokenizer, list(PEERS))
-    chance = random.Random(options.seed)
+    """Medians of all methods in an interleaved run, after every round; then the peak memory of each method."""
+    model, tokenizer = llavactl_model(stage)
+    peers = load_peers(stage, model, tokenizer, list(PEERS))
+    rng = random.Random(options.seed)
     wall: dict[str, list[float]] = {}
-    processor: dict[str, list[float]] = {}
-    micro = dict.fromkeys(theirs, options.count)
-    seen: list[Encoded] = []
-    for turn in range(options.rounds + 1):
-        items = records(stage, options, tokenizer, chance)
-        items = items if turn else items[:WARM]
+    cpu: dict[str, list[float]] = {}
+    batch_sizes = dict.fromkeys(peers, options.count)
+    all_items: list[Encoded] = []
+    for round_number in range(options.rounds + 1):
+        items = records(stage, options, tokenizer, rng)
+        items = items if round_number else items[:WARM_UP_RECORDS]
         losses: dict[str, float] = {}
 
         def timed(name: str, run: Callable[[], float], owner: Any, losses: dict[str, float] = losses) -> Any:
-            began, worked = time.perf_counter(), time.process_time()
+            started, cpu_started = time.perf_counter(), time.process_time()
             losses[name] = run()
-            taken = time.perf_counter() - began, time.process_time() - worked
+            elapsed = time.perf_counter() - started, time.process_time() - cpu_started
             owner.zero_grad(set_to_none=False)
-            return taken
+            return elapsed
 
-        for name in chance.sample([*OURS, *theirs], len(OURS) + len(theirs)):
+        for name in rng.sample([*OURS, *peers], len(OURS) + len(peers)):
             if name in OURS:
-                taken = timed(name, partial(OURS[name], model, given(name, stage, options, items)), model)
+                elapsed = timed(name, partial(OURS[name], model, method_records(name, stage, options, items)), model)
             else:
-                peer, sizes = theirs[name], [micro[name]] if turn else sorted({1, len(items)})
-                each = {
-                    size: timed(name, partial(padded, PEERS[name], peer, items, size), peer.model) for size in sizes
+                peer, sizes = peers[name], [batch_sizes[name]] if round_number else sorted({1, len(items)})
+                elapsed_by_size = {
+                    size: timed(name, partial(padded_loss, PEERS[name], peer, items, size), peer.model)
+                    for size in sizes
                 }
-                best = min(sizes, key=lambda size: each[size][1])
-                taken = each[best]
-                micro[name] = best if turn or best == 1 else options.count
-            if turn:  # the first round warms up
-                wall.setdefault(name, []).append(taken[0] / len(items))
-                processor.setdefault(name, []).append(taken[1] / len(items))
-        agree(losses)
-        seen += items if turn else []
-        print(f"stage {stage}: round {turn} of {options.rounds}", file=sys.stderr, flush=True)
-        if turn:
-            yield {"rounds": turn, **summary(stage, options, seen, wall, processor, micro, {})}
+                best = min(sizes, key=lambda size: elapsed_by_size[size][1])
+                elapsed = elapsed_by_size[best]
+                batch_sizes[name] = best if round_number or best == 1 else options.count
+            if round_number:  # the first round warms up
+                wall.setdefault(name, []).append(elapsed[0] / len(items))
+                cpu.setdefault(name, []).append(elapsed[1] / len(items))
+        check_losses(losses)
+        all_items += items if round_number else []
+        print(f"stage {stage}: round {round_number} of {options.rounds}", file=sys.stderr, flush=True)
+        if round_number:
+            yield {"rounds": round_number, **summary(stage, options, all_items, wall, cpu, batch_sizes, {})}
     peaks: dict[str, float | None] = {}
     for name in wall:
-        peaks[name] = peak_mb(stage, name, micro.get(name, 0), options)
-        yield {"rounds": options.rounds, **summary(stage, options, seen, wall, processor, micro, peaks)}
+        peaks[name] = peak_mb(stage, name, batch_sizes.get(name, 0), options)
+        yield {"rounds": options.rounds, **summary(stage, options, all_items, wall, cpu, batch_sizes, peaks)}
 
 
 def summary(
     stage: int,
     options: argparse.Namespace,
-    seen: Sequence[Encoded],
+    items: Sequence[Encoded],
     wall: dict[str, list[float]],
-    processor: dict[str, list[float]],
-    micro: dict[str, int],
+    cpu: dict[str, list[float]],
+    batch_sizes: dict[str, int],
     peaks: dict[str, float | None],
 ) -> Document:
-    """The medians of ``wall`` and ``processor`` seconds a record, by way, over the records ``seen``."""
-    tokens = statistics.mean(map(len, seen))
-    medians = {name: (statistics.median(wall[name]), statistics.median(processor[name])) for name in wall}
+    """Medians of the ``wall`` and ``cpu`` seconds per record of each method, over the records ``items``."""
+    tokens = statistics.mean(map(len, items))
+    medians = {name: (statistics.median(wall[name]), statistics.median(cpu[name])) for name in wall}
+    limit, shared_limit = medians["limit"], medians["limit-shared-prefix"]
     return {
-        "tokens_a_record": round(tokens, 1),
-        "trained_a_record": round(statistics.mean(item.trained for item in seen), 1),
-        "records_at_a_time": options.count,
-        "records_an_image_in_shared": options.per_image or PER_IMAGE[stage],
-        "ways": {
+        "tokens_per_record": round(tokens, 1),
+        "target_tokens_per_record": round(statistics.mean(item.target_tokens for item in items), 1),
+        "records_per_batch": options.count,
+        "records_per_image_with_shared_prefix": options.per_image or PER_IMAGE[stage],
+        "methods": {
             name: {
-                "s_a_record": round(taken, 4),
-                "tokens_per_s": round(tokens / taken, 1),
-                "speed_of_limit": round(medians["limit"][0] / taken, 3),
-                "speed_of_limit_shared": round(medians["limit-shared"][0] / taken, 3),
-                "processor_s_a_record": round(worked, 4),
-                "processor_speed_of_limit": round(medians["limit"][1] / worked, 3),
-                "processor_speed_of_limit_shared": round(medians["limit-shared"][1] / worked, 3),
+                "s_per_record": round(seconds, 4),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "speed_vs_limit": round(limit[0] / seconds, 3),
+                "speed_vs_limit_shared_prefix": round(shared_limit[0] / seconds, 3),
+                "cpu_s_per_record": round(cpu_seconds, 4),
+                "speed_vs_limit_by_cpu_time": round(limit[1] / cpu_seconds, 3),
+                "speed_vs_limit_shared_prefix_by_cpu_time": round(shared_limit[1] / cpu_seconds, 3),
                 "peak_mb": peaks.get(name),
-                **({"micro_batch": micro[name]} if name in micro else {}),
+                **({"micro_batch_size": batch_sizes[name]} if name in batch_sizes else {}),
             }
-            for name, (taken, worked) in sorted(medians.items(), key=lambda way: way[1])
+            for name, (seconds, cpu_seconds) in sorted(medians.items(), key=lambda item: item[1])
         },
     }
 
 
-def agree(losses: dict[str, float]) -> None:
-    """Ways that were given the same have the same loss, to bfloat16's rounding."""
-    alike = [("packed", "limit"), ("shared", "limit-shared"), ("hf-compact", "hf"), ("trl", "hf")]
-    for ours, theirs in alike:
-        if ours in losses and abs(losses[ours] / losses[theirs] - 1) > 0.01:
-            raise SystemExit(f"{ours} has another loss than {theirs}: {losses}")
+def check_losses(losses: dict[str, float]) -> None:
+    """Methods with the same records must have the same loss, within the rounding of bfloat16."""
+    pairs = [
+        ("llavactl", "limit"),
+        ("llavactl-shared-prefix", "limit-shared-prefix"),
+        ("transformers-target-logits", "transformers"),
+        ("trl", "transformers"),
+    ]
+    for name, expected in pairs:
+        if name in losses and abs(losses[name] / losses[expected] - 1) > 0.01:
+            raise SystemExit(f"the losses of {name} and {expected} differ: {losses}")
 
 
-def peak_mb(stage: int, name: str, micro: int, options: argparse.Namespace) -> float | None:
-    """What one round of the way ``name`` takes, its model included, in a process of its own; None beyond Linux."""
-    if not RESET.exists():
+def peak_mb(stage: int, name: str, batch_size: int, options: argparse.Namespace) -> float | None:
+    """Peak memory of one round of method ``name`` in a separate process, including the model; None except on Linux."""
+    if not RESET_PEAK.exists():
         return None
-    words = ["--peak", str(stage), name, str(micro), "--count", str(options.count), "--seed", str(options.seed)]
-    words += ["--per-image", str(options.per_image)] if options.per_image else []
-    words += ["--records", str(options.records)] if options.records else []
-    made = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, encoding="utf-8", check=True)
-    return float(made.stdout.splitlines()[-1])
+    arguments = [
+        "--peak",
+        str(stage),
+        name,
+        str(batch_size),
+        "--count",
+        str(options.count),
+        "--seed",
+        str(options.seed),
+    ]
+    arguments += ["--per-image", str(options.per_image)] if options.per_image else []
+    arguments += ["--records", str(options.records)] if options.records else []
+    process = subprocess.run(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, encoding="utf-8", check=True
+    )
+    return float(process.stdout.splitlines()[-1])
 
 
-def print_peak(stage: int, name: str, micro: int, options: argparse.Namespace) -> None:
-    """Loads what the way ``name`` needs, forgets what that took, runs one round and prints the most it took, in MB."""
-    model, tokenizer = our_model(stage)
+def print_peak(stage: int, name: str, batch_size: int, options: argparse.Namespace) -> None:
+    """Load the models of method ``name``, reset the peak, run one round and print the peak memory in MB."""
+    model, tokenizer = llavactl_model(stage)
     items = records(stage, options, tokenizer, random.Random(options.seed))
     if name in PEERS:
-        peer = peers(stage, model, tokenizer, [name])[name]
-        run = partial(padded, PEERS[name], peer, items, micro)
+        peer = load_peers(stage, model, tokenizer, [name])[name]
+        run = partial(padded_loss, PEERS[name], peer, items, batch_size)
     else:
-        run = partial(OURS[name], model, given(name, stage, options, items))
+        run = partial(OURS[name], model, method_records(name, stage, options, items))
     if name in PEERS:
         del model
     release_memory()
-    RESET.write_text("5", encoding="utf-8")  # the kernel counts its peak from here
+    RESET_PEAK.write_text("5", encoding="utf-8")  # resets the peak that the kernel records
     run()
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     print(round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024, 1))
@@ -402,46 +427,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--count", type=int, default=10, help="records at a time")
-    parser.add_argument("--per-image", type=int, help="records an image in `shared`: 5 in stage 1, 2 in stage 2")
-    parser.add_argument("--records", type=Path, help="LLaVA JSON for stage 2; without it lengths are drawn")
+    parser.add_argument("--count", type=int, default=10, help="records per batch")
+    parser.add_argument(
+        "--per-image", type=int, help="records per image with a shared prefix; default: 5 in stage 1, 2 in stage 2"
+    )
+    parser.add_argument("--records", type=Path, help="LLaVA JSON for stage 2; default: records of random length")
     parser.add_argument("--seed", type=int, default=0)
     add_options(parser)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        stage, name, micro = options.peak
-        print_peak(int(stage), name, int(micro), options)
+        stage, name, batch_size = options.peak
+        print_peak(int(stage), name, int(batch_size), options)
         return
 
-    publish(documents(options), options, shown)
+    publish(documents(options), options, as_text)
 
 
 def documents(options: argparse.Namespace) -> Documents:
     result = {
-        "what": "forward and backward, seconds a record: medians of one interleaved run",
+        "description": "forward and backward pass, seconds per record: medians of one interleaved run",
         "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}",
         "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     for stage in options.stages:
-        for found in measure(stage, options):
-            result |= {f"stage {stage}": found}
+        for measured in measure(stage, options):
+            result |= {f"stage {stage}": measured}
             yield result
 
 
-def shown(document: Document) -> str:
+def as_text(document: Document) -> str:
     lines = []
     for stage in (name for name in document if name.startswith("stage ")):
-        found = document[stage]
-        lines.append(f"{stage}: {found['tokens_a_record']} tokens a record, {found['trained_a_record']} trained")
-        for name, way in found["ways"].items():
-            taken, worked, speed = way["s_a_record"], way["processor_s_a_record"], way["tokens_per_s"]
-            lines.append(
-                f"  {name:<12} {taken:8.4f} s a record ({worked:.4f} of a processor) {speed:8.1f} tokens/s"
-                f" {way['speed_of_limit']:6.3f} of limit {way['speed_of_limit_shared']:6.3f} of limit-shared"
-                f" {way['peak_mb'] or 0:8.1f} MB"
-            )
+        result = document[stage]
+        tokens, targets = result["tokens_per_record"], result["target_tokens_per_record"]
+        lines.append(f"{stage}: {tokens} tokens per record, {targets} target tokens")
+        lines += [
+            f"  {name:<26} {figures['s_per_record']:8.4f} s per record (CPU {figures['cpu_s_per_record']:.4f} s), "
+            f"{figures['tokens_per_s']:8.1f} tokens/s, speed relative to limit {figures['speed_vs_limit']:.3f}, "
+            f"to limit-shared-prefix {figures['speed_vs_limit_shared_prefix']:.3f}, "
+            f"peak {figures['peak_mb'] or 0:.1f} MB"
+            for name, figures in result["methods"].items()
+        ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""Writes the generated blocks of README.md and docs/ anew, from the code they describe: ``make docs``.
+"""Regenerates the generated blocks of README.md and docs/ from the code: ``make docs``.
 
-A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``; the text around it is ours.
-``tests/docs`` fails while a page says something else than the code.
+A block is delimited by ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. ``tests/docs`` fails if a block is
+outdated.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import ast
 import importlib
 import inspect
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# The pages describe llavactl itself, whatever is installed beside it.
+# The pages describe llavactl without the plugins that are installed here.
 os.environ["LLAVACTL_PLUGINS"] = ""
 
 import click
+from pydantic import BaseModel
 
 import llavactl
 from llavactl.core import hookspecs, protocols
 from llavactl.core.registry import registry
-from llavactl.core.validation import describe_options
+from llavactl.core.validation import describe, schema_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md", "docs/data.md")
@@ -33,10 +35,10 @@ BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOT
 
 
 def commands() -> Iterator[str]:
-    """The commands and what they do."""
-    from llavactl.core.builtins import COMMANDS
+    """The commands with their summaries."""
+    from llavactl.core.builtin_plugin import COMMANDS
 
-    yield "| command | does |\n|---|---|"
+    yield "| command | |\n|---|---|"
     for name, summary in COMMANDS.items():
         group = _command([name])
         names = list(group.commands) if isinstance(group, click.Group) else []
@@ -45,7 +47,7 @@ def commands() -> Iterator[str]:
 
 def cli() -> Iterator[str]:
     """Every command with its usage, help and options."""
-    from llavactl.core.builtins import COMMANDS
+    from llavactl.core.builtin_plugin import COMMANDS
 
     for name in COMMANDS:
         yield from _describe([name])
@@ -82,8 +84,17 @@ def _describe(path: list[str]) -> Iterator[str]:
         yield "\n".join(lines) + "\n"
 
 
+def hook_table() -> Iterator[str]:
+    """One line per hook."""
+    yield "| hook | purpose |\n|---|---|"
+    for name, function in vars(hookspecs).items():
+        if hasattr(function, "llavactl_spec"):
+            summary = (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")
+            yield f"| `{name}` | {summary} |"
+
+
 def hooks() -> Iterator[str]:
-    """Every hook with its signature, in the order of the module."""
+    """Every hook with its signature and docstring, in the order of the module."""
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
             text = (inspect.getdoc(function) or "").replace("``", "`")
@@ -96,12 +107,16 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
 
 
 def kinds() -> Iterator[str]:
-    """The Protocol of every kind of component, with the classes of the same module that it speaks of."""
-    own = [each for _, each in inspect.getmembers(protocols, inspect.isclass) if each.__module__ == protocols.__name__]
+    """The Protocol of every kind of component, with the other classes of the package that it mentions."""
+    classes = [
+        each
+        for _, each in inspect.getmembers(protocols, inspect.isclass)
+        if each.__module__.startswith(protocols.__name__)
+    ]
     for kind, protocol in protocols.KINDS.items():
         source = _source(protocol)
-        spoken_of = [each for each in own if each is not protocol and re.search(rf"\b{each.__name__}\b", source)]
-        sources = "\n\n\n".join([source, *map(_source, spoken_of)])
+        mentioned = [each for each in classes if each is not protocol and re.search(rf"\b{each.__name__}\b", source)]
+        sources = "\n\n\n".join([source, *map(_source, mentioned)])
         yield f"### `{kind}`\n\n```python\n{sources}\n```\n"
 
 
@@ -109,64 +124,135 @@ def _source(protocol: type) -> str:
     return inspect.getsource(protocol).removeprefix("@runtime_checkable\n").rstrip()
 
 
+def keys() -> Iterator[str]:
+    """Every key that llavactl reads in a recipe, section by section."""
+    from llavactl.recipe import frame, sections, specs, stages
+
+    yield from _key_table("Top level", frame.Recipe, {"run_dir": "`runs/<name>`"})
+    yield from _key_table("`language`", specs.LanguageSpec)
+    yield from _key_table("`features`", sections.Features)
+    yield from _key_table("`data`", sections.Data)
+    yield from _key_table("A source in `data`", specs.SourceSpec)
+    yield from _stage_table(
+        {number: stages.StageSections.model_fields[name].annotation for number, name in stages.STAGES.items()}
+    )
+    yield from _key_table("`lora` of a stage", stages.Lora)
+    yield from _key_table("`eval`", sections.Eval)
+    yield from _key_table("`generate`", sections.Generate)
+    yield from _key_table("`generate.kinds`", sections.SampleKinds)
+    yield from _key_table("`generate.gates`", sections.Gates)
+    yield from _key_table("An export in `export`", specs.Export)
+
+
+def _key_table(title: str, model: type[BaseModel], defaults: Mapping[str, str] | None = None) -> Iterator[str]:
+    """``defaults`` are defaults that depend on other keys."""
+    yield f"### {title}\n"
+    yield f"{inspect.cleandoc(model.__doc__ or '')}\n".replace("``", "`")
+    yield "| key | value | default | description |\n|---|---|---|---|"
+    for key, (value, default, description) in _fields(model).items():
+        yield f"| `{key}` | {value} | {(defaults or {}).get(key, default)} | {description} |"
+    yield ""
+
+
+def _stage_table(models: Mapping[int, Any]) -> Iterator[str]:
+    """One table for all stages: most keys are the same."""
+    yield "### " + " and ".join(f"`stage{number}`" for number in models) + "\n"
+    yield " ".join(inspect.cleandoc(model.__doc__ or "") for model in models.values()) + "\n"
+    numbers = "".join(f" stage {number} |" for number in models)
+    yield f"| key | value |{numbers} description |\n|---|---|{'---|' * len(models)}---|"
+    of_stages = [_fields(model) for model in models.values()]
+    for key in dict.fromkeys(key for fields in of_stages for key in fields):
+        value, _, description = next(fields[key] for fields in of_stages if key in fields)
+        defaults = "".join(f" {fields[key][1] if key in fields else '–'} |" for fields in of_stages)
+        yield f"| `{key}` | {value} |{defaults} {description} |"
+    yield ""
+
+
+def _fields(model: type[BaseModel]) -> dict[str, tuple[str, str, str]]:
+    """The keys of ``model`` with expected value, default and description, in Markdown."""
+    schema = schema_of(model)
+    fields = {}
+    for key, field in schema.get("properties", {}).items():
+        default = "required" if key in schema.get("required", ()) else _default(field.get("default"))
+        value = "a string" if "pattern" in field else describe(field, schema) or "any value"
+        fields[key] = (value.replace("'", "`"), default, _description(key, field, model))
+    return fields
+
+
+def _default(value: Any) -> str:
+    """A default in Markdown; defaults of sections are in the section's own table."""
+    return "" if isinstance(value, dict) else f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def _description(key: str, field: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """The description of a key, which a subclass that redeclares the key inherits."""
+    inherited = (parent.model_fields.get(key) for parent in model.__mro__ if hasattr(parent, "model_fields"))
+    text = field.get("description") or next((each.description for each in inherited if each and each.description), "")
+    return str(text).replace("|", "\\|")
+
+
 def components() -> Iterator[str]:
-    """Every component that llavactl brings, with its options."""
+    """Every built-in component with its options."""
     for kind in protocols.KINDS:
         names = registry().names(kind)
         if names:
             yield f"### `{kind}`\n"
         for name in names:
             entry = registry().get(kind, name)
-            yield f"- **`{name}`** – {entry.summary}"
-            for option, what in describe_options(entry.options_model()).items():
-                yield f"    - `{option}`: {what}"
-        if names:
-            yield ""
+            yield f"**`{name}`** – {entry.summary.replace('<|', chr(92) + '<|')}\n"
+            fields = _fields(entry.options_model())
+            if fields:
+                yield "| option | value | default | description |\n|---|---|---|---|"
+                for key, (value, default, description) in fields.items():
+                    yield f"| `{key}` | {value} | {default} | {description} |"
+                yield ""
 
 
 def problems() -> Iterator[str]:
-    """What ``data check`` finds, and what each does to a run."""
+    """The problems that ``data check`` reports, with their effect on a run."""
     from llavactl.curation.problems import KINDS
 
     yield "| problem | effect | |\n|---|---|---|"
     for name, kind in KINDS.items():
-        yield f"| `{name}` | {kind.effect} | {kind.what.replace('<image>', '`<image>`')} |"
+        yield f"| `{name}` | {kind.effect} | {kind.description.replace('<image>', '`<image>`')} |"
 
 
 def recipes() -> Iterator[str]:
-    """The recipes that llavactl brings."""
+    """The built-in recipes."""
     yield "| recipe | |\n|---|---|"
     for name in registry().names("recipes"):
         yield f"| `{name}` | {registry().get('recipes', name).summary} |"
 
 
 def templates() -> Iterator[str]:
-    """Every template that writes in a way of its own, as it writes one conversation."""
+    """One conversation in the format of every template."""
     from llavactl.components.templates.styles import STYLES
     from llavactl.core.schema import Text, Turn
     from llavactl.images.image_file import ImageFile
 
-    asked = Turn("user", (ImageFile("photos", "a.jpg"), "\nWhat is it?"))
-    talk = (asked, Turn("assistant", ("A dog.",)), Turn("user", ("Which colour?",)), Turn("assistant", ("Red.",)))
+    question = Turn("user", (ImageFile("photos", "a.jpg"), "\nWhat is it?"))
+    follow_up = (Turn("user", ("Which colour?",)), Turn("assistant", ("Red.",)))
+    conversation = (question, Turn("assistant", ("A dog.",)), *follow_up)
     tokenizer = SimpleNamespace(bos_token="<s>", eos_token="</s>", unk_token_id=0, convert_tokens_to_ids=len)
     for name in ("plain", *STYLES):
         template = registry().create("templates", {"name": name})
-        segments = template.render(talk[:2] if name == "plain" else talk, tokenizer)
+        segments = template.render(conversation[:2] if name == "plain" else conversation, tokenizer)
         text = ""
-        for trained, run in itertools.groupby(segments, lambda each: isinstance(each, Text) and each.trained):
-            written = "".join(each.text if isinstance(each, Text) else "<image>" for each in run)
-            text += f"«{written}»" if trained else written
+        for is_target, run in itertools.groupby(segments, lambda each: isinstance(each, Text) and each.trained):
+            piece = "".join(each.text if isinstance(each, Text) else "<image>" for each in run)
+            text += f"«{piece}»" if is_target else piece
         yield f"### `{name}`\n\n```text\n{text}\n```\n"
 
 
 def names() -> Iterator[str]:
-    """The public names, and what each is."""
+    """The public names with the first paragraph of their docstrings."""
+    yield "| name | description |\n|---|---|"
     for name in llavactl.__all__:
-        yield f"- `{name}` – {_first_line(name)}".removesuffix(" – ")
+        yield f"| `{name}` | {_first_line(name)} |"
 
 
 def _first_line(name: str) -> str:
-    """The first paragraph about a public name: of its docstring, or of the string below its assignment."""
+    """The first paragraph of the docstring of a public name, or of the string below its assignment."""
     value = getattr(llavactl, name)
     own = inspect.isclass(value) or inspect.isfunction(value)
     text = (inspect.getdoc(value) if own else _below_assignment(name)) or ""
@@ -174,8 +260,8 @@ def _first_line(name: str) -> str:
 
 
 def _below_assignment(name: str) -> str | None:
-    """The string literal that follows ``name = …`` in the module it comes from."""
-    module = importlib.import_module(llavactl._WHERE[name])
+    """The string literal below ``name = …`` in the module that defines ``name``."""
+    module = importlib.import_module(llavactl._MODULES[name])
     for node, after in itertools.pairwise(ast.parse(inspect.getsource(module)).body):
         assigned = isinstance(node, ast.Assign) and any(ast.unparse(target) == name for target in node.targets)
         if assigned and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
@@ -184,12 +270,13 @@ def _below_assignment(name: str) -> str | None:
 
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
-    each.__name__: each for each in (commands, cli, hooks, kinds, components, problems, recipes, templates, names)
+    each.__name__: each
+    for each in (commands, cli, hook_table, hooks, kinds, keys, components, problems, recipes, templates, names)
 }
 
 
 def filled(text: str) -> str:
-    """The page ``text`` with its generated blocks as the code has them."""
+    """The page ``text`` with its generated blocks regenerated."""
 
     def fill(match: re.Match[str]) -> str:
         block = "\n".join(BLOCKS[match[2]]()).rstrip("\n")
@@ -199,7 +286,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Writes every page."""
+    """Regenerates every page."""
     for page in PAGES:
         path = ROOT / page
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

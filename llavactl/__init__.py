@@ -1,7 +1,7 @@
 """llavactl: build LLaVA-type vision-language assistants.
 
-The public API, imported lazily (PEP 562): plugins and scripts use these names and ``llavactl.testing`` only.
-The commands as functions are in ``llavactl.api``.
+These names are the public API for plugins and scripts, together with ``llavactl.testing``. They are imported lazily
+(PEP 562). ``llavactl.api`` has the commands as functions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_WHERE = {
+_MODULES = {
     "Answer": "llavactl.core.schema",
     "BatchTeacher": "llavactl.core.protocols",
     "Box": "llavactl.core.schema",
@@ -18,6 +18,7 @@ _WHERE = {
     "DataError": "llavactl.core.errors",
     "Encoder": "llavactl.core.protocols",
     "FeatureShape": "llavactl.core.schema",
+    "Finding": "llavactl.core.protocols",
     "Format": "llavactl.core.protocols",
     "ImageFile": "llavactl.images.image_file",
     "ImageRef": "llavactl.core.schema",
@@ -34,9 +35,12 @@ _WHERE = {
     "Problem": "llavactl.core.errors",
     "Progress": "llavactl.core.progress",
     "Question": "llavactl.core.schema",
+    "RawRecord": "llavactl.core.protocols",
     "RecipeError": "llavactl.core.errors",
     "RecipePath": "llavactl.core.options",
     "RecipePaths": "llavactl.core.options",
+    "RecordSource": "llavactl.core.protocols",
+    "RepairingSource": "llavactl.core.protocols",
     "Reply": "llavactl.core.protocols",
     "Request": "llavactl.core.protocols",
     "Sample": "llavactl.core.schema",
@@ -67,14 +71,14 @@ _WHERE = {
     "train": "llavactl.api",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 __version__ = "0.4.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'llavactl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The Python API: the commands as functions, for notebooks, scripts and plugins. ``llavactl`` exports it lazily.
+"""The Python API: the commands as functions, for notebooks, scripts and plugins; exported lazily by ``llavactl``.
 
     recipe = llavactl.load_recipe("recipe.yaml", {"stage2.epochs": 2})
     llavactl.extract(recipe)
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.core.errors import Problem
     from llavactl.core.schema import ImageRef, Turn
+    from llavactl.evaluation.results import EvalReport
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.training.report import TrainReport
     from llavactl.verbs.export import ExportReport
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport
     from llavactl.verbs.run import RunReport
-    from llavactl.verbs.train_report import TrainReport
 
 Overrides = Mapping[str, Any] | Sequence[str]
-"""Recipe keys to set: ``{"stage1.epochs": 2}``, or as on the command line ``["stage1.epochs=2"]``."""
+"""Recipe keys to override: ``{"stage1.epochs": 2}``, or ``["stage1.epochs=2"]`` as with ``-o``."""
 
 OnProgress = Callable[[Progress], object]
 
 
 def load_recipe(source: str | Path | None = None, overrides: Overrides = ()) -> Recipe:
-    """The complete recipe ``source``: a name, a file, or by default ``./recipe.yaml``.
+    """Loads the complete recipe ``source``: a name or a file, by default ``./recipe.yaml``.
 
     Raises:
-        RecipeError: with all its problems (``problems``).
+        RecipeError: lists all problems of the recipe (``problems``).
     """
     from llavactl.recipe.load import load_recipe as load
 
@@ -53,14 +53,14 @@ def load_recipe(source: str | Path | None = None, overrides: Overrides = ()) -> 
 
 
 def check(source: str | Path | None = None, overrides: Overrides = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``; empty if it can be run. No weights are read."""
+    """Lists all problems of the recipe ``source``, without reading weights; empty if it can be run."""
     from llavactl.verbs.preflight import problems
 
     return problems(source, _overrides(overrides))
 
 
 def generate(recipe: Outline, *, dry_run: bool = False, progress: OnProgress | None = None) -> GenerateReport:
-    """Makes instruction data with the recipe's teacher; with ``dry_run`` estimates requests, tokens and cost."""
+    """Generates instruction data with the recipe's teacher; with ``dry_run``, estimates requests, tokens and cost."""
     from llavactl.verbs.generate import generate as work
 
     with reporting_to(progress):
@@ -74,7 +74,7 @@ def extract(
     max_skipped: int | None = None,
     progress: OnProgress | None = None,
 ) -> ExtractReport:
-    """Extracts the features that ``recipe`` needs and the store lacks; with ``dry_run`` estimates bytes and time.
+    """Extracts the features of ``recipe`` that are not in the store; with ``dry_run``, estimates bytes and time.
 
     Raises:
         DataError: more than ``max_skipped`` images can't be read.
@@ -93,7 +93,7 @@ def train(
     max_skipped: int | None = None,
     progress: OnProgress | None = None,
 ) -> TrainReport:
-    """Trains ``stage`` of ``recipe``, or resumes it; a finished stage is not trained again.
+    """Trains or resumes ``stage`` of ``recipe``; a finished stage is not trained again.
 
     Raises:
         DataError: more than ``max_skipped`` images can't be read.
@@ -117,7 +117,7 @@ def evaluate(
 ) -> EvalReport:
     """Scores ``model`` (default: the recipe's last finished stage) on ``task``, or stored ``answers`` without a model.
 
-    ``options`` are the task's, over those in the recipe.
+    ``options`` are the task's options, which override the recipe's.
     """
     from llavactl.verbs.evaluate import evaluate as work
 
@@ -139,16 +139,16 @@ def export(
 ) -> ExportReport:
     """Exports ``model`` (default: the recipe's last finished stage) to the folder ``to`` and verifies the export.
 
-    ``options`` are the format's. ``verify=False`` skips verification.
+    ``options`` are the format's options. ``verify=False`` skips verification.
 
     Raises:
-        ModelError: the format can't hold the model, or the export differs from it.
+        ModelError: the format can't represent the model, or the export differs from it.
     """
     from llavactl.verbs.export import export as work
 
-    chosen = {"name": format, **(options or {})}
+    spec = {"name": format, **(options or {})}
     with reporting_to(progress):
-        return work(recipe, chosen, Path(to), model=None if model is None else str(model), check=verify)
+        return work(recipe, spec, Path(to), model=None if model is None else str(model), check=verify)
 
 
 def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
@@ -162,27 +162,27 @@ def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
 def load_model(
     model: Recipe | str | Path, *, template: str | None = None, device: str | None = None, recipe: Recipe | None = None
 ) -> Assistant:
-    """A model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
+    """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
-    ``template`` replaces the model's conversation template, ``device`` is by default the best available. ``recipe``
-    supplies what a checkpoint lacks: see docs/export.md.
+    ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
+    provides components that a checkpoint lacks (see docs/export.md).
 
     Raises:
         ModelError: the model can't be read.
     """
-    from llavactl.chat.opening import open_assistant
-    from llavactl.model.folder import of_run
-    from llavactl.model.foreign import resolve
+    from llavactl.chat.loading import load_assistant
+    from llavactl.model.folder import latest_model
+    from llavactl.model.imported import resolve
 
-    folder = resolve(str(model), recipe) if isinstance(model, str | Path) else of_run(model.run_dir)
-    return open_assistant(folder, device, template=template)
+    folder = resolve(str(model), recipe) if isinstance(model, str | Path) else latest_model(model.run_dir)
+    return load_assistant(folder, device, template=template)
 
 
 class Chat:
-    """A conversation with a model about images; keys and values of earlier turns are kept."""
+    """A conversation with a model about images; the key/value cache of earlier turns is reused."""
 
     def __init__(self, model: Assistant, *, system: str | None = None) -> None:
-        """``model`` is from ``load_model``; ``system`` replaces the template's system prompt."""
+        """``model`` is returned by ``load_model``; ``system`` replaces the template's system prompt."""
         from llavactl.chat.conversation import Conversation
 
         self._conversation = Conversation(model, system)
@@ -206,24 +206,24 @@ class Chat:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """The answer to ``prompt`` in pieces as it is generated.
+        """Streams the answer to ``prompt``.
 
-        ``images`` are files, URLs, base64 or PIL images, and come before the prompt. ``temperature`` 0 is greedy
+        ``images`` are files, URLs, base64 strings or PIL images and precede the prompt. ``temperature`` 0 means greedy
         decoding. If generation fails, the turn is removed.
 
         Raises:
             DataError: an image can't be read.
         """
+        from llavactl.chat.inputs import user_content
         from llavactl.model.generate import Sampling
-        from llavactl.verbs.chat import content
 
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        shown = [str(each) if isinstance(each, str | Path) else _in_memory(each) for each in images]
-        yield from self._conversation.ask(*content(prompt, shown), sampling=sampling)
+        inputs = [str(image) if isinstance(image, str | Path) else _in_memory(image) for image in images]
+        yield from self._conversation.ask(*user_content(prompt, inputs), sampling=sampling)
 
 
 def _in_memory(image: PIL.Image.Image) -> ImageRef:
-    """``image`` as PNG, which is lossless."""
+    """A reference to ``image`` as PNG (lossless)."""
     from llavactl.images.references import ImageBytes
 
     file = io.BytesIO()
@@ -233,7 +233,7 @@ def _in_memory(image: PIL.Image.Image) -> ImageRef:
 
 
 def _overrides(overrides: Overrides) -> Sequence[str]:
-    """``overrides`` as for ``-o``; values are written as JSON, which is YAML."""
+    """``overrides`` as ``key=value`` strings; values are JSON, which is valid YAML."""
     if not isinstance(overrides, Mapping):
         return overrides
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

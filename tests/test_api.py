@@ -1,4 +1,4 @@
-"""The Python API equals the commands; the code blocks of docs/python.md run."""
+"""The Python API matches the commands; the code blocks of docs/python.md run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy project whose page was run in it, in a process of its own as a user's script would be."""
+    """A toy project in which the code of docs/python.md was run as a script."""
     from llavactl.testing import toy_recipe
 
     folder = tmp_path_factory.mktemp("project")
@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_runs(trained: Path) -> None:
+def test_output_of_the_documented_code(trained: Path) -> None:
     out = (trained / "page.out").read_text(encoding="utf-8")
     assert "12 images encoded, 0 skipped" in out
     assert re.search(r"stage2: \d+ of \d+ steps \{.*loss", out)
@@ -43,64 +43,73 @@ def test_the_page_runs(trained: Path) -> None:
     assert "VerificationResult(" in out
 
 
-def test_the_same_as_the_commands(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_match_the_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
-    ours = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12)
-    words = ("chat", "--model", "runs/toy/stage2/model", "--image", "images/photo-000.jpg", "--max-new-tokens", "12")
-    assert run_cli(*words, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == ours
+    answer = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12)
+    arguments = ("chat", "--model", "runs/toy/stage2/model", "--max-new-tokens", "12")
+    image = ("--image", "images/photo-000.jpg")
+    assert (
+        run_cli(*arguments, *image, "--prompt", "What colour is it?", "--json", cwd=trained).json()["answer"] == answer
+    )
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
 
 
-def test_overrides_of_every_type(trained: Path) -> None:
-    given = {"stage1.epochs": 3, "stage1.learning_rate": 1e-4, "data.stage1": [], "stage2.method": "lora", "seed": 7}
-    recipe = llavactl.load_recipe(trained / "recipe.yaml", given)
+def test_overrides_of_all_types(trained: Path) -> None:
+    overrides = {
+        "stage1.epochs": 3,
+        "stage1.learning_rate": 1e-4,
+        "data.stage1": [],
+        "stage2.method": "lora",
+        "seed": 7,
+    }
+    recipe = llavactl.load_recipe(trained / "recipe.yaml", overrides)
     assert (recipe.stage1.epochs, recipe.stage1.learning_rate, recipe.seed) == (3, 1e-4, 7)
     assert (recipe.data.stage1, recipe.stage2.method) == ((), "lora")
     assert llavactl.load_recipe(trained / "recipe.yaml", ["stage1.epochs=3"]).stage1.epochs == 3
 
 
-def test_problems_are_those_of_the_command(trained: Path) -> None:
-    wrong = ["vision.layer=9", "export=[{format: hf, to: out}]"]
-    (found,) = llavactl.check(trained / "recipe.yaml", wrong)
-    words = [part for each in wrong for part in ("-o", each)]
-    listed = run_cli("recipes", "check", str(trained / "recipe.yaml"), *words, "--json").json()["problems"]
-    assert [found.key, found.why] == [listed[0]["key"], listed[0]["why"]]
+def test_problems_match_the_command(trained: Path) -> None:
+    overrides = ["vision.layer=9", "export=[{format: hf, to: out}]"]
+    (problem,) = llavactl.check(trained / "recipe.yaml", overrides)
+    arguments = [part for override in overrides for part in ("-o", override)]
+    listed = run_cli("recipes", "check", str(trained / "recipe.yaml"), *arguments, "--json").json()["problems"]
+    assert [problem.key, problem.why] == [listed[0]["key"], listed[0]["why"]]
     assert len(listed) == 1
 
 
-class EnoughError(Exception):
+class StopEarlyError(Exception):
     pass
 
 
-def test_progress_may_end_the_work_which_then_resumes(toy: Path) -> None:
+def test_an_exception_in_progress_stops_training_which_resumes(toy: Path) -> None:
     recipe = llavactl.load_recipe(toy / "recipe.yaml", {"run_dir": str(toy / "run")})
     llavactl.extract(recipe)
-    seen: list[llavactl.Progress] = []
+    updates: list[llavactl.Progress] = []
 
     def stop(progress: llavactl.Progress) -> None:
-        seen.append(progress)
+        updates.append(progress)
         if progress.what == "stage1" and progress.done == 3:
-            raise EnoughError
+            raise StopEarlyError
 
-    with pytest.raises(EnoughError):
+    with pytest.raises(StopEarlyError):
         llavactl.train(recipe, 1, progress=stop)
-    assert [each.done for each in seen] == [1, 2, 3]
-    again: list[llavactl.Progress] = []
-    llavactl.train(recipe, 1, progress=again.append)
-    assert again[0].start == 2, "the last checkpoint"
-    assert (again[-1].done, again[-1].total) == (6, 6)
-    steps = [json.loads(line) for line in (toy / "run/stage1/metrics.jsonl").read_text().splitlines()]
-    assert [each["step"] for each in steps if "loss" in each] == [1, 2, 3, 4, 5, 6]
+    assert [update.done for update in updates] == [1, 2, 3]
+    resumed: list[llavactl.Progress] = []
+    llavactl.train(recipe, 1, progress=resumed.append)
+    assert resumed[0].start == 2, "the last checkpoint"
+    assert (resumed[-1].done, resumed[-1].total) == (6, 6)
+    lines = [json.loads(line) for line in (toy / "run/stage1/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_listener_is_called_only_during_its_call(toy: Path) -> None:
+def test_progress_is_called_only_during_its_own_call(toy: Path) -> None:
     recipe = llavactl.load_recipe(toy / "recipe.yaml", {"run_dir": str(toy / "run")})
-    seen: list[Any] = []
-    llavactl.extract(recipe, dry_run=True, progress=seen.append)
-    before = len(seen)
+    updates: list[Any] = []
+    llavactl.extract(recipe, dry_run=True, progress=updates.append)
+    before = len(updates)
     llavactl.extract(recipe)
-    assert len(seen) == before
+    assert len(updates) == before
 
 
 def test_a_failed_turn_is_removed(trained: Path) -> None:

@@ -1,1 +1,1 @@
-"""A model that answers: single questions in batches, and conversations that keep their keys and values."""
+"""Text generation for chat and evaluation: single prompts, batches, and conversations with a key/value cache."""

@@ -1,7 +1,7 @@
-"""The command line: parse, call the verb, print.
+"""The command line: parses arguments, calls a verb and prints its report.
 
 Results go to stdout; logs, progress and errors go to stderr. Exit codes: 0 success, 1 error (one line and a hint,
-see ``boundary``), 2 usage, 130 Ctrl-C, 143 SIGTERM.
+see ``boundary``), 2 usage error, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ import click
 from llavactl.cli import boundary
 from llavactl.cli.root import root
 from llavactl.core import stopping
-from llavactl.core.network import proxy_fault
-from llavactl.core.paths import settle_caches
+from llavactl.core.network import proxy_error
+from llavactl.core.paths import redirect_library_caches
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
-    _set_environment()
-    _speak_utf8()
+    _configure_libraries()
+    _use_utf8()
     _log_to_stderr()
-    with stopping.signals():
+    with stopping.sigterm_as_interrupt():
         code = _run(sys.argv[1:] if arguments is None else arguments)
     sys.exit(code)
 
 
-def _set_environment() -> None:
-    """Sets what libraries read from the environment when they are imported."""
-    # Their advice is meant for programmers; users of the command line can't act on it.
+def _configure_libraries() -> None:
+    """Silences messages of libraries and sets environment variables that they read on import."""
+    # These messages are meant for programmers; users of the command line can't act on them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # asks for kernels from a hub at every import
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks it by its old name
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # odd images are read all the same, or listed
-    if proxy_fault():  # offline, cached models of the hub still load
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing kernels on every import
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the old name
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # such images are read anyway, or listed as skipped
+    if proxy_error():  # cached models of the hub load only in offline mode
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    settle_caches()
+    redirect_library_caches()
 
 
-def _speak_utf8() -> None:
-    """Answers and paths have signs that a locale may not; what isn't text in a file's name goes through as it is."""
+def _use_utf8() -> None:
+    """Sets UTF-8 whatever the locale; undecodable bytes of file names are written unchanged."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -62,21 +62,22 @@ def _run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command to resume", err=True)
         return stopping.exit_code()
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the one boundary
-        if isinstance(error, SystemExit) and boundary.raised_in(error, "click"):  # for a closed pipe
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the error boundary
+        if isinstance(error, SystemExit) and boundary.raised_in(error, "click"):  # click exits on a closed pipe
             return int(error.code or 0)
         boundary.report(error)
         return 1
 
 
-class _Stderr(logging.Handler):
-    """One line a record, on whatever stderr is now."""
+class _StderrHandler(logging.Handler):
+    """Prints each record as one line to the current ``sys.stderr``."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"llavactl: {boundary.line(self.format(record))}", err=True)
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        boundary.message("llavactl:", f" {boundary.single_line(self.format(record))}", style)
 
 
 def _log_to_stderr() -> None:
     log = logging.getLogger("llavactl")
-    log.handlers = [_Stderr()]
+    log.handlers = [_StderrHandler()]
     log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The error boundary of the command line: prints an exception as an error with a hint, or as a bug with a traceback."""
+"""The error boundary of the command line: prints an error with its hint, or a bug with its traceback, to stderr."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import zipfile
 
 import click
 
+from llavactl.cli import terminal
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
-from llavactl.core.faults import out_of_memory, reason
-from llavactl.core.network import proxy_fault
+from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.core.network import proxy_error
 
 
 def report(error: BaseException) -> None:
@@ -23,20 +24,20 @@ def report(error: BaseException) -> None:
         return
     traceback.print_exception(error)
     plugin = _plugin(error)
-    whose = f"plugin {plugin}, please report this traceback to its authors" if plugin else ""
-    click.echo(f"bug in {whose or 'llavactl, please report this traceback'}", err=True)
+    where = f"plugin {plugin}, please report this traceback to its authors" if plugin else ""
+    message("bug", f" in {where or 'llavactl, please report this traceback'}", "bold red")
 
 
 def explained(error: BaseException) -> LlavactlError | None:
-    """``error`` as one that the user can act on; None if it is a bug.
+    """``error`` as an error that the user can act on; None if it is a bug.
 
-    Typed errors are returned unchanged. Other exceptions are converted if they concern the machine rather than the
-    program: the operating system, missing packages, memory, devices, the model hub, files that a library can't read.
+    Typed errors are returned unchanged. Other exceptions are converted if the machine or a file caused them: the
+    operating system, missing packages, memory, devices, the model hub, files that a library can't read.
     """
     if isinstance(error, LlavactlError):
         return error
     if out_of_memory(error):
-        return LlavactlError(f"out of memory: {reason(error)}", hint="reduce micro_batch_size, for example")
+        return LlavactlError(f"out of memory: {reason(error)}", hint="reduce `micro_batch_size`")
     if isinstance(error, ImportError):
         return _import(error)
     if (_from(error, "huggingface_hub") and isinstance(error, OSError)) or _from(error, "httpx2"):
@@ -44,12 +45,12 @@ def explained(error: BaseException) -> LlavactlError | None:
     if isinstance(error, OSError):
         return LlavactlError(reason(error), hint=_hint(error))
     if isinstance(error, UnicodeEncodeError) and "utf-8" not in (error.encoding, sys.getfilesystemencoding()):
-        return LlavactlError(reason(error), hint="set PYTHONUTF8=1, or a UTF-8 locale")
+        return LlavactlError(reason(error), hint="set PYTHONUTF8=1 or a UTF-8 locale")
     if isinstance(error, sqlite3.Error):
-        hint = "free disk space, or stop the process that has locked the file"
+        hint = "free disk space, or stop the process that locks the file"
         return LlavactlError(f"an SQLite file can't be used: {reason(error)}", hint=hint)
     if isinstance(error, zipfile.BadZipFile) or _from(error, "safetensors"):
-        return LlavactlError(f"a file can't be read: {reason(error)}", hint="check that every download is complete")
+        return LlavactlError(f"a file can't be read: {reason(error)}", hint="check that all downloads are complete")
     if _device(error):
         return LlavactlError(f"device error: {reason(error)}", hint="`llavactl doctor` shows which devices work")
     return None
@@ -60,67 +61,71 @@ def _hint(error: OSError) -> str:
         case "ENOSPC" | "EDQUOT":
             return "free disk space, or set LLAVACTL_HOME or `run_dir` to a folder on another disk"
         case "EACCES" | "EPERM" | "EROFS":
-            return "change its permissions, or set LLAVACTL_HOME or `run_dir` to a writable folder"
+            return "change the permissions, or set LLAVACTL_HOME or `run_dir` to a writable folder"
         case "EMFILE" | "ENFILE":
-            return "allow more open files: `ulimit -n`"
+            return "raise the limit of open files: `ulimit -n`"
     return ""
 
 
 def _import(error: ImportError) -> LlavactlError | None:
-    """The error for a missing or broken package; None if the missing module is llavactl's own (a bug)."""
+    """The error for a missing or broken package; None if the module is part of llavactl (a bug)."""
     package = (error.name or "").partition(".")[0]
     if package == "llavactl":
         return None
-    if fault := proxy_fault() if "socks" in str(error).lower() else None:
-        return fault
-    hint = "run `llavactl doctor` for details"
+    if invalid_proxy := proxy_error() if "socks" in str(error).lower() else None:
+        return invalid_proxy
+    hint = "run `llavactl doctor`"
     if isinstance(error, ModuleNotFoundError) and package:
-        hint = f"`pip install {package}` for {sys.executable}"
+        hint = f"run `{sys.executable} -m pip install {package}`"
     return LlavactlError(f"a package is missing or broken: {reason(error)}", hint=hint)
 
 
 def _network(error: BaseException) -> LlavactlError:
-    said = reason(error)
-    if fault := proxy_fault():
-        return fault
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if invalid_proxy := proxy_error():
+        return invalid_proxy
+    class_names = {cls.__name__ for cls in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if kinds & {"GatedRepoError", "RepositoryNotFoundError"} or status in (401, 403):
-        hint = "accept the model's terms on its page, then `hf auth login`, or give a local folder"
+    if class_names & {"GatedRepoError", "RepositoryNotFoundError"} or status in (401, 403):
+        hint = "accept the model's terms on its page and run `hf auth login`, or use a local folder"
     else:
-        hint = "check the network, or use a model in a local folder or in the hub's cache"
-    return LlavactlError(f"the model hub: {said}", hint=hint)
+        hint = "check the network, or use a model from a local folder or the hub's cache"
+    return LlavactlError(f"model hub: {reason(error)}", hint=hint)
 
 
 def _device(error: BaseException) -> bool:
-    """Whether an accelerator, or the communication between several, failed."""
+    """Whether ``error`` is from an accelerator or from communication between accelerators."""
     torch = sys.modules.get("torch")
-    kinds = [getattr(torch, "AcceleratorError", None), getattr(getattr(torch, "distributed", None), "DistError", None)]
-    named = isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "CUDA driver", "No CUDA GPUs"))
-    return named or isinstance(error, tuple(kind for kind in kinds if isinstance(kind, type)))
+    classes = [
+        getattr(torch, "AcceleratorError", None),
+        getattr(getattr(torch, "distributed", None), "DistError", None),
+    ]
+    if isinstance(error, tuple(cls for cls in classes if isinstance(cls, type))):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(("CUDA error", "CUDA driver", "No CUDA GPUs"))
 
 
 def _from(error: BaseException, package: str) -> bool:
-    return any(kind.__module__.partition(".")[0] in (package, f"{package}_rust") for kind in type(error).__mro__)
+    """Whether ``package`` defines the class of ``error``."""
+    return any(cls.__module__.partition(".")[0] in (package, f"{package}_rust") for cls in type(error).__mro__)
 
 
 def _plugin(error: BaseException) -> str | None:
-    """The plugin whose code is innermost in the traceback of ``error`` or of its cause, if any."""
+    """The plugin whose code is innermost in the traceback of ``error`` or its cause; None without plugin code."""
     modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
-    from llavactl.core.registry import registry  # --help needs none of it
+    from llavactl.core.registry import registry  # not needed for --help
 
-    # A component may lie in another package than the module of its plugin's entry point.
+    # Components may be defined in another package than the plugin's entry point.
     components = {entry.target.partition(":")[0].partition(".")[0]: entry.plugin for entry in registry()}
     modules |= {module: plugin for module, plugin in components.items() if module != "llavactl"}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if error.__cause__ is not None:  # a generator turns StopIteration into another error
+    if error.__cause__ is not None:  # generators convert StopIteration to RuntimeError
         frames += [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
-    ran = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
-    return next((modules[name] for name in ran if name in modules), None)
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
+    return next((modules[name] for name in packages if name in modules), None)
 
 
 def raised_in(error: BaseException, package: str) -> bool:
-    """Whether code of ``package`` itself raised ``error``."""
+    """Whether the innermost frame of ``error`` is in ``package``."""
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
     return str(innermost.f_globals.get("__name__")).partition(".")[0] == package
 
@@ -129,11 +134,20 @@ def _lines(error: LlavactlError) -> None:
     """Prints one line per problem and one with the hint."""
     problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
     for problem in problems or [error.message]:
-        click.echo(f"error: {line(problem)}", err=True)
+        message("error:", f" {single_line(problem)}", "bold red")
     if error.hint:
-        click.echo(f"hint: {line(error.hint)}", err=True)
+        message("hint:", f" {single_line(error.hint)}", "bold yellow")
 
 
-def line(text: str) -> str:
-    """``text`` in one line."""
+def message(label: str, text: str, style: str) -> None:
+    """Prints one line to stderr; on terminals the label has the rich style ``style``."""
+    console = terminal.console(sys.stderr)
+    if console is None:
+        click.echo(label + text, err=True)
+    else:
+        terminal.print_labeled(console, label, text, style)
+
+
+def single_line(text: str) -> str:
+    """``text`` with all whitespace, line breaks included, replaced by single spaces."""
     return " ".join(text.split())

@@ -1,8 +1,9 @@
-"""``llavactl cache``: what the feature stores hold; verify and prune them."""
+"""``llavactl cache``: inspect, verify and prune the feature stores."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,72 +11,83 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load_vision, load_vision_if_given, recipe_options_or
 from llavactl.core.errors import StoreError
 
+if TYPE_CHECKING:
+    from llavactl.verbs.cache import PruneReport, VerifyReport
+
 
 @click.group()
 def command() -> None:
-    """The feature stores, shared between runs: all of them, or with -r those that one recipe needs."""
+    """Inspect, verify and prune the feature stores.
+
+    Runs share the feature stores. Without -r the commands apply to all stores, with -r to those of one recipe.
+    """
 
 
 @command.command()
-@recipe_options_or("every store")
+@recipe_options_or("all stores")
 @json_option
 def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """What is stored, and for which fingerprint."""
+    """List the feature stores: fingerprint, number of images, size."""
     from llavactl.verbs.cache import info
 
     output.report(info(load_vision_if_given(source, overrides)), as_json)
 
 
 @command.command()
-@recipe_options_or("every store")
+@recipe_options_or("all stores")
 @json_option
 def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Hash every shard again and list those that are damaged or can't be read. Exit 1 if there are any."""
+    """Verify the checksum of every shard.
+
+    Move damaged shards aside. Exit with 1 if shards are damaged or can't be read.
+    """
     from llavactl.verbs.cache import verify
 
     report = verify(load_vision_if_given(source, overrides))
     output.report(report, as_json)
+    if error := _verify_error(report):
+        raise error
+
+
+def _verify_error(report: VerifyReport) -> StoreError | None:
+    damaged = f"{len(report.damaged)} damaged shards were moved aside" if report.damaged else ""
     if report.unchecked:
         first = report.unchecked[0]
-        aside = f"{len(report.damaged)} damaged shards were set aside, " if report.damaged else ""
-        raise StoreError(
-            f"{aside}{len(report.unchecked)} shards can't be read; the first is {first.file} of {first.store}: "
-            f"{first.reason}",
-            hint="unreadable shards were left as they are: check permissions, disk and mount, then verify again",
+        unreadable = f"{len(report.unchecked)} shards can't be read, the first is {first.file} of {first.store}"
+        return StoreError(
+            f"{'; '.join(filter(None, (damaged, unreadable)))}: {first.reason}",
+            hint="unreadable shards are unchanged: check permissions, disk and mount, then verify again",
         )
-    if report.damaged:
-        raise StoreError(
-            f"{len(report.damaged)} damaged shards were set aside", hint="`llavactl extract` recomputes their features"
-        )
+    return StoreError(damaged, hint="run `llavactl extract` to recompute their features") if damaged else None
 
 
 @command.command()
-@click.argument("needed", nargs=-1, metavar="[RECIPE]...")
-@recipe_options_or("no store is removed")
-@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@recipe_options_or("remove no store")
+@click.option("--dry-run", is_flag=True, help="Print what would be removed; remove nothing.")
+@click.option("--yes", is_flag=True, help="Remove without confirmation.")
 @json_option
 def prune(
-    needed: tuple[str, ...], source: str | None, overrides: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool
+    recipes: tuple[str, ...], source: str | None, overrides: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool
 ) -> None:
-    """Remove the stores that none of the recipes (-r and RECIPEs) needs, and files that nothing reads.
+    """Remove feature stores that no recipe needs, and unused files.
 
-    Without a recipe only such files are removed: features may have taken days.
+    The recipes are -r and RECIPEs. Without a recipe no store is removed, only unused files.
     """
     from llavactl.verbs.cache import prune
 
-    given = load_vision_if_given(source, overrides)
-    recipes = [*([given] if given else []), *(load_vision(each, ()) for each in needed)]
-    report = prune(*recipes, dry_run=True)
+    main = load_vision_if_given(source, overrides)
+    kept = [*([main] if main else []), *(load_vision(recipe, ()) for recipe in recipes)]
+    report = prune(*kept, dry_run=True)
     if not dry_run:
-        removes = f"Remove {len(report.stores)} stores and {len(report.files)} files, {report.bytes / 1e9:.1f} GB?"
-        if (report.stores or report.files) and not yes and not _agreed(removes):
+        if (report.stores or report.files) and not yes and not _confirmed(report):
             raise StoreError("nothing was removed")
-        report = prune(*recipes)
+        report = prune(*kept)
     output.report(report, as_json)
 
 
-def _agreed(question: str) -> bool:
+def _confirmed(report: PruneReport) -> bool:
     if not sys.stdin.isatty():
-        raise click.UsageError("there is nobody to ask: pass --yes, or look first with --dry-run")
+        raise click.UsageError("stdin is not a terminal, so the removal can't be confirmed; pass --yes or --dry-run")
+    question = f"Remove {len(report.stores)} stores and {len(report.files)} files, {report.bytes / 1e9:.1f} GB?"
     return click.confirm(question, err=True)

@@ -1,4 +1,4 @@
-"""``llavactl chat``: talk with a model about images."""
+"""``llavactl chat``: chat with a model about images."""
 
 from __future__ import annotations
 
@@ -16,27 +16,42 @@ from llavactl.cli.options import json_option, load_outline, load_outline_if_give
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import json_text
-from llavactl.core.streams import restored, results
+from llavactl.core.streams import real_stdout, result_stream
 
 if TYPE_CHECKING:
     from llavactl.chat.conversation import Conversation
     from llavactl.core.schema import ImageRef
     from llavactl.model.generate import Sampling
 
-HELP = "/image FILE adds an image to the next question; /new starts over; /quit ends; Ctrl-C stops an answer"
+COMMANDS = (
+    "/image FILE adds an image to the next question; /new starts a new conversation; /quit exits; "
+    "Ctrl-C interrupts an answer"
+)
 
 
 @click.command()
 @recipe_options
-@click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's; no recipe is needed then.")
-@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Show an image (repeatable).")
-@click.option("--prompt", metavar="TEXT", help="Ask this and end; without it or --batch, a conversation begins.")
+@click.option("--model", metavar="DIR|ID", help="Use this model instead of the recipe's; a recipe is then optional.")
+@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Add an image to the question (repeatable).")
+@click.option("--prompt", metavar="TEXT", help="Answer this prompt and exit.  [default: start a conversation]")
 @click.option(
     "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL of {"image": …, "prompt": …}.'
 )
-@click.option("--template", metavar="NAME", help="How the conversation is written, for a model that doesn't say.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest.")
+@click.option("--template", metavar="NAME", help="Override the model's conversation template.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Limit an answer's length.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sample at this temperature; 0: greedy decoding.",
+)
 @json_option
 def command(
     source: str | None,
@@ -50,28 +65,32 @@ def command(
     temperature: float,
     as_json: bool,
 ) -> None:
-    """Talk with the recipe's last finished stage, or with --model, about images."""
+    """Chat with a model about images.
+
+    The model is the recipe's last finished stage, or --model.
+    """
     if batch is not None and (prompt is not None or images):
-        raise click.UsageError("--batch brings its own images and prompts")
+        raise click.UsageError("--batch can't be combined with --prompt or --image")
     if as_json and batch is None and prompt is None:
-        raise click.UsageError("--json needs --prompt or --batch: a conversation is no document")
+        raise click.UsageError("--json requires --prompt or --batch")
     recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
+    from llavactl.chat.inputs import open_images, read_batch
     from llavactl.model.generate import Sampling
     from llavactl.verbs import chat
 
-    # Report a wrong file before loading the model.
-    shown = chat.open_images(images)
-    records = [] if batch is None else chat.read_batch(batch)
+    # Report unreadable files before loading the model.
+    opened = open_images(images)
+    records = [] if batch is None else read_batch(batch)
     conversation = chat.open_chat(recipe, model, template)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     if batch is not None:
         _print_batch(chat.answer_batch(conversation.assistant, records, sampling), as_json)
     elif prompt is None:
-        _converse(conversation, [*shown], sampling)
+        _converse(conversation, [*opened], sampling)
     elif as_json:
-        output.document(replace(chat.say(conversation, prompt, shown, sampling), images=images))
+        output.document(replace(chat.answer_prompt(conversation, prompt, opened, sampling), images=images))
     else:
-        _stream(conversation, prompt, shown, sampling)
+        _stream(conversation, prompt, opened, sampling)
 
 
 def _print_batch(answers: list[dict[str, object]], as_json: bool) -> None:
@@ -83,18 +102,18 @@ def _print_batch(answers: list[dict[str, object]], as_json: bool) -> None:
 
 
 def _stream(conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
-    from llavactl.verbs.chat import content
+    from llavactl.chat.inputs import user_content
 
-    for piece in conversation.ask(*content(prompt, images), sampling=sampling):
+    for piece in conversation.ask(*user_content(prompt, images), sampling=sampling):
         output.text(piece)
     output.line()
 
 
 def _converse(conversation: Conversation, images: list[str | ImageRef], sampling: Sampling) -> None:
-    """Questions from stdin until it ends."""
+    """Answers questions from stdin until end of file or /quit."""
     from llavactl.chat.conversation import Conversation
 
-    click.echo(HELP, err=True)
+    click.echo(COMMANDS, err=True)
     for line in _lines():
         word, _, rest = line.partition(" ")
         if word == "/quit":
@@ -104,20 +123,20 @@ def _converse(conversation: Conversation, images: list[str | ImageRef], sampling
         elif word == "/image" and rest.strip():
             images.append(_unquoted(rest.strip()))
         elif word.startswith("/"):
-            click.echo(HELP, err=True)
+            click.echo(COMMANDS, err=True)
         elif line:
             _answer(conversation, line, images, sampling)
             images = []
 
 
 def _unquoted(name: str) -> str:
-    """``name`` without the quotes with which terminals insert a dropped file."""
+    """``name`` without the quotes that terminals add around a dropped file."""
     quoted = len(name) > 2 and name[0] == name[-1] and name[0] in "'\""
     return name[1:-1] if quoted else name
 
 
 def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
-    """One turn; what is wrong with it, or Ctrl-C, ends the turn and not the conversation."""
+    """Answers one turn; an error or Ctrl-C ends the turn, but not the conversation."""
     try:
         _stream(conversation, line, images, sampling)
     except LlavactlError as error:
@@ -131,9 +150,9 @@ def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageR
 def _lines() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and arrow keys
-    prompt = "> " if sys.stdin.isatty() and results().isatty() else ""
+    prompt = "> " if sys.stdin.isatty() and result_stream().isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
-            with restored():
+            with real_stdout():
                 line = input(prompt).strip()
             yield line

@@ -1,8 +1,8 @@
-"""``llavactl components``: what is registered, and by which plugin."""
+"""``llavactl components``: list the registered components."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,34 +10,40 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option
 from llavactl.core.protocols import KINDS
 
+if TYPE_CHECKING:
+    from llavactl.core.registry import Registration
+
 
 @click.command()
 @click.argument("kind", required=False, type=click.Choice(list(KINDS)))
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
-    """What is registered and by which plugin; with a KIND, each component's options too."""
-    from llavactl.core.registry import Registration, registry
+    """List the registered components and their plugins.
 
-    found: list[Registration] = [
-        registry().get(each, name) for each in KINDS if kind in (None, each) for name in registry().names(each)
-    ]
+    With a KIND, list the options of its components as well.
+    """
+    from llavactl.core.registry import registry
+
+    kinds = [kind] if kind else list(KINDS)
+    entries = [registry().get(each, name) for each in kinds for name in registry().names(each)]
     if as_json:
-        output.document([_entry(entry, with_options=kind is not None) for entry in found])
+        output.document([_entry(entry, with_options=kind is not None) for entry in entries])
     elif kind is None:
-        output.table([(entry.kind, entry.name, entry.plugin, entry.summary) for entry in found])
+        rows = [(entry.kind, entry.name, entry.plugin, entry.summary) for entry in entries]
+        output.table(rows, ("kind", "name", "plugin", "summary"))
     else:
-        for entry in found:
+        for entry in entries:
             output.line(f"{entry.name}  ({entry.plugin})  {entry.summary}")
-            output.table([(f"  {option}", what) for option, what in _options(entry).items()])
+            output.table([(f"  {option}", description) for option, description in _options(entry).items()])
 
 
-def _entry(entry: Any, *, with_options: bool) -> dict[str, Any]:
-    shown = {"kind": entry.kind, "name": entry.name, "plugin": entry.plugin, "summary": entry.summary}
-    return {**shown, "options": _options(entry)} if with_options else shown
+def _entry(entry: Registration, *, with_options: bool) -> dict[str, Any]:
+    fields = {"kind": entry.kind, "name": entry.name, "plugin": entry.plugin, "summary": entry.summary}
+    return {**fields, "options": _options(entry)} if with_options else fields
 
 
-def _options(entry: Any) -> dict[str, str]:
-    """Each option in words; what a plugin's broken options model raises is that plugin's own line."""
+def _options(entry: Registration) -> dict[str, str]:
+    """Descriptions of the options by name; empty if a plugin's options model is broken, which is logged."""
     from llavactl.core import plugins
     from llavactl.core.validation import describe_options
 

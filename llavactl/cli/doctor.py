@@ -1,4 +1,4 @@
-"""``llavactl doctor``: what will work on this machine and what will not."""
+"""``llavactl doctor``: check the installation and the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llavactl.cli.options import json_option
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
-    """Versions, devices, disk and plugins: what will work here and what will not."""
+    """Check packages, devices, disk space, network and plugins."""
     from llavactl.verbs.doctor import doctor
 
     report = doctor()
@@ -24,4 +24,5 @@ def command(as_json: bool) -> None:
         output.line(f"{device.name}: {device.memory_gb:.0f} GB, {' '.join(device.dtypes)}")
     output.table([("plugin", plugin.name, f"{plugin.package} {plugin.version}") for plugin in report.plugins])
     output.line()
-    output.table([("yes" if each.works else "NO", each.what, each.why) for each in report.findings])
+    rows = [("yes" if finding.works else "NO", finding.what, finding.why) for finding in report.findings]
+    output.table(rows, styles={"yes": "green", "NO": "bold red"})

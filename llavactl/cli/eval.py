@@ -1,4 +1,4 @@
-"""``llavactl eval``: run or score a benchmark."""
+"""``llavactl eval``: run a benchmark or score stored answers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ from llavactl.cli.options import (
 @click.argument("task")
 @recipe_options
 @click.option(
-    "--answers", type=click.Path(path_type=Path), help="Score these stored answers (JSONL); no model is loaded."
+    "--answers", type=click.Path(path_type=Path), help="Score stored answers (JSONL) without loading a model."
 )
-@click.option("--protocol", help="How answers are scored.  [default: the task's first]")
+@click.option("--protocol", help="Scoring protocol.  [default: the task's first]")
 @component_options("task")
 @click.option(
-    "--model", metavar="DIR|ID", help="A model instead of the recipe's; hf:DIR or hf:ID: any for images and text."
+    "--model",
+    metavar="DIR|ID",
+    help="Evaluate this model instead of the recipe's; hf:DIR or hf:ID: any image-text-to-text model of transformers.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N questions alone.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N questions only.")
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="RUN|FILE",
-    help="Compare runs or files of answers in pairs (repeatable); nothing is asked.",
+    help="Compare runs or answer files in pairs, without running a model (repeatable).",
 )
 @click.option(
     "--cases",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write a page and a Markdown file of the worst answers there.  [default: in the run, for a model]",
+    help="Write pages (HTML, Markdown) with the worst answers to this folder.  [default: the run's folder]",
 )
 @json_option
 def command(
@@ -57,16 +59,16 @@ def command(
     cases: Path | None,
     as_json: bool,
 ) -> None:
-    """Ask TASK's questions and score the answers.
+    """Run a benchmark, or score stored answers.
 
-    `llavactl components tasks` lists the tasks and their options. With --answers, --compare, --model or
-    -t reviews= no recipe is needed.
+    `llavactl components tasks` lists the tasks and their options. A recipe is optional with --answers, --compare,
+    --model or -t reviews=.
     """
     from llavactl.recipe.load import load_eval
     from llavactl.recipe.resolve import DEFAULT
 
-    given, settings = key_values(options), None
-    if answers is not None or compare or "reviews" in given:
+    task_options, settings = key_values(options), None
+    if answers is not None or compare or "reviews" in task_options:
         recipe = load_outline_if_there(source, overrides)
     elif model is not None and source is None and not Path(DEFAULT).is_file():
         recipe, settings = None, load_eval(overrides)
@@ -75,14 +77,19 @@ def command(
     else:
         recipe = load_outline(source, overrides)
     if compare:
-        from llavactl.verbs.compare import compare as compared
+        from llavactl.verbs.compare import compare as compare_answers
 
-        output.report(compared(recipe, task, given, compare, protocol=protocol, limit=limit), as_json)
+        output.report(compare_answers(recipe, task, task_options, compare, protocol=protocol, limit=limit), as_json)
         return
     from llavactl.verbs.evaluate import evaluate
 
-    chosen: dict[str, Any] = {"answers": answers, "protocol": protocol, "model": model, "limit": limit, "cases": cases}
+    arguments: dict[str, Any] = {
+        "answers": answers,
+        "protocol": protocol,
+        "model": model,
+        "limit": limit,
+        "cases": cases,
+    }
     if settings is not None:
-        chosen["settings"] = settings
-    made = evaluate(recipe, task, given, **chosen)
-    output.report(made, as_json)
+        arguments["settings"] = settings
+    output.report(evaluate(recipe, task, task_options, **arguments), as_json)

@@ -1,4 +1,4 @@
-"""``llavactl export``: a folder that other programs load."""
+"""``llavactl export``: export a model to another format."""
 
 from __future__ import annotations
 
@@ -19,9 +19,17 @@ from llavactl.cli.options import (
 
 @click.command()
 @recipe_options
-@click.option("--format", "form", required=True, metavar="NAME", help="`llavactl components formats` lists them.")
-@click.option("--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--model", metavar="DIR|ID", help="A model instead of the recipe's; no recipe is needed then.")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    metavar="NAME",
+    help="Export to this format; `llavactl components formats` lists the formats.",
+)
+@click.option(
+    "--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Write the export to this folder."
+)
+@click.option("--model", metavar="DIR|ID", help="Export this model instead of the recipe's; a recipe is then optional.")
 @click.option(
     "--verify/--no-verify", default=None,
     help="Reload the export without llavactl and compare token ids, pixels, logits and answers.  "
@@ -29,7 +37,7 @@ from llavactl.cli.options import (
 )  # fmt: skip
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-    help="An image to verify with (repeatable).  [default: the recipe's]",
+    help="Verify with this image (repeatable).  [default: images of the recipe]",
 )  # fmt: skip
 @component_options("format")
 @json_option
@@ -44,9 +52,12 @@ def command(
     options: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Export the recipe's last finished stage, or --model, to a folder that other programs load."""
+    """Export a model to another format.
+
+    The model is the recipe's last finished stage, or --model.
+    """
     recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
     from llavactl.verbs.export import export
 
-    chosen = {"name": form, **key_values(options)}
-    output.report(export(recipe, chosen, to, model=model, check=verify, images=images), as_json)
+    spec = {"name": form, **key_values(options)}
+    output.report(export(recipe, spec, to, model=model, check=verify, images=images), as_json)

@@ -1,4 +1,4 @@
-"""``llavactl extract``: vision features into the store."""
+"""``llavactl extract``: extract vision features into the feature store."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load_vision, recipe_options
+from llavactl.cli.options import json_option, load_vision, max_skipped_option, recipe_options
 
 
 @click.command()
 @recipe_options
-@click.option("--dry-run", is_flag=True, help="Count images, bytes, free disk and time; write nothing.")
-@click.option("--max-skipped", type=click.IntRange(min=0), help="Fail when more images than this can't be read.")
+@click.option("--dry-run", is_flag=True, help="Estimate images, bytes, free disk space and time; write nothing.")
+@max_skipped_option
 @click.option(
     "--part",
     metavar="I/N",
-    help="Make the I-th (from 0) of N shares only; torchrun, accelerate and srun say it themselves.",
+    help="Extract part I (from 0) of N only.  [default: set by torchrun, accelerate and srun]",
 )
 @json_option
 def command(
@@ -28,21 +28,21 @@ def command(
     part: str | None,
     as_json: bool,
 ) -> None:
-    """Encode every image of the recipe once and store its features.
+    """Extract vision features into the feature store.
 
-    An image that can't be read is skipped and listed with its reason.
+    Every image of the recipe is encoded once. Images that can't be read are skipped and listed with a reason.
     """
     from llavactl.features.parts import Part
     from llavactl.verbs.extract import extract
 
-    share = Part(*_numbers(part)) if part else None
+    share = Part(*_index_and_count(part)) if part else None
     recipe = load_vision(source, overrides)
     report = extract(recipe, dry_run=dry_run, max_skipped=max_skipped, part=share)
     output.report(report, as_json)
 
 
-def _numbers(part: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", part, re.ASCII)
-    if not found or not int(found[1]) < int(found[2]):
-        raise click.UsageError(f"--part {part}: it is I/N with I from 0 to N-1, as in 0/4")
-    return int(found[1]), int(found[2])
+def _index_and_count(part: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", part, re.ASCII)
+    if not match or not int(match[1]) < int(match[2]):
+        raise click.UsageError(f"--part: expected I/N with I from 0 to N-1, such as 0/4, got {part!r}")
+    return int(match[1]), int(match[2])

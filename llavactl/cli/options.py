@@ -1,4 +1,4 @@
-"""Options that commands share."""
+"""Options shared by several commands, and loading the recipe that they name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def recipe_options_or(default: str) -> Callable[[Command], Command]:
-    """``-r/--recipe`` and ``-o``; the command receives ``source`` and ``overrides``. ``default``: what is without."""
+    """``-r/--recipe`` and ``-o``; the command receives ``source`` and ``overrides``.
+
+    ``default`` is the help text for a command without ``-r``.
+    """
 
     def decorate(command: Command) -> Command:
         command = click.option(
@@ -24,22 +27,45 @@ def recipe_options_or(default: str) -> Callable[[Command], Command]:
             "overrides",
             multiple=True,
             metavar="KEY.PATH=VALUE",
-            help="Set one value of the recipe (repeatable).",
+            help="Override one value of the recipe (repeatable).",
         )(command)
         return click.option(
-            "-r", "--recipe", "source", metavar="NAME|PATH", help=f"A recipe's name or file.  [default: {default}]"
+            "-r", "--recipe", "source", metavar="NAME|PATH", help=f"Use this recipe.  [default: {default}]"
         )(command)
 
     return decorate
 
 
 recipe_options = recipe_options_or("./recipe.yaml")
-"""For ``load``."""
+"""``-r/--recipe`` and ``-o`` of commands that need a recipe."""
 
 
 def json_option(command: Command) -> Command:
     """``--json``; the command receives ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def stage_option(text: str, *, required: bool = False) -> Callable[[Command], Command]:
+    """``--stage`` with the help ``text``; the command receives ``stage``, a number or None."""
+    from llavactl.recipe.stages import STAGES
+
+    return click.option(
+        "--stage",
+        type=click.Choice([str(number) for number in STAGES]),
+        callback=lambda _context, _option, value: value and int(value),
+        required=required,
+        help=text,
+    )
+
+
+def max_skipped_option(command: Command) -> Command:
+    """``--max-skipped``; the command receives ``max_skipped``."""
+    return click.option(
+        "--max-skipped",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Fail if more than N images can't be read.  [default: no limit]",
+    )(command)
 
 
 def component_options(what: str) -> Callable[[Command], Command]:
@@ -54,35 +80,35 @@ def component_options(what: str) -> Callable[[Command], Command]:
     )
 
 
-def key_values(given: Sequence[str]) -> dict[str, Any]:
-    """The options in ``given`` (``key=value``), as text; repeated keys become a list.
+def key_values(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options in ``arguments`` (``key=value``), as strings; repeated keys become a list.
 
     ``judge.model=x`` sets key ``model`` of option ``judge``.
     """
     from llavactl.core.options import Located
 
-    found: dict[str, list[Located]] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
+    values: dict[str, list[Located]] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not key or not equals:
-            raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="-t")
-        found.setdefault(key, []).append(Located(value, Path.cwd()))
+            raise click.BadParameter(f"expected KEY=VALUE, got {argument!r}", param_hint="-t")
+        values.setdefault(key, []).append(Located(value, Path.cwd()))
     options: dict[str, Any] = {}
-    for key, values in found.items():
-        inside = options
+    for key, of_key in values.items():
+        mapping = options
         *outer, last = key.split(".")
         for name in outer:
-            inside = inside.setdefault(name, {})
-            if not isinstance(inside, dict):
-                raise click.BadParameter(f"{name} is given as a value and as keys", param_hint="-t")
-        if last in inside:
-            raise click.BadParameter(f"{key} is given as a value and as keys", param_hint="-t")
-        inside[last] = values[0] if len(values) == 1 else values
+            mapping = mapping.setdefault(name, {})
+            if not isinstance(mapping, dict):
+                raise click.BadParameter(f"{name} has both a value and keys", param_hint="-t")
+        if last in mapping:
+            raise click.BadParameter(f"{key} has both a value and keys", param_hint="-t")
+        mapping[last] = of_key[0] if len(of_key) == 1 else of_key
     return options
 
 
 def load(source: str | None, overrides: Sequence[str]) -> Recipe:
-    """The whole recipe that ``recipe_options`` name."""
+    """The complete recipe that ``recipe_options`` name."""
     from llavactl.recipe.load import load_recipe
 
     return load_recipe(source, overrides)
@@ -97,12 +123,12 @@ def load_outline(source: str | None, overrides: Sequence[str]) -> Outline:
 
 
 def load_outline_if_given(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """The recipe of ``-r`` or ``-o``; None if neither is given, even if there is a ``./recipe.yaml``."""
+    """The recipe of ``-r`` or ``-o``; None without both, even if ``./recipe.yaml`` exists."""
     return load_outline(source, overrides) if source or overrides else None
 
 
 def load_vision(source: str | None, overrides: Sequence[str]) -> VisionRecipe:
-    """The recipe that ``recipe_options`` name, with a vision backbone."""
+    """The recipe that ``recipe_options`` name; only a vision encoder is required."""
     from llavactl.recipe.frame import VisionRecipe
     from llavactl.recipe.load import load_frame
 
@@ -110,12 +136,12 @@ def load_vision(source: str | None, overrides: Sequence[str]) -> VisionRecipe:
 
 
 def load_vision_if_given(source: str | None, overrides: Sequence[str]) -> VisionRecipe | None:
-    """As ``load_outline_if_given``, with a vision backbone."""
+    """Like ``load_outline_if_given``, with a vision encoder."""
     return load_vision(source, overrides) if source or overrides else None
 
 
 def load_outline_if_there(source: str | None, overrides: Sequence[str]) -> Outline | None:
-    """The recipe of ``-r`` or ``-o``, else ``./recipe.yaml`` if it exists, else None."""
+    """The recipe of ``-r`` or ``-o``, otherwise ``./recipe.yaml`` if it exists, otherwise None."""
     from llavactl.recipe.resolve import DEFAULT
 
     return load_outline(source, overrides) if Path(DEFAULT).is_file() else load_outline_if_given(source, overrides)

@@ -1,26 +1,27 @@
-"""Printing results to stdout."""
+"""Prints results to stdout: plain text or JSON, formatted tables on terminals."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from llavactl.cli import terminal
 from llavactl.core.paths import json_text
-from llavactl.core.streams import results
+from llavactl.core.streams import result_stream
 
 
 def document(value: Any) -> None:
-    """``value`` as one JSON document."""
+    """Prints ``value`` as one JSON document."""
     _print(json_text(_plain(value), indent=2))
 
 
 def report(value: Any, as_json: bool) -> None:
-    """A verb's report: JSON, or ``key: value`` lines."""
+    """Prints a verb's report as JSON or as YAML."""
     if as_json:
         document(value)
     else:
@@ -30,35 +31,57 @@ def report(value: Any, as_json: bool) -> None:
 
 
 def line(text: str = "") -> None:
-    """One line of text."""
+    """Prints one line."""
     _print(text)
 
 
 def lines(texts: Sequence[str]) -> None:
-    """Lines of text."""
+    """Prints lines."""
     _print("\n".join(texts))
 
 
-def table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be; the last one runs on."""
+def labeled(rows: Sequence[tuple[str, str]]) -> None:
+    """Prints lines that begin with a label, which is bold on terminals."""
+    console = terminal.console(result_stream()) if _is_main_process() else None
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, text in rows:
+        if console is None:
+            _print(f"{label:<{width}} {text}".rstrip())
+        else:
+            terminal.print_labeled(console, f"{label:<{width}}", f" {text}".rstrip(), "bold")
+
+
+def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = (), styles: Mapping[str, str] | None = None) -> None:
+    """Prints aligned columns.
+
+    Titles (``columns``) and ``styles`` (rich styles of cells by their text) are used on terminals only.
+    """
+    console = terminal.console(result_stream()) if _is_main_process() else None
+    if console is not None:
+        terminal.print_table(console, rows, columns, styles or {})
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def text(piece: str) -> None:
-    """``piece`` unchanged, without a newline."""
+    """Prints ``piece`` unchanged, without a newline."""
     _print(piece, newline=False)
 
 
 def _print(text: str, *, newline: bool = True) -> None:
-    """Once, however many processes torchrun or accelerate started."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(text, file=results(), nl=newline)
+    if _is_main_process():
+        click.echo(text, file=result_stream(), nl=newline)
+
+
+def _is_main_process() -> bool:
+    """Whether this process prints: one of the processes that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as JSON has them."""
+    """``value`` with dataclasses, tuples and paths converted to JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return json.loads(json.dumps(value, default=str))

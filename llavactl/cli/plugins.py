@@ -1,4 +1,4 @@
-"""``llavactl plugins``: the installed plugins."""
+"""``llavactl plugins``: list and check the installed plugins."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from llavactl.cli.options import json_option
 
 @click.group()
 def command() -> None:
-    """The installed plugins.
+    """List and check the installed plugins.
 
-    LLAVACTL_PLUGINS selects by name (comma-separated; empty: none); with LLAVACTL_STRICT_PLUGINS=1
-    a plugin at fault is an error instead of a line.
+    LLAVACTL_PLUGINS selects plugins by name (comma-separated; empty: none). With LLAVACTL_STRICT_PLUGINS=1 a broken
+    plugin is an error; by default it is a warning.
     """
 
 
 @command.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """Each plugin's package, version and module, and what is wrong with it."""
+    """List the plugins: package, version, module and errors."""
     from dataclasses import asdict
 
     from llavactl.core.plugins import installed
 
-    found = installed()
+    plugins = installed()
     if as_json:
-        output.document([asdict(plugin) for plugin in found])
+        output.document([asdict(plugin) for plugin in plugins])
     else:
-        output.table([(p.name, f"{p.package} {p.version}", p.module, p.error or "ok") for p in found])
+        rows = [(p.name, f"{p.package} {p.version}", p.module, p.error or "ok") for p in plugins]
+        styles = {p.error: "bold red" for p in plugins if p.error} | {"ok": "green"}
+        output.table(rows, ("name", "package", "module", "status"), styles)
 
 
 @command.command()
 @click.argument("name")
 @json_option
 def check(name: str, as_json: bool) -> None:
-    """Import all that plugin NAME registers and say what is wrong. Exit 1 if anything is.
+    """Import all components of the plugin NAME and list its errors.
 
-    Components that need options are checked by `llavactl.testing` in the plugin's own tests.
+    Exit with 1 if there are any. Components with required options are checked by `llavactl.testing` in the plugin's
+    tests.
     """
     from llavactl.core.errors import PluginError
     from llavactl.testing import check_plugin
@@ -46,4 +49,4 @@ def check(name: str, as_json: bool) -> None:
     faults = check_plugin(name)
     output.report({"plugin": name, "faults": faults}, as_json)
     if faults:
-        raise PluginError(f"plugin {name}: {len(faults)} faults, listed above")
+        raise PluginError(f"plugin {name}: {len(faults)} errors, listed above")

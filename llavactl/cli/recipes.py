@@ -1,4 +1,4 @@
-"""``llavactl recipes``: what a run is made of."""
+"""``llavactl recipes``: list, show, copy and check recipes."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from llavactl.cli.options import json_option, load, recipe_options
 def command() -> None:
     """List, show, copy and check recipes.
 
-    A text with a slash or a .yaml suffix is a file; any other is a recipe's name. Paths in a file are
-    relative to it, those of a recipe given by name to the working directory.
+    A recipe argument with a slash or a .yaml suffix is a file, any other the name of a registered recipe. Paths in a
+    recipe file are relative to the file, paths in a registered recipe to the working directory.
     """
 
 
-def _recipe(positional: str | None, source: str | None) -> str | None:
-    if positional and source:
-        raise click.UsageError("name the recipe once: as the argument or with -r")
-    return positional or source
+def _source(argument: str | None, option: str | None) -> str | None:
+    if argument and option:
+        raise click.UsageError("pass the recipe either as an argument or with -r")
+    return argument or option
 
 
 @command.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """The recipes there are."""
+    """List the registered recipes."""
     from llavactl.core.registry import registry
 
     entries = [registry().get("recipes", name) for name in registry().names("recipes")]
     if as_json:
         output.document([{"name": e.name, "summary": e.summary, "plugin": e.plugin} for e in entries])
     else:
-        output.table([(entry.name, entry.summary) for entry in entries])
+        output.table([(entry.name, entry.summary) for entry in entries], ("name", "summary"))
 
 
 @command.command()
 @click.argument("recipe", required=False)
 @recipe_options
-@click.option("--resolved", is_flag=True, help="As it would run: parents merged, defaults written out.")
+@click.option("--resolved", is_flag=True, help="Print the resolved recipe: parents merged, defaults filled in.")
 @json_option
 def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], resolved: bool, as_json: bool) -> None:
     """Print a recipe."""
@@ -50,21 +50,21 @@ def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], res
     from llavactl.recipe.load import dump
     from llavactl.recipe.resolve import find
 
-    chosen = _recipe(recipe, source)
+    source = _source(recipe, source)
     if as_json:
-        output.document(load(chosen, overrides).model_dump(mode="json"))
+        output.document(load(source, overrides).model_dump(mode="json"))
     elif resolved or overrides:
-        output.text(dump(load(chosen, overrides)))
+        output.text(dump(load(source, overrides)))
     else:
-        output.text(content(find(chosen).file))
+        output.text(content(find(source).file))
 
 
 @command.command()
 @click.argument("name")
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def copy(name: str, destination: Path | None, force: bool) -> None:
-    """Write the recipe NAME to ./recipe.yaml, or to DESTINATION, to be edited."""
+    """Copy the recipe NAME to ./recipe.yaml or DESTINATION."""
     from llavactl.recipe.copying import copy
 
     output.line(str(copy(name, destination, force=force)))
@@ -78,22 +78,25 @@ def copy(name: str, destination: Path | None, force: bool) -> None:
 def check(
     ctx: click.Context, recipe: str | None, source: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Every problem of a recipe at once, as file:line: key: why. Exit 1 if there is any."""
+    """Check a recipe and list all problems, as `file:line: key: reason`.
+
+    Exit with 1 if there are any. No weights are loaded and nothing is downloaded.
+    """
     from llavactl.verbs.preflight import problems
 
-    chosen = _recipe(recipe, source)
-    found = problems(chosen, overrides)
+    source = _source(recipe, source)
+    found = problems(source, overrides)
     if as_json:
         output.document({"ok": not found, "problems": [asdict(problem) for problem in found]})
     else:
-        output.lines([str(each) for each in found] or [f"{chosen or 'recipe.yaml'}: ok"])
+        output.lines([str(problem) for problem in found] or [f"{source or 'recipe.yaml'}: ok"])
     if found:
         ctx.exit(1)
 
 
 @command.command()
 def schema() -> None:
-    """The JSON schema of a recipe file, for editors."""
+    """Print the JSON schema of recipe files, for editors."""
     from llavactl.recipe.schema import schema
 
     output.document(schema())

@@ -1,4 +1,4 @@
-"""The root command: lists every command from a table and imports one only when it is used."""
+"""The root command. Commands are listed from a table and imported on first use."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import click
 
 from llavactl import __version__
 from llavactl.core import plugins
-from llavactl.core.builtins import COMMANDS
-from llavactl.core.streams import diverted
+from llavactl.core.builtin_plugin import COMMANDS
+from llavactl.core.streams import stdout_to_stderr
 
 
 class LazyGroup(click.Group):
-    """llavactl's own commands, then those of plugins; ``--help`` imports none of them."""
+    """The built-in commands, then the commands of plugins; ``--help`` imports none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return [*COMMANDS, *sorted(plugins.commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name in COMMANDS:
-            return _own(cmd_name)
+            return _builtin(cmd_name)
         return _from_plugin(cmd_name) if cmd_name in plugins.commands() else None
 
     def resolve_command(
@@ -42,13 +42,13 @@ class LazyGroup(click.Group):
 
 
 @cache
-def _own(name: str) -> click.Command:
-    """A built-in command. Only its results reach stdout; what plugins and libraries print goes to stderr."""
-    found: click.Command = importlib.import_module(f"llavactl.cli.{name}").command
-    for each in [found, *(found.commands.values() if isinstance(found, click.Group) else ())]:
+def _builtin(name: str) -> click.Command:
+    """A built-in command. Output of plugins and libraries goes to stderr; only results go to stdout."""
+    command: click.Command = importlib.import_module(f"llavactl.cli.{name}").command
+    for each in [command, *(command.commands.values() if isinstance(command, click.Group) else ())]:
         if each.callback is not None:
-            each.callback = diverted()(each.callback)
-    return found
+            each.callback = stdout_to_stderr()(each.callback)
+    return command
 
 
 def _from_plugin(name: str) -> click.Command:
@@ -56,16 +56,18 @@ def _from_plugin(name: str) -> click.Command:
     from llavactl.core.registry import registry
 
     entry = registry().get("commands", name)
-    found = entry.load()
-    if not isinstance(found, click.Command):
+    command = entry.load()
+    if not isinstance(command, click.Command):
         raise PluginError(f"command {name!r} of plugin {entry.plugin}: {entry.target} is not a click command")
-    return found
+    return command
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="llavactl")
 def root() -> None:
-    """Build LLaVA-type assistants: cached vision features, a connector, a tuned language model.
+    """Build LLaVA-type vision-language assistants.
 
-    `llavactl recipes copy demo`, then `llavactl run`, is a first try.
+    Cache vision features, train a connector, fine-tune the language model, evaluate, chat and export.
+
+    Start with `llavactl recipes copy demo` and `llavactl run`.
     """

@@ -1,4 +1,4 @@
-"""``llavactl run``: a recipe's whole pipeline."""
+"""``llavactl run``: run all steps of a recipe."""
 
 from __future__ import annotations
 
@@ -14,84 +14,97 @@ from llavactl.cli import output
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.verbs.evaluate import EvalReport
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
+
+Row = tuple[str, str]
+"""A label and a text."""
 
 
 @click.command()
 @recipe_options
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Generate, extract, stage 1, stage 2, eval, export: finished steps are skipped, an interrupted one resumes."""
+    """Run all steps of a recipe.
+
+    The steps are generate, extract, stage 1, stage 2, eval and export. Finished steps are skipped; an interrupted step
+    resumes.
+    """
     from llavactl.verbs.run import run
 
     report = run(load(source, overrides))
     if as_json:
         output.document(report)
-    else:
-        output.lines(_summary(report))
-
-
-def _summary(report: RunReport) -> list[str]:
-    """What a person wants to know: each step, the scores, one question to try again."""
-    lines = [f"{report.name} in {report.run_dir}"]
-    if report.generate is not None:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.generate.kinds.items())
-        lines.append(f"generate {report.generate.samples} samples ({kinds}), {report.generate.refused} refused")
-    if report.extract is not None:
-        done, took = report.extract, f"{report.extract.seconds:.0f} s"
-        lines.append(f"extract  {done.unique} images, {done.encoded} encoded now, {done.skipped} skipped, {took}")
-    for stage in filter(None, (report.stage1, report.stage2)):
-        held = "" if stage.val_loss is None else f", validation {stage.val_loss:.4f}"
-        took = "finished before" if stage.finished_before else f"{stage.seconds:.0f} s"
-        lines.append(f"stage {stage.stage}  {stage.steps} steps, loss {stage.loss:.4f}{held}, {took}")
-    for task in report.eval:
-        lines += _scores(task)
-    for made in report.export:
-        seen = "" if made.verified is None else f", verified: logits differ by at most {made.verified.logits:.2g}"
-        lines.append(f"export   {made.format} in {made.to}{seen}")
-    lines.append(f"report   {report.report}")
+        return
+    output.line(f"{report.name} in {report.run_dir}")
+    output.labeled(_steps(report))
     if report.example is not None and report.model is not None:
-        shown = report.example
-        lines += [
-            "",
-            f"asked    {shown['question']}",
-            f"answered {shown['answer']} (right is: {shown['reference']})",
-            "",
-        ]
-        words = [*_called(), "chat", "--model", report.model, *(["--image", shown["file"]] if shown["file"] else [])]
-        lines.append(shlex.join(words))
-    return lines
+        output.line()
+        output.labeled(_answer(report.example))
+        output.line()
+        output.line(_chat_command(report.model, report.example["file"]))
 
 
-def _called() -> list[str]:
-    """What llavactl is called by here; ``make demo`` leaves a shell in which it isn't found by its name."""
-    if shutil.which("llavactl"):
-        return ["llavactl"]
-    python = Path(sys.executable)
-    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "llavactl"]
+def _steps(report: RunReport) -> list[Row]:
+    """One row per step, and the scores."""
+    rows = []
+    if generated := report.generate:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in generated.kinds.items())
+        rows.append(("generate", f"{generated.samples} samples ({kinds}), {generated.refused} refused"))
+    if features := report.extract:
+        counts = f"{features.unique} images, {features.encoded} encoded now, {features.skipped} skipped"
+        rows.append(("extract", f"{counts}, {features.seconds:.0f} s"))
+    for stage in filter(None, (report.stage1, report.stage2)):
+        validation = "" if stage.val_loss is None else f", validation loss {stage.val_loss:.4f}"
+        duration = "finished before" if stage.finished_before else f"{stage.seconds:.0f} s"
+        rows.append((f"stage {stage.stage}", f"{stage.steps} steps, loss {stage.loss:.4f}{validation}, {duration}"))
+    for task in report.eval:
+        rows += _scores(task)
+    for exported in report.export:
+        verified = exported.verified
+        difference = "" if verified is None else f", verified: largest difference of logits {verified.logits:.2g}"
+        rows.append(("export", f"{exported.format} in {exported.to}{difference}"))
+    return [*rows, ("report", report.report)]
 
 
-def _scores(task: EvalReport) -> list[str]:
-    """One line a score, with its interval and what stands beside it under the same name (chance, say)."""
-    plain = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
+def _scores(task: EvalReport) -> list[Row]:
+    """The scores of a task with their confidence intervals and baselines, one row per score or group of scores."""
+    scores = {name: value for name, value in task.scores.items() if not isinstance(value, dict)}
     groups = {name: value for name, value in task.scores.items() if isinstance(value, dict)}
-    groups |= {name: {key: each[key] for key in plain if key in each} for name, each in task.beside.items()}
-    beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
-    lines = [f"eval     {task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} not understood"]
-    for name, value in plain.items():
-        low_high = (
-            f" [{_number(task.interval[name][0])}, {_number(task.interval[name][1])}]" if name in task.interval else ""
-        )
-        also = low_high + "".join(
-            f"   {other} {_number(group[name])}" for other, group in beside.items() if name in group
-        )
-        lines.append(f"           {name:<12} {_number(value):>6}{also}")
+    groups |= {name: {key: values[key] for key in scores if key in values} for name, values in task.baselines.items()}
+    baselines = {name: group for name, group in groups.items() if group.keys() <= scores.keys()}
+    title = f"{task.task}, {task.n} questions, protocol {task.protocol}, {task.failed} answers not parsed"
+    rows = [("eval", title)]
+    for name, value in scores.items():
+        interval = task.interval.get(name)
+        bounds = f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else ""
+        others = "".join(f"   {other} {_number(group[name])}" for other, group in baselines.items() if name in group)
+        rows.append(("", f"  {name:<12} {_number(value):>6}{bounds}{others}"))
     for name, group in groups.items():
-        if name not in beside:
-            lines.append(f"           {name:<12} " + "  ".join(f"{key} {_number(each)}" for key, each in group.items()))
-    return lines
+        if name not in baselines:
+            rows.append(("", f"  {name:<12} " + "  ".join(f"{key} {_number(value)}" for key, value in group.items())))
+    return rows
 
 
 def _number(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _answer(example: Any) -> list[Row]:
+    return [
+        ("question", example["question"]),
+        ("answer", f"{example['answer']} (reference: {example['reference']})"),
+    ]
+
+
+def _chat_command(model: str, image: str) -> str:
+    """The command that chats with ``model`` about ``image``."""
+    return shlex.join([*_program(), "chat", "--model", model, *(["--image", image] if image else [])])
+
+
+def _program() -> list[str]:
+    """The command that runs llavactl; ``make demo`` doesn't put it on the path."""
+    if shutil.which("llavactl"):
+        return ["llavactl"]
+    python = Path(sys.executable)
+    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "llavactl"]

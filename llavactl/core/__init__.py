@@ -1,1 +1,1 @@
-"""What every room knows: errors, the schema, the protocols, hooks and plugins, the registry, paths."""
+"""Shared by all packages: errors, data classes, Protocols, hooks, plugins, the registry and paths."""

@@ -1,18 +1,18 @@
-"""The one tree of errors, by who can act on them.
+"""The exception tree, grouped by who can fix the error.
 
     LlavactlError
-    ├── RecipeError     the user, in the recipe or on the command line
-    ├── DataError       the user, in records, images or answers
-    ├── StoreError      the user, in the feature store: extract again, free disk, another fingerprint
-    ├── ModelError      the user, in weights or a tokenizer: wrong folder, missing file, non-finite numbers
-    │   └── ConversationError   a conversation that the template can't render: its record is left out
-    ├── TeacherError    whoever runs the teacher: busy, cut off, a wrong key, a request too long for it
-    └── PluginError     the author of a plugin, named in the message
+    ├── RecipeError     the user: the recipe or the command line
+    ├── DataError       the user: records, images or answers
+    ├── StoreError      the user: the feature store (extract again, free disk space, another fingerprint)
+    ├── ModelError      the user: weights or a tokenizer (wrong folder, missing file, non-finite values)
+    │   └── ConversationError   the template can't render a conversation; its record is skipped
+    ├── TeacherError    the operator of the teacher: busy, connection lost, wrong key, request too long
+    └── PluginError     the author of the plugin named in the message
 
-Every message says what is wrong and where; ``hint`` says what to do next. The command line prints both in one line
-each and exits 1. Exceptions of libraries and the operating system about files, packages, memory, devices or the
-network are converted where they are raised, naming the file (``core.faults``), or else at the command line's boundary
-(``cli.boundary``). Anything else is a bug in llavactl or in a plugin, and keeps its traceback.
+``message`` states what is wrong and where, ``hint`` what to do next. The command line prints both, one line each, and
+exits with status 1. Exceptions of libraries and of the operating system about files, packages, memory, devices or the
+network are converted where they are raised (``core.library_errors``), with the name of the file, or else in
+``cli.boundary``. Any other exception is a bug in llavactl or in a plugin and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Literal
 
 
 class LlavactlError(Exception):
-    """What went wrong and where (``message``), and the way out (``hint``)."""
+    """An error that the user can fix: ``message`` states what is wrong and where, ``hint`` what to do next."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class LlavactlError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe: ``where`` is ``file:line`` or ``-o``, ``key`` the dotted path."""
+    """One problem of a recipe: ``where`` is ``file:line`` or ``-o …``, ``key`` the dotted path, ``why`` the reason."""
 
     where: str
     key: str
@@ -44,24 +44,24 @@ class Problem:
 
 
 class RecipeError(LlavactlError):
-    """A recipe can't be read or doesn't fit; ``problems`` holds all of them at once."""
+    """An invalid recipe, option or argument; ``problems`` lists all problems of a recipe."""
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message, hint=hint)
         self.problems = tuple(problems)
 
     @classmethod
-    def from_problems(cls, problems: Sequence[Problem]) -> RecipeError:
-        """One error for all ``problems``; the message has one line a problem."""
-        return cls("\n".join(map(str, problems)), problems=problems)
+    def from_problems(cls, problems: Sequence[Problem], *, hint: str = "") -> RecipeError:
+        """One error for all ``problems``; its message has one line per problem."""
+        return cls("\n".join(map(str, problems)), hint=hint, problems=problems)
 
 
 class DataError(LlavactlError):
-    """Records, images or answers that can't be used as they are."""
+    """Invalid records, images or answers."""
 
 
 class StoreError(LlavactlError):
-    """The feature store doesn't hold what is asked of it, or can't be written."""
+    """Features that are missing from the feature store or don't match, or a store that can't be written."""
 
 
 class ModelError(LlavactlError):
@@ -69,15 +69,17 @@ class ModelError(LlavactlError):
 
 
 class ConversationError(ModelError):
-    """The template can't render this conversation; it may be able to render others."""
+    """A conversation that the template can't render; other conversations may work."""
 
 
 class TeacherError(LlavactlError):
-    """A teacher gave no reply to a request; ``then`` says what that means.
+    """A request without a reply from the teacher; ``then`` states how to proceed.
 
-    ``again``: ask later, not before ``wait_s`` where the teacher named a time (busy, cut off, timed out). ``apart``:
-    this request will never have a reply, the others may (too long, refused). ``stop``: none will (wrong key, no such
-    model). ``paid``: it may have been charged for, so that a budget must count it.
+    - ``again``: retry later (busy, connection lost, timeout), after ``wait_s`` seconds if the teacher set a time.
+    - ``apart``: skip this request (too long, refused); others may succeed.
+    - ``stop``: no request will succeed (wrong key, unknown model).
+
+    ``paid``: the request may have been charged, so it counts against the budget.
     """
 
     def __init__(
@@ -94,4 +96,4 @@ class TeacherError(LlavactlError):
 
 
 class PluginError(LlavactlError):
-    """A plugin that can't be loaded or breaks the rules of a hook."""
+    """A plugin that can't be loaded or violates the rules of a hook."""

@@ -1,7 +1,7 @@
-"""sha256 hashes of files, cached: a file that has not changed is not read again.
+"""Cached sha256 hashes of files, so that unchanged files are not read again.
 
-One SQLite file, shared by all processes, maps a stamp (path, size, times) to the hash. The cache is optional: if the
-file is broken, read-only or on a full disk, files are hashed again.
+One SQLite file, shared by all processes, maps a stamp (path, size, times) to the hash. The cache is optional: if it is
+broken, read-only or on a full disk, files are hashed again.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ STAMP_BYTES = 16
 _TABLE = "CREATE TABLE IF NOT EXISTS keys (stamp BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID"
 _VARIABLES = 500
 _SETTLED_S = 2.0
-"""A file younger than this may still be rewritten within the same tick of the file system's clock."""
+"""Younger files are not cached: they may change within the resolution of the file system's clock."""
 
 _BLOB = re.compile("[0-9a-f]{64}")
-"""A large file in the hub's cache is named by its sha256."""
+"""Large files in the hub's cache have their sha256 as the name."""
 
 _OTHER_FOLDERS = re.compile(
     r"\..*|checkpoint-.*|global_step.*|eval|runs|wandb|logs|__pycache__|onnx|openvino|coreml|original"
 )
-"""Folders beside a model that are not part of it: outputs of trainers and evaluations, other programs' conversions."""
+"""Folders that are not part of a model: outputs of trainers and evaluations, conversions for other programs."""
 
 _OTHER_FILES = re.compile(
     r"\..*|.*\.(md|png|jpe?g|gif|svg|pdf|lock|log|py|ipynb|gguf|onnx|msgpack|h5|ot|tflite|mlmodel)"
@@ -45,24 +45,24 @@ _OTHER_FILES = re.compile(
     r"|trainer_state\.json|training_args\.(bin|json)|all_results\.json|(train|eval)_results\.json|latest",
     re.IGNORECASE,
 )
-"""Files beside a model that loading it never reads: documents, states of trainers, other programs' conversions."""
+"""Files that are never read to load a model: documents, trainer states, conversions for other programs."""
 
 
-_forgetful: ContextVar[bool] = ContextVar("_forgetful", default=False)
+_read_only: ContextVar[bool] = ContextVar("_read_only", default=False)
 
 
 @contextlib.contextmanager
-def nothing_remembered() -> Iterator[None]:
-    """In this context, cached file hashes are read but none is written (for dry runs)."""
-    before = _forgetful.set(True)
+def read_only_cache() -> Iterator[None]:
+    """Within the context, cached hashes are used but none are added (for dry runs)."""
+    token = _read_only.set(True)
     try:
         yield
     finally:
-        _forgetful.reset(before)
+        _read_only.reset(token)
 
 
-class HashMemory:
-    """sha256 hashes by stamp, cached in ``file``; ``remember=False`` only reads. Safe for threads and after forks."""
+class HashCache:
+    """sha256 hashes by stamp, cached in ``file``; read-only with ``remember=False``. Thread- and fork-safe."""
 
     def __init__(self, file: Path, *, remember: bool = True) -> None:
         self.file = file
@@ -71,18 +71,18 @@ class HashMemory:
 
     def find(self, stamps: Iterable[bytes]) -> dict[bytes, str]:
         """The hashes (64 hex digits) cached for ``stamps``."""
-        wanted = list(stamps)
+        keys = list(stamps)
 
-        def look(database: sqlite3.Connection) -> dict[bytes, str]:
-            found: dict[bytes, str] = {}
-            for start in range(0, len(wanted), _VARIABLES):
-                some = wanted[start : start + _VARIABLES]
-                marks = ",".join("?" * len(some))
-                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", some)  # noqa: S608
-                found |= {stamp: key.hex() for stamp, key in rows}
-            return found
+        def select(database: sqlite3.Connection) -> dict[bytes, str]:
+            hashes: dict[bytes, str] = {}
+            for start in range(0, len(keys), _VARIABLES):
+                chunk = keys[start : start + _VARIABLES]
+                marks = ",".join("?" * len(chunk))
+                rows = database.execute(f"SELECT stamp, key FROM keys WHERE stamp IN ({marks})", chunk)  # noqa: S608
+                hashes |= {stamp: key.hex() for stamp, key in rows}
+            return hashes
 
-        return self._ask(look) or {}
+        return self._query(select) or {}
 
     def keep(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
         """Caches (stamp, digest) pairs."""
@@ -92,12 +92,12 @@ class HashMemory:
                 database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?)", rows)
 
         if rows and self.remember:
-            self._ask(insert)
+            self._query(insert)
 
-    def _ask(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """The result of ``work`` on the database; None if the file is unusable, as it is after its first error.
+    def _query(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """The result of ``work`` on the database; None if the file can't be used, which is final after one error.
 
-        Opens a new connection each time (0.1 ms), since SQLite connections must not be shared across forks or threads.
+        Opens a new connection each time (0.1 ms): SQLite connections must not be shared across forks or threads.
         """
         if self._broken or not (self.remember or self.file.exists()):
             return None
@@ -107,8 +107,8 @@ class HashMemory:
         except (sqlite3.Error, OSError) as error:
             self._broken = True
             _warn(self.file, str(error))
-            garbage = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-            if garbage and self.remember:
+            corrupt = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+            if corrupt and self.remember:
                 with contextlib.suppress(OSError):
                     self.file.unlink()
             return None
@@ -118,15 +118,15 @@ class HashMemory:
         if self.remember:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         if not _has_locks(self.file.parent):
-            raise OSError("this file system has no locks")  # SQLite would wait for its timeout at every statement
-        made = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
+            raise OSError("this file system has no locks")  # SQLite would wait for its timeout in every statement
+        connection = sqlite3.connect(f"{self.file.absolute().as_uri()}?mode={mode}", uri=True, timeout=60)
         try:
             if self.remember:
-                made.execute(_TABLE)
+                connection.execute(_TABLE)
         except sqlite3.Error:
-            made.close()
+            connection.close()
             raise
-        return made
+        return connection
 
 
 @cache
@@ -136,8 +136,8 @@ def _has_locks(folder: Path) -> bool:
 
 @cache
 def _warn(file: Path, reason: str) -> None:
-    """Warns once per file, however often it fails."""
-    log.warning("%s can't be used (%s): files are hashed again each time", file, reason)
+    """Logs a warning once per file."""
+    log.warning("hash cache %s can't be used (%s): files are hashed every time", file, reason)
 
 
 def stamp_bytes(text: str) -> bytes:
@@ -149,41 +149,41 @@ def hash_file(file: Path) -> str:
     """The sha256 of ``file``, 64 hex digits; the file is read only if its stamp is not cached.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     if _BLOB.fullmatch(name := file.resolve().name):
         return name
-    memory = HashMemory(cache_dir() / "files.sqlite", remember=not _forgetful.get())
+    cache = HashCache(cache_dir() / "files.sqlite", remember=not _read_only.get())
     status = file.stat()
     stamp = stamp_bytes(f"{file.resolve()}\0{file_stamp(status)}")
-    if known := memory.find([stamp]).get(stamp):
+    if known := cache.find([stamp]).get(stamp):
         return known
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     changed = max(status.st_mtime, status.st_ctime)
     if time.time() - changed > _SETTLED_S and file_stamp(file.stat()) == file_stamp(status):
-        memory.keep([(stamp, digest.digest())])
+        cache.keep([(stamp, digest.digest())])
     return digest.hexdigest()
 
 
 def model_files(folder: Path) -> Iterator[Path]:
-    """The files of the model in ``folder``, sorted; without those that loading it never reads."""
-    for each in sorted(folder.iterdir()):
-        if each.is_dir():
-            if not _OTHER_FOLDERS.fullmatch(each.name):
-                yield from model_files(each)
-        elif not _OTHER_FILES.fullmatch(each.name):
-            yield each
+    """The files that are read to load the model in ``folder``, sorted."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if not _OTHER_FOLDERS.fullmatch(path.name):
+                yield from model_files(path)
+        elif not _OTHER_FILES.fullmatch(path.name):
+            yield path
 
 
-def hash_folder(folder: Path, but: Sequence[str] = ()) -> str:
-    """A hash of the names and contents of all files of the model in ``folder``, ``but`` those left out.
+def hash_folder(folder: Path, exclude: Sequence[str] = ()) -> str:
+    """A hash of the names and contents of all files of the model in ``folder`` except ``exclude``.
 
     Raises:
         OSError: a file can't be read.
     """
     files = {file.relative_to(folder).as_posix(): file for file in model_files(folder)}
-    return hash_json([[name, hash_file(file)] for name, file in files.items() if name not in but])
+    return hash_json([[name, hash_file(file)] for name, file in files.items() if name not in exclude])
 
 
 def hash_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Every hook of llavactl. A plugin implements any of them in one module:
+"""The hooks of llavactl. A plugin implements any of them in one module:
 
     from llavactl import hookimpl
 
@@ -6,10 +6,9 @@
     def register_sources(register):
         register("birds", "llavactl_birds.source:birds", options="llavactl_birds.source:Options", summary="Bird photos")
 
-and names that module in its pyproject, in the entry-point group ``llavactl``. ``register`` takes
-``module:attr`` strings, so nothing is imported before it is used and ``--help`` stays quick.
-A target is called with one argument, its validated options; what it must give is the kind's Protocol
-in ``llavactl.core.protocols``.
+and declares the module in its pyproject, in the entry-point group ``llavactl``. ``register`` takes ``module:attr``
+strings, so components are imported on first use and ``llavactl --help`` stays fast. A target is called with its
+validated options and returns an object of the kind's Protocol (``llavactl.core.protocols``).
 """
 
 from __future__ import annotations
@@ -25,95 +24,114 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("llavactl")
 hookimpl = pluggy.HookimplMarker("llavactl")
+"""The decorator of a plugin's hook implementations."""
 
 
 class Register(Protocol):
     """``register(name, "module:attr", options="module:Options", summary="…")``."""
 
     def __call__(self, name: str, target: str, *, options: str | None = None, summary: str = "") -> None:
-        """Registers ``target`` as ``name``. ``options`` is a pydantic model; without one there are no options."""
+        """Registers ``target`` as ``name``. ``options`` is an ``Options`` subclass; None: no options."""
 
 
 @hookspec
 def register_sources(register: Register) -> None:
-    """Add data sources: a target gives an iterable of ``Sample``."""
+    """Register data sources. The target returns a ``Source``, an iterable of ``Sample``.
+
+    Recipes use a source by name in ``data.stage1``, ``data.stage2`` or ``generate.source``.
+    """
 
 
 @hookspec
 def register_vision(register: Register) -> None:
-    """Add vision backbones: a target gives a ``Vision``, whose ``load`` gives an ``Encoder``."""
+    """Register vision backbones. The target returns a ``Vision``, whose ``load`` returns an ``Encoder``.
+
+    For a vision transformer that transformers supports, return a ``TransformersVision``.
+    """
 
 
 @hookspec
 def register_connectors(register: Register) -> None:
-    """Add connectors: a target gives a ``Connector``, whose ``build`` gives a torch module."""
+    """Register connectors. The target returns a ``Connector``, whose ``build`` returns a torch module."""
 
 
 @hookspec
 def register_languages(register: Register) -> None:
-    """Add language models: a target gives a ``Language``."""
+    """Register language models. The target returns a ``Language``: a tokenizer and a causal language model."""
 
 
 @hookspec
 def register_templates(register: Register) -> None:
-    """Add conversation templates: a target gives a ``Template``."""
+    """Register conversation templates. The target returns a ``Template``."""
 
 
 @hookspec
 def register_teachers(register: Register) -> None:
-    """Add teachers, which write instruction data: a target gives a ``Teacher``."""
+    """Register teachers, which generate instruction data and judge answers. The target returns a ``Teacher``.
+
+    Return a ``LanguageTeacher`` if replies are slow or cost money: its replies are stored and its requests are limited,
+    retried and counted against a budget.
+    """
 
 
 @hookspec
 def register_tasks(register: Register) -> None:
-    """Add benchmarks: a target gives a ``Task``."""
+    """Register benchmarks. The target returns a ``Task``, or a ``Judged`` if a judge reviews the answers."""
 
 
 @hookspec
 def register_formats(register: Register) -> None:
-    """Add layouts of a finished model on disk: a target gives a ``Format``."""
+    """Register formats of a model on disk. The target returns a ``Format``.
+
+    A format writes exports (``llavactl export --format NAME``), and reads checkpoints that it recognizes wherever a
+    model is expected (``--model``).
+    """
 
 
 @hookspec
 def register_commands(register: Register) -> None:
-    """Add commands: the target is a click command, shown in ``llavactl --help`` with its ``summary``."""
+    """Register commands. The target is a click command; ``llavactl --help`` lists it with its ``summary``."""
 
 
 @hookspec
 def register_recipes(register: Register) -> None:
-    """Add recipes: the target is ``package:path/inside/it.yaml``."""
+    """Register recipes. The target is a file in a package, ``package:path/in/package.yaml``."""
 
 
 @hookspec
 def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
-    """Say what is wrong with a resolved ``recipe`` beyond the types of its keys; all problems at once."""
+    """Check a resolved recipe beyond the types of its keys; return all problems at once.
+
+    Called whenever a recipe is loaded. Leave ``Problem.where`` empty: llavactl fills in the file and line of
+    ``Problem.key``.
+    """
 
 
 @hookspec
 def extract_finished(report: Mapping[str, Any]) -> None:
-    """Features are in the store; ``report`` is the command's ``--json`` document."""
+    """Called when all features are stored. ``report`` is the document that ``llavactl extract --json`` prints."""
 
 
 @hookspec
 def train_started(stage: int, folder: Path, steps: int) -> None:
-    """A stage begins (or resumes) in ``folder`` and will end after optimiser step ``steps``."""
+    """Called when a stage starts or resumes in ``folder``; it ends after optimizer step ``steps``."""
 
 
 @hookspec
 def train_logged(stage: int, line: Mapping[str, Any]) -> None:
-    """One line went to metrics.jsonl."""
+    """Called after each line written to metrics.jsonl, with the line: ``step``, ``loss``, ``learning_rate``, …."""
 
 
 @hookspec
 def checkpoint_saved(stage: int, folder: Path, step: int) -> None:
-    """A checkpoint is whole on disk in ``folder``."""
+    """Called when the checkpoint of ``step`` is complete in ``folder``."""
 
 
 @hookspec
 def train_finished(report: Mapping[str, Any]) -> None:
-    """A stage is done; ``report`` is the command's ``--json`` document."""
+    """Called when a stage is complete. ``report`` is the document that ``llavactl train --json`` prints."""
 
 
 @hookspec
 def eval_finished(report: Mapping[str, Any]) -> None:
-    """A task is scored; ``report`` is the command's ``--json`` document."""
+    """Called when a task is scored. ``report`` is the document that ``llavactl eval --json`` prints."""

@@ -1,7 +1,7 @@
 """The identity of a component as JSON: everything that determines its results.
 
-Files and models that options name count by content, not by path: a model folder under another name is the same model,
-and one whose weights, tokenizer or chat template changed is another.
+Files and models in options are identified by their contents, not by path: renaming a model folder doesn't change the
+identity, changing its weights, tokenizer or chat template does.
 """
 
 from __future__ import annotations
@@ -13,106 +13,107 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.core import faults
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
+from llavactl.core.model_files import local_folder
 from llavactl.core.protocols import Json
-from llavactl.core.registry import Registration, registry, singular
+from llavactl.core.registry import Registration, kind_label, registry
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _MODEL = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "llavactl.json")
-"""A folder with one of these files is a model."""
+"""A folder that contains one of these files is a model."""
 
 
 def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Json]:
-    """The identity of the component ``spec`` ({"name", options}, or a name alone) of ``kind``.
+    """The identity of the component ``spec`` ({"name": …, options} or a name) of ``kind``.
 
-    It has its name, the version of the plugin that registered it, its options with their defaults, and what the
-    component adds in ``identity()``. Files and models that options name are replaced by hashes of their contents.
+    Consists of its name, the version of its plugin, its options with defaults, and the component's own ``identity()``
+    if it has one. Files and models in options are replaced by hashes of their contents.
 
     Raises:
-        ModelError: a file that an option names can't be read.
-        PluginError: ``identity()`` is not JSON, or changes from call to call.
+        ModelError: a file in an option can't be read.
+        PluginError: ``identity()`` is not JSON or differs between calls.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     entry = registry().get(kind, spec["name"])
     options = registry().options(kind, spec)
     contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
-    found: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
-    made = entry.load()(options)
-    return {**found, "identity": _identity(made, entry)} if hasattr(made, "identity") else found
+    identity: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
+    component = entry.load()(options)
+    return {**identity, "identity": _identity(component, entry)} if hasattr(component, "identity") else identity
 
 
 def _identity(component: Any, entry: Registration) -> dict[str, Json]:
-    """``component.identity()``, checked: JSON, and the same on every call."""
+    """``component.identity()``, after checking that it is JSON and equal on every call."""
     identities = [component.identity() for _ in range(2)]
     try:
-        first, second = (json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in identities)
-        why = "" if first == second else "changes from call to call"
+        first, second = (json.dumps(dict(value), sort_keys=True, allow_nan=False) for value in identities)
+        why = "" if first == second else "differs between calls"
     except (TypeError, ValueError) as error:
         why = f"is not JSON: {error}"
     if why:
-        raise PluginError(f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin}: its identity() {why}")
+        raise PluginError(f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin}: identity() {why}")
     return dict(identities[0])
 
 
 def content_of(value: Any) -> Json:
-    """``value`` with paths and ids of files and models replaced by hashes of their contents.
+    """``value`` with files and models, given by path or id, replaced by hashes of their contents.
 
-    Folders without a model, such as one of images, are kept by name.
+    Other folders, such as image folders, keep their path.
     """
     if isinstance(value, Mapping):
-        return {str(key): content_of(each) for key, each in value.items()}
+        return {str(key): content_of(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [content_of(each) for each in value]
+        return [content_of(item) for item in value]
     if not isinstance(value, str):
-        found: Json = value
-        return found
+        json_value: Json = value
+        return json_value
     try:
         return _content(value)
     except OSError as error:
         raise ModelError(f"{error.filename or value}: {error.strerror or error}") from error
 
 
-def relocated(value: Any, old: Path, new: Path) -> Json:
-    """``value`` with absolute paths that ``old`` could reach by ``..`` replaced by those that ``new`` reaches so.
+def _moved_paths(value: Any, old: Path, new: Path) -> Json:
+    """``value`` with absolute paths replaced by paths at the same relative position to ``new`` as before to ``old``.
 
-    A path is replaced only if something is there: a project moves with what is in it, and models elsewhere stay.
+    A path is replaced only if the new one exists: files of a moved project are found again, others keep their path.
     """
     if isinstance(value, Mapping):
-        return {str(key): relocated(each, old, new) for key, each in value.items()}
+        return {str(key): _moved_paths(item, old, new) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [relocated(each, old, new) for each in value]
+        return [_moved_paths(item, old, new) for item in value]
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).drive == old.drive:
-        there = Path(os.path.normpath(new / os.path.relpath(value, old)))
-        return str(there) if there.exists() else value
-    found: Json = value
-    return found
+        moved = Path(os.path.normpath(new / os.path.relpath(value, old)))
+        return str(moved) if moved.exists() else value
+    json_value: Json = value
+    return json_value
 
 
-def following(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A model's ``description``, read in ``folder``, with the paths to what has moved together with ``folder``.
+def with_moved_paths(description: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A model's ``description``, read from ``folder``, with current paths if the project of ``folder`` was moved.
 
-    Options of earlier versions have their names now.
+    Options of earlier versions are renamed to their current names.
     """
-    description = _with_new_names(description)
-    where = description.get("location")
-    if where is None or Path(where) == folder.absolute():
+    description = _with_current_names(description)
+    location = description.get("location")
+    if location is None or Path(location) == folder.absolute():
         return dict(description)
-    components = {key: description[key] for key in ("vision", "connector", "language") if key in description}
-    return {**description, **{key: relocated(each, Path(where), folder.absolute()) for key, each in components.items()}}
+    specs = {key: description[key] for key in ("vision", "connector", "language") if key in description}
+    moved = {key: _moved_paths(spec, Path(location), folder.absolute()) for key, spec in specs.items()}
+    return {**description, **moved}
 
 
-def _with_new_names(description: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_current_names(description: Mapping[str, Any]) -> Mapping[str, Any]:
     connector = description.get("connector")
     if not isinstance(connector, Mapping) or "fold" not in connector:
         return description
-    kept = {key: value for key, value in connector.items() if key != "fold"}
-    return {**description, "connector": {**kept, "pixel_shuffle": connector["fold"]}}
+    others = {key: value for key, value in connector.items() if key != "fold"}
+    return {**description, "connector": {**others, "pixel_shuffle": connector["fold"]}}
 
 
-def names_model(content: Any) -> bool:
-    """Whether ``content``, an option's value after ``content_of``, stands for a file or a model."""
+def refers_to_model(content: Any) -> bool:
+    """Whether ``content``, the result of ``content_of`` for an option, refers to a file or a model."""
     if isinstance(content, Mapping):
         return bool({"sha256", "commit"} & content.keys())
     return isinstance(content, str) and "/" in content
@@ -125,6 +126,6 @@ def _content(text: str) -> Json:
             return {"sha256": hash_file(path)}
         if path.is_dir() and any((path / name).is_file() for name in _MODEL):
             return {"sha256": hash_folder(path)}
-    elif _ID.fullmatch(text) and (snapshot := faults.local_folder(text)):
+    elif _ID.fullmatch(text) and (snapshot := local_folder(text)):
         return {"id": text, "commit": snapshot.name}
     return text

@@ -1,4 +1,4 @@
-"""Paths and URLs as texts: which of them a text is, and its short form for messages."""
+"""Paths and URLs as strings: distinguishes them and shortens them for messages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from os.path import exists
 from urllib.parse import unquote
 
 LONGEST = 200
-"""How many characters of a name a message shows."""
+"""The maximum length of a name in messages."""
 
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
-"""The beginning of an absolute path, also of Windows: records are moved between systems."""
+"""The start of an absolute POSIX or Windows path; records may come from another system."""
 
 
 def shortened(name: str) -> str:
-    """``name`` for messages: at most ``LONGEST`` characters, and still distinct for different names."""
+    """``name`` with at most ``LONGEST`` characters for messages; different names stay different."""
     if len(name) <= LONGEST:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -23,7 +23,7 @@ def shortened(name: str) -> str:
 
 
 def is_absolute(path: str) -> bool:
-    """Whether ``path`` is absolute on this or another system (root or drive)."""
+    """Whether ``path`` is absolute on any system (starts with a root or a drive)."""
     return _ABSOLUTE.match(path) is not None
 
 
@@ -33,13 +33,13 @@ def is_url(text: str) -> bool:
 
 
 def is_file_url(text: str) -> bool:
-    """Whether ``text`` is a URL of a file on this machine."""
+    """Whether ``text`` is a ``file:`` URL."""
     return text[:7].lower() == "file://"
 
 
 def local_path(text: str) -> str:
-    """The path of a ``file:`` URL; any other ``text`` unchanged."""
+    """The path of a ``file:`` URL; other strings unchanged."""
     if not is_file_url(text):
         return text
     path = text[7:].removeprefix("localhost")
-    return path if exists(path) else unquote(path)  # noqa: PTH110 - strings throughout: there may be millions of names
+    return path if exists(path) else unquote(path)  # noqa: PTH110 - strings for speed: there may be millions

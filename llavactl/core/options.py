@@ -1,7 +1,7 @@
-"""Types for a component's options that name files: relative to the recipe that says so.
+"""Option types for files and models, resolved relative to the recipe that contains them.
 
-A string read from a recipe file remembers that file's folder (``Located``), one from ``-o`` or from a
-recipe given by name the working directory; these types use it while the options are validated.
+A string from a recipe file has that file's folder as its base (``Located``). Strings from ``-o`` and from recipes given
+by name are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from llavactl.core.locations import is_file_url, is_url, local_path
 
 
 class Located(str):
-    """A string that knows which folder its paths are relative to."""
+    """A string from a recipe; relative paths in it start at the folder ``base``."""
 
     base: Path
 
     def __new__(cls, text: str, base: Path) -> Located:
-        made = super().__new__(cls, text)
-        made.base = base
-        return made
+        located = super().__new__(cls, text)
+        located.base = base
+        return located
 
 
 def _base(value: str) -> Path:
@@ -33,10 +33,10 @@ def _path(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if not value or "\0" in value:
-        raise ValueError(f"must be a file or folder, not {str(value)!r}")
+        raise ValueError(f"expected a file or folder, got {str(value)!r}")
     try:
         return Path(_base(value), Path(value).expanduser()).absolute()
-    except RuntimeError as error:  # ~name of nobody
+    except RuntimeError as error:  # ~name of an unknown user
         raise ValueError(f"{value}: {error}") from error
 
 
@@ -48,17 +48,17 @@ def _model(value: Any) -> Any:
     return str(folder) if folder.is_dir() or looks_local else str(value)
 
 
-def _place(value: Any) -> Any:
+def _path_or_url(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return str(value) if is_url(value) and not is_file_url(value) else _path(Located(local_path(value), _base(value)))
 
 
 RecipePath = Annotated[Path, BeforeValidator(_path)]
-"""A file or folder: relative to the recipe that names it, made absolute."""
+"""A file or folder, relative to the recipe that contains it; made absolute."""
 
 ModelId = Annotated[str, BeforeValidator(_model)]
-"""A model's id, or its folder: made absolute where the folder exists or is written like a path."""
+"""A model's id or folder; made absolute if the folder exists or the value starts with ``.``, ``~`` or ``/``."""
 
 
 def _paths(value: Any) -> Any:
@@ -68,8 +68,8 @@ def _paths(value: Any) -> Any:
 RecipePaths = Annotated[tuple[RecipePath, ...], BeforeValidator(_paths)]
 """One file or folder, or a list of them."""
 
-RecipePlace = Annotated[str | Path, BeforeValidator(_place)]
-"""A file, a folder or a pattern of files, relative to the recipe that names it; or a URL, as it is."""
+RecipePlace = Annotated[str | Path, BeforeValidator(_path_or_url)]
+"""A file, a folder or a glob pattern, relative to the recipe that contains it; or a URL, unchanged."""
 
 FollowLinks = Annotated[bool, Field(description="true: follow symbolic links that point outside `images`")]
-"""Whether links among the images may point outside their folder; the folder itself may always be a link."""
+"""Whether symbolic links to images may point outside the image folder, which may itself be a link."""

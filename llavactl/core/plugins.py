@@ -1,9 +1,7 @@
-"""Loading plugins one at a time, in isolation: a broken plugin is reported in one line on stderr and affects no other.
+"""Loads plugins in isolation: a broken plugin is reported in one line on stderr and doesn't affect others.
 
-What a plugin prints while it is imported or registered goes to stderr.
-
-``LLAVACTL_PLUGINS`` selects by entry-point name (comma-separated; empty: none; unset: all).
-``LLAVACTL_STRICT_PLUGINS=1`` raises where otherwise a line would be logged.
+Output of a plugin during import and registration goes to stderr. ``LLAVACTL_PLUGINS`` selects plugins by entry-point
+name (comma-separated; empty: none; unset: all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ from typing import Any
 
 import pluggy
 
-from llavactl.core import builtins, hookspecs
+from llavactl.core import builtin_plugin, hookspecs
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.paths import cache_dir, write_json
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ SLOW_S = 1.0
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin, loaded or not."""
+    """An installed plugin; ``error`` lists what failed while loading and registering it."""
 
     name: str
     package: str
@@ -47,15 +45,15 @@ class Plugin:
     error: str = ""
 
 
-_faults: dict[str, list[str]] = {}
-"""What each plugin did wrong so far, one line each: while loading by its module, later by its name."""
+_errors: dict[str, list[str]] = {}
+"""Errors of plugins, one line each: by module while loading, later by plugin name."""
 
 
 @contextlib.contextmanager
 def isolated(plugin: str) -> Iterator[None]:
-    """Turns what ``plugin`` raises into one logged line, or into a PluginError when strict.
+    """Logs any exception of ``plugin`` in one line; in strict mode, raises it as a PluginError.
 
-    The built-in plugin is never excused: its faults are ours.
+    Exceptions of the built-in plugin always propagate: they are bugs of llavactl.
     """
     try:
         yield
@@ -66,7 +64,7 @@ def isolated(plugin: str) -> Iterator[None]:
         line = " ".join(message.split())
         if strict():
             raise PluginError(line) from error
-        _faults.setdefault(plugin, []).append(line)
+        _errors.setdefault(plugin, []).append(line)
         log.warning("%s", line)
 
 
@@ -76,62 +74,62 @@ def strict() -> bool:
 
 @cache
 def entry_points() -> tuple[metadata.EntryPoint, ...]:
-    """The installed plugins that ``LLAVACTL_PLUGINS`` selects, in order of name."""
-    found = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
-    chosen = os.environ.get("LLAVACTL_PLUGINS")
-    if chosen is None:
-        return tuple(found)
-    names = {name.strip() for name in chosen.split(",") if name.strip()}
-    for missing in sorted(names - {point.name for point in found}):
+    """The installed plugins selected by ``LLAVACTL_PLUGINS``, sorted by name."""
+    points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    selection = os.environ.get("LLAVACTL_PLUGINS")
+    if selection is None:
+        return tuple(points)
+    names = {name.strip() for name in selection.split(",") if name.strip()}
+    for missing in sorted(names - {point.name for point in points}):
         with isolated(missing):
-            raise PluginError(f"LLAVACTL_PLUGINS names {missing!r}, which is not installed")
-    return tuple(point for point in found if point.name in names)
+            raise PluginError(f"LLAVACTL_PLUGINS: plugin {missing!r} is not installed")
+    return tuple(point for point in points if point.name in names)
 
 
 @cache
 def manager() -> pluggy.PluginManager:
-    """The one plugin manager: the built-in plugin first, then every installed one that loads."""
-    made = pluggy.PluginManager("llavactl")
-    made.add_hookspecs(hookspecs)
-    made.register(builtins, BUILTIN)
+    """The plugin manager, with the built-in plugin first, then all installed plugins that load."""
+    plugin_manager = pluggy.PluginManager("llavactl")
+    plugin_manager.add_hookspecs(hookspecs)
+    plugin_manager.register(builtin_plugin, BUILTIN)
     for point in entry_points():
-        _load(made, point)
-    return made
+        _load(plugin_manager, point)
+    return plugin_manager
 
 
-def _load(made: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
+def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
     started = time.perf_counter()
-    with isolated(point.value), diverted():
-        if first := made.get_plugin(point.name):
-            kept = "llavactl itself" if point.name == BUILTIN else getattr(first, "__name__", "?")
+    with isolated(point.value), stdout_to_stderr():
+        if first := plugin_manager.get_plugin(point.name):
+            owner = "llavactl" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(
-                f"plugin name {point.name!r} is taken by {kept} and again by {point.value} "
+                f"plugin name {point.name!r} is used by {owner} and again by {point.value} "
                 f"of package {_package(point)[0]}; the first is kept"
             )
         try:
-            _register(made, point.load(), point.name)
+            _register(plugin_manager, point.load(), point.name)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # one may even call sys.exit at import
+        except BaseException as error:  # a plugin may call sys.exit at import
             raise PluginError(f"plugin {point.name} can't be loaded: {type(error).__name__}: {error}") from error
-    if (took := time.perf_counter() - started) > SLOW_S:
-        advice = "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
-        log.warning("plugin %s took %.1f s to import; %s", point.name, took, advice)
+    if (seconds := time.perf_counter() - started) > SLOW_S:
+        advice = "pass module:attr strings to `register`, so that components are imported on first use"
+        log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, advice)
 
 
-def _register(made: pluggy.PluginManager, module: Any, name: str) -> None:
-    """All of the plugin's hooks or none: a wrong one is found while others are registered already."""
+def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> None:
+    """Registers all hooks of a plugin, or none if one of them is invalid."""
     try:
-        made.register(module, name)
-        made.check_pending()
+        plugin_manager.register(module, name)
+        plugin_manager.check_pending()
     except Exception:
-        if made.get_plugin(name) is module:
-            made.unregister(module, name)
+        if plugin_manager.get_plugin(name) is module:
+            plugin_manager.unregister(module, name)
         raise
 
 
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Each plugin's implementation of ``hook``, by plugin name, built-in first then in order of name."""
+    """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name."""
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         yield implementation.plugin_name, _by_keyword(implementation)
 
@@ -144,30 +142,30 @@ def _by_keyword(implementation: Any) -> Callable[..., Any]:
 
 
 def notify(hook: str, **arguments: Any) -> None:
-    """Calls an observer hook on every plugin; one that raises is a logged line and nothing more."""
+    """Calls an observer hook of all plugins; exceptions are logged."""
     for plugin, implementation in implementations(hook):
         with isolated(plugin):
             implementation(**arguments)
 
 
 def installed() -> list[Plugin]:
-    """The built-in plugin and the selected ones, with what went wrong while loading and registering them."""
+    """The built-in plugin and the selected ones, with errors from loading and registering them."""
     from llavactl import __version__
     from llavactl.core.registry import registry
 
     registry()
-    found = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtins")]
+    plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtin_plugin")]
     for point in entry_points():
         package, version = _package(point)
-        faults = dict.fromkeys([*_faults.get(point.value, ()), *_faults.get(point.name, ())])
-        found.append(Plugin(point.name, package, version, point.value, "; ".join(faults)))
-    return found
+        errors = dict.fromkeys([*_errors.get(point.value, ()), *_errors.get(point.name, ())])
+        plugins.append(Plugin(point.name, package, version, point.value, "; ".join(errors)))
+    return plugins
 
 
 def version_of(plugin: str) -> str:
-    """The version of the package of ``plugin``; for the built-in plugin, the version of its components' results."""
+    """The package version of ``plugin``; for the built-in plugin, ``RESULTS_VERSION``."""
     if plugin == BUILTIN:
-        return builtins.NUMBERS
+        return builtin_plugin.RESULTS_VERSION
     return next((_package(point)[1] for point in entry_points() if point.name == plugin), "?")
 
 
@@ -176,29 +174,28 @@ def _package(point: metadata.EntryPoint) -> tuple[str, str]:
 
 
 def commands() -> dict[str, str]:
-    """Names and summaries of the commands that plugins add, without importing plugins seen before.
+    """Names and summaries of plugin commands for ``llavactl --help``.
 
-    ``llavactl --help`` lists them. What a plugin registers is remembered by its module file's time and
-    size, so a plugin that is slow to import makes the help slow once, not every time. Nothing is
-    remembered while any plugin is at fault: its line is to be seen every time.
+    Cached by the times and sizes of the plugins' files, so a plugin that is slow to import delays the help only once.
+    Not cached while any plugin has an error, so that its warning is always shown.
     """
     points = entry_points()
     if not points:
         return {}
-    memory: Path | None = None
+    cache_file: Path | None = None
     with contextlib.suppress(LlavactlError, OSError, ValueError, KeyError, TypeError):
-        memory = cache_dir() / "plugin-commands.json"
-        remembered = json.loads(memory.read_text(encoding="utf-8"))
-        if remembered["key"] == _key(points):
-            return dict(remembered["commands"])
+        cache_file = cache_dir() / "plugin-commands.json"
+        cached = json.loads(cache_file.read_text(encoding="utf-8"))
+        if cached["key"] == _key(points):
+            return dict(cached["commands"])
     from llavactl.core.registry import registry
 
     entries = registry().entries.get("commands", {}).values()
-    found = {entry.name: entry.summary for entry in entries if entry.plugin != BUILTIN}
-    if memory is not None and not _faults:
+    summaries = {entry.name: entry.summary for entry in entries if entry.plugin != BUILTIN}
+    if cache_file is not None and not _errors:
         with contextlib.suppress(OSError, ValueError):
-            write_json(memory, {"key": _key(points), "commands": found})
-    return found
+            write_json(cache_file, {"key": _key(points), "commands": summaries})
+    return summaries
 
 
 def _key(points: Sequence[metadata.EntryPoint]) -> list[Any]:
@@ -208,7 +205,7 @@ def _key(points: Sequence[metadata.EntryPoint]) -> list[Any]:
 
 
 def _stamp(point: metadata.EntryPoint) -> list[Any]:
-    """Changes when the plugin's code may have changed; finds its module without importing it."""
+    """Values that change when the plugin's code may have changed; its module is located without importing it."""
     spec = importlib.util.find_spec(point.value.partition(":")[0].partition(".")[0])
     files = [Path(spec.origin)] if spec and spec.origin else []
     for folder in (spec.submodule_search_locations or []) if spec else []:

@@ -1,4 +1,4 @@
-"""Environment variables of `accelerate launch` and torchrun, and leaving a process group cleanly."""
+"""Launch settings of `accelerate launch` and torchrun, and clean shutdown of the process group."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ _MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_launch(precision: str | None = None) -> None:
-    """Refuses settings of accelerate that llavactl doesn't implement.
+    """Checks for settings of accelerate that llavactl doesn't support.
 
-    The number of processes and their devices are used. ``precision`` is the recipe's.
+    Only the number of processes and their devices are used. ``precision`` is the recipe's.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP and the like, gradient accumulation, or another precision than the recipe's.
+        RecipeError: DeepSpeed, FSDP or another engine, gradient accumulation, or a precision that differs from the
+            recipe's.
     """
     if os.environ.get("WORLD_SIZE", "1") not in (*_OFF, "1") and not os.environ.get("MASTER_ADDR"):
         raise RecipeError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but MASTER_ADDR is not, so the processes can't meet",
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but MASTER_ADDR is not",
             hint="launch with torchrun or `accelerate launch`; for a single process, unset WORLD_SIZE and RANK",
         )
     for name, what in _UNSUPPORTED.items():
         if os.environ.get(name, "").lower() not in _OFF:
-            raise _refused(name, f"llavactl doesn't support {what}")
+            raise _unsupported(name, f"llavactl doesn't support {what}")
     name = "ACCELERATE_MIXED_PRECISION"
-    wanted = os.environ.get(name, "").lower()
-    if wanted not in _OFF and (wanted not in _MIXED or precision not in (None, _MIXED[wanted])):
+    mixed = os.environ.get(name, "").lower()
+    if mixed not in _OFF and (mixed not in _MIXED or precision not in (None, _MIXED[mixed])):
         value = f" ({precision})" if precision else ""
-        raise _refused(name, f"the precision is set by `precision` in the recipe{value}")
+        raise _unsupported(name, f"the precision is set by `precision` in the recipe{value}")
     if os.environ.get(name := "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1", "auto"):
-        raise _refused(name, "gradient accumulation is set by `batch_size` and `micro_batch_size` in the recipe")
+        raise _unsupported(name, "gradient accumulation is set by `batch_size` and `micro_batch_size` in the recipe")
 
 
-def _refused(name: str, why: str) -> RecipeError:
+def _unsupported(name: str, why: str) -> RecipeError:
     folder = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")  # noqa: PTH111 - never raises
     file = Path(folder, "accelerate", "default_config.yaml")
     where = f" (`accelerate launch` sets it from its options and {file})" if file.is_file() else ""
@@ -55,9 +56,10 @@ def _refused(name: str, why: str) -> RecipeError:
     )
 
 
-def on_cpu() -> bool:
-    """Whether several processes run on a machine without accelerators: accelerate doesn't detect this by itself and
-    would treat each as a single process.
+def multiprocess_on_cpu() -> bool:
+    """Whether several processes run without accelerators.
+
+    accelerate doesn't detect this and would treat each of them as a single process.
     """
     import torch
 
@@ -65,16 +67,16 @@ def on_cpu() -> bool:
 
 
 @cache
-def leave_in_order() -> None:
-    """At the end of this process, ends the threads by which it hears from the others.
+def destroy_process_group_at_exit() -> None:
+    """Destroys a gloo process group when this process exits.
 
-    Left to themselves they were seen to abort a process that had finished all its work. On GPUs they stay: NCCL
-    would wait for the others there, also for those that wait for a process that failed.
+    Otherwise its threads occasionally abort a process that has finished its work. NCCL groups are kept: destroying them
+    waits for the other processes, which may be waiting for a failed one.
     """
-    atexit.register(_leave)
+    atexit.register(_destroy_process_group)
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":

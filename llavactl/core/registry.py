@@ -1,4 +1,4 @@
-"""What is registered, by kind and exact name; imported on first use."""
+"""The registry of components, commands and recipes, by kind and exact name. Targets are imported on first use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.streams import diverted
+from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
 
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class Options(BaseModel):
-    """Base of a component's options: frozen, and a misspelt key is an error."""
+    """Base class of a component's options: a frozen pydantic model in which unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Registration:
-    """One registered thing and the plugin it came from."""
+    """A registered component, command or recipe and its plugin."""
 
     kind: str
     name: str
@@ -42,15 +42,15 @@ class Registration:
 
     @property
     def version(self) -> str:
-        """The version of the plugin that registered it; another version may give other results."""
+        """The version of the plugin; its components' results may differ between versions."""
         return plugins.version_of(self.plugin)
 
     def load(self) -> Any:
-        """The target, imported now."""
+        """Imports the target."""
         return _import(self.target, self)
 
     def options_model(self) -> type[BaseModel]:
-        """The model of its options; without one, a model that takes none."""
+        """The options model; ``Options``, which has no fields, if none is registered."""
         return Options if self.options is None else _import(self.options, self)
 
     def parse(self, options: Mapping[str, Any]) -> BaseModel:
@@ -62,10 +62,10 @@ class Registration:
         return self.options_model().model_validate(dict(options))
 
     def path(self) -> Path:
-        """The file that a recipe's target (``package:path``) names.
+        """The file of a recipe, whose target is ``package:path``.
 
-        Inside the package, or beside it: our own ``recipes/`` lies at the top of a checkout and inside
-        the package in a wheel.
+        The path is relative to the package or to its parent folder: llavactl's own ``recipes/`` is at the top of a
+        checkout and inside the package in a wheel.
         """
         package, _, inside = self.target.partition(":")
         spec = importlib.util.find_spec(package)
@@ -73,12 +73,14 @@ class Registration:
             for root in (Path(folder), Path(folder).parent):
                 if (file := root / inside).is_file():
                     return file
-        raise PluginError(f"{self.kind} {self.name!r} of plugin {self.plugin}: there is no file {self.target}")
+        raise PluginError(
+            f"{kind_label(self.kind)} {self.name!r} of plugin {self.plugin}: file {self.target} not found"
+        )
 
 
 @dataclass
 class Registry:
-    """Entries by kind and name; the first to take a name keeps it."""
+    """Registrations by kind and name; the first registration of a name is kept."""
 
     entries: dict[str, dict[str, Registration]] = field(default_factory=dict)
 
@@ -86,8 +88,8 @@ class Registry:
         names = self.entries.setdefault(entry.kind, {})
         if (first := names.get(entry.name)) is not None:
             raise PluginError(
-                f"{entry.kind} {entry.name!r} is registered by plugin {first.plugin} and again by plugin "
-                f"{entry.plugin}; the one of {first.plugin} is kept"
+                f"{kind_label(entry.kind)} {entry.name!r} is registered by plugin {first.plugin} and again by plugin "
+                f"{entry.plugin}; the registration of {first.plugin} is kept"
             )
         names[entry.name] = entry
 
@@ -98,14 +100,14 @@ class Registry:
         return (entry for names in self.entries.values() for entry in names.values())
 
     def get(self, kind: str, name: str) -> Registration:
-        """The entry ``name`` of ``kind``.
+        """The registration of ``name``.
 
         Raises:
-            RecipeError: there is none; the hint has the nearest name and all the others.
+            RecipeError: unknown name; the hint suggests a similar one and lists all names.
         """
         names = self.entries.get(kind, {})
         if name not in names:
-            raise RecipeError(f"there is no {singular(kind)} named {name!r}", hint=suggest(name, names))
+            raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=suggest(name, names))
         return names[name]
 
     def create(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> Any:
@@ -132,9 +134,9 @@ class Registry:
             return entry.parse(options)
         except ValidationError as error:
             reasons = explain(error, entry.options_model(), options)
-            problems = [Problem(f"{singular(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
+            problems = [Problem(f"{kind_label(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
-        raise RecipeError("\n".join(map(str, problems)), hint=hint, problems=problems)
+        raise RecipeError.from_problems(problems, hint=hint)
 
 
 def component_name(spec: str | Mapping[str, Any]) -> str:
@@ -146,23 +148,23 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def spelled(spec: str | Mapping[str, Any]) -> str:
-    """A component in one line: its name, with its options if it has any."""
+def format_spec(spec: str | Mapping[str, Any]) -> str:
+    """The component ``spec`` in one line: its name and options."""
     if isinstance(spec, str):
         return spec
     options = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
-def singular(kind: str) -> str:
-    """``sources`` → ``source``; ``vision`` → ``vision backbone``."""
-    return "vision backbone" if kind == "vision" else kind.removesuffix("s")
+def kind_label(kind: str) -> str:
+    """The name of ``kind`` in messages: ``source`` for ``sources``, ``vision backbone`` for ``vision``."""
+    return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
 
 
 @cache
 def registry() -> Registry:
-    """Everything that the built-in plugin and the installed ones register."""
-    found = Registry()
+    """The registrations of the built-in plugin and of all installed plugins."""
+    filled = Registry()
     for kind in (*KINDS, "recipes", "commands"):
         for plugin, implementation in plugins.implementations(f"register_{kind}"):
 
@@ -177,35 +179,37 @@ def registry() -> Registry:
             ) -> None:
                 with plugins.isolated(plugin):
                     if ":" not in target:
-                        raise PluginError(f"plugin {plugin}: {kind} {name!r}: {target!r} is not module:attr")
-                    found.add(Registration(kind, name, target, options, summary, plugin))
+                        raise PluginError(
+                            f"plugin {plugin}: {kind_label(kind)} {name!r}: expected module:attr, got {target!r}"
+                        )
+                    filled.add(Registration(kind, name, target, options, summary, plugin))
 
-            with plugins.isolated(plugin), diverted():
+            with plugins.isolated(plugin), stdout_to_stderr():
                 implementation(register=register)
-    return found
+    return filled
 
 
 def plugin_of(component: Any) -> str:
-    """The plugin whose package defines the class of ``component``; its module if there is none."""
+    """The plugin whose package defines the class of ``component``, or else the module of the class."""
     module = type(component).__module__
     package = module.partition(".")[0]
-    found = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)
-    return next(found, module)
+    plugin_names = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)
+    return next(plugin_names, module)
 
 
 def _import(target: str, entry: Registration) -> Any:
     module, _, attribute = target.partition(":")
     try:
-        with diverted():
-            found: Any = importlib.import_module(module)
+        with stdout_to_stderr():
+            target_object: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            target_object = getattr(target_object, part)
     except (LlavactlError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise PluginError(
-            f"{singular(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
+            f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
             f"{type(error).__name__}: {error}",
-            hint=f"`llavactl plugins check {entry.plugin}` shows more",
+            hint=f"`llavactl plugins check {entry.plugin}` shows details",
         ) from error
-    return found
+    return target_object

@@ -1,7 +1,7 @@
-"""What flows through llavactl, from a record to a loss. Frozen, plain, picklable; no torch, no PIL.
+"""Data classes from records to batches: frozen and picklable, without torch or PIL at import.
 
-Shape letters used everywhere: B batch, T tokens, I images, P patches, Q connector tokens an image,
-Dv width of the vision features, Dl width of the language model.
+Shape letters: B batch, T tokens, I images, P patches, Q connector tokens per image, Dv width of the vision features,
+Dl width of the language model.
 """
 
 from __future__ import annotations
@@ -17,41 +17,43 @@ from llavactl.core.typed import Typed, check_fields, has_methods
 if TYPE_CHECKING:
     import torch
 
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
 Role = Literal["system", "user", "assistant"]
 _ROLES = get_args(Role)
 
 IMAGE_TOKEN = -200
-"""Stands for one connector token of an image in ``Encoded.ids`` and ``Batch.ids`` (LLaVA's value)."""
+"""The placeholder id of a connector token in ``Encoded.ids`` and ``Batch.ids`` (LLaVA's value)."""
 
 IGNORE = -100
-"""The label of a position that is not trained (torch's ``ignore_index``)."""
+"""The label of positions that are excluded from the loss (torch's ``ignore_index``)."""
 
 
 @runtime_checkable
 class ImageRef(Protocol):
-    """An image where it lies: a file, a member of an archive, or one that is drawn when it is read.
+    """A reference to an image: a file, a member of an archive, or an image that is generated when it is read.
 
-    Hashable, equal when it is the same image, and picklable: a frozen dataclass is all three.
+    Must be hashable, picklable, and equal for the same image. A frozen dataclass satisfies all three.
     """
 
     def __hash__(self) -> int: ...
 
     @property
     def name(self) -> str:
-        """Its name in messages: a path relative to its root, shortened if necessary."""
+        """The name in messages: the path relative to its root, shortened if necessary."""
 
     def read(self) -> bytes:
-        """The encoded image (JPEG, PNG, …).
+        """The bytes of the image file (JPEG, PNG, …).
 
         Raises:
-            OSError: it can't be read; the image is then skipped and listed with this reason.
-            DataError: the user must allow it first (such as ``follow_links``); the run stops.
+            OSError: the image can't be read; it is skipped and listed with this reason.
+            DataError: an option must allow it first (such as ``follow_links``); the run stops.
         """
 
     def stamp(self) -> str | None:
-        """Changes whenever the content may have changed, at little cost; None if only reading can tell.
+        """A string that changes whenever the content may have changed, without reading it; None if unavailable.
 
-        Raises as ``read``.
+        Raises the same errors as ``read``.
         """
 
 
@@ -63,14 +65,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: text and images in the order they are said. A literal ``<image>`` in text is text."""
+    """One message of a conversation: strings and images in order. A literal ``<image>`` in a string is plain text."""
 
     role: Role
     content: tuple[Content, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.content, str):  # else each character would be a part
-            raise TypeError(f'content must be a tuple of texts and images: Turn("{self.role}", ("text",))')
+        if isinstance(self.content, str):  # otherwise each character would be one part
+            raise TypeError(f'content: expected a tuple of strings and images, such as Turn("{self.role}", ("text",))')
         # Checked inline for speed: there may be millions of turns.
         if self.role not in _ROLES or not isinstance(self.content, tuple):
             check_fields(self)
@@ -79,11 +81,11 @@ class Turn:
                 if not has_methods(type(part), "read", "stamp"):
                     check_fields(self)
             elif not part.isascii() and _SURROGATE.search(part):
-                raise DataError(f"not text: {part!r:.60} has bytes that are not UTF-8", hint="save or type it as UTF-8")
+                raise DataError(f"invalid UTF-8 in {part!r:.60}", hint="save or enter the text as UTF-8")
 
     @property
     def text(self) -> str:
-        """The text alone, images left out."""
+        """The text without images."""
         return "".join(part for part in self.content if isinstance(part, str))
 
     @property
@@ -93,7 +95,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Box(Typed):
-    """A labelled box: ``xyxy`` are (left, top, right, bottom) as shares of width and height, 0 to 1."""
+    """A labeled bounding box: ``xyxy`` is (left, top, right, bottom), normalized to 0–1 by width and height."""
 
     category: str
     xyxy: tuple[float, float, float, float]
@@ -102,9 +104,9 @@ class Box(Typed):
 
 @dataclass(frozen=True)
 class Sample(Typed):
-    """One record: a conversation about images, and what is known of the image for a teacher.
+    """A training sample: a conversation about images. ``captions`` and ``boxes`` describe the image to a teacher.
 
-    ``where`` names the record for messages (``file.json:12 (record 3)``).
+    ``where`` is the location of the record for messages, such as ``file.json:12 (record 3)``.
     """
 
     id: str
@@ -121,7 +123,7 @@ class Sample(Typed):
 
 @dataclass(frozen=True)
 class Text(Typed):
-    """A piece of a rendered conversation; ``trained`` text is a target of the loss."""
+    """Text of a rendered conversation; with ``trained``, its tokens are targets of the loss."""
 
     text: str
     trained: bool = False
@@ -129,7 +131,7 @@ class Text(Typed):
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """Where the next image of the conversation goes."""
+    """The position of the next image of the conversation."""
 
 
 Segment = Text | ImageSlot
@@ -137,10 +139,9 @@ Segment = Text | ImageSlot
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens: ``ids`` [T] with IMAGE_TOKEN where images go, ``labels`` [T] with IGNORE.
+    """A tokenized conversation: ``ids`` [T] with IMAGE_TOKEN for images, ``labels`` [T] with IGNORE for other text.
 
-    Built together from one tokenisation. ``images`` are the conversation's images in order, each
-    owning as many consecutive IMAGE_TOKENs as the connector makes of it.
+    Both come from the same tokenization. ``images`` are in order; each has Q consecutive IMAGE_TOKENs.
     """
 
     ids: tuple[int, ...]
@@ -151,14 +152,14 @@ class Encoded:
         return len(self.ids)
 
     @property
-    def trained(self) -> int:
-        """How many positions are targets of the loss."""
+    def target_tokens(self) -> int:
+        """The number of positions that are targets of the loss."""
         return sum(label != IGNORE for label in self.labels)
 
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """The features of one image: ``prefix`` tokens (CLS, registers), then ``grid`` (h, w) patches in reading order.
+    """The feature shape of one image: ``prefix`` tokens (CLS, registers), then ``grid`` (h, w) patches, row by row.
 
     ``width`` is Dv.
     """
@@ -174,15 +175,15 @@ class FeatureShape:
 
     @property
     def patches(self) -> int:
-        """P, the rows of one image's features."""
+        """P, the number of feature vectors per image."""
         return self.prefix + self.grid[0] * self.grid[1]
 
 
 class Span(NamedTuple):
-    """``length`` tokens of a packed row that see each other alone, each what is before it.
+    """``length`` tokens of a packed sequence that attend causally to each other only.
 
-    With ``after``, the number of an earlier span of the row, they go on from that one: they see all of it, and
-    their positions count on from its last. What has no ``after`` starts at position 0.
+    With ``after``, the index of an earlier span, they continue that span: they also attend to all of it, and their
+    positions follow its last one. Without it, positions start at 0.
     """
 
     length: int
@@ -191,12 +192,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model sees: ``ids``, ``labels`` and ``mask`` (False: padding) [B, T], ``features`` [I, P, Dv].
+    """A batch of the model: ``ids``, ``labels`` and ``mask`` (False: padding) [B, T], ``features`` [I, P, Dv].
 
-    The IMAGE_TOKENs of ``ids``, in reading order, belong to the images of ``features`` in order. Where these are
-    int8, they have ``scales`` [I, P + Dv] float32, and ``llavactl.model.inputs.image_features`` gives their values.
-    ``names`` says whose tokens these are, for messages. ``spans`` are empty where every row is one conversation;
-    else the batch is one packed row [1, T], and they tile it: padding, if any, ends one of them.
+    The IMAGE_TOKENs of ``ids``, in row-major order, belong to the images of ``features`` in order. int8 features have
+    ``scales`` [I, P + Dv] float32; ``llavactl.model.inputs.image_features`` dequantizes them. ``names`` are the sample
+    names for messages. ``spans`` is empty if every sequence is one conversation; otherwise the batch is one packed
+    sequence [1, T] that the spans cover; padding belongs to the span that it follows.
     """
 
     ids: torch.Tensor
@@ -209,16 +210,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An image that could not be read, and why."""
-
-    image: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The contents of images: ``keys`` has the sha256 of their bytes, ``unreadable`` the reason why there is none."""
+class ImageContents:
+    """The sha256 of each image's bytes (``keys``), or the reason why it can't be read (``unreadable``)."""
 
     keys: Mapping[ImageRef, str]
     unreadable: Mapping[ImageRef, str] = field(default_factory=dict)
@@ -226,7 +219,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Question(Typed):
-    """One thing a task asks: a conversation that ends with the user's turn, and what a right answer is."""
+    """A question of a task: a conversation that ends with a user turn, and the ``reference`` answer."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -236,7 +229,7 @@ class Question(Typed):
 
 @dataclass(frozen=True)
 class Answer(Typed):
-    """What a model said to ``Question`` ``id``; ``extra``: whatever else a file of answers says of it."""
+    """A model's answer to the question ``id``; ``extra``: other fields of the record in an answer file."""
 
     id: str
     text: str

@@ -1,7 +1,7 @@
-"""Clean shutdown on Ctrl-C and on SIGTERM, which Slurm, `docker stop` and spot instances send.
+"""Clean shutdown on Ctrl-C and SIGTERM (sent by Slurm, `docker stop` and spot instances).
 
-Both raise KeyboardInterrupt, so that clean-up code for Ctrl-C also runs after SIGTERM. Work that should stop only at
-certain points, such as the end of a training step, defers the first signal. Only the exit codes differ.
+Both raise KeyboardInterrupt, so clean-up code runs in both cases; only the exit codes differ. Work that may stop only
+at certain points, such as the end of a training step, defers the first signal.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received. A subclass, since Python may exit with 130 after a plain KeyboardInterrupt."""
+    """SIGTERM was received. A subclass because Python may exit with 130 after a plain KeyboardInterrupt."""
 
 
 _received: list[int] = []
-"""The signals received within ``signals``."""
+"""The signals received within ``sigterm_as_interrupt``."""
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[None]:
-    """In this context SIGTERM stops the program as Ctrl-C does; in the main thread only, unless it is ignored."""
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM raise KeyboardInterrupt as Ctrl-C does, in the main thread, unless the signal is ignored."""
     _received.clear()
     with _handling((signal.SIGTERM,), _raise):
         yield
@@ -37,38 +37,38 @@ def exit_code() -> int:
 
 
 def terminated() -> bool:
-    """Whether SIGTERM was received: then ask the user nothing, and start no further work."""
+    """Whether SIGTERM was received; then don't prompt the user or start new work."""
     return signal.SIGTERM in _received
 
 
 @dataclass
 class Stop:
-    """``asked``: a signal was received, and the work should end."""
+    """``requested``: a signal was received; work should end at the next safe point."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextlib.contextmanager
-def deferred(land: Callable[[], object] = lambda: None) -> Iterator[Stop]:
-    """In this context the first Ctrl-C or SIGTERM only calls ``land``; a second one raises at once.
+def deferred_interrupt(on_request: Callable[[], object] = lambda: None) -> Iterator[Stop]:
+    """Defers the first Ctrl-C or SIGTERM to the end of the context; a second one raises at once.
 
-    The code inside checks the ``Stop`` and ends early.
+    The first signal calls ``on_request`` and sets ``Stop.requested``, which the code inside checks to end early.
 
     Raises:
-        KeyboardInterrupt: at the end, if a signal was received.
+        KeyboardInterrupt: at the end of the context, if a signal was received.
     """
     stop = Stop()
 
-    def first(number: int, _frame: object) -> None:
-        if stop.asked:
+    def handle(number: int, _frame: object) -> None:
+        if stop.requested:
             _raise(number, _frame)
         _received.append(number)
-        stop.asked = True
-        land()
+        stop.requested = True
+        on_request()
 
-    with _handling(_SIGNALS, first):
+    with _handling(_SIGNALS, handle):
         yield stop
-    if stop.asked:
+    if stop.requested:
         raise KeyboardInterrupt
 
 
@@ -79,15 +79,15 @@ def _raise(number: int, _frame: object) -> None:
 
 @contextlib.contextmanager
 def _handling(numbers: tuple[int, ...], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Installs ``handler``, except for signals that the program was started to ignore."""
-    before = {}
+    """Installs ``handler`` within the context, except for signals that are ignored."""
+    previous = {}
     if threading.current_thread() is threading.main_thread():
-        before = {each: signal.getsignal(each) for each in numbers}
-    before = {each: old for each, old in before.items() if old not in (signal.SIG_IGN, None)}
+        previous = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: old for number, old in previous.items() if old not in (signal.SIG_IGN, None)}
     try:
-        for each in before:
-            signal.signal(each, handler)
+        for number in previous:
+            signal.signal(number, handler)
         yield
     finally:
-        for each, old in before.items():
-            signal.signal(each, old)
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,4 +1,4 @@
-"""Keeps standard output for results: anything else that is printed goes to stderr."""
+"""Reserves standard output for results; all other output goes to stderr."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ STDOUT, STDERR = 1, 2
 _results: TextIO | None = None
 
 
-def results() -> TextIO:
-    """The stream for results: standard output, also while it is diverted."""
+def result_stream() -> TextIO:
+    """The stream for results: standard output, also within ``stdout_to_stderr``."""
     return _results or sys.stdout
 
 
 @contextlib.contextmanager
-def diverted() -> Iterator[None]:
-    """In this context standard output goes to stderr: what plugins and libraries print isn't mixed with results.
+def stdout_to_stderr() -> Iterator[None]:
+    """Redirects standard output to stderr, so that output of plugins and libraries isn't mixed with results.
 
     If standard output is a real file, its descriptor is redirected, which includes ``os.write``, C libraries and child
-    processes; otherwise (in tests) only ``sys.stdout`` is.
+    processes. Otherwise (in tests) only ``sys.stdout`` is.
     """
     global _results
     if _results is not None:
         yield
         return
-    ours = sys.stdout
-    if not _is_descriptor(ours):
-        _results, sys.stdout = ours, sys.stderr
+    stdout = sys.stdout
+    if not _is_descriptor(stdout):
+        _results, sys.stdout = stdout, sys.stderr
         try:
             yield
         finally:
-            _results, sys.stdout = None, ours
+            _results, sys.stdout = None, stdout
         return
-    ours.flush()
-    kept = os.dup(STDOUT)
+    stdout.flush()
+    saved = os.dup(STDOUT)
     _results = io.TextIOWrapper(
-        open(kept, "wb"),  # noqa: PTH123, SIM115 - a descriptor; closed below
-        encoding=ours.encoding, errors=ours.errors, line_buffering=True,
+        open(saved, "wb"),  # noqa: PTH123, SIM115 - a descriptor; closed below
+        encoding=stdout.encoding, errors=stdout.errors, line_buffering=True,
     )  # fmt: skip
     os.dup2(STDERR, STDOUT)
     try:
         yield
     finally:
         with contextlib.suppress(OSError, ValueError):
-            ours.flush()
-        os.dup2(kept, STDOUT)
+            stdout.flush()
+        os.dup2(saved, STDOUT)
         written, _results = _results, None
-        with contextlib.suppress(OSError):  # the reader has closed the pipe
+        with contextlib.suppress(OSError):  # closed pipe
             written.close()
 
 
 @contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """The real standard output within ``diverted``: for interactive input, whose prompt and line editing need it."""
+def real_stdout() -> Iterator[None]:
+    """Restores standard output within ``stdout_to_stderr``, for the prompt and line editing of interactive input."""
     if not isinstance(_results, io.TextIOWrapper) or not _is_descriptor(sys.stdout):
         yield
         return

@@ -1,4 +1,4 @@
-"""Type checks for the fields of dataclasses that plugins create, where a wrong type would be found late or never."""
+"""Type checks for the fields of dataclasses that plugins create, so that a wrong type is detected at once."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Predicate = Callable[[Any], bool]
 
 
 class Typed:
-    """A dataclass whose fields have the types of their annotations.
+    """Base of dataclasses whose fields are checked against their annotations.
 
     Raises:
-        TypeError: a field has another type.
+        TypeError: a field has the wrong type.
     """
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
-def check_fields(made: Any) -> None:
-    """Raises TypeError if a field of the dataclass ``made`` doesn't have the type of its annotation."""
-    kind: Any = type(made)
+def check_fields(instance: Any) -> None:
+    """Raises TypeError if a field of the dataclass ``instance`` doesn't have the annotated type."""
+    kind: Any = type(instance)
     for name, annotation, predicate in _field_predicates(kind):
-        if not predicate(value := getattr(made, name)):
-            raise TypeError(f"{type(made).__name__}.{name} must be {annotation}, not {value!r:.80}")
+        if not predicate(value := getattr(instance, name)):
+            raise TypeError(f"{type(instance).__name__}.{name}: expected {annotation}, got {value!r:.80}")
 
 
 @cache
@@ -37,14 +37,14 @@ def _field_predicates(kind: Any) -> tuple[tuple[str, str, Predicate], ...]:
 
 
 def _predicate(hint: Any) -> Predicate:
-    """A predicate for values of the type ``hint``; items of mappings are not checked."""
+    """A check for values of the type ``hint``; items of mappings are not checked."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return lambda _value: True
     if origin is Literal:
         return lambda value: isinstance(value, str) and value in arguments
     if origin in (Union, types.UnionType):
-        options = [_predicate(each) for each in arguments]
+        options = [_predicate(argument) for argument in arguments]
         return lambda value: any(option(value) for option in options)
     if origin is tuple:
         return _tuple_predicate(arguments)
@@ -55,15 +55,15 @@ def _predicate(hint: Any) -> Predicate:
     if hint is float:
         return lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     if getattr(hint, "_is_protocol", False):
-        methods = [name for name, each in vars(hint).items() if not name.startswith("_") and callable(each)]
+        methods = [name for name, member in vars(hint).items() if not name.startswith("_") and callable(member)]
         return lambda value: _has(value, *methods)
     return lambda value: isinstance(value, hint)
 
 
 def _tuple_predicate(arguments: tuple[Any, ...]) -> Predicate:
     if arguments[-1] is Ellipsis:
-        each = _predicate(arguments[0])
-        return lambda value: isinstance(value, tuple) and all(map(each, value))
+        item = _predicate(arguments[0])
+        return lambda value: isinstance(value, tuple) and all(map(item, value))
     predicates = [_predicate(argument) for argument in arguments]
     return lambda value: (
         isinstance(value, tuple)
@@ -79,5 +79,5 @@ def _has(value: Any, *methods: str) -> bool:
 
 @cache
 def has_methods(kind: Any, *methods: str) -> bool:
-    """Whether objects of the class ``kind`` are hashable and have ``methods``; cached."""
+    """Whether instances of the class ``kind`` are hashable and have ``methods``."""
     return kind.__hash__ is not None and all(callable(getattr(kind, name, None)) for name in methods)

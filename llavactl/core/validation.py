@@ -29,48 +29,8 @@ _TYPES = {
     "object": "a mapping",
     "null": "null",
 }
-# Errors that say "this kind of value was expected"; for others pydantic's own words are better.
-_EXPECTED = ("_type", "_parsing", "_error", "from_float", "_than", "_than_equal", "finite_number", "_mismatch")
-
-
-def explain(
-    error: ValidationError, model: type[BaseModel], given: Any, also: Iterable[str] = ()
-) -> Iterator[tuple[KeyPath, str]]:
-    """Each place in ``given`` that ``model`` refused, once, and why; ``also`` are keys known beside the model's."""
-    schema = schema_of(model)
-    seen = set()
-    for found in error.errors(include_url=False):
-        path = _said(found["loc"], given)
-        if found["type"] == "missing":
-            path = (*path, found["loc"][-1])
-        if path not in seen:
-            seen.add(path)
-            yield path, _why(found, path, schema, given, also if len(path) == 1 else ())
-
-
-@cache
-def schema_of(model: type[BaseModel]) -> Schema:
-    """The model's JSON schema; empty for a model that has none."""
-    try:
-        return model.model_json_schema()
-    except PydanticInvalidForJsonSchema:
-        return {}
-
-
-def _why(found: Mapping[str, Any], path: Sequence[Key], schema: Schema, given: Any, also: Iterable[str]) -> str:
-    kind = found["type"]
-    if kind in ("value_error", "assertion_error"):
-        return str(found["ctx"]["error"])
-    if kind == "extra_forbidden" and len(path) == len(found["loc"]):
-        known = {*_resolve(_at(schema, path[:-1], schema), schema).get("properties", {}), *also}
-        return f"unknown key; {_meant(str(path[-1]), known)}".removesuffix("; ")
-    expected = describe(_at(schema, path, schema), schema)
-    if kind == "missing":
-        return f"is missing: {expected}" if expected else "is missing"
-    if expected and (len(path) < len(found["loc"]) or kind.endswith(_EXPECTED)):
-        return f"must be {expected}, not {_shown(_value(given, path))}"
-    return str(found["msg"])
-
+# Suffixes of pydantic's errors about a wrong type or range; other errors keep pydantic's message.
+_TYPE_ERRORS = ("_type", "_parsing", "_error", "from_float", "_than", "_than_equal", "finite_number", "_mismatch")
 
 RENAMED = {
     "blind_twin": "blind_baseline",
@@ -79,21 +39,64 @@ RENAMED = {
     "grounding_steps": "box_alignment_steps",
     "micro_tokens": "micro_batch_tokens",
     "only": "trainable_modules",
+    "stage1": "stage1_baseline",
     "turns": "split_turns",
 }
-"""Keys of earlier versions, and their names now."""
+"""Keys of earlier versions and their current names."""
 
 
-def _meant(key: str, known: Iterable[str]) -> str:
-    """The nearest key; all of them only when none is near."""
+def explain(
+    error: ValidationError, model: type[BaseModel], data: Any, also: Iterable[str] = ()
+) -> Iterator[tuple[KeyPath, str]]:
+    """The path of each invalid value in ``data``, once, with the reason.
+
+    ``model`` is the model that rejected ``data``; ``also`` are valid top-level keys that it doesn't define.
+    """
+    schema = schema_of(model)
+    reported = set()
+    for detail in error.errors(include_url=False):
+        path = _existing_path(detail["loc"], data)
+        if detail["type"] == "missing":
+            path = (*path, detail["loc"][-1])
+        if path not in reported:
+            reported.add(path)
+            yield path, _reason(detail, path, schema, data, also if len(path) == 1 else ())
+
+
+@cache
+def schema_of(model: type[BaseModel]) -> Schema:
+    """The JSON schema of ``model``; empty if it has none."""
+    try:
+        return model.model_json_schema()
+    except PydanticInvalidForJsonSchema:
+        return {}
+
+
+def _reason(detail: Mapping[str, Any], path: Sequence[Key], schema: Schema, data: Any, also: Iterable[str]) -> str:
+    kind = detail["type"]
+    if kind in ("value_error", "assertion_error"):
+        return str(detail["ctx"]["error"])
+    if kind == "extra_forbidden" and len(path) == len(detail["loc"]):
+        known = {*_resolve(_schema_at(schema, path[:-1], schema), schema).get("properties", {}), *also}
+        return f"unknown key; {_suggestion(str(path[-1]), known)}".removesuffix("; ")
+    expected = describe(_schema_at(schema, path, schema), schema)
+    if kind == "missing":
+        return f"missing, expected {expected}" if expected else "missing"
+    if expected and (len(path) < len(detail["loc"]) or kind.endswith(_TYPE_ERRORS)):
+        return f"expected {expected}, got {_shortened(_value_at(data, path))}"
+    return str(detail["msg"])
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    """The new name of a renamed key, else the most similar key, else all keys."""
     if (now := RENAMED.get(key, "")) in {*known}:
         return f"renamed to {now!r}"
-    near, _, every = suggest(key, known).rpartition("available: ")
-    return near.strip() or f"available: {every}" if every else ""
+    similar, _, available = suggest(key, known).rpartition("available: ")
+    return similar.strip() or f"available: {available}" if available else ""
 
 
 def describe(field: Schema, schema: Schema) -> str:
-    """``an integer ≥ 1``: what a value of ``field`` is; nothing when the schema doesn't say."""
+    """The expected value of ``field``, such as ``an integer ≥ 1``; empty if the schema doesn't define it."""
     field = _resolve(field, schema)
     if options := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(filter(None, (describe(option, schema) for option in options)))
@@ -102,33 +105,33 @@ def describe(field: Schema, schema: Schema) -> str:
     if "const" in field:
         return repr(field["const"])
     if "pattern" in field:
-        return str(field.get("description", f"text like {field['pattern']}"))
+        return str(field.get("description", f"a string matching {field['pattern']}"))
     if field.get("format") == "date":
         return "a date such as 2024-07-26"
     if field.get("format") in ("path", "file-path", "directory-path"):
         return "a file or folder"
     if "name" in field.get("required", ()):
         return "a component, {name: …}"
-    if each := describe(field["items"], schema) if "items" in field else "":
-        return f"a list, each {each}"
+    if item := describe(field["items"], schema) if "items" in field else "":
+        return f"a list, each item {item}"
     bounds = " and ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
     return f"{_TYPES.get(field.get('type', ''), '')} {bounds}".strip()
 
 
 def describe_options(model: type[BaseModel]) -> dict[str, str]:
-    """Every option of a component in words: what it holds, its default, what it is for."""
+    """The options of ``model`` by name: expected value, default and description."""
     schema = schema_of(model)
     described = {}
     for name, field in schema.get("properties", {}).items():
         default = "required" if name in schema.get("required", ()) else f"default {json.dumps(field.get('default'))}"
-        what = describe(field, schema) or "any value"
+        expected = describe(field, schema) or "any value"
         about = f"; {field['description']}" if "description" in field and "pattern" not in field else ""
-        described[name] = f"{what}; {default}{about}"
+        described[name] = f"{expected}; {default}{about}"
     return described
 
 
-def _at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:
-    """The schema of what lies at ``path`` in ``field``."""
+def _schema_at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:
+    """The schema of the value at ``path`` in ``field``."""
     if not path:
         return field
     field = _resolve(field, schema)
@@ -137,7 +140,7 @@ def _at(field: Schema, path: Sequence[Key], schema: Schema) -> Schema:
         others = option.get("items" if isinstance(path[0], int) else "additionalProperties")
         inner = option.get("properties", {}).get(path[0], others)
         if isinstance(inner, Mapping):
-            return _at(inner, path[1:], schema)
+            return _schema_at(inner, path[1:], schema)
     return {}
 
 
@@ -146,29 +149,29 @@ def _resolve(field: Schema, schema: Schema) -> Schema:
     return schema["$defs"][reference.rpartition("/")[2]] if reference else field
 
 
-def _said(loc: Sequence[Key], given: Any) -> tuple[Key, ...]:
-    """The part of ``loc`` that is in ``given``: pydantic adds which branch of a union it tried."""
+def _existing_path(loc: Sequence[Key], data: Any) -> KeyPath:
+    """The part of pydantic's ``loc`` that exists in ``data``: pydantic appends the branch of a union."""
     path: list[Key] = []
     for key in loc:
-        known = len(given) > key if isinstance(given, list) and isinstance(key, int) else key in _keys(given)
-        if not known:
+        exists = len(data) > key if isinstance(data, list) and isinstance(key, int) else key in _keys(data)
+        if not exists:
             break
-        given = given[key]
+        data = data[key]
         path.append(key)
     return tuple(path)
 
 
-def _keys(given: Any) -> Iterable[Key]:
-    return given if isinstance(given, Mapping) else ()
+def _keys(data: Any) -> Iterable[Key]:
+    return data if isinstance(data, Mapping) else ()
 
 
-def _value(given: Any, path: Sequence[Key]) -> Any:
+def _value_at(data: Any, path: Sequence[Key]) -> Any:
     for key in path:
-        given = given[key]
-    return given
+        data = data[key]
+    return data
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     text = repr(value)

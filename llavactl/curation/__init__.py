@@ -1,1 +1,1 @@
-"""Records before training: check, repair, filter, expand, statistics."""
+"""Curation of training records: check, repair, filter, expand, statistics."""

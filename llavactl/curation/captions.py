@@ -1,19 +1,19 @@
-"""Captions of pictures, one a record, from a file of many; and how a caption becomes a conversation."""
+"""Captions, one per image and record, and their conversion to conversations."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.components.sources.llava_record import image_names
 from llavactl.core.errors import DataError
-from llavactl.files.json_stream import read_stream
-from llavactl.files.records import given_id
+from llavactl.files.records import given_id, image_names
 
-SHOWN = 20
+if TYPE_CHECKING:
+    from llavactl.core.protocols import RawRecord, RecordSource
+
+MAX_PROBLEMS = 20
 
 FORM = "a record is {id, image, caption}"
 
@@ -35,51 +35,71 @@ INSTRUCTIONS = (
     "State the content of this image in a sentence.",
     "Which scene is this?",
 )
-"""Ways to ask for a caption, our own; one is drawn for each record."""
+"""Instructions that ask for a caption, written for llavactl; one is drawn for each record."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption's ``text``, the record that it is in and where that is; ``done`` characters of the file are read."""
+    """The caption ``text`` of a record ``value`` at ``where``, whose images are ``images``.
+
+    ``position`` is the progress within the source's file.
+    """
 
     text: str
-    record: Mapping[str, Any]
+    value: Mapping[str, Any]
     where: str
-    done: int
+    position: int
+    images: tuple[str, ...] | None = None
+    """The images' paths; None: named in ``value``."""
 
 
-def read_captions(path: Path) -> Iterator[Caption]:
-    """The captions in a JSON or JSONL file: each record's ``caption``, or the first answer of its ``conversations``.
+def read_captions(source: RecordSource) -> Iterator[Caption]:
+    """The caption of each record: its ``caption``, the first answer of its ``conversations``, or its sample's caption.
 
     Raises:
-        DataError: records that can't be read or have no caption: after the first one no more are given, but the rest of
-            the file is read for more of them.
+        DataError: records that can't be read or have no caption, all at once. No caption is yielded after the first
+            of them; the rest of the file is read to collect the others.
     """
     problems: list[str] = []
     more = 0
-    for entry in read_stream(path):
-        where = f"{path}:{entry.place}"
-        text = caption_of(entry.value)
-        if text is not None and not problems:
-            yield Caption(text, entry.value, where, entry.done)
-        elif text is None and len(problems) < SHOWN:
-            problems.append(f"{where}: {entry.problem or 'no text `caption`, and no `conversations` with an answer'}")
+    for record in source.records():
+        caption = None if record.problem else _caption(source, record)
+        if caption is not None and not problems:
+            yield caption
+        elif caption is None and len(problems) < MAX_PROBLEMS:
+            problem = record.problem or "no `caption` with text, and no `conversations` with an answer"
+            problems.append(f"{record.where}: {problem}")
         else:
-            more += text is None
+            more += caption is None
     if problems:
-        said = [*problems, f"and {more} more"] if more else problems
-        raise DataError("\n".join(said), hint="mend these lines or take them out; nothing is written before")
+        lines = [*problems, f"and {more} more"] if more else problems
+        raise DataError("\n".join(lines), hint="correct or remove these records; nothing was written")
 
 
-def caption_of(record: Any) -> str | None:
-    """The caption of ``record``, if it has one."""
-    if not isinstance(record, dict):
+def _caption(source: RecordSource, record: RawRecord) -> Caption | None:
+    value = record.value
+    if not isinstance(value, Mapping):
         return None
-    found = record.get("caption")
-    if found is None and isinstance(messages := record.get("conversations"), list):
+    if "caption" in value or "conversations" in value:
+        text = caption_of(value)
+        return Caption(text, value, record.where, record.position) if text is not None else None
+    try:
+        sample = source.sample(record)
+    except DataError:
+        return None
+    if not sample.captions:
+        return None
+    images = tuple(image.name for image in sample.images)
+    return Caption(sample.captions[0], value, record.where, record.position, images)
+
+
+def caption_of(record: Mapping[str, Any]) -> str | None:
+    """The ``caption`` of a record, or the first answer of its ``conversations``; None without text."""
+    text = record.get("caption")
+    if text is None and isinstance(messages := record.get("conversations"), list):
         answers = [m.get("value") for m in messages if isinstance(m, dict) and m.get("from") in ("gpt", "assistant")]
-        found = answers[0] if answers else None
-    return found.strip() if isinstance(found, str) and found.strip() else None
+        text = answers[0] if answers else None
+    return text.strip() if isinstance(text, str) and text.strip() else None
 
 
 def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str, Any]:
@@ -89,20 +109,19 @@ def expanded(caption: Caption, index: int, seed: int, tag: TagPlace) -> dict[str
     records doesn't change others.
 
     Raises:
-        DataError: the record doesn't name one image.
+        DataError: the record doesn't name exactly one image.
     """
     try:
-        named = image_names(caption.record)
+        paths = image_names(caption.value) if caption.images is None else caption.images
     except DataError as error:
         raise DataError(f"{caption.where}: {error.message}", hint=FORM) from error
-    if len(named) != 1:
-        why = f"expected one image, found {len(named)}" if named else "no `image`"
-        raise DataError(f"{caption.where}: {why}", hint=FORM)
-    image = named[0]
-    name = given_id(caption.record) or str(index)
-    chance = random.Random(f"{seed} {name}")
-    instruction = chance.choice(INSTRUCTIONS)
-    last = chance.random() < 0.5 if tag == "random" else tag == "last"
-    asked = f"{instruction}\n<image>" if last else f"<image>\n{instruction}"
-    said = [{"from": "human", "value": asked}, {"from": "gpt", "value": caption.text}]
-    return {"id": name, "image": image, "conversations": said}
+    if len(paths) != 1:
+        reason = f"expected one image, got {len(paths)}" if paths else "no `image`"
+        raise DataError(f"{caption.where}: {reason}", hint=FORM)
+    id_ = given_id(caption.value) or str(index)
+    rng = random.Random(f"{seed} {id_}")
+    instruction = rng.choice(INSTRUCTIONS)
+    last = rng.random() < 0.5 if tag == "random" else tag == "last"
+    question = f"{instruction}\n<image>" if last else f"<image>\n{instruction}"
+    messages = [{"from": "human", "value": question}, {"from": "gpt", "value": caption.text}]
+    return {"id": id_, "image": paths[0], "conversations": messages}

@@ -1,41 +1,46 @@
-"""What the data commands go over: a file of records, or the sources of a recipe; with a bar of how far they are."""
+"""The records that the data commands read: those of a file, or of a recipe's sources; with progress bars."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.components.sources.llava_json import LlavaJsonOptions
 from llavactl.core import progress
-from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.errors import DataError, LlavactlError, RecipeError
+from llavactl.core.protocols import RecordSource, RepairingSource
 from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
-from llavactl.curation.scan import Examined, file_records, source_records
+from llavactl.curation.scan import ScannedRecord, scan_records, scan_samples
 from llavactl.data.records import samples
-from llavactl.files.json_stream import need_file
-from llavactl.images.references import ImageRoot, check_place
+from llavactl.files.text import require_file
 from llavactl.recipe.frame import Recipe
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, SourceSpec, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
+
+FILE_SOURCE = "llava-json"
+"""The source that reads a FILE named on the command line."""
 
 _KILOBYTE = 1000
 
 
 @dataclass(frozen=True)
 class Input:
-    """Records with the place of their images, the stage that they train, and their file, if any.
+    """A source ``name`` of ``stage``; ``records`` is None if it yields samples only.
 
-    The argument of ``records`` says whether samples are needed (for their lengths).
+    The argument of ``scan`` says whether samples are needed, for their lengths.
     """
 
-    root: ImageRoot
+    name: str
     stage: StageNumber
-    records: Callable[[bool], Iterator[Examined]]
-    file: Path | None = None
+    scan: Callable[[bool], Iterator[ScannedRecord]]
+    records: RecordSource | None = None
 
 
 def inputs(
@@ -46,94 +51,128 @@ def inputs(
     *,
     follow_links: bool = False,
 ) -> list[Input]:
-    """``file`` with its images in ``images``, as data of ``stage`` (2); else the sources of ``recipe``, of both stages.
+    """``file`` with its images in ``images``, as data of ``stage`` (2); without a file, the sources of ``recipe``.
 
     Raises:
-        DataError: a file or folder is not there.
-        RecipeError: there is neither a file nor a source.
+        DataError: a file or folder is missing.
+        RecipeError: neither a file nor a source is given.
     """
-    return _recipe_inputs(recipe, stage) if file is None else [_file_input(file, images, stage or 2, follow_links)]
+    if file is None:
+        return _recipe_inputs(recipe, stage)
+    return [_record_input(FILE_SOURCE, file_source(file, images, follow_links=follow_links), stage or 2)]
 
 
-def _file_input(file: Path, images: str | Path | None, stage: StageNumber, follow_links: bool) -> Input:
-    need_file(file)
-    if images is not None:
-        check_place(str(images))
-    root = ImageRoot(str(images or file.parent), follow_links)
-    return Input(
-        root,
-        stage,
-        lambda sampled: file_records(file, root, sampled=sampled),
-        file,
-    )
+def file_source(file: Path, images: str | Path | None = None, *, follow_links: bool = False) -> RecordSource:
+    """The records of ``file``, named on the command line.
+
+    Raises:
+        DataError: ``file`` is missing or a folder.
+    """
+    require_file(file)
+    images = images if images is not None else file.parent
+    spec = {"name": FILE_SOURCE, "path": file, "images": images, "follow_links": follow_links}
+    source: RecordSource = registry().create("sources", spec)
+    return source
 
 
 def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Input]:
     specs: list[tuple[StageNumber, SourceSpec]] = []
     if recipe is not None:
-        specs = [(1, spec) for spec in recipe.data.stage1] + [(2, spec) for spec in recipe.data.stage2]
+        specs = [(stage, spec) for stage in STAGES for spec in recipe.sources(stage)]
     specs = [(stage, spec) for stage, spec in specs if only in (None, stage)]
     if not specs:
-        raise RecipeError("there are no records", hint="name a file, or with -r a recipe with sources in `data`")
+        raise RecipeError("no records", hint="name a file, or with -r a recipe with sources in `data`")
     return [_source_input(spec, stage) for stage, spec in specs]
 
 
 def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
-    options = registry().options("sources", spec.spec())
-    if isinstance(options, LlavaJsonOptions):
-        return _file_input(options.path, options.images or options.path.parent, stage, options.follow_links)
-    return Input(ImageRoot(""), stage, lambda _: source_records(spec.name, lambda: samples([spec])))
+    source = registry().create("sources", spec.spec())
+    if isinstance(source, RecordSource):
+        return _record_input(spec.name, source, stage)
+    return Input(spec.name, stage, lambda _: scan_samples(spec.name, samples([spec])))
 
 
-def counted_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths | None, str]:
-    """How tokens of ``stage`` are counted, and what to say of it; None where that can't be."""
+def _record_input(name: str, source: RecordSource, stage: StageNumber) -> Input:
+    require_file(source.path)
+    if check := getattr(source, "check", None):
+        check()
+    return Input(name, stage, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
+
+
+def token_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths | None, str]:
+    """The lengths of samples in tokens of ``stage`` and how they are counted; None and the reason if they can't be."""
     if not isinstance(recipe, Recipe):
-        return None, "not counted: no recipe says which tokenizer"
+        return None, "not counted: needs a recipe, for its tokenizer"
     try:
         lengths = stage_lengths(recipe, stage)
     except LlavactlError as error:
         return None, f"not counted for stage {stage}: {error.message}"
-    return lengths, f"stage {stage}, max_length {lengths.max_length}, {lengths.encoding.image_tokens} tokens an image"
+    return lengths, f"stage {stage}, max_length {lengths.max_length}, {lengths.encoding.image_tokens} tokens per image"
 
 
-def with_bar(records: Iterator[Examined], each: Input, verb: str) -> Iterator[Examined]:
-    """``records``, with a bar of how far the file is read."""
-    with reading(each.file, verb) if each.file else nullcontext(_nothing) as show:
-        for count, examined in enumerate(records, 1):
-            yield examined
-            show(examined.done, count)
+def with_progress(records: Iterator[ScannedRecord], source: RecordSource | None, verb: str) -> Iterator[ScannedRecord]:
+    """``records``, with a progress bar over the file of ``source``, if any."""
+    if source is None:
+        yield from records
+        return
+    with reading(source.path, verb) as show:
+        for count, record in enumerate(records, 1):
+            yield record
+            show(record.position, count)
 
 
 @contextmanager
 def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of how far ``file`` is read; the function given takes characters and records done so far."""
-    need_file(file)
+    """A progress bar over ``file``; the function it gives is called with the characters and records read so far."""
+    require_file(file)
     shown = 0
     with progress.bar(file.stat().st_size // _KILOBYTE, f"{verb} {file.name}", "kB") as bar:
 
-        def show(done: int, count: int) -> None:
+        def show(position: int, count: int) -> None:
             nonlocal shown
-            if (now := done // _KILOBYTE) > shown:
-                bar.show(now - shown, records=f"{count:,}")
-                shown = now
+            if (kilobytes := position // _KILOBYTE) > shown:
+                bar.advance(kilobytes - shown, records=f"{count:,}")
+                shown = kilobytes
 
         yield show
 
 
-def _nothing(done: int, count: int) -> None:
-    """For sources that don't know how much there is."""
-
-
-def caption_file(recipe: Outline | None, file: Path | None) -> Path:
-    """``file``, or that of the only source of stage 1 in ``recipe``.
+def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
+    """The captions of ``file``, or of the only source of stage 1 in ``recipe``.
 
     Raises:
-        RecipeError: there is not one such source, or it is no file of LLaVA records.
+        DataError: the file is missing, or the source yields samples only.
+        RecipeError: stage 1 has no source, or several.
     """
     if file is not None:
-        return file
-    specs = recipe.data.stage1 if recipe is not None else ()
-    options = [registry().options("sources", spec.spec()) for spec in specs]
-    if len(options) != 1 or not isinstance(options[0], LlavaJsonOptions):
-        raise RecipeError("data.stage1 is not one file of captions", hint="name the file: `llavactl data filter FILE`")
-    return options[0].path
+        return file_source(file)
+    specs = recipe.sources(1) if recipe is not None else ()
+    if len(specs) != 1:
+        raise RecipeError(
+            f"data.stage1: expected one source of captions, got {len(specs)}",
+            hint="name the file: `llavactl data filter FILE`",
+        )
+    source = registry().create("sources", specs[0].spec())
+    if not isinstance(source, RecordSource):
+        raise _samples_only(specs[0].name, "reading captions")
+    require_file(source.path)
+    return source
+
+
+def repairing_source(each: Input) -> RepairingSource:
+    """The source of ``each``, which can repair its records.
+
+    Raises:
+        DataError: it can't.
+    """
+    if not isinstance(each.records, RepairingSource):
+        raise _samples_only(each.name, "--fix", "RepairingSource")
+    return each.records
+
+
+def _samples_only(name: str, use: str, protocol: str = "RecordSource") -> DataError:
+    plugin = registry().get("sources", name).plugin
+    return DataError(
+        f"source {name!r} of plugin {plugin} doesn't support {use}: it isn't a {protocol}",
+        hint=f"name a LLaVA JSON or JSONL file instead; docs/plugins.md describes {protocol}",
+    )

@@ -1,7 +1,7 @@
-"""Noun phrases of captions: a part-of-speech tagger that ships its lexicon, and a small grammar over its tags.
+"""Noun phrases of captions: a part-of-speech tagger with its own lexicon, and a small grammar over its tags.
 
-The tagger is TextBlob's (a lexicon and rules; MIT, nothing to download after it is installed). LLaVA used spaCy, whose
-models are not on the package index; whoever has one names it as the extractor instead (docs/data.md).
+The tagger is TextBlob's (a lexicon and rules, MIT license, no download after installation). LLaVA used spaCy, whose
+models are not on the package index; it can be used as the extractor instead (docs/data.md).
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import Any
 
-from llavactl.core.errors import PluginError
+from llavactl.core.errors import LlavactlError, PluginError
 
 Extractor = Callable[[Sequence[str]], Iterable[Sequence[str]]]
-"""Captions to the noun phrases of each, in the same order."""
+"""Returns the noun phrases of each caption, in the same order."""
 
 DEFAULT = "llavactl.curation.noun_phrases:noun_phrases"
 
-_SIGN = {
+_TAG_LETTERS = {
     **dict.fromkeys(["DT", "PDT", "PRP$", "WP$"], "D"),
     **dict.fromkeys(["JJ", "JJR", "JJS", "CD"], "A"),
     **dict.fromkeys(["VBN", "VBG", "VBD"], "V"),
     **dict.fromkeys(["NN", "NNS", "NNP", "NNPS"], "N"),
 }
-"""A letter for tags of the Penn Treebank: determiner, adjective or number, participle, noun."""
+"""Letters for Penn Treebank tags: Determiner, Adjective or number, Verb participle, Noun."""
 
 _PHRASE = re.compile("D*(?P<phrase>(?:(?<=D)[AV]+|A[AV]*)?N+(?:A+N+)*)")
-"""Nouns with what stands before them; a participle only behind a determiner or adjective (`a clipped hedge`)."""
+"""Nouns and their modifiers; a participle only after a determiner or adjective (`a clipped hedge`)."""
 
 
 def noun_phrases(captions: Sequence[str]) -> list[list[str]]:
     """The noun phrases of each of ``captions``, in lower case, without articles, possessives and pronouns."""
-    return [_chunks(_tagged(caption)) for caption in captions]
+    return [_phrases(_tagged(caption)) for caption in captions]
 
 
 @cache
@@ -40,28 +41,45 @@ def load_extractor(target: str) -> Extractor:
     """The extractor ``module:attr``.
 
     Raises:
-        PluginError: it can't be imported or called.
+        PluginError: it can't be imported or isn't callable.
+        LlavactlError: it is the default one, and TextBlob is not installed.
     """
+    if target == DEFAULT:
+        _tagger()  # fails here, before any caption is read
     module, _, attribute = target.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        extractor = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise PluginError(f"extractor {target!r} can't be loaded: {error}", hint="it is written module:attr") from error
-    if not callable(found):
-        raise PluginError(f"extractor {target!r} is no function", hint="it takes captions and gives phrases of each")
-    loaded: Extractor = found
+        raise PluginError(f"extractor {target!r} can't be loaded: {error}", hint="expected module:attr") from error
+    if not callable(extractor):
+        raise PluginError(
+            f"extractor {target!r} is not a function", hint="expected a function from captions to phrases of each"
+        )
+    loaded: Extractor = extractor
     return loaded
 
 
-def _tagged(caption: str) -> list[tuple[str, str]]:
-    """(word, Penn Treebank tag) of each word and sign."""
-    from textblob.en import parse
+@cache
+def _tagger() -> Callable[..., Any]:
+    """TextBlob's tagger, from the extra ``captions``."""
+    try:
+        from textblob.en import parse
+    except ImportError as error:
+        raise LlavactlError(
+            f"extracting noun phrases needs textblob, which can't be imported ({error})",
+            hint="pip install 'llavactl[captions]'",
+        ) from error
+    tagger: Callable[..., Any] = parse
+    return tagger
 
-    sentences = parse(caption, tokenize=True, tags=True, chunks=False).split()
+
+def _tagged(caption: str) -> list[tuple[str, str]]:
+    """(word, Penn Treebank tag) of each token."""
+    sentences = _tagger()(caption, tokenize=True, tags=True, chunks=False).split()
     return [(word.lower(), tag) for sentence in sentences for word, tag, *_ in sentence]
 
 
-def _chunks(tagged: Sequence[tuple[str, str]]) -> list[str]:
-    signs = "".join(_SIGN.get(tag, ".") for _, tag in tagged)
-    spans = [match.span("phrase") for match in _PHRASE.finditer(signs)]
+def _phrases(tagged: Sequence[tuple[str, str]]) -> list[str]:
+    letters = "".join(_TAG_LETTERS.get(tag, ".") for _, tag in tagged)
+    spans = [match.span("phrase") for match in _PHRASE.finditer(letters)]
     return [" ".join(word for word, _ in tagged[start:end]) for start, end in spans]

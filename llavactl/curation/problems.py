@@ -1,95 +1,93 @@
-"""What can be wrong with training records, what each does to a run, and counts of what was found."""
+"""The kinds of problems in training records, the effect of each on a run, and counts of findings."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Finding
 
 Effect = Literal["stops", "lost", "harms", "noted"]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A problem's ``effect``: it ``stops`` the run before any work, the record is ``lost`` to training, what is
-    trained ``harms``, or it is only ``noted``; and what it means.
+class ProblemKind:
+    """``stops``: the run is refused before any work; ``lost``: the record is left out of training; ``harms``: the
+    model learns something wrong; ``noted``: reported only.
     """
 
     effect: Effect
-    what: str
+    description: str
 
 
-KINDS: Mapping[str, Kind] = {
-    "empty": Kind("lost", "a file or source without any record"),
-    "json": Kind("stops", "not JSON, not UTF-8, or a duplicate key"),
-    "record": Kind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is no path"),
-    "media": Kind("stops", "video, audio, or images under an unsupported key"),
-    "message": Kind("stops", "a message without a text `value`, or an answer excluded from training"),
-    "role": Kind("stops", "a message `from` somebody unknown"),
-    "turns": Kind("stops", "user and assistant don't take turns"),
-    "no-answer": Kind("stops", "no answer with any text: nothing could be trained"),
-    "tags": Kind("stops", "<image> tags that don't match the images: other numbers, or one image in several questions"),
-    "placeholder": Kind("stops", "another tool's image placeholder instead of <image>"),
-    "image-path": Kind("stops", "an image path outside its root, or not a path"),
-    "image-link": Kind("stops", "a link to outside the images' folder: allow it with `follow_links` (--follow-links)"),
-    "image-twice": Kind("stops", "the archives have this image name several times, with different contents"),
-    "source": Kind("stops", "a source that can't be read to its end"),
-    "image-missing": Kind("lost", "an image that is missing or can't be read"),
-    "image-broken": Kind("lost", "an image that can't be decoded"),
-    "template": Kind("lost", "a conversation that the stage's template can't render"),
-    "untrained": Kind("lost", "no token is trained within max_length"),
-    "empty-answer": Kind("harms", "an empty answer: the model learns to say nothing"),
-    "truncated": Kind("noted", "longer than max_length: its end is not trained"),
-    "image-cut": Kind("noted", "longer than max_length: an image is left out with the end"),
-    "duplicate-id": Kind("noted", "an id that was there before"),
-    "no-id": Kind("noted", "no string or number as id: the record is identified by its number in the file"),
-    "unread": Kind("noted", "keys of other formats, which are ignored"),
-    "no-tag": Kind("noted", "images without an <image> tag: they go before the first question"),
-    "placeholder-text": Kind("noted", "another tool's image placeholder in a record without images: treated as text"),
-    "tag-as-text": Kind("noted", "<image> in a question of a record without an image key: treated as text"),
-    "repeated-tag": Kind("noted", "several <image> tags in the question about the only image: treated as one"),
-    "tag-in-answer": Kind("noted", "<image> in an answer: it is trained as text"),
-    "assistant-first": Kind("noted", "an assistant who speaks before any question: left out"),
-    "unanswered": Kind("noted", "a last question without an answer"),
-    "empty-question": Kind("noted", "a question without text or image"),
+KINDS: Mapping[str, ProblemKind] = {
+    "empty": ProblemKind("lost", "a file or source without records"),
+    "json": ProblemKind("stops", "invalid JSON, invalid UTF-8, or a duplicate key"),
+    "record": ProblemKind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is not a path"),
+    "media": ProblemKind("stops", "video, audio, or images under an unsupported key"),
+    "message": ProblemKind("stops", "a message whose `value` is not a string, or an answer excluded from training"),
+    "role": ProblemKind("stops", "a message with an unknown `from`"),
+    "turns": ProblemKind("stops", "user and assistant messages don't alternate"),
+    "no-answer": ProblemKind("stops", "no answer with any text, hence no target token"),
+    "tags": ProblemKind(
+        "stops", "<image> tags that don't match the images: different counts, or one image in several questions"
+    ),
+    "placeholder": ProblemKind("stops", "another tool's image placeholder instead of <image>"),
+    "image-path": ProblemKind("stops", "an image path outside its root, or an invalid path"),
+    "image-link": ProblemKind(
+        "stops", "a symbolic link to outside the image folder; allow it with `follow_links` (--follow-links)"
+    ),
+    "image-twice": ProblemKind("stops", "several images of this name in the archives, with different contents"),
+    "source": ProblemKind("stops", "a source that can't be read to its end"),
+    "image-missing": ProblemKind("lost", "an image that is missing or can't be read"),
+    "image-broken": ProblemKind("lost", "an image that can't be decoded"),
+    "template": ProblemKind("lost", "a conversation that the stage's template can't render"),
+    "untrained": ProblemKind("lost", "no target token within max_length"),
+    "empty-answer": ProblemKind("harms", "an empty answer: the model learns to answer nothing"),
+    "truncated": ProblemKind("noted", "longer than max_length: its end is truncated"),
+    "image-cut": ProblemKind("noted", "longer than max_length: an image is truncated with the end"),
+    "duplicate-id": ProblemKind("noted", "an id that an earlier record has"),
+    "no-id": ProblemKind("noted", "no string or number as `id`: the record is identified by its index in the file"),
+    "unread": ProblemKind("noted", "keys of other formats, which are ignored"),
+    "no-tag": ProblemKind("noted", "images without an <image> tag: inserted before the first question"),
+    "placeholder-text": ProblemKind(
+        "noted", "another tool's image placeholder in a record without images: treated as text"
+    ),
+    "tag-as-text": ProblemKind("noted", "<image> in a question of a record without an image key: treated as text"),
+    "repeated-tag": ProblemKind("noted", "several <image> tags in the question about the only image: treated as one"),
+    "tag-in-answer": ProblemKind("noted", "<image> in an answer: trained as text"),
+    "assistant-first": ProblemKind("noted", "an assistant message before the first question: left out"),
+    "unanswered": ProblemKind("noted", "a last question without an answer"),
+    "empty-question": ProblemKind("noted", "a question without text or image"),
 }
-"""In the order that they are shown."""
-
-REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer", "tags", "placeholder", "image-path"})
-"""The problems of one record for which the source `llava-json` refuses it."""
+"""In the order of reports."""
 
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
-"""Problems outside the records themselves: `--fix` keeps the record, and the hint says what to change instead."""
+"""Problems outside the records themselves: ``--fix`` keeps the record, and the hint says what to change instead."""
 
-KEPT = 1000
-"""Places of a problem that are kept: a file of which every record is wrong must not fill the memory."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One problem of one record; ``detail`` says what exactly."""
-
-    kind: str
-    detail: str = ""
+MAX_LOCATIONS = 1000
+"""Locations stored per problem, which bounds the memory for a file whose records are all wrong."""
 
 
 @dataclass
 class Tally:
-    """How often each kind of problem was found, and the first places."""
+    """The count of each kind of problem, and its first locations."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    locations: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, where: str, findings: Iterable[Finding]) -> None:
-        """``findings`` of the record at ``where``."""
+        """Adds the ``findings`` of the record at ``where``."""
         for finding in findings:
             self.counts[finding.kind] += 1
-            shown = self.places.setdefault(finding.kind, [])
-            if len(shown) < KEPT:
-                shown.append(f"{where}: {finding.detail}" if finding.detail else where)
+            first = self.locations.setdefault(finding.kind, [])
+            if len(first) < MAX_LOCATIONS:
+                first.append(f"{where}: {finding.detail}" if finding.detail else where)
 
     @property
-    def hurts(self) -> int:
-        """Problems that would stop a run, lose records or harm what is trained."""
+    def errors(self) -> int:
+        """The number of problems that stop a run, lose a record or harm training."""
         return sum(count for kind, count in self.counts.items() if KINDS[kind].effect != "noted")

@@ -1,68 +1,70 @@
-"""Going over training records a chunk at a time, finding every problem of each; only counts and hashes are kept."""
+"""Scans training records for problems, a chunk at a time; only counts and hashes stay in memory."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from llavactl.components.sources.llava_json import sample_of
-from llavactl.core.errors import DataError, LlavactlError
-from llavactl.core.schema import ImageRef, Sample
-from llavactl.curation.lengths import Lengths
-from llavactl.curation.problems import REFUSED, Finding
-from llavactl.curation.record_checks import examine
+from llavactl.core.errors import DataError, LlavactlError, PluginError
+from llavactl.core.protocols import Finding, RawRecord
+from llavactl.core.schema import Sample
+from llavactl.curation.problems import KINDS
 from llavactl.features.keys import error_reason
-from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.files.records import given_id
-from llavactl.images.archives import DuplicateMemberError
+from llavactl.images.archive_index import DuplicateMemberError
 from llavactl.images.decode import ImageError, inspect
-from llavactl.images.references import ImageRoot
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from llavactl.core.protocols import RecordSource
+    from llavactl.core.schema import ImageRef
+    from llavactl.curation.lengths import Lengths
 
 CHUNK = 512
-"""Records examined at a time: their texts are tokenised and their images opened together."""
+"""Records per chunk, which are tokenized, and their images opened, together."""
 
 Decode = Literal["no", "header", "full"]
 
 
 @dataclass(frozen=True)
-class Examined:
-    """A record at ``where`` with its ``findings``; ``done`` grows with what is read of the source."""
+class ScannedRecord:
+    """A record with its ``findings``; ``sample`` is None if it can't be used, or no sample was requested.
+
+    ``raw`` is None for a source that yields samples only. ``position`` is the progress within the source.
+    """
 
     where: str
-    record: Any
+    raw: RawRecord | None
     sample: Sample | None
     images: Sequence[ImageRef]
     findings: list[Finding]
-    done: int
+    position: int
 
 
 @dataclass
 class ImageChecks:
-    """What is known of the images seen so far: a hash of each, and why some can't be used."""
+    """Checks each distinct image once; stores a hash of each, and the problems of unusable ones."""
 
     decode: Decode
     workers: int = 2
-    seen: set[int] = field(default_factory=set)
-    bad: dict[ImageRef, Finding] = field(default_factory=dict)
+    hashes: set[int] = field(default_factory=set)
+    findings: dict[ImageRef, Finding] = field(default_factory=dict)
 
-    def look(self, pool: ThreadPoolExecutor, images: Sequence[ImageRef]) -> None:
-        """Opens those of ``images`` that were not seen before."""
-        new = [image for image in dict.fromkeys(images) if hash(image) not in self.seen]
-        self.seen.update(map(hash, new))
+    def check(self, pool: ThreadPoolExecutor, images: Sequence[ImageRef]) -> None:
+        """Opens those of ``images`` that were not checked before."""
+        new = [image for image in dict.fromkeys(images) if hash(image) not in self.hashes]
+        self.hashes.update(map(hash, new))
         if self.decode != "no":
-            found = pool.map(partial(_inspected, whole=self.decode == "full"), new)
-            self.bad.update({image: each for image, each in zip(new, found, strict=True) if each is not None})
+            checked = zip(new, pool.map(partial(_image_finding, whole=self.decode == "full"), new), strict=True)
+            self.findings.update({image: finding for image, finding in checked if finding is not None})
 
 
-def _inspected(image: ImageRef, *, whole: bool) -> Finding | None:
+def _image_finding(image: ImageRef, *, whole: bool) -> Finding | None:
     try:
         inspect(image, whole=whole)
     except OSError as error:
@@ -76,67 +78,83 @@ def _inspected(image: ImageRef, *, whole: bool) -> Finding | None:
     return None
 
 
-def scan(records: Iterator[Examined], images: ImageChecks, lengths: Lengths | None) -> Iterator[Examined]:
-    """``records`` with what their images, their lengths and their ids add to their findings, in order."""
+def scan(records: Iterator[ScannedRecord], images: ImageChecks, lengths: Lengths | None) -> Iterator[ScannedRecord]:
+    """Adds the findings about images, lengths and duplicate ids to ``records``, in order."""
     ids: set[int] = set()
     with ThreadPoolExecutor(images.workers) as pool:
         while chunk := list(itertools.islice(records, CHUNK)):
-            images.look(pool, [image for each in chunk for image in each.images])
-            usable = [each for each in chunk if each.sample is not None]
+            images.check(pool, [image for record in chunk for image in record.images])
             if lengths is not None:
-                usable = [each for each in usable if not _refused(each, lengths)]
-                long = lengths.too_long([each.sample for each in usable if each.sample is not None])
-                for each, is_long in zip(usable, long, strict=True):
-                    if each.sample is not None and is_long:
-                        each.findings.extend(lengths.findings(each.sample))
-            for each in chunk:
-                each.findings.extend(images.bad[image] for image in each.images if image in images.bad)
-                if (name := _id(each)) is not None:
+                _add_length_findings(chunk, lengths)
+            for record in chunk:
+                record.findings.extend(images.findings[image] for image in record.images if image in images.findings)
+                if (name := _id(record)) is not None:
                     if hash(name) in ids:
-                        each.findings.append(Finding("duplicate-id", name))
+                        record.findings.append(Finding("duplicate-id", name))
                     ids.add(hash(name))
-                yield each
+                yield record
 
 
-def _refused(each: Examined, lengths: Lengths) -> bool:
-    """Whether the template refuses the sample of ``each``; adds the finding if so."""
-    if why := lengths.refusal(each.sample) if each.sample is not None else "":
-        each.findings.append(Finding("template", why))
-    return bool(why)
+def _add_length_findings(chunk: Sequence[ScannedRecord], lengths: Lengths) -> None:
+    usable = []
+    for record in chunk:
+        if record.sample is None:
+            continue
+        if reason := lengths.refusal(record.sample):
+            record.findings.append(Finding("template", reason))
+        else:
+            usable.append((record, record.sample))
+    long = lengths.too_long([sample for _, sample in usable])
+    for (record, sample), is_long in zip(usable, long, strict=True):
+        if is_long:
+            record.findings.extend(lengths.findings(sample))
 
 
-def _id(each: Examined) -> str | None:
-    if isinstance(each.record, dict):
-        return given_id(each.record)
-    return each.sample.id if each.sample is not None and each.record is None else None
+def _id(record: ScannedRecord) -> str | None:
+    if record.raw is not None:
+        return given_id(record.raw.value) if isinstance(record.raw.value, dict) else None
+    return record.sample.id if record.sample is not None else None
 
 
-def file_records(path: Path, root: ImageRoot | str, *, sampled: bool = True) -> Iterator[Examined]:
-    """The LLaVA records in the file ``path``, with what is wrong with each by itself; ``sampled`` if lengths matter."""
-    for entry in read_stream(path):
-        yield _examined(entry, f"{path}:{entry.place}", root, sampled)
+def scan_records(name: str, source: RecordSource, *, with_samples: bool) -> Iterator[ScannedRecord]:
+    """The records of ``source`` with their own findings; samples only if ``with_samples``, for their lengths.
+
+    Raises:
+        PluginError: a finding of an unknown kind.
+    """
+    for record in source.records():
+        yield _scanned(name, source, record, with_samples)
 
 
-def _examined(entry: JsonEntry, where: str, root: ImageRoot | str, sampled: bool) -> Examined:
-    if entry.problem:
-        return Examined(where, None, None, (), [Finding("json", entry.problem)], entry.done)
-    findings, images = examine(entry.value, root)
-    fit = sampled and not any(finding.kind in REFUSED for finding in findings)
-    sample = sample_of(entry.value, where, root, entry.index) if fit else None
-    return Examined(where, entry.value, sample, images, findings, entry.done)
+def _scanned(name: str, source: RecordSource, record: RawRecord, with_samples: bool) -> ScannedRecord:
+    if record.problem:
+        return ScannedRecord(record.where, record, None, (), [Finding("json", record.problem)], record.position)
+    findings, images = source.examine(record)
+    if unknown := [finding.kind for finding in findings if finding.kind not in KINDS]:
+        raise PluginError(
+            f"source {name!r}: {record.where}: unknown finding {unknown[0]!r}", hint=f"available: {', '.join(KINDS)}"
+        )
+    sample = None
+    if with_samples:
+        try:
+            sample = source.sample(record)
+        except DataError as error:
+            if not any(KINDS[finding.kind].effect == "stops" for finding in findings):
+                findings = [*findings, Finding("record", error.message.removeprefix(f"{record.where}: "))]
+    return ScannedRecord(record.where, record, sample, images, list(findings), record.position)
 
 
-def source_records(name: str, make: Callable[[], Iterator[Sample]]) -> Iterator[Examined]:
-    """The samples of a source that is no file of LLaVA records; where it fails, that is the last finding."""
-    done = 0
+def scan_samples(name: str, samples: Iterable[Sample]) -> Iterator[ScannedRecord]:
+    """The ``samples`` of a source without raw records; an error of the source is the last finding."""
+    count = 0
     try:
-        for done, sample in enumerate(make(), 1):
+        for count, sample in enumerate(samples, 1):
             answers = [turn.text.strip() for turn in sample.turns if turn.role == "assistant"]
             findings = []
             if not any(answers):
                 findings.append(Finding("no-answer"))
             elif not all(answers):
                 findings.append(Finding("empty-answer", f"answer {answers.index('') + 1} of {len(answers)}"))
-            yield Examined(sample.where or sample.id, None, sample, sample.images, findings, done)
+            yield ScannedRecord(sample.where or sample.id, None, sample, sample.images, findings, count)
     except LlavactlError as error:
-        yield Examined(f"source {name}", None, None, (), [Finding("source", error.message)], done)
+        yield ScannedRecord(f"source {name}", None, None, (), [Finding("source", error.message)], count)

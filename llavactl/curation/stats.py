@@ -1,4 +1,4 @@
-"""Counts over training records: how long, how many turns and images, and what questions begin with."""
+"""Statistics of training records: lengths, turns, images, and the first words of questions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from llavactl.core.schema import Sample
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
-_OPENING = 2
+_OPENING_WORDS = 2
 
 MEASURES: Mapping[str, str] = {
-    "tokens": "tokens a sample",
-    "question words": "words a question",
-    "answer words": "words an answer",
-    "characters": "characters a sample",
-    "turns": "questions with an answer, a sample",
-    "images": "images a sample",
-    "samples an image": "samples an image",
+    "tokens": "tokens per sample",
+    "question words": "words per question",
+    "answer words": "words per answer",
+    "characters": "characters per sample",
+    "turns": "question-answer pairs per sample",
+    "images": "images per sample",
+    "samples per image": "samples per image",
 }
-"""What is measured, in the order that it is shown."""
+"""The measures with their descriptions, in the order of reports."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """A distribution of whole numbers: ``n`` of them, their mean and quantiles."""
+    """The mean and quantiles of ``n`` integers."""
 
     n: int
     mean: float
@@ -40,33 +40,33 @@ class Distribution:
 
 
 def summary(counts: Mapping[int, int]) -> Distribution:
-    """The summary of values given as ``{value: how often}``; a quantile is the smallest value that reaches it."""
+    """The distribution of ``{value: count}``; a quantile is the smallest value that covers its share of all values."""
     n = sum(counts.values())
-    steps = sorted(counts)
+    values = sorted(counts)
 
     def quantile(share: float) -> int:
-        passed = 0
-        for value in steps:
-            passed += counts[value]
-            if passed >= share * n:
+        covered = 0
+        for value in values:
+            covered += counts[value]
+            if covered >= share * n:
                 return value
-        return steps[-1]
+        return values[-1]
 
     mean = sum(value * count for value, count in counts.items()) / n
-    return Distribution(n, round(mean, 2), steps[0], quantile(0.05), quantile(0.5), quantile(0.95), steps[-1])
+    return Distribution(n, round(mean, 2), values[0], quantile(0.05), quantile(0.5), quantile(0.95), values[-1])
 
 
 @dataclass
 class Statistics:
-    """Distributions as ``{value: how often}``: memory grows with distinct values and images, not with records."""
+    """Distributions as ``{value: count}``: memory grows with distinct values and images, not with records."""
 
     samples: int = 0
     distributions: dict[str, Counter[int]] = field(default_factory=dict)
     openings: Counter[str] = field(default_factory=Counter)
-    _shared: Counter[int] = field(default_factory=Counter)
+    _samples_by_image: Counter[int] = field(default_factory=Counter)
 
     def add(self, sample: Sample, tokens: int | None = None) -> None:
-        """Counts ``sample``, of ``tokens`` tokens if they are known."""
+        """Adds ``sample``, with its length in ``tokens`` if known."""
         self.samples += 1
         questions = [turn.text.strip() for turn in sample.turns if turn.role == "user"]
         answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
@@ -78,20 +78,20 @@ class Statistics:
         self._count("turns", [len(answers)])
         self._count("images", [len(sample.images)])
         self.openings.update(filter(None, map(opening, questions)))
-        self._shared.update(hash(image) for image in sample.images)
+        self._samples_by_image.update(hash(image) for image in sample.images)
 
     def _count(self, name: str, values: Iterable[int]) -> None:
         self.distributions.setdefault(name, Counter()).update(values)
 
     def finished(self) -> dict[str, Counter[int]]:
-        """The distributions that have a value, in the order of MEASURES."""
-        whole = {**self.distributions, "samples an image": Counter(self._shared.values())}
-        return {name: whole[name] for name in MEASURES if whole.get(name)}
+        """The distributions with at least one value, in the order of MEASURES."""
+        complete = {**self.distributions, "samples per image": Counter(self._samples_by_image.values())}
+        return {name: complete[name] for name in MEASURES if complete.get(name)}
 
 
 def opening(question: str) -> str:
     """The first words of a question, in lower case: ``what is``."""
-    return " ".join(word.lower() for word in _WORD.findall(question[:80])[:_OPENING])
+    return " ".join(word.lower() for word in _WORD.findall(question[:80])[:_OPENING_WORDS])
 
 
 def _words(text: str) -> int:

@@ -1,92 +1,105 @@
-"""Encoded conversations and their features to the batch that the model sees."""
+"""Builds batches for the model from encoded conversations and the features of their images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from llavactl.core.schema import IGNORE, Batch, Encoded, Span
-from llavactl.data.rows import filling
+from llavactl.data.packing import padding_for
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
 
-class Loads(Protocol):
-    """Where features come from, cached or live."""
+class FeatureLookup(Protocol):
+    """Returns the features of an image, cached or computed live."""
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        """The features [P, Dv] of ``image``; where these are int8 also their scales [P + Dv]."""
+        """The features [P, Dv] of ``image``; for int8 features also their scales [P + Dv]."""
 
 
 def collate(
     items: Sequence[Encoded],
-    features: Loads,
+    features: FeatureLookup,
     *,
     side: Literal["left", "right"] = "right",
     names: Sequence[str] = (),
 ) -> Batch:
-    """``items`` as one batch [B, T], padded at ``side``, with their images' features [I, P, Dv] in reading order."""
+    """``items`` as one batch [B, T], padded at ``side``, with the features [I, P, Dv] of their images in order."""
     longest = max(map(len, items))
     ids = torch.zeros(len(items), longest, dtype=torch.long)
     labels = torch.full((len(items), longest), IGNORE)
     mask = torch.zeros(len(items), longest, dtype=torch.bool)
     for row, item in enumerate(items):
-        at = slice(longest - len(item), longest) if side == "left" else slice(0, len(item))
-        ids[row, at] = torch.tensor(item.ids)
-        labels[row, at] = torch.tensor(item.labels)
-        mask[row, at] = True
+        columns = slice(longest - len(item), longest) if side == "left" else slice(0, len(item))
+        ids[row, columns] = torch.tensor(item.ids)
+        labels[row, columns] = torch.tensor(item.labels)
+        mask[row, columns] = True
     images = [image for item in items for image in item.images]
-    rows, scales = _stacked(images, features)
-    return Batch(ids, mask, labels, rows, tuple(names), scales=scales)
+    stacked, scales = _stacked_features(images, features)
+    return Batch(ids, mask, labels, stacked, tuple(names), scales=scales)
 
 
-def pack(families: Sequence[tuple[int, Sequence[Encoded]]], features: Loads, *, names: Sequence[str] = ()) -> Batch:
-    """Conversations as one row [1, T], one behind the other, each seeing itself alone.
+class _PackedSpan(NamedTuple):
+    """Tokens that become one span of a packed sequence, after the span ``prefix`` (its index), before ``padding``."""
 
-    ``families``: how many tokens its conversations begin with in common, one image and no target among them, and the
-    conversations. Those tokens are in the row once. Padding ends the last span of a family, or every span where nothing
-    is shared: behind all that is looked at.
+    tokens: Encoded
+    prefix: int | None
+    padding: int
+
+
+def pack(
+    groups: Sequence[tuple[int, Sequence[Encoded]]], features: FeatureLookup, *, names: Sequence[str] = ()
+) -> Batch:
+    """Packs conversations into one sequence [1, T]; none attends to another.
+
+    ``groups`` are (prefix length, conversations). The conversations of a group start with the same tokens, which
+    contain one image and no target and are in the sequence once. Padding is at the end of each conversation without a
+    shared prefix, and at the end of each group with one; no other token attends to it.
     """
-    parts: list[tuple[Encoded, int | None, int]] = []
-    for shared, items in families:
-        if not shared:
-            parts += [(item, None, filling(len(item))) for item in items]
+    parts: list[_PackedSpan] = []
+    for prefix_length, items in groups:
+        if not prefix_length:
+            parts += [_PackedSpan(item, None, padding_for(len(item))) for item in items]
             continue
-        first, place = items[0], len(parts)
-        parts.append((Encoded(first.ids[:shared], first.labels[:shared], first.images[:1]), None, 0))
-        rest = [Encoded(item.ids[shared:], item.labels[shared:], item.images[1:]) for item in items]
-        parts += [(item, place, 0) for item in rest[:-1]]
-        parts.append((rest[-1], place, filling(sum(map(len, rest)))))
+        first, prefix = items[0], len(parts)
+        shared = Encoded(first.ids[:prefix_length], first.labels[:prefix_length], first.images[:1])
+        parts.append(_PackedSpan(shared, None, 0))
+        suffixes = [Encoded(item.ids[prefix_length:], item.labels[prefix_length:], item.images[1:]) for item in items]
+        parts += [_PackedSpan(suffix, prefix, 0) for suffix in suffixes[:-1]]
+        parts.append(_PackedSpan(suffixes[-1], prefix, padding_for(sum(map(len, suffixes)))))
     ids: list[int] = []
     labels: list[int] = []
     mask: list[bool] = []
-    for part, after, padding in parts:
-        # What begins a conversation follows on nothing in it, so nothing predicts it.
-        first_label = part.labels[:1] if after is not None else (IGNORE,) * len(part.labels[:1])
+    for part, prefix_index, padding in parts:
+        # Nothing precedes the first token of a conversation, so no output predicts it.
+        first_label = part.labels[:1] if prefix_index is not None else (IGNORE,) * len(part.labels[:1])
         ids += (*part.ids, *(0,) * padding)
         labels += (*first_label, *part.labels[1:], *(IGNORE,) * padding)
         mask += (*(True,) * len(part), *(False,) * padding)
-    spans = [Span(len(part) + padding, after) for part, after, padding in parts]
-    rows, scales = _stacked([image for part, *_ in parts for image in part.images], features)
+    spans = [Span(len(part) + padding, prefix_index) for part, prefix_index, padding in parts]
+    stacked, scales = _stacked_features([image for part, *_ in parts for image in part.images], features)
     return Batch(
         torch.tensor([ids]),
         torch.tensor([mask]),
         torch.tensor([labels]),
-        rows,
+        stacked,
         tuple(names),
         tuple(spans),
         scales,
     )
 
 
-def _stacked(images: Sequence[ImageRef], features: Loads) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The features [I, P, Dv] of ``images``, and the scales that those of int8 have."""
+def _stacked_features(
+    images: Sequence[ImageRef], features: FeatureLookup
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The features [I, P, Dv] of ``images``, and the scales of int8 features."""
     if not images:
         return None, None
     columns = zip(*(features.stored(image) for image in images), strict=True)
-    rows, *scales = (torch.from_numpy(np.stack(column)) for column in columns)
-    return rows, scales[0] if scales else None
+    stacked, *scales = (torch.from_numpy(np.stack(column)) for column in columns)
+    return stacked, scales[0] if scales else None

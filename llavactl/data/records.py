@@ -1,4 +1,4 @@
-"""The samples of a recipe's sources."""
+"""Reads the samples of a recipe's sources."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from llavactl.core.schema import Sample, Turn
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Content, ImageRef
-    from llavactl.recipe.frame import SourceSpec
+    from llavactl.recipe.specs import SourceSpec
 
 
 def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
-    """Every sample of every source, in the recipe's order, each once whatever its weight.
+    """All samples of all sources in the recipe's order; each once, whatever the source's weight.
 
     Raises:
         DataError: a source's file or record can't be used.
-        PluginError: a source yields something else.
+        PluginError: a source yields something other than samples.
     """
     for spec in specs:
         for sample in registry().create("sources", spec.spec()):
@@ -28,33 +28,33 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
                 raise PluginError(
                     f"source {spec.name!r} of plugin {registry().get('sources', spec.name).plugin} yielded "
                     f"{type(sample).__name__}, expected Sample",
-                    hint="`llavactl.testing.check_source` tests a source by itself",
+                    hint="`llavactl.testing.check_source` tests a source",
                 )
             if spec.split_turns:
-                yield from apart(sample)
+                yield from split_turns(sample)
             else:
                 yield sample
 
 
 def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
-    """The distinct images of all samples, in order of first use. Raises as ``samples``."""
+    """The distinct images of all samples, in order of first use. Raises the same errors as ``samples``."""
     return list(dict.fromkeys(image for sample in samples(specs) for image in sample.images))
 
 
-def apart(sample: Sample) -> Iterator[Sample]:
-    """Each question of ``sample`` with its answer as a sample of its own, ``ID#1`` and so on.
+def split_turns(sample: Sample) -> Iterator[Sample]:
+    """Each question of ``sample`` with its answer as a separate sample ``ID#1``, ``ID#2``, …
 
-    A system message stays with each. Images of earlier questions come before the question, as LLaVA puts them.
+    Each keeps the system message. Images of earlier questions are inserted before the question, as in LLaVA.
     """
     system = tuple(turn for turn in sample.turns[:1] if turn.role == "system")
-    seen: list[ImageRef] = []
-    asked: Turn | None = None
-    number = 0
+    earlier_images: list[ImageRef] = []
+    question: Turn | None = None
+    count = 0
     for turn in sample.turns[len(system) :]:
         if turn.role == "user":
-            front: tuple[Content, ...] = tuple(part for image in seen for part in (image, "\n"))
-            asked = Turn("user", (*front, *turn.content))
-            seen += turn.images
-        elif asked is not None:
-            number += 1
-            yield replace(sample, id=f"{sample.id}#{number}", turns=(*system, asked, turn))
+            images: tuple[Content, ...] = tuple(part for image in earlier_images for part in (image, "\n"))
+            question = Turn("user", (*images, *turn.content))
+            earlier_images += turn.images
+        elif question is not None:
+            count += 1
+            yield replace(sample, id=f"{sample.id}#{count}", turns=(*system, question, turn))

@@ -1,4 +1,4 @@
-"""Evaluation in several processes, as torchrun or accelerate start them: each asks its share, the first one scores."""
+"""Evaluation in several processes (torchrun, accelerate): each answers part of the questions, the main one scores."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-from llavactl.core.processes import check_launch, leave_in_order
+from llavactl.core.processes import check_launch, destroy_process_group_at_exit
 
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: a judge may take long, and who dies takes the others along anyhow."""
+BARRIER_TIMEOUT = timedelta(days=7)
+"""A judge may take long; if a process dies, the launcher ends the others anyway."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This one of ``count`` processes."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     count: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def meet(self) -> None:
-        """Waits until all are here."""
+    def barrier(self) -> None:
+        """Waits until all processes have reached this point."""
         if self.count > 1:
             from torch import distributed
 
             distributed.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
-def processes() -> Processes:
-    """Those that were started together; each then computes on its own device."""
+def launched_processes() -> Processes:
+    """The processes of this launch, initialized with one device each."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return ALONE
+        return SINGLE_PROCESS
     check_launch()
     import torch
     from accelerate import PartialState
 
-    # It has to be told of a CPU: else several processes without a GPU are strangers to it.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    leave_in_order()
+    # Without ``cpu=True``, accelerate treats several processes without a GPU as separate single processes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
+    destroy_process_group_at_exit()
     return Processes(state.process_index, state.num_processes)

@@ -1,10 +1,10 @@
-"""One runner for every task: ask in batches, keep each answer as it comes, score."""
+"""Runs a model on the questions of a task, in batches, and stores each answer as soon as it is generated."""
 
 from __future__ import annotations
 
 import glob
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,155 +13,116 @@ from llavactl.core import progress
 from llavactl.core.errors import DataError
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic
 from llavactl.core.schema import Answer, Question
-from llavactl.core.suggest import suggest
 from llavactl.evaluation.answers import read_answers
-from llavactl.evaluation.processes import ALONE, Processes
+from llavactl.evaluation.processes import SINGLE_PROCESS, Processes
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, inspect
 from llavactl.images.image_file import ImageFile
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Scores, Task
-    from llavactl.evaluation.views import View
+    from llavactl.evaluation.models import EvaluatedModel
+    from llavactl.recipe.sections import Eval
 
 
-def ask(
-    view: View,
+def answer_questions(
+    model: EvaluatedModel,
     questions: Sequence[Question],
-    batch_size: int,
-    max_new_tokens: int,
+    limit: int | None,
+    settings: Eval,
     file: Path,
-    limit: int | None = None,
-    among: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, Answer]:
-    """Asks the first ``limit`` questions that have no answer in ``file`` (JSONL) yet; each goes there as it comes.
+    """The answers to the first ``limit`` questions; those already in ``file`` (JSONL) are not generated again.
 
-    All questions are given, so that a view is the same however many of them are asked. Several processes ask a share
-    each, into a file of its own that becomes part of ``file`` at the end, or at the beginning of the next time.
+    ``questions`` are all questions of the task: the shuffled-image baseline must not depend on ``limit``. Each process
+    writes its answers to a part file, which is merged into ``file`` at the end, or by the next run after a kill.
 
     Raises:
-        DataError: a picture can't be read, or somebody else asks into ``file``.
+        DataError: an image can't be read, or another process is writing ``file``.
     """
     busy = DataError(f"another process is writing {file}", hint="wait until it has finished")
-    with exclusive_lock(file.with_name(f".{file.name}.lock"), busy) if among.first else nullcontext():
-        answers = _gathered(file, among)
-        wanted = [question for question in questions[:limit] if question.id not in answers]
-        if not wanted:
+    with exclusive_lock(file.with_name(f".{file.name}.lock"), busy) if processes.is_main else nullcontext():
+        answers = _merge_parts(file, processes)
+        pending = [question for question in questions[:limit] if question.id not in answers]
+        if not pending:
             return answers
+        _check_images(pending)
         total = len(questions[:limit])
-        _refuse_unreadable(wanted)
-        assistant = view.open(questions)
-        sampling = Sampling(max_new_tokens=max_new_tokens)
+        loaded = model.load(questions)
+        sampling = Sampling(max_new_tokens=settings.max_new_tokens)
         file.parent.mkdir(parents=True, exist_ok=True)
-        share = list(_batches(wanted, batch_size))[among.rank :: among.count]
+        own_batches = list(_batches(pending, settings.batch_size))[processes.rank :: processes.count]
         with (
-            (file if among.count == 1 else _part(file, among.rank)).open("a", encoding="utf-8") as out,
-            progress.bar(total, f"eval {view.name}".strip(), "question", total - len(wanted)) as bar,
+            (file if processes.count == 1 else _part_file(file, processes.rank)).open("a", encoding="utf-8") as output,
+            progress.bar(total, f"eval {model.name}".strip(), "question", total - len(pending)) as bar,
         ):
-            for asked in share:
-                texts = assistant.answer([question.turns for question in asked], sampling)
-                for question, text in zip(asked, texts, strict=True):
+            for batch in own_batches:
+                texts = loaded.answer([question.turns for question in batch], sampling)
+                for question, text in zip(batch, texts, strict=True):
                     answers[question.id] = Answer(question.id, text)
-                    out.write(_line(answers[question.id]))
-                out.flush()
-                bar.show(len(asked))
-        return answers if among.count == 1 else _gathered(file, among)
+                    output.write(_json_line(answers[question.id]))
+                output.flush()
+                bar.advance(len(batch))
+        return answers if processes.count == 1 else _merge_parts(file, processes)
 
 
-def _gathered(file: Path, among: Processes) -> dict[str, Answer]:
-    """All answers there are, in ``file`` and in what processes, of now or before, have left beside it.
+def _merge_parts(file: Path, processes: Processes) -> dict[str, Answer]:
+    """Merges the part files of all processes, of this run or an interrupted one, into ``file``; returns its answers.
 
-    What a kill cut short is left behind: afterwards ``file`` holds whole answers alone, and nothing is beside it.
+    Lines that a kill left incomplete are dropped.
     """
-    among.meet()
-    if among.first:
+    processes.barrier()
+    if processes.is_main:
         parts = sorted(file.parent.glob(f"{glob.escape(file.name)}.*.part"))
-        found: dict[str, Answer] = {}
-        for each in (file, *parts):
-            if each.is_file():
-                found |= read_answers(each, cut=True)
-        if found:
-            write_atomic(file, "".join(_line(answer) for answer in found.values()))
-        for each in parts:
-            each.unlink()
-    among.meet()
+        answers: dict[str, Answer] = {}
+        for source in (file, *parts):
+            if source.is_file():
+                answers |= read_answers(source, truncated=True)
+        if answers:
+            write_atomic(file, "".join(_json_line(answer) for answer in answers.values()))
+        for part in parts:
+            part.unlink()
+    processes.barrier()
     return read_answers(file) if file.is_file() else {}
 
 
-def _part(file: Path, rank: int) -> Path:
+def _part_file(file: Path, rank: int) -> Path:
     return file.with_name(f"{file.name}.{rank}.part")
 
 
-def _refuse_unreadable(questions: Sequence[Question]) -> None:
-    """Raises an error before any work if an image can't be read: a score without it would not be comparable."""
-    images = dict.fromkeys(image for each in questions for turn in each.turns for image in turn.images)
-    missing: list[str] = []
+def _json_line(answer: Answer) -> str:
+    return json_text({"id": answer.id, "text": answer.text}) + "\n"
+
+
+def _check_images(questions: Sequence[Question]) -> None:
+    """Raises DataError if an image can't be read: a score without its questions would not be comparable."""
+    images = dict.fromkeys(image for question in questions for turn in question.turns for image in turn.images)
+    unreadable: list[str] = []
     for image in images:
         try:
             if isinstance(image, ImageFile):
                 inspect(image, whole=False)
-            else:  # the check would have to read it completely
+            else:  # inspecting it would read it completely
                 image.stamp()
         except OSError as error:
-            missing.append(f"{image.name}: {error_reason(error)}")
+            unreadable.append(f"{image.name}: {error_reason(error)}")
         except ImageError as error:
-            missing.append(f"{image.name}: {error.reason}")
-    if missing:
+            unreadable.append(f"{image.name}: {error.reason}")
+    if unreadable:
         raise DataError(
-            f"{len(missing)} of {len(images)} pictures can't be read, the first is {missing[0]}",
-            hint="-t images=FOLDER, where the task takes it, names their folder",
+            f"{len(unreadable)} of {len(images)} images can't be read, the first is {unreadable[0]}",
+            hint="set the folder of the images with -t images=FOLDER, if the task has this option",
         )
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Questions about the same picture together, as they read it once; the others as they come."""
+    """Batches of questions: first those that share an image, which is then encoded once, then the others in order."""
     by_image: dict[object, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[tuple(image for turn in question.turns for image in turn.images)].append(question)
     groups = list(by_image.values())
-    alone = [question for group in groups if len(group) == 1 for question in group]
-    for group in (*(group for group in groups if len(group) > 1), alone):
-        for at in range(0, len(group), size):
-            yield group[at : at + size]
-
-
-def _line(answer: Answer) -> str:
-    return json_text({"id": answer.id, "text": answer.text}) + "\n"
-
-
-def score(
-    task: Task, questions: Iterable[Question], answers: Mapping[str, Answer], protocol: str, file: Path | None = None
-) -> Scores:
-    """The scores of the answers to ``questions``, read from ``file``; those beyond them are ignored.
-
-    Raises:
-        DataError: a question without an answer, or no question at all.
-    """
-    return task.score(chosen(questions, answers, file), protocol)
-
-
-def chosen(questions: Iterable[Question], answers: Mapping[str, Answer], file: Path | None = None) -> dict[str, Answer]:
-    """The answers to ``questions``, in their order; what can't be scored is told as by ``score``."""
-    ids = [question.id for question in questions]
-    if not ids:
-        raise DataError("this task has no questions", hint="is its file of questions empty?")
-    missing = [name for name in ids if name not in answers]
-    if missing:
-        raise DataError(
-            f"{f'{file}: ' if file else ''}{len(missing)} of {len(ids)} questions have no answer, the first is "
-            f"{missing[0]!r}",
-            hint="are these the answers to this task's questions? is the file cut?",
-        )
-    return {name: answers[name] for name in ids}
-
-
-def choose(protocols: Sequence[str], wanted: str | None) -> str:
-    """``wanted`` where it is one of ``protocols``, the first of them where nothing is.
-
-    Raises:
-        DataError: there is no such protocol.
-    """
-    if wanted is not None and wanted not in protocols:
-        raise DataError(f"no protocol {wanted!r} for this task", hint=suggest(wanted, protocols))
-    return wanted or protocols[0]
+    single = [question for group in groups if len(group) == 1 for question in group]
+    for group in (*(group for group in groups if len(group) > 1), single):
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

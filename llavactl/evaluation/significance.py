@@ -1,4 +1,4 @@
-"""How far a score may be off, and whether two differ: intervals of shares, paired tests."""
+"""Confidence intervals of scores, and paired significance tests of two models."""
 
 from __future__ import annotations
 
@@ -13,44 +13,47 @@ from llavactl.core.protocols import Scores
 from llavactl.core.schema import Question
 
 Z95 = 1.959963984540054
-"""The standard normal quantile that leaves 2.5 % on either side."""
+"""The 97.5 % quantile of the standard normal distribution."""
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of ``right`` out of ``n`` > 0, in percent (Wilson 1927, the score interval)."""
+    """The 95 % score interval of ``right`` out of ``n`` > 0, in percent (Wilson 1927)."""
     share, spread = right / n, Z95**2 / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z95 / (1 + spread) * sqrt(share * (1 - share) / n + spread / (4 * n))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+    center = (share + spread / 2) / (1 + spread)
+    half_width = Z95 / (1 + spread) * sqrt(share * (1 - share) / n + spread / (4 * n))
+    return 100 * max(0.0, center - half_width), 100 * min(1.0, center + half_width)
 
 
-def intervals(questions: Sequence[Question], scored: Scores) -> dict[str, tuple[float, float]]:
-    """The 95 % interval of ``accuracy`` and of each category, where the task says which answers are right.
+def intervals(questions: Sequence[Question], scores: Scores) -> dict[str, tuple[float, float]]:
+    """95 % intervals of ``accuracy`` and of each category, if the task marks answers as right or wrong.
 
-    A task may say itself what each of its shares is about (``Scores.about``). Questions about one picture are
-    taken as independent, so an interval is a little too narrow where a picture as a whole is easy or hard.
+    ``Scores.about`` replaces the categories, if the task sets it. Questions about one image are treated as
+    independent, so intervals are slightly too narrow if whole images are easy or hard.
     """
-    about = scored.about or _about(questions)
-    known = {name: [scored.right[each] for each in ids if each in scored.right] for name, ids in about.items()}
-    return {name: wilson(sum(each), len(each)) for name, each in known.items() if each}
+    ids_by_score = scores.about or _ids_by_category(questions)
+    right_by_score = {
+        name: [scores.right[question_id] for question_id in ids if question_id in scores.right]
+        for name, ids in ids_by_score.items()
+    }
+    return {name: wilson(sum(right), len(right)) for name, right in right_by_score.items() if right}
 
 
-def _about(questions: Sequence[Question]) -> dict[str, list[str]]:
-    by_name: dict[str, list[str]] = defaultdict(list)
+def _ids_by_category(questions: Sequence[Question]) -> dict[str, list[str]]:
+    ids: dict[str, list[str]] = defaultdict(list)
     for question in questions:
-        by_name["accuracy"].append(question.id)
+        ids["accuracy"].append(question.id)
         if question.category:
-            by_name[question.category].append(question.id)
-    return by_name
+            ids[question.category].append(question.id)
+    return ids
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Candidate ``b`` against ``a`` on the same questions.
+    """Candidate ``b`` minus candidate ``a`` on the same questions.
 
-    ``difference`` of the means in points of percent and its 95 % ``interval`` (paired bootstrap); ``only_a`` and
-    ``only_b`` count what just one got right, and ``p`` is McNemar's exact test of them: the chance of a split as
-    uneven when both are equally good. The three are None where answers are graded, not right or wrong.
+    ``difference`` of the means in percentage points, with its 95 % ``interval`` (paired bootstrap). ``only_a`` and
+    ``only_b``: questions that only one of them answered correctly. ``p``: McNemar's exact test of these two counts, the
+    probability of a split at least as uneven if both are equally good. The last three are None for graded answers.
     """
 
     a: str
@@ -62,17 +65,17 @@ class Difference:
     p: float | None
 
 
-def paired(a: str, b: str, first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """Compares the grades (0 to 1) of two candidates for the same questions; ``a`` and ``b`` are their names."""
-    differences = [second[name] - first[name] for name in first]
-    only = [sum(each == sign for each in differences) for sign in (-1, 1)]
-    known = all(grade in (0.0, 1.0) for each in (first, second) for grade in each.values())
-    counts = (only[0], only[1], mcnemar(*only)) if known else (None, None, None)
+def paired(a: str, b: str, grades_a: Mapping[str, float], grades_b: Mapping[str, float]) -> Difference:
+    """Compares the grades (0 to 1, by question id) of the candidates named ``a`` and ``b``."""
+    differences = [grades_b[question_id] - grades_a[question_id] for question_id in grades_a]
+    only_a, only_b = (sum(difference == sign for difference in differences) for sign in (-1, 1))
+    right_or_wrong = all(grade in (0.0, 1.0) for grades in (grades_a, grades_b) for grade in grades.values())
+    counts = (only_a, only_b, mcnemar(only_a, only_b)) if right_or_wrong else (None, None, None)
     return Difference(a, b, 100 * fmean(differences), bootstrap(differences), *counts)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of McNemar's test (1947): a fair coin's for ``only_a`` heads and ``only_b`` tails."""
+    """The exact two-sided p value of McNemar's test (1947): a binomial test of ``only_a`` against ``only_b``."""
     n = only_a + only_b
     tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, float(Fraction(2 * tail, 2**n)))
@@ -81,8 +84,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def bootstrap(differences: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of ``differences``, in percent (Efron 1979).
 
-    Questions are drawn anew with all that was said to them, so what is hard for both cancels. Equal differences
-    are drawn together, from the multinomial distribution that they have: the same, and quick.
+    Questions are resampled with the answers of both candidates, so difficulty that both share cancels out. Equal
+    differences are drawn together from their multinomial distribution, which is equivalent and faster.
     """
     import numpy as np
 

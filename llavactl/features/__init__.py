@@ -1,4 +1,4 @@
-"""Frozen vision features: made once, kept in HDF5 shards by image content, read as memory maps; or made live."""
+"""Frozen vision features: extracted once and stored in HDF5 shards by image content hash, or encoded live."""
 
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, content_key

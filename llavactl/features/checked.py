@@ -1,4 +1,4 @@
-"""Validation of the pixels and features of a loaded vision backbone, which may be a plugin's."""
+"""Validation of the pixels and features of a loaded vision backbone, which may come from a plugin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llavactl.core.errors import PluginError
-from llavactl.core.protocols import MeasuredVision
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import plugin_of
 from llavactl.core.schema import FeatureShape
 
@@ -19,44 +19,47 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Encoder, Vision
 
-ALIKE = 5e-2
-"""Of the norm of an image's features: half precision in batches of another size costs less."""
+BATCH_TOLERANCE = 5e-2
+"""Largest difference between batched and single encoding, relative to the norm of an image's features.
 
-_HINT = "`llavactl.testing.check_vision` tests a backbone by itself"
+Half precision with another batch size differs by less.
+"""
+
+_HINT = "`llavactl.testing.check_vision` tests a backbone separately"
 
 
 def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
-    """The encoder that ``vision`` loads, with its pixels and features validated.
+    """Load the encoder of ``vision``; its pixels and features are validated on use.
 
     Raises:
-        PluginError: it lacks a method, its shape is not a FeatureShape, or differs from ``vision.shape()``.
-        ModelError: as of ``Vision.load``.
+        PluginError: a method is missing, or the shape is not a FeatureShape or differs from ``vision.shape()``.
+        ModelError: see ``Vision.load``.
     """
     encoder = vision.load(device, dtype)
     label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
     shape: Any = getattr(encoder, "shape", None)
     if not isinstance(shape, FeatureShape):
-        raise PluginError(f"{label}: its encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
+        raise PluginError(f"{label}: the encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
     if missing := [name for name in ("preprocess", "encode") if not callable(getattr(encoder, name, None))]:
-        raise PluginError(f"{label}: its encoder has no {' and no '.join(missing)}", hint=_HINT)
-    if isinstance(vision, MeasuredVision) and (stated := vision.shape()) != shape:
-        raise PluginError(f"{label}: shape() returned {stated}, but its encoder has {shape}", hint=_HINT)
-    return CheckedEncoder(encoder, label, shape, CheckedPixels(encoder.preprocess, _pixel_shape(encoder)))
+        raise PluginError(f"{label}: the encoder has no method {' and no method '.join(missing)}", hint=_HINT)
+    if isinstance(vision, ShapedVision) and (declared := vision.shape()) != shape:
+        raise PluginError(f"{label}: shape() returned {declared}, but the encoder has {shape}", hint=_HINT)
+    return CheckedEncoder(encoder, label, shape, CheckedPreprocess(encoder.preprocess, _pixel_shape(encoder)))
 
 
 def _pixel_shape(encoder: Encoder) -> tuple[int, ...]:
-    """The shape of a blank image's pixels; () if preprocessing refuses it."""
+    """The shape of a blank image's pixels; () if preprocessing fails for a blank image."""
     from PIL import Image
 
     try:
         return np.shape(encoder.preprocess(Image.new("RGB", (64, 64))))
-    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - it may refuse blank images
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - a backbone may refuse blank images
         return ()
 
 
 @dataclass(frozen=True)
-class CheckedPixels:
-    """``preprocess``, validated: pixels [3, H, W] float32, of the shape ``size`` unless that is ()."""
+class CheckedPreprocess:
+    """``preprocess`` with its output validated: pixels [3, H, W] float32 of the shape ``size``, unless that is ()."""
 
     preprocess: Callable[[Image.Image], Any]
     size: tuple[int, ...]
@@ -71,15 +74,15 @@ class CheckedPixels:
 
 @dataclass
 class CheckedEncoder:
-    """``encoder``, validated: features [I, P, Dv] of ``shape``, on the device of the pixels.
+    """``encoder`` with its output validated: features [I, P, Dv] of ``shape``, on the same device as the pixels.
 
-    The first batch of several images is compared with one of them alone.
+    For the first batch of several images, the features of its last image are compared with those of a batch of one.
     """
 
     encoder: Encoder
     label: str
     shape: FeatureShape
-    preprocess: CheckedPixels
+    preprocess: CheckedPreprocess
     compared: bool = False
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -91,18 +94,16 @@ class CheckedEncoder:
         import torch
 
         features: Any = self.encoder.encode(pixels)
-        expected = (len(pixels), self.shape.patches, self.shape.width)
-        found = type(features).__name__
+        expected = f"{(len(pixels), self.shape.patches, self.shape.width)} on {pixels.device}"
+        actual = type(features).__name__
         if isinstance(features, torch.Tensor):
-            found = f"{tuple(features.shape)} on {features.device}"
-        if not isinstance(features, torch.Tensor) or found != f"{expected} on {pixels.device}":
-            raise PluginError(
-                f"{self.label}: encode() returned {found}, expected {expected} on {pixels.device}", hint=_HINT
-            )
+            actual = f"{tuple(features.shape)} on {features.device}"
+        if not isinstance(features, torch.Tensor) or actual != expected:
+            raise PluginError(f"{self.label}: encode() returned {actual}, expected {expected}", hint=_HINT)
         if not self.compared and len(pixels) > 1:
             self.compared = True
-            alone = self.encode(pixels[-1:])
-            if (alone - features[-1:]).norm() > ALIKE * features[-1:].norm():
-                why = "an image's features depend on the other images of its batch, or differ between calls"
-                raise PluginError(f"{self.label}: {why}", hint=_HINT)
+            single = self.encode(pixels[-1:])
+            if (single - features[-1:]).norm() > BATCH_TOLERANCE * features[-1:].norm():
+                reason = "an image's features depend on the other images of its batch, or differ between calls"
+                raise PluginError(f"{self.label}: {reason}", hint=_HINT)
         return features.detach()

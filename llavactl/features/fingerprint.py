@@ -1,4 +1,4 @@
-"""What a set of features was made with: two with the same fingerprint hold the same numbers."""
+"""Fingerprints of feature sets: the same fingerprint means bit-identical features."""
 
 from __future__ import annotations
 
@@ -9,34 +9,32 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.identity import component_identity, names_model
+from llavactl.core.identity import component_identity, refers_to_model
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
-    from llavactl.recipe.frame import Features
+    from llavactl.recipe.sections import Features
 
 FORMAT = 1
-"""Version of the store's layout; part of every fingerprint, so an older store is never misread."""
-
-_ABSENT = "nothing"
+"""Version of the store's layout. It is part of every fingerprint, so stores of other versions are never read."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All that changes a number of the features, as plain JSON ``fields``."""
+    """Everything that affects the values of the features, as plain JSON ``fields``."""
 
     fields: Mapping[str, Json]
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
-        """The fingerprint that ``json`` wrote.
+        """Parse the output of ``json``.
 
         Raises:
             ValueError: ``text`` is not a JSON object.
         """
         fields = json.loads(text)
         if not isinstance(fields, dict):
-            raise ValueError("a fingerprint is a JSON object")
+            raise ValueError("expected a JSON object")
         return cls(fields)
 
     @cached_property
@@ -46,53 +44,53 @@ class Fingerprint:
 
     @cached_property
     def id(self) -> str:
-        """The first 16 hex digits of the sha256 of ``json``: the store's folder."""
+        """The first 16 hex digits of the sha256 of ``json``; also the name of the store's folder."""
         return hashlib.sha256(self.json.encode()).hexdigest()[:16]
 
     @property
     def dtype(self) -> str:
-        """What the features are stored as."""
+        """The dtype of the stored features."""
         return str(self.fields.get("dtype", "float16"))
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """One ``field: ours, not theirs`` for each field that is not the same in ``other``."""
-        ours, theirs = json.loads(self.json), json.loads(other.json)
-        found = []
-        for field in sorted(ours.keys() | theirs.keys()):
-            here, there = (_show(fields, field) for fields in (ours, theirs))
-            if here != there:
-                found.append(f"{field}: {here}, not {there}")
-        return found
+        """``field: expected A, got B`` for every field whose value A differs from the value B in ``other``."""
+        expected, actual = json.loads(self.json), json.loads(other.json)
+        differences = []
+        for field in sorted(expected.keys() | actual.keys()):
+            ours, theirs = (_value_text(fields, field) for fields in (expected, actual))
+            if ours != theirs:
+                differences.append(f"{field}: expected {ours}, got {theirs}")
+        return differences
 
 
-def _show(fields: Mapping[str, Json], field: str) -> str:
-    return json.dumps(fields[field], sort_keys=True) if field in fields else _ABSENT
+def _value_text(fields: Mapping[str, Json], field: str) -> str:
+    return json.dumps(fields[field], sort_keys=True) if field in fields else "unset"
 
 
 def fingerprint(vision: Mapping[str, Any], features: Features) -> Fingerprint:
-    """The fingerprint of the features of backbone ``vision`` ({"name", options}), computed and stored as ``features``
-    says.
+    """The fingerprint of the backbone ``vision`` ({"name", options}) with the settings ``features``.
 
     Raises:
         ModelError: the backbone's files can't be read.
     """
-    return of_identity(component_identity("vision", vision), features)
+    return identity_fingerprint(component_identity("vision", vision), features)
 
 
-def of_identity(component: Mapping[str, Any], features: Features) -> Fingerprint:
-    """The fingerprint of the backbone with identity ``component`` (see ``component_identity``).
+def identity_fingerprint(component: Mapping[str, Any], features: Features) -> Fingerprint:
+    """The fingerprint of a backbone from its identity ``component`` (see ``component_identity``).
 
-    It has the fields of the backbone's own ``identity()``, its name, its version and its options, so that two backbones
-    never share features because one omits a field. Models in options are left out if the identity has ``weights``.
+    It contains the fields of the backbone's own ``identity()`` and its name, version and options, so two backbones
+    never share features because one of them omits a field. Options that name a model are left out if the identity has
+    ``weights``.
     """
     identity = component.get("identity", {})
     options = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
     if "weights" in identity:
-        options = {key: value for key, value in options.items() if not names_model(value)}
+        options = {key: value for key, value in options.items() if not refers_to_model(value)}
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}
-    ours = {"component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
-    if clashing := {key: identity[key] for key in ours if key in identity}:
+    reserved = {"component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
+    if clashing := {key: identity[key] for key in reserved if key in identity}:
         own["identity"] = clashing
-    fields = {**identity, **ours}
-    # Through JSON once, so that a tuple and the list it is read back as are the same field.
+    fields = {**identity, **reserved}
+    # The round trip through JSON converts tuples to lists, as they are read back.
     return Fingerprint(json.loads(Fingerprint(fields).json))

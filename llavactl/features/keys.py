@@ -1,4 +1,4 @@
-"""Image keys: the sha256 of an image's bytes, cached by the image's stamp."""
+"""Content keys of images: the sha256 of an image's bytes, cached by the image's stamp."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.faults import printable
-from llavactl.core.hashes import HashMemory, stamp_bytes
+from llavactl.core.hashes import HashCache, stamp_bytes
+from llavactl.core.library_errors import printable
 from llavactl.core.paths import cache_dir
 from llavactl.features.stamp_index import StampIndex
 from llavactl.images.decode import image_errors, read
@@ -17,7 +17,7 @@ from llavactl.images.decode import image_errors, read
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
-_ROUND = 4096
+_CHUNK = 4096
 
 
 def content_key(data: bytes) -> str:
@@ -26,86 +26,90 @@ def content_key(data: bytes) -> str:
 
 
 def error_reason(error: OSError) -> str:
-    """The reason alone: no path, no number, the same on every machine."""
+    """The message of ``error`` without path and error number, the same on every machine."""
     return printable(error.strerror or str(error) or type(error).__name__)
 
 
 class ContentKeys:
-    """Keys of images; reads an image only when its stamp was never seen.
+    """Content keys of images; an image is read only if no key is cached for its stamp.
 
-    Safe in any thread, after a fork, and pickled to another process. With ``remember=False`` nothing is written.
+    Can be used from any thread and after a fork, and can be pickled. ``remember=False`` writes nothing to the cache.
     """
 
     def __init__(self, file: Path | None = None, *, remember: bool = True, workers: int = 4) -> None:
-        self.memory = HashMemory(file or cache_dir() / "keys.sqlite", remember=remember)
+        self.memory = HashCache(file or cache_dir() / "keys.sqlite", remember=remember)
         self.workers = workers
-        self._held = StampIndex({})
+        self._preloaded = StampIndex({})
 
     def key(self, image: ImageRef) -> str:
         """The content key of ``image``.
 
         Raises:
-            OSError: it can't be read.
+            OSError: the image can't be read.
         """
-        if len(self._held):
+        if len(self._preloaded):
             stamp = _stamp(image)
-            if isinstance(stamp, bytes) and (held := self._held.find(stamp)):
-                return held
-        found = self.many([image])[0]
-        if isinstance(found, OSError):
-            raise found
-        return found
+            if isinstance(stamp, bytes) and (key := self._preloaded.find(stamp)):
+                return key
+        key_or_error = self.keys_of([image])[0]
+        if isinstance(key_or_error, OSError):
+            raise key_or_error
+        return key_or_error
 
-    def many(
+    def keys_of(
         self, images: Sequence[ImageRef], advance: Callable[[int], object] = lambda _count: None
     ) -> list[str | OSError]:
-        """The key of each image, or the error that reading it raised; ``advance`` is told how many more are done.
+        """The key of each image, or the error raised on reading it. ``advance(n)`` is called after n more images.
 
-        600,000 known images take what their stamps take; unknown ones are read by ``workers`` threads.
+        Cached images cost one stat call each; the others are read by ``workers`` threads.
         """
-        found: list[str | OSError] = []
-        for start in range(0, len(images), _ROUND):
-            found += self._round(images[start : start + _ROUND])
-            advance(len(found) - start)
-        return found
+        keys: list[str | OSError] = []
+        for start in range(0, len(images), _CHUNK):
+            keys += self._chunk_keys(images[start : start + _CHUNK])
+            advance(len(keys) - start)
+        return keys
 
-    def hold(self, images: Sequence[ImageRef]) -> list[str | OSError]:
-        """Like ``many``; ``key`` then answers for these images from memory as long as their stamps don't change."""
-        held: dict[bytes, str] = {}
-        found: list[str | OSError] = []
-        for start in range(0, len(images), _ROUND):
-            found += self._round(images[start : start + _ROUND], held)
-        self._held = StampIndex(held)
-        return found
+    def preload(self, images: Sequence[ImageRef]) -> list[str | OSError]:
+        """Like ``keys_of``; afterwards ``key`` finds these images in memory as long as their stamps don't change."""
+        preloaded: dict[bytes, str] = {}
+        keys: list[str | OSError] = []
+        for start in range(0, len(images), _CHUNK):
+            keys += self._chunk_keys(images[start : start + _CHUNK], preloaded)
+        self._preloaded = StampIndex(preloaded)
+        return keys
 
-    def _round(self, images: Sequence[ImageRef], held: dict[bytes, str] | None = None) -> list[str | OSError]:
+    def _chunk_keys(
+        self, images: Sequence[ImageRef], keys_by_stamp: dict[bytes, str] | None = None
+    ) -> list[str | OSError]:
+        """The keys of ``images``, which are also added to ``keys_by_stamp``."""
         stamps = [_stamp(image) for image in images]
-        known = self.memory.find({stamp for stamp in stamps if isinstance(stamp, bytes)})
-        found: list[str | OSError | None] = [
-            stamp if isinstance(stamp, OSError) else known.get(stamp) if stamp else None for stamp in stamps
+        cached = self.memory.find({stamp for stamp in stamps if isinstance(stamp, bytes)})
+        keys: list[str | OSError | None] = [
+            stamp if isinstance(stamp, OSError) else cached.get(stamp) if stamp else None for stamp in stamps
         ]
-        unknown = [index for index, key in enumerate(found) if key is None]
-        fresh = []
+        unknown = [index for index, key in enumerate(keys) if key is None]
+        hashed = []
         for index, (key, stamp) in zip(unknown, self._hash([images[i] for i in unknown]), strict=True):
-            found[index] = key
-            # Only content that lay still while it was read may be remembered under its stamp.
+            keys[index] = key
+            # Content that changed while it was read must not be cached under the earlier stamp.
             if isinstance(key, str) and isinstance(stamp, bytes) and stamp == stamps[index]:
-                fresh.append((stamp, bytes.fromhex(key)))
-        self.memory.keep(fresh)
-        if held is not None:
-            held |= known | {stamp: key.hex() for stamp, key in fresh}
-        return [key for key in found if key is not None]
+                hashed.append((stamp, bytes.fromhex(key)))
+        self.memory.keep(hashed)
+        if keys_by_stamp is not None:
+            keys_by_stamp |= cached | {stamp: digest.hex() for stamp, digest in hashed}
+        return [key for key in keys if key is not None]
 
     def _hash(self, images: Sequence[ImageRef]) -> Iterator[tuple[str | OSError, bytes | OSError | None]]:
+        """The key and the stamp of each image, as ``_read_key``."""
         if len(images) < 2 or self.workers < 2:
-            yield from map(_hash_one, images)
+            yield from map(_read_key, images)
             return
         with ThreadPoolExecutor(self.workers, thread_name_prefix="hash") as pool:
-            yield from pool.map(_hash_one, images)
+            yield from pool.map(_read_key, images)
 
 
 def _stamp(image: ImageRef) -> bytes | OSError | None:
-    """16 bytes that change when the content may have; images of different classes never share them."""
+    """16 bytes that change when the content may have changed; never equal for images of different classes."""
     try:
         with image_errors():
             stamp = image.stamp()
@@ -117,8 +121,8 @@ def _stamp(image: ImageRef) -> bytes | OSError | None:
     return stamp_bytes(f"{kind.__module__}.{kind.__qualname__}\0{stamp}")
 
 
-def _hash_one(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:
-    """The key of ``image`` and its stamp after it was read."""
+def _read_key(image: ImageRef) -> tuple[str | OSError, bytes | OSError | None]:
+    """The key of ``image``, and its stamp after reading."""
     try:
         return content_key(read(image)), _stamp(image)
     except OSError as error:

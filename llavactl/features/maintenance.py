@@ -1,4 +1,4 @@
-"""Looking after stores: what is there, is it sound, what nobody needs."""
+"""Verify feature stores, and remove stores and unused files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 from llavactl.core.errors import StoreError
 from llavactl.features.manifest import ShardEntry, read_manifest
 from llavactl.features.shards import DamagedShardError, Shard, checksum
-from llavactl.features.writer import exclusive, may_write, unfinished
+from llavactl.features.writer import exclusive, is_writable, unfinished_files
 
 
 @dataclass(frozen=True)
 class ShardFault:
-    """A shard with its number of images and its fault; unless ``damaged``, it couldn't be read and may be intact."""
+    """A shard of ``images`` images that failed verification.
+
+    ``damaged``: its content is wrong. Otherwise it couldn't be read and may be intact.
+    """
 
     file: str
     reason: str
@@ -25,27 +28,27 @@ class ShardFault:
 
 
 def verify_store(folder: Path) -> list[ShardFault]:
-    """Hashes every shard of the store in ``folder``; renames damaged ones to ``*.damaged`` and unlists them.
+    """Hash every shard of the store in ``folder``; damaged ones are renamed to ``*.damaged`` and unlisted.
 
-    Shards that can't be read (disk, network, permissions) are left as they are, since their content may be intact.
+    Shards that can't be read (disk, network, permissions) are left unchanged, since their content may be intact.
 
     Raises:
-        StoreError: the manifest can't be read, or another process writes to the store.
+        StoreError: the manifest can't be read, or another process is writing to the store.
     """
-    with exclusive(folder) if may_write(folder) else contextlib.nullcontext():
+    with exclusive(folder) if is_writable(folder) else contextlib.nullcontext():
         manifest = read_manifest(folder)
         if manifest is None:
             if shards := list(folder.glob("*.h5")):
                 raise StoreError(
-                    f"{folder} has no manifest, and so no checksums of its {len(shards)} shards",
-                    hint="`llavactl extract` lists them as they are; remove the folder if you don't trust them",
+                    f"{folder} has no manifest, so the checksums of its {len(shards)} shards are unknown",
+                    hint="`llavactl extract` lists the shards without checking them; or remove the folder",
                 )
             return []
-        faults = [fault for entry in manifest.shards if (fault := _fault(folder, entry))]
+        faults = [fault for entry in manifest.shards if (fault := _shard_fault(folder, entry))]
         damaged = {fault.file for fault in faults if fault.damaged}
         try:
             for name in sorted(damaged):
-                # Renamed before it is unlisted: a whole-looking unlisted shard would be taken for a new one.
+                # Renamed before it is unlisted: an unlisted ``*.h5`` would be listed again by the next writer.
                 path = folder / name
                 if path.exists():
                     path.rename(path.with_name(f"{path.name}.damaged"))
@@ -60,16 +63,16 @@ def verify_store(folder: Path) -> list[ShardFault]:
         return faults
 
 
-def _fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
-    """The fault of the shard of ``entry``; None if it is intact."""
+def _shard_fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
+    """The fault of the shard ``entry``, or None if the shard is intact."""
     path = folder / entry.file
     try:
         if (size := path.stat().st_size) != entry.bytes:
-            reason = f"{size} bytes, expected {entry.bytes}"
+            reason = f"expected {entry.bytes} bytes, got {size}"
         elif checksum(path) != entry.sha256:
             reason = "checksum mismatch"
-        elif (found := Shard.open(path).fingerprint.id) != folder.name:
-            reason = f"it has features of fingerprint {found}"
+        elif (fingerprint := Shard.open(path).fingerprint.id) != folder.name:
+            reason = f"expected fingerprint {folder.name}, got {fingerprint}"
         else:
             return None
     except FileNotFoundError as error:
@@ -83,27 +86,35 @@ def _fault(folder: Path, entry: ShardEntry) -> ShardFault | None:
     return ShardFault(entry.file, reason, entry.images, damaged=True)
 
 
-def leftover_files(folder: Path) -> list[Path]:
-    """Files that no reader uses: shards that were never finished and those set aside as damaged."""
-    return [*unfinished(folder), *sorted(folder.glob("*.damaged"))]
+def unused_files(folder: Path) -> list[Path]:
+    """Files that no reader uses: unfinished shards of interrupted writers, and shards set aside as damaged."""
+    return [*unfinished_files(folder), *sorted(folder.glob("*.damaged"))]
 
 
 @contextlib.contextmanager
-def _removing(folder: Path) -> Iterator[None]:
+def _removal_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{folder} can't be removed: {error.strerror or error}", hint="remove it by hand") from error
+        raise StoreError(f"{folder} can't be removed: {error.strerror or error}", hint="remove it manually") from error
 
 
 def remove_store(folder: Path) -> None:
-    """Removes a store; raises StoreError when it is being written to or can't be removed."""
-    with exclusive(folder), _removing(folder):
+    """Remove the store in ``folder``.
+
+    Raises:
+        StoreError: another process is writing to it, or it can't be removed.
+    """
+    with exclusive(folder), _removal_errors(folder):
         shutil.rmtree(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes ``debris``; raises StoreError when the store is being written to or the files can't be removed."""
-    with exclusive(folder), _removing(folder):
-        for path in leftover_files(folder):
+def remove_unused_files(folder: Path) -> None:
+    """Remove the ``unused_files`` of the store in ``folder``.
+
+    Raises:
+        StoreError: another process is writing to the store, or the files can't be removed.
+    """
+    with exclusive(folder), _removal_errors(folder):
+        for path in unused_files(folder):
             path.unlink()

@@ -1,4 +1,4 @@
-"""What a store holds: its finished shards with their checksums, and the images known to be undecodable."""
+"""The manifest of a store: its finished shards with checksums, and the images known to be undecodable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llavactl.core.paths import cache_dir, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import FORMAT, Fingerprint
 
-_NAME = "manifest.json"
+_MANIFEST = "manifest.json"
 _FINGERPRINT = "fingerprint.json"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One finished shard: its ``file`` name, how many ``images`` it holds, its size and sha256."""
+    """A finished shard: ``file`` name, number of ``images``, size in ``bytes`` and checksum."""
 
     file: str
     images: int
@@ -28,7 +28,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The finished shards, and by content key why an image's content has no features."""
+    """The finished ``shards``; ``skipped`` maps the content keys of images without features to the reasons."""
 
     shape: FeatureShape
     shards: tuple[ShardEntry, ...] = ()
@@ -42,96 +42,104 @@ class Manifest:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.shards)
 
-    def listing(self, entry: ShardEntry) -> Manifest:
-        """The same manifest with one shard more."""
+    def with_shard(self, entry: ShardEntry) -> Manifest:
+        """A copy with ``entry`` appended."""
         return replace(self, shards=(*self.shards, entry))
 
     def write(self, folder: Path) -> None:
-        """Replaces the manifest of ``folder`` in one step; raises OSError."""
-        write_json(folder / _NAME, {"format": FORMAT, **asdict(self)})
+        """Replace the manifest of ``folder`` atomically; raises OSError."""
+        write_json(folder / _MANIFEST, {"format": FORMAT, **asdict(self)})
         sync_folder(folder)
 
 
 def stores_dir() -> Path:
-    """The folder of all stores."""
+    """The parent folder of all stores."""
     return cache_dir() / "features"
 
 
 def store_dir(fingerprint: Fingerprint) -> Path:
-    """The folder of the store for ``fingerprint``, whether or not it exists."""
+    """The folder of the store for ``fingerprint``; it may not exist yet."""
     return stores_dir() / fingerprint.id
 
 
 def store_dirs() -> list[Path]:
-    """The folders of all stores; raises StoreError if they can't be listed."""
+    """The folders of all stores.
+
+    Raises:
+        StoreError: the parent folder can't be listed.
+    """
     try:
         return sorted(path for path in stores_dir().iterdir() if path.is_dir())
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise _unreadable(stores_dir(), error) from error
+        raise _read_error(stores_dir(), error) from error
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of the store in ``folder``; None where there is none yet.
+    """The manifest of the store in ``folder``, or None if it doesn't exist yet.
 
     Raises:
-        StoreError: it can't be read or is not a manifest.
+        StoreError: the manifest can't be read or parsed.
     """
     try:
-        found = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-        shape = found["shape"]
+        fields = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        shape = fields["shape"]
         return Manifest(
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
-            tuple(ShardEntry(**entry) for entry in found["shards"]),
-            dict(found["skipped"]),
+            tuple(ShardEntry(**entry) for entry in fields["shards"]),
+            dict(fields["skipped"]),
         )
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(folder / _NAME, error) from error
+        raise _read_error(folder / _MANIFEST, error) from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise StoreError(
-            f"{folder / _NAME} is damaged: {error}",
-            hint="remove that file: `llavactl extract` lists the shards beside it again, as they then are",
+            f"{folder / _MANIFEST} is damaged: {error}",
+            hint="remove this file: `llavactl extract` then lists the existing shards again",
         ) from error
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """What ``folder`` says its features were made with; None where it doesn't say.
+    """The fingerprint stored in ``folder``, or None if there is no fingerprint file.
 
     Raises:
-        StoreError: it can't be read.
+        StoreError: the file can't be read or parsed.
     """
     try:
         return Fingerprint.from_json((folder / _FINGERPRINT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(folder / _FINGERPRINT, error) from error
+        raise _read_error(folder / _FINGERPRINT, error) from error
     except ValueError as error:
         raise StoreError(
             f"{folder / _FINGERPRINT} is damaged: {error}",
-            hint="`llavactl extract` writes it again, and so may you: every shard has its text as an attribute",
+            hint="run `llavactl extract` to write it again; every shard has a copy in its attributes",
         ) from error
 
 
-def _unreadable(path: Path, error: OSError) -> StoreError:
+def _read_error(path: Path, error: OSError) -> StoreError:
     return StoreError(
         f"{path} can't be read: {error.strerror or error}",
-        hint="check its permissions, disk and mount; the features themselves may be intact",
+        hint="check its permissions, disk and mount; the features may be intact",
     )
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Says in ``folder`` what its features are made with; raises OSError."""
+    """Write the fingerprint file of ``folder``; raises OSError."""
     write_json(folder / _FINGERPRINT, fingerprint.fields)
 
 
-def check_fingerprint(folder: Path, found: Fingerprint, wanted: Fingerprint) -> None:
-    """Raises a StoreError that lists the fields in which ``found``, in ``folder``, differs from ``wanted``."""
-    if differences := wanted.differences(found):
+def check_fingerprint(path: Path, actual: Fingerprint, expected: Fingerprint) -> None:
+    """Compare the fingerprint ``actual`` of a store or shard at ``path`` with ``expected``.
+
+    Raises:
+        StoreError: they differ; the message lists the differing fields.
+    """
+    if differences := expected.differences(actual):
         raise StoreError(
-            f"{folder} holds features of another fingerprint: {'; '.join(differences)}",
-            hint="remove that folder and run `llavactl extract`, or change the recipe back",
+            f"{path} has a different fingerprint: {'; '.join(differences)}",
+            hint="remove it and run `llavactl extract`, or revert the recipe",
         )

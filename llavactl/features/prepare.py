@@ -1,4 +1,4 @@
-"""From an image to the pixels that a backbone takes: read, decode, preprocess; in threads, ahead of the backbone."""
+"""Read, decode and preprocess images into pixels, in threads ahead of the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llavactl.core import faults
+from llavactl.core.library_errors import reason
 from llavactl.features.keys import content_key, error_reason
 from llavactl.images.decode import ImageError, decode, read
 from llavactl.images.sniffing import NO_MEMORY
@@ -25,43 +25,43 @@ Out = TypeVar("Out")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an image has no features; ``permanent`` when that lies in its content and will be the same next time."""
+    """Why an image has no features; ``permanent`` if the cause is its content, so a retry would fail again."""
 
     reason: str
     permanent: bool = False
 
 
 def prepare(encoder: Encoder, image: ImageRef, key: str | None = None) -> np.ndarray | Failure:
-    """The pixels [3, H, W] float32 of ``image``, or why there are none. Safe in any thread.
+    """The pixels [3, H, W] float32 of ``image``, or the reason for the failure. Thread-safe.
 
-    With ``key``, content that is no longer the one of that key is a failure too.
+    With ``key``, it is also a failure if the content no longer has that key.
     """
     try:
         data = read(image)
     except OSError as error:
         return Failure(error_reason(error))
     if key is not None and content_key(data) != key:
-        return Failure("it changed while features were being extracted")
+        return Failure("the image changed during extraction")
     return pixels_of(encoder, data)
 
 
 def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
-    """The pixels [3, H, W] float32 of the encoded image ``data``, or why there are none."""
+    """The pixels [3, H, W] float32 of the encoded image ``data``, or the reason for the failure."""
     try:
-        picture = decode(data)
+        image = decode(data)
     except ImageError as error:
         return Failure(error.reason, permanent=True)
     try:
-        return encoder.preprocess(picture)
+        return encoder.preprocess(image)
     except MemoryError:
         return Failure(NO_MEMORY, permanent=True)
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not end the run
-        # The same bytes and backbone would fail again.
-        return Failure(f"preprocessing failed: {faults.reason(error)}", permanent=True)
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - one image must not stop the run
+        # The same bytes would fail again with the same backbone.
+        return Failure(f"preprocessing failed: {reason(error)}", permanent=True)
 
 
 def default_device() -> str:
-    """``cuda`` where there is one, then Apple's ``mps``, else ``cpu``."""
+    """``cuda`` if available, else Apple's ``mps`` if available, else ``cpu``."""
     import torch
 
     if torch.cuda.is_available():
@@ -72,17 +72,17 @@ def default_device() -> str:
 def map_ordered(
     pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int
 ) -> Generator[tuple[In, Out]]:
-    """Each item with the result of ``work``, in order; at most ``ahead`` are submitted before they are needed."""
-    waiting: deque[tuple[In, Future[Out]]] = deque()
+    """Each item with the result of ``work``, in order; at most ``ahead`` items are submitted before they are needed."""
+    pending: deque[tuple[In, Future[Out]]] = deque()
     try:
         for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > ahead:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
     finally:
-        for _, future in waiting:
+        for _, future in pending:
             future.cancel()

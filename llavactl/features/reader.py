@@ -1,4 +1,4 @@
-"""Where training gets features from: the store or the backbone, behind one protocol."""
+"""Features for training and inference, read from the store or encoded live, behind one protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
-from llavactl.core.schema import Contents, FeatureShape
+from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
 from llavactl.features.checked import load_encoder
 from llavactl.features.fingerprint import Fingerprint, fingerprint
@@ -24,45 +24,51 @@ from llavactl.images.decode import read
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
     from llavactl.core.schema import ImageRef
-    from llavactl.recipe.frame import StageNumber, VisionRecipe
+    from llavactl.recipe.frame import VisionRecipe
+    from llavactl.recipe.stages import StageNumber
 
 
-_NAMED = 3
-RECENT = 16
+_MAX_LISTED = 3
+CACHED_IMAGES = 16
+"""How many images' features ``LiveFeatures`` keeps in memory."""
 
 
 class FeatureReader(Protocol):
-    """Features by image. The same image gives the same bits, cached or live."""
+    """Features by image: bit-identical whether cached or live."""
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the features are made with."""
+        """The fingerprint of the features."""
 
     @property
     def shape(self) -> FeatureShape:
-        """What ``load`` gives."""
+        """The shape of the arrays that ``load`` returns."""
 
     def load(self, image: ImageRef) -> np.ndarray:
-        """The features [P, Dv] float16 of ``image``, an array of the caller's own.
+        """The features [P, Dv] float16 of ``image``, as an array that the caller may modify.
 
         Raises:
-            DataError: it can't be read any more.
+            DataError: the image can't be read any more.
             StoreError: its content has no features in the store.
         """
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        """What ``load`` would be made of: features [P, Dv]; where these are int8 also scales [P + Dv]. Raises as it."""
-
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
-        """The content keys of ``images``, and those that ``load`` has no features for; called once, before training.
+        """The arrays that ``load`` is computed from: features [P, Dv] float16, or int8 and their scales [P + Dv].
 
         Raises:
-            StoreError: readable images were not extracted yet.
+            DataError, StoreError: see ``load``.
+        """
+
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
+        """The content keys of ``images``, and the images that have no features; called once, before training.
+
+        Raises:
+            StoreError: readable images have not been extracted.
         """
 
 
 class CachedFeatures:
-    """Features from a store; the backbone is never loaded. Can be pickled, and used after a fork."""
+    """Features from a store, without loading the backbone. Can be pickled, and used after a fork."""
 
     def __init__(self, store: FeatureStore, keys: ContentKeys) -> None:
         self.store = store
@@ -88,21 +94,21 @@ class CachedFeatures:
         except OSError as error:
             raise DataError(f"image {image.name} can't be read any more: {error_reason(error)}") from error
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
-        found = list(zip(images, self.keys.hold(images), strict=True))
-        reasons = {image: error_reason(key) for image, key in found if isinstance(key, OSError)}
-        read = [(image, key) for image, key in found if isinstance(key, str)]
-        stored = self.store.holds([key for _, key in read])
-        absent = [pair for pair, here in zip(read, stored, strict=True) if not here]
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
+        keys = dict(zip(images, self.keys.preload(images), strict=True))
+        reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)}
+        readable = {image: key for image, key in keys.items() if isinstance(key, str)}
+        stored = self.store.holds(list(readable.values()))
+        absent = [pair for pair, is_stored in zip(readable.items(), stored, strict=True) if not is_stored]
         reasons |= {image: self.store.skipped[key] for image, key in absent if key in self.store.skipped}
         if missing := {key: image.name for image, key in absent if key not in self.store.skipped}:
-            named = ", ".join(list(missing.values())[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
-            raise StoreError(f"{len(missing)} images have no features yet: {named}", hint="run `llavactl extract`")
-        return Contents(dict(read), reasons)
+            names = ", ".join(list(missing.values())[:_MAX_LISTED]) + (", …" if len(missing) > _MAX_LISTED else "")
+            raise StoreError(f"{len(missing)} images have no cached features: {names}", hint="run `llavactl extract`")
+        return ImageContents(readable, reasons)
 
 
 class LiveFeatures:
-    """Features of ``fingerprint`` encoded when they are asked for, rounded as the store rounds them."""
+    """Features of ``fingerprint`` encoded on demand, rounded like those of a store."""
 
     def __init__(
         self,
@@ -117,72 +123,72 @@ class LiveFeatures:
         self.fingerprint = fingerprint
         self.backbone = Backbone(encoder, device, batch_size)
         self.workers = workers
-        self._recent = lru_cache(maxsize=RECENT)(self._encoded)
+        self._recent = lru_cache(maxsize=CACHED_IMAGES)(self._encode)
 
     @property
     def shape(self) -> FeatureShape:
         return self.encoder.shape
 
     def load(self, image: ImageRef) -> np.ndarray:
-        """Keeps the features of the last RECENT contents: several questions about one picture follow each other."""
+        """See ``FeatureReader.load``. The features of recent images are kept, since questions often share an image."""
         try:
-            found = self._recent(read(image))
+            features = self._recent(read(image))
         except OSError as error:
             raise DataError(f"image {image.name} can't be read: {error_reason(error)}") from error
-        if isinstance(found, Failure):
-            hint = "`features.mode: cached` leaves such images out" if found.reason == OVERFLOW else ""
-            raise DataError(f"image {image.name} can't be read: {found.reason}", hint=hint)
-        return found.copy()
+        if isinstance(features, Failure):
+            hint = "`features.mode: cached` skips such images" if features.reason == OVERFLOW else ""
+            raise DataError(f"image {image.name} can't be read: {features.reason}", hint=hint)
+        return features.copy()
 
     def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         return (self.load(image),)
 
-    def _encoded(self, data: bytes) -> np.ndarray | Failure:
+    def _encode(self, data: bytes) -> np.ndarray | Failure:
         pixels = pixels_of(self.encoder, data)
         if isinstance(pixels, Failure):
             return pixels
-        features, fine = self.backbone.start([pixels])()
-        return as_stored(features[0], self.fingerprint.dtype) if fine[0] else Failure(OVERFLOW)
+        features, finite = self.backbone.encode_async([pixels])()
+        return as_stored(features[0], self.fingerprint.dtype) if finite[0] else Failure(OVERFLOW)
 
-    def contents(self, images: Sequence[ImageRef]) -> Contents:
-        """Decodes every image once, the price of doing without a store; an overflow shows only in ``load``."""
+    def contents(self, images: Sequence[ImageRef]) -> ImageContents:
+        """See ``FeatureReader.contents``. Decodes every image once; features beyond float16 are found by ``load``."""
         with ThreadPoolExecutor(self.workers) as pool:
-            done = map_ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
-            reasons = {image: found.reason for image, found in done if isinstance(found, Failure)}
-        keys = dict(zip(images, ContentKeys(workers=self.workers).many(images), strict=True))
+            prepared = map_ordered(pool, partial(prepare, self.encoder), images, 4 * self.workers)
+            reasons = {image: pixels.reason for image, pixels in prepared if isinstance(pixels, Failure)}
+        keys = dict(zip(images, ContentKeys(workers=self.workers).keys_of(images), strict=True))
         reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)} | reasons
-        return Contents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
+        return ImageContents({image: key for image, key in keys.items() if isinstance(key, str)}, reasons)
 
 
 def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:
-    """The vision backbone of ``stage``, no weights loaded."""
-    made: Vision = registry().create("vision", recipe.stage(stage).vision)
-    return made
+    """The vision backbone of ``stage``, without weights."""
+    vision: Vision = registry().create("vision", recipe.stage(stage).vision)
+    return vision
 
 
 def stage_fingerprint(recipe: VisionRecipe, stage: StageNumber) -> Fingerprint:
-    """What the features of ``stage`` are made with."""
+    """The fingerprint of the features of ``stage``."""
     return fingerprint(recipe.stage(stage).vision, recipe.features)
 
 
 def recipe_fingerprints(recipe: VisionRecipe) -> list[Fingerprint]:
-    """The fingerprints that the stages with data need; stages whose images are made alike share one."""
+    """The distinct fingerprints of the stages that have data."""
     stages = {stage.image: stage for stage in recipe.stages() if stage.sources}
     return [fingerprint(stage.vision, recipe.features) for stage in stages.values()]
 
 
 def open_features(recipe: VisionRecipe, stage: StageNumber, device: str | None = None) -> FeatureReader:
-    """The features of ``stage`` as ``features.mode`` says: from the store, or encoded on ``device``.
+    """The features of ``stage`` according to ``features.mode``: from the store, or encoded live on ``device``.
 
     Raises:
-        StoreError: cached, and nothing was extracted for this fingerprint.
+        StoreError: the mode is cached, and nothing has been extracted for this fingerprint.
         ModelError: the backbone can't be read.
     """
     vision = stage_vision(recipe, stage)
-    made_with = stage_fingerprint(recipe, stage)
+    expected = stage_fingerprint(recipe, stage)
     if recipe.features.mode == "cached":
-        return CachedFeatures(FeatureStore.open(made_with), ContentKeys())
+        return CachedFeatures(FeatureStore.open(expected), ContentKeys())
     device = device or default_device()
     settings = recipe.features
     encoder = load_encoder(vision, device, settings.compute)
-    return LiveFeatures(encoder, made_with, device, workers=settings.workers, batch_size=settings.batch_size)
+    return LiveFeatures(encoder, expected, device, workers=settings.workers, batch_size=settings.batch_size)

@@ -1,4 +1,4 @@
-"""Reading a feature store: one folder a fingerprint, HDF5 shards read as memory maps by content key."""
+"""Read a feature store: HDF5 shards, accessed as memory maps and indexed by content key."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from llavactl.features.manifest import (
     store_dirs,
 )
 from llavactl.features.quantize import dequantize
-from llavactl.features.shards import KEY_BYTES, Shard, damaged, fault
+from llavactl.features.shards import KEY_BYTES, Shard, damaged_error, open_error
 
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _MAX_MAPS = 256
 
 
 class FeatureStore:
-    """The finished features of one fingerprint, as they were when the store was opened.
+    """The features of one fingerprint that were finished when the store was opened.
 
-    Any number of processes and threads may read; there are no locks. Maps are opened on first use and by
-    each process for itself: what was open before a fork is left alone, and pickling takes no map along.
+    Any number of processes and threads can read without locks. Each process opens memory maps on first use; they are
+    neither inherited across a fork nor pickled.
     """
 
     def __init__(self, folder: Path, fingerprint: Fingerprint, manifest: Manifest) -> None:
@@ -40,13 +40,15 @@ class FeatureStore:
         self.fingerprint = fingerprint
         self.shape: FeatureShape = manifest.shape
         self.skipped: Mapping[str, str] = manifest.skipped
-        self._shards = [_open(folder / entry.file, entry, fingerprint, manifest.shape) for entry in manifest.shards]
+        self._shards = [
+            _checked_shard(folder / entry.file, entry, fingerprint, manifest.shape) for entry in manifest.shards
+        ]
         counts = [len(shard.keys) for shard in self._shards]
         keys = np.concatenate([np.empty(0, _KEY), *(shard.keys for shard in self._shards)])
-        # Arrays, not a dict: 600,000 keys are 43 MB, and workers share them after a fork.
+        # Arrays instead of a dict: 600,000 keys take 43 MB, which worker processes share after a fork.
         order = np.argsort(keys, kind="stable")
         self.keys: np.ndarray = keys[order]
-        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        self._shard_index = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self._row = np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)])[order]
         self._maps: dict[int, tuple[np.ndarray, ...]] = {}
         self._pid = os.getpid()
@@ -56,19 +58,20 @@ class FeatureStore:
         """The store for ``fingerprint``.
 
         Raises:
-            StoreError: there is none (the message lists the fields in which the closest store differs), it has
-                another fingerprint, or one of its shards is damaged or can't be read.
+            StoreError: the store doesn't exist (the message lists the fields in which the closest store differs), has
+                another fingerprint, or has a shard that is damaged or can't be read.
         """
-        found = cls.find(fingerprint)
-        if found is None:
+        store = cls.find(fingerprint)
+        if store is None:
             raise StoreError(
-                f"there are no features for this recipe yet{_nearest(fingerprint)}", hint="run `llavactl extract`"
+                f"no features have been extracted for this recipe{_closest_store(fingerprint)}",
+                hint="run `llavactl extract`",
             )
-        return found
+        return store
 
     @classmethod
     def find(cls, fingerprint: Fingerprint) -> FeatureStore | None:
-        """Like ``open``, but None where there is no store."""
+        """Like ``open``, but None if the store doesn't exist."""
         folder = store_dir(fingerprint)
         manifest = read_manifest(folder)
         if manifest is None:
@@ -83,88 +86,89 @@ class FeatureStore:
 
     def holds(self, keys: Sequence[str]) -> np.ndarray:
         """Which of ``keys`` [N] are stored, bool [N]."""
-        wanted = np.array(keys, _KEY)
+        queries = np.array(keys, _KEY)
         if not len(self.keys):
-            return np.zeros(len(wanted), bool)
-        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return np.asarray(self.keys[at] == wanted)
+            return np.zeros(len(queries), bool)
+        positions = np.minimum(np.searchsorted(self.keys, queries), len(self.keys) - 1)
+        return np.asarray(self.keys[positions] == queries)
 
     def read(self, key: str) -> np.ndarray:
-        """The features [P, Dv] float16 of the image with content ``key``, a copy of its own; raises as ``stored``."""
+        """The features [P, Dv] float16 of the image with content ``key``, as a copy.
+
+        Raises:
+            StoreError: see ``stored``.
+        """
         features, *scales = self._rows(key)
         return dequantize(features, scales[0]) if scales else features.copy()
 
     def stored(self, key: str) -> tuple[np.ndarray, ...]:
-        """What ``read`` would be made of, copies: features [P, Dv]; where these are int8 also scales [P + Dv].
+        """Copies of the stored arrays: features [P, Dv] float16, or features int8 and their scales [P + Dv].
 
         Raises:
-            StoreError: they are not stored.
+            StoreError: ``key`` is not stored, or its shard can't be read.
         """
         return tuple(row.copy() for row in self._rows(key))
 
     def _rows(self, key: str) -> list[np.ndarray]:
-        wanted = key.encode()
-        at = int(self.keys.searchsorted(wanted))
-        # ``item``: NumPy's own scalars would take half of the time that finding features takes.
-        if at == len(self.keys) or self.keys.item(at) != wanted:
+        """Views of the stored arrays of ``key``."""
+        query = key.encode()
+        position = int(self.keys.searchsorted(query))
+        # ``item`` because NumPy scalars would take half of the lookup time.
+        if position == len(self.keys) or self.keys.item(position) != query:
             raise StoreError(f"{self.folder} has no features of image {key}", hint="run `llavactl extract`")
-        row = self._row.item(at)
-        return [column[row] for column in self._map(self._shard.item(at))]
+        row = self._row.item(position)
+        return [column[row] for column in self._map(self._shard_index.item(position))]
 
-    def _map(self, shard: int) -> tuple[np.ndarray, ...]:
+    def _map(self, index: int) -> tuple[np.ndarray, ...]:
+        """The memory-mapped columns of shard ``index``."""
         if self._pid != os.getpid():
             self._maps, self._pid = {}, os.getpid()
-        found = self._maps.get(shard)
-        if found is None:
-            # Each map holds a file descriptor, of which a process has 1,024 or so.
+        columns = self._maps.get(index)
+        if columns is None:
+            # Every map keeps a file descriptor open; processes are often limited to 1,024.
             if len(self._maps) >= _MAX_MAPS:
                 self._maps = {}
             try:
-                found = self._maps[shard] = self._shards[shard].map()
+                columns = self._maps[index] = self._shards[index].map()
             except OSError as error:
-                raise fault(self._shards[shard].path, error) from error
+                raise open_error(self._shards[index].path, error) from error
             except ValueError as error:
-                raise damaged(self._shards[shard].path, str(error)) from error
-        return found
+                raise damaged_error(self._shards[index].path, str(error)) from error
+        return columns
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
 
-def _open(path: Path, entry: ShardEntry, fingerprint: Fingerprint, shape: FeatureShape) -> Shard:
-    """A listed shard, checked as far as that is cheap: size, layout, fingerprint, shape, number of images."""
+def _checked_shard(path: Path, entry: ShardEntry, fingerprint: Fingerprint, shape: FeatureShape) -> Shard:
+    """The shard of ``entry``, after cheap checks: size, layout, fingerprint, shape, number of images."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise fault(path, error) from error
+        raise open_error(path, error) from error
     if size != entry.bytes:
-        raise damaged(path, f"{size} bytes, not {entry.bytes}")
+        raise damaged_error(path, f"expected {entry.bytes} bytes, got {size}")
     shard = Shard.open(path)
     check_fingerprint(path, shard.fingerprint, fingerprint)
     if len(shard.keys) != entry.images or shard.shape != shape:
-        raise damaged(path, f"{len(shard.keys)} images of {shard.shape}, not {entry.images} of {shape}")
+        raise damaged_error(
+            path, f"expected {entry.images} images of {shape}, got {len(shard.keys)} images of {shard.shape}"
+        )
     return shard
 
 
-def _nearest(fingerprint: Fingerprint) -> str:
-    """In which fields the most alike of the other stores differs, if there is one."""
-    found: list[tuple[list[str], Path]] = []
+def _closest_store(fingerprint: Fingerprint) -> str:
+    """The fields in which the most similar store differs, as part of a message; empty if there are no stores."""
+    candidates: list[tuple[list[str], Path]] = []
     for folder in store_dirs():
         try:
             other = read_fingerprint(folder)
+            usable = read_manifest(folder) is not None
         except StoreError:
             continue
-        if other is not None and read_manifest_quietly(folder):
-            found.append((fingerprint.differences(other), folder))
-    if not found:
+        if other is not None and usable:
+            candidates.append((fingerprint.differences(other), folder))
+    if not candidates:
         return ""
-    differences, folder = min(found, key=lambda each: (len(each[0]), each[1]))
-    return f"; the nearest store {folder.name} differs: {'; '.join(differences)}"
-
-
-def read_manifest_quietly(folder: Path) -> Manifest | None:
-    """The manifest of ``folder``, or None where it is missing or broken."""
-    try:
-        return read_manifest(folder)
-    except StoreError:
-        return None
+    differences, folder = min(candidates, key=lambda candidate: (len(candidate[0]), candidate[1]))
+    return f"; the closest store {folder.name} differs: {'; '.join(differences)}"

@@ -1,8 +1,8 @@
-"""Lists of JSON values too long for memory: a JSON array or JSONL, read one value at a time with its line; and written.
+"""Streams of JSON records: a JSON array or JSONL, read one value at a time with its line, and written.
 
-Our own reader and not ijson, whose C backend is faster (190 MB/s and 112, where checking takes longer than both),
-because a reader of data that people wrote must say the line of a mistake and go on after it: a bad line of JSONL is one
-problem, and in an array reading goes on at the next value that begins like a record.
+This reader is used instead of ijson (190 MB/s against 112 here, and checks take longer than either), because it gives
+the line of an error and continues after it: in JSONL with the next line, in an array with the next text that begins
+like a record.
 """
 
 from __future__ import annotations
@@ -17,258 +17,205 @@ from typing import IO, Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.paths import open_atomic
+from llavactl.files.json_parse import JsonParser, parse_error, text_error
+from llavactl.files.text import require_file
 
 CHUNK = 1 << 20
-"""Characters read at a time."""
+"""Characters per read."""
 
 MAX_VALUE = 16 << 20
-"""Characters that one value of an array may have: an open bracket or quote is not searched for further than that."""
+"""Characters of an array's value, at most: the end of an open bracket or quote is not searched beyond."""
 
 _NEAR_END = 16
-"""A decoder that stops so near to the end of its text may only have run out of text."""
+"""A parser that stops this close to the end of its window may need more text."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_RECORD = re.compile(r'\{\s*"(?:id|images?|videos?|conversations|messages|caption)"\s*:')
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_NOT_TEXT = re.compile("[\udc80-\udcff]")
+_RECORD_START = re.compile(r'\{\s*"(?:id|images?|videos?|conversations|messages|caption)"\s*:')
 
 
 @dataclass(frozen=True)
 class JsonEntry:
-    """The ``value`` at ``line`` (from 1), the ``index``-th of all; ``problem`` says why there is none.
+    """The ``value`` with index ``index`` (from 0), which begins at ``line`` (from 1).
 
-    ``done`` characters of the file are read. Many values of an array may share a line: ``place`` tells them apart.
+    ``problem`` says why it can't be parsed, else "". ``position`` is the number of characters read so far.
     """
 
     line: int
     value: Any
     problem: str = ""
-    done: int = 0
+    position: int = 0
     index: int = 0
     in_array: bool = False
 
     @property
-    def place(self) -> str:
-        """``12``, or in an array ``12 (record 3)``."""
+    def location(self) -> str:
+        """``12``; in an array, whose values may share a line, ``12 (record 3)``."""
         return f"{self.line} (record {self.index})" if self.in_array and not self.problem else str(self.line)
 
 
-def need_file(path: Path) -> None:
-    """Raises a DataError unless ``path`` is a file."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder", hint="name a file of records, JSON or JSONL")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-
-
-def never_onto(source: Path, out: Path) -> None:
-    """Raises a DataError where ``out`` is the file ``source`` itself."""
-    if out.exists() and source.exists() and out.samefile(source):
-        raise DataError(f"{out}: the file that is read is never altered", hint="give what is written another name")
-
-
 def read_stream(path: Path) -> Iterator[JsonEntry]:
-    """Every value of the array or JSONL in ``path``, in order; what is not JSON is an entry with a ``problem``.
+    """Every value of the array or JSONL in ``path``, in order; an entry has a ``problem`` if it can't be parsed.
 
     Raises:
         DataError: no such file.
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
-    need_file(path)
+    require_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        start = _SPACE.sub("", file.read(4096), count=1)[:1]
-        file.seek(0)
-        for index, entry in enumerate(_Array(file).entries() if start == "[" else _lines(file)):
-            yield replace(entry, index=index, in_array=start == "[")
+        yield from parse_stream(file)
+
+
+def parse_stream(file: IO[str]) -> Iterator[JsonEntry]:
+    """As ``read_stream``, from an open, seekable text file."""
+    in_array = _SPACE.sub("", file.read(4096), count=1).startswith("[")
+    file.seek(0)
+    for index, entry in enumerate(_ArrayReader(file).entries() if in_array else _lines(file)):
+        yield replace(entry, index=index, in_array=in_array)
 
 
 def _lines(file: IO[str]) -> Iterator[JsonEntry]:
-    done, decoder = 0, _Decoder()
+    position, parser = 0, JsonParser()
     for number, line in enumerate(file, 1):
-        done += len(line)
+        position += len(line)
         if not line.isspace():
-            yield _decoded(decoder, line, number, done)
+            yield _line_entry(parser, line, number, position)
 
 
-class _Decoder:
-    """A JSON decoder that records in ``twice`` a duplicate key of an object, whose first value would be lost."""
-
-    def __init__(self) -> None:
-        self.twice = ""
-        self._json = json.JSONDecoder(object_pairs_hook=self._made)
-
-    def whole(self, text: str) -> Any:
-        self.twice = ""
-        return self._json.decode(text)
-
-    def first(self, text: str, at: int) -> tuple[Any, int]:
-        """The value at ``at`` and where it ends."""
-        self.twice = ""
-        return self._json.raw_decode(text, at)
-
-    def _made(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            names = [name for name, _ in pairs]
-            self.twice = next(name for name in names if names.count(name) > 1)
-        return made
-
-
-def _decoded(decoder: _Decoder, text: str, line: int, done: int) -> JsonEntry:
+def _line_entry(parser: JsonParser, text: str, line: int, position: int) -> JsonEntry:
     try:
-        value = decoder.whole(text)
+        value = parser.parse(text)
     except json.JSONDecodeError as error:
-        return JsonEntry(line, None, _not_text(text) or f"not JSON: {error.msg} (column {error.colno})", done)
+        problem = text_error(text) or f"{parse_error(error)} (column {error.colno})"
+        return JsonEntry(line, None, problem, position)
     except (RecursionError, ValueError) as error:
-        return JsonEntry(line, None, _beyond(error), done)
-    why = _not_text(text, value) or _twice(decoder)
-    return JsonEntry(line, None if why else value, why, done)
+        return JsonEntry(line, None, parse_error(error), position)
+    problem = parser.value_error(text, value)
+    return JsonEntry(line, None if problem else value, problem, position)
 
 
-def _twice(decoder: _Decoder) -> str:
-    return f"duplicate key {decoder.twice!r}" if decoder.twice else ""
-
-
-def _beyond(error: Exception) -> str:
-    """JSON, but not for us: of numbers too long to be read Python says so with a ValueError of no other kind."""
-    what = "nested too deep" if isinstance(error, RecursionError) else "a number of thousands of digits"
-    return f"not JSON that can be read: {what}"
-
-
-def _not_text(text: str, value: Any = None) -> str:
-    """Why ``text``, that is ``value``, could not be written as UTF-8 again: nor could a tokenizer read it."""
-    if not text.isascii() and (bad := _NOT_TEXT.search(text)):
-        return f"not UTF-8 text: byte 0x{ord(bad[0]) - 0xDC00:02x} (character {bad.start() + 1})"
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return f"not text: half of a pair of surrogates, \\u{ord(error.object[error.start]):04x}"
-    return ""
-
-
-class _Array:
-    """A JSON array in ``file``: a window of its text, and where in it reading is."""
+class _ArrayReader:
+    """Reads a JSON array from ``file`` through a window ``text``, of which everything before ``start`` is consumed."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.text = ""
-        self.at = 0
+        self.start = 0
         self.line = 1
         self.column = 1
-        self.done = 0
-        self.ended = False
-        self.decoder = _Decoder()
+        self.position = 0
+        self.at_end = False
+        self.parser = JsonParser()
 
     def entries(self) -> Iterator[JsonEntry]:
-        self._skip(1 + _end_of_space(self._more(), 0))  # the bracket
+        self._skip(1 + _end_of_space(self._read_more(), 0))  # the opening bracket
         comma = False
-        while (found := self._peek()) not in ("]", ""):
+        while (character := self._peek()) not in ("]", ""):
             entry = self._value()
             yield entry
-            if entry.problem and self._peek() not in (",", "]") and not self._resume():
+            if entry.problem and self._peek() not in (",", "]") and not self._skip_to_record():
                 return
             comma = self._peek() == ","
             if comma:
                 self._skip(1)
             elif not entry.problem and self._peek() not in ("]", ""):
-                yield self._problem("not JSON: a comma is missing", self.at)
-        if not found:
-            yield self._problem("not JSON: the file ends inside the list", self.at)
+                yield self._problem("not JSON: missing comma", self.start)
+        if not character:
+            yield self._problem("not JSON: the file ends inside the list", self.start)
             return
         if comma:
-            yield self._problem("not JSON: a comma before the end of the list", self.at)
+            yield self._problem("not JSON: comma before the end of the list", self.start)
         self._skip(1)
         if self._peek():
-            yield self._problem("not JSON: text after the end of the list", self.at)
+            yield self._problem("not JSON: text after the end of the list", self.start)
 
     def _value(self) -> JsonEntry:
         while True:
             try:
-                value, end = self.decoder.first(self.text, self.at)
+                value, end = self.parser.parse_at(self.text, self.start)
             except json.JSONDecodeError as error:
-                if self._may_go_on(error):
-                    self._more()
+                if self._may_be_incomplete(error):
+                    self._read_more()
                     continue
-                return self._problem(f"not JSON: {error.msg}", error.pos)
+                return self._problem(parse_error(error), error.pos)
             except (RecursionError, ValueError) as error:
-                return self._problem(_beyond(error), self.at)
-            if len(self.text) - end < _NEAR_END and not self.ended:
-                self._more()  # a number may go on, be it by "e+1"
+                return self._problem(parse_error(error), self.start)
+            if len(self.text) - end < _NEAR_END and not self.at_end:
+                self._read_more()  # a number may continue, for example with "e+1"
                 continue
-            line, why = self.line, _not_text(self.text[self.at : end], value) or _twice(self.decoder)
-            self._skip(end - self.at)
-            return JsonEntry(line, None if why else value, why, self.done)
+            line, problem = self.line, self.parser.value_error(self.text[self.start : end], value)
+            self._skip(end - self.start)
+            return JsonEntry(line, None if problem else value, problem, self.position)
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        near = error.pos >= len(self.text) - _NEAR_END or error.msg.startswith("Unterminated string")
-        return near and not self.ended and len(self.text) - self.at < MAX_VALUE
+    def _may_be_incomplete(self, error: json.JSONDecodeError) -> bool:
+        near_end = error.pos >= len(self.text) - _NEAR_END or error.msg.startswith("Unterminated string")
+        return near_end and not self.at_end and len(self.text) - self.start < MAX_VALUE
 
-    def _resume(self) -> bool:
-        """Goes to the next thing that begins like a record, after a mistake; False: there is none."""
-        self._skip(1 if self.at < len(self.text) else 0)
+    def _skip_to_record(self) -> bool:
+        """Continues after an error at the next text that begins like a record; False if there is none."""
+        self._skip(1 if self.start < len(self.text) else 0)
         while True:
-            if match := _RECORD.search(self.text, self.at):
-                self._skip(match.start() - self.at)
+            if match := _RECORD_START.search(self.text, self.start):
+                self._skip(match.start() - self.start)
                 return True
-            if self.ended:
+            if self.at_end:
                 return False
-            self._skip(max(len(self.text) - self.at - 64, 0))  # what is searched for may be cut through
-            self._more()
+            self._skip(max(len(self.text) - self.start - 64, 0))  # the window may end within a record's start
+            self._read_more()
 
     def _peek(self) -> str:
-        """The next character that is no space; "" at the end of the file."""
+        """The next character other than white space; "" at the end of the file."""
         while True:
-            self._skip(_end_of_space(self.text, self.at) - self.at)
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
-            self._more()
+            self._skip(_end_of_space(self.text, self.start) - self.start)
+            if self.start < len(self.text) or self.at_end:
+                return self.text[self.start : self.start + 1]
+            self._read_more()
 
     def _skip(self, count: int) -> None:
-        end = self.at + count
-        if lines := self.text.count("\n", self.at, end):
+        end = self.start + count
+        if lines := self.text.count("\n", self.start, end):
             self.line += lines
-            self.column = end - self.text.rfind("\n", self.at, end)
+            self.column = end - self.text.rfind("\n", self.start, end)
         else:
             self.column += count
-        self.at = end
-        self.done += count
+        self.start = end
+        self.position += count
 
-    def _more(self) -> str:
-        """Reads on; a value longer than a chunk is met with ever larger ones, so it is decoded a few times only."""
-        size = max(CHUNK, len(self.text) - self.at)
+    def _read_more(self) -> str:
+        """Extends the window; doubling it bounds the attempts to parse a value longer than a chunk."""
+        size = max(CHUNK, len(self.text) - self.start)
         chunk = self.file.read(size)
-        self.ended = not chunk
-        self.text = self.text[self.at :] + chunk
-        self.at = 0
+        self.at_end = not chunk
+        self.text = self.text[self.start :] + chunk
+        self.start = 0
         return self.text
 
-    def _problem(self, why: str, position: int) -> JsonEntry:
-        """A problem at ``position``; a bracket left open is noticed far from where its record begins."""
-        lines = self.text.count("\n", self.at, position)
+    def _problem(self, reason: str, offset: int) -> JsonEntry:
+        """A problem at ``offset`` of the window, which may be far from the record's start (an unclosed bracket)."""
+        lines = self.text.count("\n", self.start, offset)
         if not lines:
-            return JsonEntry(self.line, None, f"{why} (column {self.column + position - self.at})", self.done)
-        column = position - self.text.rfind("\n", self.at, position)
-        why = f"{why} (column {column}; the record begins at line {self.line})"
-        return JsonEntry(self.line + lines, None, why, self.done)
+            return JsonEntry(self.line, None, f"{reason} (column {self.column + offset - self.start})", self.position)
+        column = offset - self.text.rfind("\n", self.start, offset)
+        reason = f"{reason} (column {column}; the record begins at line {self.line})"
+        return JsonEntry(self.line + lines, None, reason, self.position)
 
 
-def _end_of_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return found.end() if found else at
+def _end_of_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
 
 
 @contextmanager
 def write_stream(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives a function that writes one record: a JSON array, or JSONL where ``path`` ends so.
+    """A function that writes one record to ``path``: a JSON array, or JSONL if the suffix is .jsonl.
 
-    Written beside ``path``, flushed to disk and renamed over it at the end: an interruption leaves what was there.
+    The file is written under a temporary name, flushed to disk and renamed at the end, so an interruption leaves
+    ``path`` unchanged.
 
     Raises:
-        DataError: ``path`` ends in neither .json nor .jsonl.
+        DataError: the suffix is neither .json nor .jsonl.
     """
     if path.suffix not in (".json", ".jsonl"):
-        raise DataError(f"{path}: records are written to .json or .jsonl", hint="the suffix says which")
+        raise DataError(f"{path}: expected the suffix .json or .jsonl", hint="the suffix selects the format")
     opening, between, closing = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
     written = 0
     with open_atomic(path) as file:
@@ -278,7 +225,7 @@ def write_stream(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
             nonlocal written
             try:
                 text = json.dumps(record, ensure_ascii=False).encode()
-            except UnicodeEncodeError:  # half of a pair of surrogates: no text, but JSON
+            except UnicodeEncodeError:  # a lone surrogate, which JSON can only escape
                 text = json.dumps(record).encode()
             file.write(between.encode() * bool(written) + text)
             written += 1

@@ -1,1 +1,1 @@
-"""References to images (files, archives, URLs, base64), and opening them safely."""
+"""References to images (files, archives, URLs, base64), and decoding them safely."""

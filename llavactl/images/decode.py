@@ -1,4 +1,4 @@
-"""Opening images that nobody has looked at: to RGB, the right way up, or a short reason why not."""
+"""Decoding untrusted images to upright RGB, or a short reason why that fails."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from llavactl.core import faults
 from llavactl.core.errors import DataError, LlavactlError
+from llavactl.core.library_errors import reason
 from llavactl.images.image_file import ImageFile
-from llavactl.images.sniffing import LOOKED_AT, NO_MEMORY, reads_heif, what_it_is
+from llavactl.images.sniffing import HEAD_BYTES, NO_MEMORY, file_kind, reads_heif
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
 MAX_PIXELS = 89_478_485
-"""Pillow warns above this, we refuse: at most 4 bytes a pixel are in memory, about 360 MB an image and copy."""
+"""Pillow only warns above this limit. With 4 bytes per pixel, an image and each copy need at most 360 MB."""
 
 MAX_SIDE = 16_384
 MAX_RATIO = 200
-"""Padding a long image to a square, or scaling its short side up, must not make gigapixels of it."""
+"""Limits for padding a long image to a square, or scaling up its short side, which could create gigapixels."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""The formats that Pillow may read; HEIF with pillow-heif. EPS is excluded: Pillow would run Ghostscript on it."""
+"""The formats that Pillow may decode, HEIF with pillow-heif. EPS is excluded, since it would run Ghostscript."""
 
-_LONGEST_REASON = 200
-_TAIL = 32
+_MAX_REASON = 200
+_TAIL_BYTES = 32
 
 
 class ImageError(DataError):
-    """Bytes that are no image we can decode; ``reason`` is short and the same for the same bytes."""
+    """Bytes that can't be decoded as an image; ``reason`` is short and deterministic."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the image can't be read: {reason}")
@@ -43,7 +43,7 @@ class ImageError(DataError):
 
 @contextmanager
 def image_errors() -> Iterator[None]:
-    """Converts any exception of a plugin's image to OSError (an unreadable image), except LlavactlError."""
+    """Converts any exception of a plugin's image, except LlavactlError, to OSError (an unreadable image)."""
     try:
         yield
     except (OSError, LlavactlError):
@@ -58,7 +58,7 @@ def read(image: ImageRef) -> bytes:
     """The encoded ``image``.
 
     Raises:
-        OSError: it can't be read, or ``read()`` returns no bytes.
+        OSError: the image can't be read, or ``read()`` doesn't return bytes.
         DataError: reading it is not allowed.
     """
     with image_errors():
@@ -69,15 +69,14 @@ def read(image: ImageRef) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame of the encoded image ``data`` in RGB, turned as its EXIF says.
+    """The first frame of the encoded image ``data`` in RGB, with the EXIF orientation applied.
 
-    Like ``load_image`` of transformers, and LLaVA but for EXIF, alpha is dropped, not composited
-    (``.convert("RGB")``): what was trained so is asked so. Sixteen-bit grey keeps its high byte, where a
-    plain conversion would make nearly all of it white.
+    Alpha is dropped, not composited (``.convert("RGB")``), as in transformers' ``load_image`` and in LLaVA, which
+    doesn't apply EXIF. 16-bit gray keeps its high byte; Pillow's conversion would make most of it white.
 
     Raises:
-        ImageError: empty, of no known format, truncated, corrupt, or beyond ``MAX_PIXELS``,
-            ``MAX_SIDE`` or ``MAX_RATIO``; the size is taken from the header, before any pixel is decoded.
+        ImageError: empty, of an unknown format, truncated, corrupt, or above ``MAX_PIXELS``,
+            ``MAX_SIDE`` or ``MAX_RATIO``; the size is read from the header, before any pixel is decoded.
     """
     from PIL import ImageOps
 
@@ -89,15 +88,14 @@ def decode(data: bytes) -> Image.Image:
 
 
 def inspect(image: ImageRef, *, whole: bool) -> None:
-    """Checks that ``image`` can be decoded: with ``whole`` by decoding it, else by its header and its end.
+    """Checks that ``image`` can be decoded: if ``whole`` by decoding it, otherwise by its header and its end.
 
-    A JPEG or PNG file without a proper end is decoded in any case. Images that are not files are always decoded, since
-    they are in memory anyway.
+    A JPEG or PNG file without a valid end is decoded in any case, and so are images that are not files.
 
     Raises:
-        OSError: it can't be read.
-        ImageError: as of ``decode``.
-        DataError: reading it is not allowed (a link outside its folder).
+        OSError: the image can't be read.
+        ImageError: as in ``decode``.
+        DataError: reading it is not allowed (a link to outside its folder).
     """
     if not isinstance(image, ImageFile):
         decode(read(image))
@@ -113,10 +111,10 @@ def inspect(image: ImageRef, *, whole: bool) -> None:
 
 
 def _ends_well(file: IO[bytes]) -> bool:
-    """Whether a file that begins like JPEG or PNG ends like one, too."""
+    """Whether a file that begins like JPEG or PNG also ends like one."""
     start = file.read(3)
     file.seek(0, os.SEEK_END)
-    file.seek(max(file.tell() - _TAIL, 0))
+    file.seek(max(file.tell() - _TAIL_BYTES, 0))
     tail = file.read()
     file.seek(0)
     end = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PN": b"IEND"}.get(start)
@@ -125,7 +123,7 @@ def _ends_well(file: IO[bytes]) -> bool:
 
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
-    """The image in ``file`` if we take its size, nothing decoded yet; whatever goes wrong with it is an ImageError."""
+    """The image in ``file`` after checking its size, before decoding; any exception becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -138,13 +136,13 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError:
         file.seek(0)
-        raise ImageError(what_it_is(file.read(LOOKED_AT))) from None
+        raise ImageError(file_kind(file.read(HEAD_BYTES))) from None
     except MemoryError as error:
         raise ImageError(NO_MEMORY) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:
-        # Pillow's parsers raise anything at all on broken bytes.
+        # Pillow's parsers raise exceptions of any type for broken bytes.
         raise ImageError(_short(error)) from error
 
 
@@ -162,22 +160,22 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _high_byte(image).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
-        # The same colours by a way on which Pillow doesn't warn of the alpha it drops.
+        # The same colors, without Pillow's warning about the dropped alpha.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits to 8, as Pillow reads 16-bit colour. 32-bit integers of small range are taken as they are."""
+    """16-bit gray to 8 bits, as Pillow reads 16-bit color; 32-bit integers up to 255 are kept."""
     import numpy as np
-    from PIL import Image as Images
+    from PIL import Image as PillowImage
 
     values = np.asarray(image).astype(np.int64)
     if values.max() > 255:
         values >>= 8
-    return Images.fromarray(values.clip(0, 255).astype(np.uint8))
+    return PillowImage.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def _short(error: Exception) -> str:
-    words = faults.reason(error)
-    return words if len(words) <= _LONGEST_REASON else words[: _LONGEST_REASON - 1] + "…"
+    text = reason(error)
+    return text if len(text) <= _MAX_REASON else text[: _MAX_REASON - 1] + "…"

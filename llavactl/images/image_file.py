@@ -1,4 +1,4 @@
-"""An image in a folder."""
+"""An image file in a folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from stat import S_ISDIR, S_ISREG
 from llavactl.core.locations import shortened
 from llavactl.core.paths import file_stamp
 from llavactl.core.typed import check_fields
-from llavactl.images.lookup import find_file, refuse_outside, stays_below
+from llavactl.images.lookup import find_file, refuse_leaving, refuse_outside
 
 
 @dataclass(frozen=True, slots=True)
-class Below:
-    """What lies at ``path`` below ``root``; with slots, as there may be millions of them.
+class RelativeImage:
+    """An image at ``path`` below ``root``; with slots, since there may be millions.
 
     Raises:
-        DataError: ``path`` leads outside ``root``. A record must never reach a file its owner didn't mean.
+        DataError: ``path`` leads outside ``root``; a record must not reach any other file.
     """
 
     root: str
@@ -28,7 +28,7 @@ class Below:
     def __post_init__(self) -> None:
         if not isinstance(self.root, str) or not isinstance(self.path, str):
             check_fields(self)
-        stays_below(self.root, self.path)
+        refuse_leaving(self.root, self.path)
 
     @property
     def name(self) -> str:
@@ -36,11 +36,11 @@ class Below:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFile(Below):
+class ImageFile(RelativeImage):
     """An image file ``path`` below the folder ``root``; with ``follow_links``, links may point outside it.
 
-    ``root`` may itself be a link. If no file has exactly this name, one in an equivalent spelling is used:
-    see ``llavactl.images.lookup.find_file``.
+    ``root`` may itself be a link. If no file has exactly this name, a file with an equivalent name is used, see
+    ``llavactl.images.lookup.find_file``.
     """
 
     follow_links: bool = False
@@ -48,7 +48,7 @@ class ImageFile(Below):
     def __post_init__(self) -> None:
         if not isinstance(self.follow_links, bool):
             check_fields(self)
-        Below.__post_init__(self)
+        RelativeImage.__post_init__(self)
 
     @property
     def file(self) -> Path:
@@ -61,7 +61,7 @@ class ImageFile(Below):
             OSError: no such file, or it can't be read.
             LinkOutsideError: a link points outside ``root``.
         """
-        # Strings: training asks for a stamp at every sample, and pathlib takes twice as long.
+        # Strings, since pathlib takes twice as long, and training computes a stamp for every sample.
         target = realpath(f"{self.root}/{self.path}")
         try:
             status = os.stat(target)  # noqa: PTH116

@@ -1,4 +1,4 @@
-"""Finding an image file by the name in a record: equivalent spellings, and symbolic links."""
+"""Finding an image file by the path in a record: equivalent spellings and symbolic links."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LinkOutsideError(DataError):
     """A symbolic link points outside the folder of images without ``follow_links``."""
 
 
-def stays_below(root: str, path: str) -> None:
-    """Raises DataError if ``path``, in any spelling, leads outside ``root``."""
+def refuse_leaving(root: str, path: str) -> None:
+    """Raises a DataError if ``path``, in any spelling, leads outside ``root``."""
     bare = path.strip()
     parts = bare.replace("\\", "/").split("/")
     if ".." in parts or is_absolute(bare) or not any(part not in ("", ".") for part in parts) or "\0" in path:
@@ -40,47 +40,48 @@ def spellings(path: str) -> Iterator[str]:
     """Other spellings of ``path``: without surrounding space, and with slashes for backslashes or the reverse."""
     bare = path.strip()
     slashes = bare.replace("\\", "/")
-    yield from dict.fromkeys(each for each in (bare, slashes, slashes.replace("/", "\\")) if each != path)
+    candidates = (bare, slashes, slashes.replace("/", "\\"))
+    yield from dict.fromkeys(spelling for spelling in candidates if spelling != path)
 
 
 def find_file(root: str, path: str) -> str:
-    """The file below ``root`` that matches ``path`` in another spelling, if none has exactly this name.
+    """The file below ``root`` whose name is an equivalent spelling of ``path``, if none has exactly this name.
 
     Raises:
-        FileNotFoundError: there is none; the reason names a file that differs only in case, if any.
+        FileNotFoundError: no such file; the reason names a file that differs only in case, if any.
     """
-    for each in spellings(path):
-        if exists(f"{root}/{each}"):  # noqa: PTH110
-            return f"{root}/{each}"
+    for spelling in spellings(path):
+        if exists(f"{root}/{spelling}"):  # noqa: PTH110
+            return f"{root}/{spelling}"
     if islink(f"{root}/{path}"):  # noqa: PTH114
         raise FileNotFoundError(2, "broken symbolic link")
     reason = "No such file or directory"
-    for each in (path, *spellings(path)):
-        found, same = _walk(root, each)
-        if same:
-            return found
-        if found:
-            twin = shortened(found.removeprefix(root).lstrip("/"))
-            reason = f"No such file or directory; did you mean {twin} (different case)?"
+    for spelling in (path, *spellings(path)):
+        file, same_case = _walk(root, spelling)
+        if same_case:
+            return file
+        if file:
+            name = shortened(file.removeprefix(root).lstrip("/"))
+            reason = f"No such file or directory; did you mean {name} (different case)?"
     raise FileNotFoundError(2, reason)
 
 
 def _walk(root: str, path: str) -> tuple[str, bool]:
-    """The file at ``path`` in another Unicode normal form and True, or in other case and False; else "" and False."""
-    where, same = root, True
+    """The file at ``path`` in another Unicode normal form and True, in another case and False, or "" and False."""
+    folder, same_case = root, True
     for part in path.split("/"):
         name: str | None = part
-        if not lexists(f"{where}/{part}"):
+        if not lexists(f"{folder}/{part}"):
             try:
-                composed, folded = _listing(where, os.stat(where).st_mtime_ns)  # noqa: PTH116
+                composed, folded = _listing(folder, os.stat(folder).st_mtime_ns)  # noqa: PTH116
             except OSError:
                 return "", False
             if (name := composed.get(normalize("NFC", part))) is None:
-                same, name = False, folded.get(normalize("NFC", part).casefold())
+                same_case, name = False, folded.get(normalize("NFC", part).casefold())
             if name is None:
                 return "", False
-        where = f"{where}/{name}"
-    return where, same
+        folder = f"{folder}/{name}"
+    return folder, same_case
 
 
 @lru_cache(maxsize=16)
@@ -92,7 +93,7 @@ def _listing(folder: str, _modified: int) -> tuple[dict[str, str], dict[str, str
 
 
 def refuse_outside(root: str, target: str, name: str) -> None:
-    """Raises LinkOutsideError if ``target``, a resolved path, is not below ``root``.
+    """Raises a LinkOutsideError if ``target``, a resolved path, is not below ``root``.
 
     Links from a snapshot in the hub's cache to the blobs of the same repository are allowed.
     """

@@ -16,31 +16,32 @@ from urllib.parse import unquote, unquote_to_bytes
 from llavactl.core.errors import DataError
 from llavactl.core.locations import is_absolute, is_file_url, is_url, local_path, shortened
 from llavactl.core.schema import ImageRef
-from llavactl.images.archives import check_archives, find_member, is_archive, stamp_of
-from llavactl.images.image_file import Below, ImageFile
+from llavactl.images.archives import check_archives, find_member, is_archive
+from llavactl.images.byte_ranges import stamp_of
+from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.images.lookup import spellings
 
 T = TypeVar("T")
 
 _PLAIN = re.compile(r"(?!\./)(?!~)[^/\\:\s](?:[^/\\:]|/(?![/.]))*")
-"""An ordinary relative path, as in nearly all records: needs no further checks."""
+"""An ordinary relative path, as in nearly all records, which needs no further checks."""
 
-_DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w=.+-]+)*?)(;base64)?,", re.IGNORECASE)
+_DATA_URI = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w=.+-]+)*?)(;base64)?,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
-_BASE64_OF_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkqA", "TU0AK")
-"""How JPEG, PNG, GIF, WebP, BMP and TIFF begin in base64."""
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "Qk1", "SUkqA", "TU0AK")
+"""The first characters of JPEG, PNG, GIF, WebP, BMP and TIFF in base64."""
 
-_SHORTEST_BASE64 = 64
-_LONGEST_FILE_NAME = 255
-_LONGEST_PATH = 4096
-"""Limits of file systems: a longer text is not a path."""
+_MIN_BASE64 = 64
+_MAX_FILE_NAME = 255
+_MAX_PATH = 4096
+"""Limits of file systems: a longer string is not a path."""
 
 _MAX_BYTES = 1 << 28
 _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
-class ImageMember(Below):
+class ImageMember(RelativeImage):
     """The member ``path`` of the archives ``root``: a .zip, a .tar, a pattern of them (``shards/*.tar``), a URL."""
 
     def read(self) -> bytes:
@@ -52,35 +53,35 @@ class ImageMember(Below):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageAtUrl(Below):
+class ImageAtUrl(RelativeImage):
     """The image ``path`` below the URL ``root``, which fsspec opens."""
 
     def read(self) -> bytes:
-        return self._asked(_read_url)
+        return self._first_existing(_read_url)
 
     def stamp(self) -> str | None:
-        url, told = self._asked(lambda url: (url, stamp_of(url)))
-        return f"{url}\0{told}" if told else None
+        url, stamp = self._first_existing(lambda url: (url, stamp_of(url)))
+        return f"{url}\0{stamp}" if stamp else None
 
-    def _asked(self, ask: Callable[[str], T]) -> T:
-        """The result of ``ask`` for the first spelling of the URL that exists."""
+    def _first_existing(self, read: Callable[[str], T]) -> T:
+        """The result of ``read`` for the first spelling of the URL that exists."""
         for path in (self.path, *spellings(self.path)):
             try:
-                return ask(f"{self.root.rstrip('/')}/{path}")
+                return read(f"{self.root.rstrip('/')}/{path}")
             except FileNotFoundError:
                 continue
             except OSError:
                 raise
-            except Exception as error:  # file systems raise what their libraries raise, such as aiohttp's
-                raise OSError(_in_short(error)) from error
+            except Exception as error:  # fsspec's file systems raise exceptions of their libraries, such as aiohttp
+                raise OSError(_reason(error)) from error
         raise FileNotFoundError(2, "no such file")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageBytes:
-    """An image in memory, from base64 in a record or from a URL. Two are equal if their bytes are.
+    """An image in memory, from base64 in a record or from a URL; equal if the bytes are.
 
-    ``fault`` says why ``data`` is not an image, if that is known.
+    ``fault`` is the reason why ``data`` is not an image, if known.
     """
 
     name: str
@@ -101,38 +102,38 @@ class ImageBytes:
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """Where the images of some records are: ``root`` as in ``image_in``, and whether links may point outside it."""
+    """The location of records' images: ``root`` as in ``image_in``, and whether links may point outside it."""
 
     root: str
     follow_links: bool = False
 
 
-def image_in(place: str | Path | ImageRoot, path: str) -> ImageRef:
+def image_in(location: str | Path | ImageRoot, path: str) -> ImageRef:
     """The image ``path`` of a record, in a folder, in archives (see ``ImageMember``) or below a URL.
 
-    ``path`` is relative to ``place`` or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
+    ``path`` is relative to ``location`` or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
 
     Raises:
-        DataError: ``path`` leads outside ``place``: a record must not reach any other file.
+        DataError: ``path`` leads outside ``location``; a record must not reach any other file.
     """
-    root, follow_links = (place.root, place.follow_links) if isinstance(place, ImageRoot) else (str(place), False)
-    root = local_path(root)
-    if len(path) >= _SHORTEST_BASE64 or not _PLAIN.fullmatch(path):
+    images = location if isinstance(location, ImageRoot) else ImageRoot(str(location))
+    root = local_path(images.root)
+    if len(path) >= _MIN_BASE64 or not _PLAIN.fullmatch(path):
         if (inline := _inline(path)) is not None:
             return inline
         path = _relative(root, path)
     if is_archive(root):
         return ImageMember(root, path)
-    return ImageAtUrl(root, path) if is_url(root) else ImageFile(root, path, follow_links)
+    return ImageAtUrl(root, path) if is_url(root) else ImageFile(root, path, images.follow_links)
 
 
 def _relative(root: str, path: str) -> str:
     """``path`` relative to ``root``, without redundant dots and slashes.
 
     Raises:
-        DataError: a URL or an absolute path that doesn't begin with ``root``, or text that can't be a path.
+        DataError: a URL or an absolute path outside ``root``, or a string that can't be a path.
     """
-    if len(path) > _LONGEST_PATH:
+    if len(path) > _MAX_PATH:
         raise DataError(
             f"image {shortened(path)!r}: {len(path):,} characters are neither a path nor an image as base64",
             hint="`image` is a path relative to `images`, base64, or a data: URI",
@@ -176,22 +177,22 @@ def _below(root: str, path: str) -> str | None:
 
 
 def _inline(text: str) -> ImageBytes | None:
-    """The image that ``text`` holds as base64 or a ``data:`` URI; None if it holds none."""
+    """The image in ``text``, as base64 or a ``data:`` URI; None if it is neither."""
     text = text.strip()
-    if uri := _DATA.match(text):
+    if uri := _DATA_URI.match(text):
         body = text[uri.end() :]
-        return _of_base64(unquote(body)) if uri[3] else _in_memory("data", unquote_to_bytes(body))
-    if len(text) < _SHORTEST_BASE64:
+        return _from_base64(unquote(body)) if uri[3] else _in_memory("data", unquote_to_bytes(body))
+    if len(text) < _MIN_BASE64:
         return None
-    begins = text.startswith(_BASE64_OF_IMAGES)
-    # Long text with an image's first bytes is never a path, even if its base64 is broken; other text must be valid.
-    long = len(text) > _LONGEST_FILE_NAME
-    if (begins and long) or ((begins or (long and "." not in text)) and _BASE64.fullmatch(text)):
-        return _of_base64(text)
+    image_start = text.startswith(_BASE64_STARTS)
+    # A long string with an image's first bytes is never a path, even if its base64 is invalid; others must be valid.
+    long = len(text) > _MAX_FILE_NAME
+    if (image_start and long) or ((image_start or (long and "." not in text)) and _BASE64.fullmatch(text)):
+        return _from_base64(text)
     return None
 
 
-def _of_base64(text: str) -> ImageBytes:
+def _from_base64(text: str) -> ImageBytes:
     bare = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
         return _in_memory("base64", base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True))
@@ -205,7 +206,7 @@ def _in_memory(kind: str, data: bytes, fault: str = "") -> ImageBytes:
 
 
 def named_image(name: str, base: Path | None = None) -> ImageRef:
-    """The image that the user names: a file relative to ``base`` (links are followed), a URL, or base64.
+    """The image named by the user: a file relative to ``base`` (links are followed), a URL, or base64.
 
     Raises:
         DataError: a URL that can't be read.
@@ -216,30 +217,30 @@ def named_image(name: str, base: Path | None = None) -> ImageRef:
         return _fetched(name)
     path = Path(base or Path.cwd(), local_path(name))
     if path.name in ("", ".."):
-        raise DataError(f"image {name}: is a folder", hint="name an image file")
+        raise DataError(f"image {name} is a folder", hint="name an image file")
     return ImageFile(str(path.parent), path.name, follow_links=True)
 
 
 def _fetched(url: str) -> ImageBytes:
     try:
         data = _downloaded(url) if url.lower().startswith(("http://", "https://")) else _read_url(url)
-    except Exception as error:  # of any library; the message names the cause
+    except Exception as error:  # of any library, with the cause in its message
         raise DataError(
-            f"image {shortened(url)} can't be read: {_in_short(error)}", hint="download it and name the file"
+            f"image {shortened(url)} can't be read: {_reason(error)}", hint="download the image and name the file"
         ) from error
     return ImageBytes(shortened(url), hashlib.sha256(data).hexdigest(), data)
 
 
 def _downloaded(url: str) -> bytes:
-    # Not with fsspec, which needs aiohttp for HTTP.
+    # fsspec would need aiohttp for HTTP.
     import httpx2
 
     data = bytearray()
     headers = {"User-Agent": "llavactl"}
-    with httpx2.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S, headers=headers) as answer:
-        if answer.status_code != httpx2.codes.OK:
-            raise OSError(f"HTTP {answer.status_code} {answer.reason_phrase}")
-        for piece in answer.iter_bytes():
+    with httpx2.stream("GET", url, follow_redirects=True, timeout=_TIMEOUT_S, headers=headers) as response:
+        if response.status_code != httpx2.codes.OK:
+            raise OSError(f"HTTP {response.status_code} {response.reason_phrase}")
+        for piece in response.iter_bytes():
             data += piece
             if len(data) > _MAX_BYTES:
                 raise OSError(f"larger than {_MAX_BYTES >> 20} MiB")
@@ -254,12 +255,12 @@ def _read_url(url: str) -> bytes:
     return bytes(data)
 
 
-def _in_short(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return shortened(" ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__)
 
 
-def check_place(root: str) -> None:
-    """Raises a DataError unless images can be looked for in ``root``; of URLs only archives are opened."""
+def check_image_root(root: str) -> None:
+    """Raises a DataError unless ``root`` can hold images; only URLs of archives are opened."""
     root = local_path(root)
     if is_archive(root):
         check_archives(root)
@@ -267,13 +268,13 @@ def check_place(root: str) -> None:
         _check_protocol(root)
     elif Path(root).is_file():
         raise DataError(
-            f"{root} is neither a folder nor an archive that can be read where it lies",
-            hint="an archive must be a whole .zip, or a .tar that is not compressed",
+            f"{root} is neither a folder nor a supported archive",
+            hint="supported: a complete .zip, or a .tar without compression",
         )
     elif not Path(root).is_dir():
         raise DataError(
             f"{root}: no such folder",
-            hint="`images` is the folder that image paths are relative to, a .zip, a .tar, or a URL",
+            hint="`images` is the root of image paths: a folder, a .zip, a .tar, or a URL",
         )
 
 
@@ -284,5 +285,5 @@ def _check_protocol(root: str) -> None:
         fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{root} can't be opened: {error}", hint="fsspec opens URLs; most kinds need a package"
+            f"{root} can't be opened: {error}", hint="most URL protocols need a package for fsspec"
         ) from error

@@ -1,4 +1,4 @@
-"""Identifies files that are not readable images by their first bytes, to give a short reason."""
+"""The kind of a file that isn't a readable image, from its first bytes, as a short reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _AVIF = frozenset({b"avif", b"avis"})
 
 NO_MEMORY = "not enough memory"
 HEIC = "HEIC, which needs a package: pip install pillow-heif"
-"""The only reason that installing a package can resolve."""
+"""The only reason that installing a package resolves. Stores keep it, so its text must not change."""
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer, not the image: run `git lfs pull` there"),
@@ -33,24 +33,25 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (rb"\x89PNG", "PNG with a damaged header"),
     (rb"GIF8", "GIF with a damaged header"),
 )
-_COMPILED = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), what) for pattern, what in _BEGINNINGS)
+_COMPILED = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), kind) for pattern, kind in _BEGINNINGS)
 
-LOOKED_AT = 1024
-"""How many bytes from the beginning are needed."""
+HEAD_BYTES = 1024
+"""The number of first bytes needed."""
 
 
-def what_it_is(start: bytes) -> str:
-    """What kind of file begins with ``start``, if Pillow can't read it as an image."""
-    start = start[:LOOKED_AT].removeprefix(b"\xef\xbb\xbf")
+def file_kind(start: bytes) -> str:
+    """The kind of a file that begins with ``start`` and that Pillow can't read as an image."""
+    start = start[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf")
     if start[4:8] == b"ftyp":
-        brands = {start[at : at + 4] for at in range(8, min(int.from_bytes(start[:4], "big"), len(start)), 4)}
+        brands = {
+            start[offset : offset + 4] for offset in range(8, min(int.from_bytes(start[:4], "big"), len(start)), 4)
+        }
         # The major brand of HEIC files varies, and AVIF files list HEIF's brands, too.
         if brands & _AVIF:
             return "damaged AVIF, or not supported by this Pillow"
         return HEIC if brands & _HEIF else "a video (MP4 or QuickTime): extract frames from it"
-    found = next((what for pattern, what in _COMPILED if pattern.match(start)), "")
-    if found:
-        return found
+    if kind := next((kind for pattern, kind in _COMPILED if pattern.match(start)), ""):
+        return kind
     if not start.strip(b"\0"):
         return "only zeros, probably an interrupted download"
     return "text, not an image" if _is_text(start) else "not an image of a known format"
@@ -60,15 +61,15 @@ def _is_text(start: bytes) -> bool:
     try:
         text = start.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(start) - 4:  # else a character is cut at the end
+        if error.start < len(start) - 4:  # otherwise a character is truncated at the end
             return False
         text = start[: error.start].decode()
-    return all(sign.isprintable() or sign.isspace() for sign in text)
+    return all(character.isprintable() or character.isspace() for character in text)
 
 
 @cache
 def reads_heif() -> bool:
-    """Whether Pillow reads HEIC, which needs pillow-heif."""
+    """Whether Pillow can read HEIC, which needs pillow-heif; registers it."""
     try:
         import pillow_heif
     except ImportError:
@@ -78,5 +79,5 @@ def reads_heif() -> bool:
 
 
 def curable(reason: str) -> bool:
-    """Whether an image that was refused for ``reason`` may be readable now."""
+    """Whether an image that was skipped for ``reason`` may be readable now."""
     return reason == NO_MEMORY or (reason == HEIC and reads_heif())

@@ -1,1 +1,1 @@
-"""The seam: connector + language model over features [I, P, Dv], never pixels, paths or strings."""
+"""The model: connector + language model over features [I, P, Dv], never pixels, paths or strings."""

@@ -1,4 +1,4 @@
-"""Making a LlavaModel out of a recipe's components."""
+"""Builds a LlavaModel from a recipe's components."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A model, its tokenizer and Q, the tokens an image becomes."""
+class ModelBundle:
+    """A model, its tokenizer, and Q, the number of tokens per image."""
 
     model: LlavaModel
     tokenizer: PreTrainedTokenizerBase
@@ -32,57 +32,57 @@ class Parts:
 
 def build(
     connector: Mapping[str, Any], language: Mapping[str, Any], shape: FeatureShape, *, dtype: str, seed: int = 0
-) -> Parts:
-    """A new connector (initialised from ``seed``) before the language model's own weights, on the CPU in ``dtype``.
+) -> ModelBundle:
+    """A new connector (initialized with ``seed``) and the pretrained language model, on the CPU in ``dtype``.
 
     Raises:
-        ModelError: the language model, its tokenizer, or the two together can't be used.
+        ModelError: the language model or its tokenizer can't be used, or they don't match.
         RecipeError: the connector doesn't fit features of this ``shape``.
     """
-    speaker = registry().create("languages", language)
-    tokenizer, written = speaker.tokenizer(), speaker.load(dtype)
-    embeddings = written.get_input_embeddings().weight
+    component = registry().create("languages", language)
+    tokenizer, language_model = component.tokenizer(), component.load(dtype)
+    embeddings = language_model.get_input_embeddings().weight
     if len(tokenizer) > len(embeddings):
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the language model embeds {len(embeddings)}",
+            f"the tokenizer has {len(tokenizer)} tokens, the language model has embeddings for {len(embeddings)}",
             hint="the tokenizer belongs to another model",
         )
-    if not is_causal(written):
+    if not is_causal(language_model):
         raise ModelError(
-            f"{written.config.model_type} is not a causal language model: its logits depend on later tokens",
+            f"{language_model.config.model_type} is not a causal language model: its logits depend on later tokens",
             hint="set `language.model` to a causal language model, such as Llama or Qwen",
         )
     torch.manual_seed(seed)
-    made, tokens = build_connector(connector, shape, embeddings.shape[1])
-    written.config.use_cache = False
-    return Parts(LlavaModel(made.to(embeddings.dtype), written), tokenizer, tokens)
+    module, tokens = build_connector(connector, shape, embeddings.shape[1])
+    language_model.config.use_cache = False
+    return ModelBundle(LlavaModel(module.to(embeddings.dtype), language_model), tokenizer, tokens)
 
 
 def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) -> tuple[nn.Module, int]:
     """The connector ``spec`` for features of ``shape`` and a language model of ``width`` Dl, in float32; and Q.
 
-    It is run on zeros first, as embeddings of another shape would silently be inserted wrongly. ``validate_connector``
-    tests more.
+    It is run once on zeros, since embeddings of a wrong shape would be inserted without an error.
+    ``validate_connector`` tests more.
 
     Raises:
         RecipeError: it doesn't fit features of this ``shape``.
         PluginError: its output isn't embeddings [I, Q, Dl].
     """
-    maker = registry().create("connectors", spec)
-    made, tokens = maker.build(shape, width), maker.tokens(shape)
-    if why := build_fault(made, tokens):
+    component = registry().create("connectors", spec)
+    module, tokens = component.build(shape, width), component.tokens(shape)
+    if why := build_fault(module, tokens):
         raise connector_error(spec, why)
-    mode, features = made.training, torch.zeros(2, shape.patches, shape.width)
+    mode, features = module.training, torch.zeros(2, shape.patches, shape.width)
     with torch.no_grad():
-        seen = made.eval()(features)
-    made.train(mode)
-    if why := embeddings_fault(seen, features, (int(tokens), width)):
+        embeddings = module.eval()(features)
+    module.train(mode)
+    if why := embeddings_fault(embeddings, features, (int(tokens), width)):
         raise connector_error(spec, why)
-    return made, int(tokens)
+    return module, int(tokens)
 
 
 def build_fault(module: Any, tokens: Any) -> str:
-    """Why these aren't results of a connector's ``build()`` and ``tokens()``; "" if they are."""
+    """Why these aren't valid results of a connector's ``build()`` and ``tokens()``; "" if they are."""
     if not isinstance(module, nn.Module):
         return f"build() returned {type(module).__name__}, expected a torch module"
     if not isinstance(tokens, Integral) or int(tokens) < 1:
@@ -90,14 +90,16 @@ def build_fault(module: Any, tokens: Any) -> str:
     return ""
 
 
-def embeddings_fault(made: Any, features: torch.Tensor, wanted: tuple[int, int]) -> str:
-    """Why ``made`` from ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl], (Q, Dl) = ``wanted``; "" if it is."""
-    shape = (len(features), *wanted)
-    if isinstance(made, torch.Tensor) and tuple(made.shape) == shape:
-        return "" if made.is_floating_point() else f"it makes numbers of type {made.dtype}"
-    found = tuple(made.shape) if isinstance(made, torch.Tensor) else f"a {type(made).__name__}"
-    given = tuple(features.shape)
-    return f"it returned {found} for features {given}; tokens() and the language model's width require {shape}"
+def embeddings_fault(output: Any, features: torch.Tensor, size: tuple[int, int]) -> str:
+    """Why ``output`` for ``features`` [I, P, Dv] isn't embeddings [I, Q, Dl], ``size`` = (Q, Dl); "" if it is."""
+    expected = (len(features), *size)
+    if isinstance(output, torch.Tensor) and tuple(output.shape) == expected:
+        return "" if output.is_floating_point() else f"it returned dtype {output.dtype}, expected floating point"
+    actual = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+    return (
+        f"it returned {actual} for features {tuple(features.shape)}, expected {expected} "
+        "(tokens() and the language model's width)"
+    )
 
 
 def connector_error(spec: Mapping[str, Any], why: str) -> PluginError:
@@ -105,5 +107,5 @@ def connector_error(spec: Mapping[str, Any], why: str) -> PluginError:
     plugin = registry().get("connectors", spec["name"]).plugin
     return PluginError(
         f"connector {spec['name']!r} of plugin {plugin}: {why}",
-        hint="`llavactl.testing.check_connector` tests a connector by itself",
+        hint="`llavactl.testing.check_connector` tests a connector",
     )

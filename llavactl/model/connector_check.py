@@ -1,4 +1,4 @@
-"""Tests a connector on random features before training, as it may be a plugin's."""
+"""Tests a connector, which may come from a plugin, on random features before training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llavactl.core import faults
 from llavactl.core.errors import LlavactlError
+from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.registry import registry
 from llavactl.model.build import build_fault, connector_error, embeddings_fault
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def validate_connector(
     spec: Mapping[str, Any], shape: FeatureShape, width: int, precisions: Iterable[str] = (), device: str = "cpu"
 ) -> None:
-    """Tests the connector ``spec`` on features of ``shape``, for a language model of ``width`` Dl.
+    """Tests the connector ``spec`` on features of ``shape`` for a language model of ``width`` Dl.
 
     Raises:
-        PluginError: it breaks a rule of ``Connector``; the message states the first one.
+        PluginError: it violates a rule of ``Connector``; the message states the first one.
         RecipeError: it doesn't fit features of this ``shape``.
     """
     connector = registry().create("connectors", spec)
@@ -35,9 +35,9 @@ def validate_connector(
 def connector_fault(
     connector: Connector, shape: FeatureShape, width: int, precisions: Iterable[str] = (), device: str = "cpu"
 ) -> str:
-    """The first rule of ``Connector`` that ``connector`` breaks; "" if none is found.
+    """The first rule of ``Connector`` that ``connector`` violates; "" if none.
 
-    It is tested in float32, then in each of ``precisions``; random states are restored.
+    It is tested in float32, then in each of ``precisions``. Random states are restored.
     """
     try:
         with torch.random.fork_rng(), torch.enable_grad():
@@ -45,9 +45,9 @@ def connector_fault(
     except _BrokenRuleError as rule:
         return str(rule)
     except Exception as error:
-        if isinstance(error, LlavactlError) or faults.out_of_memory(error):
+        if isinstance(error, LlavactlError) or out_of_memory(error):
             raise
-        return f"it fails: {faults.reason(error)}"
+        return f"it fails: {reason(error)}"
 
 
 class _BrokenRuleError(Exception):
@@ -62,39 +62,39 @@ class _ConnectorCheck:
         self.tokens = 0
 
     def fault(self, precisions: Iterable[str]) -> str:
-        two = self._features(2)
+        features = self._features(2)
         module = self._built()
         self.tokens = int(self.connector.tokens(self.shape))
-        together = self._run(module, two)
-        if not torch.isfinite(together).all():
+        batched = self._run(module, features)
+        if not torch.isfinite(batched).all():
             return "its embeddings are not finite"
-        alone = torch.cat([self._run(module, each[None]) for each in two])
-        if not _close(together, alone):
-            return "an image's embeddings change with the other images of its batch"
-        before = _layout(module)
+        single = torch.cat([self._run(module, each[None]) for each in features])
+        if not _close(batched, single):
+            return "an image's embeddings depend on the other images of its batch"
+        layout = _layout(module)
         module.train()
         for images in (1, 2, 1):  # the last micro-batch of an epoch may have one image
             self._train(module, self._features(images))
-        if _layout(module) != before:
-            return "names or shapes of its state dict change in training"
-        if other := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
-            return f"{other[0]} of its state dict is not a tensor"
+        if _layout(module) != layout:
+            return "names or shapes of its state dict change during training"
+        if others := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
+            return f"{others[0]} of its state dict is not a tensor"
         copy = self._built()
-        self._run(copy, two)
+        self._run(copy, features)
         copy.load_state_dict(module.state_dict())
         for mode in (True, False):
-            if not _close(*(self._seeded(each.train(mode), two) for each in (module, copy))):
-                return "its state dict is incomplete: another module that loads it computes other embeddings"
+            if not _close(*(self._seeded(each.train(mode), features) for each in (module, copy))):
+                return "its state dict is incomplete: another module that loads it computes different embeddings"
         for precision in precisions:
             dtype = getattr(torch, precision)
-            self._train(module.to(dtype).train(), two.to(dtype))
+            self._train(module.to(dtype).train(), features.to(dtype))
         return ""
 
     def _built(self) -> nn.Module:
         module = self.connector.build(self.shape, self.width)
         if why := build_fault(module, self.connector.tokens(self.shape)):
             raise _BrokenRuleError(why)
-        # Once on the CPU, because lazy modules create their weights in the first call.
+        # Once on the CPU, because lazy modules create their weights in the first forward pass.
         with torch.no_grad():
             module.eval()(self._features(2).cpu())
         return module.to(self.device)
@@ -108,25 +108,25 @@ class _ConnectorCheck:
 
     def _run(self, module: nn.Module, features: torch.Tensor, training: bool = False) -> torch.Tensor:
         """Embeddings [I, Q, Dl] of ``features``; raises _BrokenRuleError for anything else."""
-        given = features.clone()
-        made = module.train(training)(given)
-        if why := embeddings_fault(made, features, (self.tokens, self.width)):
+        inputs = features.clone()
+        output = module.train(training)(inputs)
+        if why := embeddings_fault(output, features, (self.tokens, self.width)):
             raise _BrokenRuleError(why)
-        embeddings: torch.Tensor = made
+        embeddings: torch.Tensor = output
         if embeddings.device != features.device:
             raise _BrokenRuleError(f"its embeddings are on {embeddings.device}, the features on {features.device}")
-        if not torch.equal(given, features):
+        if not torch.equal(inputs, features):
             raise _BrokenRuleError("it changes its input features in place")
         return embeddings
 
     def _train(self, module: nn.Module, features: torch.Tensor) -> None:
         """Runs a backward pass if there are trainable parameters."""
         trainable = [each for each in module.parameters() if each.requires_grad]
-        made = self._run(module, features, training=True)
-        if trainable and not made.requires_grad:
+        embeddings = self._run(module, features, training=True)
+        if trainable and not embeddings.requires_grad:
             raise _BrokenRuleError("no gradient reaches its parameters")
-        if made.requires_grad:
-            made.float().square().sum().backward()
+        if embeddings.requires_grad:
+            embeddings.float().square().sum().backward()
             if trainable and all(each.grad is None for each in trainable):
                 raise _BrokenRuleError("no gradient reaches its parameters")
         module.zero_grad()
@@ -138,5 +138,5 @@ def _layout(module: nn.Module) -> dict[str, Any]:
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether they are equal up to floating-point summation order."""
+    """Whether the tensors are equal up to the order of floating-point summation."""
     return torch.allclose(one, other, rtol=0, atol=1e-4 * float(other.detach().abs().max()))

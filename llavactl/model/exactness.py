@@ -1,4 +1,4 @@
-"""Which inference optimisations leave a language model's logits unchanged, found by running it, not by its name."""
+"""Determines, by running it, which inference optimizations leave a language model's logits unchanged."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavactl.core import faults
+from llavactl.core.library_errors import out_of_memory
 from llavactl.model.llava import positions
-from llavactl.model.packed import LIKE_LLAMA, sees_window
-from llavactl.model.rotary import changes_with_length
+from llavactl.model.packed import PACKABLE_MODEL_TYPES, has_limited_attention
+from llavactl.model.rotary import length_dependent_rope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-3}
-"""Relative to the largest logit; actual differences are tenths of it."""
-TOLERANCE_IN_HALF = 5e-2
+"""Relative to the largest logit; differences of inexact optimizations are tenths of it."""
+HALF_PRECISION_TOLERANCE = 5e-2
 LONG, SHORT, START = 9, 5, 3
-"""Tokens of the two test sequences, and of their common prefix."""
+"""The lengths of the two test sequences, and of their common prefix."""
 
 _WINDOW_KEYS = re.compile("window|chunk|local")
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Whether logits equal those of one pass over the sequence alone without a cache.
+    """Whether logits equal those of a single forward pass over the unpadded sequence without a cache.
 
     ``cached``: token by token with a key/value cache. ``resumed``: several tokens at once after a cache. ``padded``:
-    left-padded, in a batch with a longer sequence. ``shared``: with padding between the cache of a common prefix and
-    the rest.
+    left-padded, in a batch with a longer sequence. ``shared``: with padding between the cache of a common prefix
+    and the rest.
     """
 
     cached: bool = True
@@ -42,10 +42,10 @@ class Exact:
 
 
 def exactness(language: PreTrainedModel) -> Exact:
-    """What is exact for ``language``. What raises isn't exact; models like Llama aren't run."""
-    windowed = sees_window(language) or _may_have_window(language)
-    length_bound = bool(changes_with_length(language))
-    if language.config.model_type in LIKE_LLAMA:
+    """What is exact for ``language``; an exception counts as not exact. Packable (Llama-like) models aren't run."""
+    windowed = has_limited_attention(language) or _may_have_window(language)
+    length_bound = bool(length_dependent_rope(language))
+    if language.config.model_type in PACKABLE_MODEL_TYPES:
         return Exact(resumed=not length_bound, padded=not length_bound, shared=not windowed and not length_bound)
     probe = _LanguageProbe(language)
     cached = probe.passes(probe.cached)
@@ -56,14 +56,14 @@ def exactness(language: PreTrainedModel) -> Exact:
 
 def is_causal(language: PreTrainedModel) -> bool:
     """Whether the logits at a token don't depend on later tokens."""
-    if language.config.model_type in LIKE_LLAMA:
+    if language.config.model_type in PACKABLE_MODEL_TYPES:
         return True
     probe = _LanguageProbe(language)
     return _close(probe.logits(probe.long[:, :SHORT]), probe.long_logits[:, :SHORT])
 
 
 def new_cache(language: PreTrainedModel) -> Any:
-    """An empty cache for ``language``; it can be cropped unless some layers keep a state."""
+    """An empty cache for ``language``; it can be cropped unless it contains recurrent states."""
     from transformers import DynamicCache
 
     configured = DynamicCache(config=language.config)
@@ -78,12 +78,12 @@ def is_resumable(cache: Any) -> bool:
 
 
 def _may_have_window(language: PreTrainedModel) -> bool:
-    """Whether a number in its configuration may limit how far back a token attends.
+    """Whether an integer in its configuration may limit how far back a token attends.
 
-    Some models have their own key for it, as GPT-Neo's ``window_size``. A false positive costs only time.
+    Some models have their own key, such as GPT-Neo's ``window_size``. A false positive only costs time.
     """
     config = language.config.get_text_config()
-    if getattr(config, "layer_types", None) or config.model_type in LIKE_LLAMA:
+    if getattr(config, "layer_types", None) or config.model_type in PACKABLE_MODEL_TYPES:
         return False
     return any(
         _WINDOW_KEYS.search(key) and isinstance(value, int) and value > 0 for key, value in config.to_dict().items()
@@ -106,24 +106,24 @@ class _LanguageProbe:
 
     @torch.inference_mode()
     def logits(self, embeds: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
-        """Logits [B, T, V] of ``embeds`` [B, T, Dl], after ``cache``; ``mask`` is that of both."""
-        where = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions(mask)}
+        """Logits [B, T, V] of ``embeds`` [B, T, Dl] after ``cache``; ``mask`` covers both."""
+        inputs = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions(mask)}
         if mask is not None:
-            where["position_ids"] = where["position_ids"][:, -embeds.shape[1] :]
+            inputs["position_ids"] = inputs["position_ids"][:, -embeds.shape[1] :]
         state = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         self.language.eval()
         try:
-            found: torch.Tensor = self.language(inputs_embeds=embeds, **where, **state).logits
+            logits: torch.Tensor = self.language(inputs_embeds=embeds, **inputs, **state).logits
         finally:
             self.language.train(self.mode)
-        return found
+        return logits
 
     def passes(self, rule: Callable[[], bool]) -> bool:
         """Whether ``rule`` holds; False if the model raises."""
         try:
             return rule()
         except Exception as error:
-            if faults.out_of_memory(error):
+            if out_of_memory(error):
                 raise
             return False
 
@@ -131,8 +131,8 @@ class _LanguageProbe:
         cache, mask = new_cache(self.language), self._mask(1, LONG)
         equal = _close(self.logits(self.long[:, :SHORT], mask[:, :SHORT], cache)[:, -1], self.long_logits[:, SHORT - 1])
         for at in range(SHORT, LONG):
-            found = self.logits(self.long[:, at : at + 1], mask[:, : at + 1], cache)
-            equal = equal and _close(found[:, -1], self.long_logits[:, at])
+            logits = self.logits(self.long[:, at : at + 1], mask[:, : at + 1], cache)
+            equal = equal and _close(logits[:, -1], self.long_logits[:, at])
         return equal
 
     def resumed(self) -> bool:
@@ -158,7 +158,7 @@ class _LanguageProbe:
         return self._last_equal(self.logits(rows, torch.cat([self._mask(2, START), mask], dim=1), cache), LONG - 1)
 
     def _rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The long sequence from ``start`` to ``end``, and the short one, as far from its end, padded on the left."""
+        """The long sequence from ``start`` to ``end``, and the short one, left-padded, cut equally far from its end."""
         short = self.short[:, start : SHORT - (LONG - end)]
         pad = end - start - short.shape[1]
         mask = self._mask(2, end - start)
@@ -166,7 +166,7 @@ class _LanguageProbe:
         return torch.cat([self.long[:, start:end], torch.cat([self.long[:, :pad], short], dim=1)]), mask
 
     def _last_equal(self, logits: torch.Tensor, at: int) -> bool:
-        """Whether the last ``logits`` [2, T, V] are those of the long sequence at ``at``, and of the short one."""
+        """Whether the last of ``logits`` [2, T, V] equal those of the long sequence at ``at`` and of the short one."""
         short = self.short_logits[:, SHORT - LONG + at]
         return _close(logits[:1, -1], self.long_logits[:, at]) and _close(logits[1:, -1], short)
 
@@ -175,5 +175,5 @@ class _LanguageProbe:
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    tolerance = TOLERANCES.get(other.dtype, TOLERANCE_IN_HALF)
+    tolerance = TOLERANCES.get(other.dtype, HALF_PRECISION_TOLERANCE)
     return float((one - other).abs().max()) <= tolerance * float(other.abs().max())

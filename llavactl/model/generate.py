@@ -1,4 +1,4 @@
-"""Writing answers, token by token, over a key/value cache."""
+"""Generates answers token by token with a key/value cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llavactl.core.errors import ModelError
 from llavactl.model.exactness import is_resumable, new_cache
 from llavactl.model.inputs import image_features
 from llavactl.model.llava import positions
-from llavactl.model.rotary import frequencies
+from llavactl.model.rotary import frequency_key
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest."""
+    """How the next token is chosen; temperature 0 is greedy decoding."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -34,7 +34,7 @@ GREEDY = Sampling()
 
 @torch.inference_mode()
 def read(model: LlavaModel, batch: Batch) -> Any:
-    """A fresh cache that has read ``batch``, whose rows are not padded."""
+    """A new key/value cache of ``batch``, which must not be padded."""
     cache = new_cache(model.language)
     embeds = model.embed(batch.ids, image_features(batch))
     model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -51,23 +51,22 @@ def generate(
     *,
     cached: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Yields the next token of each row of ``batch`` (left-padded [B, T]); None once a row has stopped.
+    """Yields the next token of each conversation of ``batch`` (left-padded [B, T]); None once it has stopped.
 
-    ``cache`` (a transformers ``Cache``) holds earlier tokens of the same conversation, and grows with
-    all tokens but the last; rows of a fresh call are independent of each other. Without ``cached``, every token is
-    computed without a cache, from the whole sequence; so are those where positions change with the length: see
-    ``frequencies``.
+    ``cache`` (a transformers ``Cache``) contains earlier tokens of the same conversation; all tokens but the last are
+    added to it. Conversations of one batch are independent. Without ``cached``, every token is computed from the
+    complete sequence, without a cache; so are tokens at which position frequencies change (see ``frequency_key``).
     """
     mask, state = batch.mask, {"use_cache": False}
     if cached:
         cache = new_cache(model.language) if cache is None else cache
         state = {"use_cache": True, "past_key_values": cache}
-        # A cache of states only has no sequence length.
+        # A cache with only states has no sequence length.
         if past := cache.get_seq_length() if is_resumable(cache) else 0:
             mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
-    embeds = whole = model.embed(batch.ids, image_features(batch))
-    at = frequencies(model.language, mask.shape[1])
+    embeds = sequence = model.embed(batch.ids, image_features(batch))
+    frequencies = frequency_key(model.language, mask.shape[1])
     running = [True] * len(batch.ids)
     for _ in range(sampling.max_new_tokens):
         logits = model.language(
@@ -77,28 +76,28 @@ def generate(
             logits_to_keep=1,
             **state,
         ).logits[:, -1]
-        chosen = _choose(logits.float(), sampling, generator)
+        chosen = _next_tokens(logits.float(), sampling, generator)
         tokens = chosen.tolist()
         running = [on and token not in stop for on, token in zip(running, tokens, strict=True)]
         yield [token if on else None for on, token in zip(running, tokens, strict=True)]
         if not any(running):
             return
         new = model.embed(chosen[:, None], None)
-        whole = torch.cat([whole, new], dim=1)
+        sequence = torch.cat([sequence, new], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        before, at = at, frequencies(model.language, mask.shape[1])
-        embeds = new if cached and at == before else whole
-        if cached and at != before:
+        previous, frequencies = frequencies, frequency_key(model.language, mask.shape[1])
+        embeds = new if cached and frequencies == previous else sequence
+        if cached and frequencies != previous:
             state["past_key_values"] = new_cache(model.language)
 
 
-def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """The next token [B] from logits [B, V]: the likeliest, or drawn from the nucleus of mass ``top_p``."""
+def _next_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """The next token [B] from logits [B, V]: the most likely, or sampled from the nucleus of mass ``top_p``."""
     if not torch.isfinite(logits).all():
         raise ModelError("the model's logits are not finite", hint="use bfloat16 or float32; the weights may be broken")
     if sampling.temperature <= 0:
         return logits.argmax(-1)
     probabilities, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True)
     outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
-    return tokens.gather(-1, drawn)[:, 0]
+    sampled = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
+    return tokens.gather(-1, sampled)[:, 0]

@@ -1,4 +1,4 @@
-"""What the model computes from a batch before anything else: the values of its features, its place, its size."""
+"""Prepares a batch for the model: feature values, device, token count."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def image_features(batch: Batch) -> torch.Tensor | None:
-    """The features [I, P, Dv] of ``batch``, on the device where they are.
+    """The features [I, P, Dv] of ``batch``, on their device.
 
     int8 features are dequantized: integer x scale of its token x scale of its channel, in float32 in this order, then
-    rounded to float16. The bits are the same on every device.
+    rounded to float16. The result is bitwise equal on every device.
     """
     if batch.features is None or batch.scales is None:
         return batch.features
@@ -24,14 +24,14 @@ def image_features(batch: Batch) -> torch.Tensor | None:
 
 
 def token_count(batch: Batch) -> int:
-    """How many tokens the conversations of ``batch`` have; a prefix that several share counts once for each."""
+    """The number of tokens of all conversations of ``batch``; a shared prefix counts once for each conversation."""
     prefixes = [span.after for span in batch.spans if span.after is not None]
     repeated = sum(batch.spans[at].length for at in prefixes) - sum(batch.spans[at].length for at in set(prefixes))
     return int(batch.mask.sum()) + repeated
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The same batch on ``device``."""
+    """``batch`` on ``device``."""
     features, scales = (
         None if tensor is None else tensor.to(device, non_blocking=True) for tensor in (batch.features, batch.scales)
     )

@@ -11,12 +11,11 @@ from torch import nn
 
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IMAGE_TOKEN, Batch
-from llavactl.model.cpu.block_attention import Layout
-from llavactl.model.cpu.last_layer import filled
 from llavactl.model.inputs import image_features
-from llavactl.model.loss import cross_entropy, predictions, summed
-from llavactl.model.packed import LIKE_LLAMA, span_positions
-from llavactl.model.rotary import forget_longest
+from llavactl.model.last_layer import padded_indices
+from llavactl.model.loss import chunked_cross_entropy, cross_entropy, predictions
+from llavactl.model.packed import PACKABLE_MODEL_TYPES, PackedLayout, span_positions
+from llavactl.model.rotary import reset_frequencies_per_call
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ class LlavaModel(nn.Module):
         super().__init__()
         self.connector = connector
         self.language = language
-        forget_longest(language)
+        reset_frequencies_per_call(language)
         self.frozen = frozenset(name for name, each in connector.named_parameters() if not each.requires_grad)
 
     @property
@@ -42,61 +41,63 @@ class LlavaModel(nn.Module):
         return device
 
     def embed(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
-        """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; IMAGE_TOKENs take the images' in reading order.
+        """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; images replace IMAGE_TOKENs in reading order.
 
         Raises:
-            ModelError: the places and the connector's tokens don't match in number.
+            ModelError: the number of IMAGE_TOKENs is not the number of the connector's tokens.
         """
-        places = ids == IMAGE_TOKEN
-        embedded = self.language.get_input_embeddings()(ids.masked_fill(places, 0))
+        is_image = ids == IMAGE_TOKEN
+        embedded = self.language.get_input_embeddings()(ids.masked_fill(is_image, 0))
         if features is None:
             return embedded
         # Not the embeddings' dtype, which is float32 with 4-bit weights. Integer parameters don't count.
         weight = next((each for each in self.connector.parameters() if each.is_floating_point()), embedded)
         tokens = self.connector(features.to(weight.dtype)).flatten(0, 1)
-        if (wanted := int(places.sum())) != len(tokens):
-            raise ModelError(f"{wanted} places for image tokens, but the connector made {len(tokens)}")
-        return embedded.masked_scatter(places[..., None], tokens.to(embedded.dtype))
+        if (expected := int(is_image.sum())) != len(tokens):
+            raise ModelError(f"the batch has {expected} image tokens, but the connector computed {len(tokens)}")
+        return embedded.masked_scatter(is_image[..., None], tokens.to(embedded.dtype))
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits [B, T, V] of every position."""
+        """Logits [B, T, V] at every position."""
         output = self.language(**self._inputs(batch), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The sum of the cross entropy over the trained positions, a float32 scalar.
+        """The sum of the cross entropy over all target tokens, a float32 scalar.
 
-        A sum, not a mean: the caller divides by the trained positions of the whole global batch, so
-        that neither accumulation nor the number of processes changes the loss. Logits are made at
-        trained positions alone, [N, V].
+        The caller divides the sum by the number of target tokens of the global batch, which makes the loss independent
+        of gradient accumulation and the number of processes. Logits [N, V] are computed only where a target is
+        predicted.
         """
-        places, targets = predictions(batch)
-        if self.language.config.model_type in LIKE_LLAMA:
-            return summed(self.language.get_output_embeddings(), self._hidden(batch, places), targets)
-        with _head_sees(self.language, lambda hidden: hidden.flatten(0, 1)[places]):
+        indices, targets = predictions(batch)
+        if self.language.config.model_type in PACKABLE_MODEL_TYPES:
+            hidden = self._hidden(batch, indices)
+            return chunked_cross_entropy(self.language.get_output_embeddings(), hidden, targets)
+        with _head_input(self.language, lambda hidden: hidden.flatten(0, 1)[indices]):
             logits = self.language(**self._inputs(batch), use_cache=False).logits
         return cross_entropy(logits, targets)
 
-    def _hidden(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
-        """What the head would see [N, Dl] at ``places``."""
-        seen = []
+    def _hidden(self, batch: Batch, indices: torch.Tensor) -> torch.Tensor:
+        """The head's input [N, Dl] at ``indices``; the head isn't run."""
+        selected = []
 
-        def keep(hidden: torch.Tensor) -> torch.Tensor:
-            seen.append(hidden.flatten(0, 1)[places])
+        def select(hidden: torch.Tensor) -> torch.Tensor:
+            selected.append(hidden.flatten(0, 1)[indices])
             return hidden[:, :0]
 
         inputs = self._inputs(batch)
         if batch.spans:
-            inputs["places"] = filled(places, batch.ids.shape[1])
-        with _head_sees(self.language, keep):
+            inputs["output_indices"] = padded_indices(indices, batch.ids.shape[1])
+        with _head_input(self.language, select):
             self.language(**inputs, use_cache=False)
-        return seen[0]
+        return selected[0]
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """The language model's keyword arguments."""
         inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, image_features(batch))}
         if batch.spans:
-            inputs["layout"] = Layout(batch.spans)
+            inputs["packed_layout"] = PackedLayout(batch.spans)
             inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)
         elif not bool(batch.mask.all()):
             inputs["attention_mask"] = batch.mask.long()
@@ -105,18 +106,18 @@ class LlavaModel(nn.Module):
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions [B, T] that count real tokens only, whichever side is padded (mask [B, T], False: padding)."""
+    """Positions [B, T] that don't count padding, on either side (mask [B, T], False: padding)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @contextmanager
-def _head_sees(language: nn.Module, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While this lasts, the language model's head is given ``choose(hidden)`` in place of hidden [B, T, Dl].
+def _head_input(language: nn.Module, select: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """In this context the language model's head gets ``select(hidden)`` instead of hidden [B, T, Dl].
 
-    A hook, because what a model does to logits after its head (scaling, soft caps) must still happen.
+    A hook, because operations that a model applies to logits after its head (scaling, soft caps) must still run.
     """
     head = language.get_output_embeddings()  # type: ignore[operator]
-    hook = head.register_forward_pre_hook(lambda _module, args: (choose(args[0]), *args[1:]))
+    hook = head.register_forward_pre_hook(lambda _module, args: (select(args[0]), *args[1:]))
     try:
         yield
     finally:

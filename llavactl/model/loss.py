@@ -1,4 +1,4 @@
-"""The cross entropy of a causal language model, its logits made at trained positions alone and never all at once."""
+"""The cross entropy of a causal language model, with logits only where a target is predicted, computed in chunks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llavactl.core.schema import IGNORE, Batch
-from llavactl.model.packed import predictors
+from llavactl.model.packed import predictor_indices
 
 CHUNK = 2048
-"""Positions whose logits are in memory together: 0.8 GB with 49,152 tokens, in float32 and with their gradient."""
+"""Positions whose logits are in memory at once: 0.8 GB for a vocabulary of 49,152, in float32 with their gradient."""
 
 
 def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The targets [N] of ``batch`` and the places [N], in its rows laid end to end, whose outputs predict them.
+    """The indices [N] of the outputs that predict targets, into the flattened positions of ``batch``; the targets [N].
 
-    Two conversations that go on from one span have their first targets at one place.
+    Conversations with a shared prefix have their first targets at the same index.
     """
-    trained = batch.labels != IGNORE
+    is_target = batch.labels != IGNORE
     if batch.spans:
-        (places,) = trained[0].nonzero(as_tuple=True)
-        return predictors(batch.spans, batch.ids.device)[places], batch.labels[0, places]
-    trained[:, 0] = False
-    (places,) = trained.flatten().nonzero(as_tuple=True)
-    return places - 1, batch.labels.flatten()[places]
+        (indices,) = is_target[0].nonzero(as_tuple=True)
+        return predictor_indices(batch.spans, batch.ids.device)[indices], batch.labels[0, indices]
+    is_target[:, 0] = False
+    (indices,) = is_target.flatten().nonzero(as_tuple=True)
+    return indices - 1, batch.labels.flatten()[indices]
 
 
-def summed(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross entropy of ``head(hidden)`` [N, V] against ``targets`` [N], a float32 scalar.
+def chunked_cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross entropy of ``head(hidden)`` [N, V] and ``targets`` [N], a float32 scalar.
 
-    Beyond one chunk logits are made anew for the backward pass: that takes the head's forward twice.
+    With more than one chunk, the backward pass computes the logits again.
     """
     if len(targets) <= CHUNK:
         return cross_entropy(head(hidden), targets)
-    parts = [
-        checkpoint(lambda hidden, targets: cross_entropy(head(hidden), targets), *part, use_reentrant=False)
-        for part in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    sums = [
+        checkpoint(lambda hidden, targets: cross_entropy(head(hidden), targets), *chunk, use_reentrant=False)
+        for chunk in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
-    return torch.stack(parts).sum()
+    return torch.stack(sums).sum()
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum over [N, V] in float32."""
+    """The sum of the cross entropy of logits [N, V] and targets [N], in float32."""
     return functional.cross_entropy(logits.float(), targets, reduction="sum")

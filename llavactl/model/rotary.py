@@ -1,4 +1,4 @@
-"""Rotary position embeddings whose frequencies change with the length of a row (dynamic, longrope)."""
+"""Rotary position embeddings whose frequencies depend on the sequence length (``dynamic``, ``longrope``)."""
 
 from __future__ import annotations
 
@@ -9,51 +9,49 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_LONGEST = "max_seq_len_cached"
-"""What a module of transformers calls the longest row it has seen; with layer types each has its own, by a prefix."""
+_MAX_LENGTH = "max_seq_len_cached"
+"""The attribute of transformers' modules with the longest sequence so far; with layer types, one per type, prefixed."""
 
 
-def changes_with_length(language: PreTrainedModel) -> str:
-    """The kind of its position embeddings if they change with the longest row of a batch; "" if they don't."""
-    kinds = (part.get("rope_type") for part in _parts(language))
-    return next((str(kind) for kind in kinds if kind in ("dynamic", "longrope")), "")
+def length_dependent_rope(language: PreTrainedModel) -> str:
+    """The type of its position embeddings if they depend on the longest sequence of a batch, else ""."""
+    types = (parameters.get("rope_type") for parameters in _rope_parameters(language))
+    return next((str(each) for each in types if each in ("dynamic", "longrope")), "")
 
 
-def frequencies(language: PreTrainedModel, length: int) -> Hashable:
-    """Equal for two lengths at which ``language`` has the same frequencies: keys that were cached at one then hold at
-    the other.
-    """
-    longest = getattr(language.config.get_text_config(), "max_position_embeddings", 0)
-    return tuple(_frequencies(part, longest, length) for part in _parts(language))
+def frequency_key(language: PreTrainedModel, length: int) -> Hashable:
+    """Equal for two sequence lengths with the same frequencies: keys cached at one are then valid at the other."""
+    max_positions = getattr(language.config.get_text_config(), "max_position_embeddings", 0)
+    return tuple(_key(parameters, max_positions, length) for parameters in _rope_parameters(language))
 
 
-def _frequencies(part: Mapping[str, Any], longest: int, length: int) -> int:
-    kind = part.get("rope_type")
-    if kind == "longrope":
-        return int(length > part.get("original_max_position_embeddings", longest))
-    return max(length, longest) if kind == "dynamic" else 0
+def _key(parameters: Mapping[str, Any], max_positions: int, length: int) -> int:
+    rope_type = parameters.get("rope_type")
+    if rope_type == "longrope":
+        return int(length > parameters.get("original_max_position_embeddings", max_positions))
+    return max(length, max_positions) if rope_type == "dynamic" else 0
 
 
-def forget_longest(language: nn.Module) -> None:
+def reset_frequencies_per_call(language: nn.Module) -> None:
     """Makes the frequencies of ``language`` depend only on the current input.
 
-    transformers keeps those of the longest input so far, so that answers would depend on earlier prompts.
+    transformers keeps those of the longest input so far, which would make answers depend on earlier prompts.
     """
     for module in language.modules():
-        if hasattr(module, _LONGEST) and hasattr(module, "original_max_seq_len"):
-            module.register_forward_pre_hook(_forget)
+        if hasattr(module, _MAX_LENGTH) and hasattr(module, "original_max_seq_len"):
+            module.register_forward_pre_hook(_reset)
 
 
-def _forget(module: Any, _args: Any) -> None:
-    for name in [each for each in vars(module) if each.endswith(_LONGEST)]:
-        prefix = name.removesuffix(_LONGEST)
+def _reset(module: Any, _args: Any) -> None:
+    for name in [each for each in vars(module) if each.endswith(_MAX_LENGTH)]:
+        prefix = name.removesuffix(_MAX_LENGTH)
         if getattr(module, name) > module.original_max_seq_len and hasattr(module, f"{prefix}inv_freq"):
-            now = getattr(module, f"{prefix}inv_freq")
-            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(now.device))
+            current = getattr(module, f"{prefix}inv_freq")
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(current.device))
             setattr(module, name, module.original_max_seq_len)
 
 
-def _parts(language: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
-    """The parameters of its position embeddings; one for each kind of layer, where these differ."""
-    given = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
-    yield from (given, *(part for part in given.values() if isinstance(part, dict)))
+def _rope_parameters(language: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
+    """The parameters of its position embeddings; also those of each layer type, if they differ."""
+    parameters = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
+    yield from (parameters, *(each for each in parameters.values() if isinstance(each, dict)))

@@ -1,1 +1,1 @@
-"""The typed recipe: its frame, loading with file and line, overrides, the JSON schema."""
+"""Recipes: typed sections, loading with line numbers, overrides and the JSON schema."""

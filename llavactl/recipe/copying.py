@@ -1,4 +1,4 @@
-"""Copying a registered recipe to where it can be edited."""
+"""Copies a recipe to an editable file."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _EXTENDS = re.compile(r"^extends:[ \t]*(['\"]?)(?P<parent>[^'\"#\n]+?)\1(?=[ \t]
 
 
 def copy(name: str, destination: Path | None = None, *, force: bool = False) -> Path:
-    """Writes the recipe ``name`` to ``destination`` (a file or a folder; default ``./recipe.yaml``) and returns it.
+    """Copies the recipe ``name`` to ``destination`` (a file or a folder; default ``./recipe.yaml``); returns the file.
 
-    Comments are kept. A parent named by path is named absolutely in the copy, so that the copy finds it too.
+    Comments are kept. A relative path in ``extends`` becomes absolute.
 
     Raises:
-        RecipeError: there is no such recipe, or the file exists and ``force`` isn't set.
+        RecipeError: the recipe doesn't exist, the file can't be written, or it exists and ``force`` isn't set.
     """
-    place = find(name)
+    source = find(name).file
     destination = destination or Path(DEFAULT)
     file = destination / DEFAULT if destination.is_dir() else destination
     if file.exists() and not force:
-        raise RecipeError(f"{display(file)} exists", hint="--force overwrites it, or name another file")
-    text = content(place.file)
+        raise RecipeError(f"{display(file)} exists", hint="pass --force to overwrite it, or another file")
+    text = content(source)
     try:
-        write_atomic(file, _EXTENDS.sub(lambda line: _extends(line["parent"], place.file.parent), text))
+        write_atomic(file, _EXTENDS.sub(lambda match: _extends(match["parent"], source.parent), text))
     except OSError as error:
         raise RecipeError(f"{display(file)} can't be written: {error.strerror}") from error
     return file

@@ -1,8 +1,7 @@
-"""A recipe file as a tree that knows where everything was said: reading, merging, setting one value.
+"""A recipe file as a tree of nodes with file and line: reading, merging, setting one value.
 
-YAML 1.2 through ruamel.yaml's composer: ``1e-3`` is a number, ``on`` and ``no`` are text, and
-each node has its line. Values are built here from the nodes, never from tags, so no file can
-make an object; ``<<`` is an ordinary key, as YAML 1.2 has it.
+YAML 1.2, parsed with ruamel.yaml's composer: ``1e-3`` is a number, ``on`` and ``no`` are strings, ``<<`` is an ordinary
+key. Values are built from the composed nodes, not by tag constructors, so a file can't create Python objects.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from llavactl.core.options import Located
 from llavactl.core.validation import Key
 
 MAX_BYTES = 1_000_000
-"""No recipe is larger; weights given as a recipe by mistake are."""
+"""Larger files are refused, such as weights passed by mistake."""
 
 MAX_VALUES = 100_000
-"""Aliases of aliases can make a small file enormous."""
+"""Nested aliases can expand a small file to any size."""
 
 _TAG = "tag:yaml.org,2002:"
 _TRUTH = {"true": True, "false": False}
@@ -30,13 +29,13 @@ _SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 
 @dataclass
 class Node:
-    """A value (scalar, mapping or list of nodes) and ``where`` it is said: ``file:line`` or ``-o key=value``."""
+    """A value (scalar, mapping or list of nodes) and its origin ``where``: ``file:line`` or ``-o key=value``."""
 
     value: Any
     where: str
 
     def plain(self) -> Any:
-        """The value alone."""
+        """The value, without origins."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -44,56 +43,56 @@ class Node:
         return self.value
 
     def get(self, key: Key) -> Node | None:
-        """What lies under ``key``, if anything."""
+        """The node at ``key``; None if it doesn't exist."""
         if isinstance(self.value, dict):
             return self.value.get(key)
         if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
             return self.value[key]
         return None
 
-    def whereabouts(self, path: Sequence[Key]) -> str:
-        """Where the value at ``path`` is said, or the nearest thing around it that is."""
+    def origin(self, path: Sequence[Key]) -> str:
+        """The origin of the value at ``path``, or of the innermost existing value that contains it."""
         inner = self.get(path[0]) if path else None
-        return self.where if inner is None else inner.whereabouts(path[1:])
+        return self.where if inner is None else inner.origin(path[1:])
 
 
 def parse(text: str, base: Path, where: Callable[[int], str], problems: list[Problem]) -> Node:
-    """``text`` as a tree; relative paths in it are relative to ``base``, ``where`` names a line.
+    """Parses ``text``. Relative paths are relative to ``base``; ``where`` returns the origin of a line.
 
-    Twice-said keys and unknown tags go to ``problems``.
+    Duplicate keys and unknown tags are appended to ``problems``.
 
     Raises:
-        RecipeError: it isn't YAML.
+        RecipeError: ``text`` is not YAML.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     yaml = YAML(typ="safe", pure=True)
-    yaml.composer.warn_double_anchors = False  # the second anchor wins, as YAML has it
+    yaml.composer.warn_double_anchors = False  # as in YAML, the second anchor replaces the first
     try:
         root = yaml.compose(text)
         return _Builder(base, where, problems).build(root)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _refused(where(line), f"not YAML: {_yaml_problem(error)}") from error
+        raise _refused(where(line), f"invalid YAML: {_yaml_problem(error)}") from error
     except YAMLError as error:
         raise _refused(where(1), "not a text file") from error
     except RecursionError as error:
-        raise _refused(where(1), "nested too deeply, or an alias holds itself") from error
+        raise _refused(where(1), "nested too deeply, or an alias contains itself") from error
 
 
 def read(file: Path, base: Path, problems: list[Problem]) -> Node:
-    """The recipe in ``file``, a mapping.
+    """Parses the recipe ``file``.
 
     Raises:
-        RecipeError: no such file, or it holds something else.
+        RecipeError: the file can't be read or is not a mapping.
     """
     shown = display(file)
     root = parse(content(file), base, lambda line: f"{shown}:{line}", problems)
     if root.value is None:
-        raise _refused(shown, "empty")
+        raise _refused(shown, "the file is empty")
     if not isinstance(root.value, dict):
-        raise _refused(root.where, "not a recipe: the file must hold `key: value` lines")
+        raise _refused(root.where, "expected a mapping (`key: value` lines)")
     return root
 
 
@@ -101,14 +100,14 @@ def content(file: Path) -> str:
     """The text of a recipe file.
 
     Raises:
-        RecipeError: no such file, or it can't be a recipe.
+        RecipeError: the file can't be read, is too large or is not text.
     """
     shown = display(file)
     try:
         if file.is_dir():
-            raise _refused(shown, "a folder, not a recipe file", hint=_inside(file))
+            raise _refused(shown, "expected a file, got a folder", hint=_recipes_in(file))
         if file.stat().st_size > MAX_BYTES:
-            raise _refused(shown, f"not a recipe: {file.stat().st_size} bytes")
+            raise _refused(shown, f"too large for a recipe: {file.stat().st_size} bytes, limit {MAX_BYTES}")
         return file.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise _refused(shown, "no such file") from error
@@ -119,15 +118,16 @@ def content(file: Path) -> str:
 
 
 def merge(parent: Node, child: Node, *, top: bool = True) -> Node:
-    """``child`` over ``parent``: mappings merge, anything else of the child's replaces.
+    """``parent`` with the values of ``child``: mappings are merged, other values are replaced.
 
-    A component with another ``name`` replaces the parent's whole: options of one mean nothing to
-    another. So does a recipe's name its ``run_dir``: two recipes must not share a run folder by accident.
+    A component with another ``name`` replaces the component of the parent, as options differ between components.
+    ``run_dir`` is not inherited by a recipe with another ``name``, so that runs don't share a folder by accident.
     """
     if not isinstance(parent.value, dict) or not isinstance(child.value, dict):
         return child
     name = child.get("name")
-    renamed = name is not None and (before := parent.get("name")) is not None and before.value != name.value
+    parent_name = parent.get("name")
+    renamed = name is not None and parent_name is not None and parent_name.value != name.value
     if renamed and not top:
         return child
     merged = {key: node for key, node in parent.value.items() if not (renamed and key == "run_dir")}
@@ -136,38 +136,38 @@ def merge(parent: Node, child: Node, *, top: bool = True) -> Node:
     return Node(merged, child.where)
 
 
-def put(here: Node, path: Sequence[str], new: Node, said: str = "") -> str:
-    """Sets the value at ``path`` below ``here`` (``said`` so far), making sections on the way.
+def put(node: Node, path: Sequence[str], new: Node, parents: str = "") -> str:
+    """Sets the value at ``path`` below ``node`` (whose dotted path is ``parents``); missing mappings are created.
 
-    Returns what is wrong, or nothing. A list takes one item more than it has, so that lists can be begun.
+    An index one past the end of a list appends an item. Returns a problem, or "" on success.
     """
     key, rest = path[0], path[1:]
-    at: Any = key
-    if isinstance(here.value, list):
-        if not key.isdecimal() or int(key) > len(here.value):
-            return f"{said} is a list of {len(here.value)}; its items are numbered from 0, and there is no {key!r}"
-        at = int(key)
-        if at == len(here.value):
-            here.value.append(Node(None, new.where))
-    elif isinstance(here.value, dict):
-        here.value.setdefault(at, Node(None, new.where))
+    index: Any = key
+    if isinstance(node.value, list):
+        if not key.isdecimal() or int(key) > len(node.value):
+            return f"{parents} is a list of {len(node.value)} items: expected an index from 0, got {key!r}"
+        index = int(key)
+        if index == len(node.value):
+            node.value.append(Node(None, new.where))
+    elif isinstance(node.value, dict):
+        node.value.setdefault(index, Node(None, new.where))
     else:
-        return f"{said} is {here.value!r}; there is nothing below it"
+        return f"{parents} is {node.value!r}, which has no keys"
     if not rest:
-        here.value[at] = new
+        node.value[index] = new
         return ""
-    if here.value[at].value is None:
-        here.value[at] = Node([] if rest[0].isdecimal() else {}, new.where)
-    return put(here.value[at], rest, new, f"{said}.{key}".lstrip("."))
+    if node.value[index].value is None:
+        node.value[index] = Node([] if rest[0].isdecimal() else {}, new.where)
+    return put(node.value[index], rest, new, f"{parents}.{key}".lstrip("."))
 
 
 def write(data: Any) -> str:
-    """Plain data as YAML that YAML 1.1 readers (PyYAML) take for the same numbers: ``2.0e-05``, not ``2e-05``."""
+    """``data`` as YAML. Numbers are written so that YAML 1.1 readers (PyYAML) agree: ``2.0e-05``, not ``2e-05``."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import SafeRepresenter
 
     class Representer(SafeRepresenter):
-        """ruamel's, with a point in every number that isn't whole."""
+        """Writes floats with a decimal point."""
 
     def number(self: Any, value: float) -> Any:
         text = repr(value)
@@ -188,7 +188,7 @@ def write(data: Any) -> str:
 
 
 def display(file: Path) -> str:
-    """The file as a user would name it: relative to the working directory when it lies below."""
+    """The path of ``file`` for messages: relative to the working directory if it is inside."""
     try:
         return str(file.absolute().relative_to(Path.cwd()))
     except ValueError:
@@ -203,7 +203,7 @@ class _Builder:
     values: int = field(default=0)
 
     def build(self, node: Any, path: tuple[str, ...] = (), line: int = 0) -> Node:
-        """The tree of a composed ``node``; ``line`` is that of its key, for a value on the lines below it."""
+        """The tree of a composed ``node``; ``line`` is the line of its key, which may be above the value."""
         if node is None:
             return Node(None, self.where(1))
         where = self.where(line or node.start_mark.line + 1)
@@ -211,7 +211,7 @@ class _Builder:
         if self.values > MAX_VALUES:
             raise _refused(where, f"more than {MAX_VALUES} values")
         if not str(node.tag).startswith(_TAG):
-            self.problems.append(Problem(where, ".".join(path), f"the tag {node.tag} has no meaning in a recipe"))
+            self.problems.append(Problem(where, ".".join(path), f"unsupported tag {node.tag}"))
         if node.id == "mapping":
             return Node(self._mapping(node, path), where)
         if node.id == "sequence":
@@ -220,22 +220,22 @@ class _Builder:
         return Node(Located(value, self.base) if isinstance(value, str) else value, where)
 
     def _mapping(self, node: Any, path: tuple[str, ...]) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        mapping: dict[str, Node] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            here = (*path, str(key.value))
+            key_path = (*path, str(key.value))
             if key.id != "scalar":
-                self.problems.append(Problem(self.where(line), ".".join(path), "a key must be text"))
-            elif key.value in found:
-                first = found[key.value].where
-                self.problems.append(Problem(self.where(line), ".".join(here), f"said twice; first at {first}"))
+                self.problems.append(Problem(self.where(line), ".".join(path), "expected a string as key"))
+            elif key.value in mapping:
+                first = mapping[key.value].where
+                self.problems.append(Problem(self.where(line), ".".join(key_path), f"duplicate key; first at {first}"))
             else:
-                found[key.value] = self.build(value, here, line)
-        return found
+                mapping[key.value] = self.build(value, key_path, line)
+        return mapping
 
 
 def _scalar(tag: str, text: str) -> str | float | bool | None:
-    """The value of a scalar; what no rule of YAML 1.2 makes a number is text."""
+    """The value of a scalar: a string unless YAML 1.2 defines it as null, a boolean or a number."""
     digits = text.replace("_", "").lower()
     try:
         match tag.removeprefix(_TAG):
@@ -248,13 +248,13 @@ def _scalar(tag: str, text: str) -> str | float | bool | None:
             case "float":
                 return float(_SPECIAL.get(digits, digits))
     except ValueError:
-        pass  # a number of YAML 1.1, such as 12:30:00 below a %YAML 1.1 line
+        pass  # a YAML 1.1 number, such as 12:30:00 after a %YAML 1.1 directive
     return text
 
 
-def _inside(folder: Path) -> str:
-    found = sorted(folder.glob("*.yaml"))[:5]
-    return f"it holds {', '.join(display(file) for file in found)}" if found else ""
+def _recipes_in(folder: Path) -> str:
+    files = sorted(folder.glob("*.yaml"))[:5]
+    return f"pass a file in it: {', '.join(display(file) for file in files)}" if files else ""
 
 
 def _refused(where: str, why: str, *, hint: str = "") -> RecipeError:
@@ -264,5 +264,5 @@ def _refused(where: str, why: str, *, hint: str = "") -> RecipeError:
 
 def _yaml_problem(error: Any) -> str:
     if "'\\t'" in str(error.problem):
-        return "a tab; YAML indents with spaces"
+        return "a tab; indent with spaces"
     return " ".join(str(error.problem or error.context).split())

@@ -1,10 +1,9 @@
-"""Loading a recipe: one call from a name or a path to a validated, resolved, frozen ``Recipe``.
+"""Loads recipes: from a name or path to a validated, resolved, frozen ``Recipe``.
 
     load_recipe("llava-v1.5-7b", ["stage1.epochs=2"])
 
-Every problem is found before any is reported, each as ``file:line: key: why``. A component's
-options are validated by its own options model, so a recipe that loads has absolute paths and every default
-written out; the component itself is not imported.
+All problems are reported at once, each as ``file:line: key: reason``. The options of components are validated by their
+options models, so a loaded recipe has absolute paths and all defaults; the components themselves are not imported.
 """
 
 from __future__ import annotations
@@ -21,47 +20,49 @@ from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.core.validation import KeyPath, explain
 from llavactl.recipe.document import Node, write
-from llavactl.recipe.frame import Component, Eval, Outline, Recipe, VisionRecipe
+from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
+from llavactl.recipe.sections import Eval
+from llavactl.recipe.specs import Component
+from llavactl.recipe.stages import STAGES
 
-TEMPLATES = (("language", "template"), ("stage1", "template"), ("stage2", "template"))
-"""Keys of the frame that name a template."""
+TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
+"""Recipe keys that name a template."""
 
-Found = tuple[KeyPath, str]
+KeyProblem = tuple[KeyPath, str]
 """A path in the recipe and what is wrong there."""
 
-Written = tuple[KeyPath, type[Component], dict[str, Any]]
-"""A component: its path, its class in the frame and what was written."""
-
+RawComponent = tuple[KeyPath, type[Component], dict[str, Any]]
+"""A component before validation: its path, its class in the frame and its mapping."""
 
 F = TypeVar("F", bound=Outline)
 
 
 def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """The complete recipe that ``source`` names (see ``recipe.resolve``), with ``key.path=value`` overrides.
+    """Loads the complete recipe ``source`` (see ``recipe.resolve``) with ``key.path=value`` overrides.
 
     Raises:
-        RecipeError: lists all its problems.
+        RecipeError: lists all problems of the recipe.
     """
     return load_frame(Recipe, source, overrides)
 
 
 def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequence[str] = ()) -> F:
-    """As ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
-    root, place, problems = document(source, overrides)
+    """Like ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
+    root, location, problems = document(source, overrides)
     data = root.plain()
-    data.setdefault("run_dir", Located(f"runs/{data.get('name')}", place.base))
-    found = [*_components(data), *_templates(data)]
-    whole: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
-    frame = whole if issubclass(whole, frame) else frame
+    data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
+    found = [*_resolve_components(data), *_resolve_templates(data)]
+    fullest: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
+    frame = fullest if issubclass(fullest, frame) else frame
     try:
         recipe = frame.model_validate(data)
     except ValidationError as error:
         recipe = None
         found += explain(error, frame, data)
-    problems += _placed(found, root)
+    problems += _with_origin(found, root)
     if recipe is not None and not problems:
-        problems += _asked(recipe, root)
+        problems += _plugin_problems(recipe, root)
     if recipe is None or problems:
         raise RecipeError.from_problems(sorted(dict.fromkeys(problems), key=_by_line))
     return recipe
@@ -72,27 +73,29 @@ def _required(frame: type[Outline]) -> set[str]:
 
 
 def load_eval(overrides: Sequence[str]) -> Eval:
-    """The section ``eval`` where there is no recipe: its defaults, with ``eval.key=value`` over them.
+    """The section ``eval`` without a recipe: defaults, and overrides ``eval.key=value``.
 
     Raises:
-        RecipeError: with all problems at once; an override of another section is one.
+        RecipeError: lists all problems; an override of another section is one.
     """
     root, problems = overridden(overrides)
     data = root.plain()
-    found: list[Found] = [((key,), "without a recipe (-r) `eval` alone can be set") for key in data if key != "eval"]
+    found: list[KeyProblem] = [
+        ((key,), "without a recipe (-r), only `eval` can be overridden") for key in data if key != "eval"
+    ]
     try:
         settings = Eval.model_validate(data.get("eval", {}))
     except ValidationError as error:
         settings = None
         found += [(("eval", *path), why) for path, why in explain(error, Eval, data["eval"])]
-    problems += _placed(found, root)
+    problems += _with_origin(found, root)
     if settings is None or problems:
         raise RecipeError.from_problems(problems)
     return settings
 
 
 def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:
-    """All problems of a recipe; empty if it loads. One that only generates data needs no model."""
+    """All problems of a recipe; empty if it loads. A recipe that only generates data needs no model."""
     try:
         frame = Outline if _only_generates(source, overrides) else Recipe
         load_frame(frame, source, overrides)
@@ -102,8 +105,8 @@ def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> li
 
 
 def where(key: str, source: str | Path | None, overrides: Sequence[str]) -> str:
-    """Where the recipe says ``key`` (dotted): ``file:line``, or ``-o`` and what was overridden."""
-    return document(source, overrides)[0].whereabouts(key.split("."))
+    """The origin of ``key`` (dotted) in the recipe: ``file:line``, or ``-o`` with the override."""
+    return document(source, overrides)[0].origin(key.split("."))
 
 
 def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
@@ -117,80 +120,79 @@ def dump(recipe: Outline) -> str:
     return write(recipe.model_dump(mode="json"))
 
 
-def specs(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[Written]:
-    """Every component in the raw ``data`` of a ``section``."""
+def raw_components(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[RawComponent]:
+    """Every component in the unvalidated ``data`` of a ``section``."""
     if not isinstance(data, dict):
         return
     for name, field in section.model_fields.items():
         if (inner := _model_in(field.annotation)) is None:
             continue
-        here, at = (*path, name), data.get(name)
-        for place, item in [((*here, i), item) for i, item in enumerate(at)] if isinstance(at, list) else [(here, at)]:
-            yield from specs(inner, item, place)
+        value, value_path = data.get(name), (*path, name)
+        items = [((*value_path, i), item) for i, item in enumerate(value)] if isinstance(value, list) else None
+        for item_path, item in [(value_path, value)] if items is None else items:
+            yield from raw_components(inner, item, item_path)
             if issubclass(inner, Component) and isinstance(item, dict):
-                yield place, inner, item
+                yield item_path, inner, item
 
 
-def _components(data: dict[str, Any]) -> list[Found]:
-    """Validates every component's options and writes the resolved ones into ``data``."""
-    found: list[Found] = []
-    for path, kind, given in specs(Recipe, data):
-        found += [((*path, *key), why) for key, why in _component(kind, given)]
+def _resolve_components(data: dict[str, Any]) -> list[KeyProblem]:
+    """Validates the options of all components and adds their defaults to ``data``."""
+    found: list[KeyProblem] = []
+    for path, cls, component in raw_components(Recipe, data):
+        found += [((*path, *key), why) for key, why in _resolve_component(cls, component)]
     return found
 
 
-def _component(kind: type[Component], given: dict[str, Any]) -> list[Found]:
-    name = given.get(kind.named_by)
+def _resolve_component(cls: type[Component], component: dict[str, Any]) -> list[KeyProblem]:
+    name = component.get(cls.named_by)
     if not isinstance(name, str):
-        return []  # the frame says so
+        return []  # reported by the frame
     try:
-        entry = registry().get(kind.kind, name)
-        own = {key: value for key, value in given.items() if key not in {kind.named_by, *kind.frame_keys()}}
+        entry = registry().get(cls.kind, name)
+        own = {key: value for key, value in component.items() if key not in {cls.named_by, *cls.frame_keys()}}
         options = entry.parse(own)
     except LlavactlError as error:
-        return [((kind.named_by,), sentence(error))]
+        return [((cls.named_by,), sentence(error))]
     except ValidationError as error:
-        return list(explain(error, entry.options_model(), own, also=kind.frame_keys()))
-    given.update(options.model_dump(mode="json"))
+        return list(explain(error, entry.options_model(), own, also=cls.frame_keys()))
+    component.update(options.model_dump(mode="json"))
     return []
 
 
-def _templates(data: Mapping[str, Any]) -> Iterator[Found]:
-    """Templates given by name alone; if they have options, the defaults are added for the resolved recipe."""
+def _resolve_templates(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
+    """Adds the default options to templates that are given by name only."""
     for section, key in TEMPLATES:
-        inside = data.get(section)
-        name = inside.get(key) if isinstance(inside, dict) else None
-        if isinstance(inside, dict) and isinstance(name, str):
+        values = data.get(section)
+        name = values.get(key) if isinstance(values, dict) else None
+        if isinstance(values, dict) and isinstance(name, str):
             try:
                 defaults = registry().get("templates", name).parse({}).model_dump(mode="json")
-            except (LlavactlError, ValidationError) as error:
-                yield (section, key), sentence(error) if isinstance(error, LlavactlError) else _lacks(name)
+            except LlavactlError as error:
+                yield (section, key), sentence(error)
+            except ValidationError:
+                yield (section, key), f"template {name} has required options; write {{name: {name}, …}}"
             else:
-                inside[key] = {"name": name, **defaults} if defaults else name
+                values[key] = {"name": name, **defaults} if defaults else name
 
 
-def _lacks(name: str) -> str:
-    return f"template {name} has required options: {{name: {name}, …}}"
-
-
-def _asked(recipe: Outline, root: Node) -> Iterator[Problem]:
-    """What plugins object to (hook ``check_recipe``); a problem without a place gets that of its key."""
+def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:
+    """The problems that plugins report (hook ``check_recipe``); those without an origin get that of their key."""
     document = recipe.model_dump(mode="json")
     for plugin, implementation in plugins.implementations("check_recipe"):
         with plugins.isolated(plugin):
             for problem in implementation(recipe=document) or ():
                 path = [int(key) if key.isdecimal() else key for key in problem.key.split(".")]
-                yield Problem(problem.where or root.whereabouts(path), problem.key, problem.why)
+                yield Problem(problem.where or root.origin(path), problem.key, problem.why)
 
 
-def _placed(found: Sequence[Found], root: Node) -> Iterator[Problem]:
-    """The frame and a component may both refuse a key that they share: once is enough."""
+def _with_origin(found: Sequence[KeyProblem], root: Node) -> Iterator[Problem]:
+    """Problems with file and line, one per key: the frame and a component may both report a shared key."""
     for path, why in dict(reversed(found)).items():
-        yield Problem(root.whereabouts(path), ".".join(map(str, path)), why)
+        yield Problem(root.origin(path), ".".join(map(str, path)), why)
 
 
 def _by_line(problem: Problem) -> tuple[bool, str, int, str]:
-    """Files first, line by line, then what came with -o."""
+    """Sorts by file and line; overrides come last."""
     override = problem.where.startswith("-o ")
     file, _, line = problem.where.rpartition(":")
     if override or not line.isdecimal():

@@ -1,8 +1,7 @@
-"""From what a user types to one tree: finding the recipe, its parents (``extends``), ``-o`` on top.
+"""Finds a recipe and resolves it to one tree: its parents (``extends``) merged, overrides (``-o``) applied.
 
-What a text names depends only on how it is written: with a path separator or a ``.yaml``/``.yml``
-suffix it is a file, otherwise a registered recipe. ``demo`` never turns into another recipe because
-someone makes a file of that name.
+A string with a path separator or the suffix ``.yaml`` or ``.yml`` is a file, any other string the name of a registered
+recipe. Existing files don't matter: a file named ``demo`` doesn't change the meaning of ``demo``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
-from llavactl.core.paths import expanded
+from llavactl.core.paths import expand_user
 from llavactl.core.registry import registry
 from llavactl.recipe.document import Node, display, merge, parse, put, read
 
@@ -23,103 +22,104 @@ DEFAULT = "recipe.yaml"
 
 @dataclass(frozen=True)
 class RecipeLocation:
-    """Where a recipe lies, and the folder that the paths in it are relative to."""
+    """The file of a recipe, and the folder that its paths are relative to."""
 
     file: Path
     base: Path
 
 
 def find(source: str | Path | None) -> RecipeLocation:
-    """The recipe that ``source`` names; None is ``./recipe.yaml``.
+    """Finds the recipe ``source``; None means ``./recipe.yaml``.
 
-    A file's paths are relative to its folder, those of a recipe given by name to the working directory.
+    Paths in a file are relative to its folder, paths in a registered recipe to the working directory.
 
     Raises:
-        RecipeError: there is none; the hint lists the recipes.
+        RecipeError: the recipe doesn't exist; the hint lists the recipes.
     """
     if source is None:
         if not Path(DEFAULT).is_file():
             raise RecipeError(
-                f"there is no ./{DEFAULT} here",
-                hint=f"`llavactl recipes copy NAME` writes one, or -r NAME|PATH; recipes: {_known()}",
+                f"./{DEFAULT} not found",
+                hint=f"create it with `llavactl recipes copy NAME`, or pass -r NAME|PATH; recipes: {_names()}",
             )
         source = Path(DEFAULT)
     if is_path(source):
-        file = expanded(source).absolute()
+        file = expand_user(source).absolute()
         return RecipeLocation(file, file.parent)
     return RecipeLocation(_registered(str(source)), Path.cwd())
 
 
 def is_path(source: str | Path) -> bool:
-    """True for a path, False for a recipe's name."""
+    """Whether ``source`` is a path, not the name of a registered recipe."""
     return isinstance(source, Path) or source.endswith((".yaml", ".yml")) or os.sep in source or "/" in source
 
 
 def document(source: str | Path | None, overrides: Sequence[str]) -> tuple[Node, RecipeLocation, list[Problem]]:
-    """The recipe's tree with parents merged and ``overrides`` applied, and what was wrong on the way.
+    """The tree of the recipe with parents merged and ``overrides`` applied, its location, and problems.
 
     Raises:
-        RecipeError: there is no tree to go on with.
+        RecipeError: a file can't be read or parsed.
     """
     problems: list[Problem] = []
-    place = find(source)
-    root = _with_parents(place, problems, ())
+    location = find(source)
+    root = _with_parents(location, problems, ())
     for override in overrides:
         problems += _override(root, override)
-    return root, place, problems
+    return root, location, problems
 
 
 def overridden(overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
-    """The tree of ``overrides`` alone, and what is wrong with them."""
+    """The tree of ``overrides`` without a recipe, and their problems."""
     root = Node({}, "-o")
     return root, [problem for override in overrides for problem in _override(root, override)]
 
 
-def _with_parents(place: RecipeLocation, problems: list[Problem], below: tuple[Path, ...]) -> Node:
-    child = read(place.file, place.base, problems)
+def _with_parents(location: RecipeLocation, problems: list[Problem], children: tuple[Path, ...]) -> Node:
+    """The tree of a recipe merged over its parents; ``children`` are the files that extend it."""
+    child = read(location.file, location.base, problems)
     extends = child.value.pop("extends", None)
     if extends is None:
         return child
-    line = (*below, place.file)
+    chain = (*children, location.file)
     try:
-        parent = _parent(extends.value, place)
-        if parent.file.resolve() in [file.resolve() for file in line]:
-            raise RecipeError(f"extends itself: {' → '.join(display(file) for file in (*line, parent.file))}")
+        parent = _parent(extends.value, location)
+        if parent.file.resolve() in [file.resolve() for file in chain]:
+            raise RecipeError(f"extends itself: {' → '.join(display(file) for file in (*chain, parent.file))}")
     except RecipeError as error:
-        said = Problem(extends.where, "extends", sentence(error))
-        raise RecipeError.from_problems([*problems, said]) from error
-    return merge(_with_parents(parent, problems, line), child)
+        problem = Problem(extends.where, "extends", sentence(error))
+        raise RecipeError.from_problems([*problems, problem]) from error
+    return merge(_with_parents(parent, problems, chain), child)
 
 
 def _parent(extends: object, child: RecipeLocation) -> RecipeLocation:
-    """The parent's place. A path is relative to the child's file.
+    """The location of the parent recipe. A path is relative to the child's file.
 
-    A parent found by name has no folder of its own: its paths are relative to what its child's are.
+    Paths in a registered parent are relative to the same folder as the paths in the child.
     """
     if not isinstance(extends, str) or not extends:
-        raise RecipeError("must be the name or the path of a recipe")
+        raise RecipeError("expected the name or path of a recipe")
     if not is_path(extends):
         return RecipeLocation(_registered(extends), child.base)
-    file = Path(child.file.parent, expanded(extends))
+    file = Path(child.file.parent, expand_user(extends))
     if not file.is_file():
-        raise RecipeError(f"there is no recipe file {display(file)}")
+        raise RecipeError(f"recipe file {display(file)} not found")
     return RecipeLocation(file, file.parent if child.base == child.file.parent else child.base)
 
 
 def _registered(name: str) -> Path:
     if name not in registry().names("recipes") and Path(name).is_file():
-        raise RecipeError(f"there is no recipe named {name!r}", hint=f"for the file write ./{name}")
+        raise RecipeError(f"unknown recipe {name!r}", hint=f"pass ./{name} for the file")
     return registry().get("recipes", name).path()
 
 
-def _known() -> str:
+def _names() -> str:
     return ", ".join(registry().names("recipes"))
 
 
 _SECRET = re.compile(
     r"""((?:api_?key|token|secret|password|authorization)["']?\s*[:=]\s*|//(?=[^/\s]*@))[^\s,}@]+""", re.I
 )
-"""What a message doesn't repeat of an -o: it may be logged."""
+"""Values of overrides that messages mask, as messages may be logged."""
 
 
 def _override(root: Node, override: str) -> list[Problem]:
@@ -127,7 +127,7 @@ def _override(root: Node, override: str) -> list[Problem]:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        return [Problem(where, "", "must be key.path=value")]
+        return [Problem(where, "", "expected key.path=value")]
     problems: list[Problem] = []
     try:
         new = parse(text, Path.cwd(), lambda _: where, problems)
@@ -139,5 +139,5 @@ def _override(root: Node, override: str) -> list[Problem]:
 
 
 def sentence(error: LlavactlError) -> str:
-    """The message and its hint as one clause, for a problem among others."""
+    """The message with its hint, as the reason of a problem."""
     return f"{error.message}; {error.hint}" if error.hint else error.message

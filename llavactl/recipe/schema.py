@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe file, for editors: the frame, and in it every registered component's options."""
+"""The JSON schema of recipe files, for editors. It includes the options of all registered components."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from typing import Any
 
 from llavactl.core import plugins
 from llavactl.core.registry import Registration, registry
-from llavactl.recipe.frame import Component, Export, Recipe, Spec
+from llavactl.recipe.frame import Recipe
+from llavactl.recipe.specs import Component, Export, Spec
 
 
 def schema() -> dict[str, Any]:
-    """The schema: a component is one of those registered for its kind, distinguished by name.
+    """The JSON schema. A component is one of the registered components of its kind, selected by ``name``.
 
-    A recipe that ``extends`` another may leave out anything, a component's ``name`` too.
+    No key is required in a recipe with ``extends``, not even the ``name`` of a component.
     """
-    whole = Recipe.model_json_schema()
-    definitions = whole["$defs"]
+    recipe = Recipe.model_json_schema()
+    definitions = recipe["$defs"]
     kinds: tuple[type[Component], ...] = (*Spec.__subclasses__(), Export)
     for spec in kinds:
         if spec.__name__ in definitions:
             definitions[spec.__name__] = _choice(spec, definitions[spec.__name__], definitions)
-    required = [key for key in whole.pop("required") if key != "run_dir"]
-    whole["properties"]["extends"] = {"type": "string", "description": "the recipe under this one: a name or a path"}
+    required = [key for key in recipe.pop("required") if key != "run_dir"]
+    recipe["properties"]["extends"] = {"type": "string", "description": "parent recipe: a name or a path"}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **whole,
+        **recipe,
         "anyOf": [{"required": required}, {"required": ["extends"]}],
     }
 
 
 def _choice(spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """``oneOf`` the registered components of ``spec``'s kind; ``shared`` are the keys that the frame gives them all."""
-    options = [{"title": "the parent recipe's component, changed", "not": {"required": [spec.named_by]}}]
+    """``oneOf`` the registered components of ``spec``'s kind; ``shared`` is the schema of the keys of all of them."""
+    options = [{"title": "changes to the parent recipe's component", "not": {"required": [spec.named_by]}}]
     for entry in registry().entries.get(spec.kind, {}).values():
         with plugins.isolated(entry.plugin):
             options.append(_component(entry, spec, shared, definitions))

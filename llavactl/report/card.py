@@ -1,4 +1,4 @@
-"""A model card: what an export is, what it was trained on and how, what it scored, and what it can't do."""
+"""The model card of an export: usage, components, data, training, scores, licenses, limitations, versions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavactl.core.registry import spelled
+from llavactl.core.registry import format_spec
+from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
 
 USE = {
@@ -25,15 +26,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("base", dtype="auto"), ".")
 processor = AutoProcessor.from_pretrained("base")
 ```""",
-    "llava": "This is the original LLaVA's layout: its own programs, and `llavactl chat --model`, load it.",
+    "llava": "This is the layout of the original LLaVA: load it with LLaVA's code or with `llavactl chat --model`.",
 }
 
 
 def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
-    """The card (Markdown) of the model folder ``model`` exported in format ``form``.
+    """The model card (Markdown) of the model folder ``model`` exported in the format ``form``.
 
-    ``stop_strings`` must be given to the program that loads it.
-    What is not known, as of a model that another program trained, is said to be unknown.
+    ``stop_strings`` must be passed to the program that loads the model. Sections without information, such as the
+    training of a model from elsewhere, read "Unknown."
     """
     description = read_document(model / "llavactl.json")
     run = model.parent.parent
@@ -51,15 +52,14 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
     ]
     parts = [
         "\n".join(head),
-        "A LLaVA-type vision-language model: a frozen vision backbone, a connector and a language model, trained with "
-        "llavactl.",
-        _section("Use", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
-        _section("What it is made of", _made_of(description)),
+        "A LLaVA-type vision-language model (frozen vision encoder, connector, language model), trained with llavactl.",
+        _section("Usage", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
+        _section("Components", _components(description)),
         _section("Data", _data(recipe)),
         _section("Training", _training(recipe, description, run)),
         _section("Scores", _scores(run)),
-        _section("Licences", [_licence(base) for base in bases if base]),
-        _section("Limits", _limits(description)),
+        _section("Licenses", [_license(base) for base in bases if base]),
+        _section("Limitations", _limitations(description)),
         _section("Versions", _versions(description)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -69,12 +69,12 @@ def _section(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"## {title}", "", *(lines or ["Unknown."])])
 
 
-def _stopping(texts: Sequence[str]) -> list[str]:
-    if not texts:
+def _stopping(stop_strings: Sequence[str]) -> list[str]:
+    if not stop_strings:
         return []
-    given = f"stop_strings={list(texts)!r}, tokenizer=processor.tokenizer"
+    arguments = f"stop_strings={list(stop_strings)!r}, tokenizer=processor.tokenizer"
     return ["", "Pass the stop string, which is not a single token, to `generate`:", "",
-            f"```python\nmodel.generate(**inputs, {given})\n```"]  # fmt: skip
+            f"```python\nmodel.generate(**inputs, {arguments})\n```"]  # fmt: skip
 
 
 def _library(form: str) -> list[str]:
@@ -85,23 +85,23 @@ def _base(spec: Any) -> str:
     return str(spec.get("model") or spec.get("name")) if isinstance(spec, Mapping) else ""
 
 
-def _made_of(description: Mapping[str, Any]) -> list[str]:
-    shown = []
+def _components(description: Mapping[str, Any]) -> list[str]:
+    rows = []
     for key in ("vision", "connector", "language"):
         spec = description.get(key) or {}
         options = ", ".join(f"{option} {_short(value)}" for option, value in spec.items() if option != "name")
-        shown.append(f"- {key}: `{spec.get('name', 'unknown')}`" + (f" ({options})" if options else ""))
-    return [*shown, f"- conversation template: `{spelled(description.get('template') or 'unknown')}`"]
+        rows.append(f"- {key}: `{spec.get('name', 'unknown')}`" + (f" ({options})" if options else ""))
+    return [*rows, f"- conversation template: `{format_spec(description.get('template') or 'unknown')}`"]
 
 
 def _data(recipe: Mapping[str, Any]) -> list[str]:
     rows = []
     for stage, sources in (recipe.get("data") or {}).items():
         for spec in sources or []:
-            what = ", ".join(
+            options = ", ".join(
                 f"{k} {_short(v)}" for k, v in spec.items() if k not in ("name", "images") and v is not None
             )
-            rows.append(f"- {stage}: `{spec.get('name')}` ({what})")
+            rows.append(f"- {stage}: `{spec.get('name')}` ({options})")
     return rows
 
 
@@ -117,48 +117,49 @@ def _training(recipe: Mapping[str, Any], description: Mapping[str, Any], run: Pa
         "cooldown",
         "precision",
     )
-    for stage in ("stage1", "stage2"):
+    for stage in STAGES.values():
         report = read_document(run / stage / "report.json")
         if not report:
             continue
         settings = recipe.get(stage) or {}
-        said = ", ".join(f"{key} {settings[key]}" for key in keys if settings.get(key) is not None)
+        options = ", ".join(f"{key} {settings[key]}" for key in keys if settings.get(key) is not None)
         loss = f"{report['steps']} steps on {report['samples']} samples, loss {report['loss']:.4f}"
-        held = f", validation {report['val_loss']:.4f}" if report.get("val_loss") is not None else ""
-        rows.append(f"- {stage}: {loss}{held}; {said}")
+        validation = f", validation loss {report['val_loss']:.4f}" if report.get("val_loss") is not None else ""
+        rows.append(f"- {stage}: {loss}{validation}; {options}")
     return rows if rows or description.get("versions") else []
 
 
 def _scores(run: Path) -> list[str]:
     rows = []
     for file in sorted((run / "eval").glob("*.json")):
-        found = read_document(file)
-        scores = {key: each for key, each in (found.get("scores") or {}).items() if isinstance(each, int | float)}
-        said = ", ".join(
-            f"{key} {each:.1f}" if isinstance(each, float) else f"{key} {each}" for key, each in scores.items()
+        report = read_document(file)
+        scores = {key: value for key, value in (report.get("scores") or {}).items() if isinstance(value, int | float)}
+        listed = ", ".join(
+            f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in scores.items()
         )
-        rows.append(f"- `{found.get('task')}`, protocol `{found.get('protocol')}`, {found.get('n')} questions: {said}")
-    return rows or ["None was measured."]
+        task, protocol, questions = report.get("task"), report.get("protocol"), report.get("n")
+        rows.append(f"- `{task}`, protocol `{protocol}`, {questions} questions: {listed}")
+    return rows or ["Not evaluated."]
 
 
-def _licence(base: str) -> str:
-    """What the base says of its licence in its own card, where that lies beside it."""
+def _license(base: str) -> str:
+    """The license in the model card of ``base``, if ``base`` is a folder with one."""
     _, _, rest = _text(Path(base) / "README.md").partition("---\n")
     for line in rest.partition("\n---")[0].splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("license", "license_name") and value.strip():
             return f"- `{_short(base)}`: {value.strip()}"
-    return f"- `{_short(base)}`: see where it came from; its terms hold for this model too"
+    return f"- `{_short(base)}`: see its source; its license also applies to this model"
 
 
-def _limits(description: Mapping[str, Any]) -> list[str]:
-    said = ["- It may describe what is not in an image, and says wrong things as fluently as right ones."]
+def _limitations(description: Mapping[str, Any]) -> list[str]:
+    rows = ["- It may hallucinate objects that are not in the image; wrong answers are as fluent as right ones."]
     if description.get("stage") == 1:
-        said.append("- Stage 1 alone: the connector is aligned, the model has not learned to follow instructions.")
+        rows.append("- Stage 1 only: the connector is aligned, but the model is not instruction-tuned.")
     grid = (description.get("shape") or {}).get("grid")
     if grid:
-        said.append(f"- It sees an image as {grid[0]}×{grid[1]} patches: small print and small things are lost.")
-    return said
+        rows.append(f"- Images are encoded as {grid[0]}×{grid[1]} patches: small text and small objects are lost.")
+    return rows
 
 
 def _versions(description: Mapping[str, Any]) -> list[str]:
@@ -166,7 +167,7 @@ def _versions(description: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """A path's last part: a card goes to others, who have no use for this machine's folders."""
+    """``value``, an absolute path reduced to its last part: the card is published, local folders are meaningless."""
     text = str(value)
     return Path(text).name if Path(text).is_absolute() else text
 

@@ -1,4 +1,4 @@
-"""What a model got wrong, beside the pictures: a page and a Markdown file of the worst answers and of some of all."""
+"""Pages of evaluated cases, in HTML and Markdown: the worst answers and a random sample, with their images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llavactl.core.schema import Answer, Question
 
 SHOWN = 24
-"""Cases of each group."""
+"""Cases per group."""
 
 
 def write_cases(
@@ -29,14 +29,14 @@ def write_cases(
     answers: Mapping[str, Answer],
     scored: Scores,
 ) -> Path:
-    """Writes ``folder/TASK.html`` and ``folder/TASK.md`` of a scored task; returns the page's path.
+    """Writes ``folder/TASK.html`` and ``folder/TASK.md`` of an evaluated task; returns the path of the HTML page.
 
-    ``report`` is the task's ``--json`` document. The same answers give the same cases.
+    ``report`` is the task's ``--json`` document. The selection is deterministic.
     """
     name = str(report["task"])
-    grades = scored.grades or {each: float(right) for each, right in scored.right.items()}
-    groups = [("The worst answers", _worst(questions, grades)), ("Some of all answers", _some(questions))]
-    rows = [(title, [_row(folder / name, each, answers, grades) for each in group]) for title, group in groups]
+    grades = scored.grades or {key: float(right) for key, right in scored.right.items()}
+    groups = [("Worst answers", _worst(questions, grades)), ("Random answers", _random(questions))]
+    rows = [(title, [_row(folder / name, case, answers, grades) for case in group]) for title, group in groups]
     page = template("cases.html").render(
         name=name,
         about=about(report),
@@ -49,13 +49,13 @@ def write_cases(
 
 
 def _worst(questions: Sequence[Question], grades: Mapping[str, float]) -> list[Question]:
-    """Those of the lowest grades below 1; among equals chance decides, or all would be about the first pictures."""
-    wrong = [each for each in questions if grades.get(each.id, 1.0) < 1]
+    """The questions with the lowest grades below 1; ties are shuffled, or all would be about the first images."""
+    wrong = [question for question in questions if grades.get(question.id, 1.0) < 1]
     random.Random(0).shuffle(wrong)
-    return sorted(wrong, key=lambda each: grades[each.id])[:SHOWN]
+    return sorted(wrong, key=lambda question: grades[question.id])[:SHOWN]
 
 
-def _some(questions: Sequence[Question]) -> list[Question]:
+def _random(questions: Sequence[Question]) -> list[Question]:
     return random.Random(1).sample(list(questions), min(SHOWN, len(questions)))
 
 
@@ -80,9 +80,9 @@ def _markdown(
             if row["file"]:
                 lines += [f"![](<{Path(row['file']).relative_to(folder).as_posix()}>)", ""]
             elif row["image"]:
-                lines += [f"Picture: {_plain(row['image'])}", ""]
-            told = ("Question", "question"), ("Answer", "answer"), ("In the data", "reference")
-            lines += [line for label, key in told if row[key] for line in (f"{label}:", "", _quote(row[key]), "")]
+                lines += [f"Image: {_plain(row['image'])}", ""]
+            parts = ("Question", "question"), ("Answer", "answer"), ("Reference", "reference")
+            lines += [line for label, key in parts if row[key] for line in (f"{label}:", "", _indented(row[key]), "")]
     return "\n".join(lines)
 
 
@@ -93,10 +93,10 @@ def _table(table: Table) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that others wrote, without a line end and without markup of HTML."""
+    """Untrusted text in one line, with HTML escaped."""
     return html.escape(" ".join(text.split()), quote=False)
 
 
-def _quote(text: str) -> str:
-    """A block of text as it is: whatever marks it holds are its own, and none is Markdown's."""
+def _indented(text: str) -> str:
+    """``text`` as a Markdown code block, in which no character is markup."""
     return "\n".join(f"    {line}" for line in text.splitlines())

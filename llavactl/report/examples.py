@@ -1,4 +1,4 @@
-"""Questions with their pictures and answers, kept in a run: as files to try again, and small ones for the page."""
+"""Sample questions with images and answers, stored in the run folder for the report and for ``llavactl chat``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def example(folder: Path, turns: tuple[Turn, ...], reference: str, answer: str) -> dict[str, str]:
-    """One row for the page: the last question of ``turns``, what is right and what was said.
+    """One row of the report: the last question of ``turns``, the reference answer and the model's answer.
 
-    The first image of the conversation is copied into ``folder``, whose ``file`` another command can be given;
-    one that can't be read is left out.
+    The first image of the conversation is copied into ``folder``; ``file`` is the path of the copy. An image that can't
+    be read is left out.
     """
     images = [image for turn in turns for image in turn.images]
     row = {"question": turns[-1].text.strip(), "reference": reference, "answer": answer}
-    return row | (_picture(folder, images[0]) if images else {"image": "", "thumbnail": "", "file": ""})
+    return row | (_copy(folder, images[0]) if images else {"image": "", "thumbnail": "", "file": ""})
 
 
-def _picture(folder: Path, image: ImageRef) -> dict[str, str]:
+def _copy(folder: Path, image: ImageRef) -> dict[str, str]:
     try:
         data = image.read()
     except OSError:

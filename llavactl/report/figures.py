@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and scores as a table."""
+"""Formatting of numbers and durations, and scores as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MISSING = "–"
 
 
 def show(value: Any) -> str:
-    """One value: 1,234 · 12.35 · 0.001234 · yes · –."""
+    """``value`` formatted for reading: 1,234 · 12.3 · 0.001234 · yes · –."""
     if value is None or value == "":
         return MISSING
     if isinstance(value, bool):
@@ -53,49 +53,49 @@ def duration(seconds: Any) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a score table; ``share`` of 100 is drawn as a bar, ``mark`` as a tick on it, where there are such."""
+    """A row of a score table; ``percent`` is drawn as a bar and ``mark`` as a tick on it, unless None."""
 
     name: str
     cells: tuple[str, ...]
-    share: float | None = None
+    percent: float | None = None
     mark: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Scores: a column for the name, then ``columns``."""
+    """A score table; the first column has the names of the rows, ``columns`` are the others."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
 
 def score_tables(scores: Mapping[str, Any]) -> tuple[Table, ...]:
-    """``scores`` as tables: the plain ones beside the groups that are about them, then groups that stand alone.
+    """``scores`` as tables: scalars with the groups that have the same keys as columns, then all other groups as rows.
 
-    ``{"accuracy": 61.2, "chance": {"accuracy": 33.1}}`` is one line with two columns;
-    ``{"all": {"relative": 80.1, "n": 90}, "conv": {…}}`` a line a group. In scores a float is a percentage.
+    ``{"accuracy": 61.2, "chance": {"accuracy": 33.1}}`` is one row with two columns;
+    ``{"all": {"relative": 80.1, "n": 90}, "conv": {…}}`` has one row per group. A float is a percentage.
     """
-    plain = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
+    scalars = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
     groups = {name: value for name, value in scores.items() if isinstance(value, Mapping) and value}
-    beside = {name: group for name, group in groups.items() if group.keys() <= plain.keys()}
-    alone = {name: group for name, group in groups.items() if name not in beside}
+    columns = {name: group for name, group in groups.items() if group.keys() <= scalars.keys()}
+    separate = {name: group for name, group in groups.items() if name not in columns}
     tables = []
-    if plain:
-        rows = [_row(name, value, beside) for name, value in plain.items()]
-        tables.append(Table(("score", *beside), tuple(rows)))
-    if alone:
-        columns = tuple(dict.fromkeys(key for group in alone.values() for key in group))
-        lines = [Row(name, tuple(show(group.get(key)) for key in columns)) for name, group in alone.items()]
-        tables.append(Table(columns, tuple(lines)))
+    if scalars:
+        rows = [_row(name, value, columns) for name, value in scalars.items()]
+        tables.append(Table(("score", *columns), tuple(rows)))
+    if separate:
+        keys = tuple(dict.fromkeys(key for group in separate.values() for key in group))
+        rows = [Row(name, tuple(show(group.get(key)) for key in keys)) for name, group in separate.items()]
+        tables.append(Table(keys, tuple(rows)))
     return tuple(tables)
 
 
-def _row(name: str, value: Any, beside: Mapping[str, Mapping[str, Any]]) -> Row:
-    others = [group.get(name) for group in beside.values()]
-    marks = [share for share in map(_share, others) if share is not None]
-    return Row(name, (show(value), *map(show, others)), _share(value), marks[0] if marks else None)
+def _row(name: str, value: Any, columns: Mapping[str, Mapping[str, Any]]) -> Row:
+    others = [group.get(name) for group in columns.values()]
+    marks = [percent for percent in map(_percent, others) if percent is not None]
+    return Row(name, (show(value), *map(show, others)), _percent(value), marks[0] if marks else None)
 
 
-def _share(value: Any) -> float | None:
-    """A percentage is a float; a count, an int, is none."""
+def _percent(value: Any) -> float | None:
+    """``value`` if it is a percentage: a float from 0 to 100. Counts are integers."""
     return value if isinstance(value, float) and 0 <= value <= 100 else None

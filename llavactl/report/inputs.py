@@ -1,16 +1,17 @@
-"""Reading a run folder as it is: what is missing, half written or not ours is left out, never an error.
+"""Reading the files of a run folder: missing, truncated or malformed content is left out and never an error.
 
-A report is made while a run goes on and after it broke, so nothing here may stop it.
+Reports are written during a run and after it failed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.errors import DataError
 from llavactl.core.paths import read_json
+from llavactl.files.json_stream import read_stream
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -18,28 +19,25 @@ def read_document(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_list(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of the list in ``path``, or []."""
-    found = _json(_text(path))
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a JSONL file; a last line cut short by a kill is left out."""
-    return [found for line in _text(path).split("\n") if isinstance(found := _json(line), dict)]
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a JSON list or JSONL file; invalid ones, such as a truncated last line, are skipped."""
+    try:
+        return [entry.value for entry in read_stream(path) if isinstance(entry.value, dict)]
+    except (OSError, DataError):
+        return []
 
 
 def read_recipe(run_dir: Path) -> tuple[str, dict[str, Any]]:
-    """The resolved recipe of a run: its text, and what it says; "" and {} before the first step."""
+    """The resolved recipe of a run as text and as a dictionary; "" and {} before the first step."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     text = _text(run_dir / "recipe.yaml")
     try:
-        found = YAML(typ="safe", pure=True).load(text) if text else None
+        recipe = YAML(typ="safe", pure=True).load(text) if text else None
     except (YAMLError, ValueError):
-        found = None
-    return text, dict(found) if isinstance(found, Mapping) else {}
+        recipe = None
+    return text, dict(recipe) if isinstance(recipe, Mapping) else {}
 
 
 def _text(path: Path) -> str:
@@ -47,10 +45,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

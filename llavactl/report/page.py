@@ -1,7 +1,7 @@
-"""report.html: a run on one page that needs nothing else, neither a network nor a script.
+"""report.html: a self-contained page about a run, without scripts or network.
 
-Whatever the run folder holds so far is shown. All text comes from data that others wrote: the template escapes
-every value, images are taken only whole and inline, and the page forbids its browser to load anything.
+It shows the results in the run folder so far. All text comes from untrusted data: the template escapes every value,
+images must be data URIs, and the content security policy forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
+from llavactl.files.eval_result import read_eval_result
 from llavactl.report.figures import MISSING, Table, duration, score_tables, show
-from llavactl.report.inputs import read_document, read_lines, read_list, read_recipe
-from llavactl.report.plots import DARK, LIGHT, draw_loss
+from llavactl.report.inputs import read_document, read_objects, read_recipe
+from llavactl.report.plots import DARK, LIGHT, PLOTS_MISSING, draw_loss, plots_available
 from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri, safe_image
 
 TIMES = "times.json"
-"""In a run folder: the seconds of each step, written by ``llavactl run``."""
+"""A file of the run folder with the seconds of each step, written by ``llavactl run``."""
 
 SHOWN_SKIPPED = 20
 STAGES = (
-    ("stage1", "Stage 1", "the connector learns to translate"),
-    ("stage2", "Stage 2", "the model learns to answer"),
+    ("stage1", "Stage 1", "train the connector, language model frozen"),
+    ("stage2", "Stage 2", "fine-tune connector and language model"),
 )
 TILES = (("steps", "steps"), ("samples", "samples"), ("loss", "final loss"), ("val_loss", "validation loss"))
 PACKAGES = ("llavactl", "torch", "transformers")
@@ -35,10 +36,14 @@ PACKAGES = ("llavactl", "torch", "transformers")
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """A question, what the data says and what the model said; ``right``: as the task says, else the same words."""
+    """A question with its reference answer and the model's answer.
+
+    ``right`` is the task's verdict, or else whether both answers have the same words. ``blind`` is the answer of the
+    shuffled-image baseline.
+    """
 
     image: str
-    picture: str
+    thumbnail: str
     question: str
     reference: str
     answer: str
@@ -48,7 +53,11 @@ class SampleAnswer:
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage as the page shows it; ``report`` is empty until the stage is finished."""
+    """A training stage on the page.
+
+    ``curves`` are the loss curves for light and dark backgrounds as data URIs, empty before the first step or without
+    matplotlib. ``facts`` are all fields of the stage's report.
+    """
 
     title: str
     purpose: str
@@ -63,25 +72,27 @@ class StageView:
 
 @dataclass(frozen=True)
 class TaskView:
-    """One scored task; ``more`` is the address of its page of cases, "" where there is none."""
+    """An evaluated task; ``cases`` is the relative URL of its page of cases, or ""."""
 
     name: str
     about: str
     tables: tuple[Table, ...]
     answers: tuple[SampleAnswer, ...]
-    more: str
+    cases: str
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes ``run_dir/report.html`` from what is in ``run_dir`` so far; returns its path."""
+    """Writes ``run_dir/report.html`` from the results in ``run_dir`` so far; returns its path."""
     text, recipe = read_recipe(run_dir)
-    skipped = read_lines(run_dir / "skipped.jsonl")
+    skipped = read_objects(run_dir / "skipped.jsonl")
+    can_plot = plots_available()
     page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
-        parts=_parts(recipe),
-        stages=[view for each in STAGES if (view := _stage(run_dir, *each))],
+        components=_components(recipe),
+        stages=[view for stage in STAGES if (view := _stage(run_dir, *stage, can_plot=can_plot))],
+        plots_missing="" if can_plot else PLOTS_MISSING,
         tasks=[_task(file) for file in sorted((run_dir / "eval").glob("*.json"))],
-        skipped=[(show(each.get("image")), show(each.get("reason"))) for each in skipped[:SHOWN_SKIPPED]],
+        skipped=[(show(row.get("image")), show(row.get("reason"))) for row in skipped[:SHOWN_SKIPPED]],
         skipped_count=len(skipped),
         times=_times(read_document(run_dir / TIMES)),
         try_next=[show(line) for line in _list(recipe.get("try_next"))],
@@ -93,8 +104,8 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _parts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    """(kind, component, its model) of what the assistant is made of."""
+def _components(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """(kind, name, model) of vision encoder, connector and language model."""
     specs = [(kind, recipe.get(kind)) for kind in ("vision", "connector", "language")]
     return tuple(
         (kind, show(spec.get("name")), Path(str(spec.get("model") or "")).name)
@@ -103,25 +114,27 @@ def _parts(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | None:
+def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bool) -> StageView | None:
     """The stage in ``folder``; None before its first step."""
     metrics = run_dir / folder / "metrics.jsonl"
     report = read_document(run_dir / folder / "report.json")
-    lines = read_lines(metrics)
+    lines = read_objects(metrics)
     if not report and not lines:
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
-    speed = [("tokens a second", show(report["tokens_per_s"]))] if "tokens_per_s" in report else []
-    light, dark = (data_uri(draw_loss(metrics, palette), "png") for palette in (LIGHT, DARK))
+    speed = [("tokens per second", show(report["tokens_per_s"]))] if "tokens_per_s" in report else []
+    curves = ("", "")
+    if lines and can_plot:
+        curves = (data_uri(draw_loss(metrics, LIGHT), "png"), data_uri(draw_loss(metrics, DARK), "png"))
     return StageView(
         title=title,
         purpose=purpose,
-        curves=(light, dark) if lines else ("", ""),
+        curves=curves,
         tiles=(*((label, show(report[key])) for key, label in TILES if report.get(key) is not None), *seconds, *speed),
         facts=tuple(
             (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
         ),
-        answers=tuple(map(sample_answer, read_list(run_dir / folder / "samples.json"))),
+        answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
         step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
@@ -129,11 +142,11 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str) -> StageView | 
 
 
 def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:
-    """A row of ``report.examples`` as the page shows it."""
+    """A row of ``report.examples`` for the page."""
     reference, answer = (show(row.get(key)).strip() for key in ("reference", "answer"))
     return SampleAnswer(
         image=show(row.get("image")),
-        picture=safe_image(row.get("thumbnail")),
+        thumbnail=safe_image(row.get("thumbnail")),
         question=show(row.get("question")),
         reference=reference,
         answer=answer,
@@ -147,47 +160,49 @@ def _words(text: str) -> str:
 
 
 def _task(file: Path) -> TaskView:
-    report = read_document(file)
+    report = read_eval_result(file)
     cases = Path("eval", "cases", f"{file.stem}.html")
     return TaskView(
         name=show(report.get("task") or file.stem),
         about=about(report),
         tables=tables(report),
-        answers=tuple(map(sample_answer, read_list(file.parent / "examples" / file.name))),
-        more=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
+        answers=tuple(map(sample_answer, read_objects(file.parent / "examples" / file.name))),
+        cases=quote(cases.as_posix()) if (file.parents[1] / cases).is_file() else "",
     )
 
 
 def about(report: Mapping[str, Any]) -> str:
-    """A scored task in a line: questions, what failed, protocol."""
+    """A one-line summary of a task: number of questions, failed questions, protocol."""
     counts = ("n", "questions"), ("failed", "failed")
-    known = [f"{show(report[key])} {word}" for key, word in counts if report.get(key)]
-    return " · ".join([*known, f"protocol {show(report['protocol'])}"] if report.get("protocol") else known)
+    facts = [f"{show(report[key])} {label}" for key, label in counts if report.get(key)]
+    return " · ".join([*facts, f"protocol {show(report['protocol'])}"] if report.get("protocol") else facts)
 
 
 def tables(report: Mapping[str, Any]) -> tuple[Table, ...]:
-    """The scores of a task, beside them their intervals and the scores of others."""
-    return score_tables(_with_those_beside(report))
+    """The scores of a task, with confidence intervals and baselines as columns."""
+    return score_tables(_with_baselines(report))
 
 
-def _with_those_beside(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores, and as groups beside them their intervals and the same scores of others."""
-    scores, ranges, others = (_mapping(report.get(key)) for key in ("scores", "interval", "beside"))
-    plain = {name: each for name, each in scores.items() if not isinstance(each, Mapping)}
-    interval = {name: _range(each) for name, each in ranges.items() if name in plain}
-    theirs = {
-        other: {name: each for name, each in _mapping(found).items() if name in plain}
-        for other, found in others.items()
+def _with_baselines(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores, with confidence intervals and the same scores of baselines as groups."""
+    scores, intervals, baselines = (_mapping(report.get(key)) for key in ("scores", "interval", "baselines"))
+    scalars = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
+    interval = {name: _range(value) for name, value in intervals.items() if name in scalars}
+    columns = {
+        baseline: {name: value for name, value in _mapping(values).items() if name in scalars}
+        for baseline, values in baselines.items()
     }
-    return {**plain, "95 %": interval, **scores, **theirs}
+    return {**scalars, "95 %": interval, **scores, **columns}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _range(each: Any) -> str:
-    return f"{show(each[0])} to {show(each[1])}" if isinstance(each, list | tuple) and len(each) == 2 else show(each)
+def _range(interval: Any) -> str:
+    if isinstance(interval, list | tuple) and len(interval) == 2:
+        return f"{show(interval[0])} to {show(interval[1])}"
+    return show(interval)
 
 
 def _list(value: Any) -> list[Any]:
@@ -195,17 +210,17 @@ def _list(value: Any) -> list[Any]:
 
 
 def _times(seconds: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(step, time) in the order they were first done, then all of them together."""
-    known = {step: each for step, each in seconds.items() if isinstance(each, int | float)}
-    rows = [(show(step), duration(each)) for step, each in known.items()]
-    return [*rows, ("together", duration(sum(known.values())))] if len(rows) > 1 else rows
+    """(step, time) in the order of the first run, then the total."""
+    known = {step: time for step, time in seconds.items() if isinstance(time, int | float)}
+    rows = [(show(step), duration(time)) for step, time in known.items()]
+    return [*rows, ("total", duration(sum(known.values())))] if len(rows) > 1 else rows
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("Python", platform.python_version())]
+    versions = [("Python", platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append((package, metadata.version(package)))
+            versions.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             continue
-    return tuple(found)
+    return tuple(versions)

@@ -1,32 +1,41 @@
-"""The loss curve of a stage, from its metrics.jsonl.
+"""Loss curves and histograms as PNG, drawn with matplotlib (the extra ``plots``).
 
-Drawn through matplotlib's objects alone: nothing global is touched, so any thread may draw.
+They use matplotlib's objects, never pyplot: no global state, so any thread may draw.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import write_atomic
-from llavactl.report.inputs import read_lines
+from llavactl.report.inputs import read_objects
+
+PLOTS_MISSING = "plots need matplotlib: pip install 'llavactl[plots]'"
 
 SMOOTHED_SHARE = 25
-"""The smoothed curve is a mean over one part in so many of all steps."""
+"""The smoothed curve is a moving average over 1/25 of all steps."""
+
+MAX_BARS = 60
+"""Bars of a histogram; values are grouped beyond that."""
+
+SHOWN_SHARE = 0.995
+"""Share of the values in a histogram: the largest are left out, as one outlier would compress all others."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours for one background."""
+    """Colors for a light or a dark background."""
 
-    ground: str
-    ink: str
+    background: str
+    text: str
     grid: str
     raw: str
     curve: str
@@ -37,40 +46,87 @@ LIGHT = Palette("#ffffff", "#4b5563", "#e5e7eb", "#a5b4fc", "#4338ca", "#d97706"
 DARK = Palette("#17191f", "#9ca3af", "#2c3039", "#4b4f8f", "#a5b4fc", "#fbbf24")
 
 
+def plots_available() -> bool:
+    """Whether matplotlib can be imported."""
+    try:
+        import matplotlib  # noqa: F401, ICN001 - only imported to see whether it can be
+    except ImportError:
+        return False
+    return True
+
+
 def plot_loss(metrics: Path, png: Path) -> None:
-    """Draws the losses in ``metrics`` to the file ``png``: each step, smoothed, and the validation loss."""
+    """Plots the losses in ``metrics`` to the file ``png``: per step, smoothed, and validation.
+
+    Raises:
+        LlavactlError: matplotlib is not installed.
+    """
     write_atomic(png, draw_loss(metrics, LIGHT))
 
 
 def draw_loss(metrics: Path, palette: Palette) -> bytes:
-    """The PNG of ``plot_loss`` in the colours of ``palette``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_lines(metrics)
+    """The PNG of ``plot_loss`` in the colors of ``palette``."""
+    lines = read_objects(metrics)
     steps, losses = _series(lines, "loss")
-    at, validation = _series(lines, "val_loss")
-    figure = Figure(figsize=(8, 3.4), dpi=144, facecolor=palette.ground, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    validation_steps, validation = _series(lines, "val_loss")
+    figure, axes = _figure(8, 3.4, palette)
+    axes.set_xlabel("step", color=palette.text)
+    axes.set_ylabel("loss per target token", color=palette.text)
     if steps:
-        raw = {"linewidth": 0.8, "label": "each step"} if len(steps) > 1 else {"marker": "o", "label": "step"}
+        raw = {"linewidth": 0.8, "label": "per step"} if len(steps) > 1 else {"marker": "o", "label": "step"}
         axes.plot(steps, losses, color=palette.raw, **raw)
     if len(steps) > 2:
         axes.plot(steps, smooth(losses), color=palette.curve, linewidth=2, label="smoothed")
-    if at:
-        axes.plot(at, validation, "o-", color=palette.validation, linewidth=1, markersize=4.5, label="validation")
-    _dress(axes, palette, [*losses, *validation])
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    if validation:
+        axes.plot(
+            validation_steps, validation, "o-", color=palette.validation, linewidth=1, markersize=4.5,
+            label="validation",
+        )  # fmt: skip
+    _log_scale_if_steep(axes, [*losses, *validation])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=palette.text)
+    else:
+        axes.text(0.5, 0.5, "no step yet", color=palette.text, ha="center", va="center", transform=axes.transAxes)
+    return _png(figure)
+
+
+def draw_histogram(counts: Mapping[int, int], xlabel: str, palette: Palette) -> bytes:
+    """The PNG of a histogram of ``counts`` ({value: frequency})."""
+    from matplotlib.ticker import MaxNLocator
+
+    edges, heights = histogram(counts)
+    figure, axes = _figure(5.2, 2.5, palette)
+    axes.set_xlabel(xlabel, color=palette.text)
+    width = edges[1] - edges[0]
+    centers = [edge + (width - 1) / 2 for edge in edges[:-1]]  # a bar of a single value is centered on it
+    axes.bar(centers, heights, width=0.92 * width, color=palette.curve, linewidth=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    return _png(figure)
+
+
+def histogram(counts: Mapping[int, int]) -> tuple[list[int], list[int]]:
+    """(edges, heights) of bars of equal width, from the smallest value to the quantile ``SHOWN_SHARE``."""
+    total, cumulative, last = sum(counts.values()), 0, max(counts)
+    for value in sorted(counts):
+        cumulative += counts[value]
+        if cumulative >= SHOWN_SHARE * total:
+            last = value
+            break
+    first = min(counts)
+    width = -(-(last - first + 1) // MAX_BARS)
+    edges = list(range(first, last + width + 1, width))
+    heights = [0] * (len(edges) - 1)
+    for value, count in counts.items():
+        if value < edges[-1]:
+            heights[(value - first) // width] += count
+    return edges, heights
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a window around each value.
+    """The mean over a centered window around each value.
 
-    It narrows towards the first value, where a loss falls fast, and is cut at the last: it lags behind nothing
-    and does not end on one step's chance.
+    The window shrinks towards the first value, where a loss falls fast, and is truncated at the last one, so the curve
+    has no lag and does not end on a single noisy step.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     count = len(values)
@@ -81,7 +137,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the lines that have a finite number for ``key``."""
+    """(steps, values) of the lines with a finite number for ``key``."""
     kept = [line for line in lines if _finite(line.get("step")) and _finite(line.get(key))]
     return [line["step"] for line in kept], [line[key] for line in kept]
 
@@ -90,25 +146,39 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _dress(axes: Any, palette: Palette, values: Sequence[float]) -> None:
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    axes.set_facecolor(palette.ground)
-    axes.set_xlabel("step", color=palette.ink)
-    axes.set_ylabel("loss a trained token", color=palette.ink)
+def _figure(width: float, height: float, palette: Palette) -> tuple[Any, Any]:
+    """A figure of ``width`` × ``height`` inches and its axes, in the colors of ``palette``."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise LlavactlError(PLOTS_MISSING, hint="pip install 'llavactl[plots]'") from error
+    figure = Figure(figsize=(width, height), dpi=144, facecolor=palette.background, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(palette.background)
     axes.grid(axis="y", color=palette.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=palette.ink, length=0)
+    axes.tick_params(which="both", colors=palette.text, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(palette.grid)
-    # A loss that falls far spends most of a linear plot on its first steps.
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _log_scale_if_steep(axes: Any, values: Sequence[float]) -> None:
+    """A loss that falls far would fill a linear plot with its first steps."""
+    from matplotlib.ticker import ScalarFormatter
+
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.margins(x=0.02)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=palette.ink)
-    else:
-        axes.text(0.5, 0.5, "no step yet", color=palette.ink, ha="center", va="center", transform=axes.transAxes)
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()

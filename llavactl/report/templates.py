@@ -1,4 +1,4 @@
-"""The pages' templates, which escape every value that they are given."""
+"""Jinja templates of the HTML pages, with autoescape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @cache
 def template(name: str) -> Template:
-    """The template in this package's file ``name``."""
+    """The template in the file ``name`` of this package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("llavactl.report", package_path="")

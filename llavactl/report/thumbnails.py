@@ -1,4 +1,4 @@
-"""Small copies of images that a page can carry inside itself."""
+"""Thumbnails of images as data URIs, embedded in HTML pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAFE = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def thumbnail(data: bytes, side: int = 224) -> str:
-    """The encoded image ``data`` as a JPEG data URI of at most ``side`` pixels a side; "" when it can't be read."""
+    """The encoded image ``data`` as a JPEG data URI of at most ``side`` × ``side`` pixels; "" if undecodable."""
     try:
         image = decode(data)
     except DataError:
@@ -25,10 +25,10 @@ def thumbnail(data: bytes, side: int = 224) -> str:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """``data`` as the address of an image of ``kind`` (``jpeg``, ``png``)."""
+    """``data`` as a data URI of an image of ``kind`` (``jpeg``, ``png``)."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def safe_image(uri: object) -> str:
-    """``uri`` where it is a JPEG or PNG that lies in it whole, else "": a page must never fetch what data names."""
+    """``uri`` if it is a JPEG or PNG data URI, else "": a page must not load URLs that data contains."""
     return uri if isinstance(uri, str) and _SAFE.fullmatch(uri) else ""

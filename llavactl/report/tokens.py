@@ -1,4 +1,4 @@
-"""The page of ``llavactl data show``: samples token by token; it needs neither a network nor a script."""
+"""The HTML page of ``llavactl data show``: samples token by token; without scripts or network."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from llavactl.report.templates import template
 from llavactl.report.thumbnails import safe_image
 
 
-def page(report: Any, pictures: Mapping[str, str]) -> str:
-    """The page of a ``ShowReport``; ``pictures`` are data URIs by the name of the image."""
+def tokens_page(report: Any, thumbnails: Mapping[str, str]) -> str:
+    """The HTML of a ``ShowReport``; ``thumbnails`` are data URIs by image name."""
     return template("tokens.html").render(
-        report=report, pictures={name: safe_image(uri) for name, uri in pictures.items()}
+        report=report, thumbnails={name: safe_image(uri) for name, uri in thumbnails.items()}
     )

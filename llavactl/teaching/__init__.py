@@ -1,1 +1,1 @@
-"""Asking a teacher for instruction data: what it is told, what it replies, and which of it is used."""
+"""Instruction data from a teacher: prompts, budgeted requests, parsed replies, and quality gates."""

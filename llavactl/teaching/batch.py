@@ -1,4 +1,4 @@
-"""Asking by files, for half the price and a day's patience: OpenAI's batch format, which others read too."""
+"""Batch files in OpenAI's format: requests to upload, and results to read."""
 
 from __future__ import annotations
 
@@ -11,50 +11,52 @@ from typing import Any
 from llavactl.core.errors import DataError, TeacherError
 from llavactl.core.paths import open_atomic
 from llavactl.core.protocols import BatchTeacher, Limits
-from llavactl.teaching.asking import Keyed, size
+from llavactl.files.json_stream import read_stream
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.journal import Journal
+from llavactl.teaching.keyed import KeyedRequest, request_size
 
-MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000
-"""Of one file: OpenAI takes 50,000 requests and 200 MB."""
+MAX_REQUESTS, MAX_BYTES = 50_000, 190_000_000
+"""Per file; OpenAI's limits are 50,000 requests and 200 MB."""
 
 
 @dataclass(frozen=True)
-class Results:
-    """What files of results brought: new ``replies`` and ``refused``; ``failed`` are to be asked again.
+class BatchResults:
+    """Counts of the results in batch files.
 
-    ``known`` had an answer already, ``strange`` belong to no request of this recipe.
+    ``replies`` and ``refused`` are new answers, ``failed`` requests will be sent again. ``already_answered`` results
+    are ignored, ``unmatched`` ones belong to no request of the recipe.
     """
 
     replies: int = 0
     refused: int = 0
     failed: int = 0
-    known: int = 0
-    strange: int = 0
+    already_answered: int = 0
+    unmatched: int = 0
 
 
-def affordable(todo: Sequence[Keyed], budget: Budget, limits: Limits) -> tuple[list[Keyed], str]:
-    """As many of ``todo`` as may be sent when each costs its most, and why no more."""
-    some: list[Keyed] = []
-    for keyed in todo:
-        most = budget.most(size(keyed.request), limits)
-        if refused := budget.refuses(most):
-            return some, refused
-        budget.sent, budget.flying = budget.sent + 1, budget.flying + (most or 0.0)
-        some.append(keyed)
-    return some, ""
+def affordable(pending: Sequence[KeyedRequest], budget: Budget, limits: Limits) -> tuple[list[KeyedRequest], str]:
+    """The first of ``pending`` whose maximum cost is within the budget, and the limit that excludes the others."""
+    selected: list[KeyedRequest] = []
+    for keyed in pending:
+        max_cost = budget.max_request_cost(request_size(keyed.request), limits)
+        if over_budget := budget.exceeded_by(max_cost):
+            return selected, over_budget
+        budget.sent, budget.reserved = budget.sent + 1, budget.reserved + (max_cost or 0.0)
+        selected.append(keyed)
+    return selected, ""
 
 
-def write_requests(teacher: BatchTeacher, todo: Sequence[Keyed], file: Path) -> list[Path]:
-    """``todo`` as files to upload: ``file``, and ``file-2`` … where one would be too large."""
+def write_requests(teacher: BatchTeacher, pending: Sequence[KeyedRequest], file: Path) -> list[Path]:
+    """Writes ``pending`` to files for upload: ``file``, and ``file-2`` … if one would be too large."""
     written: list[Path] = []
-    lines = _requests(teacher, todo)
+    lines = _lines(teacher, pending)
     line = next(lines, None)
     while line is not None:
         part = file if not written else file.with_stem(f"{file.stem}-{len(written) + 1}")
         with open_atomic(part) as opened:
             count = total = 0
-            while line is not None and (not count or (count < MOST_REQUESTS and total + len(line) <= MOST_BYTES)):
+            while line is not None and (not count or (count < MAX_REQUESTS and total + len(line) <= MAX_BYTES)):
                 opened.write(line)
                 count, total = count + 1, total + len(line)
                 line = next(lines, None)
@@ -62,77 +64,67 @@ def write_requests(teacher: BatchTeacher, todo: Sequence[Keyed], file: Path) -> 
     return written
 
 
-def _requests(teacher: BatchTeacher, todo: Sequence[Keyed]) -> Iterator[bytes]:
-    for keyed in todo:
+def _lines(teacher: BatchTeacher, pending: Sequence[KeyedRequest]) -> Iterator[bytes]:
+    for keyed in pending:
         body = dict(teacher.content(keyed.request))
         row = {"custom_id": keyed.key, "method": "POST", "url": teacher.batch_url, "body": body}
         yield json.dumps(row).encode() + b"\n"
 
 
 def read_results(
-    teacher: BatchTeacher, files: Sequence[Path], keyed: Sequence[Keyed], journal: Journal, budget: Budget
-) -> Results:
-    """Keeps the replies in ``files`` of results; reading one twice changes nothing.
+    teacher: BatchTeacher, files: Sequence[Path], keyed: Sequence[KeyedRequest], journal: Journal, budget: Budget
+) -> BatchResults:
+    """Stores the replies in the result ``files``; reading a file twice has no effect.
 
     Raises:
-        DataError: a file that can't be read or a line that isn't a result, all of them at once; nothing is kept then.
+        DataError: unreadable files and invalid lines, all at once; nothing is stored then.
     """
     rows = [(where, row) for file in files for where, row in _rows(file)]
-    wrong = [where for where, row in rows if not _is_result(row)]
-    if wrong:
+    invalid = [where for where, row in rows if not _is_result(row)]
+    if invalid:
         raise DataError(
-            "\n".join(f"{where}: not a result of a batch" for where in wrong[:20]),
-            hint='a result is {"custom_id", "response": {"status_code", "body"}, "error"}',
+            "\n".join(f"{where}: not a batch result" for where in invalid[:20]),
+            hint='expected {"custom_id", "response": {"status_code", "body"}, "error"}',
         )
-    wanted = {each.key: each for each in keyed}
-    answered = journal.answered()
-    counts = dict.fromkeys(Results.__dataclass_fields__, 0)
-    with journal.together():
+    requests = {each.key: each for each in keyed}
+    answered = journal.answered_keys()
+    counts = dict.fromkeys(BatchResults.__dataclass_fields__, 0)
+    with journal.transaction():
         for _, row in rows:
             key = row["custom_id"]
-            if key not in wanted:
-                counts["strange"] += 1
+            if key not in requests:
+                counts["unmatched"] += 1
             elif key in answered:
-                counts["known"] += 1
+                counts["already_answered"] += 1
             else:
-                outcome = _keep(teacher, wanted[key], row, journal, budget)
+                outcome = _store(teacher, requests[key], row, journal, budget)
                 counts[outcome] += 1
                 if outcome != "failed":
                     answered.add(key)
-    return Results(**counts)
+    return BatchResults(**counts)
 
 
-def _keep(teacher: BatchTeacher, keyed: Keyed, row: Any, journal: Journal, budget: Budget) -> str:
+def _store(teacher: BatchTeacher, keyed: KeyedRequest, row: Any, journal: Journal, budget: Budget) -> str:
+    """Stores one result; returns the field of BatchResults that counts it."""
     request = keyed.request
-    number = journal.begin(keyed.key, request.id, request.kind, budget.most(size(request), teacher.limits))
+    max_cost = budget.max_request_cost(request_size(request), teacher.limits)
+    number = journal.start(keyed.key, request.id, request.kind, max_cost)
     response = row.get("response") or {"status_code": 500, "body": {"error": row.get("error") or "no response"}}
     try:
         reply = teacher.read(int(response["status_code"]), json.dumps(response.get("body")).encode())
     except TeacherError as error:
-        journal.end(number, "refused" if error.then == "apart" else "failed", reason=error.message)
+        journal.fail(number, "refused" if error.then == "apart" else "failed", reason=error.message)
         return "refused" if error.then == "apart" else "failed"
-    cost = budget.cost(reply.tokens_in, reply.tokens_out)
-    journal.keep(number, reply, cost)
+    cost = budget.reply_cost(reply.tokens_in, reply.tokens_out)
+    journal.save(number, reply, cost)
     return "replies"
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            for number, line in enumerate(opened, 1):
-                if line.strip():
-                    yield f"{file}:{number}", _parsed(line)
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file", hint="download the batch's results first") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    if not file.is_file():
+        raise DataError(f"{file}: no such file", hint="download the results of the batch first")
+    for entry in read_stream(file):
+        yield f"{file}:{entry.location}", entry.value
 
 
 def _is_result(row: Any) -> bool:

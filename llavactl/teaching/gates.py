@@ -1,25 +1,22 @@
-"""What a record must pass before it is written: rules that are cheap, named in words, and each to be switched off.
+"""Quality gates: inexpensive rules that a generated record must pass; each can be switched off.
 
-They look at the text alone. None of them knows whether an answer is true of the picture.
+They check the text only: no gate can detect an answer that is wrong about the image.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from operator import eq
 from typing import TYPE_CHECKING
 
 from llavactl.teaching.generate import GeneratedRecord
+from llavactl.teaching.near_duplicates import WORD, NearDuplicates
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Gates
+    from llavactl.recipe.sections import Gates
 
-_TOLD = "descriptions?|annotations?|sentences?|captions?|labels?|boxes"
+_INPUT = "descriptions?|annotations?|sentences?|captions?|labels?|boxes"
 LEAKS = (
     (re.compile(r"\bcaptions?\b", re.I), "mentions a caption"),
     (re.compile(r"\bbounding[ -]box(es)?\b|\bbbox(es)?\b", re.I), "mentions a bounding box"),
@@ -30,18 +27,18 @@ LEAKS = (
             r"|(?<![\d.])0\.\d{3}(?!\d)|\b[xy][12]?\s*[=:]\s*\d",
             re.I,
         ),
-        "holds numbers of a place",
+        "contains coordinates",
     ),
     (re.compile(r"\b(the|this|your) (prompt|instructions?|system message)\b", re.I), "mentions the prompt"),
     (
         re.compile(
-            rf"\b((provided|given|supplied) (context|information|text|list|{_TOLD})"
-            rf"|(context|{_TOLD}) (provided|given|supplied)"
-            rf"|(based on|according to|from|(mentioned|stated|described|noted|given) in) the ({_TOLD})"
+            rf"\b((provided|given|supplied) (context|information|text|list|{_INPUT})"
+            rf"|(context|{_INPUT}) (provided|given|supplied)"
+            rf"|(based on|according to|from|(mentioned|stated|described|noted|given) in) the ({_INPUT})"
             rf"|the (image )?descriptions? (says?|states?|mentions?))\b|\bannotat(ions?|ed)\b",
             re.I,
         ),
-        "mentions what it was told",
+        "mentions its input",
     ),
     (
         re.compile(
@@ -49,10 +46,10 @@ LEAKS = (
             r"|\bi (don't|do not) have access\b",
             re.I,
         ),
-        "speaks of itself instead of the picture",
+        "is about the assistant, not the image",
     ),
 )
-"""What an answer about a picture never says: numbers with three decimals are those that our prompts give to boxes."""
+"""Phrases that reveal the teacher's input; the built-in prompts format boxes with three decimals."""
 
 LEFTOVER = re.compile(
     r"^[ \t]*(={3,}|(#{2,}[ \t]*|\**)(question|answer|user|assistant|human|gpt)[ \t]*\d*\**[ \t]*:)"
@@ -68,149 +65,101 @@ COMMON = frozenset(
     "the a an of in on at to and or is are was were it its this that there with for from by as be has have not no yes "  # noqa: SIM905
     "they he she his her their which who what".split()
 )
-"""Words that no English text of some length is without."""
+"""The most common English words."""
 
-ENGLISH_LETTERS, ENGLISH_COMMON, ENGLISH_WORDS = 0.8, 0.1, 12
-BINS, SHINGLE, SHORT = 64, 3, 8
-ROWS, CROWD = 4, 20
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
+MIN_ASCII_LETTERS, MIN_COMMON_WORDS, MIN_ENGLISH_WORDS = 0.8, 0.1, 12
 
 
-class Gatekeeper:
-    """Checks records one after the other: near-duplicates are found among those it has let pass."""
+class GateChecker:
+    """Checks records one after the other; duplicates are found among the records that passed."""
 
     def __init__(self, gates: Gates) -> None:
         self.gates = gates
-        self._asked: dict[str, set[str]] = {}
-        self._sketches: list[tuple[array[int], str]] = []
-        self._like: dict[int, list[int]] = {}  # which of the sketches have this band
+        self._questions: dict[str, set[str]] = {}
+        self._near_duplicates = NearDuplicates(gates.similarity) if gates.similarity is not None else None
 
-    def check(self, made: GeneratedRecord) -> GeneratedRecord:
-        """``made`` as it is, or without its record and with the reason."""
-        if made.record is None:
-            return made
-        said = [message["value"] for message in made.record["conversations"]]
-        said[0] = said[0].replace("<image>\n", "")
-        sort, why = next(self._faults(made, said[::2], said[1::2]), ("", ""))
-        if why:
-            return replace(made, record=None, reason=why, sort=sort)
-        self._asked.setdefault(_picture(made), set()).update(map(_bare, said[::2]))
-        return made
+    def check(self, generated: GeneratedRecord) -> GeneratedRecord:
+        """``generated`` unchanged, or without its record and with the reason of its refusal."""
+        if generated.record is None:
+            return generated
+        texts = [turn["value"] for turn in generated.record["conversations"]]
+        texts[0] = texts[0].replace("<image>\n", "")
+        category, reason = next(self._failures(generated, texts[::2], texts[1::2]), ("", ""))
+        if reason:
+            return replace(generated, record=None, reason=reason, category=category)
+        self._questions.setdefault(_image_key(generated), set()).update(map(_normalized, texts[::2]))
+        return generated
 
-    def _faults(
-        self, made: GeneratedRecord, questions: Sequence[str], answers: Sequence[str]
+    def _failures(
+        self, generated: GeneratedRecord, questions: Sequence[str], answers: Sequence[str]
     ) -> Iterator[tuple[str, str]]:
-        """(sort, reason) of all that is wrong, the cheapest first: a hostile reply is out before it is searched."""
+        """(category, reason) of each failed gate; length first, so that the regexes never search a huge reply."""
         gates = self.gates
+        texts = (*questions, *answers)
         if gates.max_words is not None:
-            longest = max(len(text.split()) for text in (*questions, *answers))
-            most = max(len(text) for text in (*questions, *answers))
-            if longest > gates.max_words or most > 20 * gates.max_words:
-                yield "too long", f"{longest} words, {most} characters in one turn; at most {gates.max_words} words"
+            words, characters = max(len(text.split()) for text in texts), max(len(text) for text in texts)
+            if words > gates.max_words or characters > 20 * gates.max_words:
+                yield "too long", f"a turn has {words} words, {characters} characters; max_words is {gates.max_words}"
         if gates.structure:
-            yield from _structure(made.request.kind, questions, answers)
+            yield from _structure(generated.request.kind, questions, answers)
         if gates.leaks:
-            for text in (*questions, *answers):
-                yield from (("leak", f"{what}: {_around(text, m)}") for rule, what in LEAKS if (m := rule.search(text)))
+            for text in texts:
+                yield from (("leak", f"{why}: {_context(text, m)}") for rule, why in LEAKS if (m := rule.search(text)))
         if gates.language is not None:
-            yield from (("language", why) for text in (*questions, *answers) if (why := _not_english(text)))
+            yield from (("language", reason) for text in texts if (reason := _not_english(text)))
         if gates.duplicates:
-            yield from self._duplicates(made, questions)
-        if gates.similarity is not None:
-            told = answers if made.request.kind == "detail" else [*questions, *answers]
-            yield from self._near(made.request.id, " ".join(told), gates.similarity)
+            yield from self._repeated_questions(generated, questions)
+        if self._near_duplicates is not None:
+            compared = answers if generated.request.kind == "detail" else texts
+            if similar := self._near_duplicates.find_or_add(generated.request.id, " ".join(compared)):
+                name, similarity = similar
+                yield "near-duplicate", f"{similarity:.0%} similar to {name}"
 
-    def _duplicates(self, made: GeneratedRecord, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """A question asked twice about one picture; details share theirs, which we draw."""
-        known = set(self._asked.get(_picture(made), ())) if made.request.kind != "detail" else set()
-        for question in map(_bare, questions):
+    def _repeated_questions(self, generated: GeneratedRecord, questions: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Questions that occur twice for one image; details are exempt, as their questions come from a list."""
+        known = set(self._questions.get(_image_key(generated), ())) if generated.request.kind != "detail" else set()
+        for question in map(_normalized, questions):
             if question in known:
-                yield "duplicate", f"asks twice about one picture: {question[:80]}"
+                yield "duplicate", f"repeats a question about the image: {question[:80]}"
             known.add(question)
-
-    def _near(self, name: str, text: str, least: float) -> Iterator[tuple[str, str]]:
-        """A text whose runs of three words are mostly those of an earlier one (MinHash of one permutation)."""
-        sketch = _sketch(text)
-        if sketch is None:
-            return
-        bands = [hash((start, *sketch[start : start + ROWS])) for start in range(0, BINS, ROWS)]
-        shared = Counter(other for band in bands for other in self._like.get(band, ()))
-        # Two texts that are alike to that degree share so many bands on average; half of that is nearly always there.
-        enough = max(1, round(BINS / ROWS * least**ROWS / 2))
-        for other, hits in shared.items():
-            if hits < enough:
-                continue
-            theirs, theirs_name = self._sketches[other]
-            alike = sum(map(eq, sketch, theirs)) / BINS
-            if alike >= least:
-                yield "near-duplicate", f"{alike:.0%} like {theirs_name}"
-                return
-        for band in bands:
-            bucket = self._like.setdefault(band, [])
-            if len(bucket) < CROWD:  # a phrase that everybody writes must not make this quadratic
-                bucket.append(len(self._sketches))
-        self._sketches.append((sketch, name))
 
 
 def _structure(kind: str, questions: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[str, str]]:
     if kind == "reasoning" and len(questions) != 1:
-        yield "structure", f"{len(questions)} questions where one was asked for"
+        yield "structure", f"expected one question, got {len(questions)}"
     for text in (*questions, *answers):
-        if found := LEFTOVER.search(text):
-            yield "structure", f"a turn holds marks of turns: {_around(text, found)}"
-        if found := MARKUP.search(text):
-            yield "structure", f"a turn holds markup: {_around(text, found)}"
+        if match := LEFTOVER.search(text):
+            yield "structure", f"a turn contains a turn marker: {_context(text, match)}"
+        if match := MARKUP.search(text):
+            yield "structure", f"a turn contains HTML: {_context(text, match)}"
         if text.strip()[:1] + text.strip()[-1:] in ("{}", "[]"):
-            yield "structure", f"a turn is no sentence but data: {text.strip()[:60]!r}"
+            yield "structure", f"a turn is JSON: {text.strip()[:60]!r}"
     if kind != "detail" and any(answer.rstrip().endswith("?") for answer in answers):
         yield "structure", "an answer ends with a question"
 
 
 def _not_english(text: str) -> str:
-    """Why ``text`` seems not to be English: its letters are of another script, or the commonest words are missing.
+    """Why ``text`` seems not to be English, or "".
 
-    Of the letters at least 80 % are ASCII's, of 12 words or more at least 10 % are common ones. It tells other scripts
-    and most other languages apart; a short answer in a language with Latin letters passes.
+    At least 80 % of the letters must be ASCII, and in texts of 12 words or more, at least 10 % of the words must be
+    common English ones. Short texts in other languages with Latin letters pass.
     """
-    letters = [sign for sign in text if sign.isalpha()]
-    if letters and sum(sign.isascii() for sign in letters) < ENGLISH_LETTERS * len(letters):
-        return "most letters are not those of English"
-    words = _WORD.findall(text.lower())
-    if len(words) >= ENGLISH_WORDS and sum(word in COMMON for word in words) < ENGLISH_COMMON * len(words):
-        return "English text of this length has more of the commonest words"
+    letters = [char for char in text if char.isalpha()]
+    if letters and sum(char.isascii() for char in letters) < MIN_ASCII_LETTERS * len(letters):
+        return "most letters are not English ones"
+    words = WORD.findall(text.lower())
+    if len(words) >= MIN_ENGLISH_WORDS and sum(word in COMMON for word in words) < MIN_COMMON_WORDS * len(words):
+        return "has too few common English words"
     return ""
 
 
-def _sketch(text: str) -> array[int] | None:
-    """The least hash of its three-word runs in each of 64 bins; equal shares estimate how many runs two texts share.
-
-    None for less than 8 words. An empty bin takes its left neighbour's value (Shrivastava and Li 2014, rotation).
-    """
-    words = _WORD.findall(text.lower())
-    if len(words) < SHORT:
-        return None
-    bins: list[int | None] = [None] * BINS
-    for start in range(len(words) - SHINGLE + 1):
-        value = zlib.crc32(" ".join(words[start : start + SHINGLE]).encode())
-        place = value % BINS
-        if (least := bins[place]) is None or value < least:
-            bins[place] = value
-    full = [value for value in bins if value is not None]
-    last = full[-1]
-    sketch = []
-    for each in bins:
-        last = last if each is None else each
-        sketch.append(last)
-    return array("L", sketch)
+def _image_key(generated: GeneratedRecord) -> str:
+    return "\0".join(image.name for image in generated.request.sample.images) or generated.request.sample.id
 
 
-def _picture(made: GeneratedRecord) -> str:
-    return "\0".join(image.name for image in made.request.sample.images) or made.request.sample.id
+def _normalized(text: str) -> str:
+    return " ".join(WORD.findall(text.lower()))
 
 
-def _bare(text: str) -> str:
-    return " ".join(_WORD.findall(text.lower()))
-
-
-def _around(text: str, found: re.Match[str]) -> str:
-    return repr(" ".join(text[max(0, found.start() - 30) : found.end() + 30].split()))
+def _context(text: str, match: re.Match[str]) -> str:
+    return repr(" ".join(text[max(0, match.start() - 30) : match.end() + 30].split()))

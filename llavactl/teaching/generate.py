@@ -1,4 +1,4 @@
-"""Which picture gets which kind of sample, and from there to LLaVA's records."""
+"""Requests for a teacher, and LLaVA records from its replies."""
 
 from __future__ import annotations
 
@@ -11,45 +11,48 @@ from typing import Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Reply, Request, Teacher
 from llavactl.core.schema import Sample
-from llavactl.images.image_file import Below
-from llavactl.teaching.messages import Prompts, prompts
-from llavactl.teaching.replies import Kind, turns
-from llavactl.teaching.spoken import ChatterError
+from llavactl.images.image_file import RelativeImage
+from llavactl.teaching.cleanup import ChatterError
+from llavactl.teaching.messages import Prompts, load_prompts
+from llavactl.teaching.replies import Kind, parse_turns
 
+# Categories of refused records; the gates add their own.
 MALFORMED = "malformed"
 CHATTER = "chatter"
-UNANSWERED = "refused by the teacher"
-CUT = "cut at max_tokens"
-FILTERED = "left out by the endpoint"
+REFUSED = "refused by the teacher"
+TRUNCATED = "truncated at max_tokens"
+CONTENT_FILTER = "content filter"
+NO_CAPTIONS = "no captions"
 
 
-def requests(
-    pictures: Sequence[Sample],
+def build_requests(
+    images: Sequence[Sample],
     kinds: Mapping[Kind, float],
     samples: int | None,
     seed: int,
-    told: Prompts | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterator[Request]:
-    """What the teacher is asked. Without ``samples`` every picture gets one of each kind whose weight is above 0.
+    """The requests to the teacher about ``images``.
 
-    With it, ``samples`` are shared among the kinds by their weights and go round the pictures.
+    Without ``samples``, one per image and kind with a weight above 0. Otherwise ``samples`` requests, divided among the
+    kinds by weight, that go through the images in order and start over at the end.
     """
-    told = told or prompts()
-    wanted = [kind for kind, weight in kinds.items() if weight > 0]
+    prompts = prompts or load_prompts()
+    enabled = [kind for kind, weight in kinds.items() if weight > 0]
     if samples is None:
-        for picture in pictures:
-            yield from (_request(picture, kind, 0, seed, told) for kind in wanted)
+        for image in images:
+            yield from (_request(image, kind, 0, seed, prompts) for kind in enabled)
         return
-    order = _shared(samples, {kind: kinds[kind] for kind in wanted}, seed)
-    before = Counter[tuple[int, Kind]]()
+    order = _shuffled_kinds(samples, {kind: kinds[kind] for kind in enabled}, seed)
+    repetitions = Counter[tuple[int, Kind]]()
     for number, kind in enumerate(order):
-        lap, place = divmod(number, len(pictures))
-        yield _request(pictures[place], kind, lap, seed, told, before[place, kind])
-        before[place, kind] += 1
+        lap, index = divmod(number, len(images))
+        yield _request(images[index], kind, lap, seed, prompts, repetitions[index, kind])
+        repetitions[index, kind] += 1
 
 
-def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind]:
-    """``samples`` kinds in the ratio of their weights (largest remainders), shuffled."""
+def _shuffled_kinds(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind]:
+    """``samples`` kinds in proportion to their weights (largest remainders), shuffled."""
     total = sum(weights.values())
     exact = {kind: samples * weight / total for kind, weight in weights.items()}
     counts = {kind: int(share) for kind, share in exact.items()}
@@ -60,56 +63,55 @@ def _shared(samples: int, weights: Mapping[Kind, float], seed: int) -> list[Kind
     return order
 
 
-def _request(picture: Sample, kind: Kind, lap: int, seed: int, told: Prompts, again: int = 0) -> Request:
-    name = f"{picture.id}-{kind}" + (f"-{lap}" if lap else "")
-    return Request(name, kind, told.messages(picture, kind, again), picture, seed)
+def _request(image: Sample, kind: Kind, lap: int, seed: int, prompts: Prompts, repetition: int = 0) -> Request:
+    request_id = f"{image.id}-{kind}" + (f"-{lap}" if lap else "")
+    return Request(request_id, kind, prompts.messages(image, kind, repetition), image, seed)
 
 
 @dataclass(frozen=True)
 class GeneratedRecord:
-    """A request's record, or why there is none: in a word or two (``sort``), in full, and what the teacher said."""
+    """The record of a request, or None with the ``category`` and ``reason`` of its refusal and the ``reply``."""
 
     request: Request
     record: Mapping[str, Any] | None
     reason: str = ""
-    sort: str = ""
+    category: str = ""
     reply: str = ""
 
 
-def made(teacher: Teacher, request: Request, told: Prompts | None = None) -> GeneratedRecord:
-    """Asks the teacher and reads its reply."""
+def generate_record(teacher: Teacher, request: Request, prompts: Prompts | None = None) -> GeneratedRecord:
+    """Sends a request to the teacher and parses the reply."""
     try:
         reply = teacher.reply(request)
     except DataError as error:
-        return GeneratedRecord(request, None, error.message, UNANSWERED)
+        return GeneratedRecord(request, None, error.message, REFUSED)
     reply = reply if isinstance(reply, Reply) else Reply(reply)
-    return record(request, reply, told or prompts(), exact=bool(getattr(teacher, "exact", False)))
+    return parse_record(request, reply, prompts or load_prompts(), exact=bool(getattr(teacher, "exact", False)))
 
 
-def record(request: Request, reply: Reply, told: Prompts, *, exact: bool = False) -> GeneratedRecord:
-    """A reply parsed into a LLaVA record, or kept with the reason if it can't be; ``exact`` as in ``turns``."""
+def parse_record(request: Request, reply: Reply, prompts: Prompts, *, exact: bool = False) -> GeneratedRecord:
+    """Parses a reply into a LLaVA record, or gives the reason why it can't be used; ``exact`` as in ``parse_turns``."""
     kind: Any = request.kind
     if reply.finish == "length":
-        return GeneratedRecord(request, None, "the reply was cut at the limit of tokens", CUT, reply.text)
+        return GeneratedRecord(request, None, "the reply was truncated at max_tokens", TRUNCATED, reply.text)
     if reply.finish == "content_filter":
-        return GeneratedRecord(
-            request, None, "the endpoint left out some of the reply (content_filter)", FILTERED, reply.text
-        )
+        reason = "the endpoint removed part of the reply (content_filter)"
+        return GeneratedRecord(request, None, reason, CONTENT_FILTER, reply.text)
     try:
-        said = turns(kind, reply.text, request.id, told.questions, exact=exact)
+        turns = parse_turns(kind, reply.text, request.id, prompts.questions, exact=exact)
     except DataError as error:
-        ended = "" if reply.finish == "stop" else f" (it ended with {reply.finish})"
-        sort = CHATTER if isinstance(error, ChatterError) else MALFORMED
-        return GeneratedRecord(request, None, f"{error.message}{ended}", sort, reply.text)
+        finish = "" if reply.finish == "stop" else f" (finish reason: {reply.finish})"
+        category = CHATTER if isinstance(error, ChatterError) else MALFORMED
+        return GeneratedRecord(request, None, f"{error.message}{finish}", category, reply.text)
     images = request.sample.images
-    messages = [
+    conversations = [
         {"from": role, "value": text}
-        for question, answer in said
+        for question, answer in turns
         for role, text in (("human", question), ("gpt", answer))
     ]
-    messages[0]["value"] = "<image>\n" * len(images) + messages[0]["value"]
-    row: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": messages}
+    conversations[0]["value"] = "<image>\n" * len(images) + conversations[0]["value"]
+    record: dict[str, Any] = {"id": request.id, "kind": kind, "conversations": conversations}
     if images:
-        paths = [image.path if isinstance(image, Below) else image.name for image in images]
-        row["image"] = paths[0] if len(paths) == 1 else paths
-    return GeneratedRecord(request, row, reply=reply.text)
+        paths = [image.path if isinstance(image, RelativeImage) else image.name for image in images]
+        record["image"] = paths[0] if len(paths) == 1 else paths
+    return GeneratedRecord(request, record, reply=reply.text)

@@ -1,13 +1,10 @@
-"""Every request that was ever sent for one ``out``, and its reply: on disk before anybody reads it.
+"""A durable journal (SQLite) of the requests for an output file and their replies.
 
-SQLite, because its guarantees are what is needed here and were tested for longer than anything we could write: with a
-write-ahead log and ``synchronous=FULL`` a committed row has been synced to the disk, so neither a killed process nor a
-power cut loses it, and a torn write is rolled back at the next opening. A JSONL with fsync would need the same care
-for its last line, an index of its own and a second file for what is in flight.
+With a write-ahead log and ``synchronous=FULL``, a committed row survives a killed process and a power failure, and an
+incomplete write is rolled back when the file is opened again.
 
-A row is an attempt. It is there before the request is sent, with the most that it can cost, so that money spent on
-what a killed process never heard of is counted too. Nothing is deleted: of several replies to one request the latest
-counts.
+A row is an attempt. It is committed before the request is sent, with its maximum cost, so the budget also counts
+requests that were in flight when a process was killed. Nothing is deleted: the latest reply to a request counts.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from llavactl.core.paths import exclusive_lock, has_locks
 from llavactl.core.protocols import Reply
 
 State = Literal["sent", "reply", "refused", "failed", "lost"]
-"""In flight (or its process died); answered; never to be answered; to be asked again, free or perhaps charged for."""
+"""In flight (or the process was killed); answered; permanently refused; to be retried, free or possibly charged."""
 
 _TABLE = """
 create table if not exists attempts (
@@ -49,7 +46,7 @@ from attempts
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a request came to: a ``reply``, or the ``reason`` why there will never be one."""
+    """The ``reply`` to a request, or the ``reason`` of its refusal."""
 
     reply: Reply | None
     reason: str = ""
@@ -57,9 +54,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Spent:
-    """All that an ``out`` has cost: requests sent, tokens, and money where the price is known.
+    """Requests, tokens and money used for an output file; ``cost`` is 0 without a known price.
 
-    ``cost`` counts a request without an answer with the most that it can have cost.
+    ``cost`` includes requests that may have been charged without an answer, with their maximum cost.
     """
 
     requests: int = 0
@@ -70,8 +67,8 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Usual:
-    """What one reply of a kind takes on average; ``replies`` is how many that was measured on."""
+class AverageReply:
+    """Averages over the ``replies`` to requests of one kind."""
 
     replies: int
     tokens_in: float | None
@@ -80,13 +77,13 @@ class Usual:
 
 
 class Journal:
-    """The attempts in one file. Used from one thread."""
+    """The attempts in one SQLite file; not thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._guarded():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # If the file system has no locks, the lock of ``alone`` suffices.
+            # On a file system without locks, the lock of ``exclusive_output`` suffices.
             locks = has_locks(path.parent, posix=True)
             name = path.absolute().as_uri() + ("" if locks else "?vfs=unix-none")
             self._database = sqlite3.connect(name, uri=True, isolation_level=None, timeout=10)
@@ -103,35 +100,35 @@ class Journal:
         with self._guarded():
             self._database.close()
 
-    def begin(self, key: str, name: str, kind: str, most: float | None) -> int:
-        """Writes down that a request is about to be sent and the ``most`` it can cost; its number."""
-        return self._insert(key=key, id=name, kind=kind, state="sent", most=most, sent=time.time())
+    def start(self, key: str, request_id: str, kind: str, max_cost: float | None) -> int:
+        """Records an attempt before it is sent; returns its number."""
+        return self._insert(key=key, id=request_id, kind=kind, state="sent", most=max_cost, sent=time.time())
 
-    def end(
-        self, number: int, state: State, *, reason: str = "", paid: bool = False, seconds: float | None = None
+    def fail(
+        self, number: int, state: State, *, reason: str = "", charged: bool = False, seconds: float | None = None
     ) -> None:
-        """Writes down that an attempt brought no reply; ``paid``: it may have been charged for."""
+        """Records that an attempt got no reply; ``charged``: it may have been charged."""
         self._run(
             "update attempts set state = ?, reason = ?, seconds = ?, cost = ? where number = ?",
-            state, reason, seconds, None if paid else 0.0, number,
+            state, reason, seconds, None if charged else 0.0, number,
         )  # fmt: skip
 
-    def keep(self, number: int, reply: Reply, cost: float | None, seconds: float | None = None) -> None:
-        """Writes down a reply; without a ``cost`` the attempt counts with the most it can have cost."""
+    def save(self, number: int, reply: Reply, cost: float | None, seconds: float | None = None) -> None:
+        """Stores a reply; without a ``cost`` the attempt counts with its maximum cost."""
         self._run(
             "update attempts set state = 'reply', text = ?, tokens_in = ?, tokens_out = ?, finish = ?, cost = ?, "
             "seconds = ? where number = ?",
             reply.text, reply.tokens_in, reply.tokens_out, reply.finish, cost, seconds, number,
         )  # fmt: skip
 
-    def forget_refusals(self, numbers: Iterable[int]) -> None:
-        """Refusals that turned out to mean something else: their requests may be asked again."""
+    def reopen(self, numbers: Iterable[int]) -> None:
+        """Marks refused attempts as failed, so that their requests are sent again."""
         for number in numbers:
             self._run("update attempts set state = 'failed' where number = ?", number)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """All that is written inside goes to disk at once, or after an error none of it: one sync for many."""
+    def transaction(self) -> Iterator[None]:
+        """Commits all changes of the block at once, or none of them after an error: one sync for many rows."""
         self._run("begin")
         try:
             yield
@@ -141,31 +138,31 @@ class Journal:
                 self._run("rollback")
             raise
 
-    def answered(self) -> set[str]:
-        """The keys of requests that have a reply or never will."""
+    def answered_keys(self) -> set[str]:
+        """The keys of requests with a reply or a permanent refusal."""
         return {key for (key,) in self._run(_ANSWERED)}
 
-    def get(self, key: str) -> Outcome | None:
-        """The latest answer to the request ``key``."""
+    def outcome(self, key: str) -> Outcome | None:
+        """The latest outcome of the request ``key``."""
         rows = self._run(_LATEST, key)
         for state, text, tokens_in, tokens_out, finish, reason in rows:
             return Outcome(Reply(text, tokens_in, tokens_out, finish) if state == "reply" else None, reason or "")
         return None
 
     def spent(self) -> Spent:
-        """What all attempts together took."""
+        """The totals over all attempts."""
         (row,) = self._run(_SPENT)
         requests, replies, tokens_in, tokens_out, cost = row
         return Spent(requests, replies, tokens_in, tokens_out, round(cost, 9))
 
-    def usual(self, kind: str) -> Usual:
-        """What a reply of ``kind`` took on average."""
+    def average(self, kind: str) -> AverageReply:
+        """Averages over the replies of ``kind``."""
         (row,) = self._run(
             "select count(*), avg(tokens_in), avg(tokens_out), avg(seconds) from attempts "
             "where state = 'reply' and kind = ?",
             kind,
         )
-        return Usual(*row)
+        return AverageReply(*row)
 
     def _insert(self, **row: Any) -> int:
         names = ", ".join(row)
@@ -184,15 +181,17 @@ class Journal:
         except sqlite3.Error as error:
             raise DataError(
                 f"{self.path}: {error}",
-                hint="it holds the replies: free some disk, or mend its permissions, then run the same command again",
+                hint="it stores the replies: free disk space or fix its permissions, then run the same command again",
             ) from error
 
 
-def alone(out: Path) -> AbstractContextManager[None]:
-    """The right to write ``out`` and what lies beside it.
+def exclusive_output(out: Path) -> AbstractContextManager[None]:
+    """An exclusive lock on ``out`` and the files beside it.
 
     Raises:
-        DataError: another process has it.
+        DataError: another process holds the lock.
     """
-    hint = "wait until it has finished, or give `generate.out` another name"
-    return exclusive_lock(out.with_name(f".{out.name}.lock"), DataError(f"another process is making {out}", hint=hint))
+    busy = DataError(
+        f"another process is writing {out}", hint="wait until it has finished, or set another `generate.out`"
+    )
+    return exclusive_lock(out.with_name(f".{out.name}.lock"), busy)

@@ -1,6 +1,6 @@
-"""What a teacher is told: the picture in words, behind a system message and a few examples of the wanted reply.
+"""Messages to a teacher: a system prompt, few-shot examples, and the image as captions and boxes.
 
-The texts are files, one a kind, in ``prompts/`` of this package or in a folder of the user's.
+The prompts are YAML files, one per kind, in ``prompts/`` of this package or in a folder given by the user.
 """
 
 from __future__ import annotations
@@ -18,117 +18,119 @@ from pydantic import Field
 from llavactl.core.errors import DataError, Problem, RecipeError
 from llavactl.core.schema import Sample
 from llavactl.recipe.document import display
-from llavactl.teaching import files
-from llavactl.teaching.replies import Kind, turns
+from llavactl.teaching import yaml_files
+from llavactl.teaching.replies import Kind, parse_turns
 
-OURS = files.HERE / "prompts"
+BUILTIN = yaml_files.PACKAGE / "prompts"
 
 T = TypeVar("T")
 
-Filled = Annotated[str, Field(pattern=r"\S", description="text that isn't empty")]
+NonEmpty = Annotated[str, Field(pattern=r"\S", description="a non-empty string")]
 
 
-class Example(files.Checked):
-    """A picture in words and the reply that is wanted."""
+# ``Prompts.digest`` hashes the repr of these models: renaming a class or a field changes every stored digest.
+class Example(yaml_files.FileModel):
+    """A few-shot example: an image as captions and boxes, and the expected reply."""
 
-    picture: Filled
-    reply: Filled
+    picture: NonEmpty
+    reply: NonEmpty
 
 
-class Prompt(files.Checked):
-    """One kind's file; ``questions`` are those of a detail, drawn by us."""
+class Prompt(yaml_files.FileModel):
+    """The prompt of one kind; the question of a ``detail`` record is drawn from ``questions``."""
 
-    system: Filled
+    system: NonEmpty
     examples: tuple[Example, ...] = ()
-    questions: tuple[Filled, ...] = ()
+    questions: tuple[NonEmpty, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of every kind."""
+    """The prompts by kind."""
 
     kinds: Mapping[Kind, Prompt]
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """What a detailed description answers."""
+        """The questions of ``detail`` records."""
         return self.kinds["detail"].questions
 
     @property
     def digest(self) -> str:
-        """Changes with every text."""
+        """A hash of all prompts."""
         return hashlib.sha256(repr(sorted(self.kinds.items())).encode()).hexdigest()
 
-    def messages(self, picture: Sample, kind: Kind, again: int = 0) -> tuple[Mapping[str, str], ...]:
-        """System, the examples as user and assistant in turn, then the picture.
+    def messages(self, sample: Sample, kind: Kind, repetition: int = 0) -> tuple[Mapping[str, str], ...]:
+        """The system prompt, the examples as user and assistant turns, then captions and boxes of ``sample``.
 
-        Asked ``again`` about the same, the captions are in another order, and when all orders were there the examples
-        are: the same words would bring the same reply, or look like a request that was sent twice.
+        A further ``repetition`` of the same request permutes the captions, and after all their permutations the
+        examples: identical messages could get identical replies.
         """
         prompt = self.kinds[kind]
-        examples = _order(prompt.examples, again // math.factorial(len(picture.captions)))
-        picture = replace(picture, captions=_order(picture.captions, again))
-        talk = [("system", prompt.system.strip())]
+        examples = _permutation(prompt.examples, repetition // math.factorial(len(sample.captions)))
+        sample = replace(sample, captions=_permutation(sample.captions, repetition))
+        turns = [("system", prompt.system.strip())]
         for example in examples:
-            talk += [("user", example.picture.strip()), ("assistant", example.reply.strip())]
-        return tuple({"role": role, "content": text} for role, text in [*talk, ("user", symbols(picture, kind))])
+            turns += [("user", example.picture.strip()), ("assistant", example.reply.strip())]
+        turns.append(("user", symbolic_representation(sample, kind)))
+        return tuple({"role": role, "content": text} for role, text in turns)
 
 
-def _order(things: Sequence[T], number: int) -> tuple[T, ...]:
-    """One of the orders of ``things``: 0 is their own, and as many numbers as there are orders give each once."""
-    left, made = list(things), []
-    while left:
-        number, place = divmod(number, len(left))
-        made.append(left.pop(place))
-    return tuple(made)
+def _permutation(items: Sequence[T], number: int) -> tuple[T, ...]:
+    """Permutation ``number`` (modulo their count) of ``items``; 0 is the given order."""
+    rest, permuted = list(items), []
+    while rest:
+        number, index = divmod(number, len(rest))
+        permuted.append(rest.pop(index))
+    return tuple(permuted)
 
 
-def symbols(picture: Sample, kind: Kind) -> str:
-    """The picture in words: its captions, and but for a conversation its boxes, as LLaVA tells them to GPT-4."""
-    boxes = [] if kind == "conversation" else [f"{box.category}: [{_numbers(box.xyxy)}]" for box in picture.boxes]
-    return "\n\n".join("\n".join(lines) for lines in (picture.captions, boxes) if lines)
+def symbolic_representation(sample: Sample, kind: Kind) -> str:
+    """Captions and, except for conversations, boxes, in the format that LLaVA sends to GPT-4."""
+    boxes = [] if kind == "conversation" else [f"{box.category}: [{_coordinates(box.xyxy)}]" for box in sample.boxes]
+    return "\n\n".join("\n".join(lines) for lines in (sample.captions, boxes) if lines)
 
 
-def _numbers(xyxy: Sequence[float]) -> str:
+def _coordinates(xyxy: Sequence[float]) -> str:
     return ", ".join(f"{value:.3f}" for value in xyxy)
 
 
-def prompts(folder: Path | None = None) -> Prompts:
-    """Those in ``folder`` (``conversation.yaml``, …), and the package's for kinds that it doesn't have.
+def load_prompts(folder: Path | None = None) -> Prompts:
+    """The prompts in ``folder`` (``conversation.yaml``, …), with built-in prompts for kinds without a file.
 
     Raises:
-        RecipeError: a file isn't a prompt, or an example's reply is not of the form that it asks for.
+        RecipeError: a file is not a valid prompt, or the reply of an example does not have the required form.
     """
     if folder is None:
-        return _ours()
+        return _builtin()
     kinds = get_args(Kind)
     if not any((folder / f"{kind}.yaml").is_file() for kind in kinds):
         raise RecipeError(
-            f"generate.prompts: {folder} holds no prompt",
-            hint=f"it may hold {', '.join(f'{kind}.yaml' for kind in kinds)}; the package's are in {OURS}",
+            f"generate.prompts: no prompt files in {folder}",
+            hint=f"expected {', '.join(f'{kind}.yaml' for kind in kinds)}; the built-in ones are in {BUILTIN}",
         )
-    found = dict(_ours().kinds)
+    prompts = dict(_builtin().kinds)
     for kind in kinds:
-        if (own := folder / f"{kind}.yaml").is_file():
-            found[kind] = _prompt(own, kind)
-    if not found["detail"].questions:
-        found["detail"] = found["detail"].model_copy(update={"questions": _ours().questions})
-    return Prompts(found)
+        if (file := folder / f"{kind}.yaml").is_file():
+            prompts[kind] = _load_prompt(file, kind)
+    if not prompts["detail"].questions:
+        prompts["detail"] = prompts["detail"].model_copy(update={"questions": _builtin().questions})
+    return Prompts(prompts)
 
 
 @cache
-def _ours() -> Prompts:
-    return Prompts({kind: _prompt(OURS / f"{kind}.yaml", kind) for kind in get_args(Kind)})
+def _builtin() -> Prompts:
+    return Prompts({kind: _load_prompt(BUILTIN / f"{kind}.yaml", kind) for kind in get_args(Kind)})
 
 
-def _prompt(file: Path, kind: Kind) -> Prompt:
-    prompt = files.load(file, Prompt)
+def _load_prompt(file: Path, kind: Kind) -> Prompt:
+    prompt = yaml_files.load(file, Prompt)
     problems = []
-    for number, example in enumerate(prompt.examples):
+    for index, example in enumerate(prompt.examples):
         try:
-            turns(kind, example.reply, "", ("",))
+            parse_turns(kind, example.reply, "", ("",))
         except DataError as error:
-            problems.append(Problem(display(file), f"examples.{number}.reply", error.message))
+            problems.append(Problem(display(file), f"examples.{index}.reply", error.message))
     if problems:
         raise RecipeError.from_problems(problems)
     return prompt

@@ -1,4 +1,4 @@
-"""What a model's tokens cost: an editable file with a date, for nobody else knows what a seller asks today."""
+"""Prices of models, read from an editable YAML file with a date."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llavactl.teaching import files
+from llavactl.teaching import yaml_files
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Price(BaseModel):
-    """What a million tokens cost, read and written."""
+    """The price of a million input tokens (``in`` in the file) and output tokens (``out``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    read: Amount = Field(alias="in")
-    written: Amount = Field(alias="out")
+    per_million_in: Amount = Field(alias="in")
+    per_million_out: Amount = Field(alias="out")
 
-    def of(self, tokens_in: float, tokens_out: float) -> float:
-        """What so many tokens cost."""
-        return (tokens_in * self.read + tokens_out * self.written) / 1e6
+    def cost(self, tokens_in: float, tokens_out: float) -> float:
+        """The cost of ``tokens_in`` input and ``tokens_out`` output tokens."""
+        return (tokens_in * self.per_million_in + tokens_out * self.per_million_out) / 1e6
 
-    def times(self, share: float) -> Price:
-        """A share of the price."""
-        return self.model_copy(update={"read": self.read * share, "written": self.written * share})
+    def scaled(self, factor: float) -> Price:
+        """The price times ``factor``."""
+        return Price(per_million_in=self.per_million_in * factor, per_million_out=self.per_million_out * factor)
 
 
-class Prices(files.Checked):
-    """A file of prices; ``batch`` is the share of a price that a request by batch file costs."""
+class Prices(yaml_files.FileModel):
+    """A price file; ``batch`` is the factor for requests in batch files."""
 
     date: str
     currency: str = "USD"
@@ -39,10 +39,10 @@ class Prices(files.Checked):
     models: Mapping[str, Price]
 
 
-def prices(file: Path | None = None) -> Prices:
-    """The prices in ``file``, else those that come with llavactl.
+def load_prices(file: Path | None = None) -> Prices:
+    """The prices in ``file`` (default: the built-in ones).
 
     Raises:
-        RecipeError: it isn't a file of prices.
+        RecipeError: it isn't a valid price file.
     """
-    return files.load(file or files.HERE / "prices.yaml", Prices)
+    return yaml_files.load(file or yaml_files.PACKAGE / "prices.yaml", Prices)

@@ -1,4 +1,4 @@
-"""One ``out``'s dealings with a language teacher: what to ask, within which budget, and all that it ever replied."""
+"""Generation with a language teacher: pending requests, budget, batch files, and records from stored replies."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request
-from llavactl.teaching.asking import AskResult, Keyed, ask, keys
-from llavactl.teaching.batch import Results, affordable, read_results, write_requests
+from llavactl.teaching.batch import BatchResults, affordable, read_results, write_requests
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.estimate import Estimate, estimate
-from llavactl.teaching.gates import Gatekeeper
-from llavactl.teaching.generate import UNANSWERED, GeneratedRecord, record
+from llavactl.teaching.gates import GateChecker
+from llavactl.teaching.generate import NO_CAPTIONS, REFUSED, GeneratedRecord, parse_record
 from llavactl.teaching.journal import Journal, Spent
+from llavactl.teaching.keyed import KeyedRequest, with_keys
 from llavactl.teaching.messages import Prompts
-from llavactl.teaching.prices import Prices, prices
+from llavactl.teaching.prices import Prices, load_prices
+from llavactl.teaching.sender import SendResult, send_requests
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate
+    from llavactl.recipe.sections import Generate
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a language teacher is asked this once.
+    """Options of one run with a language teacher.
 
-    ``max_cost`` is for all that ``out`` ever costs and takes the recipe's place, ``max_requests`` for this command.
-    With ``batch_requests`` or ``batch_results`` nothing is asked over the network.
+    ``max_cost`` limits the total cost of ``out`` and overrides the recipe, ``max_requests`` the requests of this run.
+    With ``batch_requests`` or ``batch_results``, nothing is sent over the network.
     """
 
     max_cost: float | None = None
@@ -44,137 +45,143 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What asking came to: requests ``sent`` now, ``unanswered`` after it, why it ``stopped`` before all were asked."""
+    """Requests to a language teacher: ``sent`` in this run, still ``unanswered``, and why it ``stopped`` early.
+
+    ``spent`` are the totals of all runs.
+    """
 
     sent: int = 0
     unanswered: int = 0
     stopped: str = ""
     spent: Spent = field(default_factory=Spent)
     batch_files: tuple[str, ...] = ()
-    batch_results: Results | None = None
+    batch_results: BatchResults | None = None
 
 
 @dataclass(frozen=True)
-class Session:
-    """The requests of one ``out``, in order, with the teacher that they are for."""
+class TeacherSession:
+    """All requests of one output file, in order, and their language teacher."""
 
-    wanted: Generate
+    settings: Generate
     teacher: LanguageTeacher
-    told: Prompts
-    asked: Sequence[Request]
-    keyed: Sequence[Keyed] = field(init=False)
+    prompts: Prompts
+    requests: Sequence[Request]
+    keyed: Sequence[KeyedRequest] = field(init=False)
     prices: Prices = field(init=False)
 
     def __post_init__(self) -> None:
-        # Of some pictures nothing is known: a teacher could only invent.
-        worth = (each for each in self.asked if each.messages[-1]["content"])
-        object.__setattr__(self, "keyed", tuple(keys(self.teacher, worth)))
-        object.__setattr__(self, "prices", prices(self.wanted.prices))
+        # Without captions and boxes, a teacher could only hallucinate.
+        described = (request for request in self.requests if request.messages[-1]["content"])
+        object.__setattr__(self, "keyed", tuple(with_keys(self.teacher, described)))
+        object.__setattr__(self, "prices", load_prices(self.settings.prices))
 
     @property
-    def kept_in(self) -> Path:
-        """The file of every reply."""
-        return self.wanted.out.with_suffix(".replies.sqlite")
+    def journal_file(self) -> Path:
+        """The SQLite file that stores every reply."""
+        return self.settings.out.with_suffix(".replies.sqlite")
 
-    def estimate(self, wishes: GenerationOptions) -> Estimate:
-        """What is still to be asked and would take; nothing is asked or written."""
-        with Journal(self.kept_in) if self.kept_in.is_file() else nullcontext() as journal:
-            todo = self._todo(wishes, journal) if journal else list(self.keyed)
-            money = f"{self.prices.currency}, prices of {self.prices.date}"
-            kept = len(self.keyed) - len(todo)
-            return estimate(todo, kept, self.teacher.limits, self.told, self.budget(wishes), journal, money)
+    def estimate(self, options: GenerationOptions) -> Estimate:
+        """The estimate for the pending requests; sends and writes nothing."""
+        with Journal(self.journal_file) if self.journal_file.is_file() else nullcontext() as journal:
+            pending = self._pending(options, journal) if journal else list(self.keyed)
+            currency = f"{self.prices.currency}, prices of {self.prices.date}"
+            kept, limits = len(self.keyed) - len(pending), self.teacher.limits
+            return estimate(pending, kept, limits, self.prompts, self.budget(options), journal, currency)
 
-    def run(self, wishes: GenerationOptions, journal: Journal) -> GenerationStats:
-        """Asks for what has no reply yet, within the budget, or by files."""
-        budget = self.budget(wishes)
-        results, files, outcome = None, [], AskResult()
-        if wishes.batch_results:
-            results = read_results(self._by_files(), wishes.batch_results, self.keyed, journal, self._cheaper(budget))
-        todo = self._todo(wishes, journal)
+    def run(self, options: GenerationOptions, journal: Journal) -> GenerationStats:
+        """Sends the pending requests within the budget, or reads and writes batch files."""
+        budget = self.budget(options)
+        results, files, sent = None, [], SendResult()
+        if options.batch_results:
+            results = read_results(
+                self._batch_teacher(), options.batch_results, self.keyed, journal, self._batch_budget(budget)
+            )
+        pending = self._pending(options, journal)
         budget.spent = journal.spent().cost
-        if wishes.batch_requests:
-            some, stopped = affordable(todo, self._cheaper(budget), self.teacher.limits)
-            files = write_requests(self._by_files(), some, wishes.batch_requests)
-            outcome = AskResult(stopped=stopped)
+        if options.batch_requests:
+            selected, stopped = affordable(pending, self._batch_budget(budget), self.teacher.limits)
+            files = write_requests(self._batch_teacher(), selected, options.batch_requests)
+            sent = SendResult(stopped=stopped)
         elif results is None:
-            outcome = self._ask(todo, journal, budget)
-        answered = journal.answered()
-        for key, why in outcome.unanswered.items():
-            log.warning("no answer to %s: %s", next(each.request.id for each in todo if each.key == key), why)
-        left = sum(each.key not in answered for each in self.keyed)
-        if outcome.stopped:
-            log.warning("stopped with %d requests left: %s", left, outcome.stopped)
-        return GenerationStats(outcome.sent, left, outcome.stopped, journal.spent(), tuple(map(str, files)), results)
+            sent = self._send(pending, journal, budget)
+        answered = journal.answered_keys()
+        for key, reason in sent.unanswered.items():
+            log.warning("no answer to %s: %s", next(each.request.id for each in pending if each.key == key), reason)
+        unanswered = sum(each.key not in answered for each in self.keyed)
+        if sent.stopped:
+            log.warning("stopped with %d requests unanswered: %s", unanswered, sent.stopped)
+        return GenerationStats(sent.sent, unanswered, sent.stopped, journal.spent(), tuple(map(str, files)), results)
 
-    def made(self, journal: Journal) -> Iterator[GeneratedRecord]:
-        """What became of every request that was answered, in order, gates passed; then those not worth asking."""
-        answered = journal.answered()
-        yield from self._gated(self._read([each for each in self.keyed if each.key in answered], journal))
-        for request in self.asked:
+    def records(self, journal: Journal) -> Iterator[GeneratedRecord]:
+        """The records of all answered requests, in order, after the gates; then the requests without captions."""
+        answered = journal.answered_keys()
+        yield from self._gated(self._parsed([each for each in self.keyed if each.key in answered], journal))
+        for request in self.requests:
             if not request.messages[-1]["content"]:
-                yield GeneratedRecord(
-                    request, None, "nothing is known of the picture that could be told", "nothing known"
-                )
+                yield GeneratedRecord(request, None, "the image has neither captions nor boxes", NO_CAPTIONS)
 
-    def budget(self, wishes: GenerationOptions) -> Budget:
-        """What may be spent.
+    def budget(self, options: GenerationOptions) -> Budget:
+        """The budget of this run.
 
         Raises:
-            RecipeError: money is limited, and what a request can cost isn't known.
+            RecipeError: the cost is limited, but the maximum cost of a request is unknown.
         """
         limits = self.teacher.limits
-        most = self.wanted.max_cost if wishes.max_cost is None else wishes.max_cost
+        max_cost = self.settings.max_cost if options.max_cost is None else options.max_cost
         price = self.prices.models.get(limits.model)
-        if most is not None and price is None:
+        if max_cost is not None and price is None:
             raise RecipeError(
-                f"max_cost: there is no price of {limits.model or self.wanted.teacher.name!r}",
-                hint="add it to a copy of the file of prices and name that in `generate.prices`; or leave max_cost out",
+                f"max_cost: unknown price of {limits.model or self.settings.teacher.name!r}",
+                hint="copy prices.yaml, add the price and set `generate.prices` to the copy; or remove max_cost",
             )
-        if most is not None and limits.max_tokens is None:
-            raise RecipeError("max_cost: a reply could be of any length", hint="set `generate.teacher.max_tokens`")
-        return Budget(price, most, wishes.max_requests)
+        if max_cost is not None and limits.max_tokens is None:
+            raise RecipeError(
+                "max_cost: the length of a reply is not limited", hint="set `generate.teacher.max_tokens`"
+            )
+        return Budget(price, max_cost, options.max_requests)
 
-    def _ask(self, todo: Sequence[Keyed], journal: Journal, budget: Budget) -> AskResult:
+    def _send(self, pending: Sequence[KeyedRequest], journal: Journal, budget: Budget) -> SendResult:
         try:
-            return ask(self.teacher, todo, journal, budget, answered=len(self.keyed) - len(todo))
+            return send_requests(self.teacher, pending, journal, budget, answered=len(self.keyed) - len(pending))
         except BaseException:
-            log.warning("%d replies are kept in %s: none is asked for again", journal.spent().replies, journal.path)
+            log.warning("%d replies are stored in %s and not requested again", journal.spent().replies, journal.path)
             raise
 
-    def _todo(self, wishes: GenerationOptions, journal: Journal) -> list[Keyed]:
-        """What has no reply yet; with ``retry_refused`` also what has one that can't be used."""
-        answered = journal.answered()
+    def _pending(self, options: GenerationOptions, journal: Journal) -> list[KeyedRequest]:
+        """The unanswered requests; with ``retry_refused`` also those whose reply can't be used."""
+        answered = journal.answered_keys()
         refused = set()
-        if wishes.retry_refused:
+        if options.retry_refused:
             known = [each for each in self.keyed if each.key in answered]
-            found = self._gated(self._read(known, journal))
-            refused = {each.key for each, made in zip(known, found, strict=True) if made.record is None}
+            records = self._gated(self._parsed(known, journal))
+            refused = {each.key for each, result in zip(known, records, strict=True) if result.record is None}
         return [each for each in self.keyed if each.key not in answered or each.key in refused]
 
-    def _read(self, keyed: Iterable[Keyed], journal: Journal) -> Iterator[GeneratedRecord]:
+    def _parsed(self, keyed: Iterable[KeyedRequest], journal: Journal) -> Iterator[GeneratedRecord]:
+        exact = bool(getattr(self.teacher, "exact", False))
         for each in keyed:
-            answer = journal.get(each.key)
-            if answer is not None and answer.reply is not None:
-                yield record(each.request, answer.reply, self.told, exact=bool(getattr(self.teacher, "exact", False)))
+            outcome = journal.outcome(each.key)
+            if outcome is not None and outcome.reply is not None:
+                yield parse_record(each.request, outcome.reply, self.prompts, exact=exact)
             else:
-                yield GeneratedRecord(each.request, None, answer.reason if answer else "", UNANSWERED)
+                yield GeneratedRecord(each.request, None, outcome.reason if outcome else "", REFUSED)
 
-    def _gated(self, found: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
-        return gated(self.teacher, self.wanted, found)
+    def _gated(self, records: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
+        return apply_gates(self.teacher, self.settings, records)
 
-    def _cheaper(self, budget: Budget) -> Budget:
-        """The budget of requests by batch file."""
-        return replace(budget, price=budget.price and budget.price.times(self.prices.batch))
+    def _batch_budget(self, budget: Budget) -> Budget:
+        """``budget`` with the price of batch requests."""
+        return replace(budget, price=budget.price and budget.price.scaled(self.prices.batch))
 
-    def _by_files(self) -> BatchTeacher:
+    def _batch_teacher(self) -> BatchTeacher:
         if not isinstance(self.teacher, BatchTeacher):
-            raise RecipeError(f"the teacher {self.wanted.teacher.name!r} can't be asked by files")
+            raise RecipeError(f"the teacher {self.settings.teacher.name!r} does not support batch files")
         return self.teacher
 
 
-def gated(teacher: object, wanted: Generate, found: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
-    """What passes the recipe's gates, and what doesn't with the reason; an exact teacher's needs none."""
+def apply_gates(teacher: object, settings: Generate, records: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
+    """``records`` after the recipe's gates; the records of an ``exact`` teacher are not checked."""
     if getattr(teacher, "exact", False):
-        yield from found
+        yield from records
     else:
-        yield from map(Gatekeeper(wanted.gates).check, found)
+        yield from map(GateChecker(settings.gates).check, records)

@@ -1,6 +1,6 @@
-"""The kit that plugin authors and our own tests share: toy models and data, a runner, conformance checks.
+"""Testing tools for plugins, also used by llavactl's tests: toy models and data, a CLI runner, conformance checks.
 
-Everything is made locally in a second, with real transformers classes: no hub, no network.
+Toy models are instances of real transformers classes with random weights, created in a second without network access.
 """
 
 from __future__ import annotations

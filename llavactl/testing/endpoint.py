@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that misbehaves on demand and counts what really arrives."""
+"""A local OpenAI-compatible endpoint that fails on demand and counts requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 # fmt: off
-WORDS = (  # noqa: SIM905 - a word each
+WORDS = (  # noqa: SIM905 - shorter than a list
     "harbor bridge lantern meadow orchard tower river garden market engine blanket window ladder candle mirror basket "
     "saddle violin marble copper velvet canyon desert glacier island kettle magnet needle pepper ribbon shadow temple"
 ).split()
@@ -25,10 +25,10 @@ WORDS = (  # noqa: SIM905 - a word each
 
 @dataclass(frozen=True)
 class Answers:
-    """How one request is answered: HTTP ``status``, ``body`` and ``headers``, after ``wait_s`` seconds.
+    """The response to a request: HTTP ``status``, ``body`` and ``headers``, sent after ``wait_s`` seconds.
 
-    ``promise`` more bytes are announced than are sent: the connection is cut. ``trickle_s`` is waited before every
-    byte of the body.
+    The Content-Length is ``promise`` bytes too large, so a positive value simulates a lost connection. ``trickle_s`` is
+    the delay in seconds before each byte of the body.
     """
 
     status: int = 200
@@ -40,21 +40,23 @@ class Answers:
 
 
 Behaviour = Callable[[int, Mapping[str, Any]], "Answers | None"]
-"""From the number of a request (from 0) and its body to what it is answered; None: well."""
+"""Maps the index and body of a request to its response; None: a successful completion."""
 
 
 @dataclass
 class ToyEndpoint:
-    """What arrived: the ``bodies`` of all requests, how often each was ``answered`` well, ``most`` at a time."""
+    """Statistics of the endpoint: request ``bodies``, ``headers`` and ``times``, successful responses (``answered``, by
+    request hash), and the maximum number of concurrent requests (``most``).
+    """
 
     url: str = ""
-    behave: Behaviour = lambda _number, _body: None
+    behave: Behaviour = lambda _index, _body: None
     bodies: list[Mapping[str, Any]] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
     most: int = 0
-    flying: int = 0
+    in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -66,19 +68,19 @@ def completion(text: str | None, tokens_in: int = 100, tokens_out: int = 50, fin
 
 
 def good_reply(body: Mapping[str, Any]) -> str:
-    """A reply of the form that llavactl's own prompts ask for, another for every picture."""
-    asked = body["messages"][0]["content"]
+    """A reply in the format that llavactl's prompts request; it depends on the messages, so it differs per image."""
+    prompt = body["messages"][0]["content"]
     rng = Random(json.dumps(body["messages"]))
-    told = " ".join(f"There is a {one} beside the {other}." for one, other in (rng.sample(WORDS, 2) for _ in range(8)))
-    if "one question" not in asked and "conversation between" not in asked:
-        return told
-    things = " and the ".join(rng.sample(WORDS, 3))
-    return f"Question:\nWhat is near the {things}?\n===\nAnswer:\n{told}"
+    text = " ".join(f"There is a {one} beside the {other}." for one, other in (rng.sample(WORDS, 2) for _ in range(8)))
+    if "one question" not in prompt and "conversation between" not in prompt:
+        return text
+    objects = " and the ".join(rng.sample(WORDS, 3))
+    return f"Question:\nWhat is near the {objects}?\n===\nAnswer:\n{text}"
 
 
 @contextmanager
 def toy_endpoint(behave: Behaviour | None = None) -> Iterator[ToyEndpoint]:
-    """A server that answers until the block ends; ``behave`` decides how."""
+    """Runs the endpoint within the context; ``behave`` determines the responses."""
     state = ToyEndpoint()
     if behave is not None:
         state.behave = behave
@@ -89,18 +91,18 @@ def toy_endpoint(behave: Behaviour | None = None) -> Iterator[ToyEndpoint]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with state.lock:
-                number = len(state.bodies)
+                index = len(state.bodies)
                 state.bodies.append(body)
                 state.headers.append(dict(self.headers))
                 state.times.append(time.monotonic())
-                state.flying += 1
-                state.most = max(state.most, state.flying)
+                state.in_flight += 1
+                state.most = max(state.most, state.in_flight)
             try:
-                with suppress(OSError):  # whoever asked has gone
-                    _answer(self, state, body, state.behave(number, body))
+                with suppress(OSError):  # the client is gone
+                    _answer(self, state, body, state.behave(index, body))
             finally:
                 with state.lock:
-                    state.flying -= 1
+                    state.in_flight -= 1
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -110,7 +112,7 @@ def toy_endpoint(behave: Behaviour | None = None) -> Iterator[ToyEndpoint]:
         block_on_close = False
 
         def handle_error(self, *_: Any) -> None:
-            """Clients that are killed or hang up are what this is for."""
+            """Ignores errors of clients that were killed or disconnected."""
 
     server = Server(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -124,22 +126,24 @@ def toy_endpoint(behave: Behaviour | None = None) -> Iterator[ToyEndpoint]:
         thread.join()
 
 
-def _answer(handler: BaseHTTPRequestHandler, state: ToyEndpoint, body: Mapping[str, Any], how: Answers | None) -> None:
-    well = how is None or (how.status == 200 and not how.body and not how.promise)
-    how = how or Answers()
-    text = completion(good_reply(body)) if well else how.body
-    time.sleep(how.wait_s)
-    if well:
+def _answer(
+    handler: BaseHTTPRequestHandler, state: ToyEndpoint, body: Mapping[str, Any], response: Answers | None
+) -> None:
+    success = response is None or (response.status == 200 and not response.body and not response.promise)
+    response = response or Answers()
+    text = completion(good_reply(body)) if success else response.body
+    time.sleep(response.wait_s)
+    if success:
         with state.lock:
             state.answered[hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()] += 1
-    handler.send_response(how.status)
-    for name, value in how.headers.items():
+    handler.send_response(response.status)
+    for name, value in response.headers.items():
         handler.send_header(name, value)
-    handler.send_header("Content-Length", str(len(text) + how.promise))
+    handler.send_header("Content-Length", str(len(text) + response.promise))
     handler.end_headers()
-    for start in range(0, len(text), 1 if how.trickle_s else 1 << 16):
-        time.sleep(how.trickle_s)
-        handler.wfile.write(text[start : start + (1 if how.trickle_s else 1 << 16)])
-    if how.promise:
+    for start in range(0, len(text), 1 if response.trickle_s else 1 << 16):
+        time.sleep(response.trickle_s)
+        handler.wfile.write(text[start : start + (1 if response.trickle_s else 1 << 16)])
+    if response.promise:
         handler.close_connection = True
         handler.connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Running the command line in this process, as a user would see it."""
+"""Runs the command line in this process."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """What a command printed, and how it ended."""
+    """The exit status and output of a command."""
 
     exit_code: int
     stdout: str
     stderr: str
 
     def json(self) -> Any:
-        """stdout as the one JSON document that ``--json`` promises."""
+        """The JSON document on stdout (``--json``)."""
         return json.loads(self.stdout)
 
 
 def run_cli(*arguments: str, cwd: Path | None = None, stdin: str = "") -> Result:
-    """``llavactl ARGUMENTS`` with the error boundary of the real command; never raises SystemExit."""
+    """Runs ``llavactl ARGUMENTS`` in ``cwd``, including error handling; never raises SystemExit."""
     from llavactl.cli import main
 
     out, err = io.StringIO(), io.StringIO()

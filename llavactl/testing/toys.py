@@ -1,4 +1,4 @@
-"""Tiny models of the real classes, and data to go with them; each function fills a folder and returns it."""
+"""Tiny models of real classes and data for them; each function writes to a path and returns it."""
 
 from __future__ import annotations
 
@@ -79,40 +79,40 @@ def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: 
 
 
 def toy_photos(folder: Path, count: int = 12, *, seed: int = 0) -> list[Path]:
-    """``count`` JPEGs of one colour each with some noise, of odd sizes."""
+    """``count`` JPEGs of various sizes, each of one color with noise."""
     from PIL import Image
 
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index in range(count):
-        colour = list(COLOURS.values())[index % len(COLOURS)]
-        image = Image.new("RGB", (chance.randint(20, 60), chance.randint(20, 60)), colour)
+        color = list(COLOURS.values())[index % len(COLOURS)]
+        image = Image.new("RGB", (rng.randint(20, 60), rng.randint(20, 60)), color)
         for _ in range(20):
-            at = chance.randrange(image.width), chance.randrange(image.height)
-            image.putpixel(at, (chance.randrange(256), chance.randrange(256), chance.randrange(256)))
+            position = rng.randrange(image.width), rng.randrange(image.height)
+            image.putpixel(position, (rng.randrange(256), rng.randrange(256), rng.randrange(256)))
         paths.append(folder / f"photo-{index:03d}.jpg")
         image.save(paths[-1], quality=95)
     return paths
 
 
 def toy_records(path: Path, photos: Sequence[Path], *, turns: int = 2) -> Path:
-    """LLaVA records about ``photos``, one each: ``turns`` questions with answers that a picture decides."""
+    """One LLaVA record per photo: ``turns`` questions that can be answered from the image only."""
     names = list(COLOURS)
     records = []
     for index, photo in enumerate(photos):
-        said = []
+        conversation = []
         for turn in range(turns):
             tag = "<image>\n" if turn == 0 else ""
-            said.append({"from": "human", "value": f"{tag}What colour is the picture?"})
-            said.append({"from": "gpt", "value": f"The picture is {names[index % len(names)]}."})
-        records.append({"id": f"r{index}", "image": photo.name, "conversations": said})
+            conversation.append({"from": "human", "value": f"{tag}What colour is the picture?"})
+            conversation.append({"from": "gpt", "value": f"The picture is {names[index % len(names)]}."})
+        records.append({"id": f"r{index}", "image": photo.name, "conversations": conversation})
     path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return path
 
 
 def toy_recipe(folder: Path, *, photos: int = 12) -> Path:
-    """A whole recipe, models and data included, in ``folder``; runs in seconds."""
+    """A complete recipe with models and data in ``folder``; trains in seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     toy_clip(folder / "clip")
     toy_language(folder / "language")

@@ -1,1 +1,1 @@
-"""Training: the loop, what is frozen, the optimiser and its schedule, checkpoints, metrics."""
+"""Training a stage: initial model, training loop, optimizer, checkpoints, saving, report."""

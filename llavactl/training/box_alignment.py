@@ -1,8 +1,8 @@
-"""Fitting the connector to boxes before stage 1: each image token to the words for what it shows, and where it is.
+"""Aligns the connector with box annotations before stage 1.
 
-From captions alone a connector learns slowly: before a frozen language model can tell which patch a word is about,
-the patch must resemble the word. Boxes say outright which patches a word is about. What is fitted is a regression
-on the language model's input embeddings, without the language model: seconds, where its forwards take minutes.
+From captions alone a connector learns slowly: a frozen language model can relate a word to a patch only once the
+patch's embedding resembles the word's. Boxes provide this relation directly. Each image token is regressed on the input
+embeddings of the words for its content and position. The language model isn't run, so this takes seconds.
 """
 
 from __future__ import annotations
@@ -28,36 +28,37 @@ if TYPE_CHECKING:
     from llavactl.data.training_set import TrainingSet
     from llavactl.model.llava import LlavaModel
 
-IMAGES = 32
-"""Images a step."""
+BATCH_SIZE = 32
+"""Images per step."""
 
 LEARNING_RATE = 1e-3
 WARMUP = 0.05
 
-PLACE = 1.5
-"""How much of the way between two words of place ("left" and "right") lies between the edges of a picture.
-
-With 1.5 what says where a token is is about half as large as what says which thing it shows.
+POSITION_SCALE = 1.5
+"""The distance between two edges of an image, as a multiple of the distance between the words for them ("left" and
+"right"). At 1.5 the position part of a target is about half as large as the part for its content.
 """
 
-Word = Callable[[str], torch.Tensor]
+WordEmbedding = Callable[[str], torch.Tensor]
 
 
-def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int, seed: int) -> dict[str, torch.Tensor]:
-    """The connector's state, by name and in float32, after ``steps`` of AdamW on the images of ``data`` with boxes.
+def align_to_boxes(
+    model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """The connector's float32 state dict after ``steps`` AdamW steps on the images of ``data`` with boxes.
 
-    The loss is the mean squared error between its tokens and ``targets``.
+    The loss is the mean squared error between the connector's tokens and ``targets``. ``model`` isn't changed.
 
     Raises:
         RecipeError: no sample has boxes, or the connector's tokens don't form a grid.
     """
-    samples = [sample for sample in data.samples if len(sample.images) == 1 and _things(sample.boxes)]
+    samples = [sample for sample in data.samples if len(sample.images) == 1 and _object_boxes(sample.boxes)]
     if not samples:
         raise RecipeError(
             "stage1.box_alignment_steps: no record of data.stage1 has boxes",
-            hint="the sources `coco` and `scenes` have; `-o stage1.box_alignment_steps=0` goes without",
+            hint="use a source with boxes (`coco`, `scenes`), or `-o stage1.box_alignment_steps=0`",
         )
-    factor = shuffle_factor(shape, data.encoding.image_tokens)
+    factor = patches_per_side(shape, data.encoding.image_tokens)
     embeddings = model.language.get_input_embeddings().weight.detach()
 
     @cache
@@ -65,55 +66,55 @@ def ground(model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int
         ids = data.encoding.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
         return embeddings[ids].float().sum(0)
 
-    # In float32 whatever the stage computes in: it is small, and its updates are.
+    # In float32 for any precision of the stage: the connector and its updates are small.
     connector = copy.deepcopy(model.connector).float()
-    trained = [each for name, each in connector.named_parameters() if name not in model.frozen]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    trainable = [each for name, each in connector.named_parameters() if name not in model.frozen]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
     explained = 0.0
-    with progress.bar(steps, "fitting to boxes", "step") as bar:
+    with progress.bar(steps, "box alignment", "step") as bar:
         for step, batch in zip(range(steps), _batches(samples, seed), strict=False):
-            wanted = torch.stack([targets(sample.boxes, shape.grid, factor, word) for sample in batch])
+            target = torch.stack([targets(sample.boxes, shape.grid, factor, word) for sample in batch])
             features = image_features(collate([Encoded((), (), sample.images) for sample in batch], data.features))
             assert features is not None, "every sample here has an image"
-            made = connector(features.to(embeddings.device).float())[:, shape.prefix :]
-            loss = (made - wanted).square().mean()
+            tokens = connector(features.to(embeddings.device).float())[:, shape.prefix :]
+            loss = (tokens - target).square().mean()
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * schedule(step, steps, WARMUP)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            explained = 1 - float(loss.detach() / (wanted - wanted.mean((0, 1))).square().mean())
-            bar.show(1, explained=f"{explained:.3f}")
+            explained = 1 - float(loss.detach() / (target - target.mean((0, 1))).square().mean())
+            bar.advance(1, explained=f"{explained:.3f}")
     return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 
-def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: Word) -> torch.Tensor:
-    """The targets for the tokens of an image, [h/factor * w/factor, Dl], for a ``grid`` (h, w) of patches.
+def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: WordEmbedding) -> torch.Tensor:
+    """The targets for the tokens of an image, [h/factor * w/factor, Dl], with a ``grid`` (h, w) of patches.
 
-    A patch is in a box where its center is in the largest ellipse there, as few things fill their corners; in the
-    smallest of several. It is its name's ``word`` [Dl], else that for background, with how far it is from left to
-    right and from above to below. A token is the mean of its ``factor`` x ``factor`` patches.
+    A patch is in a box if its center is in the box's inscribed ellipse, as objects rarely fill the corners; if it is in
+    several, the smallest counts. Its target is the embedding ``word`` [Dl] of the box's category, else of "background",
+    plus its horizontal and vertical position. A token's target is the mean over its ``factor`` x ``factor`` patches.
     """
     h, w = grid
-    ground = word("background")
-    y = ((torch.arange(h, device=ground.device) + 0.5) / h)[:, None].expand(h, w)
-    x = ((torch.arange(w, device=ground.device) + 0.5) / w)[None, :].expand(h, w)
-    patches = ground.repeat(h, w, 1)
-    for box in _things(boxes):
+    background = word("background")
+    y = ((torch.arange(h, device=background.device) + 0.5) / h)[:, None].expand(h, w)
+    x = ((torch.arange(w, device=background.device) + 0.5) / w)[None, :].expand(h, w)
+    patches = background.repeat(h, w, 1)
+    for box in _object_boxes(boxes):
         left, top, right, bottom = box.xyxy
-        across = (x - (left + right) / 2) / ((right - left) / 2)
-        upright = (y - (top + bottom) / 2) / ((bottom - top) / 2)
-        patches[across.square() + upright.square() <= 1] = word(box.category)
-    patches += PLACE * (x - 0.5)[..., None] * (word("right") - word("left"))
-    patches += PLACE * (y - 0.5)[..., None] * (word("below") - word("above"))
+        horizontal = (x - (left + right) / 2) / ((right - left) / 2)
+        vertical = (y - (top + bottom) / 2) / ((bottom - top) / 2)
+        patches[horizontal.square() + vertical.square() <= 1] = word(box.category)
+    patches += POSITION_SCALE * (x - 0.5)[..., None] * (word("right") - word("left"))
+    patches += POSITION_SCALE * (y - 0.5)[..., None] * (word("below") - word("above"))
     return patches.view(h // factor, factor, w // factor, factor, -1).mean((1, 3)).flatten(0, 1)
 
 
-def shuffle_factor(shape: FeatureShape, tokens: int) -> int:
-    """How many patches a side make one of a connector's ``tokens``, which are taken to be in the order of the patches.
+def patches_per_side(shape: FeatureShape, tokens: int) -> int:
+    """The side length in patches of each of a connector's ``tokens``, which must be in the order of the patches.
 
     Raises:
-        RecipeError: so many tokens can't lie over the patches as a grid.
+        RecipeError: the tokens can't form a grid over the patches.
     """
     h, w = shape.grid
     if tokens == shape.patches:
@@ -121,14 +122,14 @@ def shuffle_factor(shape: FeatureShape, tokens: int) -> int:
     factor = math.isqrt(h * w // tokens)
     if shape.prefix or not factor or h % factor or w % factor or h * w != tokens * factor**2:
         raise RecipeError(
-            f"stage1.box_alignment_steps: {tokens} image tokens don't lie as a grid over {h}x{w} patches",
-            hint="the connectors `linear` and `mlp2x-gelu` make such; `-o stage1.box_alignment_steps=0` goes without",
+            f"stage1.box_alignment_steps: {tokens} image tokens don't form a grid over {h}x{w} patches",
+            hint="use the connector `linear` or `mlp2x-gelu`, or `-o stage1.box_alignment_steps=0`",
         )
     return factor
 
 
-def _things(boxes: Sequence[Box]) -> list[Box]:
-    """Those that one thing fills, the largest first."""
+def _object_boxes(boxes: Sequence[Box]) -> list[Box]:
+    """The boxes of single objects with an area, largest first."""
 
     def area(box: Box) -> float:
         left, top, right, bottom = box.xyxy
@@ -138,11 +139,11 @@ def _things(boxes: Sequence[Box]) -> list[Box]:
 
 
 def _batches(samples: Sequence[Sample], seed: int) -> Iterator[list[Sample]]:
-    """Endlessly, each sample once before any comes again."""
+    """Endless shuffled batches; every sample occurs once before any is repeated."""
     rng = Random(f"llavactl grounding/{seed}")
-    waiting: list[Sample] = []
+    queue: list[Sample] = []
     while True:
-        while len(waiting) < min(IMAGES, len(samples)):
-            waiting += rng.sample(samples, len(samples))
-        yield waiting[:IMAGES]
-        del waiting[:IMAGES]
+        while len(queue) < min(BATCH_SIZE, len(samples)):
+            queue += rng.sample(samples, len(samples))
+        yield queue[:BATCH_SIZE]
+        del queue[:BATCH_SIZE]

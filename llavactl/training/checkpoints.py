@@ -1,4 +1,4 @@
-"""Checkpoints, written atomically; a run resumes from the newest intact one, and the best one is kept, too."""
+"""Checkpoints, written atomically. A run resumes from the newest intact one; the best one is kept as well."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llavactl.core.errors import StoreError
 from llavactl.core.paths import write_json
-from llavactl.model.folder import whole_folder
+from llavactl.model.folder import atomic_folder
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,8 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class State:
-    """After how many updates (``step``) of which run (``digest``), and what the held-out samples lost there."""
+class CheckpointState:
+    """The number of completed steps, the digest of the run, and the validation loss at this step, if any."""
 
     step: int
     digest: str
@@ -39,60 +39,59 @@ class State:
 
     @property
     def rank(self) -> float:
-        """The lowest is the best: its validation loss, infinite where that is none."""
+        """The validation loss, or infinity without a finite one; the lowest is the best."""
         return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
 
 
-def place(folder: Path, step: int) -> Path:
-    """The path of the checkpoint of ``step`` in ``folder``."""
+def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(folder: Path, state: State, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
-    """Writes ``folder/step-…``, then removes what is no longer of use.
+def save(folder: Path, state: CheckpointState, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
+    """Writes ``folder/step-…``, then removes obsolete checkpoints.
 
-    Of its own run the newest ``keep_last`` stay and the best one. What another run left, or this one beyond
-    ``state.step`` before it began anew, goes.
+    The newest ``keep_last`` checkpoints of the same run are kept, and the best one. Those of other runs, and those of
+    this run beyond ``state.step`` (from before it was restarted), are removed.
 
     Raises:
         StoreError: it can't be written.
     """
-    target = place(folder, state.step)
-    with whole_folder(target) as temporary:
+    target = checkpoint_path(folder, state.step)
+    with atomic_folder(target) as temporary:
         save_file(dict(tensors), temporary / TENSORS)
         write_json(temporary / STATE, {**asdict(state), "sha256": _sha256(temporary / TENSORS)})
     try:
-        found = _newest_first(folder)
+        existing = _newest_first(folder)
     except StoreError as error:
         log.warning("%s; older checkpoints are kept", error)
         return target
-    mine = [(each, at) for each, at in found if each.digest == state.digest and each.step <= state.step]
-    kept = {at for _, at in mine[:keep_last]} | {_best(mine)}
-    for other in [*folder.glob("step-*"), *folder.glob(".step-*")]:
-        if other not in kept:
-            shutil.rmtree(other, ignore_errors=True)
+    own = [(other, path) for other, path in existing if other.digest == state.digest and other.step <= state.step]
+    kept = {path for _, path in own[:keep_last]} | {_best_path(own)}
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     return target
 
 
-def restore(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
+def load_newest(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, torch.Tensor]] | None:
     """The newest intact checkpoint of the run ``digest``; damaged ones are skipped.
 
     Raises:
-        StoreError: one can't be read; it may be intact, and skipping it would lose its steps.
+        StoreError: a checkpoint can't be read. It may be intact, and skipping it would lose its steps.
     """
     for state, checkpoint in _newest_first(folder):
         if state.digest != digest:
             log.info("%s belongs to other settings or data and is not resumed", checkpoint)
-        elif (tensors := _whole(checkpoint)) is not None:
+        elif (tensors := _load_tensors(checkpoint)) is not None:
             return state, tensors
     return None
 
 
-def best(folder: Path, digest: str) -> tuple[State, dict[str, torch.Tensor]] | None:
-    """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises as ``restore``."""
-    mine = [(state, at) for state, at in _newest_first(folder) if state.digest == digest]
-    for state, checkpoint in sorted(mine, key=lambda each: each[0].rank):
-        if (tensors := _whole(checkpoint)) is not None:
+def load_best(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, torch.Tensor]] | None:
+    """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises like ``load_newest``."""
+    own = [(state, path) for state, path in _newest_first(folder) if state.digest == digest]
+    for state, checkpoint in sorted(own, key=lambda item: item[0].rank):
+        if (tensors := _load_tensors(checkpoint)) is not None:
             return state, tensors
     return None
 
@@ -102,51 +101,51 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _best(checkpoints: list[tuple[State, Path]]) -> Path:
-    """Of several equally good ones the newest."""
-    return min(checkpoints, key=lambda each: each[0].rank)[1]
+def _best_path(checkpoints: list[tuple[CheckpointState, Path]]) -> Path:
+    """The best of ``checkpoints``, sorted newest first; the newest among equals."""
+    return min(checkpoints, key=lambda item: item[0].rank)[1]
 
 
-def _newest_first(folder: Path) -> list[tuple[State, Path]]:
-    found = []
-    for checkpoint in sorted(_checkpoints(folder), reverse=True):
-        with _skipped_if_damaged(checkpoint):
-            written = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-            found.append((State(written["step"], written["digest"], written["val_loss"]), checkpoint))
-    return found
+def _newest_first(folder: Path) -> list[tuple[CheckpointState, Path]]:
+    checkpoints = []
+    for path in sorted(_checkpoint_folders(folder), reverse=True):
+        with _skip_if_damaged(path):
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            checkpoints.append((CheckpointState(state["step"], state["digest"], state["val_loss"]), path))
+    return checkpoints
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoint_folders(folder: Path) -> list[Path]:
     try:
-        return [each for each in folder.iterdir() if each.name.startswith("step-")]
+        return [path for path in folder.iterdir() if path.name.startswith("step-")]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise _read_error(folder, error) from error
 
 
-def _whole(checkpoint: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of ``checkpoint``; None where a byte of them isn't what was written."""
-    with _skipped_if_damaged(checkpoint):
+def _load_tensors(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors of ``checkpoint``; None if the checksum doesn't match."""
+    with _skip_if_damaged(checkpoint):
         if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["sha256"]:
-            raise ValueError(f"{TENSORS} isn't what was written")
+            raise ValueError(f"checksum mismatch of {TENSORS}")
         tensors: dict[str, torch.Tensor] = load_file(checkpoint / TENSORS)
         return tensors
     return None
 
 
 @contextmanager
-def _skipped_if_damaged(checkpoint: Path) -> Iterator[None]:
-    """Logs damage as a warning and ends the block; a checkpoint that can't be read raises an error."""
+def _skip_if_damaged(checkpoint: Path) -> Iterator[None]:
+    """Logs damage as a warning and ends the block; a checkpoint that can't be read raises StoreError."""
     try:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         log.warning("skipping damaged checkpoint %s (%s)", checkpoint, error)
     except OSError as error:
-        raise _unreadable(checkpoint, error) from error
+        raise _read_error(checkpoint, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> StoreError:
+def _read_error(path: Path, error: OSError) -> StoreError:
     """The error for ``path``, a checkpoint or the checkpoints' folder."""
     return StoreError(
         f"{error.filename or path} can't be read: {error.strerror or error}",

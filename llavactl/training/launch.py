@@ -1,25 +1,25 @@
-"""Setting up distributed training under torchrun or accelerate."""
+"""Sets up distributed training under torchrun or accelerate."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.core.processes import check_launch, leave_in_order, on_cpu
+from llavactl.core.processes import check_launch, destroy_process_group_at_exit, multiprocess_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 def accelerator(precision: str) -> Accelerator:
-    """This process's accelerator. The model itself has the recipe's ``precision``, so autocast is not used.
+    """This process's accelerator, without autocast: the model's weights already have the recipe's ``precision``.
 
     Raises:
-        RecipeError: accelerate's configuration requires something that llavactl doesn't support.
+        RecipeError: accelerate's configuration requires a feature that llavactl doesn't support.
     """
     check_launch(precision)
     from accelerate import Accelerator
 
-    made = Accelerator(mixed_precision="no", cpu=on_cpu())
-    if made.num_processes > 1:
-        leave_in_order()
-    return made
+    created = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
+    if created.num_processes > 1:
+        destroy_process_group_at_exit()
+    return created

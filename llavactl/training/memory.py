@@ -1,4 +1,4 @@
-"""Memory that nobody uses goes back to the system, and what is used for long isn't looked through again and again."""
+"""Releases memory during training, and keeps the garbage collector from traversing long-lived objects."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 
 def release_memory() -> None:
-    """Frees what is unreachable and, with glibc, returns what its allocator keeps.
+    """Collects garbage and, with glibc, returns free heap memory to the operating system.
 
-    Batches of ever other lengths leave it with gigabytes in pieces that fit nothing: a training run of the demo grew
-    from 3 to 6 GB.
+    Batches of different lengths fragment the heap: a training run of the demo grew from 3 to 6 GB.
     """
     gc.collect()
     if (trim := _malloc_trim()) is not None:
@@ -23,9 +22,9 @@ def release_memory() -> None:
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """While this lasts, Python's garbage collector passes over all that there is at its begin.
+    """In this context the garbage collector ignores all objects that existed at its start.
 
-    Modules, models and samples are there to stay: to look through them was 4 % of a step of the demo.
+    Traversing modules, models and samples took 4 % of a training step of the demo.
     """
     gc.collect()
     gc.freeze()
@@ -40,4 +39,4 @@ def _malloc_trim() -> Any:
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
-        return None  # macOS, Windows, musl: their allocators return it by themselves
+        return None  # macOS, Windows, musl: their allocators return memory themselves

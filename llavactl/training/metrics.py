@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, flushed as it is written."""
+"""metrics.jsonl: one line per step, flushed immediately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llavactl.files.json_stream import read_stream
 
 
 class Metrics:
-    """Appends lines to ``path``; when a run resumes at ``step``, what it had written beyond that is taken back."""
+    """Appends lines to ``path``. When a run resumes after ``step``, lines of later steps are removed."""
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ class Metrics:
         self._file.flush()
 
     def sync(self) -> None:
-        """To the disk, before a checkpoint: a power cut must not leave the later of the two alone."""
+        """Flushes to disk; called before a checkpoint, so that a power failure can't lose lines before it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -34,7 +34,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl, without a last line that is incomplete after a kill."""
     lines: list[dict[str, Any]] = []
     for entry in read_stream(path) if path.exists() else ():
         if entry.problem:

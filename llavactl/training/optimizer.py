@@ -1,4 +1,4 @@
-"""AdamW, or Muon for matrices, over full-precision masters, and the schedule of the learning rate."""
+"""AdamW, and optionally Muon for matrices, with float32 master weights; the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from llavactl.training.stages import Untrained
+    from llavactl.training.stages import UntrainedState
 
 
 def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
-    """The share of the peak learning rate at ``step`` (from 0) of ``steps``: up in a line over the first ``warmup``
-    share, then half a cosine to 0 (transformers' ``get_cosine_schedule_with_warmup``, which LLaVA uses).
+    """The fraction of the peak learning rate at ``step`` (from 0) of ``steps``.
 
-    With ``cooldown`` it stays at its peak, and goes to 0 in a line over this last share (Hagele et al. 2024, "Scaling
-    laws and compute-optimal training beyond fixed training durations").
+    Linear warm-up over the first ``warmup`` fraction of steps, then cosine decay to 0 (transformers'
+    ``get_cosine_schedule_with_warmup``, as in LLaVA). With ``cooldown`` the rate is constant, and decays linearly to 0
+    over this last fraction of steps (Hagele et al. 2024, "Scaling laws and compute-optimal training beyond fixed
+    training durations").
     """
-    rising = math.ceil(steps * warmup)
-    if step < rising:
-        return step / rising
+    warmup_steps = math.ceil(steps * warmup)
+    if step < warmup_steps:
+        return step / warmup_steps
     if cooldown is not None:
         return min(1.0, (steps - step) / max(1, math.ceil(steps * cooldown)))
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-_UNTRAINED = "untrained.connector."
+_UNTRAINED_PREFIX = "untrained.connector."
 
 
 class Optimizer:
     """AdamW, and Muon for some matrices, with float32 master weights of the trainable parameters.
 
-    In bfloat16 small updates would be lost, so they are applied to a float32 master copy, which is then
-    copied to the weights. Gradients of micro-batches are accumulated in float32, too. A float32
-    parameter is its own master.
+    In bfloat16 small updates would be lost to rounding. They are applied to a float32 master copy, which is then copied
+    to the parameter. Gradients of micro-batches are accumulated in float32 as well. A float32 parameter is its own
+    master.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class Optimizer:
         weight_decay: float,
         beta2: float = 0.999,
         matrices: Collection[str] = (),
-        untrained: Untrained | None = None,
+        untrained: UntrainedState | None = None,
     ) -> None:
-        """``rates``: the learning rate of each trainable parameter, by name; ``matrices``: those of them for Muon.
-        ``untrained``: further state of the model, saved and restored with them.
+        """``rates`` has the learning rate of each trainable parameter by name; ``matrices`` names those for Muon.
+        ``untrained`` is further state of the model to save and restore.
 
         Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
         scalable for LLM training", section 2.2), so that both use the same learning rate.
@@ -64,19 +65,19 @@ class Optimizer:
             for name, p in self.parameters.items()
         }
         others = self._groups({name: rate for name, rate in rates.items() if name not in matrices}, weight_decay)
-        # Fused is one pass over memory: on a CPU with 135M weights 0.09 s a step, against 0.29 s one tensor at a time.
+        # Fused is one pass over memory: with 135M weights on a CPU 0.09 s per step instead of 0.29 s.
         adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
         self.algorithms: list[torch.optim.Optimizer] = [adamw]
-        self.algorithm: dict[str, torch.optim.Optimizer] = dict.fromkeys(rates, adamw)
+        self.algorithm_of: dict[str, torch.optim.Optimizer] = dict.fromkeys(rates, adamw)
         names = sorted(matrices, key=lambda name: self.masters[name].numel())
         on_cpu = all(self.masters[name].device.type == "cpu" for name in names)
         threads = min(torch.get_num_threads(), len(names)) if on_cpu else 1
-        for share in (names[at::threads] for at in range(threads) if names):
-            groups = self._groups({name: rates[name] for name in share}, weight_decay)
+        for thread_names in (names[at::threads] for at in range(threads) if names):
+            groups = self._groups({name: rates[name] for name in thread_names}, weight_decay)
             muon = torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
             self.algorithms.append(muon)
-            self.algorithm.update(dict.fromkeys(share, muon))
-        self.threads = _threads(threads) if threads > 1 else None
+            self.algorithm_of.update(dict.fromkeys(thread_names, muon))
+        self.thread_pool = _single_threaded_pool(threads) if threads > 1 else None
 
     def _groups(self, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups by learning rate; no weight decay for one-dimensional ones (norms, biases), as in LLaVA."""
@@ -91,7 +92,7 @@ class Optimizer:
         ]
 
     def accumulate(self) -> None:
-        """Takes the gradients of one micro batch from the model."""
+        """Adds the gradients of one micro-batch to those of the masters."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
@@ -101,67 +102,68 @@ class Optimizer:
             master.grad += parameter.grad
             parameter.grad = None
 
-    def step(self, share: float, max_norm: float | None = None) -> float:
-        """One update with learning rates of ``share`` times their peaks; returns the highest rate used.
+    def step(self, fraction: float, max_norm: float | None = None) -> float:
+        """Updates the weights with ``fraction`` of the peak learning rates; returns the highest rate used.
 
         With ``max_norm`` the global gradient norm is clipped.
         """
         groups = [group for algorithm in self.algorithms for group in algorithm.param_groups]
         for group in groups:
-            group["lr"] = group["peak"] * share
-        # A weight that this step gave no gradient has a gradient of zero, on one process as on several.
+            group["lr"] = group["peak"] * fraction
+        # Weights without a gradient in this step get a zero gradient, on one process as on several.
         self.gradients()
         if max_norm is not None:
             nn.utils.clip_grad_norm_(self.masters.values(), max_norm)
-        # A thread each: products of matrices as small as those of 135M weights keep one thread busy, not two.
-        if self.threads is None:
+        # One thread per Muon instance: matrix products of a model with 135M weights don't scale to two threads.
+        if self.thread_pool is None:
             for algorithm in self.algorithms:
                 algorithm.step()
         else:
             adamw, *muons = self.algorithms
             adamw.step()
-            list(self.threads.map(lambda muon: muon.step(), muons))
+            list(self.thread_pool.map(lambda muon: muon.step(), muons))
         for algorithm in self.algorithms:
-            # Set to zero, not freed: fresh memory for every step's gradients costs more than clearing the old.
+            # Set to zero, not freed: allocating new memory in every step costs more than clearing it.
             algorithm.zero_grad(set_to_none=False)
-        self._follow()
+        self._copy_masters()
         return max(group["lr"] for group in groups)
 
     @torch.no_grad()
-    def take(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Replaces the values of some parameters, by name."""
         for name, weight in weights.items():
             self.masters[name].copy_(weight)
-        self._follow()
+        self._copy_masters()
 
     @torch.no_grad()
-    def _follow(self) -> None:
+    def _copy_masters(self) -> None:
+        """Copies the masters to the model's parameters."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
     def gradients(self) -> list[torch.Tensor]:
-        """The accumulated gradient of every master, zeros where a step gave none: equal in number on every process."""
+        """The accumulated gradients of all masters, zeros if there are none: the same number on every process."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Master weights, moments and untrained tensors as one flat mapping."""
+        """Master weights, moments and untrained state as one flat mapping."""
         flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         if self.untrained:
-            flat |= {_UNTRAINED + name: tensor.clone() for name, tensor in self.untrained.state().items()}
+            flat |= {_UNTRAINED_PREFIX + name: tensor.clone() for name, tensor in self.untrained.state().items()}
         for name, master in self.masters.items():
-            for key, value in self.algorithm[name].state.get(master, {}).items():
+            for key, value in self.algorithm_of[name].state.get(master, {}).items():
                 flat[f"{key}.{name}"] = value
         return {name: tensor.contiguous() for name, tensor in flat.items()}
 
     @torch.no_grad()
     def load(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Restores what ``state`` gave, to the bit."""
+        """Restores the result of ``state`` bit for bit."""
         if self.untrained:
-            self.untrained.load({name: flat[_UNTRAINED + name] for name in self.untrained.state()})
+            self.untrained.load({name: flat[_UNTRAINED_PREFIX + name] for name in self.untrained.state()})
         for name, master in self.masters.items():
             master.copy_(flat[f"master.{name}"])
             moments: dict[str, Any] = {
@@ -170,16 +172,16 @@ class Optimizer:
                 if f"{key}.{name}" in flat
             }
             if moments:
-                self.algorithm[name].state[master] = moments
-        self._follow()
+                self.algorithm_of[name].state[master] = moments
+        self._copy_masters()
 
 
-def _threads(number: int) -> ThreadPoolExecutor:
-    """So many threads whose tensor operations are done in themselves."""
-    own = torch.get_num_threads()
-    made = ThreadPoolExecutor(number, "muon", initializer=torch.set_num_threads, initargs=(1,))
-    barrier = Barrier(number)
-    list(made.map(lambda _: barrier.wait(), range(number)))
-    # MKL's number, other than OpenMP's, is one for all threads.
-    torch.set_num_threads(own)
-    return made
+def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool of ``threads`` threads in each of which torch uses a single thread."""
+    previous = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "muon", initializer=torch.set_num_threads, initargs=(1,))
+    barrier = Barrier(threads)
+    list(pool.map(lambda _: barrier.wait(), range(threads)))
+    # Unlike OpenMP's, MKL's number of threads is global: restore it for this thread.
+    torch.set_num_threads(previous)
+    return pool

@@ -1,1 +1,1 @@
-"""What llavactl does: a recipe in, a frozen report out. Verbs print nothing; only run calls other verbs."""
+"""One function per command: takes a recipe, returns a frozen report, prints nothing. Only ``run`` calls others."""

@@ -1,4 +1,4 @@
-"""``llavactl cache info·verify·prune``: what is stored, is it sound, what nobody needs."""
+"""``llavactl cache``: lists, verifies and prunes the feature stores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.features.maintenance import leftover_files, remove_leftovers, remove_store, verify_store
+from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
 from llavactl.features.reader import recipe_fingerprints
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """One store: ``undecodable`` images have no features; ``leftovers`` are files that no reader uses."""
+    """One feature store. ``undecodable``: number of images known to have no features; ``width``: feature width Dv."""
 
     id: str
     path: str
@@ -27,12 +27,12 @@ class StoreInfo:
     undecodable: int
     grid: tuple[int, int] | None
     width: int | None
-    leftovers: tuple[str, ...]
+    unused_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class InfoReport:
-    """The stores in ``path``; ``missing`` are fingerprints that the recipe needs and nobody extracted."""
+    """The stores in ``path``. ``missing``: fingerprints that the recipe needs and that have no features yet."""
 
     path: str
     images: int
@@ -42,18 +42,8 @@ class InfoReport:
 
 
 @dataclass(frozen=True)
-class Damaged:
-    """A damaged shard of ``store``, set aside; ``images`` lost their features until the next extract."""
-
-    store: str
-    file: str
-    reason: str
-    images: int
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A shard of ``store`` that can't be read (disk, network, permissions). It is left as it is."""
+class FaultyShard:
+    """A damaged or unreadable shard of ``store``; ``images``: number of images in it."""
 
     store: str
     file: str
@@ -63,20 +53,24 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """``sound``: every shard could be read and matches its checksum."""
+    """``sound``: all shards are readable and match their checksums.
+
+    ``damaged`` shards were moved aside; the next extract recomputes their features. ``unchecked`` shards can't be read
+    (disk, network, permissions) and are unchanged.
+    """
 
     sound: bool
     stores: int
     shards: int
     images: int
     bytes: int
-    damaged: tuple[Damaged, ...]
-    unchecked: tuple[Unchecked, ...]
+    damaged: tuple[FaultyShard, ...]
+    unchecked: tuple[FaultyShard, ...]
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was removed, or with ``dry_run`` would be: whole ``stores`` by id, and ``files`` nothing uses."""
+    """The removed ``stores`` (ids) and unused ``files``, or with ``dry_run`` those that would be removed."""
 
     stores: tuple[str, ...]
     files: tuple[str, ...]
@@ -85,7 +79,7 @@ class PruneReport:
 
 
 def info(recipe: VisionRecipe | None = None) -> InfoReport:
-    """What is stored, for every fingerprint or those that ``recipe`` needs.
+    """Describes all stores, or the stores that ``recipe`` needs.
 
     Raises:
         StoreError: a manifest can't be read.
@@ -93,76 +87,72 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
     folders = _folders(recipe)
     stores = tuple(_info(folder) for folder in folders if folder.is_dir())
     missing = tuple(folder.name for folder in folders if read_manifest(folder) is None)
-    total = sum(store.images for store in stores), sum(store.bytes for store in stores)
-    return InfoReport(str(stores_dir()), *total, stores, missing if recipe else ())
+    images, size = sum(store.images for store in stores), sum(store.bytes for store in stores)
+    return InfoReport(str(stores_dir()), images, size, stores, missing if recipe else ())
 
 
 def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
-    """Hashes every shard of all stores, or of those that ``recipe`` needs; sets damaged ones aside.
-
-    The next extract recomputes the features of damaged shards only. Shards that can't be read are listed separately.
+    """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and moves damaged shards aside.
 
     Raises:
         StoreError: a manifest can't be read, or another process writes to a store.
     """
     folders = [folder for folder in _folders(recipe) if folder.is_dir()]
-    manifests = [found for folder in folders if (found := read_manifest(folder)) is not None]
-    faults = [(folder.name, each) for folder in folders for each in verify_store(folder)]
+    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
+    faults = [(folder.name, fault) for folder in folders for fault in verify_store(folder)]
+    shards = [(FaultyShard(store, fault.file, fault.reason, fault.images), fault.damaged) for store, fault in faults]
     return VerifyReport(
         sound=not faults,
         stores=len(manifests),
         shards=sum(len(manifest.shards) for manifest in manifests),
         images=sum(manifest.images for manifest in manifests),
         bytes=sum(manifest.bytes for manifest in manifests),
-        damaged=tuple(Damaged(store, each.file, each.reason, each.images) for store, each in faults if each.damaged),
-        unchecked=tuple(
-            Unchecked(store, each.file, each.reason, each.images) for store, each in faults if not each.damaged
-        ),
+        damaged=tuple(shard for shard, damaged in shards if damaged),
+        unchecked=tuple(shard for shard, damaged in shards if not damaged),
     )
 
 
 def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
-    """Removes the stores that none of ``recipes`` needs, and in all others what no reader uses.
+    """Removes the stores that none of ``recipes`` needs, and the unused files of all other stores.
 
-    Without a recipe no store is removed: features may have taken days, and there is nothing to say
-    that they are not needed.
+    Without a recipe no store is removed: extracting features may have taken days.
 
     Raises:
-        StoreError: another process writes to a store that has something to remove.
+        StoreError: another process writes to a store that would be changed.
     """
-    needed = {each.id for recipe in recipes for each in recipe_fingerprints(recipe)}
+    needed = {fingerprint.id for recipe in recipes for fingerprint in recipe_fingerprints(recipe)}
     unneeded = [folder for folder in store_dirs() if recipes and folder.name not in needed]
     kept = [folder for folder in store_dirs() if folder not in unneeded]
-    files = [file for folder in kept for file in leftover_files(folder)]
-    gone = [file for folder in unneeded for file in folder.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in [*files, *gone])
+    unused = [file for folder in kept for file in unused_files(folder)]
+    of_unneeded = [file for folder in unneeded for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in [*unused, *of_unneeded])
     if not dry_run:
         for folder in unneeded:
             remove_store(folder)
         for folder in kept:
-            if leftover_files(folder):
-                remove_leftovers(folder)
-    return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, files)), size, dry_run)
+            if unused_files(folder):
+                remove_unused_files(folder)
+    return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, unused)), size, dry_run)
 
 
 def _folders(recipe: VisionRecipe | None) -> list[Path]:
     if recipe is None:
         return store_dirs()
-    return [store_dir(each) for each in recipe_fingerprints(recipe)]
+    return [store_dir(fingerprint) for fingerprint in recipe_fingerprints(recipe)]
 
 
 def _info(folder: Path) -> StoreInfo:
     manifest: Manifest | None = read_manifest(folder)
-    made_with = read_fingerprint(folder)
+    fingerprint = read_fingerprint(folder)
     return StoreInfo(
         id=folder.name,
         path=str(folder),
-        fingerprint=dict(made_with.fields) if made_with else {},
+        fingerprint=dict(fingerprint.fields) if fingerprint else {},
         images=manifest.images if manifest else 0,
         shards=len(manifest.shards) if manifest else 0,
         bytes=manifest.bytes if manifest else 0,
         undecodable=len(manifest.skipped) if manifest else 0,
         grid=manifest.shape.grid if manifest else None,
         width=manifest.shape.width if manifest else None,
-        leftovers=tuple(path.name for path in leftover_files(folder)),
+        unused_files=tuple(path.name for path in unused_files(folder)),
     )

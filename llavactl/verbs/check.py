@@ -1,41 +1,43 @@
-"""``llavactl data check``: every problem of the training records at once, before anything is trained; and mended."""
+"""``llavactl data check``: every problem of the training records at once, before training; and ``--fix``."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.errors import DataError
-from llavactl.curation.inputs import counted_lengths, inputs, with_bar
-from llavactl.curation.problems import KINDS, Finding, Tally
-from llavactl.curation.repair import Repairer
+from llavactl.core.errors import RecipeError
+from llavactl.core.protocols import Finding
+from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
+from llavactl.curation.problems import KINDS, Tally
+from llavactl.curation.repair import RepairWriter
 from llavactl.curation.scan import Decode, ImageChecks, scan
-from llavactl.files.json_stream import never_onto, write_stream
-from llavactl.images.references import ImageRoot
+from llavactl.files.json_stream import write_stream
+from llavactl.files.text import refuse_overwriting
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.stages import StageNumber
 
 
 @dataclass(frozen=True)
 class ProblemCount:
-    """A kind of problem, its effect on a run, how often it was found and the first places."""
+    """A kind of problem with its effect on a run, its count and its first locations."""
 
     problem: str
     effect: str
     count: int
-    what: str
-    places: tuple[str, ...]
+    description: str
+    locations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RepairedFile:
-    """What ``--fix`` wrote: ``log`` has a line for each record that was changed or dropped."""
+    """The output of ``--fix``: ``log`` has a line for each changed or dropped record."""
 
     out: str
     log: str
@@ -46,21 +48,21 @@ class RepairedFile:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found in ``records``; ``ok``: nothing of it hurts training.
+    """The problems of ``records``; ``ok``: none of them affects training (``errors`` is 0).
 
-    ``images`` counts the distinct ones, ``decode`` says how they were looked at, ``lengths`` by which stage's
-    template and tokenizer tokens were counted, or why they were not.
+    ``images`` counts distinct images, ``decode`` is how they were checked, ``token_counting`` the stages whose
+    template and tokenizer counted tokens, or why they didn't.
     """
 
     ok: bool
     records: int
     images: int
     decode: str
-    lengths: str
-    hurts: int
+    token_counting: str
+    errors: int
     problems: tuple[ProblemCount, ...]
     seconds: float
-    mended: RepairedFile | None = None
+    repaired: RepairedFile | None = None
 
 
 def check(
@@ -76,46 +78,52 @@ def check(
     """Checks the records of ``recipe``, or of ``file`` with images in ``images``; only those of ``stage`` if given.
 
     Without ``images``, those of ``file`` are not checked; ``follow_links`` is as in a recipe. ``fix`` is the file to
-    write the repaired records to.
+    write the repaired records of the only source to.
 
     Raises:
-        DataError: a file or folder doesn't exist, or ``fix`` can't be written.
-        RecipeError: there is nothing to check.
+        DataError: a file or folder doesn't exist, ``fix`` can't be written, or its source can't repair records.
+        RecipeError: no source to check, or several to repair.
     """
     began = time.perf_counter()
-    given = inputs(recipe, file, images, stage, follow_links=follow_links)
-    looked = ImageChecks("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
-    tally, said, records = Tally(), [], 0
-    with _mender(file, fix, given[0].root) as mender:
-        for each in given:
-            lengths, how = counted_lengths(recipe, each.stage)
-            said.append(how)
+    sources = inputs(recipe, file, images, stage, follow_links=follow_links)
+    checks = ImageChecks("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
+    tally, token_counting, records = Tally(), [], 0
+    with _repair_writer(sources, fix) as writer:
+        for source in sources:
+            lengths, how = token_lengths(recipe, source.stage)
+            token_counting.append(how)
             before = records + tally.counts.total()
-            for examined in with_bar(scan(each.records(lengths is not None), looked, lengths), each, "check"):
-                records += not any(finding.kind in ("json", "source") for finding in examined.findings)
-                tally.add(examined.where, examined.findings)
-                if mender is not None:
-                    mender.take(examined.where, examined.record, examined.findings)
+            for record in with_progress(
+                scan(source.scan(lengths is not None), checks, lengths), source.records, "check"
+            ):
+                records += not any(finding.kind in ("json", "source") for finding in record.findings)
+                tally.add(record.where, record.findings)
+                if writer is not None and record.raw is not None:
+                    writer.add(record.raw, record.findings)
             if records + tally.counts.total() == before:
-                tally.add(str(each.file or f"a source of stage {each.stage}"), [Finding("empty")])
+                name = f"source {source.name} of stage {source.stage}"
+                tally.add(str(source.records.path if source.records else name), [Finding("empty")])
     return CheckReport(
-        ok=not tally.hurts,
+        ok=not tally.errors,
         records=records,
-        images=len(looked.seen),
-        decode=looked.decode,
-        lengths="; ".join(dict.fromkeys(said)),
-        hurts=tally.hurts,
+        images=len(checks.hashes),
+        decode=checks.decode,
+        token_counting="; ".join(dict.fromkeys(token_counting)),
+        errors=tally.errors,
         problems=_problems(tally),
         seconds=round(time.perf_counter() - began, 3),
-        mended=None
-        if mender is None or fix is None
-        else RepairedFile(str(fix), str(_log(fix)), mender.written, mender.changed, mender.dropped),
+        repaired=None
+        if writer is None or fix is None
+        else RepairedFile(str(fix), str(_log(fix)), writer.written, writer.changed, writer.dropped),
     )
 
 
 def _problems(tally: Tally) -> tuple[ProblemCount, ...]:
-    found = [(name, kind, tally.counts[name]) for name, kind in KINDS.items() if tally.counts[name]]
-    return tuple(ProblemCount(name, kind.effect, n, kind.what, tuple(tally.places[name])) for name, kind, n in found)
+    return tuple(
+        ProblemCount(name, kind.effect, count, kind.description, tuple(tally.locations[name]))
+        for name, kind in KINDS.items()
+        if (count := tally.counts[name])
+    )
 
 
 def _log(out: Path) -> Path:
@@ -123,12 +131,16 @@ def _log(out: Path) -> Path:
 
 
 @contextmanager
-def _mender(file: Path | None, out: Path | None, root: ImageRoot) -> Iterator[Repairer | None]:
+def _repair_writer(sources: Sequence[Input], out: Path | None) -> Iterator[RepairWriter | None]:
     if out is None:
         yield None
         return
-    if file is None:
-        raise DataError("one file is mended at a time", hint="`llavactl data check FILE --fix OUT`")
-    never_onto(file, out)
-    with write_stream(out) as write, write_stream(_log(out)) as note:
-        yield Repairer(root, write, note)
+    if len(sources) != 1:
+        raise RecipeError(
+            f"--fix repairs the records of one source, got {len(sources)}",
+            hint="`llavactl data check FILE --fix OUT`, or select one source with --stage",
+        )
+    source = repairing_source(sources[0])
+    refuse_overwriting(source.path, out)
+    with write_stream(out) as write, write_stream(_log(out)) as log:
+        yield RepairWriter(source, write, log)

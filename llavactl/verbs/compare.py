@@ -1,4 +1,4 @@
-"""``llavactl eval TASK --compare``: which of several candidates is better, from answers that are there."""
+"""``llavactl eval TASK --compare``: compares runs or answer files in pairs, with significance tests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import DataError
 from llavactl.core.protocols import Judged
 from llavactl.core.registry import registry
-from llavactl.evaluation import runner, tasks
-from llavactl.evaluation.answers import read_answers, refuse_echoes
+from llavactl.evaluation.answers import check_not_questions, read_answers
+from llavactl.evaluation.scoring import choose_protocol, select_answers, task_spec
 from llavactl.evaluation.significance import Difference, paired
-from llavactl.report.inputs import read_document
+from llavactl.files.eval_result import read_eval_result
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of those compared: a run folder or a file of answers."""
+    """A run folder or answer file, with its scores."""
 
     name: str
     scores: Mapping[str, Any]
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """Candidates on the same ``n`` questions, and every pair of them."""
+    """Candidates scored on the same ``n`` questions, and all pairs of them."""
 
     task: str
     protocol: str
@@ -44,44 +44,46 @@ def compare(
     recipe: Outline | None,
     task: str,
     options: Mapping[str, Any],
-    given: Sequence[Path],
+    paths: Sequence[Path],
     *,
     protocol: str | None = None,
     limit: int | None = None,
 ) -> CompareReport:
-    """Scores each of ``given``, run folders that evaluated ``task`` or files of answers, and compares them in pairs."""
-    if len(given) < 2 or len(set(given)) < len(given):
-        raise DataError(
-            "two or more different runs or files of answers can be compared", hint="--compare A --compare B"
-        )
-    made = registry().create("tasks", tasks.describe(recipe, task, options), flag="-t ")
-    if isinstance(made, Judged):
-        raise DataError(f"{task} has no answers that are right or wrong, so there is nothing to pair")
-    chosen = runner.choose(made.protocols, protocol)
-    questions = list(made.questions())[:limit]
+    """Scores ``paths`` (run folders in which ``task`` was evaluated, or answer files) and compares them in pairs.
+
+    Raises:
+        DataError: fewer than two different candidates, unusable answers, or a task whose answers can't be paired.
+    """
+    if len(paths) < 2 or len(set(paths)) < len(paths):
+        raise DataError("expected two or more different runs or answer files", hint="--compare A --compare B")
+    component = registry().create("tasks", task_spec(recipe, task, options), flag="-t ")
+    if isinstance(component, Judged):
+        raise DataError(f"{task} can't be compared in pairs: its answers are judged, not right or wrong")
+    protocol = choose_protocol(component.protocols, protocol)
+    questions = list(component.questions())[:limit]
     candidates, grades = [], {}
-    for path in given:
-        file = _answers(path, task)
-        answers = read_answers(file, made)
+    for path in paths:
+        file = _answer_file(path, task)
+        answers = read_answers(file, component)
         if not path.is_dir():
-            refuse_echoes(file, questions, answers)
-        scored = runner.score(made, questions, answers, chosen, file)
-        candidates.append(Candidate(str(path), scored.scores, scored.failed))
-        grades[str(path)] = scored.grades or {name: float(right) for name, right in scored.right.items()}
+            check_not_questions(file, questions, answers)
+        scores = component.score(select_answers(questions, answers, file), protocol)
+        candidates.append(Candidate(str(path), scores.scores, scores.failed))
+        grades[str(path)] = scores.grades or {name: float(right) for name, right in scores.right.items()}
         if not grades[str(path)]:
-            raise DataError(f"{task} does not say which answers are right, so there is nothing to pair")
+            raise DataError(f"{task} can't be compared in pairs: it has no score for single answers")
     pairs = tuple(paired(a, b, grades[a], grades[b]) for a, b in combinations(grades, 2))
-    return CompareReport(task, chosen, len(questions), tuple(candidates), pairs)
+    return CompareReport(task, protocol, len(questions), tuple(candidates), pairs)
 
 
-def _answers(path: Path, task: str) -> Path:
-    """The answers: ``path`` itself, a file or MME's folder of them, or where the run in ``path`` has kept them."""
+def _answer_file(path: Path, task: str) -> Path:
+    """``path`` itself if it is an answer file or MME's folder, else the answer file of the run in ``path``."""
     if not path.is_dir() or (not (path / "eval").is_dir() and any(path.glob("*.txt"))):
         return path
-    kept = read_document(path / "eval" / f"{task}.json").get("answers")
-    if not isinstance(kept, str):
+    file = read_eval_result(path / "eval" / f"{task}.json").get("answers")
+    if not isinstance(file, str):
         raise DataError(
             f"{path}: {task} was not evaluated in this run", hint=f"llavactl eval {task} -r {path}/recipe.yaml"
         )
-    # A run that was moved has its answers with it.
-    return path / "eval" / "answers" / Path(kept).name
+    # The path in the result is outdated if the run was moved.
+    return path / "eval" / "answers" / Path(file).name

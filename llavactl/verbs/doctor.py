@@ -1,4 +1,4 @@
-"""``llavactl doctor``: what will work on this machine and what will not, before hours go into finding out."""
+"""``llavactl doctor``: checks packages, devices, disk space, network and plugins."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.core.paths import cache_dir
 
-LOW_DISK_GB = 20
-SEVEN_B_GB = 20  # 14 of weights, and room for a connector, LoRA and activations
+MIN_FREE_DISK_GB = 20
+MIN_7B_MEMORY_GB = 20  # 14 GB of bfloat16 weights, plus a connector, LoRA adapters and activations
 
 
 @dataclass(frozen=True)
 class Device:
-    """Something to compute on; ``dtypes`` are those it computes at full speed."""
+    """A CPU or an accelerator; ``dtypes``: dtypes with hardware support."""
 
     name: str
     memory_gb: float
@@ -33,7 +33,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that will be written to."""
+    """The disk of an output folder."""
 
     what: str
     folder: str
@@ -43,7 +43,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that works here or doesn't, and why."""
+    """One check: whether ``what`` works, and why or why not."""
 
     what: str
     works: bool
@@ -52,7 +52,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All that was looked at; ``findings`` are the conclusions."""
+    """The environment, and the ``findings`` of all checks."""
 
     llavactl: str
     python: str
@@ -65,77 +65,84 @@ class DoctorReport:
 
 
 def doctor() -> DoctorReport:
-    """Looks at versions, devices, disk and plugins; writes nothing, asks no network."""
-    packages, unmet = _packages()
-    devices, broken = _devices()
-    disks, homeless = [_disk("run folders", Path.cwd())], []
-    try:
-        disks.insert(0, _disk("feature stores", cache_dir()))
-    except LlavactlError as error:
-        homeless.append(Diagnosis("feature stores", False, f"{error.message}; {error.hint}"))
-    found = tuple(plugins.installed())
+    """Checks packages, devices, disk space, settings and plugins. Writes nothing and doesn't use the network."""
+    packages, package_findings = _packages()
+    devices, device_findings = _devices()
+    disks, disk_findings = _disks()
+    installed = tuple(plugins.installed())
     findings = [
-        *unmet,
-        *broken,
-        *_computing(devices),
-        *homeless,
-        *map(_room, disks),
-        _pixels(packages),
-        _hub(),
-        *_network(),
-        *(Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in found if plugin.error),
+        *package_findings,
+        *device_findings,
+        *disk_findings,
+        _preprocessing(packages),
+        _downloads(),
+        *_proxy(),
+        *(Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in installed if plugin.error),
     ]
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return DoctorReport(
-        __version__, platform.python_version(), system, packages, devices, tuple(disks), found, tuple(findings)
+        llavactl=__version__,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages=packages,
+        devices=devices,
+        disks=disks,
+        plugins=installed,
+        findings=tuple(findings),
     )
 
 
 def _packages() -> tuple[dict[str, str], list[Diagnosis]]:
-    """The versions of what llavactl requires, and what doesn't meet the requirement."""
+    """The versions of required packages, and a finding for each unmet requirement."""
     from packaging.requirements import Requirement
 
     try:
-        wanted = [Requirement(text) for text in metadata.requires("llavactl") or ()]
+        requirements = [Requirement(text) for text in metadata.requires("llavactl") or ()]
     except metadata.PackageNotFoundError:
-        return {}, [Diagnosis("installation", False, "llavactl is not installed, only imported: plugins can't find it")]
+        return {}, [Diagnosis("installation", False, "llavactl is imported but not installed: plugins can't be found")]
     versions, unmet = {}, []
-    for one in wanted:
-        if one.marker and not one.marker.evaluate({"extra": ""}):
+    for requirement in requirements:
+        name = requirement.name
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            versions[one.name] = metadata.version(one.name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            unmet.append(Diagnosis(f"package {one.name}", False, f"not installed; `pip install '{one}'`"))
+            unmet.append(Diagnosis(f"package {name}", False, f"not installed; run `pip install '{requirement}'`"))
             continue
-        if not one.specifier.contains(versions[one.name], prereleases=True):
-            unmet.append(Diagnosis(f"package {one.name}", False, f"{versions[one.name]} does not meet {one.specifier}"))
+        if not requirement.specifier.contains(versions[name], prereleases=True):
+            why = f"version {versions[name]} does not meet {requirement.specifier}"
+            unmet.append(Diagnosis(f"package {name}", False, why))
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions["torchvision"] = metadata.version("torchvision")
     return versions, unmet
 
 
 def _devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
-    """The CPU, then every accelerator."""
+    devices, import_failure = _available_devices()
+    return devices, [*import_failure, *_capabilities(devices)]
+
+
+def _available_devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
+    """The CPU and all accelerators, and a finding if torch can't be imported."""
     try:
         import torch
     except (ImportError, OSError) as error:
         return (), [Diagnosis("torch", False, f"can't be imported: {error}")]
-    found = [_cpu(torch)]
+    devices = [_cpu(torch)]
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        halves = ("float16", "bfloat16") if about.major >= 8 else ("float16",)
-        found.append(Device(f"cuda:{index} {about.name}", _gb(about.total_memory), ("float32", *halves)))
+        properties = torch.cuda.get_device_properties(index)
+        half = ("float16", "bfloat16") if properties.major >= 8 else ("float16",)
+        devices.append(Device(f"cuda:{index} {properties.name}", _gb(properties.total_memory), ("float32", *half)))
     if torch.backends.mps.is_available():
-        found.append(Device("mps", _memory_gb(), ("float32", "float16", "bfloat16")))
-    return tuple(found), []
+        devices.append(Device("mps", _memory_gb(), ("float32", "float16", "bfloat16")))
+    return tuple(devices), []
 
 
 def _cpu(torch: Any) -> Device:
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    bfloat16 = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     name = f"cpu {flags.get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
-    return Device(name, _memory_gb(), ("float32", "bfloat16") if fast else ("float32",))
+    return Device(name, _memory_gb(), ("float32", "bfloat16") if bfloat16 else ("float32",))
 
 
 def _memory_gb() -> float:
@@ -149,52 +156,66 @@ def _gb(size: float) -> float:
     return round(size / 1e9, 1)
 
 
-def _computing(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
+def _capabilities(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
+    """Whether the largest device is fit for the default precision and for a 7B language model."""
     accelerators = [device for device in devices if not device.name.startswith("cpu")]
     if not devices:
         return
-    best = max(accelerators or devices, key=lambda device: device.memory_gb)
+    largest = max(accelerators or devices, key=lambda device: device.memory_gb)
     yield Diagnosis(
-        "bfloat16, as recipes train by default",
-        "bfloat16" in best.dtypes,
-        "" if "bfloat16" in best.dtypes else f"{best.name} has it in software: right, but slow; `precision: float32`",
+        "bfloat16, the default precision of training",
+        "bfloat16" in largest.dtypes,
+        ""
+        if "bfloat16" in largest.dtypes
+        else f"{largest.name} has no hardware support: correct, but slow; set `precision: float32`",
     )
-    short = "" if accelerators else ", and training on a CPU takes weeks"
+    slow = "" if accelerators else "; training on a CPU takes weeks"
     yield Diagnosis(
         "a 7B language model",
-        bool(accelerators) and best.memory_gb > SEVEN_B_GB,
-        f"{best.name}, {best.memory_gb:.0f} GB; its weights alone take 14 GB in bfloat16{short}",
+        bool(accelerators) and largest.memory_gb > MIN_7B_MEMORY_GB,
+        f"{largest.name}, {largest.memory_gb:.0f} GB; the weights take 14 GB in bfloat16{slow}",
     )
+
+
+def _disks() -> tuple[tuple[Disk, ...], list[Diagnosis]]:
+    """The disks of the feature stores and run folders, and a finding for each."""
+    runs = _disk("run folders", Path.cwd())
+    try:
+        disks = (_disk("feature stores", cache_dir()), runs)
+    except LlavactlError as error:
+        no_folder = Diagnosis("feature stores", False, f"{error.message}; {error.hint}")
+        return (runs,), [no_folder, _disk_space(runs)]
+    return disks, [_disk_space(disk) for disk in disks]
 
 
 def _disk(what: str, folder: Path) -> Disk:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return Disk(what, str(folder), _gb(shutil.disk_usage(there).free), os.access(there, os.W_OK))
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return Disk(what, str(folder), _gb(shutil.disk_usage(existing).free), os.access(existing, os.W_OK))
 
 
-def _room(disk: Disk) -> Diagnosis:
+def _disk_space(disk: Disk) -> Diagnosis:
     if not disk.writable:
-        return Diagnosis(disk.what, False, f"{disk.folder} can't be written; LLAVACTL_HOME or `run_dir` name another")
-    return Diagnosis(disk.what, disk.free_gb >= LOW_DISK_GB, f"{disk.free_gb:.0f} GB free in {disk.folder}")
+        return Diagnosis(disk.what, False, f"{disk.folder} is not writable; set LLAVACTL_HOME or `run_dir`")
+    return Diagnosis(disk.what, disk.free_gb >= MIN_FREE_DISK_GB, f"{disk.free_gb:.0f} GB free in {disk.folder}")
 
 
-def _pixels(packages: dict[str, str]) -> Diagnosis:
+def _preprocessing(packages: dict[str, str]) -> Diagnosis:
     if "torchvision" in packages:
-        return Diagnosis("image preprocessing", True, "torchvision's")
-    why = "Pillow's, as torchvision is missing: features differ in the last digits, and are kept apart by fingerprint"
+        return Diagnosis("image preprocessing", True, "with torchvision")
+    why = "with Pillow (torchvision is not installed): features differ in the last digits and get another fingerprint"
     return Diagnosis("image preprocessing", True, why)
 
 
-def _network() -> Iterator[Diagnosis]:
-    if fault := proxy_fault():
-        yield Diagnosis("network", False, f"{fault.message}; {fault.hint}")
-
-
-def _hub() -> Diagnosis:
+def _downloads() -> Diagnosis:
     what = "downloads from the model hub"
-    if proxy_fault():
+    if proxy_error():
         return Diagnosis(what, False, "no network: only models in local folders or in the hub's cache can be used")
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0") not in ("", "0"):
-            return Diagnosis(what, False, f"{name} is set: only models in folders or in the hub's cache")
-    return Diagnosis(what, True, "allowed; not tried by this command")
+            return Diagnosis(what, False, f"{name} is set: only models in local folders or in the hub's cache")
+    return Diagnosis(what, True, "allowed; not tested by this command")
+
+
+def _proxy() -> Iterator[Diagnosis]:
+    if invalid_proxy := proxy_error():
+        yield Diagnosis("network", False, f"{invalid_proxy.message}; {invalid_proxy.hint}")

@@ -1,4 +1,4 @@
-"""``llavactl data filter``: captions balanced by concept, as LLaVA's 595K of CC3M's 3 million were."""
+"""``llavactl data filter``: selects captions balanced by concept, as LLaVA selected 595K of CC3M's 3 million."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError, PluginError
 from llavactl.curation.captions import Caption, read_captions
@@ -19,18 +20,22 @@ from llavactl.curation.concepts import Concepts, phrase_key
 from llavactl.curation.inputs import reading
 from llavactl.curation.noun_phrases import DEFAULT, load_extractor
 from llavactl.features.prepare import map_ordered
-from llavactl.files.json_stream import never_onto, write_stream
+from llavactl.files.json_stream import write_stream
+from llavactl.files.text import refuse_overwriting
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import RecordSource
 
 _BATCH = 2000
-_SMALL = 8_000_000
-"""Bytes of a file that one process is through with before others have started."""
+_SMALL_FILE = 8_000_000
+"""Bytes of a file that one process has read before other processes have started."""
 
-_HINT = "an extractor takes a list of captions and gives a list of phrases of each"
+_HINT = "an extractor takes a list of captions and returns a list of phrases for each"
 
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What was kept of ``captions``. Of distinct ``phrases``, ``rare`` ones chose nothing, ``frequent`` ones a draw."""
+    """``kept`` of ``captions``. Of the distinct ``phrases``, ``rare`` ones were skipped, ``frequent`` ones sampled."""
 
     out: str
     captions: int
@@ -44,7 +49,7 @@ class FilterReport:
 
 
 def filter_captions(
-    file: Path,
+    source: RecordSource,
     out: Path,
     *,
     at_least: int = 3,
@@ -53,45 +58,45 @@ def filter_captions(
     extractor: str = DEFAULT,
     workers: int | None = None,
 ) -> FilterReport:
-    """Writes to ``out`` the records of ``file`` that LLaVA's balance keeps, as they are and in their order.
+    """Writes to ``out`` the records of ``source`` that LLaVA's concept balance selects, unchanged and in order.
 
-    Two passes: the first finds the noun phrases of every caption, with ``workers`` processes, the second copies.
+    Two passes: the first extracts the noun phrases of every caption, in ``workers`` processes, the second copies.
 
     Raises:
         DataError: a record that can't be read or has no caption, or the file changed between the passes.
-        PluginError: the ``extractor`` can't be loaded, or gives something else than phrases.
+        PluginError: the ``extractor`` can't be loaded, or returns anything but phrases.
     """
     began = time.perf_counter()
     load_extractor(extractor)
-    never_onto(file, out)
+    refuse_overwriting(source.path, out)
     concepts = Concepts()
     if workers is None:
-        workers = (os.cpu_count() or 1) if file.is_file() and file.stat().st_size > _SMALL else 1
-    with reading(file, "noun phrases") as show, _pool(workers) as pool:
-        for batch, found in map_ordered(
-            pool, partial(_extracted, extractor), _batches(read_captions(file)), 2 * workers
-        ):
-            for keys in found:
+        large = source.path.is_file() and source.path.stat().st_size > _SMALL_FILE
+        workers = (os.cpu_count() or 1) if large else 1
+    with reading(source.path, "noun phrases") as show, _pool(workers) as pool:
+        batches = _batches(read_captions(source))
+        for batch, phrase_keys in map_ordered(pool, partial(_phrase_keys, extractor), batches, 2 * workers):
+            for keys in phrase_keys:
                 concepts.add(keys)
-            show(batch.done, concepts.captions)
-    kept = concepts.kept(at_least, at_most, seed)
+            show(batch.position, concepts.captions)
+    selection = concepts.select(at_least, at_most, seed)
     count = 0
-    with reading(file, "writing") as show, write_stream(out) as write:
-        for count, caption in enumerate(read_captions(file), 1):
+    with reading(source.path, "writing") as show, write_stream(out) as write:
+        for count, caption in enumerate(read_captions(source), 1):
             if count > concepts.captions:
                 break
-            if kept.chosen[count - 1]:
-                write(caption.record)
-            show(caption.done, count)
+            if selection.selected[count - 1]:
+                write(caption.value)
+            show(caption.position, count)
         if count != concepts.captions:
-            raise DataError(f"{file}: it changed while it was being read", hint="nothing was written")
+            raise DataError(f"{source.path} changed while it was read", hint="nothing was written")
     return FilterReport(
         out=str(out),
         captions=count,
-        kept=int(kept.chosen.sum()),
-        phrases=kept.phrases,
-        rare=kept.rare,
-        frequent=kept.frequent,
+        kept=int(selection.selected.sum()),
+        phrases=selection.phrases,
+        rare=selection.rare,
+        frequent=selection.frequent,
         extractor=extractor,
         seed=seed,
         seconds=round(time.perf_counter() - began, 3),
@@ -99,36 +104,37 @@ def filter_captions(
 
 
 @dataclass(frozen=True)
-class CaptionChunk:
-    """The texts of captions; ``done`` characters of the file are read with them."""
+class CaptionBatch:
+    """The texts of captions; ``position`` is the progress within the source's file after them."""
 
     texts: tuple[str, ...]
-    done: int
+    position: int
 
 
-def _batches(captions: Iterator[Caption]) -> Iterator[CaptionChunk]:
-    while some := list(itertools.islice(captions, _BATCH)):
-        yield CaptionChunk(tuple(caption.text for caption in some), some[-1].done)
+def _batches(captions: Iterator[Caption]) -> Iterator[CaptionBatch]:
+    while batch := list(itertools.islice(captions, _BATCH)):
+        yield CaptionBatch(tuple(caption.text for caption in batch), batch[-1].position)
 
 
-def _extracted(extractor: str, batch: CaptionChunk) -> list[list[int]]:
+def _phrase_keys(extractor: str, batch: CaptionBatch) -> list[list[int]]:
     """The keys of the noun phrases of each caption."""
     try:
-        found = [[phrase_key(phrase) for phrase in phrases] for phrases in load_extractor(extractor)(batch.texts)]
+        keys = [[phrase_key(phrase) for phrase in phrases] for phrases in load_extractor(extractor)(batch.texts)]
     except (TypeError, AttributeError) as error:
         raise PluginError(f"extractor {extractor}: {error}", hint=_HINT) from error
-    if len(found) != len(batch.texts):
-        raise PluginError(f"extractor {extractor}: {len(found)} answers for {len(batch.texts)} captions", hint=_HINT)
-    return found
+    if len(keys) != len(batch.texts):
+        raise PluginError(f"extractor {extractor}: {len(keys)} results for {len(batch.texts)} captions", hint=_HINT)
+    return keys
 
 
 def _pool(workers: int) -> Executor:
-    """Processes, for Python runs one thread at a time; one worker is a thread of this process."""
+    """A pool of processes, since Python threads don't run in parallel; one worker is a thread of this process."""
     if workers == 1:
         return ThreadPoolExecutor(1)
-    context = multiprocessing.get_context("spawn")  # a fork would take the progress bar's thread along
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit the progress bar's thread
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
+    """In workers: only the parent process handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""``llavactl data generate``: instruction data in LLaVA's records, written by a teacher about a source's pictures."""
+"""``llavactl data generate``: LLaVA instruction records, written by a teacher from captions and boxes."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, RecipeError, TeacherError
-from llavactl.core.hashes import hash_json, nothing_remembered
+from llavactl.core.hashes import hash_json, read_only_cache
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.protocols import LanguageTeacher, Request, Teacher
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.files.json_stream import write_stream
-from llavactl.images.image_file import Below, ImageFile
+from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.report.instructions import write_instructions
-from llavactl.teaching import generate as teaching
 from llavactl.teaching.estimate import Estimate
-from llavactl.teaching.journal import Journal, alone
-from llavactl.teaching.messages import Prompts, prompts
-from llavactl.teaching.session import GenerationOptions, GenerationStats, Session, gated
+from llavactl.teaching.generate import GeneratedRecord, build_requests, generate_record
+from llavactl.teaching.journal import Journal, exclusive_output
+from llavactl.teaching.messages import Prompts, load_prompts
+from llavactl.teaching.session import GenerationOptions, GenerationStats, TeacherSession, apply_gates
 from llavactl.teaching.summary import GenerationSummary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Generate, Outline
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.sections import Generate
+
+_RENAMED = {"pictures": "images"}
+"""Fields of reports written by earlier versions."""
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What the teacher made: ``kinds`` counts the samples written, ``refused`` the replies that could not be used.
+    """Generated data: ``kinds`` counts the written samples, ``refused`` the replies that could not be used.
 
-    ``reasons`` counts those by sort, ``page`` shows it all with some of the samples. Of a language teacher also
-    ``asking``: what was sent and spent, and what is still unanswered; or of a dry run the ``estimate``.
+    ``reasons`` counts refused replies by category; ``page`` is an HTML report with random samples. For a language
+    teacher, ``requests`` has the requests sent and their cost; for a dry run, ``estimate`` has the expected ones.
     """
 
     out: str
-    pictures: int
+    images: int
     samples: int
     kinds: Mapping[str, int]
     refused: int
@@ -52,143 +56,154 @@ class GenerateReport:
     finished_before: bool = False
     reasons: Mapping[str, int] = field(default_factory=dict)
     page: str = ""
-    asking: GenerationStats | None = None
+    requests: GenerationStats | None = None
     estimate: Estimate | None = None
 
 
-def generate(recipe: Outline, *, dry_run: bool = False, wishes: GenerationOptions | None = None) -> GenerateReport:
-    """Asks the recipe's teacher about every picture of ``generate.source`` and writes ``generate.out``.
+def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptions | None = None) -> GenerateReport:
+    """Generates records about every image of ``generate.source`` and writes them to ``generate.out``.
 
-    JSONL, or a JSON list where ``out`` ends in ``.json``. Pictures that are not files are written beside it, so that
-    the records are whole in themselves. A language teacher's replies are kept beside it, too: what was answered once
-    is never asked again.
+    The output is JSONL, or a JSON list if ``out`` ends in ``.json``. Images that are not files (rendered scenes) are
+    written beside it. A language teacher's replies are stored beside it, too, so an answered request is never repeated.
 
     Raises:
-        RecipeError: the recipe has no ``generate``, or prompts or prices that can't be used.
-        DataError: the source can't be read, or has no picture; another process is at it.
-        TeacherError: the teacher will not answer; what it answered before is kept.
+        RecipeError: the recipe has no ``generate``, or its prompts or prices are invalid.
+        DataError: the source is unreadable or has no images, or another process is writing ``out``.
+        TeacherError: the teacher can't answer; earlier replies are kept.
     """
-    if (wanted := recipe.generate) is None:
+    settings = recipe.generate
+    if settings is None:
         raise RecipeError("the recipe has no `generate`", hint="generate: {source: …, teacher: …, kinds: …, out: …}")
-    wishes = wishes or GenerationOptions()
+    options = options or GenerationOptions()
     began = time.perf_counter()
-    told = prompts(wanted.prompts)
-    pictures = list(registry().create("sources", wanted.source.spec()))
-    if not pictures:
-        raise DataError(f"generate.source {wanted.source.name}: there is no picture to ask about")
-    with nothing_remembered() if dry_run else nullcontext():
-        digest = _digest(wanted, pictures, recipe.seed, told)
-    by_hand = wishes.retry_refused or wishes.batch_requests or wishes.batch_results
-    if not dry_run and not by_hand and (done := _finished(wanted.out, digest)):
-        return done
-    asked = list(teaching.requests(pictures, wanted.kinds.weights(), wanted.samples, recipe.seed, told))
-    teacher = registry().create("teachers", wanted.teacher.spec())
-    session = Session(wanted, teacher, told, asked) if isinstance(teacher, LanguageTeacher) else None
-    if session is None and wishes != GenerationOptions():
+    prompts = load_prompts(settings.prompts)
+    images = list(registry().create("sources", settings.source.spec()))
+    if not images:
+        raise DataError(f"generate.source {settings.source.name}: no images")
+    with read_only_cache() if dry_run else nullcontext():
+        digest = _digest(settings, images, recipe.seed, prompts)
+    manual = options.retry_refused or options.batch_requests or options.batch_results
+    if not dry_run and not manual and (finished := _finished(settings.out, digest)):
+        return finished
+    requests = list(build_requests(images, settings.kinds.weights(), settings.samples, recipe.seed, prompts))
+    teacher = registry().create("teachers", settings.teacher.spec())
+    session = TeacherSession(settings, teacher, prompts, requests) if isinstance(teacher, LanguageTeacher) else None
+    if session is None and options != GenerationOptions():
         raise RecipeError(
-            f"the teacher {wanted.teacher.name!r} costs nothing: there is no budget, retry or batch for it"
+            f"the teacher {settings.teacher.name!r} is no language model: budget, retry and batch options are invalid"
         )
-    plain = GenerateReport(
-        out=str(wanted.out),
-        pictures=len(pictures),
-        samples=len(asked),
-        kinds=dict(Counter(each.kind for each in asked)),
+    report = GenerateReport(
+        out=str(settings.out),
+        images=len(images),
+        samples=len(requests),
+        kinds=dict(Counter(request.kind for request in requests)),
         refused=0,
-        refused_file=str(_beside(wanted.out, "refused.jsonl")),
+        refused_file=str(_sibling(settings.out, "refused.jsonl")),
         seconds=0.0,
         digest=digest,
     )
     if dry_run:
-        return replace(plain, estimate=session.estimate(wishes) if session else None)
-    with alone(wanted.out):
+        return replace(report, estimate=session.estimate(options) if session else None)
+    with exclusive_output(settings.out):
         if session is None:
-            summary, asking = _write(wanted, gated(teacher, wanted, _at_once(teacher, asked, told)), recipe.seed), None
+            records = apply_gates(teacher, settings, _generated(teacher, requests, prompts))
+            summary, stats = _write(settings.out, records, recipe.seed), None
         else:
-            with Journal(session.kept_in) as journal:
-                try:
-                    asking = session.run(wishes, journal)
-                except TeacherError:
-                    if journal.answered():  # it is paid for: what there is of it can be looked at and used
-                        _write(wanted, session.made(journal), recipe.seed)
-                    raise
-                summary = _write(wanted, session.made(journal), recipe.seed)
-        _keep_pictures(wanted.out.parent, pictures)
+            summary, stats = _run(session, options, recipe.seed)
+        _write_images(settings.out.parent, images)
         report = replace(
-            plain,
+            report,
             samples=summary.kinds.total(),
             kinds=dict(summary.kinds),
             refused=sum(summary.reasons.values()),
             reasons=summary.reasons,
-            page=str(_page(wanted.out, summary)),
-            asking=asking,
+            page=str(_write_page(settings.out, summary)),
+            requests=stats,
             seconds=round(time.perf_counter() - began, 3),
         )
-        _remember(wanted.out, report)
+        _save_report(settings.out, report)
     return report
 
 
-def _at_once(teacher: Teacher, asked: Sequence[Request], told: Prompts) -> Iterator[teaching.GeneratedRecord]:
-    """Replies that cost nothing need not be kept."""
-    with progress.bar(len(asked), "generate", "sample") as bar:
-        for request in asked:
-            yield teaching.made(teacher, request, told)
-            bar.show()
+def _run(session: TeacherSession, options: GenerationOptions, seed: int) -> tuple[GenerationSummary, GenerationStats]:
+    """Sends the pending requests and writes all records so far."""
+    out = session.settings.out
+    with Journal(session.journal_file) as journal:
+        try:
+            stats = session.run(options, journal)
+        except TeacherError:
+            if journal.answered_keys():  # they are paid for: write the records so far
+                _write(out, session.records(journal), seed)
+            raise
+        return _write(out, session.records(journal), seed), stats
 
 
-def _write(wanted: Generate, found: Iterable[teaching.GeneratedRecord], seed: int) -> GenerationSummary:
-    """Records and refusals to their files as they come: a hundred thousand need not be in memory at once."""
+def _generated(teacher: Teacher, requests: Sequence[Request], prompts: Prompts) -> Iterator[GeneratedRecord]:
+    """Records of a teacher whose replies are free and therefore not stored."""
+    with progress.bar(len(requests), "generate", "sample") as bar:
+        for request in requests:
+            yield generate_record(teacher, request, prompts)
+            bar.advance()
+
+
+def _write(out: Path, records: Iterable[GeneratedRecord], seed: int) -> GenerationSummary:
+    """Streams records and refusals to their files."""
     summary = GenerationSummary(seed)
-    with write_stream(wanted.out) as keep, write_stream(_beside(wanted.out, "refused.jsonl")) as refuse:
-        for made in found:
-            summary.add(made)
-            if made.record is not None:
-                keep(made.record)
+    with write_stream(out) as write_record, write_stream(_sibling(out, "refused.jsonl")) as write_refusal:
+        for each in records:
+            summary.add(each)
+            if each.record is not None:
+                write_record(each.record)
             else:
-                refuse({"id": made.request.id, "sort": made.sort, "reason": made.reason, "reply": made.reply})
+                write_refusal(
+                    {"id": each.request.id, "sort": each.category, "reason": each.reason, "reply": each.reply}
+                )
     return summary
 
 
-def _keep_pictures(folder: Path, pictures: Sequence[Sample]) -> None:
-    for image in {image.name: image for picture in pictures for image in picture.images}.values():
-        if isinstance(image, Below):
-            continue  # it lies somewhere already
+def _write_images(folder: Path, samples: Sequence[Sample]) -> None:
+    """Writes the images that are not files yet."""
+    for image in {image.name: image for sample in samples for image in sample.images}.values():
+        if isinstance(image, RelativeImage):
+            continue
         file, data = ImageFile(str(folder), image.name).file, image.read()
         if not file.is_file() or file.read_bytes() != data:
             write_atomic(file, data)
 
 
-def _page(out: Path, summary: GenerationSummary) -> Path:
-    examples = [(made.request.kind, made.request.sample.images, made.record) for made in summary.examples]
-    return write_instructions(_beside(out, "report.html"), out.stem, summary.document(), examples)
+def _write_page(out: Path, summary: GenerationSummary) -> Path:
+    examples = [(each.request.kind, each.request.sample.images, each.record) for each in summary.examples]
+    return write_instructions(_sibling(out, "report.html"), out.stem, summary.document(), examples)
 
 
-def _digest(wanted: Generate, pictures: Sequence[Sample], seed: int, told: Prompts) -> str:
-    """Changes with the teacher, what it is asked for and all that it is told."""
-    settings = wanted.model_dump(mode="json", exclude={"out", "max_cost", "prices", "source", "teacher", "prompts"})
-    parts = [component_identity("teachers", wanted.teacher.spec()), component_identity("sources", wanted.source.spec())]
-    total = hashlib.sha256(hash_json([settings, parts, seed, told.digest]).encode())
-    for picture in pictures:
-        names = [image.name for image in picture.images]
-        total.update(repr((picture.id, names, picture.captions, picture.boxes)).encode())
-    return total.hexdigest()
+def _digest(settings: Generate, images: Sequence[Sample], seed: int, prompts: Prompts) -> str:
+    """A hash of the teacher, the settings, the prompts and the images with their captions and boxes."""
+    options = settings.model_dump(mode="json", exclude={"out", "max_cost", "prices", "source", "teacher", "prompts"})
+    teacher = component_identity("teachers", settings.teacher.spec())
+    source = component_identity("sources", settings.source.spec())
+    digest = hashlib.sha256(hash_json([options, [teacher, source], seed, prompts.digest]).encode())
+    for image in images:
+        names = [each.name for each in image.images]
+        digest.update(repr((image.id, names, image.captions, image.boxes)).encode())
+    return digest.hexdigest()
 
 
-def _beside(out: Path, what: str) -> Path:
-    return out.with_suffix(f".{what}")
+def _sibling(out: Path, suffix: str) -> Path:
+    return out.with_suffix(f".{suffix}")
 
 
-def _remember(out: Path, report: GenerateReport) -> None:
-    """What is whole is not made again; while requests are unanswered, the next run goes on."""
-    _beside(out, "report.json").unlink(missing_ok=True)
-    if report.asking is None or not report.asking.unanswered:
-        write_json(_beside(out, "report.json"), asdict(report))
+def _save_report(out: Path, report: GenerateReport) -> None:
+    """Saves the report of finished data; while requests are unanswered, the next run continues."""
+    _sibling(out, "report.json").unlink(missing_ok=True)
+    if report.requests is None or not report.requests.unanswered:
+        write_json(_sibling(out, "report.json"), asdict(report))
 
 
 def _finished(out: Path, digest: str) -> GenerateReport | None:
-    """The report of what was made before from the same settings, if it is still there."""
-    report = read_json(_beside(out, "report.json"))
+    """The saved report of ``out`` if it was generated with the same settings."""
+    report = {_RENAMED.get(key, key): value for key, value in read_json(_sibling(out, "report.json")).items()}
     if report.get("digest") != digest or not out.is_file():
         return None
-    known = {each.name for each in fields(GenerateReport)}
-    facts: dict[str, Any] = {key: value for key, value in report.items() if key in known}
-    return GenerateReport(**facts | {"finished_before": True, "asking": None, "estimate": None})
+    names = {each.name for each in fields(GenerateReport)}
+    values: dict[str, Any] = {key: value for key, value in report.items() if key in names}
+    return GenerateReport(**values | {"finished_before": True, "requests": None, "estimate": None})

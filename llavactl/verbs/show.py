@@ -1,33 +1,34 @@
-"""``llavactl data show``: training samples token by token, without the models' weights or the feature store."""
+"""``llavactl data show``: training samples token by token; reads neither weights nor the feature store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.paths import write_atomic
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
-from llavactl.data.pieces import Piece, pieces
 from llavactl.data.records import samples
+from llavactl.data.token_info import TokenInfo, token_info
 from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail
-from llavactl.report.tokens import page
+from llavactl.report.tokens import tokens_page
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef, Sample
-    from llavactl.recipe.frame import Recipe, Stage
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import Stage, StageNumber
 
 
 @dataclass(frozen=True)
 class ShownImage:
-    """An image of a sample; ``problem``: why it can't be read, or ""."""
+    """An image of a sample; ``problem`` is the reason why it can't be read, or ""."""
 
     name: str
     problem: str
@@ -35,27 +36,27 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """One sample, ``number`` of its stage (from 0), as it is in an epoch.
+    """The sample with index ``index`` (from 0) of its stage, as in one epoch.
 
-    ``tokens`` and ``trained`` are what is left within ``max_length``, ``cut`` and ``cut_trained`` what is beyond
-    it. ``left_out``: why training leaves the sample out, or "".
+    ``tokens`` and ``target_tokens`` are within ``max_length``, ``truncated_tokens`` and ``truncated_target_tokens``
+    beyond it. ``left_out`` is the reason why training leaves the sample out, or "".
     """
 
-    number: int
+    index: int
     id: str
     where: str
     tokens: int
-    trained: int
-    cut: int
-    cut_trained: int
+    target_tokens: int
+    truncated_tokens: int
+    truncated_target_tokens: int
     images: tuple[ShownImage, ...]
     left_out: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenInfo, ...]
 
 
 @dataclass(frozen=True)
 class ShowReport:
-    """Some of the ``samples`` of a stage. ``image_tokens``: of one image; None where none of them has one."""
+    """Some of the ``samples`` of a stage; ``image_tokens`` is the number per image, None if no shown sample has one."""
 
     stage: int
     template: str
@@ -70,83 +71,84 @@ class ShowReport:
 
 def show(
     recipe: Recipe,
-    stage: Literal[1, 2] | None = None,
+    stage: StageNumber | None = None,
     *,
     sample: str | None = None,
     count: int = 1,
     epoch: int = 1,
     html: Path | None = None,
 ) -> ShowReport:
-    """``count`` samples of ``stage`` (default: the last that has data), the first being ``sample``, an id or a number.
+    """``count`` samples of ``stage`` (default: the last with data), beginning with ``sample``, an id or an index.
 
-    They are as ``epoch`` (from 1) has them; with ``html`` they are written to that file, too.
+    They are as in ``epoch`` (from 1); also written to the page ``html``, if given.
 
     Raises:
-        DataError: a record can't be used, there is no such sample, or ``html`` can't be written.
+        DataError: a record can't be used, the sample doesn't exist, or ``html`` can't be written.
     """
-    number = stage or (2 if recipe.data.stage2 else 1)
+    number = stage or max(recipe.stages_with_data(), default=1)
     chosen_stage = recipe.stage(number)
     settings, template = chosen_stage.settings, chosen_stage.template
     if not chosen_stage.sources:
-        raise RecipeError(f"data.stage{number} names no source", hint="there is nothing to show")
-    every = list(samples(chosen_stage.sources))
-    first = _find(every, sample, f"data.stage{number}")
-    chosen = every[first : first + count]
-    has_image = any(each.images for each in chosen)
+        raise RecipeError(f"data.stage{number} has no source", hint="add one, or choose another --stage")
+    all_samples = list(samples(chosen_stage.sources))
+    first = _index(all_samples, sample, f"data.stage{number}")
+    selected = all_samples[first : first + count]
+    has_image = any(each.images for each in selected)
     encoding = Encoding(
         registry().create("templates", template),
         registry().create("languages", recipe.language.spec()).tokenizer(),
         image_tokens(recipe, number) if has_image else 0,
         settings.max_length,
     )
+    seed = (recipe.seed, epoch - 1)
     report = ShowReport(
         stage=number,
-        template=spelled(template),
+        template=format_spec(template),
         image_order=settings.image_order,
         epoch=epoch,
         max_length=settings.max_length,
         image_tokens=encoding.image_tokens if has_image else None,
-        samples=len(every),
-        shown=tuple(
-            _shown(at, each, encoding, settings, (recipe.seed, epoch - 1)) for at, each in enumerate(chosen, first)
-        ),
+        samples=len(all_samples),
+        shown=tuple(_shown(index, each, encoding, settings, seed) for index, each in enumerate(selected, first)),
     )
-    return report if html is None else _written(report, html, chosen)
+    return report if html is None else _with_page(report, html, selected)
 
 
-def _find(every: Sequence[Sample], wanted: str | None, where: str) -> int:
-    """The place of the sample with the id ``wanted``, else of that number."""
-    if not every:
-        raise DataError(f"{where} has no sample", hint="its sources are empty")
-    if wanted is None:
+def _index(all_samples: Sequence[Sample], name: str | None, where: str) -> int:
+    """The index of the sample with the id ``name``, or with the index ``name``."""
+    if not all_samples:
+        raise DataError(f"{where} has no samples", hint="its sources are empty")
+    if name is None:
         return 0
-    found = next((at for at, each in enumerate(every) if each.id == wanted), None)
-    if found is None and wanted.isdecimal() and int(wanted) < len(every):
-        found = int(wanted)
-    if found is None:
+    index = next((i for i, sample in enumerate(all_samples) if sample.id == name), None)
+    if index is None and name.isdecimal() and int(name) < len(all_samples):
+        index = int(name)
+    if index is None:
         raise DataError(
-            f"{where} has no sample {wanted!r}",
-            hint=f"say a number from 0 to {len(every) - 1}, or an id such as {every[0].id!r}",
+            f"{where} has no sample {name!r}",
+            hint=f"available: 0 to {len(all_samples) - 1}, or an id such as {all_samples[0].id!r}",
         )
-    return found
+    return index
 
 
-def _shown(number: int, sample: Sample, encoding: Encoding, settings: Stage, drawn: tuple[int, int]) -> ShownSample:
+def _shown(index: int, sample: Sample, encoding: Encoding, settings: Stage, seed: tuple[int, int]) -> ShownSample:
     refused = refusal(sample, encoding, settings.image_order)
-    found = [] if refused else pieces(encoding, arranged(sample, settings.image_order, *drawn))
+    pieces = [] if refused else token_info(encoding, arranged(sample, settings.image_order, *seed))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
-    broken = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
+    unreadable = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
+    kept = [piece for piece in pieces if not piece.truncated]
+    truncated = [piece for piece in pieces if piece.truncated]
     return ShownSample(
-        number=number,
+        index=index,
         id=sample.id,
         where=sample.where,
-        tokens=sum(each.tokens for each in found if not each.cut),
-        trained=sum(each.trained for each in found if not each.cut),
-        cut=sum(each.tokens for each in found if each.cut),
-        cut_trained=sum(each.trained for each in found if each.cut),
+        tokens=sum(piece.tokens for piece in kept),
+        target_tokens=sum(piece.target for piece in kept),
+        truncated_tokens=sum(piece.tokens for piece in truncated),
+        truncated_target_tokens=sum(piece.target for piece in truncated),
         images=images,
-        left_out=broken or untrainable(sample, encoding, settings.image_order),
-        pieces=tuple(found),
+        left_out=unreadable or untrainable(sample, encoding, settings.image_order),
+        pieces=tuple(pieces),
     )
 
 
@@ -160,17 +162,17 @@ def _problem(image: ImageRef) -> str:
     return ""
 
 
-def _written(report: ShowReport, file: Path, chosen: Sequence[Sample]) -> ShowReport:
-    readable = {image.name for each in report.shown for image in each.images if not image.problem}
-    pictures = {
+def _with_page(report: ShowReport, file: Path, selected: Sequence[Sample]) -> ShowReport:
+    readable = {image.name for sample in report.shown for image in sample.images if not image.problem}
+    thumbnails = {
         image.name: thumbnail(image.read(), side=336)
-        for sample in chosen
+        for sample in selected
         for image in sample.images
         if image.name in readable
     }
     report = replace(report, html=str(file))
     try:
-        write_atomic(file, page(report, pictures))
+        write_atomic(file, tokens_page(report, thumbnails))
     except OSError as error:
-        raise DataError(f"{file} can't be written: {error.strerror or error}", hint="name another file") from error
+        raise DataError(f"{file} can't be written: {error.strerror or error}", hint="choose another file") from error
     return report

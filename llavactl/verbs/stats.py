@@ -1,4 +1,4 @@
-"""``llavactl data stats``: how long records are, how many turns and images they have, what questions begin with."""
+"""``llavactl data stats``: lengths, turns, images and question openings of training records."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import TYPE_CHECKING
 from llavactl.core.errors import DataError
 from llavactl.core.paths import write_atomic
 from llavactl.core.schema import Sample
-from llavactl.curation.inputs import Input, counted_lengths, inputs, with_bar
+from llavactl.curation.inputs import Input, inputs, token_lengths, with_progress
 from llavactl.curation.lengths import Lengths
 from llavactl.curation.scan import CHUNK
 from llavactl.curation.stats import Distribution, Statistics, summary
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline, StageNumber
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.stages import StageNumber
 
-OPENINGS = 20
+MAX_OPENINGS = 20
 
 
 @dataclass(frozen=True)
 class StatsReport:
-    """Summaries by measure; ``unusable`` records were left out, `llavactl data check` says why.
+    """Distributions by measure, over ``samples``; ``unusable`` records are excluded, `llavactl data check` lists them.
 
-    ``openings`` counts the first two words of questions, the most frequent first.
+    ``token_counting`` is how tokens were counted, or why they weren't. ``openings`` counts the first two words of
+    questions, the most frequent first.
     """
 
     samples: int
     unusable: int
-    tokens: str
+    token_counting: str
     measures: Mapping[str, Distribution]
     openings: Mapping[str, int]
     seconds: float
@@ -42,31 +44,31 @@ class StatsReport:
 def stats(
     recipe: Outline | None, file: Path | None = None, *, stage: StageNumber | None = None, html: Path | None = None
 ) -> StatsReport:
-    """Measures the records of ``recipe``'s sources, or of ``file``; ``html`` is a page to write, with plots.
+    """Measures the records of ``recipe``'s sources, or of ``file``; writes a page with plots to ``html``.
 
     Raises:
-        DataError: a file is not there, or has no usable record.
-        RecipeError: there is nothing to measure.
+        DataError: a file is missing, or no record is usable.
+        RecipeError: no source to measure.
     """
     began = time.perf_counter()
-    found, unusable, said = Statistics(), 0, []
-    for each in inputs(recipe, file, None, stage):
-        lengths, how = counted_lengths(recipe, each.stage)
-        said.append(how)
-        for sample, tokens in _measured(each, lengths):
+    statistics, unusable, token_counting = Statistics(), 0, []
+    for source in inputs(recipe, file, None, stage):
+        lengths, how = token_lengths(recipe, source.stage)
+        token_counting.append(how)
+        for sample, tokens in _samples_with_tokens(source, lengths):
             if sample is None:
                 unusable += 1
             else:
-                found.add(sample, tokens)
-    if not found.samples:
-        raise DataError("there is no usable record to measure", hint="`llavactl data check` says what is wrong")
-    distributions = found.finished()
+                statistics.add(sample, tokens)
+    if not statistics.samples:
+        raise DataError("no usable record to measure", hint="`llavactl data check` lists the problems")
+    distributions = statistics.finished()
     report = StatsReport(
-        samples=found.samples,
+        samples=statistics.samples,
         unusable=unusable,
-        tokens="; ".join(dict.fromkeys(said)),
+        token_counting="; ".join(dict.fromkeys(token_counting)),
         measures={name: summary(counts) for name, counts in distributions.items()},
-        openings=dict(found.openings.most_common(OPENINGS)),
+        openings=dict(statistics.openings.most_common(MAX_OPENINGS)),
         seconds=round(time.perf_counter() - began, 3),
         html=str(html) if html else None,
     )
@@ -78,11 +80,11 @@ def stats(
     return report
 
 
-def _measured(each: Input, lengths: Lengths | None) -> Iterator[tuple[Sample | None, int | None]]:
-    """The samples of ``each`` with their tokens, if they can be counted; None is a record that can't be used."""
-    records = with_bar(each.records(True), each, "stats")
-    while chunk := [examined.sample for examined in itertools.islice(records, CHUNK)]:
+def _samples_with_tokens(source: Input, lengths: Lengths | None) -> Iterator[tuple[Sample | None, int | None]]:
+    """The samples of ``source`` (None: an unusable record) with their length in tokens, if it can be counted."""
+    records = with_progress(source.scan(True), source.records, "stats")
+    while chunk := [record.sample for record in itertools.islice(records, CHUNK)]:
         usable = [sample for sample in chunk if sample is not None]
-        counted = iter(lengths.count(usable) if lengths is not None else [])
+        counts = iter(lengths.count(usable) if lengths is not None else [])
         for sample in chunk:
-            yield sample, None if sample is None or lengths is None else next(counted)
+            yield sample, None if sample is None or lengths is None else next(counts)

@@ -1,4 +1,4 @@
-"""Batched answers equal single ones for language models with windows, chunks, states, or length-dependent positions."""
+"""Batched answers equal single ones: sliding windows, chunked attention, states, length-dependent positions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMON = {
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "head_dim": 16}
 LIMIT = 29
-"""Tokens beyond which positions change: one prompt begins below and its answer ends above."""
+"""Sequence length beyond which positions change: one prompt starts below it, and its answer ends above."""
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": LIMIT}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, **ROPE}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
@@ -96,15 +96,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("FalconForCausalLM", {"alibi": True}),
 }
 STEPS = 5
-NEAR = 1e-4
+TOLERANCE = 1e-4
 
 
 def language_of(kind: str) -> Any:
-    """A tiny model of ``kind``, its matrices random."""
+    """A tiny model of ``kind`` with random weights."""
     name, own = KINDS[kind]
-    made = getattr(transformers, name)
+    model_class = getattr(transformers, name)
     torch.manual_seed(0)
-    model = made(made.config_class(**{**COMMON, **own})).eval()
+    model = model_class(model_class.config_class(**{**COMMON, **own})).eval()
     for each, weight in model.named_parameters():
         if weight.dim() > 1:
             nn.init.normal_(weight, std=1.0 if "emb" in each or "wte" in each else 0.2)
@@ -123,29 +123,30 @@ def prompts(*lengths: int, shared: int) -> list[Encoded]:
     return [Encoded((*start, *each), (IGNORE,) * (shared + len(each))) for each in rest]
 
 
-def logits(assistant: Assistant, asked: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
-    """For each prompt those of each step, answered as ``Assistant.answer`` would."""
-    seen: list[torch.Tensor] = []
+def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """For each prompt, the logits of each step of ``Assistant.answer``."""
+    recorded: list[torch.Tensor] = []
     choose = generate._choose
 
-    def spy(found: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(found.clone())
-        return choose(found, *rest)
+    def record(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        recorded.append(logits.clone())
+        return choose(logits, *rest)
 
-    class Ear:
+    class IgnoredOutput:
         done = False
 
-        def take(self, token: int | None) -> None:
+        def add(self, token: int | None) -> None:
             pass
 
     rows: list[list[torch.Tensor]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_choose", spy)
+        patch.setattr(generate, "_choose", record)
         patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
-        for some in [asked] if assistant.exact.padded else [[each] for each in asked]:
-            assistant._write(some, [Ear() for _ in some], Sampling(max_new_tokens=STEPS))  # type: ignore[misc]
-            rows += [[step[row] for step in seen] for row in range(len(some))]
-            seen.clear()
+        for chunk in [batch] if assistant.exact.padded else [[each] for each in batch]:
+            outputs: Any = [IgnoredOutput() for _ in chunk]
+            assistant._generate(chunk, outputs, Sampling(max_new_tokens=STEPS))
+            rows += [[step[row] for step in recorded] for row in range(len(chunk))]
+            recorded.clear()
     return rows
 
 
@@ -155,24 +156,24 @@ def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: 
     language = language_of(kind)
     assistant = assistant_of(language)
     assert is_causal(language)
-    asked = prompts(3, 40, 9, shared=shared)
-    for prompt, steps in zip(asked, logits(assistant, asked, monkeypatch), strict=True):
+    batch = prompts(3, 40, 9, shared=shared)
+    for prompt, steps in zip(batch, logits(assistant, batch, monkeypatch), strict=True):
         ids = list(prompt.ids)
-        language = language_of(kind)  # some remember what they have read
-        for found in steps:
+        language = language_of(kind)  # some models keep state between calls
+        for step_logits in steps:
             with torch.no_grad():
                 embeds = language.get_input_embeddings()(torch.tensor([ids]))
-                wanted = language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
-            assert (found - wanted).abs().max() <= NEAR * wanted.abs().max()
-            ids.append(int(found.argmax()))
+                expected = language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+            assert (step_logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+            ids.append(int(step_logits.argmax()))
 
 
 def test_inexact_optimisations_are_detected() -> None:
-    found = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
-    assert found["llama"] == Exact()
+    exact = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
+    assert exact["llama"] == Exact()
     for kind in ("mistral", "gpt-neo", "mpt"):
-        assert found[kind] == Exact(shared=False)
-    assert found["bart"] == Exact(padded=False, shared=False)
+        assert exact[kind] == Exact(shared=False)
+    assert exact["bart"] == Exact(padded=False, shared=False)
     assert not assistant_of(language_of("rwkv")).exact.cached
 
 

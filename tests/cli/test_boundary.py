@@ -1,4 +1,4 @@
-"""Exit codes, and what goes to which stream."""
+"""Exit codes and output streams of the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llavactl.testing import run_cli
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes ``llavactl doctor`` do what it is told."""
+    """Replaces ``llavactl doctor`` by an action."""
 
     def install(action: Any) -> None:
         command = click.Command("doctor", callback=action)
@@ -43,15 +43,15 @@ def raising(error: BaseException) -> Any:
 
 @pytest.mark.parametrize("kind", [RecipeError, DataError, StoreError, ModelError, PluginError, LlavactlError])
 def test_a_typed_error_is_one_line_and_a_hint(fails: Any, kind: type[LlavactlError]) -> None:
-    fails(raising(kind("it\n  broke", hint="mend it")))
+    fails(raising(kind("no\n  disk", hint="free space")))
     result = run_cli("doctor")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: it broke\nhint: mend it\n"
+    assert result.stderr == "error: no disk\nhint: free space\n"
 
 
-def test_without_a_hint_there_is_no_second_line(fails: Any) -> None:
-    fails(raising(DataError("it broke")))
-    assert run_cli("doctor").stderr == "error: it broke\n"
+def test_an_error_without_a_hint_is_one_line(fails: Any) -> None:
+    fails(raising(DataError("no disk")))
+    assert run_cli("doctor").stderr == "error: no disk\n"
 
 
 def test_a_recipes_problems_are_one_line_each(tmp_path: Path) -> None:
@@ -64,17 +64,17 @@ def test_a_recipes_problems_are_one_line_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--nope"], ["recipes", "show", "--nope"], ["nope"], [], ["train"]])
-def test_usage_is_2(arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     result = run_cli(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: llavactl" in result.stderr
 
 
-def test_a_misspelt_command_gets_a_suggestion() -> None:
-    assert "did you mean 'recipes'?" in run_cli("recpes").stderr
+def test_a_misspelled_command_gets_a_suggestion() -> None:
+    assert "'recipes'" in run_cli("recpes").stderr
 
 
-def test_done_is_0() -> None:
+def test_success_exits_with_0() -> None:
     result = run_cli("--version")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == f"llavactl, version {__version__}\n"
@@ -85,23 +85,24 @@ def test_an_exit_code_of_a_command_is_kept(fails: Any) -> None:
     assert run_cli("doctor").exit_code == 7
 
 
-def test_interrupted_is_130_and_one_line(fails: Any) -> None:
+def test_an_interrupt_exits_with_130_and_one_line(fails: Any) -> None:
     fails(raising(KeyboardInterrupt()))
     result = run_cli("doctor")
     assert result.exit_code == 130
-    assert result.stderr.strip() == "interrupted; run the same command to resume"
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "interrupted" in result.stderr
 
 
 @pytest.mark.parametrize(
     "kind", [ValueError, KeyError, TypeError, AssertionError, IndexError, AttributeError, RuntimeError]
 )
-def test_a_bug_keeps_its_traceback(fails: Any, kind: type[Exception]) -> None:
+def test_a_bug_has_a_traceback_and_one_line(fails: Any, kind: type[Exception]) -> None:
     fails(raising(kind("oops")))
     result = run_cli("doctor")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "Traceback (most recent call last)" in result.stderr
     assert f"{kind.__name__}: " in result.stderr
-    assert "please report this traceback" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("bug in llavactl")
 
 
 def _import_error(name: str) -> ImportError:
@@ -118,7 +119,7 @@ def _machine_errors() -> dict[str, tuple[BaseException, str]]:
     from safetensors import SafetensorError
 
     return {
-        "no filename": (OSError("it broke"), "it broke"),
+        "no filename": (OSError("no space"), "no space"),
         "no strerror": (OSError(errno.EIO, "input/output error"), "input/output error"),
         "a full disk": (OSError(errno.ENOSPC, "no space", "/there/x"), "/there/x"),
         "a missing file": (FileNotFoundError(errno.ENOENT, "no such file", "/there/x"), "/there/x"),
@@ -140,38 +141,38 @@ def _machine_errors() -> dict[str, tuple[BaseException, str]]:
 
 
 @pytest.mark.parametrize("what", list(_machine_errors()))
-def test_what_the_machine_lacks_is_one_line(fails: Any, what: str) -> None:
-    error, said = _machine_errors()[what]
+def test_errors_of_the_machine_are_one_line(fails: Any, what: str) -> None:
+    error, term = _machine_errors()[what]
     fails(raising(error))
     result = run_cli("doctor")
     assert (result.exit_code, result.stdout) == (1, "")
     first, *hint = result.stderr.splitlines()
     assert first.startswith("error: ")
-    assert said in first
+    assert term in first
     assert len(hint) <= 1
 
 
-def test_a_missing_module_of_ours_is_a_bug(fails: Any) -> None:
+def test_a_missing_module_of_llavactl_is_a_bug(fails: Any) -> None:
     fails(raising(_import_error("llavactl.core.no_such_module")))
     assert "Traceback" in run_cli("doctor").stderr
 
 
-def test_prints_of_others_are_no_results(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_libraries_goes_to_stderr(fails: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from llavactl.core import plugins
 
     def installed() -> list[plugins.Plugin]:
-        print("a library says hello")
+        print("printed by a library")
         return []
 
     monkeypatch.setattr(plugins, "installed", installed)
     result = run_cli("plugins", "list", "--json")
     assert result.json() == []
-    assert result.stderr == "a library says hello\n"
+    assert result.stderr == "printed by a library\n"
 
 
-def test_logs_are_lines_on_stderr(fails: Any) -> None:
+def test_log_records_are_single_lines_on_stderr(fails: Any) -> None:
     def action() -> None:
-        logging.getLogger("llavactl.some.room").warning("one\ntwo %d", 3)
+        logging.getLogger("llavactl.some.module").warning("one\ntwo %d", 3)
         click.echo(json.dumps({"a": 1}))
 
     fails(action)
@@ -180,13 +181,13 @@ def test_logs_are_lines_on_stderr(fails: Any) -> None:
     assert result.stderr == "llavactl: one two 3\n"
 
 
-def test_running_twice_logs_once(fails: Any) -> None:
+def test_the_log_handler_is_added_once(fails: Any) -> None:
     fails(lambda: logging.getLogger("llavactl").warning("hello"))
     run_cli("doctor")
     assert run_cli("doctor").stderr == "llavactl: hello\n"
 
 
-def test_only_the_first_of_many_processes_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_main_process_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run_cli("recipes", "list").stdout == ""
     monkeypatch.setenv("RANK", "0")
@@ -210,8 +211,9 @@ def test_output_is_utf_8_in_any_locale(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     process = program("recipes", "check", cwd=tmp_path, env=environment, encoding="utf-8")
     out, err = process.communicate()
-    assert "must be an integer ≥ 1, not 0" in out
-    assert "not 'ä'" in out
+    assert "stage1.batch_size" in out
+    assert "≥" in out
+    assert "'ä'" in out
     assert err == ""
 
 
@@ -232,16 +234,16 @@ from llavactl.cli.root import LazyGroup
 
 def sleep():
     click.echo("ready")
-    exec("time.sleep(60)")  # Python remembers a KeyboardInterrupt that has left such code, and would exit with 130
+    exec("time.sleep(60)")  # Python remembers a KeyboardInterrupt from such code and would exit with 130
 
 LazyGroup.get_command = lambda *_: click.Command("doctor", callback=sleep)
 cli.main(["doctor"])
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal to one process")
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send this signal to one process")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_128_and_its_number(end: signal.Signals) -> None:
+def test_signals_exit_with_128_plus_their_number(end: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -250,4 +252,5 @@ def test_a_signal_is_128_and_its_number(end: signal.Signals) -> None:
     process.send_signal(end)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + end
-    assert err.strip() == "interrupted; run the same command to resume"
+    assert len(err.strip().splitlines()) == 1
+    assert "interrupted" in err

@@ -1,4 +1,4 @@
-"""``recipes``, ``components``, ``plugins`` and ``doctor``: what there is."""
+"""The commands ``recipes``, ``components``, ``plugins`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -55,10 +55,12 @@ class TestRecipes:
         (here / "recipe.yaml").write_text(SMALL)
         assert run_cli("recipes", "show", "--json", cwd=here).json()["vision"]["layer"] == -2
 
-    def test_show_what_is_no_recipe(self, here: Path) -> None:
+    def test_show_of_a_binary_file(self, here: Path) -> None:
         (here / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
         result = run_cli("recipes", "show", cwd=here)
-        assert (result.exit_code, result.stderr) == (1, "error: recipe.yaml: not a text file (UTF-8)\n")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("error: recipe.yaml: ")
+        assert "UTF-8" in result.stderr
 
     def test_copy_then_check(self, here: Path) -> None:
         result = run_cli("recipes", "copy", "llava-v1.5-7b-lora", cwd=here)
@@ -66,7 +68,8 @@ class TestRecipes:
         assert run_cli("recipes", "check", cwd=here).stdout == "recipe.yaml: ok\n"
         again = run_cli("recipes", "copy", "llava-v1-7b", cwd=here)
         assert (again.exit_code, again.stdout) == (1, "")
-        assert again.stderr.startswith("error: recipe.yaml exists\nhint: --force")
+        assert again.stderr.startswith("error: recipe.yaml")
+        assert "--force" in again.stderr
         assert run_cli("recipes", "copy", "llava-v1-7b", "--force", cwd=here).exit_code == 0
         assert run_cli("recipes", "copy", "llava-v1-7b", "other.yaml", cwd=here).stdout == "other.yaml\n"
 
@@ -74,35 +77,34 @@ class TestRecipes:
         (here / "recipe.yaml").write_text(SMALL + "seed: x\nstage1: {epoch: 1}\n")
         result = run_cli("recipes", "check", "-o", "foo=1", cwd=here)
         assert result.exit_code == 1
-        assert result.stdout.splitlines() == [
-            "recipe.yaml:5: seed: must be an integer, not 'x'",
-            "recipe.yaml:6: stage1.epoch: unknown key; did you mean 'epochs'?",
-            f"-o foo=1: foo: unknown key; {KEYS}",
-        ]
+        seed, epoch, foo = result.stdout.splitlines()
+        assert seed.startswith("recipe.yaml:5: seed: ")
+        assert epoch.startswith("recipe.yaml:6: stage1.epoch: ")
+        assert "'epochs'" in epoch
+        assert foo.startswith("-o foo=1: foo: ")
+        assert ", ".join(sorted(Recipe.model_fields)) in foo
 
     def test_check_json(self, here: Path) -> None:
         (here / "recipe.yaml").write_text(SMALL + "seed: x\n")
         result = run_cli("recipes", "check", "--json", cwd=here)
         assert result.exit_code == 1
-        assert result.json() == {
-            "ok": False,
-            "problems": [{"where": "recipe.yaml:5", "key": "seed", "why": "must be an integer, not 'x'"}],
-        }
+        report = result.json()
+        (problem,) = report["problems"]
+        assert report["ok"] is False
+        assert set(problem) == {"where", "key", "why"}
+        assert (problem["where"], problem["key"]) == ("recipe.yaml:5", "seed")
         assert run_cli("recipes", "check", "--json", "-o", "seed=1", cwd=here).json() == {"ok": True, "problems": []}
 
     def test_check_without_any_recipe(self, here: Path) -> None:
         result = run_cli("recipes", "check", cwd=here)
         assert result.exit_code == 1
-        assert "there is no ./recipe.yaml here" in result.stdout
+        assert "recipe.yaml" in result.stdout
 
-    def test_a_recipe_is_named_once(self, here: Path) -> None:
+    def test_a_recipe_is_an_argument_or_an_option(self, here: Path) -> None:
         assert run_cli("recipes", "check", "llava-v1-7b", "-r", "llava-v1-7b", cwd=here).exit_code == 2
 
     def test_schema(self) -> None:
         assert run_cli("recipes", "schema").json()["title"] == "Recipe"
-
-
-KEYS = f"available: {', '.join(sorted(Recipe.model_fields))}"
 
 
 class TestComponents:
@@ -121,12 +123,12 @@ class TestComponents:
         assert text.exit_code == 0
         assert all(each["name"] in text.stdout for each in listed)
 
-    def test_options_in_words(self) -> None:
+    def test_descriptions_of_options(self) -> None:
         (clip,) = [each for each in run_cli("components", "vision", "--json").json() if each["name"] == "clip"]
-        assert clip["options"]["model"] == "a string; required"
-        assert clip["options"]["image"] == "one of 'square', 'pad'; default \"pad\""
+        assert clip["options"]["model"].startswith("a string; required")
+        assert clip["options"]["image"].startswith("one of 'square', 'pad'; default \"pad\"")
         lines = [" ".join(line.split()) for line in run_cli("components", "connectors").stdout.splitlines()]
-        assert "pixel_shuffle an integer ≥ 1; default 1" in lines
+        assert any(line.startswith("pixel_shuffle an integer ≥ 1; default 1") for line in lines)
 
     def test_a_broken_component_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         entry = Registration("connectors", "broken", "x:y", "no.such:Options", "", "stranger")
@@ -137,13 +139,13 @@ class TestComponents:
         assert len(result.stderr.splitlines()) == 1
         assert "stranger" in result.stderr
 
-    def test_an_unknown_kind_is_usage(self) -> None:
+    def test_an_unknown_kind_is_a_usage_error(self) -> None:
         assert run_cli("components", "connector").exit_code == 2
 
 
 def test_plugins_list() -> None:
     first = run_cli("plugins", "list", "--json").json()[0]
-    assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtins", "")
+    assert (first["name"], first["module"], first["error"]) == ("llavactl", "llavactl.core.builtin_plugin", "")
     assert run_cli("plugins", "list").stdout.startswith("llavactl ")
 
 
@@ -177,18 +179,18 @@ class TestDoctor:
         assert not found.works
         assert "1 GB free" in found.why
 
-    def test_a_folder_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_folder_that_is_not_writable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
         found = self.findings()["run folders"]
         assert not found.works
-        assert "can't be written" in found.why
+        assert str(Path.cwd()) in found.why
 
     def test_an_old_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = doctor.metadata.version
         monkeypatch.setattr(doctor.metadata, "version", lambda name: "4.0" if name == "transformers" else real(name))
         found = self.findings()["package transformers"]
         assert not found.works
-        assert "4.0 does not meet" in found.why
+        assert "4.0" in found.why
 
     def test_a_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = doctor.metadata.version
@@ -218,9 +220,9 @@ class TestDoctor:
         ],
     )
     def test_devices(self, monkeypatch: pytest.MonkeyPatch, devices: list[Any], bfloat16: bool, large: bool) -> None:
-        monkeypatch.setattr(doctor, "_devices", lambda: (tuple(doctor.Device(*each) for each in devices), []))
+        monkeypatch.setattr(doctor, "_available_devices", lambda: (tuple(doctor.Device(*each) for each in devices), []))
         found = self.findings()
-        assert found["bfloat16, as recipes train by default"].works == bfloat16
+        assert next(found[what] for what in found if what.startswith("bfloat16")).works == bfloat16
         assert found["a 7B language model"].works == large
 
     def test_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +238,11 @@ class TestDoctor:
         assert first == doctor.Device("cuda:0 H200", 150.0, ("float32", "float16", "bfloat16"))
         assert second == doctor.Device("cuda:1 T4", 15.0, ("float32", "float16"))
 
-    def test_a_torch_that_cannot_be_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_torch_that_can_not_be_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)
         found = self.findings()["torch"]
         assert not found.works
-        assert "can't be imported" in found.why
+        assert "torch" in found.why
 
 
 def test_every_json_output_is_one_document() -> None:

@@ -1,4 +1,4 @@
-"""A command asks only for the sections of a recipe that it needs."""
+"""Commands require only the sections of a recipe that they need."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def run(folder: Path, sections: str, command: str) -> tuple[int, str]:
         ("", "export --format hf --to out --no-verify"),
     ],
 )
-def test_these_sections_are_enough(trained: Path, sections: str, command: str) -> None:
-    code, said = run(trained, sections, command)
-    assert code == 0, said
+def test_sufficient_sections(trained: Path, sections: str, command: str) -> None:
+    code, stderr = run(trained, sections, command)
+    assert code == 0, stderr
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_these_sections_are_enough(trained: Path, sections: str, command: str) -
     ],
 )
 def test_a_missing_section_is_named(trained: Path, sections: str, command: str, missing: str) -> None:
-    code, said = run(trained, sections, command)
+    code, stderr = run(trained, sections, command)
     assert code == 1
-    assert missing in said
-    assert "Traceback" not in said
+    assert missing in stderr
+    assert "Traceback" not in stderr

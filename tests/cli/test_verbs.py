@@ -1,4 +1,4 @@
-"""The commands that call a verb: what they hand on, when they need a recipe, what they print."""
+"""Commands that call a verb: the arguments they pass, when they need a recipe, the output they print."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ def here(empty: Path) -> Path:
     return empty
 
 
-def test_a_report_is_lines_or_one_document(verb: Any, here: Path) -> None:
+def test_a_report_is_yaml_or_json(verb: Any, here: Path) -> None:
     verb("extract", "extract", Report())
     assert run_cli("extract", cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
     document = run_cli("extract", "--json", cwd=here).json()
     assert document == {"name": "x", "where": "/somewhere", "loss": 0.5, "steps": [1, 2]}
 
 
-def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llavactl.verbs.evaluate import EvalReport
+def test_run_prints_scores_an_example_and_a_chat_command(
+    verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
     scores = {"accuracy": 81.25, "chance": {"accuracy": 25.0}, "by kind": {"colour": 90.0, "count": 72.5}}
@@ -80,7 +82,7 @@ def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path, m
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     shown = run_cli("run", cwd=here).stdout.splitlines()
     assert shown[0] == "small in runs/small"
-    assert "eval     scenes, 16 questions, protocol exact, 1 not understood" in shown
+    assert any(line.split()[:4] == ["eval", "scenes,", "16", "questions,"] for line in shown)
     assert any("accuracy" in line and "81.2" in line and "chance 25.0" in line for line in shown)
     assert any("colour 90.0  count 72.5" in line for line in shown)
     assert shown[-1] == "llavactl chat --model m --image 'a b.png'"
@@ -88,10 +90,10 @@ def test_run_ends_with_the_scores_and_a_question_to_try(verb: Any, here: Path, m
 
 
 @pytest.mark.parametrize("command", [["run"], ["extract"], ["train", "--stage", "1"], ["chat"], ["eval", "scenes"]])
-def test_without_a_recipe_they_say_so(command: list[str], empty: Path) -> None:
+def test_without_a_recipe_the_hint_lists_recipes(command: list[str], empty: Path) -> None:
     result = run_cli(*command, cwd=empty)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: there is no ./recipe.yaml here\nhint: ")
+    assert "recipe.yaml" in result.stderr.splitlines()[0]
     assert "llava-v1-7b" in result.stderr
 
 
@@ -137,15 +139,15 @@ class TestEval:
     def test_an_option_is_key_and_value(self, option: str, here: Path) -> None:
         result = run_cli("eval", "scenes", "-t", option, cwd=here)
         assert result.exit_code == 2
-        assert "is not KEY=VALUE" in result.stderr
+        assert "KEY=VALUE" in result.stderr
 
     @pytest.mark.parametrize("alone", [["--answers", "a.jsonl"], ["--model", "m"], ["-t", "reviews=r.jsonl"]])
-    def test_what_needs_no_recipe(self, verb: Any, alone: list[str], empty: Path) -> None:
+    def test_options_that_make_the_recipe_optional(self, verb: Any, alone: list[str], empty: Path) -> None:
         evaluate = verb("evaluate", "evaluate", Report())
         assert run_cli("eval", "scenes", *alone, cwd=empty).exit_code == 0
         assert evaluate.call_args.args[0] is None
 
-    def test_answers_are_scored_with_the_recipe_that_is_there(self, verb: Any, here: Path) -> None:
+    def test_stored_answers_are_scored_with_recipe_yaml(self, verb: Any, here: Path) -> None:
         evaluate = verb("evaluate", "evaluate", Report())
         run_cli("eval", "scenes", "--answers", "a.jsonl", cwd=here)
         assert evaluate.call_args.args[0].name == "small"
@@ -175,7 +177,7 @@ class Pruned:
 
 
 class TestCache:
-    def test_without_a_recipe_it_is_every_store(self, verb: Any, here: Path) -> None:
+    def test_without_a_recipe_it_applies_to_all_stores(self, verb: Any, here: Path) -> None:
         info = verb("cache", "info", Report())
         assert run_cli("cache", "info", cwd=here).exit_code == 0
         assert info.call_args.args == (None,)
@@ -189,19 +191,21 @@ class TestCache:
         result = run_cli("cache", "verify", "--json", cwd=empty)
         assert result.exit_code == 1
         assert result.json()["damaged"] == ["a.h5"]
-        assert result.stderr.startswith("error: 1 damaged shards were set aside\nhint: `llavactl extract`")
+        error, hint = result.stderr.splitlines()
+        assert "1 damaged" in error
+        assert "`llavactl extract`" in hint
 
     def prune(self, verb: Any, found: Pruned) -> MagicMock:
         mock: MagicMock = verb("cache", "prune", None)
         mock.side_effect = lambda *recipes, dry_run=False: replace(found, dry_run=dry_run)
         return mock
 
-    def test_prune_asks_nobody_when_nothing_goes(self, verb: Any, empty: Path) -> None:
+    def test_prune_needs_no_confirmation_to_remove_nothing(self, verb: Any, empty: Path) -> None:
         self.prune(verb, Pruned())
         result = run_cli("cache", "prune", "--json", cwd=empty)
         assert (result.exit_code, result.json()["dry_run"]) == (0, False)
 
-    def test_prune_without_anyone_to_ask(self, verb: Any, empty: Path) -> None:
+    def test_prune_without_a_terminal_needs_a_flag(self, verb: Any, empty: Path) -> None:
         prune = self.prune(verb, Pruned(stores=("s",)))
         result = run_cli("cache", "prune", cwd=empty)
         assert (result.exit_code, result.stdout) == (2, "")
@@ -210,22 +214,28 @@ class TestCache:
         assert run_cli("cache", "prune", "--yes", "--json", cwd=empty).json()["dry_run"] is False
 
     @pytest.mark.parametrize(("answer", "code"), [(True, 0), (False, 1)])
-    def test_prune_asks(self, verb: Any, empty: Path, answer: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_prune_asks_for_confirmation(
+        self, verb: Any, empty: Path, answer: bool, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         prune = self.prune(verb, Pruned(stores=("s",), bytes=2_000_000_000))
-        asked = []
-        monkeypatch.setattr("llavactl.cli.cache._agreed", lambda question: asked.append(question) or answer)
+        questions = []
+        terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr("llavactl.cli.cache.sys", terminal)
+        monkeypatch.setattr("click.confirm", lambda question, err: questions.append(question) or answer)
         assert run_cli("cache", "prune", cwd=empty).exit_code == code
-        assert asked == ["Remove 1 stores and 0 files, 2.0 GB?"]
+        (question,) = questions
+        assert "1 stores" in question
+        assert "2.0 GB" in question
         assert any(call.kwargs == {} for call in prune.call_args_list) == answer
 
-    def test_prune_keeps_what_any_named_recipe_needs(self, verb: Any, here: Path) -> None:
+    def test_prune_keeps_the_stores_of_all_named_recipes(self, verb: Any, here: Path) -> None:
         prune = self.prune(verb, Pruned())
         run_cli("cache", "prune", "llava-v1-7b", "llava-v1.5-7b", "-r", "recipe.yaml", cwd=here)
         assert [recipe.name for recipe in prune.call_args.args] == ["small", "llava-v1-7b", "llava-v1.5-7b"]
 
 
 class Talker:
-    """Says back what it hears."""
+    """A conversation that repeats the prompt."""
 
     assistant = SimpleNamespace(name="m")
 

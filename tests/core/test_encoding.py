@@ -1,4 +1,4 @@
-"""What files hold is UTF-8, whatever the locale; names of files may be anything."""
+"""Files are UTF-8 in any locale, and file names may be arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from llavactl.testing import run_cli
 ROOT = Path(__file__).parents[2]
 CODE = sorted(
     file
-    for place in ("llavactl", "plugins", "benchmarks", "docs")
-    for file in (ROOT / place).rglob("*.py")
+    for folder in ("llavactl", "plugins", "benchmarks", "docs")
+    for file in (ROOT / folder).rglob("*.py")
     if "tests" not in file.parts
 )
-BINARY = ("Image", "tarfile", "zipfile", "gzip", "fsspec", "os", "FeatureStore", "Shard", "view")
-"""What has an ``open`` that reads no text."""
+BINARY = ("Image", "tarfile", "zipfile", "gzip", "fsspec", "fsspec_module", "os", "FeatureStore", "Shard", "view")
+"""Modules and classes whose ``open`` is not for text files."""
 CHILDREN, TEXT = ("run", "Popen", "check_output", "check_call", "call"), {"text", "universal_newlines"}
 
 
-def _in_the_locales_encoding(code: str) -> Iterator[str]:
-    """Calls that read or write text without saying in which encoding."""
+def _calls_without_encoding(code: str) -> Iterator[str]:
+    """Calls that read or write text without ``encoding``."""
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.Call) or {"encoding", None} & {each.arg for each in node.keywords}:
             continue
@@ -46,23 +46,23 @@ def _in_the_locales_encoding(code: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_text_is_in_the_locales_encoding(file: Path) -> None:
-    assert list(_in_the_locales_encoding(file.read_text(encoding="utf-8"))) == []
+def test_text_files_are_opened_with_an_encoding(file: Path) -> None:
+    assert list(_calls_without_encoding(file.read_text(encoding="utf-8"))) == []
 
 
 @pytest.mark.parametrize(
     "code",
     ["p.read_text()", "p.write_text(x)", "open(p)", "p.open('w')", "os.fdopen(1, 'w')", "run(c, text=True)"],
 )
-def test_the_check_sees(code: str) -> None:
-    assert list(_in_the_locales_encoding(code)) == [code]
+def test_calls_without_encoding_are_detected(code: str) -> None:
+    assert list(_calls_without_encoding(code)) == [code]
 
 
 @pytest.mark.parametrize(
     "code", ["p.read_text('utf-8', encoding='utf-8')", "p.open('rb')", "Image.open(f)", "open(p, 'wb')", "read_text(p)"]
 )
-def test_the_check_sees_no_more(code: str) -> None:
-    assert list(_in_the_locales_encoding(code)) == []
+def test_other_calls_are_not_reported(code: str) -> None:
+    assert list(_calls_without_encoding(code)) == []
 
 
 IN_ASCII = """
@@ -72,12 +72,12 @@ assert locale.getencoding().lower().replace("-", "") != "utf8"
 from llavactl.cli import main
 main()
 """
-"""As on Windows: names of files are Unicode, and the locale's encoding has few signs."""
+"""As on Windows: Unicode file names with a locale encoding of few characters."""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="there the locale is the system's")
-def test_a_run_whose_names_the_locale_does_not_have(toy: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="the locale can't be set")
+def test_file_names_outside_the_locale_encoding(toy: Path) -> None:
     folder = toy.rename(toy.with_name("数据集"))
     environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C.UTF-8"}
     small = ("-o", "stage1.max_steps=1", "-o", "stage2.max_steps=1", "-o", "stage2.method=lora")
@@ -94,16 +94,16 @@ EXTRACT = ["extract"]
 TRAIN = ["train", "--stage", "1", "-o", "features.mode=live", "-o", "stage1.max_steps=1"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names of files are text")
-class TestNamesThatAreNoText:
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode on other systems")
+class TestUndecodableFileNames:
     @pytest.fixture(autouse=True)
     def quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What pytest captures of the log, pytest-xdist would send as UTF-8."""
+        """pytest-xdist would encode captured log lines as UTF-8."""
         monkeypatch.setattr(logging.getLogger("llavactl"), "propagate", False)
 
     @pytest.fixture
-    def odd(self, toy: Path) -> Path:
-        """The toy recipe in a folder, and an image in it, whose names are not UTF-8."""
+    def undecodable(self, toy: Path) -> Path:
+        """The toy recipe in a folder with an image; both names are not UTF-8."""
         folder = toy.rename(toy.with_name(os.fsdecode(b"na\xffme")))
         records = json.loads((folder / "records.json").read_text(encoding="utf-8"))
         (folder / "images" / records[0]["image"]).rename(folder / "images" / os.fsdecode(b"p\xfe.jpg"))
@@ -112,16 +112,16 @@ class TestNamesThatAreNoText:
     @pytest.mark.parametrize(
         "command", [["extract"], ["data", "stats"], ["cache", "info"], ["extract", "--dry-run"], TRAIN]
     )
-    def test_json_is_utf_8(self, odd: Path, toys: Path, command: list[str]) -> None:
+    def test_json_output_is_utf_8(self, undecodable: Path, toys: Path, command: list[str]) -> None:
         models = ["-o", f"vision.model={toys / 'clip'}", "-o", f"language.model={toys / 'language'}"]
-        result = run_cli(*command, *([] if command[0] == "cache" else models), "--json", cwd=odd)
+        result = run_cli(*command, *([] if command[0] == "cache" else models), "--json", cwd=undecodable)
         assert result.exit_code == 0, result.stderr
         result.stdout.encode()
         assert result.json() is not None
 
-    def test_a_model_there_is_refused_in_words(self, odd: Path) -> None:
-        result = run_cli("run", cwd=odd)
+    def test_a_model_in_such_a_folder_is_rejected(self, undecodable: Path) -> None:
+        result = run_cli("run", cwd=undecodable)
         assert result.exit_code == 1
         assert "Traceback" not in result.stderr
         assert "rename" in result.stderr.splitlines()[-1]
-        assert not (odd / "runs").exists(), "before any work"
+        assert not (undecodable / "runs").exists(), "before any work"

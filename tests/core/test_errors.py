@@ -1,4 +1,4 @@
-"""The tree of errors."""
+"""The exception tree."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import pytest
 from llavactl.core import errors
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 
-KINDS = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, LlavactlError)]
+KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, LlavactlError)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_has_a_message_and_a_hint(kind: type[LlavactlError]) -> None:
+def test_message_and_hint(kind: type[LlavactlError]) -> None:
     error = kind("what", hint="do")
     assert (str(error), error.message, error.hint) == ("what", "what", "do")
     assert kind("what").hint == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tree_in_the_docstring_is_the_tree(kind: type[LlavactlError]) -> None:
+def test_the_docstring_lists_every_class(kind: type[LlavactlError]) -> None:
     assert f" {kind.__name__} " in f"{errors.__doc__} ".replace("\n", " \n")
 
 
-def test_each_is_a_kind_of_one_other() -> None:
+def test_single_inheritance() -> None:
     others = [kind for kind in KINDS if kind is not LlavactlError]
     assert all(len(kind.__bases__) == 1 and issubclass(kind.__bases__[0], LlavactlError) for kind in others)
 
 
-def test_problems_are_lines() -> None:
+def test_problems_are_one_line_each() -> None:
     problems = [Problem("a.yaml:3", "stage1.epochs", "is odd"), Problem("a.yaml:1", "", "empty")]
     error = RecipeError.from_problems(problems)
     assert str(error).splitlines() == ["a.yaml:3: stage1.epochs: is odd", "a.yaml:1: empty"]

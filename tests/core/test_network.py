@@ -1,4 +1,4 @@
-"""Proxies in the environment that no HTTP client can be made under."""
+"""Invalid proxies in environment variables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llavactl.core.network import proxy_fault
+from llavactl.core.network import proxy_error
 from llavactl.testing import run_cli
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -18,39 +18,39 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # set and restored; `main` sets it only where it is absent
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # restored after the test; `main` sets it if it is missing
 
 
 @pytest.mark.parametrize("address", ["http://host:3128", "host:3128", "http://user:word@[::1]:1", "https://host"])
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
-def test_a_good_one(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+def test_a_valid_proxy(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
     monkeypatch.setenv(name, address)
-    assert proxy_fault() is None
+    assert proxy_error() is None
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
 @pytest.mark.parametrize(
     "address", ["socks5://h:1", "socks5h://h", "ftp://h:1", "http://[::bad", "http://h:port", "://"]
 )
-def test_a_bad_one_is_named_but_not_quoted(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+def test_an_invalid_proxy_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
     monkeypatch.setenv(name, address)
-    fault = proxy_fault()
-    assert fault is not None
-    assert name in fault.message
-    assert name in fault.hint
-    assert address not in str(fault), "it may hold a password"
+    error = proxy_error()
+    assert error is not None
+    assert name in error.message
+    assert name in error.hint
+    assert address not in str(error), "it may contain a password"
     monkeypatch.setenv("NO_PROXY", "*")
-    assert proxy_fault() is None
+    assert proxy_error() is None
 
 
-def test_work_without_a_network_goes_on(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
+def test_offline_commands_ignore_an_invalid_proxy(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1")
     for command in (["extract"], ["train", "--stage", "1", "-o", "stage1.max_steps=1"], ["doctor"]):
         assert run_cli(*command, cwd=toy).exit_code == 0
 
 
 @pytest.mark.parametrize("address", ["socks5://localhost:1", "http://[::bad"])
-def test_what_needs_one_says_why_it_has_none(monkeypatch: pytest.MonkeyPatch, toy: Path, address: str) -> None:
+def test_commands_that_download_report_the_proxy(monkeypatch: pytest.MonkeyPatch, toy: Path, address: str) -> None:
     monkeypatch.setenv("ALL_PROXY", address)
     for command in (
         ["chat", "--model", "some/model", "--prompt", "hi"],
@@ -66,7 +66,7 @@ def test_what_needs_one_says_why_it_has_none(monkeypatch: pytest.MonkeyPatch, to
         assert "ALL_PROXY" in hint
 
 
-def test_an_endpoint_on_this_machine_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_endpoint_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     from llavactl.components.teachers.openai_api import OpenAI, OpenAIOptions
     from llavactl.core.errors import TeacherError
     from llavactl.core.protocols import Request
@@ -74,12 +74,12 @@ def test_an_endpoint_on_this_machine_needs_no_proxy(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("ALL_PROXY", "socks5://localhost:1")
     request = Request("1", "detail", ({"role": "user", "content": "hi"},), Sample("1", ()))
-    away = OpenAI(OpenAIOptions(model="m", base_url="http://host.invalid/v1"))
+    remote = OpenAI(OpenAIOptions(model="m", base_url="http://host.invalid/v1"))
     with pytest.raises(TeacherError, match="ALL_PROXY") as caught:
-        away.reply(request)
+        remote.reply(request)
     assert caught.value.then == "stop"
-    here = OpenAI(OpenAIOptions(model="m", base_url="http://localhost:9/v1"))
+    local = OpenAI(OpenAIOptions(model="m", base_url="http://localhost:9/v1"))
     with pytest.raises(TeacherError, match="no connection"):
-        here.reply(request)
-    here.close()
+        local.reply(request)
+    local.close()
     assert os.environ["HF_HUB_OFFLINE"] == "0"

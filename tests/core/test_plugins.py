@@ -1,4 +1,4 @@
-"""What the plugin loader promises within one process; tests/hooks/ has real packages."""
+"""The plugin loader in one process; tests/hooks/ has installed packages."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from llavactl.core import plugins
 from llavactl.core.errors import PluginError
 
 
-def test_isolated_makes_a_line_of_what_a_plugin_raises(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="llavactl"), plugins.isolated("p"):
         raise ValueError("a\n  b")
     assert caplog.messages == ["plugin p: ValueError: a b"]
 
 
-def test_isolated_keeps_a_plugin_errors_own_words(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_message_of_a_plugin_error_is_logged_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     with plugins.isolated("p"):
-        raise PluginError("as it is")
-    assert caplog.messages == ["as it is"]
+        raise PluginError("message")
+    assert caplog.messages == ["message"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
-def test_the_users_interrupt_is_never_a_plugins_fault(error: type[BaseException]) -> None:
+def test_interrupts_propagate(error: type[BaseException]) -> None:
     with pytest.raises(error), plugins.isolated("p"):
         raise error
 
 
-def test_our_own_faults_are_not_excused() -> None:
+def test_exceptions_of_the_builtin_plugin_propagate() -> None:
     with pytest.raises(ZeroDivisionError), plugins.isolated(plugins.BUILTIN):
         raise ZeroDivisionError
 
@@ -58,23 +58,23 @@ class TestCommands:
 
     points: tuple[Any, ...] = ()
 
-    def test_without_plugins_nothing_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plugins, "cache_dir", lambda: pytest.fail("asked"))
+    def test_the_cache_is_not_read_without_plugins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugins, "cache_dir", lambda: pytest.fail("read"))
         assert plugins.commands() == {}
 
-    @pytest.mark.parametrize("memory", ["", "not json", "[]", '{"key": 1}', '{"key": null, "commands": 3}'])
-    def test_a_broken_memory_is_no_memory(self, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("content", ["", "not json", "[]", '{"key": 1}', '{"key": null, "commands": 3}'])
+    def test_a_broken_cache_is_ignored(self, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from importlib.metadata import EntryPoint
 
         self.points = (EntryPoint("p", "json", "llavactl"),)
         file = plugins.cache_dir() / "plugin-commands.json"
         file.parent.mkdir(parents=True)
-        file.write_text(memory)
+        file.write_text(content)
         assert isinstance(plugins.commands(), dict)
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, type("Own", (BaseException,), {})])
-def test_an_import_that_raises_anything_is_one_line(
+def test_any_exception_during_import_is_logged_in_one_line(
     error: type[BaseException], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(_: metadata.EntryPoint) -> None:

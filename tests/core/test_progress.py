@@ -1,4 +1,4 @@
-"""Progress: ours, and what transformers shows of its own."""
+"""Progress bars of llavactl and transformers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import pytest
 from llavactl.core import progress
 
 
-def test_transformers_bars_stay_off_what_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_shows_no_bars_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
-    before = logging.set_tqdm_hook(None)
+    previous = logging.set_tqdm_hook(None)
     try:
         assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
         assert "Loading weights" in capsys.readouterr().err
-        progress.calm_transformers()
+        progress.quiet_transformers()
         assert list(logging.tqdm(range(3), desc="Loading weights")) == [0, 1, 2]
         assert capsys.readouterr().err == ""
     finally:
-        logging.set_tqdm_hook(before)
+        logging.set_tqdm_hook(previous)

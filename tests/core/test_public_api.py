@@ -1,4 +1,4 @@
-"""``llavactl.__all__``: what plugins and scripts may use."""
+"""``llavactl.__all__``, the public API."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import pytest
 import llavactl
 
 
-def test_it_is_sorted_and_whole() -> None:
+def test_names_are_sorted_and_complete() -> None:
     assert list(llavactl.__all__) == sorted(set(llavactl.__all__))
     assert set(dir(llavactl)) == {*llavactl.__all__, "__version__"}
 
 
 @pytest.mark.parametrize("name", llavactl.__all__)
-def test_every_name_leads_somewhere(name: str) -> None:
+def test_every_name_can_be_imported(name: str) -> None:
     assert getattr(llavactl, name) is not None
 
 
-def test_any_other_name_is_not() -> None:
+def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         llavactl.nothing  # noqa: B018
 
 
-def test_importing_it_imports_nothing_else() -> None:
+def test_importing_llavactl_imports_no_submodules() -> None:
     code = "import sys, llavactl; print([name for name in sys.modules if name.startswith('llavactl.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

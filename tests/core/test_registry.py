@@ -1,4 +1,4 @@
-"""Names, lazily imported targets, suggestions."""
+"""Names, lazily imported targets, options and suggestions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, Registry, registry, singular
+from llavactl.core.registry import Options, Registration, Registry, kind_label, registry
 from llavactl.core.suggest import suggest
 
 
@@ -18,68 +18,82 @@ def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", option
     return Registration("sources", name, target, options, "", plugin)
 
 
-def test_the_first_keeps_a_name_and_both_are_named() -> None:
-    made = Registry()
-    made.add(entry(plugin="one"))
-    with pytest.raises(PluginError, match="plugin one and again by plugin two; the one of one is kept"):
-        made.add(entry(plugin="two"))
-    assert made.get("sources", "x").plugin == "one"
+def test_the_first_registration_of_a_name_is_kept() -> None:
+    entries = Registry()
+    entries.add(entry(plugin="one"))
+    with pytest.raises(PluginError, match=r"'x'.* plugin one .* plugin two"):
+        entries.add(entry(plugin="two"))
+    assert entries.get("sources", "x").plugin == "one"
 
 
-def test_an_unknown_name_gets_what_there_is() -> None:
-    made = Registry()
-    made.add(entry("llava-json"))
-    with pytest.raises(RecipeError, match="there is no source named 'llava_json'") as caught:
-        made.get("sources", "llava_json")
+def test_an_unknown_name_lists_the_available_ones() -> None:
+    entries = Registry()
+    entries.add(entry("llava-json"))
+    with pytest.raises(RecipeError, match="source 'llava_json'") as caught:
+        entries.get("sources", "llava_json")
     assert caught.value.hint == "did you mean 'llava-json'? available: llava-json"
-    with pytest.raises(RecipeError, match="there is no vision backbone named 'x'") as caught:
-        made.get("vision", "x")
+    with pytest.raises(RecipeError, match="vision backbone 'x'") as caught:
+        entries.get("vision", "x")
     assert caught.value.hint == ""
 
 
 def test_names_are_exact() -> None:
-    made = Registry()
-    made.add(entry("x"))
+    entries = Registry()
+    entries.add(entry("x"))
     with pytest.raises(RecipeError):
-        made.get("sources", "X")
+        entries.get("sources", "X")
 
 
-def test_a_target_is_imported_when_it_is_used() -> None:
+def test_targets_are_imported_on_load() -> None:
     assert entry(target="json:decoder.JSONDecoder").load().__name__ == "JSONDecoder"
     assert entry().options_model() is Options
     assert entry(options="llavactl.core.registry:Options").options_model() is Options
 
 
 @pytest.mark.parametrize("target", ["no.such.module:x", "json:nothing", "json:loads.nothing", "antigravity.nope:x"])
-def test_a_target_that_is_not_there_names_plugin_and_reason(target: str) -> None:
-    with pytest.raises(PluginError, match=r"source 'x' of plugin p can't be loaded from") as caught:
+def test_a_missing_target_is_an_error_of_its_plugin(target: str) -> None:
+    with pytest.raises(PluginError, match=r"source 'x' of plugin p") as caught:
         entry(target=target).load()
     assert "llavactl plugins" in caught.value.hint
 
 
-def test_a_target_that_exits_is_the_plugins_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "leaves_at_once.py").write_text("import sys; sys.exit(3)")
+def test_a_target_that_exits_is_an_error_of_its_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits_on_import.py").write_text("import sys; sys.exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError, match="SystemExit: 3"):
-        entry(target="leaves_at_once:x").load()
+        entry(target="exits_on_import:x").load()
 
 
 def test_create_validates_options_and_calls_the_target() -> None:
     class Width(Options):
         width: int
 
-    made = Registry()
-    made.add(Registration("sources", "x", "t", "o", "", "p"))
-    targets: dict[str, Any] = {"t": lambda options: ("made", options.width), "o": Width}
+    entries = Registry()
+    entries.add(Registration("sources", "x", "t", "o", "", "p"))
+    targets: dict[str, Any] = {"t": lambda options: ("component", options.width), "o": Width}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llavactl.core.registry._import", lambda target, _: targets[target])
-        assert made.create("sources", {"name": "x", "width": "3"}) == ("made", 3)
+        assert entries.create("sources", {"name": "x", "width": "3"}) == ("component", 3)
 
 
-def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(PluginError, match=r"there is no file llavactl:recipes/none\.yaml"):
+def test_invalid_options_are_listed_at_once() -> None:
+    spec = {"name": "scenes", "scenes": 0, "sceens": 4}
+    with pytest.raises(RecipeError) as caught:
+        registry().options("sources", spec)
+    assert {problem.key for problem in caught.value.problems} == {"scenes", "sceens"}
+    assert "llavactl components sources" in caught.value.hint
+    with pytest.raises(RecipeError, match="-t scenes: "):
+        registry().create("sources", spec, flag="-t ")
+
+
+def test_options_of_a_name_are_the_defaults() -> None:
+    assert registry().options("connectors", "linear") == registry().options("connectors", {"name": "linear"})
+
+
+def test_a_missing_recipe_file() -> None:
+    with pytest.raises(PluginError, match=r"llavactl:recipes/none\.yaml"):
         Registration("recipes", "none", "llavactl:recipes/none.yaml", None, "", "llavactl").path()
-    with pytest.raises(PluginError, match="there is no file"):
+    with pytest.raises(PluginError, match=r"no_such_package:none\.yaml"):
         Registration("recipes", "none", "no_such_package:none.yaml", None, "", "p").path()
 
 
@@ -89,12 +103,12 @@ def test_suggestions() -> None:
     assert suggest("zzz", []) == ""
 
 
-def test_singulars() -> None:
-    assert [singular(kind) for kind in KINDS] == [
+def test_kind_labels() -> None:
+    assert [kind_label(kind) for kind in KINDS] == [
         "source",
         "vision backbone",
         "connector",
-        "language",
+        "language model",
         "template",
         "teacher",
         "task",
@@ -106,7 +120,7 @@ def test_singulars() -> None:
     "one", [each for each in registry() if each.plugin == plugins.BUILTIN], ids=lambda one: f"{one.kind}-{one.name}"
 )
 def test_everything_built_in_can_be_loaded(one: Registration) -> None:
-    assert one.summary, "what it is, in a line"
+    assert one.summary
     if one.kind == "recipes":
         assert one.path().is_file()
         return

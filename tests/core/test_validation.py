@@ -1,4 +1,4 @@
-"""What pydantic finds, in words."""
+"""Messages for pydantic's validation errors, and descriptions of options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Inner(BaseModel):
 class Everything(Options):
     path: RecipePath
     model: ModelId = "m"
-    count: Annotated[int, Field(ge=1, le=9, description="how many")] = 1
+    count: Annotated[int, Field(ge=1, le=9, description="number of items")] = 1
     maybe: Annotated[int, Field(ge=1)] | None = None
     share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     layer: int | list[int] = -2
@@ -40,68 +40,68 @@ class Everything(Options):
     @classmethod
     def _even(cls, value: int) -> int:
         if value % 2:
-            raise ValueError(f"{value} is odd; LLaVA likes even numbers")
+            raise ValueError(f"{value} is odd")
         return value
 
 
-def why(**given: Any) -> dict[str, str]:
+def reasons(**given: Any) -> dict[str, str]:
     try:
         Everything.model_validate({"path": "p", **given})
     except ValidationError as error:
-        found = explain(error, Everything, {"path": "p", **given})
-        return {".".join(map(str, path)): why for path, why in found}
+        explained = explain(error, Everything, {"path": "p", **given})
+        return {".".join(map(str, path)): reason for path, reason in explained}
     return {}
 
 
 @pytest.mark.parametrize(
-    ("given", "path", "said"),
+    ("given", "path", "reason"),
     [
-        ({"path": 3}, "path", "must be a file or folder, not 3"),
-        ({"path": ""}, "path", "must be a file or folder, not ''"),
-        ({"model": 4}, "model", "must be a string, not 4"),
-        ({"count": "abc"}, "count", "must be an integer ≥ 1 and ≤ 9, not 'abc'"),
-        ({"count": 0}, "count", "must be an integer ≥ 1 and ≤ 9, not 0"),
-        ({"count": 1.5}, "count", "must be an integer ≥ 1 and ≤ 9, not 1.5"),
-        ({"count": None}, "count", "must be an integer ≥ 1 and ≤ 9, not null"),
-        ({"maybe": 0}, "maybe", "must be an integer ≥ 1 or null, not 0"),
-        ({"share": 1}, "share", "must be a number ≥ 0 and < 1, not 1"),
-        ({"layer": "x"}, "layer", "must be an integer or a list, each an integer, not 'x'"),
-        ({"layer": [1, "x"]}, "layer", "must be an integer or a list, each an integer, not [1, 'x']"),
-        ({"many": {}}, "many", "must be a list, each a mapping, not {}"),
-        ({"names": {"a": "x"}}, "names.a", "must be an integer, not 'x'"),
-        ({"kind": "c"}, "kind", "must be one of 'a', 'b', not 'c'"),
-        ({"inner": []}, "inner", "must be a mapping, not []"),
+        ({"path": 3}, "path", "expected a file or folder, got 3"),
+        ({"path": ""}, "path", "expected a file or folder, got ''"),
+        ({"model": 4}, "model", "expected a string, got 4"),
+        ({"count": "abc"}, "count", "expected an integer ≥ 1 and ≤ 9, got 'abc'"),
+        ({"count": 0}, "count", "expected an integer ≥ 1 and ≤ 9, got 0"),
+        ({"count": 1.5}, "count", "expected an integer ≥ 1 and ≤ 9, got 1.5"),
+        ({"count": None}, "count", "expected an integer ≥ 1 and ≤ 9, got null"),
+        ({"maybe": 0}, "maybe", "expected an integer ≥ 1 or null, got 0"),
+        ({"share": 1}, "share", "expected a number ≥ 0 and < 1, got 1"),
+        ({"layer": "x"}, "layer", "expected an integer or a list, each item an integer, got 'x'"),
+        ({"layer": [1, "x"]}, "layer", "expected an integer or a list, each item an integer, got [1, 'x']"),
+        ({"many": {}}, "many", "expected a list, each item a mapping, got {}"),
+        ({"names": {"a": "x"}}, "names.a", "expected an integer, got 'x'"),
+        ({"kind": "c"}, "kind", "expected one of 'a', 'b', got 'c'"),
+        ({"inner": []}, "inner", "expected a mapping, got []"),
         ({"inner": {"y": 1}}, "inner.y", "unknown key; available: x"),
-        ({"either": 3}, "either", "must be a mapping or a string or null, not 3"),
-        ({"many": [{"x": "a"}]}, "many.0.x", "must be an integer, not 'a'"),
-        ({"many": [1]}, "many.0", "must be a mapping, not 1"),
-        ({"even": 3}, "even", "3 is odd; LLaVA likes even numbers"),
+        ({"either": 3}, "either", "expected a mapping or a string or null, got 3"),
+        ({"many": [{"x": "a"}]}, "many.0.x", "expected an integer, got 'a'"),
+        ({"many": [1]}, "many.0", "expected a mapping, got 1"),
+        ({"even": 3}, "even", "3 is odd"),
         ({"kin": "a"}, "kin", "unknown key; did you mean 'kind'?"),
-        ({"model": ["x"]}, "model", "must be a string, not ['x']"),
-        ({"count": "x" * 100}, "count", f"must be an integer ≥ 1 and ≤ 9, not '{'x' * 56}…"),
+        ({"model": ["x"]}, "model", "expected a string, got ['x']"),
+        ({"count": "x" * 100}, "count", f"expected an integer ≥ 1 and ≤ 9, got '{'x' * 56}…"),
     ],
 )
-def test_words(given: dict[str, Any], path: str, said: str) -> None:
-    assert why(**given) == {path: said}
+def test_messages(given: dict[str, Any], path: str, reason: str) -> None:
+    assert reasons(**given) == {path: reason}
 
 
-def test_what_has_no_words_of_ours_keeps_pydantics() -> None:
-    assert why(pair=[1]) == {"pair.1": "is missing"}
-    assert "pair" in why(pair=[1, 2, 3])
+def test_errors_without_an_expected_type_keep_their_path() -> None:
+    assert reasons(pair=[1]).keys() == {"pair.1"}
+    assert reasons(pair=[1, 2, 3]).keys() == {"pair"}
 
 
-def test_a_place_is_told_once_however_many_branches_failed() -> None:
-    assert why(either={"zz": 1}) == {"either": "must be a mapping or a string or null, not {'zz': 1}"}
+def test_a_failed_union_is_reported_once() -> None:
+    assert reasons(either={"zz": 1}) == {"either": "expected a mapping or a string or null, got {'zz': 1}"}
 
 
-def test_options_in_words() -> None:
+def test_descriptions_of_options() -> None:
     described = describe_options(Everything)
     assert described["path"] == "a file or folder; required"
-    assert described["count"] == "an integer ≥ 1 and ≤ 9; default 1; how many"
+    assert described["count"] == "an integer ≥ 1 and ≤ 9; default 1; number of items"
     assert described["anything"] == "any value; default null"
 
 
-def test_a_model_without_a_schema_still_explains() -> None:
+def test_errors_of_a_model_without_a_json_schema() -> None:
     class Strange(BaseModel):
         model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -110,13 +110,13 @@ def test_a_model_without_a_schema_still_explains() -> None:
 
     with pytest.raises(ValidationError) as caught:
         Strange.model_validate({"thing": 3, "count": "x", "more": 1})
-    found = dict(explain(caught.value, Strange, {"thing": 3, "count": "x", "more": 1}))
-    assert set(found) == {("thing",), ("count",), ("more",)}
+    explained = dict(explain(caught.value, Strange, {"thing": 3, "count": "x", "more": 1}))
+    assert set(explained) == {("thing",), ("count",), ("more",)}
     assert describe_options(Strange) == {}
 
 
 class TestCase:
-    """A class that pydantic knows nothing of."""
+    """A class that pydantic can't validate."""
 
     __test__ = False
 
@@ -131,8 +131,9 @@ class TestCase:
         ("stage1.grounding_steps=1", "box_alignment_steps"),
         ("data.stage2=[{name: llava-json, path: a.json, turns: apart}]", "split_turns"),
         ("eval.blind_twin=false", "blind_baseline"),
+        ("eval.stage1=true", "stage1_baseline"),
     ],
 )
-def test_a_key_of_an_earlier_version_names_its_new_one(toys: Path, override: str, now: str) -> None:
+def test_a_renamed_key_suggests_its_new_name(toys: Path, override: str, now: str) -> None:
     (problem,) = check(toys / "recipe.yaml", [override])
     assert now in problem.why

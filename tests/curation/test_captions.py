@@ -1,4 +1,4 @@
-"""``data filter`` and ``data expand`` on real and made captions; interrupted, they leave nothing half written."""
+"""``data filter`` and ``data expand`` on real and synthetic captions, also if interrupted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from llavactl.curation import noun_phrases
 from llavactl.curation.captions import INSTRUCTIONS
 from llavactl.testing import run_cli
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "pretrain.json"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava" / "blip_laion_cc_sbu_2k.json"
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
 
 
 @pytest.fixture
@@ -58,9 +61,7 @@ def test_filter_balances_concepts(captions: Path, tmp_path: Path, workers: int) 
     assert out.read_bytes() != first
 
 
-def test_another_extractor_takes_the_place_of_ours(
-    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_extractor(captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "def last_words(captions):\n    return [[c.split()[-1]] for c in captions]\n"
         "def wrong(captions):\n    return [['a']]\n"
@@ -69,89 +70,94 @@ def test_another_extractor_takes_the_place_of_ours(
     monkeypatch.syspath_prepend(tmp_path)
     report = run("filter", captions, "--out", tmp_path / "o.jsonl", "--extractor", "mine:last_words")
     assert (report["phrases"], report["rare"], report["kept"]) == (4, 1, 48)
-    for extractor, said in (
-        ("mine:wrong", "1 answers for 49 captions"),
-        ("mine:none", "not iterable"),
-        ("mine:gone", "can't be loaded"),
-        ("nowhere:x", "can't be loaded"),
-        ("mine", "can't be loaded"),
+    for extractor, message in (
+        ("mine:wrong", "49 captions"),
+        ("mine:none", "mine:none"),
+        ("mine:gone", "'mine:gone'"),
+        ("nowhere:x", "'nowhere:x'"),
+        ("mine", "module:attr"),
     ):
         words = ["data", "filter", str(captions), "--out", str(tmp_path / "x.json"), "--extractor", extractor]
         result = run_cli(*words, "--workers", "1")
         assert result.exit_code == 1
-        assert said in result.stderr
+        assert message in result.stderr
         assert not (tmp_path / "x.json").exists()
 
 
-def test_expand_makes_records_that_check_finds_sound(captions: Path, tmp_path: Path) -> None:
+def test_expanded_records_pass_check(captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert run("expand", captions, "--out", out)["records"] == 49
     first = rows(out)
     assert run("check", out)["problems"] == []
-    asked = [row["conversations"][0]["value"] for row in first]
-    assert {text.replace("<image>", "").strip() for text in asked} <= set(INSTRUCTIONS)
-    assert len({text.replace("<image>", "").strip() for text in asked}) >= 11
-    assert 10 < sum(text.startswith("<image>\n") for text in asked) < 39
+    questions = [row["conversations"][0]["value"] for row in first]
+    assert {text.replace("<image>", "").strip() for text in questions} <= set(INSTRUCTIONS)
+    assert len({text.replace("<image>", "").strip() for text in questions}) >= 11
+    assert 10 < sum(text.startswith("<image>\n") for text in questions) < 39
     assert [row["conversations"][1]["value"] for row in first] == [row["caption"] for row in rows(captions)]
-    for place, wanted in (("first", 49), ("last", 0)):
-        run("expand", captions, "--out", out, "--image-tag", place)
-        assert sum(row["conversations"][0]["value"].startswith("<image>\n") for row in rows(out)) == wanted
+    for position, count in (("first", 49), ("last", 0)):
+        run("expand", captions, "--out", out, "--image-tag", position)
+        assert sum(row["conversations"][0]["value"].startswith("<image>\n") for row in rows(out)) == count
 
 
-def test_a_record_keeps_its_instruction_when_others_come_and_go(captions: Path, tmp_path: Path) -> None:
-    whole, less = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    run("expand", captions, "--out", whole, "--seed", 5)
+def test_a_records_instruction_does_not_depend_on_other_records(captions: Path, tmp_path: Path) -> None:
+    complete, partial = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    run("expand", captions, "--out", complete, "--seed", 5)
     captions.write_text("\n".join(captions.read_text().splitlines()[10:]))
-    run("expand", captions, "--out", less, "--seed", 5)
-    assert rows(less) == rows(whole)[10:]
-    run("expand", captions, "--out", less, "--seed", 6)
-    assert rows(less) != rows(whole)[10:]
+    run("expand", captions, "--out", partial, "--seed", 5)
+    assert rows(partial) == rows(complete)[10:]
+    run("expand", captions, "--out", partial, "--seed", 6)
+    assert rows(partial) != rows(complete)[10:]
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data")
-def test_real_captions_go_through_and_the_instructions_are_our_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "count", "most"),
+    [(FIXTURE, 80, 0.9), pytest.param(REAL, 2183, 0.8, marks=needs_real)],
+    ids=["fixture", "real"],
+)
+def test_captions_of_llava_records(file: Path, count: int, most: float, tmp_path: Path) -> None:
     out, again = tmp_path / "kept.json", tmp_path / "expanded.jsonl"
-    report = run("filter", REAL, "--out", out)
-    assert report["captions"] == 2183
-    assert 0.3 < report["kept"] / report["captions"] < 0.8
+    report = run("filter", file, "--out", out)
+    assert report["captions"] == count
+    assert report["rare"] > 0
+    assert 0.3 < report["kept"] / report["captions"] < most
     assert run("expand", out, "--out", again)["records"] == report["kept"]
-    theirs = {each["conversations"][0]["value"].replace("<image>", "").strip() for each in rows(REAL)}
+    llava_instructions = {each["conversations"][0]["value"].replace("<image>", "").strip() for each in rows(file)}
     assert len(INSTRUCTIONS) == len(set(INSTRUCTIONS)) >= 11
-    assert not theirs & set(INSTRUCTIONS)
+    assert not llava_instructions & set(INSTRUCTIONS)
 
 
-def test_a_recipe_names_the_captions_and_the_seed(toy: Path, tmp_path: Path) -> None:
+def test_captions_and_seed_of_a_recipe(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     recipe = ["-r", str(toy / "recipe.yaml")]
     assert run("filter", *recipe, "--out", out)["captions"] == 12
     assert run("expand", *recipe, "-o", "seed=3", "--out", out)["seed"] == 3
     result = run_cli("data", "expand", *recipe, "-o", "data.stage1=[]", "--out", str(out))
     assert result.exit_code == 1
-    assert "not one file of captions" in result.stderr
+    assert "data.stage1" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ('{"id": 1, "caption": " "}', ":50: no text `caption`"),
+        ('{"id": 1, "caption": " "}', ":50: no `caption`"),
         ("{oops", ":50: not JSON"),
-        ("[1]", ":50: no text `caption`"),
+        ("[1]", ":50: no `caption`"),
         ('{"id": 1, "caption": "a dog"}', ":50: no `image`"),
     ],
 )
-def test_what_is_no_caption_is_named_and_nothing_is_written(
-    captions: Path, tmp_path: Path, line: str, said: str
+def test_records_without_a_caption_are_reported_and_nothing_is_written(
+    captions: Path, tmp_path: Path, line: str, message: str
 ) -> None:
     captions.write_text(captions.read_text() + "\n" + line)
     out = tmp_path / "out.json"
     result = run_cli("data", "expand", str(captions), "--out", str(out))
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert message in result.stderr
     assert not out.exists()
 
 
-def test_an_interruption_leaves_what_was_there(tmp_path: Path) -> None:
-    """A real process, interrupted while it writes."""
+def test_an_interruption_leaves_the_output_unchanged(tmp_path: Path) -> None:
+    """A subprocess, interrupted while it writes."""
     path, folder = tmp_path / "many.jsonl", tmp_path / "out"
     folder.mkdir()
     with path.open("w") as file:
@@ -172,23 +178,37 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["filter", "expand"])
-def test_the_file_that_is_read_is_never_altered(captions: Path, verb: str) -> None:
+def test_the_input_is_never_overwritten(captions: Path, verb: str) -> None:
     before = captions.read_bytes()
     result = run_cli("data", verb, str(captions), "--out", str(captions))
     assert result.exit_code == 1
-    assert "is never altered" in result.stderr
+    assert str(captions) in result.stderr
     assert captions.read_bytes() == before
 
 
 @pytest.mark.parametrize("verb", ["filter", "expand"])
-def test_all_lines_without_a_caption_are_named_at_once(captions: Path, tmp_path: Path, verb: str) -> None:
+def test_all_records_without_a_caption_are_reported_at_once(captions: Path, tmp_path: Path, verb: str) -> None:
     text = captions.read_text() + '\n{"id": 1, "image": "a.jpg", "caption": " "}\n{"id": 2}\n{"id": 3\n'
     captions.write_text(text + '{"id": 4}\n' * 30)
     out = tmp_path / "out.json"
     result = run_cli("data", verb, str(captions), "--out", str(out))
     assert result.exit_code == 1
     for line in (50, 51, 53, 69):
-        assert f"{captions}:{line}: no text `caption`" in result.stderr
+        assert f"{captions}:{line}: no `caption`" in result.stderr
     assert f"{captions}:52: not JSON" in result.stderr
     assert "and 13 more" in result.stderr
     assert not out.exists()
+
+
+def test_filter_without_textblob_names_the_extra(
+    captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noun_phrases._tagger.cache_clear()
+    noun_phrases.load_extractor.cache_clear()
+    monkeypatch.setitem(sys.modules, "textblob.en", None)
+    result = run_cli("data", "filter", str(captions), "--out", str(tmp_path / "out.jsonl"))
+    assert result.exit_code == 1
+    assert "textblob" in result.stderr
+    assert "pip install 'llavactl[captions]'" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()

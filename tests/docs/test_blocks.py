@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to type is right: commands parse, recipes check, code compiles."""
+"""The code blocks of README.md and docs/: commands parse, recipes check, code compiles."""
 
 import json
 import os
@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 import pytest
-from ruamel.yaml import YAML
+from pydantic import BaseModel
 
 from llavactl.cli.root import root
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check
+from llavactl.recipe.specs import ConnectorSpec, VisionSpec
 from llavactl.testing import check_source
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def shell_lines() -> list[Any]:
 
 
 @pytest.mark.parametrize("words", shell_lines())
-def test_a_command_can_be_typed_as_it_stands(words: list[str]) -> None:
+def test_a_command_parses(words: list[str]) -> None:
     for cut in (">", "|", "&&"):
         words = words[: words.index(cut)] if cut in words else words
     program = words[0].removeprefix(".venv/bin/")
@@ -61,13 +62,11 @@ def test_a_command_can_be_typed_as_it_stands(words: list[str]) -> None:
     elif program == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
-        assert program in ("git", "pip", "python", "python3", "cd", "transformers", "vllm"), (
-            "a program this test does not know"
-        )
+        assert program in ("git", "pip", "python", "python3", "cd", "transformers", "vllm"), "unknown program"
 
 
 def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
-    """Takes ``words`` as click would, to the last option, and runs nothing."""
+    """Parses ``words`` as click does, without running the command."""
     context = command.make_context(command.name, list(words), parent=parent)
     if isinstance(command, click.Group):
         name, found, rest = command.resolve_command(context, context._protected_args + context.args)
@@ -75,7 +74,7 @@ def parse(command: click.Command, words: list[str], parent: click.Context | None
         parse(found, rest, context)
 
 
-def test_a_wrong_command_would_be_noticed() -> None:
+def test_an_invalid_command_does_not_parse() -> None:
     for words in (["trian"], ["train", "--stage", "3"], ["run", "--no-such-option"], ["recipes", "copy"]):
         with pytest.raises(click.UsageError):
             parse(root, words)
@@ -98,17 +97,29 @@ def test_python_compiles(block: Block) -> None:
     compile(block.text, block.where, "exec")
 
 
-def test_the_reference_has_every_key_of_the_frame_with_its_default() -> None:
-    whole = next(param.values[0] for param in blocks("yaml") if "\nrun_dir: " in param.values[0].text)
-    assert whole.where.startswith("docs/recipes.md")
-    written = YAML(typ="safe", pure=True).load(whole.text)
-    assert written.keys() == Recipe.model_fields.keys()
-    for name in ("features", "stage1", "stage2", "eval"):
-        assert written[name] == Recipe.model_fields[name].get_default().model_dump(mode="json")
+def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """``model`` and the models of its keys, at any depth."""
+
+    def models(annotation: Any) -> set[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return sections(annotation)
+        return set().union(*map(models, get_args(annotation)))
+
+    return {model}.union(*(models(field.annotation) for field in model.model_fields.values()))
 
 
-def test_the_plugin_of_the_page_works(tmp_path: Path) -> None:
-    """Its files laid out as their first lines say, with the metadata that installing would write."""
+@pytest.mark.parametrize("model", sorted(sections(Recipe), key=lambda model: model.__name__))
+def test_the_reference_describes_every_key_of_the_frame(model: type[BaseModel]) -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    reference = page.partition("<!-- generated: keys -->")[2].partition("<!-- end: keys -->")[0]
+    for key in model.model_fields:
+        rows = [line for line in reference.splitlines() if line.startswith(f"| `{key}` |")]
+        assert rows or model in (VisionSpec, ConnectorSpec), f"{model.__name__}.{key}"
+        assert all(row.split("|")[-2].strip() for row in rows), f"{key} has no description"
+
+
+def test_the_plugin_of_the_docs_works(tmp_path: Path) -> None:
+    """Writes the files to the paths in their first lines, with the metadata of an installed package."""
     files = [
         param.values[0] for param in blocks("python", "toml") if param.values[0].where.startswith("docs/plugins.md")
     ]
@@ -122,8 +133,8 @@ def test_the_plugin_of_the_page_works(tmp_path: Path) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     points = "".join(f"{name} = {module}\n" for name, module in project["entry-points"]["llavactl"].items())
     (info / "entry_points.txt").write_text(f"[llavactl]\n{points}")
-    (its_test,) = (text for _, text in files if "def test_" in text)
-    (tmp_path / "run.py").write_text(f"{its_test}\n\n{CHECKS}")
+    (test,) = (text for _, text in files if "def test_" in text)
+    (tmp_path / "run.py").write_text(f"{test}\n\n{CHECKS}")
     alone = {"PYTHONPATH": str(tmp_path), "LLAVACTL_HOME": str(tmp_path / "home"), "LLAVACTL_STRICT_PLUGINS": "1"}
     done = subprocess.run(
         [sys.executable, "run.py"],

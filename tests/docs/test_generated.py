@@ -1,4 +1,4 @@
-"""The generated pages say what the code says, and leave nothing out."""
+"""The generated pages are up to date and complete."""
 
 import inspect
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llavactl.core import hookspecs, protocols
-from llavactl.core.builtins import COMMANDS
+from llavactl.core.builtin_plugin import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "docs" / "generate.py"
@@ -19,7 +19,7 @@ HOOKS = [name for name, each in vars(hookspecs).items() if hasattr(each, "llavac
 
 
 def generator(code: str) -> str:
-    """What ``code`` prints, with ``m`` the generator's names: in a process of its own, for it loads no plugin."""
+    """The output of ``code`` in a subprocess; ``m`` are the names in docs/generate.py."""
     script = f"import runpy; m = runpy.run_path({str(GENERATE)!r}); {code}"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
@@ -34,7 +34,7 @@ def test_the_pages_are_up_to_date() -> None:
 
 def test_every_block_is_in_some_page() -> None:
     pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/*.md"))))
-    for name in ("commands", "cli", "hooks", "kinds", "components", "recipes", "templates", "names"):
+    for name in ("commands", "cli", "hooks", "kinds", "keys", "components", "recipes", "templates", "names"):
         assert f"<!-- generated: {name} -->" in pages
         assert f"<!-- end: {name} -->" in pages
 
@@ -58,7 +58,12 @@ def test_every_command_is_in_the_reference(command: str) -> None:
     assert f"## `llavactl {command}`\n" in CLI
 
 
-def test_a_stale_page_is_noticed() -> None:
+def test_every_key_and_option_has_a_description() -> None:
+    rows = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if not row.split(" | ")[-1].strip("| ")] == []
+
+
+def test_an_outdated_page_is_regenerated() -> None:
     page = "a\n<!-- generated: recipes -->\nold\n<!-- end: recipes -->\nb\n"
     once, twice = json.loads(
         generator(f"import json; once = m['filled']({page!r}); print(json.dumps([once, m['filled'](once)]))")

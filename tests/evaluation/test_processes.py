@@ -1,4 +1,4 @@
-"""Several processes ask a share each; the result is that of one."""
+"""Several processes answer part of the questions each; the result equals that of one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llavactl.evaluation import runner
-from llavactl.evaluation.processes import ALONE
+from llavactl.evaluation.processes import SINGLE_PROCESS
 from llavactl.testing import run_cli
 
 WORDS = ("eval", "scenes", "-t", "scenes=3", "-o", "eval.max_new_tokens=4", "--json")
@@ -27,7 +27,7 @@ def run(toy: Path) -> Path:
     return toy
 
 
-def together(folder: Path) -> Any:
+def evaluate_in_two_processes(folder: Path) -> Any:
     launched = subprocess.run(
         [*TORCHRUN, "-m", "llavactl", *WORDS],
         cwd=folder,
@@ -40,33 +40,33 @@ def together(folder: Path) -> Any:
     return json.loads(launched.stdout)
 
 
-def test_two_processes_give_one_result(run: Path) -> None:
-    """And what another number of processes left when they were killed is not asked again."""
-    alone = run_cli(*WORDS, cwd=run).json()
-    answers = Path(alone["answers"])
+def test_two_processes_give_the_result_of_one(run: Path) -> None:
+    """Answers in part files of a killed run with another number of processes are not generated again."""
+    single = run_cli(*WORDS, cwd=run).json()
+    answers = Path(single["answers"])
     lines = answers.read_text().splitlines(keepends=True)
     shutil.rmtree(run / "runs/toy/eval")
     answers.parent.mkdir(parents=True)
     marked = {**json.loads(lines[0]), "text": "kept from before"}
     part = answers.with_name(f"{answers.name}.2.part")
     part.write_text(json.dumps(marked) + "\n" + lines[1][:9])
-    report = together(run)
-    assert report["n"] == alone["n"] == 18
-    twin = {file.name for file in answers.parent.glob("scenes*")} - {answers.name}
-    assert [name.endswith(".jsonl") for name in twin] == [True]
-    assert report["beside"] == alone["beside"]
-    said = {json.loads(line)["id"]: json.loads(line)["text"] for line in answers.read_text().splitlines()}
-    known = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
-    assert said.pop(marked["id"]) == "kept from before"
-    del known[marked["id"]]
-    assert said == known
+    report = evaluate_in_two_processes(run)
+    assert report["n"] == single["n"] == 18
+    baseline = {file.name for file in answers.parent.glob("scenes*")} - {answers.name}
+    assert [name.endswith(".jsonl") for name in baseline] == [True]
+    assert report["baselines"] == single["baselines"]
+    answered = {json.loads(line)["id"]: json.loads(line)["text"] for line in answers.read_text().splitlines()}
+    expected = {json.loads(line)["id"]: json.loads(line)["text"] for line in lines}
+    assert answered.pop(marked["id"]) == "kept from before"
+    del expected[marked["id"]]
+    assert answered == expected
 
 
-def test_parts_become_one_file(tmp_path: Path) -> None:
+def test_part_files_are_merged(tmp_path: Path) -> None:
     file = tmp_path / "x[1].jsonl"
     file.write_text('{"id": "1", "text": "a"}\n')
     for rank in (0, 1):
-        runner._part(file, rank).write_text(f'{{"id": "{rank + 2}", "text": "b"}}\n{{"id"')
-    assert set(runner._gathered(file, ALONE)) == {"1", "2", "3"}
+        runner._part_file(file, rank).write_text(f'{{"id": "{rank + 2}", "text": "b"}}\n{{"id"')
+    assert set(runner._merge_parts(file, SINGLE_PROCESS)) == {"1", "2", "3"}
     assert [each for each in tmp_path.iterdir() if each.is_file()] == [file]
     assert len(file.read_text().splitlines()) == 3

@@ -1,4 +1,4 @@
-"""`llavactl eval` killed while it asks, and run again: no answer is asked for twice, and the scores are the same."""
+"""`llavactl eval` killed and run again: no answer is generated twice, and the scores are unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answers(toy: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_is_uninterrupted(toy: Path) -> None:
+def test_resumed_eval_equals_uninterrupted_eval(toy: Path) -> None:
     short = ("-o", "features.mode=live", "-o", "stage1.max_steps=1")
     assert run_cli("train", "--stage", "1", *short, cwd=toy).exit_code == 0
     process = start(toy)
@@ -40,14 +40,14 @@ def test_killed_and_run_again_is_uninterrupted(toy: Path) -> None:
     process.wait()
     before = answers(toy)
     assert 10 <= len(before) < 90
-    whole = [line for line in before if line.endswith(b"}")]
-    again = run_cli("eval", "scenes", *OPTIONS, cwd=toy)
-    assert again.exit_code == 0, again.stderr
-    assert answers(toy)[: len(whole)] == whole
+    complete = [line for line in before if line.endswith(b"}")]
+    resumed = run_cli("eval", "scenes", *OPTIONS, cwd=toy)
+    assert resumed.exit_code == 0, resumed.stderr
+    assert answers(toy)[: len(complete)] == complete
     assert len(answers(toy)) == 90
     for file in (toy / "runs/toy/eval/answers").glob("*.jsonl"):
         file.unlink()
     (toy / "runs/toy/eval/scenes.json").unlink()
     uninterrupted = run_cli("eval", "scenes", *OPTIONS, cwd=toy).json()
     assert uninterrupted["finished_before"] is False
-    assert uninterrupted["scores"] == again.json()["scores"]
+    assert uninterrupted["scores"] == resumed.json()["scores"]

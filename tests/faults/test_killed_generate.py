@@ -1,4 +1,4 @@
-"""`llavactl data generate` killed, interrupted and started twice: an endpoint counts what it was really asked."""
+"""`llavactl data generate` killed, interrupted and started twice; a test endpoint counts the requests it receives."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ from llavactl.teaching.journal import Journal
 from llavactl.testing import Answers, ToyEndpoint, run_cli, toy_endpoint
 
 RECIPE = """\
-name: made
+name: instruct
 vision: {{name: clip, model: clip}}
 connector: {{name: linear}}
 language: {{name: hf, model: language}}
 generate:
-  source: {{name: caps-boxes, path: pictures.jsonl}}
+  source: {{name: caps-boxes, path: images.jsonl}}
   teacher: {{name: openai, model: toy, base_url: "{url}", timeout_s: 600}}
   kinds: {{detail: 1}}
-  out: made.jsonl
+  out: instruct.jsonl
 """
-PICTURES = 60
+IMAGES = 60
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = [
-        {"id": f"p{n}", "image": f"p{n}.jpg", "captions": [f"Picture {Random(n).random()}."]} for n in range(PICTURES)
-    ]
-    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"id": f"p{n}", "image": f"p{n}.jpg", "captions": [f"Image {Random(n).random()}."]} for n in range(IMAGES)]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -52,18 +50,18 @@ def start(folder: Path, endpoint: ToyEndpoint) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_until(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     for _ in range(3000):
-        if seen():
+        if condition():
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    raise AssertionError("it never came to that")
+    raise AssertionError("timed out after 30 s")
 
 
 @contextmanager
-def eight_held(folder: Path) -> Iterator[tuple[ToyEndpoint, subprocess.Popen[str], threading.Event]]:
-    """An endpoint that holds every request until the event, and a process that waits for eight of them."""
+def eight_pending_requests(folder: Path) -> Iterator[tuple[ToyEndpoint, subprocess.Popen[str], threading.Event]]:
+    """An endpoint that answers no request before the event, and a process that waits for eight replies."""
     released = threading.Event()
 
     def behave(number: int, body: Mapping[str, Any]) -> None:
@@ -78,49 +76,50 @@ def eight_held(folder: Path) -> Iterator[tuple[ToyEndpoint, subprocess.Popen[str
         released.set()
 
 
-def read_until(process: subprocess.Popen[str], words: str) -> str:
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """The standard error of ``process`` up to ``text``."""
     assert process.stderr is not None
-    read = ""
-    while words not in read:
+    output = ""
+    while text not in output:
         character = process.stderr.read(1)
-        assert character, read
-        read += character
-    return read
+        assert character, output
+        output += character
+    return output
 
 
-def kept(folder: Path) -> int:
-    with Journal(folder / "made.replies.sqlite") as journal:
+def stored_replies(folder: Path) -> int:
+    with Journal(folder / "instruct.replies.sqlite") as journal:
         return journal.spent().replies
 
 
-def test_killed_after_n_answers_and_run_again_is_once_each(folder: Path) -> None:
-    """The endpoint answers 23 requests and holds the others until the process is dead."""
+def test_killed_run_resumes_without_repeating_answered_requests(folder: Path) -> None:
+    """The endpoint answers 23 requests, and the others only after the process has been killed."""
 
     def behave(number: int, body: Mapping[str, Any]) -> Answers | None:
-        return None if number < 23 or dead else Answers(wait_s=30)
+        return None if number < 23 or killed else Answers(wait_s=30)
 
-    dead = False
+    killed = False
     with toy_endpoint(behave) as endpoint:
         process = start(folder, endpoint)
         wait_until(lambda: len(endpoint.bodies) == 23 + 8, process)
-        wait_until(lambda: kept(folder) == 23, process)
+        wait_until(lambda: stored_replies(folder) == 23, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        dead = True
-        again = start(folder, endpoint)
-        out, err = again.communicate()
-        assert again.returncode == 0, err
+        killed = True
+        resumed = start(folder, endpoint)
+        out, err = resumed.communicate()
+        assert resumed.returncode == 0, err
         report = json.loads(out)
-        assert report["samples"] + report["refused"] == PICTURES
-        assert report["asking"]["sent"] == PICTURES - 23
-        assert len(endpoint.answered) == PICTURES
+        assert report["samples"] + report["refused"] == IMAGES
+        assert report["requests"]["sent"] == IMAGES - 23
+        assert len(endpoint.answered) == IMAGES
         assert set(endpoint.answered.values()) == {1}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, seed: int) -> None:
-    """Whatever was in flight may be asked again, at most the eight of each kill; nothing that was kept is."""
+def test_stored_replies_are_never_requested_again(folder: Path, seed: int) -> None:
+    """Only requests in flight are repeated, at most eight per kill."""
     with toy_endpoint(lambda number, body: Answers(wait_s=0.05)) as endpoint:
         before = 0
         for kill in range(3):
@@ -131,35 +130,35 @@ def test_killed_at_any_moment_no_kept_reply_is_asked_for_again(folder: Path, see
             process.send_signal(signal.SIGKILL)
             process.wait()
             before = len(endpoint.bodies)
-        found = kept(folder)
+        stored = stored_replies(folder)
         sent = len(endpoint.bodies)
         out, err = start(folder, endpoint).communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES - found == len(endpoint.bodies) - sent, err
-        assert len(endpoint.answered) == PICTURES
-        assert sum(endpoint.answered.values()) - PICTURES <= 3 * 8
+        assert json.loads(out)["requests"]["sent"] == IMAGES - stored == len(endpoint.bodies) - sent, err
+        assert len(endpoint.answered) == IMAGES
+        assert sum(endpoint.answered.values()) - IMAGES <= 3 * 8
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_what_is_in_flight_and_says_how_to_go_on(folder: Path, end: signal.Signals) -> None:
-    """And so does the signal by which a scheduler ends a job."""
-    with eight_held(folder) as (endpoint, process, released):
+def test_interrupt_waits_for_replies_in_flight_and_stores_them(folder: Path, end: signal.Signals) -> None:
+    with eight_pending_requests(folder) as (endpoint, process, released):
         process.send_signal(end)
-        err = read_until(process, "waiting for 8 replies in flight")
+        err = read_until(process, "waiting for 8 ")
         released.set()
         err += process.communicate()[1]
         assert process.returncode == 128 + end
-        assert "8 replies are kept in" in err
+        assert "8 replies" in err
+        assert "instruct.replies.sqlite" in err
         assert "run the same command to resume" in err
         assert "Traceback" not in err
-        assert len(endpoint.bodies) == 8 == kept(folder)
-        assert json.loads(start(folder, endpoint).communicate()[0])["asking"]["sent"] == PICTURES - 8
+        assert len(endpoint.bodies) == 8 == stored_replies(folder)
+        assert json.loads(start(folder, endpoint).communicate()[0])["requests"]["sent"] == IMAGES - 8
         assert set(endpoint.answered.values()) == {1}
 
 
-def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
-    with eight_held(folder) as (endpoint, process, _):
+def test_second_interrupt_does_not_wait(folder: Path) -> None:
+    with eight_pending_requests(folder) as (endpoint, process, _):
         process.send_signal(signal.SIGINT)
-        read_until(process, "waiting for 8 replies in flight")
+        read_until(process, "waiting for 8 ")
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 130
@@ -168,11 +167,12 @@ def test_a_second_ctrl_c_does_not_wait(folder: Path) -> None:
         assert not endpoint.answered
 
 
-def test_two_processes_on_one_file_are_refused_in_words(folder: Path) -> None:
-    with eight_held(folder) as (_, first, released):
+def test_second_process_on_the_same_file_is_refused(folder: Path) -> None:
+    with eight_pending_requests(folder) as (_, first, released):
         second = run_cli("data", "generate", cwd=folder)
         assert second.exit_code == 1
-        assert "another process is making" in second.stderr
+        assert "another process" in second.stderr
+        assert "instruct.jsonl" in second.stderr
         released.set()
         out, err = first.communicate()
-        assert json.loads(out)["asking"]["sent"] == PICTURES, err
+        assert json.loads(out)["requests"]["sent"] == IMAGES, err

@@ -1,4 +1,4 @@
-"""A writer that dies at any of its steps: finished shards stay as they are, and the next one goes on."""
+"""A writer killed at any step leaves finished shards untouched, and the next writer continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llavactl import FeatureShape
 from llavactl.features import FeatureStore, Fingerprint, StoreWriter, content_key
 from llavactl.features.manifest import read_manifest, store_dir
 
-MADE_WITH = Fingerprint({"backbone": "toy"})
+FINGERPRINT = Fingerprint({"backbone": "toy"})
 SHAPE = FeatureShape((2, 3), 4)
 IMAGES = 11
 SHARD_IMAGES = 3
@@ -24,24 +24,24 @@ import os, signal, sys
 from pathlib import Path
 
 def die_at(owner, name, call, after):
-    """Kills this process at the ``call``-th call of ``owner.name``, before or ``after`` it is done."""
+    """Kill this process before or ``after`` the ``call``-th call of ``owner.name``."""
     real, calls = getattr(owner, name), 0
-    def dying(*args, **more):
+    def wrapper(*args, **options):
         nonlocal calls
         calls += 1
         if calls == call and not after:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **more)
+        result = real(*args, **options)
         if calls == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
-    setattr(owner, name, dying)
+    setattr(owner, name, wrapper)
 
 step, call, after, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "after", sys.argv[4]
 sys.path.insert(0, folder)
 import test_killed_writer as test
 from llavactl.features import manifest, shards, writer
-owners = {"_lay_out": shards, "_write": shards, "fsync": os, "rename": Path, "replace": Path,
+owners = {"_create_layout": shards, "_write": shards, "fsync": os, "rename": Path, "replace": Path,
           "sync_folder": writer, "checksum": writer, "unlink": Path}
 die_at(owners[step], step, call, after)
 test.write_all()
@@ -62,19 +62,19 @@ def keys() -> list[str]:
 
 
 def write_all() -> None:
-    """Stores what is not stored yet of all the images, two at a time."""
-    with StoreWriter(MADE_WITH, SHAPE, SHARD_IMAGES) as writer:
-        store = FeatureStore.open(MADE_WITH)
-        todo = [index for index, key in enumerate(keys()) if key not in store]
-        for at in range(0, len(todo), 2):
-            some = todo[at : at + 2]
-            writer.append([keys()[index] for index in some], np.concatenate([rows(index, 1) for index in some]))
+    """Store the missing images, two at a time."""
+    with StoreWriter(FINGERPRINT, SHAPE, SHARD_IMAGES) as writer:
+        store = FeatureStore.open(FINGERPRINT)
+        missing = [index for index, key in enumerate(keys()) if key not in store]
+        for start in range(0, len(missing), 2):
+            batch = missing[start : start + 2]
+            writer.append([keys()[index] for index in batch], np.concatenate([rows(index, 1) for index in batch]))
 
 
-def finished() -> dict[str, tuple[int, int]]:
-    """Inode and modification time of every shard that the manifest lists."""
-    manifest = read_manifest(store_dir(MADE_WITH))
-    paths = [store_dir(MADE_WITH) / shard.file for shard in manifest.shards] if manifest else []
+def finished_shards() -> dict[str, tuple[int, int]]:
+    """Inode and modification time of every shard listed in the manifest."""
+    manifest = read_manifest(store_dir(FINGERPRINT))
+    paths = [store_dir(FINGERPRINT) / shard.file for shard in manifest.shards] if manifest else []
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
@@ -83,27 +83,27 @@ STEPS = [
     ("sync_folder", 2, "after"), ("replace", 3, "before"), ("rename", 4, "after"),
 ]  # fmt: skip
 SLOW_STEPS = [
-    ("_lay_out", 1, "before"), ("_lay_out", 2, "after"), ("_write", 2, "before"), ("fsync", 5, "before"),
+    ("_create_layout", 1, "before"), ("_create_layout", 2, "after"), ("_write", 2, "before"), ("fsync", 5, "before"),
     ("checksum", 2, "after"), ("rename", 2, "before"), ("rename", 3, "after"), ("replace", 1, "after"),
-    ("replace", 3, "after"), ("rename", 4, "before"), ("_lay_out", 5, "before"), ("replace", 2, "before"),
+    ("replace", 3, "after"), ("rename", 4, "before"), ("_create_layout", 5, "before"), ("replace", 2, "before"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("step", "call", "when"), [*STEPS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_STEPS)]
 )
-def test_what_a_dead_writer_left_is_completed(step: str, call: int, when: str) -> None:
+def test_store_of_a_killed_writer_is_completed(step: str, call: int, when: str) -> None:
     command = [sys.executable, "-c", VICTIM, step, str(call), when, str(Path(__file__).parent)]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stdout + died.stderr
-    before = finished()
-    whole = {path.name for path in store_dir(MADE_WITH).glob("*.h5")}
-    assert set(before) <= whole
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    before = finished_shards()
+    complete = {path.name for path in store_dir(FINGERPRINT).glob("*.h5")}
+    assert set(before) <= complete
     write_all()
-    after = finished()
+    after = finished_shards()
     assert {name: after[name] for name in before} == before, "a finished shard was touched"
-    assert whole <= set(after), "a shard that was whole on disk was lost"
-    store = FeatureStore.open(MADE_WITH)
+    assert complete <= set(after), "a complete shard was lost"
+    store = FeatureStore.open(FINGERPRINT)
     assert list(store.keys) == sorted(key.encode() for key in keys())
     for index, key in enumerate(keys()):
         assert np.array_equal(store.read(key), rows(index, 1)[0])
@@ -111,22 +111,22 @@ def test_what_a_dead_writer_left_is_completed(step: str, call: int, when: str) -
 
 
 @pytest.mark.parametrize("stale", ["shard-00001.h5.partial", "short.shard-00001.h5.partial"])
-def test_leftovers_of_a_dead_writer_go(stale: str) -> None:
+def test_unfinished_files_are_removed(stale: str) -> None:
     write_all()
-    path = store_dir(MADE_WITH) / stale
-    path.write_bytes(b"half")
+    path = store_dir(FINGERPRINT) / stale
+    path.write_bytes(b"incomplete")
     write_all()
     assert not path.exists()
 
 
-def test_an_unlisted_shard_that_is_not_whole_is_set_aside() -> None:
+def test_unlisted_damaged_shard_is_set_aside() -> None:
     write_all()
-    path = store_dir(MADE_WITH) / "shard-00099.h5"
-    path.write_bytes(b"no HDF5")
+    path = store_dir(FINGERPRINT) / "shard-00099.h5"
+    path.write_bytes(b"not HDF5")
     write_all()
     assert not path.exists()
     assert path.with_name("shard-00099.h5.damaged").exists()
-    assert len(FeatureStore.open(MADE_WITH)) == IMAGES
+    assert len(FeatureStore.open(FINGERPRINT)) == IMAGES
 
 
 LIMITED = """
@@ -144,11 +144,11 @@ except StoreError as error:
 
 
 @pytest.mark.parametrize("limit", [100, 3000, 6300])
-def test_the_systems_own_refusal_to_write_is_a_store_error(limit: int) -> None:
-    """No injected error: the kernel lets no file grow beyond ``limit`` bytes, so HDF5 and plain writes fail."""
+def test_file_size_limit_of_the_system_is_a_store_error(limit: int) -> None:
+    """The kernel limits files to ``limit`` bytes, so HDF5 and plain writes really fail."""
     command = [sys.executable, "-c", LIMITED, str(Path(__file__).parent), str(limit)]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "can't be written" in failed.stdout, failed.stderr
-    assert not finished()
+    assert FINGERPRINT.id in failed.stdout, failed.stderr
+    assert not finished_shards()
     write_all()
-    assert len(FeatureStore.open(MADE_WITH)) == IMAGES
+    assert len(FeatureStore.open(FINGERPRINT)) == IMAGES

@@ -1,4 +1,4 @@
-"""File systems that refuse every lock (some NFS, Lustre and FUSE mounts), and files that can't be read just now."""
+"""File systems without locks (some NFS, Lustre and FUSE mounts), and files that are temporarily unreadable."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from llavactl.training import checkpoints
 from llavactl.verbs.extract import extract
 
 ENOTSUPP = 524
-"""The kernel's own, for which the C library has no name: what NFS and Lustre were seen to answer."""
+"""A kernel-internal error without a name in the C library, returned by NFS and Lustre."""
 
-REFUSING = r"""
+NO_LOCKS_SOURCE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -68,16 +68,16 @@ for command in (["extract"], ["cache", "verify"], ["cache", "info"], ["train", "
     assert report.get("sound", True), report
 for _ in range(2):
     with Journal(Path(recipe).with_name("journal.sqlite")) as journal:
-        journal.begin("key", "name", "kind", None)
+        journal.start("key", "name", "kind", None)
 """
 
 
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler on Linux")
 @pytest.mark.parametrize("refused", [errno.ENOLCK, pytest.param(ENOTSUPP, marks=pytest.mark.slow)])
-def test_every_command_works_where_the_system_refuses_locks(toy: Path, tmp_path: Path, refused: int) -> None:
-    """Also the locks of HDF5 and SQLite, which Python can't patch; 60 s is how long SQLite would wait for one."""
-    source, library = tmp_path / "refusing.c", tmp_path / "refusing.so"
-    source.write_text(REFUSING)
+def test_commands_work_on_a_file_system_without_locks(toy: Path, tmp_path: Path, refused: int) -> None:
+    """Includes the locks of HDF5 and SQLite, which Python can't patch; SQLite would wait 60 s for one."""
+    source, library = tmp_path / "no_locks.c", tmp_path / "no_locks.so"
+    source.write_text(NO_LOCKS_SOURCE)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, toy / "recipe.yaml", toy / "images/photo-000.jpg"],
@@ -85,89 +85,90 @@ def test_every_command_works_where_the_system_refuses_locks(toy: Path, tmp_path:
         capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for _, code, _ in told] == [0] * 5, told
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for _, code, _ in results] == [0] * 5, results
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -> None:
-    def refusing(*_: object, **_more: object) -> None:
+def disable_locks(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -> None:
+    def fail(*_: object, **_options: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", refusing)
-    monkeypatch.setattr(fcntl, "lockf", refusing)
+    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "lockf", fail)
 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, ENOTSUPP])
-def lockless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, request.param)
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_locks(monkeypatch, request.param)
 
 
 @pytest.fixture
 def lock(tmp_path: Path) -> Path:
-    """A lock file that is there already, from a time when the file system had locks."""
+    """A lock file that already exists, created when the file system had locks."""
     (tmp_path / "x.lock").touch()
     return tmp_path / "x.lock"
 
 
-@pytest.mark.usefixtures("lockless")
-def test_without_locks_one_still_excludes_the_other(lock: Path) -> None:
-    with paths.exclusive_lock(lock, StoreError("taken")):
-        with pytest.raises(StoreError, match="taken") as caught, paths.exclusive_lock(lock, StoreError("taken")):
+@pytest.mark.usefixtures("no_locks")
+def test_exclusion_without_locks(lock: Path) -> None:
+    with paths.exclusive_lock(lock, StoreError("locked")):
+        with pytest.raises(StoreError, match="locked") as caught, paths.exclusive_lock(lock, StoreError("locked")):
             pass
         assert "no locks" in caught.value.hint
-    with paths.exclusive_lock(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("locked")):
         pass
 
 
-HOLD = """
+HOLDER = """
 import errno, fcntl, os, sys
 from pathlib import Path
 from llavactl.core.paths import exclusive_lock
 def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = refuse
-with exclusive_lock(Path(sys.argv[1]), ValueError("taken")):
+with exclusive_lock(Path(sys.argv[1]), ValueError("locked")):
     os._exit(0)
 """
 
 
-def test_what_a_killed_process_held_is_taken_over(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    subprocess.run([sys.executable, "-c", HOLD, lock], check=True)
+def test_lock_of_a_killed_process_is_taken_over(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subprocess.run([sys.executable, "-c", HOLDER, lock], check=True)
     assert lock.with_name("x.lock.owner").exists()
-    refuse(monkeypatch)
-    with paths.exclusive_lock(lock, StoreError("taken")):
+    disable_locks(monkeypatch)
+    with paths.exclusive_lock(lock, StoreError("locked")):
         pass
 
 
-def test_a_holder_on_another_machine_is_named_with_the_file_to_remove(
-    lock: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refuse(monkeypatch)
+def test_error_names_the_owner_file_of_another_machine(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_locks(monkeypatch)
     owner = lock.with_name("x.lock.owner")
     owner.write_text(f"1234\nnot-{socket.gethostname()}\n")
     with (
-        pytest.raises(StoreError, match="taken") as caught,
-        paths.exclusive_lock(lock, StoreError("taken", hint="wait")),
+        pytest.raises(StoreError, match="locked") as caught,
+        paths.exclusive_lock(lock, StoreError("locked", hint="wait")),
     ):
         pass
     assert str(owner) in caught.value.hint
     owner.unlink()
-    with paths.exclusive_lock(lock, StoreError("taken")):
+    with paths.exclusive_lock(lock, StoreError("locked")):
         pass
 
 
-MADE_WITH, SHAPE = Fingerprint({"backbone": "toy"}), FeatureShape((1, 2), 3)
+FINGERPRINT, SHAPE = Fingerprint({"backbone": "toy"}), FeatureShape((1, 2), 3)
 
 
-def test_without_locks_parts_still_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch)
-    with StoreWriter(MADE_WITH, SHAPE, 2, Part(0, 2)) as one, StoreWriter(MADE_WITH, SHAPE, 2, Part(1, 2)) as two:
+def test_parts_write_concurrently_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    disable_locks(monkeypatch)
+    with (
+        StoreWriter(FINGERPRINT, SHAPE, 2, Part(0, 2)) as first,
+        StoreWriter(FINGERPRINT, SHAPE, 2, Part(1, 2)) as second,
+    ):
         for number in range(6):
-            (one, two)[number % 2].append([content_key(bytes([number]))], np.zeros((1, 2, 3), np.float16))
-        with pytest.raises(StoreError, match="another process is writing"), exclusive(one.folder):
+            (first, second)[number % 2].append([content_key(bytes([number]))], np.zeros((1, 2, 3), np.float16))
+        with pytest.raises(StoreError, match="another process"), exclusive(first.folder):
             pass
-    assert len(FeatureStore.open(MADE_WITH)) == 6
-    assert not list(one.folder.parent.glob("*.owner"))
+    assert len(FeatureStore.open(FINGERPRINT)) == 6
+    assert not list(first.folder.parent.glob("*.owner"))
 
 
 @pytest.fixture
@@ -183,41 +184,41 @@ def victim(recipe: Recipe) -> Path:
 
 
 def failing(real: Callable[..., Any], victim: Path, number: int) -> Callable[..., Any]:
-    """``real``, but about ``victim`` it raises the error ``number``."""
+    """``real``, raising OSError ``number`` for the path ``victim``."""
 
-    def call(path: Any, *args: Any, **more: Any) -> Any:
+    def call(path: Any, *args: Any, **options: Any) -> Any:
         if Path(path) == victim:
             raise OSError(number, os.strerror(number))
-        return real(path, *args, **more)
+        return real(path, *args, **options)
 
     return call
 
 
-NUMBERS = [errno.EIO, errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT, ENOTSUPP]
+ERRNOS = [errno.EIO, errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT, ENOTSUPP]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("where", ["llavactl.features.maintenance.checksum", "h5py.File", "pathlib.Path.stat"])
-def test_verify_leaves_what_it_could_not_read(
-    victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+@pytest.mark.parametrize("number", ERRNOS)
+@pytest.mark.parametrize("target", ["llavactl.features.maintenance.checksum", "h5py.File", "pathlib.Path.stat"])
+def test_verify_leaves_unreadable_shards_unchanged(
+    victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
 ) -> None:
     before = victim.read_bytes()
-    real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat}.get(where)
+    real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat}.get(target)
     from llavactl.features.shards import checksum
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, failing(real or checksum, victim, number))
+        patch.setattr(target, failing(real or checksum, victim, number))
         result = run_cli("cache", "verify", "--json", cwd=toy)
         report = result.json()
     assert result.exit_code == 1
     assert victim.name in result.stderr
     assert (report["sound"], report["damaged"]) == (False, [])
-    assert [each["file"] for each in report["unchecked"]] == [victim.name]
+    assert [shard["file"] for shard in report["unchecked"]] == [victim.name]
     assert victim.read_bytes() == before
     assert run_cli("cache", "verify", cwd=toy).exit_code == 0
 
 
-def test_verify_tells_damage_from_what_it_could_not_read(
+def test_verify_distinguishes_damaged_and_unreadable_shards(
     victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = victim.with_name("shard-00000.h5")
@@ -229,44 +230,44 @@ def test_verify_tells_damage_from_what_it_could_not_read(
     with monkeypatch.context() as patch:
         patch.setattr(maintenance, "checksum", failing(maintenance.checksum, victim, errno.EIO))
         report = run_cli("cache", "verify", "--json", cwd=toy).json()
-    found = [[each["file"] for each in report[kind]] for kind in ("damaged", "unchecked")]
-    assert found == [[other.name], [victim.name]]
+    files = [[shard["file"] for shard in report[kind]] for kind in ("damaged", "unchecked")]
+    assert files == [[other.name], [victim.name]]
     manifest = read_manifest(victim.parent)
     assert manifest
     assert [entry.file for entry in manifest.shards if entry.file in (other.name, victim.name)] == [victim.name]
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("where", ["h5py.File", "pathlib.Path.stat", "numpy.memmap"])
-def test_a_shard_that_cannot_be_read_is_not_called_damaged(
-    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+@pytest.mark.parametrize("number", ERRNOS)
+@pytest.mark.parametrize("target", ["h5py.File", "pathlib.Path.stat", "numpy.memmap"])
+def test_unreadable_shard_is_not_reported_as_damaged(
+    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
 ) -> None:
-    real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat, "numpy.memmap": np.memmap}[where]
+    real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat, "numpy.memmap": np.memmap}[target]
     with monkeypatch.context() as patch:
-        patch.setattr(where, failing(real, victim, number))
+        patch.setattr(target, failing(real, victim, number))
         with pytest.raises(StoreError) as caught:
-            all_of(recipe)
+            read_all(recipe)
     assert not isinstance(caught.value, DamagedShardError)
     assert str(victim) in caught.value.message
     assert "cache verify" not in caught.value.hint
-    assert all_of(recipe) == 12
+    assert read_all(recipe) == 12
 
 
-def all_of(recipe: Recipe) -> int:
-    """How many features were read."""
+def read_all(recipe: Recipe) -> int:
+    """Read all features and return their number."""
     store = FeatureStore.open(stage_fingerprint(recipe, 1))
     return len([store.read(key.decode()) for key in store.keys])
 
 
-@pytest.mark.parametrize("where", ["h5py.File", "llavactl.features.writer.checksum"])
-def test_an_unlisted_shard_that_cannot_be_read_is_not_set_aside(
-    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize("target", ["h5py.File", "llavactl.features.writer.checksum"])
+def test_unlisted_unreadable_shard_is_not_set_aside(
+    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     from llavactl.features.shards import checksum
 
     (victim.parent / "manifest.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(where, failing(h5py.File if where == "h5py.File" else checksum, victim, errno.ENOLCK))
+        patch.setattr(target, failing(h5py.File if target == "h5py.File" else checksum, victim, errno.ENOLCK))
         with pytest.raises(StoreError) as caught:
             extract(recipe)
     assert str(victim) in caught.value.message
@@ -278,30 +279,30 @@ def test_an_unlisted_shard_that_cannot_be_read_is_not_set_aside(
 
 
 @pytest.fixture
-def unreadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``unreadable(end)``: nothing whose path ends in it can be read, also by root."""
-    refused: set[str] = set()
-    text, opened, listed = Path.read_text, Path.open, Path.iterdir
+def make_unreadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A function that makes paths with the given suffix unreadable, even for root."""
+    suffixes: set[str] = set()
+    read_text, open_file, iterdir = Path.read_text, Path.open, Path.iterdir
 
     def guard(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Path, *args: Any, **more: Any) -> Any:
-            if any(path.as_posix().endswith(f"/{end}") for end in refused):
+        def call(path: Path, *args: Any, **options: Any) -> Any:
+            if any(path.as_posix().endswith(f"/{suffix}") for suffix in suffixes):
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return real(path, *args, **more)
+            return real(path, *args, **options)
 
         return call
 
     with monkeypatch.context() as patch:
-        for name, real in (("read_text", text), ("open", opened), ("iterdir", listed)):
+        for name, real in (("read_text", read_text), ("open", open_file), ("iterdir", iterdir)):
             patch.setattr(Path, name, guard(real))
-        yield refused.add
+        yield suffixes.add
 
 
 @pytest.mark.parametrize("command", [("extract",), ("cache", "info"), ("cache", "verify"), ("train", "--stage", "1")])
-def test_a_manifest_that_cannot_be_read_is_not_to_be_removed(
-    victim: Path, toy: Path, unreadable: Callable[[str], None], command: tuple[str, ...]
+def test_error_of_an_unreadable_manifest_does_not_suggest_removing_it(
+    victim: Path, toy: Path, make_unreadable: Callable[[str], None], command: tuple[str, ...]
 ) -> None:
-    unreadable("manifest.json")
+    make_unreadable("manifest.json")
     result = run_cli(*command, cwd=toy)
     assert result.exit_code == 1
     assert str(victim.parent / "manifest.json") in result.stderr
@@ -309,27 +310,27 @@ def test_a_manifest_that_cannot_be_read_is_not_to_be_removed(
     assert "remove" not in result.stderr
 
 
-def test_stores_that_cannot_be_listed_are_not_none(victim: Path, toy: Path, unreadable: Callable[[str], None]) -> None:
-    unreadable("features")
+def test_unlistable_stores_are_an_error(victim: Path, toy: Path, make_unreadable: Callable[[str], None]) -> None:
+    make_unreadable("features")
     result = run_cli("cache", "info", cwd=toy.parent)
     assert result.exit_code == 1
     assert str(victim.parents[1]) in result.stderr
 
 
-STOPPED = ["-o", "features.mode=live", "-o", "stage1.max_steps=4", "-o", "stage1.keep_last=3"]
+TRAIN_OPTIONS = ["-o", "features.mode=live", "-o", "stage1.max_steps=4", "-o", "stage1.keep_last=3"]
 
 
 @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "checkpoints", "report.json"])
-def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_loses_nothing(
-    toy: Path, unreadable: Callable[[str], None], name: str
+def test_unreadable_checkpoint_stops_the_run_and_loses_nothing(
+    toy: Path, make_unreadable: Callable[[str], None], name: str
 ) -> None:
-    command = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *STOPPED, "--json"]
+    command = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *TRAIN_OPTIONS, "--json"]
     assert run_cli(*command).exit_code == 0
     folder = toy / "runs/toy/stage1"
     if name != "report.json":
         (folder / "report.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    unreadable(name)
+    make_unreadable(name)
     result = run_cli(*command)
     assert result.exit_code == 1
     assert f"/{name}" in result.stderr
@@ -339,14 +340,16 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_loses_nothing(
     assert {path.name for path in before if before[path] != after[path]} <= {"left_out.jsonl"}
 
 
-def test_an_old_checkpoint_that_cannot_be_read_stops_no_training(
-    tmp_path: Path, unreadable: Callable[[str], None], caplog: pytest.LogCaptureFixture
+def test_unreadable_old_checkpoint_does_not_stop_training(
+    tmp_path: Path, make_unreadable: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch
 
     for step in (1, 2, 3):
         if step == 3:
-            unreadable("step-00000001/state.json")
-        checkpoints.save(tmp_path, checkpoints.State(step, "a"), {"x": torch.zeros(1)}, keep_last=2)
+            make_unreadable("step-00000001/state.json")
+        checkpoints.save(tmp_path, checkpoints.CheckpointState(step, "a"), {"x": torch.zeros(1)}, keep_last=2)
     assert "Permission denied" in caplog.text
-    assert sorted(each.name[-1] for each in tmp_path.iterdir()) == ["1", "2", "3"], "nothing is removed unseen"
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "2", "3"], (
+        "an unreadable checkpoint was removed"
+    )

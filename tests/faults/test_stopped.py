@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint at the end of the step, exit 130 or 143, and the run that follows is the same."""
+"""Ctrl-C and SIGTERM: a checkpoint after the current step, exit code 130 or 143, and a bit-identical resumed run."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ from llavactl.testing import run_cli
 from llavactl.training import loop
 from llavactl.training.metrics import read
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows delivers no such signals")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows doesn't deliver these signals")
 
-RARE = ["features.mode=live", "stage1.epochs=8", "stage2.epochs=8", "stage1.validation=0.2", "stage2.validation=0.2"]
-RARE += ["stage1.checkpoint_every=1000", "stage2.checkpoint_every=1000", "stage2.init=scratch"]
-"""No checkpoint is due before the end: what is there was saved because of the signal."""
+NO_CHECKPOINTS = [
+    "features.mode=live",
+    "stage1.epochs=8",
+    "stage2.epochs=8",
+    "stage1.validation=0.2",
+    "stage2.validation=0.2",
+]
+NO_CHECKPOINTS += ["stage1.checkpoint_every=1000", "stage2.checkpoint_every=1000", "stage2.init=scratch"]
+"""No checkpoint is due before the end, so every checkpoint was saved because of a signal."""
 
 
-def command(toy: Path, *options: str, stage: int = 1, folder: str = "cut") -> list[str]:
-    words = [word for each in (*RARE, f"run_dir={toy}/{folder}", *options) for word in ("-o", each)]
+def command(toy: Path, *options: str, stage: int = 1, folder: str = "interrupted") -> list[str]:
+    words = [word for option in (*NO_CHECKPOINTS, f"run_dir={toy}/{folder}", *options) for word in ("-o", option)]
     return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *words, "--json"]
 
 
@@ -42,12 +48,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def same(left: Path, right: Path) -> None:
-    """To the bit."""
+def assert_identical(left: Path, right: Path) -> None:
+    """The metrics are equal and the weights bit-identical."""
     assert read(left / "metrics.jsonl") == read(right / "metrics.jsonl")
-    ours, theirs = weights(left / "model"), weights(right / "model")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = weights(left / "model"), weights(right / "model")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def started(arguments: list[str]) -> subprocess.Popen[str]:
@@ -68,42 +74,44 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(("end", "code", "stage"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)])
-def test_one_signal_saves_and_the_rest_follows(toy: Path, end: signal.Signals, code: int, stage: int) -> None:
+def test_one_signal_saves_a_checkpoint_and_the_run_resumes(
+    toy: Path, end: signal.Signals, code: int, stage: int
+) -> None:
     process = started(["llavactl", *command(toy, stage=stage)])
-    folder = toy / f"cut/stage{stage}"
+    folder = toy / f"interrupted/stage{stage}"
     wait_for(5, folder, process)
     process.send_signal(end)
     err = process.communicate()[1]
     assert process.returncode == code, err
     assert "Traceback" not in err
     last = read(folder / "metrics.jsonl")[-1]["step"]
-    assert checkpoints(folder) == [last], "of the step that was under way"
+    assert checkpoints(folder) == [last], "expected the checkpoint of the current step"
     (line,) = [line for line in err.splitlines() if "resume after step" in line]
     assert f"step-{last:08d}" in line
     assert line.endswith(f"step {last}")
-    assert err.splitlines()[-1] == "interrupted; run the same command to resume"
+    assert err.splitlines()[-1].startswith("interrupted")
     resumed = run_cli(*command(toy, stage=stage))
-    assert resumed.json()["first_step"] == last
-    assert run_cli(*command(toy, stage=stage, folder="whole")).exit_code == 0
-    same(folder, toy / f"whole/stage{stage}")
+    assert resumed.json()["resumed_from"] == last
+    assert run_cli(*command(toy, stage=stage, folder="uninterrupted")).exit_code == 0
+    assert_identical(folder, toy / f"uninterrupted/stage{stage}")
 
 
-def test_two_signals_stop_at_once_and_the_rest_follows(toy: Path) -> None:
+def test_two_signals_stop_at_once_and_the_run_resumes(toy: Path) -> None:
     process = started(["llavactl", *command(toy, "stage1.checkpoint_every=2")])
-    wait_for(5, toy / "cut/stage1", process)
+    wait_for(5, toy / "interrupted/stage1", process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     err = process.communicate()[1]
     assert process.returncode == 143, err
     assert "Traceback" not in err
-    assert run_cli(*command(toy, "stage1.checkpoint_every=2")).json()["first_step"] >= 4
-    assert run_cli(*command(toy, "stage1.checkpoint_every=2", folder="whole")).exit_code == 0
-    same(toy / "cut/stage1", toy / "whole/stage1")
+    assert run_cli(*command(toy, "stage1.checkpoint_every=2")).json()["resumed_from"] >= 4
+    assert run_cli(*command(toy, "stage1.checkpoint_every=2", folder="uninterrupted")).exit_code == 0
+    assert_identical(toy / "interrupted/stage1", toy / "uninterrupted/stage1")
 
 
-class Sends:
-    """Stands in for a function and sends signals to this process at its ``call``-th call, before the work is done."""
+class SignalSender:
+    """Wraps a function and sends signals to this process before its ``call``-th call."""
 
     def __init__(self, real: Callable[..., Any], call: int, *ends: signal.Signals) -> None:
         self.real, self.call, self.ends = real, call, ends
@@ -116,24 +124,24 @@ class Sends:
 
 
 @pytest.fixture(autouse=True)
-def _handlers_are_put_back() -> Iterator[None]:
+def _handlers_are_restored() -> Iterator[None]:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     yield
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_second_signal_leaves_the_step_unfinished(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Sends(loop.schedule, 5, signal.SIGINT, signal.SIGTERM)
+def test_second_signal_aborts_the_step(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SignalSender(loop.schedule, 5, signal.SIGINT, signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "schedule", step)
         result = run_cli(*command(toy))
     assert result.exit_code == 143
     assert "interrupt again" in result.stderr
-    assert [line["step"] for line in read(toy / "cut/stage1/metrics.jsonl")] == [1, 2, 3, 4]
-    assert checkpoints(toy / "cut/stage1") == []
+    assert [line["step"] for line in read(toy / "interrupted/stage1/metrics.jsonl")] == [1, 2, 3, 4]
+    assert checkpoints(toy / "interrupted/stage1") == []
 
 
-OFTEN = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.restore_best=true")
+FREQUENT_CHECKPOINTS = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.restore_best=true")
 MOMENTS = {
     "in a step": ("schedule", 2),
     "in a step before a validation": ("schedule", 3),
@@ -142,40 +150,40 @@ MOMENTS = {
     "before the last validation": ("validate", -1),
     "before the first checkpoint": ("_save", 1),
     "before the last checkpoint": ("_save", -1),
-    "when all steps are done": ("_take_best", 1),
+    "when all steps are done": ("_load_best", 1),
 }
 
 
 @pytest.fixture(scope="module")
-def whole(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """The folder of an uninterrupted run, and how often it called what."""
-    folder = tmp_path_factory.mktemp("whole")
-    calls = {name: Sends(getattr(loop, name), 0) for name, _ in MOMENTS.values()}
+def uninterrupted(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The folder of an uninterrupted run, and the number of calls of each function."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    calls = {name: SignalSender(getattr(loop, name), 0) for name, _ in MOMENTS.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVACTL_HOME", str(folder / "home"))
         for name, counting in calls.items():
             patch.setattr(loop, name, counting)
-        assert run_cli(*command(toys, *OFTEN, f"run_dir={folder}")).exit_code == 0
+        assert run_cli(*command(toys, *FREQUENT_CHECKPOINTS, f"run_dir={folder}")).exit_code == 0
     return folder / "stage1", {name: -counting.call for name, counting in calls.items()}
 
 
 @pytest.mark.parametrize(("name", "call"), MOMENTS.values(), ids=MOMENTS.keys())
-def test_a_signal_at_any_moment_changes_no_bit(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, int]], name: str, call: int
+def test_signal_at_any_moment_gives_a_bit_identical_run(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, dict[str, int]], name: str, call: int
 ) -> None:
-    folder, calls = whole
+    folder, calls = uninterrupted
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, Sends(getattr(loop, name), call if call > 0 else calls[name], signal.SIGTERM))
-        result = run_cli(*command(toy, *OFTEN))
+        patch.setattr(loop, name, SignalSender(getattr(loop, name), call if call > 0 else calls[name], signal.SIGTERM))
+        result = run_cli(*command(toy, *FREQUENT_CHECKPOINTS))
     assert result.exit_code == 143, result.stderr
-    stopped = read(toy / "cut/stage1/metrics.jsonl")[-1]["step"]
-    assert checkpoints(toy / "cut/stage1")[-1] == stopped
-    resumed = run_cli(*command(toy, *OFTEN))
-    assert resumed.json()["first_step"] == stopped, resumed.stderr
-    same(toy / "cut/stage1", folder)
+    stopped = read(toy / "interrupted/stage1/metrics.jsonl")[-1]["step"]
+    assert checkpoints(toy / "interrupted/stage1")[-1] == stopped
+    resumed = run_cli(*command(toy, *FREQUENT_CHECKPOINTS))
+    assert resumed.json()["resumed_from"] == stopped, resumed.stderr
+    assert_identical(toy / "interrupted/stage1", folder)
 
 
-def test_a_batch_that_takes_long_to_prepare_holds_nobody_up(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_batch_preparation_does_not_delay_the_stop(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = LiveFeatures.stored
 
     def slow(self: LiveFeatures, image: Any) -> Any:
@@ -189,73 +197,71 @@ def test_a_batch_that_takes_long_to_prepare_holds_nobody_up(toy: Path, monkeypat
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
-    real_batches = loop.prepared
+    real_batches = loop.prefetched_steps
 
-    def prepared(*args: Any) -> Any:
+    def delayed_steps(*args: Any) -> Any:
         threading.Timer(1, send).start()
         return real_batches(*args)
 
-    monkeypatch.setattr(loop, "prepared", prepared)
+    monkeypatch.setattr(loop, "prefetched_steps", delayed_steps)
     result = run_cli(*command(toy, "stage1.batch_size=120"))
     assert result.exit_code == 143
-    assert time.monotonic() - sent[0] < 10, "not the 60 s that the batch takes"
-    assert "resume after" not in result.stderr, "there is nothing yet"
+    assert time.monotonic() - sent[0] < 10, "waited for the batch, which takes 60 s"
+    assert "resume after" not in result.stderr, "no checkpoint was saved"
 
 
-@pytest.mark.parametrize("where", ["build", "split", "_dry_save", "_save_model", "_write_samples"])
-def test_a_signal_where_no_step_is_under_way_acts_at_once(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+@pytest.mark.parametrize("where", ["initial_model", "load_split", "trial_save", "save_model", "_write_sample_answers"])
+def test_signal_outside_of_a_step_stops_at_once(toy: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     from llavactl.verbs import train
 
     called: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, where, Sends(lambda *_, **_more: called.append(where), 1, signal.SIGTERM))
+        patch.setattr(train, where, SignalSender(lambda *_, **_more: called.append(where), 1, signal.SIGTERM))
         result = run_cli(*command(toy, "stage1.max_steps=2"))
     assert result.exit_code == 143
     assert not called
-    assert result.stderr.splitlines()[-1] == "interrupted; run the same command to resume"
+    assert result.stderr.splitlines()[-1].startswith("interrupted")
     assert run_cli(*command(toy, "stage1.max_steps=2")).exit_code == 0
 
 
-def test_extract_keeps_what_was_made(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_extract_keeps_encoded_features(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         real = VisionEncoder.encode
-        sends = Sends(real, 9, signal.SIGTERM)
-        patch.setattr(VisionEncoder, "encode", lambda *args: sends(*args))
+        sender = SignalSender(real, 9, signal.SIGTERM)
+        patch.setattr(VisionEncoder, "encode", lambda *args: sender(*args))
         result = run_cli("extract", cwd=toy)
     assert result.exit_code == 143, result.stderr
     assert len(FeatureStore.open(stage_fingerprint(load_recipe(toy / "recipe.yaml"), 1))) > 0
     assert run_cli("extract", cwd=toy).exit_code == 0
 
 
-def test_sigterm_ends_a_conversation_that_ctrl_c_does_not(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_a_chat_and_ctrl_c_only_the_answer(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_cli(*command(toy, "stage1.max_steps=1", "stage1.template=vicuna-v1")).exit_code == 0
     real = Conversation.ask
     for end, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
-        sends = Sends(real, 1, end)
-        monkeypatch.setattr(Conversation, "ask", lambda *args, sends=sends, **more: sends(*args, **more))
-        words = ["chat", "--model", str(toy / "cut/stage1/model"), "--max-new-tokens", "1"]
+        sender = SignalSender(real, 1, end)
+        monkeypatch.setattr(Conversation, "ask", lambda *args, sender=sender, **more: sender(*args, **more))
+        words = ["chat", "--model", str(toy / "interrupted/stage1/model"), "--max-new-tokens", "1"]
         result = run_cli(*words, stdin="one\ntwo\n")
         assert result.exit_code == code, result.stderr
-        assert sends.call == (-1 if end == signal.SIGINT else 0), "the second question"
+        assert sender.call == (-1 if end == signal.SIGINT else 0), "the second question"
 
 
-def test_what_was_started_to_ignore_a_signal_ignores_it() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with stopping.signals(), stopping.deferred() as stop:
+        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt() as stop:
             signal.raise_signal(signal.SIGTERM)
-        assert not stop.asked
+        assert not stop.requested
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_in_another_thread_nothing_is_touched() -> None:
+def test_handlers_are_unchanged_in_other_threads() -> None:
     found: list[Any] = []
 
     def work() -> None:
-        with stopping.signals(), stopping.deferred():
+        with stopping.sigterm_as_interrupt(), stopping.deferred_interrupt():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -273,11 +279,11 @@ def workers(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("receiver", ["launcher", "first", "second"])
 def test_two_processes_stop_after_the_same_step(toy: Path, receiver: str) -> None:
-    """Whether torchrun passes the signal on to both or only one of them gets it."""
-    folder = toy / "cut/stage1"
+    """Whether torchrun forwards the signal to both processes or only one of them receives it."""
+    folder = toy / "interrupted/stage1"
     process = started([*TORCHRUN, *command(toy, "stage1.batch_size=2", "stage1.epochs=20")])
     wait_for(5, folder, process)
     targets = {"launcher": process.pid, **dict(zip(("first", "second"), workers(process.pid), strict=True))}
@@ -288,8 +294,8 @@ def test_two_processes_stop_after_the_same_step(toy: Path, receiver: str) -> Non
     assert "RuntimeError" not in err
     last = read(folder / "metrics.jsonl")[-1]["step"]
     assert checkpoints(folder) == [last]
-    for name in ("cut", "whole"):
+    for name in ("interrupted", "uninterrupted"):
         done = started([*TORCHRUN, *command(toy, "stage1.batch_size=2", "stage1.epochs=20", folder=name)])
         err = done.communicate(timeout=300)[1]
         assert done.returncode == 0, err
-    same(folder, toy / "whole/stage1")
+    assert_identical(folder, toy / "uninterrupted/stage1")

@@ -1,6 +1,6 @@
-"""What disks, clocks and rotten bits do to `llavactl extract`, by the real thing where the system lets us.
+"""`llavactl extract` with full and read-only disks, wrong clocks and damaged shards, on real file systems if possible.
 
-Injected errors of every kind (EIO, a full disk where nothing can be mounted): tests/features/test_store.py.
+Injected errors (EIO, a full disk where nothing can be mounted) are in tests/features/test_store.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IMAGES = 12
 
 @pytest.fixture
 def recipe(toy: Path) -> Recipe:
-    """12 images, one a shard: 7 kB each."""
+    """The toy recipe with one image per shard: 12 shards of 7 kB."""
     path = toy / "recipe.yaml"
     path.write_text(path.read_text().replace("shard_images: 5, batch_size: 4", "shard_images: 1, batch_size: 2"))
     return load_recipe(path)
@@ -37,7 +37,7 @@ def recipe(toy: Path) -> Recipe:
 
 @pytest.fixture
 def remount(home: Path) -> Iterator[Callable[[str], None]]:
-    """LLAVACTL_HOME is a file system of its own, which ``remount("size=64k")`` changes."""
+    """LLAVACTL_HOME on a separate tmpfs, which ``remount("size=64k")`` changes."""
     home.mkdir()
 
     def mount(*arguments: str) -> None:
@@ -46,7 +46,7 @@ def remount(home: Path) -> Iterator[Callable[[str], None]]:
     try:
         mount("-t", "tmpfs", "-o", "size=256k", "tmpfs")
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"nothing can be mounted here: {error}")
+        pytest.skip(f"tmpfs can't be mounted: {error}")
     yield lambda options: mount("-o", f"remount,{options}")
     subprocess.run(["umount", "--lazy", str(home)], check=True)
 
@@ -56,114 +56,115 @@ def store(recipe: Recipe) -> FeatureStore:
 
 
 def features(recipe: Recipe) -> dict[bytes, bytes]:
-    found = store(recipe)
-    return {key: found.read(key.decode()).tobytes() for key in found.keys}
+    opened = store(recipe)
+    return {key: opened.read(key.decode()).tobytes() for key in opened.keys}
 
 
 def shards(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Inode and modification time of every shard that is listed."""
+    """Inode and modification time of every listed shard."""
     folder = store(recipe).folder
     manifest = read_manifest(folder)
     assert manifest
-    status = {entry.file: (folder / entry.file).stat() for entry in manifest.shards}
-    return {name: (each.st_ino, each.st_mtime_ns) for name, each in status.items()}
+    stats = {entry.file: (folder / entry.file).stat() for entry in manifest.shards}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def kept(before: dict[str, tuple[int, int]], recipe: Recipe) -> bool:
+def unchanged(before: dict[str, tuple[int, int]], recipe: Recipe) -> bool:
+    """Whether all shards in ``before`` are still listed and untouched."""
     after = shards(recipe)
     return {name: after.get(name) for name in before} == before
 
 
 @pytest.fixture
-def sound(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
-    """The features that nothing happened to, by key."""
+def expected(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
+    """The features of an undisturbed extraction, by key."""
     with monkeypatch.context() as patch:
-        patch.setenv("LLAVACTL_HOME", str(tmp_path / "sound"))
+        patch.setenv("LLAVACTL_HOME", str(tmp_path / "expected"))
         extract(recipe)
         return features(recipe)
 
 
-def test_a_disk_that_fills_up(
-    recipe: Recipe, sound: dict[bytes, bytes], remount: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+def test_full_disk(
+    recipe: Recipe, expected: dict[bytes, bytes], remount: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remount("size=80k")
-    with pytest.raises(StoreError, match="are free"):
+    with pytest.raises(StoreError, match="GB"):
         extract(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_free_bytes", lambda: 1 << 40)  # as before others filled it
+        patch.setattr(verb, "free_bytes", lambda: 1 << 40)  # the check passed before other programs filled the disk
         with pytest.raises(StoreError, match="No space left on device") as caught:
             extract(recipe)
-    assert "free disk space" in caught.value.hint
+    assert "disk space" in caught.value.hint
     before = shards(recipe)
     assert 1 < len(before) < IMAGES
     assert not list(store(recipe).folder.glob("*.partial"))
     assert verify().sound
     remount("size=1m")
-    # One may have been renamed when there was no room left to list it: it is whole, and listed now.
+    # A shard may have been renamed when there was no space left to list it: it is complete and gets listed now.
     assert extract(recipe).encoded in (IMAGES - len(before), IMAGES - len(before) - 1)
-    assert kept(before, recipe)
-    assert features(recipe) == sound
+    assert unchanged(before, recipe)
+    assert features(recipe) == expected
 
 
-def test_a_disk_that_becomes_read_only_is_still_read(
-    recipe: Recipe, sound: dict[bytes, bytes], toy: Path, remount: Callable[[str], None]
+def test_read_only_disk_is_still_read(
+    recipe: Recipe, expected: dict[bytes, bytes], toy: Path, remount: Callable[[str], None]
 ) -> None:
     extract(recipe)
     remount("ro")
-    assert features(recipe) == sound
+    assert features(recipe) == expected
     assert extract(recipe).encoded == 0
     toy_records(toy / "records.json", toy_photos(toy / "images", IMAGES + 3))
     result = run_cli("extract", cwd=toy)
     assert result.exit_code == 1
     assert "Read-only file system" in result.stderr
-    assert "hint: set LLAVACTL_HOME" in result.stderr
+    assert "LLAVACTL_HOME" in result.stderr
     remount("rw")
     before = shards(recipe)
     assert extract(recipe).encoded == 3
-    assert kept(before, recipe)
+    assert unchanged(before, recipe)
 
 
-@pytest.mark.parametrize("then_s", [0, 4_000_000_000])
-def test_a_clock_that_jumps_changes_nothing(
-    recipe: Recipe, sound: dict[bytes, bytes], toy: Path, monkeypatch: pytest.MonkeyPatch, then_s: int
+@pytest.mark.parametrize("mtime_s", [0, 4_000_000_000])
+def test_jumping_clock_changes_nothing(
+    recipe: Recipe, expected: dict[bytes, bytes], toy: Path, monkeypatch: pytest.MonkeyPatch, mtime_s: int
 ) -> None:
-    chance = random.Random(then_s)
-    monkeypatch.setattr(time, "time", lambda: chance.uniform(0, 4e9))
-    monkeypatch.setattr(time, "time_ns", lambda: chance.randrange(4 * 10**18))
+    rng = random.Random(mtime_s)
+    monkeypatch.setattr(time, "time", lambda: rng.uniform(0, 4e9))
+    monkeypatch.setattr(time, "time_ns", lambda: rng.randrange(4 * 10**18))
     photos = sorted((toy / "images").iterdir())
     toy_records(toy / "records.json", photos[:7])
     extract(recipe)
     for path in [store(recipe).folder, *store(recipe).folder.iterdir(), *photos]:
-        os.utime(path, (then_s, then_s))
+        os.utime(path, (mtime_s, mtime_s))
     before = shards(recipe)
     toy_records(toy / "records.json", photos)
     report = extract(recipe)
     assert (report.stored_before, report.encoded) == (7, IMAGES - 7)
-    assert kept(before, recipe)
-    assert features(recipe) == sound
+    assert unchanged(before, recipe)
+    assert features(recipe) == expected
     assert verify().sound
 
 
-@pytest.mark.parametrize("harm", ["one bit", "cut short"])
-def test_what_rots_is_named_set_aside_and_made_again(
-    recipe: Recipe, sound: dict[bytes, bytes], toy: Path, harm: str
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated"])
+def test_damaged_shard_is_named_set_aside_and_recomputed(
+    recipe: Recipe, expected: dict[bytes, bytes], toy: Path, damage: str
 ) -> None:
-    """As users meet it; any place in a shard: tests/features/test_maintenance.py."""
+    """With the commands that users run; damage at any position: tests/features/test_maintenance.py."""
     extract(recipe)
-    chance, before = random.Random(harm), shards(recipe)
-    victim = store(recipe).folder / chance.choice(sorted(before))
+    rng, before = random.Random(damage), shards(recipe)
+    victim = store(recipe).folder / rng.choice(sorted(before))
     data = bytearray(victim.read_bytes())
-    if harm == "one bit":
-        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    if damage == "flipped bit":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     else:
-        del data[chance.randrange(len(data)) :]
+        del data[rng.randrange(len(data)) :]
     victim.write_bytes(data)
     result = run_cli("cache", "verify", "--json", cwd=toy)
-    assert (result.exit_code, [each["file"] for each in result.json()["damaged"]]) == (1, [victim.name])
-    assert "hint: `llavactl extract`" in result.stderr
+    assert (result.exit_code, [shard["file"] for shard in result.json()["damaged"]]) == (1, [victim.name])
+    assert "llavactl extract" in result.stderr
     assert victim.with_name(f"{victim.name}.damaged").read_bytes() == data
     assert run_cli("cache", "verify", cwd=toy).exit_code == 0
     assert extract(recipe).encoded == 1
     del before[victim.name]
-    assert kept(before, recipe)
-    assert features(recipe) == sound
+    assert unchanged(before, recipe)
+    assert features(recipe) == expected

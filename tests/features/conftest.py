@@ -1,4 +1,4 @@
-"""A recipe with real, tiny models, and its images."""
+"""A recipe with tiny real models, and its images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llavactl.recipe.load import load_recipe
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost tiny models all their time on a busy machine."""
+    """On a busy machine, tiny models spend most of their time in thread synchronization."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,11 +24,11 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def recipe(toy: Path) -> Callable[..., Recipe]:
-    """``recipe("features.mode=live", …)``: the toy recipe with overrides."""
+    """A function that loads the toy recipe with overrides: ``recipe("features.mode=live", …)``."""
     return lambda *overrides: load_recipe(toy / "recipe.yaml", overrides)
 
 
 @pytest.fixture
 def images(toy: Path) -> list[ImageFile]:
-    """The images of the toy recipe, in the records' order."""
+    """The images of the toy recipe, in the order of the records."""
     return [ImageFile(str(toy / "images"), path.name) for path in sorted((toy / "images").iterdir())]

@@ -1,4 +1,4 @@
-"""int8 features: small, near what they stand for, and the same bits whoever reads them."""
+"""int8 features: half the size, small errors, bit-identical whether cached or live."""
 
 from __future__ import annotations
 
@@ -32,44 +32,44 @@ INT8 = Fingerprint({"backbone": "toy", "dtype": "int8"})
 
 
 def clip_like(patches: int = 576, width: int = 1024, seed: int = 0) -> np.ndarray:
-    """Numbers shaped as CLIP's layer -2: a few channels and a few tokens of huge magnitude."""
-    chance = np.random.default_rng(seed)
-    made = chance.standard_normal((patches, width)) * np.exp(0.3 * chance.standard_normal(width))
-    made[:, [7, width // 3, width - 5]] *= (30, 60, 20)
-    made[:, width // 3] += 40
-    made[chance.choice(patches, 6, replace=False)] *= 8
-    return made.astype(np.float16)
+    """Values like those of CLIP's layer -2: a few outlier channels and a few outlier tokens."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((patches, width)) * np.exp(0.3 * rng.standard_normal(width))
+    features[:, [7, width // 3, width - 5]] *= (30, 60, 20)
+    features[:, width // 3] += 40
+    features[rng.choice(patches, 6, replace=False)] *= 8
+    return features.astype(np.float16)
 
 
-def error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Relative error with every channel brought to one size, so that the huge ones don't hide the others."""
-    size = np.sqrt((wanted.astype(np.float64) ** 2).mean(axis=0))
-    return float(np.linalg.norm((found - wanted.astype(np.float64)) / size) / np.linalg.norm(wanted / size))
+def normalized_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error after scaling every channel to the same size; otherwise outlier channels would dominate."""
+    size = np.sqrt((expected.astype(np.float64) ** 2).mean(axis=0))
+    return float(np.linalg.norm((actual - expected.astype(np.float64)) / size) / np.linalg.norm(expected / size))
 
 
-def test_outliers_of_channels_and_tokens_cost_the_others_nothing() -> None:
+def test_outlier_channels_and_tokens_do_not_increase_the_error_of_others() -> None:
     features = clip_like()
-    assert error(as_stored(features, "int8"), features) < 0.01
-    one_scale_a_token = np.abs(features.astype(np.float32)).max(axis=1, keepdims=True) / 127
-    assert error(np.rint(features / one_scale_a_token) * one_scale_a_token, features) > 0.1
+    assert normalized_error(as_stored(features, "int8"), features) < 0.01
+    token_scales = np.abs(features.astype(np.float32)).max(axis=1, keepdims=True) / 127
+    assert normalized_error(np.rint(features / token_scales) * token_scales, features) > 0.1
 
 
-def test_half_of_float16() -> None:
+def test_int8_takes_half_the_bytes_of_float16() -> None:
     shape = FeatureShape((24, 24), 1024)
     assert bytes_of(shape, 1000, 500, "int8") <= 0.51 * bytes_of(shape, 1000, 500)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 @pytest.mark.parametrize(
-    ("side", "width", "a_shard"), [(24, 1024, 2), (2, 16, 2), (2, 32, 5), (4, 64, 12), (16, 64, 9)]
+    ("side", "width", "shard_images"), [(24, 1024, 2), (2, 16, 2), (2, 32, 5), (4, 64, 12), (16, 64, 9)]
 )
-def test_the_bytes_on_disk_are_foretold(side: int, width: int, a_shard: int, dtype: str) -> None:
-    made_with, shape, images = Fingerprint({"dtype": dtype}), FeatureShape((side, side), width), a_shard * 2 - 1
-    with StoreWriter(made_with, shape, a_shard) as writer:
+def test_bytes_on_disk_are_predicted(side: int, width: int, shard_images: int, dtype: str) -> None:
+    fingerprint, shape, images = Fingerprint({"dtype": dtype}), FeatureShape((side, side), width), shard_images * 2 - 1
+    with StoreWriter(fingerprint, shape, shard_images) as writer:
         writer.append(
             [content_key(b"%d" % index) for index in range(images)], np.ones((images, side**2, width), np.float16)
         )
-    assert writer.bytes_written == bytes_of(shape, images, a_shard, dtype)
+    assert writer.bytes_written == bytes_of(shape, images, shard_images, dtype)
 
 
 @settings(max_examples=200)
@@ -80,81 +80,82 @@ def test_the_bytes_on_disk_are_foretold(side: int, width: int, a_shard: int, dty
         elements=st.floats(-65504, 65504, width=16, allow_nan=False),
     )
 )
-def test_any_finite_features_come_back_near_and_finite(features: np.ndarray) -> None:
+def test_round_trip_error_is_bounded_and_finite(features: np.ndarray) -> None:
     integers, scales = quantize(features)
     assert (integers.dtype, scales.dtype, scales.shape) == (np.int8, np.float32, (sum(features.shape),))
-    found = dequantize(integers, scales)
-    assert found.dtype == np.float16
-    assert np.isfinite(found).all()
+    restored = dequantize(integers, scales)
+    assert restored.dtype == np.float16
+    assert np.isfinite(restored).all()
     tokens, channels = scales[: len(features), None], scales[len(features) :]
-    # A step at most for what was kept from overflowing, half a step else; and what float16 itself rounds.
+    # At most one step for values kept from overflowing, otherwise half a step, plus the rounding of float16.
     assert (
-        np.abs(found.astype(np.float64) - features) <= 1.01 * tokens * channels + np.abs(features) / 1024 + 1e-7
+        np.abs(restored.astype(np.float64) - features) <= 1.01 * tokens * channels + np.abs(features) / 1024 + 1e-7
     ).all()
-    assert not found[features == 0].any()
+    assert not restored[features == 0].any()
 
 
-def test_numpy_torch_and_any_company_make_the_same_bits() -> None:
+def test_numpy_and_torch_give_the_same_bits_for_any_thread_count() -> None:
     features = clip_like(64, 48)
     integers, scales = quantize(features)
-    plain = (integers.astype(np.float32) * scales[:64, None] * scales[64:]).astype(np.float16)
+    expected = (integers.astype(np.float32) * scales[:64, None] * scales[64:]).astype(np.float16)
     before = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert np.array_equal(dequantize(integers, scales), plain)
+        assert np.array_equal(dequantize(integers, scales), expected)
     torch.set_num_threads(before)
 
 
-def test_batches_carry_what_is_stored_and_make_the_same_numbers_of_it(recipe: Load, images: list[ImageFile]) -> None:
+def test_batches_carry_int8_and_dequantize_to_the_same_features(recipe: Load, images: list[ImageFile]) -> None:
     extract(recipe("features.dtype=int8"))
     features = open_features(recipe("features.dtype=int8"), 1)
     items = [Encoded((1, *[IMAGE_TOKEN] * 4, 5), (IGNORE,) * 5 + (5,), (image,)) for image in images[:3]]
-    wanted = np.stack([features.load(image) for image in images[:3]])
+    expected = np.stack([features.load(image) for image in images[:3]])
     for batch in (collate(items, features), pack([(0, items[:2]), (5, items[2:])], features)):
         moved = to_device(batch, "cpu")
         assert moved.features is not None
         assert image_features(moved) is not None
         assert moved.features.dtype == torch.int8
-        assert np.array_equal(image_features(moved).numpy(), wanted)
+        assert np.array_equal(image_features(moved).numpy(), expected)
     live = collate(items, open_features(recipe("features.dtype=int8", "features.mode=live"), 1, "cpu"))
     assert live.scales is None
     assert live.features is not None
-    assert np.array_equal(live.features.numpy(), wanted)
+    assert np.array_equal(live.features.numpy(), expected)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_cached_is_live_bit_for_bit(recipe: Load, images: list[ImageFile], stage: int) -> None:
+def test_cached_and_live_features_are_bit_identical(recipe: Load, images: list[ImageFile], stage: int) -> None:
     settings = ("features.dtype=int8", "stage1.image=square")
     extract(recipe(*settings))
     cached = open_features(recipe(*settings), stage)
     live = open_features(recipe(*settings, "features.mode=live"), stage, "cpu")
-    halves = open_features(recipe("features.mode=live", "stage1.image=square"), stage, "cpu")
+    float16 = open_features(recipe("features.mode=live", "stage1.image=square"), stage, "cpu")
     assert cached.fingerprint == live.fingerprint
-    assert cached.fingerprint.differences(halves.fingerprint) == ['dtype: "int8", not "float16"']
+    (difference,) = cached.fingerprint.differences(float16.fingerprint)
+    assert difference.startswith("dtype: ")
     for image in images:
-        found = cached.load(image)
-        assert found.dtype == np.float16
-        assert np.array_equal(found, live.load(image))
-        assert 0 < error(found, halves.load(image)) < 0.01
+        features = cached.load(image)
+        assert features.dtype == np.float16
+        assert np.array_equal(features, live.load(image))
+        assert 0 < normalized_error(features, float16.load(image)) < 0.01
     assert verify().sound
 
 
-def test_the_two_dtypes_are_two_stores(recipe: Load) -> None:
+def test_dtypes_have_separate_stores(recipe: Load) -> None:
     extract(recipe())
-    with pytest.raises(StoreError, match='dtype: "int8", not "float16"'):
+    with pytest.raises(StoreError, match=r'dtype: .*"int8".*"float16"'):
         open_features(recipe("features.dtype=int8"), 1)
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
-def test_plain_h5py_reads_a_shard(count: int) -> None:
+def test_shard_is_readable_with_plain_h5py(count: int) -> None:
     shape = FeatureShape((3, 5), 7, prefix=1)
-    made = np.random.default_rng(0).standard_normal((count, 16, 7)).astype(np.float16)
+    features = np.random.default_rng(0).standard_normal((count, 16, 7)).astype(np.float16)
     keys = [content_key(b"%d" % index) for index in range(count)]
     with StoreWriter(INT8, shape, 4) as writer:
-        writer.append(keys, made)
+        writer.append(keys, features)
     store = FeatureStore.open(INT8)
     assert np.array_equal(
-        np.stack([store.read(key) for key in keys]), np.stack([as_stored(each, "int8") for each in made])
+        np.stack([store.read(key) for key in keys]), np.stack([as_stored(image, "int8") for image in features])
     )
     row = 0
     for path in sorted(store.folder.glob("*.h5")):
@@ -162,34 +163,34 @@ def test_plain_h5py_reads_a_shard(count: int) -> None:
             assert set(file) == {"features", "scales", "keys"}
             assert file["features"].dtype == np.int8
             for values, scales in zip(file["features"], file["scales"], strict=True):
-                found = values * scales[:16, None] * scales[16:]
-                assert np.array_equal(found.astype(np.float16), store.read(keys[row]))
+                restored = values * scales[:16, None] * scales[16:]
+                assert np.array_equal(restored.astype(np.float16), store.read(keys[row]))
                 row += 1
     assert row == count
 
 
-def test_a_flipped_scale_is_found(recipe: Load) -> None:
+def test_flipped_bit_in_the_scales_is_detected(recipe: Load) -> None:
     extract(recipe("features.dtype=int8"))
     path = FeatureStore.open(stage_fingerprint(recipe("features.dtype=int8"), 1)).folder / "shard-00001.h5"
     with h5py.File(path) as file:
-        at = file["scales"].id.get_offset()
+        offset = file["scales"].id.get_offset()
     data = bytearray(path.read_bytes())
-    data[at + 2] ^= 1
+    data[offset + 2] ^= 1
     path.write_bytes(data)
-    assert [each.file for each in verify().damaged] == [path.name]
+    assert [shard.file for shard in verify().damaged] == [path.name]
 
 
-def test_a_shard_without_its_scales_is_refused(home: Path) -> None:
+def test_shard_without_scales_is_refused(home: Path) -> None:
     with StoreWriter(INT8, FeatureShape((1, 2), 3), 4) as writer:
         writer.append([content_key(b"x")], np.ones((1, 2, 3), np.float16))
     folder = home / "cache" / "features" / INT8.id
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / manifest["shards"][0]["file"]
-    spare = path.with_suffix(".spare")
-    with h5py.File(path) as file, h5py.File(spare, "w") as other:
+    replacement = path.with_suffix(".replacement")
+    with h5py.File(path) as file, h5py.File(replacement, "w") as other:
         other.attrs.update(file.attrs)
         other["features"], other["keys"] = file["features"][:], file["keys"][:]
-    shutil.move(spare, path)
+    shutil.move(replacement, path)
     manifest["shards"][0]["bytes"] = path.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"is damaged: .*scales"):

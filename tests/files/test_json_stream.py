@@ -1,4 +1,4 @@
-"""A list of JSON values read one at a time: the same as json.load, with lines, and past mistakes."""
+"""Streams of JSON values: equal to json.load, with lines, and continued after errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path, text: str | bytes) -> list[JsonEntry]:
 
 @settings(max_examples=150)
 @given(st.lists(VALUES, max_size=6), st.sampled_from([None, 0, 1]), st.integers(1, 40), st.booleans())
-def test_an_array_is_what_json_says_whatever_the_chunk(
+def test_an_array_equals_json_load_for_any_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, chunk: int, ascii_only: bool
 ) -> None:
     path = tmp_path_factory.mktemp("array") / "a.json"
@@ -43,10 +43,10 @@ def test_an_array_is_what_json_says_whatever_the_chunk(
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(), min_size=1, max_size=12), st.data())
-def test_a_broken_record_costs_only_itself(
+def test_an_invalid_record_loses_no_other(
     tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
 ) -> None:
-    """One record of a list is cut somewhere: the others are all there, and the problem has its line."""
+    """One record of a list is truncated: all others are read, and the problem has its line."""
     path = tmp_path_factory.mktemp("broken") / "a.json"
     at = data.draw(st.integers(0, len(numbers) - 1))
     lines = [json.dumps({"id": number, "conversations": [{"from": "human", "value": "{[hi"}]}) for number in numbers]
@@ -66,33 +66,33 @@ def test_a_broken_record_costs_only_itself(
 @pytest.mark.parametrize(
     ("text", "line", "problem"),
     [
-        ('[{"id": 1},\n{"id": 2},\n]', 3, "a comma before the end"),
-        ('[{"id": 1}\n{"id": 2}]', 2, "a comma is missing (column 1)"),
-        ('[{"id": 1},\n{"id": 2}\n', 3, "the file ends inside the list"),
+        ('[{"id": 1},\n{"id": 2},\n]', 3, "comma before the end"),
+        ('[{"id": 1}\n{"id": 2}]', 2, "missing comma (column 1)"),
+        ('[{"id": 1},\n{"id": 2}\n', 3, "ends inside the list"),
         ('[{"id": 1}, {"id": 2}]\nmore', 2, "text after the end of the list"),
         ('[{"id": 1},\n {"id": 2, "x": nul},{"id": 2}]', 2, "Expecting value (column 17)"),
-        (b'[{"id": 1},\n{"id": "\xe9"}, {"id": 2}]', 2, "not UTF-8 text: byte 0xe9"),
-        (b'{"id": 1}\n{"id": "\xff"}\n{"id": 2}', 2, "not UTF-8 text: byte 0xff"),
+        (b'[{"id": 1},\n{"id": "\xe9"}, {"id": 2}]', 2, "not UTF-8: byte 0xe9"),
+        (b'{"id": 1}\n{"id": "\xff"}\n{"id": 2}', 2, "not UTF-8: byte 0xff"),
         ('{"id": 1}\n\n{"id": 2\n{"id": 2}', 3, "Expecting ',' delimiter"),
-        ('[{"id": 1}, ' + "[" * 100_000 + ', {"id": 2}]', 1, "nested too deep"),
+        ('[{"id": 1}, ' + "[" * 100_000 + ', {"id": 2}]', 1, "nested too deeply"),
         ('{"id": 1}\n{"id": ' + "9" * 6000 + '}\n{"id": 2}', 2, "thousands of digits"),
         ('[{"id": 1},\n{"id": ' + "9" * 6000 + '},\n{"id": 2}]', 2, "thousands of digits"),
-        ('{"id": 1}\n{"image": "\\ud83d.jpg"}\n{"id": 2}', 2, "half of a pair of surrogates, \\ud83d"),
-        ('[{"id": 1},\n{"image": "\\uDE00"},\n{"id": 2}]', 2, "half of a pair of surrogates, \\ude00"),
+        ('{"id": 1}\n{"image": "\\ud83d.jpg"}\n{"id": 2}', 2, "lone surrogate \\ud83d"),
+        ('[{"id": 1},\n{"image": "\\uDE00"},\n{"id": 2}]', 2, "lone surrogate \\ude00"),
     ],
 )
-def test_a_mistake_has_its_line_and_reading_goes_on(tmp_path: Path, text: str | bytes, line: int, problem: str) -> None:
+def test_an_error_has_its_line_and_reading_goes_on(tmp_path: Path, text: str | bytes, line: int, problem: str) -> None:
     entries = read(tmp_path / "a.json", text)
-    (found,) = [entry for entry in entries if entry.problem]
-    assert found.line == line
-    assert problem in found.problem
+    (invalid,) = [entry for entry in entries if entry.problem]
+    assert invalid.line == line
+    assert problem in invalid.problem
     assert [entry.value["id"] for entry in entries if not entry.problem][:1] == [1]
     if "ends inside" not in problem:
         assert entries[-1].value == {"id": 2} or "end" in problem
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json"):
         list(read_stream(tmp_path / "none.json"))
 
 
@@ -100,7 +100,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=5), st.sampled_from(["json", "jsonl"])
 )
-def test_what_is_written_is_read_again(
+def test_written_records_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]], suffix: str
 ) -> None:
     path = tmp_path_factory.mktemp("write") / f"a.{suffix}"
@@ -113,7 +113,7 @@ def test_what_is_written_is_read_again(
         assert [entry.value for entry in read_stream(path)] == records
 
 
-def test_whole_pairs_of_surrogates_are_text_and_halves_are_written_as_json(tmp_path: Path) -> None:
+def test_surrogate_pairs_are_decoded_and_lone_surrogates_are_escaped(tmp_path: Path) -> None:
     (entry,) = read(tmp_path / "a.jsonl", '{"id": "\\ud83d\\ude00"}')
     assert (entry.value, entry.problem) == ({"id": "😀"}, "")
     with write_stream(tmp_path / "b.jsonl") as write:
@@ -128,7 +128,7 @@ def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_an_interrupted_file_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_the_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("before")
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Extraction on a GPU: groups begun before the last is awaited give the features of groups one at a time."""
+"""Encoding on a GPU: overlapping batches give the same features as batches run one at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llavactl import FeatureShape
 from llavactl.features.backbone import Backbone
 
 
-class Patches:
-    """A backbone with enough to do that a group is still being computed when the next is sent."""
+class SlowBackbone:
+    """A backbone slow enough that a batch is still being computed when the next one is sent."""
 
     shape = FeatureShape((16, 16), 512)
 
@@ -25,24 +25,24 @@ class Patches:
         raise NotImplementedError
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.model(pixels).flatten(2).transpose(1, 2)
-        return found
+        features: torch.Tensor = self.model(pixels).flatten(2).transpose(1, 2)
+        return features
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_groups_under_way_together_are_those_one_at_a_time() -> None:
-    encoder = Patches()
+def test_overlapping_batches_equal_separate_batches() -> None:
+    encoder = SlowBackbone()
     pixels = list(np.random.default_rng(0).normal(size=(150, 3, 224, 224)).astype(np.float32))
     pixels[70][0, 0, 0] = np.inf
     backbone = Backbone(encoder, "cuda", 32)
-    groups = [pixels[at : at + 32] for at in range(0, 150, 32)]
-    apart = [backbone.start(group)() for group in groups]
-    together = [wait() for wait in [backbone.start(group) for group in groups]]
-    for (ours, fine), (theirs, also) in zip(together, apart, strict=True):
-        assert np.array_equal(ours, theirs, equal_nan=True)
-        assert np.array_equal(fine, also)
-    assert [int(index) for index in np.flatnonzero(~np.concatenate([fine for _, fine in together]))] == [70]
+    batches = [pixels[start : start + 32] for start in range(0, 150, 32)]
+    separate = [backbone.encode_async(batch)() for batch in batches]
+    overlapping = [wait() for wait in [backbone.encode_async(batch) for batch in batches]]
+    for (features, finite), (expected_features, expected_finite) in zip(overlapping, separate, strict=True):
+        assert np.array_equal(features, expected_features, equal_nan=True)
+        assert np.array_equal(finite, expected_finite)
+    assert [int(index) for index in np.flatnonzero(~np.concatenate([finite for _, finite in overlapping]))] == [70]
     with torch.inference_mode():
-        expected = encoder.encode(torch.from_numpy(np.stack(groups[0])).cuda()).half().cpu().numpy()
-    assert np.array_equal(together[0][0], expected)
+        expected = encoder.encode(torch.from_numpy(np.stack(batches[0])).cuda()).half().cpu().numpy()
+    assert np.array_equal(overlapping[0][0], expected)

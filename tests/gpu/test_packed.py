@@ -1,4 +1,4 @@
-"""The CUDA kernel for packed rows gives what products of matrices a block do. ``packing: auto`` waits for this."""
+"""The CUDA kernel for packed sequences agrees with block-wise attention; required for ``packing: auto``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llavactl.core.schema import Span
-from llavactl.model.cpu import block_attention as blocks
-from llavactl.model.packed import _varlen
+from llavactl.model.cpu import block_attention
+from llavactl.model.cuda import varlen_attention
 
 SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 
@@ -15,20 +15,20 @@ SPANS = (Span(70), Span(9, 0), Span(1, 0), Span(33, 0), Span(128), Span(5))
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "of_keys"), [(4, 4), (8, 2)])
-def test_one_kernel_is_block_by_block(dtype: torch.dtype, heads: int, of_keys: int) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
+def test_varlen_kernel_agrees_with_block_attention(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     torch.manual_seed(0)
     length = sum(span.length for span in SPANS)
-    shapes = [(heads, length, 64), (of_keys, length, 64), (of_keys, length, 64)]
-    exact = [torch.randn(shape, device="cuda", dtype=torch.float64).to(dtype).double() for shape in shapes]
-    rough = [tensor.to(dtype) for tensor in exact]
+    shapes = [(heads, length, 64), (kv_heads, length, 64), (kv_heads, length, 64)]
+    reference = [torch.randn(shape, device="cuda", dtype=torch.float64).to(dtype).double() for shape in shapes]
+    inputs = [tensor.to(dtype) for tensor in reference]
     weights = torch.randn(length, heads, 64, device="cuda", dtype=torch.float64)
-    for tensor in (*exact, *rough):
+    for tensor in (*reference, *inputs):
         tensor.requires_grad_()
-    expected = blocks.attention(*exact, blocks.Layout(SPANS), 0.125)
-    found = _varlen(*rough, SPANS, 0.125)
+    expected = block_attention.attention(*reference, block_attention.BlockLayout(SPANS), 0.125)
+    output = varlen_attention.attention(*inputs, SPANS, 0.125)
     (expected * weights).sum().backward()
-    (found.double() * weights).sum().backward()
-    assert (found.double() - expected).norm() < 1e-2 * expected.norm()
-    for ours, theirs in zip(rough, exact, strict=True):
-        assert (ours.grad.double() - theirs.grad).norm() < 2e-2 * theirs.grad.norm()
+    (output.double() * weights).sum().backward()
+    assert (output.double() - expected).norm() < 1e-2 * expected.norm()
+    for tensor, exact in zip(inputs, reference, strict=True):
+        assert (tensor.grad.double() - exact.grad).norm() < 2e-2 * exact.grad.norm()

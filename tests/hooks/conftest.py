@@ -1,4 +1,4 @@
-"""Real little plugin packages: a module and a dist-info folder, as pip leaves them."""
+"""Small plugin packages as pip installs them: a module and a dist-info folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 @dataclass
 class Site:
-    """A folder of installed packages, and ``llavactl`` run with it."""
+    """A folder of installed packages, with which ``llavactl`` is run."""
 
     folder: Path
     home: Path
     names: list[str] = field(default_factory=list)
 
     def install(self, name: str, code: str, **files: str) -> None:
-        """A plugin ``name`` whose module ``<name>_plugin`` has ``code``."""
+        """Installs a plugin ``name`` with ``code`` in its module ``<name>_plugin``."""
         module = f"{name}_plugin"
         self.add_entry_point(f"{module}-1.2", name, module)
         package = self.folder / module
@@ -42,7 +42,7 @@ class Site:
         self.names.append(name)
 
     def run(self, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        """``llavactl ARGUMENTS`` in a fresh interpreter; only our plugins are selected unless said otherwise."""
+        """Runs ``llavactl ARGUMENTS`` in a new interpreter; by default only the installed test plugins are selected."""
         return self.python("from llavactl.cli import main; main()", *arguments, code=code, **environment)
 
     def python(

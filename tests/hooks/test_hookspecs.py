@@ -1,4 +1,4 @@
-"""Every hook is documented, typed and called by somebody."""
+"""Every hook is documented, typed and called."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HOOKS = {
 }
 
 
-def test_there_is_one_registering_hook_a_kind() -> None:
-    registering = {name.removeprefix("register_") for name in HOOKS if name.startswith("register_")}
-    assert registering == {*KINDS, "commands", "recipes"}
+def test_one_register_hook_per_kind() -> None:
+    kinds = {name.removeprefix("register_") for name in HOOKS if name.startswith("register_")}
+    assert kinds == {*KINDS, "commands", "recipes"}
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_it_has_a_docstring_and_types(name: str) -> None:
+def test_hooks_have_docstrings_and_types(name: str) -> None:
     doc = inspect.getdoc(HOOKS[name])
     assert doc
     assert doc.endswith(".")
@@ -35,7 +35,7 @@ def test_it_has_a_docstring_and_types(name: str) -> None:
 
 
 def called() -> dict[str, list[str]]:
-    """Hooks that the source calls, with what each call hands over."""
+    """The files that call each hook."""
     found: dict[str, list[str]] = {}
     for file in ROOT.rglob("*.py"):
         for match in re.finditer(r'(?:notify|implementations)\(\s*"(\w+)"', file.read_text()):
@@ -44,36 +44,36 @@ def called() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", [name for name in HOOKS if not name.startswith("register_")])
-def test_somebody_calls_it(name: str) -> None:
+def test_every_hook_is_called(name: str) -> None:
     text = "".join(file.read_text() for file in ROOT.rglob("*.py") if file.name != "hookspecs.py")
     assert name in called() or re.search(rf'"{name}"', text), f"nothing in llavactl calls {name}"
 
 
-def test_nothing_else_is_called() -> None:
+def test_only_hooks_are_called() -> None:
     assert set(called()) <= set(HOOKS)
 
 
-def test_every_registering_hook_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_registry_calls_every_register_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     from llavactl.core import registry
 
-    asked: list[str] = []
+    calls: list[str] = []
 
     def implementations(hook: str) -> list[Any]:
-        asked.append(hook)
+        calls.append(hook)
         return []
 
     monkeypatch.setattr(plugins, "implementations", implementations)
     registry.registry.__wrapped__()
-    assert set(asked) == {name for name in HOOKS if name.startswith("register_")}
+    assert set(calls) == {name for name in HOOKS if name.startswith("register_")}
 
 
-def test_an_implementation_may_take_fewer_arguments() -> None:
-    seen = []
+def test_an_implementation_may_take_a_subset_of_the_parameters() -> None:
+    received = []
 
     class Plugin:
         @hookspecs.hookimpl
         def train_started(self, steps: int) -> None:
-            seen.append(steps)
+            received.append(steps)
 
     manager = plugins.manager()
     plugin = Plugin()
@@ -82,4 +82,4 @@ def test_an_implementation_may_take_fewer_arguments() -> None:
         plugins.notify("train_started", stage=1, folder=Path(), steps=7)
     finally:
         manager.unregister(plugin)
-    assert seen == [7]
+    assert received == [7]

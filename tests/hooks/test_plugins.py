@@ -1,4 +1,4 @@
-"""Plugins as strangers write them: broken, slow, rude. What one breaks is one line and stays its own."""
+"""Installed plugins: broken, slow, printing or conflicting ones affect nothing else and are reported in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BROKEN = {
     + "@hookimpl\ndef register_connectors(register):\n    register('partial', 'x:y')\n\n"
     + "@hookimpl\ndef train_started(nope):\n    pass\n",
 }
-# These load and fail when a hook is called.
+# These fail when a hook is called.
 FAILING = {
     "raises": HEAD + "@hookimpl\ndef register_vision(register):\n    raise RuntimeError('two\\nlines')\n",
     "exits": HEAD + "@hookimpl\ndef register_vision(register):\n    raise SystemExit(4)\n",
@@ -42,7 +42,7 @@ def lines(text: str) -> list[str]:
 
 
 class TestBroken:
-    """All the ways at once: each is one line, none is in another's way or in ours."""
+    """All broken plugins at once: one line each, without affecting the others or llavactl."""
 
     @pytest.fixture(autouse=True)
     def bad(self, site: Any) -> None:
@@ -51,14 +51,14 @@ class TestBroken:
         site.install("good", GOOD)
 
     @pytest.mark.parametrize("command", ["--help", "components"])
-    def test_each_is_one_line_and_stops_nothing(self, site: Any, command: str) -> None:
+    def test_each_is_reported_in_one_line(self, site: Any, command: str) -> None:
         done = site.run(command)
         found = sorted(line.split()[2].rstrip(":") for line in lines(done.stderr))
         assert found == sorted(f"bad_{how}" for how in {**BROKEN, **FAILING})
         assert ("good" in done.stdout) == (command == "components")
-        assert "partial" not in done.stdout, "of a plugin that can't be loaded nothing is registered"
+        assert "partial" not in done.stdout, "a plugin that can't be loaded registers nothing"
 
-    def test_the_list_of_plugins_says_what_is_wrong(self, site: Any) -> None:
+    def test_the_list_of_plugins_has_the_errors(self, site: Any) -> None:
         listed = {each["name"]: each for each in json.loads(site.run("plugins", "list", "--json").stdout)}
         assert (listed["good"]["package"], listed["good"]["version"]) == ("good-plugin", "1.2")
         assert [name for name, each in listed.items() if not each["error"]] == ["llavactl", "good"]
@@ -70,39 +70,38 @@ class TestBroken:
         assert listed["bad_raises"]["error"] == "plugin bad_raises: RuntimeError: two lines"
 
     @pytest.mark.parametrize("how", ["exit", "signature", "raises", "target"])
-    def test_strict_raises(self, site: Any, how: str) -> None:
+    def test_strict_mode_raises(self, site: Any, how: str) -> None:
         done = site.run("components", code=1, LLAVACTL_STRICT_PLUGINS="1", LLAVACTL_PLUGINS=f"bad_{how}")
         assert done.stdout == ""
         (line,) = lines(done.stderr)
         assert line.startswith(f"error: plugin bad_{how}")
 
-    def test_a_command_goes_on_whatever_is_broken(self, site: Any) -> None:
+    def test_commands_work_with_broken_plugins(self, site: Any) -> None:
         assert site.run("recipes", "check", "llava-v1-7b").stdout == "llava-v1-7b: ok\n"
 
 
-def test_the_users_own_interrupt_passes(site: Any) -> None:
+def test_an_interrupt_during_import_propagates(site: Any) -> None:
     site.install("slow", "raise KeyboardInterrupt\n")
     done = site.run("components", code=130)
-    assert done.stderr.strip() == "interrupted; run the same command to resume"
+    assert "Traceback" not in done.stderr
 
 
-def test_a_slow_plugin_is_slow_once(site: Any) -> None:
+def test_a_slow_plugin_delays_the_help_once(site: Any) -> None:
     slow = "import time\ntime.sleep(1.5)\nprint('imported')\n" + HEAD
     slow += "@hookimpl\ndef register_commands(register):\n    register('nap', 'slow_plugin:nap', summary='sleeps')\n"
     site.install("slow", slow)
     first = site.run("--help")
     assert lines(first.stderr)[0] == "imported"
-    assert lines(first.stderr)[1:] == [
-        f"llavactl: plugin slow took {first.stderr.split(' took ')[1].split()[0]} s to import; "
-        "`register` takes module:attr strings, so that nothing heavy is imported at start-up"
-    ]
+    (warning,) = lines(first.stderr)[1:]
+    assert "plugin slow" in warning
+    assert "module:attr" in warning
     second = site.run("--help")
     assert second.stderr == ""
     for shown in (first, second):
         assert "nap  sleeps" in shown.stdout
-        assert "imported" not in shown.stdout, "stdout is for results"
+        assert "imported" not in shown.stdout
     site.install("slow", slow + "# changed\n")
-    assert "imported" in site.run("--help").stderr, "an edited plugin is read again"
+    assert "imported" in site.run("--help").stderr, "a changed plugin is imported again"
 
 
 LOUD = """
@@ -153,20 +152,20 @@ def hello():
 
 
 class TestAPluginThatPrints:
-    """In every way, whenever its code runs: stdout has the command's results alone."""
+    """Whenever and however it prints, stdout contains only the results of the command."""
 
     @pytest.fixture(autouse=True)
     def loud(self, site: Any) -> None:
         site.install("loud", LOUD, source__py=LOUD_SOURCE)
 
-    def test_a_list_is_one_document(self, site: Any) -> None:
+    def test_a_list_is_one_json_document(self, site: Any) -> None:
         done = site.run("components", "sources", "--json")
         assert "loud" in [each["name"] for each in json.loads(done.stdout)]
         for what in ("import", "registration", "component"):
             for how in (what, f"{what} raw", f"{what} child", f"ERROR:loud:{what} logged"):
                 assert how in lines(done.stderr)
 
-    def test_a_verb_is_one_document(self, site: Any, toys: Path) -> None:
+    def test_a_report_is_one_json_document(self, site: Any, toys: Path) -> None:
         (site.folder / "recipe.yaml").write_text(
             f"extends: {toys / 'recipe.yaml'}\nname: loud\ndata: {{stage1: [{{name: loud}}]}}\n", encoding="utf-8"
         )
@@ -174,12 +173,12 @@ class TestAPluginThatPrints:
         assert json.loads(done.stdout)["records"] == 0
         assert {"creation", "iteration", "iteration raw", "iteration child"} <= set(lines(done.stderr))
 
-    def test_its_own_command_has_a_stdout(self, site: Any) -> None:
+    def test_its_own_command_prints_to_stdout(self, site: Any) -> None:
         done = site.run("hello")
         assert lines(done.stdout) == ["printed", "echoed"]
 
 
-def test_the_help_never_imports_a_target(site: Any) -> None:
+def test_the_help_imports_no_targets(site: Any) -> None:
     code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('boom', 'lazy_plugin.boom:command')\n"
     site.install("lazy", code, boom__py="raise RuntimeError('imported')\n")
     for _ in range(2):
@@ -188,7 +187,8 @@ def test_the_help_never_imports_a_target(site: Any) -> None:
         assert done.stderr == ""
     used = site.run("boom", code=1)
     (error, hint) = lines(used.stderr)
-    assert error.startswith("error: command 'boom' of plugin lazy can't be loaded from 'lazy_plugin.boom:command'")
+    assert error.startswith("error: command 'boom' of plugin lazy")
+    assert "lazy_plugin.boom:command" in error
     assert hint.startswith("hint: ")
 
 
@@ -205,42 +205,44 @@ def test_a_plugin_command(site: Any) -> None:
     assert site.run("greet", code=2).stdout == ""
 
 
-def test_a_command_must_be_clicks(site: Any) -> None:
+def test_a_command_must_be_a_click_command(site: Any) -> None:
     code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('odd', 'odd_plugin:thing')\n\nthing = 3\n"
     site.install("odd", code)
     done = site.run("odd", code=1)
-    assert lines(done.stderr) == ["error: command 'odd' of plugin odd: odd_plugin:thing is not a click command"]
+    (line,) = lines(done.stderr)
+    assert line.startswith("error: command 'odd' of plugin odd")
+    assert "odd_plugin:thing" in line
 
 
-def test_a_plugin_cannot_take_a_command_of_ours(site: Any) -> None:
-    code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('recipes', 'rude_plugin:thing')\n"
-    site.install("rude", code)
+def test_a_plugin_cannot_replace_a_builtin_command(site: Any) -> None:
+    code = HEAD + "@hookimpl\ndef register_commands(register):\n    register('recipes', 'conflicting_plugin:thing')\n"
+    site.install("conflicting", code)
     done = site.run("--help")
     (line,) = lines(done.stderr)
-    assert "commands 'recipes' is registered by plugin llavactl and again by plugin rude" in line
+    assert all(part in line for part in ("command 'recipes'", "plugin llavactl", "plugin conflicting"))
     assert "Commands of plugins" not in done.stdout
     assert "llava-v1-7b" in site.run("recipes", "list").stdout
 
 
-def test_a_duplicate_name_keeps_the_first_and_names_both(site: Any) -> None:
+def test_the_first_registration_of_a_name_is_kept(site: Any) -> None:
     register = HEAD + "@hookimpl\ndef register_connectors(register):\n    register('same', 'x:y', summary='of {0}')\n"
     site.install("aaa", register.format("aaa"))
     site.install("bbb", register.format("bbb"))
     done = site.run("components", "--json")
-    assert lines(done.stderr) == [
-        "llavactl: connectors 'same' is registered by plugin aaa and again by plugin bbb; the one of aaa is kept"
-    ]
+    (line,) = lines(done.stderr)
+    assert all(part in line for part in ("connector 'same'", "plugin aaa", "plugin bbb"))
     (same,) = [each for each in json.loads(done.stdout) if each["name"] == "same"]
     assert same["summary"] == "of aaa"
     listed = {each["name"]: each["error"] for each in json.loads(site.run("plugins", "list", "--json").stdout)}
     assert listed["aaa"] == ""
-    assert "again by plugin bbb" in listed["bbb"]
+    assert "plugin bbb" in listed["bbb"]
 
 
 def test_a_builtin_component_cannot_be_replaced(site: Any) -> None:
-    site.install("rude", HEAD + "@hookimpl\ndef register_connectors(register):\n    register('linear', 'x:y')\n")
+    site.install("conflicting", HEAD + "@hookimpl\ndef register_connectors(register):\n    register('linear', 'x:y')\n")
     done = site.run("components", "connectors", "--json")
-    assert "by plugin llavactl and again by plugin rude" in done.stderr
+    (line,) = lines(done.stderr)
+    assert all(part in line for part in ("connector 'linear'", "plugin llavactl", "plugin conflicting"))
     assert [each["plugin"] for each in json.loads(done.stdout) if each["name"] == "linear"] == ["llavactl"]
 
 
@@ -250,14 +252,14 @@ def test_two_packages_with_one_plugin_name(site: Any) -> None:
     site.add_entry_point("zweite-3.0", "twin", "other_module")
     done = site.run("components")
     (line,) = lines(done.stderr)
-    assert "plugin name 'twin' is taken by other_module and again by twin_plugin of package twin-plugin" in line
+    assert all(part in line for part in ("'twin'", "other_module", "twin_plugin of package twin-plugin"))
     assert "other" in done.stdout
 
 
 def test_a_plugin_cannot_be_called_llavactl(site: Any) -> None:
     site.install("llavactl", GOOD)
     (line,) = lines(site.run("components").stderr)
-    assert "taken by llavactl itself and again by llavactl_plugin" in line
+    assert "llavactl_plugin" in line
 
 
 class TestSelection:
@@ -269,24 +271,26 @@ class TestSelection:
     def names(self, site: Any, **environment: str) -> set[str]:
         return {each["name"] for each in json.loads(site.run("components", "--json", **environment).stdout)}
 
-    def test_empty_is_none(self, site: Any) -> None:
+    def test_an_empty_selection(self, site: Any) -> None:
         assert not {"first", "second"} & self.names(site, LLAVACTL_PLUGINS="")
 
-    def test_by_name(self, site: Any) -> None:
+    def test_a_selection_by_name(self, site: Any) -> None:
         assert "first" in self.names(site, LLAVACTL_PLUGINS=" one ")
         assert "second" not in self.names(site, LLAVACTL_PLUGINS="one")
         assert {"first", "second"} <= self.names(site, LLAVACTL_PLUGINS="two,one")
 
-    def test_unset_is_all(self, site: Any) -> None:
+    def test_no_selection(self, site: Any) -> None:
         program = "import os; del os.environ['LLAVACTL_PLUGINS']\nfrom llavactl.cli import main; main()"
         done = site.python(program, "components", "--json")
         assert {"first", "second"} <= {each["name"] for each in json.loads(done.stdout)}
 
-    def test_a_name_that_is_not_installed(self, site: Any) -> None:
+    def test_an_unknown_plugin_in_the_selection(self, site: Any) -> None:
         done = site.run("components", LLAVACTL_PLUGINS="one,three")
-        assert lines(done.stderr) == ["llavactl: LLAVACTL_PLUGINS names 'three', which is not installed"]
+        (line,) = lines(done.stderr)
+        assert "LLAVACTL_PLUGINS" in line
+        assert "'three'" in line
         strict = site.run("components", code=1, LLAVACTL_PLUGINS="three", LLAVACTL_STRICT_PLUGINS="1")
-        assert "which is not installed" in strict.stderr
+        assert "'three'" in strict.stderr
 
 
 RECIPE = """\
@@ -330,33 +334,34 @@ class WideOptions(Options):
 """
 
 
-class TestARecipeOfAPlugin:
+class TestRecipeOfAPlugin:
     @pytest.fixture(autouse=True)
     def birds(self, site: Any) -> None:
         site.install("birds", WITH_RECIPE, ours__yaml=RECIPE, base__yaml=BASE, options__py=OPTIONS)
 
-    def test_it_is_listed_and_sound(self, site: Any) -> None:
+    def test_it_is_listed_and_valid(self, site: Any) -> None:
         assert "ours" in site.run("recipes", "list").stdout
         assert site.run("recipes", "check", "ours").stdout == "ours: ok\n"
 
-    def test_its_options_are_checked_in_our_words(self, site: Any) -> None:
+    def test_its_options_are_validated(self, site: Any) -> None:
         done = site.run("recipes", "check", "ours", "-o", "connector.width=1", "-o", "connector.wdth=2", code=1)
-        assert done.stdout.splitlines() == [
-            "-o connector.wdth=2: connector.wdth: unknown key; did you mean 'width'?",
-            "-o connector.width=1: connector.width: must be an integer ≥ 2, not 1",
-        ]
+        unknown, invalid = done.stdout.splitlines()
+        assert unknown.startswith("-o connector.wdth=2: connector.wdth: ")
+        assert "'width'" in unknown
+        assert invalid.startswith("-o connector.width=1: connector.width: ")
 
-    def test_its_own_check_is_asked(self, site: Any) -> None:
+    def test_its_check_is_called(self, site: Any) -> None:
         done = site.run("recipes", "check", "ours", "-o", "connector.width=3", code=1)
         assert done.stdout == "-o connector.width=3: connector.width: must be even\n"
 
-    def test_a_copy_works_from_its_new_place(self, site: Any) -> None:
+    def test_a_copy_is_valid(self, site: Any) -> None:
         site.run("recipes", "copy", "ours", "new/mine.yaml")
         assert site.run("recipes", "check", "-r", "new/mine.yaml").stdout == "new/mine.yaml: ok\n"
 
-    def test_a_recipe_whose_file_is_missing(self, site: Any) -> None:
+    def test_a_missing_recipe_file(self, site: Any) -> None:
         done = site.run("recipes", "show", "gone", code=1)
-        assert "recipes 'gone' of plugin birds: there is no file birds_plugin:gone.yaml" in done.stderr
+        assert "recipe 'gone' of plugin birds" in done.stderr
+        assert "birds_plugin:gone.yaml" in done.stderr
 
 
 OBSERVER = (
@@ -378,7 +383,7 @@ def train_finished(report):
 )
 
 
-def test_observers_that_raise_are_a_line_each_and_nothing_more(site: Any) -> None:
+def test_exceptions_of_observers_are_logged(site: Any) -> None:
     site.install("watch", OBSERVER)
     site.install("zulu", OBSERVER.replace("no twos", "nothing").replace("seen", "zulu"))
     program = """
@@ -405,7 +410,7 @@ print("done")
     assert "PluginError: plugin watch: ValueError: no twos" in strict.stderr
 
 
-def test_no_plugin_and_no_home_is_no_problem(site: Any) -> None:
+def test_an_unusable_home_is_ignored(site: Any) -> None:
     site.home.write_text("a file where the folder should be")
     site.install("good", GOOD)
     assert site.run("--help").stderr == ""

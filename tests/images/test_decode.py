@@ -1,4 +1,4 @@
-"""Whatever a file holds: an RGB image the right way up, or a short reason."""
+"""Decoding any bytes gives an upright RGB image or a short reason."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
     return file.getvalue()
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
-    """Red on the left, blue on the right; nothing about it is symmetrical."""
+def two_colors(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
+    """Red on the left, blue on the right, without any symmetry."""
     image = Image.new("RGB", size, (200, 30, 40))
     image.paste((20, 40, 180), (size[0] // 2, 0, *size))
     image.paste((250, 250, 250), (0, 0, 3, 2))
     return image.convert(mode)
 
 
-def near(image: Image.Image, wanted: Image.Image, within: int = 12) -> bool:
-    """The same picture, but for what a lossy format may do to a flat colour."""
-    difference = np.abs(np.asarray(image, np.int16) - np.asarray(wanted, np.int16))
-    return image.size == wanted.size and float(np.median(difference)) <= within
+def similar(image: Image.Image, expected: Image.Image, within: int = 12) -> bool:
+    """Equal except for the artifacts of lossy formats."""
+    difference = np.abs(np.asarray(image, np.int16) - np.asarray(expected, np.int16))
+    return image.size == expected.size and float(np.median(difference)) <= within
 
 
 def photo(size: tuple[int, int] = (64, 48)) -> bytes:
@@ -52,9 +52,9 @@ def photo(size: tuple[int, int] = (64, 48)) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"])
 def test_common_formats(kind: str) -> None:
-    image = decode(encoded(picture(size=(48, 32)), kind))
+    image = decode(encoded(two_colors(size=(48, 32)), kind))
     assert image.mode == "RGB"
-    assert near(image, picture(size=(48, 32)))
+    assert similar(image, two_colors(size=(48, 32)))
 
 
 MODES = "L-PNG LA-PNG RGBA-PNG P-PNG 1-PNG CMYK-JPEG YCbCr-JPEG L-JPEG CMYK-TIFF"
@@ -62,66 +62,66 @@ MODES = "L-PNG LA-PNG RGBA-PNG P-PNG 1-PNG CMYK-JPEG YCbCr-JPEG L-JPEG CMYK-TIFF
 
 @pytest.mark.parametrize(("mode", "kind"), [tuple(each.split("-")) for each in MODES.split()])
 def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
-    image = decode(encoded(picture(mode, (48, 32)), kind))
+    image = decode(encoded(two_colors(mode, (48, 32)), kind))
     assert image.mode == "RGB"
-    assert near(image, picture(mode, (48, 32)).convert("RGB"))
+    assert similar(image, two_colors(mode, (48, 32)).convert("RGB"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_is_dropped_not_composited(mode: str) -> None:
-    image = picture(mode)
+    image = two_colors(mode)
     image.putalpha(0)
-    assert near(decode(encoded(image)), picture(mode).convert("RGB"), 0)
+    assert similar(decode(encoded(image)), two_colors(mode).convert("RGB"), 0)
 
 
-def test_a_palette_with_transparency_is_its_colours_without_a_warning() -> None:
-    image = picture("P")
+def test_a_palette_with_transparency_is_decoded_without_a_warning() -> None:
+    image = two_colors("P")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decode(encoded(image, transparency=bytes(range(256))))
-    assert near(found, image.convert("RGB"), 0)
+        decoded = decode(encoded(image, transparency=bytes(range(256))))
+    assert similar(decoded, image.convert("RGB"), 0)
 
 
-def test_sixteen_bit_grey_keeps_its_contrast() -> None:
+def test_16_bit_gray_keeps_its_high_byte() -> None:
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    found = np.asarray(decode(encoded(Image.fromarray(ramp))))
-    assert np.array_equal(found[..., 0], (ramp >> 8).astype(np.uint8))
+    decoded = np.asarray(decode(encoded(Image.fromarray(ramp))))
+    assert np.array_equal(decoded[..., 0], (ramp >> 8).astype(np.uint8))
 
 
 @pytest.mark.parametrize(("top", "shift"), [(255, 0), (65535, 8)])
-def test_thirty_two_bit_grey(top: int, shift: int) -> None:
+def test_32_bit_gray(top: int, shift: int) -> None:
     ramp = np.linspace(0, top, 64).astype(np.int32).reshape(8, 8)
-    found = np.asarray(decode(encoded(Image.fromarray(ramp), "TIFF")))
-    assert np.array_equal(found[..., 1], (ramp >> shift).astype(np.uint8))
+    decoded = np.asarray(decode(encoded(Image.fromarray(ramp), "TIFF")))
+    assert np.array_equal(decoded[..., 1], (ramp >> shift).astype(np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_an_animation_is_its_first_frame(kind: str) -> None:
-    frames = [picture(size=(48, 32)), Image.new("RGB", (48, 32), (0, 255, 0))]
+    frames = [two_colors(size=(48, 32)), Image.new("RGB", (48, 32), (0, 255, 0))]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
-    assert near(decode(data), frames[0])
+    assert similar(decode(data), frames[0])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_it_is_turned_as_its_exif_says(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(picture(size=(64, 32)), "JPEG", exif=exif, quality=95)
-    found = decode(data)
-    assert found.size == ((64, 32) if orientation <= 4 else (32, 64))
-    assert near(found, ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), 0)
+    data = encoded(two_colors(size=(64, 32)), "JPEG", exif=exif, quality=95)
+    decoded = decode(data)
+    assert decoded.size == ((64, 32) if orientation <= 4 else (32, 64))
+    assert similar(decoded, ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), 0)
 
 
-def test_it_is_what_transformers_would_load(tmp_path: Path) -> None:
+def test_equal_to_transformers_load_image(tmp_path: Path) -> None:
     from transformers.image_utils import load_image
 
     exif = Image.Exif()
     exif[0x0112] = 6
-    (tmp_path / "a.jpg").write_bytes(encoded(picture(size=(64, 32)), "JPEG", exif=exif))
+    (tmp_path / "a.jpg").write_bytes(encoded(two_colors(size=(64, 32)), "JPEG", exif=exif))
     assert np.array_equal(decode((tmp_path / "a.jpg").read_bytes()), load_image(str(tmp_path / "a.jpg")))
 
 
-# --- what can't be decoded
+# --- invalid images
 
 
 @pytest.mark.parametrize(
@@ -131,26 +131,26 @@ def test_it_is_what_transformers_would_load(tmp_path: Path) -> None:
         (b"<html>404</html>", "HTML"),
         (b"\xff\xd8\xff", "JPEG"),
         (photo()[:-500], "image file is truncated"),
-        (encoded(picture(size=(99, 99)))[:-30], "truncated|broken"),
+        (encoded(two_colors(size=(99, 99)))[:-30], "truncated|broken"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
     ],
     ids=["empty", "html", "stump", "cut jpeg", "cut png", "postscript"],
 )
-def test_a_broken_file_has_a_short_reason(data: bytes, reason: str) -> None:
+def test_a_broken_file_has_a_short_deterministic_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason) as caught:
         decode(data)
     assert isinstance(caught.value, DataError)
     assert len(caught.value.reason) <= 200
-    assert "0x" not in caught.value.reason, "an address in memory is another one each time"
+    assert "0x" not in caught.value.reason, "a memory address would differ each time"
 
 
 def ftyp(*brands: bytes) -> bytes:
-    """The beginning of a file of the ISO's media formats: HEIC, AVIF, MP4."""
+    """The beginning of an ISO base media file: HEIC, AVIF, MP4."""
     body = brands[0] + bytes(4) + b"".join(brands[1:])
     return struct.pack(">I", 8 + len(body)) + b"ftyp" + body + bytes(64)
 
 
-OTHERS = {
+OTHER_KINDS = {
     "HTML": [
         b"<!DOCTYPE html>\n<html>",
         b"\xef\xbb\xbf\n <!-- x -->\n<HEAD>",
@@ -180,22 +180,22 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("what", "data"), [(what, data) for what, each in OTHERS.items() for data in each])
-def test_another_kind_of_file_is_called_what_it_is(what: str, data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "data"), [(what, data) for what, each in OTHER_KINDS.items() for data in each])
+def test_the_reason_names_the_kind_of_file(what: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(data)
-    looks = [
+    checks = [
         lambda: decode(data),
         *(partial(inspect, image_in(str(tmp_path), "a.jpg"), whole=whole) for whole in (False, True)),
     ]
-    for look in looks:
+    for check in checks:
         with pytest.raises(ImageError) as caught:
-            look()
+            check()
         assert what in caught.value.reason
         assert len(caught.value.reason) < 80
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"mif1"])
-def test_heic_names_the_package_that_reads_it(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_heic_names_the_package(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     reads_heif.cache_clear()
     with pytest.raises(ImageError, match="pillow-heif") as caught:
@@ -204,8 +204,8 @@ def test_heic_names_the_package_that_reads_it(brand: bytes, monkeypatch: pytest.
     reads_heif.cache_clear()
 
 
-def test_heic_is_read_where_its_package_is_and_an_old_refusal_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for pillow-heif: its opener takes the brand and gives one picture."""
+def test_heic_is_read_with_its_package_and_skipped_images_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake pillow-heif, whose opener accepts the brand and returns a fixed image."""
 
     class Opener(ImageFile.ImageFile):
         format = "HEIF"
@@ -228,7 +228,7 @@ def test_heic_is_read_where_its_package_is_and_an_old_refusal_is_tried_again(mon
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises ``width`` by ``height``, in 100 bytes."""
+    """A PNG of 100 bytes whose header declares ``width`` by ``height``."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -259,7 +259,7 @@ def test_the_limits_are_inclusive() -> None:
     assert images.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
 
 
-def test_a_bomb_that_pillow_only_warns_of_is_refused_where_warnings_are_errors() -> None:
+def test_a_bomb_is_refused_if_warnings_are_errors() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match="more than 89478485 pixels"):
@@ -267,20 +267,20 @@ def test_a_bomb_that_pillow_only_warns_of_is_refused_where_warnings_are_errors()
 
 
 def _damaged(data: bytes, edits: list[tuple[int, int]], cut: int) -> bytes:
-    harmed = bytearray(data)
+    damaged = bytearray(data)
     for at, value in edits:
-        harmed[at % len(harmed)] = value
-    return bytes(harmed[: len(harmed) - cut % len(harmed)])
+        damaged[at % len(damaged)] = value
+    return bytes(damaged[: len(damaged) - cut % len(damaged)])
 
 
 SOURCES = {
     "jpeg": photo((24, 16)),
-    "png": encoded(picture()),
-    "gif": encoded(picture("P"), "GIF"),
-    "webp": encoded(picture(), "WEBP"),
-    "tiff": encoded(picture(), "TIFF"),
+    "png": encoded(two_colors()),
+    "gif": encoded(two_colors("P"), "GIF"),
+    "webp": encoded(two_colors(), "WEBP"),
+    "tiff": encoded(two_colors(), "TIFF"),
     "16-bit": encoded(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))),
-    "jpeg2000": encoded(picture(size=(48, 32)), "JPEG2000"),
+    "jpeg2000": encoded(two_colors(size=(48, 32)), "JPEG2000"),
 }
 
 
@@ -292,7 +292,7 @@ SOURCES = {
     cut=st.integers(0, 200),
 )
 @example(kind="png", edits=[], cut=0)
-def test_no_bytes_raise_anything_else(kind: str, edits: list[tuple[int, int]], cut: int) -> None:
+def test_any_bytes_decode_or_raise_image_error(kind: str, edits: list[tuple[int, int]], cut: int) -> None:
     try:
         image = decode(_damaged(SOURCES[kind], edits, cut))
     except ImageError as error:

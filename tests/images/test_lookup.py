@@ -1,4 +1,4 @@
-"""Links among the images: what the user named is followed, what only a folder's content says is not."""
+"""Symbolic links: followed if the user names them, refused if they lead outside the image root."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from llavactl import DataError
-from llavactl.images.references import ImageRoot, check_place, image_in, named_image
+from llavactl.images.lookup import LinkOutsideError
+from llavactl.images.references import ImageRoot, check_image_root, image_in, named_image
 
 COMMIT, BLOB = "a" * 40, "b" * 64
 
 
 def linked(tmp_path: Path, target: str) -> Path:
-    """A folder ``root`` with ``link.jpg``, which leads to ``target``; and a file beside the folder."""
+    """A folder ``root`` with a link ``link.jpg`` to ``target``, and a file beside the folder."""
     (tmp_path / "outside.jpg").write_bytes(b"outside")
     (tmp_path / "root" / "sub").mkdir(parents=True)
     (tmp_path / "root" / "inside.jpg").write_bytes(b"inside")
@@ -22,23 +23,23 @@ def linked(tmp_path: Path, target: str) -> Path:
     return tmp_path / "root"
 
 
-def test_a_root_may_be_a_link_and_links_within_it_are_followed(tmp_path: Path) -> None:
+def test_a_linked_root_and_links_within_it_are_followed(tmp_path: Path) -> None:
     linked(tmp_path, "inside.jpg")
     (tmp_path / "named").symlink_to("root")
     (tmp_path / "root/again").symlink_to(tmp_path / "named")
-    check_place(str(tmp_path / "named"))
+    check_image_root(str(tmp_path / "named"))
     for root in ("named", "root"):
         assert image_in(str(tmp_path / root), "link.jpg").read() == b"inside"
         assert image_in(str(tmp_path / root), "again/again/inside.jpg").read() == b"inside"
 
 
 @pytest.mark.parametrize("target", ["../outside.jpg", "/etc/passwd"])
-def test_a_link_out_of_the_root_needs_the_users_word(tmp_path: Path, target: str) -> None:
+def test_a_link_to_outside_the_root_needs_follow_links(tmp_path: Path, target: str) -> None:
     root = linked(tmp_path, target)
     image = image_in(str(root), "link.jpg")
-    for look in (image.read, image.stamp):
-        with pytest.raises(DataError) as caught:
-            look()
+    for access in (image.read, image.stamp):
+        with pytest.raises(LinkOutsideError) as caught:
+            access()
         assert "link.jpg" in caught.value.message
         assert "follow_links: true" in caught.value.hint
     followed = image_in(ImageRoot(str(root), follow_links=True), "link.jpg")
@@ -47,31 +48,31 @@ def test_a_link_out_of_the_root_needs_the_users_word(tmp_path: Path, target: str
     assert followed != image
 
 
-def test_a_folder_that_is_a_link_out_of_the_root_needs_it_too(tmp_path: Path) -> None:
+def test_a_linked_folder_outside_the_root_needs_follow_links(tmp_path: Path) -> None:
     root = linked(tmp_path, "inside.jpg")
     (root / "up").symlink_to("..")
-    with pytest.raises(DataError, match="points outside"):
+    with pytest.raises(LinkOutsideError):
         image_in(str(root), "up/outside.jpg").read()
     assert image_in(ImageRoot(str(root), follow_links=True), "up/outside.jpg").read() == b"outside"
 
 
-def test_other_spellings_lead_no_further_than_the_name(tmp_path: Path) -> None:
+def test_links_of_equivalent_spellings_are_refused_too(tmp_path: Path) -> None:
     root = linked(tmp_path, "../outside.jpg")
     (root / "sub/é.jpg").symlink_to("../../outside.jpg")
     for name in (" link.jpg", "sub\\é.jpg", "sub/e\u0301.jpg"):
-        with pytest.raises(DataError, match="points outside"):
+        with pytest.raises(LinkOutsideError):
             image_in(str(root), name).read()
 
 
-def test_a_prefix_of_a_name_is_no_folder(tmp_path: Path) -> None:
+def test_a_folder_whose_name_begins_with_the_root_is_outside(tmp_path: Path) -> None:
     root = linked(tmp_path, "../root-2/a.jpg")
     (tmp_path / "root-2").mkdir()
     (tmp_path / "root-2/a.jpg").write_bytes(b"a")
-    with pytest.raises(DataError, match="points outside"):
+    with pytest.raises(LinkOutsideError):
         image_in(str(root), "link.jpg").read()
 
 
-def test_links_that_lead_nowhere_are_missing_images_with_a_short_reason(tmp_path: Path) -> None:
+def test_broken_links_are_missing_images_with_a_short_reason(tmp_path: Path) -> None:
     root = linked(tmp_path, "../gone.jpg")
     (root / "loop.jpg").symlink_to("loop.jpg")
     for name in ("link.jpg", "loop.jpg"):
@@ -88,7 +89,7 @@ def test_hard_links_are_files(tmp_path: Path) -> None:
 
 
 def hub(tmp_path: Path, repository: str = "datasets--x--y", blob: str = BLOB) -> Path:
-    """A snapshot as huggingface_hub lays it out: every file a link to a blob of the repository."""
+    """A snapshot of huggingface_hub: every file is a link to a blob of the repository."""
     folder = tmp_path / repository
     snapshot = folder / "snapshots" / COMMIT
     (snapshot / "train").mkdir(parents=True)
@@ -99,7 +100,7 @@ def hub(tmp_path: Path, repository: str = "datasets--x--y", blob: str = BLOB) ->
     return snapshot
 
 
-def test_a_snapshot_of_the_hub_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_hub_snapshot_is_readable(tmp_path: Path) -> None:
     snapshot = hub(tmp_path)
     (tmp_path / "named").symlink_to(snapshot)
     for root in (snapshot, tmp_path / "named", snapshot.parents[2]):
@@ -109,7 +110,7 @@ def test_a_snapshot_of_the_hub_is_read_as_it_is(tmp_path: Path) -> None:
     assert image_in(str(snapshot), "train/a.jpg").read() == b"image"
 
 
-def test_what_only_resembles_a_snapshot_is_not(tmp_path: Path) -> None:
+def test_layouts_that_resemble_a_hub_snapshot_are_refused(tmp_path: Path) -> None:
     plain = hub(tmp_path / "1", repository="photos")
     named = hub(tmp_path / "2", blob="passwords.txt")
     other = hub(tmp_path / "3")
@@ -117,11 +118,11 @@ def test_what_only_resembles_a_snapshot_is_not(tmp_path: Path) -> None:
     (other / "c.jpg").symlink_to(other.parent / "secret.jpg")
     (other.parent / "secret.jpg").write_bytes(b"secret")
     for root, name in ((plain, "a.jpg"), (named, "a.jpg"), (other, "b.jpg"), (other, "c.jpg")):
-        with pytest.raises(DataError, match="points outside"):
+        with pytest.raises(LinkOutsideError):
             image_in(str(root), name).read()
 
 
-def test_what_the_user_names_is_followed_wherever_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_named_by_the_user_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = linked(tmp_path, "../outside.jpg")
     monkeypatch.chdir(root)
     names = [
@@ -134,5 +135,5 @@ def test_what_the_user_names_is_followed_wherever_it_leads(tmp_path: Path, monke
     assert [named_image(name).read() for name in names] == [b"outside"] * len(names)
     assert named_image("link.jpg", root).read() == b"outside"
     for name in ("..", "/"):
-        with pytest.raises(DataError, match="a folder"):
+        with pytest.raises(DataError, match="folder"):
             named_image(name)

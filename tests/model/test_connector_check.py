@@ -1,4 +1,4 @@
-"""Connectors that break a rule of the protocol are found; valid ones pass."""
+"""Connectors that violate a rule of the protocol are detected; valid ones pass."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SHAPE, WIDTH = FeatureShape((2, 3), 8), 12
 
 
 class Base(nn.Module):
-    """A projection, whose subclasses do something to it."""
+    """A projection; subclasses modify its output."""
 
     def __init__(self) -> None:
         super().__init__()
         self.projection = nn.Linear(SHAPE.width, WIDTH)
-        self.seen = 0
+        self.calls = 0
 
     def forward(self, features: torch.Tensor) -> Any:
-        self.seen += self.training
-        return self.change(self.projection(features))
+        self.calls += self.training
+        return self.modify(self.projection(features))
 
-    def change(self, made: torch.Tensor) -> Any:
-        return made
+    def modify(self, output: torch.Tensor) -> Any:
+        return output
 
 
 class Double(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.double()
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.double()
 
 
 class Lazy(Base):
@@ -48,12 +48,12 @@ class Statistics(Base):
         super().__init__()
         self.norm = nn.BatchNorm1d(WIDTH)
 
-    def change(self, made: torch.Tensor) -> Any:
-        return self.norm(made.transpose(1, 2)).transpose(1, 2)
+    def modify(self, output: torch.Tensor) -> Any:
+        return self.norm(output.transpose(1, 2)).transpose(1, 2)
 
 
 class Replaced(Base):
-    """Puts a new tensor in a buffer's place."""
+    """Replaces its buffer by a new tensor."""
 
     mean: torch.Tensor
 
@@ -61,10 +61,10 @@ class Replaced(Base):
         super().__init__()
         self.register_buffer("mean", torch.zeros(WIDTH))
 
-    def change(self, made: torch.Tensor) -> Any:
+    def modify(self, output: torch.Tensor) -> Any:
         if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * made.detach().mean((0, 1))
-        return made - self.mean
+            self.mean = 0.9 * self.mean + 0.1 * output.detach().mean((0, 1))
+        return output - self.mean
 
 
 class Shared(Base):
@@ -80,25 +80,25 @@ class Frozen(Base):
         self.requires_grad_(False)
 
 
-class Kept(Base):
+class ExtraState(Base):
     """Python state in the state dict."""
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor(self.seen)
+        return torch.tensor(self.calls)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.seen = int(state)
+        self.calls = int(state)
 
-    def change(self, made: torch.Tensor) -> Any:
-        return made * (1 + self.seen)
+    def modify(self, output: torch.Tensor) -> Any:
+        return output * (1 + self.calls)
 
 
 class Dropout(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return nn.functional.dropout(made, 0.5, self.training)
+    def modify(self, output: torch.Tensor) -> Any:
+        return nn.functional.dropout(output, 0.5, self.training)
 
 
-class Whole(Base):
+class IntegerParameter(Base):
     """Integer parameters come before floating-point ones."""
 
     def __init__(self) -> None:
@@ -107,79 +107,81 @@ class Whole(Base):
         self.order = nn.Parameter(torch.arange(SHAPE.width), requires_grad=False)
         self.last = projection
 
-    def change(self, made: torch.Tensor) -> Any:
-        return self.last(made[..., self.order])
+    def modify(self, output: torch.Tensor) -> Any:
+        return self.last(output[..., self.order])
 
 
-@pytest.mark.parametrize("kind", [Base, Double, Lazy, Statistics, Replaced, Shared, Frozen, Kept, Dropout, Whole])
+@pytest.mark.parametrize(
+    "kind", [Base, Double, Lazy, Statistics, Replaced, Shared, Frozen, ExtraState, Dropout, IntegerParameter]
+)
 def test_valid_connectors_pass(kind: type[nn.Module]) -> None:
     assert not connector_fault(Connector(kind), SHAPE, WIDTH, ("float32", "bfloat16"))
 
 
 class Narrow(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made[..., 1:]
+    def modify(self, output: torch.Tensor) -> Any:
+        return output[..., 1:]
 
 
 class Flat(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.flatten(0, 1)
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.flatten(0, 1)
 
 
 class Tuple(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return (made,)
+    def modify(self, output: torch.Tensor) -> Any:
+        return (output,)
 
 
 class Complex(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.to(torch.complex64)
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.to(torch.complex64)
 
 
 class FewerInTraining(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made[:, 1:] if self.training else made
+    def modify(self, output: torch.Tensor) -> Any:
+        return output[:, 1:] if self.training else output
 
 
 class NarrowInTraining(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made[..., 1:] if self.training else made
+    def modify(self, output: torch.Tensor) -> Any:
+        return output[..., 1:] if self.training else output
 
 
 class NotFinite(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.log()
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.log()
 
 
-class Elsewhere(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.to("meta")
+class OnAnotherDevice(Base):
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.to("meta")
 
 
-class Swapped(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.flip(0)
+class Reversed(Base):
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.flip(0)
 
 
-class OfTheBatch(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made - made.mean((0, 1))
+class BatchDependent(Base):
+    def modify(self, output: torch.Tensor) -> Any:
+        return output - output.mean((0, 1))
 
 
 class Random(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return nn.functional.dropout(made, 0.5, training=True)
+    def modify(self, output: torch.Tensor) -> Any:
+        return nn.functional.dropout(output, 0.5, training=True)
 
 
-class NeverOne(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.squeeze(0)
+class FailsForOneImage(Base):
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.squeeze(0)
 
 
-class NeverOneInTraining(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        assert len(made) > 1 or not self.training
-        return made
+class FailsForOneImageInTraining(Base):
+    def modify(self, output: torch.Tensor) -> Any:
+        assert len(output) > 1 or not self.training
+        return output
 
 
 class InPlace(Base):
@@ -188,22 +190,22 @@ class InPlace(Base):
 
 
 class Detached(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made.detach()
+    def modify(self, output: torch.Tensor) -> Any:
+        return output.detach()
 
 
 class Unused(Base):
     """Its output has a gradient, but none of its own parameters does."""
 
-    def change(self, made: torch.Tensor) -> Any:
-        return torch.zeros_like(made, requires_grad=self.training) + made.detach()
+    def modify(self, output: torch.Tensor) -> Any:
+        return torch.zeros_like(output, requires_grad=self.training) + output.detach()
 
 
-class Late(Base):
-    def change(self, made: torch.Tensor) -> Any:
+class NewParameter(Base):
+    def modify(self, output: torch.Tensor) -> Any:
         if self.training:
-            self.late = nn.Parameter(torch.zeros(()))
-        return made
+            self.added = nn.Parameter(torch.zeros(()))
+        return output
 
 
 class Growing(Base):
@@ -213,20 +215,20 @@ class Growing(Base):
         super().__init__()
         self.register_buffer("memory", torch.zeros(0))
 
-    def change(self, made: torch.Tensor) -> Any:
+    def modify(self, output: torch.Tensor) -> Any:
         if self.training:
-            self.memory = torch.cat([self.memory, made.detach().flatten()])
-        return made
+            self.memory = torch.cat([self.memory, output.detach().flatten()])
+        return output
 
 
 class Counting(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made * (1 + self.seen)
+    def modify(self, output: torch.Tensor) -> Any:
+        return output * (1 + self.calls)
 
 
 class CountingInTraining(Base):
-    def change(self, made: torch.Tensor) -> Any:
-        return made * (1 + self.seen) if self.training else made
+    def modify(self, output: torch.Tensor) -> Any:
+        return output * (1 + self.calls) if self.training else output
 
 
 class NotSaved(Replaced):
@@ -235,34 +237,34 @@ class NotSaved(Replaced):
         self._non_persistent_buffers_set.add("mean")
 
 
-class OwnRandomness(Base):
+class OwnGenerator(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.chance = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
 
-    def change(self, made: torch.Tensor) -> Any:
-        return made * torch.rand(WIDTH, generator=self.chance) if self.training else made
+    def modify(self, output: torch.Tensor) -> Any:
+        return output * torch.rand(WIDTH, generator=self.generator) if self.training else output
 
 
-class NotTensors(Base):
+class NonTensorState(Base):
     def get_extra_state(self) -> dict[str, int]:
-        return {"seen": self.seen}
+        return {"calls": self.calls}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.seen = state["seen"]
+        self.calls = state["calls"]
 
 
-class NotLoading(Base):
+class UnloadableState(Base):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("wide", torch.ones(1).expand(WIDTH))
 
 
-class OneType(Base):
-    """Only float32."""
+class Float32Only(Base):
+    """Supports only float32."""
 
-    def change(self, made: torch.Tensor) -> Any:
-        return made @ torch.eye(WIDTH)
+    def modify(self, output: torch.Tensor) -> Any:
+        return output @ torch.eye(WIDTH)
 
 
 BROKEN = [
@@ -273,47 +275,57 @@ BROKEN = [
     FewerInTraining,
     NarrowInTraining,
     NotFinite,
-    Elsewhere,
-    Swapped,
-    OfTheBatch,
+    OnAnotherDevice,
+    Reversed,
+    BatchDependent,
     Random,
 ]
-BROKEN += [NeverOne, NeverOneInTraining, InPlace, Detached, Unused, Late, Growing, Counting, CountingInTraining]
-BROKEN += [NotSaved, OwnRandomness, NotTensors, NotLoading, OneType]
+BROKEN += [
+    FailsForOneImage,
+    FailsForOneImageInTraining,
+    InPlace,
+    Detached,
+    Unused,
+    NewParameter,
+    Growing,
+    Counting,
+    CountingInTraining,
+]
+BROKEN += [NotSaved, OwnGenerator, NonTensorState, UnloadableState, Float32Only]
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_rules_are_found(kind: type[nn.Module]) -> None:
+def test_violations_are_detected(kind: type[nn.Module]) -> None:
     assert connector_fault(Connector(kind), SHAPE, WIDTH, ("bfloat16",))
-    if kind is OneType:
+    if kind is Float32Only:
         assert not connector_fault(Connector(kind), SHAPE, WIDTH)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 6.0, None, "6", 5, ValueError("none")])
-def test_invalid_token_counts_are_found(tokens: Any) -> None:
-    def answer(_shape: FeatureShape) -> Any:
+def test_invalid_token_counts_are_detected(tokens: Any) -> None:
+    def token_count(_shape: FeatureShape) -> Any:
         if isinstance(tokens, Exception):
             raise tokens
         return tokens
 
-    assert connector_fault(Connector(Base, answer), SHAPE, WIDTH)
+    assert connector_fault(Connector(Base, token_count), SHAPE, WIDTH)
 
 
-@pytest.mark.parametrize("made", [lambda: torch.relu, lambda: None, lambda: 1 / 0])
-def test_non_modules_are_found(made: Callable[[], Any]) -> None:
-    assert connector_fault(Connector(made), SHAPE, WIDTH)
+@pytest.mark.parametrize("build", [lambda: torch.relu, lambda: None, lambda: 1 / 0])
+def test_non_modules_are_detected(build: Callable[[], Any]) -> None:
+    assert connector_fault(Connector(build), SHAPE, WIDTH)
 
 
 def test_random_states_are_restored() -> None:
     torch.manual_seed(5)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(5)
     connector_fault(Connector(Base), SHAPE, WIDTH)
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_check_connector_accepts_frozen_weights_and_names_those_without_a_gradient() -> None:
-    class Own:
+    class WithSpareLayer:
         def tokens(self, shape: FeatureShape) -> int:
             return shape.patches
 
@@ -324,13 +336,13 @@ def test_check_connector_accepts_frozen_weights_and_names_those_without_a_gradie
 
         frozen = False
 
-    assert check_connector(Own()) == []
-    Own.frozen = True
-    assert [fault.split()[1] for fault in check_connector(Own())] == ["spare.weight", "spare.bias"]
+    assert check_connector(WithSpareLayer()) == []
+    WithSpareLayer.frozen = True
+    assert [fault.split()[1] for fault in check_connector(WithSpareLayer())] == ["spare.weight", "spare.bias"]
 
 
 class Connector:
-    """Builds what ``make`` gives."""
+    """Builds the result of ``make``."""
 
     def __init__(
         self, make: Callable[[], Any], tokens: Callable[[FeatureShape], Any] = lambda shape: shape.patches

@@ -1,4 +1,4 @@
-"""Ours = transformers' LlavaForConditionalGeneration, with the same weights; the loss is that of plain forwards."""
+"""LlavaModel equals transformers' LlavaForConditionalGeneration with the same weights."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch.nn import functional
 
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch, FeatureShape
-from llavactl.model.build import Parts, build
+from llavactl.model.build import ModelBundle, build
 from llavactl.model.generate import Sampling, generate
 
 SHAPE = FeatureShape((2, 2), 32)
 
 
 @pytest.fixture
-def parts(toys: Path) -> Parts:
-    made = build({"name": "mlp2x-gelu"}, {"name": "hf", "model": str(toys / "language")}, SHAPE, dtype="float32")
-    made.model.eval()
-    return made
+def bundle(toys: Path) -> ModelBundle:
+    built = build({"name": "mlp2x-gelu"}, {"name": "hf", "model": str(toys / "language")}, SHAPE, dtype="float32")
+    built.model.eval()
+    return built
 
 
-def hugging_face(parts: Parts, clip: Path) -> nn.Module:
-    """LlavaForConditionalGeneration around the very same weights."""
+def hugging_face(bundle: ModelBundle, clip: Path) -> nn.Module:
+    """LlavaForConditionalGeneration with the same weights."""
     from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-    tower, language = CLIPVisionModel.from_pretrained(clip), parts.model.language
+    tower, language = CLIPVisionModel.from_pretrained(clip), bundle.model.language
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
-        image_token_index=len(parts.tokenizer) - 1,
+        image_token_index=len(bundle.tokenizer) - 1,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -42,8 +42,8 @@ def hugging_face(parts: Parts, clip: Path) -> nn.Module:
     llava.model.language_model.load_state_dict(language.model.state_dict())
     llava.lm_head.load_state_dict(language.lm_head.state_dict())
     projector = llava.model.multi_modal_projector
-    projector.linear_1.load_state_dict(parts.model.connector[0].state_dict())
-    projector.linear_2.load_state_dict(parts.model.connector[2].state_dict())
+    projector.linear_1.load_state_dict(bundle.model.connector[0].state_dict())
+    projector.linear_2.load_state_dict(bundle.model.connector[2].state_dict())
     return llava
 
 
@@ -61,16 +61,16 @@ IMAGE = [IMAGE_TOKEN] * 4
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_equal_those_of_transformers(parts: Parts, toys: Path, side: str) -> None:
+def test_logits_equal_transformers(bundle: ModelBundle, toys: Path, side: str) -> None:
     from llavactl.core.registry import registry
 
-    llava = hugging_face(parts, toys / "clip")
+    llava = hugging_face(bundle, toys / "clip")
     encoder = registry().create("vision", {"name": "clip", "model": str(toys / "clip")}).load("cpu", "float32")
     pixels = torch.randn(3, 3, 28, 28)
     rows = [[0, *IMAGE, 40, 41, 42, *IMAGE, 50], [0, 60, 61, *IMAGE, 62], [0, 70, 71, 72]]
     batch = batch_of(rows, encoder.encode(pixels), side)
     with torch.no_grad():
-        ours = parts.model.logits(batch)
+        ours = bundle.model.logits(batch)
         theirs = llava(
             input_ids=batch.ids.masked_fill(batch.ids == IMAGE_TOKEN, llava.config.image_token_id),
             attention_mask=batch.mask.long(),
@@ -80,62 +80,62 @@ def test_logits_equal_those_of_transformers(parts: Parts, toys: Path, side: str)
     assert (ours - theirs)[batch.mask].abs().max() < 1e-4
 
 
-def test_loss_is_the_sum_over_plain_forwards(parts: Parts) -> None:
+def test_the_loss_is_the_sum_over_conversations(bundle: ModelBundle) -> None:
     torch.manual_seed(0)
     features = torch.randn(2, 4, 32)
     rows = [[0, *IMAGE, 40, 41, 42], [0, 60, 61, *IMAGE, 62, 63, 64, 65]]
     batch = batch_of(rows, features)
-    parts.model(batch).backward()
-    ours = {name: p.grad.clone() for name, p in parts.model.named_parameters()}
-    parts.model.zero_grad()
+    bundle.model(batch).backward()
+    ours = {name: p.grad.clone() for name, p in bundle.model.named_parameters()}
+    bundle.model.zero_grad()
     total = torch.zeros(())
     for index, row in enumerate(rows):
-        alone = batch_of([row], features[index : index + 1])
-        logits = parts.model.language(inputs_embeds=parts.model.embed(alone.ids, alone.features)).logits[0, :-1]
-        total = total + functional.cross_entropy(logits, alone.labels[0, 1:], reduction="sum")
+        single = batch_of([row], features[index : index + 1])
+        logits = bundle.model.language(inputs_embeds=bundle.model.embed(single.ids, single.features)).logits[0, :-1]
+        total = total + functional.cross_entropy(logits, single.labels[0, 1:], reduction="sum")
     total.backward()
-    for name, parameter in parts.model.named_parameters():
+    for name, parameter in bundle.model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_places_and_tokens_must_match(parts: Parts) -> None:
-    with pytest.raises(ModelError, match="3 places for image tokens, but the connector made 4"):
-        parts.model.logits(batch_of([[0, *IMAGE[:3], 40]], torch.randn(1, 4, 32)))
+def test_image_tokens_and_features_must_match(bundle: ModelBundle) -> None:
+    with pytest.raises(ModelError, match=r"3 image tokens.*connector.* 4"):
+        bundle.model.logits(batch_of([[0, *IMAGE[:3], 40]], torch.randn(1, 4, 32)))
 
 
-def answers(parts: Parts, batch: Batch, count: int = 12, **sampling: float) -> list[list[int | None]]:
-    steps = list(generate(parts.model, batch, Sampling(count, **sampling), stop={parts.tokenizer.eos_token_id}))
+def answers(bundle: ModelBundle, batch: Batch, count: int = 12, **sampling: float) -> list[list[int | None]]:
+    steps = list(generate(bundle.model, batch, Sampling(count, **sampling), stop={bundle.tokenizer.eos_token_id}))
     return [list(row) for row in zip(*steps, strict=True)]
 
 
-def test_a_batch_answers_as_single_questions_do(parts: Parts) -> None:
+def test_a_batch_generates_the_same_as_single_questions(bundle: ModelBundle) -> None:
     torch.manual_seed(1)
     features = torch.randn(2, 4, 32)
     rows = [[0, *IMAGE, 40, 41, 42, 43, 44], [0, *IMAGE, 62]]
-    together = answers(parts, batch_of(rows, features, "left"))
+    together = answers(bundle, batch_of(rows, features, "left"))
     for index, row in enumerate(rows):
-        assert answers(parts, batch_of([row], features[index : index + 1], "left"))[0] == together[index]
+        assert answers(bundle, batch_of([row], features[index : index + 1], "left"))[0] == together[index]
 
 
-def test_generation_equals_that_of_transformers(parts: Parts) -> None:
+def test_greedy_decoding_equals_transformers(bundle: ModelBundle) -> None:
     batch = batch_of([[0, *IMAGE, 40, 41, 42]], torch.randn(1, 4, 32))
-    embeds = parts.model.embed(batch.ids, batch.features)
-    theirs = parts.model.language.generate(
+    embeds = bundle.model.embed(batch.ids, batch.features)
+    theirs = bundle.model.language.generate(
         inputs_embeds=embeds, attention_mask=batch.mask.long(), max_new_tokens=12, do_sample=False, use_cache=True
     )[0].tolist()
-    ours = [token for token in answers(parts, batch)[0] if token is not None]
-    assert ours == [token for token in theirs if token != parts.tokenizer.eos_token_id]
+    ours = [token for token in answers(bundle, batch)[0] if token is not None]
+    assert ours == [token for token in theirs if token != bundle.tokenizer.eos_token_id]
 
 
-def test_sampling_is_seeded_and_a_tiny_nucleus_is_greedy(parts: Parts) -> None:
+def test_sampling_is_seeded_and_a_tiny_top_p_is_greedy(bundle: ModelBundle) -> None:
     batch = batch_of([[0, 40, 41, 42]], None)
-    assert answers(parts, batch, temperature=1.0, seed=3) == answers(parts, batch, temperature=1.0, seed=3)
-    assert answers(parts, batch, temperature=1.0, seed=3) != answers(parts, batch, temperature=1.0, seed=4)
-    assert answers(parts, batch, temperature=1.0, top_p=1e-6) == answers(parts, batch)
+    assert answers(bundle, batch, temperature=1.0, seed=3) == answers(bundle, batch, temperature=1.0, seed=3)
+    assert answers(bundle, batch, temperature=1.0, seed=3) != answers(bundle, batch, temperature=1.0, seed=4)
+    assert answers(bundle, batch, temperature=1.0, top_p=1e-6) == answers(bundle, batch)
 
 
-def test_non_finite_logits_are_an_error(parts: Parts) -> None:
+def test_non_finite_logits_are_an_error(bundle: ModelBundle) -> None:
     with torch.no_grad():
-        parts.model.language.lm_head.weight[0, 0] = float("nan")
+        bundle.model.language.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
-        answers(parts, batch_of([[0, 40, 41]], None))
+        answers(bundle, batch_of([[0, 40, 41]], None))

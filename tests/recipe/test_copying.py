@@ -1,4 +1,4 @@
-"""Copying a recipe to where it is edited."""
+"""Copying a recipe to an editable file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_copy_is_the_recipe_comments_and_all(here: Path) -> None:
+def test_the_copy_is_identical_with_comments(here: Path) -> None:
     assert copy("llava-v1.5-7b") == Path("recipe.yaml")
     assert (here / "recipe.yaml").read_text() == find("llava-v1.5-7b").file.read_text()
     assert load_recipe() == load_recipe("llava-v1.5-7b")
@@ -34,14 +34,14 @@ def test_a_copy_with_a_parent_works(here: Path) -> None:
     assert recipe.data.stage1[0].spec()["path"].startswith(str(here / "sub/data"))
 
 
-def test_a_folder_takes_a_recipe_yaml(here: Path) -> None:
+def test_the_destination_may_be_a_folder(here: Path) -> None:
     (here / "sub").mkdir()
     assert copy("llava-v1-7b", Path("sub")) == Path("sub/recipe.yaml")
 
 
-def test_nothing_is_overwritten_unless_forced(here: Path) -> None:
+def test_a_file_is_overwritten_only_with_force(here: Path) -> None:
     (here / "recipe.yaml").write_text("mine")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml exists") as caught:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml") as caught:
         copy("llava-v1-7b")
     assert "--force" in caught.value.hint
     assert (here / "recipe.yaml").read_text() == "mine"
@@ -49,23 +49,21 @@ def test_nothing_is_overwritten_unless_forced(here: Path) -> None:
     assert load_recipe().name == "llava-v1-7b"
 
 
-def test_where_nothing_can_be_written(here: Path) -> None:
+def test_a_destination_that_is_not_writable(here: Path) -> None:
     (here / "file").touch()
-    with pytest.raises(RecipeError, match="can't be written"):
+    with pytest.raises(RecipeError, match=r"file/recipe\.yaml"):
         copy("llava-v1-7b", Path("file/recipe.yaml"))
 
 
 @pytest.mark.parametrize("quote", ["", "'", '"'])
-def test_a_parent_named_by_path_is_found_from_the_copy(
+def test_a_relative_parent_becomes_absolute_in_the_copy(
     quote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "a package"
     package.mkdir()
     (package / "base.yaml").write_text(find("llava-v1-7b").file.read_text())
     (package / "own.yaml").write_text(f"# own\nextends: {quote}base.yaml{quote}  # the parent\nname: own\n")
-    monkeypatch.setitem(
-        registry().entries["recipes"], "own", Registration("recipes", "own", "x:y", None, "", "stranger")
-    )
+    monkeypatch.setitem(registry().entries["recipes"], "own", Registration("recipes", "own", "x:y", None, "", "plugin"))
     monkeypatch.setattr(Registration, "path", lambda self: package / "own.yaml")
     assert load_recipe("own").name == "own"
     copy("own")

@@ -1,4 +1,4 @@
-"""``extends``: one parent under a recipe."""
+"""``extends``: recipes with a parent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def child(text: str, file: str = "recipe.yaml") -> Path:
     return Path(file)
 
 
-def test_the_child_is_over_the_parent(here: Path) -> None:
+def test_the_child_overrides_the_parent(here: Path) -> None:
     child(
         "extends: base/parent.yaml\nname: child\nstage1: {epochs: 1}\nvision: {layer: -2}\nconnector: {name: linear}\n"
     )
@@ -43,7 +43,7 @@ def test_the_child_is_over_the_parent(here: Path) -> None:
     assert recipe.vision.spec()["layer"] == -2
     assert recipe.vision.spec()["model"] == "a/b"
     assert recipe.connector.spec() == {"name": "linear", "pixel_shuffle": 1, "norm": False}, (
-        "another component replaces the parent's whole"
+        "another component replaces the parent's"
     )
     assert recipe.language.template == "plain"
     assert recipe.run_dir == here / "runs/child"
@@ -57,7 +57,7 @@ def test_each_files_paths_are_relative_to_it(here: Path) -> None:
     assert recipe.data.stage2[0].spec()["path"] == str(here / "y.json")
 
 
-def test_a_parent_found_by_name_is_relative_to_its_child(here: Path) -> None:
+def test_paths_of_a_registered_parent_are_relative_to_the_child(here: Path) -> None:
     (here / "sub").mkdir()
     child("extends: llava-v1.5-7b\nname: mine\n", "sub/recipe.yaml")
     recipe = load_recipe("sub/recipe.yaml")
@@ -65,7 +65,7 @@ def test_a_parent_found_by_name_is_relative_to_its_child(here: Path) -> None:
     assert recipe.run_dir == here / "sub/runs/mine"
 
 
-def test_a_run_folder_is_not_inherited_by_another_name(here: Path) -> None:
+def test_a_recipe_with_another_name_does_not_inherit_run_dir(here: Path) -> None:
     (here / "base/parent.yaml").write_text(PARENT + "run_dir: out\n")
     child("extends: base/parent.yaml\n")
     assert load_recipe().run_dir == here / "base/out"
@@ -80,46 +80,46 @@ def test_grandparents(here: Path) -> None:
     assert (recipe.stage1.epochs, recipe.stage1.batch_size, recipe.seed) == (2, 64, 4)
 
 
-def test_problems_are_told_where_they_were_written(here: Path) -> None:
+def test_problems_have_the_line_of_the_file_that_defines_the_key(here: Path) -> None:
     (here / "base/parent.yaml").write_text(
         PARENT.replace("epochs: 3", "epochs: x").replace("pixel_shuffle: 2", "pixel_shuffle: x")
     )
     child("extends: base/parent.yaml\nconnector: {pixel_shuffle: y}\nseed: z\n")
-    assert [str(problem) for problem in check()] == [
-        "base/parent.yaml:6: stage1.epochs: must be a number > 0, not 'x'",
-        "recipe.yaml:2: connector.pixel_shuffle: must be an integer ≥ 1, not 'y'",
-        "recipe.yaml:3: seed: must be an integer, not 'z'",
+    assert [(problem.where, problem.key) for problem in check()] == [
+        ("base/parent.yaml:6", "stage1.epochs"),
+        ("recipe.yaml:2", "connector.pixel_shuffle"),
+        ("recipe.yaml:3", "seed"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("extends", "why"),
+    ("extends", "term"),
     [
-        ("llava-v1.5-7", "there is no recipe named 'llava-v1.5-7'; did you mean 'llava-v1.5-7b'?"),
-        ("none.yaml", "there is no recipe file none.yaml"),
-        ("base/", "there is no recipe file base"),
-        ("3", "must be the name or the path of a recipe"),
-        ("[a, b]", "must be the name or the path of a recipe"),
-        ("''", "must be the name or the path of a recipe"),
-        ("recipe.yaml", "extends itself: recipe.yaml → recipe.yaml"),
+        ("llava-v1.5-7", "did you mean 'llava-v1.5-7b'?"),
+        ("none.yaml", "none.yaml"),
+        ("base/", "base"),
+        ("3", "name or path"),
+        ("[a, b]", "name or path"),
+        ("''", "name or path"),
+        ("recipe.yaml", "recipe.yaml → recipe.yaml"),
     ],
 )
-def test_what_cannot_be_extended(extends: str, why: str) -> None:
+def test_invalid_parents(extends: str, term: str) -> None:
     child(f"name: child\nextends: {extends}\n")
     (problem,) = check()
     assert (problem.where, problem.key) == ("recipe.yaml:2", "extends")
-    assert why in problem.why
+    assert term in problem.why
 
 
-def test_a_longer_cycle_is_told_whole(here: Path) -> None:
+def test_a_cycle_lists_its_files(here: Path) -> None:
     child("extends: base/b.yaml\n", "a.yaml")
     (here / "base/b.yaml").write_text("# b\nextends: ../a.yaml\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe("a.yaml")
-    assert "extends itself: a.yaml → base/b.yaml → base/../a.yaml" in str(caught.value)
+    assert "a.yaml → base/b.yaml → base/../a.yaml" in str(caught.value)
 
 
-def test_a_broken_parent_is_the_parents_problem(here: Path) -> None:
+def test_a_broken_parent_is_reported_with_its_file(here: Path) -> None:
     (here / "base/parent.yaml").write_text("a: [1\n")
     child("extends: base/parent.yaml\n")
     (problem,) = check()

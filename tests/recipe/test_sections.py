@@ -1,4 +1,4 @@
-"""A command asks for the sections that it needs, and for no more."""
+"""Commands require only the sections that they need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ generate:
   source: {name: scenes, scenes: 3}
   teacher: {name: rules}
   kinds: {conversation: 1}
-  out: made.jsonl
+  out: generated.jsonl
 """
 
 
@@ -33,11 +33,11 @@ def test_data_is_generated_without_a_model(data_only: Path) -> None:
     done = run_cli("data", "generate", "--json", cwd=data_only)
     assert done.exit_code == 0, done.stderr
     assert done.json()["samples"] == 3
-    assert (data_only / "made.jsonl").is_file()
-    assert run_cli("data", "stats", "-r", "recipe.yaml", "made.jsonl", cwd=data_only).exit_code == 0
+    assert (data_only / "generated.jsonl").is_file()
+    assert run_cli("data", "stats", "-r", "recipe.yaml", "generated.jsonl", cwd=data_only).exit_code == 0
 
 
-def test_what_is_needed_and_missing_is_named(data_only: Path) -> None:
+def test_missing_sections_are_named(data_only: Path) -> None:
     done = run_cli("train", "--stage", "1", cwd=data_only)
     assert done.exit_code == 1
     assert all(name in done.stderr for name in ("vision", "connector", "language"))
@@ -56,7 +56,7 @@ def test_features_are_extracted_without_a_language_model(toy: Path) -> None:
     assert done.json()["encoded"] == 12
 
 
-def test_a_whole_recipe_is_one_whatever_is_asked_for(toy: Path) -> None:
+def test_a_complete_recipe_is_always_a_recipe(toy: Path) -> None:
     for frame in (Outline, VisionRecipe, Recipe):
         assert isinstance(load_frame(frame, toy / "recipe.yaml"), Recipe)
     with pytest.raises(RecipeError) as caught:
@@ -64,7 +64,7 @@ def test_a_whole_recipe_is_one_whatever_is_asked_for(toy: Path) -> None:
     assert [problem.key for problem in caught.value.problems] == ["connector"]
 
 
-def test_an_option_image_is_asked_of_backbones_that_have_it(toy: Path) -> None:
+def test_the_option_image_is_passed_only_to_encoders_that_have_it(toy: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml")
     assert recipe.vision.spec()["image"] == "pad"
     bare = recipe.vision.model_copy(update={"image": None})

@@ -1,4 +1,4 @@
-"""The recipes that come with llavactl."""
+"""The built-in recipes."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check, dump, load_recipe
 
 ROOT = Path(__file__).parents[2]
-OURS = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
-def test_every_file_is_registered_and_the_reverse() -> None:
+def test_the_registered_recipes_are_the_files() -> None:
     registered = [entry.name for entry in registry().entries["recipes"].values() if entry.plugin == plugins.BUILTIN]
-    assert sorted(registered) == OURS
+    assert sorted(registered) == NAMES
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_it_is_sound_though_its_data_is_elsewhere(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_valid_without_its_data(name: str) -> None:
     assert check(name) == []
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_it_opens_with_its_command(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_it_starts_with_its_command(name: str) -> None:
     first = (ROOT / f"recipes/{name}.yaml").read_text().splitlines()[0]
     assert first == f"# llavactl run -r {name}"
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_its_name_is_its_own(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_its_name_is_its_file_name(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.run_dir.name == name
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_resolved_it_loads_to_the_same(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_the_resolved_recipe_is_equal(name: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump(load_recipe(name)))
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(name)
 
@@ -60,7 +60,7 @@ def v15() -> Recipe:
     return load_recipe("llava-v1.5-7b")
 
 
-def test_v1_is_the_papers(v1: Recipe) -> None:
+def test_v1_has_the_values_of_the_paper(v1: Recipe) -> None:
     assert v1.vision.spec() == {
         "name": "clip",
         "model": "openai/clip-vit-large-patch14",
@@ -75,7 +75,7 @@ def test_v1_is_the_papers(v1: Recipe) -> None:
     assert (one.image_order, two.image_order) == ("random", "random")
 
 
-def test_v15_is_the_papers(v15: Recipe) -> None:
+def test_v15_has_the_values_of_the_paper(v15: Recipe) -> None:
     assert v15.vision.spec()["model"].endswith("-336")
     assert v15.connector.name == "mlp2x-gelu"
     one, two = v15.stage1, v15.stage2
@@ -85,31 +85,31 @@ def test_v15_is_the_papers(v15: Recipe) -> None:
     assert (one.image_order, two.image_order) == ("first", "first")
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_what_all_have_in_common(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_common_values(name: str) -> None:
     recipe = load_recipe(name)
     for stage in (recipe.stage1, recipe.stage2):
         assert (stage.warmup, stage.weight_decay, stage.max_length, stage.precision) == (0.03, 0, 2048, "bfloat16")
 
 
-def test_the_13b_differs_in_its_language_model_alone(v15: Recipe) -> None:
-    ours = load_recipe("llava-v1.5-13b").model_dump(exclude={"name", "run_dir"})
-    theirs = v15.model_dump(exclude={"name", "run_dir"})
-    assert ours.pop("language")["model"] == "lmsys/vicuna-13b-v1.5"
-    assert theirs.pop("language")["model"] == "lmsys/vicuna-7b-v1.5"
-    assert ours == theirs
+def test_the_13b_differs_only_in_its_language_model(v15: Recipe) -> None:
+    large = load_recipe("llava-v1.5-13b").model_dump(exclude={"name", "run_dir"})
+    small = v15.model_dump(exclude={"name", "run_dir"})
+    assert large.pop("language")["model"] == "lmsys/vicuna-13b-v1.5"
+    assert small.pop("language")["model"] == "lmsys/vicuna-7b-v1.5"
+    assert large == small
 
 
-def test_scienceqa_is_the_scripts(v1: Recipe) -> None:
-    ours = load_recipe("llava-v1-13b-scienceqa")
-    assert (ours.stage2.epochs, ours.stage2.batch_size, ours.stage2.learning_rate) == (12, 128, 2e-5)
-    assert ours.language.spec()["model"] == "lmsys/vicuna-13b-v1.3"
-    assert (ours.stage1, ours.vision, ours.connector) == (v1.stage1, v1.vision, v1.connector)
-    assert [source.name for source in ours.data.stage2] == ["scienceqa"]
-    assert [task.spec()["prompt"] for task in ours.eval.tasks] == ["qcm-lea"]
+def test_scienceqa_has_the_values_of_the_script(v1: Recipe) -> None:
+    recipe = load_recipe("llava-v1-13b-scienceqa")
+    assert (recipe.stage2.epochs, recipe.stage2.batch_size, recipe.stage2.learning_rate) == (12, 128, 2e-5)
+    assert recipe.language.spec()["model"] == "lmsys/vicuna-13b-v1.3"
+    assert (recipe.stage1, recipe.vision, recipe.connector) == (v1.stage1, v1.vision, v1.connector)
+    assert [source.name for source in recipe.data.stage2] == ["scienceqa"]
+    assert [task.spec()["prompt"] for task in recipe.eval.tasks] == ["qcm-lea"]
 
 
-def test_lora_is_the_scripts(v15: Recipe) -> None:
+def test_lora_has_the_values_of_the_script(v15: Recipe) -> None:
     lora = load_recipe("llava-v1.5-7b-lora")
     two = lora.stage2
     assert two.method == "lora"
@@ -118,8 +118,8 @@ def test_lora_is_the_scripts(v15: Recipe) -> None:
     assert lora.stage1 == v15.stage1
 
 
-def test_a_wheel_has_them_too(tmp_path: Path) -> None:
-    """The layout that pyproject gives a wheel, unpacked; no checkout beside it."""
+def test_a_wheel_contains_the_recipes(tmp_path: Path) -> None:
+    """In the folder layout of an installed wheel, without a checkout."""
     included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     site = tmp_path / "site"
     for package in included["packages"]:
@@ -134,9 +134,9 @@ def test_a_wheel_has_them_too(tmp_path: Path) -> None:
     )
     where, _, listed = done.stdout.partition("\n")
     assert where.startswith(str(site))
-    assert [each["name"] for each in json.loads(listed)] == OURS
-    program = f"from llavactl.recipe.load import check; print([check(name) for name in {OURS}])"
+    assert [each["name"] for each in json.loads(listed)] == NAMES
+    program = f"from llavactl.recipe.load import check; print([check(name) for name in {NAMES}])"
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == str([[]] * len(OURS))
+    assert done.stdout.strip() == str([[]] * len(NAMES))

@@ -23,7 +23,7 @@ from llavactl.report.figures import Row, Table, duration, score_tables, show
         ("text", "text"),
     ],
 )
-def test_one_value(value: Any, text: str) -> None:
+def test_format_of_a_value(value: Any, text: str) -> None:
     assert show(value) == text
 
 
@@ -39,27 +39,27 @@ def test_one_value(value: Any, text: str) -> None:
         (-1, "–"),
     ],
 )
-def test_durations(seconds: Any, text: str) -> None:
+def test_format_of_durations(seconds: Any, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_groups_about_the_plain_scores_stand_beside_them() -> None:
+def test_groups_with_the_same_keys_are_columns() -> None:
     (table,) = score_tables({"accuracy": 61.25, "unparsed": 3, "chance": {"accuracy": 33.5}})
     assert table == Table(
         ("score", "chance"), (Row("accuracy", ("61.2", "33.5"), 61.25, 33.5), Row("unparsed", ("3", "–")))
     )
 
 
-def test_groups_of_their_own_are_lines() -> None:
+def test_other_groups_are_rows() -> None:
     (table,) = score_tables({"all": {"relative": 80.0, "n": 90}, "conv": {"relative": 75.0, "failed": 1}})
     assert table.columns == ("relative", "n", "failed")
     assert table.rows == (Row("all", ("80.0", "90", "–")), Row("conv", ("75.0", "–", "1")))
 
 
-def test_counts_and_numbers_beyond_a_percentage_have_no_bar() -> None:
+def test_only_percentages_have_bars() -> None:
     (table,) = score_tables({"tp": 50, "loss": 250.0, "f1": 87.14})
-    assert [row.share for row in table.rows] == [None, None, 87.14]
+    assert [row.percent for row in table.rows] == [None, None, 87.14]
 
 
-def test_no_scores_no_table() -> None:
+def test_without_scores_there_is_no_table() -> None:
     assert score_tables({}) == ()

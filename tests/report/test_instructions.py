@@ -1,4 +1,4 @@
-"""The page about a teacher's work: its figures are right, and nothing in it can do anything."""
+"""The report of ``data generate``: correct statistics, and no active content."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EVIL = '<script src="http://evil.example/x.js"></script><img src=x onerror=alert
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def made(
-    folder: Path, number: int, kind: str = "detail", text: str = "A dog is here.", sort: str = ""
+def generated(
+    folder: Path, number: int, kind: str = "detail", text: str = "A dog is here.", category: str = ""
 ) -> GeneratedRecord:
     sample = Sample(str(number), (Turn("user", (ImageFile(str(folder), f"{number}.png"),)),))
-    said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": text}]
-    record: Any = None if sort else {"conversations": said}
-    return GeneratedRecord(Request(f"{number}-{kind}", kind, (), sample), record, sort and "why", sort)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": text}]
+    record: Any = None if category else {"conversations": turns}
+    return GeneratedRecord(Request(f"{number}-{kind}", kind, (), sample), record, category and "why", category)
 
 
 def page(folder: Path, rows: list[GeneratedRecord]) -> str:
@@ -39,7 +39,7 @@ def page(folder: Path, rows: list[GeneratedRecord]) -> str:
     for row in rows:
         summary.add(row)
     examples = [(each.request.kind, each.request.sample.images, each.record) for each in summary.examples]
-    return write_instructions(folder / "page.html", "made", summary.document(), examples).read_text()
+    return write_instructions(folder / "page.html", "instruct", summary.document(), examples).read_text()
 
 
 @pytest.fixture
@@ -51,22 +51,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_figures_and_samples(folder: Path) -> None:
-    rows = [made(folder, n, "detail" if n % 2 else "reasoning", "word " * (n + 1)) for n in range(30)]
-    rows += [made(folder, n, sort="leak") for n in range(3)]
+def test_statistics_and_samples(folder: Path) -> None:
+    rows = [generated(folder, n, "detail" if n % 2 else "reasoning", "word " * (n + 1)) for n in range(30)]
+    rows += [generated(folder, n, category="leak") for n in range(3)]
     summary = GenerationSummary(seed=1)
     for row in rows:
         summary.add(row)
     assert summary.document() == {
-        "made": {"reasoning": 15, "detail": 15},
+        "written": {"reasoning": 15, "detail": 15},
         "refused": {"leak": {"detail": 3}},
         "lengths": {
-            "detail: answers": {"least": 2, "median": 16, "90 %": 28, "most": 30},
-            "detail: questions": {"least": 3, "median": 3, "90 %": 3, "most": 3},
-            "detail: turns": {"least": 1, "median": 1, "90 %": 1, "most": 1},
-            "reasoning: answers": {"least": 1, "median": 15, "90 %": 27, "most": 29},
-            "reasoning: questions": {"least": 3, "median": 3, "90 %": 3, "most": 3},
-            "reasoning: turns": {"least": 1, "median": 1, "90 %": 1, "most": 1},
+            "detail: answers": {"min": 2, "median": 16, "p90": 28, "max": 30},
+            "detail: questions": {"min": 3, "median": 3, "p90": 3, "max": 3},
+            "detail: turns": {"min": 1, "median": 1, "p90": 1, "max": 1},
+            "reasoning: answers": {"min": 1, "median": 15, "p90": 27, "max": 29},
+            "reasoning: questions": {"min": 3, "median": 3, "p90": 3, "max": 3},
+            "reasoning: turns": {"min": 1, "median": 1, "p90": 1, "max": 1},
         },
         "openings": {"what is": 15},
     }
@@ -74,48 +74,48 @@ def test_figures_and_samples(folder: Path) -> None:
     assert len({each.request.id for each in summary.examples}) == 10
     html = page(folder, rows)
     assert html.count("<article") == 10
-    pictures = html.count("data:image/jpeg")
-    assert pictures + html.count('class="blank"') == 10
-    assert 0 < pictures < 10, "those above 11 are not on disk"
+    thumbnails = html.count("data:image/jpeg")
+    assert thumbnails + html.count('class="blank"') == 10
+    assert 0 < thumbnails < 10, "images above 11 are not on disk"
 
 
-def test_samples_are_drawn_evenly(folder: Path) -> None:
+def test_samples_are_drawn_uniformly(folder: Path) -> None:
     counts = [0] * 30
     for seed in range(300):
         summary = GenerationSummary(seed)
         for n in range(30):
-            summary.add(made(folder, n))
+            summary.add(generated(folder, n))
         for each in summary.examples:
             counts[int(each.request.sample.id)] += 1
     assert min(counts) > 65
     assert max(counts) < 140
 
 
-def test_nothing_in_it_can_do_anything(folder: Path) -> None:
-    html = page(folder, [made(folder, 0, text=EVIL), made(folder, 1, text="fine")])
+def test_the_page_has_no_active_content(folder: Path) -> None:
+    html = page(folder, [generated(folder, 0, text=EVIL), generated(folder, 1, text="fine")])
     assert "<script" not in html
     assert "onerror=alert" not in re.sub(r"&lt;img.*?&gt;", "", html)
     assert "default-src 'none'" in html
     assert "{{" not in html
-    assert "--accent" in html, "the style is there"
+    assert "--accent" in html, "the style is included"
 
 
-def test_nothing_made(folder: Path) -> None:
-    html = page(folder, [made(folder, 0, sort="malformed")])
+def test_without_records(folder: Path) -> None:
+    html = page(folder, [generated(folder, 0, category="malformed")])
     assert "malformed" in html
     assert "<article" not in html
     assert page(folder, [])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_in_a_browser(folder: Path) -> None:
-    html = page(folder, [made(folder, n, text=EVIL * 5) for n in range(12)])
+    html = page(folder, [generated(folder, n, text=EVIL * 5) for n in range(12)])
     probe = (
         "<script>onload = () => { document.title = ['decoded', [...document.images].every(i => i.naturalWidth > 0),"
         " 'wide', document.documentElement.scrollWidth <= innerWidth].join(' ') }</script>"
     )
-    # The page forbids scripts: for this test alone they are let in.
+    # The page forbids scripts: they are allowed for this test only.
     path = folder / "probe.html"
     path.write_text(
         html.replace("default-src 'none'", "script-src 'unsafe-inline'").replace("</body>", probe + "</body>")

@@ -1,7 +1,8 @@
-"""The page on whole runs, half ones, broken ones and hostile ones."""
+"""report.html of finished, unfinished, damaged and malicious runs."""
 
 import json
 import re
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,7 @@ HOSTILE = "</pre></td><script>alert(1)</script><img src=x onerror=alert(1)>\" on
 
 
 class Page(HTMLParser):
-    """The page as a browser takes it apart: tags, attributes, text; unbalanced tags are an error."""
+    """The parsed page: tags, attributes, text; unbalanced tags are an error."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.text, self._open = "", list[str]()
         self.feed(html)
-        assert not self._open, f"left open: {self._open}"
+        assert not self._open, f"unclosed: {self._open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
@@ -68,7 +69,9 @@ def run_dir(tmp_path: Path) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 8, "val_loss": 0.4}])
         write(folder / stage / "metrics.jsonl", text)
         report = {"stage": 1, "steps": 8, "samples": 640, "seconds": 95.2, "tokens_per_s": 1234.5, "loss": 0.375}
-        write(folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "left_out": 0})
+        write(
+            folder / stage / "report.json", {**report, "val_loss": 0.4, "validation_samples": 2, "skipped_samples": 0}
+        )
         answers = [("What is it?", "A cat.", "a cat"), ("How many?", "Two.", "Three.")]
         rows = [{"image": "a.jpg", "question": q, "reference": r, "answer": a} for q, r, a in answers]
         write(folder / stage / "samples.json", [{**rows[0], "thumbnail": PIXEL}, {**rows[1], "thumbnail": ""}])
@@ -81,7 +84,7 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_whole_run_is_on_the_page(run_dir: Path) -> None:
+def test_a_finished_run_is_on_the_page(run_dir: Path) -> None:
     shown = page(run_dir)
     for text in ("my-run", "clip-vit", "vicuna-7b", "Stage 1", "Stage 2", "finished", "640", "1 min 35 s", "0.375"):
         assert text in shown.text
@@ -93,17 +96,17 @@ def test_a_whole_run_is_on_the_page(run_dir: Path) -> None:
     assert shown.images.count(PIXEL) == 2
 
 
-def test_times_and_what_to_try_stand_at_the_end(run_dir: Path) -> None:
+def test_times_and_suggestions_are_on_the_page(run_dir: Path) -> None:
     write(run_dir / "times.json", {"extract": 30.0, "stage 1": 95.0, "odd": "later"})
     recipe = run_dir / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "try_next: [try <this> first]\n")
     shown = page(run_dir)
-    for text in ("30 s", "1 min 35 s", "together", "2 min 5 s", "try <this> first"):
+    for text in ("30 s", "1 min 35 s", "total", "2 min 5 s", "try <this> first"):
         assert text in shown.text
     assert "later" not in shown.text
 
 
-def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
+def test_a_task_shows_sample_answers(run_dir: Path) -> None:
     row = {"image": "b.png", "thumbnail": PIXEL, "question": "Which colour?", "reference": "Red.", "answer": "Blue."}
     write(run_dir / "eval/examples/scenes.json", [row])
     shown = page(run_dir)
@@ -111,24 +114,24 @@ def test_a_task_shows_some_of_its_answers(run_dir: Path) -> None:
     assert shown.images.count(PIXEL) == 3
 
 
-def test_intervals_and_others_stand_beside_the_scores(run_dir: Path) -> None:
+def test_intervals_and_baselines_are_columns(run_dir: Path) -> None:
     report = json.loads((run_dir / "eval/scenes.json").read_text())
-    others = {"blind twin": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
-    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "beside": others})
+    baselines = {"blind baseline": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
+    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "baselines": baselines})
     html = write_report(run_dir).read_text()
     columns = re.findall(r'<th class="number">(.*?)</th>', html)
     cells = re.findall(r'<td class="number">(.*?)</td>', html)
-    assert columns == ["score", "95 %", "chance", "blind twin", "stage 1"]
+    assert columns == ["score", "95 %", "chance", "blind baseline", "stage 1"]
     assert cells[:5] == ["61.2", "57.5 to 65.0", "33.5", "34.5", "20.2"]
 
 
-def test_a_task_with_groups_alone_has_no_empty_lines(run_dir: Path) -> None:
+def test_a_task_with_groups_only_has_no_empty_rows(run_dir: Path) -> None:
     groups = {"all": {"relative": 80.0}, "conv": {"relative": 75.0}}
-    write(run_dir / "eval/scenes.json", {"task": "llava-bench", "scores": groups, "interval": {}, "beside": {}})
+    write(run_dir / "eval/scenes.json", {"task": "llava-bench", "scores": groups, "interval": {}, "baselines": {}})
     assert re.findall(r"<tr><td>(.*?)</td>", write_report(run_dir).read_text())[:3] == ["all", "conv", "0.jpg"]
 
 
-def test_needs_nothing_but_itself(run_dir: Path) -> None:
+def test_the_page_is_self_contained(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
     shown = Page(html)
     assert all(image.startswith("data:image/") for image in shown.images)
@@ -138,13 +141,21 @@ def test_needs_nothing_but_itself(run_dir: Path) -> None:
     assert "default-src 'none'" in html
 
 
-def test_both_colour_schemes_have_their_curve(run_dir: Path) -> None:
+def test_both_color_schemes_have_a_loss_curve(run_dir: Path) -> None:
     shown = page(run_dir)
     curves = [image for image in shown.images if image.startswith("data:image/png")]
     assert len(curves) == len(set(curves)) + 2 == 4, "two stages with the same losses, each light and dark"
 
 
-def test_hostile_text_stays_text(run_dir: Path) -> None:
+def test_without_matplotlib_the_page_names_the_extra(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = page(run_dir)
+    assert not [image for image in shown.images if image.startswith("data:image/png")]
+    assert shown.text.count("llavactl[plots]") == 2
+    assert "61.2" in shown.text
+
+
+def test_malicious_text_is_escaped(run_dir: Path) -> None:
     clean = page(run_dir)
     row = dict.fromkeys(("image", "question", "reference", "answer"), HOSTILE)
     for stage in ("stage1", "stage2"):
@@ -163,7 +174,7 @@ def test_hostile_text_stays_text(run_dir: Path) -> None:
     assert shown.text.count("<script>alert(1)</script>") > 15
 
 
-def test_an_unfinished_stage_says_where_it_is(run_dir: Path) -> None:
+def test_an_unfinished_stage_shows_its_step(run_dir: Path) -> None:
     for name in ("report.json", "samples.json"):
         (run_dir / "stage2" / name).unlink()
     (run_dir / "eval/scenes.json").unlink()
@@ -172,16 +183,16 @@ def test_an_unfinished_stage_says_where_it_is(run_dir: Path) -> None:
     assert "61.2" not in shown.text
 
 
-def test_before_anything_happened(tmp_path: Path) -> None:
+def test_before_the_first_step(tmp_path: Path) -> None:
     shown = page(tmp_path / "fresh")
     assert "fresh" in shown.text
-    assert "Nothing is trained yet" in shown.text
+    assert "Stage 1" not in shown.text
 
 
-def test_answers_to_trained_questions_are_called_so(run_dir: Path) -> None:
-    assert "questions it was not trained on" in page(run_dir).text
+def test_answers_to_training_samples_are_labeled(run_dir: Path) -> None:
+    assert "validation samples" in page(run_dir).text
     write(run_dir / "stage2/report.json", {"steps": 8, "validation_samples": 0})
-    assert "questions it was trained on" in page(run_dir).text
+    assert "training samples" in page(run_dir).text
 
 
 BROKEN = [
@@ -199,7 +210,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_no_broken_file_stops_it(run_dir: Path, text: str) -> None:
+def test_damaged_files_are_no_error(run_dir: Path, text: str) -> None:
     for file in [file for file in run_dir.rglob("*") if file.is_file()]:
         file.write_text(text)
     assert page(run_dir).text

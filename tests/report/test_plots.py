@@ -1,11 +1,15 @@
+"""Loss curves."""
+
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llavactl.core.errors import LlavactlError
 from llavactl.report.plots import DARK, LIGHT, draw_loss, plot_loss, smooth
 
 
@@ -18,27 +22,27 @@ def metrics(tmp_path: Path) -> Path:
     return path
 
 
-def colours(png: bytes) -> set[tuple[int, ...]]:
+def colors(png: bytes) -> set[tuple[int, ...]]:
     return set(map(tuple, np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3).tolist()))
 
 
-def rgb(colour: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(colour[1:]))
+def rgb(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color[1:]))
 
 
-def test_draws_each_step_the_smoothed_curve_and_validation(metrics: Path, tmp_path: Path) -> None:
+def test_the_plot_has_raw_smoothed_and_validation_loss(metrics: Path, tmp_path: Path) -> None:
     plot_loss(metrics, tmp_path / "loss.png")
-    drawn = colours((tmp_path / "loss.png").read_bytes())
-    assert {rgb(LIGHT.ground), rgb(LIGHT.curve), rgb(LIGHT.validation)} <= drawn
+    drawn = colors((tmp_path / "loss.png").read_bytes())
+    assert {rgb(LIGHT.background), rgb(LIGHT.curve), rgb(LIGHT.validation)} <= drawn
     assert not [file for file in tmp_path.iterdir() if file.name not in ("loss.png", "metrics.jsonl")]
 
 
-def test_draws_no_validation_where_there_is_none(metrics: Path) -> None:
+def test_without_validation_there_is_no_validation_curve(metrics: Path) -> None:
     metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "val_loss" not in line))
-    assert rgb(DARK.validation) not in colours(draw_loss(metrics, DARK))
+    assert rgb(DARK.validation) not in colors(draw_loss(metrics, DARK))
 
 
-def test_leaves_matplotlibs_global_state_alone(metrics: Path) -> None:
+def test_global_state_of_matplotlib_is_unchanged(metrics: Path) -> None:
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
@@ -47,16 +51,26 @@ def test_leaves_matplotlibs_global_state_alone(metrics: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "not json\n", '{"step": 1, "loss": NaN}\n', '{"step": 1, "loss": 2.0}\n'])
-def test_any_file_gives_a_picture(tmp_path: Path, text: str | None) -> None:
+def test_any_metrics_file_can_be_plotted(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.width > picture.height
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.width > image.height
 
 
-def test_smoothing_keeps_a_straight_line_but_for_its_cut_end_and_a_constant_whole() -> None:
+def test_smoothing_preserves_lines_and_constants() -> None:
     line = [float(value) for value in range(100)]
     assert smooth(line)[:-4] == pytest.approx(line[:-4])
     assert smooth([2.5] * 7) == pytest.approx([2.5] * 7)
     assert smooth([]) == []
+
+
+def test_without_matplotlib_the_error_names_the_extra(
+    metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(LlavactlError) as caught:
+        plot_loss(metrics, tmp_path / "loss.png")
+    assert "pip install 'llavactl[plots]'" in caught.value.hint
+    assert not (tmp_path / "loss.png").exists()

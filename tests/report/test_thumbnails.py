@@ -13,17 +13,17 @@ def encoded(size: tuple[int, int], kind: str = "PNG") -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(("size", "wanted"), [((800, 400), (224, 112)), ((40, 30), (40, 30)), ((3, 500), (1, 224))])
-def test_fits_in_its_side_and_never_grows(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "expected"), [((800, 400), (224, 112)), ((40, 30), (40, 30)), ((3, 500), (1, 224))])
+def test_images_are_scaled_down_and_never_up(size: tuple[int, int], expected: tuple[int, int]) -> None:
     uri = thumbnail(encoded(size))
     head, _, body = uri.partition(",")
     assert head == "data:image/jpeg;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(body))).size == wanted
+    assert Image.open(io.BytesIO(base64.b64decode(body))).size == expected
     assert safe_image(uri) == uri
 
 
 @pytest.mark.parametrize("data", [b"", b"<svg/>", encoded((50, 50))[:60]])
-def test_what_cannot_be_read_is_empty(data: bytes) -> None:
+def test_undecodable_data_has_no_thumbnail(data: bytes) -> None:
     assert thumbnail(data) == ""
 
 
@@ -42,6 +42,6 @@ def test_what_cannot_be_read_is_empty(data: bytes) -> None:
         "DATA:image/png;base64,AAAA",
     ],
 )
-def test_only_whole_inline_jpegs_and_pngs_are_safe(uri: object) -> None:
+def test_only_jpeg_and_png_data_uris_are_safe(uri: object) -> None:
     assert safe_image(uri) == ""
     assert safe_image(data_uri(b"\xff\xd8", "png"))

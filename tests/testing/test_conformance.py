@@ -1,4 +1,4 @@
-"""The kit passes what is right and names what is wrong."""
+"""Conformance checks accept correct components and report the problems of others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llavactl.testing import (
 PHOTO = ImageFile("/photos", "a.jpg")
 
 
-def test_built_in_components_pass(toys: Path) -> None:
+def test_built_in_components_conform(toys: Path) -> None:
     make = registry().create
     assert check_vision(make("vision", {"name": "clip", "model": str(toys / "clip")})) == []
     assert check_vision(make("vision", {"name": "clip", "model": str(toys / "clip"), "select": "cls-patch"})) == []
@@ -38,8 +38,8 @@ def test_built_in_components_pass(toys: Path) -> None:
     assert check_plugin("llavactl") == []
 
 
-class Hasty:
-    """A task that needs an answer to everything, whose second question has the first one's id."""
+class IncompleteTask:
+    """Has a duplicate question id, a grade for an unknown question, and requires all answers."""
 
     protocols = ("any",)
 
@@ -50,26 +50,28 @@ class Hasty:
         return Scores({"n": sum(answers[name].text == "yes" for name in "abc")}, right={"d": True})
 
 
-def test_a_task_that_is_wrong_is_told_how() -> None:
-    faults = check_task(Hasty())
-    assert faults[0] == "question 'a' is there twice"
-    assert "a grade for 'd'" in faults[1]
+def test_problems_of_a_task() -> None:
+    duplicate, grade = check_task(IncompleteTask())[:2]
+    assert "'a'" in duplicate
+    assert "'d'" in grade
 
-    class Sparing(Hasty):
+    class UniqueQuestions(IncompleteTask):
         def questions(self) -> list[Question]:
             return super().questions()[:3]
 
-    assert "2 of 3 answers give no scores" in check_task(Sparing())[1]
+    assert "2 of 3 answers" in check_task(UniqueQuestions())[1]
 
 
-def test_a_source_that_is_wrong_is_told_how() -> None:
-    assert check_source(["text"]) == ["item 0 is a str, not a Sample"]  # type: ignore[arg-type]
-    silent = Sample("a", (Turn("user", (PHOTO,)),))
-    assert "not user, assistant" in check_source([silent])[0]
+def test_problems_of_a_source() -> None:
+    (problem,) = check_source(["text"])  # type: ignore[arg-type]
+    assert "item 0" in problem
+    unanswered = Sample("a", (Turn("user", (PHOTO,)),))
+    (problem,) = check_source([unanswered])
+    assert "sample 'a'" in problem
 
 
-class Lying:
-    """A connector that promises one token more than it makes."""
+class WrongTokenCount:
+    """A connector that declares one token more than it returns."""
 
     def tokens(self, shape: Any) -> int:
         return int(shape.patches) + 1
@@ -78,13 +80,13 @@ class Lying:
         return nn.Linear(shape.width, language_width)
 
 
-def test_a_connector_that_is_wrong_is_told_how() -> None:
-    assert "(2, 17, 24)" in check_connector(Lying())[0]
+def test_problems_of_a_connector() -> None:
+    assert "(2, 17, 24)" in check_connector(WrongTokenCount())[0]
     torch.manual_seed(0)
 
 
-def test_an_unknown_plugin_is_a_fault() -> None:
+def test_an_unknown_plugin_is_reported() -> None:
     result = run_cli("plugins", "check", "gone")
     assert result.exit_code == 1
-    assert "is not installed" in result.stdout
+    assert "'gone'" in result.stdout
     assert run_cli("plugins", "check", "llavactl").exit_code == 0

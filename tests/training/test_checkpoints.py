@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which one becomes the model, and what a disk that refuses them says before step 1."""
+"""Which checkpoints are kept, which one the model is restored from, and errors of the disk before step 1."""
 
 from __future__ import annotations
 
@@ -15,118 +15,118 @@ from safetensors.torch import load_file
 
 from llavactl.testing import run_cli
 from llavactl.training import checkpoints
-from llavactl.training.checkpoints import TENSORS, State
+from llavactl.training.checkpoints import TENSORS, CheckpointState
 from llavactl.training.metrics import read
 
 
 def save(folder: Path, step: int, digest: str = "a", val_loss: float | None = None, keep_last: int = 2) -> list[str]:
-    checkpoints.save(folder, State(step, digest, val_loss), {"x": torch.tensor([float(step)])}, keep_last)
+    checkpoints.save(folder, CheckpointState(step, digest, val_loss), {"x": torch.tensor([float(step)])}, keep_last)
     return sorted(path.name.lstrip("step-0") for path in folder.iterdir())
 
 
-def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: float("nan"), 5: 0.6}
     kept = [save(tmp_path, step, val_loss=loss) for step, loss in losses.items()]
     assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "3", "4"], ["2", "4", "5"]]
-    assert save(tmp_path, 6, val_loss=0.3) == ["5", "6"], "of two as good the newer"
+    assert save(tmp_path, 6, val_loss=0.3) == ["5", "6"], "the newer of two equally good ones"
 
 
-def test_without_validation_the_newest_stay(tmp_path: Path) -> None:
+def test_without_validation_the_newest_are_kept(tmp_path: Path) -> None:
     assert [save(tmp_path, step) for step in (1, 2, 3)][-1] == ["2", "3"]
-    found = checkpoints.best(tmp_path, "a")
-    assert found is not None
-    assert found[0].step == 3
+    best = checkpoints.load_best(tmp_path, "a")
+    assert best is not None
+    assert best[0].step == 3
 
 
-def test_what_another_run_left_does_not_push_out_this_ones(tmp_path: Path) -> None:
+def test_checkpoints_of_another_run_are_removed(tmp_path: Path) -> None:
     for step in (70, 80, 90):
         save(tmp_path, step, digest="before", val_loss=0.1)
     (tmp_path / ".step-00000070.partial").mkdir()
     assert save(tmp_path, 1, digest="now", val_loss=0.9) == ["1"]
-    found = checkpoints.restore(tmp_path, "now")
-    assert found is not None
-    assert found[0] == State(1, "now", 0.9)
+    newest = checkpoints.load_newest(tmp_path, "now")
+    assert newest is not None
+    assert newest[0] == CheckpointState(1, "now", 0.9)
 
 
-def test_a_damaged_best_one_gives_way_to_the_next(tmp_path: Path) -> None:
+def test_if_the_best_is_damaged_the_next_best_is_loaded(tmp_path: Path) -> None:
     for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2)):
         save(tmp_path, step, val_loss=loss, keep_last=3)
     (tmp_path / "step-00000001/optimizer.safetensors").write_bytes(b"")
-    found = checkpoints.best(tmp_path, "a")
-    assert found is not None
-    assert (found[0].step, found[1]["x"].item()) == (3, 3.0)
+    best = checkpoints.load_best(tmp_path, "a")
+    assert best is not None
+    assert (best[0].step, best[1]["x"].item()) == (3, 3.0)
 
 
-def cut(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
 
 
-def blank(file: Path) -> None:
-    """As a power cut leaves pages that never reached the disk: of the right length, all zeros."""
-    written = file.read_bytes()
-    file.write_bytes(written[:-3] + bytes(3))
+def zero_end(file: Path) -> None:
+    """As after a power failure before all pages were written: the right length, but zeros."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes(3))
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", [cut, blank, Path.unlink])
-def test_a_damaged_newest_one_is_passed_over(
+@pytest.mark.parametrize("damage", [truncate, zero_end, Path.unlink])
+def test_if_the_newest_is_damaged_the_previous_one_is_loaded(
     tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     damage(tmp_path / "step-00000002" / name)
-    found = checkpoints.restore(tmp_path, "a")
-    assert found is not None
-    assert (found[0].step, found[1]["x"].item()) == (1, 1.0)
+    newest = checkpoints.load_newest(tmp_path, "a")
+    assert newest is not None
+    assert (newest[0].step, newest[1]["x"].item()) == (1, 1.0)
     assert "step-00000002" in caplog.text
 
 
-def command(toy: Path, *more: str, stage: int = 1) -> list[str]:
-    kept = (f"stage{stage}.validation=0.2", f"stage{stage}.keep_last=1")
-    options = ("features.mode=live", f"run_dir={toy}/run", *kept, *more)
+def command(toy: Path, *settings: str, stage: int = 1) -> list[str]:
+    common = (f"stage{stage}.validation=0.2", f"stage{stage}.keep_last=1")
+    options = ("features.mode=live", f"run_dir={toy}/run", *common, *settings)
     return [
         *("train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), "--json"),
         *(word for each in options for word in ("-o", each)),
     ]
 
 
-def test_the_rate_stays_up_until_the_cooldown(toy: Path) -> None:
+def test_with_cooldown_the_learning_rate_is_constant_until_the_decay(toy: Path) -> None:
     run_cli(*command(toy, "stage1.epochs=5", "stage1.cooldown=0.5")).json()
     rates = [line["learning_rate"] for line in read(toy / "run/stage1/metrics.jsonl") if "learning_rate" in line]
     half = len(rates) // 2
-    assert len(set(rates[1:half])) == 1, "a cosine would fall"
+    assert len(set(rates[1:half])) == 1, "cosine decay would decrease it"
     assert rates[half - 1] == max(rates) > rates[-1]
 
 
-def test_the_best_one_becomes_the_model(toy: Path) -> None:
-    rising = ["stage2.init=scratch", "stage2.epochs=5", "stage2.learning_rate=0.3", "stage2.warmup=0.95"]
+def test_restore_best(toy: Path) -> None:
+    settings = ["stage2.init=scratch", "stage2.epochs=5", "stage2.learning_rate=0.3", "stage2.warmup=0.95"]
 
-    def trained(*more: str) -> Any:
-        return run_cli(*command(toy, *rising, *more, stage=2)).json()
+    def train(*more: str) -> Any:
+        return run_cli(*command(toy, *settings, *more, stage=2)).json()
 
-    last = trained()
+    last = train()
     losses = {line["step"]: line["val_loss"] for line in read(toy / "run/stage2/metrics.jsonl") if "val_loss" in line}
     best = min(losses, key=lambda step: (losses[step], -step))
-    assert best < last["steps"], "a rate at which the last step is not the best"
+    assert best < last["steps"], "the learning rate is so high that the last step is not the best"
     assert (last["model_step"], last["val_loss"]) == (last["steps"], losses[last["steps"]])
     folders = sorted((toy / "run/stage2/checkpoints").iterdir())
     assert [int(folder.name.removeprefix("step-")) for folder in folders] == [best, last["steps"]]
-    report = trained("stage2.restore_best=true")
-    assert report["first_step"] == last["steps"], "nothing is trained anew"
+    report = train("stage2.restore_best=true")
+    assert report["resumed_from"] == last["steps"], "nothing is trained again"
     assert (report["model_step"], report["val_loss"]) == (best, losses[best])
     masters, model = load_file(folders[0] / TENSORS), load_file(toy / "run/stage2/model/connector.safetensors")
     assert all(torch.equal(masters[f"master.connector.{name}"], weight) for name, weight in model.items())
-    assert trained("stage2.restore_best=true")["finished_before"] is True
-    assert trained()["model_step"] == last["steps"]
+    assert train("stage2.restore_best=true")["finished_before"] is True
+    assert train()["model_step"] == last["steps"]
 
 
-def test_best_of_nothing_held_out_is_refused(toy: Path) -> None:
+def test_restore_best_without_validation_is_refused(toy: Path) -> None:
     result = run_cli(*command(toy, "stage1.restore_best=true", "stage1.validation=0"))
     assert result.exit_code == 1
     assert "stage1.restore_best" in result.stderr
 
 
-LIMITED = """
+WITH_FILE_SIZE_LIMIT = """
 import resource, sys
 from llavactl.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
@@ -135,26 +135,31 @@ main()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files there")
-def test_a_disk_that_takes_no_checkpoint_shows_before_step_1(toy: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", LIMITED, *command(toy)], capture_output=True, text=True, check=False)
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits on Windows")
+def test_a_checkpoint_that_cannot_be_written_fails_before_step_1(toy: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", WITH_FILE_SIZE_LIMIT, *command(toy)], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1
-    assert "can't be written: " in result.stderr
-    assert "hint: free some disk" in result.stderr
+    assert f"{toy}/run/stage1/" in result.stderr
+    assert "hint: " in result.stderr
+    assert "disk" in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(path.name for path in (toy / "run/stage1").iterdir()) == ["left_out.jsonl"]
 
 
-def test_a_disk_too_small_for_what_will_come_shows_before_step_1(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = shutil.disk_usage(toy)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=100_000))
+def test_too_little_disk_space_fails_before_step_1(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(toy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     result = run_cli(*command(toy, "stage1.keep_last=4"))
     assert result.exit_code == 1
-    assert "checkpoints take 0.3 MB, 0.1 MB are free" in result.stderr
+    assert "0.3 MB" in result.stderr
+    assert "0.1 MB" in result.stderr
+    assert "stage1.keep_last=1" in result.stderr
     assert not (toy / "run/stage1/metrics.jsonl").exists()
 
 
-def test_a_run_folder_that_is_a_file_shows_before_step_1(toy: Path) -> None:
+def test_a_run_folder_that_is_a_file_fails_before_step_1(toy: Path) -> None:
     (toy / "run").write_text("")
     result = run_cli(*command(toy))
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""Connectors of others: what is wrong is found before training; all of their state is trained, kept and restored."""
+"""Connectors of plugins: rules are checked before training; all of their state is trained, saved and restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = __name__
 
 
 class Module(nn.Module):
-    """Normalised features, projected; with statistics that training moves and a scale that is frozen."""
+    """Normalized features, projected; with running statistics and a frozen scale."""
 
     def __init__(self, width: int, language_width: int) -> None:
         super().__init__()
@@ -48,28 +48,28 @@ class Statistics:
 
 
 class Wide(Statistics):
-    """One embedding wider than the language model."""
+    """Embeddings wider than the language model."""
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         return nn.Linear(shape.width, language_width + 1)
 
 
 class Fewer(Statistics):
-    """A token less than promised."""
+    """Returns one token more than ``tokens`` says."""
 
     def tokens(self, shape: FeatureShape) -> int:
         return shape.patches - 1
 
 
 class Fixed(Statistics):
-    """Nothing to train."""
+    """No trainable parameters."""
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         return super().build(shape, language_width).requires_grad_(False)
 
 
 class Replacing(nn.Module):
-    """Puts a new tensor in a buffer's place, and has two names for one parameter."""
+    """Replaces its buffer by a new tensor, and has two names for one parameter."""
 
     mean: torch.Tensor
 
@@ -83,19 +83,19 @@ class Replacing(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.mean = 0.9 * self.mean + 0.1 * features.detach().mean((0, 1))
-        made: torch.Tensor = self.projection(features - self.mean) + self.twin(features)
-        return made
+        embeddings: torch.Tensor = self.projection(features - self.mean) + self.twin(features)
+        return embeddings
 
 
 class Replaced(Statistics):
-    """Its buffer is another tensor after each step."""
+    """Its buffer is a different tensor after each step."""
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         return Replacing(shape.width, language_width)
 
 
 class Counting(Statistics):
-    """Depends on how often it ran, which its state dict doesn't say."""
+    """Depends on the number of calls, which is not in its state dict."""
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         class Counted(nn.Linear):
@@ -112,76 +112,76 @@ class Counting(Statistics):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "connectors_of_a_test", sys.modules[HERE])
+    monkeypatch.setitem(sys.modules, "test_connector_plugin", sys.modules[HERE])
     for name in ("Statistics", "Wide", "Fewer", "Fixed", "Replaced", "Counting"):
-        entry = Registration("connectors", name.lower(), f"connectors_of_a_test:{name}", None, "", "stranger")
+        entry = Registration("connectors", name.lower(), f"test_connector_plugin:{name}", None, "", "otherplugin")
         monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
 
 
 def train(recipe: Path, connector: str, *options: str, stage: int = 1) -> Any:
-    chosen = ("-o", f"connector={{name: {connector}}}", "-o", "features.mode=live", "-o", "stage2.init=scratch")
-    return run_cli("train", "--stage", str(stage), "-r", str(recipe), *chosen, *options, "--json")
+    common = ("-o", f"connector={{name: {connector}}}", "-o", "features.mode=live", "-o", "stage2.init=scratch")
+    return run_cli("train", "--stage", str(stage), "-r", str(recipe), *common, *options, "--json")
 
 
-@pytest.mark.parametrize("wrong", ["wide", "fewer", "counting"])
+@pytest.mark.parametrize("connector", ["wide", "fewer", "counting"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_connector_that_breaks_a_rule_is_refused_before_training(toy: Path, wrong: str, stage: int) -> None:
-    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "-o", f"connector={{name: {wrong}}}", "--json")
+def test_a_connector_that_violates_a_rule_is_refused_before_training(toy: Path, connector: str, stage: int) -> None:
+    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "-o", f"connector={{name: {connector}}}", "--json")
     (problem,) = checked.json()["problems"]
     assert problem["key"] == "connector"
-    assert wrong in problem["why"]
-    assert "stranger" in problem["why"]
-    done = train(toy / "recipe.yaml", wrong, stage=stage)
+    assert connector in problem["why"]
+    assert "otherplugin" in problem["why"]
+    done = train(toy / "recipe.yaml", connector, stage=stage)
     assert done.exit_code == 1
-    assert wrong in done.stderr
-    assert "stranger" in done.stderr
+    assert connector in done.stderr
+    assert "otherplugin" in done.stderr
     assert not (toy / "runs/toy" / f"stage{stage}" / "metrics.jsonl").exists()
 
 
-def test_a_connector_with_nothing_to_train_is_refused_in_stage_1_alone(toy: Path) -> None:
+def test_a_connector_without_trainable_parameters_is_refused_only_in_stage_1(toy: Path) -> None:
     assert train(toy / "recipe.yaml", "fixed").exit_code == 1
     assert train(toy / "recipe.yaml", "fixed", "-o", "stage2.max_steps=1", stage=2).exit_code == 0
 
 
-def whole_and_cut(
+def uninterrupted_and_resumed(
     recipe: Path, connector: str, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, torch.Tensor], ...]:
-    """The connector of an uninterrupted run, and that of one that died after step 3 and resumed after step 2."""
+    """The connectors of an uninterrupted run, and of one that was interrupted after step 3 and resumed after step 2."""
     state = []
-    for name in ("whole", "cut"):
-        if name == "cut":
+    for name in ("uninterrupted", "resumed"):
+        if name == "resumed":
             with monkeypatch.context() as patch:
-                ours, steps = loop._step, iter(range(100))
+                real_step, calls = loop._step, iter(range(100))
 
-                def dies(*given: Any, ours: Any = ours, steps: Any = steps) -> Any:
-                    if next(steps) == 3:  # behind the checkpoint of step 2
+                def interrupted(*args: Any, real_step: Any = real_step, calls: Any = calls) -> Any:
+                    if next(calls) == 3:  # after the checkpoint of step 2
                         raise KeyboardInterrupt
-                    return ours(*given)
+                    return real_step(*args)
 
-                patch.setattr(loop, "_step", dies)
+                patch.setattr(loop, "_step", interrupted)
                 assert train(recipe, connector, "-o", f"name={name}", stage=stage).exit_code != 0
         done = train(recipe, connector, "-o", f"name={name}", stage=stage)
         assert done.exit_code == 0, done.stderr
         report = done.json()
-        assert report["first_step"] == (2 if name == "cut" else 0)
+        assert report["resumed_from"] == (2 if name == "resumed" else 0)
         state.append(load_file(Path(report["model"]) / "connector.safetensors"))
     return tuple(state)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("connector", ["statistics", "replaced"])
-def test_resumed_equals_uninterrupted_whatever_state_a_connector_has(
+def test_resumed_equals_uninterrupted_for_all_kinds_of_state(
     toy: Path, connector: str, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, cut = whole_and_cut(toy / "recipe.yaml", connector, stage, monkeypatch)
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    uninterrupted, resumed = uninterrupted_and_resumed(toy / "recipe.yaml", connector, stage, monkeypatch)
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
     if connector == "statistics":
-        assert whole["norm.running_mean"].any()
-        assert torch.equal(whole["scale"], torch.full_like(whole["scale"], 0.5))
+        assert uninterrupted["norm.running_mean"].any()
+        assert torch.equal(uninterrupted["scale"], torch.full_like(uninterrupted["scale"], 0.5))
     else:
-        assert whole["mean"].any()
-        assert torch.equal(whole["projection.weight"], whole["twin.weight"])
+        assert uninterrupted["mean"].any()
+        assert torch.equal(uninterrupted["projection.weight"], uninterrupted["twin.weight"])
 
 
 def test_a_micro_batch_without_an_image_trains(toy: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_micro_batch_without_an_image_trains(toy: Path) -> None:
     records = json.loads(file.read_text())
     for record in records[::2]:
         del record["image"]
-        record["conversations"][0]["value"] = "What colour is it?"
+        record["conversations"][0]["value"] = "What color is it?"
     file.write_text(json.dumps(records))
     for packing in ("never", "auto"):
         options = (
@@ -204,12 +204,12 @@ def test_a_micro_batch_without_an_image_trains(toy: Path) -> None:
         assert done.exit_code == 0, done.stderr
 
 
-def test_a_first_stage_without_any_image_is_refused(toy: Path) -> None:
+def test_stage_1_without_images_is_refused(toy: Path) -> None:
     file = toy / "records.json"
     records = json.loads(file.read_text())
     for record in records:
         del record["image"]
-        record["conversations"][0]["value"] = "What colour is it?"
+        record["conversations"][0]["value"] = "What color is it?"
     file.write_text(json.dumps(records))
     done = train(toy / "recipe.yaml", "mlp2x-gelu", "-o", "stage1.template=vicuna-v1")
     assert done.exit_code == 1

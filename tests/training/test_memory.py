@@ -1,4 +1,4 @@
-"""What exists before long work is left out of the garbage collector's searches, for as long as it lasts."""
+"""``gc_frozen`` excludes existing objects from garbage collection."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from llavactl.training.memory import gc_frozen
 
 
-def test_it_lasts_as_long_as_the_work_also_when_that_fails() -> None:
-    before = gc.get_freeze_count()
+def test_objects_are_unfrozen_after_an_exception() -> None:
+    count = gc.get_freeze_count()
 
     def work() -> None:
         with gc_frozen():
-            assert gc.get_freeze_count() > before
+            assert gc.get_freeze_count() > count
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
@@ -23,14 +23,14 @@ def test_it_lasts_as_long_as_the_work_also_when_that_fails() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_what_is_made_meanwhile_is_still_collected() -> None:
-    class Ring:
+def test_new_objects_are_still_collected() -> None:
+    class Cycle:
         pass
 
     with gc_frozen():
-        ring = Ring()
-        ring.self = ring  # type: ignore[attr-defined]
-        alive = weakref.ref(ring)
-        del ring
+        cycle = Cycle()
+        cycle.self = cycle  # type: ignore[attr-defined]
+        alive = weakref.ref(cycle)
+        del cycle
         gc.collect()
         assert alive() is None

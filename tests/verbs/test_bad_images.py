@@ -1,4 +1,4 @@
-"""Whatever an image or a backbone of a plugin raises is an unreadable image, for extract as for train."""
+"""An exception of a plugin's image or backbone makes the image unreadable, in extract and train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = ""
 
 @dataclass(frozen=True)
 class Row:
-    """An image in a table, one of whose rows is broken."""
+    """An image in a table, two of whose rows can't be read."""
 
     number: int
 
@@ -55,22 +55,22 @@ def recipe(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return toy / "recipe.yaml"
 
 
-def small(image: Image.Image) -> bool:
-    return image.width < 30 and image.size != (28, 28)  # a blank image of that size is what a backbone is measured by
+def too_small(image: Image.Image) -> bool:
+    return image.width < 30 and image.size != (28, 28)  # the backbone is measured with a blank image of that size
 
 
 @pytest.mark.parametrize("mode", ["cached", "live"])
-def test_extract_and_train_leave_out_the_same_images(recipe: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = Preprocess.__call__
+def test_extract_and_train_skip_the_same_images(recipe: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Preprocess.__call__
 
     def refuses(self: Preprocess, image: Image.Image) -> Any:
-        if small(image):
-            raise TypeError("too small for me")
-        return ours(self, image)
+        if too_small(image):
+            raise TypeError("too small")
+        return original(self, image)
 
     monkeypatch.setattr(Preprocess, "__call__", refuses)
     photos = [Image.open(recipe.parent / "images" / f"photo-{at:03d}.jpg") for at in range(12)]
-    broken = {f"row {at}" for at, photo in enumerate(photos) if at in (3, 4) or small(photo)}
+    broken = {f"row {at}" for at, photo in enumerate(photos) if at in (3, 4) or too_small(photo)}
     assert 2 < len(broken) < 10
     options = (
         "-r",
@@ -91,9 +91,9 @@ def test_extract_and_train_leave_out_the_same_images(recipe: Path, mode: str, mo
         assert run_cli("extract", *options, "--json").json()["encoded"] == 0
     done = run_cli("train", "--stage", "1", *options, "-o", "stage1.max_steps=1", "--json")
     assert done.exit_code == 0, done.stderr
-    assert done.json()["left_out"] == len(broken)
+    assert done.json()["skipped_samples"] == len(broken)
 
 
-def test_a_text_in_the_place_of_a_turns_parts_is_refused() -> None:
+def test_a_string_as_turn_content_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Turn\("):
         Turn("user", "hi")  # type: ignore[arg-type]

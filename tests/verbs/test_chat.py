@@ -1,4 +1,4 @@
-"""``llavactl chat``: images that the user names, and what is said of those that can't be read, before any model."""
+"""``llavactl chat``: images named by the user; unreadable ones are reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from threading import Thread
 import pytest
 
 from llavactl import DataError
+from llavactl.chat.inputs import open_images, read_batch, user_content
 from llavactl.components.sources.llava_json import sample_of
-from llavactl.components.tasks.image_questions import asked
+from llavactl.components.tasks.image_questions import user_turn
 from llavactl.testing import run_cli
-from llavactl.verbs.chat import content, open_images, read_batch
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def photo(toys: Path) -> Path:
     return toys / "images" / "photo-000.jpg"
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/moved":
             self.send_response(302)
@@ -40,22 +40,22 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def host(photo: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(photo.parent))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(photo.parent))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_an_image_may_be_a_file_a_link_a_url_or_base64(photo: Path, tmp_path: Path, host: str) -> None:
+def test_an_image_is_a_file_a_link_a_url_or_base64(photo: Path, tmp_path: Path, host: str) -> None:
     (tmp_path / "link.jpg").symlink_to(photo)
     data = photo.read_bytes()
     text = base64.b64encode(data).decode()
     names = [str(photo), str(tmp_path / "link.jpg"), photo.as_uri(), f"{host}/photo-000.jpg", f"{host}/moved"]
-    found = open_images([*names, text, f"data:image/jpeg;base64,{text}"])
-    assert [image.read() for image in found] == [data] * 7
-    said = content("What?", [found[0], str(photo)])
-    assert said[-1] == "What?"
-    assert len(said) == 5
+    opened = open_images([*names, text, f"data:image/jpeg;base64,{text}"])
+    assert [image.read() for image in opened] == [data] * 7
+    content = user_content("What?", [opened[0], str(photo)])
+    assert content[-1] == "What?"
+    assert len(content) == 5
 
 
 QUESTIONS = ["What?", "<image>", "<image>\nWhat?", "What?\n<image>", "<image>\nTwo <image> tags", " a <image> b "]
@@ -64,7 +64,7 @@ QUESTIONS = ["What?", "<image>", "<image>\nWhat?", "What?\n<image>", "<image>\nT
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, question: str, images: int) -> None:
-    """By chat and its batch, and by the tasks of eval: the same turn, or refused alike."""
+    """Chat, its batch files and evaluation tasks make the same turn, or refuse it."""
     shown = open_images([str(photo)] * images)
     names = {"image": [str(photo)] * images} if images else {}
     record: dict[str, object] = {
@@ -72,9 +72,9 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
     }
     (file := tmp_path / "batch.jsonl").write_text(json.dumps({**names, "prompt": question}))
     if images == 2 and question.count("<image>") == 1:
-        for refused in (lambda: content(question, shown), lambda: read_batch(file)):
-            with pytest.raises(DataError, match="1 <image> tag for 2 images"):
-                refused()
+        for make_turn in (lambda: user_content(question, shown), lambda: read_batch(file)):
+            with pytest.raises(DataError, match=r"1 <image> tag.* 2 images"):
+                make_turn()
         return
     if images:
         record["image"] = [photo.name] * images
@@ -83,10 +83,10 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
     def texts(parts: Sequence[object]) -> list[object]:
         return [part if isinstance(part, str) else "(image)" for part in parts]
 
-    assert texts(content(question, shown)) == texts(turn.content)
+    assert texts(user_content(question, shown)) == texts(turn.content)
     assert texts(read_batch(file)[0][1]) == texts(turn.content)
     if images < 2:
-        assert texts(asked(shown[0] if shown else None, question)[0].content) == texts(turn.content)
+        assert texts(user_turn(shown[0] if shown else None, question)[0].content) == texts(turn.content)
 
 
 def test_a_batch_with_a_tag_and_an_empty_image_is_refused(tmp_path: Path) -> None:
@@ -95,21 +95,21 @@ def test_a_batch_with_a_tag_and_an_empty_image_is_refused(tmp_path: Path) -> Non
         read_batch(file)
 
 
-def test_a_batch_names_images_in_the_same_ways(photo: Path, tmp_path: Path, host: str) -> None:
+def test_a_batch_file_accepts_the_same_image_names(photo: Path, tmp_path: Path, host: str) -> None:
     (tmp_path / "link.jpg").symlink_to(photo)
     names: list[object] = ["link.jpg", str(photo), f"{host}/photo-000.jpg", [photo.as_uri(), "link.jpg"]]
     file = tmp_path / "batch.jsonl"
     file.write_text("".join(json.dumps({"image": name, "prompt": "?"}) + "\n" for name in names))
-    assert [len(said) for _, said in read_batch(file)] == [3, 3, 3, 5]
+    assert [len(content) for _, content in read_batch(file)] == [3, 3, 3, 5]
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def test_a_url_that_can_not_be_read_is_a_short_line(host: str) -> None:
+def test_an_unreadable_url_is_reported_in_one_short_line(host: str) -> None:
     for name, why in [
         (f"{host}/none.jpg", "404"),
         (f"http://127.0.0.1:{_free_port()}/a.jpg", "can't be read"),
@@ -128,17 +128,20 @@ def test_a_url_that_can_not_be_read_is_a_short_line(host: str) -> None:
     ("data", "why"),
     [(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"), (b"<svg/>", "SVG"), (b"%PDF-1.4", "PDF"), (b"", "empty")],
 )
-def test_a_wrong_file_is_told_before_a_model_is_looked_for(tmp_path: Path, data: bytes, why: str) -> None:
+def test_an_invalid_image_is_reported_before_a_missing_model(tmp_path: Path, data: bytes, why: str) -> None:
     (tmp_path / "a.jpg").write_bytes(data)
     (tmp_path / "batch.jsonl").write_text(json.dumps({"image": "a.jpg", "prompt": "?"}))
-    for given in (["--image", str(tmp_path / "a.jpg"), "--prompt", "?"], ["--batch", str(tmp_path / "batch.jsonl")]):
-        result = run_cli("chat", "--model", str(tmp_path / "no-model"), *given)
+    for arguments in (
+        ["--image", str(tmp_path / "a.jpg"), "--prompt", "?"],
+        ["--batch", str(tmp_path / "batch.jsonl")],
+    ):
+        result = run_cli("chat", "--model", str(tmp_path / "no-model"), *arguments)
         assert result.exit_code == 1
         assert why in result.stderr
         assert "no-model" not in result.stderr
 
 
-def test_a_name_that_is_no_name_is_shown_in_short(tmp_path: Path) -> None:
+def test_a_very_long_image_name_is_shortened(tmp_path: Path) -> None:
     result = run_cli("chat", "--model", str(tmp_path), "--image", "x" * 5000, "--prompt", "?")
     assert result.exit_code == 1
     assert len(result.stderr) < 600

@@ -1,4 +1,4 @@
-"""The file of ``chat --batch``: records with images are never asked about without them."""
+"""``chat --batch``: every image of a record is read, and invalid records are refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llavactl.chat.inputs import read_batch
 from llavactl.core.errors import DataError
-from llavactl.verbs.chat import read_batch
 
 
 def batch(toys: Path, tmp_path: Path, *records: Any) -> list[list[str]]:
@@ -17,13 +17,13 @@ def batch(toys: Path, tmp_path: Path, *records: Any) -> list[list[str]]:
     file = tmp_path / "batch.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "a.jpg").write_bytes((toys / "images" / "photo-000.jpg").read_bytes())
-    return [[part.name for part in said if not isinstance(part, str)] for _, said in read_batch(file)]
+    return [[part.name for part in content if not isinstance(part, str)] for _, content in read_batch(file)]
 
 
-def test_images_are_read_by_either_name(toys: Path, tmp_path: Path) -> None:
+def test_images_are_read_from_either_key(toys: Path, tmp_path: Path) -> None:
     named: list[dict[str, Any]] = [{"image": "a.jpg"}, {"images": ["a.jpg"]}, {"images": "a.jpg"}, {}]
-    found = batch(toys, tmp_path, *({**each, "prompt": "What?"} for each in named))
-    assert found == [["a.jpg"], ["a.jpg"], ["a.jpg"], []]
+    images = batch(toys, tmp_path, *({**each, "prompt": "What?"} for each in named))
+    assert images == [["a.jpg"], ["a.jpg"], ["a.jpg"], []]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_images_are_read_by_either_name(toys: Path, tmp_path: Path) -> None:
         [],
     ],
 )
-def test_what_cannot_be_asked_is_refused_with_its_line(toys: Path, tmp_path: Path, wrong: Any) -> None:
+def test_an_invalid_record_is_refused_with_its_line(toys: Path, tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(DataError) as caught:
         batch(toys, tmp_path, {"prompt": "What?"}, wrong)
     assert caught.value.message.startswith(f"{tmp_path / 'batch.jsonl'}:2: ")

@@ -1,4 +1,4 @@
-"""``data check`` on files and recipes with seeded faults: each is found in its place, and mending leaves none."""
+"""``data check`` locates seeded faults in files and recipes, and ``--fix`` removes them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ import pytest
 
 from llavactl.curation.lengths import stage_lengths
 from llavactl.curation.problems import KINDS
-from llavactl.data.encode import arrange
+from llavactl.data.image_order import arrange
 from llavactl.data.records import samples
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 REAL = Path(__file__).parents[3] / "shared" / "data" / "llava"
 
 
 def record(number: int, image: str | None = "photo-000.jpg", **changes: Any) -> dict[str, Any]:
-    said = [{"from": "human", "value": "<image>\nWhat?" if image else "What?"}, {"from": "gpt", "value": "A dog."}]
-    return {"id": f"r{number}", **({"image": image} if image else {}), "conversations": said, **changes}
+    talk = [{"from": "human", "value": "<image>\nWhat?" if image else "What?"}, {"from": "gpt", "value": "A dog."}]
+    return {"id": f"r{number}", **({"image": image} if image else {}), "conversations": talk, **changes}
 
 
-def said(*messages: tuple[str, str]) -> list[dict[str, str]]:
+def talk(*messages: tuple[str, str]) -> list[dict[str, str]]:
     return [{"from": speaker, "value": text} for speaker, text in messages]
 
 
@@ -35,36 +36,36 @@ FAULTS: dict[str, Any] = {
     "record": {"id": "f"},
     "media": record(0, None, video="x.mp4"),
     "message": record(0, conversations=[{"from": "human"}, {"from": "gpt", "value": "Yes."}]),
-    "role": record(0, None, conversations=said(("martian", "Hi"), ("gpt", "Yes."))),
-    "turns": record(0, conversations=said(("human", "<image>"), ("human", "Hi"), ("gpt", "Yes."))),
-    "no-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", " "))),
-    "tags": record(0, conversations=said(("human", "<image>"), ("gpt", "A."), ("human", "<image>"), ("gpt", "B."))),
-    "placeholder": record(0, conversations=said(("human", "<|image|>Hi"), ("gpt", "Yes."))),
+    "role": record(0, None, conversations=talk(("martian", "Hi"), ("gpt", "Yes."))),
+    "turns": record(0, conversations=talk(("human", "<image>"), ("human", "Hi"), ("gpt", "Yes."))),
+    "no-answer": record(0, None, conversations=talk(("human", "Hi"), ("gpt", " "))),
+    "tags": record(0, conversations=talk(("human", "<image>"), ("gpt", "A."), ("human", "<image>"), ("gpt", "B."))),
+    "placeholder": record(0, conversations=talk(("human", "<|image|>Hi"), ("gpt", "Yes."))),
     "image-path": record(0, "../../etc/passwd"),
     "image-missing": record(0, "none.jpg"),
     "image-broken": record(0, "cut.jpg"),
-    "empty-answer": record(0, None, conversations=said(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", ""))),
+    "empty-answer": record(0, None, conversations=talk(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", ""))),
     "duplicate-id": record(1, None),
     "no-id": record(0, None, id=None),
-    "no-tag": record(0, conversations=said(("human", "Hi"), ("gpt", "Yes."))),
+    "no-tag": record(0, conversations=talk(("human", "Hi"), ("gpt", "Yes."))),
     "unread": record(0, None, system="Be brief."),
-    "placeholder-text": record(0, None, conversations=said(("human", "<video>?"), ("gpt", "Yes."))),
-    "tag-as-text": record(0, None, conversations=said(("human", "<image>\nHi"), ("gpt", "Yes."))),
-    "repeated-tag": record(0, conversations=said(("human", "<image>\nTwo <image> tags"), ("gpt", "Yes."))),
-    "tag-in-answer": record(0, None, conversations=said(("human", "Hi"), ("gpt", "An <image>."))),
-    "assistant-first": record(0, None, conversations=said(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yes."))),
-    "unanswered": record(0, None, conversations=said(("human", "Hi"), ("gpt", "Yes."), ("human", "More?"))),
-    "empty-question": record(0, None, conversations=said(("human", ""), ("gpt", "Yes."))),
+    "placeholder-text": record(0, None, conversations=talk(("human", "<video>?"), ("gpt", "Yes."))),
+    "tag-as-text": record(0, None, conversations=talk(("human", "<image>\nHi"), ("gpt", "Yes."))),
+    "repeated-tag": record(0, conversations=talk(("human", "<image>\nTwo <image> tags"), ("gpt", "Yes."))),
+    "tag-in-answer": record(0, None, conversations=talk(("human", "Hi"), ("gpt", "An <image>."))),
+    "assistant-first": record(0, None, conversations=talk(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Yes."))),
+    "unanswered": record(0, None, conversations=talk(("human", "Hi"), ("gpt", "Yes."), ("human", "More?"))),
+    "empty-question": record(0, None, conversations=talk(("human", ""), ("gpt", "Yes."))),
 }
 
 
 @pytest.fixture
 def photos(toys: Path, tmp_path: Path) -> Path:
-    """Images, one of them cut in half; its header is whole."""
+    """Images, one of them truncated after a valid header."""
     folder = tmp_path / "photos"
     shutil.copytree(toys / "images", folder)
-    whole = (folder / "photo-001.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "photo-001.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
     return folder
 
 
@@ -75,7 +76,7 @@ def check(file: Path, *more: str) -> tuple[int, Any]:
 
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, suffix: str) -> None:
+def test_each_problem_is_located(photos: Path, tmp_path: Path, kind: str, suffix: str) -> None:
     records = [
         record(1),
         record(2),
@@ -87,22 +88,22 @@ def test_a_fault_is_found_at_its_place(photos: Path, tmp_path: Path, kind: str, 
     lines = [json.dumps(each) for each in records]
     path.write_text("[\n" + ",\n".join(lines) + "\n]" if suffix == "json" else "\n".join(lines))
     code, report = check(path, "--images", str(photos))
-    (found,) = report["problems"]
-    assert (found["problem"], found["count"], found["effect"]) == (kind, 1, KINDS[kind].effect)
-    place = f"{path}:4 (record 2)" if suffix == "json" else f"{path}:3"
-    assert found["places"][0].startswith(place)
+    (problem,) = report["problems"]
+    assert (problem["problem"], problem["count"], problem["effect"]) == (kind, 1, KINDS[kind].effect)
+    location = f"{path}:4 (record 2)" if suffix == "json" else f"{path}:3"
+    assert problem["locations"][0].startswith(location)
     assert report["ok"] == (KINDS[kind].effect == "noted")
     assert code == (0 if report["ok"] else 1)
     assert report["records"] == 3
 
 
-def test_every_kind_has_its_fault() -> None:
+def test_every_kind_of_problem_is_tested() -> None:
     others = {"empty", "json", "source", "template", "untrained", "truncated"}
     assert set(KINDS) - set(FAULTS) == others | {"image-cut", "image-link", "image-twice"}
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_repaired_file_has_no_errors(photos: Path, tmp_path: Path, suffix: str) -> None:
     faults = list(FAULTS.values())
     lines = [json.dumps(each) for fault in faults for each in (record(7), fault)]
     lines.insert(5, '{"id": "broken", "conversations": [')
@@ -115,11 +116,11 @@ def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix:
     assert path.read_bytes() == before
     after = check(out, "--images", str(photos))
     assert after[0] == 0
-    assert after[1]["hurts"] == 0
-    assert after[1]["records"] == report["mended"]["written"] >= 2 * len(FAULTS) - 12
-    notes = [json.loads(line) for line in Path(report["mended"]["log"]).read_text().splitlines()]
-    assert len(notes) == report["mended"]["changed"] + report["mended"]["dropped"]
-    assert any("image-broken cut.jpg" in did for note in notes for did in note["did"])
+    assert after[1]["errors"] == 0
+    assert after[1]["records"] == report["repaired"]["written"] >= 2 * len(FAULTS) - 12
+    notes = [json.loads(line) for line in Path(report["repaired"]["log"]).read_text().splitlines()]
+    assert len(notes) == report["repaired"]["changed"] + report["repaired"]["dropped"]
+    assert any("image-broken cut.jpg" in change for note in notes for change in note["changes"])
     read = json.loads(out.read_text()) if suffix == "json" else [json.loads(line) for line in out.open()]
     assert sum(each == record(7) for each in read) == len(FAULTS)
     assert run_cli("data", "check", str(path), "--fix", str(path)).exit_code == 1
@@ -127,32 +128,32 @@ def test_mending_leaves_nothing_that_hurts(photos: Path, tmp_path: Path, suffix:
 
 
 @pytest.mark.parametrize("kind", ["image-link", "image-twice"])
-def test_what_does_not_lie_in_the_records_costs_no_record(photos: Path, tmp_path: Path, kind: str) -> None:
-    """Links that nobody allowed and names that two archives have are told; --fix drops nothing for them."""
+def test_fix_keeps_records_with_problems_outside_the_records(photos: Path, tmp_path: Path, kind: str) -> None:
+    """Links to outside the folder and duplicate names in archives are reported; --fix drops no record for them."""
     if kind == "image-link":
-        place = tmp_path / "links"
-        place.mkdir()
-        (place / "photo-000.jpg").symlink_to(photos / "photo-000.jpg")
+        images = tmp_path / "links"
+        images.mkdir()
+        (images / "photo-000.jpg").symlink_to(photos / "photo-000.jpg")
     else:
         for number in (0, 1):
             with zipfile.ZipFile(tmp_path / f"{number}.zip", "w") as file:
                 file.write(photos / f"photo-00{number}.jpg", "photo-000.jpg")
-        place = tmp_path / "*.zip"
+        images = tmp_path / "*.zip"
     path, out = tmp_path / "records.json", tmp_path / "out.json"
     path.write_text(json.dumps([record(1), record(2)]))
-    code, report = check(path, "--images", str(place), "--fix", str(out))
-    assert code == 1, "what --fix wrote can't be trained yet"
+    code, report = check(path, "--images", str(images), "--fix", str(out))
+    assert code == 1, "the output can't be used yet"
     assert [(each["problem"], each["count"], each["effect"]) for each in report["problems"]] == [(kind, 2, "stops")]
-    assert (report["mended"]["written"], report["mended"]["dropped"]) == (2, 0)
+    assert (report["repaired"]["written"], report["repaired"]["dropped"]) == (2, 0)
     assert json.loads(out.read_text()) == [record(1), record(2)]
-    said = run_cli("data", "check", str(path), "--images", str(place))
-    assert said.exit_code == 1
+    result = run_cli("data", "check", str(path), "--images", str(images))
+    assert result.exit_code == 1
     if kind == "image-link":
-        assert "follow_links" in said.stderr
-        assert check(path, "--images", str(place), "--follow-links")[0] == 0
+        assert "follow_links" in result.stderr
+        assert check(path, "--images", str(images), "--follow-links")[0] == 0
 
 
-def test_extract_and_train_stop_where_check_says_so(toy: Path, tmp_path: Path) -> None:
+def test_extract_and_train_refuse_what_check_refuses(toy: Path, tmp_path: Path) -> None:
     (toy / "images").rename(tmp_path / "photos")
     (toy / "images").mkdir()
     for each in (tmp_path / "photos").iterdir():
@@ -173,81 +174,82 @@ def test_extract_and_train_stop_where_check_says_so(toy: Path, tmp_path: Path) -
     assert run_cli("extract", "-r", recipe).exit_code == 0
 
 
-def test_headers_are_cheap_and_whole_images_are_sure(photos: Path, tmp_path: Path) -> None:
-    """A fault inside the pixels of a file with a right beginning and end is found by decoding alone."""
+def test_only_full_decoding_finds_damaged_pixels(photos: Path, tmp_path: Path) -> None:
+    """The file has a valid header and end."""
     data = bytearray((photos / "photo-002.jpg").read_bytes())
     scan = data.index(b"\xff\xda")
     data[scan + 20 : -2] = b"\xff\xc3" * ((len(data) - scan - 22) // 2)
     (photos / "photo-002.jpg").write_bytes(data)
     path = tmp_path / "records.json"
     path.write_text(json.dumps([record(1, "photo-002.jpg")]))
-    found = {mode: check(path, "--images", str(photos), "--decode", mode) for mode in ("no", "header", "full")}
-    assert [code for code, _ in found.values()] == [0, 0, 1]
-    assert found["full"][1]["problems"][0]["problem"] == "image-broken"
-    assert [report["images"] for _, report in found.values()] == [1, 1, 1]
+    reports = {mode: check(path, "--images", str(photos), "--decode", mode) for mode in ("no", "header", "full")}
+    assert [code for code, _ in reports.values()] == [0, 0, 1]
+    assert reports["full"][1]["problems"][0]["problem"] == "image-broken"
+    assert [report["images"] for _, report in reports.values()] == [1, 1, 1]
 
 
-def test_a_recipe_is_checked_in_both_stages_with_its_tokenizer(toy: Path) -> None:
+def test_a_recipe_is_checked_in_both_stages(toy: Path) -> None:
     (toy / "images" / "photo-003.jpg").unlink()
     result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "--json")
     report = result.json()
     assert report["records"] == 24
     assert [(each["problem"], each["count"]) for each in report["problems"]] == [("image-missing", 2)]
-    assert "stage 1, max_length 2048" in report["lengths"]
+    assert "stage 1, max_length 2048" in report["token_counting"]
     assert result.exit_code == 1
 
 
 @pytest.mark.parametrize("length", [3, 70, 90])
-def test_what_truncation_cuts_is_what_training_cuts(toy: Path, length: int) -> None:
+def test_truncation_equals_that_of_training(toy: Path, length: int) -> None:
     recipe = load_recipe(str(toy / "recipe.yaml"), [f"stage2.max_length={length}"])
     lengths = stage_lengths(recipe, 2)
     report = run_cli(
         "data", "check", "-r", str(toy / "recipe.yaml"), "-o", f"stage2.max_length={length}", "--stage", "2", "--json"
     ).json()
     counted = {each["problem"]: each["count"] for each in report["problems"]}
-    wanted: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
     for sample in samples(recipe.data.stage2):
-        whole = lengths.encoding.encode(arrange(sample.turns, "first", ""))
-        trained = sum(label != -100 for label in whole.labels[:length])
-        wanted["untrained"] += len(whole) > length and not trained
-        wanted["truncated"] += len(whole) > length and trained > 0
-    assert counted == {kind: count for kind, count in wanted.items() if count}
+        full = lengths.encoding.encode(arrange(sample.turns, "first", ""))
+        trained = sum(label != -100 for label in full.labels[:length])
+        expected["untrained"] += len(full) > length and not trained
+        expected["truncated"] += len(full) > length and trained > 0
+    assert counted == {kind: count for kind, count in expected.items() if count}
 
 
-def test_lengths_in_bulk_are_lengths_one_by_one(toy: Path) -> None:
-    for path in [REAL / "llava_instruct_100.json", toy / "records.json"]:
+def test_batched_lengths_equal_single_lengths(toy: Path) -> None:
+    for path in [FIXTURES / "instruct.json", REAL / "llava_instruct_100.json", toy / "records.json"]:
         if not path.is_file():
             continue
         where = [f"data.stage2=[{{name: llava-json, path: {path}, images: {toy}}}]"]
         for change in ("stage2.image_order=first", "stage2.image_order=as-data", "stage2.template=tokenizer"):
             recipe = load_recipe(str(toy / "recipe.yaml"), [*where, change])
             lengths = stage_lengths(recipe, 2)
-            found = list(samples(recipe.data.stage2))
+            all_samples = list(samples(recipe.data.stage2))
             one_by_one = [
-                len(lengths.encoding.encode(arrange(each.turns, recipe.stage2.image_order, each.id))) for each in found
+                len(lengths.encoding.encode(arrange(each.turns, recipe.stage2.image_order, each.id)))
+                for each in all_samples
             ]
-            assert lengths.count(found) == one_by_one
+            assert lengths.count(all_samples) == one_by_one
             for most in (0, 400, 1200, 10_000):
-                asked = replace(lengths, max_length=most)
-                assert asked.too_long(found) == [length > most for length in one_by_one]
+                limited = replace(lengths, max_length=most)
+                assert limited.too_long(all_samples) == [length > most for length in one_by_one]
 
 
-def test_a_recipe_without_its_weights_is_checked_all_the_same(toy: Path) -> None:
+def test_a_recipe_without_weights_is_checked_without_lengths(toy: Path) -> None:
     shutil.rmtree(toy / "language")
-    missing = f"language.model={toy / 'language'}"  # by its path, which no hub is asked for
+    missing = f"language.model={toy / 'language'}"  # a path, so that no hub is contacted
     result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "-o", missing, "--json")
     assert result.exit_code == 0
-    assert "not counted for stage 1" in result.json()["lengths"]
+    assert "not counted for stage 1" in result.json()["token_counting"]
 
 
-def test_a_source_that_is_no_file_is_checked_too(toy: Path) -> None:
+def test_a_source_without_a_file(toy: Path) -> None:
     scenes = "data.stage2=[{name: scenes, scenes: 3}]"
     result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "-o", scenes, "--stage", "2", "--json")
     assert result.exit_code == 0, result.stderr
     assert result.json()["images"] > 0
 
 
-def test_wrong_calls_say_what_to_do(toy: Path, tmp_path: Path) -> None:
+def test_invalid_calls(toy: Path, tmp_path: Path) -> None:
     for words in (
         [str(tmp_path / "none.json")],
         [str(toy / "records.json"), "--images", str(tmp_path / "none")],
@@ -261,19 +263,27 @@ def test_wrong_calls_say_what_to_do(toy: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+def test_valid_files(tmp_path: Path) -> None:
+    code, report = check(FIXTURES / "instruct.json")
+    assert (code, report["problems"], report["records"]) == (0, [], 12)
+    code, report = check(FIXTURES / "pretrain.json", "--images", str(tmp_path))
+    assert (code, report["records"], report["errors"]) == (1, 80, 80)
+    assert [each["problem"] for each in report["problems"]] == ["image-missing"]
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
-def test_real_records_are_sound() -> None:
+def test_real_records() -> None:
     code, report = check(REAL / "llava_instruct_100.json")
     assert (code, report["problems"], report["records"]) == (0, [], 100)
     code, report = check(REAL / "blip_laion_cc_sbu_2k.json", "--images", str(REAL))
-    assert (code, report["records"], report["hurts"]) == (1, 2183, 2183)
+    assert (code, report["records"], report["errors"]) == (1, 2183, 2183)
 
 
-def test_every_place_is_in_the_json_and_the_first_are_printed(tmp_path: Path) -> None:
+def test_json_has_all_locations_and_the_table_the_first(tmp_path: Path) -> None:
     file = tmp_path / "many.jsonl"
     file.write_text("{\n" * 40 + json.dumps(record(1, None)))
     (problem,) = json.loads(run_cli("data", "check", str(file), "--json").stdout)["problems"]
-    assert [place.split(":")[1] for place in problem["places"]] == [str(line) for line in range(1, 41)]
+    assert [place.split(":")[1] for place in problem["locations"]] == [str(line) for line in range(1, 41)]
     printed = run_cli("data", "check", str(file)).stdout
     assert printed.count(f"{file}:") == 3
     assert "json: and 37 more" in printed
@@ -289,7 +299,7 @@ def test_a_file_without_records_is_a_problem(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["check", "stats", "filter", "expand"])
-def test_a_folder_and_a_missing_file_are_told_apart(tmp_path: Path, verb: str) -> None:
+def test_a_folder_and_a_missing_file(tmp_path: Path, verb: str) -> None:
     out = ["--out", str(tmp_path / "out.json")] if verb in ("filter", "expand") else []
     assert f"{tmp_path} is a folder" in run_cli("data", verb, str(tmp_path), *out).stderr
     assert "no such file" in run_cli("data", verb, str(tmp_path / "none.json"), *out).stderr

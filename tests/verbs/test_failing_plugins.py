@@ -1,4 +1,4 @@
-"""Plugins' sources and vision backbones: extract and train skip the same images, whatever exception they raise."""
+"""Failing sources and vision backbones of plugins: extract and train skip the same images, for any exception."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llavactl.core.errors import PluginError
 from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
-from llavactl.features.checked import CheckedPixels, load_encoder
+from llavactl.features.checked import CheckedPreprocess, load_encoder
 from llavactl.features.prepare import Failure, prepare
 from llavactl.testing import run_cli
 
@@ -36,29 +36,29 @@ RAISED = [
 RAISED += [ValueError("half \udcff"), AssertionError(), EOFError(), ExceptionGroup("some", [ValueError("a")])]
 RAISED += [GeneratorExit(), ImportError("no library"), OSError("io"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")]
 BAD = 4
-"""Every fourth of twelve images, from the first on."""
+"""Every fourth of twelve images fails, starting with the first."""
 
 
 class Fault(Options):
-    """``at``: where the component fails; ``number``: by which of RAISED or GIVEN."""
+    """``at``: where the component fails; ``number``: the index of the exception in RAISED or value in INVALID."""
 
     at: str = ""
     number: int = 0
 
-    def raised(self, where: str) -> None:
+    def raise_at(self, where: str) -> None:
         if self.at == where:
             raise RAISED[self.number]
 
 
 CALLS = itertools.count()
-GIVEN: list[Any] = [None, "text", 5]
+INVALID: list[Any] = [None, "text", 5]
 PIXELS = [None, "text", np.zeros((3, 2, 4)), np.zeros((1, 3, 4, 4)), np.array([None, 1])]
-"""In place of pixels [3, 4, 4]."""
+"""Returned instead of pixels [3, 4, 4]."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A file whose image may fail."""
+class FailingImage:
+    """An image file that may fail to be read."""
 
     path: str
     fault: Fault
@@ -68,13 +68,17 @@ class Drawn:
         return Path(self.path).name
 
     def read(self) -> Any:
-        self.fault.raised("read")
+        self.fault.raise_at("read")
         data = Path(self.path).read_bytes()
-        kinds = {"given": GIVEN[self.fault.number % len(GIVEN)], "array": bytearray(data), "view": memoryview(data)}
+        kinds = {
+            "invalid": INVALID[self.fault.number % len(INVALID)],
+            "array": bytearray(data),
+            "view": memoryview(data),
+        }
         return kinds.get(self.fault.at, data)
 
     def stamp(self) -> str:
-        self.fault.raised("stamp")
+        self.fault.raise_at("stamp")
         return f"{self.path} {os.stat(self.path).st_mtime_ns}"  # noqa: PTH116
 
 
@@ -85,11 +89,11 @@ class Source:
     def __iter__(self) -> Iterator[Any]:
         for index in range(12):
             if index == BAD and self.fault.at == "sample":
-                yield GIVEN[self.fault.number]
+                yield INVALID[self.fault.number]
             if index == BAD:
-                self.fault.raised("iteration")
+                self.fault.raise_at("iteration")
             path = f"{os.environ['PHOTOS']}/photo-{index:03d}.jpg"
-            image = Drawn(path, self.fault if index % BAD == 0 else Fault())
+            image = FailingImage(path, self.fault if index % BAD == 0 else Fault())
             turns = Turn("user", (image, "\nWhat?")), Turn("assistant", ("It is red.",))
             yield Sample(str(index), turns)
 
@@ -102,19 +106,19 @@ class Encoder:
     def preprocess(self, image: Any) -> Any:
         pixels = np.asarray(image.resize((4, 4)), np.float32).transpose(2, 0, 1) / 255
         if not pixels.any():
-            self.fault.raised("blank")
+            self.fault.raise_at("blank")
         if pixels[0].mean() > 0.7:  # red and yellow
-            self.fault.raised("preprocess")
+            self.fault.raise_at("preprocess")
             if self.fault.at == "pixels":
                 return PIXELS[self.fault.number]
         return pixels
 
     def encode(self, pixels: torch.Tensor) -> Any:
-        self.fault.raised("encode")
+        self.fault.raise_at("encode")
         features = pixels.reshape(len(pixels), 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(len(pixels), 4, 12)
         others = [features - features.mean(0), features * (-1) ** next(CALLS)]
-        wrong = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta"), *others]
-        return wrong[self.fault.number] if self.fault.at == "features" else features
+        invalid = [features.numpy(), (features,), features[:, None], features[..., 1:], features.to("meta"), *others]
+        return invalid[self.fault.number] if self.fault.at == "features" else features
 
 
 class Vision:
@@ -125,8 +129,8 @@ class Vision:
 
     def identity(self) -> Any:
         Vision.count += 1
-        wrong = [{"path": Path("/")}, {"number": float("nan")}, None, {"count": Vision.count}, [1]]
-        return wrong[self.fault.number] if self.fault.at == "identity" else {}
+        invalid = [{"path": Path("/")}, {"number": float("nan")}, None, {"count": Vision.count}, [1]]
+        return invalid[self.fault.number] if self.fault.at == "identity" else {}
 
     def load(self, device: str, dtype: str) -> Any:
         return Encoder(self.fault)
@@ -146,37 +150,37 @@ def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(toy: Path, verb: str, *options: str, source: str = "", number: int = 0, vision: str = "") -> Any:
-    """``verb`` on the failing source and backbone, which fail at ``source`` and ``vision``."""
+    """Runs ``verb`` with a source and a backbone that fail at ``source`` and ``vision``."""
     kind, _, fault = vision.rpartition("/")
-    words = [
+    settings = [
         f"data.stage1=[{{name: source, at: {source!r}, number: {number}}}]",
         "data.stage2=[]",
         f"vision={{name: {kind or 'vision'}, at: {fault!r}, number: {number}}}",
         "stage1.max_steps=1",
     ]
-    chosen = [word for each in words for word in ("-o", each)]
-    return run_cli(*verb.split(), "-r", str(toy / "recipe.yaml"), *chosen, *options)
+    overrides = [word for each in settings for word in ("-o", each)]
+    return run_cli(*verb.split(), "-r", str(toy / "recipe.yaml"), *overrides, *options)
 
 
-def left_out(toy: Path, file: str) -> set[str]:
+def listed_images(toy: Path, file: str) -> set[str]:
     lines = [json.loads(line) for line in (toy / "runs/toy" / file).read_text().splitlines()]
     return {f"photo-{int(line['id']):03d}.jpg" if "id" in line else line["image"] for line in lines}
 
 
 def check_agreement(toy: Path, bad: int, **fault: Any) -> None:
-    """``bad`` images are skipped by extract, train from the cache and live alike, and counted by --max-skipped."""
+    """``bad`` images are skipped by extract and train, cached and live, and counted by --max-skipped."""
     done = run(toy, "extract", **fault)
     assert done.exit_code == 0, done.stderr
-    skipped = left_out(toy, "skipped.jsonl")
+    skipped = listed_images(toy, "skipped.jsonl")
     assert len(skipped) == bad
     assert run(toy, "extract", **fault).exit_code == 0
     for mode in ("cached", "live"):
-        mode = f"features.mode={mode}"
-        for most, code in ((bad, 0), (bad - 1, 1)):
-            if most >= 0:
-                done = run(toy, "train --stage 1 --resume never", "-o", mode, "--max-skipped", str(most), **fault)
+        for max_skipped, code in ((bad, 0), (bad - 1, 1)):
+            if max_skipped >= 0:
+                options = ("-o", f"features.mode={mode}", "--max-skipped", str(max_skipped))
+                done = run(toy, "train --stage 1 --resume never", *options, **fault)
                 assert done.exit_code == code, done.stderr
-        assert left_out(toy, "stage1/left_out.jsonl") == skipped
+        assert listed_images(toy, "stage1/left_out.jsonl") == skipped
 
 
 def name_of(number: int) -> str:
@@ -184,13 +188,13 @@ def name_of(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", range(len(RAISED)), ids=name_of)
-def test_any_exception_is_the_reason(toy: Path, number: int) -> None:
+def test_any_exception_becomes_a_reason(toy: Path, number: int) -> None:
     path = str(toy / "images/photo-000.jpg")
     for at in ("read", "stamp"):
-        image = Drawn(path, Fault(at=at, number=number))
-        assert isinstance(ContentKeys().many([image])[0], OSError)
-    assert isinstance(prepare(Encoder(Fault()), Drawn(path, Fault(at="read", number=number))), Failure)
-    failed = prepare(Encoder(Fault(at="preprocess", number=number)), Drawn(path, Fault()))
+        image = FailingImage(path, Fault(at=at, number=number))
+        assert isinstance(ContentKeys().keys_of([image])[0], OSError)
+    assert isinstance(prepare(Encoder(Fault()), FailingImage(path, Fault(at="read", number=number))), Failure)
+    failed = prepare(Encoder(Fault(at="preprocess", number=number)), FailingImage(path, Fault()))
     assert isinstance(failed, Failure)
     assert failed.permanent
     assert failed.reason.encode().decode().isprintable()
@@ -204,7 +208,7 @@ def test_failing_images_are_skipped_by_every_command(toy: Path, source: str, vis
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_images_that_are_not_bytes_are_skipped(toy: Path, number: int) -> None:
-    check_agreement(toy, 3, source="given", number=number)
+    check_agreement(toy, 3, source="invalid", number=number)
 
 
 @pytest.mark.parametrize("number", [0, 2, 3])
@@ -213,15 +217,15 @@ def test_invalid_pixels_are_skipped(toy: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 4], ids=name_of)
-def test_one_that_fails_for_a_blank_image_is_tried_on_the_others(number: int) -> None:
+def test_a_backbone_that_fails_for_a_blank_image_is_tested_with_others(number: int) -> None:
     vision: Any = Vision(Fault(at="blank", number=number))
-    made = load_encoder(vision, "cpu", "float32").preprocess(Image.new("RGB", (9, 9), "blue"))
-    assert made.shape == (3, 4, 4)
+    pixels = load_encoder(vision, "cpu", "float32").preprocess(Image.new("RGB", (9, 9), "blue"))
+    assert pixels.shape == (3, 4, 4)
 
 
 def test_pixels_have_three_channels_first() -> None:
     with pytest.raises(ValueError, match=r"\[3, H, W\]"):
-        CheckedPixels(lambda image: np.zeros((4, 4, 3)), (4, 4, 3))(Image.new("RGB", (9, 9)))
+        CheckedPreprocess(lambda image: np.zeros((4, 4, 3)), (4, 4, 3))(Image.new("RGB", (9, 9)))
 
 
 @pytest.mark.parametrize("kind", ["array", "view"])
@@ -230,9 +234,9 @@ def test_bytes_like_objects_are_accepted(toy: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(RAISED)), ids=name_of)
-def test_data_check_lists_what_fails(toy: Path, number: int) -> None:
-    found = run(toy, "data check", "--json", source="read", number=number).json()
-    assert [(each["problem"], each["count"]) for each in found["problems"]] == [("image-missing", 3)]
+def test_data_check_lists_failing_images(toy: Path, number: int) -> None:
+    report = run(toy, "data check", "--json", source="read", number=number).json()
+    assert [(each["problem"], each["count"]) for each in report["problems"]] == [("image-missing", 3)]
 
 
 @pytest.mark.parametrize(
@@ -253,16 +257,16 @@ def test_invalid_shapes_are_refused_with_the_plugins_name(toy: Path, vision: str
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("lacking", ["preprocess", "encode"])
-def test_an_encoder_that_lacks_something_is_refused_by_name(lacking: str) -> None:
+@pytest.mark.parametrize("missing", ["preprocess", "encode"])
+def test_an_encoder_without_a_method_is_refused(missing: str) -> None:
     encoder = Encoder(Fault())
-    setattr(encoder, lacking, None)
+    setattr(encoder, missing, None)
     vision: Any = SimpleNamespace(load=lambda device, dtype: encoder)
-    with pytest.raises(PluginError, match=lacking):
+    with pytest.raises(PluginError, match=missing):
         load_encoder(vision, "cpu", "float32")
 
 
-@pytest.mark.parametrize("number", range(len(GIVEN)))
+@pytest.mark.parametrize("number", range(len(INVALID)))
 def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -> None:
     done = run(toy, "extract", source="sample", number=number)
     assert done.exit_code == 1
@@ -272,7 +276,7 @@ def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -
 
 @pytest.mark.parametrize("at", [{"source": "iteration"}, {"vision": "encode"}])
 @pytest.mark.parametrize("number", [0, 3, 4], ids=name_of)
-def test_other_errors_are_bugs_of_the_plugin(toy: Path, at: dict[str, str], number: int) -> None:
+def test_other_errors_are_reported_as_bugs_of_the_plugin(toy: Path, at: dict[str, str], number: int) -> None:
     done = run(toy, "extract", number=number, **at)  # type: ignore[arg-type]
     assert done.exit_code == 1
     assert "bug in plugin otherplugin" in done.stderr

@@ -1,4 +1,4 @@
-"""What keeps the components of a recipe from working together is found by ``recipes check``, with its line."""
+"""``recipes check`` reports components that don't fit together, with the line of the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llavactl.testing import run_cli
 
 
 class Wide:
-    """A connector that makes embeddings one wider than the language model's."""
+    """A connector whose embeddings are wider than the language model's."""
 
     def __init__(self, options: Any) -> None:
         pass
@@ -39,7 +39,7 @@ class Raising(Wide):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "preflight_of_a_test", sys.modules[__name__])
     for name in ("Wide", "Raising"):
-        entry = Registration("connectors", name.lower(), f"preflight_of_a_test:{name}", None, "", "stranger")
+        entry = Registration("connectors", name.lower(), f"preflight_of_a_test:{name}", None, "", "otherplugin")
         monkeypatch.setitem(registry().entries["connectors"], name.lower(), entry)
 
 
@@ -52,28 +52,28 @@ def problems(toy: Path, *overrides: str) -> list[dict[str, str]]:
     return found
 
 
-def test_a_sound_recipe_has_none(toy: Path) -> None:
+def test_a_valid_recipe_has_no_problems(toy: Path) -> None:
     assert problems(toy) == []
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "named"),
+    ("override", "key", "term"),
     [
-        ("connector={name: wide}", "connector", "stranger"),
-        ("connector={name: raising}", "connector", "stranger"),
+        ("connector={name: wide}", "connector", "otherplugin"),
+        ("connector={name: raising}", "connector", "otherplugin"),
         ("connector.pixel_shuffle=3", "connector", "pixel_shuffle"),
         ("stage2.trainable_modules=[self_atn]", "stage2.trainable_modules", "self_atn"),
         ("vision.layer=9", "vision", "layer"),
     ],
 )
-def test_components_that_do_not_fit_are_named_by_their_key(toy: Path, override: str, key: str, named: str) -> None:
+def test_components_that_do_not_fit_together(toy: Path, override: str, key: str, term: str) -> None:
     (found,) = problems(toy, override)
     assert found["key"] == key
-    assert named in found["why"]
+    assert term in found["why"]
     assert found["where"].startswith(("-o", "recipe.yaml:"))
     done = run_cli("run", "-r", "recipe.yaml", "-o", override, cwd=toy)
     assert done.exit_code == 1
-    assert named in done.stderr
+    assert term in done.stderr
     assert not (toy / "runs").exists(), "before any work"
 
 
@@ -87,7 +87,7 @@ def test_components_that_do_not_fit_are_named_by_their_key(toy: Path, override: 
         ("hf", "language.model=./phi"),
     ],
 )
-def test_exports_that_cannot_hold_the_model_are_known_before_training(toy: Path, export: str, override: str) -> None:
+def test_unsupported_exports_are_reported_before_training(toy: Path, export: str, override: str) -> None:
     from ..components.formats.families import language_of
 
     for kind in ("qwen2", "phi"):
@@ -101,12 +101,12 @@ def test_exports_that_cannot_hold_the_model_are_known_before_training(toy: Path,
     assert not (toy / "runs").exists(), "before any work"
 
 
-def test_exports_that_hold_the_model(toy: Path) -> None:
+def test_supported_exports(toy: Path) -> None:
     exports = "export=[{format: hf, to: a}, {format: llava, to: b}, {format: llava, to: c, strict: false}]"
     assert problems(toy, exports) == []
 
 
-def test_a_template_of_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
+def test_a_template_with_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
     file = toy / "language" / "tokenizer.json"
     file.write_text(file.read_text(encoding="utf-8").replace("<|im_start|>", "<|other|>"), encoding="utf-8")
     config = toy / "language" / "tokenizer_config.json"
@@ -115,13 +115,13 @@ def test_a_template_of_tokens_that_the_tokenizer_lacks(toy: Path) -> None:
     assert (found["key"], "<|im_start|>" in found["why"]) == ("language.template", True)
 
 
-def test_only_is_for_full_fine_tuning(toy: Path) -> None:
+def test_trainable_modules_need_full_fine_tuning(toy: Path) -> None:
     (found,) = problems(toy, "stage2.trainable_modules=[self_attn]", "stage2.method=lora")
     assert found["key"].startswith("stage2")
 
 
 @pytest.mark.parametrize("kind", ["convnext", "swin", "siglip2_vision_model", "internvl_vision"])
-def test_encoders_that_are_no_plain_vision_transformers_are_refused_in_words(toy: Path, kind: str) -> None:
+def test_encoders_that_are_no_plain_vision_transformers_are_refused(toy: Path, kind: str) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind)
@@ -132,8 +132,8 @@ def test_encoders_that_are_no_plain_vision_transformers_are_refused_in_words(toy
     found = problems(toy, "vision.model=./other")
     assert [each["key"] for each in found] == ["vision"]
     assert "other" in found[0]["why"]
-    assert "fails" not in found[0]["why"], "not a bug, but a model of another kind"
+    assert "fails" not in found[0]["why"], "an unsupported model, not a bug"
 
 
-def test_a_model_that_is_not_here_is_not_looked_at(toy: Path) -> None:
+def test_a_model_that_is_not_local_is_not_checked(toy: Path) -> None:
     assert problems(toy, "vision.model=nobody/has-this", "language.model=nobody/has-this") == []

@@ -1,6 +1,6 @@
-"""A finished step is done again when anything that decides its result has changed, and only then.
+"""A finished step runs again if and only if an input that affects its result has changed.
 
-A finished run is copied, one of its inputs is changed, and the run is asked for once more.
+Each test copies a finished run, changes one input and runs it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from llavactl.core import builtins
+from llavactl.core import builtin_plugin
 from llavactl.model.folder import load
 from llavactl.testing import run_cli, toy_recipe
 
@@ -27,14 +27,20 @@ EXTRACT, STAGE1, STAGE2, EVAL = "extract", "stage1", "stage2", "eval"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with an evaluation: the toys, and the user folder that it filled."""
+    """A finished run with an evaluation: the folder of the toy recipe and LLAVACTL_HOME."""
     folder = tmp_path_factory.mktemp("finished")
     recipe = toy_recipe(folder / "toy")
     questions = [
-        {"question_id": at, "image": f"photo-{at:03d}.jpg", "text": "Is it red?", "label": "yes", "category": "random"}
-        for at in range(4)
+        {
+            "question_id": index,
+            "image": f"photo-{index:03d}.jpg",
+            "text": "Is it red?",
+            "label": "yes",
+            "category": "random",
+        }
+        for index in range(4)
     ]
-    (recipe.parent / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    (recipe.parent / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     recipe.write_text(
         recipe.read_text()
         + "eval: {max_new_tokens: 2, tasks: [{name: pope, questions: questions.jsonl, labels: questions.jsonl, "
@@ -48,13 +54,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, home: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, elsewhere: what files are called must not matter."""
+    """A copy of the finished run in another folder: file names must not matter."""
     shutil.copytree(finished / "home", home)
     return Path(shutil.copytree(finished / "toy", tmp_path / "copy"))
 
 
-def redone(folder: Path, *options: str) -> set[str]:
-    """The steps that a further run did."""
+def rerun(folder: Path, *options: str) -> set[str]:
+    """Runs the recipe again; returns the steps that were not skipped."""
     done = run_cli("run", "-r", str(folder / "recipe.yaml"), *QUICK, *options, "--json")
     assert done.exit_code == 0, done.stderr
     report = done.json()
@@ -64,7 +70,7 @@ def redone(folder: Path, *options: str) -> set[str]:
 
 
 def _invert(file: Path) -> None:
-    """Another picture under the name, of the same age."""
+    """Replaces the image, keeping its name and time stamps."""
     status = file.stat()
     ImageOps.invert(Image.open(file).convert("RGB")).save(file)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -75,18 +81,18 @@ def images(folder: Path) -> None:
         _invert(file)
 
 
-def _shifted(file: Path, by: float = 0.05) -> None:
+def _shift_weights(file: Path, by: float = 0.05) -> None:
     weights = load_file(file)
-    save_file({name: each + by if each.is_floating_point() else each for name, each in weights.items()}, file,
-              metadata={"format": "pt"})  # fmt: skip
+    shifted = {name: weight + by if weight.is_floating_point() else weight for name, weight in weights.items()}
+    save_file(shifted, file, metadata={"format": "pt"})
 
 
 def language_weights(folder: Path) -> None:
-    _shifted(folder / "language" / "model.safetensors")
+    _shift_weights(folder / "language" / "model.safetensors")
 
 
 def vision_weights(folder: Path) -> None:
-    _shifted(folder / "clip" / "model.safetensors")
+    _shift_weights(folder / "clip" / "model.safetensors")
 
 
 def image_processor(folder: Path) -> None:
@@ -96,11 +102,11 @@ def image_processor(folder: Path) -> None:
 
 def tokenizer(folder: Path) -> None:
     file = folder / "language" / "tokenizer.json"
-    written = json.loads(file.read_text())
-    vocabulary = written["model"]["vocab"]
-    one, other = [token for token in vocabulary if token.isalpha()][:2]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    file.write_text(json.dumps(written))
+    document = json.loads(file.read_text())
+    vocabulary = document["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(document))
 
 
 def chat_template(folder: Path) -> None:
@@ -113,14 +119,14 @@ def answers(folder: Path) -> None:
 
 
 def plugin_version(_folder: Path) -> None:
-    builtins.NUMBERS = "2"
+    builtin_plugin.RESULTS_VERSION = "2"
 
 
 def vision_configuration(folder: Path) -> None:
     file = folder / "clip" / "config.json"
-    written = json.loads(file.read_text())
-    (written.get("vision_config") or written)["hidden_act"] = "gelu"
-    file.write_text(json.dumps(written))
+    config = json.loads(file.read_text())
+    (config.get("vision_config") or config)["hidden_act"] = "gelu"
+    file.write_text(json.dumps(config))
 
 
 def question_text(folder: Path) -> None:
@@ -134,19 +140,19 @@ def right_answer(folder: Path) -> None:
 
 
 def first_connector(folder: Path) -> None:
-    _shifted(folder / "runs" / "toy" / "stage1" / "model" / "connector.safetensors", 1.0)
+    _shift_weights(folder / "runs" / "toy" / "stage1" / "model" / "connector.safetensors", 1.0)
 
 
 def last_connector(folder: Path) -> None:
-    _shifted(folder / "runs" / "toy" / "stage2" / "model" / "connector.safetensors", 1.0)
+    _shift_weights(folder / "runs" / "toy" / "stage2" / "model" / "connector.safetensors", 1.0)
 
 
-# A copy's folder of images has another name, by which scores are kept: EVAL is in each of these sets.
+# Scores are stored by the name of the image folder, which differs in a copy: EVAL is in each of these sets.
 ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "steps"),
     [
         (images, ALL),
         (vision_weights, ALL),
@@ -163,83 +169,84 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
         (right_answer, {EVAL}),
     ],
 )
-def test_what_depends_on_a_changed_input_is_done_again(
-    copy: Path, change: Callable[[Path], None], wanted: set[str], monkeypatch: pytest.MonkeyPatch
+def test_steps_that_depend_on_a_changed_input_run_again(
+    copy: Path, change: Callable[[Path], None], steps: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builtins, "NUMBERS", builtins.NUMBERS)  # whatever a change does to it is undone
+    monkeypatch.setattr(builtin_plugin, "RESULTS_VERSION", builtin_plugin.RESULTS_VERSION)  # restores it after the test
     change(copy)
-    assert redone(copy) == wanted
-    assert redone(copy) == set()
+    assert rerun(copy) == steps
+    assert rerun(copy) == set()
 
 
-def test_nothing_is_done_again_where_nothing_has_changed_but_names_and_times(copy: Path, tmp_path: Path) -> None:
+def test_names_and_times_of_files_do_not_matter(copy: Path, tmp_path: Path) -> None:
     for file in copy.rglob("*"):
         os.utime(file)
-    (copy / "language").rename(copy / "speaker")
+    (copy / "language").rename(copy / "renamed")
     (copy / "images").rename(copy / "photos")
-    recipe = (copy / "recipe.yaml").read_text().replace("model: language,", "model: speaker,")
+    recipe = (copy / "recipe.yaml").read_text().replace("model: language,", "model: renamed,")
     (copy / "recipe.yaml").write_text(recipe.replace("images: images", "images: photos"))
-    # A folder of images is known by its name where a task's scores are kept; its answers are not asked for again.
-    assert redone(copy) <= {EVAL}
+    # The scores of a task are stored by the name of the image folder; the answers are reused.
+    assert rerun(copy) <= {EVAL}
     answers = list((copy / "runs" / "toy" / "eval" / "answers").iterdir())
     assert len([file for file in answers if file.suffix == ".jsonl"]) == 1
 
 
-def test_images_elsewhere_with_the_same_names_are_other_images(copy: Path) -> None:
+def test_other_images_with_the_same_names(copy: Path) -> None:
     other = Path(shutil.copytree(copy / "images", copy / "inverted"))
     for file in other.glob("*.jpg"):
         _invert(file)
     moved = "data.{0}=[{{name: llava-json, path: {1}/records.json, images: {1}/inverted}}]"
     options = [part for stage in (STAGE1, STAGE2) for part in ("-o", moved.format(stage, copy))]
-    assert redone(copy, *options) == ALL
+    assert rerun(copy, *options) == ALL
 
 
-def test_a_model_named_by_a_path_is_known_by_its_content(copy: Path) -> None:
-    """Of two models in one place, one after the other, each gives its own answers."""
+def test_a_model_is_identified_by_its_content(copy: Path) -> None:
+    """A model that replaces another one at the same path is evaluated again."""
 
-    def answered() -> dict[str, Any]:
-        asked = ("-t", f"questions={copy}/questions.jsonl", "-t", f"labels={copy}/questions.jsonl")
-        where = ("-t", f"images={copy}/images", "--model", str(copy / "runs" / "toy" / "stage2" / "model"))
-        done = run_cli("eval", "pope", *asked, *where, "-o", "eval.max_new_tokens=4", "--json", cwd=copy)
+    def evaluated() -> dict[str, Any]:
+        task = ("-t", f"questions={copy}/questions.jsonl", "-t", f"labels={copy}/questions.jsonl")
+        model = ("-t", f"images={copy}/images", "--model", str(copy / "runs" / "toy" / "stage2" / "model"))
+        done = run_cli("eval", "pope", *task, *model, "-o", "eval.max_new_tokens=4", "--json", cwd=copy)
         assert done.exit_code == 0, done.stderr
-        found: dict[str, Any] = done.json()
-        return found
+        report: dict[str, Any] = done.json()
+        return report
 
-    assert answered()["finished_before"] is False
-    assert answered()["finished_before"] is True
-    _shifted(copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors", 0.3)
-    assert answered()["finished_before"] is False
+    assert evaluated()["finished_before"] is False
+    assert evaluated()["finished_before"] is True
+    _shift_weights(copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors", 0.3)
+    assert evaluated()["finished_before"] is False
 
 
-def test_attention_is_the_one_that_was_trained_with(copy: Path) -> None:
+def test_a_model_is_loaded_with_the_attention_of_its_training(copy: Path) -> None:
     eager = ("-o", "language.attention=eager")
-    assert STAGE2 in redone(copy, *eager)
+    assert STAGE2 in rerun(copy, *eager)
     loaded = load(copy / "runs" / "toy" / "stage2" / "model")
-    assert loaded.parts.model.language.config._attn_implementation == "eager"
+    assert loaded.bundle.model.language.config._attn_implementation == "eager"
 
 
 def test_a_project_can_be_moved(copy: Path) -> None:
-    """With its models, and to another depth: nothing is done again, and all of it is used from the new place."""
+    """A moved project, models included, runs no step again and uses the files in the new folder."""
     there = copy.parent / "far" / "away" / "project"
     there.parent.mkdir(parents=True)
     copy.rename(there)
-    assert redone(there) <= {EVAL}  # as above: a folder of images has another name
+    assert rerun(there) <= {EVAL}  # scores are stored by the name of the image folder
     assert len(list((there / "runs" / "toy" / "eval" / "answers").glob("*.jsonl"))) == 1
     model = there / "runs" / "toy" / "stage2" / "model"
     loaded = load(model)
     assert loaded.description["vision"]["model"] == str(there / "clip")
-    for asked in (("--format", "llava"), ("--format", "hf")):
-        done = run_cli("export", "--model", str(model), *asked, "--to", str(there / asked[1]), "--no-verify", cwd=there)
+    for name in ("llava", "hf"):
+        to = ("--format", name, "--to", str(there / name))
+        done = run_cli("export", "--model", str(model), *to, "--no-verify", cwd=there)
         assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
-def test_a_damaged_model_is_no_finished_one(copy: Path, damage: str) -> None:
+def test_a_stage_with_a_damaged_model_runs_again(copy: Path, damage: str) -> None:
     file = copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors"
-    whole = file.read_bytes()
+    original = file.read_bytes()
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(whole[:-10] if damage == "cut" else whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert redone(copy) == {STAGE2, EVAL}  # from its last checkpoint
-    assert file.read_bytes() == whole
+        file.write_bytes(original[:-10] if damage == "cut" else original[:-1] + bytes([original[-1] ^ 1]))
+    assert rerun(copy) == {STAGE2, EVAL}  # from its last checkpoint
+    assert file.read_bytes() == original

@@ -1,4 +1,4 @@
-"""What a user sees of a template: records that it refuses, its arguments, and its date."""
+"""Templates in commands and recipes: refused records, arguments and the date."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chat_template(toy: Path, before: str) -> None:
     tokenizer.save_pretrained(toy / "language")
 
 
-def one_turn_but_the_last(toy: Path) -> list[dict[str, Any]]:
+def cut_to_one_turn_except_the_last(toy: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = json.loads((toy / "records.json").read_text())
     for each in records[:-1]:
         each["conversations"] = each["conversations"][:2]
@@ -34,27 +34,27 @@ def one_turn_but_the_last(toy: Path) -> list[dict[str, Any]]:
     return records
 
 
-def test_what_a_template_refuses_is_listed_and_left_out(toy: Path) -> None:
+def test_refused_records_are_listed_and_left_out(toy: Path) -> None:
     chat_template(toy, ONE_TURN)
-    last = one_turn_but_the_last(toy)[-1]["id"]
+    last = cut_to_one_turn_except_the_last(toy)[-1]["id"]
     checked = run_cli("data", "check", "--stage", "2", "--json", *OWN, cwd=toy)
     assert checked.exit_code == 1
     (found,) = checked.json()["problems"]
     assert (found["problem"], found["effect"], found["count"]) == ("template", "lost", 1)
-    assert "one turn only" in found["places"][0]
+    assert "one turn only" in found["locations"][0]
     shown = run_cli("data", "show", "--sample", last, "--json", *OWN, cwd=toy).json()["shown"][0]
     assert "one turn only" in shown["left_out"]
     assert (shown["tokens"], shown["pieces"]) == (0, [])
     assert run_cli("data", "stats", "--stage", "2", "--json", *OWN, cwd=toy).json()["measures"]["tokens"]["n"] == 11
     trained = run_cli("train", "--stage", "2", "--json", *SCRATCH, cwd=toy)
     assert trained.exit_code == 0, trained.stderr
-    assert trained.json()["left_out"] == 1
+    assert trained.json()["skipped_samples"] == 1
     (line,) = (toy / "runs/toy/stage2/left_out.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == last
     assert "one turn only" in json.loads(line)["reason"]
 
 
-def test_a_template_that_refuses_all_stops_before_any_work(toy: Path) -> None:
+def test_a_template_that_refuses_all_records_stops_the_run(toy: Path) -> None:
     chat_template(toy, "{{ raise_exception('never') }}")
     result = run_cli("train", "--stage", "2", *SCRATCH, cwd=toy)
     assert result.exit_code == 1
@@ -63,18 +63,18 @@ def test_a_template_that_refuses_all_stops_before_any_work(toy: Path) -> None:
     assert not list((toy / "runs").rglob("metrics.jsonl"))
 
 
-def test_a_date_and_arguments_are_recorded_and_used_by_all(toy: Path) -> None:
+def test_date_and_arguments_are_stored_and_used_by_chat_and_exports(toy: Path) -> None:
     chat_template(toy, DATED + "{{ tone | default('') }}")
     spec = ["-o", "stage2.template={name: tokenizer, date: 2025-03-04, tone: kind}"]
     trained = run_cli("train", "--stage", "2", *SCRATCH, *spec, cwd=toy)
     assert trained.exit_code == 0, trained.stderr
     assert "2025-03-04" in trained.stderr
     model = toy / "runs/toy/stage2/model"
-    said = json.loads((model / "llavactl.json").read_text())["template"]
-    assert said == {"name": "tokenizer", "date": "2025-03-04", "tone": "kind"}
+    stored = json.loads((model / "llavactl.json").read_text())["template"]
+    assert stored == {"name": "tokenizer", "date": "2025-03-04", "tone": "kind"}
     photo = ["--image", str(toy / "images/photo-000.jpg"), "--prompt", "What?", "--max-new-tokens", "6", "--json"]
-    asked = run_cli("chat", "--model", str(model), *photo, cwd=toy)
-    assert asked.exit_code == 0, asked.stderr
+    chat = run_cli("chat", "--model", str(model), *photo, cwd=toy)
+    assert chat.exit_code == 0, chat.stderr
     for form in ("hf", "llava"):
         done = run_cli("export", "--model", str(model), "--format", form, "--to", str(toy / form), cwd=toy)
         assert done.exit_code == 0, done.stderr
@@ -84,7 +84,7 @@ def test_a_date_and_arguments_are_recorded_and_used_by_all(toy: Path) -> None:
         text = own.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
         assert text.startswith("2025-03-04kind<|im_start|>user")
         again = run_cli("chat", "--model", str(toy / form), *photo, cwd=toy)
-        assert again.json()["answer"] == asked.json()["answer"]
+        assert again.json()["answer"] == chat.json()["answer"]
 
 
 class TestRecipe:
@@ -111,8 +111,8 @@ class TestRecipe:
             load_recipe(toy / "recipe.yaml", [f"language.template={template}"])
         assert key in {problem.key for problem in raised.value.problems}
 
-    def test_editors_know_options_of_templates(self) -> None:
-        known = {each.get("title"): each for each in schema()["$defs"]["TemplateSpec"]["oneOf"]}
-        assert "date" in known["tokenizer"]["properties"]
-        assert known["tokenizer"]["additionalProperties"] is not False
-        assert known["vicuna-v1"]["additionalProperties"] is False
+    def test_the_json_schema_has_options_of_templates(self) -> None:
+        by_title = {entry.get("title"): entry for entry in schema()["$defs"]["TemplateSpec"]["oneOf"]}
+        assert "date" in by_title["tokenizer"]["properties"]
+        assert by_title["tokenizer"]["additionalProperties"] is not False
+        assert by_title["vicuna-v1"]["additionalProperties"] is False

@@ -1,8 +1,9 @@
-"""What surrounds the training loop: a stage that is trained is finished, and a model that is made can be used."""
+"""``train`` beyond the training loop: optional outputs, and adapters on ``stage2.init``."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ def trained(recipe: Path, stage: int, *options: str) -> Any:
     return done.json()
 
 
-@pytest.mark.parametrize("extra", ["_write_samples", "plot_loss", "write_report"])
+@pytest.mark.parametrize("function", ["_write_sample_answers", "plot_loss", "write_report"])
 @pytest.mark.parametrize("error", [RuntimeError("cannot reshape tensor of 0 elements"), DataError("image gone")])
-def test_after_the_last_step_nothing_fails_the_stage(
-    toy: Path, extra: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+def test_errors_in_optional_outputs_do_not_fail_the_stage(
+    toy: Path, function: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(train, extra, fail)
+    monkeypatch.setattr(train, function, fail)
     done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
     assert done.exit_code == 0
     assert str(error) in done.stderr
@@ -47,20 +48,32 @@ def test_after_the_last_step_nothing_fails_the_stage(
     assert trained(toy / "recipe.yaml", 1)["finished_before"] is True
 
 
-def test_an_adapter_lies_on_the_model_that_it_was_trained_on(toy: Path) -> None:
-    """With ``stage2.init`` that is not the recipe's language model."""
+def test_without_matplotlib_training_warns_once_and_writes_no_plot(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("pip install 'llavactl[plots]'") == 1
+    folder = toy / "runs/toy"
+    assert not (folder / "stage1/loss.png").exists()
+    assert (folder / "stage1/model").is_dir()
+    assert "llavactl[plots]" in (folder / "report.html").read_text()
+
+
+def test_an_adapter_is_applied_to_the_model_that_it_was_trained_on(toy: Path) -> None:
+    """With ``stage2.init`` this is not the recipe's language model."""
     recipe = toy / "recipe.yaml"
     first = trained(recipe, 2, "-o", "name=first")["model"]
     lora = ("-o", f"stage2.init={first}", "-o", "stage2.method=lora", "-o", "name=second")
-    made = Path(trained(recipe, 2, *lora)["model"])
-    description = json.loads((made / "llavactl.json").read_text(encoding="utf-8"))
+    adapted = Path(trained(recipe, 2, *lora)["model"])
+    description = json.loads((adapted / "llavactl.json").read_text(encoding="utf-8"))
     assert description["language"]["model"] == str(Path(first) / "language")
-    base = model_folder.load(made).parts.model.language.get_base_model()
-    theirs = model_folder.load(Path(first)).parts.model.language
-    assert base.lm_head.weight.equal(theirs.lm_head.weight)
+    base = model_folder.load(adapted).bundle.model.language.get_base_model()
+    original = model_folder.load(Path(first)).bundle.model.language
+    assert base.lm_head.weight.equal(original.lm_head.weight)
 
 
-def test_an_adapter_on_an_adapter_is_refused_before_it_is_trained(toy: Path) -> None:
+def test_an_adapter_on_an_adapter_is_refused_before_training(toy: Path) -> None:
     recipe, lora = toy / "recipe.yaml", ("-o", "stage2.method=lora")
     first = trained(recipe, 2, "-o", "name=first", *lora)["model"]
     again = ("-o", f"stage2.init={first}", "-o", "name=second")

@@ -1,4 +1,4 @@
-"""``llavactl data``: instruction data. One file a command."""
+"""``llavactl data``: commands for training data, one module per command."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ COMMANDS = (
     "filter",
     "expand",
 )
-"""Each the ``command`` of a module of its name, in the order that they are used."""
+"""Modules with an attribute ``command``, in the order of typical use."""
 
 
 @click.group()
 def command() -> None:
-    """Instruction data: what a teacher makes of captions and boxes, and what training sees of it."""
+    """Generate, inspect, check and filter training data."""
 
 
 for _name in COMMANDS:

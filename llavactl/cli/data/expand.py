@@ -1,4 +1,4 @@
-"""``llavactl data expand``: captions to stage 1's conversations."""
+"""``llavactl data expand``: convert captions to conversations for stage 1."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 @click.command("expand")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .json or .jsonl.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output file, .json or .jsonl.")
 @click.option(
     "--image-tag",
     type=click.Choice(["first", "last", "random"]),
     default="random",
     show_default=True,
-    help="Where <image> stands: before the instruction, after it, or either.",
+    help="Put <image> before the instruction, after it, or at random.",
 )
-@click.option("--seed", type=int, help="What instruction each record gets.  [default: the recipe's, or 0]")
+@click.option("--seed", type=int, help="Seed of the drawn instructions.  [default: the recipe's, or 0]")
 @json_option
 def command(
     file: Path | None,
@@ -36,13 +36,13 @@ def command(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Make a conversation of one turn of each caption of FILE, or of the recipe's stage 1: records for stage 1.
+    """Convert each caption of FILE, or of the recipe's stage 1, to a one-turn conversation for stage 1.
 
-    FILE is JSON or JSONL of {id, image, caption}, or of LLaVA's records, whose first answers are taken.
+    FILE is JSON or JSONL of {id, image, caption}, or of LLaVA records, whose first answer is the caption.
     """
-    from llavactl.curation.inputs import caption_file
+    from llavactl.curation.inputs import caption_source
     from llavactl.verbs.expand import expand
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     seed = seed if seed is not None else recipe.seed if recipe else 0
-    output.report(expand(caption_file(recipe, file), out, image_tag=image_tag, seed=seed), as_json)
+    output.report(expand(caption_source(recipe, file), out, image_tag=image_tag, seed=seed), as_json)

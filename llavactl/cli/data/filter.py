@@ -1,4 +1,4 @@
-"""``llavactl data filter``: captions balanced by concept."""
+"""``llavactl data filter``: select captions balanced by concept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llavactl.cli.options import json_option, load_outline, load_outline_if_give
 @click.command("filter")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write: .json or .jsonl.")
-@click.option("--at-least", type=click.IntRange(min=1), default=3, show_default=True, help="Rarer phrases are skipped.")
-@click.option("--at-most", type=click.IntRange(min=1), default=100, show_default=True, help="Captions a phrase.")
-@click.option("--seed", type=int, help="What is drawn of frequent phrases.  [default: the recipe's, or 0]")
-@click.option("--extractor", metavar="MODULE:ATTR", help="Another finder of noun phrases (docs/data.md).")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as many as cores; small files: 1]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output file, .json or .jsonl.")
+@click.option("--at-least", type=click.IntRange(min=1), default=3, show_default=True, help="Skip rarer phrases.")
+@click.option("--at-most", type=click.IntRange(min=1), default=100, show_default=True, help="Captions per phrase.")
+@click.option("--seed", type=int, help="Seed of the sampling for frequent phrases.  [default: the recipe's, or 0]")
+@click.option("--extractor", metavar="MODULE:ATTR", help="Noun phrase extractor to use (docs/data.md).")
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes.  [default: CPU cores; small files: 1]")
 @json_option
 def command(
     file: Path | None,
@@ -32,18 +32,19 @@ def command(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Keep captions of FILE, or of the recipe's stage 1, so that no noun phrase outnumbers the others.
+    """Select captions of FILE, or of the recipe's stage 1, balanced by their noun phrases.
 
-    As LLaVA made 595K of CC3M's 3 million: every caption with a phrase that is in 3 to 100 of them, and for phrases in
-    more, 100 drawn at random. FILE is JSON or JSONL of records with a `caption`, or of LLaVA's.
+    This is how LLaVA selected 595K of CC3M's 3 million captions: all captions with a phrase that occurs in 3 to 100
+    of them, and 100 random captions for each more frequent phrase. FILE is JSON or JSONL of records with a `caption`,
+    or of LLaVA records, whose first answer is the caption.
     """
-    from llavactl.curation.inputs import caption_file
+    from llavactl.curation.inputs import caption_source
     from llavactl.curation.noun_phrases import DEFAULT
     from llavactl.verbs.filter import filter_captions
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     report = filter_captions(
-        caption_file(recipe, file),
+        caption_source(recipe, file),
         out,
         at_least=at_least,
         at_most=at_most,

@@ -1,4 +1,4 @@
-"""``llavactl data show``: training samples token by token."""
+"""``llavactl data show``: print training samples token by token."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, recipe_options
+from llavactl.cli.options import json_option, load, recipe_options, stage_option
 
 if TYPE_CHECKING:
-    from llavactl.data.pieces import Piece
+    from llavactl.data.token_info import TokenInfo
     from llavactl.verbs.show import ShownSample, ShowReport
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal would obey: others wrote the data."""
+"""Control characters, which a terminal would interpret; data may come from others."""
 
 
 @click.command("show")
 @recipe_options
-@click.option("--stage", type=click.Choice(["1", "2"]), help="Whose samples.  [default: the last stage with data]")
-@click.option("--sample", metavar="ID|N", help="The first one: its id, else its number from 0.  [default: 0]")
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many samples.")
+@stage_option("Show samples of this stage.  [default: the last stage with data]")
+@click.option("--sample", metavar="ID|N", help="First sample: its id or its index, from 0.  [default: 0]")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of samples.")
 @click.option(
-    "--epoch", type=click.IntRange(min=1), default=1, show_default=True, help="A random image order changes with it."
+    "--epoch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Epoch, for a random image order.",
 )
-@click.option("--ids", is_flag=True, help="One line a token: its place, id, whether it is trained (*), and text.")
+@click.option("--ids", is_flag=True, help="Print one line per token: position, id, * for a target token, text.")
 @click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page that needs nothing else to this file."
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a self-contained HTML page to this file."
 )
 @json_option
 def command(
     source: str | None,
     overrides: tuple[str, ...],
-    stage: Literal["1", "2"] | None,
+    stage: int | None,
     sample: str | None,
     count: int,
     epoch: int,
@@ -48,13 +52,12 @@ def command(
 ) -> None:
     """Print training samples token by token.
 
-    What is trained stands between « and »; dots part tokens, and an image is one piece. Only the tokenizer and the
-    models' configurations are read, no weights and no features.
+    Target tokens are between « and »; dots separate tokens, and the tokens of an image are shown as one. Only the
+    tokenizer and the models' configurations are read, neither weights nor features.
     """
     from llavactl.verbs.show import show
 
-    number: Literal[1, 2] | None = None if stage is None else 1 if stage == "1" else 2
-    report = show(load(source, overrides), number, sample=sample, count=count, epoch=epoch, html=html)
+    report = show(load(source, overrides), stage, sample=sample, count=count, epoch=epoch, html=html)
     if as_json:
         output.document(report)
     elif html is not None:
@@ -64,53 +67,55 @@ def command(
 
 
 def _head(report: ShowReport, sample: ShownSample) -> Iterator[str]:
-    where = f", {_harmless(sample.where)}" if sample.where else ""
-    yield f"sample {sample.number} of {report.samples}, id {_harmless(sample.id)}{where}"
+    where = f", {_escaped(sample.where)}" if sample.where else ""
+    yield f"sample {sample.index} of {report.samples}, id {_escaped(sample.id)}{where}"
     yield (
         f"stage {report.stage}, template {report.template}, image order {report.image_order}, epoch {report.epoch}: "
-        f"{sample.tokens} tokens, {sample.trained} trained"
+        f"{sample.tokens} tokens, {sample.target_tokens} target tokens"
     )
-    if sample.cut:
+    if sample.truncated_tokens:
         yield (
-            f"max_length {report.max_length} cuts {sample.cut} tokens, {sample.cut_trained} of them trained; "
-            "they stand behind the line"
+            f"max_length {report.max_length} truncates {sample.truncated_tokens} tokens, of which "
+            f"{sample.truncated_target_tokens} are target tokens; they follow the line"
         )
     for image in sample.images:
         if image.problem:
-            yield click.style(_harmless(f"image {image.name} can't be read: {image.problem}"), fg="yellow")
+            yield click.style(_escaped(f"image {image.name} can't be read: {image.problem}"), fg="yellow")
     if sample.left_out:
-        yield click.style(_harmless(f"left out of training: {sample.left_out}"), fg="yellow")
+        yield click.style(_escaped(f"left out of training: {sample.left_out}"), fg="yellow")
     yield ""
 
 
 def _body(sample: ShownSample, ids: bool) -> Iterator[str]:
-    for cut, found in itertools.groupby(sample.pieces, key=lambda piece: piece.cut):
-        if cut:
-            yield "--- cut ---"
+    for truncated, pieces in itertools.groupby(sample.pieces, key=lambda piece: piece.truncated):
+        if truncated:
+            yield "--- truncated ---"
         if ids:
-            yield from map(_row, found)
+            yield from map(_row, pieces)
         else:
-            yield "·".join(_run(trained, list(run)) for trained, run in itertools.groupby(found, lambda p: p.trained))
+            yield "·".join(
+                _run(target, list(run)) for target, run in itertools.groupby(pieces, lambda piece: piece.target)
+            )
 
 
-def _run(trained: bool, pieces: list[Piece]) -> str:
+def _run(target: bool, pieces: list[TokenInfo]) -> str:
     text = "·".join(_text(piece) for piece in pieces)
-    return click.style(f"«{text}»", fg="green", bold=True) if trained else text
+    return click.style(f"«{text}»", fg="green", bold=True) if target else text
 
 
-def _text(piece: Piece) -> str:
+def _text(piece: TokenInfo) -> str:
     if piece.image:
         return f"<image x {piece.tokens}>"
-    return _harmless(piece.text).replace("\n", "\\n\n")
+    return _escaped(piece.text).replace("\n", "\\n\n")
 
 
-def _row(piece: Piece) -> str:
+def _row(piece: TokenInfo) -> str:
     if piece.image:
-        return f"{piece.position:6}          <image x {piece.tokens}> {_harmless(piece.image)}"
-    mark = "*" if piece.trained else " "
-    row = f"{piece.position:6}  {piece.id:6}  {mark}  {_harmless(json.dumps(piece.text, ensure_ascii=False))}"
-    return click.style(row, fg="green") if piece.trained else row
+        return f"{piece.position:6}          <image x {piece.tokens}> {_escaped(piece.image)}"
+    mark = "*" if piece.target else " "
+    row = f"{piece.position:6}  {piece.id:6}  {mark}  {_escaped(json.dumps(piece.text, ensure_ascii=False))}"
+    return click.style(row, fg="green") if piece.target else row
 
 
-def _harmless(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -1,53 +1,47 @@
-"""``llavactl data stats``: what training records are like."""
+"""``llavactl data stats``: measure training records."""
 
 from __future__ import annotations
 
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
-
-if TYPE_CHECKING:
-    from llavactl.recipe.frame import StageNumber
+from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 
 
 @click.command("stats")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
-@click.option(
-    "--stage", type=click.Choice(["1", "2"]), help="Of one stage alone; FILE trains it.  [default: both; FILE: 2]"
-)
-@click.option("--html", type=click.Path(path_type=Path), metavar="PAGE", help="Write a page with plots, too.")
+@stage_option("Measure one stage only; FILE is its data.  [default: both; FILE: 2]")
+@click.option("--html", type=click.Path(path_type=Path), metavar="PAGE", help="Also write an HTML page with plots.")
 @json_option
 def command(
     file: Path | None,
     source: str | None,
     overrides: tuple[str, ...],
-    stage: str | None,
+    stage: int | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the recipe's records, or those of FILE: lengths, turns, images, first words of questions.
+    """Measure the records of the recipe, or of FILE: lengths, turns, images, first words of questions.
 
-    With -r lengths are counted in tokens, too, as the stage's template and tokenizer make them.
+    With -r, lengths are also counted in tokens, with the stage's template and the recipe's tokenizer.
     """
     from llavactl.curation.stats import Distribution
     from llavactl.verbs.stats import stats
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
-    report = stats(recipe, file, stage=cast("StageNumber | None", stage and int(stage)), html=html)
+    report = stats(recipe, file, stage=stage, html=html)
     if as_json:
         output.document(report)
         return
     output.line(f"{report.samples:,} samples, {report.unusable:,} unusable records, {report.seconds:.1f} s")
-    output.line(f"tokens: {report.tokens}")
+    output.line(f"tokens: {report.token_counting}")
     rows = [(name, *(f"{value:,}" for value in astuple(each))) for name, each in report.measures.items()]
     output.table([("", *(field.name for field in fields(Distribution))), *rows])
     if report.openings:
-        output.table([("questions begin", ""), *((words, f"{count:,}") for words, count in report.openings.items())])
+        output.table([("question opening", ""), *((words, f"{count:,}") for words, count in report.openings.items())])
     if report.html:
         output.line(report.html)

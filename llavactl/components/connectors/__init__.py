@@ -1,1 +1,1 @@
-"""Connectors: vision features in, language embeddings out."""
+"""Connectors: map vision features to language-model embeddings."""

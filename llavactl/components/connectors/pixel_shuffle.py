@@ -1,4 +1,4 @@
-"""What may come before a projection: pixel shuffle of neighbouring patches, as in InternVL, and normalised patches."""
+"""Modules applied before a projection: pixel shuffle of neighboring patches (as in InternVL) and normalization."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PixelShuffle(nn.Module):
         return projected
 
 
-class Normed(nn.Module):
-    """Features [I, P, Dv], each patch brought to mean 0 and variance 1 over its Dv channels, then ``projection``."""
+class NormalizedPatches(nn.Module):
+    """Features [I, P, Dv], each patch normalized to mean 0 and variance 1 over its Dv channels, then ``projection``."""
 
     def __init__(self, width: int, projection: nn.Module) -> None:
         super().__init__()

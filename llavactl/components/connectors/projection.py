@@ -1,4 +1,4 @@
-"""LLaVA's connectors: one linear layer, or two with a GELU between; optionally after pixel shuffle."""
+"""LLaVA's connectors: one linear layer, or two with a GELU in between; optionally after pixel shuffle."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 class ProjectionOptions(Options):
-    """``pixel_shuffle: 2`` joins 2x2 neighbouring patches into one token: a quarter of the tokens, four times as wide.
+    """``pixel_shuffle: 2`` merges 2x2 neighboring patches into one token: a quarter of the tokens, four times as wide.
 
-    ``norm: true`` first brings every patch to mean 0 and variance 1, for hidden states whose numbers are much
-    smaller or larger than the language model's embeddings; it has no weights.
+    ``norm: true`` first normalizes every patch to mean 0 and variance 1, for hidden states on a much smaller or larger
+    scale than the language model's embeddings; it has no weights.
     """
 
-    pixel_shuffle: Annotated[int, Field(ge=1)] = 1
-    norm: Annotated[bool, Field(strict=True)] = False
+    pixel_shuffle: Annotated[int, Field(ge=1, description="n: merge n x n patches into one token")] = 1
+    norm: Annotated[
+        bool, Field(strict=True, description="first normalize each patch to mean 0 and variance 1, without weights")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,21 @@ class Projection:
         return shape.patches // self.factor**2
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
-        """Features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
+        """A module from features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
 
         Raises:
-            RecipeError: the factor doesn't divide the grid.
+            RecipeError: the pixel shuffle factor doesn't divide the patch grid.
         """
         from torch import nn
 
-        from llavactl.components.connectors.pixel_shuffle import Normed, PixelShuffle
+        from llavactl.components.connectors.pixel_shuffle import NormalizedPatches, PixelShuffle
 
         if self.factor > 1 and (shape.prefix or any(side % self.factor for side in shape.grid)):
             grid = "x".join(map(str, shape.grid)) + (f" after {shape.prefix} other tokens" if shape.prefix else "")
-            able = [n for n in range(1, min(shape.grid) + 1) if not any(side % n for side in shape.grid)]
+            divisors = [n for n in range(1, min(shape.grid) + 1) if not any(side % n for side in shape.grid)]
             raise RecipeError(
                 f"connector.pixel_shuffle {self.factor} does not divide the patch grid {grid}",
-                hint="`vision.select: patch` leaves patches alone" if shape.prefix else f"these do: {able}",
+                hint="set `vision.select: patch`" if shape.prefix else f"available: {', '.join(map(str, divisors))}",
             )
         width = shape.width * self.factor**2
         if self.layers == 1:
@@ -62,7 +64,7 @@ class Projection:
                 nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
             )
         connector = projection if self.factor == 1 else PixelShuffle(shape.grid, self.factor, projection)
-        return Normed(shape.width, connector) if self.norm else connector
+        return NormalizedPatches(shape.width, connector) if self.norm else connector
 
 
 def linear(options: ProjectionOptions) -> Projection:

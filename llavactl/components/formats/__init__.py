@@ -1,5 +1,5 @@
-"""Layouts of a finished model on disk: what other programs load, and what they have written.
+"""Export formats: checkpoints that other programs load and write.
 
-Each turns llavactl's own model folder (``llavactl.json``, ``connector.safetensors``; see ``model/folder.py``)
-into its layout and back. Large weights that a foreign folder holds stay there: the folder made of it names them.
+Each format converts llavactl's own model folder (``llavactl.json``, ``connector.safetensors``; see ``model/folder.py``)
+to its layout and back. The model folder of another program's checkpoint refers to large weights in place.
 """

@@ -1,4 +1,4 @@
-"""Reading LoRA adapters of other programs: every tensor must belong to the language model."""
+"""Reads LoRA adapters of other programs: every tensor must belong to the language model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from llavactl.components.formats.weights import read
-from llavactl.components.languages.llava_checkpoint import inside
-from llavactl.core import faults
+from llavactl.components.formats.weights import read_file
+from llavactl.components.languages.llava_checkpoint import load_arguments
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json
 
 CONFIG = "adapter_config.json"
@@ -23,44 +23,46 @@ def copy_adapter(folder: Path, to: Path, base: str | None) -> None:
     """Copies the adapter in ``folder`` to ``to``.
 
     Raises:
-        ModelError: it names no ``base``, is not a LoRA adapter, or its tensors don't match ``base``.
+        ModelError: ``base`` is None, the adapter is not a LoRA adapter, or its tensors don't match ``base``.
     """
     if base is None:
-        raise ModelError(f"{folder / CONFIG}: no base_model_name_or_path")
+        raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is missing")
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ModelError(f"{folder}: an adapter without weights", hint=f"expected {' or '.join(WEIGHTS)}")
-    refuse_unfit(folder, read(file).keys(), base)
+        raise ModelError(f"{folder}: the adapter has no weights", hint=f"expected {' or '.join(WEIGHTS)}")
+    refuse_mismatched_adapter(folder, read_file(file).keys(), base)
     to.mkdir(exist_ok=True)
-    for each in (folder / CONFIG, file):
-        shutil.copyfile(each, to / each.name)
+    for source in (folder / CONFIG, file):
+        shutil.copyfile(source, to / source.name)
 
 
-def refuse_unfit(folder: Path, names: Set[str], base: str) -> None:
-    """Refuses the adapter in ``folder`` unless its tensors ``names`` are those that peft would create for ``base``.
+def refuse_mismatched_adapter(folder: Path, names: Set[str], base: str) -> None:
+    """Refuses the adapter in ``folder`` unless its tensors ``names`` are those that peft creates for ``base``.
 
-    peft itself silently ignores tensors that don't fit, such as an adapter of the vision encoder, and initialises
-    those that are missing.
+    peft silently ignores unexpected tensors, such as those of an adapter on the vision encoder, and initializes missing
+    ones.
     """
-    if (kind := read_json(folder / CONFIG).get("peft_type")) != "LORA":
-        raise ModelError(f"{folder / CONFIG}: peft_type {kind} is not supported", hint="llavactl reads LORA adapters")
-    wanted = _tensor_names(folder, base)
-    for what, found in (("unexpected", names - wanted), ("missing", wanted - names)):
-        if found:
+    if (peft_type := read_json(folder / CONFIG).get("peft_type")) != "LORA":
+        raise ModelError(
+            f"{folder / CONFIG}: peft_type {peft_type} is not supported", hint="llavactl reads LORA adapters"
+        )
+    expected = _expected_names(folder, base)
+    for problem, tensors in (("unexpected", names - expected), ("missing", expected - names)):
+        if tensors:
             raise ModelError(
-                f"{folder}: {len(found)} {what} adapter tensors, such as {min(found)}",
-                hint="llavactl reads complete adapters of the language model, and no other adapters",
+                f"{folder}: {len(tensors)} {problem} adapter tensors, such as {min(tensors)}",
+                hint="llavactl reads only complete adapters of the language model",
             )
 
 
-def _tensor_names(folder: Path, base: str) -> Set[str]:
+def _expected_names(folder: Path, base: str) -> Set[str]:
     """The tensor names of an adapter configured as in ``folder``; no weights are loaded."""
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config: Any = inside(base).get("config") or AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config: Any = load_arguments(base).get("config") or AutoConfig.from_pretrained(base, trust_remote_code=False)
         adapter = LoraConfig.from_pretrained(folder)
         adapter.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings():
@@ -68,4 +70,4 @@ def _tensor_names(folder: Path, base: str) -> Set[str]:
             adapted = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), adapter)
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {faults.reason(error)}") from error
+        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {reason(error)}") from error

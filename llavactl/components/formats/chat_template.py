@@ -1,7 +1,7 @@
-"""A template's Jinja text, so that other programs write conversations as ours were trained.
+"""Derives a Jinja chat template from a conversation template, for other programs.
 
-It is not kept beside each template, where the two could come apart: it is read off what the template writes
-about a conversation of placeholders, and then held against the template on other conversations.
+It is derived from the text that the template renders for a conversation of placeholders, and then compared with the
+template on several test conversations. A second, hand-written version of each template could diverge from it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Template
 
-# Unicode noncharacters: never in a text.
-_SYSTEM, _IMAGE, *_MARKS = (chr(0xFDD8 + index) for index in range(6))
+# Unicode noncharacters, which don't occur in text.
+_SYSTEM, _IMAGE, *_MARKERS = (chr(0xFDD8 + index) for index in range(6))
 _ROLES: tuple[Role, ...] = ("user", "assistant", "user", "assistant")
 
-
 Separator = Callable[[str], str]
-"""The text to insert between an image and a given text after it."""
+"""Returns the text to insert between an image and the given text after it."""
 
 
 def chat_template(
@@ -36,24 +35,24 @@ def chat_template(
     image: str = "<image>",
     separator: Separator = lambda _: "",
 ) -> str:
-    """Jinja that writes ``messages`` (content: text, or a list of ``image`` and ``text`` items) as ``template`` does.
+    """A chat template that renders ``messages`` like ``template``; content is text or a list of ``image`` and ``text``.
 
-    A tokenizer's own chat template is returned if it writes images and is equivalent. Otherwise a user's images come
-    first, each with a newline, and their question is stripped, as in LLaVA v1.5.
+    The tokenizer's own chat template is returned if it supports images and is equivalent. Otherwise a user's images
+    come first, each followed by a newline, and the question is stripped, as in LLaVA v1.5.
 
     Raises:
-        ModelError: the template doesn't write turn after turn, so no chat template is equivalent.
+        ModelError: ``template`` doesn't render turn by turn, so no chat template is equivalent.
     """
     matches = partial(_renders_equally, template, tokenizer, image=image, separator=separator)
-    if isinstance(template, TokenizerTemplate) and template.writes_images(tokenizer):
-        own = template.exported(tokenizer)
-        # Only prompts are compared: training may end a finished conversation as if another turn followed.
-        prompts = [[_strip(each) for each in messages] for messages, generate in _PROBES if generate]
+    if isinstance(template, TokenizerTemplate) and template.supports_images(tokenizer):
+        own = template.exported_chat_template(tokenizer)
+        # Only prompts are compared: in training, a finished conversation may end as if another turn followed.
+        prompts = [[_strip(message) for message in messages] for messages, generate in _TESTS if generate]
         if all(matches(own, messages, True, lists=True) for messages in prompts):
             return own
     text = _jinja(_constant_texts(template, tokenizer), _trim_filters(template, tokenizer), image, separator)
-    if not all(matches(text, messages, generate) for messages, generate in _PROBES):
-        raise ModelError("this conversation template can't be written as a chat template of the tokenizer")
+    if not all(matches(text, messages, generate) for messages, generate in _TESTS):
+        raise ModelError("no equivalent chat template exists for this conversation template")
     return text
 
 
@@ -71,9 +70,9 @@ def _renders_equally(
     """Whether ``jinja`` and ``template`` render the same text, or both refuse."""
     from jinja2 import TemplateError
 
-    turns = [_turn(*each) for each in messages]
+    turns = [_turn(*message) for message in messages]
     try:
-        expected = rendered(template, tokenizer, turns, generate, image, separator)
+        expected = render_text(template, tokenizer, turns, generate, image, separator)
     except ConversationError:
         expected = None
     try:
@@ -82,7 +81,7 @@ def _renders_equally(
         return expected is None
 
 
-def rendered(
+def render_text(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Turn],
@@ -90,14 +89,15 @@ def rendered(
     image: str,
     separator: Separator = lambda _: "",
 ) -> str:
-    """The text that ``template`` renders: ``image`` for each image, with ``separator`` before the text after it."""
+    """The text that ``template`` renders, with ``image`` for each image and ``separator`` before the text after it."""
     segments = template.render(turns, tokenizer, generate=generate)
-    first, *rest = "".join(each.text if isinstance(each, Text) else _IMAGE for each in segments).split(_IMAGE)
+    parts = (segment.text if isinstance(segment, Text) else _IMAGE for segment in segments)
+    first, *rest = "".join(parts).split(_IMAGE)
     return first + "".join(f"{image}{separator(text)}{text}" for text in rest)
 
 
 class _Message(NamedTuple):
-    """A message as other programs pass it: a number of images, then text."""
+    """A message as other programs pass it: ``images`` images, then text."""
 
     role: Role
     text: str
@@ -111,22 +111,25 @@ def _strip(message: _Message) -> _Message:
 def render_jinja(
     jinja: str, messages: Sequence[_Message], generate: bool, tokenizer: PreTrainedTokenizerBase, *, lists: bool = False
 ) -> str:
-    """The text that ``jinja`` renders; with ``lists``, messages without images are passed as lists of items, too."""
+    """The text that ``jinja`` renders; with ``lists``, the content of messages without images is a list as well."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = [{"role": each.role, "content": _items(each) if lists or each.images else each.text} for each in messages]
-    found, _ = render_jinja_template(
-        [given], chat_template=jinja, add_generation_prompt=generate, **tokenizer.special_tokens_map
+    conversation = [
+        {"role": message.role, "content": _content_parts(message) if lists or message.images else message.text}
+        for message in messages
+    ]
+    texts, _ = render_jinja_template(
+        [conversation], chat_template=jinja, add_generation_prompt=generate, **tokenizer.special_tokens_map
     )
-    return str(found[0])
+    return str(texts[0])
 
 
-def _items(message: _Message) -> list[dict[str, str]]:
+def _content_parts(message: _Message) -> list[dict[str, str]]:
     return [*({"type": "image"} for _ in range(message.images)), {"type": "text", "text": message.text}]
 
 
 class _Placeholder:
-    """An image of a conversation that nobody looks at."""
+    """An image that is never read."""
 
     name = "image"
 
@@ -137,18 +140,18 @@ class _Placeholder:
         return None
 
 
-_PHOTO = _Placeholder()
+_PLACEHOLDER = _Placeholder()
 
 
 def _turn(role: Role, text: str, images: int = 0) -> Turn:
-    """A turn as in training: images first, each with a newline, then the stripped question, if any."""
+    """A turn as in training: images first, each followed by a newline, then the stripped question, if any."""
     if not images:
         return Turn(role, (text,))
-    front = [part for _ in range(images) for part in (_PHOTO, "\n")]
+    front = [part for _ in range(images) for part in (_PLACEHOLDER, "\n")]
     return Turn(role, (*front, text.strip()) if text.strip() else tuple(front[:-1]))
 
 
-_PROBES: tuple[tuple[tuple[_Message, ...], bool], ...] = (
+_TESTS: tuple[tuple[tuple[_Message, ...], bool], ...] = (
     ((_Message("user", "What?", 1),), True),
     ((_Message("user", "What is it?", 1), _Message("assistant", "A cat.")), False),
     (
@@ -178,67 +181,72 @@ _PROBES: tuple[tuple[tuple[_Message, ...], bool], ...] = (
 
 def _constant_texts(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The template's constant texts before, between and after messages."""
-    one, two, three, four = _MARKS
+    one, two, three, four = _MARKERS
     turns = [_turn(role, text) for role, text in zip(_ROLES, (one, two, three, four), strict=True)]
 
-    def write(turns: Sequence[Turn], generate: bool = False) -> str:
-        return rendered(template, tokenizer, turns, generate, _IMAGE)
+    def render(turns: Sequence[Turn], generate: bool = False) -> str:
+        return render_text(template, tokenizer, turns, generate, _IMAGE)
 
-    whole, asked = write(turns), write(turns[:3], generate=True)
-    if not all(mark in whole for mark in (one, two, three, four)):
-        raise ModelError("this conversation template omits messages, so it can't be written as a chat template")
-    first, rest = whole.split(one)
+    text, prompt = render(turns), render(turns[:3], generate=True)
+    if not all(marker in text for marker in (one, two, three, four)):
+        raise ModelError(_OMITS_MESSAGES)
+    first, rest = text.split(one)
     middle, rest = rest.split(two)
     between, rest = rest.split(three)
     _, end = rest.split(four)
-    # What ends an answer also stands before the next question; what is left of it opens that question.
-    ends = len(end) if between.startswith(end) else _common(end, between)
+    # The end of an answer also precedes the next question; the rest of ``between`` belongs to that question.
+    end_length = len(end) if between.startswith(end) else _common_prefix_length(end, between)
     return {
         "first": first,
-        **_system_parts(write, turns, one),
+        **_system_texts(render, turns, one),
         "middle": middle,
-        "next": between[ends:],
-        "end": end[:ends],
-        "close": end[ends:],
-        "generate": asked.split(three)[1],
+        "next": between[end_length:],
+        "end": end[:end_length],
+        "close": end[end_length:],
+        "generate": prompt.split(three)[1],
     }
+
+
+_OMITS_MESSAGES = "this conversation template omits messages, so no chat template is equivalent"
 
 
 def _trim_filters(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[Role, str]:
     """Jinja's ``| trim`` for each role whose text the template strips, else ""."""
-    found: dict[Role, str] = {}
+    filters: dict[Role, str] = {}
     for role in get_args(Role):
-        turns = [Turn(each, (_MARKS[0],)) for each in (*([role] if role == "system" else []), "user", "assistant")]
+        roles: tuple[Role, ...] = (*([role] if role == "system" else []), "user", "assistant")
+        turns = [Turn(name, (_MARKERS[0],)) for name in roles]
         spaced = [Turn(turn.role, (f" {turn.text} ",)) if turn.role == role else turn for turn in turns]
         try:
-            one, other = (rendered(template, tokenizer, each, False, _IMAGE) for each in (turns, spaced))
-            found[role] = " | trim" if one == other else ""
+            text, spaced_text = (
+                render_text(template, tokenizer, conversation, False, _IMAGE) for conversation in (turns, spaced)
+            )
+            filters[role] = " | trim" if text == spaced_text else ""
         except ConversationError:
-            found[role] = ""
-    return found
+            filters[role] = ""
+    return filters
 
 
-def _system_parts(write: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], question: str) -> dict[str, str]:
-    """The constant texts around a system prompt, and that of an empty one; {} if the template refuses system turns."""
+def _system_texts(render: Callable[[Sequence[Turn]], str], turns: Sequence[Turn], question: str) -> dict[str, str]:
+    """The constant texts around a system prompt, and with an empty one; {} if the template refuses system turns."""
     try:
-        given, empty = (write([Turn("system", (text,)), *turns]) for text in (_SYSTEM, ""))
+        text, empty = (render([Turn("system", (system,)), *turns]) for system in (_SYSTEM, ""))
     except ConversationError:
         return {}
-    if _SYSTEM not in given:
-        raise ModelError("this conversation template omits messages, so it can't be written as a chat template")
-    before, after = given.split(question)[0].split(_SYSTEM)
+    if _SYSTEM not in text:
+        raise ModelError(_OMITS_MESSAGES)
+    before, after = text.split(question)[0].split(_SYSTEM)
     return {"before": before, "after": after, "empty_system": empty.split(question)[0]}
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters both begin with."""
+def _common_prefix_length(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _jinja(parts: Mapping[str, str], trim: Mapping[Role, str], image: str, separator: Separator) -> str:
-    # JSON's strings are Jinja's, but Jinja knows no \/ and needs none.
+    # JSON string literals are valid in Jinja, except for the escape \/, which json.dumps doesn't write.
     quoted = {key: json.dumps(text, ensure_ascii=False) for key, text in parts.items()}
-    # After an image: a newline and the question or next image; without a question, the constant text that follows.
+    # An image is followed by a newline and the question or next image; without a question, by constant text.
     after = {
         key: separator(text)
         for key, text in (("line", "\nWhat"), ("middle", parts["middle"]), ("generate", parts["generate"]))
@@ -250,7 +258,7 @@ def _jinja(parts: Mapping[str, str], trim: Mapping[Role, str], image: str, separ
         system = f"{quoted['before']} + text + {quoted['after']}"
         if parts["empty_system"] != parts["before"] + parts["after"]:
             system = f"({system}) if text else {quoted['empty_system']}"
-    # An answer's first space may be the generation prompt's or the answer's own: middle has it either way.
+    # The space before an answer may belong to the generation prompt or to the answer; ``middle`` contains it.
     last = "loop.last and message['role'] == 'assistant' and not add_generation_prompt"
     return (
         "{%- macro text_of(content) -%}"

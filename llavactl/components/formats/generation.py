@@ -1,4 +1,4 @@
-"""The generation config of an export: the model's end tokens, and greedy decoding."""
+"""The generation config of an export: the model's end tokens and greedy decoding."""
 
 from __future__ import annotations
 
@@ -14,50 +14,52 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT = ("bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache", "cache_implementation")
-"""Settings of the language model that don't affect which token is chosen."""
+COPIED_KEYS = (
+    *("bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache", "cache_implementation"),
+)
+"""Settings of the language model that don't affect the choice of tokens."""
 
-OWN = ("eos_token_id", "pad_token_id", "do_sample")
+SET_KEYS = ("eos_token_id", "pad_token_id", "do_sample")
 
 
 def generation_config(
     language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The generation config of ``language``, with its own end tokens and those of the model's template.
+    """The generation config of ``language`` with greedy decoding and with the end tokens of the model's template.
 
-    Settings other than greedy decoding (sampling, a repetition penalty) are left out and logged: with them, other
-    programs would give other answers than llavactl. Stop strings are left out as well: with them, ``generate`` requires
-    the tokenizer, which neither transformers' pipeline nor its server passes.
+    Sampling settings and penalties are left out and logged, because llavactl doesn't use them. Stop strings are left
+    out as well: with them, ``generate`` requires the tokenizer, which neither transformers' pipeline nor its server
+    passes.
     """
     from transformers import GenerationConfig
 
-    before: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
-    ends, texts = _stops(tokenizer, description)
+    original: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
+    stop_ids, texts = _stop_criteria(tokenizer, description)
     for text in texts:
         log.warning(
-            "the stop string %r is not a single token and isn't stored in generation_config.json: in other programs, "
+            "stop string %r is not a single token and isn't stored in generation_config.json: in other programs, "
             "pass it as in `generate(…, stop_strings=[%r], tokenizer=processor.tokenizer)`",
             text,
             text,
         )
-    own = before.get("eos_token_id")
-    said = {key for key, value in before.items() if value not in (None, False)}
-    if dropped := sorted(said - {*KEPT, *OWN, "transformers_version", "_from_model_config"}):
+    eos = original.get("eos_token_id")
+    enabled = {key for key, value in original.items() if value not in (None, False)}
+    if dropped := sorted(enabled - {*COPIED_KEYS, *SET_KEYS, "transformers_version", "_from_model_config"}):
         log.info("the export uses greedy decoding; generation settings left out: %s", ", ".join(dropped))
     return GenerationConfig(
-        **{key: before[key] for key in KEPT if key in before},
-        eos_token_id=sorted(ends.union([own] if isinstance(own, int) else own or ())),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else before.get("pad_token_id"),
+        **{key: original[key] for key in COPIED_KEYS if key in original},
+        eos_token_id=sorted(stop_ids.union([eos] if isinstance(eos, int) else eos or ())),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else original.get("pad_token_id"),
         do_sample=False,
     )
 
 
 def stop_strings(tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> list[str]:
-    """The stop strings that aren't a single token, so that other programs must be given them."""
-    return list(_stops(tokenizer, description)[1])
+    """The stop strings that aren't a single token; other programs must be given them."""
+    return list(_stop_criteria(tokenizer, description)[1])
 
 
-def _stops(
+def _stop_criteria(
     tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     return stop_criteria(registry().create("templates", description["template"]), tokenizer)

@@ -1,4 +1,4 @@
-"""``LlavaForConditionalGeneration`` of transformers, with its processor: what most other programs load."""
+"""Format ``hf``: ``LlavaForConditionalGeneration`` of transformers with its processor."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from llavactl.components.formats.generation import generation_config, stop_strin
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.hf_support import (
     HINT,
-    refuse_other_weights,
-    refuse_unless_linear,
-    refuse_unless_linear_head,
+    refuse_nonlinear_head,
+    refuse_nonlinear_logits,
+    refuse_other_shapes,
 )
-from llavactl.components.formats.native import CONNECTORS, NativeModel, exportable_backbone, refuse_connector, shape_of
+from llavactl.components.formats.native import (
+    LINEAR_LAYERS,
+    NativeModel,
+    exportable_backbone,
+    refuse_connector,
+    shape_entry,
+)
 from llavactl.components.formats.processor_text import add_image_token, separator
-from llavactl.components.formats.supported_keys import BASE_KEYS, foreign_keys
-from llavactl.components.languages.image_token import ORIGIN
-from llavactl.core import faults
+from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
+from llavactl.components.languages.image_token import EXPORT_RECORD
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import registry, spelled
+from llavactl.core.registry import format_spec, registry
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +40,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_STRINGS = "stop_strings"
-"""Key of ``llavactl_export.json``: the stop strings that other programs must be given."""
+"""Key of ``llavactl_export.json``: stop strings that other programs must be given."""
 
-MULTIPLE = 64
-"""Rows of the embeddings come in multiples of this, as in the published checkpoints: faster products on a GPU."""
+EMBEDDING_MULTIPLE = 64
+"""Embeddings are padded to a multiple of this number of rows, as in published checkpoints, for speed on a GPU."""
 
-SHARD = "5GB"
+MAX_SHARD_SIZE = "5GB"
 
 
 class HfLlava:
-    """The layout ``hf``."""
+    """The format ``hf``."""
 
     reload = Path(__file__).with_name("hf_outputs.py")
 
@@ -55,7 +61,7 @@ class HfLlava:
         return config.get("model_type") == "llava" and "vision_config" in config
 
     def read(self, folder: Path, model: Path) -> None:
-        """Writes the model folder ``model`` that stands for the checkpoint in ``folder``."""
+        """Converts the checkpoint in ``folder`` to the model folder ``model``."""
         read_hf(folder, model)
 
     def check(
@@ -65,62 +71,63 @@ class HfLlava:
         language: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,  # noqa: ARG002 - any is supported
     ) -> None:
-        """Raises ModelError if it can't hold a model of these components; see ``CheckedFormat``."""
+        """Raises ModelError if the format can't represent a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
-        refuse_unless_linear_head(language)
+        refuse_nonlinear_head(language)
         exportable_backbone(vision)
-        _tokens(vision)
+        _select_strategy(vision)
 
     def write(self, model: Path, to: Path) -> None:
-        """Writes the model folder ``model`` to ``to``: sharded safetensors, processor, chat template."""
+        """Writes the model folder ``model`` to ``to``: sharded safetensors, processor and chat template."""
         native = NativeModel(model)
-        assemble(native, native.language(), to)
+        save_checkpoint(native, native.language(), to)
 
 
-def assemble(native: NativeModel, language: PreTrainedModel, to: Path) -> None:
+def save_checkpoint(native: NativeModel, language: PreTrainedModel, to: Path) -> None:
     """Saves ``language`` with the connector and the backbone of ``native`` as one checkpoint in ``to``.
 
     Raises:
-        ModelError: the layout can't represent a part of the model; nothing is written then.
+        ModelError: the format can't represent a part of the model; nothing is written then.
     """
     description = native.description
     projection = native.projection()
-    refuse_unless_linear(language)
+    refuse_nonlinear_logits(language)
     backbone = exportable_backbone(description["vision"])
     vision = backbone.whole()
-    strategy, extra = _tokens(description["vision"])
+    strategy, prefix_tokens = _select_strategy(description["vision"])
     tokenizer = native.tokenizer()
     image = add_image_token(tokenizer)
-    _grow(language, len(tokenizer))
-    whole = _whole(
+    _resize_embeddings(language, len(tokenizer))
+    llava = _llava_model(
         language,
         vision,
-        _two_layers(projection),
+        _projector_weights(projection),
         image_token_index=int(tokenizer.convert_tokens_to_ids(image)),
         image_seq_length=_image_tokens(description),
-        projector_hidden_act="gelu" if CONNECTORS[description["connector"]["name"]] == 2 else "linear",
-        vision_feature_layer=_layer(description["vision"]["layer"]),
+        projector_hidden_act="gelu" if LINEAR_LAYERS[description["connector"]["name"]] == 2 else "linear",
+        vision_feature_layer=_feature_layer(description["vision"]["layer"]),
         vision_feature_select_strategy=strategy,
         dtype=description["precision"],
     )
-    whole.generation_config = generation_config(language, tokenizer, description)
-    whole.save_pretrained(to, max_shard_size=SHARD)
-    # The dtype to load it in; transformers would write that of the first weight, which is the backbone's.
+    llava.generation_config = generation_config(language, tokenizer, description)
+    llava.save_pretrained(to, max_shard_size=MAX_SHARD_SIZE)
+    # The dtype to load the model in; transformers writes the dtype of the first weight, which is the backbone's.
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
     stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
-    _save_processor(native, tokenizer, backbone, strategy, extra, to)
-    text = whole.config.text_config
-    write_json(to / ORIGIN, {**native.kept(), **stops, BASE_KEYS: foreign_keys(text.to_dict(), text.model_type)})
+    _save_processor(native, tokenizer, backbone, strategy, prefix_tokens, to)
+    text = llava.config.text_config
+    base_keys = ignored_keys(text.to_dict(), text.model_type)
+    write_json(to / EXPORT_RECORD, {**native.stored_settings(), **stops, BASE_KEYS: base_keys})
 
 
-def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
-    """``LlavaForConditionalGeneration`` created from the configuration, as other programs do, with our weights."""
+def _llava_model(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
+    """``LlavaForConditionalGeneration`` created from its configuration, as other programs do, with our weights."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     base, head, embeddings = language.base_model, language.get_output_embeddings(), language.get_input_embeddings()
     text = copy.deepcopy(language.config)
-    # The layout can tie its head only to weights of this name; a head tied to others is saved separately.
+    # transformers can tie the head only to weights of this name; a head tied to others is saved separately.
     tied = head.weight is embeddings.weight
     text.tie_word_embeddings = tied and getattr(base, "embed_tokens", None) is embeddings
     config = LlavaConfig(
@@ -128,96 +135,97 @@ def _whole(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch
     )
     try:
         with torch.device("meta"):
-            whole = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
+            llava = LlavaForConditionalGeneration(LlavaConfig.from_dict(config.to_dict()))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        kind, why = text.model_type, faults.reason(error)
-        raise ModelError(f"layout hf can't represent a model of type {kind}: {why}", hint=HINT) from error
-    refuse_other_weights("vision backbone", vision.state_dict(), whole.model.vision_tower.state_dict())
-    refuse_other_weights("language model", base.state_dict(), whole.model.language_model.state_dict())
-    refuse_other_weights("language model's head", head.state_dict(), whole.lm_head.state_dict())
-    refuse_other_weights("connector", projector, whole.model.multi_modal_projector.state_dict())
-    whole.model.vision_tower, whole.model.language_model = vision, base
+        message = f"format hf can't represent a language model of type {text.model_type}: {reason(error)}"
+        raise ModelError(message, hint=HINT) from error
+    refuse_other_shapes("vision backbone", vision.state_dict(), llava.model.vision_tower.state_dict())
+    refuse_other_shapes("language model", base.state_dict(), llava.model.language_model.state_dict())
+    refuse_other_shapes("language model's head", head.state_dict(), llava.lm_head.state_dict())
+    refuse_other_shapes("connector", projector, llava.model.multi_modal_projector.state_dict())
+    llava.model.vision_tower, llava.model.language_model = vision, base
     copied = tied and not text.tie_word_embeddings
-    whole.lm_head.weight = torch.nn.Parameter(head.weight.detach().clone()) if copied else head.weight
-    whole.model.multi_modal_projector.load_state_dict(projector, assign=True)
-    return whole
+    llava.lm_head.weight = torch.nn.Parameter(head.weight.detach().clone()) if copied else head.weight
+    llava.model.multi_modal_projector.load_state_dict(projector, assign=True)
+    return llava
 
 
-def padding_processor(own: Any) -> Any:
-    """LLaVA's image processor with the settings of ``own``, which pads images to squares first."""
+def padding_processor(processor: Any) -> Any:
+    """LLaVA's image processor, which pads images to squares first, with the settings of ``processor``."""
     from transformers import LlavaImageProcessorPil
 
     from llavactl.components.vision.encoder import channel_means
 
-    known = {key: value for key, value in own.to_dict().items() if key != "image_processor_type"}
-    # LLaVA's processor has defaults for settings that others leave out: SigLIP's, for example, doesn't crop.
-    known |= {step: bool(known.get(step)) for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")}
-    known["image_mean"] = list(channel_means(own))  # padding needs a number per channel
-    return LlavaImageProcessorPil(**known | {"do_pad": True})
+    settings = {key: value for key, value in processor.to_dict().items() if key != "image_processor_type"}
+    # LLaVA's processor has defaults for settings that other processors don't have: SigLIP's doesn't crop.
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    settings |= {step: bool(settings.get(step)) for step in steps}
+    settings["image_mean"] = list(channel_means(processor))  # padding needs one value per channel
+    return LlavaImageProcessorPil(**settings | {"do_pad": True})
 
 
 def _save_processor(
-    native: NativeModel, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, extra: int, to: Path
+    native: NativeModel, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, prefix_tokens: int, to: Path
 ) -> None:
     from transformers import LlavaProcessor
 
-    own = backbone.processor
+    image_processor = backbone.processor
     if native.description["vision"]["image"] == "pad":
-        own = padding_processor(own)
+        image_processor = padding_processor(image_processor)
     processor = LlavaProcessor(
-        image_processor=own,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=int(backbone.config["patch_size"]),
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=extra,
-        chat_template=_chat(native.description["template"], tokenizer),
+        num_additional_image_tokens=prefix_tokens,
+        chat_template=_chat_template_or_none(native.description["template"], tokenizer),
     )
     # Batched generation needs left padding; setting the attribute alone would not be saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-    tokenizer.chat_template = None  # the processor's is the one: it knows of images
+    tokenizer.chat_template = None  # only the processor's chat template supports images
     processor.save_pretrained(to)
 
 
-def _chat(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template: None, and a line in the log, for a template that holds no conversation (``plain``)."""
+def _chat_template_or_none(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; None and a log message for a template that renders no conversations (``plain``)."""
     template = registry().create("templates", spec)
     try:
         return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has no chat template", spelled(spec), error.message)
+        log.warning("template %s: %s; the export has no chat template", format_spec(spec), error.message)
         return None
 
 
-def _grow(language: PreTrainedModel, tokens: int) -> None:
-    """Embeddings for ``tokens`` tokens and up to a multiple of MULTIPLE.
+def _resize_embeddings(language: PreTrainedModel, tokens: int) -> None:
+    """Resizes the embeddings for ``tokens`` tokens, padded to a multiple of EMBEDDING_MULTIPLE.
 
-    New rows are the mean of all others: their logit is the mean of all logits, so none is ever the likeliest.
+    New rows are the mean of the others, so their logits are the mean of all logits and never the largest.
     """
     import torch
 
-    had = len(language.get_input_embeddings().weight)
-    if tokens <= had:
+    old_rows = len(language.get_input_embeddings().weight)
+    if tokens <= old_rows:
         return
-    language.resize_token_embeddings(tokens, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
+    language.resize_token_embeddings(tokens, pad_to_multiple_of=EMBEDDING_MULTIPLE, mean_resizing=False)
     with torch.no_grad():
         for module in (language.get_input_embeddings(), language.get_output_embeddings()):
             weight = module.weight
-            weight[had:] = weight[:had].float().mean(0).to(weight.dtype)
+            weight[old_rows:] = weight[:old_rows].float().mean(0).to(weight.dtype)
             if getattr(module, "bias", None) is not None:
-                module.bias[had:] = module.bias[:had].float().mean().to(module.bias.dtype)
+                module.bias[old_rows:] = module.bias[:old_rows].float().mean().to(module.bias.dtype)
 
 
-def _tokens(vision: Mapping[str, Any]) -> tuple[str, int]:
-    """``vision_feature_select_strategy`` and how many tokens the backbone has beside its patches."""
-    extra = int(shape_of({**vision, "select": "cls-patch"})["prefix"])
-    if vision["select"] == "cls-patch" or not extra:
-        return "full", extra
-    if extra > 1:
+def _select_strategy(vision: Mapping[str, Any]) -> tuple[str, int]:
+    """``vision_feature_select_strategy`` and the number of tokens that the backbone has before its patches."""
+    prefix_tokens = int(shape_entry({**vision, "select": "cls-patch"})["prefix"])
+    if vision["select"] == "cls-patch" or not prefix_tokens:
+        return "full", prefix_tokens
+    if prefix_tokens > 1:
         raise ModelError(
-            f"the backbone has {extra} tokens before its patches; this layout can leave out one",
-            hint="train with vision.select: cls-patch to export it",
+            f"the vision backbone has {prefix_tokens} tokens before its patches; format hf can remove only one",
+            hint="train with vision.select: cls-patch to export the model",
         )
-    return "default", extra
+    return "default", prefix_tokens
 
 
 def _image_tokens(description: Mapping[str, Any]) -> int:
@@ -225,12 +233,12 @@ def _image_tokens(description: Mapping[str, Any]) -> int:
     return int(height * width + description["shape"]["prefix"])
 
 
-def _layer(layer: Any) -> Any:
+def _feature_layer(layer: Any) -> Any:
     return layer if isinstance(layer, int) else list(layer)
 
 
-def _two_layers(projection: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights for ``linear_1`` and ``linear_2``; one layer is followed by the identity, which changes nothing."""
+def _projector_weights(projection: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of ``linear_1`` and ``linear_2``; after a single layer, ``linear_2`` is the identity."""
     import torch
 
     if "weight" not in projection:

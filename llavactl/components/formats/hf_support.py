@@ -1,4 +1,4 @@
-"""Refuses language models that ``LlavaForConditionalGeneration`` can't represent: see ``languages.linear_head``."""
+"""Refuses models that ``LlavaForConditionalGeneration`` can't represent; see also ``languages.linear_head``."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-HINT = "`--format llava -t strict=false` keeps the whole language model; llavactl's own commands need no export"
+HINT = "use `--format llava -t strict=false`, which supports any language model; llavactl itself needs no export"
 
 
-def refuse_unless_linear(language: PreTrainedModel) -> None:
+def refuse_nonlinear_logits(language: PreTrainedModel) -> None:
     """Raises ModelError unless the logits of ``language`` are a bias-free linear map of its base model's output."""
     _refuse(language, logits_fault(language))
 
 
-def refuse_unless_linear_head(language: PreTrainedModel) -> None:
+def refuse_nonlinear_head(language: PreTrainedModel) -> None:
     """Raises ModelError unless ``language`` is a base model with a bias-free linear head; no weights are needed."""
     _refuse(language, head_fault(language))
 
 
-def _refuse(language: PreTrainedModel, why: str) -> None:
-    if why:
+def _refuse(language: PreTrainedModel, reason: str) -> None:
+    if reason:
         raise ModelError(
-            f"layout hf can't represent this language model ({type(language).__name__}): {why}, "
+            f"format hf can't represent language model {type(language).__name__}: {reason}, "
             "but LlavaForConditionalGeneration is a base model with a linear head without bias",
             hint=HINT,
         )
 
 
-def refuse_other_weights(what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """Raises ModelError unless ``ours`` and ``theirs``, created from the configuration, have equal names and shapes."""
-    wanted, found = ({name: tuple(weight.shape) for name, weight in each.items()} for each in (ours, theirs))
-    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        sizes = (
-            "x".join(map(str, shapes[differing[0]])) if differing[0] in shapes else "missing"
-            for shapes in (wanted, found)
-        )
+def refuse_other_shapes(part: str, ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises ModelError unless the tensors ``ours`` of ``part`` have the names and shapes of ``expected``."""
+    our_shapes, expected_shapes = (
+        {name: "x".join(map(str, weight.shape)) for name, weight in weights.items()} for weights in (ours, expected)
+    )
+    names = our_shapes.keys() | expected_shapes.keys()
+    if differing := sorted(name for name in names if our_shapes.get(name) != expected_shapes.get(name)):
+        name = differing[0]
         raise ModelError(
-            f"layout hf can't represent this {what}: {differing[0]} is {' here and '.join(sizes)} in the layout",
+            f"format hf can't represent this {part}: {name} is {our_shapes.get(name, 'missing')}, "
+            f"expected {expected_shapes.get(name, 'no such tensor')}",
             hint=HINT,
         )

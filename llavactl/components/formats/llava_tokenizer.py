@@ -1,8 +1,8 @@
-"""A tokenizer's files for LLaVA's programs, which use transformers 4.37.2 and tokenizers 0.15.
+"""Saves tokenizers for LLaVA's code, which uses transformers 4.37.2 and tokenizers 0.15.
 
-These have neither the classes nor the ``tokenizer.json`` of transformers 5. A SentencePiece vocabulary (Llama, Vicuna,
-Mistral) is written as ``tokenizer.model`` for their slow ``LlamaTokenizer``, any other as an older ``tokenizer.json``.
-Both are read by transformers 5 with the same result.
+These read neither the classes nor the ``tokenizer.json`` of transformers 5. A SentencePiece vocabulary (Llama, Vicuna,
+Mistral) is saved as ``tokenizer.model`` for their slow ``LlamaTokenizer``, any other as an older ``tokenizer.json``.
+transformers 5 reads both with the same result.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _OLD_TYPES: Mapping[str, frozenset[str]] = {
         "WordPiece",
     }),
 }  # fmt: skip
-"""The types of the parts of a ``tokenizer.json`` that tokenizers 0.15 has."""
+"""The types of ``tokenizer.json`` parts in tokenizers 0.15."""
 
 _NEW_KEYS = ("backend", "is_local", "local_files_only", "extra_special_tokens", "add_prefix_space", "tokenizer_object")
 """Keys of ``tokenizer_config.json`` that only transformers 5 has."""
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, *, fast: bool) -> None:
-    """Writes ``tokenizer`` to the folder ``to``; ``fast``: see ``uses_fast_tokenizer``.
+    """Saves ``tokenizer`` to the folder ``to``; ``fast``: see ``uses_fast_tokenizer``.
 
     Raises:
         ModelError: transformers 4.37 would encode text differently.
@@ -56,28 +56,28 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, to: Path, *, fast: bool) 
     files = older_files(tokenizer, fast=fast)
     tokenizer.save_pretrained(to)
     written = read_json(to / "tokenizer_config.json")
-    named = [str(token) for token in written.get("extra_special_tokens") or ()]
+    special = [str(token) for token in written.get("extra_special_tokens") or ()]
     config = {key: value for key, value in written.items() if key not in _NEW_KEYS}
-    added = {str(token): _added_token(each) for token, each in sorted(tokenizer.added_tokens_decoder.items())}
-    config |= {"added_tokens_decoder": added, "additional_special_tokens": named, **files.config}
+    added = {str(token_id): _added_token(token) for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
+    config |= {"added_tokens_decoder": added, "additional_special_tokens": special, **files.config}
     write_json(to / "tokenizer_config.json", config)
     for name, content in files.contents.items():
         write_atomic(to / name, content)
 
 
 def loads_tokenizer(folder: Path) -> bool:
-    """Whether LLaVA's programs load the tokenizer in ``folder``, as far as its files show; True for what is no folder.
+    """Whether LLaVA's code loads the tokenizer in ``folder``, as far as its files show; True if it is not a folder.
 
-    They load that of a bare projector from its language model, which may have been saved by transformers 5.
+    For a bare projector it loads the language model's tokenizer, which may have been saved by transformers 5.
     """
-    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
-    slow = kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
-    return not folder.is_dir() or (kind != "TokenizersBackend" and (not slow or (folder / "tokenizer.model").is_file()))
+    name = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    slow = name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+    return not folder.is_dir() or (name != "TokenizersBackend" and (not slow or (folder / "tokenizer.model").is_file()))
 
 
 @dataclass(frozen=True)
 class OlderFiles:
-    """What differs from the files of transformers 5: files by name, and keys of ``tokenizer_config.json``."""
+    """Files by name, and keys of ``tokenizer_config.json``, that differ from those of transformers 5."""
 
     contents: Mapping[str, bytes]
     config: Mapping[str, Any]
@@ -87,20 +87,20 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
     """The files of ``tokenizer`` that transformers 4.37 reads; see ``save_tokenizer``."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["post_processor"] = _post_processor_without_eos(tokenizer, backend["post_processor"])
-    # Its own default is to join punctuation to the word before it, which changes answers.
-    shared = {"clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces)}
+    # transformers 4.37 enables this by default, which removes spaces before punctuation in answers.
+    common = {"clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces)}
     if _is_sentencepiece(backend):
         scheme = backend["pre_tokenizer"]["prepend_scheme"]
         if scheme == "never":
-            raise _unsupported("it adds no space before a text")
+            raise _unsupported("it doesn't prepend a space to text")
         if scheme == "first" and fast:
             raise _unsupported(
                 "with legacy: false, the fast Llama tokenizer of transformers 4.37 differs after special tokens"
             )
-        if single := [each["content"] for each in backend["added_tokens"] if each["single_word"]]:
-            raise _unsupported(f"their slow Llama tokenizer misses {single[0]}, a single_word token")
+        if single := [token["content"] for token in backend["added_tokens"] if token["single_word"]]:
+            raise _unsupported(f"its slow Llama tokenizer doesn't support single_word tokens such as {single[0]}")
         config = {
-            **shared,
+            **common,
             "tokenizer_class": "LlamaTokenizer",
             "legacy": scheme == "always",
             "add_bos_token": _adds_bos(tokenizer),
@@ -112,7 +112,7 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
             {"tokenizer.model": sentencepiece_model(backend), "tokenizer.json": _older_tokenizer_json(older)}, config
         )
     return OlderFiles(
-        {"tokenizer.json": _older_tokenizer_json(backend)}, {**shared, "tokenizer_class": "PreTrainedTokenizerFast"}
+        {"tokenizer.json": _older_tokenizer_json(backend)}, {**common, "tokenizer_class": "PreTrainedTokenizerFast"}
     )
 
 
@@ -121,36 +121,36 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
 
 
-def _post_processor_without_eos(tokenizer: PreTrainedTokenizerBase, given: Any) -> Any:
-    """The ``post_processor`` ``given``, or one that only adds BOS.
+def _post_processor_without_eos(tokenizer: PreTrainedTokenizerBase, current: Any) -> Any:
+    """The ``post_processor`` ``current``, or one that only adds BOS if ``current`` adds other tokens.
 
-    LLaVA's programs tokenise each piece of a prompt with all that its tokenizer adds, so that an end token would stand
-    before every image, where training has none.
+    LLaVA's code tokenizes each piece of a prompt with all special tokens that the tokenizer adds: an end token would
+    precede every image, unlike in training.
     """
-    begins = _adds_bos(tokenizer)
+    adds_bos = _adds_bos(tokenizer)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if tokenizer("a")["input_ids"] == [*([tokenizer.bos_token_id] if begins else []), *bare]:
-        return given
-    if not begins:
+    if tokenizer("a")["input_ids"] == [*([tokenizer.bos_token_id] if adds_bos else []), *bare]:
+        return current
+    if not adds_bos:
         return None
-    bos, number = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
+    bos, bos_id = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
     first: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}]
     text: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    special = {bos: {"id": bos, "ids": [number], "tokens": [bos]}}
+    special = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
     return {"type": "TemplateProcessing", "single": first + text[:1], "pair": first + text, "special_tokens": special}
 
 
 def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
-    """Whether it encodes like Llama's SentencePiece model: BPE on whole texts, with ``▁`` for spaces."""
-    before = backend["pre_tokenizer"] or {}
-    metaspace = before.get("type") == "Metaspace" and not before.get("split", True)
+    """Whether it encodes like Llama's SentencePiece model: BPE without splitting into words, with ``▁`` for spaces."""
+    pre_tokenizer = backend["pre_tokenizer"] or {}
+    metaspace = pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer.get("split", True)
     return metaspace and backend["model"]["type"] == "BPE" and backend["model"]["byte_fallback"]
 
 
 def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     """A SentencePiece model with the vocabulary and merges of ``backend``, a ``tokenizer.json``.
 
-    SentencePiece merges the neighbours whose merged piece has the highest score, so a piece's score is the negative
+    SentencePiece merges the adjacent pieces whose result has the highest score, so the score of a piece is the negative
     rank of its first merge.
 
     Raises:
@@ -167,7 +167,7 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(_merge_pairs(model["merges"])):
         ranks.setdefault(left + right, rank)
-    special = {each["content"]: each["special"] for each in backend["added_tokens"]}
+    special = {token["content"]: token["special"] for token in backend["added_tokens"]}
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - generated, unknown to mypy
     kinds = proto.SentencePiece
     for token, piece in enumerate(pieces):
@@ -177,7 +177,7 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
         elif _BYTE.fullmatch(piece):
             kind = kinds.BYTE
         elif piece in special and piece not in ranks:
-            # One that is joined of others is found in the middle of words, too, where its name alone isn't.
+            # A piece that results from a merge stays a normal piece: it also occurs inside words.
             kind = kinds.CONTROL if special[piece] else kinds.USER_DEFINED
         score = 0.0 if kind != kinds.NORMAL else -float(ranks.get(piece, len(ranks)))
         proto.pieces.add(piece=piece, score=score, type=kind)
@@ -187,18 +187,18 @@ def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = True
     proto.normalizer_spec.remove_extra_whitespaces = False
-    found: bytes = proto.SerializeToString()
-    return found
+    serialized: bytes = proto.SerializeToString()
+    return serialized
 
 
 def _older_tokenizer_json(backend: Mapping[str, Any]) -> bytes:
     """``backend`` as a ``tokenizer.json`` of tokenizers 0.15.
 
     Raises:
-        ModelError: it has newer parts.
+        ModelError: ``backend`` has parts that tokenizers 0.15 doesn't support.
     """
     if newer := sorted(
-        {each for part, old in _OLD_TYPES.items() for each in _part_types(backend[part]) if each not in old}
+        {name for part, old in _OLD_TYPES.items() for name in _part_types(backend[part]) if name not in old}
     ):
         raise _unsupported(f"{', '.join(newer)} in tokenizer.json is newer than tokenizers 0.15")
     model = {key: value for key, value in backend["model"].items() if key != "ignore_merges"}
@@ -218,22 +218,22 @@ def _merge_pairs(merges: Any) -> Iterator[tuple[str, str]]:
 
 
 def _part_types(value: Any) -> Iterator[str]:
-    """The ``type`` of a part of ``tokenizer.json`` and of those in a sequence of it."""
+    """The ``type`` of a part of ``tokenizer.json``, and of the parts of a sequence."""
     if isinstance(value, Mapping):
         yield value["type"]
         for key in ("normalizers", "pretokenizers", "processors", "decoders"):
-            for each in value.get(key, ()):
-                yield from _part_types(each)
+            for part in value.get(key, ()):
+                yield from _part_types(part)
 
 
 def _older_metaspace(value: Any) -> Any:
     """``value`` with every ``Metaspace`` as in tokenizers 0.15."""
     if isinstance(value, list):
-        return [_older_metaspace(each) for each in value]
+        return [_older_metaspace(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     if value.get("type") != "Metaspace":
-        return {key: each if key == "model" else _older_metaspace(each) for key, each in value.items()}
+        return {key: item if key == "model" else _older_metaspace(item) for key, item in value.items()}
     scheme = value.get("prepend_scheme", "always")
     return {
         "type": "Metaspace",
@@ -248,9 +248,9 @@ def _replacement(old: str, new: str) -> dict[str, Any]:
 
 
 def _added_token(token: Any) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {field: getattr(token, field) for field in fields}
 
 
-def _unsupported(why: str) -> ModelError:
-    return ModelError(f"LLaVA's programs can't load the tokenizer: {why}", hint=HINT)
+def _unsupported(reason: str) -> ModelError:
+    return ModelError(f"LLaVA's code can't load the tokenizer: {reason}", hint=HINT)

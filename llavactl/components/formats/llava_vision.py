@@ -1,4 +1,4 @@
-"""The vision encoder in an original-layout checkpoint: identical to the one that it names, or fine-tuned."""
+"""The vision encoder included in a LLaVA checkpoint: identical to the one that config.json names, or fine-tuned."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ FOLDER = "vision"
 """The subfolder of a model folder for a fine-tuned vision encoder."""
 
 
-def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model: Path, where: Path) -> Path | None:
-    """Saves the vision encoder ``weights`` of checkpoint ``where`` in ``model`` and returns its path; None if they
-    equal ``vision``.
+def save_if_fine_tuned(
+    vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model: Path, checkpoint: Path
+) -> Path | None:
+    """Saves the vision encoder ``weights`` of ``checkpoint`` in the model folder ``model`` and returns its path.
 
-    ``weights`` have the names that they have in the encoder itself. They are compared within the precision that they
-    were trained and saved in.
+    Returns None if ``weights``, which have the encoder's own tensor names, equal the backbone ``vision`` within the
+    precision that they were trained and saved in.
 
     Raises:
-        ModelError: ``weights`` don't fit the architecture of ``vision``.
+        ModelError: ``weights`` don't match the architecture of ``vision``.
     """
     from safetensors.torch import save_file
 
     backbone = registry().create("vision", vision)
-    named = backbone.whole()
+    original = backbone.whole()
     folder = model / FOLDER
     folder.mkdir(parents=True)
     save_file(
@@ -39,11 +40,11 @@ def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], mo
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    named.config.save_pretrained(folder)
+    original.config.save_pretrained(folder)
     _set_dtype(folder / "config.json", next(iter(weights.values())).dtype)
     backbone.processor.save_pretrained(folder)
-    own = _loaded(type(named), folder, where)
-    if not _equal(own, named):
+    included = _load(type(original), folder, checkpoint)
+    if not _equal(included, original):
         return folder
     for file in folder.iterdir():
         file.unlink()
@@ -51,34 +52,34 @@ def contained(vision: Mapping[str, Any], weights: Mapping[str, torch.Tensor], mo
     return None
 
 
-def _loaded(kind: Any, folder: Path, where: Path) -> nn.Module:
+def _load(model_class: Any, folder: Path, checkpoint: Path) -> nn.Module:
     try:
-        found: nn.Module
-        found, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+        encoder: nn.Module
+        encoder, info = model_class.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{where}: its vision_tower tensors: {str(error).strip().splitlines()[0]}") from error
-    unused = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # constant
-    for what, names in (("missing", info["missing_keys"]), ("unexpected", unused)):
+        raise ModelError(f"{checkpoint}: vision_tower tensors: {str(error).strip().splitlines()[0]}") from error
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("position_ids")]  # constant
+    for problem, names in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if names:
             raise ModelError(
-                f"{where}: its vision_tower tensors don't match the encoder that mm_vision_tower names: "
-                f"{len(names)} {what}, such as {min(names)}",
-                hint="check that mm_vision_tower in config.json is the encoder that it was trained with",
+                f"{checkpoint}: vision_tower tensors don't match the encoder that mm_vision_tower names: "
+                f"{len(names)} {problem}, such as {min(names)}",
+                hint="check that mm_vision_tower in config.json is the encoder that the model was trained with",
             )
-    return found
+    return encoder
 
 
-def _equal(own: nn.Module, named: nn.Module) -> bool:
+def _equal(included: nn.Module, original: nn.Module) -> bool:
     import torch
 
-    there = named.state_dict()
+    original_weights = original.state_dict()
 
-    def same(name: str, weight: torch.Tensor) -> bool:
+    def equal(name: str, weight: torch.Tensor) -> bool:
         # A frozen weight may have been rounded twice, for example if trained in bfloat16 and saved in float16.
-        steps = (weight.dtype, torch.bfloat16, torch.float16)
-        return any(torch.equal(weight, there[name].to(step).to(weight.dtype)) for step in steps)
+        dtypes = (weight.dtype, torch.bfloat16, torch.float16)
+        return any(torch.equal(weight, original_weights[name].to(dtype).to(weight.dtype)) for dtype in dtypes)
 
-    return all(same(name, weight) for name, weight in own.state_dict().items())
+    return all(equal(name, weight) for name, weight in included.state_dict().items())
 
 
 def _set_dtype(file: Path, dtype: torch.dtype) -> None:

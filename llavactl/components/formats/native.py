@@ -1,4 +1,4 @@
-"""llavactl's own model folder as the formats need it: read whole, or written around a foreign checkpoint."""
+"""llavactl's own model folder: reading its parts for an export, and writing one for another program's checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.templates.tokenizer import TokenizerTemplate
-from llavactl.core import faults
 from llavactl.core.errors import ModelError
-from llavactl.core.identity import following
+from llavactl.core.identity import with_moved_paths
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
 from llavactl.core.protocols import SkeletonLanguage
 from llavactl.core.registry import registry
@@ -21,28 +22,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DESCRIPTION = "llavactl.json"
-TOKENIZERS = "tokenizer"
+TOKENIZER_TEMPLATE = "tokenizer"
 """The name of the template that uses the tokenizer's own chat template."""
 
-CONNECTORS = {"linear": 1, "mlp2x-gelu": 2}
-"""The connectors that other programs know, by their linear layers."""
+LINEAR_LAYERS = {"linear": 1, "mlp2x-gelu": 2}
+"""The connectors that other programs support, with their number of linear layers."""
 
-KEPT = ("template", "image_order", "precision", "features", "stage")
-"""Keys of ``llavactl.json`` that the layouts lack: an export stores them separately, and reading restores them."""
-
+SETTINGS = ("template", "image_order", "precision", "features", "stage")
+"""Keys of ``llavactl.json`` that other formats lack: an export stores them separately, and reading restores them."""
 
 ATTENTION = "attention"
-"""An option of the language model that the layouts lack as well."""
+"""An option of the language model that other formats lack as well."""
 
 
 def refuse_connector(spec: Mapping[str, Any]) -> None:
-    """Raises ModelError for a connector that other programs don't have."""
+    """Raises ModelError for a connector that other programs don't support."""
     extra = [key for key, plain in (("pixel_shuffle", 1), ("norm", False)) if spec.get(key, plain) != plain]
-    if spec["name"] not in CONNECTORS or extra:
+    if spec["name"] not in LINEAR_LAYERS or extra:
         options = f" with {' and '.join(f'{key}: {spec[key]}' for key in extra)}" if extra else ""
         raise ModelError(
-            f"other programs have no connector {spec['name']}{options}",
-            hint="train with connector linear or mlp2x-gelu, without pixel_shuffle and norm, to export to them",
+            f"connector {spec['name']}{options} can't be exported: other programs don't support it",
+            hint="train with connector linear or mlp2x-gelu, without pixel_shuffle and norm, to export the model",
         )
 
 
@@ -51,22 +51,22 @@ def exportable_backbone(vision: Mapping[str, Any]) -> Any:
     backbone = registry().create("vision", vision)
     if not hasattr(backbone, "whole"):
         raise ModelError(
-            f"vision backbone {vision['name']} can't be exported: it has no `whole`",
-            hint="a backbone of transformers has one; see docs/plugins.md, vision",
+            f"vision backbone {vision['name']} can't be exported: it has no method `whole`",
+            hint="see vision in docs/plugins.md; backbones of transformers have it",
         )
     return backbone
 
 
 @dataclass(frozen=True)
 class NativeModel:
-    """The model in ``folder``."""
+    """The model in the model folder ``folder``."""
 
     folder: Path
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
-        faults.check_files([self.folder / DESCRIPTION])
-        return following(read_json(self.folder / DESCRIPTION), self.folder)
+        check_files([self.folder / DESCRIPTION])
+        return with_moved_paths(read_json(self.folder / DESCRIPTION), self.folder)
 
     @property
     def method(self) -> str:
@@ -77,51 +77,54 @@ class NativeModel:
         return self.folder / "adapter"
 
     def projection(self) -> dict[str, torch.Tensor]:
-        """The connector's weights by LLaVA's names: ``weight``, ``bias``; with two layers ``0.weight`` … ``2.bias``.
+        """The connector's weights under LLaVA's names: ``weight``, ``bias``; with two layers ``0.weight`` … ``2.bias``.
 
         Raises:
-            ModelError: it is a connector that other programs don't have.
+            ModelError: other programs don't support the connector.
         """
         from safetensors.torch import load_file
 
         refuse_connector(self.description["connector"])
-        with faults.reading(file := self.folder / "connector.safetensors"):
+        with reading(file := self.folder / "connector.safetensors"):
             return load_file(file)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        found: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
-        return found
-
-    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; if the model uses its chat template, with arguments and date fixed as in training."""
-        tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
-        if isinstance(template, TokenizerTemplate):
-            tokenizer.chat_template = template.exported(tokenizer)
+        tokenizer: PreTrainedTokenizerBase = registry().create("languages", self._language).tokenizer()
         return tokenizer
 
-    def kept(self) -> dict[str, Any]:
-        """What an export stores separately, for ``restored``; its chat template has arguments and date in its text."""
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; if the model uses its chat template, with its arguments and date fixed as in training."""
+        tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
+        if isinstance(template, TokenizerTemplate):
+            tokenizer.chat_template = template.exported_chat_template(tokenizer)
+        return tokenizer
+
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings that an export stores separately, for ``restore_settings``.
+
+        The template's arguments and date are left out, because an exported chat template has them in its text.
+        """
         template = registry().create("templates", self.description["template"])
-        own = {"template": TOKENIZERS} if isinstance(template, TokenizerTemplate) else {}
-        return {**{key: self.description[key] for key in KEPT}, **own, ATTENTION: self._language.get(ATTENTION)}
+        plain = {"template": TOKENIZER_TEMPLATE} if isinstance(template, TokenizerTemplate) else {}
+        return {**{key: self.description[key] for key in SETTINGS}, **plain, ATTENTION: self._language.get(ATTENTION)}
 
     def language_config(self) -> PreTrainedConfig:
         """The language model's configuration; weights are read only if the component is no ``SkeletonLanguage``."""
         language = registry().create("languages", self._language)
-        described = language.skeleton() if isinstance(language, SkeletonLanguage) else self.base()
-        found: PreTrainedConfig = described.config
-        return found
+        model = language.skeleton() if isinstance(language, SkeletonLanguage) else self.base()
+        config: PreTrainedConfig = model.config
+        return config
 
     def base(self) -> PreTrainedModel:
-        """The language model below the adapter, where there is one, in the precision it was trained in."""
-        found: PreTrainedModel = registry().create("languages", self._language).load(self.description["precision"])
-        found.config.use_cache = True  # training turns it off; generation would be slow without it
-        return found
+        """The language model without its adapter, in the precision it was trained in."""
+        model: PreTrainedModel = registry().create("languages", self._language).load(self.description["precision"])
+        model.config.use_cache = True  # training turns it off; generation would be slow without it
+        return model
 
     def language(self) -> PreTrainedModel:
-        """The language model with its adapter merged into it.
+        """The language model with its adapter merged.
 
-        Merged in float32: in bfloat16 an update much smaller than the weight it is added to would be lost.
+        Merged in float32: in bfloat16, updates much smaller than the weights they are added to would be lost.
         """
         base = self.base()
         if self.method != "lora":
@@ -130,9 +133,9 @@ class NativeModel:
         from peft import PeftModel
 
         dtype = base.dtype
-        with faults.loading("adapter", self.adapter):
-            whole = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
-        merged: PreTrainedModel = whole.merge_and_unload().to(dtype)
+        with loading("adapter", self.adapter):
+            adapted = PeftModel.from_pretrained(base.to(torch.float32), self.adapter, autocast_adapter_dtype=False)
+        merged: PreTrainedModel = adapted.merge_and_unload().to(dtype)
         return merged
 
     @property
@@ -144,7 +147,7 @@ class NativeModel:
         return {**own, "model": str((self.folder / "language").absolute())}
 
 
-def adopt(
+def write_model_folder(
     model: Path,
     projection: Mapping[str, torch.Tensor],
     description: Mapping[str, Any],
@@ -153,8 +156,8 @@ def adopt(
 ) -> None:
     """Writes the model folder ``model`` for another program's checkpoint.
 
-    ``description`` has the keys of ``llavactl.json`` that are not common to all such models. ``sources`` are the models
-    outside the checkpoint, ids or folders, that it depends on: if they change, the model does.
+    ``description`` has the keys of ``llavactl.json`` that are not common to all such models. ``sources`` are models
+    outside the checkpoint (ids or folders) that it depends on: if their contents change, it is converted again.
     """
     from safetensors.torch import save_file
 
@@ -174,25 +177,25 @@ def adopt(
     write_json(model / DESCRIPTION, {**defaults, **description})
 
 
-def restored(description: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``description`` of a checkpoint with what llavactl's export stored separately, ``own``."""
-    found = {**description, **{key: own[key] for key in KEPT if key in own}}
-    if own.get(ATTENTION) and found["language"]:
-        found["language"] = {**found["language"], ATTENTION: own[ATTENTION]}
-    return found
+def restore_settings(description: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``description`` of a checkpoint with the ``stored_settings`` of llavactl's export."""
+    restored = {**description, **{key: settings[key] for key in SETTINGS if key in settings}}
+    if settings.get(ATTENTION) and restored["language"]:
+        restored["language"] = {**restored["language"], ATTENTION: settings[ATTENTION]}
+    return restored
 
 
-def shape_of(vision: Mapping[str, Any]) -> dict[str, Any]:
-    """What the backbone gives for an image, as ``llavactl.json`` has it; no weights are read."""
+def shape_entry(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a backbone's features as an entry of ``llavactl.json``; no weights are read."""
     shape = registry().create("vision", vision).shape()
     return {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix}
 
 
-def connector_of(projection: Mapping[str, torch.Tensor], where: Path) -> dict[str, Any]:
-    """The connector that weights of LLaVA's names belong to.
+def connector_spec(projection: Mapping[str, torch.Tensor], where: Path) -> dict[str, Any]:
+    """The connector with these weights, named as in LLaVA.
 
     Raises:
-        ModelError: none of ours.
+        ModelError: llavactl has no connector with such weights.
     """
     names = frozenset(projection)
     if names == {"weight", "bias"}:
@@ -200,6 +203,6 @@ def connector_of(projection: Mapping[str, torch.Tensor], where: Path) -> dict[st
     if names == {"0.weight", "0.bias", "2.weight", "2.bias"}:
         return {"name": "mlp2x-gelu"}
     raise ModelError(
-        f"{where}: a connector of {', '.join(sorted(names)) or 'no weights at all'}",
+        f"{where}: unsupported connector with tensors {', '.join(sorted(names))}",
         hint="llavactl reads linear and mlp2x_gelu projectors",
     )

@@ -1,27 +1,28 @@
-"""A LoRA adapter as ``peft`` loads it, beside the LLaVA of transformers that it belongs to."""
+"""Format ``peft``: a LoRA adapter that ``peft`` loads, and its base model in format ``hf``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl.components.formats.adapter import refuse_unfit
-from llavactl.components.formats.hf import assemble
+from llavactl.components.formats.adapter import refuse_mismatched_adapter
+from llavactl.components.formats.hf import save_checkpoint
 from llavactl.components.formats.hf_read import read_hf
 from llavactl.components.formats.native import NativeModel
-from llavactl.components.formats.weights import read
-from llavactl.core import faults
+from llavactl.components.formats.weights import read_file
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import reading
 from llavactl.core.paths import read_json, write_atomic, write_json
 
 BASE = "base"
-OURS, THEIRS = "base_model.model.model.", "base_model.model.model.language_model."
+NATIVE_PREFIX, LLAVA_PREFIX = "base_model.model.model.", "base_model.model.model.language_model."
+"""Prefixes of adapter tensors in llavactl's model folder, and on ``LlavaForConditionalGeneration``."""
 
 
 class PeftAdapter:
-    """The layout ``peft``: the adapter at the top, ``base/`` with the language model as it was and the connector."""
+    """The format ``peft``: the adapter, and ``base/`` with connector and unmodified language model."""
 
     reload = Path(__file__).with_name("hf_outputs.py")
 
@@ -32,22 +33,23 @@ class PeftAdapter:
         return read_json(folder / "adapter_config.json").get("base_model_name_or_path") == BASE
 
     def read(self, folder: Path, model: Path) -> None:
-        """Writes the model folder ``model`` that stands for the adapter and its base."""
+        """Converts the adapter and its base in ``folder`` to the model folder ``model``."""
         from safetensors.torch import save_file
 
         if not (folder / BASE / "config.json").is_file():
-            raise ModelError(f"{folder}: its {BASE}/ is missing", hint="the adapter and its base belong together")
+            raise ModelError(
+                f"{folder}: {BASE}/ is missing", hint=f"copy the folder including {BASE}/, or export again"
+            )
         read_hf(folder / BASE, model)
         config = read_json(folder / "adapter_config.json")
-        weights = read(folder / "adapter_model.safetensors")
+        tensors = read_file(folder / "adapter_model.safetensors")
         (model / "adapter").mkdir(exist_ok=True)
-        ours = {name.replace(THEIRS, OURS, 1): weight for name, weight in weights.items()}
-        save_file(ours, model / "adapter" / "adapter_model.safetensors")
-        names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in ours})
+        weights = {name.replace(LLAVA_PREFIX, NATIVE_PREFIX, 1): weight for name, weight in tensors.items()}
+        save_file(weights, model / "adapter" / "adapter_model.safetensors")
         language = str((folder / BASE).absolute())
-        own = {**config, "target_modules": names, "base_model_name_or_path": language}
-        _write_config(model / "adapter", own)
-        refuse_unfit(model / "adapter", ours.keys(), language)
+        changes = {"target_modules": _module_names(weights), "base_model_name_or_path": language}
+        _write_config(model / "adapter", {**config, **changes})
+        refuse_mismatched_adapter(model / "adapter", weights.keys(), language)
         description = read_json(model / "llavactl.json")
         write_json(model / "llavactl.json", {**description, "method": "lora"})
 
@@ -55,27 +57,34 @@ class PeftAdapter:
         """Writes the model folder ``model`` to ``to``.
 
         Raises:
-            ModelError: it has no adapter, or one that is more than LoRA on linear layers.
+            ModelError: the model has no adapter, or one that adapts other layers than linear ones.
         """
         from safetensors.torch import load_file, save_file
 
         native = NativeModel(model)
         if native.method != "lora":
-            raise ModelError(f"{model}: stage 2 trained no adapter", hint="--format hf exports the model whole")
-        with faults.reading(file := native.adapter / "adapter_model.safetensors"):
+            raise ModelError(
+                f"{model}: the model has no adapter", hint="use `--format hf` to export the complete model"
+            )
+        with reading(file := native.adapter / "adapter_model.safetensors"):
             weights = load_file(file)
-        if others := sorted(name for name in weights if not name.startswith(OURS)):
-            raise ModelError(f"{native.adapter}: {others[0]} lies outside the language model's blocks")
-        assemble(native, native.base(), to / BASE)
-        renamed = {name.replace(OURS, THEIRS, 1): weight for name, weight in weights.items()}
+        if others := sorted(name for name in weights if not name.startswith(NATIVE_PREFIX)):
+            raise ModelError(f"{native.adapter}: adapter tensor {others[0]} is outside the language model's layers")
+        save_checkpoint(native, native.base(), to / BASE)
+        renamed = {name.replace(NATIVE_PREFIX, LLAVA_PREFIX, 1): weight for name, weight in weights.items()}
         save_file(renamed, to / "adapter_model.safetensors", metadata={"format": "pt"})
         config = read_json(native.adapter / "adapter_config.json")
-        names = "|".join(sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights}))
-        # By path: the vision tower has layers of the same names.
-        own = {"base_model_name_or_path": BASE, "target_modules": rf".*language_model.*\.({names})"}
-        _write_config(to, {**config, **own})
+        names = "|".join(_module_names(weights))
+        # A pattern with the path, because the vision encoder has layers with the same names.
+        changes = {"base_model_name_or_path": BASE, "target_modules": rf".*language_model.*\.({names})"}
+        _write_config(to, {**config, **changes})
+
+
+def _module_names(weights: Iterable[str]) -> list[str]:
+    """The names of the adapted modules, such as ``q_proj``."""
+    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in weights})
 
 
 def _write_config(adapter: Path, config: Mapping[str, Any]) -> None:
-    """Writes ASCII only, since peft reads the file in the locale's encoding."""
+    """Writes ASCII only, because peft reads the file in the locale's encoding."""
     write_atomic(adapter / "adapter_config.json", json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The image token of tokenizers for transformers' processors, and the text after it."""
+"""Tokenizers for transformers' processors: the image token, and the separator between it and the text after it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ IMAGE, PAD = "<image>", "<pad>"
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Adds the tokens for images and padding where they are missing; returns the image token."""
+    """Adds an image token and a padding token if they are missing; returns the image token."""
     token = image_token(tokenizer) or getattr(tokenizer, "image_token", None)
-    if token not in {each.content for each in tokenizer.added_tokens_decoder.values()}:
+    if token not in {added.content for added in tokenizer.added_tokens_decoder.values()}:
         token = IMAGE
         tokenizer.add_tokens([_special(token)], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -29,20 +29,22 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def separator(tokenizer: PreTrainedTokenizerBase, after: str) -> str:
-    """The text to insert between an image and the text ``after`` it, so that a processor's ids equal those of training.
+    """The text to insert between an image and the text ``after`` it for a processor, to get the ids of training.
 
-    ``tokenizer`` has an image token. A processor tokenises the text after it as a continuation. LLaVA tokenises it
-    separately, and SentencePiece vocabularies then prepend a space (29871 before the newline in Llama's).
+    ``tokenizer`` has an image token. A processor tokenizes the text after it as a continuation; LLaVA tokenizes it
+    separately, and SentencePiece vocabularies then prepend a space (id 29871 before the newline in Llama's).
     """
     if image_token(tokenizer) is not None or not after:
         return ""
     prefix = " " if after.startswith(SPACES) and omits_space_prefix(tokenizer) else ""
-    alone = tokenizer(prefix + after, add_special_tokens=False)["input_ids"]
+    separate = tokenizer(prefix + after, add_special_tokens=False)["input_ids"]
     for space in ("", " "):
         joined = tokenizer(tokenizer.image_token + space + after, add_special_tokens=False)["input_ids"]
-        if joined[1:] == alone:
+        if joined[1:] == separate:
             return space
-    log.warning("this tokenizer encodes %r after an image differently than alone; verification shows the effect", after)
+    log.warning(
+        "the tokenizer encodes %r after an image differently than in training; verification shows the effect", after
+    )
     return ""
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from llavactl.components.languages.linear_head import logits_fault
-from llavactl.components.languages.llava_checkpoint import in_llava, inside
-from llavactl.core import faults, progress
+from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
+from llavactl.core import progress
 from llavactl.core.errors import ModelError
+from llavactl.core.library_errors import loading
+from llavactl.core.model_check import LANGUAGE, check_model
+from llavactl.core.model_files import TOKENIZER
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
+from llavactl.files.json_parse import read_json_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,105 +26,111 @@ log = logging.getLogger(__name__)
 
 
 class TransformersLanguageOptions(Options):
-    """``attention``: eager is faster on a CPU for rows of a few hundred tokens; its memory grows with T².
+    """``attention``: eager is faster on a CPU for sequences of a few hundred tokens; its memory grows with T².
 
     Models without scaled-dot-product attention in transformers (Gemma 2) always use eager.
     """
 
-    model: ModelId
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    model: ModelId = Field(description="model id or folder")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="attention implementation; eager is faster on CPUs for up to a few hundred tokens"
+    )
 
 
 class TransformersLanguage:
-    """A causal language model, an id or a folder; or the one inside a LLaVA checkpoint of either layout."""
+    """A causal language model (id or folder), or the language model of a LLaVA checkpoint in format hf or llava."""
 
     def __init__(self, options: TransformersLanguageOptions) -> None:
         self.options = options
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises ModelError when there is none, or only a slow one: labels are placed by character offsets."""
+        """Raises ModelError if there is no fast tokenizer, whose character offsets are needed to place labels."""
         from transformers import AutoTokenizer
 
         from llavactl.components.languages.image_token import set_image_token
         from llavactl.components.languages.sentencepiece_spaces import repair_merges
 
-        self._refuse()
-        with faults.loading("tokenizer of the language model", self.options.model, _HINT):
+        self._check_files()
+        with loading("tokenizer of the language model", self.options.model, _HINT):
             tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
-        if not tokenizer.chat_template and (own := Path(self.options.model, "chat_template.json")).is_file():
-            # Where processors of older versions keep theirs; a tokenizer does not look there.
-            tokenizer.chat_template = json.loads(own.read_text(encoding="utf-8"))["chat_template"]
+        if not tokenizer.chat_template and (file := Path(self.options.model, "chat_template.json")).is_file():
+            # Older versions of transformers save a processor's chat template here; tokenizers don't read it.
+            tokenizer.chat_template = read_json_document(file)["chat_template"]
         if not tokenizer.is_fast:
-            raise self._wrong("its tokenizer is not a fast one", "convert it once with transformers' save_pretrained")
+            raise self._error("no fast tokenizer", "convert it with save_pretrained of transformers")
         if tokenizer.eos_token_id is None:
-            raise self._wrong("its tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
+            raise self._error("the tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
         set_image_token(tokenizer, self.options.model)
         return repair_merges(tokenizer)
 
     def load(self, dtype: str) -> PreTrainedModel:
-        """Raises ModelError when weights are missing or not finite."""
+        """Raises ModelError if weights are missing or not finite."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        progress.calm_transformers()
+        progress.quiet_transformers()
         self.check()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT, weights=True):
+        with loading(LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.options.model,
                 dtype=getattr(torch, dtype),
                 attn_implementation=self._attention(),
                 output_loading_info=True,
                 trust_remote_code=False,
-                **inside(self.options.model),
+                **load_arguments(self.options.model),
             )
-        # transformers would save it under the checkpoint's names again, as if it were still a part of that.
+        # Otherwise transformers would save the weights under the names of the LLaVA checkpoint.
         model.__dict__.pop("_weight_conversions", None)
         if missing := sorted(info["missing_keys"]):
-            raise self._wrong(f"{len(missing)} weights are missing, such as {missing[0]}")
+            raise self._error(f"{len(missing)} weights are missing, such as {missing[0]}")
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
-                raise self._wrong(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
-        if in_llava(self.options.model) and (why := logits_fault(model)):
-            raise self._wrong(
-                f"{why}, which LlavaForConditionalGeneration doesn't do", "llavactl doesn't support such checkpoints"
+                raise self._error(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
+        if in_hf_llava(self.options.model) and (reason := logits_fault(model)):
+            raise self._error(
+                f"{reason}, which LlavaForConditionalGeneration doesn't do", "llavactl doesn't support such checkpoints"
             )
         return model
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights: names and shapes, from its configuration. Raises ModelError."""
+        """The model without weights: names and shapes, from its configuration.
+
+        Raises:
+            ModelError: the configuration can't be read, or transformers has no class for it.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
-        self._refuse()
-        with faults.loading(faults.LANGUAGE, self.options.model, _HINT), torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
-            return made
+        self._check_files()
+        with loading(LANGUAGE, self.options.model, _HINT), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
+            return model
 
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        own = inside(self.options.model).get("config")
-        return own or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
+        config = load_arguments(self.options.model).get("config")
+        return config or AutoConfig.from_pretrained(self.options.model, trust_remote_code=False)
 
     def _attention(self) -> str:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         config = self._config()
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if self.options.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True):
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if self.options.attention == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
             log.info("%s: %s has no sdpa attention in transformers; using eager", self.options.model, config.model_type)
             return "eager"
         return self.options.attention
 
     def check(self) -> None:
         """Raises ModelError if the model can't be loaded, as far as its files show without reading weights."""
-        self._refuse(weights=True)
+        self._check_files(weights=True)
 
-    def _refuse(self, *, weights: bool = False) -> None:
-        faults.check_model(self.options.model, faults.LANGUAGE, faults.TOKENIZER, weights=weights, hint=_HINT)
+    def _check_files(self, *, weights: bool = False) -> None:
+        check_model(self.options.model, LANGUAGE, TOKENIZER, weights=weights, hint=_HINT)
 
-    def _wrong(self, why: str, hint: str = "") -> ModelError:
-        return ModelError(f"language model {self.options.model}: {why}", hint=hint or _HINT)
+    def _error(self, reason: str, hint: str = "") -> ModelError:
+        return ModelError(f"language model {self.options.model}: {reason}", hint=hint or _HINT)
 
 
-_HINT = "`language.model` takes a Hugging Face id or a folder of a transformers model"
+_HINT = "`language.model` is a Hugging Face id or the folder of a transformers model"

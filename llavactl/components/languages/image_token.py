@@ -1,7 +1,7 @@
-"""Whether text with images is tokenised as in LLaVA's code or as in transformers' processors.
+"""Whether text with images is tokenized as in LLaVA's code or as in transformers' processors.
 
-LLaVA splits the text at ``<image>`` and tokenises each piece separately. A processor of transformers tokenises the
-whole text, in which an image is a token. The ids differ if a tokenizer prepends something to a text (SentencePiece's
+LLaVA splits the text at ``<image>`` and tokenizes each piece separately. A processor of transformers tokenizes the
+complete text, in which an image is a token. The ids differ if a tokenizer prepends something to a text (SentencePiece's
 space). A model needs the ids that it was trained with, so this is a property of its tokenizer and saved with it.
 """
 
@@ -9,28 +9,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llavactl.components.languages.llava_checkpoint import in_llava
+from llavactl.components.languages.llava_checkpoint import in_hf_llava
+from llavactl.core import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ORIGIN = "llavactl_export.json"
-"""The file of llavactl's exports for what their layout can't store."""
+EXPORT_RECORD = "llavactl_export.json"
+"""The file of llavactl's exports for settings that their format can't store."""
 
 _KEY = "llavactl_images"
 """Key of tokenizer_config.json. (transformers would read a key that ends in ``_token`` as a special token.)"""
 
 
 def image_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The token for an image in text for ``tokenizer``; None: the text is split at images."""
-    found = tokenizer.init_kwargs.get(_KEY)
-    return found if isinstance(found, str) else None
+    """The token for an image in text for ``tokenizer``; None if text is split at images."""
+    token = tokenizer.init_kwargs.get(_KEY)
+    return token if isinstance(token, str) else None
 
 
 def set_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Sets the image token of ``tokenizer``, that of ``model``, if this is a LLaVA checkpoint by transformers.
+    """Sets the image token of the ``tokenizer`` of ``model`` if this is a LLaVA checkpoint of transformers.
 
-    Exports of llavactl are tokenised as in their training.
+    llavactl's exports keep the tokenization that they were trained with.
     """
     token = image_token(tokenizer) or _processor_image_token(tokenizer, model)
     if token is not None:
@@ -39,16 +40,12 @@ def set_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
 
 
 def _processor_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
-    """The image token if ``model`` is a LLaVA checkpoint by transformers."""
+    """The image token if ``model`` is a LLaVA checkpoint of transformers."""
     from transformers import PreTrainedConfig
-    from transformers.utils import cached_file
 
-    if not in_llava(model):
-        return None
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(model, ORIGIN, **optional) is not None:
+    if not in_hf_llava(model) or hub.has_file(EXPORT_RECORD, model):
         return None
     config, _ = PreTrainedConfig.get_config_dict(model)
-    token = config.get("image_token_index", config.get("image_token_id"))
-    added = tokenizer.added_tokens_decoder.get(token)  # other tokens may be split in a text
+    token_id = config.get("image_token_index", config.get("image_token_id"))
+    added = tokenizer.added_tokens_decoder.get(token_id)  # other tokens are not always found in text
     return None if added is None else added.content

@@ -1,8 +1,8 @@
-"""Whether ``LlavaForConditionalGeneration`` computes the same as a causal language model's own class.
+"""Whether ``LlavaForConditionalGeneration`` computes the same logits as a causal language model's own class.
 
-It wraps the base model (without head) and adds its own linear head without bias. Anything else that the causal model's
-class does (a bias, scaled or capped logits) can't be represented, and transformers drops it silently. This is detected
-by running the model once, not by a list of architectures.
+It wraps the base model and adds a linear head without bias. Anything else that the causal language model's class
+computes (a bias, scaled or capped logits) can't be represented, and transformers drops it silently. This is detected by
+running the model once, not by a list of architectures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 POSITIONS = 8
 TOLERANCE = 1e-2
-"""For two passes of the same weights in bfloat16, relative to the largest value."""
+"""Of the largest value: two forward passes with the same weights in bfloat16 differ by less."""
 
 
 def logits_fault(language: PreTrainedModel) -> str:
@@ -25,7 +25,7 @@ def logits_fault(language: PreTrainedModel) -> str:
 
 
 def head_fault(language: PreTrainedModel) -> str:
-    """Why ``language`` isn't a base model with a bias-free linear head; "" if it is. No weights are needed."""
+    """Why ``language`` isn't a base model with a bias-free linear head; "" if it is. It needs no weights."""
     from torch import nn
 
     base, head = language.base_model, language.get_output_embeddings()
@@ -37,8 +37,8 @@ def head_fault(language: PreTrainedModel) -> str:
 def _computation_fault(language: PreTrainedModel, base: nn.Module, head: nn.Module) -> str:
     """What ``language`` computes in addition to ``base`` and ``head``; "" if nothing.
 
-    The head's output is compared with the logits of the same pass bit for bit, as a soft cap is nearly the identity on
-    small logits. The head's input is compared with a pass of ``base`` alone.
+    The head's output must equal the logits of the same forward pass exactly, because a soft cap hardly changes small
+    logits. The head's input is compared with a separate forward pass of ``base``.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""Where records come from."""
+"""Data sources."""

@@ -1,21 +1,28 @@
-"""COCO's annotations: captions of pictures, and boxes of what is in them, from its two JSON files."""
+"""COCO annotations: captions of images, and boxes of the objects in them, from its two JSON files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.sources.captioned import CaptionedOptions, captioned, place_of, present, refuse, wanted
+from llavactl.components.sources.captioned import (
+    CaptionedOptions,
+    captioned_sample,
+    image_root,
+    present,
+    raise_problems,
+    selected_boxes,
+)
 from llavactl.core.errors import DataError
 from llavactl.core.options import RecipePath
 from llavactl.core.schema import Box, Sample
+from llavactl.files.json_parse import read_json_document
 from llavactl.images.references import image_in
 
-HINT = "`captions` and `instances` name COCO's captions_….json and instances_….json"
+HINT = "`captions` and `instances` are COCO's captions_….json and instances_….json"
 
 
 class CocoOptions(CaptionedOptions):
@@ -26,48 +33,47 @@ class CocoOptions(CaptionedOptions):
 
 
 def coco(options: CocoOptions) -> Iterator[Sample]:
-    """One sample a picture that has captions, in the order of the file's ``images``.
+    """One sample per image that has captions, in the order of the file's ``images``.
 
     COCO's boxes are (left, top, width, height) in pixels; they become shares of width and height.
 
     Raises:
-        DataError: a file that can't be read or isn't COCO's; all its wrong entries at once.
+        DataError: a file can't be read or isn't COCO's, or has invalid entries, all listed at once.
     """
-    place = place_of(options, options.captions)
+    root = image_root(options, options.captions)
     problems: list[str] = []
-    told = _read(options.captions, ("images", "annotations"))
-    captions = _by_image(told, options.captions, _caption, problems)
+    document = _read(options.captions, ("images", "annotations"))
+    captions = _by_image(document, options.captions, _caption, problems)
     boxes: Mapping[int, list[Box]] = {}
     if options.instances is not None:
         boxes = _boxes(_read(options.instances, ("images", "annotations", "categories")), options.instances, problems)
-    found = []
-    for number, image in enumerate(told["images"]):
-        where = f"{options.captions} image {number}"
+    samples = []
+    for index, entry in enumerate(document["images"]):
+        where = f"{options.captions} image {index}"
         try:
-            key, picture = image["id"], image_in(place, image["file_name"])
+            key, image = entry["id"], image_in(root, entry["file_name"])
         except (KeyError, TypeError, AttributeError, DataError) as error:
-            problems.append(
-                f"{where}: {error.message if isinstance(error, DataError) else 'it needs id and file_name'}"
-            )
+            reason = error.message if isinstance(error, DataError) else "missing `id` or `file_name`"
+            problems.append(f"{where}: {reason}")
             continue
         if key in captions:
-            name = PurePosixPath(picture.name).stem
-            found.append(captioned(name, picture, captions[key], wanted(boxes.get(key, []), options), where))
-    refuse(problems, HINT)
-    yield from present(iter(found), options)
+            selected = selected_boxes(boxes.get(key, []), options)
+            samples.append(captioned_sample(PurePosixPath(image.name).stem, image, captions[key], selected, where))
+    raise_problems(problems, HINT)
+    yield from present(iter(samples), options)
 
 
 def _boxes(document: Mapping[str, Any], file: Path, problems: list[str]) -> Mapping[int, list[Box]]:
     try:
-        names = {each["id"]: str(each["name"]) for each in document["categories"]}
-        sizes = {each["id"]: (each["width"], each["height"]) for each in document["images"]}
+        names = {category["id"]: str(category["name"]) for category in document["categories"]}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in document["images"]}
     except (KeyError, TypeError) as error:
         raise DataError(f"{file}: a category or an image without {error}", hint=HINT) from error
 
     def box(row: Mapping[str, Any]) -> Box:
         left, top, width, height = map(float, row["bbox"])
-        across, down = sizes[row["image_id"]]
-        edges = (left / across, top / down, (left + width) / across, (top + height) / down)
+        image_width, image_height = sizes[row["image_id"]]
+        edges = (left / image_width, top / image_height, (left + width) / image_width, (top + height) / image_height)
         if not all(abs(edge) < float("inf") for edge in edges):
             raise ValueError("a number that is not finite")
         return Box(names[row["category_id"]], edges, bool(row.get("iscrowd")))
@@ -82,36 +88,22 @@ def _caption(row: Mapping[str, Any]) -> str:
 
 
 def _by_image(
-    document: Mapping[str, Any], file: Path, read: Callable[[Mapping[str, Any]], Any], problems: list[str]
+    document: Mapping[str, Any], file: Path, parse: Callable[[Mapping[str, Any]], Any], problems: list[str]
 ) -> dict[int, list[Any]]:
-    found: dict[int, list[Any]] = {}
-    for number, row in enumerate(document["annotations"]):
+    """The parsed annotations by image id; adds invalid ones to ``problems``."""
+    by_image: dict[int, list[Any]] = {}
+    for index, row in enumerate(document["annotations"]):
         try:
-            found.setdefault(row["image_id"], []).append(read(row))
+            by_image.setdefault(row["image_id"], []).append(parse(row))
         except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-            what = f"nothing known under {error}" if isinstance(error, KeyError) else f"not COCO's: {error}"
-            problems.append(f"{file} annotation {number}: {what}")
-    return found
+            reason = f"missing or unknown {error}" if isinstance(error, KeyError) else f"invalid: {error}"
+            problems.append(f"{file} annotation {index}: {reason}")
+    return by_image
 
 
 def _read(file: Path, lists: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            document = json.load(opened, object_hook=_without_outlines)
-    except FileNotFoundError as error:
-        raise DataError(f"{file}: no such file", hint=HINT) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise DataError(f"{file}: nested too deeply to be COCO's", hint=HINT) from error
+    # Outlines are most of instances_train2017.json, and of the memory it would need.
+    document = read_json_document(file, ignored_keys=("segmentation",))
     if not isinstance(document, dict) or not all(isinstance(document.get(name), list) for name in lists):
-        raise DataError(f"{file}: not COCO's: it needs the lists {', '.join(lists)}", hint=HINT)
+        raise DataError(f"{file}: not a COCO file: expected the lists {', '.join(lists)}", hint=HINT)
     return document
-
-
-def _without_outlines(row: dict[str, Any]) -> dict[str, Any]:
-    """Outlines are most of instances_train2017.json and of the memory it takes; nobody here looks at them."""
-    row.pop("segmentation", None)
-    return row

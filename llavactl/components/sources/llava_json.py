@@ -1,33 +1,35 @@
-"""LLaVA's records: ``{"id", "image", "conversations": [{"from", "value"}, …]}``, a JSON list or one a line (JSONL)."""
+"""The source ``llava-json``: LLaVA's records, ``{"id", "image", "conversations": [{"from", "value"}, …]}``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from llavactl.components.sources.llava_checks import examine
 from llavactl.components.sources.llava_record import (
-    IMAGE_KEYS,
     ROLES,
     TAG,
     foreign_placeholder,
-    image_names,
     message_fault,
     names_images,
     no_conversations,
     place_images,
     unread_media,
 )
+from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
+from llavactl.core.protocols import Finding, RawRecord
 from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Sample, Turn
 from llavactl.files.json_stream import read_stream
-from llavactl.files.records import given_id
-from llavactl.images.references import ImageRoot, check_place, image_in
+from llavactl.files.records import IMAGE_KEYS, given_id, image_names
+from llavactl.images.references import ImageRoot, check_image_root, image_in
 
-HINT = "`path` names LLaVA's JSON or JSONL; one that a recipe's teacher is to write comes from `llavactl data generate`"
-
-
+PATH_HINT = "`path` is a JSON or JSONL file; `llavactl data generate` writes the one of a recipe's teacher"
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
 MEDIA = "name images in `image` or `images`; remove records with video or audio, which can't be trained"
 
@@ -37,54 +39,78 @@ class LlavaJsonOptions(Options):
     pattern of those (``shards/*.tar``), or a URL that fsspec opens (``s3://…``); nothing is unpacked.
     """
 
-    path: RecipePath
-    images: RecipePlace | None = None
+    path: RecipePath = Field(description="JSON list or JSONL of records")
+    images: RecipePlace | None = Field(
+        None, description="folder, .zip, .tar, pattern of these, or URL of the images; null: the folder of `path`"
+    )
     follow_links: FollowLinks = False
 
 
-def llava_json(options: LlavaJsonOptions) -> Iterator[Sample]:
-    """One sample per record, in the file's order.
+class LlavaJson:
+    """One sample per record of a JSON list or a JSONL file, in the file's order.
 
     ``image`` (or ``images``) may be a string, a list or absent. Every ``<image>`` in the user's turns stands for the
     next image, and several in one turn for the only image. Without tags, images go before the first question. In
     answers, and in records without either key, ``<image>`` is text.
     If a record with an image has a single answer, this is also its caption for a teacher.
-    A record without an id is identified by its number in the file, from 0.
-
-    Raises:
-        DataError: a file or record can't be read; names its line or number.
+    A record without an id is identified by its index in the file, from 0.
     """
-    if not options.path.is_file():
-        raise DataError(f"{options.path}: no such file", hint=HINT)
-    root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
-    if options.images is not None:
-        check_place(root.root)
-    for entry in read_stream(options.path):
-        where = f"{options.path}:{entry.place}"
-        if entry.problem:
-            raise DataError(f"{where}: {entry.problem}", hint="`llavactl data check` finds all of them at once")
-        yield sample_of(entry.value, where, root, entry.index)
+
+    def __init__(self, options: LlavaJsonOptions) -> None:
+        self.path: Path = options.path
+        self.images = options.images
+        self.root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Raises DataError with the line of the first record that can't be used."""
+        self.check()
+        for record in self.records():
+            if record.problem:
+                raise DataError(
+                    f"{record.where}: {record.problem}", hint="`llavactl data check` lists all problems at once"
+                )
+            yield self.sample(record)
+
+    def check(self) -> None:
+        """Raises DataError if the file or the images' location doesn't exist."""
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file", hint=PATH_HINT)
+        if self.images is not None:
+            check_image_root(self.root.root)
+
+    def records(self) -> Iterator[RawRecord]:
+        for entry in read_stream(self.path):
+            yield RawRecord(f"{self.path}:{entry.location}", entry.value, entry.index, entry.problem, entry.position)
+
+    def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
+        return examine(record.value, self.root)
+
+    def sample(self, record: RawRecord) -> Sample:
+        return sample_of(record.value, record.where, self.root, record.index)
+
+    def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
+        return repair(record.value, self.root)
 
 
 def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) -> Sample:
-    """``record`` as a sample; its images are relative to ``root``. ``index`` is the id of one without.
+    """``record`` as a sample, with images relative to ``root``; ``index`` is the id of a record without an id.
 
     Raises:
-        DataError: it can't be used; the message begins with ``where``.
+        DataError: the record can't be used; the message begins with ``where``.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a LLaVA record: expected an object, found {record!r:.60}")
+        raise DataError(f"{where}: not a LLaVA record: expected an object, got {record!r:.60}")
     if not isinstance(record.get("conversations"), list):
         raise DataError(f"{where}: not a LLaVA record: {no_conversations(record)}", hint=FORM)
     images = _images(record, where, root)
     turns = _alternating([_turn(message, where, bool(images)) for message in record["conversations"]], where)
     if not any(turn.role == "assistant" and turn.text.strip() for turn in turns):
-        raise DataError(f"{where}: no answer: nothing of this record could be trained")
+        raise DataError(f"{where}: no answer: the record has no target tokens")
     extra = {key: value for key, value in record.items() if key not in ("id", "conversations", *IMAGE_KEYS)}
     answers = [turn.text.strip() for turn in turns if turn.role == "assistant"]
     captions = tuple(answers) if len(answers) == 1 and images else ()
-    placed = tuple(_place(turns, images, where, named=names_images(record)))
-    return Sample(given_id(record) or str(index), placed, where, captions=captions, extra=extra)
+    turns_with_images = tuple(_with_images(turns, images, where, named=names_images(record)))
+    return Sample(given_id(record) or str(index), turns_with_images, where, captions=captions, extra=extra)
 
 
 def _images(record: Mapping[str, Any], where: str, root: ImageRoot | str) -> list[ImageRef]:
@@ -104,25 +130,27 @@ def _turn(message: Any, where: str, images: bool) -> Turn:
 
 
 def _alternating(turns: list[Turn], where: str) -> list[Turn]:
-    """User and assistant in turn; an assistant who speaks before any user is left out, as LLaVA does."""
+    """User and assistant turns that alternate, without answers before the first question, as in LLaVA."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    talk = turns[len(system) :]
-    while talk and talk[0].role == "assistant":
-        talk = talk[1:]
-    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(talk)):
-        raise DataError(f"{where}: user and assistant don't take turns: {', '.join(turn.role for turn in turns)}")
-    return system + talk
+    messages = turns[len(system) :]
+    while messages and messages[0].role == "assistant":
+        messages = messages[1:]
+    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(messages)):
+        raise DataError(
+            f"{where}: user and assistant messages don't alternate: {', '.join(turn.role for turn in turns)}"
+        )
+    return system + messages
 
 
-def _place(turns: list[Turn], images: list[ImageRef], where: str, *, named: bool) -> Iterator[Turn]:
-    """Puts the images where the user's turns have their tags."""
-    asked = [turn.text for turn in turns if turn.role == "user"]
+def _with_images(turns: list[Turn], images: list[ImageRef], where: str, *, named: bool) -> Iterator[Turn]:
+    """``turns`` with the images in place of the tags."""
+    questions = [turn.text for turn in turns if turn.role == "user"]
     try:
-        contents = iter(place_images(asked, images, named=named))
+        contents = iter(place_images(questions, images, named=named))
     except DataError as error:
         raise DataError(f"{where}: {error.message}", hint=f"{TAG} stands for an image of the record") from error
-    tagged = bool(images) and any(TAG in text for text in asked)
-    if not tagged and (found := foreign_placeholder(asked, images=bool(images))):
+    tagged = bool(images) and any(TAG in text for text in questions)
+    if not tagged and (found := foreign_placeholder(questions, images=bool(images))):
         raise DataError(f"{where}: {found} would be trained as text", hint=f"the placeholder of an image is {TAG}")
     for turn in turns:
         yield Turn("user", next(contents)) if turn.role == "user" else turn

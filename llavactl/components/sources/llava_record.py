@@ -1,4 +1,4 @@
-"""The rules for a single LLaVA record, shared by reading and checking: images, messages and placeholders."""
+"""Rules for a single LLaVA record, shared by reading and checking: images, messages and placeholders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Content, ImageRef, Role
+from llavactl.files.records import IMAGE_KEYS
 
 ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -17,76 +18,55 @@ ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 TAG = "<image>"
-IMAGE_KEYS = ("image", "images")
-"""Keys for a record's images; LLaMA-Factory, ms-swift and others write the second."""
-
 UNREAD = frozenset(
     "system tools weight loss bbox bboxes box boxes objects region regions mask masks segmentation messages history "  # noqa: SIM905
     "chosen rejected rejected_response".split()
 )
-"""Keys that have a meaning in other formats and none here."""
+"""Keys of other formats, which are ignored."""
 
 _MEDIA = re.compile(
     r"\s*(?:(?P<image>image|img|picture|pic|photo)|video|frame|audio)s?"
     r"(?:[_ -]?(?:path|file|filename|file_name|name|url|uri|base64|b64|bytes|data|list))?s?\s*",
     re.IGNORECASE,
 )
-_FILE = re.compile(
+_FILE_NAME = re.compile(
     r"[^\n]{1,1000}\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|webm|mov|mkv|avi|wav|mp3|flac|ogg|m4a)",
     re.IGNORECASE,
 )
-"""The name of a media file, under whatever key."""
+"""The name of a media file."""
 
-_NO_FILE = re.compile(r"(?:.*[_-])?(?:id|source|from|value)", re.IGNORECASE)
-"""Keys whose values may look like a file's name without asking for the file."""
+_METADATA_KEY = re.compile(r"(?:.*[_-])?(?:id|source|from|value)", re.IGNORECASE)
+"""Keys whose values may look like a file name without naming an image of the record."""
 
 _PLACEHOLDER = re.compile(
     r"<\|?\s*/?(?:start_of_)?(?:image|img|im|picture|photo|video|audio|vision)s?(?:here|[_ -]\w+)?\s*/?\s*\|?>"
     r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]",
     re.IGNORECASE,
 )
-_INLINE = re.compile(r"<img>\s*[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.IGNORECASE)
+_INLINE_FILE = re.compile(r"<img>\s*[^<>\n]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\s*</img>", re.IGNORECASE)
 _KEYS_SHOWN = 8
 
 
-def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The images that ``record`` names: a path or a list of paths under ``image`` or ``images``.
-
-    Raises:
-        DataError: the value is something else, or the two keys differ.
-    """
-    found: dict[str, list[str]] = {}
-    for key in IMAGE_KEYS:
-        value = record.get(key)
-        paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-        if not all(isinstance(path, str) for path in paths):
-            raise DataError(f"`{key}`: expected a path or a list of paths, found {value!r:.60}")
-        if paths:
-            found[key] = paths
-    if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
-        raise DataError("`image` and `images` name different images")
-    return next(iter(found.values()), [])
-
-
 def names_images(record: Mapping[str, Any]) -> bool:
-    """Whether ``record`` has a key for images, even if its value is empty. LLaVA trains records without one as text."""
+    """Whether ``record`` has a key for images, even an empty one. LLaVA trains records without a key as text."""
     return any(key in record for key in IMAGE_KEYS)
 
 
 def tag_fault(texts: Sequence[str], images: int, *, named: bool) -> str:
-    """Why the tags in the user's ``texts`` don't fit the number of ``images``; "" if they do.
+    """Why the tags in the user's ``texts`` don't match the number of ``images``; "" if they do.
 
     If the record has no key for images (not ``named``), ``<image>`` is text. Several tags in one text stand for the
-    only image once. Both as in LLaVA's training, which fails, or uses images of other records, where a reason is given.
+    only image once. Both are as in LLaVA's training, which fails, or uses another record's images, in the cases for
+    which this returns a reason.
     """
     tags = sum(text.count(TAG) for text in texts)
     if not tags or tags == images:
         return ""
     if not images:
         return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'}, but no image" if named else ""
-    tagged = sum(TAG in text for text in texts)
+    tagged_texts = sum(TAG in text for text in texts)
     if images == 1:
-        return f"{TAG} in {tagged} questions, but there is only one image" if tagged > 1 else ""
+        return f"{TAG} in {tagged_texts} questions, but only one image" if tagged_texts > 1 else ""
     return f"{tags} {TAG} {'tag' if tags == 1 else 'tags'} for {images} images"
 
 
@@ -94,69 +74,69 @@ def place_images(texts: Sequence[str], images: Sequence[ImageRef], *, named: boo
     """The user's ``texts`` with ``images`` in place of their tags (see ``tag_fault``); without tags, images come first.
 
     Raises:
-        DataError: tags and images don't fit together.
+        DataError: tags and images don't match.
     """
     if fault := tag_fault(texts, len(images), named=named):
         raise DataError(fault)
     if not images or not any(TAG in text for text in texts):
         front: tuple[Content, ...] = tuple(part for image in images for part in (image, "\n"))
-        return [(*front, text) if at == 0 else (text,) for at, text in enumerate(texts)]
-    queue = list(images)
+        return [(*front, text) if index == 0 else (text,) for index, text in enumerate(texts)]
+    remaining = list(images)
 
-    def placed(text: str) -> Iterable[Content]:
+    def with_images(text: str) -> Iterable[Content]:
         for piece in re.split(f"({TAG})", text):
-            if piece == TAG and queue:  # a further tag of the only image is left out
-                yield queue.pop(0)
+            if piece == TAG and remaining:  # further tags of the only image are removed
+                yield remaining.pop(0)
             elif piece and piece != TAG:
                 yield piece
 
-    return [tuple(placed(text)) for text in texts]
+    return [tuple(with_images(text)) for text in texts]
 
 
 def unread_media(fields: Mapping[str, Any], *, images: bool, read: Iterable[str] = IMAGE_KEYS) -> str:
     """The key of ``fields`` with media that would be ignored, or "".
 
     Video and audio are never read; images only under the keys ``read``. If the record has ``images`` there, other image
-    keys (``image_url``) are taken as metadata. In a record without, any key may not name a media file.
+    keys (``image_url``) are metadata. In a record without images, no key may name a media file.
     """
     for key, value in fields.items():
         if key in read:
             continue
-        if (match := _MEDIA.fullmatch(key)) and _names_something(value):
+        if (match := _MEDIA.fullmatch(key)) and _has_content(value):
             if images and match["image"]:
                 continue
             return key
-        if not images and not _NO_FILE.fullmatch(key) and _names_file(value):
+        if not images and not _METADATA_KEY.fullmatch(key) and _names_file(value):
             return key
     return ""
 
 
 def _names_file(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return any(isinstance(each, str) and _FILE.fullmatch(each.strip()) for each in values)
+    return any(isinstance(item, str) and _FILE_NAME.fullmatch(item.strip()) for item in values)
 
 
-def _names_something(value: Any) -> bool:
+def _has_content(value: Any) -> bool:
     if isinstance(value, list):
-        return any(map(_names_something, value))
+        return any(map(_has_content, value))
     return bool(value.strip() if isinstance(value, str) else value) and isinstance(value, str | dict)
 
 
 def message_fault(message: Any, *, images: bool) -> tuple[str, str] | None:
     """The problem of one message, as a kind of ``data check`` and a description; None if it is valid."""
     if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        return "message", f"no text `value` in {message!r:.60}"
-    speaker = message.get("from")
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        return "role", f"unknown `from` {speaker!r:.40}, expected one of {', '.join(ROLES)}"
+        return "message", f"`value` is missing or not a string: {message!r:.60}"
+    role = message.get("from")
+    if not isinstance(role, str) or role not in ROLES:
+        return "role", f"unknown `from` {role!r:.40}, expected one of {', '.join(ROLES)}"
     if key := unread_media(message, images=images, read=()):
         return "media", f"unsupported media in `{key}` of a message"
-    if ROLES[speaker] == "assistant" and (key := _excluded(message)):
+    if ROLES[role] == "assistant" and (key := _excluding_key(message)):
         return "message", f"`{key}: {message[key]!r}` is not supported: every answer is trained"
     return None
 
 
-def _excluded(message: Mapping[str, Any]) -> str:
+def _excluding_key(message: Mapping[str, Any]) -> str:
     """The key that excludes this answer from training, or ""."""
     for key in ("weight", "loss", "loss_scale", "train", "trainable"):
         value = message.get(key)
@@ -166,22 +146,22 @@ def _excluded(message: Mapping[str, Any]) -> str:
 
 
 def foreign_placeholder(texts: Iterable[str], *, images: bool) -> str:
-    """Another tool's placeholder for an image in the user's ``texts``; "" if there is none.
+    """The first image placeholder of another tool in the user's ``texts``, or "".
 
-    In a record without ``images`` only one that names a file counts; others may be part of the conversation.
+    In a record without ``images``, only a placeholder that names a file counts; others may be part of the text.
     """
-    pattern = _PLACEHOLDER if images else _INLINE
+    pattern = _PLACEHOLDER if images else _INLINE_FILE
     return next((match[0] for text in texts for match in pattern.finditer(text) if match[0] != TAG), "")
 
 
 def placeholder_as_text(texts: Iterable[str]) -> str:
-    """Another tool's placeholder in the user's ``texts`` of a record without images; "" if there is none."""
+    """The first image placeholder of another tool in the user's ``texts`` of a record without images, or ""."""
     return foreign_placeholder(texts, images=True)
 
 
 def no_conversations(record: Mapping[str, Any]) -> str:
-    """The problem of a ``record`` without a list ``conversations``."""
+    """Why ``record`` has no list ``conversations``."""
     if "conversations" in record:
         return "`conversations` is not a list"
     keys = [*map(str, record)][:_KEYS_SHOWN] + ["…"] * (len(record) > _KEYS_SHOWN)
-    return f"no `conversations`: its keys are {', '.join(keys) or 'none'}"
+    return f"missing `conversations`; keys: {', '.join(keys) or 'none'}"

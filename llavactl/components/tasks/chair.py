@@ -1,4 +1,4 @@
-"""Objects that a description names and the picture doesn't have, in the manner of CHAIR (Rohrbach et al. 2018)."""
+"""CHAIR: hallucinated objects in image descriptions (Rohrbach et al. 2018, arXiv 1809.02156)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.tasks.coco_words import CATEGORIES, objects_in
-from llavactl.components.tasks.image_questions import asked, picture
+from llavactl.components.tasks.coco_synonyms import CATEGORIES, mentioned_objects
+from llavactl.components.tasks.image_questions import image_of, user_turn
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
@@ -24,17 +24,19 @@ class ChairOptions(Options):
     """Options of the task ``chair``."""
 
     instances: RecipePath = Field(description="COCO's instances_*.json")
-    captions: RecipePath | None = Field(None, description="COCO's captions_*.json: what people name is there, too")
-    only: RecipePath | None = Field(None, description="JSONL of image_id: these pictures alone; null: all")
+    captions: RecipePath | None = Field(
+        None, description="COCO's captions_*.json: objects mentioned in captions also count as present"
+    )
+    only: RecipePath | None = Field(None, description="JSONL of image_id: use these images only; null: all")
     images: RecipePlace | None = Field(
-        None, description="folder, .zip, .tar or URL of the pictures; null: that of `instances`"
+        None, description="folder, .zip, .tar or URL of the images; null: the folder of `instances`"
     )
     follow_links: FollowLinks = False
-    prompt: str = Field("Please describe this image in detail.", description="what is asked about each picture")
+    prompt: str = Field("Please describe this image in detail.", description="prompt for each image")
 
 
 class Chair:
-    """The task ``chair``; see ``llavactl.core.protocols.Task``. A question's id is the picture's."""
+    """The task ``chair``; see ``llavactl.core.protocols.Task``. A question's id is the image's id."""
 
     protocols = ("words",)
 
@@ -43,66 +45,72 @@ class Chair:
 
     def questions(self) -> Iterator[Question]:
         root = ImageRoot(str(self.options.images or self.options.instances.parent), self.options.follow_links)
-        for name, record in self._pictures.items():
-            image = picture(Record(record.where, {"image": record.text("file_name")}), root)
-            there = ", ".join(each for each in CATEGORIES if each in self._objects[name])
-            yield Question(name, asked(image, self.options.prompt), there)
+        for image_id, record in self._images.items():
+            image = image_of(Record(record.where, {"image": record.text("file_name")}), root)
+            reference = ", ".join(category for category in CATEGORIES if category in self._objects[image_id])
+            yield Question(image_id, user_turn(image, self.options.prompt), reference)
 
-    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
-        """In percent: ``chair_s`` of descriptions with an object that isn't there, ``chair_i`` of objects named.
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
+        """In percent: ``chair_s`` of descriptions with a hallucinated object, ``chair_i`` of mentioned objects.
 
-        ``recall`` is the share of the objects there that are named, ``named`` counts all that are. A description's
-        grade is the share of its objects that are there.
+        ``recall``: share of the objects in the images that are mentioned. ``named``: number of mentioned objects. A
+        description's grade is the share of its mentioned objects that are in the image.
         """
-        named = {name: objects_in(answers[name].text) for name in self._pictures if name in answers}
-        wrong = {name: [each for each in said if each not in self._objects[name]] for name, said in named.items()}
-        there = {name: self._objects[name] for name in named}
-        total = sum(map(len, named.values()))
+        mentioned = {name: mentioned_objects(answers[name].text) for name in self._images if name in answers}
+        hallucinated = {
+            name: [category for category in categories if category not in self._objects[name]]
+            for name, categories in mentioned.items()
+        }
+        present = {name: self._objects[name] for name in mentioned}
+        found = sum(len(present[name] & set(mentioned[name])) for name in mentioned)
+        total = sum(map(len, mentioned.values()))
         scores: dict[str, Json] = {
-            "chair_s": _share(sum(map(bool, wrong.values())), len(named)),
-            "chair_i": _share(sum(map(len, wrong.values())), total),
-            "recall": _share(sum(len(there[name] & set(named[name])) for name in named), sum(map(len, there.values()))),
+            "chair_s": _percent(sum(map(bool, hallucinated.values())), len(mentioned)),
+            "chair_i": _percent(sum(map(len, hallucinated.values())), total),
+            "recall": _percent(found, sum(map(len, present.values()))),
             "named": total,
         }
-        grades = {name: 1 - len(wrong[name]) / len(named[name]) if named[name] else 1.0 for name in named}
-        failed = sum(not answers[name].text.strip() for name in named)
+        grades = {
+            name: 1 - len(hallucinated[name]) / len(mentioned[name]) if mentioned[name] else 1.0 for name in mentioned
+        }
+        failed = sum(not answers[name].text.strip() for name in mentioned)
         return Scores(scores, failed, grades=grades)
 
     @cached_property
-    def _pictures(self) -> Mapping[str, Record]:
-        known = unique(_list(self.options.instances, "images"), "id", what="picture")
+    def _images(self) -> Mapping[str, Record]:
+        images = unique(_list(self.options.instances, "images"), "id", what="image")
         if self.options.only is None:
-            return known
-        wanted = unique(read_records(self.options.only), "image_id", "question_id", "id", what="picture")
-        if missing := [name for name in wanted if name not in known]:
-            raise DataError(f"{wanted[missing[0]].where}: picture {missing[0]!r} is not in {self.options.instances}")
-        return {name: known[name] for name in wanted}
+            return images
+        selected = unique(read_records(self.options.only), "image_id", "question_id", "id", what="image")
+        if missing := [image_id for image_id in selected if image_id not in images]:
+            raise DataError(f"{selected[missing[0]].where}: image {missing[0]!r} is not in {self.options.instances}")
+        return {image_id: images[image_id] for image_id in selected}
 
     @cached_property
     def _objects(self) -> Mapping[str, set[str]]:
-        """What is in each picture, as the boxes and the people who described it say."""
-        names = {each.name("id"): each.text("name") for each in _list(self.options.instances, "categories")}
-        found: dict[str, set[str]] = {name: set() for name in self._pictures}
-        for note in _list(self.options.instances, "annotations"):
-            category = names.get(note.name("category_id"))
+        """The categories of the objects in each image, from boxes and human captions."""
+        names = {record.name("id"): record.text("name") for record in _list(self.options.instances, "categories")}
+        objects: dict[str, set[str]] = {image_id: set() for image_id in self._images}
+        for box in _list(self.options.instances, "annotations"):
+            category = names.get(box.name("category_id"))
             if category is None:
-                raise DataError(f"{note.where}: there is no category {note.name('category_id')!r}")
-            if (image := note.name("image_id")) in found:
-                found[image].add(category)
+                raise DataError(f"{box.where}: unknown category {box.name('category_id')!r}")
+            if (image_id := box.name("image_id")) in objects:
+                objects[image_id].add(category)
         if self.options.captions is not None:
-            for note in _list(self.options.captions, "annotations"):
-                if (image := note.name("image_id")) in found:
-                    found[image].update(objects_in(note.text("caption")))
-        return found
+            for caption in _list(self.options.captions, "annotations"):
+                if (image_id := caption.name("image_id")) in objects:
+                    objects[image_id].update(mentioned_objects(caption.text("caption")))
+        return objects
 
 
 def _list(path: Path, key: str) -> list[Record]:
     document: Any = read_document(path)
-    listed = document.get(key) if isinstance(document, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
-        raise DataError(f"{path}: there is no list {key!r}", hint="is it COCO's file?")
-    return [Record(f"{path} {key} {at}", each) for at, each in enumerate(listed)]
+    items = document.get(key) if isinstance(document, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(f"{path}: expected a list of objects in {key!r}", hint="use the file as published by COCO")
+    return [Record(f"{path} {key} {index}", item) for index, item in enumerate(items)]
 
 
-def _share(part: int, whole: int) -> float | None:
+def _percent(part: int, whole: int) -> float | None:
     return 100 * part / whole if whole else None

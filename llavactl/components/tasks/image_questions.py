@@ -1,4 +1,4 @@
-"""Questions about one picture each, as tasks ask them."""
+"""User turns with an image and a question, and a check that stored answers were given to these questions."""
 
 from __future__ import annotations
 
@@ -11,71 +11,77 @@ from llavactl.core.schema import Answer, ImageRef, Turn
 from llavactl.files.records import Record
 from llavactl.images.references import ImageRoot, image_in
 
+IMAGES_HELP = "folder, .zip, .tar or URL of the images; null: the folder of the questions"
+"""Description of the option ``images``."""
 
-def picture(record: Record, place: ImageRoot) -> ImageRef:
-    """The record's ``image``: a path in ``place`` (a folder, archives or a URL), or the image itself as base64."""
+
+def image_of(record: Record, root: ImageRoot) -> ImageRef:
+    """The record's ``image``: a path in ``root`` (a folder, archive or URL), or the image itself as base64."""
     try:
-        return image_in(place, record.text("image"))
+        return image_in(root, record.text("image"))
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 
 
-def asked(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
-    """The user's turn: the image, or ``<image>`` in the question as its position, as in records; then the question."""
+def user_turn(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
+    """A user turn: the image, then the question. ``<image>`` in the question marks another position, as in records."""
     images = [] if image is None else [image]
     return (Turn("user", place_images([text], images, named=False)[0]),)
 
 
 UNKNOWN = "Unknown"
-"""What LLaVA's ``eval_science_qa.py`` notes for the prompt of an answer that it doesn't have."""
+"""The prompt that LLaVA's ``eval_science_qa.py`` stores for a missing answer."""
 
 
-def holds(prompt: str, question: str) -> bool:
-    """Whether ``question`` stands in ``prompt``, whatever its spaces and capitals."""
-    return _spaced(question) in _spaced(prompt)
+def contains_question(prompt: str, question: str) -> bool:
+    """Whether ``prompt`` contains ``question``, ignoring case and whitespace."""
+    return _normalized(question) in _normalized(prompt)
 
 
-def same_words(prompt: str, question: str) -> bool:
-    """Whether all words of ``question`` are in ``prompt``, in whatever order: its parts may have changed places."""
+def contains_words(prompt: str, question: str) -> bool:
+    """Whether ``prompt`` contains all words of ``question`` in any order, such as the context after the question."""
     return set(_words(question)) <= set(_words(prompt))
 
 
-def refuse_others(
-    questions: Mapping[str, str], answers: Mapping[str, Answer], same: Callable[[str, str], bool] = holds
+def check_prompts(
+    questions: Mapping[str, str],
+    answers: Mapping[str, Answer],
+    matches: Callable[[str, str], bool] = contains_question,
 ) -> None:
-    """Stops where an answer's file says that something else was asked: ids alone may agree by chance.
+    """Compares stored prompts of ``answers`` with ``questions`` (texts by id): equal ids alone may be a coincidence.
 
     Raises:
-        DataError: answers whose ``prompt`` isn't the ``same`` as the question, in ``questions`` by id.
+        DataError: the prompt of an answer doesn't match its question.
     """
-    said = {name: prompt_of(answers[name]) for name in questions if name in answers}
-    wrong = [
+    prompts = {name: stored_prompt(answers[name]) for name in questions if name in answers}
+    mismatched = [
         name
-        for name, prompt in said.items()
-        if isinstance(prompt, str) and prompt != UNKNOWN and not same(prompt, questions[name])
+        for name, prompt in prompts.items()
+        if isinstance(prompt, str) and prompt != UNKNOWN and not matches(prompt, questions[name])
     ]
-    if wrong:
+    if mismatched:
+        first = mismatched[0]
         raise DataError(
-            f"{len(wrong)} of {len(said)} answers are to other questions; the first is {wrong[0]!r}: it answers "
-            f"{said[wrong[0]]!r:.60}, the question is {questions[wrong[0]]!r:.60}",
-            hint="take the questions that these answers were given to",
+            f"{len(mismatched)} of {len(prompts)} answers have the prompt of another question; the first is "
+            f"{first!r}: its prompt is {prompts[first]!r:.60}, the question is {questions[first]!r:.60}",
+            hint="use the question file that the answers were generated for",
         )
 
 
-def prompt_of(answer: Answer) -> object:
-    """What an answer's file says was asked; None where it doesn't."""
+def stored_prompt(answer: Answer) -> object:
+    """The prompt stored with an answer; None if there is none."""
     return answer.extra.get("prompt", answer.extra.get("question"))
 
 
-def beyond(answer: Answer, prompt: str) -> str:
-    """An id for an answer to a question that isn't asked here, where its own id is a picture's.
+def unmatched_id(answer: Answer, prompt: str) -> str:
+    """An id for an answer to an unknown question, in files where ``question_id`` is the image's name.
 
-    Two such answers about one picture are two answers, not the same one twice.
+    It is unique per prompt: two such answers about one image are not duplicates.
     """
     return f"{answer.id}: {prompt}"
 
 
-def _spaced(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 

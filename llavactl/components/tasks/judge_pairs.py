@@ -1,7 +1,7 @@
-"""Two models' answers to the same questions, side by side before a judge: which one is better?
+"""Pairwise comparison of two models' answers by a judge.
 
-A judge likes the first answer of two, or the second, whatever they say. So each two are judged in both orders, and one
-has won where it is better in both, as in Zheng et al. 2023 (arXiv 2306.05685, section 3.4); else it is a tie.
+Judges favor one position regardless of the answers. Each pair is therefore judged in both orders, and an answer wins
+only if it is better in both, as in Zheng et al. 2023 (arXiv 2306.05685, section 3.4); otherwise it is a tie.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ from statistics import fmean, stdev
 
 from pydantic import Field, model_validator
 
-from llavactl.components.tasks.image_questions import asked, picture, refuse_others
-from llavactl.components.tasks.judging import JudgeOptions, Pair, described, leniently, request, rules, verdicts
+from llavactl.components.tasks.image_questions import IMAGES_HELP, check_prompts, image_of, user_turn
+from llavactl.components.tasks.judging import (
+    JudgeOptions,
+    ScorePair,
+    ask_verdicts,
+    image_description,
+    judge_request,
+    parse_lenient,
+    read_rules,
+)
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
@@ -23,149 +31,154 @@ from llavactl.core.schema import Answer, Question
 from llavactl.files.records import Record, read_records, unique
 from llavactl.images.references import ImageRoot
 
-WON = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+GRADES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+_RATES = (*GRADES, "win_rate")
 
 
 class JudgePairsOptions(JudgeOptions):
     """Options of the task ``judge-pairs``."""
 
-    questions: RecipePath = Field(description="JSONL of question_id and text; image and category, where there are any")
+    questions: RecipePath = Field(description="JSONL of question_id and text; optionally image and category")
     against: RecipePath = Field(description="JSONL of question_id and text: the answers to compare with")
-    context: RecipePath | None = Field(None, description="JSONL of image and caption(s), what the judge is told")
-    images: RecipePlace | None = Field(
-        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
-    )
+    context: RecipePath | None = Field(None, description="JSONL of image and caption(s): descriptions for the judge")
+    images: RecipePlace | None = Field(None, description=IMAGES_HELP)
     follow_links: FollowLinks = False
-    swap: bool = Field(True, description="judge both orders of the two answers; one has won who wins in both")
+    swap: bool = Field(True, description="judge both orders of the two answers; a win requires winning in both")
 
     @model_validator(mode="after")
-    def _asks(self) -> JudgePairsOptions:
+    def _require_judge(self) -> JudgePairsOptions:
         if self.judge is None:
-            raise ValueError("a judge is needed: judge.name=TEACHER and its options")
+            raise ValueError("a judge is required: judge.name=TEACHER and its options")
         return self
 
 
 class JudgePairs:
-    """The task ``judge-pairs``; see ``llavactl.core.protocols.Judged`` and ``Consults``."""
+    """The task ``judge-pairs``; see ``llavactl.core.protocols.Judged`` and ``TeacherScored``.
+
+    In pairs of answers or scores, the first is that of ``against``, the second that of the candidate.
+    """
 
     protocols = ("points",)
 
     def __init__(self, options: JudgePairsOptions) -> None:
         self.options = options
-        self.consultant = options.consultant
+        self.teacher = options.teacher
 
     def questions(self) -> Iterator[Question]:
+        root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         for name, record in self._questions.items():
-            root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
-            image = picture(record, root) if record.get("image") else None
-            turns = asked(image, record.text("text"))
-            yield Question(name, turns, self._others[name].text("text"), str(record.get("category") or ""))
+            image = image_of(record, root) if record.get("image") else None
+            turns = user_turn(image, record.text("text"))
+            yield Question(name, turns, self._references[name].text("text"), str(record.get("category") or ""))
 
     def reviews(self) -> Sequence[Mapping[str, str]]:
         return ()
 
-    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
-        """Scores of ``answers`` after asking a judge about each; the other's answer is the first of the two.
+    def score_with_teacher(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+        """Scores of ``answers`` after asking the judge about each pair.
 
-        ``length`` says whether longer answers won: ``longer_wins`` in percent of the ``decided`` questions (a win or a
-        loss, answers of different length), and the mean words of an answer here (``words``) and ``against``.
+        ``length``: ``longer_wins``, how often the longer answer won, in percent of the ``decided`` questions (no tie,
+        answers of different length); the mean number of words of an answer (``words``), and of ``against``.
         """
-        refuse_others({name: record.text("text") for name, record in self._questions.items()}, answers)
+        check_prompts({name: record.text("text") for name, record in self._questions.items()}, answers)
 
-        def about(name: str, run: int, swapped: bool) -> Request:
+        def request(name: str, run: int, swapped: bool) -> Request:
             record = self._questions[name]
-            context = described(self._contexts[record.text("image")]) if self.options.context else ""
-            both = self._others[name].text("text"), answers[name].text
-            rule = rules(self.options.rule).get(str(record.get("category") or ""))
-            return request(name, (run, swapped), context, record.text("text"), both, rule)
+            context = image_description(self._contexts[record.text("image")]) if self.options.context else ""
+            pair = self._references[name].text("text"), answers[name].text
+            rule = read_rules(self.options.rule).get(str(record.get("category") or ""))
+            return judge_request(name, run, swapped, context, record.text("text"), pair, rule)
 
-        scored = self.judge(verdicts(answers, about, self.options, ask), protocol)
+        scores = self.judge(ask_verdicts(answers, request, self.options, ask), protocol)
         words = {
-            name: (len(answers[name].text.split()), len(self._others[name].text("text").split())) for name in answers
+            name: (len(self._references[name].text("text").split()), len(answers[name].text.split()))
+            for name in answers
         }
-        return replace(scored, scores={**scored.scores, "length": _length(words, scored.grades)})
+        return replace(scores, scores={**scores.scores, "length": _length_bias(words, scores.grades)})
 
-    def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:  # noqa: ARG002 - there is one
-        """Percentages ``win``, ``tie``, ``loss``, and ``win_rate``: wins and half of the ties.
+    def judge(self, reviews: Sequence[Mapping[str, str]], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
+        """``win``, ``tie`` and ``loss`` in percent, and ``win_rate``: wins plus half of the ties.
 
-        A question with a verdict that can't be read is left out of its run. ``agreement``: how often both orders
-        say the same. With several runs scores are means, and ``spread`` is the standard deviation of ``win_rate``.
+        A question with an unparsable verdict is left out of its run. ``agreement``: how often both orders have the same
+        outcome. With several runs, scores are means, and ``spread`` is the standard deviation of ``win_rate``.
         """
-        step = 2 if self.options.swap else 1
-        runs = [reviews[at : at + step] for at in range(0, len(reviews), step)]
-        failed = sum(leniently(text) is None for review in reviews for text in review.values())
-        read = [
-            {name: pairs for name in run[0] if (pairs := [leniently(each[name]) for each in run]) and all(pairs)}
-            for run in runs
-        ]
-        told = [{name: _told([pair for pair in pairs if pair]) for name, pairs in run.items()} for run in read]
-        shares = [_shares(list(run.values())) for run in told if run]
-        scores: dict[str, Json] = {key: fmean(run[key] for run in shares) if shares else None for key in _KEYS}
+        orders = 2 if self.options.swap else 1
+        runs = [reviews[start : start + orders] for start in range(0, len(reviews), orders)]
+        failed = sum(parse_lenient(verdict) is None for review in reviews for verdict in review.values())
+        parsed = [_complete_pairs(run) for run in runs]
+        outcomes = [{name: _outcome(pairs) for name, pairs in run.items()} for run in parsed]
+        rates = [_rates(list(run.values())) for run in outcomes if run]
+        scores: dict[str, Json] = {key: fmean(run[key] for run in rates) if rates else None for key in _RATES}
         if self.options.swap:
-            same = [len({_better(pair) for pair in pairs if pair}) == 1 for run in read for pairs in run.values()]
+            same = [len({_order_outcome(pair) for pair in pairs}) == 1 for run in parsed for pairs in run.values()]
             scores["agreement"] = 100 * fmean(same) if same else None
         if len(runs) > 1:
-            rates = [run["win_rate"] for run in shares]
-            scores |= {"runs": rates, "spread": stdev(rates) if len(rates) > 1 else None}
-        names = dict.fromkeys(name for run in told for name in run)
-        grades = {name: fmean(WON[run[name]] for run in told if name in run) for name in names}
+            win_rates = [run["win_rate"] for run in rates]
+            scores |= {"runs": win_rates, "spread": stdev(win_rates) if len(win_rates) > 1 else None}
+        names = dict.fromkeys(name for run in outcomes for name in run)
+        grades = {name: fmean(GRADES[run[name]] for run in outcomes if name in run) for name in names}
         return Scores(scores, failed, grades=grades)
 
     @cached_property
     def _questions(self) -> Mapping[str, Record]:
-        found = unique(read_records(self.options.questions), "question_id", "id")
-        contexts = self._contexts if self.options.context is not None else None
-        if contexts is not None and (missing := [n for n, each in found.items() if each.text("image") not in contexts]):
-            raise DataError(f"{self.options.context}: nothing about the picture of question {missing[0]!r}")
-        return found
+        questions = unique(read_records(self.options.questions), "question_id", "id")
+        if self.options.context is not None:
+            missing = [name for name, record in questions.items() if record.text("image") not in self._contexts]
+            if missing:
+                raise DataError(f"{self.options.context}: no entry for the image of question {missing[0]!r}")
+        return questions
 
     @cached_property
-    def _others(self) -> Mapping[str, Record]:
-        found = unique(read_records(self.options.against), "question_id", "id", what="answer")
-        if missing := [name for name in self._questions if name not in found]:
+    def _references(self) -> Mapping[str, Record]:
+        references = unique(read_records(self.options.against), "question_id", "id", what="answer")
+        if missing := [name for name in self._questions if name not in references]:
             raise DataError(
                 f"{self.options.against}: no answer to {len(missing)} questions, the first is {missing[0]!r}"
             )
-        return found
+        return references
 
     @cached_property
     def _contexts(self) -> Mapping[str, Record]:
         assert self.options.context is not None
-        return unique(read_records(self.options.context), "image", what="picture")
+        return unique(read_records(self.options.context), "image", what="image")
 
 
-_KEYS = ("win", "tie", "loss", "win_rate")
-
-
-def _length(words: Mapping[str, tuple[int, int]], grades: Mapping[str, float]) -> Json:
-    """Whether the longer of two answers won; ``words`` are those of ours and of the other's."""
-    decided = [
-        (ours > theirs) == (grades[name] > WON["tie"])
-        for name, (ours, theirs) in words.items()
-        if ours != theirs and grades.get(name, WON["tie"]) != WON["tie"]
+def _length_bias(words: Mapping[str, ScorePair], grades: Mapping[str, float]) -> Json:
+    """How often the longer answer won; ``words`` are the numbers of words of both answers."""
+    tie = GRADES["tie"]
+    longer_won = [
+        (candidate > other) == (grades[name] > tie)
+        for name, (other, candidate) in words.items()
+        if candidate != other and grades.get(name, tie) != tie
     ]
-    ours, theirs = zip(*words.values(), strict=True)
+    others, candidates = zip(*words.values(), strict=True)
     return {
-        "longer_wins": 100 * fmean(decided) if decided else None,
-        "decided": len(decided),
-        "words": fmean(ours),
-        "against": fmean(theirs),
+        "longer_wins": 100 * fmean(longer_won) if longer_won else None,
+        "decided": len(longer_won),
+        "words": fmean(candidates),
+        "against": fmean(others),
     }
 
 
-def _better(pair: Pair) -> str:
-    """For the second of two, the candidate."""
+def _complete_pairs(run: Sequence[Mapping[str, str]]) -> dict[str, list[ScorePair]]:
+    """The scores of each question in all orders of a run, without questions that have an unparsable verdict."""
+    parsed = {name: [parse_lenient(review[name]) for review in run] for name in run[0]}
+    return {name: [pair for pair in pairs if pair] for name, pairs in parsed.items() if all(pairs)}
+
+
+def _order_outcome(pair: ScorePair) -> str:
+    """The candidate's outcome in one order."""
     other, candidate = pair
     return "tie" if candidate == other else "win" if candidate > other else "loss"
 
 
-def _told(pairs: Sequence[Pair]) -> str:
-    """What both orders together say."""
-    said = {_better(pair) for pair in pairs}
-    return said.pop() if len(said) == 1 else "tie"
+def _outcome(pairs: Sequence[ScorePair]) -> str:
+    """The candidate's outcome in all orders: a tie unless they agree."""
+    outcomes = {_order_outcome(pair) for pair in pairs}
+    return outcomes.pop() if len(outcomes) == 1 else "tie"
 
 
-def _shares(told: Sequence[str]) -> dict[str, float]:
-    count = Counter(told)
-    shares = {key: 100 * count[key] / len(told) for key in WON}
-    return shares | {"win_rate": shares["win"] + shares["tie"] / 2}
+def _rates(outcomes: Sequence[str]) -> dict[str, float]:
+    count = Counter(outcomes)
+    rates = {outcome: 100 * count[outcome] / len(outcomes) for outcome in GRADES}
+    return rates | {"win_rate": rates["win"] + rates["tie"] / 2}

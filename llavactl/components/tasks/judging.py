@@ -1,8 +1,7 @@
-"""A judge of answers: what it is told, what it may cost, and how its two numbers are read.
+"""Requests to a judge that compares two answers, and parsing of its verdicts.
 
-The frame of what it is told is that of LLaVA's ``eval_gpt_review_bench.py`` (context, question, two answers, then
-what to do), so that a judge who knows it is at home; the words of the last part are our own. ``rule`` takes LLaVA's
-``rule.json`` in their place.
+The prompt has the sections of LLaVA's ``eval_gpt_review_bench.py`` (context, question, two answers, instructions). The
+instructions are worded differently; the option ``rule`` replaces them with those of LLaVA's ``rule.json``.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ from pydantic import AfterValidator, Field, model_validator
 
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.options import RecipePath
-from llavactl.core.protocols import Ask, Consultant, Request
+from llavactl.core.protocols import Ask, BudgetedTeacher, Request
 from llavactl.core.registry import Options, registry
 from llavactl.core.schema import Sample
 from llavactl.files.records import Record, read_document
 
-Pair = tuple[float, float]
+ScorePair = tuple[float, float]
+"""A judge's scores of the two answers."""
 
+# The wording of prompts determines scores and the stored verdicts that are reused: don't edit it.
 SYSTEM = "You are a careful and impartial judge of answers."
-TASK = (
+INSTRUCTIONS = (
     "Two assistants were shown a picture and answered the question above. You can't see the picture: take what stands "
     "under Context for it, and nothing else. Judge how helpful, relevant, accurate and detailed each answer is, and "
     "give each of them 1 to 10 points, more for the better one.\n"
@@ -32,151 +33,152 @@ TASK = (
     "those of Assistant 2. Explain them in the lines after that. Neither the order of the answers nor their length "
     "by itself may sway you."
 )
-TWO_NUMBERS = re.compile(r"(\s*)(\d+(?:\.\d+)?)(\s*[,\s/;]\s*)(\d+(?:\.\d+)?)")
-_INSIDE = re.compile(r"\[(?=(?:End of |System|Assistant|Context|Question))")
+SCORE_PAIR = re.compile(r"(\s*)(\d+(?:\.\d+)?)(\s*[,\s/;]\s*)(\d+(?:\.\d+)?)")
+_SECTION_HEADING = re.compile(r"\[(?=(?:End of |System|Assistant|Context|Question))")
 
 
-def _teacher(given: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's own options, checked and with whole paths, while the recipe that names them is read."""
-    if not isinstance(given.get("name"), str):
-        raise ValueError("needs a `name`, that of a teacher")
+def _teacher_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """``spec`` with the teacher's options validated and paths made absolute, when the recipe is read."""
+    if not isinstance(spec.get("name"), str):
+        raise ValueError("needs a `name`: the name of a teacher")
     try:
-        options = registry().options("teachers", given)
+        options = registry().options("teachers", spec)
     except RecipeError as error:
         raise ValueError("; ".join(map(str, error.problems)) or f"{error.message}; {error.hint}") from error
-    return {"name": given["name"], **options.model_dump(exclude_unset=True)}
+    return {"name": spec["name"], **options.model_dump(exclude_unset=True)}
 
 
-Teacher = Annotated[dict[str, Any], AfterValidator(_teacher)]
-"""A teacher as a task's option: ``{name: …, its own options}``."""
+TeacherSpec = Annotated[dict[str, Any], AfterValidator(_teacher_spec)]
+"""A teacher as an option of a task: ``{name: …, its options}``."""
 
 
-class ConsultOptions(Options):
+class TeacherTaskOptions(Options):
     """Options of tasks that ask a teacher about answers."""
 
-    judge: Teacher | None = Field(None, description="the teacher that is asked: {name, its options}")
-    max_cost: float | None = Field(None, ge=0, description="of all that is ever asked about these answers")
-    prices: RecipePath | None = Field(None, description="file of prices; null: llavactl's own")
+    judge: TeacherSpec | None = Field(None, description="teacher that judges the answers: {name, its options}")
+    max_cost: float | None = Field(None, ge=0, description="maximum total cost of all requests about these answers")
+    prices: RecipePath | None = Field(None, description="price file; null: llavactl's own")
 
     @property
-    def consultant(self) -> Consultant | None:
-        return None if self.judge is None else Consultant(self.judge, self.max_cost, self.prices)
+    def teacher(self) -> BudgetedTeacher | None:
+        return None if self.judge is None else BudgetedTeacher(self.judge, self.max_cost, self.prices)
 
 
-class JudgeOptions(ConsultOptions):
-    """Options of tasks that a judge scores."""
+class JudgeOptions(TeacherTaskOptions):
+    """Options of tasks that are scored by a judge."""
 
-    runs: int = Field(1, ge=1, le=100, description="how often everything is judged")
-    swap: bool = Field(False, description="judge everything in the other order of the two answers, too")
-    rule: RecipePath | None = Field(None, description="LLaVA's rule.json: its words in place of ours")
+    runs: int = Field(1, ge=1, le=100, description="number of verdicts per answer")
+    swap: bool = Field(False, description="also judge with the two answers in the other order")
+    rule: RecipePath | None = Field(None, description="LLaVA's rule.json: replaces the instructions for the judge")
 
     @model_validator(mode="after")
-    def _judged(self) -> JudgeOptions:
+    def _check_judge(self) -> JudgeOptions:
         if self.judge is None and self.model_fields_set & {"runs", "swap", "rule"}:
-            raise ValueError("runs, swap and rule are for a judge who is asked: judge.name=TEACHER")
+            raise ValueError("runs, swap and rule require a judge: judge.name=TEACHER")
         return self
 
 
-def request(
+def judge_request(
     name: str,
-    turn: tuple[int, bool],
+    run: int,
+    swapped: bool,
     context: str,
     question: str,
     answers: tuple[str, str],
     rule: tuple[str, str] | None = None,
 ) -> Request:
-    """What a judge is told about two ``answers`` in ``turn`` (run, whether they change places).
+    """The request to judge two ``answers`` to a question, in the other order if ``swapped``.
 
-    ``rule`` is (what an answerer is called, what to do).
+    ``context`` describes the image. ``rule``: LLaVA's name for an assistant, and its instructions.
     """
-    run, swapped = turn
     name = f"{name}-swapped" if swapped else name
     answers = (answers[1], answers[0]) if swapped else answers
-    role, task = rule or ("Assistant", TASK)
-    parts = [f"[Context]\n{_plain(context)}\n"] if context else []
-    parts.append(f"[Question]\n{_plain(question)}\n")
+    role, instructions = rule or ("Assistant", INSTRUCTIONS)
+    parts = [f"[Context]\n{_without_headings(context)}\n"] if context else []
+    parts.append(f"[Question]\n{_without_headings(question)}\n")
     parts += [
-        f"[{role} {number}]\n{_plain(answer)}\n\n[End of {role} {number}]\n" for number, answer in enumerate(answers, 1)
+        f"[{role} {number}]\n{_without_headings(answer)}\n\n[End of {role} {number}]\n"
+        for number, answer in enumerate(answers, 1)
     ]
-    parts.append(f"[System]\n{task}\n")
+    parts.append(f"[System]\n{instructions}\n")
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n".join(parts) + "\n"})
     return Request(name if run == 0 else f"{name}-run{run + 1}", "judge", messages, Sample(name, ()), seed=run)
 
 
-def verdicts(
-    names: Iterable[str], about: Callable[[str, int, bool], Request], options: JudgeOptions, ask: Ask
+def ask_verdicts(
+    names: Iterable[str], request: Callable[[str, int, bool], Request], options: JudgeOptions, ask: Ask
 ) -> list[dict[str, str]]:
-    """Verdicts by question, a mapping for each run, and with ``swap`` one more for it in the other order.
+    """Verdicts by question: one mapping per run, with ``swap`` followed by one for the other order.
 
-    ``about`` makes the request about a question from its run and whether its answers change places. All are asked at
-    once. Of a verdict in the other order the numbers are exchanged, so that all are read alike.
+    ``request`` makes the request for a question, a run, and whether the answers are swapped. The scores of a verdict on
+    swapped answers are swapped back.
     """
     orders = (False, True) if options.swap else (False,)
-    turns = [(run, swapped) for run in range(options.runs) for swapped in orders]
-    asked = {turn: {name: about(name, *turn) for name in names} for turn in turns}
-    said = ask([each for requests in asked.values() for each in requests.values()])
+    passes = [(run, swapped) for run in range(options.runs) for swapped in orders]
+    requests = {each: {name: request(name, *each) for name in names} for each in passes}
+    replies = ask([item for by_name in requests.values() for item in by_name.values()])
     return [
-        {name: exchanged(said[each.id]) if swapped else said[each.id] for name, each in requests.items()}
-        for (_, swapped), requests in asked.items()
+        {name: swap_scores(replies[item.id]) if swapped else replies[item.id] for name, item in by_name.items()}
+        for (_, swapped), by_name in requests.items()
     ]
 
 
-def _plain(text: str) -> str:
-    """What is judged may not write the judge's own headings: a bracket that begins one is made a round one."""
-    return _INSIDE.sub("(", text)
+def _without_headings(text: str) -> str:
+    """``text`` with "[" replaced by "(" in section headings of the prompt, which an answer must not imitate."""
+    return _SECTION_HEADING.sub("(", text)
 
 
-def rules(path: RecipePath | None) -> Mapping[str, tuple[str, str]]:
-    """LLaVA's ``rule.json``: for each category the role's name and what to do.
+def read_rules(path: RecipePath | None) -> Mapping[str, tuple[str, str]]:
+    """LLaVA's ``rule.json``: by category, the name of an assistant and the instructions.
 
     Raises:
-        DataError: it isn't one.
+        DataError: the file is not such a mapping.
     """
     if path is None:
         return {}
     document = read_document(path)
     if not isinstance(document, dict):
-        raise DataError(f"{path}: not an object of rules by category")
-    records = {name: Record(f"{path} {name}", each) for name, each in document.items() if isinstance(each, dict)}
-    return {name: (each.text("role"), each.text("prompt")) for name, each in records.items()}
+        raise DataError(f"{path}: expected a mapping of rules by category")
+    records = {name: Record(f"{path} {name}", rule) for name, rule in document.items() if isinstance(rule, dict)}
+    return {name: (record.text("role"), record.text("prompt")) for name, record in records.items()}
 
 
-def exchanged(verdict: str) -> str:
-    """A verdict about two answers in the other order: its two numbers change places; the rest is left as it is."""
+def swap_scores(verdict: str) -> str:
+    """A verdict with its two scores swapped; the rest is unchanged."""
     first, newline, rest = verdict.partition("\n")
-    found = TWO_NUMBERS.fullmatch(first.rstrip())
-    return f"{found[1]}{found[4]}{found[3]}{found[2]}{newline}{rest}" if found else verdict
+    match = SCORE_PAIR.fullmatch(first.rstrip())
+    return f"{match[1]}{match[4]}{match[3]}{match[2]}{newline}{rest}" if match else verdict
 
 
-def as_llava(verdict: str) -> Pair | None:
-    """The points as ``parse_score`` of LLaVA's ``eval_gpt_review_bench.py`` reads them; None where it gives up.
+def parse_llava(verdict: str) -> ScorePair | None:
+    """Parses as ``parse_score`` of LLaVA's ``eval_gpt_review_bench.py``; None if that fails.
 
-    The first line is two numbers with one comma or space between them, and nothing else.
+    The first line must be two numbers separated by one comma or space.
     """
-    found = verdict.split("\n")[0].replace(",", " ").split(" ")
+    words = verdict.split("\n")[0].replace(",", " ").split(" ")
     try:
-        pair = [float(each) for each in found]
+        pair = [float(word) for word in words]
     except ValueError:
         return None
     return (pair[0], pair[1]) if len(pair) == 2 and all(map(math.isfinite, pair)) else None
 
 
-def leniently(verdict: str) -> Pair | None:
-    """The two numbers of the first line that isn't empty, however they are set apart: ``8, 9``."""
+def parse_lenient(verdict: str) -> ScorePair | None:
+    """The two numbers of the first nonempty line, with any separator: ``8, 9``."""
     first = next((line for line in verdict.splitlines() if line.strip()), "")
-    numbers = TWO_NUMBERS.fullmatch(first.rstrip())
+    numbers = SCORE_PAIR.fullmatch(first.rstrip())
     return (float(numbers[2]), float(numbers[4])) if numbers else None
 
 
-def described(record: Record) -> str:
-    """A picture in words, as LLaVA's scripts tell a judge: ``caption`` or ``captions``, then ``instances`` if any."""
-    told = record.get("caption", "captions")
-    lines: Sequence[Any] = [told] if isinstance(told, str) else told if isinstance(told, list) else []
-    if not lines or not all(isinstance(each, str) for each in lines):
-        raise DataError(f"{record.where}: neither `caption` nor `captions` with texts")
+def image_description(record: Record) -> str:
+    """The image as text, as in LLaVA's scripts: ``caption`` or ``captions``, then boxes from ``instances``."""
+    captions = record.get("caption", "captions")
+    lines: Sequence[Any] = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
+    if not lines or not all(isinstance(line, str) for line in lines):
+        raise DataError(f"{record.where}: expected a string in `caption`, or a list of strings in `captions`")
     text = "\n".join(lines)
-    boxes = record.get("instances")
-    if not isinstance(boxes, list):
+    instances = record.get("instances")
+    if not isinstance(instances, list):
         return text
-    known = [each for each in boxes if isinstance(each, dict)]
-    return text + "\n\n" + "\n".join(f"{each.get('category')}: {each.get('bbox')}" for each in known)
+    boxes = [instance for instance in instances if isinstance(instance, dict)]
+    return text + "\n\n" + "\n".join(f"{box.get('category')}: {box.get('bbox')}" for box in boxes)

@@ -1,7 +1,7 @@
-"""Asks about drawn scenes and counts right answers, by category and by minimal pair.
+"""Questions about synthetic scenes, scored by category and by minimal pair.
 
-Every question is asked alone, so no earlier turn gives it away, and its text gives nothing away either:
-the scores stand beside the chance level of one who never sees the picture.
+Neither earlier turns nor the text of a question reveal its answer. The scores are reported with the chance level of a
+model that doesn't see the image.
 """
 
 from __future__ import annotations
@@ -14,26 +14,35 @@ from statistics import fmean
 
 from pydantic import Field
 
-from llavactl.components.sources.scenes import picture
+from llavactl.components.sources.scenes import scene_image
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import CATEGORIES, MOST, PLURALS, SceneQuestion, ask, chance
+from llavactl.components.sources.scenes.questions import (
+    CATEGORIES,
+    MAX_QUESTIONS,
+    PLURALS,
+    SceneQuestion,
+    ask,
+    chance_accuracy,
+)
 from llavactl.components.sources.scenes.things import AXES, CANVAS, COLORS, Split
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question, Turn
 
 PAIRS_CHANCE = 25.0
-"""Both questions of a pair right by a toss for each; who answers by the text alone never gets both."""
+"""Chance level of guessing both answers of a pair; a model that ignores the image never answers both correctly."""
 
 
 class ScenesTaskOptions(Options):
     """Options of the task ``scenes``."""
 
-    scenes: int = Field(200, ge=1, description="how many scenes are asked about")
-    seed: int = Field(0, description="other scenes for another seed")
-    split: Split = Field("test", description="train, with an unused seed: new scenes of pairs known from training")
-    questions: int = Field(MOST, ge=1, le=MOST, description="questions a scene")
-    size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the pictures in pixels")
+    scenes: int = Field(200, ge=1, description="number of scenes")
+    seed: int = Field(0, description="seed of the scenes")
+    split: Split = Field(
+        "test", description="test: unseen combinations; train (with an unused seed): new scenes of trained combinations"
+    )
+    questions: int = Field(MAX_QUESTIONS, ge=1, le=MAX_QUESTIONS, description="questions per scene")
+    size: int = Field(CANVAS, ge=64, le=2048, description="width and height of the images in pixels")
 
 
 class ScenesTask:
@@ -45,96 +54,100 @@ class ScenesTask:
         self.options = options
 
     def questions(self) -> Iterator[Question]:
-        for question, staged, asked in self._asked():
-            turn = Turn("user", (picture(staged, self.options.size), "\n" + asked.text))
-            yield Question(question, (turn,), asked.answer, asked.category)
+        for question_id, staged, item in self._items():
+            turn = Turn("user", (scene_image(staged, self.options.size), "\n" + item.text))
+            yield Question(question_id, (turn,), item.answer, item.category)
 
-    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
-        """Percentages of right answers: ``accuracy``, each category, and ``pairs`` where both are right.
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
+        """Accuracy in percent: over all questions, per category, and of ``pairs`` with both answers correct.
 
-        ``chance`` holds what each would be without seeing. An answer that says nothing definite counts as
-        wrong, and as ``failed``. A category that nothing was asked of is left out.
+        ``chance``: the chance level of each score. An answer that can't be parsed is wrong, and counts as ``failed``.
+        Categories without questions are left out.
         """
-        outcome: dict[str, bool] = {}
-        right: dict[str, list[bool]] = defaultdict(list)
-        pairs: dict[str, list[bool]] = defaultdict(list)
-        unparsed = 0
-        for question, _, asked in self._asked():
-            if question not in answers:
+        right: dict[str, bool] = {}
+        by_category: dict[str, list[bool]] = defaultdict(list)
+        by_pair: dict[str, list[bool]] = defaultdict(list)
+        failed = 0
+        for question_id, _, item in self._items():
+            if question_id not in answers:
                 continue
-            said = read_answer(answers[question].text, asked.answer)
-            unparsed += said is None
-            outcome[question] = said == asked.answer
-            right[asked.category].append(said == asked.answer)
-            if asked.pair:
-                pairs[asked.pair].append(said == asked.answer)
-        shares: dict[str, Json] = {name: 100 * fmean(right[name]) for name in CATEGORIES if name in right}
-        chances: dict[str, Json] = {name: chance(name, self.options.split) for name in shares}
-        # An odd number of scenes may end on the first half of a pair.
-        if whole := [all(both) for both in pairs.values() if len(both) == 2]:
-            shares["pairs"], chances["pairs"] = 100 * fmean(whole), PAIRS_CHANCE
-        everything = [one for category in right.values() for one in category]
-        blind = fmean(chance(category, self.options.split) for category, of in right.items() for _ in of)
-        scores = {"accuracy": 100 * fmean(everything), **shares, "chance": {"accuracy": blind, **chances}}
-        return Scores(scores, unparsed, outcome)
+            prediction = parse_answer(answers[question_id].text, item.answer)
+            failed += prediction is None
+            right[question_id] = prediction == item.answer
+            by_category[item.category].append(right[question_id])
+            if item.pair:
+                by_pair[item.pair].append(right[question_id])
+        shares: dict[str, Json] = {name: 100 * fmean(by_category[name]) for name in CATEGORIES if name in by_category}
+        chances: dict[str, Json] = {name: chance_accuracy(name, self.options.split) for name in shares}
+        # With an odd number of scenes, the last pair may be incomplete.
+        if complete := [all(pair) for pair in by_pair.values() if len(pair) == 2]:
+            shares["pairs"], chances["pairs"] = 100 * fmean(complete), PAIRS_CHANCE
+        chance_of_all = fmean(
+            chance_accuracy(name, self.options.split) for name, values in by_category.items() for _ in values
+        )
+        accuracy = 100 * fmean(value for values in by_category.values() for value in values)
+        scores = {"accuracy": accuracy, **shares, "chance": {"accuracy": chance_of_all, **chances}}
+        return Scores(scores, failed, right)
 
-    def _asked(self) -> Iterator[tuple[str, Staged, SceneQuestion]]:
-        """All that is asked, with the question's id and its scene."""
+    def _items(self) -> Iterator[tuple[str, Staged, SceneQuestion]]:
+        """All questions: id, scene, question."""
         for index in range(self.options.scenes):
             staged = stage(self.options.split, self.options.seed, index)
-            for number, asked in enumerate(ask(staged, self.options.questions)):
-                yield f"{staged.id}/{number}", staged, asked
+            for number, item in enumerate(ask(staged, self.options.questions)):
+                yield f"{staged.id}/{number}", staged, item
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 WORDS: Mapping[str, Mapping[str, str]] = {
     "color": {color: color for color in COLORS},
-    "shape": {shape: shape for shape in PLURALS} | {many: one for one, many in PLURALS.items()} | {"plus": "cross"},
+    "shape": {shape: shape for shape in PLURALS}
+    | {plural: singular for singular, plural in PLURALS.items()}
+    | {"plus": "cross"},
     "x": {word: word for word in AXES["x"]},
     "y": {word: word for word in AXES["y"]},
     "count": {word: str(number) for number, word in enumerate(NUMBERS)} | {"no": "0", "none": "0"},
     "yes or no": dict.fromkeys(("yes", "yeah", "yep", "true", "correct"), "yes")
     | dict.fromkeys(("no", "nope", "not", "none", "nothing", "neither", "false", "incorrect"), "no"),
 }
-"""By kind of answer: the words that give one, and which one."""
+"""By kind of answer: the answer that each word expresses."""
 
-LITTLE = {"a", "an", "the", "to", "on"}
-DENIED_BY = {"not", "nor", "than"}
+IGNORED_WORDS = {"a", "an", "the", "to", "on"}
+NEGATIONS = {"not", "nor", "than"}
 UNSURE = re.compile(
     r"\b(not (sure|certain|clear|possible|able)|no (idea|way)|unsure|unclear|unable|can ?not|ca not|do not know)\b"
 )
-IS_SO = re.compile(r"(it|there|this|that) (is|does)|they are")
+AFFIRMATION = re.compile(r"(it|there|this|that) (is|does)|they are")
 
 
-def read_answer(text: str, reference: str) -> str | None:
-    """What ``text`` answers, in the form of ``reference``; None when it says nothing or several things.
+def parse_answer(text: str, reference: str) -> str | None:
+    """The answer in ``text``, in the form of ``reference``; None if there is no answer, or several.
 
-    The first line with a candidate of the reference's kind (a color for "red", a number for "2") decides,
-    and it has to hold exactly one: "The circle is red." is red, "Red or blue." is nothing.
+    The first line with a candidate of the reference's kind (a color for "red", a number for "2") counts, and must
+    contain exactly one: "The circle is red." is parsed as red, "Red or blue." as None.
     """
     kind = next(kind for kind, words in WORDS.items() if reference in words.values())
     for line in re.sub(r"n['’]t\b", " not", text.lower()).splitlines():
         words = re.findall(r"[a-z]+|[0-9]+", line)
-        found = _yes_or_no(words) if kind == "yes or no" else _candidates(words, kind)
-        if found:
-            return found.pop() if len(found) == 1 else None
+        candidates = _yes_or_no(words) if kind == "yes or no" else _candidates(words, kind)
+        if candidates:
+            return candidates.pop() if len(candidates) == 1 else None
     return None
 
 
 def _candidates(words: list[str], kind: str) -> set[str]:
-    """The answers of a kind that a line holds, but for those it denies: "left, not right" is left."""
+    """The answers of a kind in a line, without negated ones: "left, not right" is left."""
     meanings = WORDS[kind]
-    told = [word for word in words if word not in LITTLE]
-    said = [word for before, word in pairwise(["", *told]) if before not in DENIED_BY]
-    numbers = {word.lstrip("0") or "0" for word in said if word.isdigit()} if kind == "count" else set()
-    return numbers | {meanings[word] for word in said if word in meanings}
+    relevant = [word for word in words if word not in IGNORED_WORDS]
+    asserted = [word for previous, word in pairwise(["", *relevant]) if previous not in NEGATIONS]
+    numbers = {word.lstrip("0") or "0" for word in asserted if word.isdigit()} if kind == "count" else set()
+    return numbers | {meanings[word] for word in asserted if word in meanings}
 
 
 def _yes_or_no(words: list[str]) -> set[str]:
-    """The answers in a line: "yes" or "no" where it opens with one, else all that it holds.
+    """The answers in a line: "yes" or "no" if it starts with one, else all that it contains.
 
-    A sentence without either is read only where it can't be mistaken ("It is."): to "Is it on the left?",
-    "It is on the right" means no.
+    A sentence without either counts only if it is unambiguous ("It is."): "It is on the right" may mean no, as an
+    answer to "Is it on the left?".
     """
     meanings, line = WORDS["yes or no"], " ".join(words)
     opening, *rest = [meanings.get(word) for word in words if word not in ("or", "and")] or [None]
@@ -144,4 +157,4 @@ def _yes_or_no(words: list[str]) -> set[str]:
         return {opening}
     if UNSURE.search(line):
         return {"yes", "no"}
-    return {"yes"} if IS_SO.fullmatch(line) else _candidates(words, "yes or no")
+    return {"yes"} if AFFIRMATION.fullmatch(line) else _candidates(words, "yes or no")

@@ -1,7 +1,7 @@
-"""ScienceQA: multiple choice about science, with and without pictures (Lu et al. 2022, arXiv 2209.09513).
+"""ScienceQA: multiple-choice science questions, with and without images (Lu et al. 2022, arXiv 2209.09513).
 
-Its nine columns are shares of the right answers: by subject (NAT, SOC, LAN), by what a problem comes with (TXT a
-text, IMG a picture, NO neither), by grade, and over all.
+The nine published columns are accuracies by subject (NAT, SOC, LAN), by context (TXT text, IMG image, NO neither), by
+grade, and over all.
 """
 
 from __future__ import annotations
@@ -16,52 +16,53 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llavactl.components.sources.scienceqa.problems import ScienceqaProblem, read_problems
-from llavactl.components.tasks.image_questions import asked, refuse_others, same_words
-from llavactl.components.tasks.judging import ConsultOptions
+from llavactl.components.tasks.image_questions import check_prompts, contains_words, user_turn
+from llavactl.components.tasks.judging import TeacherTaskOptions
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Ask, Json, Request, Scores
 from llavactl.core.schema import Answer, Question, Sample
 
 COLUMNS: Mapping[str, Callable[[ScienceqaProblem], bool]] = {
-    "NAT": lambda each: each.subject == "natural science",
-    "SOC": lambda each: each.subject == "social science",
-    "LAN": lambda each: each.subject == "language science",
-    "TXT": lambda each: each.context,
-    "IMG": lambda each: each.image is not None,
-    "NO": lambda each: not each.context and each.image is None,
-    "G1-6": lambda each: each.grade <= 6,
-    "G7-12": lambda each: each.grade > 6,
-    "Avg": lambda each: True,  # noqa: ARG005 - every problem
+    "NAT": lambda problem: problem.subject == "natural science",
+    "SOC": lambda problem: problem.subject == "social science",
+    "LAN": lambda problem: problem.subject == "language science",
+    "TXT": lambda problem: problem.context,
+    "IMG": lambda problem: problem.image is not None,
+    "NO": lambda problem: not problem.context and problem.image is None,
+    "G1-6": lambda problem: problem.grade <= 6,
+    "G7-12": lambda problem: problem.grade > 6,
+    "Avg": lambda problem: True,  # noqa: ARG005
 }
 LETTERS = tuple("ABCDE")
 _FRAME = re.compile(r"(?m)^Context: (?:N/A$)?|^Options: ")
-"""What stands around the words of a problem in one of its forms and not in others."""
-DIRECTLY = "Answer with the option's letter from the given choices directly."
+"""Labels of prompt formats, which some formats of the same problem lack."""
+ANSWER_WITH_LETTER = "Answer with the option's letter from the given choices directly."
 
 
-class ScienceqaTaskOptions(ConsultOptions):
+class ScienceqaTaskOptions(TeacherTaskOptions):
     """Options of the task ``scienceqa``."""
 
-    questions: RecipePath = Field(description="problems.json, or LLaVA's converted JSON (then `meta`, too)")
+    questions: RecipePath = Field(description="problems.json, or LLaVA's converted JSON (requires `meta`)")
     meta: RecipePath | None = Field(None, description="CSV of question_id, grade, subject")
     splits: RecipePath | None = Field(None, description="pid_splits.json; null: each problem's own `split`")
-    split: str = Field("test", description="of problems.json")
+    split: str = Field("test", description="split of problems.json")
     images: RecipePlace | None = Field(
-        None, description="folder, .zip, .tar or URL of the pictures; null: images/ or beside `questions`"
+        None, description="folder, .zip, .tar or URL of the images; null: images/ or the folder of `questions`"
     )
     follow_links: FollowLinks = False
-    pictures: bool = Field(True, description="false: the model is asked without them")
+    pictures: bool = Field(True, description="false: omit the images from the prompts")
     prompt: Literal["qcm-a", "qcm-lea"] = Field(
-        "qcm-a", description="qcm-a asks for a letter; qcm-lea leaves room for reasons (give it eval.max_new_tokens)"
+        "qcm-a",
+        description="qcm-a: answer with a letter; qcm-lea: with lecture and explanation (raise eval.max_new_tokens)",
     )
     joint: Literal["complement", "judge"] | None = Field(
-        None, description="with the answers of a teacher (`judge`), who sees no picture: complement or judge"
+        None, description="combine with the answers of a text-only teacher (`judge`)"
     )
 
     @model_validator(mode="after")
-    def _together(self) -> ScienceqaTaskOptions:
+    def _check_joint(self) -> ScienceqaTaskOptions:
         if (self.joint is None) != (self.judge is None):
-            raise ValueError("joint=complement|judge and judge.name=TEACHER go together")
+            raise ValueError("joint=complement|judge and judge.name=TEACHER require each other")
         return self
 
 
@@ -72,57 +73,69 @@ class Scienceqa:
 
     def __init__(self, options: ScienceqaTaskOptions) -> None:
         self.options = options
-        self.consultant = options.consultant
+        self.teacher = options.teacher
 
     def questions(self) -> Iterator[Question]:
         for problem in self._problems:
-            prompt = f"{problem.prompt}\n{DIRECTLY}" if self.options.prompt == "qcm-a" else problem.prompt
-            turns = asked(problem.image if self.options.pictures else None, prompt)
+            prompt = f"{problem.prompt}\n{ANSWER_WITH_LETTER}" if self.options.prompt == "qcm-a" else problem.prompt
+            turns = user_turn(problem.image if self.options.pictures else None, prompt)
             yield Question(problem.id, turns, problem.letter, problem.subject)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:
-        """The nine columns in percent, None for one that nothing was asked of; an unreadable answer is wrong."""
-        here = self._here(answers)
-        return _columns(here, {each.id: PROTOCOLS[protocol](answers[each.id], each.options) for each in here})
+        """The nine columns in percent, None for a column without questions; unparsable answers are wrong."""
+        problems, parse = self._answered(answers), PARSERS[protocol]
+        return _columns(problems, {problem.id: parse(answers[problem.id], problem.options) for problem in problems})
 
-    def consulted(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
-        """The nine columns of a model and a teacher who sees no picture (LLaVA's paper, section 5.2).
+    def score_with_teacher(self, answers: Mapping[str, Answer], ask: Ask, protocol: str) -> Scores:
+        """The nine columns of a model combined with a text-only teacher (LLaVA's paper, section 5.2).
 
-        ``complement``: the teacher's option, and the model's where it gives none. ``judge``: where the two differ
-        the teacher is told both answers and asked again; if it then gives none, as under ``complement``.
-        ``model`` and ``teacher`` are the columns of each alone.
+        ``complement``: the teacher's option, or the model's if the teacher gives none. ``judge``: if the two differ,
+        the teacher gets both answers and decides; if it gives no option, as ``complement``. ``model`` and ``teacher``
+        are the columns of each of them.
         """
-        here, read = self._here(answers), PROTOCOLS[protocol]
-        told = ask([_request(each.id, f"{each.prompt}\n{REASONS}") for each in here])
-        ours = {each.id: read(answers[each.id], each.options) for each in here}
-        theirs = {each.id: read(Answer(each.id, told[each.id].strip()), each.options) for each in here}
-        final = {name: ours[name] if option is None else option for name, option in theirs.items()}
+        problems, parse = self._answered(answers), PARSERS[protocol]
+        replies = ask([_request(problem.id, f"{problem.prompt}\n{REASONS}") for problem in problems])
+        by_model = {problem.id: parse(answers[problem.id], problem.options) for problem in problems}
+        by_teacher = {problem.id: _parsed_reply(problem, replies[problem.id], parse) for problem in problems}
+        final = {name: by_model[name] if option is None else option for name, option in by_teacher.items()}
         if self.options.joint == "judge":
-            apart = [each for each in here if ours[each.id] != theirs[each.id]]
-            again = ask([_request(f"{each.id}-judge", _both(each, answers[each.id].text, told)) for each in apart])
-            for each in apart:
-                said = read(Answer(each.id, again[f"{each.id}-judge"].strip()), each.options)
-                final[each.id] = final[each.id] if said is None else said
-        joint = _columns(here, final)
-        alone: dict[str, Json] = {
-            "model": dict(_columns(here, ours).scores),
-            "teacher": dict(_columns(here, theirs).scores),
+            disputed = [problem for problem in problems if by_model[problem.id] != by_teacher[problem.id]]
+            verdicts = ask(
+                [
+                    _request(f"{each.id}-judge", _verdict_prompt(each, replies[each.id], answers[each.id].text))
+                    for each in disputed
+                ]
+            )
+            for problem in disputed:
+                option = _parsed_reply(problem, verdicts[f"{problem.id}-judge"], parse)
+                final[problem.id] = final[problem.id] if option is None else option
+        joint = _columns(problems, final)
+        separate: dict[str, Json] = {
+            "model": dict(_columns(problems, by_model).scores),
+            "teacher": dict(_columns(problems, by_teacher).scores),
         }
-        return replace(joint, scores={**joint.scores, **alone})
+        return replace(joint, scores={**joint.scores, **separate})
 
-    def _here(self, answers: Mapping[str, Answer]) -> list[ScienceqaProblem]:
-        # The words alone: what was asked may have had the context behind the question, or other marks for the options.
-        refuse_others({each.id: _FRAME.sub(" ", each.prompt) for each in self._problems}, answers, same_words)
+    def _answered(self, answers: Mapping[str, Answer]) -> list[ScienceqaProblem]:
+        """The problems with an answer; checks stored prompts, which may order context and options differently."""
+        texts = {problem.id: _FRAME.sub(" ", problem.prompt) for problem in self._problems}
+        check_prompts(texts, answers, contains_words)
         return [problem for problem in self._problems if problem.id in answers]
 
     @cached_property
     def _problems(self) -> list[ScienceqaProblem]:
-        given = self.options
+        options = self.options
         return read_problems(
-            given.questions, given.split, given.splits, given.meta, given.images, follow_links=given.follow_links
+            options.questions,
+            options.split,
+            options.splits,
+            options.meta,
+            options.images,
+            follow_links=options.follow_links,
         )
 
 
+# The wording of prompts determines scores and the stored replies that are reused: don't edit it.
 REASONS = "Think it over in a few sentences, then end with a line of its own: The answer is X. X is an option's letter."
 UNDECIDED = (
     "Two answers to this question were given, and they differ. The second one comes from somebody who saw the picture, "
@@ -134,56 +147,66 @@ def _request(name: str, text: str) -> Request:
     return Request(name, "scienceqa", ({"role": "user", "content": text},), Sample(name, ()))
 
 
-def _both(problem: ScienceqaProblem, ours: str, told: Mapping[str, str]) -> str:
-    """What the teacher is asked where its answer and the model's differ; the words are our own."""
-    answers = f"First answer:\n{told[problem.id].strip()}\n\nSecond answer:\n{ours.strip()}"
+def _verdict_prompt(problem: ScienceqaProblem, teacher_answer: str, model_answer: str) -> str:
+    """The prompt for a decision between two answers; its wording is not that of LLaVA's paper."""
+    answers = f"First answer:\n{teacher_answer.strip()}\n\nSecond answer:\n{model_answer.strip()}"
     return f"{problem.prompt}\n\n{UNDECIDED}\n\n{answers}\n\n{REASONS}"
 
 
-def _columns(here: Sequence[ScienceqaProblem], chosen: Mapping[str, int | None]) -> Scores:
-    right = {each.id: chosen[each.id] == each.right for each in here}
-    about = {name: [each.id for each in here if holds(each)] for name, holds in COLUMNS.items()}
+Parser = Callable[[Answer, int], int | None]
+"""From an answer and the number of options to the index of the chosen option; None if it can't be parsed."""
+
+
+def _parsed_reply(problem: ScienceqaProblem, reply: str, parse: Parser) -> int | None:
+    return parse(Answer(problem.id, reply.strip()), problem.options)
+
+
+def _columns(problems: Sequence[ScienceqaProblem], predictions: Mapping[str, int | None]) -> Scores:
+    right = {problem.id: predictions[problem.id] == problem.right for problem in problems}
+    columns = {name: [problem.id for problem in problems if applies(problem)] for name, applies in COLUMNS.items()}
     scores: dict[str, Json] = {
-        name: 100 * sum(right[each] for each in ids) / len(ids) if ids else None for name, ids in about.items()
+        name: 100 * sum(right[problem_id] for problem_id in ids) / len(ids) if ids else None
+        for name, ids in columns.items()
     }
-    return Scores(scores, sum(each is None for each in chosen.values()), right, about)
+    return Scores(scores, sum(prediction is None for prediction in predictions.values()), right, columns)
 
 
-def as_llava(answer: Answer, options: int) -> int | None:  # noqa: ARG001 - beyond the options is wrong, not unread
-    """The place of the option that LLaVA's ``eval_science_qa.py`` reads, None where it reads none.
+def parse_llava(answer: Answer, options: int) -> int | None:  # noqa: ARG001 - a letter beyond the options is wrong
+    """Parses as LLaVA's ``eval_science_qa.py``: the index of the chosen option, or None.
 
-    The text is a letter, or begins with one as ``B. ``, or says ``The answer is B.`` once.
+    Accepted: a letter; a text that starts with one, as ``B. ``; or ``The answer is B.`` exactly once.
     """
     text = answer.text
     if text in LETTERS:
         return LETTERS.index(text)
     if text[:1] in LETTERS and text[1:3] == ". ":
         return LETTERS.index(text[0])
-    # The last sign stands for any: so it is in the original, too.
-    found = re.findall(r"The answer is ([A-Z]).", text)
-    return ascii_uppercase.index(found[0]) if len(found) == 1 else None
+    # The final "." matches any character, as in the original.
+    letters = re.findall(r"The answer is ([A-Z]).", text)
+    return ascii_uppercase.index(letters[0]) if len(letters) == 1 else None
 
 
-def as_stored(answer: Answer, options: int) -> int | None:
-    """The option that a file of results holds, whoever read or guessed it; a plain text is read as LLaVA does."""
+def parse_official(answer: Answer, options: int) -> int | None:
+    """The option index stored in a result file, even if it was guessed; other answers as ``parse_llava``."""
     if "index" not in answer.extra:
-        return as_llava(answer, options)
+        return parse_llava(answer, options)
     index = answer.extra["index"]
     return index if isinstance(index, int) and index >= 0 else None
 
 
-def strictly(answer: Answer, options: int) -> int | None:
-    """The option where nothing is left to interpret: a letter alone, or one sentence that names one, of those asked."""
+def parse_strict(answer: Answer, options: int) -> int | None:
+    """The index of the option if the text is only a letter, or has one ``The answer is B``; None beyond ``options``."""
     text = answer.text.strip()
-    alone = re.fullmatch(r"\(?([A-Z])\)?\.?", text)
-    named = set(re.findall(r"\b[Tt]he answer is:? \(?([A-Z])\)?(?:\.|$)", text, re.MULTILINE))
-    letter = alone[1] if alone else named.pop() if len(named) == 1 else None
-    place = ascii_uppercase.index(letter) if letter else options
-    return place if place < options else None
+    letter_only = re.fullmatch(r"\(?([A-Z])\)?\.?", text)
+    stated = set(re.findall(r"\b[Tt]he answer is:? \(?([A-Z])\)?(?:\.|$)", text, re.MULTILINE))
+    letter = letter_only[1] if letter_only else stated.pop() if len(stated) == 1 else None
+    index = ascii_uppercase.index(letter) if letter else options
+    return index if index < options else None
 
 
-PROTOCOLS: Mapping[str, Callable[[Answer, int], int | None]] = {
-    "llava": as_llava,
-    "official": as_stored,
-    "strict": strictly,
+PARSERS: Mapping[str, Parser] = {
+    "llava": parse_llava,
+    "official": parse_official,
+    "strict": parse_strict,
 }
+"""By protocol."""

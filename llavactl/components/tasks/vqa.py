@@ -1,4 +1,4 @@
-"""VQA and TextVQA: short answers, each held against those of ten people (arXiv 1505.00468, 1904.08920)."""
+"""VQA and TextVQA: short answers, compared with those of ten people (arXiv 1505.00468, 1904.08920)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.tasks.image_questions import asked, beyond, picture, prompt_of, refuse_others
-from llavactl.components.tasks.vqa_words import normal, one_line, text_vqa
+from llavactl.components.tasks.image_questions import (
+    IMAGES_HELP,
+    check_prompts,
+    image_of,
+    stored_prompt,
+    unmatched_id,
+    user_turn,
+)
+from llavactl.components.tasks.vqa_normalization import normalize_textvqa, normalize_vqa, one_line
 from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Json, Scores
@@ -22,40 +29,36 @@ from llavactl.core.schema import Answer, Question
 from llavactl.files.records import Record, read_document, unique
 from llavactl.images.references import ImageRoot
 
-PEOPLE = 10
-SHORTLY = "Answer the question using a single word or phrase."
-"""What LLaVA-1.5 adds to such questions."""
+HUMAN_ANSWERS = 10
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+"""LLaVA-1.5's instruction for such questions."""
 
 
 class VqaOptions(Options):
     """Options of the task ``vqa``."""
 
-    questions: RecipePath = Field(description="VQA's questions: question_id, image_id, question")
-    annotations: RecipePath = Field(description="VQA's annotations: question_id, answers, answer_type")
-    images: RecipePlace | None = Field(
-        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
-    )
+    questions: RecipePath = Field(description="VQA's questions (JSON): question_id, image_id, question")
+    annotations: RecipePath = Field(description="VQA's annotations (JSON): question_id, answers, answer_type")
+    images: RecipePlace | None = Field(None, description=IMAGES_HELP)
     follow_links: FollowLinks = False
-    image: str = Field("COCO_val2014_{:012d}.jpg", description="a picture's file, its image_id in the braces")
+    image: str = Field("COCO_val2014_{:012d}.jpg", description="file name of an image; {} stands for its image_id")
 
 
 class TextVqaOptions(Options):
     """Options of the task ``textvqa``."""
 
     questions: RecipePath = Field(description="TextVQA_0.5.1_val.json: question_id, image_id, question, answers")
-    images: RecipePlace | None = Field(
-        None, description="folder, .zip, .tar or URL of the pictures; null: that of the questions"
-    )
+    images: RecipePlace | None = Field(None, description=IMAGES_HELP)
     follow_links: FollowLinks = False
 
 
 @dataclass(frozen=True)
 class VqaQuestion:
-    """A question with what ten people said."""
+    """A question, its text without the instruction, and the answers of ten people."""
 
     question: Question
-    words: str
-    people: tuple[str, ...]
+    text: str
+    human_answers: tuple[str, ...]
 
 
 class Vqa:
@@ -69,23 +72,23 @@ class Vqa:
     def questions(self) -> Iterator[Question]:
         return (item.question for item in self._items)
 
-    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
-        """``accuracy``, and that of each type of answer, in percent."""
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
+        """``accuracy`` over all questions and for each answer type, in percent."""
         return _scores(self._items, answers, vqa_grade)
 
     @cached_property
     def _items(self) -> list[VqaQuestion]:
-        notes = unique(_records(self.options.annotations, "annotations"), "question_id", what="annotation")
+        annotations = unique(_records(self.options.annotations, "annotations"), "question_id", what="annotation")
         questions = unique(_records(self.options.questions, "questions"), "question_id")
-        if missing := [name for name in questions if name not in notes]:
+        if missing := [name for name in questions if name not in annotations]:
             raise DataError(
-                f"{self.options.annotations}: no answers to {len(missing)} of {len(questions)} questions, the first is "
-                f"{missing[0]!r}",
-                hint="are these the annotations of these questions?",
+                f"{self.options.annotations}: {len(missing)} of {len(questions)} questions have no annotation, the "
+                f"first is {missing[0]!r}",
+                hint="check that these are the annotations of this question file",
             )
         root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
-            _item(name, record, notes[name], root, self._file(record), str(notes[name].get("answer_type") or ""))
+            _item(name, record, annotations[name], root, self._file(record), _answer_type(annotations[name]))
             for name, record in questions.items()
         ]
 
@@ -93,7 +96,9 @@ class Vqa:
         try:
             return self.options.image.format(int(record.name("image_id")))
         except (ValueError, IndexError, KeyError) as error:
-            raise DataError(f"{record.where}: {self.options.image!r} makes no file of its image_id: {error}") from error
+            raise DataError(
+                f"{record.where}: the option image={self.options.image!r} is invalid for its image_id: {error}"
+            ) from error
 
 
 class TextVqa:
@@ -107,26 +112,26 @@ class TextVqa:
     def questions(self) -> Iterator[Question]:
         return (item.question for item in self._items)
 
-    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - there is one
+    def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
         """``accuracy`` in percent."""
-        return _scores(self._items, answers, text_vqa_grade)
+        return _scores(self._items, answers, textvqa_grade)
 
     def id_of(self, answer: Answer) -> str:
-        """LLaVA's answers have the picture for ``question_id``; the question is in their prompt."""
-        prompt = prompt_of(answer)
-        if answer.id in self._own or not isinstance(prompt, str):
+        """Finds the question by its text in the stored prompt: in LLaVA's answers, ``question_id`` is the image."""
+        prompt = stored_prompt(answer)
+        if answer.id in self._ids or not isinstance(prompt, str):
             return answer.id
         lines = re.split(r"\n|^ocr tokens: .*question: | short answer:", prompt.lower())
-        known = (self._by_words[key] for line in lines if (key := (answer.id, line)) in self._by_words)
-        return next(known, beyond(answer, prompt))
+        matches = (self._ids_by_text[key] for line in lines if (key := (answer.id, line)) in self._ids_by_text)
+        return next(matches, unmatched_id(answer, prompt))
 
     @cached_property
-    def _own(self) -> set[str]:
-        return {each.question.id for each in self._items}
+    def _ids(self) -> set[str]:
+        return {item.question.id for item in self._items}
 
     @cached_property
-    def _by_words(self) -> Mapping[tuple[str, str], str]:
-        """Question ids by the picture and the question."""
+    def _ids_by_text(self) -> Mapping[tuple[str, str], str]:
+        """Question ids by image and text."""
         return {
             (record.name("image_id"), record.text("question").lower()): record.name("question_id")
             for record in _records(self.options.questions, "data")
@@ -141,58 +146,65 @@ class TextVqa:
         ]
 
 
-def vqa_grade(answer: str, people: Sequence[str]) -> float:
-    """The official grade, 0 to 1. Where all ten people say the same, it is compared as it stands."""
-    answer, said = one_line(answer), [one_line(each) for each in people]
-    if len(set(said)) > 1:
-        answer, said = normal(answer), [normal(each) for each in said]
-    return soft(sum(each == answer for each in said), len(said))
+def vqa_grade(answer: str, human_answers: Sequence[str]) -> float:
+    """VQA's official grade, 0 to 1. Answers are not normalized if all people gave the same answer."""
+    answer, references = one_line(answer), [one_line(reference) for reference in human_answers]
+    if len(set(references)) > 1:
+        answer, references = normalize_vqa(answer), [normalize_vqa(reference) for reference in references]
+    return soft_accuracy(references.count(answer), len(references))
 
 
-def text_vqa_grade(answer: str, people: Sequence[str]) -> float:
+def textvqa_grade(answer: str, human_answers: Sequence[str]) -> float:
     """TextVQA's official grade, 0 to 1."""
-    return soft([text_vqa(each) for each in people].count(text_vqa(answer)), len(people))
+    references = [normalize_textvqa(reference) for reference in human_answers]
+    return soft_accuracy(references.count(normalize_textvqa(answer)), len(references))
 
 
-def soft(agree: int, people: int) -> float:
-    """min(1, agreeing / 3), averaged over leaving out each of the ``people`` in turn."""
-    left_out_agrees, left_out_differs = min(1.0, (agree - 1) / 3), min(1.0, agree / 3)
-    return (agree * left_out_agrees + (people - agree) * left_out_differs) / people
+def soft_accuracy(agreeing: int, people: int) -> float:
+    """min(1, agreeing / 3), averaged over all subsets that leave out one of the ``people``."""
+    left_out_agrees, left_out_differs = min(1.0, (agreeing - 1) / 3), min(1.0, agreeing / 3)
+    return (agreeing * left_out_agrees + (people - agreeing) * left_out_differs) / people
 
 
 def _scores(
     items: Sequence[VqaQuestion], answers: Mapping[str, Answer], grade: Callable[[str, Sequence[str]], float]
 ) -> Scores:
-    here = {each.question.id: each for each in items if each.question.id in answers}
-    refuse_others({name: each.words for name, each in here.items()}, answers)
-    grades = {name: grade(answers[name].text, each.people) for name, each in here.items()}
-    groups: dict[str, list[float]] = {}
-    for name, each in here.items():
-        if each.question.category:
-            groups.setdefault(each.question.category, []).append(grades[name])
+    answered = {item.question.id: item for item in items if item.question.id in answers}
+    check_prompts({name: item.text for name, item in answered.items()}, answers)
+    grades = {name: grade(answers[name].text, item.human_answers) for name, item in answered.items()}
+    by_category: dict[str, list[float]] = {}
+    for name, item in answered.items():
+        if item.question.category:
+            by_category.setdefault(item.question.category, []).append(grades[name])
     scores: dict[str, Json] = {"accuracy": 100 * fmean(grades.values())}
+    scores |= {category: 100 * fmean(values) for category, values in sorted(by_category.items())}
     failed = sum(not answers[name].text.strip() for name in grades)
-    return Scores(scores | {name: 100 * fmean(each) for name, each in sorted(groups.items())}, failed, grades=grades)
+    return Scores(scores, failed, grades=grades)
 
 
 def _records(path: Path, key: str) -> list[Record]:
-    """The list under ``key`` of a file, or the file's own."""
+    """The list under ``key``, or the list that is the whole file."""
     document: Any = read_document(path)
-    listed = document.get(key) if isinstance(document, dict) else document
-    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
-        raise DataError(f"{path}: there is no list {key!r} of objects")
-    return [Record(f"{path} {key} {at}", each) for at, each in enumerate(listed)]
+    items = document.get(key) if isinstance(document, dict) else document
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise DataError(f"{path}: expected a list of objects in {key!r}")
+    return [Record(f"{path} {key} {index}", item) for index, item in enumerate(items)]
 
 
-def _item(name: str, record: Record, notes: Record, root: ImageRoot, file: str, kind: str) -> VqaQuestion:
-    people = notes.get("answers")
-    said = (
-        [each.get("answer") if isinstance(each, dict) else each for each in people] if isinstance(people, list) else []
+def _answer_type(annotation: Record) -> str:
+    return str(annotation.get("answer_type") or "")
+
+
+def _item(name: str, record: Record, annotation: Record, root: ImageRoot, file: str, category: str) -> VqaQuestion:
+    """The reference is the most frequent human answer."""
+    listed = annotation.get("answers")
+    values = (
+        [item.get("answer") if isinstance(item, dict) else item for item in listed] if isinstance(listed, list) else []
     )
-    texts = tuple(each for each in said if isinstance(each, str))
-    if len(texts) != PEOPLE or len(said) != PEOPLE:
-        raise DataError(f"{notes.where}: `answers` are not those of {PEOPLE} people")
-    image = picture(Record(record.where, {"image": file}), root)
-    words = f"{record.text('question')}\n{SHORTLY}"
-    question = Question(name, asked(image, words), max(texts, key=texts.count), kind)
-    return VqaQuestion(question, record.text("question"), texts)
+    human_answers = tuple(value for value in values if isinstance(value, str))
+    if len(human_answers) != HUMAN_ANSWERS or len(values) != HUMAN_ANSWERS:
+        raise DataError(f"{annotation.where}: `answers`: expected {HUMAN_ANSWERS} strings, got {listed!r:.60}")
+    image = image_of(Record(record.where, {"image": file}), root)
+    turns = user_turn(image, f"{record.text('question')}\n{SHORT_ANSWER}")
+    question = Question(name, turns, max(human_answers, key=human_answers.count), category)
+    return VqaQuestion(question, record.text("question"), human_answers)

@@ -1,1 +1,1 @@
-"""Teachers: what writes instruction data about a picture it is told of in words."""
+"""Teachers: they write instruction data about images, from captions and boxes."""

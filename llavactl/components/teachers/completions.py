@@ -1,6 +1,6 @@
-"""What an OpenAI-style endpoint sends back, right or wrong: a reply, or what its absence means for the rest.
+"""Parsing of responses of OpenAI-compatible endpoints into replies or errors.
 
-Nothing in an answer is trusted: neither its status, its types nor its text.
+Responses are untrusted: status, types and text are all validated.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from llavactl.core.errors import TeacherError
 from llavactl.core.protocols import Reply
 
 BUSY = frozenset([408, 409, 425, 429])
-SHOWN = 300
+MAX_SHOWN = 300
 
 _TOO_LONG = re.compile(r"context|too (long|large|many tokens)|maximum .{0,40}(tokens|length)|prompt length", re.I)
 _NO_MONEY = re.compile(r"insufficient_quota|insufficient (quota|credit|balance|fund)|billing|payment required", re.I)
-_KEY_HINT = "the key is read from the environment variable that `teacher.key_env` names"
+_KEY_HINT = "the API key is read from the environment variable in `teacher.key_env`"
 
 
 def read(status: int, body: bytes, retry_after: str | None = None) -> Reply:
-    """The reply in the ``body`` of an answer to ``/chat/completions``.
+    """The reply in the ``body`` of a response of ``/chat/completions``.
 
     Raises:
-        TeacherError: there is none; ``then`` says what it means.
+        TeacherError: the response has no reply; ``then`` is how to continue.
     """
     document = _json(body)
     error = document.get("error") if isinstance(document, dict) else None
     if status == 200 and error:
-        raise refusal(_meant(error), *_told(error, document, body), retry_after, paid=True)
+        raise response_error(_status_in(error), *_message(error, document, body), retry_after, paid=True)
     if status != 200:
-        raise refusal(status, *_told(error, document, body), retry_after)
+        raise response_error(status, *_message(error, document, body), retry_after)
     return _reply(document, body)
 
 
-def refusal(
+def response_error(
     status: int, message: str, code: str, retry_after: str | None = None, *, paid: bool = False
 ) -> TeacherError:
-    """What an answer that holds no reply means."""
-    said = f"the endpoint answers {status}: {message}"
+    """The error for a response without a reply."""
+    text = f"HTTP status {status}: {message}"
     if status == 402 or _NO_MONEY.search(f"{code} {message}"):
-        return TeacherError(said, hint="what was answered is kept; pay, then run this again", then="stop")
+        return TeacherError(text, hint="add credit, then run the same command to resume", then="stop")
     if status in (400, 413, 422) and _TOO_LONG.search(f"{code} {message}"):
-        return TeacherError(f"too long for the model: {message}", hint="shorter prompts, or a model with more context")
+        return TeacherError(f"too long for the model: {message}", hint="use shorter prompts or a longer context")
     if status in BUSY or status >= 500:
-        return TeacherError(said, then="again", wait_s=seconds(retry_after), paid=paid)
+        return TeacherError(text, then="again", wait_s=retry_after_s(retry_after), paid=paid)
     if status in (401, 403):
-        return TeacherError(said, hint=_KEY_HINT, then="stop")
+        return TeacherError(text, hint=_KEY_HINT, then="stop")
     if status < 400 or status in (404, 405):
-        return TeacherError(said, hint="`base_url` ends where /chat/completions begins; is `model` right?", then="stop")
-    return TeacherError(said)
+        return TeacherError(text, hint="check `model`, and `base_url`: without /chat/completions", then="stop")
+    return TeacherError(text)
 
 
-def seconds(retry_after: str | None) -> float | None:
-    """A ``Retry-After`` header, seconds or a date, as seconds from now; None when it says nothing."""
+def retry_after_s(retry_after: str | None) -> float | None:
+    """The ``Retry-After`` header (seconds or a date) as seconds from now; None if it is missing or invalid."""
     if not retry_after:
         return None
     try:
@@ -71,8 +71,8 @@ def seconds(retry_after: str | None) -> float | None:
     return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _meant(error: Any) -> int:
-    """The status that an endpoint should have answered in place of 200: some say it in the body."""
+def _status_in(error: Any) -> int:
+    """The status in an error object: some endpoints send errors with HTTP status 200."""
     code = error.get("code") if isinstance(error, dict) else None
     return code if type(code) is int and 400 <= code < 600 else 503
 
@@ -84,19 +84,19 @@ def _json(body: bytes) -> Any:
         return None
 
 
-def _told(error: Any, document: Any, body: bytes) -> tuple[str, str]:
-    """(message, code) of an answer that says what is wrong, in one of the ways that endpoints have."""
-    told = error if error else document
-    if isinstance(told, dict):
-        message = told.get("message") or told.get("detail") or told.get("error") or told
-        return _short(str(message)), _short(f"{told.get('code') or ''} {told.get('type') or ''}")
-    return _short(str(told) if told else body[:SHOWN].decode("utf-8", "replace") or "nothing"), ""
+def _message(error: Any, document: Any, body: bytes) -> tuple[str, str]:
+    """(message, code) of an error response, in one of the common layouts."""
+    content = error if error else document
+    if isinstance(content, dict):
+        message = content.get("message") or content.get("detail") or content.get("error") or content
+        return _short(str(message)), _short(f"{content.get('code') or ''} {content.get('type') or ''}")
+    return _short(str(content) if content else body[:MAX_SHOWN].decode("utf-8", "replace") or "empty response"), ""
 
 
 def _short(text: str) -> str:
-    """One line of printable text."""
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text[: 2 * SHOWN]).split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"
+    """``text`` as one line of printable characters, truncated."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 2 * MAX_SHOWN]).split())
+    return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}…"
 
 
 def _reply(document: Any, body: bytes) -> Reply:
@@ -104,15 +104,15 @@ def _reply(document: Any, body: bytes) -> Reply:
         choice = document["choices"][0]
         text = _text(choice["message"]["content"])
     except (KeyError, IndexError, TypeError):
-        # It may have been paid for, but there is nothing to keep.
-        shown = _short(body[:SHOWN].decode("utf-8", "replace"))
-        raise TeacherError(f"the endpoint answers 200 without a reply: {shown}", then="again", paid=True) from None
+        # It may have been charged, but contains nothing to store.
+        shown = _short(body[:MAX_SHOWN].decode("utf-8", "replace"))
+        raise TeacherError(f"HTTP status 200 without a reply: {shown}", then="again", paid=True) from None
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     finish = choice.get("finish_reason")
     return Reply(
-        text=text.encode("utf-8", "replace").decode(),  # half a surrogate can't be written to any file
-        # No prompt has no tokens, and no text: an endpoint that says so doesn't count, and would look free.
+        text=text.encode("utf-8", "replace").decode(),  # a lone surrogate can't be written to a file
+        # An endpoint that reports 0 tokens for text doesn't count them; the request would look free.
         tokens_in=_count(usage.get("prompt_tokens")) or None,
         tokens_out=_count(usage.get("completion_tokens")) or (None if text else 0),
         finish=_short(finish)[:40] if isinstance(finish, str) else "stop",
@@ -120,7 +120,7 @@ def _reply(document: Any, body: bytes) -> Reply:
 
 
 def _text(content: Any) -> str:
-    """Text, or the texts of its parts; nothing (null) is a reply too: an empty one, that was paid for."""
+    """The text, or the joined text parts; null is an empty reply, which was charged, too."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(str(part["text"]) for part in content if isinstance(part, Mapping) and part.get("type") == "text")

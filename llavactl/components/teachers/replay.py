@@ -1,4 +1,4 @@
-"""Replies that were recorded: from JSONL, what a run kept beside its ``out``, or a file of results of ScienceQA."""
+"""The teacher ``replay``: recorded replies from JSONL, a run's journal, or ScienceQA's result files."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ class ReplayOptions(Options):
 
 
 class Replay:
-    """The teacher ``replay``: by the request's id, its kind ending it (``000000001-detail``).
+    """The teacher ``replay``: finds replies by request id (``000000001-detail``).
 
     Raises:
-        DataError: its file can't be read; at once, for else each request would be refused for it.
+        DataError: the file is unreadable.
     """
 
     def __init__(self, options: ReplayOptions) -> None:
         self.options = options
-        self._recorded = _recorded(options.path)
+        self._replies = _read_replies(options.path)
 
     def reply(self, request: Request) -> Reply:
-        """Raises DataError when there is none for the request."""
-        if request.id not in self._recorded:
-            raise DataError(f"{self.options.path} has no reply for {request.id}")
-        return self._recorded[request.id]
+        """Raises DataError if the file has no reply to the request."""
+        if request.id not in self._replies:
+            raise DataError(f"{self.options.path}: no reply for {request.id}")
+        return self._replies[request.id]
 
 
-def _recorded(path: Path) -> dict[str, Reply]:
+def _read_replies(path: Path) -> dict[str, Reply]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file", hint='`path` names JSONL of {"id", "reply"}')
-    if path.suffix == ".json" and (outputs := _outputs(path)) is not None:
+        raise DataError(f"{path}: no such file", hint='expected a JSONL file of {"id", "reply"}')
+    if path.suffix == ".json" and (outputs := _read_outputs(path)) is not None:
         return outputs
-    return dict(_kept(path) if path.suffix == ".sqlite" else _lines(path))
+    return dict(_read_journal(path) if path.suffix == ".sqlite" else _read_jsonl(path))
 
 
-def _outputs(path: Path) -> dict[str, Reply] | None:
-    """What a file of results of ScienceQA's scripts has been told; None where it isn't one."""
+def _read_outputs(path: Path) -> dict[str, Reply] | None:
+    """The replies in a result file of ScienceQA's scripts; None if it isn't one."""
     document = read_document(path)
     outputs = document.get("outputs") if isinstance(document, dict) else None
     if not isinstance(outputs, dict):
         return None
-    if wrong := [name for name, text in outputs.items() if not isinstance(text, str)]:
-        raise DataError(f"{path}: `outputs` of {wrong[0]!r} is not text")
+    if invalid := [name for name, text in outputs.items() if not isinstance(text, str)]:
+        raise DataError(f"{path}: outputs.{invalid[0]}: expected a string")
     return {name: Reply(text) for name, text in outputs.items()}
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Reply]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Reply]]:
     for entry in read_stream(path):
         record = entry.value
         name = given_id(record) if isinstance(record, dict) else None
         if name is None or not isinstance(record.get("reply"), str):
-            why = entry.problem or 'it needs {"id", "reply"}'
-            raise DataError(f"{path}:{entry.place}: not a recorded reply: {why}")
+            why = entry.problem or 'expected {"id", "reply"}'
+            raise DataError(f"{path}:{entry.location}: not a recorded reply: {why}")
         yield name, Reply(record["reply"])
 
 
-def _kept(path: Path) -> Iterator[tuple[str, Reply]]:
-    """Later replies to one request come later, and are the ones that count."""
+def _read_journal(path: Path) -> Iterator[tuple[str, Reply]]:
+    """In the order they were stored: the last reply to a request counts."""
     try:
         database: Any = sqlite3.connect(path)
         try:
@@ -83,5 +83,5 @@ def _kept(path: Path) -> Iterator[tuple[str, Reply]]:
             database.close()
     except sqlite3.Error as error:
         raise DataError(
-            f"{path}: not what a run keeps: {error}", hint="a run's replies end in .replies.sqlite"
+            f"{path}: not a journal of replies: {error}", hint="expected the .replies.sqlite of a run"
         ) from error

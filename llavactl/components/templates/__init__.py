@@ -1,1 +1,1 @@
-"""Conversation templates: what is written, and which of it is trained."""
+"""Conversation templates: the text of a conversation, and which parts of it are target tokens."""

@@ -1,7 +1,7 @@
 """A tokenizer's chat template (Jinja) with fixed arguments and a fixed date.
 
-A chat template may read arguments (``enable_thinking``) and write today's date. Both are set at the start of its text,
-so that it writes the same on any day, in training, in chats, and in programs that load an export.
+A chat template may read arguments (``enable_thinking``) and write today's date. Both are set at the start of its text:
+it then renders the same text on any day, in training, in chats, and in programs that load an export.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from llavactl.core import faults
 from llavactl.core.errors import ConversationError, ModelError
+from llavactl.core.library_errors import reason
 from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 
-OUR_OWN = frozenset({"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "date_string"})
-"""Reserved names, which can't be arguments in a recipe: how a conversation is passed, and the date."""
+RESERVED_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "documents", "strftime_now", "date_string"})
+"""Names that can't be arguments in a recipe: those that pass the conversation, and the date."""
 
 
 class TokenizerTemplateOptions(Options):
@@ -37,14 +37,14 @@ class TokenizerTemplateOptions(Options):
 
     date: dt.date = Field(
         dt.date(2024, 7, 26),
-        description="the fixed date for a chat template that writes today's date; "
+        description="fixed date for chat templates that write today's date; "
         "any other key is an argument of the chat template, such as `enable_thinking: false`",
     )
 
     @model_validator(mode="after")
-    def _names(self) -> TokenizerTemplateOptions:
+    def _valid_names(self) -> TokenizerTemplateOptions:
         for name in self.arguments:
-            if not name.isidentifier() or keyword.iskeyword(name) or name in OUR_OWN:
+            if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED_NAMES:
                 raise ValueError(f"{name} is not a valid argument of a chat template")
         return self
 
@@ -54,34 +54,36 @@ class TokenizerTemplateOptions(Options):
         return self.__pydantic_extra__ or {}
 
 
-def bound(chat_template: str, options: TokenizerTemplateOptions) -> str:
+def with_arguments(chat_template: str, options: TokenizerTemplateOptions) -> str:
     """``chat_template`` with the arguments and the date of ``options`` set at its start.
 
     Raises:
-        ModelError: it doesn't read an argument.
+        ModelError: ``chat_template`` doesn't read an argument.
     """
     names = set(re.findall(r"[^\W\d]\w*", chat_template))
     for name in options.arguments:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(name, names, n=1)
             raise ModelError(
                 f"the tokenizer's chat template doesn't read argument {name!r}",
-                hint=f"did you mean {near[0]!r}?" if near else "remove it from `template`",
+                hint=f"did you mean {close[0]!r}?" if close else "remove it from `template`",
             )
-    values = {"date_string": options.date.strftime("%d ") + _names(options.date)["b"] + options.date.strftime(" %Y")}
-    # Jinja reads Python's repr of strings, numbers, booleans and lists of them.
+    month = _day_and_month_names(options.date)["b"]
+    values = {"date_string": options.date.strftime("%d ") + month + options.date.strftime(" %Y")}
+    # Python's repr of strings, numbers, booleans and lists is valid in Jinja.
     sets = "".join(f"{{%- set {name} = {value!r} -%}}" for name, value in {**values, **options.arguments}.items())
-    # Jinja drops the newline after a block, so that the template starts at the beginning of a line.
-    return f"{sets}{_clock(options.date)}\n{chat_template}"
+    # Jinja drops the newline after a block: the template starts at the beginning of a line.
+    return f"{sets}{_strftime_macro(options.date)}\n{chat_template}"
 
 
-def _clock(date: dt.date) -> str:
+def _strftime_macro(date: dt.date) -> str:
     """A macro that replaces the ``strftime_now`` of other programs and formats midnight of ``date``."""
     time = dt.datetime.combine(date, dt.time())
-    written = {code: time.strftime(f"%{code}") for code in "CdDeFgGHIjmMRSTuUVwWyY"} | _names(date) | {"p": "AM"}
-    short = {f"-{code}": str(int(written[code])) for code in "dHIjmMSy"}
-    change = "".join(f" | replace({'%' + code!r}, {text!r})" for code, text in {**short, **written}.items())
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{change} }}}}{{%- endmacro %}}"
+    values = {code: time.strftime(f"%{code}") for code in "CdDeFgGHIjmMRSTuUVwWyY"}
+    values |= {**_day_and_month_names(date), "p": "AM"}
+    unpadded = {f"-{code}": str(int(values[code])) for code in "dHIjmMSy"}
+    filters = "".join(f" | replace({'%' + code!r}, {text!r})" for code, text in {**unpadded, **values}.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}"
 
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -101,8 +103,8 @@ _MONTHS = (
 )
 
 
-def _names(date: dt.date) -> dict[str, str]:
-    """Names of day and month by format code; in English in any locale."""
+def _day_and_month_names(date: dt.date) -> dict[str, str]:
+    """English names of day and month by format code, in any locale."""
     day, month = _DAYS[date.weekday()], _MONTHS[date.month - 1]
     return {"A": day, "a": day[:3], "B": month, "b": month[:3], "h": month[:3]}
 
@@ -119,16 +121,16 @@ class JinjaTemplate:
         """The chat template of ``tokenizer``.
 
         Raises:
-            ModelError: it has none, or it doesn't read an argument of ``options``.
+            ModelError: ``tokenizer`` has no chat template, or it doesn't read an argument of ``options``.
         """
         if not tokenizer.chat_template:
             raise ModelError(
-                "this tokenizer has no chat template", hint="set a template, such as `language.template: vicuna-v1`"
+                "the tokenizer has no chat template", hint="set a template, such as `language.template: vicuna-v1`"
             )
-        return cls(bound(tokenizer.get_chat_template(), options), tokenizer.special_tokens_map)
+        return cls(with_arguments(tokenizer.get_chat_template(), options), tokenizer.special_tokens_map)
 
-    def write(self, messages: Messages, *, generate: bool = False) -> str:
-        """``messages`` as text; with ``generate``, up to where an answer begins.
+    def render(self, messages: Messages, *, generate: bool = False) -> str:
+        """The text of ``messages``; with ``generate``, including the generation prompt.
 
         Raises:
             ConversationError: the chat template raises an error for them.
@@ -137,11 +139,11 @@ class JinjaTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            (written,), _ = render_jinja_template(
+            (text,), _ = render_jinja_template(
                 [messages], chat_template=self.text, add_generation_prompt=generate, **self.specials
             )
-        # A template that doesn't expect a message may raise any of Python's errors.
+        # A template may raise any of these for a message that it doesn't expect.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            why = faults.reason(error)
-            raise ConversationError(f"the tokenizer's chat template refuses this conversation: {why}") from error
-        return str(written)
+            message = f"the tokenizer's chat template refuses this conversation: {reason(error)}"
+            raise ConversationError(message) from error
+        return str(text)

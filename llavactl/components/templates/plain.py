@@ -1,4 +1,4 @@
-"""Stage 1's template: the image, then its caption, and nothing else."""
+"""Stage 1's template: the image and its caption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class PlainTemplate:
-    """BOS, image, caption, newline. The caption and the newline are trained; what the user says is left out; no EOS."""
+    """BOS, image, caption, newline. Caption and newline are target tokens; user text is left out; there is no EOS."""
 
     def __init__(self, options: Any) -> None:
         pass

@@ -1,6 +1,6 @@
-"""The templates that write every turn in one fixed way, as a table.
+"""Templates that render every turn with a fixed pattern.
 
-What stands between « and » is trained; ``{said}`` is what the turn says, its images in their places.
+Text between « and » becomes target tokens; ``{content}`` stands for the text and images of a turn.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from llavactl.core.schema import Content, ImageSlot, Segment, Text, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKS = re.compile(r"([«»]|\{said\})")
+_MARKERS = re.compile(r"([«»]|\{content\})")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a conversation is written.
+    """The patterns of a template.
 
-    ``system`` is said where the conversation has no system turn of its own. ``opening`` comes first (``bare`` in
-    its place where the system turn is empty), ``between`` before every question but the first, ``closing``
-    at the end; ``cue`` is what an answer is asked for with. ``stop`` ends an answer. ``tokens`` are those that
-    the tokenizer must have: spelled out, anyone could write them.
+    ``system`` is the default system prompt. ``opening`` is rendered first (``opening_without_system`` if the system
+    prompt is empty), ``between`` before every question but the first, ``closing`` at the end of a conversation or
+    ``generation_prompt`` before the answer to generate. ``stop`` ends an answer. ``required_tokens`` must be in the
+    tokenizer: rendered as ordinary tokens, they could occur in any message.
     """
 
     system: str
@@ -36,10 +36,10 @@ class Style:
     assistant: str
     between: str = ""
     closing: str = ""
-    cue: str = ""
+    generation_prompt: str = ""
     stop: str = "{eos}"
-    bare: str | None = None
-    tokens: tuple[str, ...] = ()
+    opening_without_system: str | None = None
+    required_tokens: tuple[str, ...] = ()
 
 
 _CHAT = (
@@ -51,23 +51,23 @@ STYLES: Mapping[str, Style] = {
     "vicuna-v1": Style(
         system=_CHAT.format(who="user"),
         opening="{system} ",
-        user="USER: {said} ASSISTANT:",
-        assistant="« {said}{eos}»",
+        user="USER: {content} ASSISTANT:",
+        assistant="« {content}{eos}»",
     ),
     "llava-v1": Style(
         system=_CHAT.format(who="human"),
         opening="{system} ",
-        user="USER: {said} ASSISTANT:",
-        assistant="« {said}{eos}»",
+        user="USER: {content} ASSISTANT:",
+        assistant="« {content}{eos}»",
     ),
-    # Without an end token: the model learns to begin the next turn, and "###" stops it.
+    # There is no end token: the model is trained to begin the next turn, and "###" stops generation.
     "vicuna-v0": Style(
         system=_CHAT.format(who="human"),
         opening="{system}\n\n",
-        user="«###» Human: {said}\n",
-        assistant="«### Assistant: {said}\n»",
+        user="«###» Human: {content}\n",
+        assistant="«### Assistant: {content}\n»",
         closing="«### »",
-        cue="### Assistant:",
+        generation_prompt="### Assistant:",
         stop="###",
     ),
     "llama-2": Style(
@@ -77,26 +77,26 @@ STYLES: Mapping[str, Style] = {
             "and assist the user with a variety of tasks using natural language."
         ),
         opening="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
-        bare="[INST] ",
+        opening_without_system="[INST] ",
         between="{bos}[INST] ",
-        user="{said} [/INST]",
-        assistant="« {said} {eos}»",
+        user="{content} [/INST]",
+        assistant="« {content} {eos}»",
     ),
     "chatml": Style(
         system="You are a helpful assistant.",
         opening="<|im_start|>system\n{system}<|im_end|>\n",
-        user="<|im_start|>user\n{said}<|im_end|>\n",
-        assistant="<|im_start|>assistant\n«{said}<|im_end|>»\n",
-        cue="<|im_start|>assistant\n",
+        user="<|im_start|>user\n{content}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n«{content}<|im_end|>»\n",
+        generation_prompt="<|im_start|>assistant\n",
         stop="<|im_end|>",
-        tokens=("<|im_start|>", "<|im_end|>"),
+        required_tokens=("<|im_start|>", "<|im_end|>"),
     ),
 }
 
 
 @dataclass(frozen=True)
 class StyledTemplate:
-    """The template of ``style``. A system turn of the conversation's own takes the default's place."""
+    """The template of ``style``. A conversation's system turn replaces the default system prompt."""
 
     style: Style
 
@@ -104,52 +104,55 @@ class StyledTemplate:
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
     ) -> list[Segment]:
         style = self.style
-        self._check(tokenizer)
+        self._check_tokens(tokenizer)
         system = next((turn.text for turn in turns if turn.role == "system"), style.system)
-        words = {"system": system, **_ends(tokenizer)}
-        opening = style.opening if system or style.bare is None else style.bare
-        segments = [*_written(opening, words)]
-        asked = 0
+        values = {"system": system, **_special_tokens(tokenizer)}
+        opening = style.opening
+        if not system and style.opening_without_system is not None:
+            opening = style.opening_without_system
+        segments = [*_segments(opening, values)]
+        questions = 0
         for turn in turns:
             if turn.role == "user":
-                segments += _written(style.between if asked else "", words)
-                segments += _written(style.user, words, turn.content)
-                asked += 1
+                segments += _segments(style.between if questions else "", values)
+                segments += _segments(style.user, values, turn.content)
+                questions += 1
             elif turn.role == "assistant":
-                segments += _written(style.assistant, words, turn.content)
-        return [*segments, *_written(style.cue if generate else style.closing, words)]
+                segments += _segments(style.assistant, values, turn.content)
+        return [*segments, *_segments(style.generation_prompt if generate else style.closing, values)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        return (self.style.stop.format(**_ends(tokenizer)),)
+        return (self.style.stop.format(**_special_tokens(tokenizer)),)
 
-    def _check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         unknown = (None, tokenizer.unk_token_id)
-        if missing := [each for each in self.style.tokens if tokenizer.convert_tokens_to_ids(each) in unknown]:
+        required = self.style.required_tokens
+        if missing := [token for token in required if tokenizer.convert_tokens_to_ids(token) in unknown]:
             raise ModelError(
-                f"this tokenizer has no token {' or '.join(missing)}, which the template is made of",
-                hint="a template of words will do, such as `language.template: vicuna-v1`",
+                f"the tokenizer has no token {' or '.join(missing)}, which the template requires",
+                hint="use a template without special tokens, such as `language.template: vicuna-v1`",
             )
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"bos": str(tokenizer.bos_token or ""), "eos": str(tokenizer.eos_token)}
 
 
-def _written(pattern: str, words: Mapping[str, str], said: Sequence[Content] = ()) -> Iterator[Segment]:
-    """``pattern`` as segments. It is taken apart before anything is put in, so that no word can be a mark."""
+def _segments(pattern: str, values: Mapping[str, str], content: Sequence[Content] = ()) -> Iterator[Segment]:
+    """``pattern`` as segments; it is split before ``values`` are inserted, so markers in them are plain text."""
     trained = False
     for part in _parts(pattern):
         if part in ("«", "»"):
             trained = part == "«"
-        elif part == "{said}":
-            yield from (Text(each, trained) if isinstance(each, str) else ImageSlot() for each in said)
+        elif part == "{content}":
+            yield from (Text(item, trained) if isinstance(item, str) else ImageSlot() for item in content)
         elif part:
-            yield Text(part.format(**words), trained)
+            yield Text(part.format(**values), trained)
 
 
 @cache
 def _parts(pattern: str) -> Sequence[str]:
-    return _MARKS.split(pattern)
+    return _MARKERS.split(pattern)
 
 
 def _template(name: str, options: Any) -> StyledTemplate:

@@ -1,1 +1,1 @@
-"""Frozen vision backbones: pixels in, patch features out."""
+"""Frozen vision encoders: pixels to patch features."""

@@ -1,6 +1,6 @@
-"""Vision transformers from transformers: CLIP, SigLIP, DINOv2 and whatever else gives hidden states.
+"""Vision encoders from transformers: CLIP, SigLIP, DINOv2 and other vision transformers with hidden states.
 
-Nothing here reads weights into memory; ``load`` does, in ``tower.py``.
+Only ``load`` and ``whole`` (in ``encoder.py``) read weights into memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core import faults
+from pydantic import Field
+
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
+from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_check import check_model
+from llavactl.core.model_files import PROCESSOR, WEIGHTS, check_files, shards_of, weight_files
 from llavactl.core.options import ModelId
 from llavactl.core.paths import read_json
 from llavactl.core.registry import Options
@@ -26,24 +31,28 @@ if TYPE_CHECKING:
     from llavactl.components.vision.encoder import VisionEncoder
     from llavactl.core.schema import FeatureShape
 
-INSIDE = re.compile(r"^(model\.)?vision_tower\.(?!vision_tower\.)")
-"""What the backbone's weights are called inside a LLaVA checkpoint of transformers, before 4.52 and since."""
+CHECKPOINT_PREFIX = re.compile(r"^(model\.)?vision_tower\.(?!vision_tower\.)")
+"""Prefix of the backbone's weights in a LLaVA checkpoint of transformers, before 4.52 and since."""
 
-WHAT = "vision model"
-HINT = "`vision.model` takes an id or a folder"
+LABEL = "vision model"
+HINT = "set `vision.model` to a model id or a folder"
 
 
 class TransformersVisionOptions(Options):
-    """``layer`` indexes transformers' ``hidden_states`` (0: embeddings); several are concatenated in width."""
+    """``layer`` indexes transformers' ``hidden_states`` (0: embeddings); several layers are concatenated in width."""
 
-    model: ModelId
-    layer: int | tuple[int, ...] = -2
-    select: Literal["patch", "cls-patch"] = "patch"
-    image: Literal["square", "pad"] = "pad"
+    model: ModelId = Field(description="model id or folder")
+    layer: int | tuple[int, ...] = Field(
+        -2, description="index of the hidden state (0: embeddings); several layers are concatenated in width"
+    )
+    select: Literal["patch", "cls-patch"] = Field("patch", description="cls-patch keeps the CLS token")
+    image: Literal["square", "pad"] = Field(
+        "pad", description="square: resize and center-crop; pad: pad to a square with the mean color, then resize"
+    )
 
 
 class TransformersVision:
-    """A vision transformer, an id or a folder, cut after the last layer that is needed."""
+    """A vision transformer from a hub id or a folder, truncated after the last layer that is needed."""
 
     def __init__(self, options: TransformersVisionOptions) -> None:
         self.options = options
@@ -54,7 +63,11 @@ class TransformersVision:
         return (layer,) if isinstance(layer, int) else tuple(layer)
 
     def file(self, name: str, *, required: bool = True) -> Path | None:
-        """The path of ``name`` in the model's folder, or in the hub's cache (downloaded if need be)."""
+        """The path of ``name`` in the model's folder, or in the hub's cache (downloaded if necessary).
+
+        Raises:
+            ModelError: a ``required`` file is missing.
+        """
         model = self.options.model
         if Path(model).is_absolute():
             path = Path(model, name)
@@ -62,57 +75,60 @@ class TransformersVision:
                 return path
             if not required:
                 return None
-            why = f"no {name}" if Path(model).is_dir() else "no such folder"
-            raise ModelError(f"{WHAT} {model}: {why}", hint=HINT)
-        from transformers.utils import cached_file
-
-        with faults.loading(WHAT, model, "give a local folder as `vision.model`"):
-            found = cached_file(model, name, _raise_exceptions_for_missing_entries=required)
-        return None if found is None else Path(found)
+            reason = f"{name} is missing" if Path(model).is_dir() else "folder not found"
+            raise ModelError(f"{LABEL} {model}: {reason}", hint=HINT)
+        return hub.download_file(name, LABEL, model, "set `vision.model` to a local folder", required=required)
 
     def check(self) -> None:
-        """Raises ModelError if the backbone can't be loaded, as far as its files show without reading weights."""
-        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, weights=True, hint=HINT)
+        """Check, without reading weights, that the backbone can be loaded.
+
+        Raises:
+            ModelError: a file is missing or invalid.
+        """
+        check_model(self.options.model, LABEL, PROCESSOR, weights=True, hint=HINT)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The vision part of config.json."""
-        return {"model_type": self._whole.get("model_type", "")} | self._whole.get("vision_config", self._whole)
+        return {"model_type": self._full_config.get("model_type", "")} | self._full_config.get(
+            "vision_config", self._full_config
+        )
 
     @cached_property
-    def _whole(self) -> dict[str, Any]:
-        """config.json."""
-        faults.check_model(self.options.model, WHAT, faults.PROCESSOR, hint=HINT)
+    def _full_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        check_model(self.options.model, LABEL, PROCESSOR, hint=HINT)
         path = self.file("config.json")
         assert path is not None
         return read_json(path)
 
     def number(self, key: str) -> int:
-        """The number ``key`` of its configuration.
+        """The integer ``key`` of its configuration.
 
         Raises:
-            ModelError: it has no such number, so it isn't a supported vision transformer.
+            ModelError: the key is missing or not an integer, so this isn't a supported vision transformer.
         """
-        if not isinstance(found := self.config.get(key), int):
+        if not isinstance(value := self.config.get(key), int):
             raise ModelError(
-                f"{WHAT} {self.options.model}: no number {key} in its config.json",
-                hint="expected a vision transformer such as CLIP, SigLIP or DINOv2",
+                f"{LABEL} {self.options.model}: config.json: {key}: expected an integer, got {value!r}",
+                hint="use a vision transformer such as CLIP, SigLIP or DINOv2",
             )
-        return found
+        return value
 
     @cached_property
     def processor(self) -> Any:
-        """The model's image processor, computing with Pillow: torchvision makes other pixels, and may be there or not.
+        """The model's image processor with the Pillow backend.
 
-        A CLIP or SigLIP folder without one gets that of its family at the model's own size: bare towers are saved so.
+        Torchvision is optional and computes different pixels. CLIP and SigLIP folders without a processor, such as
+        vision encoders saved separately, get the default processor of their family at the model's image size.
 
         Raises:
-            ModelError: another model without one, or a processor that can't be loaded.
+            ModelError: another model has no processor, or the processor can't be loaded.
         """
         from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 
         if self.file("preprocessor_config.json", required=False) or self.file("processor_config.json", required=False):
-            with faults.loading(WHAT, self.options.model, HINT):
+            with loading(LABEL, self.options.model, HINT):
                 return AutoImageProcessor.from_pretrained(self.options.model, backend="pil", trust_remote_code=False)
         side = self.number("image_size")
         square = {"height": side, "width": side}
@@ -122,8 +138,8 @@ class TransformersVision:
             case "siglip_vision_model":
                 return SiglipImageProcessorPil(size=square)
         raise ModelError(
-            f"{WHAT} {self.options.model}: there is no preprocessor_config.json: how pixels are made is not known",
-            hint="it belongs beside the weights",
+            f"{LABEL} {self.options.model}: preprocessor_config.json is missing",
+            hint="add it to the folder of the weights: preprocessing can't be determined without it",
         )
 
     def identity(self) -> Mapping[str, Any]:
@@ -143,97 +159,102 @@ class TransformersVision:
         }
 
     def _architecture(self) -> dict[str, Any]:
-        """What the vision config says beyond transformers' defaults, which a checkpoint may write out or omit."""
+        """The vision config without values equal to transformers' defaults, which checkpoints may include or omit."""
         from transformers import CONFIG_MAPPING
 
-        config, kind = dict(self.config), _model_type(self.config)
-        if kind in CONFIG_MAPPING:
-            with faults.loading(WHAT, self.options.model, HINT):
-                config = CONFIG_MAPPING[kind].from_dict(config).to_diff_dict()
-        return {key: value for key, value in config.items() if key not in _NOTES and not key.startswith("_")}
+        config, model_type = dict(self.config), _model_type(self.config)
+        if model_type in CONFIG_MAPPING:
+            with loading(LABEL, self.options.model, HINT):
+                config = CONFIG_MAPPING[model_type].from_dict(config).to_diff_dict()
+        return {key: value for key, value in config.items() if key not in _IGNORED_KEYS and not key.startswith("_")}
 
     @property
     def nested(self) -> bool:
         """Whether the backbone is part of a LLaVA checkpoint."""
-        return "vision_config" in self._whole and bool({"image_token_index", "image_token_id"} & self._whole.keys())
+        return "vision_config" in self._full_config and bool(
+            {"image_token_index", "image_token_id"} & self._full_config.keys()
+        )
 
     @property
     def inside(self) -> bool:
-        """Whether the backbone is stored inside a larger model, so that no id or folder names it alone."""
+        """Whether the backbone is stored inside a larger model and has no id or folder of its own."""
         folder = Path(self.options.model)
         return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
 
     def weights_hash(self) -> str:
-        """sha256 over the weight files. The hub's cache names large files by theirs, so those are not read.
+        """sha256 of the weight files. In the hub's cache, large files are named by their sha256 and are not read.
 
-        Of a checkpoint that has more than the backbone, over the backbone's own tensors.
+        For a checkpoint that contains more than the backbone, sha256 of the backbone's tensors.
         """
-        first = next((path for name in faults.WEIGHTS if (path := self.file(name, required=False))), None)
+        first = next((path for name in WEIGHTS if (path := self.file(name, required=False))), None)
         if first is None:
             raise ModelError(
-                f"{WHAT} {self.options.model}: no weights", hint=f"expected one of {', '.join(faults.WEIGHTS)}"
+                f"{LABEL} {self.options.model}: weights not found", hint=f"expected one of {', '.join(WEIGHTS)}"
             )
         files = [first]
         if first.suffix == ".json":
             if not Path(self.options.model).is_absolute():
-                for shard in faults.shards_of(first):
+                for shard in shards_of(first):
                     self.file(shard)
-            files = faults.weight_files(first.parent)
-        faults.check_files(files)
+            files = weight_files(first.parent)
+        check_files(files)
         if self.nested and first.name.startswith("model.safetensors"):
             return _tensors_hash(files)
         digests = [hash_file(file) for file in files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def whole(self) -> nn.Module:
-        """The backbone uncut, on the CPU as it is stored, for an export that holds it."""
-        from llavactl.components.vision.encoder import read_whole
+        """The complete model on the CPU in its stored precision, for exports that include it."""
+        from llavactl.components.vision.encoder import load_full_model
 
-        return read_whole(self)
+        return load_full_model(self)
 
     def shape(self) -> FeatureShape:
-        """What ``load`` will give, read off a tower without weights."""
+        """The shape of the features that ``load`` will return, measured on a model without weights."""
         from llavactl.components.vision.encoder import measure
 
         return measure(self)
 
     def load(self, device: str, dtype: str) -> VisionEncoder:
-        from llavactl.components.vision.encoder import load_tower
+        from llavactl.components.vision.encoder import load_vision_encoder
 
-        return load_tower(self, device, dtype)
+        return load_vision_encoder(self, device, dtype)
 
 
 class ClipOptions(TransformersVisionOptions):
-    """LLaVA's choice: the last layer but one, patches without CLS."""
+    """Defaults as in LLaVA: the second-to-last layer, patches without CLS."""
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
-    kind = str(config.get("model_type", ""))
-    return kind if kind.endswith("_vision_model") or kind not in ("clip", "siglip") else f"{kind}_vision_model"
+    model_type = str(config.get("model_type", ""))
+    return f"{model_type}_vision_model" if model_type in ("clip", "siglip") else model_type
 
 
-_NOTES = frozenset("architectures dtype torch_dtype transformers_version model_type projection_dim".split())  # noqa: SIM905
-"""Keys of a vision config that don't change hidden states; the weights decide the stored precision."""
+_IGNORED_KEYS = frozenset("architectures dtype torch_dtype transformers_version model_type projection_dim".split())  # noqa: SIM905
+"""Keys of a vision config that don't affect hidden states; the stored precision follows from the weights."""
 
 
 def _canonical(processor: Any) -> str:
+    """The settings of ``processor`` as JSON, without private keys and the class name."""
     settings = {k: v for k, v in processor.to_dict().items() if not k.startswith("_") and k != "image_processor_type"}
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _tensors_hash(files: Sequence[Path]) -> str:
-    """sha256 over the backbone's tensors in ``files``, by name."""
+    """sha256 of the backbone's tensors in ``files``, sorted by name."""
     import torch
     from safetensors import safe_open
 
-    found: dict[str, Path] = {}
+    files_by_name: dict[str, Path] = {}
     for file in files:
-        with faults.reading(file), safe_open(file, "pt") as opened:
-            found |= {name: file for name in opened.keys() if INSIDE.match(name)}  # noqa: SIM118 - it is no dict
-    total = hashlib.sha256()
-    for name in sorted(found, key=lambda name: INSIDE.sub("", name)):
-        with faults.reading(found[name]), safe_open(found[name], "pt") as opened:
-            tensor = opened.get_tensor(name).contiguous()
-        total.update(INSIDE.sub("", name).encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+        with reading(file), safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if CHECKPOINT_PREFIX.match(name)]  # noqa: SIM118 - not a dict
+        files_by_name |= dict.fromkeys(names, file)
+    digest = hashlib.sha256()
+    for name in sorted(files_by_name, key=lambda name: CHECKPOINT_PREFIX.sub("", name)):
+        file = files_by_name[name]
+        with reading(file), safe_open(file, "pt") as tensors:
+            tensor = tensors.get_tensor(name).contiguous()
+        digest.update(CHECKPOINT_PREFIX.sub("", name).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

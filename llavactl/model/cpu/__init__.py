@@ -1,1 +1,1 @@
-"""Computations of the language model that are faster on a CPU, with the same result: attention, norms, last layer."""
+"""Faster computations of the language model on CPUs, with the same results."""

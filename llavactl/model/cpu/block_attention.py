@@ -1,4 +1,4 @@
-"""Attention over a packed row as a CPU likes it: a few matrix products for each block of tokens with the same keys."""
+"""Attention over a packed sequence as a few matrix products for each block of tokens with the same keys."""
 
 from __future__ import annotations
 
@@ -10,115 +10,122 @@ from torch.nn import functional
 
 from llavactl.core.schema import Span
 
-SHORT = 1024
-"""Up to so many queries matrix products are what a CPU does; beyond it their memory is too much, which grows as T².
+MAX_PRODUCT_QUERIES = 1024
+"""Blocks of more queries use torch's fused attention, as the memory of matrix products grows with T².
 
-Measured forward and backward, 9 heads of 64, bfloat16, one thread: 120 queries 0.7 ms against 2.8 of torch's fused
-attention, 330: 11 against 20, 924: 60 against 90; 30 behind a prefix of 576: 0.7 against 2.4.
+Measured forward and backward, 9 heads of 64, bfloat16, one thread: 120 queries 0.7 ms (fused attention: 2.8 ms), 330:
+11 ms (20), 924: 60 ms (90); 30 after a prefix of 576: 0.7 ms (2.4).
 """
 
-CROWD = 512
-"""Up to so many tokens of spans behind the same one are a block: what they would not see of each other costs less to
-compute and hide than a product for each. Twelve questions of 22 tokens behind a picture of 80: a training step of
-SmolLM2-135M took 10 % less.
+MAX_BLOCK_TOKENS = 512
+"""Spans after the same prefix are combined into a block of at most this many tokens.
+
+Computing and masking the products between these spans costs less than separate products for each. With twelve questions
+of 22 tokens after an image of 80, a training step of SmolLM2-135M took 10 % less time.
 """
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens side by side with the same keys: a span, or several that go on from the same one.
+    """Consecutive tokens with the same keys: one span, or several spans after the same prefix.
 
-    ``lengths`` are those of its spans, ``after`` is the number of the block that they go on from.
+    ``lengths`` are the lengths of its spans; ``prefix`` is the index of the block with their prefix.
     """
 
     lengths: tuple[int, ...]
-    after: int | None
+    prefix: int | None
 
     @property
     def length(self) -> int:
         return sum(self.lengths)
 
 
-class Layout:
-    """The spans of a packed row, and what attention works out from them: once a forward, not in every layer."""
+class BlockLayout:
+    """The blocks of a packed sequence and their masks, computed once per forward pass, not in every layer."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        self.spans = spans
         self.blocks = _blocks(spans)
-        self._hidden: dict[tuple[int, torch.dtype], list[torch.Tensor | None]] = {}
+        self._masks: dict[tuple[int, torch.dtype], list[torch.Tensor | None]] = {}
 
-    def hidden(self, like: torch.Tensor, heads: int) -> list[torch.Tensor | None]:
-        """For each block [``heads`` * S, K]: minus infinity where a query doesn't see a key, else 0, as ``like``.
+    def masks(self, query: torch.Tensor, heads: int) -> list[torch.Tensor | None]:
+        """An additive mask [``heads`` * S, K] for each block, with the dtype and device of ``query``.
 
-        A block of more than ``SHORT`` queries has [S, K], or None where it is all of its keys.
+        Blocks of more than ``MAX_PRODUCT_QUERIES`` have a mask [S, K], or None (causal) without a prefix.
         """
-        key = (heads, like.dtype)
-        if key not in self._hidden:
-            self._hidden[key] = [
+        key = (heads, query.dtype)
+        if key not in self._masks:
+            self._masks[key] = [
                 None
-                if block.after is None and block.length > SHORT
-                else like.new_zeros(mask.shape)
+                if block.prefix is None and block.length > MAX_PRODUCT_QUERIES
+                else query.new_zeros(mask.shape)
                 .masked_fill_(mask, float("-inf"))
-                .repeat(heads if len(mask) <= SHORT else 1, 1)
-                for block, mask in ((block, self._mask(block, like.device)) for block in self.blocks)
+                .repeat(heads if len(mask) <= MAX_PRODUCT_QUERIES else 1, 1)
+                for block, mask in ((block, self._hidden(block, query.device)) for block in self.blocks)
             ]
-        return self._hidden[key]
+        return self._masks[key]
 
-    def _mask(self, block: Block, device: torch.device) -> torch.Tensor:
-        """[S, K], true where a query doesn't see a key: what comes later, and what is of another span of the block."""
-        before = 0 if block.after is None else self.blocks[block.after].length
+    def _hidden(self, block: Block, device: torch.device) -> torch.Tensor:
+        """[S, K], true where a query must not attend to a key: later tokens and other spans of the block."""
+        prefix_length = 0 if block.prefix is None else self.blocks[block.prefix].length
         lengths = torch.tensor(block.lengths, device=device)
-        begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        places = torch.arange(block.length, device=device)
-        keys = torch.arange(-before, block.length, device=device)
-        return (keys > places[:, None]) | ((keys >= 0) & (keys < begins[:, None]))
+        span_starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        queries = torch.arange(block.length, device=device)
+        keys = torch.arange(-prefix_length, block.length, device=device)
+        return (keys > queries[:, None]) | ((keys >= 0) & (keys < span_starts[:, None]))
 
 
 def _blocks(spans: Sequence[Span]) -> list[Block]:
-    found: list[Block] = []
-    number: list[int] = []
+    blocks: list[Block] = []
+    block_of_span: list[int] = []
     for span in spans:
-        after = None if span.after is None else number[span.after]
-        last = found[-1] if found else None
-        if last is not None and after is not None and last.after == after and last.length + span.length <= CROWD:
-            found[-1] = replace(last, lengths=(*last.lengths, span.length))
+        prefix = None if span.after is None else block_of_span[span.after]
+        last = blocks[-1] if blocks else None
+        if (
+            last is not None
+            and prefix is not None
+            and last.prefix == prefix
+            and last.length + span.length <= MAX_BLOCK_TOKENS
+        ):
+            blocks[-1] = replace(last, lengths=(*last.lengths, span.length))
         else:
-            found.append(Block((span.length,), after))
-        number.append(len(found) - 1)
-    return found
+            blocks.append(Block((span.length,), prefix))
+        block_of_span.append(len(blocks) - 1)
+    return blocks
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, scaling: float
 ) -> torch.Tensor:
     """query [H, T, D], key and value [Hk, T, D] to [T, H, D]."""
-    # Split, not sliced: the backward of a slice fills a whole row with zeros, once a block.
+    # Split, not sliced: the backward pass of a slice fills a whole tensor with zeros for every block.
     lengths = [block.length for block in layout.blocks]
     queries, keys, values = (tensor.split(lengths, dim=1) for tensor in (query, key, value))
-    hidden = layout.hidden(query, len(query) // len(key))
-    seen = []
-    for at, block in enumerate(layout.blocks):
-        k, v = keys[at], values[at]
-        if block.after is not None:
-            k, v = torch.cat([keys[block.after], k], dim=1), torch.cat([values[block.after], v], dim=1)
-        mask = hidden[at]
-        if mask is None or block.length > SHORT:
-            seen.append(_fused(queries[at], k, v, mask, scaling))
+    masks = layout.masks(query, len(query) // len(key))
+    outputs = []
+    for index, block in enumerate(layout.blocks):
+        k, v = keys[index], values[index]
+        if block.prefix is not None:
+            k, v = torch.cat([keys[block.prefix], k], dim=1), torch.cat([values[block.prefix], v], dim=1)
+        mask = masks[index]
+        if mask is None or block.length > MAX_PRODUCT_QUERIES:
+            outputs.append(_fused_attention(queries[index], k, v, mask, scaling))
         else:
-            seen.append(_products(queries[at], k, v, mask, scaling))
-    return torch.cat(seen, dim=1).transpose(0, 1).contiguous()
+            outputs.append(_product_attention(queries[index], k, v, mask, scaling))
+    return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scaling: float) -> torch.Tensor:
-    """q [H, S, D], k, v [Hk, K, D]. Heads with the same keys are one taller matrix: no key is copied."""
+def _product_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """q [H, S, D], k, v [Hk, K, D] to [H, S, D]. Heads with the same keys form one taller matrix; no key is copied."""
     heads, length, width = q.shape
-    scores = torch.baddbmm(hidden, q.reshape(len(k), -1, width), k.transpose(1, 2), alpha=scaling)
+    scores = torch.baddbmm(mask, q.reshape(len(k), -1, width), k.transpose(1, 2), alpha=scaling)
     return torch.bmm(scores.softmax(-1), v).view(heads, length, width)
 
 
-def _fused(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None, scaling: float
+def _fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     return functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=hidden, is_causal=hidden is None, scale=scaling, enable_gqa=True
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )[0]

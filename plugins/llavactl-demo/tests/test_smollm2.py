@@ -1,4 +1,4 @@
-"""The converted language model reads quietly, says what it should, and keeps the file's tokens."""
+"""The converted language model loads without output, has the file's weights, and the tokenizer's exact tokens."""
 
 import warnings
 from pathlib import Path
@@ -22,25 +22,25 @@ def model(language: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32).eval()
 
 
-def test_loads_without_a_word(language: Path, capfd: pytest.CaptureFixture[str]):
-    shown = logging.is_progress_bar_enabled()
+def test_loading_prints_nothing(language: Path, capfd: pytest.CaptureFixture[str]):
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made, report = AutoModelForCausalLM.from_pretrained(language, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(language, output_loading_info=True)
         AutoTokenizer.from_pretrained(language)
-    if shown:
+    if enabled:
         logging.enable_progress_bar()
     assert capfd.readouterr() == ("", "")
     assert not any(report.values()), report
-    assert type(made) is LlamaForCausalLM
-    assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
-    assert made.lm_head.weight is made.model.embed_tokens.weight
-    assert not hasattr(made.config, "quantization_config")
+    assert type(model) is LlamaForCausalLM
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not hasattr(model.config, "quantization_config")
 
 
-def test_weights_are_the_files_own(model: LlamaForCausalLM):
-    """Against gguf's own dequantisation: embeddings, a matrix, and one whose rows the file reorders for rotary."""
+def test_weights_equal_the_dequantized_file(model: LlamaForCausalLM):
+    """Compared with gguf's dequantization: embeddings, a matrix, and one with permuted rows for rotary embeddings."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(LANGUAGE.path()).tensors}
 
     def rounded(name: str) -> torch.Tensor:
@@ -56,10 +56,10 @@ def test_weights_are_the_files_own(model: LlamaForCausalLM):
     assert torch.equal(layer.self_attn.q_proj.weight, paired)
 
 
-def test_knows_the_capital_of_france(model: LlamaForCausalLM, tokenizer):
+def test_the_model_generates_fluent_text(model: LlamaForCausalLM, tokenizer):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
-    said = model.generate(**prompt, max_new_tokens=3, do_sample=False)
-    assert tokenizer.decode(said[0]).startswith("The capital of France is Paris.")
+    output = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert tokenizer.decode(output[0]).startswith("The capital of France is Paris.")
 
 
 def test_special_tokens(tokenizer):
@@ -88,19 +88,19 @@ def test_chat_template(tokenizer):
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
-        # A run of spaces before a digit stays whole: GPT-2's splitting alone gives ["a", "Ġ", "Ġ", "1", "2"].
+        # Spaces before a digit are one token; GPT-2's rule gives ["a", "Ġ", "Ġ", "1", "2"].
         ("a  12", ["a", "ĠĠ", "1", "2"]),
         ("x\n\n3", ["x", "ĊĊ", "3"]),
         ("in 1999", ["in", "Ġ", "1", "9", "9", "9"]),
         (" don't", ["Ġdon", "'t"]),
     ],
 )
-def test_words_are_split_as_the_model_was_trained(tokenizer, text: str, tokens: list[str]):
+def test_the_pre_tokenizer_splits_digits_first(tokenizer, text: str, tokens: list[str]):
     assert tokenizer.tokenize(text) == tokens
 
 
 @pytest.mark.parametrize("text", ["café, naïve — 你好 🙂", "  two  spaces\n\n\ttab ", "def f(x):\n    return x ** 2"])
-def test_text_survives(tokenizer, text: str):
+def test_decoding_restores_the_text(tokenizer, text: str):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     offsets = tokenizer("The red circle.", return_offsets_mapping=True).offset_mapping
     assert ["The red circle."[start:end] for start, end in offsets] == ["The", " red", " circle", "."]

@@ -1,4 +1,4 @@
-"""Model folders of every kind with random weights, and checkpoints as other programs write them."""
+"""Fixtures: model folders and checkpoints of other programs, with random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def native(toys: Path, tmp_path: Path) -> Make:
-    """``native(name, connector=…, method=…, …)``: a model folder of ours."""
+    """``native(name, connector=…, method=…, …)``: a model folder of llavactl."""
 
     def make(
         name: str,
@@ -38,15 +38,15 @@ def native(toys: Path, tmp_path: Path) -> Make:
         from llavactl.model.build import build
 
         shape = SHAPE if select == "patch" else {**SHAPE, "prefix": 1}
-        speaker = {"name": "hf", "model": str(language or toys / "language"), "attention": attention}
+        language_spec = {"name": "hf", "model": str(language or toys / "language"), "attention": attention}
         features = FeatureShape((2, 2), 32, int(shape["prefix"]))
-        parts = build({"name": connector}, speaker, features, dtype=precision, seed=3)
+        parts = build({"name": connector}, language_spec, features, dtype=precision, seed=3)
         if method == "lora":
             torch.manual_seed(4)
             config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
             parts.model.language = get_peft_model(parts.model.language, config, autocast_adapter_dtype=False)
-            for each, weight in parts.model.language.named_parameters():
-                if "lora_B" in each:
+            for parameter, weight in parts.model.language.named_parameters():
+                if "lora_B" in parameter:
                     torch.nn.init.normal_(weight, std=0.1)
         folder = tmp_path / name
         clip = {"name": "clip", "model": str(toys / "clip"), "layer": -2, "select": select, "image": image}
@@ -57,7 +57,7 @@ def native(toys: Path, tmp_path: Path) -> Make:
             "features": {"dtype": "float16", "compute": "float32"},
             "fingerprint": None,
             "connector": {"name": connector},
-            "language": speaker,
+            "language": language_spec,
             "image_order": "first",
             "precision": precision,
             "digest": name,
@@ -74,9 +74,9 @@ def native(toys: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def foreign(toys: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
-    """A LLaVA that transformers alone made, with a chat template like the published one's: model and folder."""
+    """A LLaVA checkpoint saved by transformers, with a chat template like that of llava-hf: model and folder."""
 
-    def make(language_folder: Path | None = None, **how: Any) -> tuple[Any, Path]:
+    def make(language_folder: Path | None = None, **load_options: Any) -> tuple[Any, Path]:
         import torch
         from transformers import (
             AutoModelForCausalLM,
@@ -90,7 +90,7 @@ def foreign(toys: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
 
         torch.manual_seed(7)
         vision = CLIPVisionModel.from_pretrained(toys / "clip")
-        language = AutoModelForCausalLM.from_pretrained(language_folder or toys / "language", **how)
+        language = AutoModelForCausalLM.from_pretrained(language_folder or toys / "language", **load_options)
         tokenizer = AutoTokenizer.from_pretrained(language_folder or toys / "language")
         tokenizer.add_tokens(["<image>"], special_tokens=True)
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -134,7 +134,7 @@ PUBLISHED = (
 
 
 def original(toys: Path, folder: Path, *, linear: bool = False, **more: Any) -> Any:
-    """A full checkpoint in the original layout, its weights in one pickle, as LLaVA v1 has them: its state dict."""
+    """Saves a full checkpoint in LLaVA's format, its weights in one pickle as in LLaVA v1; returns its state dict."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""Tiny language models of many families, random to the last bias, behind the toy tokenizer."""
+"""Tiny language models of many families with random weights and the toy tokenizer."""
 
 from __future__ import annotations
 
@@ -98,20 +98,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def language_of(family: str, toy: Path, folder: Path, dtype: str = "float32", **more: Any) -> Path:
-    """A language model of ``family`` with the tokenizer of ``toy``: every weight, bias and norm is random."""
+    """A language model of ``family`` with the tokenizer of ``toy``; all weights, biases and norms are random."""
     import torch
     import transformers
 
-    name, own = FAMILIES[family]
+    name, settings = FAMILIES[family]
     suffix = "TextConfig" if name == "Gemma3" else "Config"
-    config = getattr(transformers, name + suffix)(**{**SMALL, **own, **more})
-    made = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    config = getattr(transformers, name + suffix)(**{**SMALL, **settings, **more})
+    class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(5)
-    model = getattr(transformers, made)(config)
-    for each, weight in model.named_parameters():
-        scale = 0.3 if weight.dim() > 1 else 0.5
-        around = 1.0 if weight.dim() == 1 and each.endswith("weight") and "norm" in each.replace("ln_", "norm") else 0.0
-        torch.nn.init.normal_(weight, mean=around, std=scale)
+    model = getattr(transformers, class_name)(config)
+    for parameter, weight in model.named_parameters():
+        std = 0.3 if weight.dim() > 1 else 0.5
+        is_norm = weight.dim() == 1 and parameter.endswith("weight") and "norm" in parameter.replace("ln_", "norm")
+        torch.nn.init.normal_(weight, mean=1.0 if is_norm else 0.0, std=std)
     model.tie_weights()
     shutil.copytree(
         toy, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json", "generation_config.json")
@@ -121,7 +121,7 @@ def language_of(family: str, toy: Path, folder: Path, dtype: str = "float32", **
 
 
 EAGER = {"gemma2", "gemma2-uncapped", "gpt-neo", "gptj", "bloom", "mpt", "gpt-oss"}
-"""These have no scaled-dot-product attention in transformers."""
+"""Families without scaled-dot-product attention in transformers."""
 
 REFUSED = {
     "phi": "bias",
@@ -133,4 +133,4 @@ REFUSED = {
     "minicpm-like": "scales",
     "opt-projected": "head",
 }
-"""What layout hf has no place for, and a word of the reason."""
+"""Families that format hf can't represent, with a term of the error message."""

@@ -1,8 +1,8 @@
-"""Loads an export with LLaVA's own ``load_pretrained_model`` and runs prompts. A script for LLaVA's environment.
+"""Verification script for LLaVA's environment: loads an export with its ``load_pretrained_model``, runs prompts.
 
     python original_llava_outputs.py FOLDER PROMPTS.json OUT.safetensors [BASE]
 
-``BASE`` is the language model of a bare projector. The folder's name chooses the class, as in LLaVA.
+``BASE`` is the language model of a bare projector. LLaVA chooses the class by the folder's name.
 """
 
 import json
@@ -20,21 +20,21 @@ from safetensors.torch import save_file
 
 
 class Float32(SimpleNamespace):
-    """torch, but that LLaVA's builder loads weights in float32 in place of float16."""
+    """torch with float16 replaced by float32, so LLaVA's builder loads weights in float32."""
 
     def __getattr__(self, name: str) -> Any:
         return torch.float32 if name == "float16" else getattr(torch, name)
 
 
 def main(folder: str, prompts: str, out: str, base: str | None = None) -> None:
-    """Ids (image positions -200), logits [T, V] and greedy ids of every prompt, to ``out``."""
+    """Writes ids (-200 at image positions), pixels, logits and greedy answers of all prompts."""
     warnings.simplefilter("ignore")
     builder.torch = Float32()
     name = get_model_name_from_path(folder)
     tokenizer, model, processor, _ = builder.load_pretrained_model(folder, base, name, device="cpu")
-    asked = json.loads(Path(prompts).read_text(encoding="utf-8"))
-    found: dict[str, torch.Tensor] = {}
-    for index, prompt in enumerate(asked["prompts"]):
+    document = json.loads(Path(prompts).read_text(encoding="utf-8"))
+    outputs: dict[str, torch.Tensor] = {}
+    for index, prompt in enumerate(document["prompts"]):
         ids = tokenizer_image_token(prompt["text"], tokenizer, return_tensors="pt")[None]
         images = [Image.open(image).convert("RGB") for image in prompt["images"]]
         sizes = [image.size for image in images]
@@ -43,18 +43,18 @@ def main(folder: str, prompts: str, out: str, base: str | None = None) -> None:
             if pixels is None:
                 logits = model(input_ids=ids).logits
             else:
-                made = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pixels, sizes)
-                logits = model(position_ids=made[1], attention_mask=made[2], inputs_embeds=made[4]).logits
-                found[f"{index}.pixels"] = pixels.contiguous()
-            said = model.generate(
-                ids, images=pixels, image_sizes=sizes, do_sample=False, max_new_tokens=asked["max_new_tokens"]
+                inputs = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, pixels, sizes)
+                logits = model(position_ids=inputs[1], attention_mask=inputs[2], inputs_embeds=inputs[4]).logits
+                outputs[f"{index}.pixels"] = pixels.contiguous()
+            generated = model.generate(
+                ids, images=pixels, image_sizes=sizes, do_sample=False, max_new_tokens=document["max_new_tokens"]
             )
-        texts = int((ids >= 0).sum())
-        tokens = (logits.shape[1] - texts) // max(len(images), 1)
-        placed = [each.repeat(tokens) if each < 0 else each for each in ids[0][:, None]]
-        found |= {f"{index}.ids": torch.cat(placed), f"{index}.logits": logits[0].contiguous()}
-        found[f"{index}.said"] = said[0].contiguous()
-    save_file(found, out)
+        text_tokens = int((ids >= 0).sum())
+        image_tokens = (logits.shape[1] - text_tokens) // max(len(images), 1)
+        expanded = [token.repeat(image_tokens) if token < 0 else token for token in ids[0][:, None]]
+        outputs |= {f"{index}.ids": torch.cat(expanded), f"{index}.logits": logits[0].contiguous()}
+        outputs[f"{index}.said"] = generated[0].contiguous()
+    save_file(outputs, out)
 
 
 if __name__ == "__main__":

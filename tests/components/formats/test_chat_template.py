@@ -1,4 +1,4 @@
-"""Exported chat templates render messages as in training, whatever their contents."""
+"""Exported chat templates render messages as in training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.formats.chat_template import chat_template, rendered
+from llavactl.components.formats.chat_template import chat_template, render_text
 from llavactl.components.templates.styles import STYLES
 from llavactl.core.registry import registry
 from llavactl.core.schema import Turn
-from llavactl.data.encode import arrange
+from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
 from .conftest import Make
 from .test_export import exported
 
-PHOTO = ImageFile("/photos", "a.jpg")
+IMAGE = ImageFile("/photos", "a.jpg")
 
 
 def _user(*content: Any) -> Turn:
@@ -28,28 +28,28 @@ def _answer(text: str) -> Turn:
     return Turn("assistant", (text,))
 
 
-TALKS: dict[str, tuple[Turn, ...]] = {
-    "a question with an image is stripped": (_user(PHOTO, "\n\t What is it? \n"),),
-    "one without is not": (_user("  What is it? "), _answer(" So. "), _user(" Why ?\n")),
-    "images among text": (_user(" a ", PHOTO, " b ", PHOTO, " c\u3000"), _answer("Yes."), _user("\nAnd ", PHOTO)),
-    "no question": (_user(PHOTO), _answer("A cat."), _user(" \n", PHOTO, PHOTO)),
+CONVERSATIONS: dict[str, tuple[Turn, ...]] = {
+    "a question with an image is stripped": (_user(IMAGE, "\n\t What is it? \n"),),
+    "a question without an image is not": (_user("  What is it? "), _answer(" So. "), _user(" Why ?\n")),
+    "images among text": (_user(" a ", IMAGE, " b ", IMAGE, " c\u3000"), _answer("Yes."), _user("\nAnd ", IMAGE)),
+    "no question": (_user(IMAGE), _answer("A cat."), _user(" \n", IMAGE, IMAGE)),
     "an empty question": (_user(""), _answer(""), _user("")),
-    "a system turn": (Turn("system", ("Be short. ",)), _user(PHOTO, "What?")),
+    "a system turn": (Turn("system", ("Be short. ",)), _user(IMAGE, "What?")),
     "an empty system turn": (Turn("system", ("",)), _user("What?"), _answer("So."), _user("Why?")),
-    "quotes and marks": (_user('"\\n" {{ x }} {% y %}', PHOTO), _answer("</s>'\"\\"), _user("é 一")),
+    "quotes and Jinja syntax": (_user('"\\n" {{ x }} {% y %}', IMAGE), _answer("</s>'\"\\"), _user("é 一")),
 }
 
 
 @pytest.mark.parametrize("parts", [True, False])
-@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", STYLES)
-def test_messages_are_rendered_as_in_training(toys: Path, name: str, talk: str, parts: bool) -> None:
-    """With content as text where it can be (``parts`` false), and as lists of parts in any order."""
+def test_messages_are_rendered_as_in_training(toys: Path, name: str, conversation: str, parts: bool) -> None:
+    """Content is passed as lists of parts, and without ``parts`` as text if there is no image."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = registry().create("templates", {"name": name})
     tokenizer = registry().create("languages", {"name": "hf", "model": str(toys / "language")}).tokenizer()
-    turns = TALKS[talk]
+    turns = CONVERSATIONS[conversation]
     messages = [
         {
             "role": turn.role,
@@ -63,13 +63,13 @@ def test_messages_are_rendered_as_in_training(toys: Path, name: str, talk: str, 
     ]
     jinja = chat_template(template, tokenizer)
     (found,), _ = render_jinja_template([messages], chat_template=jinja, add_generation_prompt=True)
-    assert found == rendered(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
-    if talk == "an empty system turn" and name == "llama-2":
+    assert found == render_text(template, tokenizer, arrange(turns, "first", ""), True, "<image>")
+    if conversation == "an empty system turn" and name == "llama-2":
         assert "SYS" not in found
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_a_finished_conversation(toys: Path, name: str) -> None:
+def test_finished_conversations_are_rendered_as_in_training(toys: Path, name: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = registry().create("templates", {"name": name})
@@ -77,29 +77,28 @@ def test_a_finished_conversation(toys: Path, name: str) -> None:
     turns = (_user("What?"), _answer("So."))
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     (found,), _ = render_jinja_template([messages], chat_template=chat_template(template, tokenizer))
-    assert found == rendered(template, tokenizer, turns, False, "<image>")
+    assert found == render_text(template, tokenizer, turns, False, "<image>")
 
 
-SEES = (
+WITH_IMAGES = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision|><|image_pad|><|/vision|>{% else %}{{ c['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As Qwen-VL's: an image token of its own, between two others."""
+"""Like Qwen-VL's: an image token between two other tokens."""
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""As Gemma 2's: text alone, and a system turn is refused."""
+"""Like Gemma 2's: no images, and system turns are refused."""
 
 
-@pytest.mark.parametrize(("text", "own"), [(SEES, True), (NO_SYSTEM, False)])
-def test_a_tokenizers_own_chat_template_is_exported(
+@pytest.mark.parametrize(("text", "own"), [(WITH_IMAGES, True), (NO_SYSTEM, False)])
+def test_tokenizers_chat_template_is_exported_unchanged_if_it_supports_images(
     native: Make, toys: Path, tmp_path: Path, text: str, own: bool
 ) -> None:
-    """As it is where it writes images; verified by another process."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(toys / "language")

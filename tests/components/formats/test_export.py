@@ -1,4 +1,4 @@
-"""Exports are the model they were made of, as a process that can't import llavactl loads them; and come back whole."""
+"""Exports equal their model in a process without llavactl, and when llavactl reads them again."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import pytest
 
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make
 
 
-def exported(model: Path, form: str, to: Path, *photos: Path) -> Any:
-    shown = [part for photo in photos for part in ("--image", str(photo))]
-    return written(model, form, to, "--verify", *shown)
+def exported(model: Path, form: str, to: Path, *images: Path) -> Any:
+    """The report of a verified export."""
+    options = [part for image in images for part in ("--image", str(image))]
+    return written(model, form, to, "--verify", *options)
 
 
 def written(model: Path, form: str, to: Path, *more: str) -> Any:
+    """The report of an export, not verified unless ``more`` has ``--verify``."""
     verify = () if "--verify" in more else ("--no-verify",)
     result = run_cli("export", "--model", str(model), "--format", form, "--to", str(to), "--json", *verify, *more)
     assert result.exit_code == 0, result.stderr
@@ -32,14 +34,14 @@ def written(model: Path, form: str, to: Path, *more: str) -> Any:
 def weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Connector and language model of a model folder, adapter merged."""
     loaded = model_folder.load(folder)
-    language: Any = loaded.parts.model.language
+    language: Any = loaded.bundle.model.language
     if loaded.description["method"] == "lora":
         language = language.merge_and_unload()
-    return loaded.parts.model.connector.state_dict(), language.state_dict()
+    return loaded.bundle.model.connector.state_dict(), language.state_dict()
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any], rows: int | None = None) -> None:
-    """Equal to the bit; ``rows`` of the embeddings, which a layout may have more of."""
+    """Weights are equal; with ``rows``, ``theirs`` may have more rows."""
     import torch
 
     assert ours.keys() == theirs.keys()
@@ -57,12 +59,12 @@ def same(ours: dict[str, Any], theirs: dict[str, Any], rows: int | None = None) 
         ("llava", "mlp2x-gelu", "pad", "vicuna-v1"),
     ],
 )
-def test_out_and_back(
+def test_an_export_is_read_as_the_same_model(
     native: Make, toys: Path, tmp_path: Path, form: str, connector: str, image: str, template: str
 ) -> None:
     model = native("ours", connector=connector, image=image, template=template)
-    photos = sorted((toys / "images").iterdir())[:2]
-    report = exported(model, form, tmp_path / "out", *photos)
+    images = sorted((toys / "images").iterdir())[:2]
+    report = exported(model, form, tmp_path / "out", *images)
     verified = report["verified"]
     assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 7
     assert verified["logits"] < 1e-4
@@ -74,8 +76,8 @@ def test_out_and_back(
 
 
 @pytest.mark.parametrize("form", ["hf", "llava", "peft"])
-def test_adapters_merged_or_kept(native: Make, tmp_path: Path, form: str) -> None:
-    """In float32 merging changes nothing that can be seen; kept, the adapter comes back to the bit."""
+def test_adapters(native: Make, tmp_path: Path, form: str) -> None:
+    """Merging in float32 stays within the tolerance; ``peft`` preserves the adapter exactly."""
     model = native("ours", method="lora")
     report = exported(model, form, tmp_path / "out")
     assert report["verified"]["logits"] < 1e-4
@@ -88,18 +90,18 @@ def test_adapters_merged_or_kept(native: Make, tmp_path: Path, form: str) -> Non
 
 
 @pytest.mark.parametrize("form", ["hf", "llava"])
-def test_from_one_layout_to_the_other(native: Make, tmp_path: Path, form: str) -> None:
+def test_conversion_between_formats(native: Make, tmp_path: Path, form: str) -> None:
     other = {"hf": "llava", "llava": "hf"}[form]
     written(native("ours"), form, tmp_path / "one")
     assert exported(tmp_path / "one", other, tmp_path / "two")["verified"]["logits"] < 1e-4
     if other == "llava":
-        # It is whole without the folder that it was made of.
+        # The export doesn't depend on the folder it was converted from.
         shutil.rmtree(tmp_path / "one")
         assert run_cli("chat", "--model", str(tmp_path / "two"), "--prompt", "Hello?").exit_code == 0
 
 
 def test_a_stage_1_model(native: Make, tmp_path: Path) -> None:
-    """In the original layout a bare projector; its template holds no conversation, so there is no chat template."""
+    """In format llava a bare projector; the template ``plain`` has no chat template."""
     model = native("ours", method="connector", template="plain")
     assert exported(model, "llava", tmp_path / "llava")["verified"]["logits"] < 1e-4
     assert (tmp_path / "llava" / "mm_projector.bin").is_file()
@@ -113,54 +115,53 @@ def test_with_the_class_token(native: Make, tmp_path: Path) -> None:
     assert model_folder.describe(resolve(tmp_path / "out"))["vision"]["select"] == "cls-patch"
 
 
-def test_bfloat16_is_saved_as_it_is(native: Make, tmp_path: Path) -> None:
+def test_bfloat16_weights_are_saved_exactly(native: Make, tmp_path: Path) -> None:
     model = native("ours", precision="bfloat16")
     written(model, "hf", tmp_path / "out")
     for ours, theirs in zip(weights(model), weights(resolve(tmp_path / "out")), strict=True):
         same(ours, theirs, rows=1)
 
 
-def test_new_rows_never_win(native: Make, tmp_path: Path) -> None:
-    """The embeddings grow to a multiple of 64; no new token is ever the likeliest."""
+def test_new_tokens_are_never_the_most_likely(native: Make, tmp_path: Path) -> None:
+    """The embeddings are padded to a multiple of 64 rows."""
     import torch
     from safetensors.torch import load_file
 
     written(native("ours"), "hf", tmp_path / "out")
     head = load_file(tmp_path / "out" / "model.safetensors")["language_model.lm_head.weight"]
-    old = 400
+    old_rows = 400
     assert len(head) == 448
     torch.manual_seed(0)
     logits = torch.randn(1000, head.shape[1]) @ head.T
-    assert int(logits.argmax(-1).max()) < old
+    assert int(logits.argmax(-1).max()) < old_rows
 
 
-def test_a_wrong_export_is_found(native: Make, tmp_path: Path) -> None:
-    """Verification looks at what is on disk, and exits 1."""
+def test_verification_finds_changed_files(native: Make, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from .test_verification import stamped
+    from .test_verification import update_record
 
     model = native("ours")
     written(model, "hf", tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
-    held = load_file(file)
-    held["multi_modal_projector.linear_2.bias"] += 1
-    save_file(held, file, metadata={"format": "pt"})
-    stamped(tmp_path / "out")
+    tensors = load_file(file)
+    tensors["multi_modal_projector.linear_2.bias"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    update_record(tmp_path / "out")
     again = ("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"), "--verify")
     result = run_cli(*again)
     assert result.exit_code == 1
     assert "logits differ" in result.stderr
     template = tmp_path / "out" / "chat_template.jinja"
     template.write_text(template.read_text().replace("USER", "USEZ"))
-    stamped(tmp_path / "out")
-    assert "other token ids" in run_cli(*again).stderr
+    update_record(tmp_path / "out")
+    assert "token ids differ" in run_cli(*again).stderr
     file.write_bytes(b"no weights".ljust(file.stat().st_size))
-    stamped(tmp_path / "out")
-    assert "another program can't load it" in run_cli(*again).stderr
+    update_record(tmp_path / "out")
+    assert "can't load it" in run_cli(*again).stderr
 
 
-def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) -> None:
+def test_unsupported_parts_are_refused(native: Make, tmp_path: Path) -> None:
     model = native("ours")
     description = json.loads((model / "llavactl.json").read_text())
     (model / "llavactl.json").write_text(
@@ -168,21 +169,21 @@ def test_what_has_no_place_in_a_layout_is_refused(native: Make, tmp_path: Path) 
     )
     result = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "no connector mlp2x-gelu with pixel_shuffle: 2" in result.stderr
+    assert "mlp2x-gelu with pixel_shuffle: 2" in result.stderr
     assert not (tmp_path / "out").exists()
     result = run_cli("export", "--model", str(native("full")), "--format", "peft", "--to", str(tmp_path / "out"))
     assert "no adapter" in result.stderr
 
 
-def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
+def test_other_files_are_never_overwritten(native: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("text")
     model = str(native("ours"))
-    result = run_cli("export", "--model", model, "--format", "hf", "--to", str(mine))
+    result = run_cli("export", "--model", model, "--format", "hf", "--to", str(folder))
     assert result.exit_code == 1
-    assert "no export of llavactl" in result.stderr
-    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert "thesis.txt" in result.stderr
+    assert (folder / "thesis.txt").read_text() == "text"
     to = ("export", "--model", model, "--to", str(tmp_path / "out"), "--json", "--no-verify")
     assert not run_cli(*to, "--format", "hf").json()["finished_before"]
     assert run_cli(*to, "--format", "hf").json()["finished_before"]
@@ -190,8 +191,7 @@ def test_a_folder_of_others_is_never_written_over(native: Make, tmp_path: Path) 
     assert (tmp_path / "out" / "config.json").read_text().count("mm_vision_tower") == 1
 
 
-def test_a_file_of_the_users_in_an_export_stays(native: Make, tmp_path: Path) -> None:
-    """And an export that was damaged is written anew."""
+def test_a_user_file_in_an_export_is_kept_and_a_damaged_export_repeated(native: Make, tmp_path: Path) -> None:
     model, out = native("ours"), tmp_path / "out"
     written(model, "hf", out)
     (out / "mine.txt").write_text("mine")
@@ -200,10 +200,10 @@ def test_a_file_of_the_users_in_an_export_stays(native: Make, tmp_path: Path) ->
     assert "mine.txt" in refused.stderr
     assert (out / "mine.txt").read_text() == "mine"
     (out / "mine.txt").unlink()
-    whole = (out / "model.safetensors").stat().st_size
+    size = (out / "model.safetensors").stat().st_size
     (out / "model.safetensors").write_bytes(b"cut")
     assert not written(model, "hf", out)["finished_before"]
-    assert (out / "model.safetensors").stat().st_size == whole
+    assert (out / "model.safetensors").stat().st_size == size
 
 
 def test_unknown_format(native: Make, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_unknown_format(native: Make, tmp_path: Path) -> None:
     assert "did you mean 'hf'" in result.stderr
 
 
-def test_a_model_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"llavactl\.json"):
         resolve(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -220,11 +220,10 @@ def test_a_model_that_is_no_model(tmp_path: Path) -> None:
         resolve(tmp_path)
 
 
-def test_an_adapter_in_bfloat16_changes_no_positions(native: Make) -> None:
-    """Rounded to bfloat16, the frequencies of rotary positions would turn every token a little wrong."""
+def test_rotary_frequencies_stay_float32_with_an_adapter_in_bfloat16(native: Make) -> None:
     import torch
 
-    language: Any = model_folder.load(native("ours", method="lora", precision="bfloat16")).parts.model.language
+    language: Any = model_folder.load(native("ours", method="lora", precision="bfloat16")).bundle.model.language
     frequencies = [buffer for name, buffer in language.named_buffers() if name.endswith("inv_freq")]
     assert frequencies
     assert all(buffer.dtype == torch.float32 for buffer in frequencies)
@@ -232,7 +231,7 @@ def test_an_adapter_in_bfloat16_changes_no_positions(native: Make) -> None:
 
 
 @pytest.mark.parametrize("form", ["hf", "llava"])
-def test_an_adapter_merged_in_bfloat16_says_what_rounding_cost(native: Make, tmp_path: Path, form: str) -> None:
+def test_verification_reports_the_rounding_of_a_merged_adapter(native: Make, tmp_path: Path, form: str) -> None:
     verified = exported(native("ours", method="lora", precision="bfloat16"), form, tmp_path / "out")["verified"]
     assert verified["logits"] < 1e-4
     assert 0 < verified["rounding"] < 0.2 * max(1, verified["largest_logit"])

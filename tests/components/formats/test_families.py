@@ -1,4 +1,4 @@
-"""Language models of many families in the layouts: exact, or refused before anything is written."""
+"""Exports of language models of many families are exact, or refused before anything is written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llavactl.components.formats.hf import HfLlava
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make
@@ -21,15 +21,15 @@ from .families import EAGER, FAMILIES, REFUSED, language_of
 from .test_export import exported, written
 
 
-def made(native: Make, toys: Path, tmp_path: Path, family: str, **more: Any) -> Path:
+def make_model(native: Make, toys: Path, tmp_path: Path, family: str, **more: Any) -> Path:
     language = language_of(family, toys / "language", tmp_path / "language", **more)
-    # An adapter leaves the language model where it is, with its kind of attention.
-    how = {"method": "lora", "attention": "eager"} if family in EAGER else {}
-    return native("ours", language=language, **how)
+    # With an adapter, the language model stays in its folder and keeps its attention implementation.
+    settings = {"method": "lora", "attention": "eager"} if family in EAGER else {}
+    return native("ours", language=language, **settings)
 
 
 def logits(model: Any) -> Any:
-    """Logits [T, V] about random embeddings."""
+    """Logits [T, V] for random embeddings."""
     import torch
 
     width = model.get_input_embeddings().weight.shape[1]
@@ -38,24 +38,24 @@ def logits(model: Any) -> Any:
         return model.eval()(inputs_embeds=embeds, use_cache=False).logits[0]
 
 
-def same(model: Path, theirs: Any) -> None:
-    """``theirs`` has the logits of ``model``, and no token more that could win."""
+def assert_same_logits(model: Path, exported_model: Any) -> None:
+    """``exported_model`` has the logits of ``model``, and none of its additional tokens is ever the most likely."""
     loaded = model_folder.load(model)
-    language: Any = loaded.parts.model.language
+    language: Any = loaded.bundle.model.language
     if loaded.description["method"] == "lora":
         language = language.merge_and_unload()
-    ours, found = logits(language), logits(theirs)
+    ours, found = logits(language), logits(exported_model)
     tokens = ours.shape[-1]
-    # Ours may run with another kind of attention.
+    # The attention implementations may differ.
     assert (ours - found[:, :tokens]).abs().max() <= 1e-4 * ours.abs().max()
     assert int(found.argmax(-1).max()) < tokens
 
 
-def read_back(model: Path, to: Path) -> None:
-    """llavactl reads its own export as the same model, with the attention it was trained with."""
-    again = model_folder.load(resolve(to)).parts.model.language
-    same(model, again)
-    ours = model_folder.load(model).parts.model.language
+def assert_read_back(model: Path, to: Path) -> None:
+    """llavactl reads its own export as the same model, with the attention implementation of training."""
+    again = model_folder.load(resolve(to)).bundle.model.language
+    assert_same_logits(model, again)
+    ours = model_folder.load(model).bundle.model.language
     assert again.config._attn_implementation == ours.config._attn_implementation
 
 
@@ -63,7 +63,7 @@ def read_back(model: Path, to: Path) -> None:
 def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    model, to = made(native, toys, tmp_path, family), tmp_path / "out"
+    model, to = make_model(native, toys, tmp_path, family), tmp_path / "out"
     if family in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[family]) as refused:
             HfLlava(None).write(model, to)
@@ -71,34 +71,34 @@ def test_hf_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family
         assert not to.exists()
         return
     HfLlava(None).write(model, to)
-    theirs, info = LlavaForConditionalGeneration.from_pretrained(to, output_loading_info=True)
+    exported_model, info = LlavaForConditionalGeneration.from_pretrained(to, output_loading_info=True)
     assert not any(info.values())
-    same(model, theirs)
-    assert theirs.config.text_config.use_cache
-    read_back(model, to)
+    assert_same_logits(model, exported_model)
+    assert exported_model.config.text_config.use_cache
+    assert_read_back(model, to)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_llava_is_exact(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
-    """By default only what LLaVA's own programs load; with ``strict: false`` every family."""
-    model, to = made(native, toys, tmp_path, family), tmp_path / "out"
+def test_llava_is_exact_or_refused(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
+    """By default only Llama is exported; with ``strict: false`` every family."""
+    model, to = make_model(native, toys, tmp_path, family), tmp_path / "out"
     if family not in ("llama", "llama-tied"):
-        with pytest.raises(ModelError, match="LLaVA's programs") as refused:
+        with pytest.raises(ModelError) as refused:
             OriginalLlava(OriginalLlavaOptions()).write(model, to)
         assert "strict=false" in refused.value.hint
         assert not to.exists()
         OriginalLlava(OriginalLlavaOptions(strict=False)).write(model, to)
     else:
         OriginalLlava(OriginalLlavaOptions()).write(model, to)
-    same(model, llava_outputs.language(to, json.loads((to / "config.json").read_text())))
-    read_back(model, to)
+    assert_same_logits(model, llava_outputs.language(to, json.loads((to / "config.json").read_text())))
+    assert_read_back(model, to)
 
 
 @pytest.mark.parametrize(
     "rope",
     [{"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}],
 )
-def test_llava_has_positions_by_the_names_that_the_original_reads(
+def test_llava_has_the_older_keys_for_position_embeddings(
     native: Make, toys: Path, tmp_path: Path, rope: dict[str, Any]
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,21 +112,22 @@ def test_llava_has_positions_by_the_names_that_the_original_reads(
     written = json.loads((to / "config.json").read_text())
     assert written["rope_theta"] == rope["rope_theta"]
     assert (written["rope_scaling"] or {}).get("factor") == rope.get("factor")
-    same(model, llava_outputs.language(to, {**written, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}))
+    assert_same_logits(
+        model, llava_outputs.language(to, {**written, "rope_parameters": {"rope_type": "default", "rope_theta": 1.0}})
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
 def test_families_verified_by_another_process(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
-    """Text, batches and images too, which the tests above leave out."""
-    assert not exported(made(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
+    """Compares text, batches and images, unlike the tests above."""
+    assert not exported(make_model(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("form", ["hf", "peft"])
-def test_what_is_refused_leaves_what_was_there(
+def test_a_refused_export_keeps_the_previous_one(
     native: Make, toys: Path, tmp_path: Path, form: str, method: str
 ) -> None:
-    """One line, exit 1, and an earlier export stays as it was."""
     out = tmp_path / "out"
     written(native("before", method="lora"), form, out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -140,7 +141,7 @@ def test_what_is_refused_leaves_what_was_there(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_llava_holds_no_other_backbone_than_clip(native: Make, toys: Path, tmp_path: Path) -> None:
+def test_llava_refuses_other_backbones_than_clip(native: Make, toys: Path, tmp_path: Path) -> None:
     from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -170,7 +171,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("llava", "full"), ("peft", "lora")])
 def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str, method: str) -> None:
-    """Answers end at all of the base's end tokens and the template's; decoding is greedy, as llavactl's."""
+    """Answers end at the end tokens of the base and of the template; decoding is greedy."""
     language = language_of("llama", toys / "language", tmp_path / "language")
     (language / "generation_config.json").write_text(json.dumps(SETTINGS))
     model = native("ours", language=language, method=method, template="chatml")
@@ -187,10 +188,10 @@ def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str
     ("template", "texts"), [("vicuna-v0", ["###"]), ("vicuna-v1", []), ("plain", ["\n"]), ("chatml", [])]
 )
 @pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("peft", "lora")])
-def test_stop_strings_are_stated(
+def test_stop_strings_are_in_the_record_and_on_the_card(
     native: Make, tmp_path: Path, form: str, method: str, template: str, texts: list[str]
 ) -> None:
-    """Beside the weights and on the card; in generation_config.json they would keep transformers from generating."""
+    """They are not in generation_config.json, with which ``generate`` would require the tokenizer."""
     written(native("ours", method=method, template=template), form, tmp_path / "out")
     base = tmp_path / "out" / ("base" if form == "peft" else "")
     assert json.loads((base / "llavactl_export.json").read_text())["stop_strings"] == texts

@@ -1,4 +1,4 @@
-"""The llava layout as LLaVA's own programs read it: configuration, tokenizer files and vision encoder."""
+"""Format llava for LLaVA's code: configuration, tokenizer files and vision encoder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOptions
-from llavactl.components.formats.llava_support import READS
+from llavactl.components.formats.llava_support import CONFIG_KEYS
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 from llavactl.testing.toys import toy_language
 
-from ..conftest import MODEL, language, llama_folder, prepending, sentencepiece_speaker
+from ..conftest import MODEL, language, llama_folder, sentencepiece_reference, with_prepend_normalizer
 from .conftest import Make
 from .families import language_of
 from .test_export import exported, written
@@ -30,19 +30,19 @@ TEXTS = (
     "Hello world", "\nWhat is in this picture?", "a  b   c\n\n  d", "USER: hi</s>ASSISTANT: x</s>", "naïve café",
     "这是什么", "🐕‍🦺", "</s><s>x", "", "\n", "tab\tx", "def f(x):\n    return x", "1234567 89.10", "«ça»", "Ω≈ç√∫",
 )  # fmt: skip
-real = pytest.mark.skipif(not MODEL.is_file(), reason="there is no real SentencePiece model: tests/vocabularies.txt")
+real = pytest.mark.skipif(not MODEL.is_file(), reason="no SentencePiece model installed: see tests/vocabularies.txt")
 
 
 def reads(config: dict[str, Any], kind: str = "llama") -> dict[str, Any]:
-    """``config`` as transformers 4.37 reads it: only the keys that it knows."""
-    return {key: value for key, value in config.items() if key in READS[kind]}
+    """The keys of ``config`` that transformers 4.37 reads."""
+    return {key: value for key, value in config.items() if key in CONFIG_KEYS[kind]}
 
 
 class TestTokenizer:
     @real
     @pytest.mark.parametrize("legacy", [True, False])
     def test_a_sentencepiece_vocabulary_is_rebuilt(self, tmp_path: Path, legacy: bool) -> None:
-        """Its tokenizer.model encodes as the original one; transformers 5 reads the folder as the same tokenizer."""
+        """tokenizer.model encodes like the original one, and transformers 5 reads the same tokenizer."""
         from sentencepiece import SentencePieceProcessor
 
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=legacy))
@@ -57,10 +57,10 @@ class TestTokenizer:
         pieces = range(given.get_piece_size())
         assert [made.id_to_piece(token) for token in pieces] == [given.id_to_piece(token) for token in pieces]
         assert all(made.is_control(token) == given.is_control(token) for token in pieces)
-        again, speaker = AutoTokenizer.from_pretrained(tmp_path / "out"), sentencepiece_speaker(legacy)
+        again, reference = AutoTokenizer.from_pretrained(tmp_path / "out"), sentencepiece_reference(legacy)
         for text in TEXTS:
             assert made.encode(text) == given.encode(text)
-            assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == speaker(text)
+            assert tokenizer(text)["input_ids"] == again(text)["input_ids"] == reference(text)
 
     @real
     def test_added_tokens_are_kept(self, tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ class TestTokenizer:
         assert (again.pad_token, len(again)) == ("<pad>", len(tokenizer))
 
     @real
-    def test_no_piece_ends_with_a_token_that_training_has_not(self, tmp_path: Path) -> None:
-        """LLaVA's programs tokenise each piece of a prompt with all that the tokenizer adds."""
+    def test_add_eos_token_is_off(self, tmp_path: Path) -> None:
+        """LLaVA's code tokenizes each piece of a prompt with all special tokens that the tokenizer adds."""
         folder = llama_folder(tmp_path / "llama", legacy=True)
         stated = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"add_eos_token": True}))
@@ -91,7 +91,7 @@ class TestTokenizer:
         assert again.encode("a").ids == [1, *tokenizer("a", add_special_tokens=False)["input_ids"]]
 
     @pytest.mark.parametrize("begin", ["<s> ", ""])
-    def test_of_a_post_processor_only_bos_is_written(self, tmp_path: Path, begin: str) -> None:
+    def test_the_post_processor_adds_only_bos(self, tmp_path: Path, begin: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(toy_language(tmp_path / "toy"))
         specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{begin}$A </s>", None, specials)
@@ -101,7 +101,7 @@ class TestTokenizer:
         assert again.encode("USER: hi").ids == ([tokenizer.bos_token_id] if begin else []) + bare
 
     @pytest.mark.parametrize("clean", [True, False])
-    def test_answers_are_decoded_as_here(self, tmp_path: Path, clean: bool) -> None:
+    def test_clean_up_tokenization_spaces_is_saved(self, tmp_path: Path, clean: bool) -> None:
         tokenizer = AutoTokenizer.from_pretrained(toy_language(tmp_path / "toy"))
         tokenizer.clean_up_tokenization_spaces = clean
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
@@ -109,8 +109,7 @@ class TestTokenizer:
         assert stated["clean_up_tokenization_spaces"] is clean
 
     @real
-    def test_a_word_of_the_vocabulary_may_be_special(self, tmp_path: Path) -> None:
-        """Its name alone is split off, but words are still made of it."""
+    def test_a_special_token_may_be_part_of_merges(self, tmp_path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
@@ -121,7 +120,7 @@ class TestTokenizer:
             assert made.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @real
-    def test_bytes_may_be_special(self, tmp_path: Path) -> None:
+    def test_byte_tokens_may_be_special(self, tmp_path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
@@ -131,7 +130,7 @@ class TestTokenizer:
         assert made.encode("\n🐕") == tokenizer("\n🐕", add_special_tokens=False)["input_ids"]
 
     @real
-    def test_a_token_that_the_slow_tokenizer_misses_is_refused(self, tmp_path: Path) -> None:
+    def test_single_word_tokens_are_refused(self, tmp_path: Path) -> None:
         tokenizer = language(llama_folder(tmp_path / "llama", legacy=True))
         tokenizer.add_tokens([AddedToken("blorp", single_word=True)])
         with pytest.raises(ModelError, match="blorp"):
@@ -139,9 +138,7 @@ class TestTokenizer:
 
     @real
     @pytest.mark.parametrize("legacy", [True, False])
-    def test_what_is_exported_can_be_loaded_and_what_transformers_5_saves_can_not(
-        self, tmp_path: Path, legacy: bool
-    ) -> None:
+    def test_loads_tokenizer_with_a_sentencepiece_vocabulary(self, tmp_path: Path, legacy: bool) -> None:
         given = llama_folder(tmp_path / "llama", legacy=legacy)
         tokenizer = language(given)
         tokenizer.save_pretrained(tmp_path / "new")
@@ -149,7 +146,7 @@ class TestTokenizer:
         found = {name: loads_tokenizer(tmp_path / name) for name in ("llama", "new", "old", "nowhere")}
         assert found == {"llama": True, "new": False, "old": True, "nowhere": True}
 
-    def test_the_same_of_other_vocabularies(self, tmp_path: Path) -> None:
+    def test_loads_tokenizer_with_other_vocabularies(self, tmp_path: Path) -> None:
         folder = toy_language(tmp_path / "new")
         save_tokenizer(AutoTokenizer.from_pretrained(folder), tmp_path / "old", fast=False)
         assert not loads_tokenizer(folder)
@@ -157,7 +154,7 @@ class TestTokenizer:
 
     @real
     def test_tokenizers_of_older_transformers(self, tmp_path: Path) -> None:
-        tokenizer = prepending(language(llama_folder(tmp_path / "llama", legacy=True)))
+        tokenizer = with_prepend_normalizer(language(llama_folder(tmp_path / "llama", legacy=True)))
         save_tokenizer(tokenizer, tmp_path / "out", fast=False)
         again = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in TEXTS)
@@ -177,13 +174,13 @@ class TestTokenizer:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
-        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-        words.decoder = decoders.Metaspace(prepend_scheme="first")
-        save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?"), tmp_path / "out", fast=False)
-        backend = json.loads((tmp_path / "out/tokenizer.json").read_text())
+        backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "?": 2}, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+        save_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="?"), tmp_path / "out", fast=False)
+        written_json = json.loads((tmp_path / "out/tokenizer.json").read_text())
         spaces = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "prepend_scheme": "first"}
-        assert backend["pre_tokenizer"] == backend["decoder"] == spaces
+        assert written_json["pre_tokenizer"] == written_json["decoder"] == spaces
 
     @pytest.mark.parametrize("newer", ["ignore_merges", "normalizer", "pre_tokenizer"])
     def test_newer_parts_are_refused(self, toys: Path, tmp_path: Path, newer: str) -> None:
@@ -229,14 +226,14 @@ class TestTokenizer:
 def test_unsupported_configurations_are_refused(
     native: Make, toys: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    """Before anything is written, with the option that writes it for other programs."""
+    """Before anything is written; ``strict=false`` exports them."""
     model = native("ours", language=language_of("llama", toys / "language", tmp_path / "language", **changed))
-    words = ("export", "--model", str(model), "--format", "llava", "--to", str(tmp_path / "out"), "--json")
-    refused = run_cli(*words)
+    command = ("export", "--model", str(model), "--format", "llava", "--to", str(tmp_path / "out"), "--json")
+    refused = run_cli(*command)
     assert refused.exit_code == 1
     assert "strict=false" in refused.stderr
     assert not (tmp_path / "out").exists()
-    assert run_cli(*words, "-t", "strict=false").json()["verified"]["logits"] < 1e-4
+    assert run_cli(*command, "-t", "strict=false").json()["verified"]["logits"] < 1e-4
 
 
 @pytest.mark.parametrize(("window", "loads"), [(8, False), (4096, True), (None, True)])
@@ -249,15 +246,15 @@ def test_sliding_windows(native: Make, toys: Path, tmp_path: Path, window: int |
 
 
 def test_a_stage_1_export_has_the_sizes_of_its_language_model(native: Make, toys: Path, tmp_path: Path) -> None:
-    """The original makes the language model from them before it reads the base's weights."""
+    """LLaVA's code creates the language model with these sizes before it reads the weights of the base."""
     rope = {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}
     folder = language_of("llama", toys / "language", tmp_path / "language", rms_norm_eps=1e-3, rope_parameters=rope)
     model = native("ours", method="connector", template="plain", language=folder)
     written(model, "llava", tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    # From these keys alone the base's weights make the same model.
+    # With only these keys, the weights of the base give the same model.
     theirs = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**reads(config)))
-    ours = model_folder.load(model).parts.model.language
+    ours = model_folder.load(model).bundle.model.language
     assert theirs.config.rms_norm_eps == 1e-3
     for key in ("hidden_size", "num_key_value_heads", "intermediate_size"):
         assert getattr(theirs.config, key) == getattr(ours.config, key)
@@ -267,7 +264,7 @@ def test_a_stage_1_export_has_the_sizes_of_its_language_model(native: Make, toys
 
 class TestVisionEncoder:
     def test_tensors_have_older_names(self, native: Make, toys: Path, tmp_path: Path) -> None:
-        """transformers 4.37 would read none of the tensors that transformers 5 writes, and start from random ones."""
+        """With the names of transformers 5, transformers 4.37 would read no tensor and keep random weights."""
         from safetensors import safe_open
 
         written(native("ours"), "llava", tmp_path / "out")
@@ -291,7 +288,7 @@ class TestVisionEncoder:
         assert not (tmp_path / "out/vision_tower").exists()
 
     def test_a_moved_export_is_read(self, native: Make, tmp_path: Path) -> None:
-        """And made again there, since it names its vision encoder by an absolute path."""
+        """It is then exported again, because it refers to its vision encoder by an absolute path."""
         model = native("ours")
         written(model, "llava", tmp_path / "out")
         (tmp_path / "out").rename(tmp_path / "moved")
@@ -304,20 +301,29 @@ class TestVisionEncoder:
 
 
 class TestOptions:
-    def test_other_options_are_another_export(self, native: Make, tmp_path: Path) -> None:
-        words = ("export", "--model", str(native("ours")), "--format", "llava", "--to", str(tmp_path / "out"), "--json")
-        assert not run_cli(*words, "--no-verify").json()["finished_before"]
-        assert not run_cli(*words, "--no-verify", "-t", "strict=false").json()["finished_before"]
-        assert run_cli(*words, "--no-verify", "-t", "strict=false").json()["finished_before"]
+    def test_an_export_with_other_options_is_written_again(self, native: Make, tmp_path: Path) -> None:
+        command = (
+            "export",
+            "--model",
+            str(native("ours")),
+            "--format",
+            "llava",
+            "--to",
+            str(tmp_path / "out"),
+            "--json",
+        )
+        assert not run_cli(*command, "--no-verify").json()["finished_before"]
+        assert not run_cli(*command, "--no-verify", "-t", "strict=false").json()["finished_before"]
+        assert run_cli(*command, "--no-verify", "-t", "strict=false").json()["finished_before"]
 
     def test_an_unknown_option_is_refused(self, native: Make, tmp_path: Path) -> None:
-        words = ("export", "--model", str(native("ours")), "--format", "hf", "--to", str(tmp_path / "out"))
-        refused = run_cli(*words, "-t", "strict=false")
+        command = ("export", "--model", str(native("ours")), "--format", "hf", "--to", str(tmp_path / "out"))
+        refused = run_cli(*command, "-t", "strict=false")
         assert refused.exit_code == 1
         assert "-t strict" in refused.stderr
 
     @pytest.mark.parametrize(("form", "ok"), [("llava", True), ("hf", False)])
-    def test_recipe_keys_beside_the_format(self, toy: Path, form: str, ok: bool) -> None:
+    def test_format_options_in_a_recipe(self, toy: Path, form: str, ok: bool) -> None:
         recipe = toy / "recipe.yaml"
         recipe.write_text(recipe.read_text() + f"export: [{{format: {form}, to: out, strict: false}}]\n")
         checked = run_cli("recipes", "check", "-r", str(recipe), "--json")

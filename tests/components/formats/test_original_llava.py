@@ -1,4 +1,4 @@
-"""Exports in LLaVA's own programs: `make test-original LLAVA=/path/to/LLaVA`."""
+"""Exports in LLaVA's own code: `make test-original LLAVA=/path/to/LLaVA`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.evaluation.verify import verify
+from llavactl.evaluation.verification.verify import verify
 from llavactl.images.image_file import ImageFile
 
 from ..conftest import MODEL, llama_folder
@@ -33,21 +33,23 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(not MODEL.is_file(), reason="there is no real SentencePiece model: tests/vocabularies.txt")
+@pytest.mark.skipif(not MODEL.is_file(), reason="no SentencePiece model installed: see tests/vocabularies.txt")
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_sentencepiece_model(native: Make, toys: Path, tmp_path: Path, case: str, legacy: bool) -> None:
-    kind, config, how = CASES[case]
+def test_sentencepiece_vocabularies(native: Make, toys: Path, tmp_path: Path, case: str, legacy: bool) -> None:
+    kind, config, settings = CASES[case]
     language = llama_folder(tmp_path / "language", legacy=legacy)
-    _language(kind, language, vocab_size=32000, **config)
-    _same(native("ours", language=language, **how), toys, tmp_path / f"llava-{kind.lower()}-out", language)
+    _save_language(kind, language, vocab_size=32000, **config)
+    _assert_same_outputs(
+        native("ours", language=language, **settings), toys, tmp_path / f"llava-{kind.lower()}-out", language
+    )
 
 
-def test_a_byte_level_vocabulary(native: Make, toys: Path, tmp_path: Path) -> None:
-    _same(native("ours"), toys, tmp_path / "llava-out", toys / "language")
+def test_byte_level_vocabularies(native: Make, toys: Path, tmp_path: Path) -> None:
+    _assert_same_outputs(native("ours"), toys, tmp_path / "llava-out", toys / "language")
 
 
-def _language(kind: str, folder: Path, **config: Any) -> None:
+def _save_language(kind: str, folder: Path, **config: Any) -> None:
     import torch
     import transformers
 
@@ -57,8 +59,8 @@ def _language(kind: str, folder: Path, **config: Any) -> None:
     getattr(transformers, f"{kind}ForCausalLM")(made).save_pretrained(folder)
 
 
-def _same(model: Path, toys: Path, to: Path, language: Path) -> None:
-    """Token ids, pixels, logits and greedy answers in LLaVA's own programs are the model's."""
+def _assert_same_outputs(model: Path, toys: Path, to: Path, language: Path) -> None:
+    """Token ids, pixels, logits and greedy answers of LLaVA's code equal those of the model."""
     written(model, "llava", to)
     base = [language] if (to / "mm_projector.bin").is_file() else []
 
@@ -66,7 +68,7 @@ def _same(model: Path, toys: Path, to: Path, language: Path) -> None:
         command = [str(PYTHON), *map(str, (*arguments, *base))]
         return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(LLAVA)}, capture_output=True, text=True)
 
-    photos = [ImageFile(str(file.parent), file.name) for file in sorted((toys / "images").iterdir())[:3]]
-    verified = verify(model, to, Path(__file__).with_name("original_llava_outputs.py"), photos, run=run)
+    images = [ImageFile(str(file.parent), file.name) for file in sorted((toys / "images").iterdir())[:3]]
+    verified = verify(model, to, Path(__file__).with_name("original_llava_outputs.py"), images, run=run)
     assert verified.faults == ()
     assert verified.ids_equal == verified.text_equal == verified.prompts

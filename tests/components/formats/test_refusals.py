@@ -1,4 +1,4 @@
-"""What a checkpoint is: all of its contents. More than a plain LLaVA is refused by name, or used, never read past."""
+"""Checkpoints are identified by all their contents; anything beyond plain LLaVA is refused by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from llavactl.chat import foreign as chat_foreign
+from llavactl.chat.transformers_model import model_digest
 from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.model import folder as model_folder
-from llavactl.model.foreign import resolve
+from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
 
 from .conftest import Make, original
@@ -29,7 +29,7 @@ V15 = {
     "tune_mm_mlp_adapter": False, "tune_mm_vision_resampler": False, "unfreeze_mm_vision_tower": False,
     "use_mm_proj": True, "model_type": "llava",
 }  # fmt: skip
-"""What the published liuhaotian/llava-v1.5-13b says beside the sizes."""
+"""Keys in config.json of liuhaotian/llava-v1.5-13b, without sizes."""
 
 V15_LORA = {
     **V15, "architectures": ["LlamaForCausalLM"], "model_type": "llava_llama", "mm_projector_lr": 2e-5,
@@ -48,7 +48,7 @@ V16 = {
 
 
 def lora(toys: Path, folder: Path, seed: int = 1, *, beside: dict[str, Any] | None = None, **more: Any) -> Path:
-    """A LoRA folder as LLaVA's training writes it, on the toy language model."""
+    """A LoRA checkpoint on the toy language model, as saved by LLaVA's training."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -85,7 +85,7 @@ def configure(folder: Path, **more: Any) -> None:
 
 
 def tower(toys: Path, *, times: float = 1.0, dtype: str = "float32") -> dict[str, Any]:
-    """The toy CLIP's tensors, one of them ``times`` what it was, by the names that they have in a LLaVA checkpoint."""
+    """The tensors of the toy CLIP under their names in a LLaVA checkpoint, one of them multiplied by ``times``."""
     import torch
     from safetensors.torch import load_file
 
@@ -99,13 +99,13 @@ def digest(folder: Path) -> str:
 
 
 class TestIdentity:
-    def test_two_adapters_of_equal_config_and_connector(self, toys: Path, tmp_path: Path) -> None:
+    def test_adapters_with_equal_config_and_connector_differ(self, toys: Path, tmp_path: Path) -> None:
         one, other = lora(toys, tmp_path / "one"), lora(toys, tmp_path / "other", seed=2)
         assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
         assert digest(one) != digest(other)
 
-    def test_the_same_model_elsewhere_is_the_same(self, toys: Path, tmp_path: Path) -> None:
-        """By its digest; but each names its own weights, since either may change or go."""
+    def test_a_copied_model_has_the_same_digest(self, toys: Path, tmp_path: Path) -> None:
+        """But each copy refers to its own weights, because the other may change or be deleted."""
         original(toys, tmp_path / "theirs")
         shutil.copytree(tmp_path / "theirs", tmp_path / "again")
         assert digest(tmp_path / "theirs") == digest(tmp_path / "again")
@@ -113,7 +113,7 @@ class TestIdentity:
         assert model_folder.load(resolve(tmp_path / "again"))
 
     @pytest.mark.parametrize("kind", ["lora", "hf", "full", "bare", "peft", "hf:"])
-    def test_a_swap_that_keeps_size_and_time(
+    def test_a_replaced_file_of_equal_size_and_time_changes_the_digest(
         self, native: Make, foreign: Callable[[], tuple[Any, Path]], toys: Path, tmp_path: Path, kind: str
     ) -> None:
         folder, name = tmp_path / "theirs", "pytorch_model.bin"
@@ -122,21 +122,21 @@ class TestIdentity:
         elif kind.startswith("hf"):
             folder, name = foreign()[1], "model.safetensors"
         elif kind == "peft":
-            words = ("export", "--model", str(native("l", method="lora")), "--format", "peft")
-            made = run_cli(*words, "--to", str(tmp_path / "p"))
+            command = ("export", "--model", str(native("l", method="lora")), "--format", "peft")
+            made = run_cli(*command, "--to", str(tmp_path / "p"))
             assert made.exit_code == 0, made.stderr
             folder, name = tmp_path / "p", "adapter_model.safetensors"
         else:
             original(toys, folder)
         if kind == "bare":
-            rewrite(folder / name, lambda held: {k: v for k, v in held.items() if "mm_projector" in k})
+            rewrite(folder / name, lambda tensors: {k: v for k, v in tensors.items() if "mm_projector" in k})
             (folder / name).rename(folder / "mm_projector.bin")
             configure(folder, _name_or_path=str(toys / "language"))
             name = "mm_projector.bin"
-        rewrite(folder / name, lambda held: held)
-        known = chat_foreign.digest if kind == "hf:" else digest
+        rewrite(folder / name, lambda tensors: tensors)
+        known = model_digest if kind == "hf:" else digest
         before, status = known(folder), (folder / name).stat()
-        rewrite(folder / name, lambda held: {key: each.flip(0).contiguous() for key, each in held.items()})
+        rewrite(folder / name, lambda tensors: {key: each.flip(0).contiguous() for key, each in tensors.items()})
         os.utime(folder / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert ((folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) == (
             status.st_size,
@@ -145,14 +145,14 @@ class TestIdentity:
         assert known(folder) != before
 
     @pytest.mark.parametrize("what", ["language", "clip"])
-    def test_a_model_outside_it_that_changes(self, toy: Path, tmp_path: Path, what: str) -> None:
+    def test_a_changed_base_or_vision_encoder_changes_the_digest(self, toy: Path, tmp_path: Path, what: str) -> None:
         folder = lora(toy, tmp_path / "lora")
         before = digest(folder)
         assert digest(folder) == before
-        rewrite(toy / what / "model.safetensors", lambda held: {key: each * 1.5 for key, each in held.items()})
+        rewrite(toy / what / "model.safetensors", lambda tensors: {key: each * 1.5 for key, each in tensors.items()})
         assert digest(folder) != before
 
-    def test_what_a_recipe_names_for_a_bare_connector(self, toy: Path, tmp_path: Path) -> None:
+    def test_a_changed_language_model_of_the_recipe_changes_the_digest(self, toy: Path, tmp_path: Path) -> None:
         from llavactl.recipe.load import load_recipe
 
         state = original(toy, tmp_path / "full")
@@ -162,34 +162,34 @@ class TestIdentity:
         torch.save({k: v for k, v in state.items() if "mm_projector" in k}, tmp_path / "bare/mm_projector.bin")
         recipe = load_recipe(toy / "recipe.yaml")
         before = model_folder.describe(resolve(tmp_path / "bare", recipe))["digest"]
-        rewrite(toy / "language/model.safetensors", lambda held: {key: each * 1.5 for key, each in held.items()})
+        rewrite(toy / "language/model.safetensors", lambda tensors: {key: each * 1.5 for key, each in tensors.items()})
         assert model_folder.describe(resolve(tmp_path / "bare", recipe))["digest"] != before
 
-    def test_answers_are_not_those_of_the_adapter_before(self, toy: Path, tmp_path: Path) -> None:
+    def test_a_replaced_adapter_is_evaluated_again(self, toy: Path, tmp_path: Path) -> None:
         folder, other = lora(toy, tmp_path / "one"), lora(toy, tmp_path / "other", seed=5)
-        words = ("eval", "scenes", "-t", "scenes=1", "--limit", "2", "--model", str(folder), "--json")
+        command = ("eval", "scenes", "-t", "scenes=1", "--limit", "2", "--model", str(folder), "--json")
         settings = ("-o", "eval.max_new_tokens=2", "-o", "eval.blind_baseline=false")
-        first = run_cli(*words, *settings, cwd=toy)
+        first = run_cli(*command, *settings, cwd=toy)
         assert first.exit_code == 0, first.stderr
-        assert run_cli(*words, *settings, cwd=toy).json()["finished_before"] is True
+        assert run_cli(*command, *settings, cwd=toy).json()["finished_before"] is True
         shutil.copy2(other / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-        again = run_cli(*words, *settings, cwd=toy).json()
+        again = run_cli(*command, *settings, cwd=toy).json()
         assert again["finished_before"] is False
         assert again["answers"] != first.json()["answers"]
 
 
 class TestConfig:
     @pytest.mark.parametrize("more", [V15, V1, {**V15, "image_aspect_ratio": None}], ids=["v1.5", "v1", "null"])
-    def test_published_ones_are_read(self, toys: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    def test_published_configs_are_accepted(self, toys: Path, tmp_path: Path, more: dict[str, Any]) -> None:
         original(toys, tmp_path / "theirs", linear=more is V1, **more)
         found = model_folder.describe(resolve(tmp_path / "theirs"))["vision"]
         assert found["image"] == ("pad" if more["image_aspect_ratio"] == "pad" else "square")
 
-    def test_a_published_lora_is_read(self, toys: Path, tmp_path: Path) -> None:
+    def test_a_published_lora_config_is_accepted(self, toys: Path, tmp_path: Path) -> None:
         assert model_folder.load(resolve(lora(toys, tmp_path / "lora", **V15_LORA)))
 
     @pytest.mark.parametrize(
-        ("more", "seen"),
+        ("more", "name"),
         [
             (V16, "image_aspect_ratio"),
             *(({"image_aspect_ratio": each}, each) for each in ("anyres_max_9", "crop_split", "highres")),
@@ -219,16 +219,16 @@ class TestConfig:
         ],
         ids=str,
     )
-    def test_what_is_more_is_refused_by_its_key(
-        self, toys: Path, tmp_path: Path, more: dict[str, Any], seen: str
+    def test_unsupported_keys_and_values_are_refused(
+        self, toys: Path, tmp_path: Path, more: dict[str, Any], name: str
     ) -> None:
         original(toys, tmp_path / "theirs", **more)
-        with pytest.raises(ModelError, match=seen):
+        with pytest.raises(ModelError, match=name):
             resolve(tmp_path / "theirs")
         assert not [each for each in tmp_path.glob("**/models/*") if each.is_dir()]
 
     @pytest.mark.parametrize(
-        ("more", "seen"),
+        ("more", "name"),
         [
             ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
             ({"image_grid_pinpoints": [[336, 672]]}, "image_grid_pinpoints"),
@@ -240,23 +240,23 @@ class TestConfig:
         ],
         ids=str,
     )
-    def test_of_transformers_layout(
-        self, foreign: Callable[[], tuple[Any, Path]], more: dict[str, Any], seen: str
+    def test_unsupported_keys_and_values_of_hf_are_refused(
+        self, foreign: Callable[[], tuple[Any, Path]], more: dict[str, Any], name: str
     ) -> None:
         _, folder = foreign()
         configure(folder, **more)
-        with pytest.raises(ModelError, match=seen):
+        with pytest.raises(ModelError, match=name):
             resolve(folder)
 
-    def test_the_published_one_of_transformers_layout_is_read(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
-        """llava-hf/llava-1.5-7b-hf has these, too."""
+    def test_the_published_hf_config_is_accepted(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
+        """With keys of llava-hf/llava-1.5-7b-hf."""
         _, folder = foreign()
         config = json.loads((folder / "config.json").read_text())
         vision = {**config["vision_config"], "vocab_size": 32000, "projection_dim": 768}
         configure(folder, ignore_index=-100, vocab_size=448, pad_token_id=401, vision_config=vision)
         assert resolve(folder)
 
-    def test_an_image_processor_of_tiles(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
+    def test_an_image_processor_that_makes_tiles_is_refused(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
         _, folder = foreign()
         (folder / "preprocessor_config.json").write_text('{"image_processor_type": "LlavaNextImageProcessor"}')
         (folder / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
@@ -264,7 +264,7 @@ class TestConfig:
             resolve(folder)
 
     @pytest.mark.parametrize(
-        ("config", "seen"),
+        ("config", "name"),
         [
             ({"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}, "llava_next"),
             ({"architectures": ["TinyLlavaForConditionalGeneration"], "model_type": "tinyllava"}, "tinyllava"),
@@ -272,15 +272,15 @@ class TestConfig:
         ],
         ids=str,
     )
-    def test_of_what_no_format_recognises_it_is_told_what_was_seen(
-        self, tmp_path: Path, config: dict[str, Any], seen: str
+    def test_the_error_for_an_unknown_format_names_the_architecture(
+        self, tmp_path: Path, config: dict[str, Any], name: str
     ) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config))
         result = run_cli("chat", "--model", str(tmp_path), "--prompt", "What?")
         assert result.exit_code == 1
-        assert seen in result.stderr
+        assert name in result.stderr
 
-    def test_llava_next_calls_qwen2_qwen(self) -> None:
+    def test_llava_nexts_qwen_is_qwen2(self) -> None:
         from llavactl.components.languages.llava_checkpoint import language_type
 
         for kind in ("llava_qwen", "qwen2", "llava"):
@@ -292,39 +292,39 @@ class TestTensors:
         "name",
         ["model.image_newline", "model.vision_resampler.query", "model.mm_projector.model.0.weight", "extra.weight"],
     )
-    def test_more_than_the_three_parts(self, toys: Path, tmp_path: Path, name: str) -> None:
+    def test_unexpected_tensors_are_refused(self, toys: Path, tmp_path: Path, name: str) -> None:
         import torch
 
         original(toys, tmp_path / "theirs")
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: {**held, name: torch.ones(48)})
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: {**tensors, name: torch.ones(48)})
         with pytest.raises(ModelError, match=name.removeprefix("model.mm_projector.")):
             resolve(tmp_path / "theirs")
 
-    def test_old_buffers_are_no_more(self, toys: Path, tmp_path: Path) -> None:
+    def test_buffers_of_older_versions_are_ignored(self, toys: Path, tmp_path: Path) -> None:
         import torch
 
         original(toys, tmp_path / "theirs")
         old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: {**held, **old})
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: {**tensors, **old})
         assert resolve(tmp_path / "theirs")
 
-    def test_fewer(self, toys: Path, tmp_path: Path) -> None:
+    def test_missing_tensors_are_refused(self, toys: Path, tmp_path: Path) -> None:
         original(toys, tmp_path / "theirs")
         gone = "model.layers.1.mlp.up_proj.weight"
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: {k: v for k, v in held.items() if k != gone})
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: {k: v for k, v in tensors.items() if k != gone})
         with pytest.raises(ModelError, match=gone):
             resolve(tmp_path / "theirs")
 
-    def test_of_transformers_layout(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
+    def test_unexpected_tensors_of_hf_are_refused(self, foreign: Callable[[], tuple[Any, Path]]) -> None:
         import torch
 
         _, folder = foreign()
-        rewrite(folder / "model.safetensors", lambda held: {**held, "image_newline": torch.ones(48)})
+        rewrite(folder / "model.safetensors", lambda tensors: {**tensors, "image_newline": torch.ones(48)})
         with pytest.raises(ModelError, match="image_newline"):
             resolve(folder)
 
     @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.image_newline"])
-    def test_beside_a_lora(self, toys: Path, tmp_path: Path, name: str) -> None:
+    def test_unexpected_non_lora_tensors_are_refused(self, toys: Path, tmp_path: Path, name: str) -> None:
         import torch
 
         folder = lora(toys, tmp_path / "lora", beside={f"base_model.model.{name}": torch.ones(400, 48)})
@@ -334,33 +334,34 @@ class TestTensors:
     @pytest.mark.parametrize(
         "of", ["model.vision_tower.vision_tower.vision_model.encoder.layers.0", "model.mm_projector"]
     )
-    def test_an_adapter_of_another_part(self, toys: Path, tmp_path: Path, of: str) -> None:
+    def test_an_adapter_of_other_parts_is_refused(self, toys: Path, tmp_path: Path, of: str) -> None:
         import torch
 
         folder, name = lora(toys, tmp_path / "lora"), f"base_model.model.{of}.q_proj.lora_A.weight"
-        rewrite(folder / "adapter_model.safetensors", lambda held: {**held, name: torch.ones(2, 32)})
+        rewrite(folder / "adapter_model.safetensors", lambda tensors: {**tensors, name: torch.ones(2, 32)})
         with pytest.raises(ModelError, match=of):
             resolve(folder)
 
-    def test_half_an_adapter(self, toys: Path, tmp_path: Path) -> None:
+    def test_an_incomplete_adapter_is_refused(self, toys: Path, tmp_path: Path) -> None:
         folder = lora(toys, tmp_path / "lora")
         rewrite(
-            folder / "adapter_model.safetensors", lambda held: {k: v for k, v in held.items() if "layers.1" not in k}
+            folder / "adapter_model.safetensors",
+            lambda tensors: {k: v for k, v in tensors.items() if "layers.1" not in k},
         )
         with pytest.raises(ModelError, match=r"layers\.1"):
             resolve(folder)
 
-    def test_an_adapter_of_another_kind(self, toys: Path, tmp_path: Path) -> None:
+    def test_adapters_other_than_lora_are_refused(self, toys: Path, tmp_path: Path) -> None:
         folder = lora(toys, tmp_path / "lora")
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
         with pytest.raises(ModelError, match="IA3"):
             resolve(folder)
 
-    def test_an_adapter_and_whole_weights(
+    def test_an_adapter_with_full_weights_is_refused(
         self, foreign: Callable[[], tuple[Any, Path]], toys: Path, tmp_path: Path
     ) -> None:
-        """transformers would take the adapter's base in the place of the weights."""
+        """transformers would load the adapter's base instead of the weights."""
         folder = lora(toys, tmp_path / "lora")
         whole = foreign()[1]
         shutil.copy(folder / "adapter_config.json", whole)
@@ -369,14 +370,14 @@ class TestTensors:
             with pytest.raises(ModelError, match="adapter and full weights"):
                 resolve(each)
 
-    def test_an_adapter_of_an_adapter(self, toys: Path, tmp_path: Path) -> None:
+    def test_an_adapter_on_an_adapter_is_refused(self, toys: Path, tmp_path: Path) -> None:
         folder, base = lora(toys, tmp_path / "lora"), lora(toys, tmp_path / "base")
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
         with pytest.raises(ModelError, match="itself an adapter"):
             resolve(folder)
 
-    def test_of_two_sets_of_weights_the_one_that_transformers_loads(self, toys: Path, tmp_path: Path) -> None:
+    def test_safetensors_are_preferred_to_pickles_as_in_transformers(self, toys: Path, tmp_path: Path) -> None:
         import torch
         from safetensors.torch import save_file
 
@@ -385,40 +386,40 @@ class TestTensors:
         save_file({name: each.contiguous() for name, each in state.items()}, tmp_path / "theirs/model.safetensors")
         index = {"weight_map": dict.fromkeys(state, "pytorch_model.bin")}
         (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(json.dumps(index))
-        connector = model_folder.load(resolve(tmp_path / "theirs")).parts.model.connector
+        connector = model_folder.load(resolve(tmp_path / "theirs")).bundle.model.connector
         assert torch.equal(connector.state_dict()["0.bias"], state["model.mm_projector.0.bias"])
 
 
 class TestVisionEncoder:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-    def test_the_named_one_is_the_named_one(self, toys: Path, tmp_path: Path, dtype: str) -> None:
+    def test_an_unmodified_encoder_is_the_one_in_config_json(self, toys: Path, tmp_path: Path, dtype: str) -> None:
         import torch
 
         original(toys, tmp_path / "theirs", unfreeze_mm_vision_tower=True)
         more = tower(toys, dtype=dtype) | {
             "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]
         }
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: held | more)
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | more)
         assert model_folder.describe(resolve(tmp_path / "theirs"))["vision"]["model"] == str(toys / "clip")
 
     @pytest.mark.parametrize("place", ["full", "lora", "base of a lora"])
-    @pytest.mark.parametrize("said", [True, False])
-    def test_a_fine_tuned_one_is_used(self, toys: Path, tmp_path: Path, place: str, said: bool) -> None:
+    @pytest.mark.parametrize("stated", [True, False])
+    def test_a_fine_tuned_encoder_is_used(self, toys: Path, tmp_path: Path, place: str, stated: bool) -> None:
         import torch
 
-        more = {"unfreeze_mm_vision_tower": True} if said else {}
+        more = {"unfreeze_mm_vision_tower": True} if stated else {}
         own = tower(toys, times=3.0)
         if place == "full":
             folder = tmp_path / "theirs"
             original(toys, folder, **more)
-            rewrite(folder / "pytorch_model.bin", lambda held: held | own)
+            rewrite(folder / "pytorch_model.bin", lambda tensors: tensors | own)
         elif place == "lora":
             beside = {f"base_model.model.{name}": each for name, each in own.items()}
             folder = lora(toys, tmp_path / "theirs", beside=beside, **more)
         else:
             folder = lora(toys, tmp_path / "theirs", **more)
             base = folder.with_name("theirs-full")
-            rewrite(base / "pytorch_model.bin", lambda held: held | own)
+            rewrite(base / "pytorch_model.bin", lambda tensors: tensors | own)
             config = json.loads((folder / "adapter_config.json").read_text())
             config["base_model_name_or_path"] = str(base)
             (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -437,14 +438,14 @@ class TestVisionEncoder:
         wanted = registry().create("vision", {**vision, "model": str(tmp_path / "clip")}).load("cpu", "float32")
         assert torch.equal(encoded, wanted.encode(pixels))
 
-    def test_it_is_exported_and_read_again(self, toys: Path, tmp_path: Path) -> None:
-        """A path into the cache would be no name for it."""
+    def test_a_fine_tuned_encoder_is_exported_and_read_again(self, toys: Path, tmp_path: Path) -> None:
+        """The export contains the encoder, instead of a path into the cache."""
         import torch
 
         original(toys, tmp_path / "theirs")
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: held | tower(toys, times=3.0))
-        words = ("export", "--model", str(tmp_path / "theirs"), "--format", "llava")
-        made = run_cli(*words, "--to", str(tmp_path / "out"))
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | tower(toys, times=3.0))
+        command = ("export", "--model", str(tmp_path / "theirs"), "--format", "llava")
+        made = run_cli(*command, "--to", str(tmp_path / "out"))
         assert made.exit_code == 0, made.stderr
         assert json.loads((tmp_path / "out/config.json").read_text())["mm_vision_tower"] == str(
             tmp_path / "out/vision_tower"
@@ -457,21 +458,21 @@ class TestVisionEncoder:
         assert all(torch.equal(each, clips[1][name]) for name, each in clips[0].items())
         assert not all(torch.equal(each, plain[name]) for name, each in clips[0].items())
 
-    def test_stage_2_wants_it_too(self, toy: Path, tmp_path: Path) -> None:
+    def test_stage_2_requires_the_fine_tuned_encoder(self, toy: Path, tmp_path: Path) -> None:
         folder = lora(toy, tmp_path / "theirs", beside=tower(toy, times=3.0))
-        words = ("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", f"stage2.init={folder}")
-        words += ("-o", "features.mode=live", "-o", "stage2.max_steps=1")
-        refused = run_cli(*words)
+        command = ("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", f"stage2.init={folder}")
+        command += ("-o", "features.mode=live", "-o", "stage2.max_steps=1")
+        refused = run_cli(*command)
         assert refused.exit_code == 1
         assert "vision encoder" in refused.stderr
         own = model_folder.describe(resolve(folder))["vision"]["model"]
-        done = run_cli(*words, "-o", f"vision.model={own}")
+        done = run_cli(*command, "-o", f"vision.model={own}")
         assert done.exit_code == 0, done.stderr
 
-    def test_one_of_another_shape_or_not_whole(self, toys: Path, tmp_path: Path) -> None:
+    def test_an_incomplete_encoder_is_refused(self, toys: Path, tmp_path: Path) -> None:
         original(toys, tmp_path / "theirs")
         own = {name: each for name, each in tower(toys).items() if "layers.0.mlp" not in name}
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda held: held | own)
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | own)
         with pytest.raises(ModelError, match=r"vision_tower tensors.*layers\.0\.mlp"):
             resolve(tmp_path / "theirs")
 
@@ -479,20 +480,20 @@ class TestVisionEncoder:
 class TestFiles:
     @pytest.mark.parametrize("name", ["adapter_model.safetensors", "non_lora_trainables.bin"])
     @pytest.mark.parametrize("fault", ["pointer", "cut off"])
-    def test_of_a_lora(self, toys: Path, tmp_path: Path, name: str, fault: str) -> None:
+    def test_damaged_files_of_a_lora_checkpoint(self, toys: Path, tmp_path: Path, name: str, fault: str) -> None:
         self._refused(lora(toys, tmp_path / "lora"), name, fault)
 
     @pytest.mark.parametrize("fault", ["pointer", "cut off"])
-    def test_of_a_full_one(self, toys: Path, tmp_path: Path, fault: str) -> None:
+    def test_damaged_files_of_a_full_checkpoint(self, toys: Path, tmp_path: Path, fault: str) -> None:
         original(toys, tmp_path / "theirs")
         self._refused(tmp_path / "theirs", "pytorch_model.bin", fault)
 
     @pytest.mark.parametrize("fault", ["pointer", "cut off"])
-    def test_of_transformers_layout(self, foreign: Callable[[], tuple[Any, Path]], fault: str) -> None:
+    def test_damaged_files_of_hf(self, foreign: Callable[[], tuple[Any, Path]], fault: str) -> None:
         self._refused(foreign()[1], "model.safetensors", fault)
 
     @pytest.mark.parametrize("text", [POINTER, "{", '{"weight_map": 3}'])
-    def test_the_index(self, toys: Path, tmp_path: Path, text: str) -> None:
+    def test_a_damaged_index(self, toys: Path, tmp_path: Path, text: str) -> None:
         original(toys, tmp_path / "theirs")
         (tmp_path / "theirs/pytorch_model.bin").rename(tmp_path / "theirs/pytorch_model-00001-of-00001.bin")
         (tmp_path / "theirs/pytorch_model.bin.index.json").write_text(text)
@@ -501,8 +502,8 @@ class TestFiles:
 
     def _refused(self, folder: Path, name: str, fault: str) -> None:
         file = folder / name
-        held = file.read_bytes()
-        file.write_bytes(POINTER.encode() if fault == "pointer" else held[: len(held) // 2])
+        tensors = file.read_bytes()
+        file.write_bytes(POINTER.encode() if fault == "pointer" else tensors[: len(tensors) // 2])
         result = run_cli("chat", "--model", str(folder), "--prompt", "What?")
         assert result.exit_code == 1
         assert name in result.stderr.splitlines()[0]

@@ -1,4 +1,4 @@
-"""With a real SentencePiece vocabulary an export has the very ids of training, after an image, too."""
+"""With a SentencePiece vocabulary, an export has the token ids of training, also after an image."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llavactl.testing import run_cli
 from ..conftest import MODEL, llama_folder
 from .conftest import Make
 from .test_export import exported
-from .test_import import ours, theirs
+from .test_import import llavactl_outputs, transformers_outputs
 
 NEEDS_MODEL = pytest.mark.skipif(
-    not MODEL.is_file(), reason="there is no real SentencePiece model: tests/vocabularies.txt"
+    not MODEL.is_file(), reason="no SentencePiece model installed: see tests/vocabularies.txt"
 )
 
 
@@ -33,10 +33,10 @@ NEEDS_MODEL = pytest.mark.skipif(
         pytest.param("plain", True, marks=pytest.mark.slow),
     ],
 )
-def test_ids_of_a_sentencepiece_vocabulary(native: Make, tmp_path: Path, legacy: bool, template: str) -> None:
-    """Tokenised as the middle of a text, what follows ``<image>`` would lose its leading space."""
+def test_ids_equal_those_of_training(native: Make, tmp_path: Path, legacy: bool, template: str) -> None:
+    """Tokenized as a continuation, text after ``<image>`` would lose its leading space."""
     folder = tiny(llama_folder(tmp_path / "llama", legacy=legacy))
-    stage1 = template == "plain"  # which has no chat template
+    stage1 = template == "plain"  # it has no chat template
     model = native("ours", language=folder, template=template, method="connector" if stage1 else "full")
     verified = exported(model, "hf", tmp_path / "out")["verified"]
     assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 8
@@ -44,7 +44,7 @@ def test_ids_of_a_sentencepiece_vocabulary(native: Make, tmp_path: Path, legacy:
 
 
 def tiny(folder: Path) -> Path:
-    """A language model of random weights for the vocabulary in ``folder``."""
+    """A language model with random weights for the vocabulary in ``folder``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,18 +61,18 @@ def tiny(folder: Path) -> Path:
 def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
     foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, legacy: bool
 ) -> None:
-    """Read, exported as hf and read again; refused in layout llava, whose programs split the text at images."""
+    """In format hf; format llava, whose programs split the text at images, refuses it."""
     model, folder = foreign(tiny(llama_folder(tmp_path / "llama", legacy=legacy)))
     photo = sorted((toys / "images").iterdir())[0]
-    wanted, ids = theirs(model, folder, photo, "What is it?")
-    number = model.config.image_token_id
-    expected = [IMAGE_TOKEN if token == number else token for token in ids]
+    expected, ids = transformers_outputs(model, folder, photo, "What is it?")
+    image_token_id = model.config.image_token_id
+    expected_ids = [IMAGE_TOKEN if token == image_token_id else token for token in ids]
     verified = exported(folder, "hf", tmp_path / "hf")["verified"]
     assert verified["ids_equal"] == verified["text_equal"] == verified["prompts"] == 8
-    for place in (folder, tmp_path / "hf"):
-        logits, found = ours(place, photo, "What is it?")
-        assert found == expected
-        assert (logits - wanted[:, : logits.shape[-1]]).abs().max() < 1e-4
+    for checkpoint in (folder, tmp_path / "hf"):
+        logits, actual_ids = llavactl_outputs(checkpoint, photo, "What is it?")
+        assert actual_ids == expected_ids
+        assert (logits - expected[:, : logits.shape[-1]]).abs().max() < 1e-4
     result = run_cli("export", "--model", str(folder), "--format", "llava", "--to", str(tmp_path / "llava"))
     assert result.exit_code == (0 if legacy else 1), result.stderr
     assert (tmp_path / "llava").exists() == legacy
@@ -84,10 +84,10 @@ def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
 def test_trained_from_a_model_tuned_in_transformers(
     foreign: Callable[..., tuple[Any, Path]], toy: Path, toys: Path, tmp_path: Path, method: str
 ) -> None:
-    """Its ids stay the processor's in what is trained from it, and in the exports of that."""
+    """Models trained from it and their exports keep the processor's ids."""
     model, folder = foreign(tiny(llama_folder(tmp_path / "llama", legacy=False)))
     photo = sorted((toys / "images").iterdir())[0]
-    _, ids = theirs(model, folder, photo, "What is it?")
+    _, ids = transformers_outputs(model, folder, photo, "What is it?")
     expected = [IMAGE_TOKEN if token == model.config.image_token_id else token for token in ids]
     keys = {"language.model": folder, "language.template": "tokenizer", "stage2.init": folder, "stage2.method": method}
     keys |= {"features.mode": "live", "stage2.max_steps": 1}
@@ -95,7 +95,7 @@ def test_trained_from_a_model_tuned_in_transformers(
     done = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), *how)
     assert done.exit_code == 0, done.stderr
     trained = toy / "runs/toy/stage2/model"
-    assert ours(trained, photo, "What is it?")[1] == expected
+    assert llavactl_outputs(trained, photo, "What is it?")[1] == expected
     verified = exported(trained, "peft" if method == "lora" else "hf", tmp_path / "out")["verified"]
     assert verified["ids_equal"] == verified["prompts"] == 8
-    assert ours(tmp_path / "out", photo, "What is it?")[1] == expected
+    assert llavactl_outputs(tmp_path / "out", photo, "What is it?")[1] == expected

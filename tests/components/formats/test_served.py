@@ -1,4 +1,4 @@
-"""An export is served by transformers and asked by OpenAI's own client about a photo."""
+"""``transformers serve`` answers OpenAI's client about an image like ``llavactl chat``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def served(folder: Path, log: Path) -> Iterator[str]:
     program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     command = [*program, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     cache = log.with_name("hub")
-    cache.mkdir()  # it lists what is in there, and fails if the folder does not exist
+    cache.mkdir()  # the server lists this folder and fails if it doesn't exist
     with log.open("w") as out:
         server = subprocess.Popen(
             command,
@@ -58,19 +58,19 @@ def served(folder: Path, log: Path) -> Iterator[str]:
 
 def test_served_by_transformers(native: Make, toys: Path, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai")
-    folder, photo = tmp_path / "out", toys / "images" / "photo-002.jpg"
-    made = run_cli(
+    folder, image = tmp_path / "out", toys / "images" / "photo-002.jpg"
+    export = run_cli(
         *("export", "--model", str(native("ours", template="tokenizer")), "--format", "hf", "--to", str(folder)),
         "--no-verify",
     )
-    assert made.exit_code == 0, made.stderr
-    asked = ("--image", str(photo), "--prompt", "What colour is the picture?", "--max-new-tokens", "12", "--json")
-    ours = run_cli("chat", "--model", str(folder), *asked).json()["answer"]
+    assert export.exit_code == 0, export.stderr
+    options = ("--image", str(image), "--prompt", "What colour is the picture?", "--max-new-tokens", "12", "--json")
+    ours = run_cli("chat", "--model", str(folder), *options).json()["answer"]
     with served(folder, tmp_path / "server.log") as url:
         client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
-        picture = "data:image/jpeg;base64," + base64.b64encode(photo.read_bytes()).decode()
+        image_url = "data:image/jpeg;base64," + base64.b64encode(image.read_bytes()).decode()
         content = [
-            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "image_url", "image_url": {"url": image_url}},
             {"type": "text", "text": "What colour is the picture?"},
         ]
         try:
@@ -79,7 +79,7 @@ def test_served_by_transformers(native: Make, toys: Path, tmp_path: Path) -> Non
             )
         except openai.OpenAIError as error:
             pytest.fail(f"{error}\n{(tmp_path / 'server.log').read_text()[-3000:]}")
-    said = reply.choices[0].message.content or ""
-    assert said.strip()
-    # Bytes that are no whole character at the end are written one way here, another way there.
-    assert said.strip().rstrip("\ufffd") == ours.rstrip("\ufffd")
+    answer = reply.choices[0].message.content or ""
+    assert answer.strip()
+    # An incomplete character at the end is decoded differently.
+    assert answer.strip().rstrip("\ufffd") == ours.rstrip("\ufffd")

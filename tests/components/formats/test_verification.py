@@ -1,4 +1,4 @@
-"""What a verification sees, when it is made, and that the other program has no llavactl."""
+"""Verification: what it compares, when it runs, and its isolation from llavactl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verify import VerificationResult, run_isolated
+from llavactl.evaluation.verification.compare import VerificationResult
+from llavactl.evaluation.verification.script import run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
@@ -18,8 +19,8 @@ from .conftest import Make
 from .test_export import written
 
 
-def test_the_other_process_has_no_llavactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it is installed; and it has the rest."""
+def test_the_script_cannot_import_llavactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even with llavactl in PYTHONPATH; other packages can be imported."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     script = tmp_path / "script.py"
     script.write_text(
@@ -27,7 +28,7 @@ def test_the_other_process_has_no_llavactl(tmp_path: Path, monkeypatch: pytest.M
         "for name in ('llavactl', 'llavactl.core.errors'):\n"
         "    try:\n        __import__(name)\n"
         "    except ImportError:\n        continue\n"
-        "    sys.exit('it has ' + name)\n"
+        "    sys.exit('imported ' + name)\n"
         "print(sys.argv[1:])\n"
     )
     done = run_isolated(script, tmp_path)
@@ -35,41 +36,43 @@ def test_the_other_process_has_no_llavactl(tmp_path: Path, monkeypatch: pytest.M
     assert done.stdout.strip() == str([str(tmp_path)])
 
 
-def changed(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def change_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     document = json.loads(file.read_text())
     change(document)
     file.write_text(json.dumps(document).ljust(file.stat().st_size))
 
 
-def test_what_an_export_states_of_itself(native: Make, tmp_path: Path) -> None:
-    """End tokens, precision and the side of padding change no logits of one prompt."""
+def test_settings_in_the_files_are_compared(native: Make, tmp_path: Path) -> None:
+    """End tokens, precision and padding side don't affect the logits of a single prompt."""
     model, out = native("ours"), tmp_path / "out"
     written(model, "hf", out)
-    changed(out / "generation_config.json", lambda found: found.update(eos_token_id=[1, 9]))
-    changed(out / "config.json", lambda found: found.update(dtype="float16"))
-    changed(out / "tokenizer_config.json", lambda found: found.update(padding_side="right"))
-    changed(out / "processor_config.json", lambda found: found["image_processor"].update(image_mean=[0.4, 0.4, 0.4]))
-    stamped(out)
-    result = asked(model, out)
+    change_json(out / "generation_config.json", lambda document: document.update(eos_token_id=[1, 9]))
+    change_json(out / "config.json", lambda document: document.update(dtype="float16"))
+    change_json(out / "tokenizer_config.json", lambda document: document.update(padding_side="right"))
+    change_json(
+        out / "processor_config.json", lambda document: document["image_processor"].update(image_mean=[0.4, 0.4, 0.4])
+    )
+    update_record(out)
+    result = export(model, out)
     assert result.exit_code == 1
-    for seen in ("end tokens", "float16", "pads on the right", "pixels differ"):
-        assert seen in result.stderr
+    for fault in ("end tokens", "float16", "padding side", "pixels differ"):
+        assert fault in result.stderr
 
 
-def stamped(out: Path) -> None:
-    """Says that the files have the contents they have, as if llavactl had written them so."""
-    from llavactl.verbs.export import MARK, _files
+def update_record(out: Path) -> None:
+    """Updates the record to the current files, as if llavactl had written them."""
+    from llavactl.model.export_folder import RECORD, file_hashes
 
-    changed(out / MARK, lambda found: found.update(files=_files(out), verified=None))
+    change_json(out / RECORD, lambda record: record.update(files=file_hashes(out), verified=None))
 
 
-def asked(model: Path, out: Path, *more: str) -> Result:
+def export(model: Path, out: Path, *more: str) -> Result:
     return run_cli("export", "--model", str(model), "--format", "hf", "--to", str(out), "--json", *more)
 
 
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The faults that the next verifications will find; they take no time."""
+    """The faults that the next verifications report; no export is loaded."""
     faults: list[tuple[str, ...]] = []
 
     def verify(*_: Any) -> VerificationResult:
@@ -79,58 +82,58 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return faults
 
 
-def test_verified_once(native: Make, toys: Path, tmp_path: Path, verdicts: list[tuple[str, ...]]) -> None:
+def test_an_export_is_verified_once(native: Make, toys: Path, tmp_path: Path, verdicts: list[tuple[str, ...]]) -> None:
     model, out = native("ours"), tmp_path / "out"
-    assert asked(model, out, "--no-verify").json()["verified"] is None
+    assert export(model, out, "--no-verify").json()["verified"] is None
     verdicts += [()]
-    assert asked(model, out).json()["verified"]["faults"] == []  # what wasn't verified is, the next time
-    again = asked(model, out).json()  # nobody is asked again
+    assert export(model, out).json()["verified"]["faults"] == []  # an unverified export is verified the next time
+    again = export(model, out).json()  # a verified export is not verified again
     assert again["finished_before"]
     assert again["verified"]["prompts"] == 7
-    assert asked(model, out, "--verify").exit_code == 0
-    changed(out / "generation_config.json", lambda found: found.update(do_sample=True))
-    stamped(out)
-    verdicts += [("another text",), ("another text",), ()]
+    assert export(model, out, "--verify").exit_code == 0
+    change_json(out / "generation_config.json", lambda document: document.update(do_sample=True))
+    update_record(out)
+    verdicts += [("answer differs",), ("answer differs",), ()]
     for _ in range(2):
-        failed = asked(model, out)
+        failed = export(model, out)
         assert failed.exit_code == 1
-        assert "another text" in failed.stderr
-    assert asked(model, out).exit_code == 0
-    assert '"do_sample": true' not in (out / "generation_config.json").read_text()  # what failed was written again
+        assert "answer differs" in failed.stderr
+    assert export(model, out).exit_code == 0
+    assert '"do_sample": true' not in (out / "generation_config.json").read_text()  # a failed export is written again
     verdicts += [()]
-    assert asked(model, out, "--image", str(toys / "images" / "photo-000.jpg")).exit_code == 0
-    assert not verdicts  # asked about another image
-    assert asked(model, out, "--image", str(tmp_path / "none.jpg")).exit_code == 1
+    assert export(model, out, "--image", str(toys / "images" / "photo-000.jpg")).exit_code == 0
+    assert not verdicts  # --image verifies again
+    assert export(model, out, "--image", str(tmp_path / "none.jpg")).exit_code == 1
 
 
-def test_a_format_that_nobody_reloads(
+def test_a_format_without_a_verification_script(
     native: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdicts: list[tuple[str, ...]]
 ) -> None:
     monkeypatch.setattr(HfLlava, "reload", None)
     model, out = native("ours"), tmp_path / "out"
-    assert asked(model, out, "--verify").exit_code == 1
+    assert export(model, out, "--verify").exit_code == 1
     assert not out.exists()
-    result = asked(model, out)
+    result = export(model, out)
     assert result.exit_code == 0
     assert result.json()["verified"] is None
     assert "verif" in result.stderr
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_what_was_there(
+def test_a_failed_write_keeps_the_previous_export(
     native: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     out = tmp_path / "out"
     written(native("before"), "hf", out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    whole = HfLlava.write
+    original_write = HfLlava.write
 
     def write(self: HfLlava, model: Path, to: Path) -> None:
-        whole(self, model, to)
+        original_write(self, model, to)
         raise error
 
     monkeypatch.setattr(HfLlava, "write", write)
-    result = asked(native("ours"), out)
+    result = export(native("ours"), out)
     assert result.exit_code != 0
     assert "Traceback" not in result.stderr
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
@@ -138,13 +141,13 @@ def test_a_failed_write_leaves_what_was_there(
 
 
 def test_a_damaged_export_is_written_again(native: Make, tmp_path: Path) -> None:
-    """Also one whose files have the right sizes; the user's words on the model card stay."""
+    """Even if its files have the right sizes; an edited model card is kept."""
     model, out = native("ours"), tmp_path / "out"
     written(model, "hf", out)
     whole = (out / "model.safetensors").read_bytes()
-    (out / "README.md").write_text("Mine.")
-    assert asked(model, out, "--no-verify").json()["finished_before"]
-    assert (out / "README.md").read_text() == "Mine."
+    (out / "README.md").write_text("Edited.")
+    assert export(model, out, "--no-verify").json()["finished_before"]
+    assert (out / "README.md").read_text() == "Edited."
     (out / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert not asked(model, out, "--no-verify").json()["finished_before"]
+    assert not export(model, out, "--no-verify").json()["finished_before"]
     assert (out / "model.safetensors").read_bytes() == whole

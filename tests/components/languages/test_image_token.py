@@ -1,4 +1,4 @@
-"""Checkpoints written by transformers use their processor's ids, those of llavactl the ids of their training."""
+"""Checkpoints saved by transformers use their processor's ids, those of llavactl the ids of training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Turn
-from llavactl.data.encode import Encoding, arrange
+from llavactl.data.encode import Encoding
+from llavactl.data.image_order import arrange
 from llavactl.images.image_file import ImageFile
 
-from ..conftest import MODEL, language, llama_folder, prepending
+from ..conftest import MODEL, language, llama_folder, with_prepend_normalizer
 
 Q = 4
-PHOTO, OTHER = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
+IMAGE, OTHER_IMAGE = ImageFile("/photos", "a.jpg"), ImageFile("/photos", "b.jpg")
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WORDS = ["What is it? A dog, and a cat.", "USER: Which colour?\nASSISTANT: Red and  blue.", "naïve café 一只狗"] * 3
 
@@ -33,7 +34,7 @@ def _fast(backend: Any, **more: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{**SPECIALS, **more})
 
 
-def _begin(backend: Any) -> Any:
+def _with_bos(backend: Any) -> Any:
     """``backend`` with BOS before every text."""
     from tokenizers import processors
 
@@ -42,8 +43,8 @@ def _begin(backend: Any) -> Any:
     return backend
 
 
-def bytes_of(regex: bool, bos: bool, prefix: bool = False) -> Callable[[Path], Any]:
-    """Byte-level BPE as of Llama 3 (its regex, BOS), Qwen (NFC, no BOS) and GPT-2 (a space before every text)."""
+def byte_level_bpe(regex: bool, bos: bool, prefix: bool = False) -> Callable[[Path], Any]:
+    """Byte-level BPE like Llama 3 (its regex, BOS), Qwen (NFC, no BOS) and GPT-2 (a space before every text)."""
 
     def made(_folder: Path) -> Any:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -65,13 +66,13 @@ def bytes_of(regex: bool, bos: bool, prefix: bool = False) -> Callable[[Path], A
             vocab_size=400, special_tokens=["<s>", "</s>", "<unk>"], initial_alphabet=alphabet
         )
         backend.train_from_iterator(WORDS, trainer)
-        return _fast(_begin(backend) if bos else backend)
+        return _fast(_with_bos(backend) if bos else backend)
 
     return made
 
 
 def gemma(_folder: Path) -> Any:
-    """Spaces become ``▁`` and a text begins with nothing of its own."""
+    """Like Gemma: spaces become ``▁``, nothing is prepended to a text."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -79,11 +80,11 @@ def gemma(_folder: Path) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     names = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=500, special_tokens=names))
-    return _fast(_begin(backend))
+    return _fast(_with_bos(backend))
 
 
 def metaspace(scheme: str) -> Callable[[Path], Any]:
-    """Unigram as of T5 (``always``), and with the space at the first word alone."""
+    """Unigram like T5 (``always``), and with a space only before the first word."""
 
     def made(_folder: Path) -> Any:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -99,20 +100,20 @@ def metaspace(scheme: str) -> Callable[[Path], Any]:
 
 
 def prepended(folder: Path) -> Any:
-    return prepending(sentencepiece(True)(folder))
+    return with_prepend_normalizer(sentencepiece(True)(folder))
 
 
 NEEDS_MODEL = pytest.mark.skipif(
-    not MODEL.is_file(), reason="there is no real SentencePiece model: tests/vocabularies.txt"
+    not MODEL.is_file(), reason="no SentencePiece model installed: see tests/vocabularies.txt"
 )
 TOKENIZERS = {
     "llama-legacy": sentencepiece(True),
     "llama": sentencepiece(False),
     "llama-prepended": prepended,
-    "llama-3": bytes_of(regex=True, bos=True),
-    "qwen": bytes_of(regex=True, bos=False),
-    "gpt-2": bytes_of(regex=False, bos=False),
-    "gpt-2-prefix": bytes_of(regex=False, bos=False, prefix=True),
+    "llama-3": byte_level_bpe(regex=True, bos=True),
+    "qwen": byte_level_bpe(regex=True, bos=False),
+    "gpt-2": byte_level_bpe(regex=False, bos=False),
+    "gpt-2-prefix": byte_level_bpe(regex=False, bos=False, prefix=True),
     "gemma": gemma,
     "t5": metaspace("always"),
     "first": metaspace("first"),
@@ -137,23 +138,23 @@ TEMPLATES = {
     ),
 }
 
-TALKS: dict[str, tuple[Turn, ...]] = {
-    "one": (Turn("user", (PHOTO, "\nWhat is it?")),),
-    "two images": (Turn("user", (PHOTO, "\n", OTHER, "\nWhich  is\n  a dog? ")),),
+CONVERSATIONS: dict[str, tuple[Turn, ...]] = {
+    "one": (Turn("user", (IMAGE, "\nWhat is it?")),),
+    "two images": (Turn("user", (IMAGE, "\n", OTHER_IMAGE, "\nWhich  is\n  a dog? ")),),
     "turns": (
-        Turn("user", (PHOTO, "\nWhat is it?")),
+        Turn("user", (IMAGE, "\nWhat is it?")),
         Turn("assistant", ("A dog.",)),
-        Turn("user", (OTHER, "\n 一只狗 🐕?")),
+        Turn("user", (OTHER_IMAGE, "\n 一只狗 🐕?")),
         Turn("assistant", ("Yes, naïve.\n\n  Really",)),
         Turn("user", ("And  here?",)),
     ),
     "no image": (Turn("user", ("What is it?",)),),
-    "only an image": (Turn("user", (PHOTO,)),),
+    "only an image": (Turn("user", (IMAGE,)),),
 }
 
 
 def checkpoint(folder: Path, tokenizer: Any, template: str, *, token: Any = "<image>") -> tuple[Path, Any]:
-    """The files of a LLaVA that transformers wrote, without its weights; and its processor."""
+    """A LLaVA checkpoint saved by transformers, without weights, and its processor."""
     from transformers import (
         AutoProcessor,
         CLIPImageProcessor,
@@ -183,7 +184,7 @@ def checkpoint(folder: Path, tokenizer: Any, template: str, *, token: Any = "<im
 
 
 def processors_ids(processor: Any, turns: tuple[Turn, ...], number: int) -> list[int]:
-    """The ids of transformers, those of images replaced by IMAGE_TOKEN."""
+    """The ids of the processor, with IMAGE_TOKEN at image positions."""
     import numpy as np
     from PIL import Image
 
@@ -209,10 +210,10 @@ def encoding_of(folder: Path, template: str = "tokenizer") -> Encoding:
 
 def assert_ids_are_the_processors(folder: Path, processor: Any) -> None:
     encoding = encoding_of(folder)
-    for talk in TALKS.values():
-        turns = arrange(talk, "first", "")
+    for conversation in CONVERSATIONS.values():
+        turns = arrange(conversation, "first", "")
         made = encoding.encode(turns, generate=True)
-        assert list(made.ids) == processors_ids(processor, turns, processor.image_token_id), talk
+        assert list(made.ids) == processors_ids(processor, turns, processor.image_token_id), conversation
         assert made.ids.count(IMAGE_TOKEN) == Q * len(made.images)
 
 
@@ -232,28 +233,28 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "gemma", "qwen"])
 def test_any_image_token(tmp_path: Path, name: str, kind: str) -> None:
-    """It may strip the spaces around it, be found in normalised text only, or have another name."""
+    """The image token may strip spaces around it, be found only in normalized text, or have another name."""
     from transformers import AddedToken
 
     if not MODEL.is_file() and name.startswith("llama"):
-        pytest.skip("there is no real SentencePiece model: tests/vocabularies.txt")
+        pytest.skip("no SentencePiece model installed: see tests/vocabularies.txt")
     token = AddedToken(**{"content": "<image>", **KINDS[kind]})
     assert_ids_are_the_processors(*checkpoint(tmp_path / "theirs", TOKENIZERS[name](tmp_path), "vicuna", token=token))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_labels_lengths_and_texts_match_the_ids(tmp_path: Path, name: str) -> None:
-    """What is trained is the answers with their ends, and each token's text is its own."""
+    """The targets are the answers with their ends, and the texts of the tokens add up to the rendered text."""
     folder, _ = checkpoint(tmp_path / "theirs", TOKENIZERS[name](tmp_path), "vicuna")
     encoding = encoding_of(folder)
-    for talk in TALKS.values():
-        turns = (*talk, Turn("assistant", ("Both, a dog.",)))
+    for conversation in CONVERSATIONS.values():
+        turns = (*conversation, Turn("assistant", ("Both, a dog.",)))
         made, texts = encoding.encode(turns), encoding.texts(turns)
         assert encoding.lengths([turns]) == [len(made.ids)] == [len(texts)]
-        assert not encoding.written(turns).isascii() or not encoding.may_exceed(turns, 4 * len(made.ids) + 400)
+        assert not encoding.rendered_text(turns).isascii() or not encoding.may_exceed(turns, 4 * len(made.ids) + 400)
         assert encoding.may_exceed(turns, len(made.ids) - 1)
         said = "".join(text for text, label in zip(texts, made.labels, strict=True) if label != IGNORE)
-        # A token may begin before an answer: its last character decides.
+        # A token may begin before an answer; its last character decides.
         wanted = [turn.text for turn in turns if turn.role == "assistant"]
         found = said.split("</s>")
         assert found.pop() == ""
@@ -262,7 +263,7 @@ def test_labels_lengths_and_texts_match_the_ids(tmp_path: Path, name: str) -> No
         )
         assert all(label in (IGNORE, token) for label, token in zip(made.labels, made.ids, strict=True))
         begins = texts[0] == "<s>"
-        assert "".join(texts[begins:]) == encoding.written(turns)
+        assert "".join(texts[begins:]) == encoding.rendered_text(turns)
         assert all(not text for text, token in zip(texts, made.ids, strict=True) if token == IMAGE_TOKEN)
         short = Encoding(encoding.template, encoding.tokenizer, Q, len(made.ids) - 1).encode(turns)
         assert short.ids == made.ids[: len(short.ids)]
@@ -276,7 +277,7 @@ def test_the_image_token_in_messages_is_text(tmp_path: Path, name: str, special:
     token = AddedToken("<image>", normalized=False, special=special)
     folder, _ = checkpoint(tmp_path / "theirs", TOKENIZERS[name](tmp_path), "vicuna", token=token)
     encoding = encoding_of(folder)
-    turns = (Turn("user", (PHOTO, "\nIs <image> a tag?")), Turn("assistant", ("<image> is.",)))
+    turns = (Turn("user", (IMAGE, "\nIs <image> a tag?")), Turn("assistant", ("<image> is.",)))
     made = encoding.encode(turns)
     assert made.ids.count(IMAGE_TOKEN) == Q
     assert encoding.tokenizer.convert_tokens_to_ids("<image>") not in made.ids
@@ -284,29 +285,29 @@ def test_the_image_token_in_messages_is_text(tmp_path: Path, name: str, special:
 
 
 @NEEDS_MODEL
-def test_own_exports_and_plain_language_models_use_llavas_ids(tmp_path: Path) -> None:
+def test_llavactls_exports_and_language_models_use_llavas_ids(tmp_path: Path) -> None:
     folder, processor = checkpoint(tmp_path / "theirs", TOKENIZERS["llama"](tmp_path), "vicuna")
     plain = llama_folder(tmp_path / "plain", legacy=False)
     assert image_token(language(plain)) is None
     assert image_token(language(folder)) == "<image>"
     (folder / "llavactl_export.json").write_text("{}")
     assert image_token(language(folder)) is None
-    ids = encoding_of(folder).encode(TALKS["one"], generate=True).ids
+    ids = encoding_of(folder).encode(CONVERSATIONS["one"], generate=True).ids
     assert (
-        len(ids) == len(processors_ids(processor, TALKS["one"], processor.image_token_id)) + 1
+        len(ids) == len(processors_ids(processor, CONVERSATIONS["one"], processor.image_token_id)) + 1
     )  # SentencePiece's space
 
 
 @NEEDS_MODEL
 def test_a_saved_tokenizer_keeps_its_image_token(tmp_path: Path) -> None:
-    """As full fine-tuning saves it beside the language model alone."""
+    """As saved by full fine-tuning, without the LLaVA checkpoint."""
     folder, processor = checkpoint(tmp_path / "theirs", TOKENIZERS["llama"](tmp_path), "vicuna")
     language(folder).save_pretrained(tmp_path / "trained")
     (tmp_path / "trained" / "config.json").write_text('{"model_type": "llama"}')
     assert_ids_are_the_processors(tmp_path / "trained", processor)
 
 
-def test_a_token_that_may_be_split_is_no_image_token(tmp_path: Path) -> None:
+def test_only_added_tokens_are_image_tokens(tmp_path: Path) -> None:
     folder, _ = checkpoint(tmp_path / "theirs", TOKENIZERS["qwen"](tmp_path), "vicuna")
     config = json.loads((folder / "config.json").read_text())
     for number in (30, 10**6):

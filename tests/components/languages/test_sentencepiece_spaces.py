@@ -1,4 +1,4 @@
-"""Spaces that a tokenizer takes for its own: at the beginning of a text, and after added tokens."""
+"""Spaces at the beginning of a text and after added tokens are encoded as by SentencePiece."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("split", [False, True])
-def test_spaces_are_those_of_sentencepiece_between_added_tokens(llama: Vocabulary, text: str, split: bool) -> None:
-    """As LLaVA's slow tokenizer: it splits the text at added tokens and gives SentencePiece each part."""
-    tokenizer, speaker = copy.deepcopy(llama.tokenizer), llama.speaker
-    assert speaker is not None
+def test_spaces_around_added_tokens(llama: Vocabulary, text: str, split: bool) -> None:
+    """LLaVA's slow tokenizer splits text at added tokens and encodes each part with SentencePiece."""
+    tokenizer, reference = copy.deepcopy(llama.tokenizer), llama.reference
+    assert reference is not None
     tokenizer.add_tokens([AddedToken(each, normalized=False) for each in ADDED])
     wanted = []
     for at, part in enumerate(re.split(f"({'|'.join(ADDED)})", f"{text}\n")):
         if part in ADDED:
             wanted.append(tokenizer.convert_tokens_to_ids(part))
         elif part:
-            wanted += speaker.spell(part, speaker.legacy or at == 0)
+            wanted += reference.encode_piece(part, reference.legacy or at == 0)
     content = (text[:3], text[3:]) if split else (text,)
     encoding = Encoding(registry().create("templates", {"name": "plain"}), tokenizer, 1)
     found = encoding.encode((Turn("user", ()), Turn("assistant", content)))

@@ -1,10 +1,11 @@
-"""Pictures with captions and boxes: COCO's real files, LLaVA's real file, and files that are wrong."""
+"""The sources coco and caps-boxes: real files, invalid files, and images in archives and at URLs."""
 
 from __future__ import annotations
 
 import json
 import logging
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +17,101 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.testing import check_source
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 DATA = Path(__file__).parents[4] / "shared" / "data"
 COCO = DATA / "coco-mini"
-real = pytest.mark.skipif(not DATA.is_dir(), reason="the real data is not here")
+real = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 
 def source(name: str, **options: Any) -> list[Sample]:
     return list(registry().create("sources", {"name": name, **options}))
 
 
-def coco(**options: Any) -> list[Sample]:
-    annotations = COCO / "annotations"
-    return source(
-        "coco", captions=annotations / "captions_train2017.json", instances=annotations / "instances_train2017.json",
-        **options,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class CocoFiles:
+    """COCO annotations: the number of annotated images, and of those that exist in ``images``."""
+
+    captions: Path
+    instances: Path
+    images: Path
+    annotated: int
+    existing: int
+    crowds: int
+
+    def samples(self, **options: Any) -> list[Sample]:
+        return source("coco", captions=self.captions, instances=self.instances, **options)
 
 
-@real
-def test_cocos_own_files(caplog: pytest.LogCaptureFixture) -> None:
-    samples = coco(images=COCO / "train2017")
-    assert len(samples) == 26
-    assert "54 of 80 pictures are not in" in caplog.text
+@pytest.fixture(params=["fixture", pytest.param("real", marks=real)])
+def coco(request: pytest.FixtureRequest, toys: Path) -> CocoFiles:
+    if request.param == "fixture":
+        files = FIXTURES / "coco_captions.json", FIXTURES / "coco_instances.json"
+        return CocoFiles(*files, toys / "images", annotated=16, existing=12, crowds=4)
+    folder = COCO / "annotations"
+    files = folder / "captions_train2017.json", folder / "instances_train2017.json"
+    return CocoFiles(*files, COCO / "train2017", annotated=80, existing=26, crowds=8)
+
+
+def test_coco_files(coco: CocoFiles, caplog: pytest.LogCaptureFixture) -> None:
+    samples = coco.samples(images=coco.images)
+    assert len(samples) == coco.existing
+    assert f"{coco.annotated - coco.existing} of {coco.annotated} images" in caplog.text
     assert check_source(samples) == []
     assert all(len(sample.captions) >= 5 and sample.images[0].read()[:2] == b"\xff\xd8" for sample in samples)
-    assert len(coco()) == 80, "without a folder of images all are there"
-    assert len(coco(images=COCO / "train2017", missing=True)) == 80
-    boxes = [box for sample in coco() for box in sample.boxes]
+    assert len(coco.samples()) == coco.annotated, "without an image folder, no image is missing"
+    assert len(coco.samples(images=coco.images, missing=True)) == coco.annotated
+    boxes = [box for sample in coco.samples() for box in sample.boxes]
     assert all(0 <= edge <= 1 for box in boxes for edge in box.xyxy)
     assert not any(box.crowd for box in boxes)
-    crowds = [box for sample in coco(crowds=True) for box in sample.boxes if box.crowd]
-    assert len(crowds) == 8
-    large = [box for sample in coco(min_area=0.1) for box in sample.boxes]
-    assert 0 < len(large) < len(boxes) / 2
+    crowds = [box for sample in coco.samples(crowds=True) for box in sample.boxes if box.crowd]
+    assert len(crowds) == coco.crowds
+    large = [box for sample in coco.samples(min_area=0.1) for box in sample.boxes]
+    assert 0 < len(large) < len(boxes)
 
 
-@real
-def test_a_box_of_coco_is_where_it_says() -> None:
-    document = json.loads((COCO / "annotations" / "instances_train2017.json").read_text())
+def test_coco_boxes_become_shares_of_the_image(coco: CocoFiles) -> None:
+    document = json.loads(coco.instances.read_text())
     row = next(each for each in document["annotations"] if not each["iscrowd"])
     image = next(each for each in document["images"] if each["id"] == row["image_id"])
     left, top, width, height = row["bbox"]
-    wanted = (left / image["width"], top / image["height"])
-    wanted += ((left + width) / image["width"], (top + height) / image["height"])
-    sample = next(each for each in coco() if each.id == Path(image["file_name"]).stem)
-    assert any(box.xyxy == pytest.approx(wanted, abs=1e-6) for box in sample.boxes)
+    expected = (left / image["width"], top / image["height"])
+    expected += ((left + width) / image["width"], (top + height) / image["height"])
+    sample = next(each for each in coco.samples() if each.id == Path(image["file_name"]).stem)
+    assert any(box.xyxy == pytest.approx(expected, abs=1e-6) for box in sample.boxes)
 
 
-@real
-def test_llavas_own_captions_and_boxes() -> None:
-    samples = source("caps-boxes", path=DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl")
-    assert len(samples) == 80
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [
+        (FIXTURES / "caps_boxes.jsonl", 3),
+        pytest.param(DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl", 80, marks=real),
+    ],
+    ids=["fixture", "real"],
+)
+def test_caps_boxes_file(file: Path, count: int) -> None:
+    samples = source("caps-boxes", path=file)
+    assert len(samples) == count
     assert check_source(samples) == []
-    first = json.loads((DATA / "llava" / "caps_boxes_coco2014_val_80.jsonl").read_text().splitlines()[0])
+    first = json.loads(file.read_text().splitlines()[0])
     assert list(samples[0].captions) == first["captions"]
     assert samples[0].boxes[0].xyxy == tuple(first["instances"][0]["bbox"])
 
 
-@real
-def test_a_caption_of_llavas_pretraining_records_can_be_told(tmp_path: Path) -> None:
-    samples = source("llava-json", path=DATA / "llava" / "blip_laion_cc_sbu_2k.json")
+@pytest.mark.parametrize(
+    ("pretrain", "instruct"),
+    [
+        (FIXTURES / "pretrain.json", FIXTURES / "instruct.json"),
+        pytest.param(
+            DATA / "llava" / "blip_laion_cc_sbu_2k.json", DATA / "llava" / "llava_instruct_100.json", marks=real
+        ),
+    ],
+    ids=["fixture", "real"],
+)
+def test_only_single_answers_are_captions(pretrain: Path, instruct: Path) -> None:
+    samples = source("llava-json", path=pretrain)
     assert all(sample.captions == (sample.turns[-1].text.strip(),) for sample in samples)
-    talks = source("llava-json", path=DATA / "llava" / "llava_instruct_100.json")
-    assert not any(sample.captions for sample in talks if len(sample.turns) > 2)
+    conversations = source("llava-json", path=instruct)
+    assert not any(sample.captions for sample in conversations if len(sample.turns) > 2)
 
 
 def write(folder: Path, captions: Any = None, instances: Any = None) -> dict[str, Any]:
@@ -94,9 +127,15 @@ def box(*bbox: float, **more: Any) -> dict[str, Any]:
     return {"image_id": 1, "category_id": 7, "bbox": list(bbox), "segmentation": [[1.0] * 9], **more}
 
 
-def test_boxes_are_cut_at_the_edges_and_empty_ones_are_none(tmp_path: Path) -> None:
-    made = [box(50, 25, 80, 50), box(10, 10, 0, 5), box(200, 10, 5, 5), box(0, 0, 1, 1), box(0, 0, 9, 9, iscrowd=1)]
-    options = write(tmp_path, instances=made)
+def test_boxes_are_clipped_and_empty_ones_removed(tmp_path: Path) -> None:
+    instances = [
+        box(50, 25, 80, 50),
+        box(10, 10, 0, 5),
+        box(200, 10, 5, 5),
+        box(0, 0, 1, 1),
+        box(0, 0, 9, 9, iscrowd=1),
+    ]
+    options = write(tmp_path, instances=instances)
     (sample,) = source("coco", **options)
     assert sample.captions == ("A dog.",)
     assert [each.xyxy for each in sample.boxes] == [(0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.01, 0.02)]
@@ -104,10 +143,10 @@ def test_boxes_are_cut_at_the_edges_and_empty_ones_are_none(tmp_path: Path) -> N
     assert len(sample.boxes) == 1
 
 
-def test_every_wrong_entry_of_coco_is_named(tmp_path: Path) -> None:
-    wrong = [box(0, 0, 1), box(0, 0, "x", 1), box(0, 0, 1, float("nan")), box(0, 0, 1, 1, category_id=8),  # type: ignore[arg-type]
+def test_every_invalid_coco_entry_is_reported(tmp_path: Path) -> None:
+    invalid = [box(0, 0, 1), box(0, 0, "x", 1), box(0, 0, 1, float("nan")), box(0, 0, 1, 1, category_id=8),  # type: ignore[arg-type]
              box(0, 0, 1, 1, image_id=2), {"image_id": 1}, 7]  # fmt: skip
-    options = write(tmp_path, captions=[{"image_id": 1}, {"image_id": 1, "caption": 7}], instances=wrong)
+    options = write(tmp_path, captions=[{"image_id": 1}, {"image_id": 1, "caption": 7}], instances=invalid)
     with pytest.raises(DataError) as caught:
         source("coco", **options)
     for number in range(7):
@@ -117,26 +156,26 @@ def test_every_wrong_entry_of_coco_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"images": 7}', "\xff", "[" * 100_000])
-def test_what_is_not_coco_is_refused_in_words(tmp_path: Path, text: str) -> None:
+def test_files_of_other_formats_are_refused(tmp_path: Path, text: str) -> None:
     options = write(tmp_path)
     (tmp_path / "i.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"i\.json"):
         source("coco", **options)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=r"none\.json"):
         source("coco", captions=tmp_path / "none.json")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match=str(tmp_path / "none")):
         source("coco", **write(tmp_path), images=tmp_path / "none")
 
 
-def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_an_image_path_outside_the_root_is_refused(tmp_path: Path) -> None:
     options = write(tmp_path)
     text = (tmp_path / "c.json").read_text().replace("a.jpg", "../../etc/passwd")
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(DataError, match="leads outside its root"):
+    with pytest.raises(DataError, match=r"c\.json image 0: .*etc/passwd"):
         source("coco", **options)
 
 
-def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_invalid_caps_boxes_record_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = {
         "id": "a",
         "image": "a.jpg",
@@ -161,16 +200,16 @@ def test_every_wrong_record_of_captions_and_boxes_is_named(tmp_path: Path, caplo
     assert len(source("caps-boxes", path=path)) == 1
     caplog.set_level(logging.WARNING)
     assert source("caps-boxes", path=path, images=tmp_path) == []
-    assert "1 of 1 pictures are not in" in caplog.text
+    assert "1 of 1 images" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["coco", "caps-boxes"])
-@pytest.mark.parametrize("place", ["pictures.zip", "p*.zip", "memory://captioned"])
-def test_pictures_in_archives_and_behind_urls(tmp_path: Path, place: str, kind: str) -> None:
+@pytest.mark.parametrize("place", ["images.zip", "i*.zip", "memory://captioned"])
+def test_images_in_archives_and_at_urls(tmp_path: Path, place: str, kind: str) -> None:
     memory = fsspec.filesystem("memory")
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
-        file.writestr("a.jpg", b"a picture")
-    memory.pipe("/captioned/a.jpg", b"a picture")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr("a.jpg", b"an image")
+    memory.pipe("/captioned/a.jpg", b"an image")
     names = ["a.jpg", "not there.jpg"]
     if kind == "coco":
         document = {
@@ -184,6 +223,6 @@ def test_pictures_in_archives_and_behind_urls(tmp_path: Path, place: str, kind: 
         options = {"path": tmp_path / "b.json"}
     images = place if "://" in place else str(tmp_path / place)
     (sample,) = source(kind, **options, images=images)
-    assert [(image.name, image.read()) for image in sample.images] == [("a.jpg", b"a picture")]
+    assert [(image.name, image.read()) for image in sample.images] == [("a.jpg", b"an image")]
     assert len(source(kind, **options, images=images, missing=True)) == 2
     memory.rm("/captioned", recursive=True)

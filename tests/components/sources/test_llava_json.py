@@ -1,4 +1,4 @@
-"""LLaVA's records with all their oddities; what can't be used is refused with its place."""
+"""The source llava-json: variants of LLaVA records, and errors that name the location."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ def read(folder: Path, records: Any, name: str = "records.json") -> list[Sample]
     return list(registry().create("sources", {"name": "llava-json", "path": str(path), "images": str(folder)}))
 
 
-def test_images_take_the_places_of_their_tags(tmp_path: Path) -> None:
+def test_images_replace_their_tags(tmp_path: Path) -> None:
     a, b = ImageFile(str(tmp_path), "a.jpg"), ImageFile(str(tmp_path), "sub/b.jpg")
-    said = {"from": "gpt", "value": "An <image> tag in an answer is text."}
+    answer = {"from": "gpt", "value": "An <image> tag in an answer is text."}
     (front,) = read(tmp_path, [{"id": 7, "image": "a.jpg", "conversations": TALK}])
     assert (front.id, front.turns[0].content) == ("7", (a, "\nWhat?"))
     (end,) = read(
-        tmp_path, [{"id": "x", "image": "a.jpg", "conversations": [{"from": "human", "value": "What?\n<image>"}, said]}]
+        tmp_path,
+        [{"id": "x", "image": "a.jpg", "conversations": [{"from": "human", "value": "What?\n<image>"}, answer]}],
     )
     assert end.turns[0].content == ("What?\n", a)
     assert end.turns[1].content == ("An <image> tag in an answer is text.",)
-    two = [{"from": "human", "value": "<image> or <image>?"}, said]
+    two = [{"from": "human", "value": "<image> or <image>?"}, answer]
     (both,) = read(tmp_path, [{"image": ["a.jpg", "sub/b.jpg"], "conversations": two, "model": "gpt-4"}])
     assert both.turns[0].content == (a, " or ", b, "?")
     assert both.extra == {"model": "gpt-4"}
     (untagged,) = read(
-        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "What?"}, said]}]
+        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "What?"}, answer]}]
     )
     assert untagged.turns[0].content == (a, "\n", "What?")
     (later,) = read(
-        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "Hi"}, said, *TALK]}]
+        tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "Hi"}, answer, *TALK]}]
     )
     assert later.turns[2].content == (a, "\nWhat?")
-    (text,) = read(tmp_path, [{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, said]}])
+    (text,) = read(tmp_path, [{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, answer]}])
     assert text.images == ()
 
 
@@ -55,13 +56,13 @@ def test_tags_without_an_image_key_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image", ["a.jpg", ["a.jpg"]])
-def test_several_tags_in_a_question_are_the_only_image_once(tmp_path: Path, image: Any) -> None:
+def test_several_tags_in_one_question_stand_for_the_only_image_once(tmp_path: Path, image: Any) -> None:
     asked = [{"from": "human", "value": "Why <image>\nTwo <image> tags?"}, TALK[1]]
     (found,) = read(tmp_path, [{"id": 1, "image": image, "conversations": asked}])
     assert found.turns[0].content == ("Why ", ImageFile(str(tmp_path), "a.jpg"), "\nTwo ", " tags?")
 
 
-def test_json_and_jsonl_are_alike(tmp_path: Path) -> None:
+def test_json_equals_jsonl(tmp_path: Path) -> None:
     records = [{"id": n, "image": f"{n}.jpg", "conversations": TALK} for n in range(3)]
     lines = "\n".join(map(json.dumps, records)) + "\n\n"
     turns = [sample.turns for sample in read(tmp_path, records)]
@@ -71,13 +72,13 @@ def test_json_and_jsonl_are_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["null", '""', '" "', "true", "[1]", "{}", "NaN", None])
-def test_a_record_without_an_id_is_called_by_its_number(tmp_path: Path, name: str | None) -> None:
+def test_a_record_without_an_id_is_identified_by_its_index(tmp_path: Path, name: str | None) -> None:
     record = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, TALK[1]]})
     given = record if name is None else f'{{"id": {name}, {record[1:]}'
     assert [each.id for each in read(tmp_path, f"{given}\n" * 3, "r.jsonl")] == ["0", "1", "2"]
 
 
-def test_an_id_is_text_or_a_number_and_else_the_place_in_the_file(tmp_path: Path) -> None:
+def test_other_ids_than_strings_and_numbers_are_replaced_by_the_index(tmp_path: Path) -> None:
     def named(*names: Any) -> list[str]:
         records = [{"id": name, "conversations": [{"from": "human", "value": "Hi"}, TALK[1]]} for name in names]
         return [each.id for each in read(tmp_path, records)]
@@ -87,21 +88,21 @@ def test_an_id_is_text_or_a_number_and_else_the_place_in_the_file(tmp_path: Path
     assert named("a", "a", None) == ["a", "a", "2"]
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     twice = '{"id": 1, "image": "a.jpg", "image": "b.jpg", "conversations": []}'
     good = json.dumps({"id": 1, "conversations": [{"from": "human", "value": "Hi"}, TALK[1]]})
-    for text, place in ((f"{good}\n{twice}\n", "r.jsonl:2"), (f"[{good},\n{twice}]", "r.jsonl:2")):
-        with pytest.raises(DataError, match=f"{place}: .*'image'"):
+    for text, where in ((f"{good}\n{twice}\n", "r.jsonl:2"), (f"[{good},\n{twice}]", "r.jsonl:2")):
+        with pytest.raises(DataError, match=f"{where}: .*'image'"):
             read(tmp_path, text, "r.jsonl")
 
 
-def test_records_of_other_formats_are_named_by_their_keys(tmp_path: Path) -> None:
+def test_records_of_other_formats_are_refused_with_their_keys(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"messages, images") as caught:
         read(tmp_path, [{"messages": [{"role": "user", "content": "Hi"}], "images": ["a.jpg"]}])
     assert "conversations" in caught.value.hint
 
 
-def test_an_assistant_who_speaks_first_is_left_out(tmp_path: Path) -> None:
+def test_an_answer_before_the_first_question_is_dropped(tmp_path: Path) -> None:
     (sample,) = read(
         tmp_path, [{"id": 1, "image": "a.jpg", "conversations": [{"from": "gpt", "value": "Hello!"}, *TALK]}]
     )
@@ -110,55 +111,55 @@ def test_an_assistant_who_speaks_first_is_left_out(tmp_path: Path) -> None:
 
 WRONG: list[tuple[Any, str]] = [
     ('[{"id": 1,\n "conversations": [}]', r"records\.json:2: not JSON"),
-    ('{"conversations": []}\n{broken\n', "no answer|:2: not JSON"),
-    ([3], r"json:1 \(record 0\): not a LLaVA record"),
-    ([{"id": 1, "conversations": "hi"}], "not a LLaVA record"),
+    ('{"conversations": []}\n{broken\n', "no answer"),
+    ([3], r"json:1 \(record 0\): .*object"),
+    ([{"id": 1, "conversations": "hi"}], r"json:1 \(record 0\): .*`conversations`"),
     (
         [{"id": 1, "image": ["a.jpg"] * 2, "conversations": [{"from": "human", "value": "<image>" * 3}, TALK[1]]}],
-        "3 <image> tags for 2 images",
+        "3 <image> tags",
     ),
-    ([{"id": 1, "image": "a.jpg", "conversations": [*TALK, *TALK]}], "2 questions"),
-    ([{"id": 1, "image": None, "conversations": TALK}], "1 <image> tag, but no image"),
-    ([{"id": 1, "images": [], "conversations": TALK}], "1 <image> tag, but no image"),
+    ([{"id": 1, "image": "a.jpg", "conversations": [*TALK, *TALK]}], "<image> in 2 questions"),
+    ([{"id": 1, "image": None, "conversations": TALK}], "1 <image> tag"),
+    ([{"id": 1, "images": [], "conversations": TALK}], "1 <image> tag"),
     ([{"id": 1, "image": "../a.jpg", "conversations": TALK}], "leads outside its root"),
     ([{"id": 1, "image": "/etc/passwd", "conversations": TALK}], "leads outside its root"),
     ([{"id": 1, "image": {"x": 1}, "conversations": TALK}], "`image`"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}]}], "no answer"),
     ([{"id": 1, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": " "}]}], "no answer"),
-    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "message: "),
-    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "message: "),
-    ([{"id": 1, "image": "a.jpg", "conversations": [TALK[0], TALK[0], TALK[1]]}], "don't take turns"),
+    ([{"id": 1, "conversations": [{"from": "robot", "value": "Hi"}]}], "`from` 'robot'"),
+    ([{"id": 1, "conversations": [{"from": "human", "value": None}]}], "`value`"),
+    ([{"id": 1, "image": "a.jpg", "conversations": [TALK[0], TALK[0], TALK[1]]}], "user, user, assistant"),
 ]
 
 
 @pytest.mark.parametrize(("records", "message"), WRONG)
-def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, records: Any, message: str) -> None:
+def test_errors_name_the_location(tmp_path: Path, records: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path, records)
     assert "records.json" in caught.value.message
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.json: no such file"):
+def test_missing_files_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.json"):
         list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "gone.json")}))
     (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="/gone"):
         list(registry().create("sources", {"name": "llava-json", "path": str(tmp_path / "r.json"), "images": "/gone"}))
 
 
-def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_to_outside_the_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     root = tmp_path / "root"
     root.mkdir()
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(DataError, match="points outside") as caught:
+    with pytest.raises(DataError, match=r"link\.jpg") as caught:
         ImageFile(str(root), "link.jpg").read()
     assert "follow_links" in caught.value.hint
 
 
-def test_a_media_file_under_any_key_is_not_dropped_silently(tmp_path: Path) -> None:
-    said = [{"from": "human", "value": "See a.jpg"}, {"from": "gpt", "value": "b.png"}]
+def test_a_media_file_under_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "See a.jpg"}, {"from": "gpt", "value": "b.png"}]
     for key, value in (("screenshot", "a.png"), ("media", ["x/a.JPG"]), ("speech", "a.wav")):
         with pytest.raises(DataError, match=key):
-            read(tmp_path, [{"id": "1.jpg", key: value, "conversations": said}])
-    assert len(read(tmp_path, [{"id": "1.jpg", "source": "a.jpg", "conversations": said}])) == 1
+            read(tmp_path, [{"id": "1.jpg", key: value, "conversations": talk}])
+    assert len(read(tmp_path, [{"id": "1.jpg", "source": "a.jpg", "conversations": talk}])) == 1

@@ -1,4 +1,4 @@
-"""What published benchmarks look like: the real files where they are, else none."""
+"""Fixtures for tasks: published files of benchmarks, if available, and scoring through the command line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Lines = Callable[[str, Iterable[Any]], Path]
 @pytest.fixture
 def real() -> Path:
     if not DATA.is_dir():
-        pytest.skip("needs the real data folder beside the checkout")
+        pytest.skip("requires the folder of published data beside the checkout")
     return DATA
 
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Lines:
-    """Writes a JSONL file into the test's folder."""
+    """Writes a JSONL file to the test's folder."""
 
     def write(name: str, records: Iterable[Any]) -> Path:
         path = tmp_path / name
@@ -37,11 +37,13 @@ def lines(tmp_path: Path) -> Lines:
 
 @pytest.fixture
 def scored(tmp_path: Path) -> Callable[..., Any]:
-    """``llavactl eval`` with ``--json``: its document, or its one line of error and its hint."""
+    """Runs ``llavactl eval --json``: its document, or stderr with one error and its hint."""
 
     def run(task: str, *arguments: object, **options: Any) -> Any:
-        given = [word for key, each in options.items() for one in _list(each) for word in ("-t", f"{key}={one}")]
-        result = run_cli("eval", task, *map(str, arguments), *given, "--json", cwd=tmp_path)
+        task_options = [
+            word for key, values in options.items() for value in _list(values) for word in ("-t", f"{key}={value}")
+        ]
+        result = run_cli("eval", task, *map(str, arguments), *task_options, "--json", cwd=tmp_path)
         assert result.exit_code in (0, 1), result.stderr
         if result.exit_code:
             assert "Traceback" not in result.stderr

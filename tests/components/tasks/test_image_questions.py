@@ -1,4 +1,4 @@
-"""Tasks' pictures where they lie: a folder, an archive, behind a URL, with or without the folder that all are in."""
+"""Images of tasks in a folder, an archive or at a URL, with or without a common top-level folder."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ import pytest
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageRef, Turn
 
-PICTURES = {f"{name}.jpg": name.encode() for name in ("cat", "dog", "train/1/image", "COCO_val2014_000000000007")}
+IMAGES = {f"{name}.jpg": name.encode() for name in ("cat", "dog", "train/1/image", "COCO_val2014_000000000007")}
 PEOPLE = [{"answer": "yes"}] * 10
 
 
 def in_folder(folder: Path, top: str) -> str:
-    for name, data in PICTURES.items():
-        file = folder / "pictures" / top / name
+    for name, data in IMAGES.items():
+        file = folder / "images" / top / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-    return str(folder / "pictures" / top)
+    return str(folder / "images" / top)
 
 
 def in_zip(folder: Path, top: str) -> str:
-    with zipfile.ZipFile(folder / "pictures.zip", "w") as file:
-        for name, data in PICTURES.items():
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        for name, data in IMAGES.items():
             file.writestr(f"{top}{name}", data)
-        file.writestr(f"__MACOSX/{top}._cat.jpg", b"what macOS adds")
-    return str(folder / "pictures.zip")
+        file.writestr(f"__MACOSX/{top}._cat.jpg", b"macOS metadata")
+    return str(folder / "images.zip")
 
 
 def in_tar(folder: Path, top: str) -> str:
-    with tarfile.open(folder / "pictures.tar", "w") as file:
-        for name, data in PICTURES.items():
+    with tarfile.open(folder / "images.tar", "w") as file:
+        for name, data in IMAGES.items():
             info = tarfile.TarInfo(f"./{top}{name}")
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
-    return str(folder / "pictures.tar")
+    return str(folder / "images.tar")
 
 
 def at_url(folder: Path, top: str) -> str:
@@ -52,36 +52,40 @@ def at_url(folder: Path, top: str) -> str:
 
 
 def pope(folder: Path) -> dict[str, Any]:
-    asked = [
+    questions = [
         {"question_id": at, "image": f"{name}.jpg", "text": "?", "label": "yes"}
         for at, name in enumerate(["cat", "dog"])
     ]
-    return {"questions": _lines(folder / "questions.jsonl", asked)}
+    return {"questions": _lines(folder / "questions.jsonl", questions)}
 
 
 def llava_bench(folder: Path) -> dict[str, Any]:
-    asked = [
+    questions = [
         {"question_id": at, "image": f"{name}.jpg", "text": "?", "category": "conv"}
         for at, name in enumerate(["cat", "dog"])
     ]
-    return {"questions": _lines(folder / "questions.jsonl", asked)}
+    return {"questions": _lines(folder / "questions.jsonl", questions)}
 
 
 def multiple_choice(folder: Path) -> dict[str, Any]:
-    asked = [{"index": 1, "question": "?", "A": "a", "B": "b", "answer": "A", "image": "cat.jpg"}]
-    return {"questions": _lines(folder / "questions.jsonl", asked)}
+    questions = [{"index": 1, "question": "?", "A": "a", "B": "b", "answer": "A", "image": "cat.jpg"}]
+    return {"questions": _lines(folder / "questions.jsonl", questions)}
 
 
 def vqa(folder: Path) -> dict[str, Any]:
-    asked, said = folder / "questions.json", folder / "annotations.json"
-    asked.write_text(json.dumps({"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}))
-    said.write_text(json.dumps({"annotations": [{"question_id": 1, "image_id": 7, "answers": PEOPLE}]}))
-    return {"questions": asked, "annotations": said}
+    questions, annotations = folder / "questions.json", folder / "annotations.json"
+    questions.write_text(json.dumps({"questions": [{"question_id": 1, "image_id": 7, "question": "?"}]}))
+    annotations.write_text(json.dumps({"annotations": [{"question_id": 1, "image_id": 7, "answers": PEOPLE}]}))
+    return {"questions": questions, "annotations": annotations}
 
 
 def chair(folder: Path) -> dict[str, Any]:
-    about = {"images": [{"id": 1, "file_name": "cat.jpg"}], "categories": [{"id": 1, "name": "cat"}], "annotations": []}
-    (folder / "instances.json").write_text(json.dumps(about))
+    instances = {
+        "images": [{"id": 1, "file_name": "cat.jpg"}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances))
     return {"instances": folder / "instances.json"}
 
 
@@ -94,9 +98,9 @@ def scienceqa(folder: Path) -> dict[str, Any]:
 
 
 def mme(folder: Path) -> dict[str, Any]:
-    (folder / "asked").mkdir()
-    (folder / "asked" / "train.txt").write_text("1/image.jpg\tIs it?\tYes\n1/image.jpg\tIsn't it?\tNo\n")
-    return {"questions": folder / "asked"}
+    (folder / "questions").mkdir()
+    (folder / "questions" / "train.txt").write_text("1/image.jpg\tIs it?\tYes\n1/image.jpg\tIsn't it?\tNo\n")
+    return {"questions": folder / "questions"}
 
 
 def _lines(file: Path, records: list[dict[str, Any]]) -> Path:
@@ -104,7 +108,7 @@ def _lines(file: Path, records: list[dict[str, Any]]) -> Path:
     return file
 
 
-def shown(turns: Iterator[Turn]) -> list[ImageRef]:
+def images_in(turns: Iterator[Turn]) -> list[ImageRef]:
     return [each for turn in turns for each in turn.content if not isinstance(each, str)]
 
 
@@ -122,17 +126,15 @@ TASKS: dict[str, tuple[Callable[[Path], dict[str, Any]], list[bytes]]] = {
 @pytest.mark.parametrize("top", ["", "val2014/"])
 @pytest.mark.parametrize("place", [in_folder, in_zip, in_tar, at_url])
 @pytest.mark.parametrize("task", TASKS)
-def test_pictures_are_read_where_they_lie(
-    task: str, place: Callable[[Path, str], str], top: str, tmp_path: Path
-) -> None:
+def test_images_are_read_from_any_place(task: str, place: Callable[[Path, str], str], top: str, tmp_path: Path) -> None:
     options, expected = TASKS[task]
-    made = registry().create("tasks", {"name": task, **options(tmp_path), "images": place(tmp_path, top)})
-    images = shown(turn for question in made.questions() for turn in question.turns)
+    component = registry().create("tasks", {"name": task, **options(tmp_path), "images": place(tmp_path, top)})
+    images = images_in(turn for question in component.questions() for turn in question.turns)
     assert [image.read() for image in images] == expected
 
 
 @pytest.mark.parametrize("place", [in_folder, in_zip, in_tar, at_url])
-def test_so_does_the_source_scienceqa(place: Callable[[Path, str], str], tmp_path: Path) -> None:
+def test_the_source_scienceqa_reads_images_from_any_place(place: Callable[[Path, str], str], tmp_path: Path) -> None:
     path = scienceqa(tmp_path)["questions"]
     records = registry().create("sources", {"name": "scienceqa", "path": path, "images": place(tmp_path, "")})
     (sample,) = records

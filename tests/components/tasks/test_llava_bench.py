@@ -1,4 +1,4 @@
-"""LLaVA-Bench: the published relative scores from stored verdicts, and verdicts that are none."""
+"""LLaVA-Bench: published relative scores from stored verdicts, and invalid review files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.tasks.judging import as_llava, leniently
+from llavactl.components.tasks.judging import parse_lenient, parse_llava
 from llavactl.components.tasks.llava_bench import LlavaBench, LlavaBenchOptions
 from llavactl.core.protocols import Judged
 from llavactl.testing import run_cli
@@ -39,14 +39,16 @@ class TestPublished:
             assert (report["n"], report["failed"]) == (60, 0)
 
     def test_all_runs_and_their_spread(self, scored: Any, runs: list[Path]) -> None:
-        """Without the questions, too: the verdicts know their kind."""
+        """Question files are optional: reviews have the categories."""
         scores = scored("llava-bench", reviews=runs)["scores"]
         assert tuple(round(each, 1) for each in scores["all"]["runs"]) == PUBLISHED
         assert round(scores["all"]["relative"], 2) == 65.47
         assert 0.7 < scores["all"]["spread"] < 0.9
         assert scores["detail"]["n"] == 15
 
-    def test_order_means_nothing(self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path) -> None:
+    def test_the_order_of_lines_is_irrelevant(
+        self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path
+    ) -> None:
         (tmp_path / "r.jsonl").write_text("\r\n".join(reversed(runs[0].read_text().splitlines())), newline="")
         report = scored("llava-bench", **files, reviews=tmp_path / "r.jsonl")
         assert round(report["scores"]["all"]["relative"], 1) == 64.8
@@ -55,15 +57,15 @@ class TestPublished:
 class TestFailed:
     @pytest.fixture
     def reviews(self, lines: Any) -> Path:
-        said = {"conv": ("8 4\nfine", "I can not judge this."), "complex": ("5,10\n…", "")}
+        verdicts = {"conv": ("8 4\nfine", "I can not judge this."), "complex": ("5,10\n…", "")}
         rows = [
             {"question_id": f"{kind}{at}", "category": f"llava_bench_{kind}", "content": text}
-            for kind, each in said.items()
+            for kind, each in verdicts.items()
             for at, text in enumerate(each)
         ]
         return lines("r.jsonl", rows)
 
-    def test_they_average_in_as_minus_one(self, scored: Any, reviews: Path) -> None:
+    def test_failed_verdicts_count_as_minus_one(self, scored: Any, reviews: Path) -> None:
         report = scored("llava-bench", reviews=reviews)
         assert report["failed"] == 2
         assert report["scores"]["conv"]["relative"] == pytest.approx(100 * (4 - 1) / (8 - 1))
@@ -71,25 +73,25 @@ class TestFailed:
         assert report["scores"]["all"]["n"] == 4
         assert "detail" not in report["scores"]
 
-    def test_or_are_left_out(self, scored: Any, reviews: Path) -> None:
+    def test_failed_verdicts_are_excluded(self, scored: Any, reviews: Path) -> None:
         report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
         assert report["failed"] == 2
         assert report["scores"]["conv"] == {"relative": 50, "reference": 80, "candidate": 40, "n": 1}
         assert report["scores"]["all"]["relative"] == pytest.approx(100 * 14 / 13)
 
     @pytest.mark.parametrize(("content", "failed"), [(None, 1), ("", 1), ("8 9", 0)])
-    def test_a_judge_who_said_nothing_has_failed(self, scored: Any, lines: Any, content: Any, failed: int) -> None:
+    def test_an_empty_verdict_has_failed(self, scored: Any, lines: Any, content: Any, failed: int) -> None:
         rows = [{"question_id": 1, "category": "conv", "content": content}]
         assert scored("llava-bench", reviews=lines("r.jsonl", rows))["failed"] == failed
         del rows[0]["content"]
-        assert "there is no `content`" in scored("llava-bench", reviews=lines("r.jsonl", rows))
+        assert "r.jsonl:1: missing `content`" in scored("llava-bench", reviews=lines("r.jsonl", rows))
 
-    def test_nothing_but_failures_is_no_score(self, scored: Any, lines: Any) -> None:
+    def test_without_valid_verdicts_there_is_no_score(self, scored: Any, lines: Any) -> None:
         reviews = lines("r.jsonl", [{"question_id": 1, "category": "conv", "content": ""}])
         report = scored("llava-bench", "--protocol", "excluding-failed", reviews=reviews)
         assert report["scores"]["all"] == {"relative": None, "reference": None, "candidate": None, "n": 0}
         answers = lines("a.jsonl", [{"question_id": 1, "category": "conv", "text": "A cat on a mat."}])
-        assert "has a verdict" in scored("llava-bench", reviews=answers)
+        assert "a.jsonl: none of 1 lines" in scored("llava-bench", reviews=answers)
 
     @pytest.mark.parametrize(
         ("verdict", "llava", "lenient"),
@@ -108,22 +110,21 @@ class TestFailed:
             ("", None, None),
         ],
     )
-    def test_reading(self, verdict: str, llava: Any, lenient: Any) -> None:
-        assert as_llava(verdict) == llava
-        assert leniently(verdict) == lenient
+    def test_parsing(self, verdict: str, llava: Any, lenient: Any) -> None:
+        assert parse_llava(verdict) == llava
+        assert parse_lenient(verdict) == lenient
 
 
-class TestWrongFiles:
+class TestInvalidFiles:
     def test_no_verdicts(self, scored: Any, files: dict[str, Path]) -> None:
-        said = scored("llava-bench", "--answers", files["reference"], **files)
-        assert "is scored by a judge" in said
-        assert "hint: -t reviews=FILE" in said
+        error = scored("llava-bench", "--answers", files["reference"], **files)
+        assert "hint: -t reviews=FILE" in error
 
     @pytest.mark.parametrize("name", ["llava-bench", "llava-bench-coco"])
-    def test_nothing_at_all(self, scored: Any, name: str, lines: Any) -> None:
-        assert "questions=FILE or reviews=FILE is needed" in scored(name, "--answers", lines("a.jsonl", []))
+    def test_neither_questions_nor_reviews(self, scored: Any, name: str, lines: Any) -> None:
+        assert "questions=FILE or reviews=FILE" in scored(name, "--answers", lines("a.jsonl", []))
 
-    def test_cut(self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path) -> None:
+    def test_truncated_reviews(self, scored: Any, files: dict[str, Path], runs: list[Path], tmp_path: Path) -> None:
         rows = runs[0].read_text().splitlines()
         (tmp_path / "r.jsonl").write_text("\n".join(rows[:-2]))
         assert "2 of 60 questions have no review, the first is '58'" in scored(
@@ -132,31 +133,33 @@ class TestWrongFiles:
         (tmp_path / "r.jsonl").write_text("\n".join(rows)[:-9])
         assert "r.jsonl:60: not JSON" in scored("llava-bench", **files, reviews=tmp_path / "r.jsonl")
 
-    def test_twice(self, scored: Any, runs: list[Path], tmp_path: Path) -> None:
-        assert "given twice as reviews" in scored("llava-bench", reviews=[runs[0], runs[0]])
+    def test_duplicate_reviews(self, scored: Any, runs: list[Path], tmp_path: Path) -> None:
+        assert f"{runs[0]}: duplicate" in scored("llava-bench", reviews=[runs[0], runs[0]])
         (tmp_path / "r.jsonl").write_text(runs[0].read_text() + runs[1].read_text())
-        assert "r.jsonl:61: the review of question '0' is there twice" in scored(
-            "llava-bench", reviews=tmp_path / "r.jsonl"
-        )
+        assert "r.jsonl:61: duplicate review '0'" in scored("llava-bench", reviews=tmp_path / "r.jsonl")
 
-    def test_of_another_kind_or_about_another_answer(
+    def test_reviews_of_another_category_or_reference(
         self, scored: Any, files: dict[str, Path], runs: list[Path], lines: Any
     ) -> None:
         rows = [json.loads(row) for row in runs[0].read_text().splitlines()]
         shifted = [{**row, "question_id": (row["question_id"] + 1) % 60} for row in rows]
-        assert "a review of kind" in scored("llava-bench", **files, reviews=lines("r.jsonl", shifted))
+        assert "r.jsonl:60: a review of category 'complex'" in scored(
+            "llava-bench", **files, reviews=lines("r.jsonl", shifted)
+        )
         rows[7]["answer1_id"] = "other"
-        assert "about another reference answer" in scored("llava-bench", **files, reviews=lines("r.jsonl", rows))
+        assert "r.jsonl:8: a review of another reference" in scored(
+            "llava-bench", **files, reviews=lines("r.jsonl", rows)
+        )
 
-    def test_a_context_without_its_picture(
+    def test_a_missing_image_description(
         self, scored: Any, files: dict[str, Path], runs: list[Path], lines: Any
     ) -> None:
         rows = files["context"].read_text().splitlines()[:-1]
         files["context"] = lines("c.jsonl", map(json.loads, rows))
-        assert "nothing about the picture of question" in scored("llava-bench", **files, reviews=runs[0])
+        assert "c.jsonl: no entry for the image of question" in scored("llava-bench", **files, reviews=runs[0])
 
 
-def test_the_questions_of_both(real: Path, files: dict[str, Path]) -> None:
+def test_the_questions_of_both_benchmarks(real: Path, files: dict[str, Path]) -> None:
     wild = LlavaBench(LlavaBenchOptions(**files))
     assert isinstance(wild, Judged)
     coco = LlavaBench(
@@ -174,10 +177,10 @@ def test_the_questions_of_both(real: Path, files: dict[str, Path]) -> None:
     assert [each.category for each in questions[:3]] == ["conv", "detail", "complex"]
 
 
-class TestOthersFiles:
-    """Vicuna's reviews, kinds of other benchmarks, files without the judge's words."""
+class TestOtherFiles:
+    """Vicuna's reviews, categories of other benchmarks, files without the judge's text."""
 
-    def test_reviews_without_kinds_or_words(self, scored: Any, lines: Any) -> None:
+    def test_reviews_without_categories_or_texts(self, scored: Any, lines: Any) -> None:
         vicuna = [
             {"question_id": at, "text": f"{a} {b}\nAssistant 1 …", "score": [a, b]}
             for at, (a, b) in enumerate([(8, 9), (9.5, 7)])
@@ -189,11 +192,11 @@ class TestOthersFiles:
         report = scored("llava-bench", reviews=lines("r.jsonl", bare))
         assert report["scores"]["all"]["relative"] == pytest.approx(100 * 3 / 7)
         assert (report["failed"], report["scores"]["conv"]["n"]) == (1, 1)
-        assert "there is no `content`" in scored(
+        assert "r.jsonl:1: missing `content`" in scored(
             "llava-bench", reviews=lines("r.jsonl", [{"question_id": 1, "tuple": [8, "4"]}])
         )
 
-    def test_other_kinds(self, scored: Any, lines: Any) -> None:
+    def test_other_categories(self, scored: Any, lines: Any) -> None:
         rows = [
             {"question_id": at, "category": kind, "content": "8 4"}
             for at, kind in enumerate(("writing", "complex", "generic", "conv"))
@@ -201,15 +204,16 @@ class TestOthersFiles:
         scores = scored("llava-bench", reviews=lines("r.jsonl", rows))["scores"]
         assert list(scores) == ["all", "conv", "complex", "generic", "writing"]
 
-    def test_what_is_said_counts_and_a_wrong_tuple_is_told(self, lines: Any, tmp_path: Path) -> None:
+    def test_the_text_counts_and_different_stored_scores_are_reported(self, lines: Any, tmp_path: Path) -> None:
         row = {"question_id": 1, "category": "conv", "content": "8 4", "tuple": [1, 1]}
         reviews = lines("r.jsonl", [row, row | {"question_id": 2, "tuple": [8, 4]}])
-        said = run_cli("eval", "llava-bench", "-t", f"reviews={reviews}", "--json", cwd=tmp_path)
-        assert said.json()["scores"]["all"]["relative"] == 50
-        assert "1 verdicts say something else than the points beside them, the first is of '1'" in said.stderr
+        result = run_cli("eval", "llava-bench", "-t", f"reviews={reviews}", "--json", cwd=tmp_path)
+        assert result.json()["scores"]["all"]["relative"] == 50
+        for detail in ("r.jsonl", "question '1'", "`stored`"):
+            assert detail in result.stderr
 
-    def test_stored_points(self, scored: Any, lines: Any) -> None:
-        """Vicuna's verdicts about mathematics begin with a solution: their points were written down by hand."""
+    def test_stored_scores(self, scored: Any, lines: Any) -> None:
+        """Vicuna's verdicts about mathematics start with a solution: their scores were entered by hand."""
         rows = [
             {"question_id": 1, "text": "First, I will solve it.", "score": [10, 6]},
             {"question_id": 2, "content": "8 4", "tuple": [-1, -1]},
@@ -224,7 +228,7 @@ class TestOthersFiles:
         assert scored("llava-bench", "--answers", answers, reviews=runs)["n"] == 60
         rows = [json.loads(row) for row in answers.read_text().splitlines()]
         rows[7]["answer_id"] = "other"
-        said = scored("llava-bench", "--answers", lines("a.jsonl", rows), reviews=runs)
-        assert "eval1.jsonl:8: about another answer than the one that is given; 1 of 60" in said
-        said = scored("llava-bench", "--answers", lines("a.jsonl", rows[:-1]), reviews=runs)
-        assert "reviews of answers that aren't given, the first is to '59'" in said
+        error = scored("llava-bench", "--answers", lines("a.jsonl", rows), reviews=runs)
+        assert "eval1.jsonl:8: a review of another answer; 1 of 60" in error
+        error = scored("llava-bench", "--answers", lines("a.jsonl", rows[:-1]), reviews=runs)
+        assert "eval1.jsonl: 1 reviewed answers are missing, the first is to '59'" in error

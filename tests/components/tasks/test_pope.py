@@ -1,4 +1,4 @@
-"""POPE: LLaVA-1.5's published figure, and files that don't belong together."""
+"""POPE: LLaVA-1.5's published scores, and files that don't match."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.components.tasks.pope import rates, says_yes, split_of
+from llavactl.components.tasks.pope import is_yes, rates, split_of
 
 PUBLISHED = {"tp": 1182, "fp": 31, "tn": 1379, "fn": 318}
 
@@ -35,7 +35,7 @@ class TestPublished:
         low, high = report["interval"]["accuracy"]
         assert low < scores["accuracy"] < high
 
-    def test_order_means_nothing(self, real: Path, scored: Any, tmp_path: Path) -> None:
+    def test_the_order_of_lines_is_irrelevant(self, real: Path, scored: Any, tmp_path: Path) -> None:
         chance = random.Random(0)
         shuffled: dict[str, Path] = {}
         for name, path in {**pope(real), "answers": real / "pope/answers_llava-v1.5-13b_random.jsonl"}.items():
@@ -48,8 +48,8 @@ class TestPublished:
         assert {name: scores[name] for name in PUBLISHED} == PUBLISHED
 
     @pytest.mark.parametrize("form", ["list", "bom", "crlf", "indented"])
-    def test_the_same_in_other_clothes(self, real: Path, scored: Any, tmp_path: Path, form: str) -> None:
-        given: dict[str, Path] = {}
+    def test_the_file_layout_is_irrelevant(self, real: Path, scored: Any, tmp_path: Path, form: str) -> None:
+        files: dict[str, Path] = {}
         for name, path in {**pope(real), "answers": real / "pope/answers_llava-v1.5-13b_random.jsonl"}.items():
             rows = path.read_text().splitlines()
             text = {
@@ -58,45 +58,45 @@ class TestPublished:
                 "crlf": "\r\n".join(rows) + "\r\n\r\n",
                 "indented": json.dumps([json.loads(row) for row in rows], indent=2),
             }[form]
-            given[name] = tmp_path / path.name
-            given[name].write_text(text, encoding="utf-8", newline="")
-        answers = given.pop("answers")
-        assert round(scored("pope", "--answers", answers, **given)["scores"]["f1"], 2) == 87.14
+            files[name] = tmp_path / path.name
+            files[name].write_text(text, encoding="utf-8", newline="")
+        answers = files.pop("answers")
+        assert round(scored("pope", "--answers", answers, **files)["scores"]["f1"], 2) == 87.14
 
 
-class TestWrongFiles:
+class TestMismatchedFiles:
     def test_labels_of_the_other_version_are_refused(self, real: Path, scored: Any) -> None:
-        said = scored("pope", "--answers", real / "pope/answers_llava-v1.5-13b_random.jsonl", **pope(real, 3000))
-        assert "144 of 2910 questions have none, 234 of 3000 labels have no question" in said
-        assert "hint: the random split has 2,910 questions" in said
+        error = scored("pope", "--answers", real / "pope/answers_llava-v1.5-13b_random.jsonl", **pope(real, 3000))
+        assert "144 of 2910 questions have no label, 234 of 3000 labels have no question" in error
+        assert "hint: the random split has 2,910 questions" in error
 
     @pytest.mark.parametrize("version", [2910, 3000])
     def test_answers_to_the_other_version_are_refused(self, real: Path, scored: Any, lines: Any, version: int) -> None:
-        """Ids 1 to 2910 are in both versions, for other questions from the eleventh on: the prompt tells."""
+        """Both versions have the ids 1 to 2910, with other questions from 11 on: stored prompts detect that."""
         rows = [json.loads(row) for row in (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text().splitlines()]
         answers = lines("a.jsonl", ({**row, "question_id": row["question_id"] - 10_000_000} for row in rows))
         labels = real / f"pope/coco_pope_random_{version}.json"
-        said = scored("pope", "--answers", answers, questions=labels, labels=labels)
+        result = scored("pope", "--answers", answers, questions=labels, labels=labels)
         if version == 2910:
-            assert round(said["scores"]["f1"], 2) == 87.14
+            assert round(result["scores"]["f1"], 2) == 87.14
         else:
-            assert "90 of 3000 questions have no answer" in said
-            cut = lines("q.jsonl", map(json.loads, labels.read_text().splitlines()[:2910]))
-            assert "of 2910 answers are to other questions" in scored("pope", "--answers", answers, questions=cut)
+            assert "90 of 3000 questions have no answer" in result
+            first = lines("q.jsonl", map(json.loads, labels.read_text().splitlines()[:2910]))
+            assert "2818 of 2910 answers" in scored("pope", "--answers", answers, questions=first)
 
-    def test_a_cut_file_of_answers(self, real: Path, scored: Any, tmp_path: Path) -> None:
-        whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_bytes()
-        (tmp_path / "cut.jsonl").write_bytes(whole[:-40])
+    def test_a_truncated_answer_file(self, real: Path, scored: Any, tmp_path: Path) -> None:
+        complete = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_bytes()
+        (tmp_path / "cut.jsonl").write_bytes(complete[:-40])
         assert "cut.jsonl:2910: not JSON" in scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
-        (tmp_path / "cut.jsonl").write_bytes(whole[: whole[:-1].rindex(b"\n") + 1])
-        said = scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
-        assert "cut.jsonl: 1 of 2910 questions have no answer, the first is '10002910'" in said
+        (tmp_path / "cut.jsonl").write_bytes(complete[: complete[:-1].rindex(b"\n") + 1])
+        error = scored("pope", "--answers", tmp_path / "cut.jsonl", **pope(real))
+        assert "cut.jsonl: 1 of 2910 questions have no answer, the first is '10002910'" in error
 
-    def test_an_answer_twice(self, real: Path, scored: Any, tmp_path: Path) -> None:
-        whole = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
-        (tmp_path / "a.jsonl").write_text(whole + whole.splitlines()[4] + "\n")
-        said = scored("pope", "--answers", tmp_path / "a.jsonl", **pope(real))
-        assert "a.jsonl:2911: question '10000005' is answered twice" in said
+    def test_a_duplicate_answer(self, real: Path, scored: Any, tmp_path: Path) -> None:
+        complete = (real / "pope/answers_llava-v1.5-13b_random.jsonl").read_text()
+        (tmp_path / "a.jsonl").write_text(complete + complete.splitlines()[4] + "\n")
+        error = scored("pope", "--answers", tmp_path / "a.jsonl", **pope(real))
+        assert "a.jsonl:2911: duplicate answer to question '10000005'" in error
 
 
 QUESTIONS = [
@@ -112,10 +112,11 @@ QUESTIONS = [
 
 
 def labels_of(split: str, last: str = "no") -> list[dict[str, Any]]:
-    gold = ["yes", "no", "yes", last]
+    references = ["yes", "no", "yes", last]
     own = [each for each in QUESTIONS if each["category"] == split]
     return [
-        {"image": each["image"], "text": each["text"], "label": label} for each, label in zip(own, gold, strict=True)
+        {"image": each["image"], "text": each["text"], "label": label}
+        for each, label in zip(own, references, strict=True)
     ]
 
 
@@ -126,8 +127,8 @@ class TestSplits:
         labels = [
             lines(f"coco/coco_pope_{name}.json", labels_of(name)) for name in ("random", "popular", "adversarial")
         ]
-        said = ("Yes, there is.", "No.", "It is not there.", "no")
-        answers = ({"question_id": each["question_id"], "text": said[at % 4]} for at, each in enumerate(QUESTIONS))
+        texts = ("Yes, there is.", "No.", "It is not there.", "no")
+        answers = ({"question_id": each["question_id"], "text": texts[at % 4]} for at, each in enumerate(QUESTIONS))
         return {
             "questions": lines("q.jsonl", QUESTIONS),
             "labels": labels,
@@ -135,7 +136,7 @@ class TestSplits:
             "folder": tmp_path / "coco",
         }
 
-    def test_each_and_all_of_them(self, scored: Any, files: dict[str, Any]) -> None:
+    def test_scores_per_split_and_over_all(self, scored: Any, files: dict[str, Any]) -> None:
         for labels in (files["labels"], files["folder"]):
             report = scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
             scores = report["scores"]
@@ -147,18 +148,18 @@ class TestSplits:
             assert scores["mean"]["f1"] == pytest.approx(200 / 3)
             assert set(report["interval"]) == {"accuracy", "random", "popular", "adversarial"}
 
-    def test_one_of_them_counts_and_ignores_the_rest(self, scored: Any, files: dict[str, Any]) -> None:
+    def test_answers_to_other_splits_are_ignored(self, scored: Any, files: dict[str, Any]) -> None:
         report = scored("pope", "--answers", files["answers"], questions=files["questions"], labels=files["labels"][1])
         assert (report["n"], report["ignored"]) == (4, 8)
         assert "popular" not in report["scores"]
 
-    def test_one_twice(self, scored: Any, files: dict[str, Any]) -> None:
+    def test_a_duplicate_split(self, scored: Any, files: dict[str, Any]) -> None:
         twice = [files["labels"][0], files["labels"][0]]
-        assert "split 'random' is there twice" in scored(
+        assert "duplicate split 'random'" in scored(
             "pope", "--answers", files["answers"], questions=files["questions"], labels=twice
         )
 
-    def test_labels_by_id_alone(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
+    def test_labels_with_ids_only(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
         own = [each for each in QUESTIONS if each["category"] == "random"]
         rows = [{"question_id": each["question_id"], "label": "Yes"} for each in own]
         report = scored(
@@ -167,41 +168,41 @@ class TestSplits:
         assert report["scores"]["recall"] == 25
 
     def test_one_question_under_two_ids(self, scored: Any, files: dict[str, Any], lines: Any) -> None:
-        """POPE's own files of A-OKVQA and GQA have that; the labels have to agree, and an id stands there once."""
-        again = QUESTIONS[2] | {"question_id": 99}
+        """As in POPE's files for A-OKVQA and GQA; the labels must agree, and the ids must differ."""
+        repeated = QUESTIONS[2] | {"question_id": 99}
         answers = [json.loads(line) for line in files["answers"].read_text().splitlines()]
-        given = {
-            "questions": lines("q.jsonl", [*QUESTIONS, again]),
+        files = {
+            "questions": lines("q.jsonl", [*QUESTIONS, repeated]),
             "answers": lines("a.jsonl", [*answers, {"question_id": 99, "text": "yes"}]),
         }
 
         def report(label: str, name: int) -> Any:
             rows = [row | {"question_id": at} for at, row in enumerate(labels_of("random"))]
             labels = lines("coco_pope_random.json", [*rows, rows[2] | {"label": label, "question_id": name}])
-            return scored("pope", "--answers", given["answers"], questions=given["questions"], labels=labels)
+            return scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
 
         assert (report("yes", 99)["n"], report("yes", 99)["scores"]["tp"]) == (5, 2)
-        assert "coco_pope_random.json:5: the question of" in report("no", 99)
-        assert "coco_pope_random.json:5: the question of" in report("yes", 2)
+        assert "coco_pope_random.json:5: duplicate" in report("no", 99)
+        assert "coco_pope_random.json:5: duplicate" in report("yes", 2)
 
     @pytest.mark.parametrize(
-        ("row", "why"),
+        ("row", "expected"),
         [
-            ({"label": "maybe"}, "`label` is 'maybe', not yes or no"),
-            ({"label": None}, "there is no `label`"),
-            ({"label": 1}, "`label` is 1, not text"),
-            ({"image": "0.jpg", "text": QUESTIONS[0]["text"]}, "the question of"),
+            ({"label": "maybe"}, ":3: `label` is 'maybe'"),
+            ({"label": None}, "missing `label`"),
+            ({"label": 1}, "`label`: expected a string, got 1"),
+            ({"image": "0.jpg", "text": QUESTIONS[0]["text"]}, ":3: duplicate question"),
         ],
     )
-    def test_a_label_that_is_none(
-        self, scored: Any, files: dict[str, Any], lines: Any, row: dict[str, Any], why: str
+    def test_an_invalid_label(
+        self, scored: Any, files: dict[str, Any], lines: Any, row: dict[str, Any], expected: str
     ) -> None:
         rows = labels_of("random")
         rows[2] |= row
         labels = lines("coco_pope_random.json", rows)
-        assert why in scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
+        assert expected in scored("pope", "--answers", files["answers"], questions=files["questions"], labels=labels)
 
-    def test_a_limit_asks_the_first(self, scored: Any, files: dict[str, Any]) -> None:
+    def test_a_limit_uses_the_first_questions(self, scored: Any, files: dict[str, Any]) -> None:
         options = {"questions": files["questions"], "labels": files["labels"]}
         report = scored("pope", "--answers", files["answers"], "--limit", 2, **options)
         assert report["n"] == 2
@@ -223,8 +224,8 @@ class TestSplits:
         ("ｎｏ", True),
     ],
 )
-def test_reading_as_llava_does(text: str, yes: bool) -> None:
-    assert says_yes(text) is yes
+def test_parsing_as_llava(text: str, yes: bool) -> None:
+    assert is_yes(text) is yes
 
 
 def test_an_answer_without_a_word_is_counted_apart(scored: Any, lines: Any) -> None:

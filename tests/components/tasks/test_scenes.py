@@ -1,4 +1,4 @@
-"""The task on drawn scenes: what it asks, how it reads an answer, what it makes of all of them."""
+"""The task ``scenes``: questions, parsing of answers, and scores."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pydantic import ValidationError
 
 from llavactl.components.sources.scenes import ScenesOptions, scenes
 from llavactl.components.sources.scenes.questions import CATEGORIES
-from llavactl.components.tasks.scenes import ScenesTask, ScenesTaskOptions, read_answer
+from llavactl.components.tasks.scenes import ScenesTask, ScenesTaskOptions, parse_answer
 from llavactl.core.protocols import Task
 from llavactl.core.schema import Answer, ImageRef, Question
 
 REFERENCES = ("red", "circle", "2", "yes", "no", "left", "above")
 
 
-def _score(task: ScenesTask, say: Callable[[Question], str]) -> dict:
-    answers = {question.id: Answer(question.id, say(question)) for question in task.questions()}
-    found = task.score(answers, "exact")
-    return {**found.scores, "failed": found.failed}
+def _score(task: ScenesTask, answer: Callable[[Question], str]) -> dict:
+    answers = {question.id: Answer(question.id, answer(question)) for question in task.questions()}
+    scores = task.score(answers, "exact")
+    return {**scores.scores, "failed": scores.failed}
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def task() -> ScenesTask:
     return ScenesTask(ScenesTaskOptions())
 
 
-# What is asked
+# Questions
 
 
-def test_it_is_a_task(task: ScenesTask) -> None:
+def test_it_implements_the_protocol(task: ScenesTask) -> None:
     assert isinstance(task, Task)
     assert task.protocols == ("exact",)
 
 
-def test_each_question_is_asked_alone_with_its_picture(task: ScenesTask) -> None:
+def test_each_question_has_one_turn_with_its_image(task: ScenesTask) -> None:
     questions = list(task.questions())
     assert len(questions) == 1200
     assert len({question.id for question in questions}) == 1200
@@ -55,27 +55,27 @@ def test_each_question_is_asked_alone_with_its_picture(task: ScenesTask) -> None
     assert set(Counter(question.category for question in questions)) == set(CATEGORIES)
 
 
-def test_it_asks_what_the_source_would_train_on() -> None:
+def test_questions_equal_those_of_the_source() -> None:
     task = ScenesTask(ScenesTaskOptions(split="train", scenes=9, seed=4, questions=3, size=112))
     source = list(scenes(ScenesOptions(split="train", scenes=9, seed=4, questions=3, size=112)))
-    told = [turn.text.strip() for sample in source for turn in sample.turns]
+    texts = [turn.text.strip() for sample in source for turn in sample.turns]
     questions = list(task.questions())
-    assert [question.turns[0].text.strip() for question in questions] == told[::2]
-    assert [question.reference for question in questions] == told[1::2]
+    assert [question.turns[0].text.strip() for question in questions] == texts[::2]
+    assert [question.reference for question in questions] == texts[1::2]
     assert {question.turns[0].images for question in questions} == {sample.images for sample in source}
 
 
 @pytest.mark.parametrize("wrong", [{"scenes": 0}, {"split": "dev"}, {"content": "questions"}])
-def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
+def test_invalid_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ScenesTaskOptions.model_validate(wrong)
 
 
-# How an answer is read
+# Parsing of answers
 
 
 @pytest.mark.parametrize(
-    ("text", "reference", "read"),
+    ("text", "reference", "expected"),
     [
         ("red", "red", "red"),
         ("Red.", "blue", "red"),
@@ -149,27 +149,27 @@ def test_options_refuse_what_makes_no_sense(wrong: dict[str, object]) -> None:
         (" \n\n ", "no", None),
     ],
 )
-def test_an_answer_is_read(text: str, reference: str, read: str | None) -> None:
-    assert read_answer(text, reference) == read
+def test_an_answer_is_parsed(text: str, reference: str, expected: str | None) -> None:
+    assert parse_answer(text, reference) == expected
 
 
 @given(st.text(), st.sampled_from(REFERENCES))
-def test_any_text_can_be_read(text: str, reference: str) -> None:
-    read = read_answer(text, reference)
-    assert read is None or read_answer(read, reference) == read
+def test_any_text_can_be_parsed(text: str, reference: str) -> None:
+    prediction = parse_answer(text, reference)
+    assert prediction is None or parse_answer(prediction, reference) == prediction
 
 
 @given(
     st.sampled_from(REFERENCES), st.sampled_from(["{}", "{}.", " {}\n", "**{}**", "{}\nred blue yes no 3 left right"])
 )
-def test_the_reference_itself_is_read_however_it_is_wrapped(reference: str, wrapped: str) -> None:
-    assert read_answer(wrapped.format(reference.capitalize()), reference) == reference
+def test_the_reference_is_parsed_with_any_surrounding_text(reference: str, wrapped: str) -> None:
+    assert parse_answer(wrapped.format(reference.capitalize()), reference) == reference
 
 
-# What the answers come to
+# Scores
 
 
-def test_all_right(task: ScenesTask) -> None:
+def test_correct_answers_score_100(task: ScenesTask) -> None:
     scores = _score(task, lambda question: question.reference)
     assert {name: scores[name] for name in ("accuracy", *CATEGORIES, "pairs")} == dict.fromkeys(
         ("accuracy", *CATEGORIES, "pairs"), 100.0
@@ -177,13 +177,13 @@ def test_all_right(task: ScenesTask) -> None:
     assert scores["failed"] == 0
 
 
-def test_nothing_said_is_all_wrong_and_counted(task: ScenesTask) -> None:
+def test_unparsable_answers_are_wrong_and_failed(task: ScenesTask) -> None:
     scores = _score(task, lambda question: "I cannot say.")
     assert all(scores[name] == 0 for name in ("accuracy", *CATEGORIES, "pairs"))
     assert scores["failed"] == 1200
 
 
-def test_a_share_of_right_answers_is_counted_by_category(task: ScenesTask) -> None:
+def test_accuracy_is_reported_by_category(task: ScenesTask) -> None:
     scores = _score(task, lambda question: question.reference if question.category == "count" else "?")
     counted = sum(question.category == "count" for question in task.questions())
     assert scores["count"] == 100
@@ -192,15 +192,15 @@ def test_a_share_of_right_answers_is_counted_by_category(task: ScenesTask) -> No
     assert scores["failed"] == 1200 - counted
 
 
-def test_it_tells_of_each_question_whether_it_was_right(task: ScenesTask) -> None:
+def test_each_question_is_marked_right_or_wrong(task: ScenesTask) -> None:
     questions = list(task.questions())
-    found = task.score({question.id: Answer(question.id, "Yes.") for question in questions}, "exact")
-    assert dict(found.right) == {question.id: question.reference == "yes" for question in questions}
-    assert found.scores["accuracy"] == pytest.approx(100 * sum(found.right.values()) / len(questions))
+    scores = task.score({question.id: Answer(question.id, "Yes.") for question in questions}, "exact")
+    assert dict(scores.right) == {question.id: question.reference == "yes" for question in questions}
+    assert scores.scores["accuracy"] == pytest.approx(100 * sum(scores.right.values()) / len(questions))
 
 
-def test_pairs_need_both(task: ScenesTask) -> None:
-    """One that answers by the text alone gets half the questions of the pairs, and no pair."""
+def test_pairs_require_both_answers(task: ScenesTask) -> None:
+    """A model that ignores the image answers half the questions of pairs correctly, but no pair."""
     lucky = {"yes", "left", "above"}
     blind = _score(
         task,
@@ -214,12 +214,12 @@ def test_pairs_need_both(task: ScenesTask) -> None:
     assert blind["pairs"] == 0
     opposite = {"yes": "no", "no": "yes", "left": "right", "right": "left", "above": "below", "below": "above"}
     pairs = sorted({q.id.split("/")[0] for q in task.questions() if q.category == "pair"})
-    spoilt = set(pairs[:20:2])
+    half_wrong = set(pairs[:20:2])
     half = _score(
         task,
         lambda question: (
             opposite[question.reference]
-            if question.category == "pair" and question.id.split("/")[0] in spoilt
+            if question.category == "pair" and question.id.split("/")[0] in half_wrong
             else question.reference
         ),
     )
@@ -227,7 +227,7 @@ def test_pairs_need_both(task: ScenesTask) -> None:
     assert half["pair"] == pytest.approx(100 * (len(pairs) - 10) / len(pairs))
 
 
-def test_half_a_pair_is_no_pair() -> None:
+def test_incomplete_pairs_are_left_out() -> None:
     right = {
         number: _score(ScenesTask(ScenesTaskOptions(scenes=number)), lambda q: q.reference) for number in (2, 3, 4)
     }
@@ -240,7 +240,7 @@ def test_half_a_pair_is_no_pair() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_chance_is_told_for_every_score(split: str) -> None:
+def test_every_score_has_a_chance_level(split: str) -> None:
     task = ScenesTask(ScenesTaskOptions.model_validate({"split": split}))
     scores = _score(task, lambda question: question.reference)
     one_of = 5 if split == "train" else 6
@@ -256,14 +256,15 @@ def test_chance_is_told_for_every_score(split: str) -> None:
     }
     assert {name: chance[name] for name in expected} == pytest.approx(expected)
     assert chance["pairs"] == 25
-    asked = Counter(question.category for question in task.questions())
-    assert chance["accuracy"] == pytest.approx(sum(expected[name] * n for name, n in asked.items()) / asked.total())
+    counts = Counter(question.category for question in task.questions())
+    assert chance["accuracy"] == pytest.approx(sum(expected[name] * n for name, n in counts.items()) / counts.total())
     assert 30 < chance["accuracy"] < 50
 
 
-def test_of_some_questions_what_was_asked_counts(task: ScenesTask) -> None:
-    asked = list(task.questions())[:7]
-    answers = {each.id: Answer(each.id, each.reference) for each in asked[:-1]} | {asked[-1].id: Answer("", "?")}
-    found = task.score(answers, "exact")
-    assert found.scores["accuracy"] == pytest.approx(100 * 6 / 7)
-    assert set(found.right) == set(answers)
+def test_only_answered_questions_count(task: ScenesTask) -> None:
+    questions = list(task.questions())[:7]
+    answers = {each.id: Answer(each.id, each.reference) for each in questions[:-1]}
+    answers[questions[-1].id] = Answer("", "?")
+    scores = task.score(answers, "exact")
+    assert scores.scores["accuracy"] == pytest.approx(100 * 6 / 7)
+    assert set(scores.right) == set(answers)

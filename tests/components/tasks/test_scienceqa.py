@@ -1,4 +1,4 @@
-"""ScienceQA: the nine published columns, all forms of its files, and sentences for answers."""
+"""ScienceQA: the nine published columns, all file layouts, and parsing of answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llavactl.components.tasks.scienceqa import (
     COLUMNS,
     Scienceqa,
     ScienceqaTaskOptions,
-    as_llava,
-    as_stored,
-    strictly,
+    parse_llava,
+    parse_official,
+    parse_strict,
 )
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Answer
@@ -59,7 +59,7 @@ class TestPublished:
         assert (report["protocol"], report["n"], report["failed"]) == (protocol, 4241, failed)
         assert set(report["interval"]) == set(PUBLISHED)
 
-    def test_strictly_a_letter_with_words_is_no_answer(self, real: Path, scored: Any, files: dict[str, Path]) -> None:
+    def test_strict_refuses_letters_with_text(self, real: Path, scored: Any, files: dict[str, Path]) -> None:
         answers = real / "scienceqa/llava-v1.5-13b_output.jsonl"
         report = scored("scienceqa", "--answers", answers, "--protocol", "strict", **files)
         assert report["failed"] > 500
@@ -73,28 +73,23 @@ class TestPublished:
             {"question_id": each["question_id"], "prompt": each["question"], "text": each["pred"]}
             for each in document["correct"] + document["incorrect"]
         ]
-        rows[5]["prompt"] = "Unknown"  # what LLaVA's script notes where there is no answer
+        rows[5]["prompt"] = "Unknown"  # stored by LLaVA's script for a missing answer
         assert round(scored("scienceqa", "--answers", lines("a.jsonl", rows), **files)["scores"]["Avg"], 2) == 74.39
         rows[1]["prompt"], rows[2]["prompt"] = rows[2]["prompt"], rows[1]["prompt"]
-        said = scored("scienceqa", "--answers", lines("a.jsonl", rows), **files)
-        assert "2 of 4241 answers are to other questions" in said
+        assert "2 of 4241 answers" in scored("scienceqa", "--answers", lines("a.jsonl", rows), **files)
 
-    def test_the_same_question_in_another_form_is_the_same(
-        self, real: Path, scored: Any, lines: Any, tmp_path: Path
-    ) -> None:
+    def test_prompts_in_other_formats_match(self, real: Path, scored: Any, lines: Any, tmp_path: Path) -> None:
         problem = {
             "question": "Which  is it?", "choices": ["red fox", "blue whale"], "answer": 1, "hint": "Look at n.",
             "image": None, "subject": "natural science", "grade": "grade2", "split": "test",
         }  # fmt: skip
         (tmp_path / "p.json").write_text(json.dumps({"7": problem, "8": problem | {"hint": ""}}))
         short = "Which is it?\nA. red fox\nB. blue whale"
-        asked = (f"Context: Look at n.\n{short}", short)
-        rows = [{"question_id": name, "prompt": each, "text": "B"} for name, each in zip("78", asked, strict=True)]
+        prompts = (f"Context: Look at n.\n{short}", short)
+        rows = [{"question_id": name, "prompt": each, "text": "B"} for name, each in zip("78", prompts, strict=True)]
         assert scored("scienceqa", "--answers", lines("a.jsonl", rows), questions="p.json")["scores"]["Avg"] == 100
-        rows[0]["prompt"] = asked[1]
-        assert "1 of 2 answers are to other" in scored(
-            "scienceqa", "--answers", lines("a.jsonl", rows), questions="p.json"
-        )
+        rows[0]["prompt"] = prompts[1]
+        assert "1 of 2 answers" in scored("scienceqa", "--answers", lines("a.jsonl", rows), questions="p.json")
 
     def test_llavas_own_lines(self, real: Path, scored: Any, files: dict[str, Path], lines: Any) -> None:
         document = json.loads((real / "scienceqa/llava-v1.5-13b_result.json").read_text())
@@ -102,52 +97,54 @@ class TestPublished:
         report = scored("scienceqa", "--answers", lines("a.jsonl", reversed(rows)), **files)
         assert round(report["scores"]["Avg"], 2) == 74.39
 
-    def test_a_lucky_guess_counts_under_official_alone(
+    def test_guessed_options_count_under_official_only(
         self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path
     ) -> None:
         document = json.loads((real / "scienceqa/llava-v1.5-13b_result.json").read_text())
-        gold = {each["id"]: each["conversations"][1]["value"] for each in json.loads(files["questions"].read_text())}
-        unread = [name for name, index in document["results"].items() if index == -1]
-        document["results"].update({name: "ABCDE".index(gold[name]) for name in unread})
-        (tmp_path / "lucky.json").write_text(json.dumps(document))
+        references = {
+            each["id"]: each["conversations"][1]["value"] for each in json.loads(files["questions"].read_text())
+        }
+        unparsed = [name for name, index in document["results"].items() if index == -1]
+        document["results"].update({name: "ABCDE".index(references[name]) for name in unparsed})
+        (tmp_path / "guessed.json").write_text(json.dumps(document))
         right = {}
         for protocol in ("llava", "official"):
-            report = scored("scienceqa", "--answers", tmp_path / "lucky.json", "--protocol", protocol, **files)
+            report = scored("scienceqa", "--answers", tmp_path / "guessed.json", "--protocol", protocol, **files)
             right[protocol] = round(report["scores"]["Avg"] * 42.41)
         assert right == {"llava": 3155, "official": 3155 + 38}
 
 
-class TestWrongFiles:
+class TestInvalidFiles:
     def test_without_meta(self, real: Path, scored: Any, files: dict[str, Path]) -> None:
         answers = real / "scienceqa/llava-v1.5-13b_output.jsonl"
         assert "hint: -t meta=FILE" in scored("scienceqa", "--answers", answers, questions=files["questions"])
 
-    def test_meta_of_less(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    def test_invalid_meta(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path) -> None:
         rows = files["meta"].read_text().splitlines()
         cases = {
-            "problems are not in it": rows[:100],
-            "is there twice": [*rows, rows[5]],
-            "no column 'grade'": ["question_id,subject", "4,x"],
-            "`grade` is '13'": [*rows[:4], rows[4].replace(",11,", ",13,"), *rows[5:]],
-            "not one of natural science": [*rows[:4], rows[4].replace("language science", "art"), *rows[5:]],
-            "not as many cells": [*rows[:-1], "21208,21208"],
+            "meta: ": rows[:100],
+            "duplicate ": [*rows, rows[5]],
+            "column 'grade'": ["question_id,subject", "4,x"],
+            "`grade`: ": [*rows[:4], rows[4].replace(",11,", ",13,"), *rows[5:]],
+            "`subject`: ": [*rows[:4], rows[4].replace("language science", "art"), *rows[5:]],
+            "cells": [*rows[:-1], "21208,21208"],
         }
-        for why, kept in cases.items():
-            (tmp_path / "meta.csv").write_text("\ufeff" + "\r\n".join(kept), encoding="utf-8", newline="")
+        for expected, content in cases.items():
+            (tmp_path / "meta.csv").write_text("\ufeff" + "\r\n".join(content), encoding="utf-8", newline="")
             answers = real / "scienceqa/llava-v1.5-13b_output.jsonl"
-            assert why in scored(
+            assert expected in scored(
                 "scienceqa", "--answers", answers, questions=files["questions"], meta=tmp_path / "meta.csv"
             )
 
-    def test_a_question_twice_in_one_object(
-        self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_a_duplicate_key(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path) -> None:
         text = (real / "scienceqa/llava-v1.5-13b_result.json").read_text()
         (tmp_path / "r.json").write_text(text.replace('"5": 1,', '"4": 1,', 1))
         assert "duplicate key '4'" in scored("scienceqa", "--answers", tmp_path / "r.json", **files)
 
     @pytest.mark.parametrize("keep", [0.5, 0.999])
-    def test_cut(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path, keep: float) -> None:
+    def test_truncated_files(
+        self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path, keep: float
+    ) -> None:
         for name in ("llava-v1.5-13b_result.json", "llava-v1.5-13b_output.jsonl"):
             text = (real / "scienceqa" / name).read_text()
             (tmp_path / name).write_text(text[: int(len(text) * keep)])
@@ -155,16 +152,16 @@ class TestWrongFiles:
         text = files["questions"].read_text()
         (tmp_path / "q.json").write_text(text[: int(len(text) * keep)])
         answers = real / "scienceqa/llava-v1.5-13b_output.jsonl"
-        said = scored("scienceqa", "--answers", answers, questions=tmp_path / "q.json", meta=files["meta"])
-        assert "q.json:" in said
-        assert "not JSON" in said
+        error = scored("scienceqa", "--answers", answers, questions=tmp_path / "q.json", meta=files["meta"])
+        assert "q.json:" in error
+        assert "not JSON" in error
 
-    def test_missing(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    def test_missing_answers(self, real: Path, scored: Any, files: dict[str, Path], tmp_path: Path) -> None:
         document = json.loads((real / "scienceqa/llava-v1.5-13b_output.jsonl").read_text())
         document["incorrect"] = document["incorrect"][3:]
         (tmp_path / "a.json").write_text(json.dumps(document))
-        said = scored("scienceqa", "--answers", tmp_path / "a.json", **files)
-        assert "3 of 4241 questions have no answer, the first is '11'" in said
+        error = scored("scienceqa", "--answers", tmp_path / "a.json", **files)
+        assert "3 of 4241 questions have no answer, the first is '11'" in error
 
 
 PROBLEMS = {
@@ -215,7 +212,7 @@ def problems(tmp_path: Path) -> Path:
 
 
 class TestProblems:
-    def test_asked(self, problems: Path) -> None:
+    def test_questions(self, problems: Path) -> None:
         first, second = Scienceqa(ScienceqaTaskOptions(questions=problems, prompt="qcm-lea")).questions()
         (image,) = first.turns[0].images
         assert image.name == "test/2/image.png"
@@ -223,12 +220,12 @@ class TestProblems:
         assert first.turns[0].text == "\nWhat is shown?\nContext: Look.\nOptions: (A) a map (B) a plan"
         assert second.turns[0].content == ("Which word?\nContext: N/A\nOptions: (A) no (B) yes",)
         assert (first.reference, second.reference) == ("B", "B")
-        blind = Scienceqa(ScienceqaTaskOptions(questions=problems, pictures=False))
-        assert [each.turns[0].images for each in blind.questions()] == [(), ()]
-        (text,) = next(iter(blind.questions())).turns[0].content
+        text_only = Scienceqa(ScienceqaTaskOptions(questions=problems, pictures=False))
+        assert [each.turns[0].images for each in text_only.questions()] == [(), ()]
+        (text,) = next(iter(text_only.questions())).turns[0].content
         assert str(text).endswith("\nAnswer with the option's letter from the given choices directly.")
 
-    def test_scored(self, problems: Path, scored: Any, lines: Any) -> None:
+    def test_scores(self, problems: Path, scored: Any, lines: Any) -> None:
         answers = lines("a.jsonl", [{"id": "2", "text": "The answer is B."}, {"id": 3, "text": "Yes."}])
         report = scored("scienceqa", "--answers", answers, questions=problems)
         assert report["scores"] == {
@@ -255,32 +252,34 @@ class TestProblems:
         assert (ids("test"), ids("minitest")) == (["3", "2"], ["2"])
         with pytest.raises(DataError, match="the first is '9'"):
             ids("val")
-        with pytest.raises(DataError, match="no split 'x'") as caught:
+        with pytest.raises(DataError, match="split 'x'") as caught:
             ids("x")
         assert caught.value.hint == "available: minitest, test, val"
 
-    def test_without_any_split_all_are_asked(self, problems: Path) -> None:
+    def test_without_splits_all_problems_are_used(self, problems: Path) -> None:
         problems.write_text(json.dumps({name: {**each, "split": None} for name, each in PROBLEMS.items()}))
         assert len(list(Scienceqa(ScienceqaTaskOptions(questions=problems)).questions())) == 3
 
     @pytest.mark.parametrize(
-        ("change", "why"),
+        ("change", "expected"),
         [
-            ({"answer": 2}, "not the place of one of 2 choices"),
-            ({"answer": "B"}, "not the place"),
-            ({"choices": "AB"}, "not a list of texts"),
-            ({"question": None}, "there is no `question`"),
+            ({"answer": 2}, "problem 2: `answer`"),
+            ({"answer": "B"}, "problem 2: `answer`"),
+            ({"choices": "AB"}, "problem 2: `choices`"),
+            ({"question": None}, "missing `question`"),
             ({"image": "../../../etc/passwd/../../.."}, "outside its root"),
-            ({"grade": "eight"}, "not 1 to 12"),
+            ({"grade": "eight"}, "problem 2: `grade`"),
         ],
     )
-    def test_a_wrong_one(self, problems: Path, scored: Any, lines: Any, change: dict[str, Any], why: str) -> None:
+    def test_an_invalid_problem(
+        self, problems: Path, scored: Any, lines: Any, change: dict[str, Any], expected: str
+    ) -> None:
         problems.write_text(json.dumps({**PROBLEMS, "2": {**PROBLEMS["2"], **change}}))
-        said = scored("scienceqa", "--answers", lines("a.jsonl", []), questions=problems)
-        assert why in said
-        assert "problem 2" in said
+        error = scored("scienceqa", "--answers", lines("a.jsonl", []), questions=problems)
+        assert expected in error
+        assert "problem 2" in error
 
-    def test_to_train_on(self, problems: Path) -> None:
+    def test_the_source_makes_training_data(self, problems: Path) -> None:
         options = ScienceqaOptions(path=problems)
         assert check_source(scienceqa(options)) == []
         (sample,) = scienceqa(options)
@@ -292,7 +291,7 @@ class TestProblems:
         assert [image.name for image in first.images] == ["test/2/image.png"]
 
 
-def test_of_the_converted_file(real: Path, files: dict[str, Path]) -> None:
+def test_questions_of_the_converted_file(real: Path, files: dict[str, Path]) -> None:
     task = Scienceqa(ScienceqaTaskOptions(**files, images=real / "scienceqa/images/test"))
     questions = {each.id: each for each in task.questions()}
     assert len(questions) == 4241
@@ -326,52 +325,54 @@ def test_of_the_converted_file(real: Path, files: dict[str, Path]) -> None:
         ("The correct option is B", None, None),
     ],
 )
-def test_reading(text: str, llava: int | None, strict: int | None) -> None:
+def test_parsing(text: str, llava: int | None, strict: int | None) -> None:
     answer = Answer("1", text)
-    assert as_llava(answer, 3) == as_stored(answer, 3) == llava
-    assert strictly(answer, 3) == strict
+    assert parse_llava(answer, 3) == parse_official(answer, 3) == llava
+    assert parse_strict(answer, 3) == strict
 
 
 class TestJoint:
-    """Five problems; the right option is B in each."""
+    """5 problems; the reference is B in each."""
 
     @pytest.fixture
-    def asked(self, lines: Any, tmp_path: Path) -> Any:
+    def evaluated(self, lines: Any, tmp_path: Path) -> Any:
         problem = {
             "question": "Which?", "choices": ["x", "y", "z"], "answer": 1, "hint": "", "image": None,
             "subject": "natural science", "grade": "grade2", "lecture": "", "solution": "", "split": "test",
         }  # fmt: skip
         (tmp_path / "problems.json").write_text(json.dumps({str(at): problem for at in range(5)}))
-        ours = lines("a.jsonl", [{"id": str(at), "text": said} for at, said in enumerate("BBA?B")])
-        theirs = ("The answer is B.", "I can't tell.", "The answer is B.", "Nor can I.", "The answer is C.")
+        answers = lines("a.jsonl", [{"id": str(at), "text": text} for at, text in enumerate("BBA?B")])
+        teacher = ("The answer is B.", "I can't tell.", "The answer is B.", "Nor can I.", "The answer is C.")
 
         def run(scored: Any, joint: str, *more: tuple[str, str]) -> Any:
-            rows = [{"id": str(at), "reply": said} for at, said in enumerate(theirs)]
-            replies = lines("replies.jsonl", rows + [{"id": name, "reply": said} for name, said in more])
-            if joint == "complement":  # as ScienceQA's own scripts keep what GPT-4 said
+            rows = [{"id": str(at), "reply": text} for at, text in enumerate(teacher)]
+            replies = lines("replies.jsonl", rows + [{"id": name, "reply": text} for name, text in more])
+            if joint == "complement":  # as in the files of ScienceQA's scripts
                 replies = tmp_path / "gpt4.json"
-                outputs = {str(at): said for at, said in enumerate(theirs)}
+                outputs = {str(at): text for at, text in enumerate(teacher)}
                 replies.write_text(json.dumps({"acc": 0, "results": {}, "outputs": outputs}, indent=2))
             options = {"judge.name": "replay", "judge.path": replies}
-            return scored("scienceqa", "--answers", ours, questions=tmp_path / "problems.json", joint=joint, **options)
+            return scored(
+                "scienceqa", "--answers", answers, questions=tmp_path / "problems.json", joint=joint, **options
+            )
 
         return run
 
-    def test_complement(self, scored: Any, asked: Any) -> None:
-        """The teacher's B, B and C; ours where it says none, B and nothing."""
-        report = asked(scored, "complement")
+    def test_complement(self, scored: Any, evaluated: Any) -> None:
+        """The teacher's B, B and C; the model's B and nothing where the teacher gives no option."""
+        report = evaluated(scored, "complement")
         assert report["scores"]["Avg"] == 60
         assert report["scores"]["model"]["Avg"] == 60
         assert report["scores"]["teacher"]["Avg"] == 40
         assert (report["failed"], report["judge"]) == (1, "replay")
 
-    def test_judge(self, scored: Any, asked: Any) -> None:
-        """They differ in 1, 2 and 4; it is asked about those alone, and what it can't decide stays as before."""
+    def test_judge(self, scored: Any, evaluated: Any) -> None:
+        """They differ in 1, 2 and 4: the judge decides only those, and 2 remains as under ``complement``."""
         more = [("1-judge", "The answer is B."), ("2-judge", "Hard to say."), ("4-judge", "The answer is B.")]
-        report = asked(scored, "judge", *more)
+        report = evaluated(scored, "judge", *more)
         assert report["scores"]["Avg"] == 80
-        assert "has no reply for 2-judge" in asked(scored, "judge", more[0])
+        assert "no reply for 2-judge" in evaluated(scored, "judge", more[0])
 
-    def test_both_are_needed(self, scored: Any, tmp_path: Path) -> None:
-        said = scored("scienceqa", "--answers", tmp_path / "a.jsonl", questions=tmp_path / "p.json", joint="judge")
-        assert "go together" in said
+    def test_joint_requires_a_judge(self, scored: Any, tmp_path: Path) -> None:
+        error = scored("scienceqa", "--answers", tmp_path / "a.jsonl", questions=tmp_path / "p.json", joint="judge")
+        assert "judge.name=TEACHER" in error

@@ -1,4 +1,4 @@
-"""Minimal pairs: what differs, that words tell nothing, and what counts."""
+"""Minimal pairs: differences, references, and scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def task(pairs: int = 12, **options: object) -> Spatial:
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
-def test_two_pictures_one_question_two_answers(split: str) -> None:
+def test_a_pair_has_two_images_one_question_and_two_answers(split: str) -> None:
     halves = task(split=split)._halves
     assert Counter(half.kind for half in halves) == dict.fromkeys(KINDS, 24)
     assert len({half.id for half in halves}) == len(halves)
@@ -28,52 +28,52 @@ def test_two_pictures_one_question_two_answers(split: str) -> None:
         assert len(changed) == (1 if one.kind in ("count", "absence") else 4)
 
 
-def test_answers_are_true() -> None:
+def test_references_are_correct() -> None:
     for half in task(30)._halves:
         things = half.staged.scene.things
         names = {thing.name for thing in things}
         if half.kind in ("absence", "binding"):
-            there = any(name in half.text for name in names)
-            assert half.answer == ("yes" if there else "no")
+            present = any(name in half.text for name in names)
+            assert half.answer == ("yes" if present else "no")
         elif half.kind == "count":
             word = half.text.removeprefix("How many ").removesuffix(" are there?").removesuffix(" objects")
             singular = "cross" if word == "crosses" else word.removesuffix("s")
             assert half.answer == str(sum(word in thing.pair or singular in thing.pair for thing in things))
 
 
-def test_neither_place_in_a_pair_has_an_answer_of_its_own() -> None:
+def test_the_order_within_a_pair_does_not_reveal_the_answer() -> None:
     halves = [half for half in task(200)._halves if half.kind == "absence"]
     first = [half.answer for half in halves[::2]]
     assert 70 < first.count("yes") < 130
 
 
-def test_a_pair_counts_when_both_are_right() -> None:
-    made = task(4)
-    questions = list(made.questions())
+def test_a_pair_requires_both_answers() -> None:
+    component = task(4)
+    questions = list(component.questions())
     right = {each.id: Answer(each.id, each.reference) for each in questions}
-    assert made.score(right, "exact").scores["pairs"] == 100
-    for said in ("yes", "no", "2", "left", "above"):
-        always = {each.id: Answer(each.id, said) for each in questions}
-        assert made.score(always, "exact").scores["pairs"] == 0
+    assert component.score(right, "exact").scores["pairs"] == 100
+    for text in ("yes", "no", "2", "left", "above"):
+        always = {each.id: Answer(each.id, text) for each in questions}
+        assert component.score(always, "exact").scores["pairs"] == 0
     half = {each.id: Answer(each.id, each.reference if each.id.endswith("a") else "?") for each in questions}
-    scores = made.score(half, "exact")
+    scores = component.score(half, "exact")
     assert (scores.scores["pairs"], scores.scores["accuracy"], scores.failed) == (0, 50, 16)
     assert scores.scores["count"] == {"pairs": 0, "accuracy": 50, "n": 4}
 
 
-def test_a_pair_that_was_asked_by_half_is_no_pair() -> None:
-    made = task(2)
-    some = {each.id: Answer(each.id, each.reference) for each in list(made.questions())[:3]}
-    assert made.score(some, "exact").scores == {
+def test_incomplete_pairs_are_left_out() -> None:
+    component = task(2)
+    answers = {each.id: Answer(each.id, each.reference) for each in list(component.questions())[:3]}
+    assert component.score(answers, "exact").scores == {
         "pairs": 100, "accuracy": 100, "n": 1, "relation": {"pairs": 100, "accuracy": 100, "n": 1},
     }  # fmt: skip
 
 
-def test_the_twin_of_a_picture_is_never_its_blind_view() -> None:
-    from llavactl.evaluation.views import other_pictures
+def test_the_blind_baseline_never_shows_the_other_image_of_a_pair() -> None:
+    from llavactl.evaluation.models import shuffled_images
 
     questions = list(task(5).questions())
-    shown = other_pictures(questions)
-    of = {each.turns[0].images[0]: each.id for each in questions}
-    assert len(of) == len(questions)
-    assert all(of[image].rstrip("ab") != of[other].rstrip("ab") for image, other in shown.items())
+    replacements = shuffled_images(questions)
+    ids = {each.turns[0].images[0]: each.id for each in questions}
+    assert len(ids) == len(questions)
+    assert all(ids[image].rstrip("ab") != ids[other].rstrip("ab") for image, other in replacements.items())

@@ -1,4 +1,4 @@
-"""VQA and TextVQA: the official grade by its definition, its forms of words, and files that don't fit."""
+"""VQA and TextVQA: the official grade and normalization, and mismatched files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavactl.components.tasks.vqa import soft, text_vqa_grade, vqa_grade
-from llavactl.components.tasks.vqa_words import _CONTRACTIONS, normal, text_vqa
+from llavactl.components.tasks.vqa import soft_accuracy, textvqa_grade, vqa_grade
+from llavactl.components.tasks.vqa_normalization import _CONTRACTIONS, normalize_textvqa, normalize_vqa
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=10, max_size=10), st.sampled_from("abc"))
-def test_the_grade_by_its_definition(people: list[str], answer: str) -> None:
-    """min(agreeing / 3, 1), averaged over every nine of the ten people."""
+def test_the_grade_equals_its_definition(people: list[str], answer: str) -> None:
+    """min(agreeing / 3, 1), averaged over all subsets of nine of the ten people."""
     nines = [people[:at] + people[at + 1 :] for at in range(10)]
     by_definition = sum(min(1, nine.count(answer) / 3) for nine in nines) / 10
-    assert soft(people.count(answer), 10) == pytest.approx(by_definition)
+    assert soft_accuracy(people.count(answer), 10) == pytest.approx(by_definition)
 
 
 @pytest.mark.parametrize(("agree", "grade"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_the_known_grades(agree: int, grade: float) -> None:
-    assert soft(agree, 10) == pytest.approx(grade)
+    assert soft_accuracy(agree, 10) == pytest.approx(grade)
 
 
 @pytest.mark.parametrize(
-    ("text", "form"),
+    ("text", "expected"),
     [
         ("Two dogs, a cat.", "2 dogs cat"),
         ("The  End", "end"),
@@ -49,25 +49,25 @@ def test_the_known_grades(agree: int, grade: float) -> None:
         ("Café", "café"),
     ],
 )
-def test_forms(text: str, form: str) -> None:
-    assert normal(text) == form
+def test_normalization(text: str, expected: str) -> None:
+    assert normalize_vqa(text) == expected
 
 
 def test_contractions_are_those_of_the_original() -> None:
-    """Its table has 120 entries; two of them change nothing, four are in capitals and so never found."""
+    """The original table has 120 entries; 2 change nothing, and 4 are capitalized and never match."""
     assert len(_CONTRACTIONS) == 120 - 2 - 4
     assert {_CONTRACTIONS[key] for key in ("hed've", "he'dve")} == {"he'd've"}
     assert {_CONTRACTIONS[key] for key in ("ow's'at", "'ows'at", "'ow'sat")} == {"'ow's'at"}
     assert "shes" not in _CONTRACTIONS
 
 
-def test_text_vqa_has_a_form_of_its_own() -> None:
-    assert text_vqa("Macy's, NY?") == "macy 's ny"
-    assert normal("Macy's, NY?") == "macy's ny"
-    assert text_vqa_grade("STOP", ["stop"] * 4 + ["go"] * 6) == 1
+def test_textvqa_has_its_own_normalization() -> None:
+    assert normalize_textvqa("Macy's, NY?") == "macy 's ny"
+    assert normalize_vqa("Macy's, NY?") == "macy's ny"
+    assert textvqa_grade("STOP", ["stop"] * 4 + ["go"] * 6) == 1
 
 
-def test_where_all_people_agree_the_answer_is_compared_as_it_stands() -> None:
+def test_unanimous_answers_are_compared_without_normalization() -> None:
     assert vqa_grade("Yes", ["yes"] * 10) == 0
     assert vqa_grade(" yes\n", ["yes"] * 10) == 1
     assert vqa_grade("Yes.", ["yes"] * 9 + ["no"]) == 1
@@ -80,18 +80,18 @@ ANSWERS = ["yes"] * 6 + ["no"] * 3 + ["maybe"]
 def files(tmp_path: Path) -> dict[str, Path]:
     kinds = ("yes/no", "number", "other")
     questions = [{"question_id": at, "image_id": 42, "question": "Is it?"} for at in range(3)]
-    notes = [
+    annotations = [
         {"question_id": at, "answer_type": kinds[at], "answers": [{"answer": each} for each in ANSWERS]}
         for at in range(3)
     ]
     (tmp_path / "q.json").write_text(json.dumps({"info": {}, "questions": questions}))
-    (tmp_path / "n.json").write_text(json.dumps({"annotations": notes[::-1]}, indent=1))
+    (tmp_path / "n.json").write_text(json.dumps({"annotations": annotations[::-1]}, indent=1))
     return {"questions": tmp_path / "q.json", "annotations": tmp_path / "n.json"}
 
 
 def test_vqa(scored: Any, files: dict[str, Path], lines: Any) -> None:
-    said = [{"question_id": at, "answer": text} for at, text in enumerate(("Yes", "no", ""))]
-    (files["questions"].parent / "a.json").write_text(json.dumps(said))
+    answers = [{"question_id": at, "answer": text} for at, text in enumerate(("Yes", "no", ""))]
+    (files["questions"].parent / "a.json").write_text(json.dumps(answers))
     report = scored("vqa", "--answers", files["questions"].parent / "a.json", **files)
     assert report["scores"]["yes/no"] == 100
     assert report["scores"]["number"] == pytest.approx(90)
@@ -99,7 +99,7 @@ def test_vqa(scored: Any, files: dict[str, Path], lines: Any) -> None:
     assert (report["failed"], report["n"], report["protocol"]) == (1, 3, "official")
 
 
-def test_vqa_asks_with_coco_s_names(files: dict[str, Path]) -> None:
+def test_vqa_uses_cocos_image_names(files: dict[str, Path]) -> None:
     from llavactl.components.tasks.vqa import Vqa, VqaOptions
 
     first = next(Vqa(VqaOptions(**files)).questions())
@@ -109,33 +109,33 @@ def test_vqa_asks_with_coco_s_names(files: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "expected"),
     [
         ({"image": "{:012d}"}, None),
-        ({"image": "{1}.jpg"}, "makes no file of its image_id"),
+        ({"image": "{1}.jpg"}, "image='{1}.jpg'"),
         ({"image": "../{}.jpg"}, "outside its root"),
-        ({"annotations": "q.json"}, "there is no list 'annotations'"),
+        ({"annotations": "q.json"}, "q.json: expected a list of objects in 'annotations'"),
     ],
 )
-def test_options_that_do_not_fit(
-    scored: Any, files: dict[str, Path], lines: Any, options: dict[str, Any], why: str | None
+def test_mismatched_options(
+    scored: Any, files: dict[str, Path], lines: Any, options: dict[str, Any], expected: str | None
 ) -> None:
     answers = lines("a.jsonl", ({"question_id": at, "answer": "no"} for at in range(3)))
-    said = scored("vqa", "--answers", answers, **{**files, **options})
-    assert (why or "") in str(said)
-    assert (why is None) == isinstance(said, dict)
+    result = scored("vqa", "--answers", answers, **{**files, **options})
+    assert (expected or "") in str(result)
+    assert (expected is None) == isinstance(result, dict)
 
 
-def test_not_ten_people(scored: Any, files: dict[str, Path], lines: Any) -> None:
+def test_fewer_than_ten_human_answers(scored: Any, files: dict[str, Path], lines: Any) -> None:
     document = json.loads(files["annotations"].read_text())
     answers = lines("a.jsonl", ({"question_id": at, "answer": "no"} for at in range(3)))
     for broken in ([], None, [{"answer": 3}] * 10, [{"answer": "x"}] * 9):
         document["annotations"][0]["answers"] = broken
         files["annotations"].write_text(json.dumps(document))
-        assert "not those of 10 people" in scored("vqa", "--answers", answers, **files)
+        assert "n.json annotations 0: `answers`: expected 10" in scored("vqa", "--answers", answers, **files)
     document["annotations"] = document["annotations"][1:]
     files["annotations"].write_text(json.dumps(document))
-    assert "no answers to 1 of 3 questions" in scored("vqa", "--answers", answers, **files)
+    assert "n.json: 1 of 3 questions have no annotation" in scored("vqa", "--answers", answers, **files)
 
 
 def test_textvqa(scored: Any, tmp_path: Path, lines: Any) -> None:
@@ -145,10 +145,10 @@ def test_textvqa(scored: Any, tmp_path: Path, lines: Any) -> None:
     assert scored("textvqa", "--answers", answers, questions=tmp_path / "t.json")["scores"] == {"accuracy": 100}
 
 
-def test_llava_s_answers_to_textvqa_name_the_picture(scored: Any, tmp_path: Path, lines: Any) -> None:
+def test_llavas_answers_to_textvqa_are_joined_by_image_and_prompt(scored: Any, tmp_path: Path, lines: Any) -> None:
     data = [
-        {"question_id": at, "image_id": "00a", "question": question, "answers": [gold] * 10}
-        for at, (question, gold) in enumerate((("What does it say?", "stop"), ("Which colour?", "red")))
+        {"question_id": at, "image_id": "00a", "question": question, "answers": [reference] * 10}
+        for at, (question, reference) in enumerate((("What does it say?", "stop"), ("Which colour?", "red")))
     ]
     (tmp_path / "t.json").write_text(json.dumps({"data": data}))
     rows = [
@@ -157,12 +157,11 @@ def test_llava_s_answers_to_textvqa_name_the_picture(scored: Any, tmp_path: Path
     ]
     report = scored("textvqa", "--answers", lines("a.jsonl", rows), questions=tmp_path / "t.json")
     assert report["scores"] == {"accuracy": 50}
-    assert "answered twice" in scored(
-        "textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json"
-    )
+    error = scored("textvqa", "--answers", lines("a.jsonl", [*rows, rows[0]]), questions=tmp_path / "t.json")
+    assert "a.jsonl:3: duplicate answer" in error
 
 
-def test_an_old_prompt_of_textvqa_and_answers_beyond(scored: Any, tmp_path: Path, lines: Any) -> None:
+def test_an_old_prompt_of_textvqa_and_unmatched_answers(scored: Any, tmp_path: Path, lines: Any) -> None:
     data = [{"question_id": 3, "image_id": "00a", "question": "What does it say?", "answers": ["stop"] * 10}]
     (tmp_path / "t.json").write_text(json.dumps({"data": data}))
     rows = [
@@ -178,4 +177,4 @@ def test_answers_to_other_questions(scored: Any, files: dict[str, Path], lines: 
     rows = [{"question_id": at, "prompt": "is  it?\nAnswer …", "text": "yes"} for at in range(3)]
     assert scored("vqa", "--answers", lines("a.jsonl", rows), **files)["n"] == 3
     rows[1]["prompt"] = "Was it?"
-    assert "1 of 3 answers are to other questions" in scored("vqa", "--answers", lines("a.jsonl", rows), **files)
+    assert "1 of 3 answers" in scored("vqa", "--answers", lines("a.jsonl", rows), **files)

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template, by what templates do to turns: small ones that do each thing alone."""
+"""The tokenizer's own chat template, tested with small chat templates that each have one property."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
-from llavactl.chat.assistant import Stops
+from llavactl.chat.detokenizer import Stops
 from llavactl.components.formats.chat_template import chat_template
 from llavactl.core.errors import ConversationError, ModelError
 from llavactl.core.registry import registry
@@ -18,9 +18,9 @@ from llavactl.curation.lengths import Lengths
 from llavactl.data.encode import Encoding
 from llavactl.images.image_file import ImageFile
 
-PHOTO = ImageFile("/photos", "a.jpg")
-TALK = (
-    Turn("user", (PHOTO, "\nWhat is it?")),
+IMAGE = ImageFile("/photos", "a.jpg")
+CONVERSATION = (
+    Turn("user", (IMAGE, "\nWhat is it?")),
     Turn("assistant", ("A dog.",)),
     Turn("user", ("Which colour?",)),
     Turn("assistant", ("Red.",)),
@@ -41,19 +41,19 @@ def loop(
     )
 
 
-THOUGHT = "{% set c = m.content.split('</t>')[-1] %}{% set t = m.content.split('</t>')[0].split('<t>')[-1] %}"
-NEWEST_THINKS = THOUGHT + "<|A|>{% if loop.last %}<t>{{ t if '</t>' in m.content }}</t>{% endif %}{{ c }}<|E|>"
+THINKING = "{% set c = m.content.split('</t>')[-1] %}{% set t = m.content.split('</t>')[0].split('<t>')[-1] %}"
+NEWEST_THINKS = THINKING + "<|A|>{% if loop.last %}<t>{{ t if '</t>' in m.content }}</t>{% endif %}{{ c }}<|E|>"
 DATED = "{{ strftime_now('%d %B %Y') }}"
 
 KINDS: dict[str, tuple[str, str, str]] = {
-    # the template, what stands directly before an answer, what ends one
-    "a token that is not special ends a turn": (loop("<|A|>{{ m.content }}<|E|>\n"), "<|A|>", "<|E|>"),
-    "the end of all has a token of its own": (loop("<|A|>{{ m.content }}<|E|>\n", last="</s>"), "<|A|>", "<|E|>"),
-    "the newest answer has an empty thought": (loop(NEWEST_THINKS), "<|A|>", "<|E|>"),
-    "the prompt has an empty thought": (loop(NEWEST_THINKS, ask="<|A|><t></t>"), "<|A|><t></t>", "<|E|>"),
-    "the prompt begins a thought": (loop(NEWEST_THINKS, ask="<|A|><t>"), "<|A|><t></t>", "<|E|>"),
-    "thoughts go, the prompt begins one": (
-        loop(THOUGHT + "<|A|>{{ c }}<|E|>", ask="<|A|><t>"),
+    # chat template, text directly before an answer, end of an answer
+    "an added token ends a turn": (loop("<|A|>{{ m.content }}<|E|>\n"), "<|A|>", "<|E|>"),
+    "another token ends the conversation": (loop("<|A|>{{ m.content }}<|E|>\n", last="</s>"), "<|A|>", "<|E|>"),
+    "the newest answer has an empty thinking block": (loop(NEWEST_THINKS), "<|A|>", "<|E|>"),
+    "the prompt has an empty thinking block": (loop(NEWEST_THINKS, ask="<|A|><t></t>"), "<|A|><t></t>", "<|E|>"),
+    "the prompt opens a thinking block": (loop(NEWEST_THINKS, ask="<|A|><t>"), "<|A|><t></t>", "<|E|>"),
+    "thinking is dropped and the prompt opens a block": (
+        loop(THINKING + "<|A|>{{ c }}<|E|>", ask="<|A|><t>"),
         "<|A|><t>",
         "<|E|>",
     ),
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "Bot:",
         "</s>",
     ),
-    "words alone": (loop("Bot: {{ m.content }}\n", ask="Bot:", user="Me: {{ m.content }}\n"), "Bot:", "\nMe:"),
+    "no special tokens": (loop("Bot: {{ m.content }}\n", ask="Bot:", user="Me: {{ m.content }}\n"), "Bot:", "\nMe:"),
     "whitespace is trimmed": (loop("<|A|>\n\n{{ m.content | trim }}<|E|>", ask="<|A|>\n\n"), "<|A|>\n\n", "<|E|>"),
     "today's date": (loop("<|A|>{{ m.content }}<|E|>", first=DATED), "<|A|>", "<|E|>"),
 }
@@ -100,7 +100,7 @@ def encoding(tokenizer: Any, chat: str, **options: Any) -> Encoding:
 
 
 def trained(made: Encoding, turns: Any) -> list[str]:
-    """The runs of trained tokens."""
+    """The text of each run of target tokens."""
     runs: list[list[int]] = [[]]
     for label in made.encode(turns).labels:
         if label != IGNORE:
@@ -111,23 +111,23 @@ def trained(made: Encoding, turns: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_trained_is_what_is_asked(tokenizer: Any, kind: str) -> None:
+def test_targets_and_prompts(tokenizer: Any, kind: str) -> None:
     chat, before, end = KINDS[kind]
     made = encoding(tokenizer, chat)
-    for talk in (TALK, TALK[:2], (Turn("system", ("Be brief.",)), *TALK)):
-        whole = made.encode(talk)
-        found = [run.strip(" ") for run in trained(made, talk)]
-        assert found == [f"{turn.text}{end}" for turn in talk if turn.role == "assistant"]
-        for at, turn in enumerate(talk):
+    for conversation in (CONVERSATION, CONVERSATION[:2], (Turn("system", ("Be brief.",)), *CONVERSATION)):
+        whole = made.encode(conversation)
+        found = [run.strip(" ") for run in trained(made, conversation)]
+        assert found == [f"{turn.text}{end}" for turn in conversation if turn.role == "assistant"]
+        for at, turn in enumerate(conversation):
             if turn.role == "assistant":
-                prompt = made.encode(talk[:at], generate=True)
+                prompt = made.encode(conversation[:at], generate=True)
                 assert whole.ids[: len(prompt)] == prompt.ids
                 assert whole.labels[len(prompt)] != IGNORE
                 assert made.tokenizer.decode([each for each in prompt.ids if each >= 0]).endswith(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_stops_at_what_was_trained_to_end_it(tokenizer: Any, kind: str) -> None:
+def test_stop_criteria_are_the_trained_ends(tokenizer: Any, kind: str) -> None:
     chat, _, end = KINDS[kind]
     made = encoding(tokenizer, chat)
     stops = Stops.of(made)
@@ -139,17 +139,17 @@ def test_an_answer_stops_at_what_was_trained_to_end_it(tokenizer: Any, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_program_is_given_the_same(tokenizer: Any, kind: str) -> None:
+def test_the_exported_chat_template_renders_the_same_prompts(tokenizer: Any, kind: str) -> None:
     made = encoding(tokenizer, KINDS[kind][0])
     jinja = chat_template(made.template, made.tokenizer)
     assert "strftime_now" not in jinja
     again = encoding(tokenizer, jinja)
-    for talk in (TALK[:1], TALK[:3]):
-        assert again.encode(talk, generate=True).ids == made.encode(talk, generate=True).ids
+    for conversation in (CONVERSATION[:1], CONVERSATION[:3]):
+        assert again.encode(conversation, generate=True).ids == made.encode(conversation, generate=True).ids
 
 
-def test_what_is_said_can_end_no_turn(tokenizer: Any) -> None:
-    made = encoding(tokenizer, KINDS["a token that is not special ends a turn"][0])
+def test_names_of_special_tokens_are_text(tokenizer: Any) -> None:
+    made = encoding(tokenizer, KINDS["an added token ends a turn"][0])
     forged = (Turn("user", ("Is <|E|> an <|U|>?",)), Turn("assistant", ("No: <|E|>, </s> and \ufdd0\ufdef\ufdd1.",)))
     ids = list(made.encode(forged).ids)
     assert ids.count(made.tokenizer.convert_tokens_to_ids("<|E|>")) == 1
@@ -158,15 +158,17 @@ def test_what_is_said_can_end_no_turn(tokenizer: Any) -> None:
     assert "".join(made.texts(forged)).count("\ufdef") == 1
 
 
-def test_a_thought_is_trained_where_it_is_written(plain: Any) -> None:
-    """In the newest answer; a record that has one in an earlier answer is refused: it would be trained without."""
+def test_thinking_is_trained_only_in_the_newest_answer(plain: Any) -> None:
+    """A record with thinking in an earlier answer is refused: it would be trained without it."""
     made = encoding(with_tokens(plain, special=False), loop(NEWEST_THINKS))
     thinks = Turn("assistant", ("<t>It barks.</t>A dog.",))
-    assert trained(made, (TALK[0], thinks)) == ["<t>It barks.</t>A dog.<|E|>"]
+    assert trained(made, (CONVERSATION[0], thinks)) == ["<t>It barks.</t>A dog.<|E|>"]
     with pytest.raises(ConversationError):
-        made.encode((TALK[0], thinks, *TALK[2:4]))
-    # What the model itself said is history in a chat, and written as the template writes history.
-    asked = made.tokenizer.decode([t for t in made.encode((TALK[0], thinks, TALK[2]), generate=True).ids if t >= 0])
+        made.encode((CONVERSATION[0], thinks, *CONVERSATION[2:4]))
+    # In a chat, earlier answers of the model are rendered as the template renders them.
+    asked = made.tokenizer.decode(
+        [t for t in made.encode((CONVERSATION[0], thinks, CONVERSATION[2]), generate=True).ids if t >= 0]
+    )
     assert "barks" not in asked
 
 
@@ -179,27 +181,27 @@ def test_a_thought_is_trained_where_it_is_written(plain: Any) -> None:
         loop("{% if loop.index > 2 %}{{ raise_exception('one turn') }}{% endif %}<|A|>{{ m.content }}<|E|>"),
         loop("{% if loop.index > 2 %}{{ 1 + 'a' }}{% endif %}<|A|>{{ m.content }}<|E|>"),
     ],
-    ids=["a count", "the last question is marked", "answers are cut", "it says so", "it breaks"],
+    ids=["turns are counted", "the last question is marked", "answers are cut", "raises", "type error"],
 )
-def test_what_can_not_be_reconciled_is_refused(tokenizer: Any, chat: str) -> None:
+def test_inconsistent_chat_templates_are_refused(tokenizer: Any, chat: str) -> None:
     made = encoding(tokenizer, chat)
     with pytest.raises(ConversationError):
-        made.encode(TALK)
-    assert Lengths(made, "first", 99).refusal(sample(TALK))
+        made.encode(CONVERSATION)
+    assert Lengths(made, "first", 99).refusal(sample(CONVERSATION))
 
 
-def test_a_template_of_one_turn_writes_one_turn(tokenizer: Any) -> None:
+def test_a_template_for_one_turn_renders_one_turn(tokenizer: Any) -> None:
     made = encoding(
         tokenizer,
         "{% if messages | length > 2 %}{{ raise_exception('no') }}{% endif %}" + KINDS["two tokens end an answer"][0],
     )
-    assert trained(made, TALK[:2]) == ["A dog.<|R|><|E|>"]
+    assert trained(made, CONVERSATION[:2]) == ["A dog.<|R|><|E|>"]
     assert (
-        made.encode(TALK[:1], generate=True).ids
-        == made.encode(TALK[:2]).ids[: len(made.encode(TALK[:1], generate=True))]
+        made.encode(CONVERSATION[:1], generate=True).ids
+        == made.encode(CONVERSATION[:2]).ids[: len(made.encode(CONVERSATION[:1], generate=True))]
     )
     with pytest.raises(ConversationError):
-        made.encode(TALK)
+        made.encode(CONVERSATION)
 
 
 def sample(turns: Any) -> Any:
@@ -210,11 +212,11 @@ def sample(turns: Any) -> Any:
 
 def test_arguments_are_passed_and_unknown_ones_refused(tokenizer: Any) -> None:
     chat = loop("<|A|>{{ m.content }}<|E|>", ask="<|A|>{{ '<t></t>' if not think }}", first="{{ tone }}")
-    assert text(encoding(tokenizer, chat, think=True, tone="a'b\n\"ü"), TALK[:1]).startswith("a'b\n\"ü<|U|>")
-    assert text(encoding(tokenizer, chat, think=True), TALK[:1]).endswith("<|A|>")
-    assert text(encoding(tokenizer, chat, think=False), TALK[:1]).endswith("<|A|><t></t>")
+    assert text(encoding(tokenizer, chat, think=True, tone="a'b\n\"ü"), CONVERSATION[:1]).startswith("a'b\n\"ü<|U|>")
+    assert text(encoding(tokenizer, chat, think=True), CONVERSATION[:1]).endswith("<|A|>")
+    assert text(encoding(tokenizer, chat, think=False), CONVERSATION[:1]).endswith("<|A|><t></t>")
     with pytest.raises(ModelError) as raised:
-        text(encoding(tokenizer, chat, thnk=False), TALK[:1])
+        text(encoding(tokenizer, chat, thnk=False), CONVERSATION[:1])
     assert "thnk" in raised.value.message
     assert "think" in raised.value.hint
 
@@ -224,24 +226,24 @@ def text(made: Encoding, turns: Any) -> str:
     return "".join(each.text for each in found if isinstance(each, Text))
 
 
-def test_the_date_is_the_recipes_on_any_day(tokenizer: Any) -> None:
+def test_the_date_is_that_of_the_recipe(tokenizer: Any) -> None:
     both = "{{ strftime_now('%d %b %Y, %-d %B, %A %Y-%m-%d') }}|{{ date_string | default('26 Jul 2024') }}"
     chat = loop("<|A|>{{ m.content }}<|E|>", first=both)
-    assert text(encoding(tokenizer, chat), TALK[:1]).startswith(
+    assert text(encoding(tokenizer, chat), CONVERSATION[:1]).startswith(
         "26 Jul 2024, 26 July, Friday 2024-07-26|26 Jul 2024<|U|>"
     )
     dated = encoding(tokenizer, chat, date="2025-03-04")
-    assert text(dated, TALK[:1]).startswith("04 Mar 2025, 4 March, Tuesday 2025-03-04|04 Mar 2025<|U|>")
+    assert text(dated, CONVERSATION[:1]).startswith("04 Mar 2025, 4 March, Tuesday 2025-03-04|04 Mar 2025<|U|>")
 
 
 @pytest.mark.parametrize("chat", [DATED, "{{ date_string | default('never') }}"])
-def test_the_exported_template_has_the_date_in_it(tokenizer: Any, chat: str) -> None:
+def test_the_exported_template_contains_the_date(tokenizer: Any, chat: str) -> None:
     made = encoding(tokenizer, "\n" + loop("<|A|>{{ m.content }}<|E|>", first=chat), date="2025-03-04")
     template: Any = made.template
     given = copy.deepcopy(made.tokenizer)
-    given.chat_template = template.exported(made.tokenizer)
+    given.chat_template = template.exported_chat_template(made.tokenizer)
     said = [{"role": "user", "content": "a"}]
     assert given.apply_chat_template(said, tokenize=False).startswith("\n04 Mar")
     undated = encoding(tokenizer, loop("<|A|>{{ m.content }}<|E|>"))
     untouched: Any = undated.template
-    assert untouched.exported(undated.tokenizer) == undated.tokenizer.chat_template
+    assert untouched.exported_chat_template(undated.tokenizer) == undated.tokenizer.chat_template

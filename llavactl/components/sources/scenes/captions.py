@@ -1,4 +1,4 @@
-"""What is said about a scene: a few true captions, each drawn from several ways to put it."""
+"""Captions of a scene, each with randomly chosen wording."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ LISTS = (
     "{listed} on a light background.",
 )
 IN_ORDER = 18
-"""How far neighbors are apart along an axis when a caption gives them in order."""
+"""Minimum distance of neighbors along an axis for a caption that lists shapes in order."""
 
 
 def captions(staged: Staged) -> tuple[str, ...]:
-    """Three captions: one lists the things, one says where two of them are, one counts or orders them."""
+    """Three captions: a list of the shapes, the relative position of two, and their counts or order."""
     rng = Random(f"llavactl scenes/captions/{staged.key}")
     things = rng.sample(staged.scene.things, len(staged.scene.things))
-    said = (_listed(things, rng), _related(things, rng), _counted(things, rng) or _ordered(things, rng))
-    return tuple(text[0].upper() + text[1:] for text in said)
+    texts = (_listed(things, rng), _related(things, rng), _counted(things, rng) or _ordered(things, rng))
+    return tuple(text[0].upper() + text[1:] for text in texts)
 
 
 def description(staged: Staged) -> str:
-    """All things twice, from left to right and from top to bottom: what and where each is, in few words."""
+    """All shapes from left to right and from top to bottom, in random order of the two."""
     things = staged.scene.things
     across = _named(sorted(things, key=lambda thing: thing.x))
     down = _named(sorted(things, key=lambda thing: thing.y))
@@ -42,7 +42,7 @@ def description(staged: Staged) -> str:
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """The names with commas and an "and"."""
+    """The names, joined by commas and "and"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -55,7 +55,7 @@ def _listed(things: Sequence[DrawnShape], rng: Random) -> str:
 
 
 def _related(things: Sequence[DrawnShape], rng: Random) -> str:
-    """Where one thing is as seen from another, then what else there is."""
+    """The position of one shape relative to another, and the other shapes."""
     one, other, axis = rng.choice([(*both, axis) for both in combinations(things, 2) for axis in clear_axes(*both)])
     where = WHERE[side(one, other, axis)]
     rest = [thing for thing in things if thing not in (one, other)]
@@ -67,7 +67,7 @@ def _related(things: Sequence[DrawnShape], rng: Random) -> str:
 
 
 def _counted(things: Sequence[DrawnShape], rng: Random) -> str | None:
-    """How many there are of each shape or each color, where some has more than one."""
+    """The count of each shape or color; None if all counts are 1."""
     ways = []
     for by_color in (False, True):
         numbers = Counter(thing.color if by_color else thing.shape for thing in things)
@@ -85,7 +85,7 @@ def _several(kind: str, number: int, by_color: bool) -> str:
 
 
 def _ordered(things: Sequence[DrawnShape], rng: Random) -> str:
-    """The things from left to right or from top to bottom, where that is clear; else a list."""
+    """The shapes from left to right or from top to bottom if the order is clear, otherwise a list."""
     across = sorted(things, key=lambda thing: thing.x)
     down = sorted(things, key=lambda thing: thing.y)
     ways = []

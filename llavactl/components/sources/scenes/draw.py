@@ -1,4 +1,4 @@
-"""Draws a scene when it is read, so that a thousand pictures need no file."""
+"""Images of scenes, drawn when they are read, without files."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DRAWING_VERSION = 1
-"""Part of every stamp: raise it with any change here or in an outline that changes a pixel."""
+"""Part of every stamp: increment it with any change that changes a pixel, also of an outline."""
 
 SUPERSAMPLING = 4
 GRAIN = 4
 EDGE = 1.6
-"""Width of the darker edge, in canvas units: a yellow shape needs it on a light background."""
+"""Width of the darker edge in canvas units, which makes yellow shapes visible on a light background."""
 
 
 @dataclass(frozen=True)
 class SceneImage:
-    """A picture of ``scene``, ``size`` pixels wide and high; see ``llavactl.core.schema.ImageRef``."""
+    """An image of ``scene``, ``size`` pixels wide and high; see ``llavactl.core.schema.ImageRef``."""
 
     name: str
     scene: Scene
     size: int = CANVAS
 
     def read(self) -> bytes:
-        """The picture as PNG, the same bytes every time."""
+        """The image as PNG, deterministic."""
         buffer = io.BytesIO()
-        # Not compressed, for the bytes are not kept: packing and unpacking the grain took longer than the drawing.
+        # Not compressed: the bytes aren't stored, and compressing the grain took longer than drawing.
         draw(self.scene, self.size).save(buffer, "PNG", compress_level=0)
         return buffer.getvalue()
 
     def stamp(self) -> str:
-        """Everything the picture depends on, in words."""
+        """Everything the image depends on, as text."""
         things = ";".join(
             f"{thing.shape} {thing.x},{thing.y} r{thing.radius} a{thing.angle} {thing.rgb}"
             for thing in self.scene.things
@@ -47,7 +47,7 @@ class SceneImage:
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """``scene`` as an RGB picture of ``size`` x ``size`` pixels."""
+    """``scene`` as an RGB image of ``size`` x ``size`` pixels."""
     from PIL import Image, ImageChops
 
     image = Image.new("RGB", (size, size), scene.background)
@@ -59,13 +59,13 @@ def draw(scene: Scene, size: int) -> Image.Image:
 
 
 def _paint(image: Image.Image, thing: DrawnShape, scale: float) -> None:
-    """Paints one thing, smooth at its edge: its mask is drawn larger and averaged down."""
+    """Draws one shape with an antialiased edge, by drawing its mask larger and averaging."""
     from PIL import Image, ImageChops, ImageDraw
 
     reach = thing.radius + 1
     left, top = round((thing.x - reach) * scale), round((thing.y - reach) * scale)
     side = round(2 * reach * scale) + 1
-    # Pillow's corners are whole pixels, so a place is the pixel that it lies in.
+    # Pillow needs integer corners: the pixel that contains each point.
     fine = [
         (math.floor((x * scale - left) * SUPERSAMPLING), math.floor((y * scale - top) * SUPERSAMPLING))
         for x, y in thing.outline()
@@ -75,7 +75,7 @@ def _paint(image: Image.Image, thing: DrawnShape, scale: float) -> None:
     ImageDraw.Draw(body).polygon(fine, fill=255)
     width = round(2 * EDGE * scale * SUPERSAMPLING)
     ImageDraw.Draw(edge).line([*fine, *fine[:2]], fill=255, width=width)
-    # The dark shape first, then the color on what the line leaves free: half of the line lies outside anyway.
+    # The dark shape first, then the color inside the line, half of which is outside the shape.
     red, green, blue = thing.rgb
     image.paste((red * 7 // 10, green * 7 // 10, blue * 7 // 10), (left, top), body.reduce(SUPERSAMPLING))
     image.paste(thing.rgb, (left, top), ImageChops.subtract(body, edge).reduce(SUPERSAMPLING))

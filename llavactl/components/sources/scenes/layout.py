@@ -1,8 +1,7 @@
-"""Which things a scene has and where they are: drawn by lot so that no question has a favorite answer.
+"""The random shapes of a scene and their positions, such that all answers to a question are equally likely.
 
-Every choice treats all colors, all shapes and all places alike, and the numbers of things come from
-PLANS; that is what makes the answers even, so a change here is checked by the tests of chance.
-Scenes come in twos: every other two are a minimal pair, equal but for one exchange.
+All colors, shapes and positions are treated alike, and the numbers of shapes come from PLANS; the tests of the answers'
+distribution check any change. Every second pair of scenes is a minimal pair, equal except for one exchange.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from llavactl.components.sources.scenes.things import (
 Pair = tuple[str, str]
 
 PLANS = ((2, 1), (2, 1), (2, 2), (2, 2), (3, 1), (4, 1), (3, 2), (4, 2), (3, 3), (3, 3), (4, 3), (4, 3))
-"""(things in the scene, things of the counted color or shape): each number is even over its three values."""
+"""(shapes in the scene, shapes of the counted color or shape): each number is uniform over its three values."""
 
 SMALLEST = 24
 GAP = 9
-"""Between the circles around two things: so wide that even small ones side by side are CLEAR along an axis."""
+"""Minimum distance of the circles around two shapes: even small adjacent ones are CLEAR along an axis."""
 
 MARGIN = 5
 LARGEST = {2: 42, 3: 40, 4: 36}
-"""Radii by the number of things, small enough that a free place is soon found."""
+"""Maximum radius by the number of shapes, small enough to find free positions quickly."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What the two scenes of a minimal pair differ in: ``one`` and ``other``, as the first scene has them."""
+    """The difference of the two scenes of a minimal pair: ``one`` and ``other``, as in the first scene."""
 
     id: str
     kind: Literal["binding", "arrangement"]
@@ -52,7 +51,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Staged:
-    """A scene with what its questions need to know. ``key`` seeds whatever else is drawn by lot for it."""
+    """A scene with the data of its questions; ``key`` seeds all other random choices for it."""
 
     id: str
     key: str
@@ -63,35 +62,34 @@ class Staged:
 
 
 def stage(split: Split, seed: int, index: int) -> Staged:
-    """The scene number ``index`` of a split, whichever others were asked for before."""
+    """The scene with index ``index`` of a split; independent of other calls."""
     couple, second = divmod(index, 2)
-    # Scenes 2 and 3, 6 and 7, … are minimal pairs; the others are drawn one by one.
+    # Scenes 2 and 3, 6 and 7, … are minimal pairs; the others are independent.
     contrasted = couple % 2 == 1
     drawn = index - second if contrasted else index
     rng = Random(f"llavactl scenes/{split}/{seed}/{drawn}")
     pairs, counted = _cast(rng, split)
     scene = Scene(_place(rng, pairs), _background(rng), rng.getrandbits(32))
-    here = Staged(f"{split}-{index:05d}", f"{split}/{seed}/{index}", split, scene, counted)
+    staged = Staged(f"{split}-{index:05d}", f"{split}/{seed}/{index}", split, scene, counted)
     if not contrasted:
-        return here
+        return staged
     twins, contrast = _twins(rng, scene, split, f"{split}/{seed}/{drawn}")
-    return replace(here, scene=twins[second], contrast=contrast)
+    return replace(staged, scene=twins[second], contrast=contrast)
 
 
 def allowed(pairs: Sequence[Pair], split: Split) -> bool:
-    """Whether a scene may have these pairs: all different, and none held out when training.
+    """Whether a scene may have these pairs: all different, and in training none held out.
 
-    A scene for testing has a held-out pair and an ordinary one too: were all of them held out, which
-    questions can be asked would give answers away.
+    A test scene has held-out and other pairs. If all were held out, the available questions would reveal answers.
     """
     if len(set(pairs)) < len(pairs):
         return False
-    unseen = sum(held_out(*pair) for pair in pairs)
-    return unseen == 0 if split == "train" else 0 < unseen < len(pairs)
+    held = sum(held_out(*pair) for pair in pairs)
+    return held == 0 if split == "train" else 0 < held < len(pairs)
 
 
 def _cast(rng: Random, split: Split) -> tuple[list[Pair], str]:
-    """Colors and shapes of a scene, and the color or shape of which it has as many as its plan says."""
+    """The pairs of a scene, and the color or shape whose count its plan determines."""
     things, same = rng.choice(PLANS)
     by_color = rng.random() < 0.5
     counted = rng.choice(list(COLORS) if by_color else SHAPES)
@@ -105,7 +103,7 @@ def _cast(rng: Random, split: Split) -> tuple[list[Pair], str]:
 
 
 def _place(rng: Random, pairs: Sequence[Pair]) -> tuple[DrawnShape, ...]:
-    """The pairs as things, apart from each other."""
+    """The pairs as shapes that don't overlap."""
     things: list[DrawnShape] = []
     tries = 0
     while len(things) < len(pairs):
@@ -127,7 +125,7 @@ def _apart(one: DrawnShape, other: DrawnShape) -> bool:
 
 
 def _shade(rng: Random, rgb: Rgb) -> Rgb:
-    """The color a little off, so that no single value stands for a name."""
+    """The color with small random changes, so that a name isn't a single value."""
     red, green, blue = (min(255, max(0, value + rng.randint(-9, 9))) for value in rgb)
     return red, green, blue
 
@@ -137,14 +135,14 @@ def _background(rng: Random) -> Rgb:
 
 
 def _twins(rng: Random, scene: Scene, split: Split, name: str) -> tuple[tuple[Scene, Scene], Contrast]:
-    """Two scenes that differ in the colors of two things (binding) or in their places (arrangement).
+    """Two scenes that differ in the colors of two shapes (binding) or in their positions (arrangement).
 
-    Both keep the numbers of things of each color and shape, so what is counted in one holds in the other.
+    Both have the same number of shapes of each color and kind, so counts are equal.
     """
     couples = list(combinations(range(len(scene.things)), 2))
     bindings = [places for places in couples if _rebinds(scene, places, split)]
     if bindings:
-        # A third of the scenes allow it; any scene allows an arrangement.
+        # A third of the scenes allow a binding; any scene allows an arrangement.
         places = rng.choice(bindings)
         first, exchange = scene, exchange_colors
     else:
@@ -156,9 +154,9 @@ def _twins(rng: Random, scene: Scene, split: Split, name: str) -> tuple[tuple[Sc
 
 
 def _rebinds(scene: Scene, places: tuple[int, int], split: Split) -> bool:
-    """Whether exchanging two colors makes other pairs, and ones that the split allows.
+    """Whether exchanging two colors gives other pairs, and the split allows them.
 
-    Two things of one shape would only change places, and two of one color not even that.
+    Two equal shapes would only exchange positions, and two equal colors nothing.
     """
     one, other = (scene.things[place] for place in places)
     pairs = [thing.pair for thing in _exchanged(scene, places, exchange_colors).things]
@@ -174,7 +172,7 @@ def _exchanged(
 
 
 def _equally_large(scene: Scene, places: tuple[int, int]) -> Scene:
-    """The scene with the larger of the two shrunk, so that either fits where the other is."""
+    """The scene with the larger of the two shapes shrunk, so that each fits at the other's position."""
     radius = min(scene.things[place].radius for place in places)
     things = (replace(thing, radius=radius) if i in places else thing for i, thing in enumerate(scene.things))
     return replace(scene, things=tuple(things))

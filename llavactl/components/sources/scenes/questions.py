@@ -1,8 +1,8 @@
-"""What is asked about a scene: short questions whose text gives nothing away.
+"""Questions about a scene whose text doesn't reveal the answer.
 
-Given the text alone, every answer that a split allows is equally likely. What is asked, and for a yes
-or no which of the two, is decided by lot before the scene is looked at; which thing is asked about
-treats all colors, shapes and places alike. ``chance`` is thus what a reader of the texts alone gets right.
+Given only the text, every answer that a split allows is equally likely: the question, and a yes or no, are drawn before
+the scene is considered, and the shape asked about is drawn with equal treatment of all colors, shapes and positions.
+``chance_accuracy`` is thus the accuracy of a model that reads only the texts.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from llavactl.components.sources.scenes.things import (
 
 Category = Literal["color", "shape", "count", "presence", "relation", "pair"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""What a question is about; ``pair`` is the one question that both scenes of a minimal pair are asked."""
+"""Categories of questions; ``pair`` is the question about both scenes of a minimal pair."""
 
 Half = Literal["left-right", "above-below"]
 HALVES: dict[str, Half] = {"x": "left-right", "y": "above-below"}
-"""``relation`` by its axis: the two are learned very differently."""
+"""``relation`` by its axis; models learn the two at very different rates."""
 
-MOST = 6
-"""So many questions can be asked about every scene."""
+MAX_QUESTIONS = 6
+"""Questions that every scene allows."""
 
-TELLING = {"presence": 1, "relation": 2, "pair": 2}
-"""How much a question's text tells about the scene."""
+REVEALED = {"presence": 1, "relation": 2, "pair": 2}
+"""How much a question's text reveals about the scene."""
 
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 PRESENCE = ("Is there {}?", "Does the image show {}?")
@@ -47,7 +47,7 @@ WHERE = {"left": "to the left of", "right": "to the right of", "above": "above",
 
 @dataclass(frozen=True)
 class SceneQuestion:
-    """A question and its answer; ``pair`` names the minimal pair that it tells apart."""
+    """A question and its answer; ``pair`` names the minimal pair that it distinguishes."""
 
     category: str
     text: str
@@ -55,42 +55,42 @@ class SceneQuestion:
     pair: str = ""
 
 
-def chance(category: str, split: Split) -> float:
-    """The percentage of right answers of one who sees no picture, but knows how often each answer is right."""
+def chance_accuracy(category: str, split: Split) -> float:
+    """The accuracy in percent without the image, given the frequency of each answer."""
     if category in ("color", "shape"):
-        # A color goes with all shapes but the one held out, unless that one is tested.
+        # A color occurs with all shapes except the held-out one, unless that is tested.
         return 100 / (len(SHAPES) - 1 if split == "train" else len(SHAPES))
     return 100 / 3 if category == "count" else 50.0
 
 
 def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list[SceneQuestion]:
-    """``limit`` questions about a scene, at most MOST: one of each category of ``about``, then more yes and no.
+    """Up to ``limit`` questions about a scene: one per category of ``about``, then more yes/no questions.
 
-    ``about`` may have one of HALVES in place of ``relation``.
+    ``about`` may contain one of HALVES instead of ``relation``.
     """
     axes = [axis for axis, half in HALVES.items() if {"relation", half} & set(about)]
     rng = Random(f"llavactl scenes/questions/{staged.key}")
-    asked = [_pair(staged.contrast, staged.scene)] if staged.contrast and "pair" in about else []
-    every = {
+    questions = [_pair(staged.contrast, staged.scene)] if staged.contrast and "pair" in about else []
+    generators = {
         "color": _color(staged, rng),
         "shape": _shape(staged, rng),
         "count": _count(staged, rng),
         "presence": _presence(staged, rng),
         "relation": _relation(staged, rng, axes),
     }
-    asked_for = {*about, *(["relation"] if axes else [])}
-    supply = {category: questions for category, questions in every.items() if category in asked_for}
-    # The categories are chosen blindly. Only presence and relation may stand in for one that this scene
-    # has no question of: their answers are even in whatever scene they are asked.
-    wanted = rng.sample(list(supply), len(supply))[: limit - len(asked)]
-    asked += [question for category in wanted for question in islice(supply[category], 1)]
-    for category in rng.sample(["presence", "relation"], 2) * MOST:
-        if len(asked) < limit and category in supply:
-            asked += islice(supply[category], 1)
-    rng.shuffle(asked)
-    # Any of them opens the conversation, as when it is asked alone; those that name things come late, or
-    # much of what is asked after them could be read off their texts.
-    return asked[:1] + sorted(asked[1:], key=lambda question: TELLING.get(question.category, 0))
+    categories = {*about, *(["relation"] if axes else [])}
+    supply = {category: generator for category, generator in generators.items() if category in categories}
+    # The categories are drawn independently of the scene. Only presence and relation may replace a category without a
+    # question for this scene, since their answers are uniform for any scene.
+    drawn = rng.sample(list(supply), len(supply))[: limit - len(questions)]
+    questions += [question for category in drawn for question in islice(supply[category], 1)]
+    for category in rng.sample(["presence", "relation"], 2) * MAX_QUESTIONS:
+        if len(questions) < limit and category in supply:
+            questions += islice(supply[category], 1)
+    rng.shuffle(questions)
+    # Any question may come first, as it would alone. Questions that name shapes come late, since their texts could
+    # reveal answers of later questions.
+    return questions[:1] + sorted(questions[1:], key=lambda question: REVEALED.get(question.category, 0))
 
 
 def article(name: str) -> str:
@@ -113,18 +113,18 @@ def _shape(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
 
 
 def _subject(things: Sequence[DrawnShape], split: Split, rng: Random) -> list[DrawnShape]:
-    """The thing to ask about, if any will do.
+    """The shape to ask about, if any.
 
-    When testing, a held-out pair is asked about as often as each other pair. Scenes that hadn't both to
-    choose from would tip that, so they are not asked.
+    In the test split, a held-out pair is asked about as often as each other pair. Scenes without both kinds would bias
+    this, so they get no such question.
     """
     if split == "train":
         return [rng.choice(things)] if things else []
-    unseen = [thing for thing in things if thing.held_out]
+    held = [thing for thing in things if thing.held_out]
     ordinary = [thing for thing in things if not thing.held_out]
-    if not unseen or not ordinary:
+    if not held or not ordinary:
         return []
-    return [rng.choice(unseen if rng.randrange(len(SHAPES)) == 0 else ordinary)]
+    return [rng.choice(held if rng.randrange(len(SHAPES)) == 0 else ordinary)]
 
 
 def _count(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
@@ -140,11 +140,11 @@ def _count(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
 
 
 def _presence(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
-    """Is there such a thing? Each form once: by pair, by shape, by color."""
+    """Questions for the presence of a pair, a shape and a color, one each."""
     forms = ["shape", "color"]
     rng.shuffle(forms)
     if staged.contrast is None or staged.contrast.kind != "binding":
-        # A binding asks for a pair already. Leaving out just that pair would make the others' "no" likelier.
+        # A binding already asks for a pair. Excluding only that pair would make "no" likelier for the others.
         forms.insert(rng.choice((0, 0, 1, 2)), "pair")
     for form in forms:
         yes = rng.random() < 0.5
@@ -154,34 +154,34 @@ def _presence(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:
 
 
 def _kind_to_find(scene: Scene, rng: Random, form: str, present: bool) -> str:
-    """A shape ("circle") or color ("red object") that is in the scene, or is not."""
-    seen = {thing.shape if form == "shape" else thing.color for thing in scene.things}
-    name = rng.choice([name for name in (SHAPES if form == "shape" else COLORS) if (name in seen) == present])
+    """A shape ("circle") or color ("red object") that is present or absent."""
+    names = {thing.shape if form == "shape" else thing.color for thing in scene.things}
+    name = rng.choice([name for name in (SHAPES if form == "shape" else COLORS) if (name in names) == present])
     return name if form == "shape" else f"{name} object"
 
 
 def _pair_to_find(staged: Staged, rng: Random, present: bool) -> str:
-    """A color and shape that a thing has, or none has: then mostly one where both are there, apart.
+    """A present or absent pair; for most absent ones, color and shape are both present, in different shapes.
 
-    When testing, half of them are held out, whatever the answer.
+    In the test split, half of the pairs are held out, for both answers.
     """
-    unseen = staged.split == "test" and rng.random() < 0.5
+    held = staged.split == "test" and rng.random() < 0.5
     things = staged.scene.things
     if present:
-        return rng.choice([thing.name for thing in things if thing.held_out == unseen])
+        return rng.choice([thing.name for thing in things if thing.held_out == held])
     colors, shapes = {thing.color for thing in things}, {thing.shape for thing in things}
-    there = {thing.pair for thing in things}
-    by_likeness: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    pairs = {thing.pair for thing in things}
+    by_similarity: dict[int, list[str]] = {0: [], 1: [], 2: []}
     for color in COLORS:
         for shape in SHAPES:
-            if (color, shape) not in there and held_out(color, shape) == unseen:
-                by_likeness[(color in colors) + (shape in shapes)].append(f"{color} {shape}")
+            if (color, shape) not in pairs and held_out(color, shape) == held:
+                by_similarity[(color in colors) + (shape in shapes)].append(f"{color} {shape}")
     order = (2, 1, 0) if rng.random() < 0.6 else (1, 2, 0)
-    return rng.choice(next(by_likeness[likeness] for likeness in order if by_likeness[likeness]))
+    return rng.choice(next(by_similarity[similarity] for similarity in order if by_similarity[similarity]))
 
 
 def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[SceneQuestion]:
-    """Which of two things is where, each two and each of ``axes`` once."""
+    """The relative positions of each two shapes along each of ``axes``, one question each."""
     contrast = staged.contrast
     known = {contrast.one.name, contrast.other.name} if contrast and contrast.kind == "arrangement" else set()
     facts = [
@@ -196,17 +196,17 @@ def _relation(staged: Staged, rng: Random, axes: Collection[str]) -> Iterator[Sc
 
 
 def _compared(one: DrawnShape, other: DrawnShape, axis: str, rng: Random) -> tuple[str, str]:
-    """A question on where ``one`` is, and its answer; the question is made without looking."""
-    here = side(one, other, axis)
+    """A question about the position of ``one``, drawn independently of the scene, and its answer."""
+    actual = side(one, other, axis)
     first, second = rng.sample(AXES[axis], 2)
     if rng.random() < 0.5:
-        return f"Is the {one.name} {WHERE[first]} the {other.name}?", "yes" if here == first else "no"
+        return f"Is the {one.name} {WHERE[first]} the {other.name}?", "yes" if actual == first else "no"
     options = f"to the {first} or to the {second} of" if axis == "x" else f"{first} or {second}"
-    return f"Is the {one.name} {options} the {other.name}?", here
+    return f"Is the {one.name} {options} the {other.name}?", actual
 
 
 def _pair(contrast: Contrast, scene: Scene) -> SceneQuestion:
-    """The question of a minimal pair: the same text about both scenes, with opposite answers."""
+    """The question of a minimal pair: the same text for both scenes, with opposite answers."""
     rng = Random(f"llavactl scenes/pair/{contrast.id}")
     one, other = rng.sample((contrast.one, contrast.other), 2)
     things = {thing.name: thing for thing in scene.things}

@@ -1,6 +1,6 @@
-"""What a scene is made of: colored shapes at places, their names, outlines and relations.
+"""The colored shapes of a scene: names, positions, outlines and relations.
 
-Everything here is plain arithmetic on a canvas of CANVAS x CANVAS units; nothing is drawn yet.
+Only arithmetic on a canvas of CANVAS x CANVAS units; nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ COLORS: dict[str, Rgb] = {
     "purple": (142, 56, 184),
     "orange": (250, 130, 14),
 }
-"""The colors by name, far enough apart that nobody would argue about a name."""
+"""The colors by name, distinct enough for unambiguous names."""
 
 SHAPES = ("square", "circle", "star", "triangle", "heart", "cross")
-"""The shapes, told apart by their silhouette alone."""
+"""The shapes, distinguishable by their silhouettes."""
 
 CANVAS = 224
-"""Side of the square that places and radii are measured on, whatever the size of the picture."""
+"""Side of the square in which positions and radii are measured, independent of the image size."""
 
 CLEAR = 40
-"""How far two centers are apart along an axis before a question asks which comes first."""
+"""Minimum distance of two centers along an axis for a question about their order."""
 
 
 def held_out(color: str, shape: str) -> bool:
     """Whether no scene of the train split shows or mentions a ``color`` ``shape``.
 
-    The diagonal of the table of colors and shapes, so that every color and every shape misses exactly
-    one partner: neither makes an answer likelier. The order of SHAPES keeps pairs that a language model
-    knows by heart (a red heart, a yellow star) off the diagonal.
+    These are the diagonal of the table of colors and shapes, so every color and every shape lacks exactly one partner,
+    and neither makes an answer likelier. The order of SHAPES keeps pairs that language models expect (a red heart, a
+    yellow star) off the diagonal.
     """
     return list(COLORS).index(color) == SHAPES.index(shape)
 
@@ -77,14 +77,14 @@ class DrawnShape:
         return tuple((self.x + x * cos - y * sin, self.y + x * sin + y * cos) for x, y in _unit_outline(self.shape))
 
     def box(self) -> Box:
-        """The box that just holds the shape, as shares of the canvas."""
+        """The bounding box of the shape, as shares of the canvas."""
         xs, ys = zip(*self.outline(), strict=True)
         return Box(self.name, (min(xs) / CANVAS, min(ys) / CANVAS, max(xs) / CANVAS, max(ys) / CANVAS))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that determines a picture: the ``things``, the ``background`` and the seed of its ``grain``."""
+    """Everything that determines an image: the ``things``, the ``background`` and the seed of its ``grain``."""
 
     things: tuple[DrawnShape, ...]
     background: Rgb
@@ -92,34 +92,34 @@ class Scene:
 
 
 AXES: dict[str, tuple[str, str]] = {"x": ("left", "right"), "y": ("above", "below")}
-"""The words for a place before and after another one along each axis."""
+"""The words for positions before and after another one along each axis."""
 
 
 def clear_axes(one: DrawnShape, other: DrawnShape) -> tuple[str, ...]:
-    """The axes along which anybody would say that one of the two comes first."""
+    """The axes along which the order of the two is unambiguous."""
     dx, dy = abs(one.x - other.x), abs(one.y - other.y)
     return tuple(axis for axis, along, across in (("x", dx, dy), ("y", dy, dx)) if along >= max(CLEAR, across / 2))
 
 
 def side(one: DrawnShape, other: DrawnShape, axis: str) -> str:
-    """Where ``one`` is as seen from ``other``: left, right, above or below."""
+    """The position of ``one`` relative to ``other``: left, right, above or below."""
     before = one.x < other.x if axis == "x" else one.y < other.y
     return AXES[axis][0 if before else 1]
 
 
 def exchange_places(one: DrawnShape, other: DrawnShape) -> tuple[DrawnShape, DrawnShape]:
-    """Both things, each where the other was."""
+    """Both shapes with exchanged positions."""
     return replace(one, x=other.x, y=other.y), replace(other, x=one.x, y=one.y)
 
 
 def exchange_colors(one: DrawnShape, other: DrawnShape) -> tuple[DrawnShape, DrawnShape]:
-    """Both things, each in the color that the other had."""
+    """Both shapes with exchanged colors."""
     return replace(one, color=other.color, rgb=other.rgb), replace(other, color=one.color, rgb=one.rgb)
 
 
 @cache
 def _unit_outline(shape: str) -> tuple[Point, ...]:
-    """``shape`` inside the unit circle, upright; scaled so that all shapes look about equally large."""
+    """``shape`` inside the unit circle, upright; scaled so that all shapes appear about equally large."""
     if shape == "circle":
         return _ring(64, 0.86)
     if shape == "square":
@@ -144,7 +144,7 @@ def _ring(corners: int, radius: float, *, start: float = 0) -> tuple[Point, ...]
 
 
 def _heart() -> tuple[Point, ...]:
-    """The well-known curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved to the middle."""
+    """The heart curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, centered."""
     curve = []
     for step in range(64):
         t = math.tau * step / 64

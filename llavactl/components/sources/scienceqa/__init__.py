@@ -1,4 +1,4 @@
-"""ScienceQA to train on: the reasoning before the answer, as LLaVA was tuned on it (order QCM-LEA)."""
+"""The source ``scienceqa``: training samples with the reasoning before the answer, as in LLaVA (order QCM-LEA)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ScienceqaOptions(Options):
 
 
 def scienceqa(options: ScienceqaOptions) -> Iterator[Sample]:
-    """One sample a problem, in the split's order.
+    """One sample per problem, in the split's order.
 
     Raises:
-        DataError: a file or problem that can't be read.
+        DataError: a file or problem can't be read.
     """
     problems = read_problems(
         options.path, options.split, options.splits, None, options.images, follow_links=options.follow_links
@@ -41,11 +41,11 @@ def scienceqa(options: ScienceqaOptions) -> Iterator[Sample]:
         content: tuple[Content, ...] = (problem.prompt,)
         if problem.image is not None:
             content = (problem.image, f"\n{problem.prompt}")
-        turns = (Turn("user", content), Turn("assistant", (told(problem, options.answer),)))
+        turns = (Turn("user", content), Turn("assistant", (answer_text(problem, options.answer),)))
         yield Sample(problem.id, turns, f"{options.path} problem {problem.id}")
 
 
-def told(problem: ScienceqaProblem, answer: Literal["lea", "a"]) -> str:
-    """The answer in words; with ``lea`` the lecture and the solution come first, where the problem has them."""
-    reasons = (problem.lecture, problem.solution) if answer == "lea" else ()
-    return " ".join([*(each.strip() for each in reasons if each.strip()), f"The answer is {problem.letter}."])
+def answer_text(problem: ScienceqaProblem, answer: Literal["lea", "a"]) -> str:
+    """The answer's text; with ``lea``, after the lecture and the solution of the problem, if any."""
+    reasoning = (problem.lecture, problem.solution) if answer == "lea" else ()
+    return " ".join([*(text.strip() for text in reasoning if text.strip()), f"The answer is {problem.letter}."])

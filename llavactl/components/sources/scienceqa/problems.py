@@ -20,7 +20,7 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class ScienceqaProblem:
-    """One problem: what is asked in words, its options' number, and which one is right, from 0."""
+    """One problem; ``options`` is their number, ``right`` the index of the correct one, from 0."""
 
     id: str
     prompt: str
@@ -35,7 +35,7 @@ class ScienceqaProblem:
 
     @property
     def letter(self) -> str:
-        """The right option's letter."""
+        """The letter of the correct option."""
         return ascii_uppercase[self.right]
 
 
@@ -51,38 +51,38 @@ def read_problems(
     """The problems of ``split`` of a ``problems.json``, or all of LLaVA's converted file, in the file's order.
 
     Raises:
-        DataError: what can't be read, an id twice, or a converted file without ``meta``.
+        DataError: a file or problem can't be read, a duplicate id, or a converted file without ``meta``.
     """
     document = read_document(path)
-    if isinstance(document, dict) and document and all(isinstance(each, dict) for each in document.values()):
-        beside = path.parent / "images"
-        place = ImageRoot(str(images or (beside if beside.is_dir() else path.parent)), follow_links)
-        return list(_original(path, document, _ids(path, document, split, splits), place))
+    if isinstance(document, dict) and document and all(isinstance(problem, dict) for problem in document.values()):
+        default = path.parent / "images"
+        root = ImageRoot(str(images or (default if default.is_dir() else path.parent)), follow_links)
+        return list(_original(path, document, _ids(path, document, split, splits), root))
     if not isinstance(document, list):
         raise DataError(f"{path}: neither ScienceQA's problems.json nor LLaVA's list of conversations")
     if meta is None:
         raise DataError(
-            f"{path}: LLaVA's file does not say subject and grade of a problem",
+            f"{path}: LLaVA's file lacks the problems' subjects and grades",
             hint="-t meta=FILE, a CSV of question_id, grade, subject",
         )
-    place = ImageRoot(str(images or path.parent), follow_links)
-    return list(_converted(unique(read_records(path), "id"), _meta(meta), place))
+    root = ImageRoot(str(images or path.parent), follow_links)
+    return list(_converted(unique(read_records(path), "id"), _meta(meta), root))
 
 
 def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | None) -> list[str]:
-    """The ids of ``split``: as ``pid_splits.json`` has them, else those whose ``split`` it is, all if none has any."""
-    if splits is None and not any(each.get("split") for each in problems.values()):
+    """The ids of ``split`` in ``splits`` (pid_splits.json), else by each problem's ``split``; all if none has one."""
+    if splits is None and not any(problem.get("split") for problem in problems.values()):
         return list(problems)
     if splits is None:
-        ids = [name for name, each in problems.items() if each.get("split") == split]
-        known = sorted({str(each.get("split")) for each in problems.values()})
+        ids = [name for name, problem in problems.items() if problem.get("split") == split]
+        known = sorted({str(problem.get("split")) for problem in problems.values()})
     else:
         document = read_document(splits)
         if not isinstance(document, dict):
-            raise DataError(f"{splits}: not an object of splits")
-        ids, known = [str(each) for each in document.get(split, [])], sorted(document)
+            raise DataError(f"{splits}: expected an object of splits")
+        ids, known = [str(name) for name in document.get(split, [])], sorted(document)
     if not ids:
-        raise DataError(f"{splits or path}: there is no split {split!r}", hint=f"available: {', '.join(known)}")
+        raise DataError(f"{splits or path}: unknown split {split!r}", hint=f"available: {', '.join(known)}")
     if missing := [name for name in ids if name not in problems]:
         raise DataError(
             f"{path}: {len(missing)} problems of the split {split!r} are missing, the first is {missing[0]!r}"
@@ -91,26 +91,26 @@ def _ids(path: Path, problems: Mapping[str, Any], split: str, splits: Path | Non
 
 
 def _original(
-    path: Path, problems: Mapping[str, Any], ids: Sequence[str], place: ImageRoot
+    path: Path, problems: Mapping[str, Any], ids: Sequence[str], root: ImageRoot
 ) -> Iterator[ScienceqaProblem]:
     for name in ids:
         record = Record(f"{path} problem {name}", problems[name])
         choices, right = record.get("choices"), record.get("answer")
-        if not isinstance(choices, list) or not all(isinstance(each, str) for each in choices):
-            raise DataError(f"{record.where}: `choices` is not a list of texts")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise DataError(f"{record.where}: `choices`: expected a list of strings")
         if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(choices):
             raise DataError(
-                f"{record.where}: `answer` is {right!r:.40}, not the place of one of {len(choices)} choices"
+                f"{record.where}: `answer`: expected the index of one of {len(choices)} choices, got {right!r:.40}"
             )
         hint = str(record.get("hint") or "")
-        options = " ".join(f"({letter}) {each}" for letter, each in zip(ascii_uppercase, choices, strict=False))
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
         prompt = f"{record.text('question')}\nContext: {hint.strip() or 'N/A'}\nOptions: {options}"
         yield ScienceqaProblem(
             name,
             prompt.replace("  ", " "),
             len(choices),
             right,
-            _image(record, place, f"{record.fields.get('split')}/{name}/{record.get('image')}"),
+            _image(record, root, f"{record.fields.get('split')}/{name}/{record.get('image')}"),
             bool(hint),
             *_subject_and_grade(record),
             str(record.get("lecture") or ""),
@@ -119,52 +119,51 @@ def _original(
 
 
 def _converted(
-    records: Mapping[str, Record], meta: Mapping[str, Record], place: ImageRoot
+    records: Mapping[str, Record], meta: Mapping[str, Record], root: ImageRoot
 ) -> Iterator[ScienceqaProblem]:
     if missing := [name for name in records if name not in meta]:
         raise DataError(
-            f"meta: {len(missing)} of {len(records)} problems are not in it, the first is {missing[0]!r}",
-            hint="is it the CSV of this benchmark's question_id, grade, subject?",
+            f"meta: {len(missing)} of {len(records)} problems are missing, the first is {missing[0]!r}",
+            hint="expected this benchmark's CSV of question_id, grade, subject",
         )
     for name, record in records.items():
-        question, answer = _talk(record)
+        question, answer = _question_and_answer(record)
         prompt = question.replace(IMAGE, "").strip()
-        count = len(_lettered(prompt))
-        right = _gold(answer)
+        count = len(_option_letters(prompt))
+        right = _answer_index(answer)
         if right is None or not right < count:
-            raise DataError(f"{record.where}: no option of {count} is told right by {answer!r:.60}")
-        image = _image(record, place, str(record.get("image")))
+            raise DataError(f"{record.where}: the answer {answer!r:.60} names none of the {count} options")
+        image = _image(record, root, str(record.get("image")))
         context = re.search(r"(?:\A|\n)Context: (?!N/A\n)", prompt) is not None
         yield ScienceqaProblem(name, prompt, count, right, image, context, *_subject_and_grade(meta[name]))
 
 
-def _image(record: Record, place: ImageRoot, path: str) -> ImageRef | None:
+def _image(record: Record, root: ImageRoot, path: str) -> ImageRef | None:
     if not record.get("image"):
         return None
     try:
-        return image_in(place, path)
+        return image_in(root, path)
     except DataError as error:
         raise DataError(f"{record.where}: {error.message}", hint=error.hint) from error
 
 
-def _talk(record: Record) -> tuple[str, str]:
-    """The question and the answer."""
-    said = record.get("conversations")
-    told = [each.get("value") for each in said if isinstance(each, dict)] if isinstance(said, list) else []
-    values = [value for value in told if isinstance(value, str)]
-    if len(values) != 2 or len(told) != 2:
-        raise DataError(f"{record.where}: not a question with its answer in `conversations`")
-    return values[0], values[1]
+def _question_and_answer(record: Record) -> tuple[str, str]:
+    messages = record.get("conversations")
+    values = [each.get("value") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    match values:
+        case [str() as question, str() as answer]:
+            return question, answer
+    raise DataError(f"{record.where}: `conversations`: expected a question and its answer")
 
 
-def _lettered(prompt: str) -> list[str]:
-    """The letters of the options in a prompt: ``A. …`` in lines of their own, or ``(A) …`` in one of ``Options:``."""
+def _option_letters(prompt: str) -> list[str]:
+    """The letters of the options in a prompt: lines ``A. …``, or ``(A) …`` within the line ``Options:``."""
     _, options, last = prompt.rpartition("\nOptions: ")
     if options:
         return re.findall(r"(?:\A| )\(([A-Z])\) ", last)
     letters: list[str] = []
     for line in reversed(prompt.split("\n")):
-        # An option may run over several lines, so what is no option is passed until the first one.
+        # An option may span several lines, so other lines are skipped up to option A.
         if match := re.match(r"([A-Z])\. ", line):
             letters.insert(0, match[1])
             if match[1] == "A":
@@ -172,8 +171,8 @@ def _lettered(prompt: str) -> list[str]:
     return letters
 
 
-def _gold(answer: str) -> int | None:
-    """``B``, ``… The answer is B.`` or ``… ANSWER: B.``."""
+def _answer_index(answer: str) -> int | None:
+    """The index of the letter in ``B``, ``… The answer is B.`` or ``… ANSWER: B.``."""
     match = re.fullmatch(r"(?s)(?:.*(?:The answer is|ANSWER:) )?([A-Z])\.?", answer.strip())
     return ascii_uppercase.index(match[1]) if match else None
 
@@ -185,7 +184,7 @@ def _meta(path: Path) -> dict[str, Record]:
 def _subject_and_grade(record: Record) -> tuple[str, int]:
     subject, grade = str(record.get("subject")).strip(), str(record.get("grade")).strip().removeprefix("grade")
     if subject not in SUBJECTS:
-        raise DataError(f"{record.where}: `subject` is {subject!r:.40}, not one of {', '.join(SUBJECTS)}")
+        raise DataError(f"{record.where}: `subject`: expected one of {', '.join(SUBJECTS)}, got {subject!r:.40}")
     if not (grade.isascii() and grade.isdecimal() and 1 <= int(grade) <= 12):
-        raise DataError(f"{record.where}: `grade` is {grade!r:.40}, not 1 to 12")
+        raise DataError(f"{record.where}: `grade`: expected 1 to 12, got {grade!r:.40}")
     return subject, int(grade)

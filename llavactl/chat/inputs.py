@@ -1,0 +1,85 @@
+"""User input for chat: images, questions with ``<image>`` tags, and batch files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llavactl.components.sources.llava_record import names_images, place_images, unread_media
+from llavactl.core.errors import DataError
+from llavactl.core.locations import shortened
+from llavactl.core.schema import Content, ImageRef
+from llavactl.features.keys import error_reason
+from llavactl.files.json_stream import JsonEntry, read_stream
+from llavactl.files.records import image_names
+from llavactl.images.decode import ImageError, decode
+from llavactl.images.references import named_image
+
+_IMAGE_HINT = "expected an image file (PNG, JPEG, WebP, …), its URL, or base64"
+_BATCH_HINT = '--batch takes a JSONL of {"image": "file", "prompt": "text"}'
+
+BatchRecord = tuple[dict[str, Any], tuple[Content, ...]]
+"""A record of a batch file, and the content of its user turn."""
+
+
+def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef]:
+    """The images named by the user: files relative to ``base`` (default: the working directory), URLs or base64.
+
+    Raises:
+        DataError: an image can't be read; raised before a model is loaded.
+    """
+    images = []
+    for name in names:
+        try:
+            image = named_image(name, base)
+            decode(image.read())
+        except OSError as error:
+            raise DataError(f"image {shortened(name)}: {error_reason(error)}", hint=_IMAGE_HINT) from error
+        except ImageError as error:
+            raise DataError(f"image {shortened(name)}: {error.reason}", hint=_IMAGE_HINT) from error
+        images.append(image)
+    return images
+
+
+def user_content(
+    prompt: str, images: Sequence[str | ImageRef], base: Path | None = None, *, named: bool = False
+) -> tuple[Content, ...]:
+    """The content of a user turn: the images (opened, or names as in ``open_images``), then ``prompt``.
+
+    ``<image>`` tags in ``prompt`` mark the positions of images, as in training records: see ``place_images``.
+
+    Raises:
+        DataError: an image can't be read, or the number of tags doesn't match the images.
+    """
+    opened = [ref for image in images for ref in (open_images([image], base) if isinstance(image, str) else [image])]
+    return place_images([prompt], opened, named=named)[0]
+
+
+def read_batch(file: Path) -> list[BatchRecord]:
+    """The records of a JSONL or JSON list of ``{"image", "prompt"}``, each with its content.
+
+    ``image`` may be a list or absent; its items are as in ``open_images``, with paths relative to ``file``.
+
+    Raises:
+        DataError: a record or an image can't be read; names the line.
+    """
+    try:
+        return [_batch_record(entry, f"{file}:{entry.location}", file.parent) for entry in read_stream(file)]
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}", hint=_BATCH_HINT) from error
+
+
+def _batch_record(entry: JsonEntry, where: str, base: Path) -> BatchRecord:
+    record = entry.value
+    if entry.problem:
+        raise DataError(f"{where}: {entry.problem}", hint=_BATCH_HINT)
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise DataError(f"{where}: `prompt` is missing or not a string", hint=_BATCH_HINT)
+    try:
+        names = image_names(record)
+        if key := unread_media(record, images=bool(names)):
+            raise DataError(f"unsupported key `{key}`", hint=_BATCH_HINT)
+        return record, user_content(record["prompt"], names, base, named=names_images(record))
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}", hint=error.hint) from error

@@ -1,0 +1,56 @@
+"""Language models and conversation templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from llavactl.core.schema import Segment, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@runtime_checkable
+class Language(Protocol):
+    """A causal language model and its tokenizer.
+
+    Optional method: ``check()`` raises ModelError if ``load`` would fail, as far as this can be determined without
+    reading weights. ``llavactl run`` calls it before its first step.
+    """
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A fast tokenizer (labels are located by character offsets)."""
+
+    def load(self, dtype: str) -> PreTrainedModel:
+        """Loads the model on the CPU with weights in ``dtype``."""
+
+
+@runtime_checkable
+class SkeletonLanguage(Protocol):
+    """A language model that can be inspected without its weights."""
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on torch's meta device, from the configuration: parameter names and shapes without values."""
+
+
+@runtime_checkable
+class Template(Protocol):
+    """A conversation template: formats conversations for a language model and marks the target text."""
+
+    def render(
+        self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
+    ) -> list[Segment]:
+        """The conversation as text and image slots; answers and their end tokens are ``trained`` text.
+
+        With ``generate``, the last turn is the user's and the text ends with the prompt for the answer. Names of
+        special tokens in ``turns`` are interrupted by a noncharacter, so only the template produces special tokens;
+        the text of the turns must be copied unchanged.
+
+        Raises:
+            ConversationError: the template can't render these turns; their record is skipped in training.
+            ModelError: the template doesn't work with this tokenizer.
+        """
+
+    def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Stop strings besides the tokenizer's end-of-sequence token. Added tokens they contain stop as well."""

@@ -1,0 +1,1 @@
+"""Computations of the language model for CUDA devices."""

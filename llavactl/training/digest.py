@@ -1,0 +1,52 @@
+"""The digest of a training stage: a hash of everything that determines its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavactl.core.hashes import hash_json
+from llavactl.core.identity import component_identity
+from llavactl.model import folder as model_folder
+
+if TYPE_CHECKING:
+    from llavactl.data.split import DataSplit
+    from llavactl.features import Fingerprint
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+
+_EXCLUDED_SETTINGS = {
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "packing",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_last",
+    "restore_best",
+    "init",
+}
+"""Settings that affect speed, memory or checkpoints, not the result; the hash of the initial model covers ``init``."""
+
+
+def stage_digest(
+    recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: DataSplit, start: Path | None
+) -> str:
+    """A hash of settings, components, data, features and the initial model.
+
+    Files count by content, not by name. A run resumes after a change of other settings, such as ``micro_batch_size``.
+    """
+    chosen = recipe.stage(stage)
+    settings = chosen.settings
+    return hash_json(
+        {
+            "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS),
+            "connector": component_identity("connectors", recipe.connector.spec()),
+            "language": component_identity("languages", recipe.language.spec()),
+            "template": component_identity("templates", chosen.template),
+            "fingerprint": fingerprint.id,
+            "data": data.digest,
+            "boxes": [sample.boxes for sample in data.train.samples] if settings.box_alignment_steps else None,
+            "seed": recipe.seed,
+            "start": model_folder.identity(start) if start else None,
+        }
+    )

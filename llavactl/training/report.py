@@ -1,0 +1,118 @@
+"""The report of a training stage, and whether a stage was finished by an earlier run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.hashes import hash_folder
+from llavactl.training.metrics import read as read_metrics
+
+if TYPE_CHECKING:
+    from llavactl.data.split import DataSplit
+    from llavactl.training.loop import Run, TrainingResult
+
+REPORT = "report.json"
+
+_FORMER_NAMES = {
+    "first_step": "resumed_from",
+    "left_out": "skipped_samples",
+    "rows": "packing",
+    "shared": "prefix_sharing",
+}
+"""Fields of reports written by earlier versions, and their names now."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The result of a training stage.
+
+    ``resumed_from``: the step of the checkpoint that training resumed from, 0 for a new run. ``skipped_samples`` were
+    not trained on; ``left_out.jsonl`` lists them. ``packing``: "packed", or "padded: " and the reason. ``padding``: the
+    fraction of computed positions that are padding. ``prefix_sharing``: the fraction of tokens that were not computed
+    because they belong to a prefix shared with another conversation. ``model_step``: the step whose weights the model
+    has (with ``restore_best`` that of the best checkpoint); ``val_loss``: its validation loss. ``model_sha256``: a hash
+    of all files of the model. ``finished_before``: the stage was finished already, and nothing was trained.
+    """
+
+    stage: int
+    model: str
+    steps: int
+    resumed_from: int
+    samples: int
+    validation_samples: int
+    skipped_samples: int
+    trainable_parameters: int
+    loss: float
+    val_loss: float | None
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    packing: str
+    padding: float
+    prefix_sharing: float
+    digest: str
+    restore_best: bool
+    model_step: int
+    model_sha256: str
+    finished_before: bool = False
+
+
+def finished_report(folder: Path, digest: str, restore_best: bool) -> TrainReport | None:
+    """The report of the finished stage in ``folder``.
+
+    None if digest or ``restore_best`` differ, or if a file of the model is missing or damaged.
+
+    Raises:
+        OSError: the report or the model exists but can't be read.
+    """
+    model = folder / "model"
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        matches = (report["digest"], report["restore_best"]) == (digest, restore_best)
+        if not matches or hash_folder(model) != report["model_sha256"]:
+            return None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return TrainReport(**{**_known_fields(report), "model": str(model), "finished_before": True})
+
+
+def _known_fields(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored report that ``TrainReport`` has, with their names now."""
+    renamed = {_FORMER_NAMES.get(key, key): value for key, value in report.items()}
+    known = {field.name for field in fields(TrainReport)}
+    return {key: value for key, value in renamed.items() if key in known}
+
+
+def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult, seconds: float) -> TrainReport:
+    """The report of a stage that was just trained and saved."""
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    validation_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    tokens = sum(line["tokens"] for line in steps if line["step"] > result.resumed_from)
+    counts = run.token_counts
+    return TrainReport(
+        stage=stage,
+        model=str(run.folder / "model"),
+        steps=steps[-1]["step"],
+        resumed_from=result.resumed_from,
+        samples=len(data.train),
+        validation_samples=len(data.validation),
+        skipped_samples=len(data.skipped),
+        trainable_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
+        loss=steps[-1]["loss"],
+        val_loss=validation_losses.get(result.model_step),
+        tokens=tokens,
+        seconds=round(seconds, 3),
+        tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
+        packing=f"padded: {run.padding_reason}" if run.padding_reason else "packed",
+        padding=round(counts.padding / max(counts.positions, 1), 4),
+        prefix_sharing=round(1 - (counts.positions - counts.padding) / max(counts.tokens, 1), 4),
+        digest=run.digest,
+        restore_best=run.settings.restore_best,
+        model_step=result.model_step,
+        model_sha256=hash_folder(run.folder / "model") if run.accelerator.is_main_process else "",
+    )

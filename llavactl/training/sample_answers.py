@@ -1,0 +1,45 @@
+"""The trained model's answers to the first question of a few samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llavactl.chat.assistant import Assistant
+from llavactl.core.schema import Turn
+from llavactl.model.generate import Sampling
+
+if TYPE_CHECKING:
+    from llavactl.data.image_order import ImageOrder
+    from llavactl.data.split import DataSplit
+    from llavactl.model.build import ModelBundle
+
+COUNT = 8
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class AnsweredSample:
+    """A question (``turns`` ends with the user's), the sample's own answer, and the model's."""
+
+    turns: tuple[Turn, ...]
+    reference: str
+    answer: str
+
+
+def answer_samples(
+    image_order: ImageOrder, max_new_tokens: int, bundle: ModelBundle, data: DataSplit
+) -> list[AnsweredSample]:
+    """Answers the first question of up to ``COUNT`` validation samples, or training samples if there are none."""
+    bundle.model.eval()
+    assistant = Assistant(bundle.model, data.train.encoding, data.train.features, image_order)
+    max_new_tokens = min(MAX_NEW_TOKENS, max_new_tokens)
+    answered = []
+    for sample in (data.validation if len(data.validation) else data.train).samples[:COUNT]:
+        first_answer = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
+        question = sample.turns[:first_answer]
+        (answer,) = assistant.answer([question], Sampling(max_new_tokens=max_new_tokens))
+        if len(bundle.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= max_new_tokens:
+            answer += " …"  # truncated
+        answered.append(AnsweredSample(question, sample.turns[first_answer].text, answer))
+    return answered

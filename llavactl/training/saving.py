@@ -1,0 +1,81 @@
+"""Saves the trained model, and tests before step 1 that everything can be saved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import StoreError
+from llavactl.model import folder as model_folder
+from llavactl.training import checkpoints
+from llavactl.training.initial_model import initial_language
+
+if TYPE_CHECKING:
+    from llavactl.features import FeatureReader
+    from llavactl.model.build import ModelBundle
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.training.loop import Run
+    from llavactl.training.optimizer import Optimizer
+
+
+def model_description(
+    recipe: Recipe, stage: StageNumber, features: FeatureReader, digest: str, start: Path | None
+) -> dict[str, Any]:
+    """The contents of ``llavactl.json`` for the model of ``stage``."""
+    chosen = recipe.stage(stage)
+    settings = chosen.settings
+    return {
+        "stage": stage,
+        "method": settings.method.removeprefix("q"),
+        "quantised": "nf4" if settings.method == "qlora" else None,
+        "vision": chosen.vision,
+        "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
+        "fingerprint": dict(features.fingerprint.fields),
+        "connector": recipe.connector.spec(),
+        "language": initial_language(recipe, stage, start),
+        "image_order": settings.image_order,
+        "precision": settings.precision,
+        "digest": digest,
+        "restore_best": settings.restore_best,
+        "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
+        "shape": asdict(features.shape),
+        "template": chosen.template,
+    }
+
+
+def save_model(folder: Path, bundle: ModelBundle, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
+    """Writes the model folder, with the connector in full precision."""
+    # By identity, not by name: a shared parameter has two names and one master.
+    masters = {id(optimizer.parameters[name]): master for name, master in optimizer.masters.items()}
+    state = bundle.model.connector.state_dict(keep_vars=True)
+    connector = {name: masters.get(id(each), each).detach().cpu() for name, each in state.items()}
+    model_folder.save(folder, bundle, connector, description)
+
+
+def trial_save(run: Run, bundle: ModelBundle, description: Mapping[str, Any]) -> None:
+    """Saves a checkpoint and the model once before step 1 and removes them, so that errors don't occur after hours.
+
+    Raises:
+        StoreError: something can't be written, or there is not enough disk space for all checkpoints.
+    """
+    settings, trial = run.settings, run.folder / ".dry-run"
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint_bytes = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
+        # The last ones, the best one, and the one being written; existing ones will be replaced.
+        required = checkpoint_bytes * (settings.keep_last + 2)
+        existing = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+        if required > (free := shutil.disk_usage(run.folder).free + existing):
+            raise StoreError(
+                f"{run.folder}: checkpoints need {required / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free",
+                hint=f"free disk space, or set `-o stage{description['stage']}.keep_last=1` or another `run_dir`",
+            )
+        checkpoints.save(trial, checkpoints.CheckpointState(0, run.digest), run.optimizer.state(), 1)
+        save_model(trial / "model", bundle, run.optimizer, description)
+    finally:
+        checkpoints.remove(trial)
