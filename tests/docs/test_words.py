@@ -35,13 +35,35 @@ TERMS = {
 }
 PATTERN = re.compile("|".join(f"\\b(?:{term})\\b" for term in TERMS), re.IGNORECASE)
 
-QUOTED = (
-    r"mm_vision_tower|vision_tower|image_tower|vision tower_|get_vision_tower",  # names in LLaVA and transformers
-)
-"""Terms of other programs, which keep their names."""
+QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture")
+"""Names in LLaVA, transformers and HTML."""
 
-EXEMPT: dict[str, str] = {}
-"""Files that quote texts of others, with the reason."""
+DATA = {
+    "docs/evaluation.md": "pictures?",  # scienceqa's option `pictures`
+    "docs/generate.py": "colour",  # an example conversation, which docs/templates.md shows
+    "docs/recipes.md": "pictures?",  # scienceqa's option `pictures`
+    "docs/templates.md": "colour",
+    "llavactl/components/sources/llava_record.py": "picture",  # keys and placeholders of other programs
+    "llavactl/components/sources/scenes/__init__.py": "picture",  # generated conversations
+    "llavactl/components/sources/scenes/captions.py": "picture",
+    "llavactl/components/tasks/coco_synonyms.py": "tower",
+    "llavactl/components/tasks/judging.py": "picture",  # a prompt: stored verdicts are found by it
+    "llavactl/components/tasks/scienceqa.py": "pictures?",
+    "llavactl/components/teachers/rules.py": "picture",
+    "llavactl/curation/captions.py": "picture",
+    "llavactl/evaluation/identity.py": "blind twin",  # part of stored digests
+    "llavactl/evaluation/verification/prompts.py": "picture",
+    "llavactl/files/eval_result.py": "blind twin",  # results of earlier versions
+    "llavactl/teaching/cleanup.py": "picture",
+    "llavactl/teaching/prompts/conversation.yaml": ".*",
+    "llavactl/teaching/prompts/detail.yaml": ".*",
+    "llavactl/teaching/prompts/reasoning.yaml": ".*",
+    "llavactl/testing/endpoint.py": "tower",
+    "llavactl/testing/toys.py": "colour|picture",
+    "llavactl/training/saving.py": "quantised",  # a key in llavactl.json
+    "llavactl/verbs/generate.py": "pictures",  # a folder name
+}
+"""Terms in training data, prompts and file formats, which must not change with the wording."""
 
 
 def python_texts(file: Path) -> Iterator[tuple[int, str]]:
@@ -71,16 +93,17 @@ def sources() -> list[Path]:
         if (name.startswith(folders) or name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"))
         and name.endswith((".py", ".md", ".yaml", ".toml", ".html", "Makefile"))
         and "/tests/" not in name
-        and name not in EXEMPT
     ]
 
 
 @pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_terms(file: Path) -> None:
-    quoted = re.compile("|".join(QUOTED))
+    name = file.relative_to(ROOT).as_posix()
+    data = re.compile(DATA.get(name, r"(?!)"), re.IGNORECASE)
     found = [
-        f"{file.relative_to(ROOT)}:{number}: {match[0]!r} in {line.strip()!r}"
+        f"{name}:{number}: {match[0]!r} in {line.strip()!r}"
         for number, line in texts(file)
-        for match in PATTERN.finditer(quoted.sub("", line))
+        for match in PATTERN.finditer(QUOTED.sub("", line))
+        if not data.fullmatch(match[0])
     ]
     assert not found, "\n".join(found)
