@@ -154,23 +154,23 @@ def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
         )
     source = registry().create("sources", specs[0].spec())
     if not isinstance(source, RecordSource):
-        raise _samples_only(specs[0].name, "reading captions")
+        raise _unsupported(specs[0].name, "reading captions")
     require_file(source.path)
     return source
 
 
-def repairing_source(each: Input) -> RepairingSource:
-    """The source of ``each``, which can repair its records.
+def repairing_source(source: Input) -> RepairingSource:
+    """The records of ``source``, which can be repaired.
 
     Raises:
-        DataError: it can't.
+        DataError: the source can't repair records.
     """
-    if not isinstance(each.records, RepairingSource):
-        raise _samples_only(each.name, "--fix", "RepairingSource")
-    return each.records
+    if not isinstance(source.records, RepairingSource):
+        raise _unsupported(source.name, "--fix", "RepairingSource")
+    return source.records
 
 
-def _samples_only(name: str, use: str, protocol: str = "RecordSource") -> DataError:
+def _unsupported(name: str, use: str, protocol: str = "RecordSource") -> DataError:
     plugin = registry().get("sources", name).plugin
     return DataError(
         f"source {name!r} of plugin {plugin} doesn't support {use}: it isn't a {protocol}",

@@ -19,7 +19,7 @@ SHAPE = FeatureShape((2, 3), 4)
 IMAGES = 11
 SHARD_IMAGES = 3
 
-VICTIM = '''
+WRITER_SCRIPT = '''
 import os, signal, sys
 from pathlib import Path
 
@@ -93,7 +93,7 @@ SLOW_STEPS = [
     ("step", "call", "when"), [*STEPS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_STEPS)]
 )
 def test_store_of_a_killed_writer_is_completed(step: str, call: int, when: str) -> None:
-    command = [sys.executable, "-c", VICTIM, step, str(call), when, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", WRITER_SCRIPT, step, str(call), when, str(Path(__file__).parent)]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     before = finished_shards()

@@ -177,17 +177,17 @@ def recipe(toy: Path) -> Recipe:
 
 
 @pytest.fixture
-def victim(recipe: Recipe) -> Path:
+def shard_file(recipe: Recipe) -> Path:
     """A shard of an extracted store."""
     extract(recipe)
     return FeatureStore.open(stage_fingerprint(recipe, 1)).folder / "shard-00001.h5"
 
 
-def failing(real: Callable[..., Any], victim: Path, number: int) -> Callable[..., Any]:
-    """``real``, raising OSError ``number`` for the path ``victim``."""
+def failing(real: Callable[..., Any], failing_path: Path, number: int) -> Callable[..., Any]:
+    """``real``, raising OSError ``number`` for the path ``failing_path``."""
 
     def call(path: Any, *args: Any, **options: Any) -> Any:
-        if Path(path) == victim:
+        if Path(path) == failing_path:
             raise OSError(number, os.strerror(number))
         return real(path, *args, **options)
 
@@ -200,55 +200,55 @@ ERRNOS = [errno.EIO, errno.EACCES, errno.ENOLCK, errno.ESTALE, errno.ETIMEDOUT, 
 @pytest.mark.parametrize("number", ERRNOS)
 @pytest.mark.parametrize("target", ["llavactl.features.maintenance.checksum", "h5py.File", "pathlib.Path.stat"])
 def test_verify_leaves_unreadable_shards_unchanged(
-    victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
+    shard_file: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
 ) -> None:
-    before = victim.read_bytes()
+    before = shard_file.read_bytes()
     real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat}.get(target)
     from llavactl.features.shards import checksum
 
     with monkeypatch.context() as patch:
-        patch.setattr(target, failing(real or checksum, victim, number))
+        patch.setattr(target, failing(real or checksum, shard_file, number))
         result = run_cli("cache", "verify", "--json", cwd=toy)
         report = result.json()
     assert result.exit_code == 1
-    assert victim.name in result.stderr
+    assert shard_file.name in result.stderr
     assert (report["sound"], report["damaged"]) == (False, [])
-    assert [shard["file"] for shard in report["unchecked"]] == [victim.name]
-    assert victim.read_bytes() == before
+    assert [shard["file"] for shard in report["unchecked"]] == [shard_file.name]
+    assert shard_file.read_bytes() == before
     assert run_cli("cache", "verify", cwd=toy).exit_code == 0
 
 
 def test_verify_distinguishes_damaged_and_unreadable_shards(
-    victim: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+    shard_file: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = victim.with_name("shard-00000.h5")
+    other = shard_file.with_name("shard-00000.h5")
     data = bytearray(other.read_bytes())
     data[-1] ^= 1
     other.write_bytes(data)
     from llavactl.features import maintenance
 
     with monkeypatch.context() as patch:
-        patch.setattr(maintenance, "checksum", failing(maintenance.checksum, victim, errno.EIO))
+        patch.setattr(maintenance, "checksum", failing(maintenance.checksum, shard_file, errno.EIO))
         report = run_cli("cache", "verify", "--json", cwd=toy).json()
     files = [[shard["file"] for shard in report[kind]] for kind in ("damaged", "unchecked")]
-    assert files == [[other.name], [victim.name]]
-    manifest = read_manifest(victim.parent)
+    assert files == [[other.name], [shard_file.name]]
+    manifest = read_manifest(shard_file.parent)
     assert manifest
-    assert [entry.file for entry in manifest.shards if entry.file in (other.name, victim.name)] == [victim.name]
+    assert [entry.file for entry in manifest.shards if entry.file in (other.name, shard_file.name)] == [shard_file.name]
 
 
 @pytest.mark.parametrize("number", ERRNOS)
 @pytest.mark.parametrize("target", ["h5py.File", "pathlib.Path.stat", "numpy.memmap"])
 def test_unreadable_shard_is_not_reported_as_damaged(
-    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
+    recipe: Recipe, shard_file: Path, monkeypatch: pytest.MonkeyPatch, number: int, target: str
 ) -> None:
     real = {"h5py.File": h5py.File, "pathlib.Path.stat": Path.stat, "numpy.memmap": np.memmap}[target]
     with monkeypatch.context() as patch:
-        patch.setattr(target, failing(real, victim, number))
+        patch.setattr(target, failing(real, shard_file, number))
         with pytest.raises(StoreError) as caught:
             read_all(recipe)
     assert not isinstance(caught.value, DamagedShardError)
-    assert str(victim) in caught.value.message
+    assert str(shard_file) in caught.value.message
     assert "cache verify" not in caught.value.hint
     assert read_all(recipe) == 12
 
@@ -261,19 +261,19 @@ def read_all(recipe: Recipe) -> int:
 
 @pytest.mark.parametrize("target", ["h5py.File", "llavactl.features.writer.checksum"])
 def test_unlisted_unreadable_shard_is_not_set_aside(
-    recipe: Recipe, victim: Path, monkeypatch: pytest.MonkeyPatch, target: str
+    recipe: Recipe, shard_file: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     from llavactl.features.shards import checksum
 
-    (victim.parent / "manifest.json").unlink()
+    (shard_file.parent / "manifest.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(target, failing(h5py.File if target == "h5py.File" else checksum, victim, errno.ENOLCK))
+        patch.setattr(target, failing(h5py.File if target == "h5py.File" else checksum, shard_file, errno.ENOLCK))
         with pytest.raises(StoreError) as caught:
             extract(recipe)
-    assert str(victim) in caught.value.message
-    assert not list(victim.parent.glob("*.damaged"))
+    assert str(shard_file) in caught.value.message
+    assert not list(shard_file.parent.glob("*.damaged"))
     extract(recipe)
-    manifest = read_manifest(victim.parent)
+    manifest = read_manifest(shard_file.parent)
     assert manifest
     assert manifest.images == 12
 
@@ -300,21 +300,21 @@ def make_unreadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str],
 
 @pytest.mark.parametrize("command", [("extract",), ("cache", "info"), ("cache", "verify"), ("train", "--stage", "1")])
 def test_error_of_an_unreadable_manifest_does_not_suggest_removing_it(
-    victim: Path, toy: Path, make_unreadable: Callable[[str], None], command: tuple[str, ...]
+    shard_file: Path, toy: Path, make_unreadable: Callable[[str], None], command: tuple[str, ...]
 ) -> None:
     make_unreadable("manifest.json")
     result = run_cli(*command, cwd=toy)
     assert result.exit_code == 1
-    assert str(victim.parent / "manifest.json") in result.stderr
+    assert str(shard_file.parent / "manifest.json") in result.stderr
     assert "Permission denied" in result.stderr
     assert "remove" not in result.stderr
 
 
-def test_unlistable_stores_are_an_error(victim: Path, toy: Path, make_unreadable: Callable[[str], None]) -> None:
+def test_unlistable_stores_are_an_error(shard_file: Path, toy: Path, make_unreadable: Callable[[str], None]) -> None:
     make_unreadable("features")
     result = run_cli("cache", "info", cwd=toy.parent)
     assert result.exit_code == 1
-    assert str(victim.parents[1]) in result.stderr
+    assert str(shard_file.parents[1]) in result.stderr
 
 
 TRAIN_OPTIONS = ["-o", "features.mode=live", "-o", "stage1.max_steps=4", "-o", "stage1.keep_last=3"]

@@ -152,19 +152,19 @@ def test_damaged_shard_is_named_set_aside_and_recomputed(
     """With the commands that users run; damage at any position: tests/features/test_maintenance.py."""
     extract(recipe)
     rng, before = random.Random(damage), shards(recipe)
-    victim = store(recipe).folder / rng.choice(sorted(before))
-    data = bytearray(victim.read_bytes())
+    shard_file = store(recipe).folder / rng.choice(sorted(before))
+    data = bytearray(shard_file.read_bytes())
     if damage == "flipped bit":
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     else:
         del data[rng.randrange(len(data)) :]
-    victim.write_bytes(data)
+    shard_file.write_bytes(data)
     result = run_cli("cache", "verify", "--json", cwd=toy)
-    assert (result.exit_code, [shard["file"] for shard in result.json()["damaged"]]) == (1, [victim.name])
+    assert (result.exit_code, [shard["file"] for shard in result.json()["damaged"]]) == (1, [shard_file.name])
     assert "llavactl extract" in result.stderr
-    assert victim.with_name(f"{victim.name}.damaged").read_bytes() == data
+    assert shard_file.with_name(f"{shard_file.name}.damaged").read_bytes() == data
     assert run_cli("cache", "verify", cwd=toy).exit_code == 0
     assert extract(recipe).encoded == 1
-    del before[victim.name]
+    del before[shard_file.name]
     assert unchanged(before, recipe)
     assert features(recipe) == expected

@@ -54,14 +54,14 @@ def test_damaged_shard_is_detected_and_recomputed(
     report = extract(recipe())
     expected = all_features(recipe(), images)
     folder = store_folder(recipe())
-    victim = folder / "shard-00001.h5"
-    others = {path: path.stat().st_ino for path in folder.glob("*.h5") if path != victim}
-    damage(victim, position)
+    shard_file = folder / "shard-00001.h5"
+    others = {path: path.stat().st_ino for path in folder.glob("*.h5") if path != shard_file}
+    damage(shard_file, position)
     verified = verify(recipe())
-    assert (verified.sound, [shard.file for shard in verified.damaged]) == (False, [victim.name])
+    assert (verified.sound, [shard.file for shard in verified.damaged]) == (False, [shard_file.name])
     assert verified.damaged[0].reason
-    assert not victim.exists()
-    assert victim.with_name("shard-00001.h5.damaged").exists() is (damage is not remove)
+    assert not shard_file.exists()
+    assert shard_file.with_name("shard-00001.h5.damaged").exists() is (damage is not remove)
     assert verify(recipe()).sound
     with pytest.raises(StoreError, match=f"{verified.damaged[0].images} images"):
         open_features(recipe(), 1).contents(images)

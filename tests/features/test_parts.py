@@ -132,10 +132,10 @@ def test_after_a_killed_part_another_number_of_parts_completes_the_store(
 ) -> None:
     fingerprint = stage_fingerprint(recipe(), 1)
     processes = [start(toy, index, count, "-o", "features.shard_images=1") for index in range(count)]
-    victim = processes[-1]
-    while victim.poll() is None and read_manifest(store_dir(fingerprint)) is None:
+    killed = processes[-1]
+    while killed.poll() is None and read_manifest(store_dir(fingerprint)) is None:
         time.sleep(0.001)
-    victim.send_signal(signal.SIGKILL)
+    killed.send_signal(signal.SIGKILL)
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes[:-1]] == [0] * (count - 1), outputs
     restarted = [start(toy, index, count - 1) for index in range(count - 1)]

@@ -68,7 +68,7 @@ LIKELY = st.fixed_dictionaries(
 
 def accepted(record: Any) -> bool:
     try:
-        sample_of(record, "here", ROOT)
+        sample_of(record, "a.json:1", ROOT)
     except DataError:
         return False
     return True
@@ -104,8 +104,8 @@ def test_a_repaired_record_is_accepted_and_needs_no_repair(record: dict[str, Any
 
 def question_words(record: dict[str, Any]) -> list[str]:
     """The words and tags of the user's turns, in order."""
-    said = (str(each["value"]) for each in record["conversations"] if each["from"] in ("human", "user", "Human"))
-    return [word for text in said for word in re.findall(rf"{TAG}|\S+", text)]
+    texts = (str(each["value"]) for each in record["conversations"] if each["from"] in ("human", "user", "Human"))
+    return [word for text in texts for word in re.findall(rf"{TAG}|\S+", text)]
 
 
 @settings(max_examples=300)
@@ -139,45 +139,45 @@ def test_repair_keeps_the_tags_of_kept_questions(record: dict[str, Any]) -> None
         assert after.count(TAG) <= before.count(TAG)
 
 
-SAID = {"from": "human", "value": f"{TAG}\nWhat?"}, {"from": "gpt", "value": "A dog."}
+PAIR = {"from": "human", "value": f"{TAG}\nWhat?"}, {"from": "gpt", "value": "A dog."}
 CASES: list[tuple[Any, str, Any]] = [
     ([{"from": "Human", "value": "Hi"}, {"from": "bot", "value": "Yes"}], "role", [("human", "Hi"), ("gpt", "Yes")]),
-    ([*SAID, {"from": "human", "value": "More?"}, {"from": "gpt", "value": " "}], "empty-answer", [*SAID]),
+    ([*PAIR, {"from": "human", "value": "More?"}, {"from": "gpt", "value": " "}], "empty-answer", [*PAIR]),
     (
-        [SAID[0], {"from": "human", "value": "What?"}, SAID[1]],
+        [PAIR[0], {"from": "human", "value": "What?"}, PAIR[1]],
         "turns",
         [("human", f"{TAG}\nWhat?\nWhat?"), ("gpt", "A dog.")],
     ),
-    ([*SAID, *SAID], "tags", None),
+    ([*PAIR, *PAIR], "tags", None),
     ([{"from": "human", "value": "Hi"}], "no-answer", None),
 ]
 
 
-@pytest.mark.parametrize(("messages", "kind", "wanted"), CASES)
-def test_mending_keeps_what_was_said(messages: Any, kind: str, wanted: Any) -> None:
+@pytest.mark.parametrize(("messages", "kind", "expected"), CASES)
+def test_repair_keeps_all_usable_messages(messages: Any, kind: str, expected: Any) -> None:
     record = {"id": 1, "image": "a.jpg", "conversations": messages, "extra": "kept"}
     assert kind in kinds(record)
     repaired, _ = repair(record, ROOT)
-    if wanted is None:
+    if expected is None:
         assert repaired is None
         return
-    said = [(each["from"], each["value"]) if isinstance(each, dict) else each for each in wanted]
+    pairs = [(each["from"], each["value"]) if isinstance(each, dict) else each for each in expected]
     assert repaired is not None
-    assert [(each["from"], each["value"]) for each in repaired["conversations"]] == said
+    assert [(each["from"], each["value"]) for each in repaired["conversations"]] == pairs
     assert repaired["extra"] == "kept"
 
 
 @pytest.mark.parametrize("image", [{}, {"image": "a.jpg"}])
 def test_repair_keeps_tags_that_are_text_or_repeated(image: dict[str, str]) -> None:
-    asked = f"{TAG}\nTwo {TAG} tags?"
-    record = {"id": 1, **image, "conversations": [{"from": "Human", "value": asked}, SAID[1]]}
+    question = f"{TAG}\nTwo {TAG} tags?"
+    record = {"id": 1, **image, "conversations": [{"from": "Human", "value": question}, PAIR[1]]}
     repaired, _ = repair(record, ROOT)
     assert repaired is not None
-    assert repaired["conversations"][0] == {"from": "human", "value": asked}
+    assert repaired["conversations"][0] == {"from": "human", "value": question}
 
 
 def test_missing_tags_are_added_after_the_last_one() -> None:
-    record = {"image": ["a.jpg", "b.jpg", "c.jpg"], "conversations": list(SAID)}
+    record = {"image": ["a.jpg", "b.jpg", "c.jpg"], "conversations": list(PAIR)}
     repaired, changes = repair(record, ROOT)
     assert repaired is not None
     assert repaired["conversations"][0]["value"] == f"{TAG}\n{TAG}\n{TAG}\nWhat?"
@@ -201,26 +201,26 @@ UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "names"), UNSUPPORTED)
 @pytest.mark.parametrize("tag", ["", f"{TAG}\n"])
 def test_images_under_unsupported_keys_are_refused(kind: str, names: dict[str, Any], tag: str) -> None:
-    record = {"id": 1, **names, "conversations": [{"from": "human", "value": f"{tag}What?"}, SAID[1]]}
+    record = {"id": 1, **names, "conversations": [{"from": "human", "value": f"{tag}What?"}, PAIR[1]]}
     assert kind in kinds(record)
-    with pytest.raises(DataError, match=r"^here: "):
-        sample_of(record, "here", ROOT)
+    with pytest.raises(DataError, match=r"^a\.json:1: "):
+        sample_of(record, "a.json:1", ROOT)
     assert repair(record, ROOT)[0] is None
 
 
 @pytest.mark.parametrize("extra", [{"image_url": "http://x/a.jpg"}, {"picture": None}, {"video": ""}, {"photo_id": 3}])
 def test_other_keys_are_kept_as_extra(extra: dict[str, Any]) -> None:
-    record = {"id": 1, "image": "a.jpg", **extra, "conversations": list(SAID)}
+    record = {"id": 1, "image": "a.jpg", **extra, "conversations": list(PAIR)}
     assert kinds(record) == set()
-    assert sample_of(record, "here", ROOT).extra == extra
+    assert sample_of(record, "a.json:1", ROOT).extra == extra
 
 
 @pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
 def test_images_equals_image(value: Any) -> None:
-    one, other = ({"id": 1, key: value, "conversations": list(SAID)} for key in ("image", "images"))
-    assert sample_of(one, "here", ROOT) == sample_of(other, "here", ROOT)
-    assert sample_of({**one, "images": value}, "here", ROOT) == sample_of(one, "here", ROOT)
-    assert sample_of({**one, "images": []}, "here", ROOT) == replace(sample_of(one, "here", ROOT), extra={}), (
+    one, other = ({"id": 1, key: value, "conversations": list(PAIR)} for key in ("image", "images"))
+    assert sample_of(one, "a.json:1", ROOT) == sample_of(other, "a.json:1", ROOT)
+    assert sample_of({**one, "images": value}, "a.json:1", ROOT) == sample_of(one, "a.json:1", ROOT)
+    assert sample_of({**one, "images": []}, "a.json:1", ROOT) == replace(sample_of(one, "a.json:1", ROOT), extra={}), (
         "an empty list names nothing"
     )
     assert kinds(other) == set()
@@ -232,23 +232,23 @@ PLACEHOLDERS = ["<video>", "<|image|>", "<|image_pad|>", "<image_1>", "<ImageHer
 
 @pytest.mark.parametrize("placeholder", [*PLACEHOLDERS, "<start_of_image>", "<image-placeholder>", "<im_patch>"])
 def test_another_tools_placeholder_is_refused_in_a_record_with_images(placeholder: str) -> None:
-    said = [{"from": "human", "value": f"{placeholder}\nWhat?"}, SAID[1]]
-    assert "placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})
-    assert kinds({"id": 1, "conversations": said}) == {"placeholder-text"}
-    both = [{"from": "human", "value": f"{TAG}\nWhat is {placeholder} for?"}, SAID[1]]
+    messages = [{"from": "human", "value": f"{placeholder}\nWhat?"}, PAIR[1]]
+    assert "placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": messages})
+    assert kinds({"id": 1, "conversations": messages}) == {"placeholder-text"}
+    both = [{"from": "human", "value": f"{TAG}\nWhat is {placeholder} for?"}, PAIR[1]]
     assert kinds({"id": 1, "image": "a.jpg", "conversations": both}) == set()
 
 
 @pytest.mark.parametrize("word", ["<imagery>", "<important>", "<b>", "[img.png]", "<imagine that>", "x < image > y?"])
 def test_similar_words_are_not_placeholders(word: str) -> None:
-    said = [{"from": "human", "value": f"{word} What?"}, SAID[1]]
-    assert ("placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": said})) == (word[0] == "x")
+    messages = [{"from": "human", "value": f"{word} What?"}, PAIR[1]]
+    assert ("placeholder" in kinds({"id": 1, "image": "a.jpg", "conversations": messages})) == (word[0] == "x")
 
 
 def test_an_answer_excluded_from_training_is_refused() -> None:
     for mark in ({"weight": 0}, {"loss": False}, {"train": False}):
-        assert "message" in kinds({"id": 1, "conversations": [{"from": "human", "value": "A"}, {**SAID[1], **mark}]})
-    fine = [{"from": "human", "value": "A", "loss": False}, {**SAID[1], "weight": 1, "loss": True}]
+        assert "message" in kinds({"id": 1, "conversations": [{"from": "human", "value": "A"}, {**PAIR[1], **mark}]})
+    fine = [{"from": "human", "value": "A", "loss": False}, {**PAIR[1], "weight": 1, "loss": True}]
     assert kinds({"id": 1, "conversations": fine}) == set()
 
 

@@ -57,9 +57,9 @@ def test_tags_without_an_image_key_are_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image", ["a.jpg", ["a.jpg"]])
 def test_several_tags_in_one_question_stand_for_the_only_image_once(tmp_path: Path, image: Any) -> None:
-    asked = [{"from": "human", "value": "Why <image>\nTwo <image> tags?"}, TALK[1]]
-    (found,) = read(tmp_path, [{"id": 1, "image": image, "conversations": asked}])
-    assert found.turns[0].content == ("Why ", ImageFile(str(tmp_path), "a.jpg"), "\nTwo ", " tags?")
+    talk = [{"from": "human", "value": "Why <image>\nTwo <image> tags?"}, TALK[1]]
+    (sample,) = read(tmp_path, [{"id": 1, "image": image, "conversations": talk}])
+    assert sample.turns[0].content == ("Why ", ImageFile(str(tmp_path), "a.jpg"), "\nTwo ", " tags?")
 
 
 def test_json_equals_jsonl(tmp_path: Path) -> None:

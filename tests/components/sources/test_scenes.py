@@ -51,7 +51,7 @@ def staged(split: str, number: int = 2000) -> tuple[Staged, ...]:
 
 
 @cache
-def asked(split: str, number: int = 5000) -> dict[str, list[SceneQuestion]]:
+def questions_by_category(split: str, number: int = 5000) -> dict[str, list[SceneQuestion]]:
     """The questions about many scenes, by category."""
     found: dict[str, list[SceneQuestion]] = {category: [] for category in CATEGORIES}
     for scene in staged(split, number):
@@ -155,21 +155,21 @@ def test_captions_are_true(split: str) -> None:
         boxes = [thing.box() for thing in scene.scene.things]
         for caption in captions(scene):
             text = caption.lower()
-            said = re.findall(rf"\b(?:{COLOR}) (?:{SHAPE})\b", text)
-            assert sorted(said) == names, caption
+            mentioned = re.findall(rf"\b(?:{COLOR}) (?:{SHAPE})\b", text)
+            assert sorted(mentioned) == names, caption
             for number, kind in re.findall(r"(one|two|three|four) (\w+)", text):
                 kind = {many: one for one, many in PLURALS.items()}.get(kind, kind)
                 fits = len(names) if kind == "shapes" else sum(kind in name.split() for name in names)
                 assert fits == numbers[number], caption
                 forms["total" if kind == "shapes" else "kind"] += 1
             if found := re.search(rf"({COLOR}) ({SHAPE}) (?:is )?(to the left of|to the right of|above|below)", text):
-                question = f"Is the {said[0]} {found[3]} the {said[1]}?"
+                question = f"Is the {mentioned[0]} {found[3]} the {mentioned[1]}?"
                 assert _answer(question, boxes) == "yes", caption
                 forms["relation"] += 1
             for opening, axis in (("from left to right", 0), ("from top to bottom", 1)):
                 if text.startswith(opening):
                     places = {box.category: box.xyxy[axis] + box.xyxy[axis + 2] for box in boxes}
-                    assert said == sorted(said, key=places.__getitem__), caption
+                    assert mentioned == sorted(mentioned, key=places.__getitem__), caption
                     forms[opening] += 1
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", text), caption
     assert min(forms.values()) > 60, forms
@@ -183,7 +183,7 @@ def test_captions_are_true(split: str) -> None:
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_all_answers_of_a_category_are_equally_likely(category: str, split: str) -> None:
     number = {"color": len(COLORS), "shape": len(SHAPES)}.get(category)
-    answers = [one.answer for one in asked(split)[category]]
+    answers = [one.answer for one in questions_by_category(split)[category]]
     shares = {answer: 100 * count / len(answers) for answer, count in Counter(answers).items()}
     if number:
         assert len(shares) == number
@@ -198,7 +198,7 @@ def test_all_answers_of_a_category_are_equally_likely(category: str, split: str)
 def test_held_out_pairs_are_asked_about_as_often_as_others(category: str) -> None:
     """Otherwise a color would reveal its shape, in the test split only."""
     about = []
-    for one in asked("test")[category]:
+    for one in questions_by_category("test")[category]:
         known = re.search(rf"\b(?:{COLOR}|{SHAPE})\b", one.text)
         assert known
         about.append(" ".join([one.answer, known[0]] if category == "color" else [known[0], one.answer]) in HELD_OUT)
@@ -245,7 +245,7 @@ def _grams(text: str) -> set[str]:
 @pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("splits", [("train", "train"), ("train", "test"), ("test", "test")], ids="-".join)
 def test_text_only_predictors_are_at_chance(splits: tuple[str, str], category: str, learn: Callable) -> None:
-    learned, tried = (asked(split)[category] for split in splits)
+    learned, tried = (questions_by_category(split)[category] for split in splits)
     if splits[0] == splits[1]:
         half = len(learned) // 2
         learned, tried = learned[:half], tried[half:]
@@ -268,7 +268,7 @@ def _form(text: str) -> str:
 def test_each_count_is_equally_likely_in_every_phrase() -> None:
     for split in SPLITS:
         by_form: dict[bool, Counter[str]] = defaultdict(Counter)
-        for one in asked(split)["count"]:
+        for one in questions_by_category(split)["count"]:
             by_form[bool(re.search(r"many (shapes|objects) ", one.text))][one.answer] += 1
         assert set(by_form[True]) == {"2", "3", "4"}
         assert set(by_form[False]) == {"1", "2", "3"}
@@ -371,9 +371,9 @@ def test_questions_of_selected_categories() -> None:
     assert len(texts) > 150
     assert all(any(word in text for word in ("left", "right", "above", "below")) for text in texts)
     for half, words in (("left-right", ("left", "right")), ("above-below", ("above", "below"))):
-        said = [turn.text for sample in scenes(_options("questions", about=[half])) for turn in sample.turns[::2]]
-        assert len(said) > 20
-        assert all(any(word in text for word in words) for text in said)
+        mentioned = [turn.text for sample in scenes(_options("questions", about=[half])) for turn in sample.turns[::2]]
+        assert len(mentioned) > 20
+        assert all(any(word in text for word in words) for text in mentioned)
     # A minimal pair of two shapes already has its only question of this category: such scenes are skipped.
     left_out = everything.keys() - {sample.id for sample in found}
     assert left_out
@@ -466,7 +466,7 @@ def _open(data: bytes) -> Image.Image:
 
 @given(any_scene)
 def test_a_stamp_changes_with_everything_visible(scene: Staged) -> None:
-    here = scene_image(scene, CANVAS)
+    image = scene_image(scene, CANVAS)
     thing, *others = scene.scene.things
     changed = [replace(thing, **{name: getattr(thing, name) + 1}) for name in ("x", "y", "radius", "angle")]
     changed.append(replace(thing, shape="heart" if thing.shape != "heart" else "star"))
@@ -475,9 +475,9 @@ def test_a_stamp_changes_with_everything_visible(scene: Staged) -> None:
     moved.append(replace(scene.scene, grain=scene.scene.grain ^ 1))
     moved.append(replace(scene.scene, background=(0, 0, 0)))
     stamps = {
-        here.stamp(),
+        image.stamp(),
         scene_image(scene, CANVAS + 1).stamp(),
-        *(replace(here, scene=one).stamp() for one in moved),
+        *(replace(image, scene=one).stamp() for one in moved),
     }
     assert len(stamps) == len(moved) + 2
 
