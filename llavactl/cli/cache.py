@@ -39,7 +39,7 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Verify the checksum of every shard.
 
-    Move damaged shards aside. Exit with 1 if shards are damaged or can't be read.
+    Set damaged shards aside. Exit with 1 if shards are damaged or can't be read.
     """
     from llavactl.verbs.cache import verify
 
@@ -50,7 +50,7 @@ def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> Non
 
 
 def _verify_error(report: VerifyReport) -> StoreError | None:
-    damaged = f"{len(report.damaged)} damaged shards were moved aside" if report.damaged else ""
+    damaged = f"{len(report.damaged)} damaged shards were set aside" if report.damaged else ""
     if report.unchecked:
         first = report.unchecked[0]
         unreadable = f"{len(report.unchecked)} shards can't be read, the first is {first.file} of {first.store}"

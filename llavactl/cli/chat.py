@@ -35,7 +35,7 @@ COMMANDS = (
 @click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Add an image to the question (repeatable).")
 @click.option("--prompt", metavar="TEXT", help="Answer this prompt and exit.  [default: start a conversation]")
 @click.option(
-    "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL of {"image": …, "prompt": …}.'
+    "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL file of {"image": …, "prompt": …}.'
 )
 @click.option("--template", metavar="NAME", help="Override the model's conversation template.")
 @click.option(
@@ -43,7 +43,7 @@ COMMANDS = (
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Limit an answer's length.",
+    help="Generate at most this many tokens per answer.",
 )
 @click.option(
     "--temperature",

@@ -25,7 +25,7 @@ from llavactl.cli.options import (
 @click.option(
     "--answers", type=click.Path(path_type=Path), help="Score stored answers (JSONL) without loading a model."
 )
-@click.option("--protocol", help="Scoring protocol.  [default: the task's first]")
+@click.option("--protocol", help="Score with this protocol.  [default: the task's first]")
 @component_options("task")
 @click.option(
     "--model",

@@ -18,7 +18,7 @@ from llavactl.cli.options import json_option, load, max_skipped_option, recipe_o
     type=click.Choice(["auto", "never"]),
     default="auto",
     show_default=True,
-    help="Resume from the last checkpoint (auto), or discard it and start over (never).",
+    help="Resume from the last checkpoint (auto), or start over (never).",
 )
 @max_skipped_option
 @json_option

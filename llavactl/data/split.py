@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
+from llavactl.core.paths import json_text, write_atomic
 from llavactl.core.schema import ImageContents, ImageRef, Sample
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
@@ -19,6 +22,8 @@ from llavactl.data.training_set import TrainingSet, refusal, untrainable
 if TYPE_CHECKING:
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import Stage
+
+log = logging.getLogger(__name__)
 
 
 class SkippedSample(NamedTuple):
@@ -60,6 +65,8 @@ def load_split(
     features: FeatureLookup,
     contents: Callable[[Sequence[ImageRef]], ImageContents],
     seed: int,
+    *,
+    max_skipped: int | None = None,
 ) -> DataSplit:
     """The trainable samples of ``specs``, split so that no image is in both sets.
 
@@ -68,7 +75,7 @@ def load_split(
 
     Raises:
         ModelError: the template refuses every sample, or doesn't work with this tokenizer.
-        DataError: there is no sample to train on.
+        DataError: no sample can be trained on, or more than ``max_skipped`` images can't be read.
         StoreError: images whose features were not extracted.
     """
     candidates = [
@@ -77,6 +84,7 @@ def load_split(
         for sample in samples([spec])
     ]
     image_contents = contents(_distinct_images(candidates))
+    _check_skipped(image_contents.unreadable, max_skipped)
     kept, skipped = [], []
     for candidate in candidates:
         sample = candidate.sample
@@ -112,6 +120,26 @@ def load_split(
     validation = subset([member._replace(weight=1.0) for member, held in zip(kept, in_validation, strict=True) if held])
     held_out = _describe_held_out(len(validation), validation_groups, sizes) if stage.validation else ""
     return DataSplit(train, validation, skipped, _digest(kept, image_contents.keys, in_validation), held_out)
+
+
+def write_skipped(file: Path, data: DataSplit) -> None:
+    """Writes the skipped samples to ``file`` as JSON lines; logs their number and the size of the validation set."""
+    if data.held_out:
+        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
+    if data.skipped:
+        log.warning("%d samples are skipped; reasons are in %s", len(data.skipped), file)
+    lines = (json_text(sample._asdict()) for sample in data.skipped)
+    write_atomic(file, "".join(f"{line}\n" for line in lines))
+
+
+def _check_skipped(unreadable: Mapping[ImageRef, str], max_skipped: int | None) -> None:
+    if max_skipped is not None and len(unreadable) > max_skipped:
+        image, reason = next(iter(unreadable.items()))
+        raise DataError(
+            f"{len(unreadable)} images can't be read, more than --max-skipped {max_skipped}; the first is "
+            f"{image.name}: {reason}",
+            hint="list them with `llavactl data check`",
+        )
 
 
 def _raise_if_all_refused(all_samples: Sequence[Sample], encoding: Encoding, order: ImageOrder) -> None:

@@ -55,7 +55,7 @@ class FaultyShard:
 class VerifyReport:
     """``sound``: all shards are readable and match their checksums.
 
-    ``damaged`` shards were moved aside; the next extract recomputes their features. ``unchecked`` shards can't be read
+    ``damaged`` shards were set aside; the next extract recomputes their features. ``unchecked`` shards can't be read
     (disk, network, permissions) and are unchanged.
     """
 
@@ -92,7 +92,7 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
 
 
 def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
-    """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and moves damaged shards aside.
+    """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and sets damaged shards aside.
 
     Raises:
         StoreError: a manifest can't be read, or another process writes to a store.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeErr
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
-from llavactl.data.split import DataSplit, load_split
+from llavactl.data.split import DataSplit, load_split, write_skipped
 from llavactl.features import open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import ModelBundle
@@ -25,22 +25,21 @@ from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
-from llavactl.training import launch, stages
+from llavactl.training import launch
 from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
-from llavactl.training.loop import Run
 from llavactl.training.loop import train as run_loop
-from llavactl.training.optimizer import Optimizer
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
+from llavactl.training.setup import create_run
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import ImageContents, ImageRef
+    from llavactl.core.schema import FeatureShape
+    from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import StageNumber
-
-    ReadContents = Callable[[Sequence[ImageRef]], ImageContents]
+    from llavactl.recipe.stages import StageNumber, TrainingStage
+    from llavactl.training.loop import Run
 
 log = logging.getLogger(__name__)
 
@@ -56,77 +55,70 @@ def train(
         LlavactlError: the stage can't be trained; as far as possible before any work.
     """
     chosen = recipe.stage(stage)
-    settings = chosen.settings
+    settings, folder = chosen.settings, recipe.run_dir / f"stage{stage}"
     accelerator = launch.accelerator(settings.precision)
-    if not chosen.sources:
-        raise RecipeError(f"data.stage{stage} has no source", hint=f"add a source of records to `data.stage{stage}`")
-    if settings.method == "qlora":
-        import_bitsandbytes()
-    folder = recipe.run_dir / f"stage{stage}"
-    device = str(accelerator.device)
-    features = open_features(recipe, stage, device=device)
+    _check_requirements(chosen)
+    features = open_features(recipe, stage, device=str(accelerator.device))
     start = initial_folder(recipe, stage)
     bundle = initial_model(recipe, stage, start, features.shape)
-    model = bundle.model
-    width = model.language.get_input_embeddings().weight.shape[1]
-    validate_connector(recipe.connector.spec(), features.shape, width, [settings.precision], device)
-
-    template = registry().create("templates", chosen.template)
-    encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
-    contents = _limit_skipped(features.contents, max_skipped)
-    data = load_split(chosen.sources, settings, encoding, features, contents, recipe.seed)
-    if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
-        raise DataError(
-            f"data.stage{stage}: no training sample has an image, so the connector can't be trained",
-            hint="use text-only data in stage 2",
-        )
-
+    _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
+    data = _load_data(recipe, chosen, bundle, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
         digest = stage_digest(recipe, stage, features.fingerprint, data, start)
     if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
         return report
-    if settings.restore_best and not len(data.validation):
-        raise RecipeError(
-            f"stage{stage}.restore_best needs validation samples, but none are held out"
-            + (f" ({data.held_out})" if data.held_out else ""),
-            hint=f"`-o stage{stage}.validation=0.05` holds out 5 % of the images",
-        )
-
+    _check_restore_best(chosen, data)
     if start is not None:
-        model_folder.load_connector(model.connector, start)
-    padding_reason = stages.padding_reason(model, settings, accelerator.device.type)
-    rates = stages.configure_trainable(model, settings, recipe.seed)
-    model.to(accelerator.device)
-    optimizer = Optimizer(
-        model,
-        rates,
-        settings.weight_decay,
-        settings.adam_beta2,
-        stages.muon_matrices(model, settings),
-        stages.UntrainedState(model),
-    )
+        model_folder.load_connector(bundle.model.connector, start)
+    run = create_run(recipe, chosen, bundle.model, features.shape, data, digest, accelerator, resume=resume == "auto")
     description = model_description(recipe, stage, features, digest, start)
-    run = Run(
-        model=model,
-        optimizer=optimizer,
-        settings=settings,
-        data=data.train,
-        validation=data.validation,
-        shape=features.shape,
-        folder=folder,
-        seed=recipe.seed,
-        digest=digest,
-        resume=resume == "auto",
-        padding_reason=padding_reason,
-        accelerator=accelerator,
-        notify=_hook_caller(stage, folder),
-    )
     main = accelerator.is_main_process
     with _exclusive_access(recipe, stage, folder) if main else nullcontext():
         if main:
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
-            _write_skipped(folder, data)
+            write_skipped(folder / "left_out.jsonl", data)
         return _train_and_save(recipe, run, bundle, data, description)
+
+
+def _check_requirements(chosen: TrainingStage) -> None:
+    """Raises RecipeError if the stage has no data, or its method needs a library that isn't installed."""
+    if not chosen.sources:
+        raise RecipeError(
+            f"data.stage{chosen.number} has no source", hint=f"add a source of records to `data.stage{chosen.number}`"
+        )
+    if chosen.settings.method == "qlora":
+        import_bitsandbytes()
+
+
+def _check_connector(recipe: Recipe, bundle: ModelBundle, shape: FeatureShape, precision: str, device: str) -> None:
+    width = bundle.model.language.get_input_embeddings().weight.shape[1]
+    validate_connector(recipe.connector.spec(), shape, width, [precision], device)
+
+
+def _load_data(
+    recipe: Recipe, chosen: TrainingStage, bundle: ModelBundle, features: FeatureReader, max_skipped: int | None
+) -> DataSplit:
+    settings = chosen.settings
+    template = registry().create("templates", chosen.template)
+    encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
+    data = load_split(
+        chosen.sources, settings, encoding, features, features.contents, recipe.seed, max_skipped=max_skipped
+    )
+    if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
+        raise DataError(
+            f"data.stage{chosen.number}: no training sample has an image, so the connector can't be trained",
+            hint="use text-only data in stage 2",
+        )
+    return data
+
+
+def _check_restore_best(chosen: TrainingStage, data: DataSplit) -> None:
+    if chosen.settings.restore_best and not len(data.validation):
+        raise RecipeError(
+            f"stage{chosen.number}.restore_best needs validation samples, but none are held out"
+            + (f" ({data.held_out})" if data.held_out else ""),
+            hint=f"`-o stage{chosen.number}.validation=0.05` holds out 5 % of the images",
+        )
 
 
 def _train_and_save(
@@ -173,43 +165,8 @@ def _write_sample_answers(recipe: Recipe, run: Run, bundle: ModelBundle, data: D
     write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
 
 
-def _write_skipped(folder: Path, data: DataSplit) -> None:
-    if data.held_out:
-        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
-    file = folder / "left_out.jsonl"
-    if data.skipped:
-        log.warning("%d samples are skipped; reasons are in %s", len(data.skipped), file)
-    lines = (json_text(sample._asdict()) for sample in data.skipped)
-    write_atomic(file, "".join(f"{line}\n" for line in lines))
-
-
-def _limit_skipped(contents: ReadContents, max_skipped: int | None) -> ReadContents:
-    """``contents``, raising DataError if more than ``max_skipped`` images can't be read."""
-
-    def limited(images: Sequence[ImageRef]) -> ImageContents:
-        result = contents(images)
-        if max_skipped is not None and len(result.unreadable) > max_skipped:
-            image, reason = next(iter(result.unreadable.items()))
-            raise DataError(
-                f"{len(result.unreadable)} images can't be read, more than --max-skipped {max_skipped}; the first is "
-                f"{image.name}: {reason}",
-                hint="list them with `llavactl data check`",
-            )
-        return result
-
-    return limited
-
-
 def _exclusive_access(recipe: Recipe, stage: int, folder: Path) -> Any:
     busy = ModelError(
         f"another process is training {folder}", hint="wait until it has finished, or give this run another `name`"
     )
     return exclusive_lock(recipe.run_dir / f".stage{stage}.lock", busy)
-
-
-def _hook_caller(stage: int, folder: Path) -> Callable[[str, Mapping[str, Any]], None]:
-    def notify(hook: str, facts: Mapping[str, Any]) -> None:
-        extra = {"folder": folder} if hook == "train_started" else {}
-        plugins.notify(hook, stage=stage, **extra, **facts)
-
-    return notify
