@@ -74,17 +74,17 @@ def image_names(record: Mapping[str, Any]) -> list[str]:
     Raises:
         DataError: the value is something else, or the two keys differ.
     """
-    found: dict[str, list[str]] = {}
+    named: dict[str, list[str]] = {}
     for key in IMAGE_KEYS:
         value = record.get(key)
         paths = [] if value is None or value == "" else value if isinstance(value, list) else [value]
         if not all(isinstance(path, str) for path in paths):
-            raise DataError(f"`{key}`: expected a path or a list of paths, found {value!r:.60}")
+            raise DataError(f"`{key}`: expected a path or a list of paths, got {value!r:.60}")
         if paths:
-            found[key] = paths
-    if len(found) == len(IMAGE_KEYS) and found["image"] != found["images"]:
+            named[key] = paths
+    if len(named) == len(IMAGE_KEYS) and named["image"] != named["images"]:
         raise DataError("`image` and `images` name different images")
-    return next(iter(found.values()), [])
+    return next(iter(named.values()), [])
 
 
 def read_records(path: Path, *, truncated: bool = False) -> list[Record]:

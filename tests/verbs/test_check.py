@@ -234,6 +234,22 @@ def test_batched_lengths_equal_single_lengths(toy: Path) -> None:
                 assert limited.too_long(all_samples) == [length > most for length in one_by_one]
 
 
+def test_fix_writes_the_only_source_of_a_recipe(toy: Path, tmp_path: Path) -> None:
+    records = json.loads((toy / "records.json").read_text())
+    records[3]["conversations"][0]["from"] = "Human"
+    (toy / "records.json").write_text(json.dumps(records))
+    words = ["data", "check", "-r", str(toy / "recipe.yaml"), "--fix", str(tmp_path / "out.json")]
+    assert run_cli(*words).exit_code == 1, "two sources, one per stage"
+    report = run_cli(*words, "--stage", "2", "--json").json()
+    assert {key: report["repaired"][key] for key in ("written", "changed", "dropped")} == {
+        "written": 12,
+        "changed": 1,
+        "dropped": 0,
+    }
+    records[3]["conversations"][0]["from"] = "human"
+    assert json.loads((tmp_path / "out.json").read_text()) == records
+
+
 def test_a_recipe_without_weights_is_checked_without_lengths(toy: Path) -> None:
     shutil.rmtree(toy / "language")
     missing = f"language.model={toy / 'language'}"  # a path, so that no hub is contacted
