@@ -89,7 +89,7 @@ def language_of(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
 def identity(folder: Path) -> str:
     """A hash of everything that determines the answers of the model in ``folder``.
 
-    It covers the contents of its files, the language model and vision backbone that they refer to, and the components.
+    It covers the contents of its files, the language model and vision encoder that they refer to, and the components.
 
     Raises:
         ModelError: a file can't be read.

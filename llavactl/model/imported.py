@@ -39,7 +39,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     """The model folder for ``model``; a checkpoint in another format is imported into a small folder that refers to it.
 
     ``model`` is a folder (a run folder: its last finished stage), an id of the Hugging Face hub, which is downloaded,
-    or the file ``mm_projector.bin``. ``recipe`` supplies missing information, such as the vision backbone.
+    or the file ``mm_projector.bin``. ``recipe`` supplies missing information, such as the vision encoder.
 
     Raises:
         ModelError: the model doesn't exist, its format is unknown, or information is missing without a recipe.

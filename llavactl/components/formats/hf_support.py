@@ -35,16 +35,16 @@ def _refuse(language: PreTrainedModel, reason: str) -> None:
         )
 
 
-def refuse_other_shapes(part: str, ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises ModelError unless the tensors ``ours`` of ``part`` have the names and shapes of ``expected``."""
-    our_shapes, expected_shapes = (
-        {name: "x".join(map(str, weight.shape)) for name, weight in weights.items()} for weights in (ours, expected)
+def refuse_other_shapes(part: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises ModelError unless the ``tensors`` of ``part`` have the names and shapes of ``expected``."""
+    shapes, expected_shapes = (
+        {name: "x".join(map(str, weight.shape)) for name, weight in weights.items()} for weights in (tensors, expected)
     )
-    names = our_shapes.keys() | expected_shapes.keys()
-    if differing := sorted(name for name in names if our_shapes.get(name) != expected_shapes.get(name)):
+    names = shapes.keys() | expected_shapes.keys()
+    if differing := sorted(name for name in names if shapes.get(name) != expected_shapes.get(name)):
         name = differing[0]
         raise ModelError(
-            f"format hf can't represent this {part}: {name} is {our_shapes.get(name, 'missing')}, "
+            f"format hf can't represent this {part}: {name} is {shapes.get(name, 'missing')}, "
             f"expected {expected_shapes.get(name, 'no such tensor')}",
             hint=HINT,
         )

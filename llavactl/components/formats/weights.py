@@ -21,9 +21,9 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ModelError: the index can't be read, or a file is missing or a Git LFS pointer.
     """
-    found = weight_files(folder)
-    check_files(found)
-    return found
+    paths = weight_files(folder)
+    check_files(paths)
+    return paths
 
 
 def read_tensors(folder: Path, prefixes: Sequence[str]) -> dict[str, torch.Tensor]:

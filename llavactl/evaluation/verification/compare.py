@@ -73,46 +73,71 @@ def compare(
 
     ``precision`` is the dtype that the model was trained in, ``rounding`` the effect of merging its adapter.
     """
+    comparisons = [
+        _compare_prompt(assistant, turns, _PromptOutputs(index, outputs.tensors))
+        for index, turns in enumerate(conversations)
+    ]
+    largest_logit = max([0.0, *(comparison.largest_logit for comparison in comparisons)])
     faults = _stated_faults(outputs.stated, assistant, precision)
-    ids_equal = text_equal = 0
-    pixels = logits = largest = 0.0
-    for index, turns in enumerate(conversations):
-        theirs = _PromptOutputs(index, outputs.tensors)
-        prompt_faults: list[str] = []
-        encoded = assistant.encode(turns)
-        if difference := _ids_difference(theirs.ids, encoded.ids):
-            faults.append(f"{theirs.name}: {difference}")
-            continue
-        ids_equal += 1
-        if encoded.images:
-            features: Any = assistant.features
-            off, why = _pixel_difference([features.pixels(image) for image in encoded.images], theirs.pixels)
-            pixels = max(pixels, off)
-            prompt_faults += why
-        ours = prompt_logits(assistant, turns)
-        off, why = _logit_difference(ours, theirs.logits)
-        logits, largest = max(logits, off), max(largest, ours.abs().max().item())
-        prompt_faults += why
-        (answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
-        their_answer = _answer_text(assistant, theirs.answer)
-        text_equal += their_answer == answer
-        if their_answer != answer:
-            prompt_faults.append("greedy answer differs")
-        if theirs.batched_answer is not None and _answer_text(assistant, theirs.batched_answer) != their_answer:
-            prompt_faults.append("greedy answer in a padded batch differs from the unpadded one")
-        faults += [f"{theirs.name}: {fault}" for fault in prompt_faults]
-    if rounding > MAX_ROUNDING * largest:
-        faults.append(f"merging the adapter changed logits by up to {rounding:.3g} (largest logit: {largest:.3g})")
+    faults += [
+        f"prompt {index + 1}: {fault}" for index, comparison in enumerate(comparisons) for fault in comparison.faults
+    ]
+    if rounding > MAX_ROUNDING * largest_logit:
+        faults.append(
+            f"merging the adapter changed logits by up to {rounding:.3g} (largest logit: {largest_logit:.3g})"
+        )
     return VerificationResult(
         prompts=len(conversations),
         photos=images,
-        ids_equal=ids_equal,
-        text_equal=text_equal,
-        pixels=pixels,
-        logits=logits,
-        largest_logit=largest,
+        ids_equal=sum(comparison.ids_equal for comparison in comparisons),
+        text_equal=sum(comparison.text_equal for comparison in comparisons),
+        pixels=max([0.0, *(comparison.pixels for comparison in comparisons)]),
+        logits=max([0.0, *(comparison.logits for comparison in comparisons)]),
+        largest_logit=largest_logit,
         rounding=rounding,
         tolerance=LOGIT_TOLERANCE,
+        faults=tuple(faults),
+    )
+
+
+@dataclass(frozen=True)
+class _PromptComparison:
+    """The fields of ``VerificationResult`` for one prompt."""
+
+    ids_equal: bool = False
+    text_equal: bool = False
+    pixels: float = 0.0
+    logits: float = 0.0
+    largest_logit: float = 0.0
+    faults: tuple[str, ...] = ()
+
+
+def _compare_prompt(assistant: Assistant, turns: Sequence[Turn], exported: _PromptOutputs) -> _PromptComparison:
+    encoded = assistant.encode(turns)
+    if difference := _ids_difference(exported.ids, encoded.ids):
+        return _PromptComparison(faults=(difference,))
+    faults: list[str] = []
+    pixels = 0.0
+    if encoded.images:
+        features: Any = assistant.features
+        expected_pixels = [features.pixels(image) for image in encoded.images]
+        pixels, pixel_faults = _pixel_difference(exported.pixels, expected_pixels)
+        faults += pixel_faults
+    expected_logits = prompt_logits(assistant, turns)
+    logits, logit_faults = _logit_difference(exported.logits, expected_logits)
+    faults += logit_faults
+    (expected_answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
+    answer = _answer_text(assistant, exported.answer)
+    if answer != expected_answer:
+        faults.append("greedy answer differs")
+    if exported.batched_answer is not None and _answer_text(assistant, exported.batched_answer) != answer:
+        faults.append("greedy answer in a padded batch differs from the unpadded one")
+    return _PromptComparison(
+        ids_equal=True,
+        text_equal=answer == expected_answer,
+        pixels=pixels,
+        logits=logits,
+        largest_logit=expected_logits.abs().max().item(),
         faults=tuple(faults),
     )
 
@@ -131,10 +156,6 @@ class _PromptOutputs:
 
     index: int
     tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        return f"prompt {self.index + 1}"
 
     @property
     def ids(self) -> list[int]:
@@ -178,50 +199,56 @@ def _stated_faults(stated: Mapping[str, Any], assistant: Assistant, precision: s
     return faults
 
 
-def _pixel_difference(ours: Sequence[np.ndarray], theirs: torch.Tensor) -> tuple[float, list[str]]:
+def _pixel_difference(exported: torch.Tensor, expected: Sequence[np.ndarray]) -> tuple[float, list[str]]:
     """The largest difference of pixels [I, 3, H, W], and the faults."""
     import torch
 
-    expected = torch.stack([torch.from_numpy(pixels) for pixels in ours])
-    if expected.shape != theirs.shape:
-        return 0.0, [f"pixels have shape {list(theirs.shape)}, expected {list(expected.shape)}"]
-    off = (expected - theirs).abs().max().item()
-    return off, [] if off <= PIXEL_TOLERANCE else [f"pixels differ by up to {off:.3g} (tolerance {PIXEL_TOLERANCE:g})"]
+    pixels = torch.stack([torch.from_numpy(image) for image in expected])
+    if exported.shape != pixels.shape:
+        return 0.0, [f"pixels have shape {list(exported.shape)}, expected {list(pixels.shape)}"]
+    difference = (exported - pixels).abs().max().item()
+    if difference <= PIXEL_TOLERANCE:
+        return difference, []
+    return difference, [f"pixels differ by up to {difference:.3g} (tolerance {PIXEL_TOLERANCE:g})"]
 
 
-def _logit_difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, list[str]]:
+def _logit_difference(exported: torch.Tensor, expected: torch.Tensor) -> tuple[float, list[str]]:
     """The largest difference of logits [T, V], and the faults.
 
-    ``theirs`` may have more tokens than ``ours`` if none of them is ever the most likely one.
+    ``exported`` may have more tokens than ``expected`` if none of them is ever the most likely one.
     """
-    tokens = ours.shape[-1]
-    if len(theirs) != len(ours) or theirs.shape[-1] < tokens:
-        return 0.0, [f"logits have shape {list(theirs.shape)}, expected {list(ours.shape)}"]
-    off, largest = (ours - theirs[:, :tokens]).abs().max().item(), ours.abs().max().item()
-    limit = LOGIT_TOLERANCE * largest
-    faults = [] if off <= limit else [f"logits differ by up to {off:.3g} (tolerance {limit:.3g})"]
-    if int(theirs.argmax(-1).max()) >= tokens:
+    tokens = expected.shape[-1]
+    if len(exported) != len(expected) or exported.shape[-1] < tokens:
+        return 0.0, [f"logits have shape {list(exported.shape)}, expected {list(expected.shape)}"]
+    difference = (exported[:, :tokens] - expected).abs().max().item()
+    tolerance = LOGIT_TOLERANCE * expected.abs().max().item()
+    faults = []
+    # Not `difference > tolerance`, which is false for NaN.
+    if not difference <= tolerance:
+        faults.append(f"logits differ by up to {difference:.3g} (tolerance {tolerance:.3g})")
+    if int(exported.argmax(-1).max()) >= tokens:
         faults.append("the most likely token is one that only the export has")
-    return off, faults
+    return difference, faults
 
 
-def _ids_difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
+def _ids_difference(exported: Sequence[int], expected: Sequence[int]) -> str:
     """Where token ids differ; "" if they are equal.
 
-    At image positions ``theirs`` has one number of its own, which is not the id of any token in the text.
+    At image positions ``exported`` has a single number that is not the id of any token in the text.
     """
-    image_ids = {their_id for their_id, our_id in zip(theirs, ours, strict=False) if our_id == IMAGE_TOKEN}
-    if len(theirs) == len(ours) and len(image_ids) <= 1:
+    pairs = list(zip(exported, expected, strict=False))
+    image_ids = {token for token, expected_token in pairs if expected_token == IMAGE_TOKEN}
+    if len(exported) == len(expected) and len(image_ids) <= 1:
         image_id = next(iter(image_ids), IMAGE_TOKEN)
-        if [IMAGE_TOKEN if token == image_id else token for token in theirs] == list(ours):
+        if [IMAGE_TOKEN if token == image_id else token for token in exported] == list(expected):
             return ""
-    text_tokens = [token for token in ours if token != IMAGE_TOKEN]
-    pairs = enumerate(zip(theirs, ours, strict=False))
-    at = next((at for at, (their_id, our_id) in pairs if our_id != IMAGE_TOKEN and their_id != our_id), None)
+    at = next(
+        (at for at, (token, expected_token) in enumerate(pairs) if expected_token not in (IMAGE_TOKEN, token)), None
+    )
     if at is None:
-        images = len(ours) - len(text_tokens)
-        return f"token ids differ: {len(theirs)} tokens, expected {len(ours)} ({images} of them for images)"
-    return f"token ids differ at position {at}: {list(theirs[at : at + 4])}, expected {list(ours[at : at + 4])}"
+        image_tokens = list(expected).count(IMAGE_TOKEN)
+        return f"token ids differ: {len(exported)} tokens, expected {len(expected)} ({image_tokens} of them for images)"
+    return f"token ids differ at position {at}: {list(exported[at : at + 4])}, expected {list(expected[at : at + 4])}"
 
 
 def _answer_text(assistant: Assistant, ids: Sequence[int]) -> str:
