@@ -14,7 +14,7 @@ from llavactl.data.batches import FeatureLookup, collate
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
 from llavactl.model.exactness import Exact, exactness
-from llavactl.model.generate import GREEDY, Sampling, generate, read
+from llavactl.model.generate import GREEDY, Sampling, generate, prefill
 from llavactl.model.inputs import to_device
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
 
 MIN_COMMON_PREFIX = 16
-"""Tokens; a shorter common prefix of a batch is not worth a forward pass of its own."""
+"""Tokens; a shorter common prefix of a batch is not worth a separate forward pass."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ class Assistant:
     name: str = ""
 
     def prompt(self, turns: Sequence[Turn]) -> Encoded:
-        """The encoded prompt; if it is empty, the tokenizer's begin or end token, or nothing if it has neither.
+        """The encoded prompt, never empty if the tokenizer has a BOS or EOS token, which then replaces an empty prompt.
 
         The template ``plain`` omits questions, so a question without an image gives an empty prompt.
         """
         encoded, tokenizer = self.encode(turns), self.encoding.tokenizer
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return encoded if encoded.ids or first is None else Encoded((first,), (IGNORE,))
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return encoded if encoded.ids or start is None else Encoded((start,), (IGNORE,))
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """The prompt as the template renders it; with ``image_order: random`` the image precedes the question."""
@@ -51,7 +51,7 @@ class Assistant:
 
     @cached_property
     def exact(self) -> Exact:
-        """Which optimisations leave the answers unchanged."""
+        """Which optimizations leave the answers unchanged."""
         return exactness(self.model.language)
 
     @cached_property
@@ -59,9 +59,10 @@ class Assistant:
         return Stops.of(self.encoding, _eos_ids(self.model))
 
     def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer per conversation, generated in one left-padded batch unless padding would change them.
+        """One answer per conversation.
 
-        A common prefix, such as an image, is processed once.
+        They are generated in one left-padded batch, unless padding would change the answers. A common prefix of the
+        prompts, such as an image, is processed once.
         """
         prompts = [self.prompt(turns) for turns in conversations]
         outputs = [Detokenizer(self.encoding.tokenizer, self.stops) for _ in conversations]
@@ -82,10 +83,10 @@ class Assistant:
             output.add(None)
 
     def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
-        """The prompts as a batch without their common prefix, and the prefix's key/value cache (None: too short).
+        """The prompts as a batch, and None; or the prompts without their common prefix, and its key/value cache.
 
-        Padding then lies between the prefix and the rest, where it would occupy part of a sliding window: models with
-        one are not ``exact.shared``.
+        Padding between the prefix and the rest would occupy part of a sliding window: ``exact.shared`` is False for
+        models that have one.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
         keys = [token_keys(prompt, per_image) for prompt in prompts]
@@ -93,7 +94,7 @@ class Assistant:
         if length < MIN_COMMON_PREFIX or not self.exact.shared:
             return to_device(collate(prompts, self.features, side="left"), device), None
         halves = [split_prompt(prompt, length, per_image) for prompt in prompts]
-        cache = read(self.model, to_device(collate([halves[0][0]], self.features), device))
+        cache = prefill(self.model, to_device(collate([halves[0][0]], self.features), device))
         cache.batch_repeat_interleave(len(prompts))
         return to_device(collate([rest for _, rest in halves], self.features, side="left"), device), cache
 

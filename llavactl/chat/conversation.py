@@ -41,7 +41,7 @@ class Conversation:
             if piece := output.add(None):
                 yield piece
         except (Exception, KeyboardInterrupt) as error:
-            self._cache = None  # some layers may have one token more than others
+            self._cache = None  # an interrupted step may have extended only some of its layers
             if not isinstance(error, KeyboardInterrupt):
                 del self.turns[turns_before:]
             raise

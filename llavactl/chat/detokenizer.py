@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stops:
-    """The stop tokens of an answer (``ids``), and stop strings without a token of their own (``texts``)."""
+    """The ids of stop tokens, and stop strings (``texts``) that are not a single token."""
 
     ids: frozenset[int]
     texts: tuple[str, ...]
 
     @classmethod
     def of(cls, encoding: Encoding, more_ids: Collection[int] = ()) -> Stops:
-        """The stops of the template and tokenizer of ``encoding``, and the token ids ``more_ids``."""
+        """The stop tokens and strings of the template and tokenizer of ``encoding``; ``more_ids`` are added."""
         ids, texts = stop_criteria(encoding.template, encoding.tokenizer)
         return cls(ids | frozenset(more_ids), texts)
 
@@ -62,9 +62,9 @@ class Detokenizer:
         return added
 
     def _decode(self) -> None:
-        """Adds the text of the tokens from ``_end``, decoded with the last ones before (from ``_start``) as context.
+        """Adds the text of the tokens from ``_end``, decoded with the preceding tokens (from ``_start``) as context.
 
-        An incomplete UTF-8 character decodes to U+FFFD: held back until complete, dropped if it never is.
+        An incomplete UTF-8 character (decoded as U+FFFD) is held back until it is complete, or dropped at the end.
         """
         before, now = (
             self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -77,7 +77,7 @@ class Detokenizer:
             self._start, self._end = self._end, len(self.ids)
 
     def _partial_stop_length(self, text: str) -> int:
-        """The length of the longest end of ``text`` with which a stop string begins."""
+        """The length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max(map(len, self.stops.texts), default=0)
         lengths = range(min(longest - 1, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self.stops.texts)), 0)

@@ -36,7 +36,7 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
     if different := trained.differences(comparable):
         raise ModelError(
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
-            hint="`vision` in llavactl.json names it",
+            hint="check the backbone that `vision` in llavactl.json names",
         )
     loaded = model_folder.load(folder)
     loaded.bundle.model.to(device)

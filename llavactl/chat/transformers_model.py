@@ -1,6 +1,7 @@
 """Image-text-to-text models of transformers (LLaVA, BLIP-2, IDEFICS, Qwen-VL, …) with their own processors.
 
-They have the same ``answer`` method as an ``Assistant``; preprocessing, prompt format and tokens are the processor's.
+``TransformersModel.answer`` has the signature of ``Assistant.answer``; the processor does the preprocessing, prompt
+formatting and tokenization.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ CHAT_TEMPLATE, QUESTION_ANSWER = "chat template", "Question: … Answer:"
 """Prompt formats, as reports name them."""
 WITHOUT_CHAT_TEMPLATE = frozenset({"blip-2", "instructblip"})
 """Model types without a chat template by design; BLIP-2's paper prompts with ``Question: … Answer:``."""
+
+_MODEL_KIND = "image-text-to-text model"
+_PROCESSOR_HINT = "a checkpoint needs processor_config.json or preprocessor_config.json, and its tokenizer"
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,3 @@ def _load_processor(folder: Path) -> Any:
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder}: no processor for images and text", hint=_PROCESSOR_HINT)
     return processor
-
-
-_MODEL_KIND = "image-text-to-text model"
-_PROCESSOR_HINT = "a checkpoint needs processor_config.json or preprocessor_config.json, and its tokenizer"

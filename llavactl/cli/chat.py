@@ -35,7 +35,10 @@ COMMANDS = (
 @click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Add an image to the question (repeatable).")
 @click.option("--prompt", metavar="TEXT", help="Answer this prompt and exit.  [default: start a conversation]")
 @click.option(
-    "--batch", metavar="FILE", type=click.Path(path_type=Path), help='Answer a JSONL file of {"image": …, "prompt": …}.'
+    "--batch",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help='Answer the prompts in a JSONL file: {"image": …, "prompt": …}.',
 )
 @click.option("--template", metavar="NAME", help="Override the model's conversation template.")
 @click.option(
@@ -43,14 +46,16 @@ COMMANDS = (
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Generate at most this many tokens per answer.",
+    metavar="N",
+    help="Generate at most N tokens per answer.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Sample at this temperature; 0: greedy decoding.",
+    metavar="T",
+    help="Sample with temperature T; 0: greedy decoding.",
 )
 @json_option
 def command(
@@ -67,7 +72,7 @@ def command(
 ) -> None:
     """Chat with a model about images.
 
-    The model is the recipe's last finished stage, or --model.
+    By default, the model is that of the recipe's last finished stage.
     """
     if batch is not None and (prompt is not None or images):
         raise click.UsageError("--batch can't be combined with --prompt or --image")

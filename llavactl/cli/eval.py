@@ -23,27 +23,27 @@ from llavactl.cli.options import (
 @click.argument("task")
 @recipe_options
 @click.option(
-    "--answers", type=click.Path(path_type=Path), help="Score stored answers (JSONL) without loading a model."
+    "--answers", type=click.Path(path_type=Path), help="Score the answers in this file (JSONL) without loading a model."
 )
-@click.option("--protocol", help="Score with this protocol.  [default: the task's first]")
+@click.option("--protocol", metavar="NAME", help="Score with this protocol.  [default: the task's first]")
 @component_options("task")
 @click.option(
     "--model",
     metavar="DIR|ID",
-    help="Evaluate this model instead of the recipe's; hf:DIR or hf:ID: any image-text-to-text model of transformers.",
+    help="Evaluate this model instead of the recipe's; hf:DIR, hf:ID: any transformers image-text-to-text model.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use the first N questions only.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N questions.")
 @click.option(
     "--compare",
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="RUN|FILE",
-    help="Compare runs or answer files in pairs, without running a model (repeatable).",
+    help="Compare runs or answer files pairwise, without loading a model (repeat for each run or file).",
 )
 @click.option(
     "--cases",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write pages (HTML, Markdown) with the worst answers to this folder.  [default: the run's folder]",
+    help="Write pages of the worst answers (HTML, Markdown) to this folder.  [default: eval/cases/ of the run]",
 )
 @json_option
 def command(
@@ -59,10 +59,10 @@ def command(
     cases: Path | None,
     as_json: bool,
 ) -> None:
-    """Run a benchmark, or score stored answers.
+    """Run the benchmark TASK, or score stored answers.
 
     `llavactl components tasks` lists the tasks and their options. A recipe is optional with --answers, --compare,
-    --model or -t reviews=.
+    --model or -t reviews=FILE.
     """
     from llavactl.recipe.load import load_eval
     from llavactl.recipe.resolve import DEFAULT

@@ -134,7 +134,8 @@ class Registry:
             return entry.parse(options)
         except ValidationError as error:
             reasons = explain(error, entry.options_model(), options)
-            problems = [Problem(f"{kind_label(kind)} {name}", f"{flag}{_dotted(path)}", why) for path, why in reasons]
+            where = f"{kind_label(kind)} {name}"
+            problems = [Problem(where, f"{flag}{_dotted(path)}" if path else "", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
         raise RecipeError.from_problems(problems, hint=hint)
 

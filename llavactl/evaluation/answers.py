@@ -29,8 +29,8 @@ METADATA_KEYS = frozenset(
 """Keys that never hold a model's answer."""
 
 SUPPORTED = (
-    f"supported: one object per answer, as a JSON list or JSONL, with the question's id as {', '.join(ID_KEYS)} and "
-    f"the answer as {', '.join(TEXT_KEYS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
+    f"supported: one object per answer, as a JSON list or JSONL, with the question's id as {' or '.join(ID_KEYS)} and "
+    f"the answer as {' or '.join(TEXT_KEYS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
 )
 _MAX_NAMES = 10
 
@@ -70,7 +70,9 @@ def read_answers(file: Path, task: object = None, *, truncated: bool = False) ->
         if isinstance(task, AnswerMatcher):
             answer = replace(answer, id=task.id_of(answer))
         if answer.id in answers:
-            raise DataError(f"{record.where}: duplicate answer to question {answer.id!r}")
+            raise DataError(
+                f"{record.where}: duplicate answer to question {answer.id!r}", hint="keep one answer per question"
+            )
         answers[answer.id] = answer
     return answers
 
@@ -80,11 +82,14 @@ def _answer(record: Record) -> Answer:
         raise DataError(f"{record.where}: expected an object, got {record.fields!r:.60}", hint=SUPPORTED)
     question_id, text = record.get(*ID_KEYS), record.get(*TEXT_KEYS)
     keys = f"keys: {_listing([str(key) for key in record.fields])}"
-    for name, value in (("id", question_id), ("text", text)):
+    for name, value in (("question id", question_id), ("answer text", text)):
         if value is None:
-            raise DataError(f"{record.where}: an answer without {name}; {keys}", hint=SUPPORTED)
+            raise DataError(f"{record.where}: missing {name}; {keys}", hint=SUPPORTED)
     if isinstance(question_id, bool) or not isinstance(question_id, str | int):
-        raise DataError(f"{record.where}: the answer's id is {question_id!r:.40}; {keys}", hint=SUPPORTED)
+        raise DataError(
+            f"{record.where}: the question id is {question_id!r:.40}, expected a string or an integer; {keys}",
+            hint=SUPPORTED,
+        )
     if not isinstance(text, str):
         raise DataError(f"{record.where}: the answer is {text!r:.40}, expected a string; {keys}", hint=SUPPORTED)
     if record.get("text") is None and record.get("answer") is not None and (other := _ambiguous_key(record)):
@@ -110,7 +115,7 @@ def check_not_questions(file: Path, questions: Iterable[Question], answers: Mapp
     if pairs and all(len(answer.split()) > 2 and _normalized(answer) in _normalized(text) for text, answer in pairs):
         raise DataError(
             f"{file}: every answer repeats its question: {pairs[0][1]!r:.60}",
-            hint="`--answers` takes a model's answers, with `text`; is this the question file?",
+            hint="expected a model's answers, with `text`; is this the question file?",
         )
 
 
@@ -127,7 +132,7 @@ def _check_file_type(file: Path) -> None:
     if file.is_dir():
         if not any(file.glob("*.txt")):
             names = sorted(path.name for path in file.iterdir())
-            raise DataError(f"{file}: a folder without CATEGORY.txt files: {_listing(names)}", hint=SUPPORTED)
+            raise DataError(f"{file}: no CATEGORY.txt in this folder; files: {_listing(names)}", hint=SUPPORTED)
         return
     try:
         with file.open("rb") as opened:
@@ -136,13 +141,13 @@ def _check_file_type(file: Path) -> None:
         return  # read_records raises the error
     if head.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x80\4", b"\x80\5", b"PAR1", b"\x1f\x8b")):
         raise DataError(
-            f"{file}: a binary file (workbook, archive, pickle or Parquet table), expected JSON", hint=SUPPORTED
+            f"{file}: expected JSON, got a binary file (workbook, archive, pickle or Parquet table)", hint=SUPPORTED
         )
     line = head.decode("utf-8-sig", "replace").lstrip().partition("\n")[0].rstrip("\r")
     separator = "\t" if "\t" in line else ","
     if line and line[0] not in "[{" and separator in line:
         columns = [cell.strip('"') for cell in line.split(separator)]
-        raise DataError(f"{file}: a table, expected JSON; columns: {_listing(columns):.200}", hint=SUPPORTED)
+        raise DataError(f"{file}: expected JSON, got a table; columns: {_listing(columns):.200}", hint=SUPPORTED)
 
 
 def _mme_rows(file: Path) -> Iterator[Record]:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from llavactl.recipe.sections import Eval
 
 _NAMES_IN_DIGESTS = {BLIND_BASELINE: "blind twin"}
-"""Names of baselines in digests where they differ from those in reports: stored results are found by them."""
+"""Baselines whose name in digests differs from the name in reports; a new one would invalidate stored results."""
 
 
 def answer_digests(models: Sequence[EvaluatedModel], questions: Sequence[Question], settings: Eval) -> dict[str, str]:
-    """By model name, a digest of what determines the model's answers: model, questions, and limit of new tokens."""
+    """By model name, a digest of what determines the model's answers: model, questions, and ``max_new_tokens``."""
     content = question_content(questions)
     return {
         model.name: hash_json([model.identity, model.shuffled_images, content, settings.max_new_tokens])

@@ -1,7 +1,7 @@
-"""The evaluated model and the baselines that its score is compared with.
+"""The evaluated model, and the baselines to compare its scores with.
 
-- Shuffled-image baseline (blind baseline): the same model, shown another image of the task with each question. Its
-  score is what the text of the questions gives away.
+- Shuffled-image baseline (blind baseline): the same model, with each image replaced by another one of the
+  task. Its score shows how much the questions reveal without the image.
 - Stage 1: the model before instruction tuning.
 """
 
@@ -69,7 +69,7 @@ class EvaluatedModel:
         model: Answerer = (
             load_transformers_model(self.folder) if self.from_transformers else load_assistant(self.folder)
         )
-        return ShuffledImages(model, shuffled_images(questions)) if self.shuffled_images else model
+        return ShuffledImageModel(model, image_replacements(questions)) if self.shuffled_images else model
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,17 @@ def with_baselines(
     The blind baseline requires at least two images, the stage 1 baseline a model of this recipe's run.
     """
     models = [target.model]
-    if settings.blind_baseline and len(shuffled_images(questions)) > 1:
+    if settings.blind_baseline and len(image_replacements(questions)) > 1:
         models.append(replace(target.model, name=BLIND_BASELINE, shuffled_images=True))
     stage1 = None if recipe is None else recipe.run_dir / "stage1" / "model"
-    has_stage1 = settings.stage1_baseline and not target.model.from_transformers
-    if has_stage1 and stage1 is not None and stage1.is_dir() and stage1 != target.model.folder:
+    use_stage1 = settings.stage1_baseline and not target.model.from_transformers
+    if use_stage1 and stage1 is not None and stage1.is_dir() and stage1 != target.model.folder:
         models.append(EvaluatedModel(STAGE1_BASELINE, stage1))
     return models
 
 
 @dataclass(frozen=True)
-class ShuffledImages:
+class ShuffledImageModel:
     """A model that sees ``replacements[image]`` instead of each image."""
 
     model: Answerer
@@ -131,10 +131,10 @@ class ShuffledImages:
         return replace(turn, content=tuple(content))
 
 
-def shuffled_images(questions: Sequence[Question]) -> dict[ImageRef, ImageRef]:
-    """Another image of the same questions for each image: the one half the list further on.
+def image_replacements(questions: Sequence[Question]) -> dict[ImageRef, ImageRef]:
+    """Maps each image to another image of ``questions``: the list of images is rotated by half its length.
 
-    Neighbors, such as the two images of a minimal pair, never replace each other.
+    Adjacent images, such as those of a minimal pair, thus never replace each other.
     """
     images = list(dict.fromkeys(image for question in questions for turn in question.turns for image in turn.images))
     shift = len(images) // 2

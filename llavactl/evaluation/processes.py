@@ -9,7 +9,7 @@ from datetime import timedelta
 from llavactl.core.processes import check_launch, destroy_process_group_at_exit
 
 BARRIER_TIMEOUT = timedelta(days=7)
-"""A judge may take long; if a process dies, the launcher ends the others anyway."""
+"""Long, since the other processes wait for a judge; if a process dies, the launcher stops them."""
 
 
 @dataclass(frozen=True)

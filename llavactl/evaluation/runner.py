@@ -21,6 +21,7 @@ from llavactl.images.image_file import ImageFile
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
+    from llavactl.core.schema import ImageRef
     from llavactl.evaluation.models import EvaluatedModel
     from llavactl.recipe.sections import Eval
 
@@ -96,7 +97,7 @@ def _json_line(answer: Answer) -> str:
 
 
 def _check_images(questions: Sequence[Question]) -> None:
-    """Raises DataError if an image can't be read: a score without its questions would not be comparable."""
+    """Raises DataError if an image can't be read: a score over the other questions would not be comparable."""
     images = dict.fromkeys(image for question in questions for turn in question.turns for image in turn.images)
     unreadable: list[str] = []
     for image in images:
@@ -106,18 +107,22 @@ def _check_images(questions: Sequence[Question]) -> None:
             else:  # inspecting it would read it completely
                 image.stamp()
         except OSError as error:
-            unreadable.append(f"{image.name}: {error_reason(error)}")
+            unreadable.append(f"{_path(image)}: {error_reason(error)}")
         except ImageError as error:
-            unreadable.append(f"{image.name}: {error.reason}")
+            unreadable.append(f"{_path(image)}: {error.reason}")
     if unreadable:
         raise DataError(
             f"{len(unreadable)} of {len(images)} images can't be read, the first is {unreadable[0]}",
-            hint="set the folder of the images with -t images=FOLDER, if the task has this option",
+            hint="if the task has the option `images`, set the folder: -t images=FOLDER",
         )
 
 
+def _path(image: ImageRef) -> str:
+    return str(image.file) if isinstance(image, ImageFile) else image.name
+
+
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Batches of questions: first those that share an image, which is then encoded once, then the others in order."""
+    """Batches of questions: first groups that share an image, which is encoded once per batch; then the others."""
     by_image: dict[object, list[Question]] = defaultdict(list)
     for question in questions:
         by_image[tuple(image for turn in question.turns for image in turn.images)].append(question)

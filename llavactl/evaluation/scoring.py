@@ -1,4 +1,4 @@
-"""Scores answers: a task with its options and questions, the protocol, and the answers joined with the questions."""
+"""Scoring: joins answers with questions, scores them under a protocol, and builds the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def choose_protocol(protocols: Sequence[str], name: str | None) -> str:
     """The protocol ``name``, by default the first of ``protocols``.
 
     Raises:
-        DataError: the task has no such protocol.
+        DataError: unknown protocol.
     """
     if name is not None and name not in protocols:
         raise DataError(f"unknown protocol {name!r} for this task", hint=suggest(name, protocols))
@@ -61,7 +61,7 @@ def select_answers(
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task, its options (``spec``), all of its questions, how many of them are used (None: all), and the protocol."""
+    """A task with its options (``spec``) and questions, and the protocol; ``limit``: the number of questions to use."""
 
     task: Task | Judged
     spec: Mapping[str, Any]
@@ -90,7 +90,7 @@ class Benchmark:
         return [component_identity("tasks", self.spec), references]
 
     def score(self, answers: Mapping[str, Answer], file: Path, ask_judge: Ask | None) -> Scores:
-        """The scores of the answers, which were read from ``file``; ``ask_judge`` is required if a judge is set."""
+        """The scores of ``answers``, which were read from ``file``; a task with a judge requires ``ask_judge``."""
         selected = select_answers(self.questions, answers, file)
         if isinstance(self.task, TeacherScored) and self.judge is not None:
             assert ask_judge is not None

@@ -75,7 +75,7 @@ def parse_json(text: str, path: Path, line: int = 1, *, ignored_keys: Collection
 def parse_error(error: Exception) -> str:
     """The reason of an exception of json, which raises a plain ValueError for an integer of too many digits."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg}"
+        return f"not JSON: {error.msg.removesuffix(' at')}"
     if isinstance(error, RecursionError):
         return "not valid: JSON nested too deeply"
     return "not valid: a number with thousands of digits"

@@ -33,8 +33,8 @@ GREEDY = Sampling()
 
 
 @torch.inference_mode()
-def read(model: LlavaModel, batch: Batch) -> Any:
-    """A new key/value cache of ``batch``, which must not be padded."""
+def prefill(model: LlavaModel, batch: Batch) -> Any:
+    """Processes ``batch``, which must not be padded, and returns its key/value cache."""
     cache = new_cache(model.language)
     embeds = model.embed(batch.ids, image_features(batch))
     model.language(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -51,17 +51,17 @@ def generate(
     *,
     cached: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Yields the next token of each conversation of ``batch`` (left-padded [B, T]); None once it has stopped.
+    """Yields the next token of each conversation in ``batch`` (left-padded [B, T]), or None once it has stopped.
 
-    ``cache`` (a transformers ``Cache``) contains earlier tokens of the same conversation; all tokens but the last are
-    added to it. Conversations of one batch are independent. Without ``cached``, every token is computed from the
-    complete sequence, without a cache; so are tokens at which position frequencies change (see ``frequency_key``).
+    ``cache`` (a transformers ``Cache``) holds the tokens before ``batch``; it is extended by all tokens but the last
+    generated one. With ``cached=False``, every step processes the complete sequence without a cache. The complete
+    sequence is also processed again at steps where position frequencies change (see ``frequency_key``).
     """
     mask, state = batch.mask, {"use_cache": False}
     if cached:
         cache = new_cache(model.language) if cache is None else cache
         state = {"use_cache": True, "past_key_values": cache}
-        # A cache with only states has no sequence length.
+        # A cache that consists of recurrent states only has no sequence length.
         if past := cache.get_seq_length() if is_resumable(cache) else 0:
             mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
@@ -78,8 +78,8 @@ def generate(
         ).logits[:, -1]
         chosen = _next_tokens(logits.float(), sampling, generator)
         tokens = chosen.tolist()
-        running = [on and token not in stop for on, token in zip(running, tokens, strict=True)]
-        yield [token if on else None for on, token in zip(running, tokens, strict=True)]
+        running = [is_running and token not in stop for is_running, token in zip(running, tokens, strict=True)]
+        yield [token if is_running else None for is_running, token in zip(running, tokens, strict=True)]
         if not any(running):
             return
         new = model.embed(chosen[:, None], None)
@@ -92,7 +92,7 @@ def generate(
 
 
 def _next_tokens(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """The next token [B] from logits [B, V]: the most likely, or sampled from the nucleus of mass ``top_p``."""
+    """The next tokens [B] from logits [B, V]: greedy, or sampled with temperature and nucleus (``top_p``) sampling."""
     if not torch.isfinite(logits).all():
         raise ModelError("the model's logits are not finite", hint="use bfloat16 or float32; the weights may be broken")
     if sampling.temperature <= 0:

@@ -1,4 +1,4 @@
-"""``llavactl chat``: answers one question, a file of questions, or the turns of a conversation."""
+"""``llavactl chat``: answers one prompt, a batch of prompts, or the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
 
 BATCH_SIZE = 8
+"""Prompts per forward pass with ``--batch``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ChatReport:
 
 
 def open_chat(recipe: Outline | None, model: str | None = None, template: str | None = None) -> Conversation:
-    """A conversation with ``model`` (in any format), else with the recipe's last finished stage."""
+    """A conversation with ``model`` (in any supported format), by default that of the recipe's last finished stage."""
     if model is None:
         assert recipe is not None
         return Conversation(load_assistant(latest_model(recipe.run_dir), template=template))

@@ -1,4 +1,4 @@
-"""``llavactl eval TASK --compare``: compares runs or answer files in pairs, with significance tests."""
+"""``llavactl eval TASK --compare``: compares runs or answer files pairwise, with significance tests."""
 
 from __future__ import annotations
 
@@ -49,16 +49,19 @@ def compare(
     protocol: str | None = None,
     limit: int | None = None,
 ) -> CompareReport:
-    """Scores ``paths`` (run folders in which ``task`` was evaluated, or answer files) and compares them in pairs.
+    """Scores ``paths`` (run folders in which ``task`` was evaluated, or answer files) and compares them pairwise.
 
     Raises:
         DataError: fewer than two different candidates, unusable answers, or a task whose answers can't be paired.
     """
     if len(paths) < 2 or len(set(paths)) < len(paths):
-        raise DataError("expected two or more different runs or answer files", hint="--compare A --compare B")
+        raise DataError(
+            "--compare requires at least two different runs or answer files",
+            hint="repeat the option: --compare A --compare B",
+        )
     component = registry().create("tasks", task_spec(recipe, task, options), flag="-t ")
     if isinstance(component, Judged):
-        raise DataError(f"{task} can't be compared in pairs: its answers are judged, not right or wrong")
+        raise DataError(f"{task} can't be compared pairwise: its answers are judged, not right or wrong")
     protocol = choose_protocol(component.protocols, protocol)
     questions = list(component.questions())[:limit]
     candidates, grades = [], {}
@@ -71,7 +74,7 @@ def compare(
         candidates.append(Candidate(str(path), scores.scores, scores.failed))
         grades[str(path)] = scores.grades or {name: float(right) for name, right in scores.right.items()}
         if not grades[str(path)]:
-            raise DataError(f"{task} can't be compared in pairs: it has no score for single answers")
+            raise DataError(f"{task} can't be compared pairwise: it has no score per answer")
     pairs = tuple(paired(a, b, grades[a], grades[b]) for a, b in combinations(grades, 2))
     return CompareReport(task, protocol, len(questions), tuple(candidates), pairs)
 

@@ -1,4 +1,4 @@
-"""``llavactl eval``: scores a model's answers to a task's questions, stored answers, or stored verdicts."""
+"""``llavactl eval``: scores a model's answers, stored answers, or a judge's stored verdicts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXAMPLES = 12
-"""Questions with answers that are stored for the run's report page."""
+"""Number of answered questions that are stored for the run's report page."""
 
 Answers = Mapping[str, "Answer"]
 
@@ -55,8 +55,8 @@ def evaluate(
 
     ``options`` override those of the recipe for this task. The answers are those in ``answers``, if given. Otherwise
     they are generated with ``model``, by default the recipe's last finished stage. A judged task with stored verdicts
-    needs neither. ``cases``: the folder of a page with the worst answers (default: in the model's run). ``settings``
-    replace the recipe's ``eval`` section without a recipe.
+    needs neither. ``cases`` is the folder for a page of the worst answers (default: in the model's run folder).
+    ``settings`` are those of ``eval`` if there is no recipe.
     """
     spec = task_spec(recipe, task, options or {})
     component: Task | Judged = registry().create("tasks", spec, flag="-t ")
@@ -97,7 +97,7 @@ def _score_answer_file(benchmark: Benchmark, file: Path, cases: Path | None) -> 
     scores = benchmark.score(answers, file, ask_judge)
     report = benchmark.report(scores, answers, file, str(file), judge)
     if report.ignored and benchmark.limit is None:
-        log.info("ignoring %d answers to questions that are not in this task", report.ignored)
+        log.info("ignored answers to questions that are not in this task: %d", report.ignored)
     if cases is not None:
         write_cases(cases, asdict(report), benchmark.questions, answers, scores)
     return report
@@ -131,9 +131,9 @@ def _evaluate_model(
         answer_file = _answer_file(benchmark, target, digests[target.model.name])
         report, scores = _scored(benchmark, target, answers, answer_file)
         report = replace(report, file=str(file))
-        _write_examples(folder / "examples", benchmark, answers, scores)
+        _write_examples(folder / "examples", benchmark, answers[target.model.name], answers.get(BLIND_BASELINE), scores)
         write_result(file, report, digest)
-        write_cases(cases or folder / "cases", asdict(report), benchmark.questions, answers[""], scores)
+        write_cases(cases or folder / "cases", asdict(report), benchmark.questions, answers[target.model.name], scores)
         if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
             write_report(recipe.run_dir)
         plugins.notify("eval_finished", report=asdict(report))
@@ -153,30 +153,35 @@ def _scored(
 ) -> tuple[EvalReport, Scores]:
     """The result with the scores of the baselines, and the model's scores."""
     ask_judge, judge = _judge(benchmark, target.results_dir / "judge" / f"{benchmark.name}.replies.sqlite")
-    scores = {name: benchmark.score(each, file, ask_judge) for name, each in answers.items()}
+    scores = {name: benchmark.score(answers_of_model, file, ask_judge) for name, answers_of_model in answers.items()}
     model_scores = scores.pop(target.model.name)
     report = benchmark.report(model_scores, answers[target.model.name], file, target.name, judge)
-    baselines = {name: dict(each.scores) for name, each in scores.items()}
+    baselines = {name: dict(baseline.scores) for name, baseline in scores.items()}
     # Answers of earlier runs with a higher limit are not "ignored" ones.
     return replace(report, baselines=baselines, ignored=0, prompt=target.model.prompt_format), model_scores
 
 
 def _judge(benchmark: Benchmark, replies: Path) -> tuple[Ask | None, str | None]:
-    """Asks the task's judge, storing its replies in ``replies`` (SQLite); and the judge's name. (None, None): none."""
+    """A function that asks the task's judge and stores its replies in ``replies`` (SQLite), and the judge's name.
+
+    (None, None) if the task has no judge.
+    """
     judge = benchmark.judge
     return (None, None) if judge is None else (ask_function(judge, replies), teacher_name(judge))
 
 
-def _write_examples(folder: Path, benchmark: Benchmark, answers: Mapping[str, Answers], scores: Scores) -> None:
+def _write_examples(
+    folder: Path, benchmark: Benchmark, answers: Answers, blind_answers: Answers | None, scores: Scores
+) -> None:
     """Stores EXAMPLES questions, spread evenly over the task, with image and answers for the report page."""
     questions, name = benchmark.questions, benchmark.name
     rows: list[dict[str, Any]] = []
     for question in questions[:: max(1, len(questions) // EXAMPLES)][:EXAMPLES]:
-        answer = answers[""][question.id].text
+        answer = answers[question.id].text
         row: dict[str, Any] = dict(example(folder / name, question.turns, question.reference, answer))
         if question.id in scores.right:
             row["right"] = scores.right[question.id]
-        if BLIND_BASELINE in answers:
-            row["blind"] = answers[BLIND_BASELINE][question.id].text
+        if blind_answers is not None:
+            row["blind"] = blind_answers[question.id].text
         rows.append(row)
     write_atomic(folder / f"{name}.json", json_text(rows, indent=2))

@@ -130,3 +130,12 @@ def test_everything_built_in_can_be_loaded(one: Registration) -> None:
 
 def test_names_are_kebab_case() -> None:
     assert [each.name for each in registry() if "_" in each.name or each.name != each.name.lower()] == []
+
+
+def test_a_problem_with_several_options_has_no_empty_key() -> None:
+    spec = {"name": "judge-pairs", "questions": "q.jsonl", "against": "a.jsonl"}
+    with pytest.raises(RecipeError) as caught:
+        registry().options("tasks", spec, flag="-t ")
+    (problem,) = caught.value.problems
+    assert problem.key == ""
+    assert "-t" not in str(problem)

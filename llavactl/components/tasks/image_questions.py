@@ -1,4 +1,4 @@
-"""User turns with an image and a question, and a check that stored answers were given to these questions."""
+"""User turns with an image and a question, and a check that stored answers belong to these questions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from llavactl.images.references import ImageRoot, image_in
 IMAGES_HELP = "folder, .zip, .tar or URL of the images; null: the folder of the questions"
 """Description of the option ``images``."""
 
+UNKNOWN = "Unknown"
+"""The prompt that LLaVA's ``eval_science_qa.py`` stores for a missing answer."""
+
 
 def image_of(record: Record, root: ImageRoot) -> ImageRef:
     """The record's ``image``: a path in ``root`` (a folder, archive or URL), or the image itself as base64."""
@@ -24,13 +27,9 @@ def image_of(record: Record, root: ImageRoot) -> ImageRef:
 
 
 def user_turn(image: ImageRef | None, text: str) -> tuple[Turn, ...]:
-    """A user turn: the image, then the question. ``<image>`` in the question marks another position, as in records."""
+    """A user turn: the image, then the question. An ``<image>`` tag in the text sets another position."""
     images = [] if image is None else [image]
     return (Turn("user", place_images([text], images, named=False)[0]),)
-
-
-UNKNOWN = "Unknown"
-"""The prompt that LLaVA's ``eval_science_qa.py`` stores for a missing answer."""
 
 
 def contains_question(prompt: str, question: str) -> bool:
@@ -48,7 +47,7 @@ def check_prompts(
     answers: Mapping[str, Answer],
     matches: Callable[[str, str], bool] = contains_question,
 ) -> None:
-    """Compares stored prompts of ``answers`` with ``questions`` (texts by id): equal ids alone may be a coincidence.
+    """Compares stored prompts of ``answers`` with ``questions`` (texts by id): equal ids don't prove that they match.
 
     Raises:
         DataError: the prompt of an answer doesn't match its question.

@@ -40,7 +40,7 @@ _SECTION_HEADING = re.compile(r"\[(?=(?:End of |System|Assistant|Context|Questio
 def _teacher_spec(spec: dict[str, Any]) -> dict[str, Any]:
     """``spec`` with the teacher's options validated and paths made absolute, when the recipe is read."""
     if not isinstance(spec.get("name"), str):
-        raise ValueError("needs a `name`: the name of a teacher")
+        raise ValueError("missing `name`: the name of a teacher")
     try:
         options = registry().options("teachers", spec)
     except RecipeError as error:
@@ -67,7 +67,7 @@ class TeacherTaskOptions(Options):
 class JudgeOptions(TeacherTaskOptions):
     """Options of tasks that are scored by a judge."""
 
-    runs: int = Field(1, ge=1, le=100, description="number of verdicts per answer")
+    runs: int = Field(1, ge=1, le=100, description="verdicts per answer")
     swap: bool = Field(False, description="also judge with the two answers in the other order")
     rule: RecipePath | None = Field(None, description="LLaVA's rule.json: replaces the instructions for the judge")
 
@@ -115,7 +115,7 @@ def ask_verdicts(
     """
     orders = (False, True) if options.swap else (False,)
     passes = [(run, swapped) for run in range(options.runs) for swapped in orders]
-    requests = {each: {name: request(name, *each) for name in names} for each in passes}
+    requests = {(run, swapped): {name: request(name, run, swapped) for name in names} for run, swapped in passes}
     replies = ask([item for by_name in requests.values() for item in by_name.values()])
     return [
         {name: swap_scores(replies[item.id]) if swapped else replies[item.id] for name, item in by_name.items()}
@@ -164,7 +164,7 @@ def parse_llava(verdict: str) -> ScorePair | None:
 
 
 def parse_lenient(verdict: str) -> ScorePair | None:
-    """The two numbers of the first nonempty line, with any separator: ``8, 9``."""
+    """Parses the first nonempty line as two numbers with any separator (``8, 9``); None if that fails."""
     first = next((line for line in verdict.splitlines() if line.strip()), "")
     numbers = SCORE_PAIR.fullmatch(first.rstrip())
     return (float(numbers[2]), float(numbers[4])) if numbers else None

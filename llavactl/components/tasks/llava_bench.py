@@ -66,7 +66,7 @@ class LlavaBenchOptions(JudgeOptions):
         if self.questions is None and not self.reviews:
             raise ValueError("questions=FILE or reviews=FILE is required")
         if self.judge is not None and self.reviews:
-            raise ValueError("judge and reviews=FILE exclude each other")
+            raise ValueError("judge and reviews=FILE can't be combined")
         if self.judge is not None and self.reference is None:
             raise ValueError("a judge requires reference answers: reference=FILE")
         return self

@@ -135,7 +135,7 @@ class Mme:
     def _items(self) -> list[MmeQuestion]:
         files = sorted(self.options.questions.glob("*.txt"))
         if not files:
-            raise DataError(f"{self.options.questions}: no CATEGORY.txt files in this folder")
+            raise DataError(f"{self.options.questions}: expected a folder of CATEGORY.txt files")
         return [item for file in files for item in _read(file)]
 
 

@@ -1,4 +1,4 @@
-"""POPE: is an object in the image, yes or no (Li et al. 2023, arXiv 2305.10355). Half of the references are yes.
+"""POPE: yes/no questions about objects in an image (Li et al. 2023, arXiv 2305.10355), half with the answer yes.
 
 Labels and questions are joined by image and question text, never line by line: POPE's random split had 2,910 questions
 when LLaVA-1.5 was evaluated, and has 3,000 in another order today.
@@ -32,7 +32,7 @@ class PopeOptions(Options):
 
     questions: RecipePath = Field(description="JSONL or JSON list: question_id, image, text, category (the split)")
     labels: RecipePaths = Field(
-        (), description="POPE's files coco_pope_SPLIT.json, or their folder; none: the questions have labels"
+        (), description="POPE's files coco_pope_SPLIT.json, or their folder; default: `label` of the questions"
     )
     images: RecipePlace | None = Field(None, description=IMAGES_HELP)
     follow_links: FollowLinks = False
@@ -48,8 +48,8 @@ class Pope:
 
     def questions(self) -> Iterator[Question]:
         root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
-        for name, (record, label, split) in self._labeled.items():
-            yield Question(name, user_turn(image_of(record, root), record.text("text")), label, split)
+        for question_id, (record, label, split) in self._labeled.items():
+            yield Question(question_id, user_turn(image_of(record, root), record.text("text")), label, split)
 
     def score(self, answers: Mapping[str, Answer], protocol: str) -> Scores:  # noqa: ARG002 - the only protocol
         """Scores over all questions; with several splits also per split, and the mean of the splits.
@@ -57,19 +57,20 @@ class Pope:
         ``failed`` counts empty answers, which the protocol reads as yes.
         """
         check_prompts(
-            {name: first_line(record.text("text")) for name, (record, _, _) in self._labeled.items()}, answers
+            {question_id: first_line(record.text("text")) for question_id, (record, _, _) in self._labeled.items()},
+            answers,
         )
         pairs_by_split: dict[str, list[tuple[bool, bool]]] = {}
         right: dict[str, bool] = {}
-        for name, (_, label, split) in self._labeled.items():
-            if name in answers:
-                predicted, actual = is_yes(answers[name].text), label == "yes"
-                right[name] = predicted == actual
+        for question_id, (_, label, split) in self._labeled.items():
+            if question_id in answers:
+                predicted, actual = is_yes(answers[question_id].text), label == "yes"
+                right[question_id] = predicted == actual
                 pairs_by_split.setdefault(split, []).append((predicted, actual))
         scores = rates([pair for pairs in pairs_by_split.values() for pair in pairs])
         splits = {split: rates(pairs) for split, pairs in pairs_by_split.items()} if len(pairs_by_split) > 1 else {}
         mean = {"mean": _mean(list(splits.values()))} if splits else {}
-        failed = sum(not answers[name].text.strip() for name in right)
+        failed = sum(not answers[question_id].text.strip() for question_id in right)
         return Scores({**scores, **splits, **mean}, failed, right)
 
     @cached_property
@@ -77,8 +78,13 @@ class Pope:
         """By question id: the question, its label (``yes`` or ``no``) and its split."""
         questions = unique(read_records(self.options.questions), "question_id", "id")
         if not self.options.labels:
+            if unlabeled := [record for record in questions.values() if record.get("label") is None]:
+                raise DataError(
+                    f"{unlabeled[0].where}: missing `label`", hint="pass POPE's label files: -t labels=FILE|FOLDER"
+                )
             return {
-                name: (record, _label(record), str(record.get("category") or "")) for name, record in questions.items()
+                question_id: (record, _label(record), str(record.get("category") or ""))
+                for question_id, record in questions.items()
             }
         labels = [(split_of(file), file, read_records(file)) for file in _files(self.options.labels)]
         duplicates = [split for split, count in Counter(split for split, _, _ in labels).items() if count > 1]
@@ -120,14 +126,17 @@ def rates(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Json]:
 
 
 def split_of(file: Path) -> str:
-    """``coco_pope_random.json`` → ``random``; the file's name without its suffix if it contains no split."""
+    """``coco_pope_random.json`` → ``random``; the file's stem if it contains no split."""
     return next((split for split in SPLITS if re.search(rf"(?<![a-z]){split}", file.stem)), file.stem)
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
     files = [file for path in paths for file in (_label_files(path) if path.is_dir() else [path])]
     if not files:
-        raise DataError(f"{paths[0]}: no label files in this folder", hint="POPE's are coco_pope_random.json, …")
+        raise DataError(
+            f"{paths[0]}: no label files in this folder",
+            hint=f"expected POPE's files: {', '.join(f'coco_pope_{split}.json' for split in SPLITS)}",
+        )
     return files
 
 
@@ -137,14 +146,15 @@ def _label_files(folder: Path) -> list[Path]:
 
 
 def _by_split(questions: Mapping[str, Record], splits: Sequence[str]) -> dict[str, dict[str, Record]]:
-    """The questions of each split; those of a split without labels are left out."""
+    """The questions of each of ``splits``; other questions are left out."""
     categories = {name: record.get("category") for name, record in questions.items()}
     if len(splits) == 1 and splits[0] not in categories.values():
         return {splits[0]: dict(questions)}
     if missing := [split for split in splits if split not in categories.values()]:
         available = sorted({str(category) for category in categories.values()})
         raise DataError(
-            f"labels: no question has the category {missing[0]!r}", hint=f"categories: {', '.join(available)}"
+            f"labels: no question has the category {missing[0]!r}, the split of a label file",
+            hint=f"categories of the questions: {', '.join(available)}",
         )
     return {split: {name: questions[name] for name in questions if categories[name] == split} for split in splits}
 

@@ -35,7 +35,7 @@ COLUMNS: Mapping[str, Callable[[ScienceqaProblem], bool]] = {
 }
 LETTERS = tuple("ABCDE")
 _FRAME = re.compile(r"(?m)^Context: (?:N/A$)?|^Options: ")
-"""Labels of prompt formats, which some formats of the same problem lack."""
+"""Labels in prompts, ignored when prompts are compared: some prompt formats omit them."""
 ANSWER_WITH_LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -102,8 +102,11 @@ class Scienceqa:
             disputed = [problem for problem in problems if by_model[problem.id] != by_teacher[problem.id]]
             verdicts = ask(
                 [
-                    _request(f"{each.id}-judge", _verdict_prompt(each, replies[each.id], answers[each.id].text))
-                    for each in disputed
+                    _request(
+                        f"{problem.id}-judge",
+                        _verdict_prompt(problem, replies[problem.id], answers[problem.id].text),
+                    )
+                    for problem in disputed
                 ]
             )
             for problem in disputed:

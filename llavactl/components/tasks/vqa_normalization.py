@@ -26,7 +26,7 @@ _CONTRACTIONS = {
     word[: mark.start()] + word[mark.end() :]: word for word in _CONTRACTED.split() for mark in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}
 _MAX_PERIODS = 32
-"""Maximum number of periods removed: the original passes the flag ``re.UNICODE`` (32) as the count."""
+"""Maximum number of periods removed: the original passes the flag ``re.UNICODE`` (32) as ``count``."""
 
 
 def normalize_vqa(text: str) -> str:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import torch
 
 LOGIT_TOLERANCE = 1e-4
-"""Of the largest logit: two implementations in float32 differ by less."""
+"""Relative to the largest logit; two float32 implementations differ by less."""
 
 PIXEL_TOLERANCE = 1e-3
 """For normalized pixels: a tenth of one gray level."""
 
 MAX_ROUNDING = 0.2
-"""Of the largest logit: rounding merged weights changes logits by less, a wrong merge by more."""
+"""Relative to the largest logit; rounding merged weights changes logits by less, a wrong merge by more."""
 
 
 @dataclass(frozen=True)

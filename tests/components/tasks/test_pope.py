@@ -98,6 +98,12 @@ class TestMismatchedFiles:
         error = scored("pope", "--answers", tmp_path / "a.jsonl", **pope(real))
         assert "a.jsonl:2911: duplicate answer to question '10000005'" in error
 
+    def test_questions_without_labels(self, real: Path, scored: Any) -> None:
+        files = {"questions": pope(real)["questions"]}
+        error = scored("pope", "--answers", real / "pope/answers_llava-v1.5-13b_random.jsonl", **files)
+        assert "questions_llava_random.jsonl:1: missing `label`" in error
+        assert "-t labels=" in error
+
 
 QUESTIONS = [
     {

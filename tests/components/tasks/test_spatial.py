@@ -70,10 +70,10 @@ def test_incomplete_pairs_are_left_out() -> None:
 
 
 def test_the_blind_baseline_never_shows_the_other_image_of_a_pair() -> None:
-    from llavactl.evaluation.models import shuffled_images
+    from llavactl.evaluation.models import image_replacements
 
     questions = list(task(5).questions())
-    replacements = shuffled_images(questions)
+    replacements = image_replacements(questions)
     ids = {each.turns[0].images[0]: each.id for each in questions}
     assert len(ids) == len(questions)
     assert all(ids[image].rstrip("ab") != ids[other].rstrip("ab") for image, other in replacements.items())
