@@ -69,8 +69,16 @@ def save(
             bundle.tokenizer.save_pretrained(temporary / "language")
             description = {**description, "trained_language": _loading_options(language)}
         elif method == "lora":
+            _sort_target_modules(language)
             language.save_pretrained(temporary / "adapter")
         write_json(temporary / DESCRIPTION, {"format": FORMAT, "location": str(folder.absolute()), **description})
+
+
+def _sort_target_modules(adapted: Any) -> None:
+    """Sorts the module names in the configuration of each adapter; peft keeps a set, in a different order every run."""
+    for config in adapted.peft_config.values():
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
 
 
 def _loading_options(language: Any) -> dict[str, Any]:

@@ -73,6 +73,14 @@ def test_an_adapter_is_applied_to_the_model_that_it_was_trained_on(toy: Path) ->
     assert base.lm_head.weight.equal(original.lm_head.weight)
 
 
+def test_the_modules_in_a_saved_adapter_configuration_are_sorted(toy: Path) -> None:
+    """peft keeps them in a set, whose order depends on the hash seed: equal runs would write different files."""
+    model = Path(trained(toy / "recipe.yaml", 2, "-o", "stage2.method=lora")["model"])
+    modules = json.loads((model / "adapter/adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert len(modules) == 14, "seven linear layers in each of two decoder layers"
+    assert modules == sorted(modules)
+
+
 def test_an_adapter_on_an_adapter_is_refused_before_training(toy: Path) -> None:
     recipe, lora = toy / "recipe.yaml", ("-o", "stage2.method=lora")
     first = trained(recipe, 2, "-o", "name=first", *lora)["model"]
