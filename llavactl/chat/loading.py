@@ -10,8 +10,8 @@ from llavactl.core.errors import ModelError
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.features import Fingerprint, LiveFeatures, fingerprint
-from llavactl.features.checked import load_encoder
-from llavactl.features.prepare import default_device
+from llavactl.features.checked_encoder import load_encoder
+from llavactl.features.device import default_device
 from llavactl.model import folder as model_folder
 from llavactl.recipe.sections import Features
 

@@ -21,7 +21,7 @@ from llavactl.core.library_errors import loading
 from llavactl.core.model_files import check_files, weight_files
 from llavactl.core.paths import expand_user, read_json
 from llavactl.core.schema import ImageRef, Turn
-from llavactl.features.prepare import default_device
+from llavactl.features.device import default_device
 from llavactl.images.decode import ImageError, decode
 from llavactl.model.generate import GREEDY, Sampling
 from llavactl.model.imported import HUB_ID

@@ -12,7 +12,7 @@ from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
-from llavactl.features.checked import load_encoder
+from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.reader import stage_vision
 
 if TYPE_CHECKING:

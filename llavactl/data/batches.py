@@ -45,7 +45,7 @@ def collate(
 
 
 class _PackedSpan(NamedTuple):
-    """Tokens that become one span of a packed sequence, after the span ``prefix`` (its index), before ``padding``."""
+    """The tokens of one span of a packed sequence, the index of the span with its prefix, and its padding tokens."""
 
     tokens: Encoded
     prefix: int | None
@@ -66,22 +66,22 @@ def pack(
         if not prefix_length:
             parts += [_PackedSpan(item, None, padding_for(len(item))) for item in items]
             continue
-        first, prefix = items[0], len(parts)
-        shared = Encoded(first.ids[:prefix_length], first.labels[:prefix_length], first.images[:1])
-        parts.append(_PackedSpan(shared, None, 0))
+        first, prefix_index = items[0], len(parts)
+        prefix = Encoded(first.ids[:prefix_length], first.labels[:prefix_length], first.images[:1])
+        parts.append(_PackedSpan(prefix, None, 0))
         suffixes = [Encoded(item.ids[prefix_length:], item.labels[prefix_length:], item.images[1:]) for item in items]
-        parts += [_PackedSpan(suffix, prefix, 0) for suffix in suffixes[:-1]]
-        parts.append(_PackedSpan(suffixes[-1], prefix, padding_for(sum(map(len, suffixes)))))
+        parts += [_PackedSpan(suffix, prefix_index, 0) for suffix in suffixes[:-1]]
+        parts.append(_PackedSpan(suffixes[-1], prefix_index, padding_for(sum(map(len, suffixes)))))
     ids: list[int] = []
     labels: list[int] = []
     mask: list[bool] = []
-    for part, prefix_index, padding in parts:
+    for part, span_prefix, padding in parts:
         # Nothing precedes the first token of a conversation, so no output predicts it.
-        first_label = part.labels[:1] if prefix_index is not None else (IGNORE,) * len(part.labels[:1])
+        first_label = part.labels[:1] if span_prefix is not None else (IGNORE,) * len(part.labels[:1])
         ids += (*part.ids, *(0,) * padding)
         labels += (*first_label, *part.labels[1:], *(IGNORE,) * padding)
         mask += (*(True,) * len(part), *(False,) * padding)
-    spans = [Span(len(part) + padding, prefix_index) for part, prefix_index, padding in parts]
+    spans = [Span(len(part) + padding, span_prefix) for part, span_prefix, padding in parts]
     stacked, scales = _stacked_features([image for part, *_ in parts for image in part.images], features)
     return Batch(
         torch.tensor([ids]),

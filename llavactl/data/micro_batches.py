@@ -12,7 +12,7 @@ from llavactl.data.packing import MicroBatchLimits, plan_sequences
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Encoded
-    from llavactl.data.training_set import TrainingSet
+    from llavactl.data.sample_set import SampleSet
 
 MIN_LENGTH_RATIO = 0.75
 """A sample shorter than this fraction of the longest starts a new micro-batch: padding costs as much as text."""
@@ -30,22 +30,22 @@ class Partition:
     processes: int = 1
 
 
-def packed_micro_batches(data: TrainingSet, indices: BatchIndices, partition: Partition) -> list[Batch]:
+def packed_micro_batches(data: SampleSet, indices: BatchIndices, partition: Partition) -> list[Batch]:
     """Micro-batches of one packed sequence each, planned over the whole global batch."""
     items = [data.encoded(*index) for index in indices]
     sequences = plan_sequences(items, data.encoding.image_tokens, partition.limits, partition.processes)
     return [
         pack(
-            [(group.prefix_length, [items[at] for at in group.samples]) for group in sequence],
+            [(group.prefix_length, [items[index] for index in group.samples]) for group in sequence],
             data.features,
-            names=[data.samples[indices[at][1]].id for group in sequence for at in group.samples],
+            names=[data.samples[indices[index][1]].id for group in sequence for index in group.samples],
         )
         for sequence in sequences[partition.process :: partition.processes]
         if sequence
     ]
 
 
-def padded_micro_batches(data: TrainingSet, indices: BatchIndices, partition: Partition) -> list[Batch]:
+def padded_micro_batches(data: SampleSet, indices: BatchIndices, partition: Partition) -> list[Batch]:
     """Micro-batches of samples with similar lengths, longest first, padded to the longest."""
     own = indices[partition.process :: partition.processes]
     items = sorted(((data.encoded(*index), index) for index in own), key=lambda item: -len(item[0]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded
 
 PAD_MULTIPLE = 16
-"""A sample, or the samples that share a prefix together, are padded to a multiple of this many tokens.
+"""Samples are padded to a multiple of this many tokens; samples that share a prefix are padded together.
 
 With arbitrary lengths oneDNN creates a kernel per length, and the C heap fragments: a training step of the demo took
 twice as long after 60 steps.
@@ -20,7 +20,7 @@ twice as long after 60 steps.
 
 
 def padding_for(tokens: int) -> int:
-    """How many padding tokens follow ``tokens`` tokens."""
+    """The number of padding tokens after ``tokens`` tokens."""
     return -tokens % PAD_MULTIPLE
 
 

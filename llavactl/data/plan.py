@@ -1,4 +1,4 @@
-"""Plans which samples are in which optimizer step, from the seed, before training starts.
+"""Assigns samples to optimizer steps, from the seed, before training starts.
 
 Step k is the same on any number of processes and after any interruption, so a run resumes from a step index.
 """
@@ -59,5 +59,5 @@ class BatchPlan:
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(epoch, sample index) of each sample of ``step`` (from 0); the last step may have fewer samples."""
-        rows = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        return list(zip(self._epochs[rows].tolist(), self._samples[rows].tolist(), strict=True))
+        positions = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        return list(zip(self._epochs[positions].tolist(), self._samples[positions].tolist(), strict=True))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
-    """All samples of all sources in the recipe's order; each once, whatever the source's weight.
+    """All samples of all sources in the recipe's order; each once, regardless of the source's weight.
 
     Raises:
         DataError: a source's file or record can't be used.

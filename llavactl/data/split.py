@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,9 +15,10 @@ from llavactl.core.paths import json_text, write_atomic
 from llavactl.core.schema import ImageContents, ImageRef, Sample
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
+from llavactl.data.held_out import choose_held_out, connected_components, describe_held_out
 from llavactl.data.image_order import ImageOrder
 from llavactl.data.records import samples
-from llavactl.data.training_set import TrainingSet, refusal, untrainable
+from llavactl.data.sample_set import SampleSet, refusal, untrainable
 
 if TYPE_CHECKING:
     from llavactl.recipe.specs import SourceSpec
@@ -42,8 +43,8 @@ class DataSplit:
     requests no validation.
     """
 
-    train: TrainingSet
-    validation: TrainingSet
+    train: SampleSet
+    validation: SampleSet
     skipped: Sequence[SkippedSample]
     digest: str
     held_out: str = ""
@@ -84,23 +85,14 @@ def load_split(
         for sample in samples([spec])
     ]
     image_contents = contents(_distinct_images(candidates))
-    _check_skipped(image_contents.unreadable, max_skipped)
-    kept, skipped = [], []
-    for candidate in candidates:
-        sample = candidate.sample
-        unreadable = _unreadable_image(sample, image_contents.unreadable)
-        if reason := unreadable or untrainable(sample, encoding, stage.image_order):
-            skipped.append(SkippedSample(sample.id, sample.where, reason))
-        else:
-            kept.append(candidate)
-    if not kept:
-        _raise_if_all_refused([candidate.sample for candidate in candidates], encoding, stage.image_order)
+    _check_max_skipped(image_contents.unreadable, max_skipped)
+    kept, skipped = _skip_untrainable(candidates, image_contents.unreadable, encoding, stage.image_order)
     groups, sizes = _image_groups(kept, image_contents.keys)
     validation_groups = choose_held_out(groups, stage.validation, seed, sizes)
     in_validation = [group in validation_groups for group in groups]
 
-    def subset(members: Sequence[WeightedSample]) -> TrainingSet:
-        return TrainingSet(
+    def sample_set(members: Sequence[WeightedSample]) -> SampleSet:
+        return SampleSet(
             [member.sample for member in members],
             [member.weight for member in members],
             [member.phase for member in members],
@@ -110,29 +102,39 @@ def load_split(
             seed,
         )
 
-    train = subset([member for member, held in zip(kept, in_validation, strict=True) if not held])
-    if not train.samples:
+    train = [member for member, held_out in zip(kept, in_validation, strict=True) if not held_out]
+    validation = [member._replace(weight=1.0) for member, held_out in zip(kept, in_validation, strict=True) if held_out]
+    if not train:
         raise DataError(
             f"no sample to train on: {len(skipped)} of {len(candidates)} records are skipped"
             + (f", the first ({skipped[0].where or skipped[0].id}): {skipped[0].reason}" if skipped else ""),
             hint="check the sources in `data.stage1` and `data.stage2` with `llavactl data check`",
         )
-    validation = subset([member._replace(weight=1.0) for member, held in zip(kept, in_validation, strict=True) if held])
-    held_out = _describe_held_out(len(validation), validation_groups, sizes) if stage.validation else ""
-    return DataSplit(train, validation, skipped, _digest(kept, image_contents.keys, in_validation), held_out)
+    return DataSplit(
+        train=sample_set(train),
+        validation=sample_set(validation),
+        skipped=skipped,
+        digest=_digest(kept, image_contents.keys, in_validation),
+        held_out=describe_held_out(len(validation), validation_groups, sizes) if stage.validation else "",
+    )
+
+
+def log_held_out(data: DataSplit) -> None:
+    """Logs the size of the validation set; a warning if it is empty although the recipe requests one."""
+    if data.held_out:
+        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
 
 
 def write_skipped(file: Path, data: DataSplit) -> None:
-    """Writes the skipped samples to ``file`` as JSON lines; logs their number and the size of the validation set."""
-    if data.held_out:
-        log.log(logging.INFO if len(data.validation) else logging.WARNING, "held out for validation: %s", data.held_out)
+    """Writes the skipped samples to ``file`` as JSON lines, and logs their number."""
     if data.skipped:
         log.warning("%d samples are skipped; reasons are in %s", len(data.skipped), file)
     lines = (json_text(sample._asdict()) for sample in data.skipped)
     write_atomic(file, "".join(f"{line}\n" for line in lines))
 
 
-def _check_skipped(unreadable: Mapping[ImageRef, str], max_skipped: int | None) -> None:
+def _check_max_skipped(unreadable: Mapping[ImageRef, str], max_skipped: int | None) -> None:
+    """Raises DataError if more than ``max_skipped`` images are unreadable."""
     if max_skipped is not None and len(unreadable) > max_skipped:
         image, reason = next(iter(unreadable.items()))
         raise DataError(
@@ -142,7 +144,28 @@ def _check_skipped(unreadable: Mapping[ImageRef, str], max_skipped: int | None) 
         )
 
 
+def _skip_untrainable(
+    candidates: Sequence[WeightedSample], unreadable: Mapping[ImageRef, str], encoding: Encoding, order: ImageOrder
+) -> tuple[list[WeightedSample], list[SkippedSample]]:
+    """The ``candidates`` that can be trained on, and those that can't with the reasons.
+
+    Raises:
+        ModelError: the template refuses every sample, or doesn't work with this tokenizer.
+    """
+    kept, skipped = [], []
+    for candidate in candidates:
+        sample = candidate.sample
+        if reason := _unreadable_image(sample, unreadable) or untrainable(sample, encoding, order):
+            skipped.append(SkippedSample(sample.id, sample.where, reason))
+        else:
+            kept.append(candidate)
+    if not kept:
+        _raise_if_all_refused([candidate.sample for candidate in candidates], encoding, order)
+    return kept, skipped
+
+
 def _raise_if_all_refused(all_samples: Sequence[Sample], encoding: Encoding, order: ImageOrder) -> None:
+    """Raises ConversationError if the template refuses every sample, which is a fault of the template, not the data."""
     refusals = [refusal(sample, encoding, order) for sample in all_samples]
     if refusals and all(refusals) and (first := refusals[0]) is not None:
         raise ConversationError(
@@ -158,6 +181,7 @@ def _unreadable_image(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
 
 
 def _record_id(sample: Sample, *, split_turns: bool) -> str:
+    """The id of the record that ``sample`` comes from."""
     return sample.id.rpartition("#")[0] if split_turns else sample.id
 
 
@@ -194,67 +218,12 @@ def _image_groups(
     return [labels[component] for component in components], sizes
 
 
-def connected_components(keys: Sequence[Iterable[Hashable]]) -> list[int]:
-    """A component index for each of ``keys``: those that share a key, directly or through others, are connected."""
-    parents = list(range(len(keys)))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    first_with: dict[Hashable, int] = {}
-    for index, own_keys in enumerate(keys):
-        for key in own_keys:
-            one, other = root(index), root(first_with.setdefault(key, index))
-            parents[max(one, other)] = min(one, other)
-    return [root(index) for index in range(len(keys))]
-
-
-def choose_held_out(groups: Iterable[str], share: float, seed: int, sizes: Mapping[str, int] | None = None) -> set[str]:
-    """The groups held out for validation: ``share`` of all images (``sizes``: images per group, default 1).
-
-    A group is held out completely or not at all; one larger than the remaining share is skipped. With ten images or
-    more and a share above 0 at least one group is held out, unless the smallest has more than a tenth of all images and
-    more than twice the share. At least one group remains for training. Groups are chosen by hash, so that few images
-    change sets when records are added.
-    """
-    distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
-    size = dict.fromkeys(distinct, 1) | {group: n for group, n in (sizes or {}).items() if group in set(distinct)}
-    total = sum(size.values())
-    target = round(total * share)
-    if share and not target and total >= 10:
-        target = 1
-    chosen: set[str] = set()
-    remaining = target
-    for group in distinct:
-        if size[group] <= remaining and len(chosen) + 1 < len(distinct):
-            chosen.add(group)
-            remaining -= size[group]
-    if target and not chosen and len(distinct) > 1:
-        smallest = min(distinct, key=size.__getitem__)
-        chosen = {smallest} if size[smallest] <= max(total / 10, 2 * target) else set()
-    return chosen
-
-
-def _describe_held_out(samples: int, validation_groups: Collection[str], sizes: Mapping[str, int]) -> str:
-    total = sum(sizes.values())
-    if samples:
-        return f"{samples} samples with {sum(sizes[group] for group in validation_groups)} of {total} images"
-    return f"none of {total} images" + (
-        f": up to {largest} of them are connected through common samples"
-        if (largest := max(sizes.values())) > 1
-        else ""
-    )
-
-
 def _digest(members: Sequence[WeightedSample], keys: Mapping[ImageRef, str], in_validation: Sequence[bool]) -> str:
     """A hash of all texts, images (by content), weights and phases, and of which samples are held out."""
-    total = hashlib.sha256()
-    for (sample, weight, phase, _), held in zip(members, in_validation, strict=True):
-        total.update(f"{sample.id}\0{weight}\0{phase}\0{held}".encode())
+    digest = hashlib.sha256()
+    for (sample, weight, phase, _), held_out in zip(members, in_validation, strict=True):
+        digest.update(f"{sample.id}\0{weight}\0{phase}\0{held_out}".encode())
         for turn in sample.turns:
             parts = [part if isinstance(part, str) else f"\0{keys.get(part, part.name)}" for part in turn.content]
-            total.update("\0".join([turn.role, *parts]).encode("utf-8", "surrogatepass"))
-    return total.hexdigest()
+            digest.update("\0".join([turn.role, *parts]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ import numpy as np
 
 from llavactl.core import progress
 from llavactl.features.backbone import OVERFLOW, Backbone, BatchFeatures
-from llavactl.features.checked import load_encoder
+from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.plan import ExtractionPlan, missing_images
 from llavactl.features.prepare import Failure, map_ordered, prepare

@@ -38,13 +38,3 @@ def part_of_this_process(environment: Mapping[str, str] = os.environ) -> Part:
         if index in environment and count in environment:
             return Part(int(environment[index]), max(1, int(environment[count])))
     return WHOLE
-
-
-def device_of(part: Part, device: str, environment: Mapping[str, str] = os.environ) -> str:
-    """``device``; for ``cuda`` and several parts, the GPU of this part."""
-    if part.whole or device != "cuda":
-        return device
-    import torch
-
-    local_rank = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or str(part.index)
-    return f"cuda:{int(local_rank) % torch.cuda.device_count()}"

@@ -60,15 +60,6 @@ def pixels_of(encoder: Encoder, data: bytes) -> np.ndarray | Failure:
         return Failure(f"preprocessing failed: {reason(error)}", permanent=True)
 
 
-def default_device() -> str:
-    """``cuda`` if available, else Apple's ``mps`` if available, else ``cpu``."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def map_ordered(
     pool: Executor, work: Callable[[In], Out], items: Iterable[In], ahead: int
 ) -> Generator[tuple[In, Out]]:

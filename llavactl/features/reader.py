@@ -13,10 +13,11 @@ from llavactl.core.errors import DataError, StoreError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, ImageContents
 from llavactl.features.backbone import OVERFLOW, Backbone
-from llavactl.features.checked import load_encoder
+from llavactl.features.checked_encoder import load_encoder
+from llavactl.features.device import default_device
 from llavactl.features.fingerprint import Fingerprint, fingerprint
 from llavactl.features.keys import ContentKeys, error_reason
-from llavactl.features.prepare import Failure, default_device, map_ordered, pixels_of, prepare
+from llavactl.features.prepare import Failure, map_ordered, pixels_of, prepare
 from llavactl.features.quantize import as_stored
 from llavactl.features.store import FeatureStore
 from llavactl.images.decode import read

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCES = {torch.float32: 1e-3}
-"""Relative to the largest logit; differences of inexact optimizations are tenths of it."""
+"""Relative to the largest logit. Inexact optimizations change logits by tenths of the largest one."""
 HALF_PRECISION_TOLERANCE = 5e-2
 LONG, SHORT, START = 9, 5, 3
 """The lengths of the two test sequences, and of their common prefix."""

@@ -32,7 +32,7 @@ def padded_indices(indices: torch.Tensor, length: int) -> torch.Tensor:
 
 @contextmanager
 def selective_last_layer(language: PreTrainedModel) -> Iterator[None]:
-    """In this context a forward pass of ``language`` may get ``output_indices`` [N], into its flattened positions.
+    """In this context ``language`` accepts ``output_indices`` [N], into the flattened positions.
 
     Query and output projection and MLP of the last layer are then computed only there; outputs at other positions are
     undefined. The result is exact for Llama-like models: no layer follows, and the loss uses no other output. The

@@ -41,7 +41,7 @@ class LlavaModel(nn.Module):
         return device
 
     def embed(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
-        """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; images replace IMAGE_TOKENs in reading order.
+        """ids [B, T] and features [I, P, Dv] to embeddings [B, T, Dl]; IMAGE_TOKENs are replaced in row-major order.
 
         Raises:
             ModelError: the number of IMAGE_TOKENs is not the number of the connector's tokens.

@@ -14,7 +14,7 @@ _MAX_LENGTH = "max_seq_len_cached"
 
 
 def length_dependent_rope(language: PreTrainedModel) -> str:
-    """The type of its position embeddings if they depend on the longest sequence of a batch, else ""."""
+    """The type of the position embeddings if they depend on the longest sequence of the batch, else ""."""
     types = (parameters.get("rope_type") for parameters in _rope_parameters(language))
     return next((str(each) for each in types if each in ("dynamic", "longrope")), "")
 
@@ -52,6 +52,6 @@ def _reset(module: Any, _args: Any) -> None:
 
 
 def _rope_parameters(language: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
-    """The parameters of its position embeddings; also those of each layer type, if they differ."""
+    """The parameters of the position embeddings; if layer types have different ones, also those of each type."""
     parameters = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
     yield from (parameters, *(each for each in parameters.values() if isinstance(each, dict)))

@@ -25,7 +25,7 @@ from llavactl.training.optimizer import schedule
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape, Sample
-    from llavactl.data.training_set import TrainingSet
+    from llavactl.data.sample_set import SampleSet
     from llavactl.model.llava import LlavaModel
 
 BATCH_SIZE = 32
@@ -43,7 +43,7 @@ WordEmbedding = Callable[[str], torch.Tensor]
 
 
 def align_to_boxes(
-    model: LlavaModel, data: TrainingSet, shape: FeatureShape, steps: int, seed: int
+    model: LlavaModel, data: SampleSet, shape: FeatureShape, steps: int, seed: int
 ) -> dict[str, torch.Tensor]:
     """The connector's float32 state dict after ``steps`` AdamW steps on the images of ``data`` with boxes.
 

@@ -38,8 +38,8 @@ class CheckpointState:
     val_loss: float | None = None
 
     @property
-    def rank(self) -> float:
-        """The validation loss, or infinity without a finite one; the lowest is the best."""
+    def val_loss_or_inf(self) -> float:
+        """The validation loss, or infinity if it is missing or not finite; the lowest is the best."""
         return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
 
 
@@ -90,7 +90,7 @@ def load_newest(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, t
 def load_best(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, torch.Tensor]] | None:
     """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises like ``load_newest``."""
     own = [(state, path) for state, path in _newest_first(folder) if state.digest == digest]
-    for state, checkpoint in sorted(own, key=lambda item: item[0].rank):
+    for state, checkpoint in sorted(own, key=lambda item: item[0].val_loss_or_inf):
         if (tensors := _load_tensors(checkpoint)) is not None:
             return state, tensors
     return None
@@ -103,7 +103,7 @@ def remove(folder: Path) -> None:
 
 def _best_path(checkpoints: list[tuple[CheckpointState, Path]]) -> Path:
     """The best of ``checkpoints``, sorted newest first; the newest among equals."""
-    return min(checkpoints, key=lambda item: item[0].rank)[1]
+    return min(checkpoints, key=lambda item: item[0].val_loss_or_inf)[1]
 
 
 def _newest_first(folder: Path) -> list[tuple[CheckpointState, Path]]:

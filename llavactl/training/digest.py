@@ -29,24 +29,24 @@ _EXCLUDED_SETTINGS = {
 
 
 def stage_digest(
-    recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: DataSplit, start: Path | None
+    recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: DataSplit, init_folder: Path | None
 ) -> str:
     """A hash of settings, components, data, features and the initial model.
 
     Files count by content, not by name. A run resumes after a change of other settings, such as ``micro_batch_size``.
     """
-    chosen = recipe.stage(stage)
-    settings = chosen.settings
+    training_stage = recipe.stage(stage)
+    settings = training_stage.settings
     return hash_json(
         {
             "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
-            "template": component_identity("templates", chosen.template),
+            "template": component_identity("templates", training_stage.template),
             "fingerprint": fingerprint.id,
             "data": data.digest,
             "boxes": [sample.boxes for sample in data.train.samples] if settings.box_alignment_steps else None,
             "seed": recipe.seed,
-            "start": model_folder.identity(start) if start else None,
+            "start": model_folder.identity(init_folder) if init_folder else None,
         }
     )

@@ -51,36 +51,36 @@ def starts_from_recipe_language(recipe: Recipe, stage: StageNumber) -> bool:
     return init == "scratch" or (init in STAGES.values() and getattr(recipe, init).method == "connector")
 
 
-def initial_model(recipe: Recipe, stage: StageNumber, start: Path | None, shape: FeatureShape) -> ModelBundle:
-    """The model before the first step, on the CPU; the connector's weights are not loaded from ``start`` yet."""
-    if start is not None and not starts_from_recipe_language(recipe, stage):
-        return _complete_model(recipe, stage, start, shape)
+def initial_model(recipe: Recipe, stage: StageNumber, init_folder: Path | None, shape: FeatureShape) -> ModelBundle:
+    """The model before the first step, on the CPU; the connector's weights are not loaded from ``init_folder`` yet."""
+    if init_folder is not None and not starts_from_recipe_language(recipe, stage):
+        return _complete_model(recipe, stage, init_folder, shape)
     precision = recipe.stage(stage).settings.precision
     return build(recipe.connector.spec(), recipe.language.spec(), shape, dtype=precision, seed=recipe.seed)
 
 
-def initial_language(recipe: Recipe, stage: StageNumber, start: Path | None) -> dict[str, Any]:
+def initial_language(recipe: Recipe, stage: StageNumber, init_folder: Path | None) -> dict[str, Any]:
     """The spec of the language model that ``stage`` starts from."""
-    if start is None or starts_from_recipe_language(recipe, stage):
+    if init_folder is None or starts_from_recipe_language(recipe, stage):
         return recipe.language.spec()
-    return model_folder.language_of(start, model_folder.describe(start))
+    return model_folder.language_of(init_folder, model_folder.describe(init_folder))
 
 
-def _complete_model(recipe: Recipe, stage: StageNumber, start: Path, shape: FeatureShape) -> ModelBundle:
-    """Connector and language model of ``start``, with an adapter merged.
+def _complete_model(recipe: Recipe, stage: StageNumber, init_folder: Path, shape: FeatureShape) -> ModelBundle:
+    """Connector and language model of ``init_folder``, with an adapter merged.
 
     Raises:
         ModelError: its connector or the shape of its features differs from the recipe's.
     """
     settings, key = recipe.stage(stage).settings, f"{STAGES[stage]}.init"
-    description = model_folder.describe(start)
+    description = model_folder.describe(init_folder)
     if description["method"] == "lora" and settings.method != "full":
         raise ModelError(
             f"{key} {settings.init}: it is an adapter, and a second adapter on top is not supported",
             hint=f"merge it first: `llavactl export --format hf --to DIR`, then set `{key}: DIR`",
         )
     encoder = Path(description["vision"].get("model", ""))
-    if encoder.parent == start and recipe.vision.spec().get("model") != str(encoder):
+    if encoder.parent == init_folder and recipe.vision.spec().get("model") != str(encoder):
         raise ModelError(
             f"{key} {settings.init}: it has a fine-tuned vision encoder, which is not the recipe's",
             hint=f"`-o vision.model={encoder}` uses its vision encoder",
@@ -94,7 +94,7 @@ def _complete_model(recipe: Recipe, stage: StageNumber, start: Path, shape: Feat
                 f"{key} {settings.init}: its {part} is {actual}, the recipe's {expected}",
                 hint=f"set `connector` and `vision` to those of the model that stage {stage} starts from",
             )
-    loaded = model_folder.load(start, dtype=settings.precision)
+    loaded = model_folder.load(init_folder, dtype=settings.precision)
     if description["method"] == "lora":
         language: Any = loaded.bundle.model.language
         loaded.bundle.model.language = language.merge_and_unload()

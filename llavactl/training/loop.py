@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -36,58 +35,13 @@ from llavactl.training.prefetch import micro_batches, prefetched_steps
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from llavactl.core.schema import FeatureShape
     from llavactl.core.stopping import Stop
-    from llavactl.data.training_set import TrainingSet
-    from llavactl.model.llava import LlavaModel
-    from llavactl.recipe.stages import AnyStage
-    from llavactl.training.optimizer import Optimizer
+    from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
 
 RELEASE_MEMORY_EVERY = 20
 """Steps; releasing memory takes a few hundredths of a second."""
-
-Observer = Callable[[str, Mapping[str, Any]], None]
-"""Called with the name of a hook and its arguments."""
-
-
-@dataclass
-class TokenCounts:
-    """What this process computed: ``positions``, of which ``padding``; ``tokens`` counts shared prefixes repeatedly."""
-
-    positions: int = 0
-    padding: int = 0
-    tokens: int = 0
-
-    def add(self, batch: Batch) -> None:
-        self.positions += batch.mask.numel()
-        self.padding += batch.mask.numel() - int(batch.mask.sum())
-        self.tokens += token_count(batch)
-
-
-@dataclass(frozen=True)
-class Run:
-    """The training of a stage.
-
-    ``digest`` identifies settings and data: only checkpoints with the same digest are resumed. ``padding_reason``: why
-    samples are padded; "" if they are packed.
-    """
-
-    model: LlavaModel
-    optimizer: Optimizer
-    settings: AnyStage
-    data: TrainingSet
-    validation: TrainingSet
-    shape: FeatureShape
-    folder: Path
-    seed: int
-    digest: str
-    resume: bool
-    padding_reason: str
-    accelerator: Accelerator
-    notify: Observer
-    token_counts: TokenCounts = field(default_factory=TokenCounts)
 
 
 @dataclass(frozen=True)

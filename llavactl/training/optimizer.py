@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from llavactl.training.stages import UntrainedState
+    from llavactl.training.trainable import UntrainedState
 
 
 def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
@@ -20,7 +20,7 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
 
     Linear warm-up over the first ``warmup`` fraction of steps, then cosine decay to 0 (transformers'
     ``get_cosine_schedule_with_warmup``, as in LLaVA). With ``cooldown`` the rate is constant, and decays linearly to 0
-    over this last fraction of steps (Hagele et al. 2024, "Scaling laws and compute-optimal training beyond fixed
+    over this last fraction of steps (Hägele et al. 2024, "Scaling laws and compute-optimal training beyond fixed
     training durations").
     """
     warmup_steps = math.ceil(steps * warmup)

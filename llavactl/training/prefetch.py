@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from llavactl.data.batches import FeatureLookup
     from llavactl.data.micro_batches import BatchIndices
     from llavactl.data.plan import BatchPlan
-    from llavactl.data.training_set import TrainingSet
-    from llavactl.training.loop import Run
+    from llavactl.data.sample_set import SampleSet
+    from llavactl.training.run import Run
 
 
 def prefetched_steps(run: Run, plan: BatchPlan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
@@ -36,7 +36,7 @@ def prefetched_steps(run: Run, plan: BatchPlan, start: int, stop: Stop) -> Itera
             yield step, batches
 
 
-def micro_batches(run: Run, data: TrainingSet, indices: BatchIndices, stop: Stop) -> list[Batch]:
+def micro_batches(run: Run, data: SampleSet, indices: BatchIndices, stop: Stop) -> list[Batch]:
     """This process's micro-batches of a global batch; raises CancelledError once ``stop`` is set."""
     settings, process, processes = run.settings, run.accelerator.process_index, run.accelerator.num_processes
     samples = max(1, min(settings.micro_batch_size, settings.batch_size // processes))

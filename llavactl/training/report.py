@@ -13,7 +13,8 @@ from llavactl.training.metrics import read as read_metrics
 
 if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
-    from llavactl.training.loop import Run, TrainingResult
+    from llavactl.training.loop import TrainingResult
+    from llavactl.training.run import Run
 
 REPORT = "report.json"
 

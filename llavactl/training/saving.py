@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from llavactl.model.build import ModelBundle
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import StageNumber
-    from llavactl.training.loop import Run
     from llavactl.training.optimizer import Optimizer
+    from llavactl.training.run import Run
 
 
 def model_description(
-    recipe: Recipe, stage: StageNumber, features: FeatureReader, digest: str, start: Path | None
+    recipe: Recipe, stage: StageNumber, features: FeatureReader, digest: str, init_folder: Path | None
 ) -> dict[str, Any]:
     """The contents of ``llavactl.json`` for the model of ``stage``."""
-    chosen = recipe.stage(stage)
-    settings = chosen.settings
+    training_stage = recipe.stage(stage)
+    settings = training_stage.settings
     return {
         "stage": stage,
         "method": settings.method.removeprefix("q"),
         "quantised": "nf4" if settings.method == "qlora" else None,
-        "vision": chosen.vision,
+        "vision": training_stage.vision,
         "features": {"dtype": recipe.features.dtype, "compute": recipe.features.compute},
         "fingerprint": dict(features.fingerprint.fields),
         "connector": recipe.connector.spec(),
-        "language": initial_language(recipe, stage, start),
+        "language": initial_language(recipe, stage, init_folder),
         "image_order": settings.image_order,
         "precision": settings.precision,
         "digest": digest,
         "restore_best": settings.restore_best,
         "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
         "shape": asdict(features.shape),
-        "template": chosen.template,
+        "template": training_stage.template,
     }
 
 
@@ -58,7 +58,9 @@ def save_model(folder: Path, bundle: ModelBundle, optimizer: Optimizer, descript
 
 
 def trial_save(run: Run, bundle: ModelBundle, description: Mapping[str, Any]) -> None:
-    """Saves a checkpoint and the model once before step 1 and removes them, so that errors don't occur after hours.
+    """Saves a checkpoint and the model once before step 1 and removes both.
+
+    If something can't be saved, the stage fails immediately and not after hours of training.
 
     Raises:
         StoreError: something can't be written, or there is not enough disk space for all checkpoints.
@@ -67,7 +69,7 @@ def trial_save(run: Run, bundle: ModelBundle, description: Mapping[str, Any]) ->
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         checkpoint_bytes = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
-        # The last ones, the best one, and the one being written; existing ones will be replaced.
+        # The newest ``keep_last``, the best one, and the one being written; existing ones will be replaced.
         required = checkpoint_bytes * (settings.keep_last + 2)
         existing = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
         if required > (free := shutil.disk_usage(run.folder).free + existing):

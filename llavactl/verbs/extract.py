@@ -12,12 +12,12 @@ from llavactl.core import plugins
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.hashes import read_only_cache
 from llavactl.data.records import distinct_images
+from llavactl.features.device import default_device, device_of
 from llavactl.features.disk import check_free_space, free_bytes
 from llavactl.features.fill import ExtractionJob, FillResult, estimated_seconds, fill_stores, load_jobs
 from llavactl.features.manifest import store_dir
-from llavactl.features.parts import Part, device_of, part_of_this_process
+from llavactl.features.parts import Part, part_of_this_process
 from llavactl.features.plan import ExtractionPlan, plan_extractions
-from llavactl.features.prepare import default_device
 from llavactl.features.skipped import skipped_images, write_skipped
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import check, load_frame, where
 from llavactl.recipe.stages import STAGES
-from llavactl.training.stages import train_only
+from llavactl.training.trainable import train_only
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

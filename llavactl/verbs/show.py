@@ -13,8 +13,8 @@ from llavactl.core.registry import format_spec, registry
 from llavactl.curation.lengths import image_tokens
 from llavactl.data.encode import Encoding
 from llavactl.data.records import samples
+from llavactl.data.sample_set import arranged, refusal, untrainable
 from llavactl.data.token_info import TokenInfo, token_info
-from llavactl.data.training_set import arranged, refusal, untrainable
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
 from llavactl.report.thumbnails import thumbnail

@@ -1,4 +1,4 @@
-"""``llavactl train``: trains one stage, from cached or live features to a model folder."""
+"""``llavactl train``: train one stage, from cached or live features to a model folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeErr
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
-from llavactl.data.split import DataSplit, load_split, write_skipped
+from llavactl.data.split import DataSplit, load_split, log_held_out, write_skipped
 from llavactl.features import open_features
 from llavactl.model import folder as model_folder
 from llavactl.model.build import ModelBundle
@@ -30,16 +30,16 @@ from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
+from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
-from llavactl.training.setup import create_run
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import StageNumber, TrainingStage
-    from llavactl.training.loop import Run
+    from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -52,41 +52,43 @@ def train(
     Samples with an unreadable image are skipped; more than ``max_skipped`` such images are an error.
 
     Raises:
-        LlavactlError: the stage can't be trained; as far as possible before any work.
+        LlavactlError: the stage can't be trained; raised before training if the cause can be detected by then.
     """
-    chosen = recipe.stage(stage)
-    settings, folder = chosen.settings, recipe.run_dir / f"stage{stage}"
+    training_stage = recipe.stage(stage)
+    settings, folder = training_stage.settings, recipe.run_dir / f"stage{stage}"
     accelerator = launch.accelerator(settings.precision)
-    _check_requirements(chosen)
+    _check_requirements(training_stage)
     features = open_features(recipe, stage, device=str(accelerator.device))
-    start = initial_folder(recipe, stage)
-    bundle = initial_model(recipe, stage, start, features.shape)
+    init_folder = initial_folder(recipe, stage)
+    bundle = initial_model(recipe, stage, init_folder, features.shape)
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
-    data = _load_data(recipe, chosen, bundle, features, max_skipped)
+    data = _load_data(recipe, training_stage, bundle, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
-        digest = stage_digest(recipe, stage, features.fingerprint, data, start)
+        digest = stage_digest(recipe, stage, features.fingerprint, data, init_folder)
     if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
         return report
-    _check_restore_best(chosen, data)
-    if start is not None:
-        model_folder.load_connector(bundle.model.connector, start)
-    run = create_run(recipe, chosen, bundle.model, features.shape, data, digest, accelerator, resume=resume == "auto")
-    description = model_description(recipe, stage, features, digest, start)
+    _check_restore_best(training_stage, data)
+    if init_folder is not None:
+        model_folder.load_connector(bundle.model.connector, init_folder)
+    model, shape, resuming = bundle.model, features.shape, resume == "auto"
+    run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, resume=resuming)
+    description = model_description(recipe, stage, features, digest, init_folder)
     main = accelerator.is_main_process
     with _exclusive_access(recipe, stage, folder) if main else nullcontext():
         if main:
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
+            log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
         return _train_and_save(recipe, run, bundle, data, description)
 
 
-def _check_requirements(chosen: TrainingStage) -> None:
+def _check_requirements(stage: TrainingStage) -> None:
     """Raises RecipeError if the stage has no data, or its method needs a library that isn't installed."""
-    if not chosen.sources:
+    if not stage.sources:
         raise RecipeError(
-            f"data.stage{chosen.number} has no source", hint=f"add a source of records to `data.stage{chosen.number}`"
+            f"data.stage{stage.number} has no source", hint=f"add a source of records to `data.stage{stage.number}`"
         )
-    if chosen.settings.method == "qlora":
+    if stage.settings.method == "qlora":
         import_bitsandbytes()
 
 
@@ -96,28 +98,28 @@ def _check_connector(recipe: Recipe, bundle: ModelBundle, shape: FeatureShape, p
 
 
 def _load_data(
-    recipe: Recipe, chosen: TrainingStage, bundle: ModelBundle, features: FeatureReader, max_skipped: int | None
+    recipe: Recipe, stage: TrainingStage, bundle: ModelBundle, features: FeatureReader, max_skipped: int | None
 ) -> DataSplit:
-    settings = chosen.settings
-    template = registry().create("templates", chosen.template)
+    settings = stage.settings
+    template = registry().create("templates", stage.template)
     encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
     data = load_split(
-        chosen.sources, settings, encoding, features, features.contents, recipe.seed, max_skipped=max_skipped
+        stage.sources, settings, encoding, features, features.contents, recipe.seed, max_skipped=max_skipped
     )
     if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
-            f"data.stage{chosen.number}: no training sample has an image, so the connector can't be trained",
+            f"data.stage{stage.number}: no training sample has an image, so the connector can't be trained",
             hint="use text-only data in stage 2",
         )
     return data
 
 
-def _check_restore_best(chosen: TrainingStage, data: DataSplit) -> None:
-    if chosen.settings.restore_best and not len(data.validation):
+def _check_restore_best(stage: TrainingStage, data: DataSplit) -> None:
+    if stage.settings.restore_best and not len(data.validation):
         raise RecipeError(
-            f"stage{chosen.number}.restore_best needs validation samples, but none are held out"
+            f"stage{stage.number}.restore_best needs validation samples, but none are held out"
             + (f" ({data.held_out})" if data.held_out else ""),
-            hint=f"`-o stage{chosen.number}.validation=0.05` holds out 5 % of the images",
+            hint=f"`-o stage{stage.number}.validation=0.05` holds out 5 % of the images",
         )
 
 
@@ -136,11 +138,11 @@ def _train_and_save(
     report = create_report(stage, run, data, result, seconds)
     if main:
         write_json(run.folder / REPORT, asdict(report))
-        with _optional(run.folder / "samples.json"):
+        with _warn_on_error(run.folder / "samples.json"):
             _write_sample_answers(recipe, run, bundle, data)
-        with _optional(run.folder / "loss.png"):
+        with _warn_on_error(run.folder / "loss.png"):
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
-        with _optional(recipe.run_dir / "report.html"):
+        with _warn_on_error(recipe.run_dir / "report.html"):
             write_report(recipe.run_dir)
         plugins.notify("train_finished", report=asdict(report))
     run.accelerator.wait_for_everyone()
@@ -148,11 +150,11 @@ def _train_and_save(
 
 
 @contextmanager
-def _optional(file: Path) -> Iterator[None]:
-    """For outputs after the model is saved: an exception is logged as a warning."""
+def _warn_on_error(file: Path) -> Iterator[None]:
+    """Logs an exception as a warning; for optional outputs, written after the model is saved."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - hours of training must not end in an error because of a plot
+    except Exception as error:  # noqa: BLE001 - a missing plot must not fail a stage after hours of training
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         log.warning("%s could not be written (%s); the model is saved", file, reason)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Sample, Turn
-from llavactl.data.split import DataSplit, choose_held_out, connected_components
+from llavactl.data.held_out import choose_held_out, connected_components
+from llavactl.data.split import DataSplit
 from llavactl.images.image_file import ImageFile
 
 Load = Callable[..., DataSplit]

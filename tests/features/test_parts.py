@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from llavactl import FeatureShape, ImageFile, StoreError
 from llavactl.features import FeatureStore, Fingerprint, StoreWriter, content_key, stage_fingerprint
+from llavactl.features.device import device_of
 from llavactl.features.manifest import read_manifest, store_dir
-from llavactl.features.parts import Part, device_of, part_of_this_process
+from llavactl.features.parts import Part, part_of_this_process
 from llavactl.features.writer import exclusive
 from llavactl.recipe.frame import Recipe
 from llavactl.verbs.cache import verify

@@ -21,7 +21,7 @@ from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, Ima
 from llavactl.data.encode import Encoding
 from llavactl.data.micro_batches import Partition, packed_micro_batches, padded_micro_batches
 from llavactl.data.packing import MicroBatchLimits
-from llavactl.data.training_set import TrainingSet
+from llavactl.data.sample_set import SampleSet
 from llavactl.images.image_file import ImageFile
 from llavactl.model import loss
 from llavactl.model.build import build
@@ -92,11 +92,11 @@ class Setting:
     order: Any = "first"
     length: int = 2048
 
-    def data(self, tokenizer: Any) -> TrainingSet:
+    def data(self, tokenizer: Any) -> SampleSet:
         template = registry().create("templates", {"name": self.template})
         encoding = Encoding(template, tokenizer, SHAPE.patches, self.length)
         count = len(self.samples)
-        return TrainingSet(self.samples, [1.0] * count, [1] * count, encoding, FeaturesFromName(), self.order, 0)
+        return SampleSet(self.samples, [1.0] * count, [1] * count, encoding, FeaturesFromName(), self.order, 0)
 
 
 @pytest.fixture(scope="module")

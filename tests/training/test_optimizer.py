@@ -17,7 +17,7 @@ from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
 from llavactl.training.optimizer import Optimizer, schedule
-from llavactl.training.stages import configure_trainable, muon_matrices
+from llavactl.training.trainable import configure_trainable, muon_matrices
 
 RATE = 0.01
 

@@ -20,7 +20,7 @@ from llavactl.core.errors import PluginError
 from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.schema import FeatureShape, Sample, Turn
 from llavactl.features import ContentKeys
-from llavactl.features.checked import CheckedPreprocess, load_encoder
+from llavactl.features.checked_encoder import CheckedPreprocess, load_encoder
 from llavactl.features.prepare import Failure, prepare
 from llavactl.testing import run_cli
 

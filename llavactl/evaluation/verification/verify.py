@@ -21,7 +21,7 @@ from llavactl.data.encode import Encoding
 from llavactl.evaluation.verification.compare import VerificationResult, compare, prompt_logits
 from llavactl.evaluation.verification.prompts import save_images, script_prompt, verification_conversations
 from llavactl.evaluation.verification.script import ScriptRunner, run_isolated, run_script
-from llavactl.features.checked import load_encoder
+from llavactl.features.checked_encoder import load_encoder
 from llavactl.images.decode import decode
 from llavactl.model import folder as model_folder
 

@@ -1,8 +1,7 @@
-"""What each stage trains, with which learning rates, and whether its sequences are packed."""
+"""The trainable parameters of a stage: freezing, LoRA adapters, learning rates, matrices for Muon."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,14 +9,11 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import RecipeError
-from llavactl.model.packed import packing_blocker
 from llavactl.model.quantized import quantize
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.stages import AnyStage, Stage2
-
-log = logging.getLogger(__name__)
 
 
 def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dict[str, float]:
@@ -105,25 +101,6 @@ def muon_matrices(model: LlavaModel, settings: AnyStage) -> list[str]:
             hint="`stage2.trainable_modules` selects only embeddings or head: use `stage2.optimizer: adamw`",
         )
     return names
-
-
-def padding_reason(model: LlavaModel, settings: AnyStage, device: str) -> str:
-    """Why training on ``device`` pads samples instead of packing them; "" if it packs them.
-
-    Raises:
-        RecipeError: ``packing: always``, but packing is not exact for this language model.
-    """
-    reason = packing_blocker(model.language)
-    if reason and settings.packing == "always":
-        raise RecipeError(f"packing: always, but {reason}", hint="`packing: auto` trains such a model with padding")
-    if settings.packing == "never":
-        reason = "disabled by `packing: never`"
-    elif settings.packing == "auto" and device != "cpu":
-        reason = reason or f"packing is untested on {device}; `packing: always` enables it"
-    if settings.shuffle == "images" and (reason or settings.image_order == "random"):
-        cause = f"no sequence packing ({reason})" if reason else "half of the questions precede their image"
-        log.warning("shuffle: images has little effect: %s", cause)
-    return reason
 
 
 def train_only(language: nn.Module, modules: Sequence[str]) -> None:

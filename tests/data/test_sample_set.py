@@ -8,7 +8,7 @@ from typing import Any
 
 from llavactl.core.schema import IMAGE_TOKEN, Sample, Turn
 from llavactl.data.plan import BatchPlan
-from llavactl.data.training_set import arranged
+from llavactl.data.sample_set import arranged
 from llavactl.images.image_file import ImageFile
 
 COUNT, EPOCHS = 2000, 6

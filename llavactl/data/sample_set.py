@@ -13,7 +13,7 @@ from llavactl.data.image_order import ImageOrder, arrange, arrangements
 
 
 @dataclass(frozen=True)
-class TrainingSet:
+class SampleSet:
     """Samples with weights (copies per epoch) and phases, how they are encoded, and the features of their images."""
 
     samples: Sequence[Sample]

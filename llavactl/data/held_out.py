@@ -1,0 +1,64 @@
+"""Chooses which images are held out for validation, in groups that are connected through common samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+
+
+def connected_components(keys: Sequence[Iterable[Hashable]]) -> list[int]:
+    """A component index for each of ``keys``: those that share a key, directly or through others, are connected."""
+    parents = list(range(len(keys)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    first_with: dict[Hashable, int] = {}
+    for index, own_keys in enumerate(keys):
+        for key in own_keys:
+            one, other = root(index), root(first_with.setdefault(key, index))
+            parents[max(one, other)] = min(one, other)
+    return [root(index) for index in range(len(keys))]
+
+
+def choose_held_out(
+    groups: Iterable[str], fraction: float, seed: int, sizes: Mapping[str, int] | None = None
+) -> set[str]:
+    """The groups held out for validation: ``fraction`` of all images (``sizes``: images per group, default 1).
+
+    A group is held out completely or not at all; one with more images than are still to be held out is skipped. With
+    ten images or more and a fraction above 0, at least one group is held out, unless the smallest has more than a tenth
+    of all images and more than twice the number to hold out. At least one group remains for training. Groups are chosen
+    by hash, so few images change sets when records are added.
+    """
+    distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
+    size = dict.fromkeys(distinct, 1) | {group: n for group, n in (sizes or {}).items() if group in set(distinct)}
+    total = sum(size.values())
+    target = round(total * fraction)
+    if fraction and not target and total >= 10:
+        target = 1
+    held_out: set[str] = set()
+    remaining = target
+    for group in distinct:
+        if size[group] <= remaining and len(held_out) + 1 < len(distinct):
+            held_out.add(group)
+            remaining -= size[group]
+    if target and not held_out and len(distinct) > 1:
+        smallest = min(distinct, key=size.__getitem__)
+        held_out = {smallest} if size[smallest] <= max(total / 10, 2 * target) else set()
+    return held_out
+
+
+def describe_held_out(samples: int, validation_groups: Collection[str], sizes: Mapping[str, int]) -> str:
+    """The size of the validation set for the log, or why no image is held out."""
+    total = sum(sizes.values())
+    if samples:
+        return f"{samples} samples with {sum(sizes[group] for group in validation_groups)} of {total} images"
+    return f"none of {total} images" + (
+        f": up to {largest} of them are connected through common samples"
+        if (largest := max(sizes.values())) > 1
+        else ""
+    )

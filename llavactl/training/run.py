@@ -1,0 +1,143 @@
+"""The run of a stage: its model, optimizer, data and settings, and how the recipe determines them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core import plugins
+from llavactl.core.errors import RecipeError
+from llavactl.model.inputs import token_count
+from llavactl.model.packed import packing_blocker
+from llavactl.training.optimizer import Optimizer
+from llavactl.training.trainable import UntrainedState, configure_trainable, muon_matrices
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from llavactl.core.schema import Batch, FeatureShape
+    from llavactl.data.sample_set import SampleSet
+    from llavactl.data.split import DataSplit
+    from llavactl.model.llava import LlavaModel
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import AnyStage, TrainingStage
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+"""A function that is called with the name of a hook and its arguments."""
+
+
+@dataclass
+class TokenCounts:
+    """Counts for the batches of this process.
+
+    ``positions`` are computed; ``padding`` of them are padding. ``tokens`` counts all tokens of all conversations, so a
+    shared prefix counts once for each.
+    """
+
+    positions: int = 0
+    padding: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch) -> None:
+        self.positions += batch.mask.numel()
+        self.padding += batch.mask.numel() - int(batch.mask.sum())
+        self.tokens += token_count(batch)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the training loop needs to train a stage.
+
+    ``shape`` is the shape of the vision features. ``digest`` identifies settings and data: only checkpoints with the
+    same digest are resumed. ``padding_reason``: why samples are padded; "" if they are packed.
+    """
+
+    model: LlavaModel
+    optimizer: Optimizer
+    settings: AnyStage
+    data: SampleSet
+    validation: SampleSet
+    shape: FeatureShape
+    folder: Path
+    seed: int
+    digest: str
+    resume: bool
+    padding_reason: str
+    accelerator: Accelerator
+    notify: Observer
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
+
+
+def create_run(
+    recipe: Recipe,
+    stage: TrainingStage,
+    model: LlavaModel,
+    shape: FeatureShape,
+    data: DataSplit,
+    digest: str,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> Run:
+    """The run of a stage. Freezes and unfreezes the parameters of ``model`` and moves it to its device."""
+    settings, folder = stage.settings, recipe.run_dir / f"stage{stage.number}"
+    padding_reason = _padding_reason(model, settings, accelerator.device.type)
+    rates = configure_trainable(model, settings, recipe.seed)
+    model.to(accelerator.device)
+    optimizer = Optimizer(
+        model,
+        rates,
+        settings.weight_decay,
+        settings.adam_beta2,
+        muon_matrices(model, settings),
+        UntrainedState(model),
+    )
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        settings=settings,
+        data=data.train,
+        validation=data.validation,
+        shape=shape,
+        folder=folder,
+        seed=recipe.seed,
+        digest=digest,
+        resume=resume,
+        padding_reason=padding_reason,
+        accelerator=accelerator,
+        notify=_hook_caller(stage.number, folder),
+    )
+
+
+def _hook_caller(stage: int, folder: Path) -> Observer:
+    """An observer that calls the plugins' hooks, with ``stage`` and, for ``train_started``, ``folder``."""
+
+    def notify(hook: str, arguments: Mapping[str, Any]) -> None:
+        extra = {"folder": folder} if hook == "train_started" else {}
+        plugins.notify(hook, stage=stage, **extra, **arguments)
+
+    return notify
+
+
+def _padding_reason(model: LlavaModel, settings: AnyStage, device: str) -> str:
+    """Why training on ``device`` pads samples instead of packing them; "" if it packs them.
+
+    Raises:
+        RecipeError: ``packing: always``, but packing is not exact for this language model.
+    """
+    reason = packing_blocker(model.language)
+    if reason and settings.packing == "always":
+        raise RecipeError(f"packing: always, but {reason}", hint="`packing: auto` trains such a model with padding")
+    if settings.packing == "never":
+        reason = "disabled by `packing: never`"
+    elif settings.packing == "auto" and device != "cpu":
+        reason = reason or f"packing is untested on {device}; `packing: always` enables it"
+    if settings.shuffle == "images" and (reason or settings.image_order == "random"):
+        cause = f"no sequence packing ({reason})" if reason else "half of the questions precede their image"
+        log.warning("shuffle: images has little effect: %s", cause)
+    return reason
