@@ -29,8 +29,8 @@ METADATA_KEYS = frozenset(
 """Keys that never hold a model's answer."""
 
 SUPPORTED = (
-    f"supported: a JSON list or JSONL with one object per answer (key of the question's id: {', '.join(ID_KEYS)}; key of "
-    f"the answer: {', '.join(TEXT_KEYS)}); LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
+    f"supported: a JSON list or JSONL with one object per answer (key of the question's id: {', '.join(ID_KEYS)}; "
+    f"key of the answer: {', '.join(TEXT_KEYS)}); LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
 )
 _MAX_NAMES = 10
 
