@@ -168,7 +168,7 @@ def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: 
             ids.append(int(step_logits.argmax()))
 
 
-def test_inexact_optimisations_are_detected() -> None:
+def test_inexact_optimizations_are_detected() -> None:
     exact = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
     assert exact["llama"] == Exact()
     for kind in ("mistral", "gpt-neo", "mpt"):
