@@ -126,7 +126,7 @@ def prompts(*lengths: int, shared: int) -> list[Encoded]:
 def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """For each prompt, the logits of each step of ``Assistant.answer``."""
     recorded: list[torch.Tensor] = []
-    choose = generate._choose
+    choose = generate._next_tokens
 
     def record(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         recorded.append(logits.clone())
@@ -140,7 +140,7 @@ def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.M
 
     rows: list[list[torch.Tensor]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_choose", record)
+        patch.setattr(generate, "_next_tokens", record)
         patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
         for chunk in [batch] if assistant.exact.padded else [[each] for each in batch]:
             outputs: Any = [IgnoredOutput() for _ in chunk]
