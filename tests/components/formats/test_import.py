@@ -22,7 +22,7 @@ from llavactl.testing import run_cli
 from .conftest import Make, original
 
 
-def transformers_outputs(model: Any, folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
+def transformers_outputs(model: Any, folder: Path, image: Path, question: str) -> tuple[Any, list[int]]:
     """Logits [T, V] and ids of transformers."""
     import torch
     from PIL import Image
@@ -31,16 +31,16 @@ def transformers_outputs(model: Any, folder: Path, photo: Path, question: str) -
     processor = AutoProcessor.from_pretrained(folder)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=text, images=[Image.open(photo).convert("RGB")], return_tensors="pt")
+    inputs = processor(text=text, images=[Image.open(image).convert("RGB")], return_tensors="pt")
     with torch.no_grad():
         return model(**inputs).logits[0], inputs["input_ids"][0].tolist()
 
 
-def llavactl_outputs(folder: Path, photo: Path, question: str) -> tuple[Any, list[int]]:
+def llavactl_outputs(folder: Path, image: Path, question: str) -> tuple[Any, list[int]]:
     import torch
 
     assistant = load_assistant(resolve(folder), "cpu")
-    encoded = assistant.encode((Turn("user", (ImageFile(str(photo.parent), photo.name), "\n", question)),))
+    encoded = assistant.encode((Turn("user", (ImageFile(str(image.parent), image.name), "\n", question)),))
     with torch.no_grad():
         return assistant.model.logits(collate([encoded], assistant.features))[0], list(encoded.ids)
 
@@ -72,11 +72,11 @@ def test_hf_logits_and_ids_equal_those_of_transformers(
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     else:
         save_file(tensors, file, metadata={"format": "pt"})
-    photo = toys / "images" / "photo-001.jpg"
-    expected, their_ids = transformers_outputs(model, folder, photo, "What is it?")
-    logits, ids = llavactl_outputs(folder, photo, "What is it?")
-    image = model.config.image_token_index
-    assert [image if token == IMAGE_TOKEN else token for token in ids] == their_ids
+    image = toys / "images" / "photo-001.jpg"
+    expected, their_ids = transformers_outputs(model, folder, image, "What is it?")
+    logits, ids = llavactl_outputs(folder, image, "What is it?")
+    image_token = model.config.image_token_index
+    assert [image_token if token == IMAGE_TOKEN else token for token in ids] == their_ids
     # Live features are rounded to float16 as well, so the tolerance is larger than 1e-4.
     assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()
     assert model_folder.describe(resolve(folder))["template"] == "tokenizer"
@@ -87,8 +87,8 @@ def test_hf_reads_chat_template_json(foreign: Callable[[], tuple[Any, Path]], to
     (folder / "chat_template.jinja").rename(folder / "kept")
     text = (folder / "kept").read_text()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": text}))
-    photo = str(toys / "images" / "photo-001.jpg")
-    command = ("chat", "--model", str(folder), "--image", photo, "--prompt", "Where is a literal <image>?", "--json")
+    image = str(toys / "images" / "photo-001.jpg")
+    command = ("chat", "--model", str(folder), "--image", image, "--prompt", "Where is a literal <image>?", "--json")
     result = run_cli(*command, "--max-new-tokens", "4")
     assert result.exit_code == 0, result.stderr
 
@@ -155,8 +155,8 @@ def test_a_bare_projector_needs_its_base_or_a_recipe(toys: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": str(toys / "language")}))
     assert model_folder.load(resolve(folder)).bundle.model.connector
     (folder / "config.json").write_text(json.dumps(config))
-    photo = str(toys / "images" / "photo-000.jpg")
-    command = ("chat", "--model", str(folder), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
+    image = str(toys / "images" / "photo-000.jpg")
+    command = ("chat", "--model", str(folder), "--image", image, "--prompt", "What?", "--max-new-tokens", "3")
     result = run_cli(*command)
     assert result.exit_code == 1
     assert "language" in result.stderr.splitlines()[0]
@@ -178,10 +178,10 @@ def test_a_projector_without_config_needs_a_recipe(toy: Path, toys: Path, tmp_pa
     else:
         folder.mkdir()
     torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
-    photo = str(toys / "images" / "photo-000.jpg")
+    image = str(toys / "images" / "photo-000.jpg")
     recipe = str(toy / "recipe.yaml")
     for model in (folder, folder / "mm_projector.bin"):
-        command = ("chat", "--model", str(model), "--image", photo, "--prompt", "What?", "--max-new-tokens", "3")
+        command = ("chat", "--model", str(model), "--image", image, "--prompt", "What?", "--max-new-tokens", "3")
         without_recipe = run_cli(*command)
         assert without_recipe.exit_code == 1
         message = without_recipe.stderr.splitlines()[0]
@@ -190,8 +190,8 @@ def test_a_projector_without_config_needs_a_recipe(toy: Path, toys: Path, tmp_pa
         assert run_cli(*command, "-r", recipe).exit_code == 0
     quick = ("-o", f"stage2.init={folder / 'mm_projector.bin'}", "-o", "features.mode=live", "-o", "stage2.max_steps=1")
     frozen = ("-o", "stage2.learning_rate=1e-30", "-o", "name=next")
-    done = run_cli("train", "--stage", "2", "-r", recipe, *quick, *frozen)
-    assert done.exit_code == 0, done.stderr
+    result = run_cli("train", "--stage", "2", "-r", recipe, *quick, *frozen)
+    assert result.exit_code == 0, result.stderr
     connector = model_folder.load(toy / "runs/next/stage2/model").bundle.model.connector.state_dict()
     assert all(torch.allclose(state[f"model.mm_projector.{name}"], each) for name, each in connector.items())
 
@@ -201,10 +201,10 @@ def test_missing_files_are_named(foreign: Callable[[], tuple[Any, Path]], native
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
         resolve(folder)
-    made = run_cli(
+    result = run_cli(
         "export", "--model", str(native("l", method="lora")), "--format", "peft", "--to", str(tmp_path / "p")
     )
-    assert made.exit_code == 0, made.stderr
+    assert result.exit_code == 0, result.stderr
     (tmp_path / "p/base/config.json").unlink()
     with pytest.raises(ModelError, match="base/ is missing"):
         resolve(tmp_path / "p")
@@ -262,9 +262,9 @@ def test_stage_2_starts_from_any_format(
     elif kind == "hf":
         foreign()
     else:
-        made = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", "stage2.init=scratch",
+        result = run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", "stage2.init=scratch",
                        "-o", "features.mode=live", "-o", "stage2.max_steps=1")  # fmt: skip
-        assert made.exit_code == 0, made.stderr
+        assert result.exit_code == 0, result.stderr
         (tmp_path / "theirs").symlink_to(toy / "runs/toy/stage2/model")
     start = model_folder.load(resolve(tmp_path / "theirs"))
     overrides = ("-o", "name=next", "-o", f"stage2.init={tmp_path / 'theirs'}", "-o", "features.mode=live")

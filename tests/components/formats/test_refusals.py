@@ -84,7 +84,7 @@ def configure(folder: Path, **more: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **more}))
 
 
-def tower(toys: Path, *, times: float = 1.0, dtype: str = "float32") -> dict[str, Any]:
+def vision_tensors(toys: Path, *, times: float = 1.0, dtype: str = "float32") -> dict[str, Any]:
     """The tensors of the toy CLIP under their names in a LLaVA checkpoint, one of them multiplied by ``times``."""
     import torch
     from safetensors.torch import load_file
@@ -123,8 +123,8 @@ class TestIdentity:
             folder, name = foreign()[1], "model.safetensors"
         elif kind == "peft":
             command = ("export", "--model", str(native("l", method="lora")), "--format", "peft")
-            made = run_cli(*command, "--to", str(tmp_path / "p"))
-            assert made.exit_code == 0, made.stderr
+            result = run_cli(*command, "--to", str(tmp_path / "p"))
+            assert result.exit_code == 0, result.stderr
             folder, name = tmp_path / "p", "adapter_model.safetensors"
         else:
             original(toys, folder)
@@ -396,7 +396,7 @@ class TestVisionEncoder:
         import torch
 
         original(toys, tmp_path / "theirs", unfreeze_mm_vision_tower=True)
-        more = tower(toys, dtype=dtype) | {
+        more = vision_tensors(toys, dtype=dtype) | {
             "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]
         }
         rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | more)
@@ -408,7 +408,7 @@ class TestVisionEncoder:
         import torch
 
         more = {"unfreeze_mm_vision_tower": True} if stated else {}
-        own = tower(toys, times=3.0)
+        own = vision_tensors(toys, times=3.0)
         if place == "full":
             folder = tmp_path / "theirs"
             original(toys, folder, **more)
@@ -443,10 +443,10 @@ class TestVisionEncoder:
         import torch
 
         original(toys, tmp_path / "theirs")
-        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | tower(toys, times=3.0))
+        rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | vision_tensors(toys, times=3.0))
         command = ("export", "--model", str(tmp_path / "theirs"), "--format", "llava")
-        made = run_cli(*command, "--to", str(tmp_path / "out"))
-        assert made.exit_code == 0, made.stderr
+        result = run_cli(*command, "--to", str(tmp_path / "out"))
+        assert result.exit_code == 0, result.stderr
         assert json.loads((tmp_path / "out/config.json").read_text())["mm_vision_tower"] == str(
             tmp_path / "out/vision_tower"
         )
@@ -459,19 +459,19 @@ class TestVisionEncoder:
         assert not all(torch.equal(each, plain[name]) for name, each in clips[0].items())
 
     def test_stage_2_requires_the_fine_tuned_encoder(self, toy: Path, tmp_path: Path) -> None:
-        folder = lora(toy, tmp_path / "theirs", beside=tower(toy, times=3.0))
+        folder = lora(toy, tmp_path / "theirs", beside=vision_tensors(toy, times=3.0))
         command = ("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), "-o", f"stage2.init={folder}")
         command += ("-o", "features.mode=live", "-o", "stage2.max_steps=1")
         refused = run_cli(*command)
         assert refused.exit_code == 1
         assert "vision encoder" in refused.stderr
         own = model_folder.describe(resolve(folder))["vision"]["model"]
-        done = run_cli(*command, "-o", f"vision.model={own}")
-        assert done.exit_code == 0, done.stderr
+        result = run_cli(*command, "-o", f"vision.model={own}")
+        assert result.exit_code == 0, result.stderr
 
     def test_an_incomplete_encoder_is_refused(self, toys: Path, tmp_path: Path) -> None:
         original(toys, tmp_path / "theirs")
-        own = {name: each for name, each in tower(toys).items() if "layers.0.mlp" not in name}
+        own = {name: each for name, each in vision_tensors(toys).items() if "layers.0.mlp" not in name}
         rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | own)
         with pytest.raises(ModelError, match=r"vision_tower tensors.*layers\.0\.mlp"):
             resolve(tmp_path / "theirs")

@@ -61,7 +61,7 @@ def tiny(folder: Path) -> Path:
 def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
     foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, legacy: bool
 ) -> None:
-    """In format hf; format llava, whose programs split the text at images, refuses it."""
+    """In format hf; format llava, for code that splits the text at images, refuses it."""
     model, folder = foreign(tiny(llama_folder(tmp_path / "llama", legacy=legacy)))
     photo = sorted((toys / "images").iterdir())[0]
     expected, ids = transformers_outputs(model, folder, photo, "What is it?")
