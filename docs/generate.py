@@ -7,12 +7,14 @@ outdated.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import itertools
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,25 @@ def kinds() -> Iterator[str]:
 
 def _source(protocol: type) -> str:
     return inspect.getsource(protocol).removeprefix("@runtime_checkable\n").rstrip()
+
+
+def _data_class(data_class: type) -> str:
+    """A class definition with the docstring of ``data_class`` and its fields, including inherited ones."""
+    doc = textwrap.indent(f'"""{inspect.getdoc(data_class)}', "    ")
+    fields = "".join(
+        f"    {field.name}: {field.type}{_field_default(field)}\n" for field in dataclasses.fields(data_class)
+    )
+    end = '\n    """\n' if "\n" in doc else '"""\n'
+    return f"class {data_class.__name__}:\n{doc}{end}\n{fields}".rstrip()
+
+
+def _field_default(field: dataclasses.Field[Any]) -> str:
+    """The default as in the class definition; empty if the field is required."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f" = {field.default_factory()!r}"
+    if field.default is dataclasses.MISSING:
+        return ""
+    return f" = {json.dumps(field.default)}" if isinstance(field.default, str) else f" = {field.default!r}"
 
 
 def keys() -> Iterator[str]:
@@ -244,6 +265,15 @@ def templates() -> Iterator[str]:
         yield f"### `{name}`\n\n```text\n{text}\n```\n"
 
 
+def data_classes() -> Iterator[str]:
+    """The fields of every public data class that ``kinds`` doesn't show, and the Protocol of images."""
+    shown = "\n".join(kinds())
+    classes = [getattr(llavactl, name) for name in llavactl.__all__]
+    hidden = [each for each in classes if dataclasses.is_dataclass(each) and f"class {each.__name__}(" not in shown]
+    fields = [_data_class(each) for each in hidden]
+    yield "```python\n" + "\n\n\n".join([*fields, _source(llavactl.ImageRef)]) + "\n```"
+
+
 def names() -> Iterator[str]:
     """The public names with the first paragraph of their docstrings."""
     yield "| name | description |\n|---|---|"
@@ -271,7 +301,20 @@ def _below_assignment(name: str) -> str | None:
 
 BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
     each.__name__: each
-    for each in (commands, cli, hook_table, hooks, kinds, keys, components, problems, recipes, templates, names)
+    for each in (
+        commands,
+        cli,
+        hook_table,
+        hooks,
+        kinds,
+        keys,
+        components,
+        problems,
+        recipes,
+        templates,
+        data_classes,
+        names,
+    )
 }
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.core.errors import RecipeError
 from llavactl.core.progress import Progress, reporting_to
 
 if TYPE_CHECKING:
@@ -49,20 +50,21 @@ def load_recipe(source: str | Path | None = None, overrides: Overrides = ()) -> 
     """
     from llavactl.recipe.load import load_recipe as load
 
-    return load(source, _overrides(overrides))
+    return load(_source(source), _overrides(overrides))
 
 
 def check(source: str | Path | None = None, overrides: Overrides = ()) -> list[Problem]:
-    """Lists all problems of the recipe ``source``, without reading weights; empty if it can be run."""
+    """Lists all problems of the recipe ``source``, without reading weights or data (see ``llavactl data check``)."""
     from llavactl.verbs.preflight import problems
 
-    return problems(source, _overrides(overrides))
+    return problems(_source(source), _overrides(overrides))
 
 
 def generate(recipe: Outline, *, dry_run: bool = False, progress: OnProgress | None = None) -> GenerateReport:
     """Generates instruction data with the recipe's teacher; with ``dry_run``, estimates requests, tokens and cost."""
     from llavactl.verbs.generate import generate as work
 
+    _require_recipe(recipe, "Outline")
     with reporting_to(progress):
         return work(recipe, dry_run=dry_run)
 
@@ -81,6 +83,7 @@ def extract(
     """
     from llavactl.verbs.extract import extract as work
 
+    _require_recipe(recipe, "VisionRecipe")
     with reporting_to(progress):
         return work(recipe, dry_run=dry_run, max_skipped=max_skipped)
 
@@ -100,6 +103,9 @@ def train(
     """
     from llavactl.verbs.train import train as work
 
+    _require_recipe(recipe)
+    _require_choice("stage", stage, (1, 2))
+    _require_choice("resume", resume, ("auto", "never"))
     with reporting_to(progress):
         return work(recipe, stage, resume, max_skipped=max_skipped)
 
@@ -121,6 +127,8 @@ def evaluate(
     """
     from llavactl.verbs.evaluate import evaluate as work
 
+    if recipe is not None:
+        _require_recipe(recipe)
     file = None if answers is None else Path(answers)
     name = None if model is None else str(model)
     with reporting_to(progress):
@@ -146,6 +154,8 @@ def export(
     """
     from llavactl.verbs.export import export as work
 
+    if recipe is not None:
+        _require_recipe(recipe)
     spec = {"name": format, **(options or {})}
     with reporting_to(progress):
         return work(recipe, spec, Path(to), model=None if model is None else str(model), check=verify)
@@ -155,6 +165,7 @@ def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
     """Runs the recipe's pipeline, from generate to export; finished steps are skipped, an interrupted one resumes."""
     from llavactl.verbs.run import run as work
 
+    _require_recipe(recipe)
     with reporting_to(progress):
         return work(recipe)
 
@@ -174,7 +185,11 @@ def load_model(
     from llavactl.model.folder import latest_model
     from llavactl.model.imported import resolve
 
-    folder = resolve(str(model), recipe) if isinstance(model, str | Path) else latest_model(model.run_dir)
+    if isinstance(model, str | Path):
+        folder = resolve(str(model), recipe)
+    else:
+        _require_recipe(model)
+        folder = latest_model(model.run_dir)
     return load_assistant(folder, device, template=template)
 
 
@@ -183,8 +198,11 @@ class Chat:
 
     def __init__(self, model: Assistant, *, system: str | None = None) -> None:
         """``model`` is returned by ``load_model``; ``system`` replaces the template's system prompt."""
+        from llavactl.chat.assistant import Assistant
         from llavactl.chat.conversation import Conversation
 
+        if not isinstance(model, Assistant):
+            raise _unexpected("model", "the return value of load_model", model)
         self._conversation = Conversation(model, system)
 
     @property
@@ -213,10 +231,21 @@ class Chat:
 
         Raises:
             DataError: an image can't be read.
+            RecipeError: an argument has an invalid type or value.
         """
         from llavactl.chat.inputs import user_content
         from llavactl.model.generate import Sampling
 
+        if not isinstance(prompt, str):
+            raise _unexpected("prompt", "a string", prompt)
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise _unexpected("images", "a list of images", images)
+        if max_new_tokens < 1:
+            raise _unexpected("max_new_tokens", "an integer ≥ 1", max_new_tokens)
+        if temperature < 0:
+            raise _unexpected("temperature", "a number ≥ 0", temperature)
+        if not 0 < top_p <= 1:
+            raise _unexpected("top_p", "a number > 0 and ≤ 1", top_p)
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         inputs = [str(image) if isinstance(image, str | Path) else _in_memory(image) for image in images]
         yield from self._conversation.ask(*user_content(prompt, inputs), sampling=sampling)
@@ -224,16 +253,45 @@ class Chat:
 
 def _in_memory(image: PIL.Image.Image) -> ImageRef:
     """A reference to ``image`` as PNG (lossless)."""
+    from PIL import Image
+
     from llavactl.images.references import ImageBytes
 
+    if not isinstance(image, Image.Image):
+        raise _unexpected("images", "files, URLs, base64 strings or PIL images", image)
     file = io.BytesIO()
     image.save(file, "PNG")
     digest = hashlib.sha256(file.getvalue()).hexdigest()
     return ImageBytes(f"image {digest[:12]}", digest, file.getvalue())
 
 
+def _source(source: str | Path | None) -> str | Path | None:
+    if source is not None and not isinstance(source, str | Path):
+        raise _unexpected("source", "the name or file of a recipe", source)
+    return source
+
+
 def _overrides(overrides: Overrides) -> Sequence[str]:
     """``overrides`` as ``key=value`` strings; values are JSON, which is valid YAML."""
+    if isinstance(overrides, str):
+        raise _unexpected("overrides", "a mapping of keys, or a list of `key.path=value` strings", overrides)
     if not isinstance(overrides, Mapping):
         return overrides
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+
+
+def _require_recipe(recipe: object, sections: Literal["Outline", "VisionRecipe", "Recipe"] = "Recipe") -> None:
+    from llavactl.recipe import frame
+
+    if not isinstance(recipe, getattr(frame, sections)):
+        raise _unexpected("recipe", "the return value of load_recipe", recipe)
+
+
+def _require_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise _unexpected(argument, " or ".join(map(repr, choices)), value)
+
+
+def _unexpected(argument: str, expected: str, value: object) -> RecipeError:
+    shown = value if isinstance(value, str | Path | int | float | None) else type(value)
+    return RecipeError(f"{argument}: expected {expected}, got {shown!r:.80}")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,42 @@ def test_a_failed_turn_is_removed(trained: Path) -> None:
     with pytest.raises(llavactl.DataError):
         chat.ask("What?", images=[trained / "recipe.yaml"])
     assert chat.turns == ()
+
+
+@pytest.mark.parametrize("argument", ["source", "overrides", "recipe", "stage", "resume", "model"])
+def test_invalid_arguments_are_recipe_errors(toy: Path, argument: str) -> None:
+    file = toy / "recipe.yaml"
+    calls: dict[str, Callable[[Any], object]] = {
+        "source": lambda _: llavactl.load_recipe(42),
+        "overrides": lambda _: llavactl.check(file, "seed=1"),
+        "recipe": lambda _: llavactl.train(str(file), 1),
+        "stage": lambda recipe: llavactl.train(recipe, 3),
+        "resume": lambda recipe: llavactl.train(recipe, 1, resume="maybe"),
+        "model": lambda recipe: llavactl.Chat(recipe),
+    }
+    with pytest.raises(llavactl.RecipeError, match=f"^{argument}: expected "):
+        calls[argument](llavactl.load_recipe(file, {"run_dir": str(toy / "run")}))
+    assert not (toy / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "invalid"),
+    [
+        ({"prompt": 3}, "prompt"),
+        ({"images": "images/photo-000.jpg"}, "images"),
+        ({"images": [3]}, "images"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+    ],
+)
+def test_invalid_arguments_of_a_question(trained: Path, arguments: dict[str, Any], invalid: str) -> None:
+    chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
+    with pytest.raises(llavactl.RecipeError, match=f"^{invalid}: expected "):
+        chat.ask(**{"prompt": "What?", **arguments})
+    assert chat.turns == ()
+
+
+def test_a_missing_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(llavactl.ModelError, match="no such folder"):
+        llavactl.load_model(tmp_path / "missing")

@@ -128,7 +128,7 @@ def _converse(conversation: Conversation, images: list[str | ImageRef], sampling
         elif word == "/image" and rest.strip():
             images.append(_unquoted(rest.strip()))
         elif word.startswith("/"):
-            click.echo(COMMANDS, err=True)
+            click.echo(f"unknown or incomplete command {word}; {COMMANDS}", err=True)
         elif line:
             _answer(conversation, line, images, sampling)
             images = []
@@ -141,7 +141,7 @@ def _unquoted(name: str) -> str:
 
 
 def _answer(conversation: Conversation, line: str, images: Sequence[str | ImageRef], sampling: Sampling) -> None:
-    """Answers one turn; an error or Ctrl-C ends the turn, but not the conversation."""
+    """Streams the answer to one turn; an error or Ctrl-C ends the turn, but not the conversation."""
     try:
         _stream(conversation, line, images, sampling)
     except LlavactlError as error:

@@ -59,7 +59,7 @@ def command(
     cases: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the benchmark TASK, or score stored answers.
+    """Run a benchmark, or score stored answers.
 
     `llavactl components tasks` lists the tasks and their options. A recipe is optional with --answers, --compare,
     --model or -t reviews=FILE.

@@ -38,7 +38,7 @@ def list_(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def check(name: str, as_json: bool) -> None:
-    """Import all components of the plugin NAME and list its errors.
+    """Import all components of the plugin NAME and list its problems.
 
     Exit with 1 if there are any. Components with required options are checked by `llavactl.testing` in the plugin's
     tests.
@@ -46,7 +46,8 @@ def check(name: str, as_json: bool) -> None:
     from llavactl.core.errors import PluginError
     from llavactl.testing import check_plugin
 
-    faults = check_plugin(name)
-    output.report({"plugin": name, "faults": faults}, as_json)
-    if faults:
-        raise PluginError(f"plugin {name}: {len(faults)} errors, listed above")
+    problems = check_plugin(name)
+    output.report({"plugin": name, "problems": problems}, as_json)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise PluginError(f"plugin {name}: {count}, listed above")

@@ -34,13 +34,15 @@ def reading(file: Path) -> Iterator[None]:
 def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = False) -> Iterator[None]:
     """Converts any exception raised while loading ``model`` to an error that names the model or its broken file.
 
-    ``model`` is a folder or an id, ``what`` its role in messages. With ``weights``, weight files are checked as well.
+    ``model`` is a folder or an id, ``what`` its role in messages. With ``weights``, weight files are checked as well,
+    and transformers doesn't print its table of missing and unused weights.
 
     Raises:
         ModelError: for any exception except out-of-memory errors, which propagate.
     """
     try:
-        yield
+        with _without_weight_report() if weights else contextlib.nullcontext():
+            yield
     except (LlavactlError, MemoryError):
         raise
     except Exception as error:
@@ -49,6 +51,21 @@ def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = Fal
         if "trust_remote_code" in str(error):
             raise needs_custom_code(what, model) from error
         raise _broken_file_error(model, weights) or _loading_error(what, model, error, hint) from error
+
+
+@contextlib.contextmanager
+def _without_weight_report() -> Iterator[None]:
+    """Raises the log level of transformers to ``error``: callers check missing weights, and unused ones are expected
+    where a part of a LLaVA checkpoint is loaded.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def needs_custom_code(what: str, model: str | Path) -> ModelError:

@@ -22,7 +22,7 @@ LINE_EVERY_S = 30.0
 class Progress(Typed):
     """Progress of ``what``: ``done`` of ``total`` (0: unknown) ``unit``s, of which ``start`` before this run.
 
-    ``facts`` are current values, such as the loss.
+    ``facts`` are current values as formatted strings, such as the loss.
     """
 
     what: str

@@ -77,7 +77,11 @@ def _reason(detail: Mapping[str, Any], path: Sequence[Key], schema: Schema, data
     if kind in ("value_error", "assertion_error"):
         return str(detail["ctx"]["error"])
     if kind == "extra_forbidden" and len(path) == len(detail["loc"]):
-        known = {*_resolve(_schema_at(schema, path[:-1], schema), schema).get("properties", {}), *also}
+        properties = _resolve(_schema_at(schema, path[:-1], schema), schema).get("properties", {})
+        known = {*properties, *also}
+        if (now := RENAMED.get(str(path[-1]))) in known:
+            expected = describe(properties.get(now, {}), schema)
+            return f"unknown key; renamed to {now!r}: {expected}".removesuffix(": ")
         return f"unknown key; {_suggestion(str(path[-1]), known)}".removesuffix("; ")
     expected = describe(_schema_at(schema, path, schema), schema)
     if kind == "missing":
@@ -88,9 +92,7 @@ def _reason(detail: Mapping[str, Any], path: Sequence[Key], schema: Schema, data
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:
-    """The new name of a renamed key, else the most similar key, else all keys."""
-    if (now := RENAMED.get(key, "")) in {*known}:
-        return f"renamed to {now!r}"
+    """The most similar key, else all keys."""
     similar, _, available = suggest(key, known).rpartition("available: ")
     return similar.strip() or f"available: {available}" if available else ""
 

@@ -154,7 +154,7 @@ def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
         )
     source = registry().create("sources", specs[0].spec())
     if not isinstance(source, RecordSource):
-        raise _unsupported(specs[0].name, "reading captions")
+        raise _unsupported(specs[0].name, "doesn't read single records", "RecordSource")
     require_file(source.path)
     return source
 
@@ -166,13 +166,14 @@ def repairing_source(source: Input) -> RepairingSource:
         DataError: the source can't repair records.
     """
     if not isinstance(source.records, RepairingSource):
-        raise _unsupported(source.name, "--fix", "RepairingSource")
+        raise _unsupported(source.name, "can't repair records (--fix)", "RepairingSource")
     return source.records
 
 
-def _unsupported(name: str, use: str, protocol: str = "RecordSource") -> DataError:
+def _unsupported(name: str, reason: str, protocol: str) -> DataError:
     plugin = registry().get("sources", name).plugin
     return DataError(
-        f"source {name!r} of plugin {plugin} doesn't support {use}: it isn't a {protocol}",
-        hint=f"name a LLaVA JSON or JSONL file instead; docs/plugins.md describes {protocol}",
+        f"source {name!r} of plugin {plugin} {reason}: it isn't a {protocol}",
+        hint="name a JSON or JSONL file of LLaVA records instead; in your own plugin, implement "
+        f"{protocol} (docs/plugins.md)",
     )

@@ -25,7 +25,7 @@ class ProblemKind:
 
 KINDS: Mapping[str, ProblemKind] = {
     "empty": ProblemKind("lost", "a file or source without records"),
-    "json": ProblemKind("stops", "invalid JSON, invalid UTF-8, or a duplicate key"),
+    "json": ProblemKind("stops", "a record that can't be parsed: invalid JSON or UTF-8, or a duplicate key"),
     "record": ProblemKind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is not a path"),
     "media": ProblemKind("stops", "video, audio, or images under an unsupported key"),
     "message": ProblemKind("stops", "a message whose `value` is not a string, or an answer excluded from training"),
@@ -67,6 +67,9 @@ KINDS: Mapping[str, ProblemKind] = {
 
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
 """Problems outside the records themselves: ``--fix`` keeps the record, and the hint says what to change instead."""
+
+NOT_REPAIRABLE = frozenset({"empty", "source"})
+"""Problems of a complete file or source, which ``--fix`` can't repair."""
 
 MAX_LOCATIONS = 1000
 """Locations stored per problem, which bounds the memory for a file whose records are all wrong."""

@@ -29,7 +29,9 @@ class RepairWriter:
     def add(self, record: RawRecord, findings: Sequence[Finding]) -> None:
         """Writes or drops ``record``, given its ``findings``."""
         errors = [finding for finding in findings if KINDS[finding.kind].effect != "noted"]
-        changes = [f"dropped: {each.kind} {each.detail}".strip() for each in errors if each.kind in UNREPAIRABLE]
+        changes = [
+            f"dropped: {each.kind}: {each.detail}".removesuffix(": ") for each in errors if each.kind in UNREPAIRABLE
+        ]
         value = None if changes else record.value
         if errors and not changes:
             value, changes = self.source.repair(record)

@@ -8,5 +8,5 @@ From a question to a stored score:
 3. ``scoring.Benchmark.score`` joins answers and questions by id; ``task.score`` (or a judge) returns ``Scores``.
 4. ``scoring.Benchmark.report`` adds 95 % intervals (``significance``) and makes an ``EvalReport``.
 5. ``verbs/evaluate.py`` writes it to ``eval/TASK.json`` with a digest (``identity``), which lets a repeated command
-   return the stored result.
+   return the stored result. ``report/`` shows it on the page of the run.
 """

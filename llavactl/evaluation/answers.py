@@ -29,8 +29,8 @@ METADATA_KEYS = frozenset(
 """Keys that never hold a model's answer."""
 
 SUPPORTED = (
-    f"supported: one object per answer, as a JSON list or JSONL, with the question's id as {' or '.join(ID_KEYS)} and "
-    f"the answer as {' or '.join(TEXT_KEYS)}; LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
+    f"supported: a JSON list or JSONL with one object per answer (key of the question's id: {', '.join(ID_KEYS)}; "
+    f"key of the answer: {', '.join(TEXT_KEYS)}); LLaVA's files for ScienceQA; MME's folder of CATEGORY.txt"
 )
 _MAX_NAMES = 10
 

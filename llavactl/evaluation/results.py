@@ -13,12 +13,12 @@ from llavactl.files.eval_result import read_eval_result
 
 @dataclass(frozen=True)
 class EvalReport:
-    """The scores of a task; ``failed`` answers could not be parsed, and count as the protocol defines.
+    """The scores of a task; ``failed``: number of unparsable answers, scored as the protocol defines.
 
-    ``interval``: 95 % intervals of scores that are shares. ``baselines``: scores of the ``blind baseline`` (shuffled
-    images) and of ``stage 1``. ``ignored``: answers to questions that the task doesn't have. ``judge``: the teacher
-    that judged the answers. ``prompt``: the prompt format of a transformers model. ``answers``: the answer file.
-    ``file``: the file of this report.
+    ``interval``: 95 % confidence intervals of scores that are proportions. ``baselines``: scores of the ``blind
+    baseline`` (shuffled images) and of ``stage 1``. ``ignored``: number of answers to questions that the task doesn't
+    have. ``judge``: the teacher that judged the answers. ``prompt``: the prompt format of a transformers model.
+    ``answers``: the answer file. ``file``: the file of this report.
     """
 
     task: str

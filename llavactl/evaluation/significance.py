@@ -18,14 +18,14 @@ Z95 = 1.959963984540054
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of ``right`` out of ``n`` > 0, in percent (Wilson 1927)."""
-    share, spread = right / n, Z95**2 / n
-    center = (share + spread / 2) / (1 + spread)
-    half_width = Z95 / (1 + spread) * sqrt(share * (1 - share) / n + spread / (4 * n))
+    proportion, correction = right / n, Z95**2 / n
+    center = (proportion + correction / 2) / (1 + correction)
+    half_width = Z95 / (1 + correction) * sqrt(proportion * (1 - proportion) / n + correction / (4 * n))
     return 100 * max(0.0, center - half_width), 100 * min(1.0, center + half_width)
 
 
 def intervals(questions: Sequence[Question], scores: Scores) -> dict[str, tuple[float, float]]:
-    """95 % intervals of ``accuracy`` and of each category, if the task marks answers as right or wrong.
+    """95 % intervals of ``accuracy`` and of each category, if the task sets ``Scores.right``.
 
     ``Scores.about`` replaces the categories, if the task sets it. Questions about one image are treated as
     independent, so intervals are slightly too narrow if whole images are easy or hard.
@@ -69,8 +69,8 @@ def paired(a: str, b: str, grades_a: Mapping[str, float], grades_b: Mapping[str,
     """Compares the grades (0 to 1, by question id) of the candidates named ``a`` and ``b``."""
     differences = [grades_b[question_id] - grades_a[question_id] for question_id in grades_a]
     only_a, only_b = (sum(difference == sign for difference in differences) for sign in (-1, 1))
-    right_or_wrong = all(grade in (0.0, 1.0) for grades in (grades_a, grades_b) for grade in grades.values())
-    counts = (only_a, only_b, mcnemar(only_a, only_b)) if right_or_wrong else (None, None, None)
+    is_binary = all(grade in (0.0, 1.0) for grades in (grades_a, grades_b) for grade in grades.values())
+    counts = (only_a, only_b, mcnemar(only_a, only_b)) if is_binary else (None, None, None)
     return Difference(a, b, 100 * fmean(differences), bootstrap(differences), *counts)
 
 
@@ -84,7 +84,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def bootstrap(differences: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of ``differences``, in percent (Efron 1979).
 
-    Questions are resampled with the answers of both candidates, so difficulty that both share cancels out. Equal
+    Questions are resampled with the answers of both candidates, so that the difficulty of a question cancels out. Equal
     differences are drawn together from their multinomial distribution, which is equivalent and faster.
     """
     import numpy as np

@@ -162,9 +162,10 @@ def describe(folder: Path) -> dict[str, Any]:
         hint = (
             f"did you mean {candidates[-1]}?"
             if candidates
-            else "`--model` takes a run folder, a model/ folder, or a checkpoint of another program"
+            else "expected a run folder, a model/ folder, a checkpoint of another program, or a Hugging Face id"
         )
-        raise ModelError(f"{folder}: not a model folder (no {DESCRIPTION})", hint=hint)
+        reason = f"not a model folder (no {DESCRIPTION})" if folder.is_dir() else "no such folder"
+        raise ModelError(f"{folder}: {reason}", hint=hint)
     check_files([path])
     description = read_json(path)
     if description.get("format") != FORMAT:

@@ -10,7 +10,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 def check_source(source: Source, *, at_most: int = 50) -> list[str]:
     """Checks that items are samples with alternating turns and picklable images.
 
-    For a RecordSource, also that its findings agree with its samples and that repaired records are usable.
+    For a RecordSource, also that its findings agree with its samples and that repaired records are usable. Its samples
+    end at the first record that can't be used.
     """
     problems: list[str] = _record_problems(source, at_most) if isinstance(source, RecordSource) else []
-    for index, sample in zip(range(at_most), source, strict=False):
+    for index, sample in enumerate(_first_samples(source, at_most)):
         if not isinstance(sample, Sample):
             return [f"item {index}: expected a Sample, got {type(sample).__name__}"]
         roles = [turn.role for turn in sample.turns if turn.role != "system"]
@@ -40,6 +41,23 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
         changed = [image for image in sample.images if pickle.loads(pickle.dumps(image)) != image]  # noqa: S301 - own data
         problems += [f"sample {sample.id!r}: image {image.name!r} differs after pickling" for image in changed]
     return problems
+
+
+def _first_samples(source: Source, at_most: int) -> Iterator[Any]:
+    """At most ``at_most`` samples; those of a RecordSource end at the first record that can't be used."""
+    try:
+        yield from itertools.islice(source, at_most)
+    except DataError:
+        if not isinstance(source, RecordSource) or all(_is_usable(source, record) for record in source.records()):
+            raise
+
+
+def _is_usable(source: RecordSource, record: RawRecord) -> bool:
+    try:
+        source.sample(record)
+    except DataError:
+        return False
+    return True
 
 
 def _record_problems(source: RecordSource, at_most: int) -> list[str]:

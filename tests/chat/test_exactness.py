@@ -126,7 +126,7 @@ def prompts(*lengths: int, shared: int) -> list[Encoded]:
 def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
     """For each prompt, the logits of each step of ``Assistant.answer``."""
     recorded: list[torch.Tensor] = []
-    choose = generate._choose
+    choose = generate._next_tokens
 
     def record(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         recorded.append(logits.clone())
@@ -140,7 +140,7 @@ def logits(assistant: Assistant, batch: Sequence[Encoded], monkeypatch: pytest.M
 
     rows: list[list[torch.Tensor]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_choose", record)
+        patch.setattr(generate, "_next_tokens", record)
         patch.setattr(Assistant, "stops", SimpleNamespace(ids=frozenset()))
         for chunk in [batch] if assistant.exact.padded else [[each] for each in batch]:
             outputs: Any = [IgnoredOutput() for _ in chunk]
@@ -168,7 +168,7 @@ def test_batched_answers_equal_single_ones(kind: str, shared: int, monkeypatch: 
             ids.append(int(step_logits.argmax()))
 
 
-def test_inexact_optimisations_are_detected() -> None:
+def test_inexact_optimizations_are_detected() -> None:
     exact = {kind: assistant_of(language_of(kind)).exact for kind in ("llama", "mistral", "gpt-neo", "mpt", "bart")}
     assert exact["llama"] == Exact()
     for kind in ("mistral", "gpt-neo", "mpt"):

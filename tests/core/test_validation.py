@@ -124,8 +124,8 @@ class TestCase:
 @pytest.mark.parametrize(
     ("override", "now"),
     [
-        ("stage2.only=[norm]", "trainable_modules"),
-        ("stage1.final=best", "restore_best"),
+        ("stage2.only=[norm]", "'trainable_modules': a list"),
+        ("stage1.final=best", "'restore_best': true or false"),
         ("connector.fold=2", "pixel_shuffle"),
         ("stage1.micro_tokens=100", "micro_batch_tokens"),
         ("stage1.grounding_steps=1", "box_alignment_steps"),

@@ -1,13 +1,16 @@
 """The generated pages are up to date and complete."""
 
+import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import llavactl
 from llavactl.core import hookspecs, protocols
 from llavactl.core.builtin_plugin import COMMANDS
 
@@ -34,7 +37,18 @@ def test_the_pages_are_up_to_date() -> None:
 
 def test_every_block_is_in_some_page() -> None:
     pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/*.md"))))
-    for name in ("commands", "cli", "hooks", "kinds", "keys", "components", "recipes", "templates", "names"):
+    for name in (
+        "commands",
+        "cli",
+        "hooks",
+        "kinds",
+        "keys",
+        "components",
+        "recipes",
+        "templates",
+        "data_classes",
+        "names",
+    ):
         assert f"<!-- generated: {name} -->" in pages
         assert f"<!-- end: {name} -->" in pages
 
@@ -51,6 +65,17 @@ def test_every_hook_is_in_the_reference_with_its_parameters(hook: str) -> None:
 @pytest.mark.parametrize("kind", protocols.KINDS)
 def test_every_kind_is_in_the_reference(kind: str) -> None:
     assert f"### `{kind}`\n\n```python\nclass {protocols.KINDS[kind].__name__}(Protocol):" in PLUGINS
+
+
+DATA_CLASSES = [name for name in llavactl.__all__ if dataclasses.is_dataclass(getattr(llavactl, name))]
+
+
+@pytest.mark.parametrize("name", DATA_CLASSES)
+def test_every_data_class_is_in_the_reference_with_its_fields(name: str) -> None:
+    (entry,) = re.findall(rf"^class {name}\b.*?(?=^```|^class |^@)", PLUGINS, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^    (\w+): ", entry, re.MULTILINE) == [
+        field.name for field in dataclasses.fields(getattr(llavactl, name))
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_problems_of_a_source() -> None:
     unanswered = Sample("a", (Turn("user", (PHOTO,)),))
     (problem,) = check_source([unanswered])
     assert "sample 'a'" in problem
+
+
+def test_a_record_source_may_contain_unusable_records(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    record = {"id": "1", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "Yes."}]}
+    file.write_text(f"{json.dumps(record)}\n{{\n{json.dumps({**record, 'conversations': []})}\n")
+    assert check_source(registry().create("sources", {"name": "llava-json", "path": str(file)})) == []
 
 
 class WrongTokenCount:

@@ -120,7 +120,7 @@ def test_a_repaired_file_has_no_errors(photos: Path, tmp_path: Path, suffix: str
     assert after[1]["records"] == report["repaired"]["written"] >= 2 * len(FAULTS) - 12
     notes = [json.loads(line) for line in Path(report["repaired"]["log"]).read_text().splitlines()]
     assert len(notes) == report["repaired"]["changed"] + report["repaired"]["dropped"]
-    assert any("image-broken cut.jpg" in change for note in notes for change in note["changes"])
+    assert any("image-broken: cut.jpg" in change for note in notes for change in note["changes"])
     read = json.loads(out.read_text()) if suffix == "json" else [json.loads(line) for line in out.open()]
     assert sum(each == record(7) for each in read) == len(FAULTS)
     assert run_cli("data", "check", str(path), "--fix", str(path)).exit_code == 1

@@ -59,7 +59,7 @@ def command(
     suffix; OUT's .fixes.jsonl lists the changes to each record. With -r and one source, --fix writes that source's
     records.
     """
-    from llavactl.curation.problems import KINDS, NOT_IN_RECORDS
+    from llavactl.curation.problems import KINDS, NOT_IN_RECORDS, NOT_REPAIRABLE
     from llavactl.verbs.check import check
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
@@ -76,11 +76,13 @@ def command(
         output.document(report)
     else:
         _print(report)
-    errors = f"{report.errors} problems affect training"
+    errors = "1 problem affects training" if report.errors == 1 else f"{report.errors:,} problems affect training"
     if outside := [KINDS[each.problem].description for each in report.problems if each.problem in NOT_IN_RECORDS]:
         raise DataError(errors, hint="; ".join(outside))
     if not report.ok and report.repaired is None:
-        raise DataError(errors, hint="`llavactl data check FILE --fix OUT` repairs or drops these records")
+        of_records = [each for each in report.problems if each.effect != "noted" and each.problem not in NOT_REPAIRABLE]
+        hint = "`llavactl data check FILE --fix OUT` repairs or drops these records, if FILE holds LLaVA records"
+        raise DataError(errors, hint=hint if of_records else "correct the sources listed above")
 
 
 def _print(report: CheckReport) -> None:

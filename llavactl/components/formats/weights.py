@@ -78,18 +78,11 @@ def unexpected_tensors(model_class: Any, model: str, **load_options: Any) -> lis
     Raises:
         ModelError: tensors are missing or have another shape, or the checkpoint can't be read.
     """
-    from transformers.utils import logging
-
     progress.quiet_transformers()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would print these names as a table
-    try:
-        with loading("checkpoint", model, weights=True):
-            loaded, info = model_class.from_pretrained(
-                model, device_map="meta", output_loading_info=True, trust_remote_code=False, **load_options
-            )
-    finally:
-        logging.set_verbosity(level)
+    with loading("checkpoint", model, weights=True):
+        loaded, info = model_class.from_pretrained(
+            model, device_map="meta", output_loading_info=True, trust_remote_code=False, **load_options
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{model}: {len(missing)} tensors of {type(loaded).__name__} are missing, such as {missing[0]}"

@@ -29,7 +29,7 @@ from llavactl.files.json_stream import read_stream
 from llavactl.files.records import IMAGE_KEYS, given_id, image_names
 from llavactl.images.references import ImageRoot, check_image_root, image_in
 
-PATH_HINT = "`path` is a JSON or JSONL file; `llavactl data generate` writes the one of a recipe's teacher"
+PATH_HINT = "check `path`; if the recipe generates this file, run `llavactl data generate` first"
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
 MEDIA = "name images in `image` or `images`; remove records with video or audio, which can't be trained"
 

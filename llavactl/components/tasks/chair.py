@@ -56,24 +56,27 @@ class Chair:
         ``recall``: share of the objects in the images that are mentioned. ``named``: number of mentioned objects. A
         description's grade is the share of its mentioned objects that are in the image.
         """
-        mentioned = {name: mentioned_objects(answers[name].text) for name in self._images if name in answers}
-        hallucinated = {
-            name: [category for category in categories if category not in self._objects[name]]
-            for name, categories in mentioned.items()
+        mentioned = {
+            image_id: mentioned_objects(answers[image_id].text) for image_id in self._images if image_id in answers
         }
-        present = {name: self._objects[name] for name in mentioned}
-        found = sum(len(present[name] & set(mentioned[name])) for name in mentioned)
+        hallucinated = {
+            image_id: [category for category in categories if category not in self._objects[image_id]]
+            for image_id, categories in mentioned.items()
+        }
+        present = {image_id: self._objects[image_id] for image_id in mentioned}
+        mentioned_present = sum(len(present[image_id] & set(mentioned[image_id])) for image_id in mentioned)
         total = sum(map(len, mentioned.values()))
         scores: dict[str, Json] = {
             "chair_s": _percent(sum(map(bool, hallucinated.values())), len(mentioned)),
             "chair_i": _percent(sum(map(len, hallucinated.values())), total),
-            "recall": _percent(found, sum(map(len, present.values()))),
+            "recall": _percent(mentioned_present, sum(map(len, present.values()))),
             "named": total,
         }
         grades = {
-            name: 1 - len(hallucinated[name]) / len(mentioned[name]) if mentioned[name] else 1.0 for name in mentioned
+            image_id: 1 - len(hallucinated[image_id]) / len(mentioned[image_id]) if mentioned[image_id] else 1.0
+            for image_id in mentioned
         }
-        failed = sum(not answers[name].text.strip() for name in mentioned)
+        failed = sum(not answers[image_id].text.strip() for image_id in mentioned)
         return Scores(scores, failed, grades=grades)
 
     @cached_property

@@ -147,7 +147,7 @@ def _label_files(folder: Path) -> list[Path]:
 
 def _by_split(questions: Mapping[str, Record], splits: Sequence[str]) -> dict[str, dict[str, Record]]:
     """The questions of each of ``splits``; other questions are left out."""
-    categories = {name: record.get("category") for name, record in questions.items()}
+    categories = {question_id: record.get("category") for question_id, record in questions.items()}
     if len(splits) == 1 and splits[0] not in categories.values():
         return {splits[0]: dict(questions)}
     if missing := [split for split in splits if split not in categories.values()]:
@@ -156,7 +156,10 @@ def _by_split(questions: Mapping[str, Record], splits: Sequence[str]) -> dict[st
             f"labels: no question has the category {missing[0]!r}, the split of a label file",
             hint=f"categories of the questions: {', '.join(available)}",
         )
-    return {split: {name: questions[name] for name in questions if categories[name] == split} for split in splits}
+    return {
+        split: {question_id: questions[question_id] for question_id in questions if categories[question_id] == split}
+        for split in splits
+    }
 
 
 def _join(
@@ -171,8 +174,10 @@ def _join(
         first = labels_by_key.setdefault(key(label), label)
         if first is not label and not _is_consistent_repetition(label, first):
             raise DataError(f"{label.where}: duplicate question, first at {first.where}")
-    question_keys = {name: key(record) for name, record in questions.items()}
-    unlabeled = [name for name, question_key in question_keys.items() if question_key not in labels_by_key]
+    question_keys = {question_id: key(record) for question_id, record in questions.items()}
+    unlabeled = [
+        question_id for question_id, question_key in question_keys.items() if question_key not in labels_by_key
+    ]
     unmatched = len(labels_by_key.keys() - set(question_keys.values()))
     if unlabeled or unmatched:
         raise DataError(
@@ -182,7 +187,10 @@ def _join(
             hint="the random split has 2,910 questions in LLaVA-1.5's version and 3,000 today, and popular and "
             "adversarial have changed as well: use the labels of the same version as the questions",
         )
-    return {name: (questions[name], _label(labels_by_key[question_keys[name]]), split) for name in questions}
+    return {
+        question_id: (questions[question_id], _label(labels_by_key[question_keys[question_id]]), split)
+        for question_id in questions
+    }
 
 
 def _image_and_text_key(record: Record) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class Vqa:
     def _items(self) -> list[VqaQuestion]:
         annotations = unique(_records(self.options.annotations, "annotations"), "question_id", what="annotation")
         questions = unique(_records(self.options.questions, "questions"), "question_id")
-        if missing := [name for name in questions if name not in annotations]:
+        if missing := [question_id for question_id in questions if question_id not in annotations]:
             raise DataError(
                 f"{self.options.annotations}: {len(missing)} of {len(questions)} questions have no annotation, the "
                 f"first is {missing[0]!r}",
@@ -88,8 +88,15 @@ class Vqa:
             )
         root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
-            _item(name, record, annotations[name], root, self._file(record), _answer_type(annotations[name]))
-            for name, record in questions.items()
+            _item(
+                question_id,
+                record,
+                annotations[question_id],
+                root,
+                self._file(record),
+                _answer_type(annotations[question_id]),
+            )
+            for question_id, record in questions.items()
         ]
 
     def _file(self, record: Record) -> str:
@@ -141,8 +148,8 @@ class TextVqa:
     def _items(self) -> list[VqaQuestion]:
         root = ImageRoot(str(self.options.images or self.options.questions.parent), self.options.follow_links)
         return [
-            _item(name, record, record, root, f"{record.name('image_id')}.jpg", "")
-            for name, record in unique(_records(self.options.questions, "data"), "question_id").items()
+            _item(question_id, record, record, root, f"{record.name('image_id')}.jpg", "")
+            for question_id, record in unique(_records(self.options.questions, "data"), "question_id").items()
         ]
 
 
@@ -170,20 +177,22 @@ def _scores(
     items: Sequence[VqaQuestion], answers: Mapping[str, Answer], grade: Callable[[str, Sequence[str]], float]
 ) -> Scores:
     answered = {item.question.id: item for item in items if item.question.id in answers}
-    check_prompts({name: item.text for name, item in answered.items()}, answers)
-    grades = {name: grade(answers[name].text, item.human_answers) for name, item in answered.items()}
+    check_prompts({question_id: item.text for question_id, item in answered.items()}, answers)
+    grades = {
+        question_id: grade(answers[question_id].text, item.human_answers) for question_id, item in answered.items()
+    }
     by_category: dict[str, list[float]] = {}
-    for name, item in answered.items():
+    for question_id, item in answered.items():
         if item.question.category:
-            by_category.setdefault(item.question.category, []).append(grades[name])
+            by_category.setdefault(item.question.category, []).append(grades[question_id])
     scores: dict[str, Json] = {"accuracy": 100 * fmean(grades.values())}
     scores |= {category: 100 * fmean(values) for category, values in sorted(by_category.items())}
-    failed = sum(not answers[name].text.strip() for name in grades)
+    failed = sum(not answers[question_id].text.strip() for question_id in grades)
     return Scores(scores, failed, grades=grades)
 
 
 def _records(path: Path, key: str) -> list[Record]:
-    """The list under ``key``, or the list that is the whole file."""
+    """The objects in the list under ``key``, or in a file that is itself a list."""
     document: Any = read_document(path)
     items = document.get(key) if isinstance(document, dict) else document
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
@@ -195,8 +204,10 @@ def _answer_type(annotation: Record) -> str:
     return str(annotation.get("answer_type") or "")
 
 
-def _item(name: str, record: Record, annotation: Record, root: ImageRoot, file: str, category: str) -> VqaQuestion:
-    """The reference is the most frequent human answer."""
+def _item(
+    question_id: str, record: Record, annotation: Record, root: ImageRoot, file: str, category: str
+) -> VqaQuestion:
+    """A question whose reference is the most frequent human answer."""
     listed = annotation.get("answers")
     values = (
         [item.get("answer") if isinstance(item, dict) else item for item in listed] if isinstance(listed, list) else []
@@ -206,5 +217,5 @@ def _item(name: str, record: Record, annotation: Record, root: ImageRoot, file: 
         raise DataError(f"{annotation.where}: `answers`: expected {HUMAN_ANSWERS} strings, got {listed!r:.60}")
     image = image_of(Record(record.where, {"image": file}), root)
     turns = user_turn(image, f"{record.text('question')}\n{SHORT_ANSWER}")
-    question = Question(name, turns, max(human_answers, key=human_answers.count), category)
+    question = Question(question_id, turns, max(human_answers, key=human_answers.count), category)
     return VqaQuestion(question, record.text("question"), human_answers)

@@ -25,7 +25,7 @@ Conversation = tuple[Turn, ...]
 def verification_conversations(images: Sequence[ImageFile], encoding: Encoding) -> list[Conversation]:
     """One question per image, then several turns, two images, a system turn, no image, and an image without text.
 
-    Conversations that the template refuses (a system turn) or for which it writes no prompt (``plain``) are left out.
+    Conversations that the template refuses (a system turn) or renders as an empty prompt (``plain``) are left out.
     """
     first, last = images[0], images[-1]
     conversations = [

@@ -12,7 +12,7 @@ The script loads the export in float32 on the CPU and runs every prompt. ``PROMP
 
 ``OUT.safetensors`` has these tensors for prompt ``i`` (I images, T tokens, V vocabulary, N generated tokens):
 
-  {i}.ids       [T]           token ids of the prompt; at image positions, any one number that no other token has
+  {i}.ids       [T]           token ids of the prompt; at image positions, one id that no text token has
   {i}.pixels    [I, 3, H, W]  preprocessed images; omitted without images
   {i}.logits    [T, V]        logits at every position of the prompt
   {i}.said      [N]           token ids of the greedy answer

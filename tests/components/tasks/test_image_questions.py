@@ -126,7 +126,9 @@ TASKS: dict[str, tuple[Callable[[Path], dict[str, Any]], list[bytes]]] = {
 @pytest.mark.parametrize("top", ["", "val2014/"])
 @pytest.mark.parametrize("place", [in_folder, in_zip, in_tar, at_url])
 @pytest.mark.parametrize("task", TASKS)
-def test_images_are_read_from_any_place(task: str, place: Callable[[Path, str], str], top: str, tmp_path: Path) -> None:
+def test_images_are_read_from_any_location(
+    task: str, place: Callable[[Path, str], str], top: str, tmp_path: Path
+) -> None:
     options, expected = TASKS[task]
     component = registry().create("tasks", {"name": task, **options(tmp_path), "images": place(tmp_path, top)})
     images = images_in(turn for question in component.questions() for turn in question.turns)
@@ -134,7 +136,7 @@ def test_images_are_read_from_any_place(task: str, place: Callable[[Path, str], 
 
 
 @pytest.mark.parametrize("place", [in_folder, in_zip, in_tar, at_url])
-def test_the_source_scienceqa_reads_images_from_any_place(place: Callable[[Path, str], str], tmp_path: Path) -> None:
+def test_the_source_scienceqa_reads_images_from_any_location(place: Callable[[Path, str], str], tmp_path: Path) -> None:
     path = scienceqa(tmp_path)["questions"]
     records = registry().create("sources", {"name": "scienceqa", "path": path, "images": place(tmp_path, "")})
     (sample,) = records

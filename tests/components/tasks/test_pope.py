@@ -234,7 +234,7 @@ def test_parsing_as_llava(text: str, yes: bool) -> None:
     assert is_yes(text) is yes
 
 
-def test_an_answer_without_a_word_is_counted_apart(scored: Any, lines: Any) -> None:
+def test_an_empty_answer_counts_as_failed(scored: Any, lines: Any) -> None:
     questions = lines("q.jsonl", [{**QUESTIONS[0], "label": "yes"}, {**QUESTIONS[1], "label": "no"}])
     answers = lines("a.jsonl", [{"question_id": 0, "text": "  "}, {"question_id": 1, "text": ""}])
     report = scored("pope", "--answers", answers, questions=questions)
