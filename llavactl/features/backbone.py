@@ -26,7 +26,7 @@ BatchFeatures = tuple[np.ndarray, np.ndarray]
 class Backbone:
     """``encoder``, loaded on ``device``, applied in batches of ``batch_size``.
 
-    ``batches_ahead`` is how many more batches should be started before waiting for the oldest one.
+    ``batches_ahead`` is the number of further batches to start before waiting for the oldest one.
 
     An image's features must have the same bits in any batch; otherwise cached and live features would differ. But
     matrix products may be summed in a different order when the number of rows changes. On the CPU this was observed
@@ -45,7 +45,7 @@ class Backbone:
         self._transfer = _CudaTransfer(device) if device.startswith("cuda") else _Transfer(device)
 
     def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Encode n images' ``pixels`` [3, H, W] to features [n, P, Dv] float16; values beyond float16 are infinite.
+        """Encodes n images' ``pixels`` [3, H, W] to features [n, P, Dv] float16; values beyond float16 are infinite.
 
         Raises:
             ModelError: see ``encode_async``.
@@ -53,7 +53,7 @@ class Backbone:
         return self.encode_async(pixels)()[0]
 
     def encode_async(self, pixels: Sequence[np.ndarray]) -> Callable[[], BatchFeatures]:
-        """Start encoding n images' ``pixels`` [3, H, W] and return a function that waits for the result.
+        """Starts encoding n images' ``pixels`` [3, H, W] and returns a function that waits for the result.
 
         A GPU keeps computing while the next pixels are read and copied to it. On the CPU the work is complete when
         this method returns.

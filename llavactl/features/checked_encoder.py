@@ -29,7 +29,7 @@ _HINT = "`llavactl.testing.check_vision` tests a backbone separately"
 
 
 def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
-    """Load the encoder of ``vision``; its pixels and features are validated on use.
+    """Loads the encoder of ``vision``; its pixels and features are validated on use.
 
     Raises:
         PluginError: a method is missing, or the shape is not a FeatureShape or differs from ``vision.shape()``.

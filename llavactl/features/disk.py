@@ -17,7 +17,7 @@ def free_bytes() -> int:
 
 
 def check_free_space(needed: int, free: int) -> None:
-    """Compare the bytes ``needed`` by features with those ``free``.
+    """Compares the bytes ``needed`` by features with those ``free``.
 
     Raises:
         StoreError: the disk is too small.

@@ -1,4 +1,4 @@
-"""Encode missing images and store their features.
+"""Encodes missing images and stores their features.
 
 Images are read, decoded and preprocessed in threads ahead of the backbone; features are written in another thread.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.sections import Features
 
 _MAX_PENDING_BATCHES = 4
-"""How many batches may wait to be written, while the fsync and checksum of a full shard block the writer."""
+"""The number of batches that may wait to be written while the fsync and checksum of a full shard block the writer."""
 
 Advance = Callable[[int, int], object]
 
@@ -137,7 +137,7 @@ class FillResult:
 
 
 def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: None) -> FillResult:
-    """Encode and store the missing images of ``job``. ``advance`` is called with the images and bytes of each batch.
+    """Encodes and stores the missing images of ``job``. ``advance`` is called with the images and bytes of each batch.
 
     If an exception or Ctrl-C ends it, the features encoded so far are stored.
 
@@ -170,7 +170,7 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
 
 
 def fill_stores(jobs: Sequence[ExtractionJob]) -> dict[str, FillResult]:
-    """Run ``jobs`` one after another; the results by fingerprint id.
+    """Runs ``jobs`` one after another; the results by fingerprint id.
 
     Raises:
         StoreError: see ``fill_store``.

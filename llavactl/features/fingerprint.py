@@ -27,7 +27,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
-        """Parse the output of ``json``.
+        """Parses the output of ``json``.
 
         Raises:
             ValueError: ``text`` is not a JSON object.

@@ -1,4 +1,4 @@
-"""Verify feature stores, and remove stores and unused files."""
+"""Verifies feature stores, and removes stores and unused files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ShardFault:
 
 
 def verify_store(folder: Path) -> list[ShardFault]:
-    """Hash every shard of the store in ``folder``; damaged ones are renamed to ``*.damaged`` and unlisted.
+    """Hashes every shard of the store in ``folder``; damaged ones are renamed to ``*.damaged`` and unlisted.
 
     Shards that can't be read (disk, network, permissions) are left unchanged, since their content may be intact.
 
@@ -100,7 +100,7 @@ def _removal_errors(folder: Path) -> Iterator[None]:
 
 
 def remove_store(folder: Path) -> None:
-    """Remove the store in ``folder``.
+    """Removes the store in ``folder``.
 
     Raises:
         StoreError: another process is writing to it, or it can't be removed.
@@ -110,7 +110,7 @@ def remove_store(folder: Path) -> None:
 
 
 def remove_unused_files(folder: Path) -> None:
-    """Remove the ``unused_files`` of the store in ``folder``.
+    """Removes the ``unused_files`` of the store in ``folder``.
 
     Raises:
         StoreError: another process is writing to the store, or the files can't be removed.

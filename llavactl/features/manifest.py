@@ -47,7 +47,7 @@ class Manifest:
         return replace(self, shards=(*self.shards, entry))
 
     def write(self, folder: Path) -> None:
-        """Replace the manifest of ``folder`` atomically; raises OSError."""
+        """Replaces the manifest of ``folder`` atomically; raises OSError."""
         write_json(folder / _MANIFEST, {"format": FORMAT, **asdict(self)})
         sync_folder(folder)
 
@@ -128,12 +128,12 @@ def _read_error(path: Path, error: OSError) -> StoreError:
 
 
 def write_fingerprint(folder: Path, fingerprint: Fingerprint) -> None:
-    """Write the fingerprint file of ``folder``; raises OSError."""
+    """Writes the fingerprint file of ``folder``; raises OSError."""
     write_json(folder / _FINGERPRINT, fingerprint.fields)
 
 
 def check_fingerprint(path: Path, actual: Fingerprint, expected: Fingerprint) -> None:
-    """Compare the fingerprint ``actual`` of a store or shard at ``path`` with ``expected``.
+    """Compares the fingerprint ``actual`` of a store or shard at ``path`` with ``expected``.
 
     Raises:
         StoreError: they differ; the message lists the differing fields.

@@ -1,4 +1,4 @@
-"""Plan an extraction: which images each feature store needs, and which of them are missing."""
+"""Plans an extraction: which images each feature store needs, and which of them are missing."""
 
 from __future__ import annotations
 

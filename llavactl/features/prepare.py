@@ -1,4 +1,4 @@
-"""Read, decode and preprocess images into pixels, in threads ahead of the backbone."""
+"""Reads, decodes and preprocesses images into pixels, in threads ahead of the backbone."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MAX_LISTED = 3
 CACHED_IMAGES = 16
-"""How many images' features ``LiveFeatures`` keeps in memory."""
+"""The number of images whose features ``LiveFeatures`` keeps in memory."""
 
 
 class FeatureReader(Protocol):

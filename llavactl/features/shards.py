@@ -71,7 +71,7 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Read everything except the features.
+        """Reads everything except the features.
 
         Raises:
             DamagedShardError: the file is not a complete shard of this format.
@@ -182,11 +182,11 @@ class PartialShard:
 
     @property
     def remaining(self) -> int:
-        """How many more images fit."""
+        """The number of images that still fit."""
         return self.capacity - len(self.keys)
 
     def append(self, keys: Sequence[str], features: np.ndarray) -> None:
-        """Append ``features`` [n, P, Dv] float16; raises OSError."""
+        """Appends ``features`` [n, P, Dv] float16; raises OSError."""
         for column, offset, rows in zip(self._columns, self._offsets, self._column_rows(features), strict=True):
             data = np.ascontiguousarray(rows, column.dtype).view(np.uint8).reshape(-1).data
             _write(self._open_file, data, offset + len(self.keys) * column.bytes)
@@ -201,7 +201,7 @@ class PartialShard:
         return np.stack(integers), np.stack(scales)
 
     def finish(self) -> None:
-        """Complete the shard with the rows appended so far and flush it to disk; raises OSError."""
+        """Completes the shard with the images appended so far and flushes it to disk; raises OSError."""
         if self.remaining:
             self._shrink()
         _write(self._open_file, np.array(self.keys, _KEY).view(np.uint8).data, self._keys_offset)
@@ -209,7 +209,7 @@ class PartialShard:
         self._close()
 
     def discard(self) -> None:
-        """Remove the file."""
+        """Removes the file."""
         self._close()
         with contextlib.suppress(OSError):
             self.path.unlink()
@@ -225,7 +225,7 @@ class PartialShard:
         self._file = None
 
     def _shrink(self) -> None:
-        """Copy the rows into a smaller file, since HDF5 can't shorten a contiguous dataset."""
+        """Copies the rows into a smaller file, since HDF5 can't shorten a contiguous dataset."""
         short = self.path.with_name(f"short.{self.path.name}")
         try:
             offsets, keys_offset = _create_layout(short, self.fingerprint, self.shape, len(self.keys))
@@ -242,14 +242,14 @@ class PartialShard:
 
 
 def _copy(source: FileIO, source_offset: int, target: FileIO, target_offset: int, size: int) -> None:
-    """Copy ``size`` bytes from one file to another."""
+    """Copies ``size`` bytes from one file to another."""
     for done in range(0, size, _COPY_BYTES):
         source.seek(source_offset + done)
         _write(target, memoryview(source.read(min(_COPY_BYTES, size - done))), target_offset + done)
 
 
 def _create_layout(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[list[int], int]:
-    """Create an HDF5 file with space for ``images``.
+    """Creates an HDF5 file with space for ``images``.
 
     Returns the byte offsets of its columns and of its keys. Raises OSError.
     """
@@ -267,7 +267,7 @@ def _create_layout(path: Path, fingerprint: Fingerprint, shape: FeatureShape, im
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Create a contiguous dataset, allocated early and never filled; returns its byte offset."""
+    """Creates a contiguous dataset, allocated early and never filled; returns its byte offset."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -30,7 +30,7 @@ def skipped_images(plans: Sequence[ExtractionPlan], failures: Mapping[str, Mappi
 
 
 def write_skipped(run_dir: Path, part: Part, skipped: Mapping[ImageRef, str]) -> Path:
-    """Write one line of JSON per skipped image and return the file; it is empty if no image was skipped.
+    """Writes one line of JSON per skipped image and returns the file; it is empty if no image was skipped.
 
     Raises:
         StoreError: the file can't be written.

@@ -1,4 +1,4 @@
-"""Read a feature store: HDF5 shards, accessed as memory maps and indexed by content key."""
+"""Reads a feature store: HDF5 shards, accessed as memory maps and indexed by content key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a feature store atomically: a shard is either complete and listed, or absent.
+"""Writes a feature store atomically: a shard is either complete and listed, or absent.
 
 A shard is written as ``*.partial``, fsynced, renamed (followed by an fsync of the folder), and then listed with its
 checksum in the manifest, which is replaced atomically. One process at a time writes to a store, so every ``*.partial``
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 _SHARD_NUMBER = re.compile(r"shard-(\d+)\.")
 _PART_NUMBER = re.compile(r"part-(\d+)\.h5\.partial$")
 _STORE_LOCK_TIMEOUT_S = 60.0
-"""How long a part waits for the store's lock; it is held for one rename and one small write."""
+"""Maximum wait of a part for the store's lock, which is held for one rename and one small write."""
 
 _PART_LOCK_TIMEOUT_S = 2.0
-"""How long a part waits for its own lock, which other parts acquire briefly to check whether its owner is alive."""
+"""Maximum wait of a part for its own lock, which other parts acquire briefly to check whether its owner is alive."""
 
 
 class StoreWriter:
@@ -82,7 +82,7 @@ class StoreWriter:
         return self
 
     def append(self, keys: Sequence[str], features: np.ndarray) -> None:
-        """Store finite ``features`` [n, P, Dv] float16 of the images with these content ``keys``."""
+        """Stores finite ``features`` [n, P, Dv] float16 of the images with these content ``keys``."""
         with self._write_errors():
             while len(keys):
                 partial = self._partial = self._partial or self._new_partial()
@@ -93,7 +93,7 @@ class StoreWriter:
                     self._finish()
 
     def skip(self, key: str, reason: str) -> None:
-        """Record why the content ``key`` has no features; written with the next finished shard."""
+        """Records why the content ``key`` has no features; written with the next finished shard."""
         self._skipped[key] = reason
 
     def __exit__(
@@ -110,7 +110,7 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Convert OSError to StoreError and refuse further writes."""
+        """Converts OSError to StoreError and refuses further writes."""
         if self._failed:
             raise StoreError(f"features can't be written to {self.folder}: an earlier write failed")
         try:
@@ -137,7 +137,7 @@ class StoreWriter:
         return f"shard-{max(numbers, default=-1) + 1:05}.h5"
 
     def _finish(self) -> None:
-        """Finish and list the partial shard, if any, and write the manifest."""
+        """Finishes and lists the partial shard, if any, and writes the manifest."""
         if (partial := self._partial) is not None:
             partial.finish()
             size, digest = partial.path.stat().st_size, checksum(partial.path)
@@ -156,7 +156,7 @@ class StoreWriter:
             self._manifest.write(self.folder)
 
     def _recover(self) -> None:
-        """Bring the folder and its manifest into agreement after an interrupted writer."""
+        """Makes the folder and its manifest consistent after an interrupted writer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # This file is for people. The folder's name and the fingerprint in every shard are authoritative.
         stored_fingerprint = None
@@ -192,7 +192,7 @@ class StoreWriter:
         return _is_locked(_part_lock(self.folder, int(match[1])))
 
     def _list_shard(self, path: Path) -> None:
-        """List a shard that was renamed but not yet listed; a damaged one is set aside.
+        """Lists a shard that was renamed but not yet listed; a damaged one is set aside.
 
         Raises:
             StoreError: the shard can't be read and may be intact.

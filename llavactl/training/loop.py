@@ -53,7 +53,7 @@ class TrainingResult:
 
 
 def train(run: Run) -> TrainingResult:
-    """Trains to the end of the plan; the model then has its last or, with ``restore_best``, its best weights.
+    """Trains all planned steps; the model then has the last weights or, with ``restore_best``, the best ones.
 
     The first Ctrl-C or SIGTERM stops training after the current step and saves a checkpoint. A second one stops it
     immediately.
@@ -63,15 +63,7 @@ def train(run: Run) -> TrainingResult:
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
     settings, accelerator = run.settings, run.accelerator
-    plan = BatchPlan(
-        run.data.weights,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=run.seed,
-        max_steps=settings.max_steps,
-        phases=run.data.phases,
-        groups=run.data.image_groups() if settings.shuffle == "images" else None,
-    )
+    plan = _batch_plan(run)
     checkpoint = _resume(run)
     start = checkpoint.step if checkpoint else 0
     if not checkpoint:
@@ -94,34 +86,47 @@ def train(run: Run) -> TrainingResult:
     ):
         saved_step = start
         if checkpoint and checkpoint_due(start) and checkpoint.val_loss is None and len(run.validation):
-            _checkpoint(run, start, metrics, stop)  # the earlier run was stopped before validation
+            _validate_and_save(run, start, metrics, stop)  # the earlier run was stopped before validation
         for step, batches in prefetched_steps(run, plan, start, stop):
             line = _step(run, batches, step, plan.steps, stop)
             if line is None:
                 if step > saved_step:
-                    _save(run, CheckpointState(step, run.digest), metrics)
+                    _save_checkpoint(run, CheckpointState(step, run.digest), metrics)
                 _raise_interrupted(run, step)
             completed = step + 1
             if completed % RELEASE_MEMORY_EVERY == 0 and accelerator.device.type == "cpu":
                 release_memory()
-            _write(run, {"step": completed, **line}, metrics)
-            facts = {"loss": line["loss"]}
+            _write_metrics(run, {"step": completed, **line}, metrics)
+            bar_values = {"loss": line["loss"]}
             if checkpoint_due(completed):
-                facts |= _checkpoint(run, completed, metrics, stop)
+                bar_values |= _validate_and_save(run, completed, metrics, stop)
                 saved_step = completed
-            bar.advance(1, **{name: f"{value:.4f}" for name, value in facts.items()})
+            bar.advance(1, **{name: f"{value:.4f}" for name, value in bar_values.items()})
         if stop.requested:
             _raise_interrupted(run, plan.steps)
     return TrainingResult(start, _load_best(run) if settings.restore_best else plan.steps)
 
 
+def _batch_plan(run: Run) -> BatchPlan:
+    settings = run.settings
+    return BatchPlan(
+        run.data.weights,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seed=run.seed,
+        max_steps=settings.max_steps,
+        phases=run.data.phases,
+        groups=run.data.image_groups() if settings.shuffle == "images" else None,
+    )
+
+
 def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop) -> dict[str, Any] | None:
     """One optimizer step on the global batch, whose gradient is accumulated over micro-batches and processes.
 
-    Returns None, without an update, if any process is to stop.
+    Returns None, without an update, if any process received a stop signal.
     """
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    # Target tokens and tokens of the global batch, and the number of processes that are to stop.
+    # Target tokens and tokens of the global batch, and the number of processes that received a stop signal.
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
@@ -136,7 +141,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
-        if micro_loss.requires_grad:  # not with text only and a frozen language model
+        if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
             micro_loss.backward()
         optimizer.accumulate()
         loss += micro_loss.detach().double().cpu()
@@ -167,21 +172,21 @@ def _broadcast_buffers(run: Run) -> None:
         run.optimizer.untrained.load({name: broadcast(each.to(device)) for name, each in buffers.items()})
 
 
-def _checkpoint(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:
+def _validate_and_save(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:
     """Validates, unless interrupted, and saves a checkpoint; returns the validation loss, if any."""
     loss = validate(run, stop) if len(run.validation) else None
     validated = {} if loss is None else {"val_loss": loss}
     if validated:
-        _write(run, {"step": step, **validated}, metrics)
-    _save(run, CheckpointState(step, run.digest, loss), metrics)
+        _write_metrics(run, {"step": step, **validated}, metrics)
+    _save_checkpoint(run, CheckpointState(step, run.digest, loss), metrics)
     return validated
 
 
 @torch.no_grad()
 def validate(run: Run, stop: Stop) -> float | None:
-    """The mean loss per target token over the validation samples; None if any process is to stop."""
+    """The mean loss per target token over the validation samples; None if any process received a stop signal."""
     run.model.eval()
-    # The loss, target tokens, and the number of processes that are to stop.
+    # The loss, target tokens, and the number of processes that received a stop signal.
     total = torch.zeros(3, dtype=torch.float64)
     size = run.settings.batch_size
     with suppress(CancelledError):
@@ -197,7 +202,7 @@ def validate(run: Run, stop: Stop) -> float | None:
     return None if total[2] else float(total[0] / total[1])
 
 
-def _save(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:
+def _save_checkpoint(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:
     """Saves a checkpoint in the main process, which has ``metrics``."""
     if metrics:
         metrics.sync()
@@ -208,7 +213,7 @@ def _save(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:
 
 
 def _resume(run: Run) -> CheckpointState | None:
-    """Loads the newest checkpoint of this run; None without one, or if the run is not to be resumed."""
+    """Loads the newest checkpoint of this run; returns None without one. If the run isn't resumed, removes them all."""
     folder = run.folder / "checkpoints"
     if not run.resume:
         if run.accelerator.is_main_process:
@@ -234,7 +239,7 @@ def _load_best(run: Run) -> int:
 
 
 def _align_to_boxes(run: Run) -> None:
-    """Aligns the connector with boxes if the stage requests it, with the same result on all processes."""
+    """Aligns the connector with boxes if the recipe requests it, with the same result on all processes."""
     steps = run.settings.box_alignment_steps
     if not steps:
         return
@@ -248,14 +253,14 @@ def _align_to_boxes(run: Run) -> None:
         optimizer.untrained.load({name: weights[name] for name in optimizer.untrained.state()})
 
 
-def _write(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
+def _write_metrics(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
     if metrics:
         metrics.write(line)
         run.notify("train_logged", {"line": line})
 
 
 def _log_stop(run: Run) -> None:
-    """Called by a signal handler. If that interrupts a write to stderr, Python raises RuntimeError."""
+    """Called by a signal handler. If the signal interrupts a write to stderr, Python raises RuntimeError."""
     with suppress(RuntimeError):
         log.warning("%s: stopping after this step; interrupt again to stop at once", run.folder.name)
 

@@ -71,7 +71,7 @@ class ExtractReport:
 def extract(
     recipe: VisionRecipe, *, dry_run: bool = False, max_skipped: int | None = None, part: Part | None = None
 ) -> ExtractReport:
-    """Encode and store the features that ``recipe`` needs and that are not stored yet; can be interrupted and resumed.
+    """Encodes and stores the features that ``recipe`` needs and the store lacks; can be interrupted and resumed.
 
     An image that can't be read is skipped and listed with its reason in ``<run_dir>/skipped.jsonl``. A dry run writes
     nothing. With ``part`` (default: assigned by torchrun, accelerate or srun), only that part of the images is encoded;
