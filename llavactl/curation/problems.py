@@ -46,7 +46,7 @@ KINDS: Mapping[str, ProblemKind] = {
     "image-broken": ProblemKind("lost", "an image that can't be decoded"),
     "template": ProblemKind("lost", "a conversation that the stage's template can't render"),
     "untrained": ProblemKind("lost", "no target token within max_length"),
-    "empty-answer": ProblemKind("harms", "an empty answer: the model learns to answer nothing"),
+    "empty-answer": ProblemKind("harms", "an empty answer: the model learns to give empty answers"),
     "truncated": ProblemKind("noted", "longer than max_length: its end is truncated"),
     "image-cut": ProblemKind("noted", "longer than max_length: an image is truncated with the end"),
     "duplicate-id": ProblemKind("noted", "an id that an earlier record has"),

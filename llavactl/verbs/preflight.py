@@ -42,8 +42,9 @@ def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[P
 def refuse(recipe: Recipe) -> None:
     """Raises a RecipeError with all ``faults`` of ``recipe``, if there are any."""
     if found := faults(recipe):
-        raise RecipeError(
-            "\n".join(f"{key}: {why}" for key, why in found), hint="run `llavactl recipes check` for the line numbers"
+        raise RecipeError.from_problems(
+            [Problem("recipe", key, why) for key, why in found],
+            hint="run `llavactl recipes check` for the line numbers",
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+import llavactl
 from llavactl.core.registry import Registration, registry
 from llavactl.core.schema import FeatureShape
 from llavactl.testing import run_cli
@@ -75,6 +76,19 @@ def test_components_that_do_not_fit_together(toy: Path, override: str, key: str,
     assert done.exit_code == 1
     assert term in done.stderr
     assert not (toy / "runs").exists(), "before any work"
+
+
+def test_run_lists_each_problem_on_its_own_line(toy: Path) -> None:
+    overrides = ("connector.pixel_shuffle=3", "stage2.trainable_modules=[self_atn]")
+    keys = [each["key"] for each in problems(toy, *overrides)]
+    assert len(keys) == 2
+    done = run_cli("run", "-r", "recipe.yaml", *(part for each in overrides for part in ("-o", each)), cwd=toy)
+    *errors, hint = done.stderr.splitlines()
+    assert [key in line for key, line in zip(keys, errors, strict=True)] == [True, True]
+    assert "recipes check" in hint
+    with pytest.raises(llavactl.RecipeError) as raised:
+        llavactl.run(llavactl.load_recipe(toy / "recipe.yaml", overrides))
+    assert [each.key for each in raised.value.problems] == keys
 
 
 @pytest.mark.parametrize(

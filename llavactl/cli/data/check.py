@@ -81,7 +81,7 @@ def command(
         raise DataError(errors, hint="; ".join(outside))
     if not report.ok and report.repaired is None:
         of_records = [each for each in report.problems if each.effect != "noted" and each.problem not in NOT_REPAIRABLE]
-        hint = "`llavactl data check FILE --fix OUT` repairs or drops these records, if FILE holds LLaVA records"
+        hint = "`--fix OUT` repairs or drops records of sources that support it, such as llava-json"
         raise DataError(errors, hint=hint if of_records else "correct the sources listed above")
 
 
