@@ -148,8 +148,8 @@ MOMENTS = {
     "in the last step": ("schedule", -1),
     "before the first validation": ("validate", 1),
     "before the last validation": ("validate", -1),
-    "before the first checkpoint": ("_save", 1),
-    "before the last checkpoint": ("_save", -1),
+    "before the first checkpoint": ("_save_checkpoint", 1),
+    "before the last checkpoint": ("_save_checkpoint", -1),
     "when all steps are done": ("_load_best", 1),
 }
 
