@@ -96,7 +96,7 @@ def methods(folder: Path, images: int) -> dict[str, Read]:
     return {
         BASELINE: lambda i: np.array(memory_map[i]),
         "llavactl": lambda i: store.read(keys[i]),
-        "llavactl, by image": lambda i: cached.stored(image_files[i]),
+        "llavactl, by image": lambda i: cached.arrays(image_files[i]),
         "llavactl, int8": lambda i: int8_store.stored(keys[i]),
         "llavactl, int8 to float16": lambda i: int8_store.read(keys[i]),
         "memory map, int8": lambda i: np.array(int8_map[i]),

@@ -69,7 +69,7 @@ RESET_PEAK = Path("/proc/self/clear_refs")
 class RandomFeatures:
     """Features in memory, as from a warm cache."""
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
         rng = np.random.default_rng(sum(image.name.encode()))
         return (rng.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class FeatureLookup(Protocol):
     """Returns the features of an image, cached or computed live."""
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        """The features [P, Dv] of ``image``; for int8 features also their scales [P + Dv]."""
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        """The features [P, Dv] of ``image``, float16 or int8; for int8 also their scales [P + Dv]."""
 
 
 def collate(
@@ -100,6 +100,6 @@ def _stacked_features(
     """The features [I, P, Dv] of ``images``, and the scales of int8 features."""
     if not images:
         return None, None
-    columns = zip(*(features.stored(image) for image in images), strict=True)
+    columns = zip(*(features.arrays(image) for image in images), strict=True)
     stacked, *scales = (torch.from_numpy(np.stack(column)) for column in columns)
     return stacked, scales[0] if scales else None

@@ -181,7 +181,7 @@ class Encoding:
         names, separator = self._special_names, ""
         if names is not None and any(names.search(turn.text) for turn in turns):
             characters = {character for turn in turns for character in turn.text}
-            separator = next((each for each in SEPARATORS if each not in characters), "")
+            separator = next((candidate for candidate in SEPARATORS if candidate not in characters), "")
             if not separator:
                 raise ConversationError("the conversation has too many Unicode noncharacters (U+FDD0 to U+FDEF)")
             turns = [

@@ -47,8 +47,8 @@ def packed_micro_batches(data: SampleSet, indices: BatchIndices, partition: Part
 
 def padded_micro_batches(data: SampleSet, indices: BatchIndices, partition: Partition) -> list[Batch]:
     """Micro-batches of samples with similar lengths, longest first, padded to the longest."""
-    own = indices[partition.process :: partition.processes]
-    items = sorted(((data.encoded(*index), index) for index in own), key=lambda item: -len(item[0]))
+    own_indices = indices[partition.process :: partition.processes]
+    items = sorted(((data.encoded(*index), index) for index in own_indices), key=lambda item: -len(item[0]))
     groups: list[list[tuple[Encoded, tuple[int, int]]]] = []
     for item in items:
         group = groups[-1] if groups else []

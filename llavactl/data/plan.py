@@ -52,7 +52,7 @@ class BatchPlan:
         if orders and epochs % 1:
             orders[-1] = orders[-1][: math.ceil(len(orders[-1]) * (epochs % 1))]
         self._samples = np.concatenate(orders)
-        self._epochs = np.repeat(np.arange(len(orders)), [len(each) for each in orders])
+        self._epochs = np.repeat(np.arange(len(orders)), list(map(len, orders)))
         self.batch_size = batch_size
         steps = math.ceil(len(self._samples) / batch_size)
         self.steps = steps if max_steps is None else min(steps, max_steps)

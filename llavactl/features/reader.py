@@ -53,8 +53,8 @@ class FeatureReader(Protocol):
             StoreError: its content has no features in the store.
         """
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
-        """The arrays that ``load`` is computed from: features [P, Dv] float16, or int8 and their scales [P + Dv].
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+        """The features of ``image`` before dequantization: [P, Dv] float16, or int8 and their scales [P + Dv].
 
         Raises:
             DataError, StoreError: see ``load``.
@@ -86,7 +86,7 @@ class CachedFeatures:
     def load(self, image: ImageRef) -> np.ndarray:
         return self.store.read(self._key(image))
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         return self.store.stored(self._key(image))
 
     def _key(self, image: ImageRef) -> str:
@@ -141,7 +141,7 @@ class LiveFeatures:
             raise DataError(f"image {image.name} can't be read: {features.reason}", hint=hint)
         return features.copy()
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         return (self.load(image),)
 
     def _encode(self, data: bytes) -> np.ndarray | Failure:

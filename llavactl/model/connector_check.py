@@ -68,7 +68,7 @@ class _ConnectorCheck:
         batched = self._run(module, features)
         if not torch.isfinite(batched).all():
             return "its embeddings are not finite"
-        single = torch.cat([self._run(module, each[None]) for each in features])
+        single = torch.cat([self._run(module, image[None]) for image in features])
         if not _close(batched, single):
             return "an image's embeddings depend on the other images of its batch"
         layout = _layout(module)
@@ -77,8 +77,8 @@ class _ConnectorCheck:
             self._train(module, self._features(images))
         if _layout(module) != layout:
             return "names or shapes of its state dict change during training"
-        if others := [name for name, each in module.state_dict().items() if not isinstance(each, torch.Tensor)]:
-            return f"{others[0]} of its state dict is not a tensor"
+        if non_tensors := [name for name, value in module.state_dict().items() if not isinstance(value, torch.Tensor)]:
+            return f"{non_tensors[0]} of its state dict is not a tensor"
         copy = self._built()
         self._run(copy, features)
         copy.load_state_dict(module.state_dict())
@@ -121,20 +121,20 @@ class _ConnectorCheck:
 
     def _train(self, module: nn.Module, features: torch.Tensor) -> None:
         """Runs a backward pass if there are trainable parameters."""
-        trainable = [each for each in module.parameters() if each.requires_grad]
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         embeddings = self._run(module, features, training=True)
         if trainable and not embeddings.requires_grad:
             raise _BrokenRuleError("no gradient reaches its parameters")
         if embeddings.requires_grad:
             embeddings.float().square().sum().backward()
-            if trainable and all(each.grad is None for each in trainable):
+            if trainable and all(parameter.grad is None for parameter in trainable):
                 raise _BrokenRuleError("no gradient reaches its parameters")
         module.zero_grad()
 
 
 def _layout(module: nn.Module) -> dict[str, Any]:
     """Names and shapes of the state dict."""
-    return {name: getattr(each, "shape", None) for name, each in module.state_dict().items()}
+    return {name: getattr(value, "shape", None) for name, value in module.state_dict().items()}
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -145,8 +145,8 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    for each in [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent]:
-        sync_folder(each)
+    for changed in [*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent]:
+        sync_folder(changed)
     shutil.rmtree(old, ignore_errors=True)
 
 

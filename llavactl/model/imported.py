@@ -135,7 +135,7 @@ def _move(source: Path, target: Path, description: Mapping[str, Any], *, referen
 
     def relocated(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: relocated(each) for key, each in value.items()}
+            return {key: relocated(item) for key, item in value.items()}
         is_below = isinstance(value, str) and value.startswith(f"{referenced}{os.sep}")
         return str(target / Path(value).relative_to(referenced)) if is_below else value
 

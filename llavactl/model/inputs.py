@@ -26,7 +26,9 @@ def image_features(batch: Batch) -> torch.Tensor | None:
 def token_count(batch: Batch) -> int:
     """The number of tokens of all conversations of ``batch``; a shared prefix counts once for each conversation."""
     prefixes = [span.after for span in batch.spans if span.after is not None]
-    repeated = sum(batch.spans[at].length for at in prefixes) - sum(batch.spans[at].length for at in set(prefixes))
+    repeated = sum(batch.spans[index].length for index in prefixes) - sum(
+        batch.spans[index].length for index in set(prefixes)
+    )
     return int(batch.mask.sum()) + repeated
 
 

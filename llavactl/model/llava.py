@@ -33,7 +33,7 @@ class LlavaModel(nn.Module):
         self.connector = connector
         self.language = language
         reset_frequencies_per_call(language)
-        self.frozen = frozenset(name for name, each in connector.named_parameters() if not each.requires_grad)
+        self.frozen = frozenset(name for name, weight in connector.named_parameters() if not weight.requires_grad)
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +51,7 @@ class LlavaModel(nn.Module):
         if features is None:
             return embedded
         # Not the embeddings' dtype, which is float32 with 4-bit weights. Integer parameters don't count.
-        weight = next((each for each in self.connector.parameters() if each.is_floating_point()), embedded)
+        weight = next((p for p in self.connector.parameters() if p.is_floating_point()), embedded)
         tokens = self.connector(features.to(weight.dtype)).flatten(0, 1)
         if (expected := int(is_image.sum())) != len(tokens):
             raise ModelError(f"the batch has {expected} image tokens, but the connector computed {len(tokens)}")

@@ -16,7 +16,7 @@ _MAX_LENGTH = "max_seq_len_cached"
 def length_dependent_rope(language: PreTrainedModel) -> str:
     """The type of the position embeddings if they depend on the longest sequence of the batch, else ""."""
     types = (parameters.get("rope_type") for parameters in _rope_parameters(language))
-    return next((str(each) for each in types if each in ("dynamic", "longrope")), "")
+    return next((str(kind) for kind in types if kind in ("dynamic", "longrope")), "")
 
 
 def frequency_key(language: PreTrainedModel, length: int) -> Hashable:
@@ -43,7 +43,7 @@ def reset_frequencies_per_call(language: nn.Module) -> None:
 
 
 def _reset(module: Any, _args: Any) -> None:
-    for name in [each for each in vars(module) if each.endswith(_MAX_LENGTH)]:
+    for name in [attribute for attribute in vars(module) if attribute.endswith(_MAX_LENGTH)]:
         prefix = name.removesuffix(_MAX_LENGTH)
         if getattr(module, name) > module.original_max_seq_len and hasattr(module, f"{prefix}inv_freq"):
             current = getattr(module, f"{prefix}inv_freq")
@@ -54,4 +54,4 @@ def _reset(module: Any, _args: Any) -> None:
 def _rope_parameters(language: PreTrainedModel) -> Iterator[Mapping[str, Any]]:
     """The parameters of the position embeddings; if layer types have different ones, also those of each type."""
     parameters = getattr(language.config.get_text_config(), "rope_parameters", None) or {}
-    yield from (parameters, *(each for each in parameters.values() if isinstance(each, dict)))
+    yield from (parameters, *(value for value in parameters.values() if isinstance(value, dict)))

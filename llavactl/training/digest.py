@@ -31,9 +31,10 @@ _EXCLUDED_SETTINGS = {
 def stage_digest(
     recipe: Recipe, stage: StageNumber, fingerprint: Fingerprint, data: DataSplit, init_folder: Path | None
 ) -> str:
-    """A hash of settings, components, data, features and the initial model.
+    """A hash of the settings, components, data, features and initial model of ``stage``.
 
-    Files count by content, not by name. A run resumes after a change of other settings, such as ``micro_batch_size``.
+    Files count by content, not by name. Settings that don't affect the result, such as ``micro_batch_size``, are left
+    out, so a run resumes after they are changed.
     """
     training_stage = recipe.stage(stage)
     settings = training_stage.settings

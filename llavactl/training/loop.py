@@ -169,7 +169,7 @@ def _broadcast_buffers(run: Run) -> None:
 
     if run.optimizer.untrained:
         device, buffers = run.accelerator.device, run.optimizer.untrained.buffers()
-        run.optimizer.untrained.load({name: broadcast(each.to(device)) for name, each in buffers.items()})
+        run.optimizer.untrained.load({name: broadcast(buffer.to(device)) for name, buffer in buffers.items()})
 
 
 def _validate_and_save(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:

@@ -72,7 +72,7 @@ class Optimizer:
         names = sorted(matrices, key=lambda name: self.masters[name].numel())
         on_cpu = all(self.masters[name].device.type == "cpu" for name in names)
         threads = min(torch.get_num_threads(), len(names)) if on_cpu else 1
-        for thread_names in (names[at::threads] for at in range(threads) if names):
+        for thread_names in (names[thread::threads] for thread in range(threads) if names):
             groups = self._groups({name: rates[name] for name in thread_names}, weight_decay)
             muon = torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
             self.algorithms.append(muon)

@@ -52,7 +52,7 @@ class _CancellableLookup:
     features: FeatureLookup
     stop: Stop
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         if self.stop.requested:
             raise CancelledError
-        return self.features.stored(image)
+        return self.features.arrays(image)

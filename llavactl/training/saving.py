@@ -53,7 +53,7 @@ def save_model(folder: Path, bundle: ModelBundle, optimizer: Optimizer, descript
     # By identity, not by name: a shared parameter has two names and one master.
     masters = {id(optimizer.parameters[name]): master for name, master in optimizer.masters.items()}
     state = bundle.model.connector.state_dict(keep_vars=True)
-    connector = {name: masters.get(id(each), each).detach().cpu() for name, each in state.items()}
+    connector = {name: masters.get(id(weight), weight).detach().cpu() for name, weight in state.items()}
     model_folder.save(folder, bundle, connector, description)
 
 

@@ -54,7 +54,7 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
 
 
 class UntrainedState:
-    """The connector's state that no optimizer updates: its buffers, and parameters that its component froze.
+    """The connector's state that the optimizer doesn't update: buffers, and parameters that its component froze.
 
     Buffers such as BatchNorm statistics change during training and are part of the result. They are looked up in each
     call, because a module may replace them.
@@ -66,17 +66,17 @@ class UntrainedState:
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors by their names in the connector's state dict."""
         # By identity, not by name: a shared parameter has two names.
-        trainable = {id(each) for name, each in self.connector.named_parameters() if name not in self.frozen}
+        trainable = {id(weight) for name, weight in self.connector.named_parameters() if name not in self.frozen}
         state = self.connector.state_dict(keep_vars=True)
-        return {name: each.detach() for name, each in state.items() if id(each) not in trainable}
+        return {name: tensor.detach() for name, tensor in state.items() if id(tensor) not in trainable}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restores the result of ``state``, or a part of it."""
+        """Restores the result of ``state`` or of ``buffers``."""
         self.connector.load_state_dict(state, strict=False)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The part that may change during training."""
-        return {name: each for name, each in self.state().items() if name not in self.frozen}
+        """The buffers, which may change during training."""
+        return {name: tensor for name, tensor in self.state().items() if name not in self.frozen}
 
 
 def muon_matrices(model: LlavaModel, settings: AnyStage) -> list[str]:

@@ -36,7 +36,7 @@ class FeaturesFromName:
     def __init__(self) -> None:
         self.loaded: list[str] = []
 
-    def stored(self, image: Any) -> tuple[np.ndarray]:
+    def arrays(self, image: Any) -> tuple[np.ndarray]:
         self.loaded.append(image.name)
         seed = int.from_bytes(hashlib.sha256(image.name.encode()).digest()[:4], "big")
         return (np.random.default_rng(seed).standard_normal((4, 32), dtype=np.float32),)
@@ -161,10 +161,10 @@ def test_streamed_pieces_form_the_complete_answer_at_any_token_limit(assistant: 
 
 def test_a_failed_turn_is_removed(assistant: Assistant) -> None:
     class Unreadable(FeaturesFromName):
-        def stored(self, image: Any) -> tuple[np.ndarray]:
+        def arrays(self, image: Any) -> tuple[np.ndarray]:
             if image == OTHER:
                 raise DataError("unreadable")
-            return super().stored(image)
+            return super().arrays(image)
 
     assistant.features = Unreadable()
     conversation = Conversation(assistant)

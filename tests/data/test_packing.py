@@ -25,7 +25,7 @@ needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data
 class ConstantFeatures:
     """Features [2, 3] of ones for any image."""
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray, ...]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray, ...]:
         del image
         return (np.ones((2, 3), np.float16),)
 

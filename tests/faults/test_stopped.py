@@ -148,8 +148,8 @@ MOMENTS = {
     "in the last step": ("schedule", -1),
     "before the first validation": ("validate", 1),
     "before the last validation": ("validate", -1),
-    "before the first checkpoint": ("_save", 1),
-    "before the last checkpoint": ("_save", -1),
+    "before the first checkpoint": ("_save_checkpoint", 1),
+    "before the last checkpoint": ("_save_checkpoint", -1),
     "when all steps are done": ("_load_best", 1),
 }
 
@@ -184,13 +184,13 @@ def test_signal_at_any_moment_gives_a_bit_identical_run(
 
 
 def test_slow_batch_preparation_does_not_delay_the_stop(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = LiveFeatures.stored
+    real = LiveFeatures.arrays
 
     def slow(self: LiveFeatures, image: Any) -> Any:
         time.sleep(0.5)
         return real(self, image)
 
-    monkeypatch.setattr(LiveFeatures, "stored", slow)
+    monkeypatch.setattr(LiveFeatures, "arrays", slow)
     sent: list[float] = []
 
     def send() -> None:

@@ -42,7 +42,7 @@ needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs ../shared/data
 class FeaturesFromName:
     """Random features that depend only on the image's name."""
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
         seed = sum(image.name.encode())
         return (np.random.default_rng(seed).standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float32),)
 
@@ -111,7 +111,7 @@ def reference_loss(model: LlavaModel, item: Encoded) -> torch.Tensor:
     at = 0
     while at < len(item):
         if item.ids[at] == IMAGE_TOKEN:
-            pieces.append(model.connector(torch.from_numpy(FeaturesFromName().stored(next(images))[0])[None])[0])
+            pieces.append(model.connector(torch.from_numpy(FeaturesFromName().arrays(next(images))[0])[None])[0])
             at += SHAPE.patches
         else:
             pieces.append(table(torch.tensor([item.ids[at]])))

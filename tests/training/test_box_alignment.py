@@ -66,7 +66,7 @@ class FeaturesFromBoxes:
     def __init__(self, boxes: dict[str, list[Box]], grid: tuple[int, int]) -> None:
         self.boxes, self.grid = boxes, grid
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
         return (targets(self.boxes[image.name], self.grid, 1, word).numpy().astype(np.float16),)
 
 
@@ -89,7 +89,7 @@ def test_the_fitted_connector_predicts_the_targets() -> None:
     fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS)), 1500, 0)
     assert torch.equal(connector.weight, initial), "the model is not changed"
     for name, image_boxes in boxes.items():
-        features = torch.from_numpy(data.features.stored(ImageFile("", name))[0]).float()
+        features = torch.from_numpy(data.features.arrays(ImageFile("", name))[0]).float()
         target = targets(image_boxes, grid, 1, lambda text: embeddings.weight.detach()[WORDS.index(text)])
         tokens = torch.nn.functional.linear(features, fitted["weight"], fitted["bias"])
         assert (tokens - target).square().mean() < 0.05 * target.var()

@@ -77,7 +77,7 @@ class _UnroundedFeatures:
     def pixels(self, image: ImageRef) -> np.ndarray:
         return self.encoder.preprocess(decode(image.read()))
 
-    def stored(self, image: ImageRef) -> tuple[np.ndarray]:
+    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
         import torch
 
         return (self.encoder.encode(torch.from_numpy(self.pixels(image))[None])[0].numpy(),)

@@ -36,7 +36,7 @@ class UnroundedFeatures:
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
 
-    def stored(self, image: Any) -> Any:
+    def arrays(self, image: Any) -> Any:
         import torch
 
         pixels = torch.from_numpy(self.encoder.preprocess(decode(image.read())))[None]
