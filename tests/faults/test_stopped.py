@@ -73,7 +73,9 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(each.name.partition("-")[2]) for each in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(("end", "code", "stage"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)])
+@pytest.mark.parametrize(
+    ("end", "code", "stage"), [(signal.SIGTERM, 143, 1), pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.slow)]
+)
 def test_one_signal_saves_a_checkpoint_and_the_run_resumes(
     toy: Path, end: signal.Signals, code: int, stage: int
 ) -> None:

@@ -61,7 +61,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize(("stage", "settings"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        pytest.param(*values, id=name, marks=[pytest.mark.slow] if name == "stage 2, padded" else [])
+        for name, values in SETTINGS.items()
+    ],
+)
 def test_two_processes_train_the_same_as_one(toy: Path, stage: int, settings: list[str]) -> None:
     write_records(toy, 36)
     result = run_cli(*command(toy, stage, settings, "one"))

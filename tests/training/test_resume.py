@@ -84,8 +84,12 @@ def add_records(toy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "signal_number"),
-    [(RANDOM, signal.SIGKILL), (LORA, signal.SIGINT), (SHUFFLED_IMAGES, signal.SIGKILL), (MUON, signal.SIGKILL)],
-    ids=["full-random", "lora", "prefix-sharing-bfloat16", "muon"],
+    [
+        pytest.param(RANDOM, signal.SIGKILL, id="full-random"),
+        pytest.param(LORA, signal.SIGINT, id="lora", marks=pytest.mark.slow),
+        pytest.param(SHUFFLED_IMAGES, signal.SIGKILL, id="prefix-sharing-bfloat16"),
+        pytest.param(MUON, signal.SIGKILL, id="muon", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_equals_an_uninterrupted_one(toy: Path, options: list[str], signal_number: int) -> None:
     if options is SHUFFLED_IMAGES:

@@ -156,17 +156,17 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
     [
         (images, ALL),
         (vision_weights, ALL),
-        (image_processor, ALL),
-        (vision_configuration, ALL),
+        pytest.param(image_processor, ALL, marks=pytest.mark.slow),
+        pytest.param(vision_configuration, ALL, marks=pytest.mark.slow),
         (language_weights, {STAGE1, STAGE2, EVAL}),
-        (tokenizer, {STAGE1, STAGE2, EVAL}),
+        pytest.param(tokenizer, {STAGE1, STAGE2, EVAL}, marks=pytest.mark.slow),
         (chat_template, {STAGE1, STAGE2, EVAL}),
         (answers, {STAGE1, STAGE2, EVAL}),
-        (plugin_version, ALL),
-        (first_connector, {STAGE1, EVAL}),
+        pytest.param(plugin_version, ALL, marks=pytest.mark.slow),
+        pytest.param(first_connector, {STAGE1, EVAL}, marks=pytest.mark.slow),
         (last_connector, {STAGE2, EVAL}),
         (question_text, {EVAL}),
-        (right_answer, {EVAL}),
+        pytest.param(right_answer, {EVAL}, marks=pytest.mark.slow),
     ],
 )
 def test_steps_that_depend_on_a_changed_input_run_again(

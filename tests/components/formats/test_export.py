@@ -54,8 +54,8 @@ def same(ours: dict[str, Any], theirs: dict[str, Any], rows: int | None = None) 
     ("form", "connector", "image", "template"),
     [
         ("hf", "linear", "pad", "vicuna-v1"),
-        ("hf", "mlp2x-gelu", "square", "tokenizer"),
-        ("llava", "linear", "square", "tokenizer"),
+        pytest.param("hf", "mlp2x-gelu", "square", "tokenizer", marks=pytest.mark.slow),
+        pytest.param("llava", "linear", "square", "tokenizer", marks=pytest.mark.slow),
         ("llava", "mlp2x-gelu", "pad", "vicuna-v1"),
     ],
 )
@@ -75,7 +75,7 @@ def test_an_export_is_read_as_the_same_model(
     assert model_folder.describe(back)["template"] == template
 
 
-@pytest.mark.parametrize("form", ["hf", "llava", "peft"])
+@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow), "peft"])
 def test_adapters(native: Make, tmp_path: Path, form: str) -> None:
     """Merging in float32 stays within the tolerance; ``peft`` preserves the adapter exactly."""
     model = native("ours", method="lora")
@@ -89,7 +89,7 @@ def test_adapters(native: Make, tmp_path: Path, form: str) -> None:
         assert exported(tmp_path / "out", "llava", tmp_path / "llava")["verified"]["logits"] < 1e-4
 
 
-@pytest.mark.parametrize("form", ["hf", "llava"])
+@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow)])
 def test_conversion_between_formats(native: Make, tmp_path: Path, form: str) -> None:
     other = {"hf": "llava", "llava": "hf"}[form]
     written(native("ours"), form, tmp_path / "one")
@@ -230,7 +230,7 @@ def test_rotary_frequencies_stay_float32_with_an_adapter_in_bfloat16(native: Mak
     assert all(weight.dtype == torch.bfloat16 for weight in language.parameters())
 
 
-@pytest.mark.parametrize("form", ["hf", "llava"])
+@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow)])
 def test_verification_reports_the_rounding_of_a_merged_adapter(native: Make, tmp_path: Path, form: str) -> None:
     verified = exported(native("ours", method="lora", precision="bfloat16"), form, tmp_path / "out")["verified"]
     assert verified["logits"] < 1e-4

@@ -117,7 +117,9 @@ def test_llava_has_the_older_keys_for_position_embeddings(
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", pytest.param("gemma3", marks=pytest.mark.slow), pytest.param("opt", marks=pytest.mark.slow)]
+)
 def test_families_verified_by_another_process(native: Make, toys: Path, tmp_path: Path, family: str) -> None:
     """Compares text, batches and images, unlike the tests above."""
     assert not exported(make_model(native, toys, tmp_path, family), "hf", tmp_path / "out")["verified"]["faults"]
@@ -169,7 +171,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("form", "method"), [("hf", "full"), ("llava", "full"), ("peft", "lora")])
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        ("hf", "full"),
+        pytest.param("llava", "full", marks=pytest.mark.slow),
+        pytest.param("peft", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_generation_settings(native: Make, toys: Path, tmp_path: Path, form: str, method: str) -> None:
     """Answers end at the end tokens of the base and of the template; decoding is greedy."""
     language = language_of("llama", toys / "language", tmp_path / "language")

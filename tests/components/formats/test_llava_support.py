@@ -211,16 +211,19 @@ class TestTokenizer:
     "changed",
     [
         {"mlp_bias": True},
-        {"head_dim": 32},
+        pytest.param({"head_dim": 32}, marks=pytest.mark.slow),
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 2.0,
-                "original_max_position_embeddings": 512,
-            }
-        },
+        pytest.param(
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 512,
+                }
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_unsupported_configurations_are_refused(
@@ -236,7 +239,10 @@ def test_unsupported_configurations_are_refused(
     assert run_cli(*command, "-t", "strict=false").json()["verified"]["logits"] < 1e-4
 
 
-@pytest.mark.parametrize(("window", "loads"), [(8, False), (4096, True), (None, True)])
+@pytest.mark.parametrize(
+    ("window", "loads"),
+    [(8, False), pytest.param(4096, True, marks=pytest.mark.slow), pytest.param(None, True, marks=pytest.mark.slow)],
+)
 def test_sliding_windows(native: Make, toys: Path, tmp_path: Path, window: int | None, loads: bool) -> None:
     folder = language_of("mistral", toys / "language", tmp_path / "language", sliding_window=window)
     result = run_cli(

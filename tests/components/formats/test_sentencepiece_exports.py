@@ -26,8 +26,8 @@ NEEDS_MODEL = pytest.mark.skipif(
     ("template", "legacy"),
     [
         ("vicuna-v1", True),
-        ("llama-2", False),
-        ("plain", False),
+        pytest.param("llama-2", False, marks=pytest.mark.slow),
+        pytest.param("plain", False, marks=pytest.mark.slow),
         pytest.param("vicuna-v1", False, marks=pytest.mark.slow),
         pytest.param("llama-2", True, marks=pytest.mark.slow),
         pytest.param("plain", True, marks=pytest.mark.slow),
@@ -80,7 +80,8 @@ def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
 
 
 @NEEDS_MODEL
-@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_trained_from_a_model_tuned_in_transformers(
     foreign: Callable[..., tuple[Any, Path]], toy: Path, toys: Path, tmp_path: Path, method: str
 ) -> None:
