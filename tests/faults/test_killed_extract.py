@@ -126,7 +126,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.slow)])
 def test_resumed_extract_equals_uninterrupted_extract(
     toy: Path, home: Path, fork_server: ForkServer, kills: int
 ) -> None:

@@ -127,7 +127,7 @@ def start(toy: Path, index: int, count: int, *options: str) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=toy)
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_a_killed_part_another_number_of_parts_completes_the_store(
     toy: Path, recipe: Load, home: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:

@@ -158,7 +158,7 @@ ALL = {EXTRACT, STAGE1, STAGE2, EVAL}
         (vision_weights, ALL),
         pytest.param(image_processor, ALL, marks=pytest.mark.slow),
         pytest.param(vision_configuration, ALL, marks=pytest.mark.slow),
-        (language_weights, {STAGE1, STAGE2, EVAL}),
+        pytest.param(language_weights, {STAGE1, STAGE2, EVAL}, marks=pytest.mark.slow),
         pytest.param(tokenizer, {STAGE1, STAGE2, EVAL}, marks=pytest.mark.slow),
         (chat_template, {STAGE1, STAGE2, EVAL}),
         (answers, {STAGE1, STAGE2, EVAL}),
@@ -240,7 +240,9 @@ def test_a_project_can_be_moved(copy: Path) -> None:
         assert done.exit_code == 0, done.stderr
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("missing", marks=pytest.mark.slow), "cut", pytest.param("changed", marks=pytest.mark.slow)]
+)
 def test_a_stage_with_a_damaged_model_runs_again(copy: Path, damage: str) -> None:
     file = copy / "runs" / "toy" / "stage2" / "model" / "language" / "model.safetensors"
     original = file.read_bytes()

@@ -95,7 +95,7 @@ NO_SYSTEM = (
 """Like Gemma 2's: no images, and system turns are refused."""
 
 
-@pytest.mark.parametrize(("text", "own"), [(WITH_IMAGES, True), (NO_SYSTEM, False)])
+@pytest.mark.parametrize(("text", "own"), [pytest.param(WITH_IMAGES, True, marks=pytest.mark.slow), (NO_SYSTEM, False)])
 def test_tokenizers_chat_template_is_exported_unchanged_if_it_supports_images(
     native: Make, toys: Path, tmp_path: Path, text: str, own: bool
 ) -> None:

@@ -230,7 +230,8 @@ def test_rotary_frequencies_stay_float32_with_an_adapter_in_bfloat16(native: Mak
     assert all(weight.dtype == torch.bfloat16 for weight in language.parameters())
 
 
-@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hf", "llava"])
 def test_verification_reports_the_rounding_of_a_merged_adapter(native: Make, tmp_path: Path, form: str) -> None:
     verified = exported(native("ours", method="lora", precision="bfloat16"), form, tmp_path / "out")["verified"]
     assert verified["logits"] < 1e-4

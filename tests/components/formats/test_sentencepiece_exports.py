@@ -57,7 +57,8 @@ def tiny(folder: Path) -> Path:
 
 
 @NEEDS_MODEL
-@pytest.mark.parametrize("legacy", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", [True, False])
 def test_a_model_tuned_in_transformers_keeps_its_processors_ids(
     foreign: Callable[..., tuple[Any, Path]], toys: Path, tmp_path: Path, legacy: bool
 ) -> None:
