@@ -192,7 +192,7 @@ def _with_baselines(report: Mapping[str, Any]) -> dict[str, Any]:
         baseline: {name: value for name, value in _mapping(values).items() if name in scalars}
         for baseline, values in baselines.items()
     }
-    return {**scalars, "95 %": interval, **scores, **columns}
+    return {**scalars, "95 % interval": interval, **scores, **columns}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -200,9 +200,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _range(interval: Any) -> str:
-    if isinstance(interval, list | tuple) and len(interval) == 2:
-        return f"{show(interval[0])} to {show(interval[1])}"
-    return show(interval)
+    if not isinstance(interval, list | tuple) or [type(end) for end in interval] != [float, float]:
+        return show(interval)
+    low, high = (show(round(end, 1)) for end in interval)  # rounded: a bound near 0 is not 1e-15
+    return f"{low} to {high}"
 
 
 def _list(value: Any) -> list[Any]:

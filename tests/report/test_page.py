@@ -121,7 +121,7 @@ def test_intervals_and_baselines_are_columns(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
     columns = re.findall(r'<th class="number">(.*?)</th>', html)
     cells = re.findall(r'<td class="number">(.*?)</td>', html)
-    assert columns == ["score", "95 %", "chance", "blind baseline", "stage 1"]
+    assert columns == ["score", "95 % interval", "chance", "blind baseline", "stage 1"]
     assert cells[:5] == ["61.2", "57.5 to 65.0", "33.5", "34.5", "20.2"]
 
 
