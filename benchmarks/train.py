@@ -188,7 +188,7 @@ PEERS: dict[str, PeerLoss] = {
 
 
 def padded_loss(peer_loss: PeerLoss, peer: Any, items: Sequence[Encoded], batch_size: int) -> float:
-    """The loss of ``items`` in padded batches, every record with an image of its own."""
+    """The loss of ``items`` in padded batches, each record with a different image."""
     torch.manual_seed(0)
     pixels = torch.randn(len(items), 3, 224, 224, dtype=torch.bfloat16)
     total = 0.0

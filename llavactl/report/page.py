@@ -200,10 +200,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _range(interval: Any) -> str:
-    if not isinstance(interval, list | tuple) or [type(end) for end in interval] != [float, float]:
-        return show(interval)
-    low, high = (show(round(end, 1)) for end in interval)  # rounded: a bound near 0 is not 1e-15
-    return f"{low} to {high}"
+    match interval:
+        case [int() | float() as low, int() | float() as high]:  # rounded: a bound near 0 is not 1e-15
+            return f"{show(round(low, 1))} to {show(round(high, 1))}"
+    return show(interval)
 
 
 def _list(value: Any) -> list[Any]:

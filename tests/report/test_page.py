@@ -117,12 +117,12 @@ def test_a_task_shows_sample_answers(run_dir: Path) -> None:
 def test_intervals_and_baselines_are_columns(run_dir: Path) -> None:
     report = json.loads((run_dir / "eval/scenes.json").read_text())
     baselines = {"blind baseline": {"accuracy": 34.5, "chance": {"accuracy": 1.0}}, "stage 1": {"accuracy": 20.25}}
-    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [57.5, 65.0]}, "baselines": baselines})
+    write(run_dir / "eval/scenes.json", {**report, "interval": {"accuracy": [1.4e-15, 65.04]}, "baselines": baselines})
     html = write_report(run_dir).read_text()
     columns = re.findall(r'<th class="number">(.*?)</th>', html)
     cells = re.findall(r'<td class="number">(.*?)</td>', html)
     assert columns == ["score", "95 % interval", "chance", "blind baseline", "stage 1"]
-    assert cells[:5] == ["61.2", "57.5 to 65.0", "33.5", "34.5", "20.2"]
+    assert cells[:5] == ["61.2", "0 to 65.0", "33.5", "34.5", "20.2"]
 
 
 def test_a_task_with_groups_only_has_no_empty_rows(run_dir: Path) -> None:

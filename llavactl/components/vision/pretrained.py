@@ -177,7 +177,7 @@ class TransformersVision:
 
     @property
     def inside(self) -> bool:
-        """Whether the backbone is stored inside a larger model and has no id or folder of its own."""
+        """Whether the backbone is stored inside a larger model and has no separate id or folder."""
         folder = Path(self.options.model)
         return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
 
