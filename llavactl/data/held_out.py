@@ -35,7 +35,7 @@ def choose_held_out(
     by hash, so few images change sets when records are added.
     """
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
-    size = dict.fromkeys(distinct, 1) | {group: n for group, n in (sizes or {}).items() if group in set(distinct)}
+    size = {group: (sizes or {}).get(group, 1) for group in distinct}
     total = sum(size.values())
     target = round(total * fraction)
     if fraction and not target and total >= 10:
