@@ -52,6 +52,12 @@ def test_linear_layers_are_loaded_in_4_bits_and_all_other_weights_in_precision(t
     assert 0 < (restored.float() - original).norm() < 0.25 * original.norm()
 
 
+def test_the_logits_of_a_llava_checkpoint_are_checked_in_4_bits(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llavactl.components.languages.causal_lm.in_hf_llava", lambda model: True)
+    language = quantized(toys)
+    language(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_found_in_4_bits(toy: Path, value: float) -> None:
     file = toy / "language/model.safetensors"

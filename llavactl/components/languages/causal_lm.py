@@ -72,9 +72,7 @@ class TransformersLanguage:
         """Raises like ``load``."""
         import torch
 
-        model = self._load(dtype, four_bits.loading_arguments(getattr(torch, dtype), device))
-        four_bits.keep_training_layout(model)
-        return model
+        return self._load(dtype, four_bits.loading_arguments(getattr(torch, dtype), device))
 
     def _load(self, dtype: str, arguments: dict[str, Any]) -> PreTrainedModel:
         """The model, loaded with further ``arguments`` of ``from_pretrained``."""
@@ -95,6 +93,7 @@ class TransformersLanguage:
             )
         # Otherwise transformers would save the weights under the names of the LLaVA checkpoint.
         model.__dict__.pop("_weight_conversions", None)
+        four_bits.keep_training_layout(model)
         if missing := sorted(info["missing_keys"]):
             raise self._error(f"{len(missing)} weights are missing, such as {missing[0]}")
         for name, weight in model.named_parameters():
