@@ -31,7 +31,7 @@ from llavactl.model.inputs import token_count
 from llavactl.model.last_layer import INDEX_MULTIPLE, padded_indices
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention, packed_layout, packing_blocker
-from llavactl.model.quantized import quantize
+from llavactl.model.quantized import load_quantized
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -243,9 +243,9 @@ def with_frozen_language(model: LlavaModel) -> LlavaModel:
 
 def with_quantized_adapters(model: LlavaModel) -> LlavaModel:
     pytest.importorskip("bitsandbytes")
-    model = copy.deepcopy(model)
-    quantize(model.language)
-    return with_adapters(model)
+    spec = {"name": "hf", "model": model.language.name_or_path}
+    language = load_quantized(registry().create("languages", spec), "float32", "cpu")
+    return with_adapters(LlavaModel(model.connector, language))
 
 
 METHODS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
