@@ -9,14 +9,21 @@ from pathlib import Path
 
 from llavactl.core.errors import RecipeError
 
-_OFF = ("", "no", "false", "0", "none")
+_OFF = ("", "no", "n", "false", "f", "off", "0", "none")
+"""What accelerate reads as false, and its names for "nothing"."""
+
 _UNSUPPORTED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "accelerate's FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed; `sharding: full` in the recipe shards the model as ZeRO-3 does, and "
+    "`optimizer_state: host` keeps the optimizer state in host memory",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config; `sharding: full` in the recipe shards the model",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin; `sharding: full` in the recipe shards the model with FSDP2",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM; `sharding: full` in the recipe shards the model",
     "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
 }
+"""Settings that change how a model is trained, with the reason for the message. Ignoring them would train another way
+than the configuration says.
+"""
+
 _MIXED = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -26,13 +33,19 @@ def check_launch(precision: str | None = None) -> None:
     Only the number of processes and their devices are used. ``precision`` is the recipe's.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP or another engine, gradient accumulation, or a precision that differs from the
-            recipe's.
+        RecipeError: several processes without a process group, DeepSpeed, FSDP or another engine, gradient
+            accumulation, or a precision that differs from the recipe's. The message names the variable, and the
+            recipe's key to use instead.
     """
     if os.environ.get("WORLD_SIZE", "1") not in (*_OFF, "1") and not os.environ.get("MASTER_ADDR"):
         raise RecipeError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set but MASTER_ADDR is not",
             hint="launch with torchrun or `accelerate launch`; for a single process, unset WORLD_SIZE and RANK",
+        )
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        raise RecipeError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, which don't know each other",
+            hint="start one torchrun per node with srun (docs/cluster.md); only `llavactl extract` needs no launcher",
         )
     for name, what in _UNSUPPORTED.items():
         if os.environ.get(name, "").lower() not in _OFF:

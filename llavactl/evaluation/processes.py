@@ -35,10 +35,14 @@ SINGLE_PROCESS = Processes()
 
 
 def launched_processes() -> Processes:
-    """The processes of this launch, initialized with one device each."""
+    """The processes of this launch, initialized with one device each.
+
+    Raises:
+        RecipeError: accelerate's configuration requires a feature that llavactl doesn't support.
+    """
+    check_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return SINGLE_PROCESS
-    check_launch()
     import torch
     from accelerate import PartialState
 

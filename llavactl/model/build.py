@@ -14,6 +14,7 @@ from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.registry import registry
 from llavactl.model.exactness import is_causal
 from llavactl.model.llava import LlavaModel
+from llavactl.model.quantized import load_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,16 +32,25 @@ class ModelBundle:
 
 
 def build(
-    connector: Mapping[str, Any], language: Mapping[str, Any], shape: FeatureShape, *, dtype: str, seed: int = 0
+    connector: Mapping[str, Any],
+    language: Mapping[str, Any],
+    shape: FeatureShape,
+    *,
+    dtype: str,
+    seed: int = 0,
+    quantize_on: str | None = None,
 ) -> ModelBundle:
     """A new connector (initialized with ``seed``) and the pretrained language model, on the CPU in ``dtype``.
 
+    With ``quantize_on``, the language model is loaded in 4 bits on this device; it computes in ``dtype``.
+
     Raises:
         ModelError: the language model or its tokenizer can't be used, or they don't match.
-        RecipeError: the connector doesn't fit features of this ``shape``.
+        RecipeError: the connector doesn't fit features of this ``shape``, or the language model can't be quantized.
     """
     component = registry().create("languages", language)
-    tokenizer, language_model = component.tokenizer(), component.load(dtype)
+    tokenizer = component.tokenizer()
+    language_model = component.load(dtype) if quantize_on is None else load_quantized(component, dtype, quantize_on)
     embeddings = language_model.get_input_embeddings().weight
     if len(tokenizer) > len(embeddings):
         raise ModelError(

@@ -183,8 +183,10 @@ def latest_model(run_dir: Path) -> Path:
     raise ModelError(f"{run_dir}: no stage has been trained", hint="train with `llavactl run`, or pass `--model DIR`")
 
 
-def load(folder: Path, *, dtype: str | None = None) -> LoadedModel:
+def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = None) -> LoadedModel:
     """The model in ``folder`` on the CPU, in ``dtype`` (default: that of its training), in evaluation mode.
+
+    With ``quantize_on``, its language model is loaded in 4 bits on this device; see ``build``.
 
     Raises:
         ModelError: a file is missing or broken, or a weight has the wrong shape or is not finite.
@@ -193,7 +195,8 @@ def load(folder: Path, *, dtype: str | None = None) -> LoadedModel:
     _check_model_files(folder, description["method"])
     language = language_of(folder, description)
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
-    bundle = build(description["connector"], language, shape, dtype=dtype or description["precision"])
+    dtype = dtype or description["precision"]
+    bundle = build(description["connector"], language, shape, dtype=dtype, quantize_on=quantize_on)
     load_connector(bundle.model.connector, folder)
     if description["method"] == "lora":
         from peft import PeftModel

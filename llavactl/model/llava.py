@@ -14,7 +14,7 @@ from llavactl.core.schema import IMAGE_TOKEN, Batch
 from llavactl.model.inputs import image_features
 from llavactl.model.last_layer import padded_indices
 from llavactl.model.loss import chunked_cross_entropy, cross_entropy, predictions
-from llavactl.model.packed import PACKABLE_MODEL_TYPES, PackedLayout, span_positions
+from llavactl.model.packed import PACKABLE_MODEL_TYPES, PackedLayout, packed_layout
 from llavactl.model.rotary import reset_frequencies_per_call
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class LlavaModel(nn.Module):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits [B, T, V] at every position."""
-        output = self.language(**self._inputs(batch), use_cache=False)
+        output = self.language(**self._inputs(batch, packed_layout(batch)), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -70,15 +70,16 @@ class LlavaModel(nn.Module):
         of gradient accumulation and the number of processes. Logits [N, V] are computed only where a target is
         predicted.
         """
-        indices, targets = predictions(batch)
+        layout = packed_layout(batch)
+        indices, targets = predictions(batch, layout)
         if self.language.config.model_type in PACKABLE_MODEL_TYPES:
-            hidden = self._hidden(batch, indices)
+            hidden = self._hidden(batch, layout, indices)
             return chunked_cross_entropy(self.language.get_output_embeddings(), hidden, targets)
         with _head_input(self.language, lambda hidden: hidden.flatten(0, 1)[indices]):
-            logits = self.language(**self._inputs(batch), use_cache=False).logits
+            logits = self.language(**self._inputs(batch, layout), use_cache=False).logits
         return cross_entropy(logits, targets)
 
-    def _hidden(self, batch: Batch, indices: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, batch: Batch, layout: PackedLayout | None, indices: torch.Tensor) -> torch.Tensor:
         """The head's input [N, Dl] at ``indices``; the head isn't run."""
         selected = []
 
@@ -86,19 +87,19 @@ class LlavaModel(nn.Module):
             selected.append(hidden.flatten(0, 1)[indices])
             return hidden[:, :0]
 
-        inputs = self._inputs(batch)
-        if batch.spans:
+        inputs = self._inputs(batch, layout)
+        if layout is not None:
             inputs["output_indices"] = padded_indices(indices, batch.ids.shape[1])
         with _head_input(self.language, select):
             self.language(**inputs, use_cache=False)
         return selected[0]
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: Batch, layout: PackedLayout | None) -> dict[str, Any]:
         """The language model's keyword arguments."""
         inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch.ids, image_features(batch))}
-        if batch.spans:
-            inputs["packed_layout"] = PackedLayout(batch.spans)
-            inputs["position_ids"] = span_positions(batch.spans, batch.ids.device)
+        if layout is not None:
+            inputs["packed_layout"] = layout
+            inputs["position_ids"] = layout.positions
         elif not bool(batch.mask.all()):
             inputs["attention_mask"] = batch.mask.long()
             inputs["position_ids"] = positions(batch.mask)

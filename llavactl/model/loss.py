@@ -8,21 +8,21 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llavactl.core.schema import IGNORE, Batch
-from llavactl.model.packed import predictor_indices
+from llavactl.model.packed import PackedLayout
 
 CHUNK = 2048
 """Positions whose logits are in memory at once: 0.8 GB for a vocabulary of 49,152, in float32 with their gradient."""
 
 
-def predictions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def predictions(batch: Batch, layout: PackedLayout | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The indices [N] of the outputs that predict targets, into the flattened positions of ``batch``; the targets [N].
 
-    Conversations with a shared prefix have their first targets at the same index.
+    ``layout`` is that of a packed batch. Conversations with a shared prefix have their first targets at the same index.
     """
     is_target = batch.labels != IGNORE
-    if batch.spans:
+    if layout is not None:
         (indices,) = is_target[0].nonzero(as_tuple=True)
-        return predictor_indices(batch.spans, batch.ids.device)[indices], batch.labels[0, indices]
+        return layout.predictors[indices], batch.labels[0, indices]
     is_target[:, 0] = False
     (indices,) = is_target.flatten().nonzero(as_tuple=True)
     return indices - 1, batch.labels.flatten()[indices]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavactl.core.schema import Span
+from llavactl.core.schema import Batch, Span
 from llavactl.model.cpu import block_attention
 from llavactl.model.cuda import varlen_attention
 from llavactl.model.last_layer import selective_last_layer
@@ -34,14 +34,34 @@ of their head without scaling or soft caps.
 
 
 class PackedLayout:
-    """The spans of a packed sequence, and what attention derives from them once per forward pass."""
+    """The spans of a packed sequence, and what the model derives from them once per batch, not in every layer."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans = spans
+        self.device = device
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The position [1, T] of each token in its conversation."""
+        return _positions(self.spans)[None].to(self.device)
+
+    @cached_property
+    def predictors(self) -> torch.Tensor:
+        """For each token the index [T] whose output predicts it: that of the previous token of its conversation."""
+        return _predictors(self.spans).to(self.device)
 
     @cached_property
     def blocks(self) -> block_attention.BlockLayout:
         return block_attention.BlockLayout(self.spans)
+
+    @cached_property
+    def varlen(self) -> varlen_attention.VarlenLayout:
+        return varlen_attention.varlen_layout(self.spans, self.device)
+
+
+def packed_layout(batch: Batch) -> PackedLayout | None:
+    """The layout of a packed batch; None for a padded one."""
+    return PackedLayout(batch.spans, batch.ids.device) if batch.spans else None
 
 
 def packing_blocker(language: PreTrainedModel) -> str:
@@ -89,19 +109,14 @@ def packed_attention(language: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = previous
 
 
-def span_positions(spans: Sequence[Span], device: torch.device) -> torch.Tensor:
-    """The position [1, T] of each token in its conversation."""
+def _positions(spans: Sequence[Span]) -> torch.Tensor:
     starts = [0 if span.after is None else spans[span.after].length for span in spans]
-    positions = [
-        torch.arange(start, start + span.length, device=device) for start, span in zip(starts, spans, strict=True)
-    ]
-    return torch.cat(positions)[None]
+    return torch.cat([torch.arange(start, start + span.length) for start, span in zip(starts, spans, strict=True)])
 
 
-def predictor_indices(spans: Sequence[Span], device: torch.device) -> torch.Tensor:
-    """For each token the index [T] whose output predicts it: that of the previous token of its conversation."""
+def _predictors(spans: Sequence[Span]) -> torch.Tensor:
     ends = list(accumulate(span.length for span in spans))
-    previous = torch.arange(ends[-1], device=device) - 1
+    previous = torch.arange(ends[-1]) - 1
     for index, span in enumerate(spans):
         if span.after is not None and span.length:
             previous[ends[index] - span.length] = ends[span.after] - 1
@@ -120,6 +135,11 @@ def attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, Hk, T, D] to [1, T, H, D]: an attention function of transformers."""
-    if query.is_cuda and query.dtype != torch.float32:
-        return varlen_attention.attention(query[0], key[0], value[0], packed_layout.spans, scaling)[None], None
+    if uses_varlen_kernel(query):
+        return varlen_attention.attention(query[0], key[0], value[0], packed_layout.varlen, scaling)[None], None
     return block_attention.attention(query[0], key[0], value[0], packed_layout.blocks, scaling)[None], None
+
+
+def uses_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether attention uses torch's kernel for variable lengths, which has no implementation for CPUs and float32."""
+    return query.is_cuda and query.dtype != torch.float32

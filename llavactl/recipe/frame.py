@@ -5,7 +5,7 @@ Sections are defined in ``recipe.sections``, training stages in ``recipe.stages`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,16 @@ class Outline(StageSections, _Head):
     generate: Generate | None = Field(None, description="instruction data written by a teacher; null: none")
     export: tuple[Export, ...] = Field((), description="exports of the trained model to other formats")
     try_next: tuple[str, ...] = Field((), description="suggestions shown at the end of the report")
+    sharding: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="weights, gradients and optimizer state on every process (none), or a share of them on each (full, "
+        "FSDP2); auto: chosen before training (docs/training.md)",
+    )
+    optimizer_state: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="master weights and moments on the device or in host memory, which is slower; auto: chosen before "
+        "training",
+    )
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")
 

@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from llavactl.core.options import RecipePath
 from llavactl.recipe.specs import CaptionSourceSpec, SourceSpec, TaskSpec, TeacherSpec
 from llavactl.recipe.stages import STAGES
-from llavactl.recipe.values import Boolean, NonNegativeNumber, PositiveInteger, Precision, Section
+from llavactl.recipe.values import Boolean, ComputeType, NonNegativeNumber, PositiveInteger, Section
 
 
 class Features(Section):
@@ -22,7 +22,7 @@ class Features(Section):
     dtype: Literal["float16", "int8"] = Field(
         "float16", description="dtype of stored features; int8 needs half the disk space (docs/features.md)"
     )
-    compute: Precision = Field("float32", description="dtype in which the vision encoder computes")
+    compute: ComputeType = Field("float32", description="dtype in which the vision encoder computes")
     batch_size: PositiveInteger = Field(16, description="images per forward pass of the vision encoder")
     workers: PositiveInteger = Field(2, description="threads that read and preprocess images")
     shard_images: PositiveInteger = Field(1024, description="images per HDF5 shard of the feature store")

@@ -74,7 +74,8 @@ class Stage(Section):
     )
     packing: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="sequence packing: where it is exact and tested, wherever it is exact, or never (docs/training.md)",
+        description="sequence packing: where it is exact (on CUDA devices after a check), always or an error, or never "
+        "(docs/training.md)",
     )
     shuffle: Literal["samples", "images"] = Field(
         "samples", description="shuffle by sample, or by image: all samples of an image together, to share its prefix"

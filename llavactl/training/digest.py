@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
     from llavactl.features import Fingerprint
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.stages import AnyStage, StageNumber
 
 _EXCLUDED_SETTINGS = {
     "micro_batch_size",
@@ -49,5 +49,12 @@ def stage_digest(
             "boxes": [sample.boxes for sample in data.train.samples] if settings.box_alignment_steps else None,
             "seed": recipe.seed,
             "start": model_folder.identity(init_folder) if init_folder else None,
+            **_arithmetic(settings),
         }
     )
+
+
+def _arithmetic(settings: AnyStage) -> dict[str, str]:
+    """Changes to the arithmetic of a method in a newer version of llavactl, whose results therefore differ."""
+    # Before, embeddings, norms, head and adapters were float32 with any precision.
+    return {"qlora": "all in precision"} if settings.method == "qlora" and settings.precision != "float32" else {}

@@ -51,12 +51,19 @@ def starts_from_recipe_language(recipe: Recipe, stage: StageNumber) -> bool:
     return init == "scratch" or (init in STAGES.values() and getattr(recipe, init).method == "connector")
 
 
-def initial_model(recipe: Recipe, stage: StageNumber, init_folder: Path | None, shape: FeatureShape) -> ModelBundle:
-    """The model before the first step, on the CPU; the connector's weights are not loaded from ``init_folder`` yet."""
+def initial_model(
+    recipe: Recipe, stage: StageNumber, init_folder: Path | None, shape: FeatureShape, device: str
+) -> ModelBundle:
+    """The model before the first step, on the CPU; the connector's weights are not loaded from ``init_folder`` yet.
+
+    For QLoRA the language model is in 4 bits, on ``device``.
+    """
+    settings = recipe.stage(stage).settings
+    quantize_on = device if settings.method == "qlora" else None
     if init_folder is not None and not starts_from_recipe_language(recipe, stage):
-        return _complete_model(recipe, stage, init_folder, shape)
-    precision = recipe.stage(stage).settings.precision
-    return build(recipe.connector.spec(), recipe.language.spec(), shape, dtype=precision, seed=recipe.seed)
+        return _complete_model(recipe, stage, init_folder, shape, quantize_on)
+    specs = recipe.connector.spec(), recipe.language.spec()
+    return build(*specs, shape, dtype=settings.precision, seed=recipe.seed, quantize_on=quantize_on)
 
 
 def initial_language(recipe: Recipe, stage: StageNumber, init_folder: Path | None) -> dict[str, Any]:
@@ -66,7 +73,9 @@ def initial_language(recipe: Recipe, stage: StageNumber, init_folder: Path | Non
     return model_folder.language_of(init_folder, model_folder.describe(init_folder))
 
 
-def _complete_model(recipe: Recipe, stage: StageNumber, init_folder: Path, shape: FeatureShape) -> ModelBundle:
+def _complete_model(
+    recipe: Recipe, stage: StageNumber, init_folder: Path, shape: FeatureShape, quantize_on: str | None
+) -> ModelBundle:
     """Connector and language model of ``init_folder``, with an adapter merged.
 
     Raises:
@@ -94,7 +103,7 @@ def _complete_model(recipe: Recipe, stage: StageNumber, init_folder: Path, shape
                 f"{key} {settings.init}: its {part} is {actual}, the recipe's {expected}",
                 hint=f"set `connector` and `vision` to those of the model that stage {stage} starts from",
             )
-    loaded = model_folder.load(init_folder, dtype=settings.precision)
+    loaded = model_folder.load(init_folder, dtype=settings.precision, quantize_on=quantize_on)
     if description["method"] == "lora":
         language: Any = loaded.bundle.model.language
         loaded.bundle.model.language = language.merge_and_unload()

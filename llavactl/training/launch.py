@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llavactl.core.errors import RecipeError
 from llavactl.core.processes import check_launch, destroy_process_group_at_exit, multiprocess_on_cpu
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
+"""What accelerate may select, whatever the cause, and what llavactl's training loop doesn't use."""
 
 
 def accelerator(precision: str) -> Accelerator:
@@ -20,6 +24,11 @@ def accelerator(precision: str) -> Accelerator:
     from accelerate import Accelerator
 
     created = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
+    if (engine := created.distributed_type.value) in _ENGINES:
+        raise RecipeError(
+            f"accelerate's environment selects {engine}, which llavactl doesn't support",
+            hint="launch with torchrun, or with `accelerate launch` and a configuration of type MULTI_GPU",
+        )
     if created.num_processes > 1:
         destroy_process_group_at_exit()
     return created

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
+from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import packing_blocker
 from llavactl.training.optimizer import Optimizer
@@ -86,7 +89,7 @@ def create_run(
 ) -> Run:
     """The run of a stage. Freezes and unfreezes the parameters of ``model`` and moves it to its device."""
     settings, folder = stage.settings, recipe.run_dir / f"stage{stage.number}"
-    padding_reason = _padding_reason(model, settings, accelerator.device.type)
+    padding_reason = _padding_reason(model, settings, accelerator)
     rates = configure_trainable(model, settings, recipe.seed)
     model.to(accelerator.device)
     optimizer = Optimizer(
@@ -124,20 +127,40 @@ def _hook_caller(stage: int, folder: Path) -> Observer:
     return notify
 
 
-def _padding_reason(model: LlavaModel, settings: AnyStage, device: str) -> str:
-    """Why training on ``device`` pads samples instead of packing them; "" if it packs them.
+def _padding_reason(model: LlavaModel, settings: AnyStage, accelerator: Accelerator) -> str:
+    """Why training pads samples instead of packing them, the same on all processes; "" if it packs them.
 
     Raises:
-        RecipeError: ``packing: always``, but packing is not exact for this language model.
+        RecipeError: ``packing: always``, but packing is not exact for this language model or on a device of the run.
     """
-    reason = packing_blocker(model.language)
-    if reason and settings.packing == "always":
-        raise RecipeError(f"packing: always, but {reason}", hint="`packing: auto` trains such a model with padding")
     if settings.packing == "never":
         reason = "disabled by `packing: never`"
-    elif settings.packing == "auto" and device != "cpu":
-        reason = reason or f"packing is untested on {device}; `packing: always` enables it"
+    else:
+        reason = packing_blocker(model.language) or _device_fault(model, settings, accelerator)
+        if reason and settings.packing == "always":
+            raise RecipeError(f"packing: always, but {reason}", hint="`packing: auto` trains with padding instead")
     if settings.shuffle == "images" and (reason or settings.image_order == "random"):
         cause = f"no sequence packing ({reason})" if reason else "half of the questions precede their image"
         log.warning("shuffle: images has little effect: %s", cause)
     return reason
+
+
+def _device_fault(model: LlavaModel, settings: AnyStage, accelerator: Accelerator) -> str:
+    """Why packed attention can't be used on the devices of this run; "" if it can.
+
+    Processes whose devices differ must still agree: each of them packs, or none.
+    """
+    from accelerate.utils import gather_object
+
+    device = accelerator.device
+    if device.type == "cpu":
+        return ""
+    if device.type != "cuda":
+        untested = f"packing is untested on {device.type}; `packing: always` enables it"
+        return "" if settings.packing == "always" else untested
+    fault = packed_attention_fault(model.language, getattr(torch, settings.precision), device)
+    faults = gather_object([fault]) if accelerator.num_processes > 1 else [fault]
+    fault = next(filter(None, faults), "")
+    if fault and settings.packing == "auto":
+        log.warning("samples are padded, not packed: %s", fault)
+    return fault

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import RecipeError
-from llavactl.model.quantized import quantize
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
@@ -20,8 +19,7 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
     """Freezes and unfreezes the parameters of ``model``; returns the learning rate of each trainable one by name.
 
     Stage 1 trains the connector. Stage 2 trains the connector and the language model: all weights, some of them
-    (``trainable_modules``), or LoRA adapters of all linear layers except the head, as in LLaVA; with ``qlora`` on a
-    language model in 4 bits.
+    (``trainable_modules``), or LoRA adapters of all linear layers except the head, as in LLaVA.
     """
     method = settings.method
     model.requires_grad_(False)
@@ -31,8 +29,6 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
         model.language.requires_grad_(True)
         train_only(model.language, settings.trainable_modules)
     elif method in ("lora", "qlora"):
-        if method == "qlora":
-            quantize(model.language)
         torch.manual_seed(seed)
         _add_lora(model, settings)  # type: ignore[arg-type]
     if settings.gradient_checkpointing:
@@ -134,3 +130,7 @@ def _add_lora(model: LlavaModel, settings: Stage2) -> None:
         model.language = get_peft_model(model.language, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"stage2.method lora: {error}", hint="`stage2.method: full` needs no adapters") from error
+    dtype = model.language.get_input_embeddings().weight.dtype
+    for parameter in model.language.parameters():
+        if parameter.requires_grad:  # peft creates the adapters of layers in 4 bits in float32
+            parameter.data = parameter.data.to(dtype)

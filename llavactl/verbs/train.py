@@ -60,7 +60,7 @@ def train(
     _check_requirements(training_stage)
     features = open_features(recipe, stage, device=str(accelerator.device))
     init_folder = initial_folder(recipe, stage)
-    bundle = initial_model(recipe, stage, init_folder, features.shape)
+    bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     data = _load_data(recipe, training_stage, bundle, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached

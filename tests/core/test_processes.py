@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,67 @@ def test_world_size_without_master_addr(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RecipeError, match=r"WORLD_SIZE=2 .*MASTER_ADDR"):
         check_launch()
+
+
+def test_tasks_of_srun_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train the whole stage into the same folder."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(RecipeError, match="srun started 8 tasks"):
+        check_launch()
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    check_launch()
+
+
+@pytest.mark.parametrize("value", ["no", "False", "off", "0", "n"])
+def test_what_accelerate_reads_as_false_is_supported(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    from accelerate.utils.environment import str_to_bool
+
+    assert not str_to_bool(value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", value)
+    check_launch()
+
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}},
+    "ACCELERATE_USE_FSDP=true": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+    "ACCELERATE_USE_PARALLELISM_CONFIG": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2},
+        "parallelism_config": {"parallelism_config_dp_shard_size": 2},
+    },
+    "ACCELERATE_USE_MEGATRON_LM": {
+        "distributed_type": "MEGATRON_LM",
+        "megatron_lm_config": {"megatron_lm_tp_degree": 2},
+    },
+    "ACCELERATE_MIXED_PRECISION=fp16": {"distributed_type": "MULTI_GPU", "mixed_precision": "fp16"},
+    "ACCELERATE_MIXED_PRECISION=bf16": {"distributed_type": "MULTI_GPU", "mixed_precision": "bf16"},
+    "ACCELERATE_DYNAMO_BACKEND": {"distributed_type": "MULTI_GPU", "dynamo_config": {"dynamo_backend": "INDUCTOR"}},
+}
+"""Configurations of `accelerate config`, and the variable that their refusal names; the recipe is in float32.
+
+DeepSpeed, FP8 and TPUs need packages that `accelerate launch` looks for itself.
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", LAUNCHED)
+def test_accelerate_launch_with_an_unsupported_configuration_is_refused(
+    toy: Path, tmp_path: Path, variable: str
+) -> None:
+    config = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "num_machines": 1, "num_processes": 2}
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(json.dumps({**config, **LAUNCHED[variable]}))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "llavactl"]
+    launched = subprocess.run(
+        [*launcher, "train", "--stage", "1", "-r", str(toy / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert launched.returncode != 0
+    errors = [line for line in launched.stderr.splitlines() if line.startswith("llavactl:") or "error:" in line]
+    assert any(variable in line for line in errors), launched.stderr[-2000:]
+    assert not (toy / "runs").exists()

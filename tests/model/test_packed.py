@@ -26,11 +26,12 @@ from llavactl.images.image_file import ImageFile
 from llavactl.model import loss
 from llavactl.model.build import build
 from llavactl.model.cpu.rms_norm import fused_rms_norms
+from llavactl.model.cuda import varlen_attention
 from llavactl.model.inputs import token_count
 from llavactl.model.last_layer import INDEX_MULTIPLE, padded_indices
 from llavactl.model.llava import LlavaModel
-from llavactl.model.packed import packed_attention, packing_blocker
-from llavactl.model.quantized import quantize
+from llavactl.model.packed import packed_attention, packed_layout, packing_blocker
+from llavactl.model.quantized import load_quantized
 
 SHAPE = FeatureShape((2, 2), 32)
 TOLERANCE = 1e-5
@@ -160,6 +161,21 @@ def test_one_packed_sequence_equals_the_reference(bundle: Any, samples: list[Sam
     compare(bundle.model, Setting(samples, template), bundle.tokenizer)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_kernel_for_cuda_gets_the_right_arguments(
+    bundle: Any, varlen_kernel: Any, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """And the index tensors are built once per batch, not in every layer or again in the backward pass."""
+    layouts = []
+    build_layout = varlen_attention.varlen_layout
+    monkeypatch.setattr(
+        varlen_attention, "varlen_layout", lambda *arguments: layouts.append(arguments) or build_layout(*arguments)
+    )
+    model = with_checkpointing(bundle.model) if checkpointing else bundle.model
+    batches = compare(model, Setting([*ALIKE, *DIFFERENT_IMAGES, TEXT, LATE]), bundle.tokenizer)
+    assert len(layouts) == len(batches)
+
+
 @pytest.mark.parametrize("order", ["random", "as-data"])
 def test_image_orders(bundle: Any, order: str) -> None:
     mixed = [*ALIKE, *DIFFERENT_IMAGES, TEXT, LATE]
@@ -227,9 +243,9 @@ def with_frozen_language(model: LlavaModel) -> LlavaModel:
 
 def with_quantized_adapters(model: LlavaModel) -> LlavaModel:
     pytest.importorskip("bitsandbytes")
-    model = copy.deepcopy(model)
-    quantize(model.language)
-    return with_adapters(model)
+    spec = {"name": "hf", "model": model.language.name_or_path}
+    language = load_quantized(registry().create("languages", spec), "float32", "cpu")
+    return with_adapters(LlavaModel(model.connector, language))
 
 
 METHODS: dict[str, Callable[[LlavaModel], LlavaModel]] = {
@@ -291,7 +307,7 @@ def test_the_last_layer_is_computed_only_where_targets_are_predicted(bundle: Any
     (batch,) = packed_micro_batches(data, [(0, index) for index in range(len(data))], Partition(MicroBatchLimits(9)))
     with packed_attention(model.language):
         model(batch)
-    indices, _ = loss.predictions(batch)
+    indices, _ = loss.predictions(batch, packed_layout(batch))
     selected = len(padded_indices(indices, batch.ids.shape[1]))
     assert selected < len(indices.unique()) + INDEX_MULTIPLE
     assert selected < batch.ids.shape[1] / 2

@@ -243,6 +243,14 @@ run_dir: 3
         assert (problem.where, problem.key) == ("recipe.yaml:5", stage.partition(":")[0])
         assert all(term in problem.why for term in terms)
 
+    @pytest.mark.parametrize("stage", ["stage1", "stage2"])
+    def test_training_in_float16_is_refused_with_the_alternatives(self, stage: str) -> None:
+        small("features: {compute: float16}\n")
+        (problem,) = check(None, [f"{stage}.precision=float16"])
+        assert problem.key == f"{stage}.precision"
+        assert "bfloat16" in problem.why
+        assert "float32" in problem.why
+
     @pytest.mark.parametrize("value", ["on", "yes", "1", "'true'"])
     def test_booleans_are_true_or_false(self, value: str) -> None:
         small()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from llavactl.components.languages import four_bits
 from llavactl.components.languages.linear_head import logits_fault
 from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
 from llavactl.core import progress
@@ -65,6 +66,16 @@ class TransformersLanguage:
 
     def load(self, dtype: str) -> PreTrainedModel:
         """Raises ModelError if weights are missing or not finite."""
+        return self._load(dtype, {})
+
+    def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
+        """Raises like ``load``."""
+        import torch
+
+        return self._load(dtype, four_bits.loading_arguments(getattr(torch, dtype), device))
+
+    def _load(self, dtype: str, arguments: dict[str, Any]) -> PreTrainedModel:
+        """The model, loaded with further ``arguments`` of ``from_pretrained``."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -78,13 +89,15 @@ class TransformersLanguage:
                 output_loading_info=True,
                 trust_remote_code=False,
                 **load_arguments(self.options.model),
+                **arguments,
             )
         # Otherwise transformers would save the weights under the names of the LLaVA checkpoint.
         model.__dict__.pop("_weight_conversions", None)
+        four_bits.keep_training_layout(model)
         if missing := sorted(info["missing_keys"]):
             raise self._error(f"{len(missing)} weights are missing, such as {missing[0]}")
         for name, weight in model.named_parameters():
-            if not torch.isfinite(weight).all():
+            if four_bits.not_finite(weight):
                 raise self._error(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
         if in_hf_llava(self.options.model) and (reason := logits_fault(model)):
             raise self._error(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from llavactl.core.protocols.data import Finding, RawRecord, RecordSource, RepairingSource, Source
 from llavactl.core.protocols.export import CheckableFormat, Format
-from llavactl.core.protocols.language import Language, SkeletonLanguage, Template
+from llavactl.core.protocols.language import Language, QuantizableLanguage, SkeletonLanguage, Template
 from llavactl.core.protocols.tasks import AnswerChecker, AnswerMatcher, Judged, Scores, Task, TeacherScored
 from llavactl.core.protocols.teachers import (
     Ask,
@@ -43,6 +43,7 @@ __all__ = [
     "Language",
     "LanguageTeacher",
     "Limits",
+    "QuantizableLanguage",
     "RawRecord",
     "RecordSource",
     "RepairingSource",

@@ -27,6 +27,17 @@ class Language(Protocol):
 
 
 @runtime_checkable
+class QuantizableLanguage(Protocol):
+    """A language model that ``stage2.method: qlora`` can train."""
+
+    def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
+        """Loads the model on ``device`` with its linear layers, except the head, in 4 bits (nf4 of bitsandbytes).
+
+        They compute in ``dtype``, which is also the dtype of all other weights.
+        """
+
+
+@runtime_checkable
 class SkeletonLanguage(Protocol):
     """A language model that can be inspected without its weights."""
 
