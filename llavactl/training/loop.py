@@ -30,6 +30,7 @@ from llavactl.training.checkpoints import CheckpointState
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
+from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.prefetch import micro_batches, prefetched_steps
 
 if TYPE_CHECKING:
@@ -139,19 +140,22 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     torch.manual_seed(combined_seed(run.seed, step, accelerator.process_index))
     model.train()
     loss = torch.zeros((), dtype=torch.float64)
+    section, settings = run.folder.name, run.settings
     for batch in batches:
-        micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
-        if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
-            micro_loss.backward()
-        optimizer.accumulate()
-        loss += micro_loss.detach().double().cpu()
+        with out_of_memory_named(section, settings, f"step {step + 1}", batch):
+            micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
+            if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
+                micro_loss.backward()
+            optimizer.accumulate()
+            loss += micro_loss.detach().double().cpu()
         _check_finite(micro_loss, batch, step)
     if accelerator.num_processes > 1:
         for gradient in optimizer.gradients():
             gradient.copy_(_sum(accelerator, gradient))
         _broadcast_buffers(run)
     fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
-    rate = optimizer.step(fraction, run.settings.max_grad_norm)
+    with out_of_memory_named(section, settings, f"update of the weights in step {step + 1}"):
+        rate = optimizer.step(fraction, run.settings.max_grad_norm)
     return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
 
 
@@ -195,8 +199,9 @@ def validate(run: Run, stop: Stop) -> float | None:
             for batch in micro_batches(run, run.validation, indices, stop):
                 if stop.requested:
                     raise CancelledError
-                loss = run.model(to_device(batch, run.accelerator.device))
-                total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
+                with out_of_memory_named(run.folder.name, run.settings, "validation", batch):
+                    loss = run.model(to_device(batch, run.accelerator.device)).item()
+                total += torch.tensor([loss, int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
     total[2] = stop.requested
     total = _sum(run.accelerator, total)
     return None if total[2] else float(total[0] / total[1])

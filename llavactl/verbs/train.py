@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from llavactl.model.build import ModelBundle
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
+from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
@@ -29,16 +30,19 @@ from llavactl.training import launch
 from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
+from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 
 if TYPE_CHECKING:
+    import torch
+
     from llavactl.core.schema import FeatureShape
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import StageNumber, TrainingStage
+    from llavactl.recipe.stages import AnyStage, StageNumber, TrainingStage
     from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -60,7 +64,8 @@ def train(
     _check_requirements(training_stage)
     features = open_features(recipe, stage, device=str(accelerator.device))
     init_folder = initial_folder(recipe, stage)
-    bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
+    with _loading_model(stage, settings, accelerator.device):
+        bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     data = _load_data(recipe, training_stage, bundle, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
@@ -71,7 +76,8 @@ def train(
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, resume=resuming)
+    with _loading_model(stage, settings, accelerator.device):
+        run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, resume=resuming)
     description = model_description(recipe, stage, features, digest, init_folder)
     main = accelerator.is_main_process
     with _exclusive_access(recipe, stage, folder) if main else nullcontext():
@@ -80,6 +86,10 @@ def train(
             log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
         return _train_and_save(recipe, run, bundle, data, description)
+
+
+def _loading_model(stage: StageNumber, settings: AnyStage, device: torch.device) -> AbstractContextManager[None]:
+    return out_of_memory_named(STAGES[stage], settings, f"loading the model on {device}")
 
 
 def _check_requirements(stage: TrainingStage) -> None:
