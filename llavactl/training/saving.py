@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl import __version__
 from llavactl.core.errors import StoreError
 from llavactl.model import folder as model_folder
 from llavactl.training import checkpoints
@@ -42,7 +43,8 @@ def model_description(
         "precision": settings.precision,
         "digest": digest,
         "restore_best": settings.restore_best,
-        "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
+        # Not from its metadata: llavactl may run from a checkout that isn't installed.
+        "versions": {"llavactl": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}},
         "shape": asdict(features.shape),
         "template": training_stage.template,
     }
