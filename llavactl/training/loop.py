@@ -27,7 +27,7 @@ from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
-from llavactl.training.collective import lost_processes_reported, on_main, sum_in_buckets, sum_over_processes
+from llavactl.training.collective import on_main, sum_in_buckets, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
@@ -61,7 +61,6 @@ def train(run: Run) -> TrainingResult:
 
     Raises:
         ModelError: the loss is not finite; the message names the samples.
-        LlavactlError: another process of the run has ended.
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
     settings, accelerator = run.settings, run.accelerator
@@ -79,7 +78,6 @@ def train(run: Run) -> TrainingResult:
     language = run.model.language
     attention = nullcontext() if run.padding_reason else packed_attention(language)
     with (
-        lost_processes_reported("run the same command to resume after the last checkpoint"),
         attention,
         fused_rms_norms(language),
         gc_frozen(),
