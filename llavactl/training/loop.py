@@ -144,7 +144,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     for index, batch in enumerate(batches):
         # By the index in the global batch: dropout is the same on any number of processes with the same micro-batches.
         torch.manual_seed(combined_seed(run.seed, step, index * accelerator.num_processes + accelerator.process_index))
-        with out_of_memory_named(section, settings, f"step {step + 1}", batch):
+        with out_of_memory_named(section, settings, run.placement, f"step {step + 1}", batch):
             micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
             if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
                 micro_loss.backward()
@@ -156,7 +156,7 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
             sum_in_buckets(accelerator, optimizer.gradients())
         _broadcast_buffers(run)
     fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
-    with out_of_memory_named(section, settings, f"update of the weights in step {step + 1}"):
+    with out_of_memory_named(section, settings, run.placement, f"update of the weights in step {step + 1}"):
         update = optimizer.step(fraction, run.settings.max_grad_norm)
     loss = sum_over_processes(accelerator, loss)
     return {"loss": float(loss), "tokens": int(counts[1]), "learning_rate": update.learning_rate}
@@ -205,7 +205,7 @@ def validate(run: Run, stop: Stop) -> float | None:
             reshard(run.model)
             return None
         for batch in batches:
-            with out_of_memory_named(run.folder.name, run.settings, "validation", batch):
+            with out_of_memory_named(run.folder.name, run.settings, run.placement, "validation", batch):
                 loss = run.model(to_device(batch, run.accelerator.device)).item()
             total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
     reshard(run.model)
