@@ -2,7 +2,7 @@
 # docs/install.md has the same commands for Windows and for systems without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-original lint format docs constraints clean
+.PHONY: help demo test test-all test-gpu test-original lint format docs constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +39,11 @@ test: $(DEV_READY) ## run the fast tests
 
 test-all: $(DEV_READY) ## run all tests but those for a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+
+# Nothing is installed: CONTRIBUTING.md lists the packages that GPU_PYTHON needs.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+test-gpu: ## run the tests for a CUDA device from the checkout: GPU_PYTHON=python3
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" LLAVACTL_PLUGINS= $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 # LLaVA's code is not on a package index: LLAVA is a checkout of haotian-liu/LLaVA.
 test-original: $(DEV_READY) ## test exports in LLaVA's code: LLAVA=/path/to/LLaVA

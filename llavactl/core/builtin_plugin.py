@@ -217,5 +217,6 @@ def register_recipes(register: Register) -> None:
         ("llava-v1.5-7b", "LLaVA v1.5: CLIP ViT-L/14 336, MLP, Vicuna v1.5 7B, LCS-558K, then mix-665K"),
         ("llava-v1.5-13b", "LLaVA v1.5 13B: as llava-v1.5-7b, with Vicuna v1.5 13B"),
         ("llava-v1.5-7b-lora", "LLaVA v1.5 7B with LoRA in stage 2"),
+        ("llava-v1.5-7b-qlora", "LLaVA v1.5 7B with LoRA on a language model in 4 bits in stage 2, for 24 GB"),
     ):
         register(name, f"llavactl:recipes/{name}.yaml", summary=summary)

@@ -99,12 +99,20 @@ def _loading_error(what: str, model: str | Path, error: Exception, hint: str) ->
     return ModelError(f"{what} {model}: {reason(error)}", hint=hint)
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: ",  # only allocations fail in it: "can't allocate memory", on Windows "not enough memory"
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Parts of the messages of a RuntimeError that torch raises if there is no memory left."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` means that a device or the host is out of memory."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory: you tried to allocate" in str(error)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 _NEED_NAME = (KeyError, IndexError, TypeError, AttributeError, AssertionError, SystemExit)

@@ -50,12 +50,17 @@ class LoadedModel:
 
 
 def save(
-    folder: Path, bundle: ModelBundle, connector: Mapping[str, torch.Tensor], description: Mapping[str, Any]
+    folder: Path,
+    bundle: ModelBundle,
+    connector: Mapping[str, torch.Tensor],
+    description: Mapping[str, Any],
+    language_state: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the model folder ``folder`` atomically.
 
     ``connector`` is its state dict in full precision. ``description["method"]`` is what else was trained:
-    ``connector`` (nothing), ``full`` or ``lora``.
+    ``connector`` (nothing), ``full`` or ``lora``. ``language_state`` is the state dict of the language model, or of its
+    adapter, in place of its own.
 
     Raises:
         StoreError: it can't be written.
@@ -65,12 +70,16 @@ def save(
         save_file({name: weight.clone().contiguous() for name, weight in connector.items()}, temporary / CONNECTOR)
         method, language = description["method"], bundle.model.language
         if method == "full":
-            language.save_pretrained(temporary / "language")
+            language.save_pretrained(temporary / "language", state_dict=language_state)
+            if language_state is not None:
+                # transformers writes the dtype of the parameters in memory, not of ``language_state``.
+                language.config.dtype = description["precision"]
+                language.config.save_pretrained(temporary / "language")
             bundle.tokenizer.save_pretrained(temporary / "language")
             description = {**description, "trained_language": _loading_options(language)}
         elif method == "lora":
             _sort_target_modules(language)
-            language.save_pretrained(temporary / "adapter")
+            language.save_pretrained(temporary / "adapter", state_dict=language_state)
         write_json(temporary / DESCRIPTION, {"format": FORMAT, "location": str(folder.absolute()), **description})
 
 

@@ -1,4 +1,9 @@
-"""Checkpoints, written atomically. A run resumes from the newest intact one; the best one is kept as well."""
+"""Checkpoints, written atomically. A run resumes from the newest intact one; the best one is kept as well.
+
+All processes write and read a checkpoint together (``torch.distributed.checkpoint``, in safetensors files): each its
+share of the tensors. A checkpoint can be read by another number of processes, sharded or not. The folder of the
+checkpoints must be the same for all processes, on a shared file system if there are several machines.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +12,31 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from llavactl.core.errors import StoreError
 from llavactl.core.paths import write_json
-from llavactl.model.folder import atomic_folder
-
-if TYPE_CHECKING:
-    import torch
+from llavactl.model.folder import replace_folder
+from llavactl.training.collective import on_main, process_count, process_index, together
 
 log = logging.getLogger(__name__)
 
-TENSORS = "optimizer.safetensors"
 STATE = "state.json"
+
+FILE_BYTES = 256 * 2**20
+"""The size of a file. The writer holds one file in memory; a larger tensor is a file by itself."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,39 @@ class CheckpointState:
         return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """An intact checkpoint in ``folder``."""
+
+    folder: Path
+    state: CheckpointState
+
+    def names(self) -> frozenset[str]:
+        """The names of its tensors."""
+        return frozenset(self._reader().read_metadata().state_dict_metadata)
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fills ``tensors`` in place; all processes must call this together.
+
+        Raises:
+            StoreError: a file can't be read.
+        """
+        try:
+            with _no_single_process_warning():
+                state_dict_loader.load(dict(tensors), storage_reader=self._reader(), no_dist=process_count() == 1)
+        except (CheckpointException, OSError, SafetensorError) as error:
+            raise _read_error(self.folder, error) from error
+
+    def _reader(self) -> HuggingFaceStorageReader:
+        return HuggingFaceStorageReader(str(self.folder))
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
 def save(folder: Path, state: CheckpointState, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
-    """Writes ``folder/step-…``, then removes obsolete checkpoints.
+    """Writes ``folder/step-…``, then removes obsolete checkpoints; all processes must call this together.
 
     The newest ``keep_last`` checkpoints of the same run are kept, and the best one. Those of other runs, and those of
     this run beyond ``state.step`` (from before it was restarted), are removed.
@@ -57,43 +94,113 @@ def save(folder: Path, state: CheckpointState, tensors: Mapping[str, torch.Tenso
         StoreError: it can't be written.
     """
     target = checkpoint_path(folder, state.step)
-    with atomic_folder(target) as temporary:
-        save_file(dict(tensors), temporary / TENSORS)
-        write_json(temporary / STATE, {**asdict(state), "sha256": _sha256(temporary / TENSORS)})
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        on_main(lambda: _create(temporary))
+        _write(temporary, _writable(tensors))
+        files = together(lambda: _own_hashes(temporary))
+        content = {**asdict(state), "files": {name: value for part in files for name, value in part.items()}}
+        on_main(lambda: _finish(temporary, target, content))
+    except (CheckpointException, OSError, SafetensorError) as error:
+        if process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise StoreError(
+            f"{target}: can't be written: {_reason(error)}",
+            hint="free disk space, check permissions, or set another `run_dir`",
+        ) from error
+    if process_index() == 0:
+        _remove_obsolete(folder, state, keep_last)
+    return target
+
+
+def _create(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _writable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` as safetensors accepts them: contiguous, and without shared memory."""
+    storages: set[int] = set()
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            result[name] = tensor
+            continue
+        address = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone().contiguous() if address in storages else tensor.contiguous()
+        storages.add(address)
+    return result
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_file_indices(tensors), save_distributed=True)
+    with _no_single_process_warning():
+        state_dict_saver.save(tensors, storage_writer=writer, no_dist=process_count() == 1)
+
+
+@contextmanager
+def _no_single_process_warning() -> Iterator[None]:
+    """torch warns about ``no_dist`` although it was requested."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
+
+
+def _file_indices(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The index, from 1, of the file of each tensor; files have up to ``FILE_BYTES``."""
+    indices, index, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        part = tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+        if size and size + part > FILE_BYTES:
+            index, size = index + 1, 0
+        indices[name] = index
+        size += part
+    return indices
+
+
+def _own_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of the files for whose verification this process is responsible, by name."""
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
+    return {file.name: _sha256(file) for file in files[process_index() :: process_count()]}
+
+
+def _finish(temporary: Path, target: Path, content: Mapping[str, object]) -> None:
+    write_json(temporary / STATE, content)
+    replace_folder(temporary, target)
+
+
+def _remove_obsolete(folder: Path, state: CheckpointState, keep_last: int) -> None:
     try:
         existing = _newest_first(folder)
     except StoreError as error:
         log.warning("%s; older checkpoints are kept", error)
-        return target
-    own = [(other, path) for other, path in existing if other.digest == state.digest and other.step <= state.step]
-    kept = {path for _, path in own[:keep_last]} | {_best_path(own)}
+        return
+    own = [each for each in existing if each.state.digest == state.digest and each.state.step <= state.step]
+    kept = {each.folder for each in own[:keep_last]} | {_best(own).folder}
     for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-    return target
 
 
-def load_newest(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, torch.Tensor]] | None:
-    """The newest intact checkpoint of the run ``digest``; damaged ones are skipped.
+def load_newest(folder: Path, digest: str) -> Checkpoint | None:
+    """The newest intact checkpoint of the run ``digest``; damaged ones are skipped. The same in all processes.
 
     Raises:
         StoreError: a checkpoint can't be read. It may be intact, and skipping it would lose its steps.
     """
-    for state, checkpoint in _newest_first(folder):
-        if state.digest != digest:
-            log.info("%s belongs to other settings or data and is not resumed", checkpoint)
-        elif (tensors := _load_tensors(checkpoint)) is not None:
-            return state, tensors
-    return None
+    own = []
+    for checkpoint in on_main(lambda: _newest_first(folder)):
+        if checkpoint.state.digest == digest:
+            own.append(checkpoint)
+        elif process_index() == 0:
+            log.info("%s belongs to other settings or data and is not resumed", checkpoint.folder)
+    return _first_intact(own)
 
 
-def load_best(folder: Path, digest: str) -> tuple[CheckpointState, dict[str, torch.Tensor]] | None:
+def load_best(folder: Path, digest: str) -> Checkpoint | None:
     """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises like ``load_newest``."""
-    own = [(state, path) for state, path in _newest_first(folder) if state.digest == digest]
-    for state, checkpoint in sorted(own, key=lambda item: item[0].val_loss_or_inf):
-        if (tensors := _load_tensors(checkpoint)) is not None:
-            return state, tensors
-    return None
+    own = [each for each in on_main(lambda: _newest_first(folder)) if each.state.digest == digest]
+    return _first_intact(sorted(own, key=lambda each: each.state.val_loss_or_inf))
 
 
 def remove(folder: Path) -> None:
@@ -101,17 +208,17 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _best_path(checkpoints: list[tuple[CheckpointState, Path]]) -> Path:
+def _best(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """The best of ``checkpoints``, sorted newest first; the newest among equals."""
-    return min(checkpoints, key=lambda item: item[0].val_loss_or_inf)[1]
+    return min(checkpoints, key=lambda each: each.state.val_loss_or_inf)
 
 
-def _newest_first(folder: Path) -> list[tuple[CheckpointState, Path]]:
+def _newest_first(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     for path in sorted(_checkpoint_folders(folder), reverse=True):
         with _skip_if_damaged(path):
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            checkpoints.append((CheckpointState(state["step"], state["digest"], state["val_loss"]), path))
+            checkpoints.append(Checkpoint(path, CheckpointState(state["step"], state["digest"], state["val_loss"])))
     return checkpoints
 
 
@@ -124,14 +231,31 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
         raise _read_error(folder, error) from error
 
 
-def _load_tensors(checkpoint: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of ``checkpoint``; None if the checksum doesn't match."""
-    with _skip_if_damaged(checkpoint):
-        if _sha256(checkpoint / TENSORS) != json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["sha256"]:
-            raise ValueError(f"checksum mismatch of {TENSORS}")
-        tensors: dict[str, torch.Tensor] = load_file(checkpoint / TENSORS)
-        return tensors
+def _first_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The first of ``checkpoints`` whose files have the right hashes; each process verifies a part of the files."""
+    for checkpoint in checkpoints:
+        if all(together(partial(_is_intact, checkpoint.folder))):
+            return checkpoint
     return None
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files that this process verifies are intact."""
+    with _skip_if_damaged(folder):
+        expected = _file_hashes(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        for name in sorted(expected)[process_index() :: process_count()]:
+            if _sha256(folder / name) != expected[name]:
+                raise ValueError(f"checksum mismatch of {name}")
+        return True
+    return False
+
+
+def _file_hashes(state: Mapping[str, object]) -> Mapping[str, str]:
+    """The hashes of the files; up to version 0.4 there was one file, and no names."""
+    files = state["files"] if "files" in state else {"optimizer.safetensors": state["sha256"]}
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{STATE} lists no files")
+    return files
 
 
 @contextmanager
@@ -145,13 +269,22 @@ def _skip_if_damaged(checkpoint: Path) -> Iterator[None]:
         raise _read_error(checkpoint, error) from error
 
 
-def _read_error(path: Path, error: OSError) -> StoreError:
+def _read_error(path: Path, error: BaseException) -> StoreError:
     """The error for ``path``, a checkpoint or the checkpoints' folder."""
+    file, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
     return StoreError(
-        f"{error.filename or path} can't be read: {error.strerror or error}",
+        f"{file or path} can't be read: {reason or _reason(error)}",
         hint="check permissions, disk and mount, then run the same command to resume; "
         f"if you remove {path.name}, its steps are trained again",
     )
+
+
+def _reason(error: BaseException) -> str:
+    """``error`` on one line; of an error in several processes, the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure, _ = next(iter(error.failures.values()))
+        return _reason(failure)
+    return " ".join(str(error).split())
 
 
 def _sha256(path: Path) -> str:

@@ -26,15 +26,16 @@ from llavactl.model.inputs import to_device, token_count
 from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
-from llavactl.training.checkpoints import CheckpointState
+from llavactl.training.checkpoints import Checkpoint, CheckpointState
+from llavactl.training.collective import on_main, sum_in_buckets, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics
 from llavactl.training.optimizer import schedule
+from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.prefetch import micro_batches, prefetched_steps
+from llavactl.training.sharding import distributed_like, reshard, root_gathered
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from llavactl.core.stopping import Stop
     from llavactl.training.run import Run
 
@@ -128,31 +129,37 @@ def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop)
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     # Target tokens and tokens of the global batch, and the number of processes that received a stop signal.
     counts = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
+    nonempty = [batch for batch in batches if batch.names]
+    for batch in nonempty:
         counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
     counts[2] = stop.requested
-    counts = _sum(accelerator, counts)
+    counts = sum_over_processes(accelerator, counts)
     if counts[2]:
         return None
-    for batch in batches:
+    for batch in nonempty:
         run.token_counts.add(batch)
-    torch.manual_seed(combined_seed(run.seed, step, accelerator.process_index))
     model.train()
     loss = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
-        if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
-            micro_loss.backward()
-        optimizer.accumulate()
-        loss += micro_loss.detach().double().cpu()
+    section, settings = run.folder.name, run.settings
+    for index, batch in enumerate(batches):
+        # By the index in the global batch: dropout is the same on any number of processes with the same micro-batches.
+        torch.manual_seed(combined_seed(run.seed, step, index * accelerator.num_processes + accelerator.process_index))
+        with out_of_memory_named(section, settings, f"step {step + 1}", batch):
+            micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
+            if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
+                micro_loss.backward()
+            optimizer.accumulate()
+            loss += micro_loss.detach().double().cpu()
         _check_finite(micro_loss, batch, step)
     if accelerator.num_processes > 1:
-        for gradient in optimizer.gradients():
-            gradient.copy_(_sum(accelerator, gradient))
+        if not run.placement.sharded:  # FSDP2 has summed them in the backward pass
+            sum_in_buckets(accelerator, optimizer.gradients())
         _broadcast_buffers(run)
     fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
-    rate = optimizer.step(fraction, run.settings.max_grad_norm)
-    return {"loss": float(_sum(accelerator, loss)), "tokens": int(counts[1]), "learning_rate": rate}
+    with out_of_memory_named(section, settings, f"update of the weights in step {step + 1}"):
+        update = optimizer.step(fraction, run.settings.max_grad_norm)
+    loss = sum_over_processes(accelerator, loss)
+    return {"loss": float(loss), "tokens": int(counts[1]), "learning_rate": update.learning_rate}
 
 
 def _check_finite(loss: torch.Tensor, batch: Batch, step: int) -> None:
@@ -186,28 +193,37 @@ def _validate_and_save(run: Run, step: int, metrics: Metrics | None, stop: Stop)
 def validate(run: Run, stop: Stop) -> float | None:
     """The mean loss per target token over the validation samples; None if any process received a stop signal."""
     run.model.eval()
-    # The loss, target tokens, and the number of processes that received a stop signal.
-    total = torch.zeros(3, dtype=torch.float64)
+    # The loss and target tokens.
+    total = torch.zeros(2, dtype=torch.float64)
     size = run.settings.batch_size
-    with suppress(CancelledError):
-        for begin in range(0, len(run.validation), size):
-            indices = [(0, index) for index in range(begin, min(begin + size, len(run.validation)))]
-            for batch in micro_batches(run, run.validation, indices, stop):
-                if stop.requested:
-                    raise CancelledError
-                loss = run.model(to_device(batch, run.accelerator.device))
-                total += torch.tensor([loss.item(), int((batch.labels != IGNORE).sum()), 0], dtype=torch.float64)
-    total[2] = stop.requested
-    total = _sum(run.accelerator, total)
-    return None if total[2] else float(total[0] / total[1])
+    for begin in range(0, len(run.validation), size):
+        indices = [(0, index) for index in range(begin, min(begin + size, len(run.validation)))]
+        batches: list[Batch] = []
+        with suppress(CancelledError):
+            batches = micro_batches(run, run.validation, indices, stop)
+        if _stop_requested(run, stop):  # in any process: all of them must run the same forward passes
+            reshard(run.model)
+            return None
+        for batch in batches:
+            with out_of_memory_named(run.folder.name, run.settings, "validation", batch):
+                loss = run.model(to_device(batch, run.accelerator.device)).item()
+            total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
+    reshard(run.model)
+    total = sum_over_processes(run.accelerator, total)
+    return None if _stop_requested(run, stop) else float(total[0] / total[1])
+
+
+def _stop_requested(run: Run, stop: Stop) -> bool:
+    """Whether any process received a stop signal."""
+    return bool(sum_over_processes(run.accelerator, torch.tensor(float(stop.requested))))
 
 
 def _save_checkpoint(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:
-    """Saves a checkpoint in the main process, which has ``metrics``."""
+    """Saves a checkpoint; the main process has ``metrics``."""
     if metrics:
         metrics.sync()
-        tensors = run.optimizer.state()
-        folder = checkpoints.save(run.folder / "checkpoints", state, tensors, run.settings.keep_last)
+    folder = checkpoints.save(run.folder / "checkpoints", state, run.optimizer.state(), run.settings.keep_last)
+    if run.accelerator.is_main_process:
         run.notify("checkpoint_saved", {"folder": folder, "step": state.step})
     run.accelerator.wait_for_everyone()
 
@@ -216,26 +232,27 @@ def _resume(run: Run) -> CheckpointState | None:
     """Loads the newest checkpoint of this run; returns None without one. If the run isn't resumed, removes them all."""
     folder = run.folder / "checkpoints"
     if not run.resume:
-        if run.accelerator.is_main_process:
-            checkpoints.remove(folder)
+        on_main(lambda: checkpoints.remove(folder))
         return None
     checkpoint = checkpoints.load_newest(folder, run.digest)
     if checkpoint is None:
         return None
-    state, tensors = checkpoint
-    run.optimizer.load(tensors)
-    log.info("%s: resuming after step %d", run.folder.name, state.step)
-    return state
+    _load(run, checkpoint)
+    log.info("%s: resuming after step %d", run.folder.name, checkpoint.state.step)
+    return checkpoint.state
 
 
 def _load_best(run: Run) -> int:
     """Loads the weights of the best checkpoint; returns its step."""
     checkpoint = checkpoints.load_best(run.folder / "checkpoints", run.digest)
     assert checkpoint is not None, "the last step saved one"
-    state, tensors = checkpoint
-    run.optimizer.load(tensors)
-    log.info("%s: restored the best checkpoint, step %d", run.folder.name, state.step)
-    return state.step
+    _load(run, checkpoint)
+    log.info("%s: restored the best checkpoint, step %d", run.folder.name, checkpoint.state.step)
+    return checkpoint.state.step
+
+
+def _load(run: Run, checkpoint: Checkpoint) -> None:
+    run.optimizer.load(checkpoint.names(), checkpoint.read)
 
 
 def _align_to_boxes(run: Run) -> None:
@@ -243,14 +260,16 @@ def _align_to_boxes(run: Run) -> None:
     steps = run.settings.box_alignment_steps
     if not steps:
         return
-    weights = align_to_boxes(run.model, run.data, run.shape, steps, run.seed)
+    with root_gathered(run.model):
+        weights = align_to_boxes(run.model, run.data, run.shape, steps, run.seed)
     processes, optimizer = run.accelerator.num_processes, run.optimizer
-    weights = {name: _sum(run.accelerator, weight) / processes for name, weight in weights.items()}
+    weights = {name: sum_over_processes(run.accelerator, weight) / processes for name, weight in weights.items()}
     optimizer.set_weights(
         {f"connector.{name}": w for name, w in weights.items() if f"connector.{name}" in optimizer.masters}
     )
     if optimizer.untrained:
-        optimizer.untrained.load({name: weights[name] for name in optimizer.untrained.state()})
+        untrained = optimizer.untrained.state()
+        optimizer.untrained.load({name: distributed_like(weights[name], old) for name, old in untrained.items()})
 
 
 def _write_metrics(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
@@ -270,13 +289,6 @@ def _raise_interrupted(run: Run, step: int) -> NoReturn:
         path = checkpoints.checkpoint_path(run.folder / "checkpoints", step)
         log.warning("%s: saved %s; run the same command to resume after step %d", run.folder.name, path, step)
     raise KeyboardInterrupt
-
-
-def _sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of ``tensor`` over all processes."""
-    if accelerator.num_processes == 1:
-        return tensor
-    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").to(tensor.device)
 
 
 def combined_seed(*parts: int) -> int:

@@ -1,15 +1,20 @@
-"""AdamW, and optionally Muon for matrices, with float32 master weights; the learning-rate schedule."""
+"""AdamW, and optionally Muon for matrices, with float32 master weights; the learning-rate schedule.
+
+Sharded parameters (``training.sharding``) are DTensors; so are their gradients and moments.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+
+from llavactl.training.sharding import distributed_like, gathered
 
 if TYPE_CHECKING:
     from llavactl.training.trainable import UntrainedState
@@ -32,6 +37,15 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
 
 
 _UNTRAINED_PREFIX = "untrained.connector."
+_MASTER_PREFIX = "master."
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class Update(NamedTuple):
+    """The highest learning rate of an optimizer step, and the norm of the gradient of all weights before clipping."""
+
+    learning_rate: float
+    grad_norm: float
 
 
 class Optimizer:
@@ -39,7 +53,7 @@ class Optimizer:
 
     In bfloat16 small updates would be lost to rounding. They are applied to a float32 master copy, which is then copied
     to the parameter. Gradients of micro-batches are accumulated in float32 as well. A float32 parameter is its own
-    master.
+    master, unless masters are kept in host memory: then gradients are copied there after each micro-batch.
     """
 
     def __init__(
@@ -50,9 +64,12 @@ class Optimizer:
         beta2: float = 0.999,
         matrices: Collection[str] = (),
         untrained: UntrainedState | None = None,
+        *,
+        on_host: bool = False,
     ) -> None:
         """``rates`` has the learning rate of each trainable parameter by name; ``matrices`` names those for Muon.
-        ``untrained`` is further state of the model to save and restore.
+        ``untrained`` is further state of the model to save and restore. ``on_host``: master weights, accumulated
+        gradients and moments are kept in host memory.
 
         Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
         scalable for LLM training", section 2.2), so that both use the same learning rate.
@@ -61,7 +78,7 @@ class Optimizer:
         self.parameters = {name: parameters[name] for name in rates}
         self.untrained = untrained
         self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            name: p if p.dtype == torch.float32 and not on_host else _master(p, on_host)
             for name, p in self.parameters.items()
         }
         others = self._groups({name: rate for name, rate in rates.items() if name not in matrices}, weight_decay)
@@ -99,11 +116,11 @@ class Optimizer:
                 continue
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-            master.grad += parameter.grad
+            master.grad += parameter.grad.to(master.device)
             parameter.grad = None
 
-    def step(self, fraction: float, max_norm: float | None = None) -> float:
-        """Updates the weights with ``fraction`` of the peak learning rates; returns the highest rate used.
+    def step(self, fraction: float, max_norm: float | None = None) -> Update:
+        """Updates the weights with ``fraction`` of the peak learning rates.
 
         With ``max_norm`` the global gradient norm is clipped.
         """
@@ -111,9 +128,9 @@ class Optimizer:
         for group in groups:
             group["lr"] = group["peak"] * fraction
         # Weights without a gradient in this step get a zero gradient, on one process as on several.
-        self.gradients()
+        norm = nn.utils.get_total_norm(self.gradients())
         if max_norm is not None:
-            nn.utils.clip_grad_norm_(self.masters.values(), max_norm)
+            nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
         # One thread per Muon instance: matrix products of a model with 135M weights don't scale to two threads.
         if self.thread_pool is None:
             for algorithm in self.algorithms:
@@ -126,13 +143,13 @@ class Optimizer:
             # Set to zero, not freed: allocating new memory in every step costs more than clearing it.
             algorithm.zero_grad(set_to_none=False)
         self._copy_masters()
-        return max(group["lr"] for group in groups)
+        return Update(max(group["lr"] for group in groups), float(gathered(norm)))
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replaces the values of some parameters, by name."""
+        """Replaces the values of some parameters, by name; the same values in all processes."""
         for name, weight in weights.items():
-            self.masters[name].copy_(weight)
+            self.masters[name].copy_(distributed_like(weight, self.masters[name]))
         self._copy_masters()
 
     @torch.no_grad()
@@ -150,30 +167,39 @@ class Optimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Master weights, moments and untrained state as one flat mapping."""
-        flat = {f"master.{name}": master.detach() for name, master in self.masters.items()}
+        """Master weights, moments and untrained state as one flat mapping; the tensors are not copies."""
+        flat = {_MASTER_PREFIX + name: master.detach() for name, master in self.masters.items()}
         if self.untrained:
-            flat |= {_UNTRAINED_PREFIX + name: tensor.clone() for name, tensor in self.untrained.state().items()}
+            flat |= {_UNTRAINED_PREFIX + name: tensor for name, tensor in self.untrained.state().items()}
         for name, master in self.masters.items():
             for key, value in self.algorithm_of[name].state.get(master, {}).items():
                 flat[f"{key}.{name}"] = value
-        return {name: tensor.contiguous() for name, tensor in flat.items()}
+        return flat
 
     @torch.no_grad()
-    def load(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Restores the result of ``state`` bit for bit."""
-        if self.untrained:
-            self.untrained.load({name: flat[_UNTRAINED_PREFIX + name] for name in self.untrained.state()})
+    def load(self, names: Collection[str], read: Callable[[Mapping[str, torch.Tensor]], object]) -> None:
+        """Restores a result of ``state`` bit for bit.
+
+        ``names`` are its keys. ``read`` is called with the tensors to be filled, by name, so that no copy is needed.
+        """
         for name, master in self.masters.items():
-            master.copy_(flat[f"master.{name}"])
-            moments: dict[str, Any] = {
-                key: flat[f"{key}.{name}"].to(device=master.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-                if f"{key}.{name}" in flat
-            }
+            state = self.algorithm_of[name].state
+            moments = [key for key in _MOMENTS if f"{key}.{name}" in names]
             if moments:
-                self.algorithm_of[name].state[master] = moments
+                # torch keeps the number of steps as a float32 scalar next to the weights.
+                state[master] = {
+                    key: torch.zeros((), device=master.device) if key == "step" else torch.zeros_like(master)
+                    for key in moments
+                }
+            else:
+                state.pop(master, None)
+        read({name: tensor for name, tensor in self.state().items() if name in names})
         self._copy_masters()
+
+
+def _master(parameter: torch.Tensor, on_host: bool) -> nn.Parameter:
+    """A float32 copy of ``parameter`` on its device, or in host memory."""
+    return nn.Parameter(parameter.detach().to("cpu" if on_host else parameter.device, torch.float32, copy=True))
 
 
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:

@@ -16,6 +16,7 @@ from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import packing_blocker
 from llavactl.training.optimizer import Optimizer
+from llavactl.training.sharding import shard
 from llavactl.training.trainable import UntrainedState, configure_trainable, muon_matrices
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import AnyStage, TrainingStage
+    from llavactl.training.placement import Placement
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Run:
     folder: Path
     seed: int
     digest: str
+    placement: Placement
     resume: bool
     padding_reason: str
     accelerator: Accelerator
@@ -84,21 +87,27 @@ def create_run(
     data: DataSplit,
     digest: str,
     accelerator: Accelerator,
+    placement: Placement,
     *,
     resume: bool,
 ) -> Run:
-    """The run of a stage. Freezes and unfreezes the parameters of ``model`` and moves it to its device."""
+    """The run of a stage. Freezes and unfreezes the parameters of ``model``, shards it, and moves it to its device."""
     settings, folder = stage.settings, recipe.run_dir / f"stage{stage.number}"
     padding_reason = _padding_reason(model, settings, accelerator)
     rates = configure_trainable(model, settings, recipe.seed)
-    model.to(accelerator.device)
+    matrices, on_host = muon_matrices(model, settings), placement.optimizer_state == "host"
+    if placement.sharded:
+        shard(model, accelerator.device, offload=on_host)
+    else:
+        model.to(accelerator.device)
     optimizer = Optimizer(
         model,
         rates,
         settings.weight_decay,
         settings.adam_beta2,
-        muon_matrices(model, settings),
+        matrices,
         UntrainedState(model),
+        on_host=on_host and not placement.sharded,  # FSDP2 keeps its shares there already
     )
     return Run(
         model=model,
@@ -110,6 +119,7 @@ def create_run(
         folder=folder,
         seed=recipe.seed,
         digest=digest,
+        placement=placement,
         resume=resume,
         padding_reason=padding_reason,
         accelerator=accelerator,

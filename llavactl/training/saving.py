@@ -9,17 +9,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from llavactl import __version__
 from llavactl.core.errors import StoreError
 from llavactl.model import folder as model_folder
+from llavactl.recipe.stages import STAGES
 from llavactl.training import checkpoints
+from llavactl.training.collective import on_main
 from llavactl.training.initial_model import initial_language
+from llavactl.training.sharding import gathered, language_state
 
 if TYPE_CHECKING:
     from llavactl.features import FeatureReader
     from llavactl.model.build import ModelBundle
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import StageNumber
-    from llavactl.training.optimizer import Optimizer
     from llavactl.training.run import Run
 
 
@@ -42,42 +47,55 @@ def model_description(
         "precision": settings.precision,
         "digest": digest,
         "restore_best": settings.restore_best,
-        "versions": {name: metadata.version(name) for name in ("llavactl", "torch", "transformers")},
+        # Not from its metadata: llavactl may run from a checkout that isn't installed.
+        "versions": {"llavactl": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}},
         "shape": asdict(features.shape),
         "template": training_stage.template,
     }
 
 
-def save_model(folder: Path, bundle: ModelBundle, optimizer: Optimizer, description: Mapping[str, Any]) -> None:
-    """Writes the model folder, with the connector in full precision."""
+def save_model(run: Run, folder: Path, bundle: ModelBundle, description: Mapping[str, Any]) -> None:
+    """Writes the model folder, with the connector in full precision; all processes must call this together.
+
+    Raises:
+        StoreError: it can't be written.
+    """
     # By identity, not by name: a shared parameter has two names and one master.
-    masters = {id(optimizer.parameters[name]): master for name, master in optimizer.masters.items()}
+    masters = {id(run.optimizer.parameters[name]): master for name, master in run.optimizer.masters.items()}
     state = bundle.model.connector.state_dict(keep_vars=True)
-    connector = {name: masters.get(id(weight), weight).detach().cpu() for name, weight in state.items()}
-    model_folder.save(folder, bundle, connector, description)
+    connector = {name: gathered(masters.get(id(weight), weight).detach()).cpu() for name, weight in state.items()}
+    precision = getattr(torch, description["precision"])
+    with language_state(bundle.model, precision, run.folder) as language:
+        on_main(lambda: model_folder.save(folder, bundle, connector, description, language))
 
 
 def trial_save(run: Run, bundle: ModelBundle, description: Mapping[str, Any]) -> None:
-    """Saves a checkpoint and the model once before step 1 and removes both.
+    """Saves a checkpoint and the model once before step 1 and removes both; all processes must call this together.
 
     If something can't be saved, the stage fails immediately and not after hours of training.
 
     Raises:
         StoreError: something can't be written, or there is not enough disk space for all checkpoints.
     """
-    settings, trial = run.settings, run.folder / ".dry-run"
+    trial = run.folder / ".dry-run"
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint_bytes = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
-        # The newest ``keep_last``, the best one, and the one being written; existing ones will be replaced.
-        required = checkpoint_bytes * (settings.keep_last + 2)
-        existing = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
-        if required > (free := shutil.disk_usage(run.folder).free + existing):
-            raise StoreError(
-                f"{run.folder}: checkpoints need {required / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free",
-                hint=f"free disk space, or set `-o stage{description['stage']}.keep_last=1` or another `run_dir`",
-            )
+        on_main(lambda: _check_disk_space(run, description["stage"]))
         checkpoints.save(trial, checkpoints.CheckpointState(0, run.digest), run.optimizer.state(), 1)
-        save_model(trial / "model", bundle, run.optimizer, description)
+        save_model(run, trial / "model", bundle, description)
     finally:
-        checkpoints.remove(trial)
+        if run.accelerator.is_main_process:
+            checkpoints.remove(trial)
+
+
+def _check_disk_space(run: Run, stage: StageNumber) -> None:
+    """Raises StoreError if the checkpoints don't fit on the disk."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint_bytes = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
+    # The newest ``keep_last``, the best one, and the one being written; existing ones will be replaced.
+    required = checkpoint_bytes * (run.settings.keep_last + 2)
+    existing = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
+    if required > (free := shutil.disk_usage(run.folder).free + existing):
+        raise StoreError(
+            f"{run.folder}: checkpoints need {required / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free",
+            hint=f"free disk space, or set `-o {STAGES[stage]}.keep_last=1` or another `run_dir`",
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,23 +23,31 @@ from llavactl.model.build import ModelBundle
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
+from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import launch
+from llavactl.training.collective import lost_processes_reported
 from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
+from llavactl.training.out_of_memory import out_of_memory_named
+from llavactl.training.placement import requested_placement
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
+from llavactl.training.sharding import root_gathered
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from llavactl.core.schema import FeatureShape
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import StageNumber, TrainingStage
+    from llavactl.recipe.stages import AnyStage, StageNumber, TrainingStage
     from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -56,12 +64,25 @@ def train(
         LlavactlError: the stage can't be trained; raised before training if the cause can be detected by then.
     """
     training_stage = recipe.stage(stage)
-    settings, folder = training_stage.settings, recipe.run_dir / f"stage{stage}"
-    accelerator = launch.accelerator(settings.precision)
+    accelerator = launch.accelerator(training_stage.settings.precision)
+    with lost_processes_reported("run the same command to resume after the last checkpoint"):
+        return _train(recipe, training_stage, resume, max_skipped, accelerator)
+
+
+def _train(
+    recipe: Recipe,
+    training_stage: TrainingStage,
+    resume: Literal["auto", "never"],
+    max_skipped: int | None,
+    accelerator: Accelerator,
+) -> TrainReport:
+    stage, settings = training_stage.number, training_stage.settings
+    folder = recipe.run_dir / f"stage{stage}"
     _check_requirements(training_stage)
     features = open_features(recipe, stage, device=str(accelerator.device))
     init_folder = initial_folder(recipe, stage)
-    bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
+    with _loading_model(stage, settings, accelerator.device):
+        bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     data = _load_data(recipe, training_stage, bundle, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
@@ -71,8 +92,10 @@ def train(
     _check_restore_best(training_stage, data)
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
+    placement = requested_placement(recipe, stage, accelerator.num_processes)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, resume=resuming)
+    with _loading_model(stage, settings, accelerator.device):
+        run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
     description = model_description(recipe, stage, features, digest, init_folder)
     main = accelerator.is_main_process
     with _exclusive_access(recipe, stage, folder) if main else nullcontext():
@@ -81,6 +104,10 @@ def train(
             log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
         return _train_and_save(recipe, run, bundle, data, description)
+
+
+def _loading_model(stage: StageNumber, settings: AnyStage, device: torch.device) -> AbstractContextManager[None]:
+    return out_of_memory_named(STAGES[stage], settings, f"loading the model on {device}")
 
 
 def _check_requirements(stage: TrainingStage) -> None:
@@ -135,19 +162,17 @@ def _train_and_save(
     recipe: Recipe, run: Run, bundle: ModelBundle, data: DataSplit, description: Mapping[str, Any]
 ) -> TrainReport:
     main, stage = run.accelerator.is_main_process, description["stage"]
-    if main:
-        trial_save(run, bundle, description)
-    run.accelerator.wait_for_everyone()
+    trial_save(run, bundle, description)
     began = time.perf_counter()
     result = run_loop(run)
     seconds = time.perf_counter() - began
-    if main:
-        save_model(run.folder / "model", bundle, run.optimizer, description)
+    save_model(run, run.folder / "model", bundle, description)
     report = create_report(stage, run, data, result, seconds)
     if main:
         write_json(run.folder / REPORT, asdict(report))
-        with _warn_on_error(run.folder / "samples.json"):
-            _write_sample_answers(recipe, run, bundle, data)
+    with _warn_on_error(run.folder / "samples.json"):
+        _write_sample_answers(recipe, run, bundle, data)
+    if main:
         with _warn_on_error(run.folder / "loss.png"):
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         with _warn_on_error(recipe.run_dir / "report.html"):
@@ -168,11 +193,15 @@ def _warn_on_error(file: Path) -> Iterator[None]:
 
 
 def _write_sample_answers(recipe: Recipe, run: Run, bundle: ModelBundle, data: DataSplit) -> None:
-    rows = [
-        example(run.folder / "samples", sample.turns, sample.reference, sample.answer)
-        for sample in answer_samples(run.settings.image_order, recipe.eval.max_new_tokens, bundle, data)
-    ]
-    write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
+    """The main process writes them; if the model is sharded, all processes compute them together."""
+    main = run.accelerator.is_main_process
+    if not main and not run.placement.sharded:
+        return
+    with root_gathered(bundle.model):
+        answered = answer_samples(run.settings.image_order, recipe.eval.max_new_tokens, bundle, data)
+    if main:
+        rows = [example(run.folder / "samples", each.turns, each.reference, each.answer) for each in answered]
+        write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
 
 
 def _exclusive_access(recipe: Recipe, stage: int, folder: Path) -> Any:

@@ -129,7 +129,7 @@ def _machine_errors() -> dict[str, tuple[BaseException, str]]:
         "memory": (MemoryError(), "memory"),
         "memory of a device": (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
         "memory of a CPU": (
-            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "8 bytes",
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), "8 bytes",
         ),
         "a device": (RuntimeError("CUDA error: device-side assert triggered\nmore"), "device-side assert"),
         "the hub": (LocalEntryNotFoundError("not in the cache"), "not in the cache"),

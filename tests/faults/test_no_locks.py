@@ -320,7 +320,9 @@ def test_unlistable_stores_are_an_error(shard_file: Path, toy: Path, make_unread
 TRAIN_OPTIONS = ["-o", "features.mode=live", "-o", "stage1.max_steps=4", "-o", "stage1.keep_last=3"]
 
 
-@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "checkpoints", "report.json"])
+@pytest.mark.parametrize(
+    "name", ["state.json", "shard-00001-model-00001-of-00001.safetensors", "checkpoints", "report.json"]
+)
 def test_unreadable_checkpoint_stops_the_run_and_loses_nothing(
     toy: Path, make_unreadable: Callable[[str], None], name: str
 ) -> None:

@@ -29,9 +29,8 @@ class SlowBackbone:
         return features
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_overlapping_batches_equal_separate_batches() -> None:
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_overlapping_batches_equal_separate_batches(device: torch.device) -> None:
     encoder = SlowBackbone()
     pixels = list(np.random.default_rng(0).normal(size=(150, 3, 224, 224)).astype(np.float32))
     pixels[70][0, 0, 0] = np.inf

@@ -118,6 +118,18 @@ def test_lora_has_the_values_of_the_script(v15: Recipe) -> None:
     assert lora.stage1 == v15.stage1
 
 
+def test_qlora_differs_from_lora_only_in_method_and_memory() -> None:
+    lora, qlora = (load_recipe(f"llava-v1.5-7b-{method}") for method in ("lora", "qlora"))
+    assert qlora.stage2.method == "qlora"
+    excluded = {
+        "stage1": {"micro_batch_tokens"},
+        "stage2": {"method", "micro_batch_tokens"},
+        "name": True,
+        "run_dir": True,
+    }
+    assert qlora.model_dump(exclude=excluded) == lora.model_dump(exclude=excluded)
+
+
 def test_a_wheel_contains_the_recipes(tmp_path: Path) -> None:
     """In the folder layout of an installed wheel, without a checkout."""
     included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]

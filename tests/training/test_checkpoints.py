@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -11,17 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llavactl.testing import run_cli
 from llavactl.training import checkpoints
-from llavactl.training.checkpoints import TENSORS, CheckpointState
+from llavactl.training.checkpoints import Checkpoint, CheckpointState
 from llavactl.training.metrics import read
 
 
 def save(folder: Path, step: int, digest: str = "a", val_loss: float | None = None, keep_last: int = 2) -> list[str]:
     checkpoints.save(folder, CheckpointState(step, digest, val_loss), {"x": torch.tensor([float(step)])}, keep_last)
     return sorted(path.name.lstrip("step-0") for path in folder.iterdir())
+
+
+def tensor_file(checkpoint: Path) -> Path:
+    (file,) = checkpoint.glob("*.safetensors")
+    return file
+
+
+def value(checkpoint: Checkpoint) -> float:
+    tensors = {name: torch.zeros(1) for name in checkpoint.names()}
+    checkpoint.read(tensors)
+    return tensors["x"].item()
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -35,7 +48,7 @@ def test_without_validation_the_newest_are_kept(tmp_path: Path) -> None:
     assert [save(tmp_path, step) for step in (1, 2, 3)][-1] == ["2", "3"]
     best = checkpoints.load_best(tmp_path, "a")
     assert best is not None
-    assert best[0].step == 3
+    assert best.state.step == 3
 
 
 def test_checkpoints_of_another_run_are_removed(tmp_path: Path) -> None:
@@ -45,16 +58,16 @@ def test_checkpoints_of_another_run_are_removed(tmp_path: Path) -> None:
     assert save(tmp_path, 1, digest="now", val_loss=0.9) == ["1"]
     newest = checkpoints.load_newest(tmp_path, "now")
     assert newest is not None
-    assert newest[0] == CheckpointState(1, "now", 0.9)
+    assert newest.state == CheckpointState(1, "now", 0.9)
 
 
 def test_if_the_best_is_damaged_the_next_best_is_loaded(tmp_path: Path) -> None:
     for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2)):
         save(tmp_path, step, val_loss=loss, keep_last=3)
-    (tmp_path / "step-00000001/optimizer.safetensors").write_bytes(b"")
+    tensor_file(tmp_path / "step-00000001").write_bytes(b"")
     best = checkpoints.load_best(tmp_path, "a")
     assert best is not None
-    assert (best[0].step, best[1]["x"].item()) == (3, 3.0)
+    assert (best.state.step, value(best)) == (3, 3.0)
 
 
 def truncate(file: Path) -> None:
@@ -67,18 +80,31 @@ def zero_end(file: Path) -> None:
     file.write_bytes(content[:-3] + bytes(3))
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["*.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", [truncate, zero_end, Path.unlink])
 def test_if_the_newest_is_damaged_the_previous_one_is_loaded(
     tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save(tmp_path, step)
-    damage(tmp_path / "step-00000002" / name)
+    damage(next((tmp_path / "step-00000002").glob(name)))
     newest = checkpoints.load_newest(tmp_path, "a")
     assert newest is not None
-    assert (newest[0].step, newest[1]["x"].item()) == (1, 1.0)
+    assert (newest.state.step, value(newest)) == (1, 1.0)
     assert "step-00000002" in caplog.text
+
+
+def test_a_checkpoint_of_version_0_4_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    save_file({"x": torch.tensor([7.0])}, folder / "optimizer.safetensors")
+    sha256 = hashlib.sha256((folder / "optimizer.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text(json.dumps({"step": 3, "digest": "a", "val_loss": None, "sha256": sha256}))
+    newest = checkpoints.load_newest(tmp_path, "a")
+    assert newest is not None
+    assert (newest.state.step, value(newest)) == (3, 7.0)
+    truncate(folder / "optimizer.safetensors")
+    assert checkpoints.load_newest(tmp_path, "a") is None
 
 
 def command(toy: Path, *settings: str, stage: int = 1) -> list[str]:
@@ -114,7 +140,7 @@ def test_restore_best(toy: Path) -> None:
     report = train("stage2.restore_best=true")
     assert report["resumed_from"] == last["steps"], "nothing is trained again"
     assert (report["model_step"], report["val_loss"]) == (best, losses[best])
-    masters, model = load_file(folders[0] / TENSORS), load_file(toy / "run/stage2/model/connector.safetensors")
+    masters, model = load_file(tensor_file(folders[0])), load_file(toy / "run/stage2/model/connector.safetensors")
     assert all(torch.equal(masters[f"master.connector.{name}"], weight) for name, weight in model.items())
     assert train("stage2.restore_best=true")["finished_before"] is True
     assert train()["model_step"] == last["steps"]

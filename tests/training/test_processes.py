@@ -1,11 +1,14 @@
-"""Two processes with 4 samples each train the same as one process with 8."""
+"""Several processes train the same as one, with replicas and sharded; checkpoints go from one number to another."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,45 +18,72 @@ from safetensors.torch import load_file
 from llavactl.testing import run_cli
 from llavactl.training.metrics import read
 
-SHARED_PREFIXES = ["init=scratch", "shuffle=images", "validation=0.05"]
-SETTINGS = {
-    "stage 1, random order": (1, ["template=vicuna-v1", "image_order=random", "max_steps=4"]),
-    "stage 2, shared prefixes": (2, [*SHARED_PREFIXES, "max_steps=4"]),
-    "stage 2, padded": (2, [*SHARED_PREFIXES, "max_steps=4", "packing=never"]),
-}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 TIMEOUT_S = 400
 """Longer than any test takes unless it hangs."""
 
+SHARED_PREFIXES = ["init=scratch", "shuffle=images", "validation=0.05", "max_steps=4", "epochs=4"]
+LORA = ["method=lora", "lora.r=4", "lora.dropout=0", "gradient_checkpointing=true"]
+SETTINGS: dict[str, tuple[int, list[str]]] = {
+    "stage 1": (1, ["template=vicuna-v1", "image_order=random", "max_steps=4", "micro_batch_size=2"]),
+    "full": (2, [*SHARED_PREFIXES, "micro_batch_size=2", "max_grad_norm=0.5"]),
+    "padded": (2, [*SHARED_PREFIXES, "packing=never"]),
+    "lora": (2, [*SHARED_PREFIXES, "micro_batch_size=4", *LORA]),
+    "some modules": (2, [*SHARED_PREFIXES, "trainable_modules=[self_attn, norm]", "micro_batch_tokens=64"]),
+    "uneven end": (
+        2,
+        ["init=scratch", "shuffle=images", "validation=0", "epochs=1", "batch_size=9", "micro_batch_size=3"],
+    ),
+}
+"""Records of different lengths, with text-only ones; the number of samples is no multiple of the global batch size."""
+
+RUN_COMMANDS = """
+import json, sys
+from llavactl.testing import run_cli
+for command in json.loads(open(sys.argv[1]).read()):
+    result = run_cli(*command)
+    if result.exit_code:
+        sys.exit(f"{command}: {result.stderr}")
+"""
+
 
 def write_records(toy: Path, count: int) -> None:
-    """``count`` records of different lengths, three per image and one without an image."""
+    """``count`` records of different lengths, three per image and one of nine without an image."""
     records = json.loads((toy / "records.json").read_text())
     extended = []
-    for index in range(count - 1):
+    for index in range(count):
         record = records[index // 3 % len(records)]
         turns = [record["conversations"][0], {"from": "gpt", "value": "It is. " * (index % 4 + 1)}]
         extended.append({**record, "id": f"r{index}", "conversations": turns})
-    text = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": "A word."}]
-    (toy / "records.json").write_text(json.dumps([*extended, {"id": "text", "conversations": text}]))
+        if index % 9 == 8:
+            text = [{"from": "human", "value": "Say a word."}, {"from": "gpt", "value": f"Word {index}."}]
+            extended[-1] = {"id": f"text{index}", "conversations": text}
+    (toy / "records.json").write_text(json.dumps(extended))
 
 
-def command(toy: Path, stage: int, settings: list[str], folder: str) -> list[str]:
-    options = ["features.mode=live", f"run_dir={toy}/{folder}"]
-    options += [f"stage{stage}.{each}" for each in ("batch_size=8", "micro_batch_size=8", *settings)]
+def command(toy: Path, stage: int, settings: list[str], folder: str, *options: str) -> list[str]:
+    options = ("features.mode=live", f"run_dir={toy}/{folder}", *options)
+    options += tuple(f"stage{stage}.{each}" for each in ("batch_size=8", "micro_batch_size=8", *settings))
     words = [word for option in options for word in ("-o", option)]
     return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *words, "--json"]
 
 
-def run_two_processes(arguments: list[str]) -> None:
-    launched = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "llavactl", *arguments],
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TORCHRUN, str(processes), *arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=TIMEOUT_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def run_in_processes(toy: Path, processes: int, *commands: list[str]) -> None:
+    """Runs ``commands`` of the CLI one after the other in the same ``processes``, which saves imports."""
+    (toy / "commands.py").write_text(RUN_COMMANDS)
+    (toy / "commands.json").write_text(json.dumps(commands))
+    launched = launch(processes, str(toy / "commands.py"), str(toy / "commands.json"))
     assert launched.returncode == 0, launched.stderr[-3000:]
 
 
@@ -61,43 +91,179 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{k}": v for file in sorted(folder.rglob("*.safetensors")) for k, v in load_file(file).items()}
 
 
+def compare(left: Path, right: Path) -> None:
+    one, several = weights(left / "model"), weights(right / "model")
+    assert one.keys() == several.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], several[name], rtol=0, atol=1e-5, msg=name)
+    compare_metrics(read(left / "metrics.jsonl"), read(right / "metrics.jsonl"), 1e-6)
+
+
+def compare_metrics(left: list[dict[str, float]], right: list[dict[str, float]], tolerance: float) -> None:
+    for key in ("step", "tokens"):
+        assert [line.get(key) for line in left] == [line.get(key) for line in right]
+    for key in ("loss", "val_loss"):
+        losses = [line[key] for line in right if key in line]
+        assert losses == pytest.approx([line[key] for line in left if key in line], rel=tolerance)
+
+
 @pytest.mark.parametrize(
-    ("stage", "settings"),
+    ("processes", "sharding", "names"),
     [
-        pytest.param(*values, id=name, marks=[pytest.mark.slow] if name == "stage 2, padded" else [])
-        for name, values in SETTINGS.items()
+        pytest.param(2, "none", ["stage 1", "full", "uneven end"], id="2-replicas"),
+        pytest.param(3, "full", ["stage 1", "full", "uneven end"], id="3-sharded"),
+        pytest.param(3, "none", ["padded", "lora"], id="3-replicas", marks=pytest.mark.slow),
+        pytest.param(2, "full", [*SETTINGS], id="2-sharded", marks=pytest.mark.slow),
+        pytest.param(4, "full", ["padded", "some modules"], id="4-sharded", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_the_same_as_one(toy: Path, stage: int, settings: list[str]) -> None:
-    write_records(toy, 36)
-    result = run_cli(*command(toy, stage, settings, "one"))
-    assert result.exit_code == 0, result.stderr
-    run_two_processes(command(toy, stage, settings, "two"))
-    packed = "packing=never" not in settings
-    assert (result.json()["packing"] == "packed") == packed
-    assert (result.json()["prefix_sharing"] > 0.1) == (packed and "shuffle=images" in settings)
-    compare(toy / f"one/stage{stage}", toy / f"two/stage{stage}")
+def test_several_processes_train_the_same_as_one(toy: Path, processes: int, sharding: str, names: list[str]) -> None:
+    write_records(toy, 37)
+    cases = {name.replace(" ", "-"): SETTINGS[name] for name in names}
+    for name, (stage, settings) in cases.items():
+        result = run_cli(*command(toy, stage, settings, f"{name}/one"))
+        assert result.exit_code == 0, result.stderr
+        packed = "packing=never" not in settings
+        assert (result.json()["packing"] == "packed") == packed
+        assert (result.json()["prefix_sharing"] > 0.1) == (packed and "shuffle=images" in settings)
+    run_in_processes(
+        toy,
+        processes,
+        *(
+            command(toy, stage, settings, f"{name}/several", f"sharding={sharding}")
+            for name, (stage, settings) in cases.items()
+        ),
+    )
+    for name, (stage, _) in cases.items():
+        compare(toy / f"{name}/one/stage{stage}", toy / f"{name}/several/stage{stage}")
 
 
-def compare(left: Path, right: Path) -> None:
-    one, two = weights(left / "model"), weights(right / "model")
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
-    left_lines, right_lines = read(left / "metrics.jsonl"), read(right / "metrics.jsonl")
-    for key in ("step", "tokens"):
-        assert [line.get(key) for line in left_lines] == [line.get(key) for line in right_lines]
-    for key in ("loss", "val_loss"):
-        losses = [line[key] for line in right_lines if key in line]
-        assert losses == pytest.approx([line[key] for line in left_lines if key in line], rel=1e-5)
+SHARES = """
+import json, os, sys
+from torch.distributed.tensor import DTensor
+from llavactl.testing import run_cli
+from llavactl.verbs import train
+
+file, *arguments = sys.argv[1:]
+
+def inspected(run):
+    result = run_loop(run)
+    masters = run.optimizer.masters
+    moments = {f"{name}.{key}": value for name, master in masters.items()
+               for key, value in run.optimizer.algorithm_of[name].state[master].items() if value.ndim}
+    counts = {"parameters": sum(p.numel() for p in run.model.parameters())}
+    for kind, tensors in {"own": dict(run.model.named_parameters()), "masters": masters, "moments": moments}.items():
+        assert all(isinstance(tensor, DTensor) for tensor in tensors.values()), kind
+        counts[kind] = sum(tensor.to_local().numel() for tensor in tensors.values())
+    with open(f"{file}-{os.environ['RANK']}", "w") as opened:
+        json.dump(counts, opened)
+    return result
+
+run_loop, train.run_loop = train.run_loop, inspected
+result = run_cli(*arguments)
+sys.exit(result.stderr if result.exit_code else 0)
+"""
 
 
-def test_a_last_batch_of_one_sample_leaves_a_process_without_micro_batches(toy: Path) -> None:
-    write_records(toy, 17)
-    settings = [*SHARED_PREFIXES[:2], "validation=0", "epochs=1"]
-    assert run_cli(*command(toy, 2, settings, "one")).json()["samples"] == 17
-    run_two_processes(command(toy, 2, settings, "two"))
-    compare(toy / "one/stage2", toy / "two/stage2")
+def test_each_process_has_its_share_of_weights_and_optimizer_state(toy: Path) -> None:
+    (toy / "shares.py").write_text(SHARES)
+    settings = ["init=scratch", "max_steps=2"]
+    arguments = command(toy, 2, settings, "run", "sharding=full")
+    launched = launch(3, str(toy / "shares.py"), str(toy / "counts"), *arguments)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    counts = [json.loads((toy / f"counts-{rank}").read_text()) for rank in range(3)]
+    total = counts[0]["parameters"]
+    for kind, tensors in {"own": 1, "masters": 1, "moments": 2}.items():
+        shares = [each[kind] for each in counts]
+        assert sum(shares) == tensors * total, "nothing is kept twice"
+        # Rows are not divided: a share can be larger by a row per tensor.
+        assert max(shares) < 1.1 * tensors * total / 3
+
+
+def remove_after(stage: Path, step: int) -> None:
+    """Makes ``stage`` look as if it had been killed after ``step``."""
+    for checkpoint in (stage / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(stage / "model")
+    (stage / "report.json").unlink()
+
+
+def test_a_checkpoint_is_resumed_by_another_number_of_processes(toy: Path) -> None:
+    write_records(toy, 37)
+    settings = ["init=scratch", "shuffle=images", "max_steps=8", "epochs=4", "micro_batch_size=2"]
+    settings += ["checkpoint_every=2", "keep_last=9", "validation=0.05"]
+    stages = {name: toy / name / "stage2" for name in ("two", "one", "three", "two-again")}
+    run_in_processes(toy, 2, command(toy, 2, settings, "two", "sharding=full"))
+    for name in ("one", "three", "two-again"):
+        shutil.copytree(toy / "two", toy / name)
+        remove_after(stages[name], 4)
+    resumed = run_cli(*command(toy, 2, settings, "one"))
+    assert resumed.json()["resumed_from"] == 4
+    run_in_processes(toy, 3, command(toy, 2, settings, "three", "sharding=full"))
+    run_in_processes(toy, 2, command(toy, 2, settings, "two-again", "sharding=full"))
+    lines = read(stages["two"] / "metrics.jsonl")
+    for name in ("one", "three"):
+        compare_metrics(lines, read(stages[name] / "metrics.jsonl"), 1e-5)
+        assert json.loads((stages[name] / "report.json").read_text())["resumed_from"] == 4
+    expected, actual = weights(stages["two"] / "model"), weights(stages["two-again"] / "model")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    compare_metrics(lines, read(stages["two-again"] / "metrics.jsonl"), 0)
+
+
+KILLED = """
+import os, signal, sys
+from llavactl.cli import main
+from llavactl.training import checkpoints, loop
+
+def kill(function, step_of):
+    def wrapped(*arguments):
+        if os.environ["RANK"] == "1" and step_of(*arguments) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return wrapped
+
+if sys.argv.pop(1) == "step":
+    loop.to_device = kill(loop.to_device, lambda *_: steps.append(0) or len(steps))
+    steps = []
+else:
+    saves = []
+    checkpoints._write = kill(checkpoints._write, lambda *_: saves.append(0) or len(saves))
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on Windows")
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_if_a_process_is_killed_the_others_end_and_the_run_resumes(toy: Path, moment: str, sharding: str) -> None:
+    write_records(toy, 37)
+    (toy / "killed.py").write_text(KILLED)
+    settings = ["init=scratch", "max_steps=8", "epochs=4", "checkpoint_every=1", "validation=0", "keep_last=9"]
+    arguments = command(toy, 2, settings, "run", f"sharding={sharding}")
+    began = time.monotonic()
+    killed = launch(3, str(toy / "killed.py"), moment, *arguments)
+    assert time.monotonic() - began < 60, "the others noticed"
+    assert killed.returncode != 0
+    assert "another process of this run" in killed.stderr
+    assert "resume" in killed.stderr
+    saved = sorted(path.name for path in (toy / "run/stage2/checkpoints").glob("step-*"))
+    assert saved, "earlier checkpoints are kept"
+    run_in_processes(toy, 3, arguments)
+    report = json.loads((toy / "run/stage2/report.json").read_text())
+    assert report["resumed_from"] == int(saved[-1].removeprefix("step-"))
+    run_in_processes(toy, 3, command(toy, 2, settings, "uninterrupted", f"sharding={sharding}"))
+    expected, actual = weights(toy / "uninterrupted/stage2/model"), weights(toy / "run/stage2/model")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.parametrize("settings", [["method=qlora"], ["optimizer=muon"]])
+def test_methods_that_cannot_be_sharded_are_refused(toy: Path, settings: list[str]) -> None:
+    result = run_cli(*command(toy, 2, ["init=scratch", *settings], "run", "sharding=full"))
+    assert result.exit_code == 1
+    assert "sharding" in result.stderr
+    assert "stage2." in result.stderr
 
 
 PLUGIN = """
@@ -135,8 +301,9 @@ class Connector:
 """
 
 
+@pytest.mark.parametrize("sharding", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_all_processes_validate_with_the_saved_buffers(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: str
 ) -> None:
     folder = tmp_path / "plugin"
     info = folder / "buffered-1.0.dist-info"
@@ -147,7 +314,7 @@ def test_all_processes_validate_with_the_saved_buffers(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("MEANS", str(tmp_path / "means"))
     settings = ["max_steps=2", "micro_batch_size=1", "validation=0.5", "template=vicuna-v1"]
-    run_two_processes([*command(toy, 1, settings, "run"), "-o", "connector.name=buffered"])
+    run_in_processes(toy, 2, command(toy, 1, settings, "run", "connector.name=buffered", f"sharding={sharding}"))
     saved = load_file(toy / "run/stage1/model/connector.safetensors")["mean"].tolist()
     means = [(tmp_path / f"means-{rank}").read_text().splitlines() for rank in (0, 1)]
     # Other means are from the connector check at the start and the sample answers at the end.
