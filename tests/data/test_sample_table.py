@@ -27,7 +27,9 @@ IMAGES = st.sampled_from(
     [ImageFile("/a", "x.jpg"), ImageFile("/a", "x.jpg", True), ImageFile("/b", "é.jpg"), ImageMember("/a.zip", "x.jpg"),
      ImageAtUrl("s3://b", "x.jpg")]
 )  # fmt: skip
-TURNS = st.builds(Turn, st.sampled_from(["system", "user", "assistant"]), st.lists(TEXT | IMAGES, max_size=4).map(tuple))
+TURNS = st.builds(
+    Turn, st.sampled_from(["system", "user", "assistant"]), st.lists(TEXT | IMAGES, max_size=4).map(tuple)
+)
 SAMPLES = st.builds(
     Sample,
     st.text(st.characters(exclude_categories=["Cs"]), max_size=4),

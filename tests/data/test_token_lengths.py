@@ -59,7 +59,10 @@ def expected(samples: list[Sample], encoding: Encoding, order: ImageOrder) -> To
     ]
     columns = np.array(
         [
-            [(0, 0, 0) if e is None else (len(e), e.target_tokens, prefix_length(e, encoding.image_tokens)) for e in row]
+            [
+                (0, 0, 0) if e is None else (len(e), e.target_tokens, prefix_length(e, encoding.image_tokens))
+                for e in row
+            ]
             for row in items
         ]
     )
