@@ -23,9 +23,12 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: ca
 
 
 def message(
-    settings: Any, batch: Batch | None, error: BaseException = CUDA, placement: Placement = Placement()
+    settings: Any, batch: Batch | None, error: BaseException = CUDA, placement: Placement | None = None
 ) -> RecipeError:
-    with pytest.raises(RecipeError) as caught, out_of_memory_named("stage2", settings, placement, "step 3", batch):
+    with (
+        pytest.raises(RecipeError) as caught,
+        out_of_memory_named("stage2", settings, placement or Placement(), "step 3", batch),
+    ):
         raise error
     assert caught.value.__cause__ is error
     return caught.value
