@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
@@ -23,6 +24,7 @@ def accelerator(precision: str) -> Accelerator:
     check_launch(precision)
     from accelerate import Accelerator
 
+    _init_process_group()
     created = Accelerator(mixed_precision="no", cpu=multiprocess_on_cpu())
     if (engine := created.distributed_type.value) in _ENGINES:
         raise RecipeError(
@@ -32,3 +34,13 @@ def accelerator(precision: str) -> Accelerator:
     if created.num_processes > 1:
         destroy_process_group_at_exit()
     return created
+
+
+def _init_process_group() -> None:
+    """On CUDA with several processes: NCCL, and gloo for optimizer state in host memory. accelerate uses NCCL only."""
+    import torch
+    from torch import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available() and not distributed.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        distributed.init_process_group("cuda:nccl,cpu:gloo")

@@ -29,7 +29,7 @@ from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
-from llavactl.training.collective import lost_processes_reported, on_main, sum_over_processes
+from llavactl.training.collective import on_main, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics, progress_facts
 from llavactl.training.out_of_memory import out_of_memory_named
@@ -75,7 +75,6 @@ def train(run: Run) -> TrainingResult:
 
     Raises:
         ModelError: the loss is not finite; the message names the samples.
-        LlavactlError: another process of the run has ended.
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
     plan = _batch_plan(run)
@@ -93,7 +92,6 @@ def train(run: Run) -> TrainingResult:
     run.notify("train_started", {"steps": plan.steps})
     saved_step = start
     with (
-        lost_processes_reported("run the same command to resume after the last checkpoint"),
         ExitStack() as kernels,
         gc_frozen(),
         closing(metrics) if metrics else nullcontext(),

@@ -27,7 +27,7 @@ from llavactl.report.optional import optional_output
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import launch
-from llavactl.training.collective import on_main
+from llavactl.training.collective import lost_processes_reported, on_main
 from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
@@ -43,6 +43,7 @@ from llavactl.verbs.evaluate_every import periodic_evaluation
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from llavactl.core.schema import FeatureShape
     from llavactl.features import FeatureReader
@@ -63,8 +64,20 @@ def train(
         LlavactlError: the stage can't be trained; raised before training if the cause can be detected by then.
     """
     training_stage = recipe.stage(stage)
-    settings, folder = training_stage.settings, recipe.run_dir / f"stage{stage}"
-    accelerator = launch.accelerator(settings.precision)
+    accelerator = launch.accelerator(training_stage.settings.precision)
+    with lost_processes_reported("run the same command to resume after the last checkpoint"):
+        return _train(recipe, training_stage, resume, max_skipped, accelerator)
+
+
+def _train(
+    recipe: Recipe,
+    training_stage: TrainingStage,
+    resume: Literal["auto", "never"],
+    max_skipped: int | None,
+    accelerator: Accelerator,
+) -> TrainReport:
+    stage, settings = training_stage.number, training_stage.settings
+    folder = recipe.run_dir / f"stage{stage}"
     _check_requirements(training_stage)
     check_trackers(recipe.trackers)
     features = open_features(recipe, stage, device=str(accelerator.device))

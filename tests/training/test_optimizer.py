@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from llavactl.core.errors import RecipeError
@@ -16,6 +17,7 @@ from llavactl.core.schema import FeatureShape
 from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
+from llavactl.testing import run_cli
 from llavactl.training.optimizer import Optimizer, schedule
 from llavactl.training.trainable import configure_trainable, muon_matrices
 
@@ -141,3 +143,28 @@ def test_max_grad_norm_clips_like_torch(model: LlavaModel) -> None:
         assert torch.allclose(gradients[0].max(), expected.max())
         largest.append(gradients[0].max())
     assert largest[0] > largest[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_optimizer_state_in_host_memory_changes_no_bit(toy: Path, precision: str, method: str) -> None:
+    results = {}
+    for place in ("device", "host"):
+        options = [f"stage2.precision={precision}", f"stage2.method={method}", f"optimizer_state={place}"]
+        options += ["stage2.init=scratch", "stage2.max_steps=3", "features.mode=live", f"run_dir={toy}/{place}"]
+        words = [word for option in options for word in ("-o", option)]
+        assert run_cli("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), *words).exit_code == 0
+        files = sorted((toy / place / "stage2").rglob("*.safetensors"))
+        results[place] = {f"{file.name}:{name}": w for file in files for name, w in load_file(file).items()}
+    assert results["device"].keys() == results["host"].keys()
+    assert any(name.endswith("exp_avg.connector.0.weight") for name in results["host"])
+    for name, weight in results["device"].items():
+        assert torch.equal(weight, results["host"][name]), name
+
+
+def test_with_optimizer_state_in_host_memory_every_master_is_a_copy_there(model: LlavaModel) -> None:
+    rates = dict.fromkeys(dict(model.named_parameters()), RATE)
+    optimizer = Optimizer(model, rates, 0.0, on_host=True)
+    for name, master in optimizer.masters.items():
+        assert master is not optimizer.parameters[name]
+        assert (master.device.type, master.dtype) == ("cpu", torch.float32)
