@@ -33,7 +33,7 @@ TaskAnswers = Mapping[str, Mapping[str, Answer]]
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class FixedFeatures:
     """The features of a fixed set of images, in memory."""
 
     features: Mapping[ImageRef, tuple[np.ndarray, ...]]
@@ -64,7 +64,7 @@ def _benchmark(task: PeriodicTask, key: str) -> Benchmark:
     return Benchmark(component, task.spec(), list(component.questions()), task.limit, protocol)
 
 
-def encode_images(benchmarks: Iterable[Benchmark], features: FeatureLookup) -> EncodedImages:
+def encode_images(benchmarks: Iterable[Benchmark], features: FeatureLookup) -> FixedFeatures:
     """The features of all images of ``benchmarks``.
 
     Raises:
@@ -72,7 +72,7 @@ def encode_images(benchmarks: Iterable[Benchmark], features: FeatureLookup) -> E
     """
     turns = (turn for benchmark in benchmarks for question in benchmark.questions for turn in question.turns)
     images = dict.fromkeys(image for turn in turns for image in turn.images)
-    return EncodedImages({image: features.arrays(image) for image in images})
+    return FixedFeatures({image: features.arrays(image) for image in images})
 
 
 def score_names(benchmark: Benchmark) -> list[str]:

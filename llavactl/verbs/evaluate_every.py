@@ -11,7 +11,7 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.core.registry import registry
 from llavactl.core.suggest import suggest
-from llavactl.evaluation.periodic import EncodedImages, answer, encode_images, periodic_benchmarks, score_names, scores
+from llavactl.evaluation.periodic import FixedFeatures, answer, encode_images, periodic_benchmarks, score_names, scores
 from llavactl.features import LiveFeatures
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.model.generate import Sampling
@@ -42,7 +42,7 @@ class PeriodicEvaluation:
     recipe: Recipe
     settings: EvaluateEvery
     benchmarks: Sequence[Benchmark]
-    images: EncodedImages
+    images: FixedFeatures
     bundle: ModelBundle
     data: DataSplit
 
@@ -109,7 +109,7 @@ def periodic_evaluation(
         return None
     benchmarks = periodic_benchmarks(settings.tasks, section)
     _check_score(stage, benchmarks)
-    images = EncodedImages({})
+    images = FixedFeatures({})
     if benchmarks:
         live = isinstance(features, LiveFeatures)
         images = encode_images(benchmarks, features if live else _live_features(recipe, stage, features, device))
