@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.core import plugins
 from llavactl.core.errors import DataError, ModelError, RecipeError
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
@@ -135,7 +136,14 @@ def _load_data(
     template = registry().create("templates", stage.template)
     encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
     data = load_split(
-        stage.sources, settings, encoding, features, features.contents, recipe.seed, max_skipped=max_skipped
+        stage.sources,
+        settings,
+        encoding,
+        features,
+        features.contents,
+        recipe.seed,
+        template=component_identity("templates", stage.template),
+        max_skipped=max_skipped,
     )
     if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
