@@ -255,7 +255,7 @@ def validate(run: Run, stop: Stop) -> float | None:
             reshard(run.model)
             return None
         for batch in batches:
-            with out_of_memory_named(run.folder.name, run.settings, "validation", batch):
+            with out_of_memory_named(run.folder.name, run.settings, run.placement, "validation", batch):
                 loss = run.model(to_device(batch, run.accelerator.device)).item()
             total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
     reshard(run.model)

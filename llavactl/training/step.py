@@ -72,7 +72,7 @@ def accumulate(run: Run, batches: Sequence[Batch], step: int, stop: Stop) -> Gra
     for index, batch in enumerate(batches):
         # By the index in the global batch: dropout is the same on any number of processes with the same micro-batches.
         torch.manual_seed(combined_seed(run.seed, step, index * accelerator.num_processes + accelerator.process_index))
-        with out_of_memory_named(run.folder.name, run.settings, f"step {step + 1}", batch):
+        with out_of_memory_named(run.folder.name, run.settings, run.placement, f"step {step + 1}", batch):
             loss = model(to_device(batch, accelerator.device)) / work.target_tokens
             if loss.requires_grad:  # False for text-only samples with a frozen language model
                 loss.backward()
@@ -93,7 +93,7 @@ def accumulate(run: Run, batches: Sequence[Batch], step: int, stop: Stop) -> Gra
 def update(run: Run, gradient: Gradient, step: int, steps: int) -> float:
     """Updates the weights in step ``step`` (from 0) of ``steps``; returns the learning rate."""
     fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
-    with out_of_memory_named(run.folder.name, run.settings, f"update of the weights in step {step + 1}"):
+    with out_of_memory_named(run.folder.name, run.settings, run.placement, f"update of the weights in step {step + 1}"):
         return run.optimizer.step(fraction, run.settings.max_grad_norm, gradient.norm)
 
 

@@ -33,7 +33,7 @@ from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
-from llavactl.training.placement import requested_placement
+from llavactl.training.placement import Placement, requested_placement
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
@@ -97,7 +97,7 @@ def _train(
         model_folder.load_connector(bundle.model.connector, init_folder)
     placement = requested_placement(recipe, stage, accelerator.num_processes)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    with _loading_model(stage, settings, accelerator.device):
+    with _loading_model(stage, settings, accelerator.device, placement):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
     run = replace(run, evaluate=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
@@ -110,8 +110,10 @@ def _train(
         return _train_and_save(recipe, run, bundle, data, description)
 
 
-def _loading_model(stage: StageNumber, settings: AnyStage, device: torch.device) -> AbstractContextManager[None]:
-    return out_of_memory_named(STAGES[stage], settings, f"loading the model on {device}")
+def _loading_model(
+    stage: StageNumber, settings: AnyStage, device: torch.device, placement: Placement | None = None
+) -> AbstractContextManager[None]:
+    return out_of_memory_named(STAGES[stage], settings, placement or Placement(), f"loading the model on {device}")
 
 
 def _check_requirements(stage: TrainingStage) -> None:
