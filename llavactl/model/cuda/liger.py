@@ -26,7 +26,7 @@ TOKENS = 300
 """Of the random input of the check."""
 
 
-def liger_blocker(language: PreTrainedModel, device: torch.device) -> str:
+def blocker(language: PreTrainedModel, device: torch.device) -> str:
     """Why liger's kernels aren't even tried for ``language`` on ``device``; "" if they are."""
     if device.type != "cuda":
         return "liger-kernel needs a CUDA device"
@@ -42,7 +42,7 @@ def liger_blocker(language: PreTrainedModel, device: torch.device) -> str:
     return ""
 
 
-def liger_fault(language: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str:
+def fault(language: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str:
     """Why liger's kernels with the sizes of ``language`` can't be used on ``device`` in ``dtype``; "" if they can.
 
     Outputs and gradients for random inputs are compared with torch in float64.
