@@ -41,50 +41,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
+from records import PER_IMAGE, RandomFeatures, random_records, with_shared_images
 from rounds import Document, Documents, add_options, publish
 from torch.nn import functional
 
 from llavactl.core.registry import registry
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef
+from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape
 from llavactl.data.batches import collate, pack
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
 from llavactl.data.packing import MicroBatchLimits, prefix_groups
-from llavactl.images.image_file import ImageFile
 from llavactl.model.build import build
 from llavactl.model.packed import packed_attention
 from llavactl.training.memory import release_memory
 
 SHAPE = FeatureShape((16, 16), 384)
-RECORD_LENGTHS = {1: (2, 8, 20), 2: (60, 120, 380)}
-"""Prompt tokens, and the fewest and most target tokens: captions, and instructions as in LLaVA."""
-PER_IMAGE = {1: 5, 2: 2}
+FEATURES = RandomFeatures(SHAPE)
 WARM_UP_RECORDS = 3
 """Records of the first round, which warms up and chooses the batch size of the other programs."""
 RESET_PEAK = Path("/proc/self/clear_refs")
-
-
-class RandomFeatures:
-    """Features in memory, as from a warm cache."""
-
-    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
-        rng = np.random.default_rng(sum(image.name.encode()))
-        return (rng.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
-
-
-def random_records(stage: int, count: int, rng: random.Random) -> list[Encoded]:
-    """Records of random tokens: BOS, image, text, targets."""
-    prompt_length, fewest, most = RECORD_LENGTHS[stage]
-    encoded = []
-    for index in range(count):
-        text = [rng.randrange(100, 40000) for _ in range(prompt_length + rng.randint(fewest, most))]
-        labels = [IGNORE] * prompt_length + text[prompt_length:]
-        prefix = [1, *[IMAGE_TOKEN] * SHAPE.patches]
-        image = ImageFile("/", f"{index}.jpg")
-        encoded.append(Encoded((*prefix, *text), (*[IGNORE] * len(prefix), *labels), (image,)))
-    return encoded
 
 
 def real_records(path: Path, count: int, tokenizer: Any, rng: random.Random) -> list[Encoded]:
@@ -95,15 +71,10 @@ def real_records(path: Path, count: int, tokenizer: Any, rng: random.Random) -> 
     return [encoding.encode(arrange(sample.turns, "first", "")) for sample in rng.sample(samples, count)]
 
 
-def with_shared_images(items: Sequence[Encoded], per_image: int) -> list[Encoded]:
-    """``items`` with one image for every ``per_image`` consecutive records."""
-    return [Encoded(item.ids, item.labels, items[i - i % per_image].images) for i, item in enumerate(items)]
-
-
 def packed_loss(model: Any, items: Sequence[Encoded]) -> float:
     """All ``items`` packed into one sequence."""
     groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
-    batch = pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], RandomFeatures())
+    batch = pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], FEATURES)
     with packed_attention(model.language):
         loss = model(batch)
         loss.backward()
@@ -113,7 +84,7 @@ def packed_loss(model: Any, items: Sequence[Encoded]) -> float:
 def limit_loss(model: Any, items: Sequence[Encoded]) -> float:
     total = 0.0
     for item in items:
-        batch = collate([item], RandomFeatures())
+        batch = collate([item], FEATURES)
         embeds = model.embed(batch.ids, batch.features)
         hidden = model.language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, :-1]
         targets = batch.labels[0, 1:]
@@ -132,7 +103,7 @@ def limit_shared_prefix_loss(model: Any, items: Sequence[Encoded]) -> float:
         end = members[0].ids.index(IMAGE_TOKEN) + SHAPE.patches
         prefix = Encoded(members[0].ids[:end], members[0].labels[:end], members[0].images)
         assert all(item.ids[:end] == prefix.ids and item.labels[end] == IGNORE for item in members)
-        batch = collate([prefix], RandomFeatures())
+        batch = collate([prefix], FEATURES)
         output = model.language.model(inputs_embeds=model.embed(batch.ids, batch.features), use_cache=True)
         losses = [_loss_after_prefix(model, output.past_key_values, item, end) for item in members]
         loss = torch.stack(losses).sum()
@@ -193,7 +164,7 @@ def padded_loss(peer_loss: PeerLoss, peer: Any, items: Sequence[Encoded], batch_
     pixels = torch.randn(len(items), 3, 224, 224, dtype=torch.bfloat16)
     total = 0.0
     for start in range(0, len(items), batch_size):
-        batch = collate(items[start : start + batch_size], RandomFeatures())
+        batch = collate(items[start : start + batch_size], FEATURES)
         inputs = {
             "input_ids": batch.ids.masked_fill(batch.ids == IMAGE_TOKEN, peer.model.config.image_token_id),
             "attention_mask": batch.mask.long(),
@@ -279,7 +250,7 @@ def load_peers(stage: int, model: Any, tokenizer: Any, names: Sequence[str]) -> 
 def records(stage: int, options: argparse.Namespace, tokenizer: Any, rng: random.Random) -> list[Encoded]:
     if options.records and stage == 2:
         return real_records(options.records, options.count, tokenizer, rng)
-    return random_records(stage, options.count, rng)
+    return random_records(stage, options.count, rng, SHAPE)
 
 
 def method_records(name: str, stage: int, options: argparse.Namespace, items: Sequence[Encoded]) -> Sequence[Encoded]:

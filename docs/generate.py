@@ -158,6 +158,8 @@ def keys() -> Iterator[str]:
         {number: stages.StageSections.model_fields[name].annotation for number, name in stages.STAGES.items()}
     )
     yield from _key_table("`lora` of a stage", stages.Lora)
+    yield from _key_table("`evaluate_every` of a stage", stages.EvaluateEvery)
+    yield from _key_table("A task in `evaluate_every`", specs.PeriodicTask)
     yield from _key_table("`eval`", sections.Eval)
     yield from _key_table("`generate`", sections.Generate)
     yield from _key_table("`generate.kinds`", sections.SampleKinds)

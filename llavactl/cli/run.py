@@ -55,9 +55,10 @@ def _steps(report: RunReport) -> list[Row]:
         counts = f"{features.unique} images, {features.encoded} encoded now, {features.skipped} skipped"
         rows.append(("extract", f"{counts}, {features.seconds:.0f} s"))
     for stage in filter(None, (report.stage1, report.stage2)):
-        validation = "" if stage.val_loss is None else f", validation loss {stage.val_loss:.4f}"
+        losses = (("loss", stage.loss), ("validation loss", stage.val_loss))
+        shown = "".join(f", {name} {value:.4f}" for name, value in losses if value is not None)
         duration = "finished before" if stage.finished_before else f"{stage.seconds:.0f} s"
-        rows.append((f"stage {stage.stage}", f"{stage.steps} steps, loss {stage.loss:.4f}{validation}, {duration}"))
+        rows.append((f"stage {stage.stage}", f"{stage.steps} steps{shown}, {duration}"))
     for task in report.eval:
         rows += _scores(task)
     for exported in report.export:

@@ -61,6 +61,11 @@ def read_only_cache() -> Iterator[None]:
         _read_only.reset(token)
 
 
+def cache_is_read_only() -> bool:
+    """Whether the caller is within ``read_only_cache``."""
+    return _read_only.get()
+
+
 class HashCache:
     """sha256 hashes by stamp, cached in ``file``; read-only with ``remember=False``. Thread- and fork-safe."""
 

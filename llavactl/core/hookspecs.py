@@ -119,7 +119,7 @@ def train_started(stage: int, folder: Path, steps: int) -> None:
 
 @hookspec
 def train_logged(stage: int, line: Mapping[str, Any]) -> None:
-    """Called after each line written to metrics.jsonl, with the line: ``step``, ``loss``, ``learning_rate``, …."""
+    """Called after each line written to metrics.jsonl, with the line: ``step``, and ``loss``, ``val_loss`` or more."""
 
 
 @hookspec

@@ -86,6 +86,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The text without images."""
+        if len(self.content) == 1 and isinstance(self.content[0], str):
+            return self.content[0]
         return "".join(part for part in self.content if isinstance(part, str))
 
     @property
@@ -122,11 +124,16 @@ class Sample(Typed):
 
 
 @dataclass(frozen=True)
-class Text(Typed):
+class Text:
     """Text of a rendered conversation; with ``trained``, its tokens are targets of the loss."""
 
     text: str
     trained: bool = False
+
+    def __post_init__(self) -> None:
+        # Checked inline for speed: every message has several.
+        if not isinstance(self.text, str) or not isinstance(self.trained, bool):
+            check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ token (``</s>``, ``<|im_end|>``). Only the template writes special tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 from llavactl.components.languages.image_token import image_token
 from llavactl.components.languages.sentencepiece_spaces import omitted_space_prefixes
@@ -36,6 +37,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llavactl.core.protocols import Template
+    from llavactl.data.token_counts import TokenCounter
+
+
+class Rendered(NamedTuple):
+    """A conversation as its template renders it, and the separator in names of special tokens ("" if none occurs)."""
+
+    segments: list[Segment]
+    separator: str
+
+
+class TokenSpan(NamedTuple):
+    """The number of tokens of a piece of a conversation; it is an ``image``, a ``target`` of the loss, or neither."""
+
+    tokens: int
+    target: bool = False
+    image: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,20 +107,42 @@ class Encoding:
             )
         return totals
 
+    def token_spans(self, rendered: Rendered, counter: TokenCounter) -> Iterator[TokenSpan]:
+        """The tokens that ``encode`` returns before truncation, counted; ``rendered`` must have no separator."""
+        image = Text("") if self._image is None else Text(self._image[0])
+        for index, chunk in enumerate(self._chunks(rendered.segments, image)):
+            if chunk is None:
+                if not index and self._bos is not None:
+                    yield TokenSpan(1)
+                yield TokenSpan(self.image_tokens, image=True)
+                continue
+            pieces = [
+                (list(parts), key)
+                for key, parts in groupby(chunk, lambda part: None if part is image else part.trained)
+            ]
+            counts, first_id = counter.counts(["".join([part.text for part in parts]) for parts, _ in pieces])
+            if not index and self._bos is not None and first_id != self._bos:
+                yield TokenSpan(1)
+            for (parts, trained), count in zip(pieces, counts, strict=True):
+                if trained is None:
+                    yield from [TokenSpan(self.image_tokens, image=True)] * len(parts)
+                elif count:
+                    yield TokenSpan(count, target=trained)
+
     def rendered_text(self, turns: Sequence[Turn]) -> str:
         """The text that the template renders, without images; nothing is tokenized.
 
         Raises:
             ConversationError: the template refuses ``turns``.
         """
-        return "".join(segment.text for segment in self._render(turns, False)[0] if isinstance(segment, Text))
+        return "".join(segment.text for segment in self.render(turns)[0] if isinstance(segment, Text))
 
     def may_exceed(self, turns: Sequence[Turn], length: int) -> bool:
         """False if ``turns`` can't have more than ``length`` tokens; nothing is tokenized.
 
         In ASCII text every token has at least one character, except one that some tokenizers insert before a text.
         """
-        segments, _ = self._render(turns, False)
+        segments, _ = self.render(turns)
         texts = [segment.text for segment in segments if isinstance(segment, Text)]
         images = len(segments) - len(texts)
         upper_bound = 2 + images * (self.image_tokens + 1) + sum(map(len, texts))
@@ -116,7 +155,7 @@ class Encoding:
         this bound is sufficient.
         """
         upper_bound = 2
-        for segment in self._render(turns, False)[0]:
+        for segment in self.render(turns)[0]:
             if not isinstance(segment, Text):
                 upper_bound += self.image_tokens + 1
             elif segment.trained and segment.text and (self.max_length is None or upper_bound < self.max_length):
@@ -128,7 +167,7 @@ class Encoding:
     def _runs(self, turns: Sequence[Turn], generate: bool) -> list[TokenRun]:
         """The runs of text and image tokens, after BOS if the tokenizer starts texts with it."""
         image = TokenRun([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
-        segments, separator = self._render(turns, generate)
+        segments, separator = self.render(turns, generate=generate)
         runs: list[TokenRun] = []
         for chunk in self._chunks(segments):
             runs += [image] if chunk is None else self._expand_images(tokenize(chunk, self.tokenizer, separator), image)
@@ -138,18 +177,21 @@ class Encoding:
             runs.insert(0, TokenRun([bos], [IGNORE], text, [(0, len(text))]))
         return runs
 
-    def _chunks(self, segments: Sequence[Segment]) -> list[list[Text] | None]:
-        """The texts that are tokenized together; None for an image between them."""
+    def _chunks(self, segments: Sequence[Segment], image: Text | None = None) -> list[list[Text] | None]:
+        """The texts that are tokenized together; None for an image between them.
+
+        If the tokenizer has an image token, images are texts, ``image`` if given.
+        """
         if self._image is None:
             chunks = split_at_images(segments)
             omitted = self._omitted_spaces
             return chunks if omitted is None else [chunk and restore_spaces(chunk, omitted) for chunk in chunks]
-        token = Text(self._image[0])
+        token = image or Text(self._image[0])
         return [[segment if isinstance(segment, Text) else token for segment in segments]]
 
     def _chunk_texts(self, turns: Sequence[Turn]) -> tuple[list[str | None], str]:
         """``_chunks`` as strings, and the separator that they may contain."""
-        segments, separator = self._render(turns, False)
+        segments, separator = self.render(turns)
         chunks = self._chunks(segments)
         return [None if chunk is None else "".join(part.text for part in chunk) for chunk in chunks], separator
 
@@ -172,14 +214,15 @@ class Encoding:
             start = end + 1
         return runs[:-1]
 
-    def _render(self, turns: Sequence[Turn], generate: bool) -> tuple[list[Segment], str]:
-        """The rendered segments, and the separator inserted into names of special tokens ("" if none occurs).
+    def render(self, turns: Sequence[Turn], *, generate: bool = False) -> Rendered:
+        """``turns`` as segments.
 
         Raises:
             ConversationError: the template refuses ``turns``.
         """
         names, separator = self._special_names, ""
-        if names is not None and any(names.search(turn.text) for turn in turns):
+        # Names are never longer than a turn, and "\0" is in none.
+        if names is not None and names.search("\0".join([turn.text for turn in turns])):
             characters = {character for turn in turns for character in turn.text}
             separator = next((candidate for candidate in SEPARATORS if candidate not in characters), "")
             if not separator:
@@ -188,7 +231,7 @@ class Encoding:
                 Turn(turn.role, tuple(insert_separator(part, names, separator) for part in turn.content))
                 for turn in turns
             ]
-        return self.template.render(turns, self.tokenizer, generate=generate), separator
+        return Rendered(self.template.render(turns, self.tokenizer, generate=generate), separator)
 
     @cached_property
     def _special_names(self) -> re.Pattern[str] | None:

@@ -94,12 +94,12 @@ def prefix_groups(items: Sequence[Encoded], image_tokens: int, limits: MicroBatc
     """``items`` grouped by their tokens up to the end of the first image; no group exceeds ``limits``."""
     indices_by_prefix: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
-        length = _prefix_length(item, image_tokens)
+        length = prefix_length(item, image_tokens)
         key: Hashable = (item.ids[:length], item.images[0]) if length else index
         indices_by_prefix.setdefault(key, []).append(index)
     groups: list[PrefixGroup] = []
     for first, *others in indices_by_prefix.values():
-        length = _prefix_length(items[first], image_tokens)
+        length = prefix_length(items[first], image_tokens)
         group, suffix_tokens = _single_sample(first, items), len(items[first]) - length
         for index in others:
             extended = suffix_tokens + len(items[index]) - length
@@ -118,7 +118,7 @@ def _single_sample(index: int, items: Sequence[Encoded]) -> PrefixGroup:
     return PrefixGroup((index,), 0, tokens + padding_for(tokens))
 
 
-def _prefix_length(item: Encoded, image_tokens: int) -> int:
+def prefix_length(item: Encoded, image_tokens: int) -> int:
     """The number of tokens up to the end of the first image; 0 without an image or if some of them are targets."""
     if not item.images:
         return 0

@@ -36,11 +36,6 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
                 yield sample
 
 
-def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
-    """The distinct images of all samples, in order of first use. Raises the same errors as ``samples``."""
-    return list(dict.fromkeys(image for sample in samples(specs) for image in sample.images))
-
-
 def split_turns(sample: Sample) -> Iterator[Sample]:
     """Each question of ``sample`` with its answer as a separate sample ``ID#1``, ``ID#2``, …
 

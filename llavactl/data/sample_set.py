@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import ConversationError
 from llavactl.core.schema import Encoded, Sample, Turn
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import ImageOrder, arrange, arrangements
+from llavactl.data.table_view import TableView
+
+if TYPE_CHECKING:
+    from llavactl.data.token_lengths import TokenLengths
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples with weights (copies per epoch) and phases, how they are encoded, and the features of their images."""
+    """Samples with weights (copies per epoch) and phases, how they are encoded, and the features of their images.
+
+    ``lengths`` are those of the samples in all arrangements of ``image_order``, if they have been computed.
+    """
 
     samples: Sequence[Sample]
     weights: Sequence[float]
@@ -23,6 +31,7 @@ class SampleSet:
     features: FeatureLookup
     image_order: ImageOrder
     seed: int
+    lengths: TokenLengths | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -33,8 +42,14 @@ class SampleSet:
 
     def image_groups(self) -> list[int]:
         """For each sample the index of its first image, equal for equal images; a new index without an image."""
+        if isinstance(self.samples, TableView):
+            firsts: Sequence[Hashable] = [
+                None if first < 0 else first for first in self.samples.first_images().tolist()
+            ]
+        else:
+            firsts = [sample.images[0] if sample.images else None for sample in self.samples]
         indices: dict[Hashable, int] = {}
-        keys = (sample.images[0] if sample.images else index for index, sample in enumerate(self.samples))
+        keys = (("text", index) if first is None else first for index, first in enumerate(firsts))
         return [indices.setdefault(key, len(indices)) for key in keys]
 
 
@@ -55,6 +70,11 @@ def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:
             return ""
     except ConversationError as error:
         return error.message
+    return no_targets(encoding)
+
+
+def no_targets(encoding: Encoding) -> str:
+    """Why a sample is skipped whose target tokens are all beyond ``max_length``."""
     return f"no target tokens within max_length {encoding.max_length}"
 
 

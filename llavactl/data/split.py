@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
 
 from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
@@ -17,8 +19,11 @@ from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
 from llavactl.data.held_out import choose_held_out, connected_components, describe_held_out
 from llavactl.data.image_order import ImageOrder
-from llavactl.data.records import samples
-from llavactl.data.sample_set import SampleSet, refusal, untrainable
+from llavactl.data.sample_set import SampleSet, refusal
+from llavactl.data.table_view import TableView
+from llavactl.data.tables import sample_table
+from llavactl.data.token_lengths import TokenLengths
+from llavactl.data.token_lengths import lengths as token_lengths
 
 if TYPE_CHECKING:
     from llavactl.recipe.specs import SourceSpec
@@ -50,13 +55,19 @@ class DataSplit:
     held_out: str = ""
 
 
-class WeightedSample(NamedTuple):
-    """A sample with the weight (copies per epoch) and phase of its source, and the id of its record."""
+@dataclass(frozen=True)
+class _Members:
+    """The samples of all sources in order, with the weight and phase of each, and whether its record was split."""
 
-    sample: Sample
-    weight: float
-    phase: int
-    record: str
+    samples: TableView
+    weights: np.ndarray
+    phases: np.ndarray
+    split: np.ndarray
+
+    def record(self, index: int) -> str:
+        """The id of the record that sample ``index`` comes from."""
+        name = self.samples.id(index)
+        return name.rpartition("#")[0] if self.split[index] else name
 
 
 def load_split(
@@ -67,54 +78,59 @@ def load_split(
     contents: Callable[[Sequence[ImageRef]], ImageContents],
     seed: int,
     *,
+    template: Mapping[str, Any] | None = None,
     max_skipped: int | None = None,
 ) -> DataSplit:
     """The trainable samples of ``specs``, split so that no image is in both sets.
 
     Samples are skipped if an image is unreadable, if the template refuses them, or if they have no target token within
-    ``max_length``. ``contents`` identifies unreadable images, and images with the same bytes.
+    ``max_length``. ``contents`` identifies unreadable images, and images with the same bytes. Token lengths are cached
+    for ``template``, the identity of the encoding's template, if given.
 
     Raises:
         ModelError: the template refuses every sample, or doesn't work with this tokenizer.
         DataError: no sample can be trained on, or more than ``max_skipped`` images can't be read.
         StoreError: images whose features were not extracted.
     """
-    candidates = [
-        WeightedSample(sample, spec.weight, spec.phase, _record_id(sample, split_turns=spec.split_turns))
-        for spec in specs
-        for sample in samples([spec])
-    ]
-    image_contents = contents(_distinct_images(candidates))
+    tables = [sample_table(spec) for spec in specs]
+    view = TableView.of(tables)
+    sizes_of_sources = list(map(len, tables))
+    members = _Members(
+        view,
+        np.repeat([spec.weight for spec in specs], sizes_of_sources),
+        np.repeat([spec.phase for spec in specs], sizes_of_sources),
+        np.repeat([spec.split_turns for spec in specs], sizes_of_sources),
+    )
+    image_contents = contents(view.images)
     _check_max_skipped(image_contents.unreadable, max_skipped)
-    kept, skipped = _skip_untrainable(candidates, image_contents.unreadable, encoding, stage.image_order)
-    groups, sizes = _image_groups(kept, image_contents.keys)
+    lengths = TokenLengths.joined([token_lengths(table, encoding, stage.image_order, template) for table in tables])
+    reasons = _skip_reasons(view, image_contents.unreadable, lengths)
+    skipped = [SkippedSample(view.id(row), view.where(row), reason) for row, reason in reasons.items()]
+    kept = np.delete(np.arange(len(view)), list(reasons))
+    if not len(kept):
+        _raise_no_sample(view, skipped, encoding, stage.image_order)
+    groups, sizes = _image_groups(members, kept, image_contents.keys)
     validation_groups = choose_held_out(groups, stage.validation, seed, sizes)
-    in_validation = [group in validation_groups for group in groups]
+    in_validation = np.fromiter((group in validation_groups for group in groups), bool, len(groups))
 
-    def sample_set(members: Sequence[WeightedSample]) -> SampleSet:
+    def sample_set(rows: np.ndarray, weights: np.ndarray) -> SampleSet:
         return SampleSet(
-            [member.sample for member in members],
-            [member.weight for member in members],
-            [member.phase for member in members],
+            view.select(rows),
+            weights.tolist(),
+            members.phases[rows].tolist(),
             encoding,
             features,
             stage.image_order,
             seed,
+            lengths.select(rows),
         )
 
-    train = [member for member, held_out in zip(kept, in_validation, strict=True) if not held_out]
-    validation = [member._replace(weight=1.0) for member, held_out in zip(kept, in_validation, strict=True) if held_out]
-    if not train:
-        raise DataError(
-            f"no sample to train on: {len(skipped)} of {len(candidates)} records are skipped"
-            + (f", the first ({skipped[0].where or skipped[0].id}): {skipped[0].reason}" if skipped else ""),
-            hint="check the sources in `data.stage1` and `data.stage2` with `llavactl data check`",
-        )
+    train, validation = kept[~in_validation], kept[in_validation]
     return DataSplit(
-        train=sample_set(train),
-        validation=sample_set(validation),
+        train=sample_set(train, members.weights[train]),
+        validation=sample_set(validation, np.ones(len(validation))),
         skipped=skipped,
-        digest=_digest(kept, image_contents.keys, in_validation),
+        digest=_digest(members, kept, image_contents.keys, in_validation),
         held_out=describe_held_out(len(validation), validation_groups, sizes) if stage.validation else "",
     )
 
@@ -144,86 +160,89 @@ def _check_max_skipped(unreadable: Mapping[ImageRef, str], max_skipped: int | No
         )
 
 
-def _skip_untrainable(
-    candidates: Sequence[WeightedSample], unreadable: Mapping[ImageRef, str], encoding: Encoding, order: ImageOrder
-) -> tuple[list[WeightedSample], list[SkippedSample]]:
-    """The ``candidates`` that can be trained on, and those that can't with the reasons.
+def _skip_reasons(samples: TableView, unreadable: Mapping[ImageRef, str], lengths: TokenLengths) -> dict[int, str]:
+    """Why samples (by index) are skipped, in their order: an unreadable image, or ``lengths.reasons``."""
+    flagged = np.array([image in unreadable for image in samples.images], bool)
+    positions = np.flatnonzero(flagged[samples.image_indices])
+    rows = np.unique(np.searchsorted(samples.image_ends, positions, "right") - 1).tolist()
+    reasons = {**lengths.reasons, **{row: _unreadable_image(samples[row], unreadable) for row in rows}}
+    return dict(sorted(reasons.items()))
+
+
+def _raise_no_sample(
+    samples: TableView, skipped: Sequence[SkippedSample], encoding: Encoding, order: ImageOrder
+) -> NoReturn:
+    """Raises the error for samples of which none can be trained on.
 
     Raises:
-        ModelError: the template refuses every sample, or doesn't work with this tokenizer.
+        ConversationError: the template refuses every sample, which is a fault of the template, not the data.
+        DataError: otherwise.
     """
-    kept, skipped = [], []
-    for candidate in candidates:
-        sample = candidate.sample
-        if reason := _unreadable_image(sample, unreadable) or untrainable(sample, encoding, order):
-            skipped.append(SkippedSample(sample.id, sample.where, reason))
-        else:
-            kept.append(candidate)
-    if not kept:
-        _raise_if_all_refused([candidate.sample for candidate in candidates], encoding, order)
-    return kept, skipped
-
-
-def _raise_if_all_refused(all_samples: Sequence[Sample], encoding: Encoding, order: ImageOrder) -> None:
-    """Raises ConversationError if the template refuses every sample, which is a fault of the template, not the data."""
-    refusals = [refusal(sample, encoding, order) for sample in all_samples]
+    refusals = [refusal(sample, encoding, order) for sample in samples]
     if refusals and all(refusals) and (first := refusals[0]) is not None:
         raise ConversationError(
-            f"the template refuses all {len(all_samples)} records; {all_samples[0].where or all_samples[0].id}: "
-            f"{first.message}",
+            f"the template refuses all {len(samples)} records; {samples.where(0) or samples.id(0)}: {first.message}",
             hint=first.hint or f"`template: {fallback_template(encoding.tokenizer)}` renders any conversation",
         ) from first
+    raise DataError(
+        f"no sample to train on: {len(skipped)} of {len(samples)} records are skipped"
+        + (f", the first ({skipped[0].where or skipped[0].id}): {skipped[0].reason}" if skipped else ""),
+        hint="check the sources in `data.stage1` and `data.stage2` with `llavactl data check`",
+    )
 
 
 def _unreadable_image(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
-    """Name and reason of the first unreadable image of ``sample``, or ""."""
-    return next((f"{image.name}: {reasons[image]}" for image in sample.images if image in reasons), "")
-
-
-def _record_id(sample: Sample, *, split_turns: bool) -> str:
-    """The id of the record that ``sample`` comes from."""
-    return sample.id.rpartition("#")[0] if split_turns else sample.id
-
-
-def _distinct_images(members: Sequence[WeightedSample]) -> list[ImageRef]:
-    return list(dict.fromkeys(image for member in members for image in member.sample.images))
+    """Name and reason of the first unreadable image of ``sample``."""
+    return next(f"{image.name}: {reasons[image]}" for image in sample.images if image in reasons)
 
 
 def _image_groups(
-    members: Sequence[WeightedSample], contents: Mapping[ImageRef, str]
+    members: _Members, kept: np.ndarray, contents: Mapping[ImageRef, str]
 ) -> tuple[list[str], dict[str, int]]:
-    """The group of each member, which must not be split, and the number of images per group.
+    """The group of each of the samples ``kept``, which must not be split, and the number of images per group.
 
     Samples are in the same group if they share an image, by name or content; samples without images if they come from
     the same record or have the same id or text. A group is named after the first of its image names.
     """
-    names = [
-        {image.name for image in member.sample.images} if member.sample.images else {f"text {member.record}"}
-        for member in members
-    ]
-    keys: list[list[Hashable]] = [
-        [
-            *(("name", name) for name in member_names),
-            *(("content", contents[image]) for image in member.sample.images if image in contents),
-            *([] if member.sample.images else [("text", member.sample.turns)]),
-        ]
-        for member, member_names in zip(members, names, strict=True)
-    ]
-    components = connected_components(keys)
+    samples = members.samples
+    first_images = samples.first_images()[kept]
+    several_images = kept[samples.image_counts()[kept] > 1].tolist()
+    text_only = kept[first_images < 0].tolist()
+    used = np.unique(
+        np.concatenate([first_images[first_images >= 0], *map(samples.images_of, several_images)])
+    ).tolist()
+    # Images with the same name or content are connected, then images of the same sample, then texts.
+    names: list[str] = []
+    keys: list[list[Hashable]] = []
+    for image in map(samples.images.__getitem__, used):
+        names.append(image.name)
+        keys.append([("name", image.name), *([("content", contents[image])] if image in contents else [])])
+    for index in several_images:
+        own_names = [samples.images[image].name for image in samples.images_of(index).tolist()]
+        names.append(own_names[0])
+        keys.append([("name", name) for name in own_names])
+    for index in text_only:
+        names.append(name := f"text {members.record(index)}")
+        keys.append([("name", name), ("text", hashlib.sha256(samples.content(index)).digest())])
+    components = np.array(connected_components(keys), np.int64)
     names_by_component: dict[int, set[str]] = {}
-    for component, member_names in zip(components, names, strict=True):
-        names_by_component.setdefault(component, set()).update(member_names)
+    for component, name in zip(components.tolist(), names, strict=True):
+        names_by_component.setdefault(component, set()).add(name)
     labels = {component: min(group) for component, group in names_by_component.items()}
     sizes = {labels[component]: len(group) for component, group in names_by_component.items()}
-    return [labels[component] for component in components], sizes
+    of_sample = np.empty(len(kept), np.int64)
+    of_sample[first_images >= 0] = components[np.searchsorted(used, first_images[first_images >= 0])]
+    of_sample[first_images < 0] = components[len(components) - len(text_only) :]
+    return [labels[component] for component in of_sample.tolist()], sizes
 
 
-def _digest(members: Sequence[WeightedSample], keys: Mapping[ImageRef, str], in_validation: Sequence[bool]) -> str:
+def _digest(members: _Members, kept: np.ndarray, keys: Mapping[ImageRef, str], in_validation: np.ndarray) -> str:
     """A hash of all texts, images (by content), weights and phases, and of which samples are held out."""
+    samples = members.samples
+    key_bytes = [keys.get(image, image.name).encode("utf-8", "surrogatepass") for image in samples.images]
     digest = hashlib.sha256()
-    for (sample, weight, phase, _), held_out in zip(members, in_validation, strict=True):
-        digest.update(f"{sample.id}\0{weight}\0{phase}\0{held_out}".encode())
-        for turn in sample.turns:
-            parts = [part if isinstance(part, str) else f"\0{keys.get(part, part.name)}" for part in turn.content]
-            digest.update("\0".join([turn.role, *parts]).encode("utf-8", "surrogatepass"))
+    columns = kept, members.weights[kept], members.phases[kept], in_validation
+    for index, weight, phase, held_out in zip(*(column.tolist() for column in columns), strict=True):
+        head = f"{samples.id(index)}\0{weight}\0{phase}\0{held_out}".encode()
+        digest.update(b"".join([head, *samples.digest_bytes(index, key_bytes)]))
     return digest.hexdigest()

@@ -53,7 +53,7 @@ def answer_questions(
         loaded = model.load(questions)
         sampling = Sampling(max_new_tokens=settings.max_new_tokens)
         file.parent.mkdir(parents=True, exist_ok=True)
-        own_batches = list(_batches(pending, settings.batch_size))[processes.rank :: processes.count]
+        own_batches = list(question_batches(pending, settings.batch_size))[processes.rank :: processes.count]
         with (
             (file if processes.count == 1 else _part_file(file, processes.rank)).open("a", encoding="utf-8") as output,
             progress.bar(total, f"eval {model.name}".strip(), "question", total - len(pending)) as bar,
@@ -121,7 +121,7 @@ def _path(image: ImageRef) -> str:
     return str(image.file) if isinstance(image, ImageFile) else image.name
 
 
-def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+def question_batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
     """Batches of questions: first groups that share an image, which is encoded once per batch; then the others."""
     by_image: dict[object, list[Question]] = defaultdict(list)
     for question in questions:

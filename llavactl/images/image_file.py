@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 
 from llavactl.core.locations import shortened
 from llavactl.core.paths import file_stamp
 from llavactl.core.typed import check_fields
-from llavactl.images.lookup import find_file, refuse_leaving, refuse_outside
+from llavactl.images.lookup import find_file, real_folder, refuse_leaving, refuse_outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,13 @@ class ImageFile(RelativeImage):
             LinkOutsideError: a link points outside ``root``.
         """
         # Strings, since pathlib takes twice as long, and training computes a stamp for every sample.
-        target = realpath(f"{self.root}/{self.path}")
+        folder, _, name = f"{self.root}/{self.path}".rpartition("/")
+        target = f"{real_folder(folder or '/').rstrip('/')}/{name}"
         try:
-            status = os.stat(target)  # noqa: PTH116
+            status = os.lstat(target)
+            if name in ("", ".") or S_ISLNK(status.st_mode):
+                target = realpath(target)
+                status = os.stat(target)  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             target = realpath(find_file(self.root, self.path))
             status = os.stat(target)  # noqa: PTH116

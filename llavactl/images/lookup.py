@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from os.path import exists, islink, lexists, realpath
+from time import monotonic
 from unicodedata import normalize
 
 from llavactl.core.errors import DataError
@@ -42,6 +43,19 @@ def spellings(path: str) -> Iterator[str]:
     slashes = bare.replace("\\", "/")
     candidates = (bare, slashes, slashes.replace("/", "\\"))
     yield from dict.fromkeys(spelling for spelling in candidates if spelling != path)
+
+
+def real_folder(folder: str) -> str:
+    """The real path of ``folder``, remembered for a second.
+
+    Resolving the links in a path takes a system call for each folder, and data sets have few folders with many images.
+    """
+    return _real_path(folder, int(monotonic()))
+
+
+@lru_cache(maxsize=4096)
+def _real_path(path: str, _second: int) -> str:
+    return realpath(path)
 
 
 def find_file(root: str, path: str) -> str:
@@ -97,7 +111,7 @@ def refuse_outside(root: str, target: str, name: str) -> None:
 
     Links from a snapshot in the hub's cache to the blobs of the same repository are allowed.
     """
-    top = realpath(root)
+    top = real_folder(root)
     if target.startswith(top.rstrip(os.sep) + os.sep):
         return
     hub = _HUB_SNAPSHOT.fullmatch(top)

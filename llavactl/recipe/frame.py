@@ -47,6 +47,9 @@ class Outline(StageSections, _Head):
         description="master weights and moments on the device or in host memory, which is slower; auto: chosen before "
         "training",
     )
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="experiment trackers that record the metrics of training, in `run_dir` (docs/training.md)"
+    )
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")
 

@@ -119,6 +119,17 @@ class TaskSpec(Spec):
     kind = "tasks"
 
 
+class PeriodicTask(TaskSpec):
+    """A task that is evaluated during training, with its own options."""
+
+    limit: PositiveInteger = Field(50, description="number of questions: the first ones of the task")
+    protocol: str | None = Field(None, description="scoring protocol; null: the task's default")
+
+    @classmethod
+    def frame_keys(cls) -> set[str]:
+        return {"limit", "protocol"}
+
+
 class Export(Component):
     """An export of the trained model to another format."""
 

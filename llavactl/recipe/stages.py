@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llavactl.core.options import ModelId
-from llavactl.recipe.specs import SourceSpec, TemplateSpec
+from llavactl.recipe.specs import PeriodicTask, SourceSpec, TemplateSpec
 from llavactl.recipe.values import (
     Boolean,
     Fraction,
@@ -43,6 +43,9 @@ MicroBatchSize = Annotated[
 LearningRate = Annotated[
     float, Field(strict=True, gt=0, allow_inf_nan=False, description="peak learning rate, after warm-up")
 ]
+ScoreName = Annotated[
+    str, Field(strict=True, pattern=r"^[^.]+\..+$", description="a score of a task, `TASK.SCORE`, such as `pope.f1`")
+]
 
 
 class Lora(Section):
@@ -51,6 +54,23 @@ class Lora(Section):
     r: PositiveInteger = Field(128, description="rank")
     alpha: PositiveInteger = Field(256, description="scaling numerator: updates are scaled by `alpha / r`")
     dropout: Fraction = Field(0.05, description="dropout probability of the adapter inputs")
+
+
+class EvaluateEvery(Section):
+    """Evaluation during training: tasks, and answers to the questions of fixed samples."""
+
+    steps: PositiveInteger = Field(description="steps between evaluations; the last step is evaluated as well")
+    tasks: tuple[PeriodicTask, ...] = Field((), description="tasks to score; each needs all its options")
+    samples: NonNegativeInteger = Field(
+        4, description="number of validation samples (without any: training samples) that are answered"
+    )
+
+    @model_validator(mode="after")
+    def _distinct_tasks(self) -> EvaluateEvery:
+        names = [task.name for task in self.tasks]
+        if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"tasks: {repeated[0]} is listed twice; its scores would have the same names")
+        return self
 
 
 class Stage(Section):
@@ -106,8 +126,14 @@ class Stage(Section):
     keep_last: PositiveInteger = Field(
         2, description="number of checkpoints to keep; the one with the lowest validation loss is kept in addition"
     )
-    restore_best: Boolean = Field(
-        False, description="save the model of the checkpoint with the lowest validation loss, not of the last step"
+    restore_best: Boolean | ScoreName = Field(
+        False,
+        description="save the model of the best checkpoint, not of the last step. true: the one with the lowest "
+        "validation loss; `TASK.SCORE`, such as `pope.f1`: the one with the highest score of a task in "
+        "`evaluate_every`",
+    )
+    evaluate_every: EvaluateEvery | None = Field(
+        None, description="evaluation during training (docs/training.md); null: none"
     )
 
     @model_validator(mode="before")
@@ -128,6 +154,14 @@ class Stage(Section):
             )
         if self.warmup + (self.cooldown or 0) > 1:
             raise ValueError(f"warmup {self.warmup} + cooldown {self.cooldown} is more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _restore_best_follows_a_task(self) -> Stage:
+        tasks = [task.name for task in self.evaluate_every.tasks] if self.evaluate_every else []
+        if isinstance(self.restore_best, str) and self.restore_best.partition(".")[0] not in tasks:
+            available = f"available: {', '.join(tasks)}" if tasks else "there are none"
+            raise ValueError(f"restore_best {self.restore_best}: expected a task of evaluate_every; {available}")
         return self
 
 

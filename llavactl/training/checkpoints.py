@@ -41,16 +41,24 @@ FILE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The number of completed steps, the digest of the run, and the validation loss at this step, if any."""
+    """The number of completed steps, the digest of the run, and the validation loss and scores at this step, if any."""
 
     step: int
     digest: str
     val_loss: float | None = None
+    scores: Mapping[str, float] | None = None
 
-    @property
-    def val_loss_or_inf(self) -> float:
-        """The validation loss, or infinity if it is missing or not finite; the lowest is the best."""
-        return self.val_loss if self.val_loss is not None and math.isfinite(self.val_loss) else math.inf
+    def badness(self, restore_best: bool | str) -> float:
+        """The best checkpoint has the lowest: its validation loss, or minus the score that ``restore_best`` names.
+
+        Infinity if it is missing or not finite.
+        """
+        if isinstance(restore_best, str):
+            score = (self.scores or {}).get(restore_best)
+            value = None if score is None else -score
+        else:
+            value = self.val_loss
+        return value if value is not None and math.isfinite(value) else math.inf
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save(folder: Path, state: CheckpointState, tensors: Mapping[str, torch.Tensor], keep_last: int) -> Path:
+def save(
+    folder: Path,
+    state: CheckpointState,
+    tensors: Mapping[str, torch.Tensor],
+    keep_last: int,
+    restore_best: bool | str = False,
+) -> Path:
     """Writes ``folder/step-…``, then removes obsolete checkpoints; all processes must call this together.
 
-    The newest ``keep_last`` checkpoints of the same run are kept, and the best one. Those of other runs, and those of
+    The newest ``keep_last`` checkpoints of the same run are kept, and the best one: by the score that ``restore_best``
+    names, else by validation loss. Those of other runs, and those of
     this run beyond ``state.step`` (from before it was restarted), are removed.
 
     Raises:
@@ -109,7 +124,7 @@ def save(folder: Path, state: CheckpointState, tensors: Mapping[str, torch.Tenso
             hint="free disk space, check permissions, or set another `run_dir`",
         ) from error
     if process_index() == 0:
-        _remove_obsolete(folder, state, keep_last)
+        _remove_obsolete(folder, state, keep_last, restore_best)
     return target
 
 
@@ -169,14 +184,14 @@ def _finish(temporary: Path, target: Path, content: Mapping[str, object]) -> Non
     replace_folder(temporary, target)
 
 
-def _remove_obsolete(folder: Path, state: CheckpointState, keep_last: int) -> None:
+def _remove_obsolete(folder: Path, state: CheckpointState, keep_last: int, restore_best: bool | str) -> None:
     try:
         existing = _newest_first(folder)
     except StoreError as error:
         log.warning("%s; older checkpoints are kept", error)
         return
     own = [each for each in existing if each.state.digest == state.digest and each.state.step <= state.step]
-    kept = {each.folder for each in own[:keep_last]} | {_best(own).folder}
+    kept = {each.folder for each in own[:keep_last]} | {_best(own, restore_best).folder}
     for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -197,10 +212,10 @@ def load_newest(folder: Path, digest: str) -> Checkpoint | None:
     return _first_intact(own)
 
 
-def load_best(folder: Path, digest: str) -> Checkpoint | None:
-    """The intact checkpoint of the run ``digest`` with the lowest validation loss; raises like ``load_newest``."""
+def load_best(folder: Path, digest: str, restore_best: bool | str = True) -> Checkpoint | None:
+    """The best intact checkpoint of the run ``digest``, see ``save``; raises like ``load_newest``."""
     own = [each for each in on_main(lambda: _newest_first(folder)) if each.state.digest == digest]
-    return _first_intact(sorted(own, key=lambda each: each.state.val_loss_or_inf))
+    return _first_intact(sorted(own, key=lambda each: each.state.badness(restore_best)))
 
 
 def remove(folder: Path) -> None:
@@ -208,9 +223,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _best(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+def _best(checkpoints: Sequence[Checkpoint], restore_best: bool | str) -> Checkpoint:
     """The best of ``checkpoints``, sorted newest first; the newest among equals."""
-    return min(checkpoints, key=lambda each: each.state.val_loss_or_inf)
+    return min(checkpoints, key=lambda each: each.state.badness(restore_best))
 
 
 def _newest_first(folder: Path) -> list[Checkpoint]:
@@ -218,7 +233,8 @@ def _newest_first(folder: Path) -> list[Checkpoint]:
     for path in sorted(_checkpoint_folders(folder), reverse=True):
         with _skip_if_damaged(path):
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            checkpoints.append(Checkpoint(path, CheckpointState(state["step"], state["digest"], state["val_loss"])))
+            fields = state["step"], state["digest"], state["val_loss"], state.get("scores")
+            checkpoints.append(Checkpoint(path, CheckpointState(*fields)))
     return checkpoints
 
 

@@ -23,6 +23,7 @@ _EXCLUDED_SETTINGS = {
     "checkpoint_every",
     "keep_last",
     "restore_best",
+    "evaluate_every",
     "init",
 }
 """Settings that affect speed, memory or checkpoints, not the result; the hash of the initial model covers ``init``."""

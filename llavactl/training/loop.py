@@ -9,33 +9,39 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from llavactl.core import progress, stopping
-from llavactl.core.errors import ModelError
-from llavactl.core.schema import IGNORE, Batch
+from llavactl.core.errors import LlavactlError, ModelError
+from llavactl.core.schema import IGNORE
 from llavactl.data.plan import BatchPlan
 from llavactl.model.cpu.rms_norm import fused_rms_norms
-from llavactl.model.inputs import to_device, token_count
+from llavactl.model.inputs import to_device
 from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
-from llavactl.training.collective import on_main, sum_in_buckets, sum_over_processes
+from llavactl.training.collective import on_main, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
-from llavactl.training.metrics import Metrics
-from llavactl.training.optimizer import schedule
+from llavactl.training.metrics import Metrics, progress_facts
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.prefetch import micro_batches, prefetched_steps
+from llavactl.training.sample_answers import remove_later_answers
 from llavactl.training.sharding import distributed_like, reshard, root_gathered
+from llavactl.training.spikes import WINDOW, RecentSteps
+from llavactl.training.step import accumulate, buffers_before, suspects, update
+from llavactl.training.throughput import Peak, Throughput
 
 if TYPE_CHECKING:
+    from llavactl.core.schema import Batch
     from llavactl.core.stopping import Stop
     from llavactl.training.run import Run
 
@@ -44,13 +50,21 @@ log = logging.getLogger(__name__)
 RELEASE_MEMORY_EVERY = 20
 """Steps; releasing memory takes a few hundredths of a second."""
 
+MAX_NAMED = 32
+"""Samples that a message names; metrics.jsonl has all."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The step that training resumed from (0: a new run), and the step whose weights the model has."""
+    """The step that training resumed from (0: a new run), the last one, and the step whose weights the model has.
+
+    ``peak`` is what MFU is relative to.
+    """
 
     resumed_from: int
+    steps: int
     model_step: int
+    peak: Peak
 
 
 def train(run: Run) -> TrainingResult:
@@ -63,49 +77,153 @@ def train(run: Run) -> TrainingResult:
         ModelError: the loss is not finite; the message names the samples.
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
-    settings, accelerator = run.settings, run.accelerator
     plan = _batch_plan(run)
     checkpoint = _resume(run)
     start = checkpoint.step if checkpoint else 0
     if not checkpoint:
         _align_to_boxes(run)
-    metrics = Metrics(run.folder / "metrics.jsonl", start) if accelerator.is_main_process else None
+    metrics = None
+    if run.accelerator.is_main_process:
+        metrics = Metrics(run.folder / "metrics.jsonl", start)
+        remove_later_answers(run.folder, start)
+    earlier_lines = on_main(lambda: metrics.kept[-2 * WINDOW :] if metrics else [])
+    recent = RecentSteps.of(earlier_lines)
+    throughput = Throughput.of(run.model, run.accelerator.num_processes)
     run.notify("train_started", {"steps": plan.steps})
-
-    def checkpoint_due(step: int) -> bool:
-        return step == plan.steps or step % settings.checkpoint_every == 0
-
-    language = run.model.language
-    attention = nullcontext() if run.padding_reason else packed_attention(language)
+    saved_step = start
     with (
-        attention,
-        fused_rms_norms(language),
+        ExitStack() as kernels,
         gc_frozen(),
         closing(metrics) if metrics else nullcontext(),
         progress.bar(plan.steps, run.folder.name, "step", start) as bar,
         stopping.deferred_interrupt(lambda: _log_stop(run)) as stop,
     ):
-        saved_step = start
-        if checkpoint and checkpoint_due(start) and checkpoint.val_loss is None and len(run.validation):
-            _validate_and_save(run, start, metrics, stop)  # the earlier run was stopped before validation
+        kernels.enter_context(_training_kernels(run))
+
+        def save(state: CheckpointState) -> None:
+            nonlocal saved_step
+            _save_checkpoint(run, state, metrics)
+            saved_step = state.step
+
+        def finish_step(
+            step: int, scores: Mapping[str, float] | None = None, val_loss: float | None = None
+        ) -> dict[str, float]:
+            """Evaluates, validates and saves where due, unless already done; returns the validation loss, if any."""
+            if scores is None and _evaluation_due(run, step, plan.steps):
+                scores = _evaluate(run, step, metrics, stop, kernels)
+            if not _checkpoint_due(run, step, plan.steps):
+                return {}
+            if val_loss is None and len(run.validation) and (val_loss := validate(run, stop)) is not None:
+                _write_metrics(run, {"step": step, "val_loss": val_loss}, metrics)
+            save(CheckpointState(step, run.digest, val_loss, scores))
+            return {} if val_loss is None else {"val_loss": val_loss}
+
+        if checkpoint:  # the earlier run may have been stopped between the last update and the end of its step
+            scores = next(
+                (line["scores"] for line in earlier_lines if "scores" in line and line["step"] == start), None
+            )
+            evaluate = scores is None and _evaluation_due(run, start, plan.steps)
+            unvalidated = checkpoint.val_loss is None and len(run.validation) > 0
+            if evaluate or (unvalidated and _checkpoint_due(run, start, plan.steps)):
+                finish_step(start, scores, checkpoint.val_loss)
+        began = time.perf_counter()
         for step, batches in prefetched_steps(run, plan, start, stop):
-            line = _step(run, batches, step, plan.steps, stop)
-            if line is None:
+            gradient = accumulate(run, batches, step, stop)
+            if gradient is None:
                 if step > saved_step:
-                    _save_checkpoint(run, CheckpointState(step, run.digest), metrics)
+                    save(CheckpointState(step, run.digest))
                 _raise_interrupted(run, step)
+            values = gradient.values()
+            if spikes := recent.spikes(values):
+                if step > saved_step and (step - saved_step >= WINDOW or not _finite(values)):
+                    with buffers_before(run, gradient):
+                        save(CheckpointState(step, run.digest))
+                samples = suspects(gradient)
+                _report_spike(run, step, recent.describe(values, spikes), samples, finite=_finite(values))
+            rate = update(run, gradient, step, plan.steps)
             completed = step + 1
-            if completed % RELEASE_MEMORY_EVERY == 0 and accelerator.device.type == "cpu":
+            if completed % RELEASE_MEMORY_EVERY == 0 and run.accelerator.device.type == "cpu":
                 release_memory()
-            _write_metrics(run, {"step": completed, **line}, metrics)
-            bar_values = {"loss": line["loss"]}
-            if checkpoint_due(completed):
-                bar_values |= _validate_and_save(run, completed, metrics, stop)
-                saved_step = completed
-            bar.advance(1, **{name: f"{value:.4f}" for name, value in bar_values.items()})
+            recent.add(values)
+            line = {
+                "step": completed,
+                "loss": values["loss"],
+                "tokens": gradient.work.tokens,
+                "learning_rate": rate,
+                "grad_norm": values["grad_norm"],
+                **({"spike": {"fields": spikes, "samples": samples}} if spikes else {}),
+                **throughput.fields(gradient.work, time.perf_counter() - began),
+            }
+            _write_metrics(run, line, metrics)
+            bar.advance(1, **progress_facts({**line, **finish_step(completed)}))
+            began = time.perf_counter()
         if stop.requested:
             _raise_interrupted(run, plan.steps)
-    return TrainingResult(start, _load_best(run) if settings.restore_best else plan.steps)
+    model_step = _load_best(run) if run.settings.restore_best else plan.steps
+    return TrainingResult(start, plan.steps, model_step, throughput.peak)
+
+
+def _checkpoint_due(run: Run, step: int, steps: int) -> bool:
+    """Also at each evaluation if the best checkpoint is chosen by its scores."""
+    follows_score = isinstance(run.settings.restore_best, str) and _evaluation_due(run, step, steps)
+    return step == steps or step % run.settings.checkpoint_every == 0 or follows_score
+
+
+def _evaluation_due(run: Run, step: int, steps: int) -> bool:
+    every = run.settings.evaluate_every
+    return every is not None and (step == steps or step % every.steps == 0)
+
+
+@contextmanager
+def _training_kernels(run: Run) -> Iterator[None]:
+    """In this context the language model uses the kernels for training."""
+    language = run.model.language
+    with nullcontext() if run.padding_reason else packed_attention(language), fused_rms_norms(language):
+        yield
+
+
+def _finite(values: Mapping[str, float]) -> bool:
+    return all(map(math.isfinite, values.values()))
+
+
+def _report_spike(run: Run, step: int, what: str, samples: Sequence[str], *, finite: bool) -> None:
+    """Logs a spike in step ``step`` (from 0); raises ModelError if a value is not finite."""
+    names = ", ".join(samples[:MAX_NAMED]) + (f" and {len(samples) - MAX_NAMED} more" if samples[MAX_NAMED:] else "")
+    message = f"step {step + 1}: {what}; the samples with the highest loss: {names}"
+    if finite:
+        log.warning("%s: spike in %s", run.folder.name, message)
+        return
+    path = checkpoints.checkpoint_path(run.folder / "checkpoints", step)
+    raise ModelError(
+        f"not finite in {message}",
+        hint="check these samples, lower the learning rate, or set `precision: float32`"
+        + (f"; {path} has the weights before this step" if step else ""),
+    )
+
+
+def _evaluate(
+    run: Run, step: int, metrics: Metrics | None, stop: Stop, kernels: ExitStack
+) -> Mapping[str, float] | None:
+    """The scores of ``evaluate_every``; {} if the evaluation failed, None if any process received a stop signal.
+
+    Generation needs the language model's own kernels: ``kernels`` is closed for it. The weights, and the random state
+    that each micro-batch sets, don't change.
+    """
+    assert run.evaluate is not None
+    kernels.close()
+    run.model.eval()
+    # Processes that share a forward pass must stop after the same one.
+    stopped = partial(_stop_requested, run, stop) if run.placement.sharded else lambda: stop.requested
+    scores: Mapping[str, float] | None = {}
+    try:
+        scores = run.evaluate(run, step, stopped)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - an evaluation must not stop hours of training
+        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+        log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)
+    kernels.enter_context(_training_kernels(run))
+    if scores is not None:
+        _write_metrics(run, {"step": step, "scores": scores}, metrics)
+    return scores
 
 
 def _batch_plan(run: Run) -> BatchPlan:
@@ -119,74 +237,6 @@ def _batch_plan(run: Run) -> BatchPlan:
         phases=run.data.phases,
         groups=run.data.image_groups() if settings.shuffle == "images" else None,
     )
-
-
-def _step(run: Run, batches: Sequence[Batch], step: int, steps: int, stop: Stop) -> dict[str, Any] | None:
-    """One optimizer step on the global batch, whose gradient is accumulated over micro-batches and processes.
-
-    Returns None, without an update, if any process received a stop signal.
-    """
-    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
-    # Target tokens and tokens of the global batch, and the number of processes that received a stop signal.
-    counts = torch.zeros(3, dtype=torch.float64)
-    nonempty = [batch for batch in batches if batch.names]
-    for batch in nonempty:
-        counts += torch.tensor([int((batch.labels != IGNORE).sum()), token_count(batch), 0])
-    counts[2] = stop.requested
-    counts = sum_over_processes(accelerator, counts)
-    if counts[2]:
-        return None
-    for batch in nonempty:
-        run.token_counts.add(batch)
-    model.train()
-    loss = torch.zeros((), dtype=torch.float64)
-    section, settings = run.folder.name, run.settings
-    for index, batch in enumerate(batches):
-        # By the index in the global batch: dropout is the same on any number of processes with the same micro-batches.
-        torch.manual_seed(combined_seed(run.seed, step, index * accelerator.num_processes + accelerator.process_index))
-        with out_of_memory_named(section, settings, f"step {step + 1}", batch):
-            micro_loss = model(to_device(batch, accelerator.device)) / counts[0].item()
-            if micro_loss.requires_grad:  # False for text-only samples with a frozen language model
-                micro_loss.backward()
-            optimizer.accumulate()
-            loss += micro_loss.detach().double().cpu()
-        _check_finite(micro_loss, batch, step)
-    if accelerator.num_processes > 1:
-        if not run.placement.sharded:  # FSDP2 has summed them in the backward pass
-            sum_in_buckets(accelerator, optimizer.gradients())
-        _broadcast_buffers(run)
-    fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
-    with out_of_memory_named(section, settings, f"update of the weights in step {step + 1}"):
-        update = optimizer.step(fraction, run.settings.max_grad_norm)
-    loss = sum_over_processes(accelerator, loss)
-    return {"loss": float(loss), "tokens": int(counts[1]), "learning_rate": update.learning_rate}
-
-
-def _check_finite(loss: torch.Tensor, batch: Batch, step: int) -> None:
-    if not math.isfinite(loss.item()):
-        raise ModelError(
-            f"the loss of step {step + 1} is {loss.item()}; its samples: {', '.join(batch.names)}",
-            hint="lower the learning rate, or set `precision: float32`; the last checkpoint precedes this step",
-        )
-
-
-def _broadcast_buffers(run: Run) -> None:
-    """Broadcasts the connector's buffers from the first process, which saves them."""
-    from accelerate.utils import broadcast
-
-    if run.optimizer.untrained:
-        device, buffers = run.accelerator.device, run.optimizer.untrained.buffers()
-        run.optimizer.untrained.load({name: broadcast(buffer.to(device)) for name, buffer in buffers.items()})
-
-
-def _validate_and_save(run: Run, step: int, metrics: Metrics | None, stop: Stop) -> dict[str, float]:
-    """Validates, unless interrupted, and saves a checkpoint; returns the validation loss, if any."""
-    loss = validate(run, stop) if len(run.validation) else None
-    validated = {} if loss is None else {"val_loss": loss}
-    if validated:
-        _write_metrics(run, {"step": step, **validated}, metrics)
-    _save_checkpoint(run, CheckpointState(step, run.digest, loss), metrics)
-    return validated
 
 
 @torch.no_grad()
@@ -205,7 +255,7 @@ def validate(run: Run, stop: Stop) -> float | None:
             reshard(run.model)
             return None
         for batch in batches:
-            with out_of_memory_named(run.folder.name, run.settings, "validation", batch):
+            with out_of_memory_named(run.folder.name, run.settings, run.placement, "validation", batch):
                 loss = run.model(to_device(batch, run.accelerator.device)).item()
             total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
     reshard(run.model)
@@ -222,7 +272,8 @@ def _save_checkpoint(run: Run, state: CheckpointState, metrics: Metrics | None) 
     """Saves a checkpoint; the main process has ``metrics``."""
     if metrics:
         metrics.sync()
-    folder = checkpoints.save(run.folder / "checkpoints", state, run.optimizer.state(), run.settings.keep_last)
+    settings, tensors = run.settings, run.optimizer.state()
+    folder = checkpoints.save(run.folder / "checkpoints", state, tensors, settings.keep_last, settings.restore_best)
     if run.accelerator.is_main_process:
         run.notify("checkpoint_saved", {"folder": folder, "step": state.step})
     run.accelerator.wait_for_everyone()
@@ -244,8 +295,11 @@ def _resume(run: Run) -> CheckpointState | None:
 
 def _load_best(run: Run) -> int:
     """Loads the weights of the best checkpoint; returns its step."""
-    checkpoint = checkpoints.load_best(run.folder / "checkpoints", run.digest)
+    restore_best = run.settings.restore_best
+    checkpoint = checkpoints.load_best(run.folder / "checkpoints", run.digest, restore_best)
     assert checkpoint is not None, "the last step saved one"
+    if math.isinf(checkpoint.state.badness(restore_best)):
+        log.warning("%s: no checkpoint has a value of restore_best (%s)", run.folder.name, restore_best)
     _load(run, checkpoint)
     log.info("%s: restored the best checkpoint, step %d", run.folder.name, checkpoint.state.step)
     return checkpoint.state.step
@@ -289,11 +343,3 @@ def _raise_interrupted(run: Run, step: int) -> NoReturn:
         path = checkpoints.checkpoint_path(run.folder / "checkpoints", step)
         log.warning("%s: saved %s; run the same command to resume after step %d", run.folder.name, path, step)
     raise KeyboardInterrupt
-
-
-def combined_seed(*parts: int) -> int:
-    """A seed that depends on each of ``parts``."""
-    seed = 0
-    for part in parts:
-        seed = (seed * 1_000_003 + part + 1) % 2**63
-    return seed

@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from llavactl.training.sharding import distributed_like, gathered
+from llavactl.training.sharding import distributed_like
 
 if TYPE_CHECKING:
     from llavactl.training.trainable import UntrainedState
@@ -39,13 +39,6 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
 _UNTRAINED_PREFIX = "untrained.connector."
 _MASTER_PREFIX = "master."
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-
-
-class Update(NamedTuple):
-    """The highest learning rate of an optimizer step, and the norm of the gradient of all weights before clipping."""
-
-    learning_rate: float
-    grad_norm: float
 
 
 class Optimizer:
@@ -119,17 +112,22 @@ class Optimizer:
             master.grad += parameter.grad.to(master.device)
             parameter.grad = None
 
-    def step(self, fraction: float, max_norm: float | None = None) -> Update:
-        """Updates the weights with ``fraction`` of the peak learning rates.
+    def grad_norm(self) -> torch.Tensor:
+        """The norm of the gradient of all weights, a scalar; sharded if the weights are."""
+        return nn.utils.get_total_norm(self.gradients())
 
-        With ``max_norm`` the global gradient norm is clipped.
+    def step(self, fraction: float, max_norm: float | None = None, norm: torch.Tensor | None = None) -> float:
+        """Updates the weights with ``fraction`` of the peak learning rates; returns the highest rate used.
+
+        With ``max_norm`` the gradient is clipped. ``norm`` is the result of ``grad_norm``, if it was called.
         """
         groups = [group for algorithm in self.algorithms for group in algorithm.param_groups]
         for group in groups:
             group["lr"] = group["peak"] * fraction
         # Weights without a gradient in this step get a zero gradient, on one process as on several.
-        norm = nn.utils.get_total_norm(self.gradients())
+        self.gradients()
         if max_norm is not None:
+            norm = self.grad_norm() if norm is None else norm
             nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
         # One thread per Muon instance: matrix products of a model with 135M weights don't scale to two threads.
         if self.thread_pool is None:
@@ -143,7 +141,7 @@ class Optimizer:
             # Set to zero, not freed: allocating new memory in every step costs more than clearing it.
             algorithm.zero_grad(set_to_none=False)
         self._copy_masters()
-        return Update(max(group["lr"] for group in groups), float(gathered(norm)))
+        return max(group["lr"] for group in groups)
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:

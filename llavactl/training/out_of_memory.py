@@ -12,10 +12,13 @@ from llavactl.core.library_errors import out_of_memory, reason
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
     from llavactl.recipe.stages import AnyStage
+    from llavactl.training.placement import Placement
 
 
 @contextmanager
-def out_of_memory_named(section: str, settings: AnyStage, phase: str, batch: Batch | None = None) -> Iterator[None]:
+def out_of_memory_named(
+    section: str, settings: AnyStage, placement: Placement, phase: str, batch: Batch | None = None
+) -> Iterator[None]:
     """Converts an out-of-memory error in this context to one that names ``section``, ``phase`` and ``batch``, and as a
     hint the settings to change.
 
@@ -30,7 +33,9 @@ def out_of_memory_named(section: str, settings: AnyStage, phase: str, batch: Bat
         if not out_of_memory(error):
             raise
         where = f"{section}, {phase}" if batch is None else f"{section}, {phase}, {_description(batch)}"
-        changes = _for_weights(section, settings) if batch is None else _for_micro_batch(section, settings, batch)
+        changes = _for_weights(section, settings, placement)
+        if batch is not None:
+            changes = _for_micro_batch(section, settings, batch) or [*changes, _shorter_samples(section, batch)]
         raise RecipeError(
             f"{where}: out of memory: {reason(error)}",
             hint=f"use less memory with {', or '.join(changes)}",
@@ -58,7 +63,7 @@ def _lengths(batch: Batch) -> list[int]:
 
 
 def _for_micro_batch(section: str, settings: AnyStage, batch: Batch) -> list[str]:
-    """Ways to need less memory for ``batch``, if possible without changing the result."""
+    """Ways to need less memory for ``batch`` without changing the result."""
     changes = []
     samples, tokens = len(batch.names), batch.mask.numel()
     if samples > 1 and settings.micro_batch_tokens:
@@ -68,13 +73,22 @@ def _for_micro_batch(section: str, settings: AnyStage, batch: Batch) -> list[str
         changes.append(f"`-o {section}.micro_batch_size={size}`")
     if not settings.gradient_checkpointing:
         changes.append(f"`-o {section}.gradient_checkpointing=true`")
-    return changes or [*_for_weights(section, settings), f"`-o {section}.max_length={max(_lengths(batch)) // 2}`"]
+    return changes
 
 
-def _for_weights(section: str, settings: AnyStage) -> list[str]:
-    """Ways to need less memory for weights, gradients and optimizer state."""
-    if settings.method == "qlora":
-        return ["`-o optimizer_state=host`", f"a smaller `{section}.lora.r`"]
-    several = "several processes and `-o sharding=full`"
-    smaller = {"full": "lora", "lora": "qlora"}.get(settings.method)
-    return [several, *(["`-o optimizer_state=host`", f"`-o {section}.method={smaller}`"] if smaller else [])]
+def _for_weights(section: str, settings: AnyStage, placement: Placement) -> list[str]:
+    """Ways to need less memory for weights, gradients and optimizer state; those that change the result come last."""
+    method, changes = settings.method, []
+    if method != "qlora":
+        changes.append("more processes" if placement.sharded else "several processes and `-o sharding=full`")
+    if method != "connector" and placement.optimizer_state == "device":
+        changes.append("`-o optimizer_state=host`")
+    if smaller := {"full": "lora", "lora": "qlora"}.get(method):
+        changes.append(f"`-o {section}.method={smaller}`")
+    if method == "qlora":
+        changes.append(f"a smaller `{section}.lora.r`")
+    return changes
+
+
+def _shorter_samples(section: str, batch: Batch) -> str:
+    return f"`-o {section}.max_length={max(_lengths(batch), default=2) // 2}`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,9 @@ class TrainReport:
     fraction of computed positions that are padding. ``prefix_sharing``: the fraction of tokens that were not computed
     because they belong to a prefix shared with another conversation. ``model_step``: the step whose weights the model
     has (with ``restore_best`` that of the best checkpoint); ``val_loss``: its validation loss. ``model_sha256``: a hash
-    of all files of the model. ``finished_before``: the stage was finished already, and nothing was trained.
+    of all files of the model. ``restore_best`` is the setting. ``mfu``: the mean model FLOPs utilization of the steps
+    trained by this command, None without a formula for the model; ``peak``: what it is relative to, per device.
+    ``finished_before``: the stage was finished already, and nothing was trained.
     """
 
     stage: int
@@ -47,7 +49,7 @@ class TrainReport:
     validation_samples: int
     skipped_samples: int
     trainable_parameters: int
-    loss: float
+    loss: float | None
     val_loss: float | None
     tokens: int
     seconds: float
@@ -56,13 +58,15 @@ class TrainReport:
     padding: float
     prefix_sharing: float
     digest: str
-    restore_best: bool
+    restore_best: bool | str
     model_step: int
     model_sha256: str
+    mfu: float | None = None
+    peak: str = ""
     finished_before: bool = False
 
 
-def finished_report(folder: Path, digest: str, restore_best: bool) -> TrainReport | None:
+def finished_report(folder: Path, digest: str, restore_best: bool | str) -> TrainReport | None:
     """The report of the finished stage in ``folder``.
 
     None if digest or ``restore_best`` differ, or if a file of the model is missing or damaged.
@@ -89,22 +93,26 @@ def _known_fields(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult, seconds: float) -> TrainReport:
-    """The report of a stage that was just trained and saved."""
+    """The report of a stage that was just trained and saved.
+
+    The losses are None if metrics.jsonl was removed during training: the model is finished without it.
+    """
     lines = read_metrics(run.folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     validation_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    tokens = sum(line["tokens"] for line in steps if line["step"] > result.resumed_from)
+    trained = [line for line in steps if line["step"] > result.resumed_from]
+    tokens = sum(line["tokens"] for line in trained)
     counts = run.token_counts
     return TrainReport(
         stage=stage,
         model=str(run.folder / "model"),
-        steps=steps[-1]["step"],
+        steps=result.steps,
         resumed_from=result.resumed_from,
         samples=len(data.train),
         validation_samples=len(data.validation),
         skipped_samples=len(data.skipped),
         trainable_parameters=sum(master.numel() for master in run.optimizer.masters.values()),
-        loss=steps[-1]["loss"],
+        loss=steps[-1]["loss"] if steps else None,
         val_loss=validation_losses.get(result.model_step),
         tokens=tokens,
         seconds=round(seconds, 3),
@@ -115,5 +123,14 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
         digest=run.digest,
         restore_best=run.settings.restore_best,
         model_step=result.model_step,
-        model_sha256=hash_folder(run.folder / "model") if run.accelerator.is_main_process else "",
+        model_sha256=hash_folder(run.folder / "model"),
+        mfu=_mean_mfu(trained),
+        peak=str(result.peak),
     )
+
+
+def _mean_mfu(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """The MFU of all steps in ``lines``; a step without the field, from an earlier version, is left out."""
+    known = [line for line in lines if "mfu" in line]
+    seconds = sum(line["seconds"] for line in known)
+    return round(sum(line["mfu"] * line["seconds"] for line in known) / seconds, 4) if seconds else None

@@ -36,6 +36,13 @@ Observer = Callable[[str, Mapping[str, Any]], None]
 """A function that is called with the name of a hook and its arguments."""
 
 
+Evaluate = Callable[["Run", int, Callable[[], bool]], Mapping[str, float] | None]
+"""A function that evaluates the model after a step (from 1); all processes call it together.
+
+It returns the scores by name, or None once the function in its last argument returns True: a signal was received.
+"""
+
+
 @dataclass
 class TokenCounts:
     """Counts for the batches of this process.
@@ -76,6 +83,7 @@ class Run:
     padding_reason: str
     accelerator: Accelerator
     notify: Observer
+    evaluate: Evaluate | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.chat.assistant import Assistant
@@ -28,14 +29,14 @@ class AnsweredSample:
 
 
 def answer_samples(
-    image_order: ImageOrder, max_new_tokens: int, bundle: ModelBundle, data: DataSplit
+    image_order: ImageOrder, max_new_tokens: int, bundle: ModelBundle, data: DataSplit, count: int = COUNT
 ) -> list[AnsweredSample]:
-    """Answers the first question of up to ``COUNT`` validation samples, or training samples if there are none."""
+    """Answers the first question of up to ``count`` validation samples, or training samples if there are none."""
     bundle.model.eval()
     assistant = Assistant(bundle.model, data.train.encoding, data.train.features, image_order)
     max_new_tokens = min(MAX_NEW_TOKENS, max_new_tokens)
     answered = []
-    for sample in (data.validation if len(data.validation) else data.train).samples[:COUNT]:
+    for sample in (data.validation if len(data.validation) else data.train).samples[:count]:
         first_answer = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
         question = sample.turns[:first_answer]
         (answer,) = assistant.answer([question], Sampling(max_new_tokens=max_new_tokens))
@@ -43,3 +44,15 @@ def answer_samples(
             answer += " …"  # truncated
         answered.append(AnsweredSample(question, sample.turns[first_answer].text, answer))
     return answered
+
+
+def answers_file(folder: Path, step: int) -> Path:
+    """The file, in the folder of a stage, with the sample answers after ``step`` of training."""
+    return folder / "samples" / f"step-{step:08d}.json"
+
+
+def remove_later_answers(folder: Path, step: int) -> None:
+    """Removes the sample answers of an earlier run after later steps than ``step``."""
+    for file in (folder / "samples").glob("step-*.json"):
+        if file > answers_file(folder, step):
+            file.unlink(missing_ok=True)

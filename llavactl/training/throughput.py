@@ -85,8 +85,8 @@ class Work:
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Work:
-        """The work of ``batches``."""
-        parts = [astuple(_work(batch)) for batch in batches]
+        """The work of ``batches``; those without samples only equalize the number of forward passes."""
+        parts = [astuple(_work(batch)) for batch in batches if batch.names]
         return cls(*map(sum, zip(*parts, strict=True))) if parts else cls()
 
 
@@ -170,6 +170,9 @@ class Peak:
 
     flops_per_s: float
     source: str
+
+    def __str__(self) -> str:
+        return f"{self.flops_per_s / 1e12:,.4g} TFLOP/s ({self.source})"
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:

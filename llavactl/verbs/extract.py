@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llavactl.core import plugins
 from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.hashes import read_only_cache
-from llavactl.data.records import distinct_images
+from llavactl.data.tables import distinct_images
 from llavactl.features.device import default_device, device_of
 from llavactl.features.disk import check_free_space, free_bytes
 from llavactl.features.fill import ExtractionJob, FillResult, estimated_seconds, fill_stores, load_jobs

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llavactl.core import plugins
-from llavactl.core.errors import DataError, LlavactlError, ModelError, RecipeError
+from llavactl.core.errors import DataError, ModelError, RecipeError
+from llavactl.core.identity import component_identity
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
@@ -24,20 +24,23 @@ from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
 from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
+from llavactl.report.optional import optional_output
 from llavactl.report.page import write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import launch
-from llavactl.training.collective import lost_processes_reported
+from llavactl.training.collective import lost_processes_reported, on_main
 from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_model
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
-from llavactl.training.placement import requested_placement
+from llavactl.training.placement import Placement, requested_placement
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
+from llavactl.training.trackers import check_trackers, recording
+from llavactl.verbs.evaluate_every import periodic_evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +50,8 @@ if TYPE_CHECKING:
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import AnyStage, StageNumber, TrainingStage
+    from llavactl.training.loop import TrainingResult
     from llavactl.training.run import Run
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -78,6 +80,7 @@ def _train(
     stage, settings = training_stage.number, training_stage.settings
     folder = recipe.run_dir / f"stage{stage}"
     _check_requirements(training_stage)
+    check_trackers(recipe.trackers)
     features = open_features(recipe, stage, device=str(accelerator.device))
     init_folder = initial_folder(recipe, stage)
     with _loading_model(stage, settings, accelerator.device):
@@ -89,12 +92,14 @@ def _train(
     if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
         return report
     _check_restore_best(training_stage, data)
+    evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
     placement = requested_placement(recipe, stage, accelerator.num_processes)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    with _loading_model(stage, settings, accelerator.device):
+    with _loading_model(stage, settings, accelerator.device, placement):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
+    run = replace(run, evaluate=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
     main = accelerator.is_main_process
     with _exclusive_access(recipe, stage, folder) if main else nullcontext():
@@ -105,8 +110,10 @@ def _train(
         return _train_and_save(recipe, run, bundle, data, description)
 
 
-def _loading_model(stage: StageNumber, settings: AnyStage, device: torch.device) -> AbstractContextManager[None]:
-    return out_of_memory_named(STAGES[stage], settings, f"loading the model on {device}")
+def _loading_model(
+    stage: StageNumber, settings: AnyStage, device: torch.device, placement: Placement | None = None
+) -> AbstractContextManager[None]:
+    return out_of_memory_named(STAGES[stage], settings, placement or Placement(), f"loading the model on {device}")
 
 
 def _check_requirements(stage: TrainingStage) -> None:
@@ -131,7 +138,14 @@ def _load_data(
     template = registry().create("templates", stage.template)
     encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
     data = load_split(
-        stage.sources, settings, encoding, features, features.contents, recipe.seed, max_skipped=max_skipped
+        stage.sources,
+        settings,
+        encoding,
+        features,
+        features.contents,
+        recipe.seed,
+        template=component_identity("templates", stage.template),
+        max_skipped=max_skipped,
     )
     if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
@@ -142,7 +156,7 @@ def _load_data(
 
 
 def _check_restore_best(stage: TrainingStage, data: DataSplit) -> None:
-    if stage.settings.restore_best and not len(data.validation):
+    if stage.settings.restore_best is True and not len(data.validation):
         raise RecipeError(
             f"stage{stage.number}.restore_best needs validation samples, but none are held out"
             + (f" ({data.held_out})" if data.held_out else ""),
@@ -156,32 +170,54 @@ def _train_and_save(
     main, stage = run.accelerator.is_main_process, description["stage"]
     trial_save(run, bundle, description)
     began = time.perf_counter()
-    result = run_loop(run)
+    with _recorded(recipe, run) as recorded:
+        result = run_loop(recorded)
     seconds = time.perf_counter() - began
     save_model(run, run.folder / "model", bundle, description)
-    report = create_report(stage, run, data, result, seconds)
-    if main:
-        write_json(run.folder / REPORT, asdict(report))
-    with _warn_on_error(run.folder / "samples.json"):
+    # From here on the stage is finished: whatever follows is optional.
+    report = on_main(lambda: _write_stage_report(stage, run, data, result, seconds))
+    with optional_output(run.folder / "samples.json"):
         _write_sample_answers(recipe, run, bundle, data)
     if main:
-        with _warn_on_error(run.folder / "loss.png"):
+        with optional_output(run.folder / "loss.png"):
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
-        with _warn_on_error(recipe.run_dir / "report.html"):
+        with optional_output(recipe.run_dir / "report.html"):
             write_report(recipe.run_dir)
-        plugins.notify("train_finished", report=asdict(report))
     run.accelerator.wait_for_everyone()
+    if main:
+        plugins.notify("train_finished", report=asdict(report))
     return report
 
 
 @contextmanager
-def _warn_on_error(file: Path) -> Iterator[None]:
-    """Logs an exception as a warning; for optional outputs, written after the model is saved."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - a missing plot must not fail a stage after hours of training
-        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
-        log.warning("%s could not be written (%s); the model is saved", file, reason)
+def _recorded(recipe: Recipe, run: Run) -> Iterator[Run]:
+    """``run`` with the recipe's trackers, which record its metrics in the main process."""
+
+    with ExitStack() as stack:
+        recorders = []
+
+        def start() -> None:
+            folder = recipe.run_dir / "trackers"
+            recorders.append(
+                stack.enter_context(recording(recipe.trackers, recipe.name, run.folder.name, folder, run.digest))
+            )
+
+        def notify(hook: str, arguments: Mapping[str, Any]) -> None:
+            run.notify(hook, arguments)
+            if hook == "train_logged":
+                for record in recorders:
+                    record(arguments["line"])
+
+        on_main(start)
+        yield replace(run, notify=notify)
+
+
+def _write_stage_report(
+    stage: StageNumber, run: Run, data: DataSplit, result: TrainingResult, seconds: float
+) -> TrainReport:
+    report = create_report(stage, run, data, result, seconds)
+    write_json(run.folder / REPORT, asdict(report))
+    return report
 
 
 def _write_sample_answers(recipe: Recipe, run: Run, bundle: ModelBundle, data: DataSplit) -> None:

@@ -11,6 +11,7 @@ import pytest
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageContents, Sample
 from llavactl.data.encode import Encoding
+from llavactl.data.sample_table import SampleTable
 from llavactl.data.split import DataSplit, load_split
 from llavactl.recipe.specs import SourceSpec
 from llavactl.recipe.stages import Stage
@@ -34,7 +35,7 @@ def load_samples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> LoadSamples
         split_turns: bool = False,
         **stage: Any,
     ) -> DataSplit:
-        monkeypatch.setattr("llavactl.data.split.samples", lambda specs: iter(samples))
+        monkeypatch.setattr("llavactl.data.split.sample_table", lambda spec: SampleTable.of(samples))
         settings = Stage(**{"validation": 0.0, "image_order": "random", **stage})
         template = registry().create("templates", {"name": "vicuna-v1"})
         encoding = Encoding(template, tokenizer, 4, settings.max_length)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch, Encoded, FeatureShape, ImageRef
-from llavactl.data.batches import collate, pack
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
-from llavactl.images.image_file import ImageFile
+from llavactl.core.schema import Batch, FeatureShape
 from llavactl.model.build import build
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import to_device
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention
 
-SHAPE = FeatureShape((4, 4), 32)
 HEADS = [(32, 32, 128), (32, 8, 128), (14, 2, 64), (9, 3, 64), (16, 8, 256)]
 
 
@@ -34,32 +28,6 @@ def test_the_check_before_training_finds_no_fault(
     assert packed_attention_fault(SimpleNamespace(config=config), dtype, device) == ""  # type: ignore[arg-type]
 
 
-class FeaturesFromName:
-    """Random features that depend only on the image's name."""
-
-    def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
-        rng = np.random.default_rng(sum(image.name.encode()))
-        return (rng.standard_normal((SHAPE.patches, SHAPE.width)).astype(np.float16),)
-
-
-def samples() -> list[Encoded]:
-    """Samples of different lengths: five about one image, three about others, one without an image."""
-    rng = np.random.default_rng(0)
-    encoded = []
-    for index, length in enumerate([150, 3, 40, 1, 25, 60, 9, 33, 20]):
-        images = () if index == 8 else (ImageFile("/photos", f"{min(index // 5 * index, 8)}.jpg"),)
-        prefix = [1, *[IMAGE_TOKEN] * SHAPE.patches] if images else [1]
-        text = [int(token) for token in rng.integers(5, 300, length + 1)]
-        labels = [*[IGNORE] * (len(prefix) + 1), *text[1:]]
-        encoded.append(Encoded((*prefix, *text), tuple(labels), images))
-    return encoded
-
-
-def packed_batch(items: Sequence[Encoded]) -> Batch:
-    groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
-    return pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], FeaturesFromName())
-
-
 def loss_and_gradients(model: LlavaModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     loss = model(to_device(batch, model.device))
     loss.backward()
@@ -69,23 +37,27 @@ def loss_and_gradients(model: LlavaModel, batch: Batch) -> tuple[float, dict[str
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_loss_and_gradients_of_a_packed_batch(
-    toy: Path, device: torch.device, dtype: str, tolerance: float, checkpointing: bool
+    toy: Path,
+    device: torch.device,
+    shape: FeatureShape,
+    padded_batch: Batch,
+    packed_batch: Batch,
+    dtype: str,
+    tolerance: float,
+    checkpointing: bool,
 ) -> None:
     """With a shared prefix; the reference is padded, in float32 on the CPU."""
     language = {"name": "hf", "model": str(toy / "language")}
     reference, model = (
-        build({"name": "mlp2x-gelu"}, language, SHAPE, dtype=name).model.train() for name in ("float32", dtype)
+        build({"name": "mlp2x-gelu"}, language, shape, dtype=name).model.train() for name in ("float32", dtype)
     )
     model.to(device)
-    items = samples()
-    expected_loss, expected = loss_and_gradients(reference, collate(items, FeaturesFromName()))
+    expected_loss, expected = loss_and_gradients(reference, padded_batch)
     if checkpointing:
         enable = getattr(model.language, "activation_checkpointing_enable", None)
         (enable or model.language.gradient_checkpointing_enable)({"use_reentrant": False})
-    batch = packed_batch(items)
-    assert sum(span.after is not None for span in batch.spans) == 5
     with packed_attention(model.language):
-        loss, gradients = loss_and_gradients(model, batch)
+        loss, gradients = loss_and_gradients(model, packed_batch)
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():

@@ -59,7 +59,7 @@ def one_step(model: LlavaModel, stage: Stage2) -> tuple[list[str], dict[str, tor
     torch.manual_seed(0)
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.randn_like(parameter)
-    assert optimizer.step(1.0).learning_rate == RATE
+    assert optimizer.step(1.0) == RATE
     return matrices, {name: p.detach() - initial[name] for name, p in optimizer.parameters.items()}
 
 
@@ -138,7 +138,8 @@ def test_max_grad_norm_clips_like_torch(model: LlavaModel) -> None:
         optimizer.algorithms[0].register_step_pre_hook(
             lambda adamw, *_, gradients=gradients: gradients.append(adamw.param_groups[0]["params"][0].grad.clone())
         )
-        assert optimizer.step(1.0, limit).grad_norm == pytest.approx(norm)
+        assert float(optimizer.grad_norm()) == pytest.approx(norm)
+        optimizer.step(1.0, limit)
         assert torch.allclose(gradients[0].max(), expected.max())
         largest.append(gradients[0].max())
     assert largest[0] > largest[1]

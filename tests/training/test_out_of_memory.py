@@ -16,13 +16,19 @@ from llavactl.recipe.stages import Stage1, Stage2
 from llavactl.testing import run_cli
 from llavactl.training.optimizer import Optimizer
 from llavactl.training.out_of_memory import out_of_memory_named
+from llavactl.training.placement import Placement
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
 
 
-def message(settings: Any, batch: Batch | None, error: BaseException = CUDA) -> RecipeError:
-    with pytest.raises(RecipeError) as caught, out_of_memory_named("stage2", settings, "step 3", batch):
+def message(
+    settings: Any, batch: Batch | None, error: BaseException = CUDA, placement: Placement | None = None
+) -> RecipeError:
+    with (
+        pytest.raises(RecipeError) as caught,
+        out_of_memory_named("stage2", settings, placement or Placement(), "step 3", batch),
+    ):
         raise error
     assert caught.value.__cause__ is error
     return caught.value
@@ -72,13 +78,23 @@ def test_weights_that_do_not_fit() -> None:
     assert "sharding=full" in message(Stage1(), None).hint
 
 
+def test_settings_that_are_in_use_are_not_suggested() -> None:
+    hint = message(Stage2(), None, placement=Placement(sharded=True, optimizer_state="host")).hint
+    assert "sharding=full" not in hint
+    assert "optimizer_state=host" not in hint
+    assert "more processes" in hint
+
+
 @pytest.mark.parametrize("error", [CUDA, HOST, MemoryError(), RuntimeError("CUDA error: out of memory")], ids=str)
 def test_all_kinds_of_memory(error: BaseException) -> None:
     assert "4 samples" in message(Stage2(), padded(*[4] * 4), error).message
 
 
 def test_other_errors_are_unchanged() -> None:
-    with pytest.raises(RuntimeError, match="shape"), out_of_memory_named("stage2", Stage2(), "step 1", None):
+    with (
+        pytest.raises(RuntimeError, match="shape"),
+        out_of_memory_named("stage2", Stage2(), Placement(), "step 1", None),
+    ):
         raise RuntimeError("shape mismatch")
 
 

@@ -21,10 +21,11 @@ from llavactl.components.sources.llava_record import (
 )
 from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
+from llavactl.core.hashes import hash_file
 from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Finding, RawRecord
 from llavactl.core.registry import Options
-from llavactl.core.schema import ImageRef, Sample, Turn
+from llavactl.core.schema import ImageRef, Json, Sample, Turn
 from llavactl.files.json_stream import read_stream
 from llavactl.files.records import IMAGE_KEYS, given_id, image_names
 from llavactl.images.references import ImageRoot, check_image_root, image_in
@@ -70,6 +71,10 @@ class LlavaJson:
                     f"{record.where}: {record.problem}", hint="`llavactl data check` lists all problems at once"
                 )
             yield self.sample(record)
+
+    def identity(self) -> Mapping[str, Json]:
+        """A hash of the records; paths of files and images are options."""
+        return {"records": hash_file(self.path), "images": self.root.root}
 
     def check(self) -> None:
         """Raises DataError if the file or the images' location doesn't exist."""

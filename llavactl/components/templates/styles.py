@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llavactl.core.errors import ModelError
 from llavactl.core.schema import Content, ImageSlot, Segment, Text, Turn
@@ -106,7 +106,7 @@ class StyledTemplate:
         style = self.style
         self._check_tokens(tokenizer)
         system = next((turn.text for turn in turns if turn.role == "system"), style.system)
-        values = {"system": system, **_special_tokens(tokenizer)}
+        values = _Values(system, *_special_tokens(tokenizer))
         opening = style.opening
         if not system and style.opening_without_system is not None:
             opening = style.opening_without_system
@@ -122,7 +122,7 @@ class StyledTemplate:
         return [*segments, *_segments(style.generation_prompt if generate else style.closing, values)]
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        return (self.style.stop.format(**_special_tokens(tokenizer)),)
+        return (self.style.stop.format(**_Values("", *_special_tokens(tokenizer))._asdict()),)
 
     def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         unknown = (None, tokenizer.unk_token_id)
@@ -134,25 +134,43 @@ class StyledTemplate:
             )
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    return {"bos": str(tokenizer.bos_token or ""), "eos": str(tokenizer.eos_token)}
+class _Values(NamedTuple):
+    """The values of the names in patterns."""
+
+    system: str
+    bos: str
+    eos: str
 
 
-def _segments(pattern: str, values: Mapping[str, str], content: Sequence[Content] = ()) -> Iterator[Segment]:
-    """``pattern`` as segments; it is split before ``values`` are inserted, so markers in them are plain text."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    return str(tokenizer.bos_token or ""), str(tokenizer.eos_token)
+
+
+def _segments(pattern: str, values: _Values, content: Sequence[Content] = ()) -> Iterator[Segment]:
+    """``pattern`` with ``values`` and ``content`` as segments."""
+    for part in _filled(pattern, values):
+        if isinstance(part, Text):
+            yield part
+        else:
+            yield from (Text(item, part) if isinstance(item, str) else ImageSlot() for item in content)
+
+
+@lru_cache(maxsize=64)
+def _filled(pattern: str, values: _Values) -> Sequence[Text | bool]:
+    """The texts of ``pattern``; in place of the content, whether it is a target.
+
+    The pattern is split before ``values`` are inserted, so markers in them are plain text.
+    """
+    filled: list[Text | bool] = []
     trained = False
-    for part in _parts(pattern):
+    for part in _MARKERS.split(pattern):
         if part in ("«", "»"):
             trained = part == "«"
         elif part == "{content}":
-            yield from (Text(item, trained) if isinstance(item, str) else ImageSlot() for item in content)
+            filled.append(trained)
         elif part:
-            yield Text(part.format(**values), trained)
-
-
-@cache
-def _parts(pattern: str) -> Sequence[str]:
-    return _MARKERS.split(pattern)
+            filled.append(Text(part.format(**values._asdict()), trained))
+    return filled
 
 
 def _template(name: str, options: Any) -> StyledTemplate:

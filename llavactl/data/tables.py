@@ -1,0 +1,99 @@
+"""The samples of a recipe's sources as tables, cached by the content of the files that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core import progress
+from llavactl.core.hashes import hash_json
+from llavactl.core.registry import registry
+from llavactl.data import array_cache
+from llavactl.data.records import samples
+from llavactl.data.sample_table import SampleTable
+from llavactl.data.table_view import TableView
+
+if TYPE_CHECKING:
+    from llavactl.core.schema import ImageRef, Sample
+    from llavactl.recipe.specs import SourceSpec
+
+_KIND = "samples"
+_FORMAT = 1
+"""The version of a table's layout; part of the cache key."""
+
+_BAR_STEP = 1000
+
+MIN_BYTES = 8 << 20
+"""The size of a file of records that is cached; a smaller one is read in a second."""
+
+
+def sample_table(spec: SourceSpec) -> SampleTable:
+    """The samples of ``spec``, each once; read from the cache if none of the source's files has changed.
+
+    A source is cached if it has ``identity()`` (see ``Source``) and refers to images by path. Processes that start
+    together read its records once: the first one reads, the others wait for the cached table.
+
+    Raises:
+        DataError: a source's file or record can't be used.
+        PluginError: the source yields something other than samples.
+    """
+    source = registry().create("sources", spec.spec())
+    if not hasattr(source, "identity") or _is_small(source):
+        return _read(spec)
+    if hasattr(source, "check"):
+        source.check()  # as the source itself would before its first record
+    key = _key(spec, source)
+    if (table := _cached(key)) is not None:
+        return table
+    with array_cache.computing(_KIND, key):
+        if (table := _cached(key)) is not None:
+            return table
+        table = _read(spec)
+        if table.arrays is None or _key(spec, source) != key:  # a file that was changed while it was read
+            return table
+        array_cache.save(_KIND, key, table.arrays)
+        return _cached(key) or table  # the mapped table needs no memory of this process
+
+
+def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
+    """The distinct images of all samples, in order of first use. Raises the same errors as ``sample_table``."""
+    return list(TableView.of([sample_table(spec) for spec in specs]).images)
+
+
+def _cached(key: str) -> SampleTable | None:
+    arrays = array_cache.load(_KIND, key)
+    return None if arrays is None else SampleTable(arrays)
+
+
+def _is_small(source: Any) -> bool:
+    path = getattr(source, "path", None)
+    return isinstance(path, Path) and (not path.is_file() or path.stat().st_size < MIN_BYTES)
+
+
+def _key(spec: SourceSpec, source: Any) -> str:
+    """A hash of everything that the samples of ``spec`` depend on."""
+    options: Any = registry().options("sources", spec.spec())
+    return hash_json(
+        {
+            "format": _FORMAT,
+            "source": spec.name,
+            "version": registry().get("sources", spec.name).version,
+            "options": options.model_dump(mode="json"),
+            "identity": source.identity(),
+            "split_turns": spec.split_turns,
+        }
+    )
+
+
+def _read(spec: SourceSpec) -> SampleTable:
+    with progress.bar(0, f"reading {spec.name}", "record") as bar:
+        return SampleTable.of(_counted(samples([spec]), bar))
+
+
+def _counted(items: Iterable[Sample], bar: progress.Bar) -> Iterator[Sample]:
+    """``items``, counted by ``bar``."""
+    for count, item in enumerate(items, 1):
+        yield item
+        if count % _BAR_STEP == 0:
+            bar.advance(_BAR_STEP)

@@ -1,0 +1,311 @@
+"""The lengths of all samples of a data set in tokens, computed by all cores and cached by content.
+
+Training packs one global batch at a time and needs no lengths in advance. They make predictions exact: the number of
+tokens, the padding, and the largest micro-batch of a run are known before its first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llavactl.components.languages.image_token import image_token
+from llavactl.core import progress
+from llavactl.core.errors import ConversationError
+from llavactl.core.hashes import hash_json
+from llavactl.core.schema import Text, Turn
+from llavactl.data import array_cache
+from llavactl.data.image_order import ImageOrder, arrangements
+from llavactl.data.packing import prefix_length
+from llavactl.data.sample_set import no_targets
+from llavactl.data.token_counts import TokenCounter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llavactl.data.encode import Encoding, Rendered, TokenSpan
+    from llavactl.data.sample_table import SampleTable
+
+log = logging.getLogger(__name__)
+
+_KIND = "token-lengths"
+_FORMAT = 1
+"""The version of the cached arrays; part of the cache key."""
+
+MIN_CACHED = 5_000
+"""Samples; fewer are counted in less than a second."""
+
+_CHUNK = 2_000
+"""Samples per task of a process."""
+
+_CHECKED = 500
+"""One in this many samples is tokenized completely, to verify the counts."""
+
+
+@dataclass(frozen=True)
+class TokenLengths:
+    """The lengths of N samples, for each of A orders of their images (A = 2 for ``image_order: random``, else 1).
+
+    ``tokens`` [A, N]: T after truncation to ``max_length``, as ``len(Encoding.encode(…))``. ``targets`` [A, N]: target
+    tokens among them. ``prefix_tokens`` [A, N]: tokens up to the end of the first image if samples with the same image
+    can share them (none is a target), else 0. ``prefix_texts`` [A, N]: equal for equal text before the first image.
+    ``reasons``: why samples (by index) can't be trained on; their lengths may be 0.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    prefix_tokens: np.ndarray
+    prefix_texts: np.ndarray
+    reasons: Mapping[int, str]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    def select(self, rows: np.ndarray) -> TokenLengths:
+        """The lengths of the samples ``rows`` (indices), in that order."""
+        reasons = {index: self.reasons[row] for index, row in enumerate(rows.tolist()) if row in self.reasons}
+        return _of_arrays({name: array[:, rows] for name, array in _arrays(self).items()}, reasons)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenLengths]) -> TokenLengths:
+        """``parts`` one after another."""
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        reasons = {
+            start + row: reason
+            for start, part in zip(starts, parts, strict=False)
+            for row, reason in part.reasons.items()
+        }
+        arrays = [_arrays(part) for part in parts]
+        return _of_arrays({name: np.concatenate([each[name] for each in arrays], 1) for name in arrays[0]}, reasons)
+
+
+def lengths(
+    table: SampleTable, encoding: Encoding, order: ImageOrder, template: Mapping[str, Any] | None = None
+) -> TokenLengths:
+    """The lengths of all samples of ``table``, encoded with ``encoding`` and ``order``.
+
+    Cached for the content of the samples, the tokenizer, Q, ``max_length``, ``order`` and ``template``, the identity of
+    the encoding's template (``component_identity``). Without it, they are computed every time.
+
+    Raises:
+        ModelError: the template doesn't work with this tokenizer.
+    """
+    if template is None or len(table) < MIN_CACHED:
+        return _computed(table, encoding, order)
+    key = hash_json(
+        {
+            "format": _FORMAT,
+            "samples": table.digest,
+            "template": template,
+            "tokenizer": tokenizer_identity(encoding.tokenizer),
+            "encoding": [encoding.image_tokens, encoding.max_length, order],
+            "versions": [version("llavactl"), version("transformers"), version("tokenizers")],
+        }
+    )
+    if (cached := _cached(key, len(table))) is not None:
+        return cached
+    with array_cache.computing(_KIND, key):
+        if (cached := _cached(key, len(table))) is not None:
+            return cached
+        result = _computed(table, encoding, order)
+        reasons = np.frombuffer(json.dumps(list(result.reasons.items())).encode(), np.uint8)
+        array_cache.save(_KIND, key, {**_arrays(result), "reasons": reasons})
+    return result
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that determines the ids of a text, and of the chat template."""
+    backend: Any = tokenizer
+    return hash_json(
+        [
+            type(tokenizer).__name__,
+            hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest(),
+            dict(tokenizer.special_tokens_map),
+            tokenizer.chat_template,
+            image_token(tokenizer),
+            getattr(tokenizer, "legacy", None),
+            getattr(tokenizer, "split_special_tokens", False),
+        ]
+    )
+
+
+_ARRAYS = ("tokens", "targets", "prefix_tokens", "prefix_texts")
+
+
+def _arrays(lengths: TokenLengths) -> dict[str, np.ndarray]:
+    return {name: getattr(lengths, name) for name in _ARRAYS}
+
+
+def _of_arrays(arrays: Mapping[str, np.ndarray], reasons: Mapping[int, str]) -> TokenLengths:
+    return TokenLengths(**{name: arrays[name] for name in _ARRAYS}, reasons=reasons)
+
+
+def _cached(key: str, samples: int) -> TokenLengths | None:
+    arrays = array_cache.load(_KIND, key)
+    if arrays is None or arrays["tokens"].shape[1] != samples:
+        return None
+    return _of_arrays(arrays, dict(json.loads(arrays["reasons"].tobytes())))
+
+
+class _Size(NamedTuple):
+    """The lengths of one sample, see ``TokenLengths``, without a reason if it can be trained on."""
+
+    tokens: int
+    targets: int
+    prefix_tokens: int
+    prefix_text: int
+    reason: str = ""
+
+
+class _WrongCountError(Exception):
+    """A count differs from the tokenized sample."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Counts the samples of ``table``; a forked process inherits it."""
+
+    table: SampleTable
+    encoding: Encoding
+    order: ImageOrder
+    counter: TokenCounter
+
+    def __call__(self, start: int) -> TokenLengths:
+        """The lengths of the samples from ``start`` to the end of their chunk.
+
+        Raises:
+            _WrongCountError: the counts are wrong.
+        """
+        rows = [self._sizes(row) for row in range(start, min(start + _CHUNK, len(self.table)))]
+        columns = np.array([[size[:4] for size in sizes] for sizes in rows], np.int64)  # [n, A, 4]
+        tokens, targets, prefix_tokens, prefix_texts = columns.transpose(2, 1, 0)
+        reasons = {row: reason for row, sizes in enumerate(rows) if (reason := sizes[0].reason)}
+        tokens, targets, prefix_tokens = (array.astype(np.int32) for array in (tokens, targets, prefix_tokens))
+        return TokenLengths(tokens, targets, prefix_tokens, np.ascontiguousarray(prefix_texts), reasons)
+
+    def _sizes(self, row: int) -> list[_Size]:
+        """The lengths of sample ``row`` in each arrangement; the first has the reason if any has one."""
+        orders = arrangements(self.table[row].turns, self.order)
+        sizes = [_size(turns, self.encoding, self.counter) for turns in orders]
+        if self.counter.by_words and row % _CHECKED == 0 and not sizes[0].reason:
+            for turns, size in zip(orders, sizes, strict=True):
+                encoded = self.encoding.encode(turns)
+                expected = (len(encoded), encoded.target_tokens, prefix_length(encoded, self.encoding.image_tokens))
+                if size[:3] != expected:
+                    raise _WrongCountError(f"sample {self.table.id(row)}: expected {expected}, got {size[:3]}")
+        reason = next((size.reason for size in sizes if size.reason), "")
+        return [sizes[0]._replace(reason=reason), *sizes[1:]]
+
+
+def _computed(table: SampleTable, encoding: Encoding, order: ImageOrder) -> TokenLengths:
+    job = _Job(table, encoding, order, TokenCounter(encoding.tokenizer))
+    try:
+        return _all_lengths(job)
+    except _WrongCountError as error:
+        log.info("tokens can't be counted by words (%s); every sample is tokenized", error)
+        return _all_lengths(replace(job, counter=TokenCounter(encoding.tokenizer, by_words=False)))
+
+
+def _all_lengths(job: _Job) -> TokenLengths:
+    if not len(job.table):
+        empty = np.zeros((len(arrangements((), job.order)), 0), np.int32)
+        return TokenLengths(empty, empty, empty, empty.astype(np.int64), {})
+    parts = []
+    with progress.bar(len(job.table), "counting tokens", "sample") as bar:
+        for part in _map(job, range(0, len(job.table), _CHUNK)):
+            parts.append(part)
+            bar.advance(len(part))
+    return TokenLengths.joined(parts)
+
+
+def _map(job: _Job, starts: Sequence[int]) -> Iterator[TokenLengths]:
+    """``job`` of each of ``starts``, in all cores if they are many."""
+    workers = min(len(starts) // 2, _cores())
+    if workers < 2 or sys.platform != "linux":
+        yield from map(job, starts)
+        return
+    # Forked processes inherit the table and the template; a spawned one would import the caller's script. They run no
+    # kernels of torch, whose threads don't survive a fork.
+    global _inherited
+    _inherited = job
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
+            yield from pool.map(_run_inherited, starts)
+    finally:
+        _inherited = None
+
+
+_inherited: _Job | None = None
+"""The job of the forked processes."""
+
+
+def _run_inherited(start: int) -> TokenLengths:
+    assert _inherited is not None
+    return _inherited(start)
+
+
+def _ignore_interrupts() -> None:
+    """Leaves Ctrl-C to the parent, which ends the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _size(turns: Sequence[Turn], encoding: Encoding, counter: TokenCounter) -> _Size:
+    """The lengths of a conversation."""
+    try:
+        rendered = encoding.render(turns)
+    except ConversationError as error:
+        return _Size(0, 0, 0, 0, error.message)
+    spans = None if rendered.separator else list(encoding.token_spans(rendered, counter))
+    tokens = 0 if spans is None else sum(span.tokens for span in spans)
+    if spans is None or (encoding.max_length is not None and tokens > encoding.max_length):
+        encoded = encoding.encode(turns)  # names of special tokens, and truncation, are rare
+        tokens, targets = len(encoded), encoded.target_tokens
+        prefix = prefix_length(encoded, encoding.image_tokens)
+    else:
+        targets = sum(span.tokens for span in spans if span.target)
+        prefix = _prefix_tokens(spans)
+    reason = "" if targets or encoding.has_targets(turns) else no_targets(encoding)
+    return _Size(tokens, targets, prefix, _prefix_text(rendered) if prefix else 0, reason)
+
+
+def _prefix_tokens(spans: Sequence[TokenSpan]) -> int:
+    """The tokens up to the end of the first image; 0 without an image, or if some of them are targets."""
+    tokens = 0
+    for span in spans:
+        tokens += span.tokens
+        if span.target:
+            break
+        if span.image:
+            return tokens
+    return 0
+
+
+def _prefix_text(rendered: Rendered) -> int:
+    """A hash of the text before the first image."""
+    texts = takewhile(lambda segment: isinstance(segment, Text), rendered.segments)
+    return _hash("\0".join(segment.text for segment in texts if isinstance(segment, Text)))
+
+
+@cache
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

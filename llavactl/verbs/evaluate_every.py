@@ -1,0 +1,130 @@
+"""Evaluation during training (``evaluate_every``): scores of tasks, and answers to the questions of fixed samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llavactl.chat.assistant import Assistant
+from llavactl.core.errors import RecipeError
+from llavactl.core.paths import json_text, write_atomic
+from llavactl.core.registry import registry
+from llavactl.core.suggest import suggest
+from llavactl.evaluation.periodic import FixedFeatures, answer, encode_images, periodic_benchmarks, score_names, scores
+from llavactl.features import LiveFeatures
+from llavactl.features.checked_encoder import load_encoder
+from llavactl.model.generate import Sampling
+from llavactl.report.examples import example
+from llavactl.report.optional import optional_output
+from llavactl.teaching.budgeted import ask_function
+from llavactl.training.collective import on_main, together
+from llavactl.training.sample_answers import answer_samples, answers_file
+from llavactl.training.sharding import root_gathered
+
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Ask
+    from llavactl.core.schema import Answer
+    from llavactl.data.split import DataSplit
+    from llavactl.evaluation.scoring import Benchmark
+    from llavactl.features import FeatureReader
+    from llavactl.model.build import ModelBundle
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.stages import EvaluateEvery, TrainingStage
+    from llavactl.training.run import Run
+    from llavactl.training.sample_answers import AnsweredSample
+
+
+@dataclass(frozen=True)
+class PeriodicEvaluation:
+    """Evaluates the model during training; the training loop calls it. See ``training.run.Evaluate``."""
+
+    recipe: Recipe
+    settings: EvaluateEvery
+    benchmarks: Sequence[Benchmark]
+    images: FixedFeatures
+    bundle: ModelBundle
+    data: DataSplit
+
+    def __call__(self, run: Run, step: int, stopped: Callable[[], bool]) -> Mapping[str, float] | None:
+        """The scores; None if a signal was received in any process. The sample answers are written to a file.
+
+        The processes share the questions. If the model is sharded, they share each forward pass instead, so all of them
+        answer the same questions.
+        """
+        accelerator, sharded = run.accelerator, run.placement.sharded
+        part = (0, 1) if sharded else (accelerator.process_index, accelerator.num_processes)
+        encoding = replace(self.data.train.encoding, max_length=None)  # as in `llavactl eval`: prompts aren't truncated
+        model = Assistant(self.bundle.model, encoding, self.images, run.settings.image_order)
+        limits = self.recipe.eval
+        sampling = Sampling(max_new_tokens=limits.max_new_tokens)
+
+        def answer_part() -> tuple[Mapping[str, Mapping[str, Answer]] | None, list[AnsweredSample]]:
+            answers = answer(self.benchmarks, model, limits.batch_size, sampling, part=part, stopped=stopped)
+            wanted = answers is not None and (sharded or accelerator.is_main_process)
+            return answers, self._answered_samples(run) if wanted else []
+
+        with root_gathered(self.bundle.model):
+            parts = together(answer_part)
+        answers = [each for each, _ in parts if each is not None]
+        if len(answers) < len(parts):
+            return None
+        merged = {
+            benchmark.name: {key: value for each in answers for key, value in each[benchmark.name].items()}
+            for benchmark in self.benchmarks
+        }
+        return on_main(lambda: self._finish(run, step, merged, parts[0][1]))
+
+    def _answered_samples(self, run: Run) -> list[AnsweredSample]:
+        image_order, limit = run.settings.image_order, self.recipe.eval.max_new_tokens
+        return answer_samples(image_order, limit, self.bundle, self.data, self.settings.samples)
+
+    def _finish(
+        self, run: Run, step: int, answers: Mapping[str, Mapping[str, Answer]], samples: Sequence[AnsweredSample]
+    ) -> dict[str, float]:
+        """Writes the sample answers; returns the scores."""
+        if samples:
+            file = answers_file(run.folder, step)
+            with optional_output(file):
+                rows = [example(file.parent, each.turns, each.reference, each.answer) for each in samples]
+                write_atomic(file, json_text(rows, indent=2))
+
+        def ask(benchmark: Benchmark) -> Ask | None:
+            journal = run.folder / "judge" / f"{benchmark.name}.replies.sqlite"
+            return ask_function(benchmark.judge, journal) if benchmark.judge else None
+
+        return scores(self.benchmarks, answers, ask)
+
+
+def periodic_evaluation(
+    recipe: Recipe, stage: TrainingStage, features: FeatureReader, bundle: ModelBundle, data: DataSplit, device: str
+) -> PeriodicEvaluation | None:
+    """The evaluation during ``stage``, with the images of its tasks encoded on ``device``; None without one.
+
+    Raises:
+        LlavactlError: a task or its images can't be read, or ``restore_best`` names a score that the task doesn't have.
+    """
+    settings, section = stage.settings.evaluate_every, f"stage{stage.number}.evaluate_every"
+    if settings is None:
+        return None
+    benchmarks = periodic_benchmarks(settings.tasks, section)
+    _check_score(stage, benchmarks)
+    images = FixedFeatures({})
+    if benchmarks:
+        live = isinstance(features, LiveFeatures)
+        images = encode_images(benchmarks, features if live else _live_features(recipe, stage, features, device))
+    return PeriodicEvaluation(recipe, settings, benchmarks, images, bundle, data)
+
+
+def _live_features(recipe: Recipe, stage: TrainingStage, features: FeatureReader, device: str) -> LiveFeatures:
+    vision = registry().create("vision", stage.vision)
+    return LiveFeatures(load_encoder(vision, device, recipe.features.compute), features.fingerprint, device)
+
+
+def _check_score(stage: TrainingStage, benchmarks: Sequence[Benchmark]) -> None:
+    name = stage.settings.restore_best
+    if not isinstance(name, str):
+        return
+    task = next(benchmark for benchmark in benchmarks if benchmark.name == name.partition(".")[0])
+    if (names := score_names(task)) and name not in names:
+        raise RecipeError(f"stage{stage.number}.restore_best: unknown score {name}", hint=suggest(name, names))

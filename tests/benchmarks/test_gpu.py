@@ -1,0 +1,76 @@
+"""The benchmark for GPUs runs on the CPU with tiny models."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llavactl.model.llava import LlavaModel
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module ``benchmarks/gpu.py``."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("benchmark_gpu", BENCHMARKS / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_gpu", module)  # its data classes look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(stages: list[str], minutes: float = 5) -> argparse.Namespace:
+    return argparse.Namespace(smoke=True, rounds=1, minutes=minutes, stages=stages)
+
+
+def test_all_variants_are_measured(gpu: Any) -> None:
+    *_, document = gpu.documents(options(["stage1", "stage2-lora"]))
+    assert document["left_out"] == []
+    assert document["packing"] == {"tiny": ""}
+    assert document["extraction"]["images_per_s"] > 0
+    variants = {(v["stage"], v["layout"], v["gradient_checkpointing"]): v for v in document["training"]}
+    assert len(variants) == len(document["training"]) == 2 * 3 * 2
+    for (stage, layout, checkpointing), variant in variants.items():
+        assert variant["samples"] == gpu.SMOKE.micro_batch[checkpointing]
+        assert variant["tokens"] == variants[stage, "padded", checkpointing]["tokens"], layout
+        assert variant["samples_per_s"] > 0
+        assert variant["mfu"] > 0
+    assert len(gpu.as_text(document).splitlines()) == 2 + len(variants)
+
+
+def test_a_variant_that_does_not_fit_is_reported(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlavaModel.forward
+
+    def limited(self: LlavaModel, batch: Any) -> torch.Tensor:
+        if not batch.spans:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch)
+
+    monkeypatch.setattr(LlavaModel, "forward", limited)
+    *_, document = gpu.documents(options(["stage1"]))
+    failed = {variant["layout"] for variant in document["training"] if variant.get("out_of_memory")}
+    assert failed == {"padded"}
+    assert "out of memory" in gpu.as_text(document)
+
+
+def test_a_kernel_with_a_fault_is_not_measured(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "packed_attention_fault", lambda *_: "it is wrong")
+    *_, document = gpu.documents(options(["stage1"]))
+    assert {variant["layout"] for variant in document["training"]} == {"padded"}
+    assert "it is wrong" in gpu.as_text(document)
+
+
+def test_no_model_begins_after_the_time_limit(gpu: Any) -> None:
+    *_, document = gpu.documents(options(["stage1"], minutes=0))
+    assert document["training"] == []
+    assert len(document["left_out"]) == 1
