@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llavactl.model.llava import LlavaModel
+from llavactl.training.optimizer import Optimizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -36,7 +37,7 @@ def options(stages: list[str], minutes: float = 5) -> argparse.Namespace:
 def test_all_variants_are_measured(gpu: Any) -> None:
     *_, document = gpu.documents(options(["stage1", "stage2-lora"]))
     assert document["left_out"] == []
-    assert document["packing"] == {"tiny": ""}
+    assert document["kernels"]["tiny"]["packing"] == ""
     assert document["extraction"]["images_per_s"] > 0
     variants = {(v["stage"], v["layout"], v["gradient_checkpointing"]): v for v in document["training"]}
     assert len(variants) == len(document["training"]) == 2 * 3 * 2
@@ -45,7 +46,7 @@ def test_all_variants_are_measured(gpu: Any) -> None:
         assert variant["tokens"] == variants[stage, "padded", checkpointing]["tokens"], layout
         assert variant["samples_per_s"] > 0
         assert variant["mfu"] > 0
-    assert len(gpu.as_text(document).splitlines()) == 2 + len(variants)
+    assert len(gpu.as_text(document).splitlines()) == 2 + len(variants) + 1, "liger needs a CUDA device"
 
 
 def test_a_variant_that_does_not_fit_is_reported(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,15 @@ def test_a_variant_that_does_not_fit_is_reported(gpu: Any, monkeypatch: pytest.M
     failed = {variant["layout"] for variant in document["training"] if variant.get("out_of_memory")}
     assert failed == {"padded"}
     assert "out of memory" in gpu.as_text(document)
+
+
+def test_an_optimizer_that_does_not_fit_is_reported(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    *_, document = gpu.documents(options(["stage1"]))
+    assert [variant["out_of_memory"] for variant in document["training"]] == [True] * 6
 
 
 def test_a_kernel_with_a_fault_is_not_measured(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
