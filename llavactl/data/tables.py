@@ -93,7 +93,7 @@ def _key(spec: SourceSpec, source: Any) -> str:
 def _read(spec: SourceSpec, on_chunk: Callable[[SampleTable], object]) -> SampleTable:
     chunks: list[SampleTable] = []
     remaining = samples([spec])
-    with progress.bar(0, f"reading {spec.name}", "record") as bar:
+    with progress.bar(None, f"reading {spec.name}", "record") as bar:
         while len(chunk := SampleTable.of(islice(remaining, CHUNK))):
             chunks.append(chunk)
             on_chunk(chunk)
