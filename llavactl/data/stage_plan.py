@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llavactl.data.batches import collate, pack
-from llavactl.data.image_order import arrangements
 from llavactl.data.micro_batches import similar_lengths
 from llavactl.data.packing import MicroBatchLimits, SampleLength, plan_lengths, sample_length
-from llavactl.data.sample_set import arranged
 from llavactl.data.table_view import TableView
 
 if TYPE_CHECKING:
@@ -101,24 +99,19 @@ class PlannedSamples:
         samples = data.samples
         if isinstance(samples, TableView):
             self._first_images: Sequence[Hashable] = samples.first_images().tolist()
-            self._images: Sequence[int] = samples.image_counts().tolist()
         else:
             self._first_images = [sample.images[0] if sample.images else None for sample in samples]
-            self._images = [len(sample.images) for sample in samples]
 
     def __call__(self, epoch: int, index: int) -> PlannedSample:
         """Sample ``index`` in ``epoch`` (from 0)."""
         data, lengths = self.data, self.data.lengths
         if lengths is None:
             return planned(data.encoded(epoch, index), data.encoding.image_tokens)
-        order = 0
-        if data.image_order == "random":
-            sample = data.samples[index]
-            order = arrangements(sample.turns, "random").index(arranged(sample, "random", data.seed, epoch))
-        prefix_length = lengths.prefix_tokens.item(order, index)
-        prefix = (lengths.prefix_texts.item(order, index), self._first_images[index]) if prefix_length else None
-        length = SampleLength(lengths.tokens.item(order, index), prefix_length, prefix)
-        return PlannedSample(length, lengths.targets.item(order, index), self._images[index])
+        at = data.arrangement(epoch, index), index
+        prefix_length = lengths.prefix_tokens.item(at)
+        prefix = (lengths.prefix_texts.item(at), self._first_images[index]) if prefix_length else None
+        length = SampleLength(lengths.tokens.item(at), prefix_length, prefix)
+        return PlannedSample(length, lengths.targets.item(at), lengths.images.item(at))
 
 
 def planned(item: Encoded, image_tokens: int) -> PlannedSample:
