@@ -49,7 +49,7 @@ from llavactl.components.vision.encoder import VisionEncoder
 from llavactl.core.library_errors import out_of_memory
 from llavactl.core.schema import IGNORE, Batch, FeatureShape
 from llavactl.data.batches import collate, pack
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
+from llavactl.data.packing import MicroBatchLimits, plan_sequences
 from llavactl.features.backbone import Backbone
 from llavactl.model.build import build_connector
 from llavactl.model.cpu.rms_norm import fused_rms_norms
@@ -269,7 +269,7 @@ def micro_batch(layout: str, stage: int, samples: int, scale: Scale, shape: dict
         return collate(items, features, names=names)
     if layout == "shared":
         items = with_shared_images(items, PER_IMAGE[stage])
-    groups = prefix_groups(items, scale.features.patches, MicroBatchLimits(samples))
+    (groups,) = plan_sequences(items, scale.features.patches, MicroBatchLimits(samples))
     return pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], features, names=names)
 
 
