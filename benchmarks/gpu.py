@@ -16,7 +16,8 @@ round that warms up; results are medians.
 ``samples_per_s`` and ``mfu`` are for a step with a global batch of 256 samples in stage 1 and 128 in stage 2:
 micro-batches of ``samples``, and one update. ``mfu`` counts only useful FLOPs (training/throughput.py) and is relative
 to ``matmul_flops_per_s``, the fastest of a few products of random matrices on this device. ``peak_bytes`` is the
-largest memory of tensors while a variant ran. A variant that doesn't fit has ``"out_of_memory": true`` instead.
+largest memory of tensors while a variant ran, ``predicted_bytes`` what ``llavactl train --dry-run`` predicts for it. A
+variant that doesn't fit has ``"out_of_memory": true`` instead.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from llavactl.components.vision.encoder import VisionEncoder
 from llavactl.core.library_errors import out_of_memory
 from llavactl.core.schema import IGNORE, Batch, FeatureShape
 from llavactl.data.batches import collate, pack
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
+from llavactl.data.packing import MicroBatchLimits, plan_sequences
 from llavactl.features.backbone import Backbone
 from llavactl.model.build import build_connector
 from llavactl.model.cpu.rms_norm import fused_rms_norms
@@ -60,6 +61,10 @@ from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention
 from llavactl.recipe.stages import AnyStage, Lora, Stage1, Stage2
 from llavactl.training.optimizer import Optimizer
+from llavactl.training.placement import Placement
+from llavactl.training.prediction.fake import as_fake, fake_tensors
+from llavactl.training.prediction.step import step_memory
+from llavactl.training.prediction.weights import Weights
 from llavactl.training.throughput import TrainingFlops, Work, peak, training_flops
 from llavactl.training.trainable import configure_trainable
 
@@ -243,6 +248,7 @@ def measure_extraction(scale: Scale, clock: Clock, rounds: int, matmul: float) -
 
 
 def random_model(shape: dict[str, Any], features: FeatureShape, device: torch.device) -> LlavaModel:
+    """A model of this ``shape``; without weights on the device ``meta``."""
     torch.manual_seed(0)
     with torch.device(device):
         language = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=DTYPE, attn_implementation="sdpa")
@@ -269,7 +275,7 @@ def micro_batch(layout: str, stage: int, samples: int, scale: Scale, shape: dict
         return collate(items, features, names=names)
     if layout == "shared":
         items = with_shared_images(items, PER_IMAGE[stage])
-    groups = prefix_groups(items, scale.features.patches, MicroBatchLimits(samples))
+    (groups,) = plan_sequences(items, scale.features.patches, MicroBatchLimits(samples))
     return pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], features, names=names)
 
 
@@ -312,6 +318,20 @@ class Trainee:
         return None
 
 
+def predicted_bytes(
+    shape: dict[str, Any], features: FeatureShape, settings: AnyStage, batch: Batch, device: torch.device
+) -> int:
+    """The peak of the memory of tensors on ``device`` that ``llavactl train --dry-run`` predicts for ``batch``."""
+    model = random_model(shape, features, torch.device("meta"))
+    with torch.device("meta"):
+        configure_trainable(model, settings, seed=0)
+    state = Weights(model, DTYPE.itemsize, frozenset()).memory(Placement(), 1).device
+    with fake_tensors():
+        as_fake(model, DTYPE)
+        step = step_memory(model, batch, cuda=device.type == "cuda", master_gradients=True).whole
+    return round(sum(state.values()) + sum(step.values()))
+
+
 def measure_training(
     name: str, shape: dict[str, Any], scale: Scale, clock: Clock, rounds: int, matmul: float, kernels: dict[str, str]
 ) -> list[Document]:
@@ -340,6 +360,13 @@ def measure_training(
             "layout": layout,
             "gradient_checkpointing": checkpointing,
             "samples": len(batch.names),
+            "predicted_bytes": predicted_bytes(
+                shape,
+                scale.features,
+                settings.model_copy(update={"gradient_checkpointing": checkpointing}),
+                batch,
+                clock.device,
+            ),
             **_summary(measured[layout, checkpointing], Work.of([batch]), flops, settings.batch_size, matmul),
         }
         for (layout, checkpointing), batch in batches.items()
@@ -440,12 +467,14 @@ def as_text(document: Document) -> str:
     for variant in document["training"]:
         checkpointing = "checkpointing" if variant["gradient_checkpointing"] else ""
         name = f"{variant['model']} {variant['stage']:<12} {variant['layout']:<7} {checkpointing:<14}"
+        predicted = variant["predicted_bytes"] / 1e9
         if variant.get("out_of_memory"):
-            lines.append(f"{name} out of memory with {variant['samples']} samples")
+            lines.append(f"{name} out of memory with {variant['samples']} samples, predicted {predicted:.1f} GB")
             continue
         lines.append(
             f"{name} {variant['samples_per_s']:8.2f} samples/s {variant['tokens_per_s']:10.1f} tokens/s "
-            f"MFU {100 * variant['mfu']:5.1f} %  peak {variant['peak_bytes'] / 1e9:6.1f} GB"
+            f"MFU {100 * variant['mfu']:5.1f} %  peak {variant['peak_bytes'] / 1e9:6.1f} GB "
+            f"(predicted {predicted:.1f})"
         )
     lines += [
         f"{size}: {kernel} is not used: {reason}"
