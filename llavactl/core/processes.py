@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 from llavactl.core.errors import RecipeError
+
+GROUP_TIMEOUT = timedelta(days=1)
+"""How long processes wait for each other: longer than anything that one of them does while the others wait, such as
+hashing a model, verifying an export or asking a judge. If a process dies, the launcher stops the others.
+"""
 
 _OFF = ("", "no", "n", "false", "f", "off", "0", "none")
 """What accelerate reads as false, and its names for "nothing"."""
@@ -77,6 +83,26 @@ def multiprocess_on_cpu() -> bool:
     import torch
 
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def join_process_group() -> None:
+    """Joins the process group of this launch, unless there is only one process or it has joined already.
+
+    On CUDA it has NCCL, and gloo for optimizer state in host memory; accelerate alone would use NCCL only.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    import torch
+    from torch import distributed
+
+    if torch.cuda.is_available() and not distributed.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=GROUP_TIMEOUT)
+    elif not distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=multiprocess_on_cpu(), timeout=GROUP_TIMEOUT)
+    destroy_process_group_at_exit()
 
 
 @cache
