@@ -24,6 +24,7 @@ from llavactl.core.errors import LlavactlError, ModelError
 from llavactl.core.schema import IGNORE
 from llavactl.data.plan import BatchPlan
 from llavactl.model.cpu.rms_norm import fused_rms_norms
+from llavactl.model.cuda.liger import liger_layers
 from llavactl.model.inputs import to_device
 from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
@@ -178,7 +179,11 @@ def _evaluation_due(run: Run, step: int, steps: int) -> bool:
 def _training_kernels(run: Run) -> Iterator[None]:
     """In this context the language model uses the kernels for training."""
     language = run.model.language
-    with nullcontext() if run.padding_reason else packed_attention(language), fused_rms_norms(language):
+    with (
+        nullcontext() if run.padding_reason else packed_attention(language),
+        fused_rms_norms(language),
+        nullcontext() if run.liger_fault else liger_layers(language),
+    ):
         yield
 
 

@@ -38,7 +38,8 @@ class TrainReport:
     has (with ``restore_best`` that of the best checkpoint); ``val_loss``: its validation loss. ``model_sha256``: a hash
     of all files of the model. ``restore_best`` is the setting. ``mfu``: the mean model FLOPs utilization of the steps
     trained by this command, None without a formula for the model; ``peak``: what it is relative to, per device.
-    ``finished_before``: the stage was finished already, and nothing was trained.
+    ``kernels`` of norms and MLPs: "liger", or "torch: " and the reason. ``finished_before``: the stage was finished
+    already, and nothing was trained.
     """
 
     stage: int
@@ -63,6 +64,7 @@ class TrainReport:
     model_sha256: str
     mfu: float | None = None
     peak: str = ""
+    kernels: str = ""
     finished_before: bool = False
 
 
@@ -118,6 +120,7 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
         seconds=round(seconds, 3),
         tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
         packing=f"padded: {run.padding_reason}" if run.padding_reason else "packed",
+        kernels=f"torch: {run.liger_fault}" if run.liger_fault else "liger",
         padding=round(counts.padding / max(counts.positions, 1), 4),
         prefix_sharing=round(1 - (counts.positions - counts.padding) / max(counts.tokens, 1), 4),
         digest=run.digest,

@@ -12,6 +12,7 @@ import torch
 
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
+from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import packing_blocker
@@ -67,6 +68,7 @@ class Run:
 
     ``shape`` is the shape of the vision features. ``digest`` identifies settings and data: only checkpoints with the
     same digest are resumed. ``padding_reason``: why samples are padded; "" if they are packed.
+    ``liger_fault``: why the kernels of liger-kernel are not used; "" if they are.
     """
 
     model: LlavaModel
@@ -81,6 +83,7 @@ class Run:
     placement: Placement
     resume: bool
     padding_reason: str
+    liger_fault: str
     accelerator: Accelerator
     notify: Observer
     evaluate: Evaluate | None = None
@@ -102,6 +105,7 @@ def create_run(
     """The run of a stage. Freezes and unfreezes the parameters of ``model``, shards it, and moves it to its device."""
     settings, folder = stage.settings, recipe.run_dir / f"stage{stage.number}"
     padding_reason = _padding_reason(model, settings, accelerator)
+    liger_fault = _liger_fault(model, settings, accelerator.device)
     rates = configure_trainable(model, settings, recipe.seed)
     matrices, on_host = muon_matrices(model, settings), placement.optimizer_state == "host"
     if placement.sharded:
@@ -130,6 +134,7 @@ def create_run(
         placement=placement,
         resume=resume,
         padding_reason=padding_reason,
+        liger_fault=liger_fault,
         accelerator=accelerator,
         notify=_hook_caller(stage.number, folder),
     )
@@ -181,4 +186,14 @@ def _device_fault(model: LlavaModel, settings: AnyStage, accelerator: Accelerato
     fault = next(filter(None, faults), "")
     if fault and settings.packing == "auto":
         log.warning("samples are padded, not packed: %s", fault)
+    return fault
+
+
+def _liger_fault(model: LlavaModel, settings: AnyStage, device: torch.device) -> str:
+    """Why liger's kernels are not used; "" if they are. Logs a warning if they are installed, but don't work."""
+    if blocker := liger.blocker(model.language, device):
+        return blocker
+    fault = liger.fault(model.language, getattr(torch, settings.precision), device)
+    if fault:
+        log.warning("%s", fault)
     return fault

@@ -171,15 +171,14 @@ def language_state(
     state: dict[str, torch.Tensor] = model.language.state_dict(keep_vars=True)
     adapted = hasattr(model.language, "peft_config")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gathered-") as temporary:
-        mapped: dict[int, torch.Tensor] = {}
-        for weight in state.values():
-            if adapted and not weight.requires_grad:
-                continue
-            if id(weight) not in mapped:
-                whole = gathered(weight.detach())
-                if process_index() == 0:
-                    whole = whole.to(precision) if whole.is_floating_point() else whole
-                    mapped[id(weight)] = _in_file(whole, Path(temporary, str(len(mapped))))
+        # By identity: a tied weight has two names.
+        weights = {id(weight): weight for weight in state.values() if weight.requires_grad or not adapted}
+        mapped = {}
+        for index, (key, weight) in enumerate(weights.items()):
+            whole = gathered(weight.detach())
+            if process_index() == 0:
+                whole = whole.to(precision) if whole.is_floating_point() else whole
+                mapped[key] = _in_file(whole, Path(temporary, str(index)))
         yield {name: mapped[id(weight)] for name, weight in state.items() if id(weight) in mapped}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llavactl.testing import run_cli
 from llavactl.training.metrics import read
@@ -30,6 +31,7 @@ SETTINGS: dict[str, tuple[int, list[str]]] = {
     "padded": (2, [*SHARED_PREFIXES, "packing=never"]),
     "lora": (2, [*SHARED_PREFIXES, "micro_batch_size=4", *LORA]),
     "some modules": (2, [*SHARED_PREFIXES, "trainable_modules=[self_attn, norm]", "micro_batch_tokens=64"]),
+    "tied": (2, [*SHARED_PREFIXES, "language.model={toy}/tied"]),
     "uneven end": (
         2,
         ["init=scratch", "shuffle=images", "validation=0", "epochs=1", "batch_size=9", "micro_batch_size=3"],
@@ -63,9 +65,20 @@ def write_records(toy: Path, count: int) -> None:
 
 def command(toy: Path, stage: int, settings: list[str], folder: str, *options: str) -> list[str]:
     options = ("features.mode=live", f"run_dir={toy}/{folder}", *options)
-    options += tuple(f"stage{stage}.{each}" for each in ("batch_size=8", "micro_batch_size=8", *settings))
+    for setting in ("batch_size=8", "micro_batch_size=8", *settings):
+        key = setting if setting.startswith("language.") else f"stage{stage}.{setting}"
+        options += (key.format(toy=toy),)
     words = [word for option in options for word in ("-o", option)]
     return ["train", "--stage", str(stage), "-r", str(toy / "recipe.yaml"), *words, "--json"]
+
+
+def write_tied_language_model(toy: Path) -> None:
+    """A copy of the language model, with tied embeddings, to ``toy/tied``."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "language")
+    config = AutoConfig.from_pretrained(toy / "language", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(toy / "tied")
+    tokenizer.save_pretrained(toy / "tied")
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -111,7 +124,7 @@ def compare_metrics(left: list[dict[str, float]], right: list[dict[str, float]],
     ("processes", "sharding", "names"),
     [
         pytest.param(2, "none", ["stage 1", "full", "uneven end"], id="2-replicas"),
-        pytest.param(3, "full", ["stage 1", "full", "uneven end"], id="3-sharded"),
+        pytest.param(3, "full", ["stage 1", "tied", "uneven end"], id="3-sharded"),
         pytest.param(3, "none", ["padded", "lora"], id="3-replicas", marks=pytest.mark.slow),
         pytest.param(2, "full", [*SETTINGS], id="2-sharded", marks=pytest.mark.slow),
         pytest.param(4, "full", ["padded", "some modules"], id="4-sharded", marks=pytest.mark.slow),
@@ -119,6 +132,7 @@ def compare_metrics(left: list[dict[str, float]], right: list[dict[str, float]],
 )
 def test_several_processes_train_the_same_as_one(toy: Path, processes: int, sharding: str, names: list[str]) -> None:
     write_records(toy, 37)
+    write_tied_language_model(toy)
     cases = {name.replace(" ", "-"): SETTINGS[name] for name in names}
     for name, (stage, settings) in cases.items():
         result = run_cli(*command(toy, stage, settings, f"{name}/one"))
@@ -189,6 +203,18 @@ def remove_after(stage: Path, step: int) -> None:
     (stage / "report.json").unlink()
 
 
+def test_a_checkpoint_of_replicas_is_resumed_sharded(toy: Path) -> None:
+    write_records(toy, 37)
+    settings = ["init=scratch", "max_steps=6", "epochs=4", "checkpoint_every=2", "keep_last=9", "validation=0"]
+    assert run_cli(*command(toy, 2, settings, "one")).exit_code == 0
+    shutil.copytree(toy / "one", toy / "three")
+    remove_after(toy / "three/stage2", 2)
+    run_in_processes(toy, 3, command(toy, 2, settings, "three", "sharding=full"))
+    assert json.loads((toy / "three/stage2/report.json").read_text())["resumed_from"] == 2
+    compare(toy / "one/stage2", toy / "three/stage2")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_resumed_by_another_number_of_processes(toy: Path) -> None:
     write_records(toy, 37)
     settings = ["init=scratch", "shuffle=images", "max_steps=8", "epochs=4", "micro_batch_size=2"]

@@ -65,3 +65,19 @@ def test_the_kernel_is_not_checked_where_it_is_not_used(monkeypatch: pytest.Monk
     assert padding_reason(monkeypatch, "auto", "cpu") == ""
     assert "mps" in padding_reason(monkeypatch, "auto", "mps")
     assert padding_reason(monkeypatch, "always", "mps") == ""
+
+
+def liger_fault(monkeypatch: pytest.MonkeyPatch, blocker: str, fault: str) -> str:
+    monkeypatch.setattr(run.liger, "blocker", lambda language, device: blocker)
+    monkeypatch.setattr(run.liger, "fault", lambda language, dtype, device: fault)
+    return run._liger_fault(MODEL, Stage2(), torch.device("cuda"))
+
+
+def test_liger_is_used_where_its_check_succeeds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert liger_fault(monkeypatch, "", "") == ""
+    assert liger_fault(monkeypatch, "not installed", "wrong") == "not installed"
+    assert caplog.records == []
+    assert liger_fault(monkeypatch, "", "wrong") == "wrong"
+    assert [record.getMessage() for record in caplog.records] == ["wrong"]
