@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core import plugins
+from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, ModelError, RecipeError
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
@@ -137,16 +137,18 @@ def _load_data(
     settings = stage.settings
     template = registry().create("templates", stage.template)
     encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
-    data = load_split(
-        stage.sources,
-        settings,
-        encoding,
-        features,
-        features.contents,
-        recipe.seed,
-        template=component_identity("templates", stage.template),
-        max_skipped=max_skipped,
-    )
+    # Only steps are reported to the caller's `progress` function, which may read the loss from each of them.
+    with progress.reporting_to(lambda _: None):
+        data = load_split(
+            stage.sources,
+            settings,
+            encoding,
+            features,
+            features.contents,
+            recipe.seed,
+            template=component_identity("templates", stage.template),
+            max_skipped=max_skipped,
+        )
     if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
             f"data.stage{stage.number}: no training sample has an image, so the connector can't be trained",

@@ -1,4 +1,4 @@
-"""The commands of docs/cluster.md run on CPUs: two processes instead of eight, two launchers instead of two machines."""
+"""The commands of docs/cluster.md run on CPUs: two processes instead of eight, two launchers as two machines."""
 
 from __future__ import annotations
 
