@@ -88,20 +88,25 @@ def multiprocess_on_cpu() -> bool:
 def join_process_group() -> None:
     """Joins the process group of this launch, unless there is only one process or it has joined already.
 
-    On CUDA it has NCCL, and gloo for optimizer state in host memory; accelerate alone would use NCCL only.
+    On CUDA it has NCCL, and gloo for optimizer state in host memory; accelerate alone would use NCCL only. Keys in the
+    launcher's store have a prefix for each restart: with its default rendezvous torchrun keeps the store, and processes
+    restarted by ``--max-restarts`` would find the addresses of the ones before.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     import torch
     from torch import distributed
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
-    if torch.cuda.is_available() and not distributed.is_initialized():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        distributed.init_process_group("cuda:nccl,cpu:gloo", timeout=GROUP_TIMEOUT)
-    elif not distributed.is_initialized():
-        from accelerate import PartialState
-
-        PartialState(cpu=multiprocess_on_cpu(), timeout=GROUP_TIMEOUT)
+    other_accelerator = not torch.cuda.is_available() and not multiprocess_on_cpu()  # accelerate knows its backend
+    if not distributed.is_initialized() and not other_accelerator:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            backend = "cuda:nccl,cpu:gloo"
+        store, rank, size = next(rendezvous("env://", timeout=GROUP_TIMEOUT))
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
     destroy_process_group_at_exit()
 
 
