@@ -16,7 +16,8 @@ round that warms up; results are medians.
 ``samples_per_s`` and ``mfu`` are for a step with a global batch of 256 samples in stage 1 and 128 in stage 2:
 micro-batches of ``samples``, and one update. ``mfu`` counts only useful FLOPs (training/throughput.py) and is relative
 to ``matmul_flops_per_s``, the fastest of a few products of random matrices on this device. ``peak_bytes`` is the
-largest memory of tensors while a variant ran. A variant that doesn't fit has ``"out_of_memory": true`` instead.
+largest memory of tensors while a variant ran, ``predicted_bytes`` what ``llavactl train --dry-run`` predicts for it. A
+variant that doesn't fit has ``"out_of_memory": true`` instead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout may not be installed
@@ -46,19 +48,24 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from llavactl.components.vision.encoder import VisionEncoder
 from llavactl.core.library_errors import out_of_memory
-from llavactl.core.schema import Batch, FeatureShape
+from llavactl.core.schema import IGNORE, Batch, FeatureShape
 from llavactl.data.batches import collate, pack
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
+from llavactl.data.packing import MicroBatchLimits, plan_sequences
 from llavactl.features.backbone import Backbone
 from llavactl.model.build import build_connector
 from llavactl.model.cpu.rms_norm import fused_rms_norms
+from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import to_device
 from llavactl.model.llava import LlavaModel
 from llavactl.model.packed import packed_attention
 from llavactl.recipe.stages import AnyStage, Lora, Stage1, Stage2
 from llavactl.training.optimizer import Optimizer
-from llavactl.training.throughput import Work, peak, training_flops
+from llavactl.training.placement import Placement
+from llavactl.training.prediction.fake import as_fake, fake_tensors
+from llavactl.training.prediction.step import step_memory
+from llavactl.training.prediction.weights import Weights
+from llavactl.training.throughput import TrainingFlops, Work, peak, training_flops
 from llavactl.training.trainable import configure_trainable
 
 DTYPE = torch.bfloat16
@@ -164,6 +171,10 @@ SMOKE = Scale(
 )
 
 
+Variant = tuple[str, bool]
+"""Layout, and whether activations are checkpointed."""
+
+
 @dataclass
 class Samples:
     """Measurements of one variant, over rounds."""
@@ -237,6 +248,7 @@ def measure_extraction(scale: Scale, clock: Clock, rounds: int, matmul: float) -
 
 
 def random_model(shape: dict[str, Any], features: FeatureShape, device: torch.device) -> LlavaModel:
+    """A model of this ``shape``; without weights on the device ``meta``."""
     torch.manual_seed(0)
     with torch.device(device):
         language = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=DTYPE, attn_implementation="sdpa")
@@ -263,90 +275,123 @@ def micro_batch(layout: str, stage: int, samples: int, scale: Scale, shape: dict
         return collate(items, features, names=names)
     if layout == "shared":
         items = with_shared_images(items, PER_IMAGE[stage])
-    groups = prefix_groups(items, scale.features.patches, MicroBatchLimits(samples))
+    (groups,) = plan_sequences(items, scale.features.patches, MicroBatchLimits(samples))
     return pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], features, names=names)
 
 
+@dataclass(frozen=True)
+class Trainee:
+    """A model in training, whose norms and MLPs are those of liger-kernel if ``with_liger``."""
+
+    model: LlavaModel
+    optimizer: Optimizer
+    clock: Clock
+    with_liger: bool
+
+    def seconds(self, variant: Variant, batch: Batch) -> tuple[float, float] | None:
+        """Seconds of a micro-batch and of an update; None if the micro-batch doesn't fit in memory."""
+        layout, checkpointing = variant
+        language, targets = self.model.language, int((batch.labels != IGNORE).sum())
+        set_checkpointing(language, checkpointing)
+        self.model.train()
+
+        def run() -> None:
+            (self.model(to_device(batch, self.clock.device)) / targets).backward()
+            self.optimizer.accumulate()
+
+        self.clock.reset_peak()
+        with (
+            nullcontext() if layout == "padded" else packed_attention(language),
+            fused_rms_norms(language),
+            liger.liger_layers(language) if self.with_liger else nullcontext(),
+        ):
+            try:
+                micro_batch_s = self.clock.seconds(run)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                return micro_batch_s, self.clock.seconds(lambda: self.optimizer.step(0.0))
+        for parameter in self.optimizer.parameters.values():
+            parameter.grad = None
+        release()
+        return None
+
+
+def predicted_bytes(
+    shape: dict[str, Any], features: FeatureShape, settings: AnyStage, batch: Batch, device: torch.device
+) -> int:
+    """The peak of the memory of tensors on ``device`` that ``llavactl train --dry-run`` predicts for ``batch``."""
+    model = random_model(shape, features, torch.device("meta"))
+    with torch.device("meta"):
+        configure_trainable(model, settings, seed=0)
+    state = Weights(model, DTYPE.itemsize, frozenset()).memory(Placement(), 1).device
+    with fake_tensors():
+        as_fake(model, DTYPE)
+        step = step_memory(model, batch, cuda=device.type == "cuda", master_gradients=True).whole
+    return round(sum(state.values()) + sum(step.values()))
+
+
 def measure_training(
-    name: str, shape: dict[str, Any], scale: Scale, clock: Clock, rounds: int, matmul: float, layouts: tuple[str, ...]
+    name: str, shape: dict[str, Any], scale: Scale, clock: Clock, rounds: int, matmul: float, kernels: dict[str, str]
 ) -> list[Document]:
     """All variants of one model and stage: layouts, with and without gradient checkpointing."""
     stage, settings = STAGES[name]
     if isinstance(settings, Stage2):
         settings = settings.model_copy(update={"lora": Lora(r=scale.rank, alpha=2 * scale.rank)})
-    variants = list(product(layouts, (True, False)))
     batches = {
         (layout, checkpointing): micro_batch(layout, stage, scale.micro_batch[checkpointing], scale, shape)
-        for layout, checkpointing in variants
+        for layout, checkpointing in product(("padded",) if kernels["packing"] else LAYOUTS, (True, False))
     }
-    measured = {variant: Samples() for variant in variants}
-    failed: set[tuple[str, bool]] = set(variants)
+    measured = {variant: Samples() for variant in batches}
     flops = None
     try:
         model = random_model(shape, scale.features, clock.device)
         rates = configure_trainable(model, settings, seed=0)
         optimizer = Optimizer(model, rates, settings.weight_decay)
-        flops, failed = training_flops(model), set()
-        order = random.Random(0)
-        for round_number in range(rounds + 1):
-            for variant in order.sample(variants, len(variants)):
-                if variant not in failed:
-                    result = _measure_variant(model, optimizer, variant, batches[variant], clock)
-                    if result is None:
-                        failed.add(variant)
-                    elif round_number:  # the first round warms up
-                        measured[variant].micro_batch_s.append(result[0])
-                        measured[variant].update_s.append(result[1])
-                        measured[variant].peak_bytes = max(measured[variant].peak_bytes, clock.peak_bytes())
-    except (RuntimeError, MemoryError) as error:
+        flops = training_flops(model)
+        _measure_rounds(Trainee(model, optimizer, clock, not kernels["liger"]), batches, measured, rounds)
+    except (RuntimeError, MemoryError) as error:  # weights or optimizer state don't fit, whatever the variant
         if not out_of_memory(error):
             raise
-    documents = []
-    for layout, checkpointing in variants:
-        batch = batches[layout, checkpointing]
-        document = {
+    return [
+        {
             "stage": name,
             "layout": layout,
             "gradient_checkpointing": checkpointing,
             "samples": len(batch.names),
+            "predicted_bytes": predicted_bytes(
+                shape,
+                scale.features,
+                settings.model_copy(update={"gradient_checkpointing": checkpointing}),
+                batch,
+                clock.device,
+            ),
+            **_summary(measured[layout, checkpointing], Work.of([batch]), flops, settings.batch_size, matmul),
         }
-        if (layout, checkpointing) in failed or flops is None:
-            document["out_of_memory"] = True
-        else:
-            samples = measured[layout, checkpointing]
-            document |= _summary(samples, Work.of([batch]), flops, settings.batch_size, matmul)
-        documents.append(document)
-    return documents
+        for (layout, checkpointing), batch in batches.items()
+    ]
 
 
-def _measure_variant(
-    model: LlavaModel, optimizer: Optimizer, variant: tuple[str, bool], batch: Batch, clock: Clock
-) -> tuple[float, float] | None:
-    """Seconds of a micro-batch and of an update; None if they don't fit in memory."""
-    layout, checkpointing = variant
-    set_checkpointing(model.language, checkpointing)
-    model.train()
-    targets = int((batch.labels >= 0).sum())
-
-    def run() -> None:
-        (model(to_device(batch, clock.device)) / targets).backward()
-        optimizer.accumulate()
-
-    clock.reset_peak()
-    attention = nullcontext() if layout == "padded" else packed_attention(model.language)
-    try:
-        with attention, fused_rms_norms(model.language):
-            return clock.seconds(run), clock.seconds(lambda: optimizer.step(0.0))
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-    for parameter in optimizer.parameters.values():
-        parameter.grad = None
-    release()
-    return None
+def _measure_rounds(
+    trainee: Trainee, batches: dict[Variant, Batch], measured: dict[Variant, Samples], rounds: int
+) -> None:
+    order, fitting = random.Random(0), list(batches)
+    for round_number in range(rounds + 1):
+        for variant in order.sample(fitting, len(fitting)):
+            seconds = trainee.seconds(variant, batches[variant])
+            if seconds is None:
+                fitting.remove(variant)
+            elif round_number:  # the first round warms up
+                samples = measured[variant]
+                samples.micro_batch_s.append(seconds[0])
+                samples.update_s.append(seconds[1])
+                samples.peak_bytes = max(samples.peak_bytes, trainee.clock.peak_bytes())
 
 
-def _summary(samples: Samples, work: Work, flops: Any, batch_size: int, matmul: float) -> Document:
+def _summary(samples: Samples, work: Work, flops: TrainingFlops | None, batch_size: int, matmul: float) -> Document:
+    if flops is None or not samples.micro_batch_s:
+        return {"out_of_memory": True}
     micro_batch_s, update_s = statistics.median(samples.micro_batch_s), statistics.median(samples.update_s)
     micro_batches = batch_size / work.samples
     step_s = micro_batches * micro_batch_s + update_s
@@ -367,11 +412,13 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def packing_fault(shape: dict[str, Any], device: torch.device) -> str:
-    class Language:
-        config = LlamaConfig(**shape)
-
-    return packed_attention_fault(Language(), DTYPE, device)  # type: ignore[arg-type]
+def checked_kernels(shape: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """What the checks before training find for a model of this ``shape``: "" if a kernel is used, else the reason."""
+    language: Any = SimpleNamespace(config=LlamaConfig(**shape))
+    return {
+        "packing": packed_attention_fault(language, DTYPE, device),
+        "liger": liger.blocker(language, device) or liger.fault(language, DTYPE, device),
+    }
 
 
 def documents(options: argparse.Namespace) -> Documents:
@@ -386,7 +433,7 @@ def documents(options: argparse.Namespace) -> Documents:
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "matmul_flops_per_s": round(matmul),
         "peak": {"flops_per_s": known.flops_per_s, "source": known.source},
-        "packing": {},
+        "kernels": {},
         "training": [],
         "left_out": [],
     }
@@ -399,9 +446,8 @@ def documents(options: argparse.Namespace) -> Documents:
             result["left_out"].append(f"{size} {stage}: after {options.minutes} minutes")
             continue
         shape = scale.languages[size]
-        fault = result["packing"][size] = packing_fault(shape, clock.device)
-        layouts = ("padded",) if fault else LAYOUTS
-        variants = measure_training(stage, shape, scale, clock, options.rounds, matmul, layouts)
+        kernels = result["kernels"][size] = checked_kernels(shape, clock.device)
+        variants = measure_training(stage, shape, scale, clock, options.rounds, matmul, kernels)
         result["training"] += [{"model": size, **variant} for variant in variants]
         release()
         seconds = time.monotonic() - began
@@ -421,14 +467,21 @@ def as_text(document: Document) -> str:
     for variant in document["training"]:
         checkpointing = "checkpointing" if variant["gradient_checkpointing"] else ""
         name = f"{variant['model']} {variant['stage']:<12} {variant['layout']:<7} {checkpointing:<14}"
+        predicted = variant["predicted_bytes"] / 1e9
         if variant.get("out_of_memory"):
-            lines.append(f"{name} out of memory with {variant['samples']} samples")
+            lines.append(f"{name} out of memory with {variant['samples']} samples, predicted {predicted:.1f} GB")
             continue
         lines.append(
             f"{name} {variant['samples_per_s']:8.2f} samples/s {variant['tokens_per_s']:10.1f} tokens/s "
-            f"MFU {100 * variant['mfu']:5.1f} %  peak {variant['peak_bytes'] / 1e9:6.1f} GB"
+            f"MFU {100 * variant['mfu']:5.1f} %  peak {variant['peak_bytes'] / 1e9:6.1f} GB "
+            f"(predicted {predicted:.1f})"
         )
-    lines += [f"{size}: not packed: {fault}" for size, fault in document["packing"].items() if fault]
+    lines += [
+        f"{size}: {kernel} is not used: {reason}"
+        for size, kernels in document["kernels"].items()
+        for kernel, reason in kernels.items()
+        if reason
+    ]
     lines += [f"left out: {reason}" for reason in document["left_out"]]
     return "\n".join(lines)
 

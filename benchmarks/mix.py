@@ -59,10 +59,10 @@ TOTAL = sum(part.records for part in MIX)
 _STRIDE = 7_919
 
 
-def write_records(file: Path, count: int, images: Path, *, seed: int = 0) -> list[str]:
+def write_records(file: Path, count: int, images: Path, *, seed: int = 0) -> dict[str, str]:
     """Writes ``count`` records as a JSON list, as the mix is published, and a tiny PNG for each image they name.
 
-    Returns the sha256 of each image, in the order of first use.
+    Returns the sha256 of each image by its path, in the order of first use.
     """
     keys: dict[str, str] = {}
     with file.open("w", encoding="utf-8") as stream:
@@ -71,7 +71,7 @@ def write_records(file: Path, count: int, images: Path, *, seed: int = 0) -> lis
             if (name := record.get("image")) is not None and name not in keys:
                 keys[name] = _write_image(images / name, len(keys))
         stream.write("\n]\n")
-    return list(keys.values())
+    return keys
 
 
 def _records(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:

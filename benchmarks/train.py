@@ -51,7 +51,7 @@ from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape
 from llavactl.data.batches import collate, pack
 from llavactl.data.encode import Encoding
 from llavactl.data.image_order import arrange
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
+from llavactl.data.packing import MicroBatchLimits, prefix_groups, sample_length
 from llavactl.model.build import build
 from llavactl.model.packed import packed_attention
 from llavactl.training.memory import release_memory
@@ -73,7 +73,7 @@ def real_records(path: Path, count: int, tokenizer: Any, rng: random.Random) -> 
 
 def packed_loss(model: Any, items: Sequence[Encoded]) -> float:
     """All ``items`` packed into one sequence."""
-    groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
+    groups = prefix_groups([sample_length(item, SHAPE.patches) for item in items], MicroBatchLimits(len(items)))
     batch = pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], FEATURES)
     with packed_attention(model.language):
         loss = model(batch)

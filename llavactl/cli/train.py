@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+import re
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
 from llavactl.cli import output
 from llavactl.cli.options import json_option, load, max_skipped_option, recipe_options, stage_option
+
+if TYPE_CHECKING:
+    from llavactl.verbs.plan import TrainPlan
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """A size such as 24GB (10⁹ bytes) or 80GiB (2³⁰ bytes), in bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
+    if not match or match[2] not in _UNITS or not (size := round(float(match[1]) * _UNITS[match[2]])):
+        raise click.BadParameter(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    return size
 
 
 @click.command()
@@ -21,15 +38,104 @@ from llavactl.cli.options import json_option, load, max_skipped_option, recipe_o
     help="Resume from the last checkpoint (auto), or start over (never).",
 )
 @max_skipped_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Predict memory, steps and time from the configuration and the data, without weights or GPU; train nothing. "
+    "Exit with 1 if the stage doesn't fit.",
+)
+@click.option(
+    "--device-memory",
+    metavar="SIZE",
+    callback=_bytes,
+    help="With --dry-run: plan for GPUs with this memory, such as 24GB or 80GiB.  [default: this machine's]",
+)
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --dry-run: plan for N devices, one process each.  [default: 1, or as launched by torchrun]",
+)
+@click.option(
+    "--tokens-per-second",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="With --dry-run: compute the time from this throughput of all devices.  [default: that of an earlier run]",
+)
 @json_option
+@click.pass_context
 def command(
-    source: str | None, overrides: tuple[str, ...], stage: int, resume: str, max_skipped: int | None, as_json: bool
+    ctx: click.Context,
+    source: str | None,
+    overrides: tuple[str, ...],
+    stage: int,
+    resume: str,
+    max_skipped: int | None,
+    dry_run: bool,
+    device_memory: int | None,
+    devices: int | None,
+    tokens_per_second: float | None,
+    as_json: bool,
 ) -> None:
     """Train one stage of a recipe.
 
     Features are read from the feature store, or computed during training with `-o features.mode=live`.
     """
+    if dry_run:
+        from llavactl.verbs.plan import plan_training
+
+        plan = plan_training(
+            load(source, overrides),
+            stage,
+            device_memory=device_memory,
+            devices=devices,
+            tokens_per_s=tokens_per_second,
+        )
+        output.document(plan) if as_json else _print(plan)
+        if not plan.fits:
+            raise plan.refusal
+        return
+    if given := [name for name in ("device_memory", "devices", "tokens_per_second") if ctx.params[name] is not None]:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} needs --dry-run")
     from llavactl.verbs.train import train
 
     mode = cast(Literal["auto", "never"], resume)
     output.report(train(load(source, overrides), stage, mode, max_skipped=max_skipped), as_json)
+
+
+def _print(plan: TrainPlan) -> None:
+    """Prints ``plan`` as lines of label and text."""
+    from llavactl.training.prediction.choose import gigabytes
+
+    def count(number: int | None) -> str:
+        return "unknown" if number is None else f"{number:,}"
+
+    where, device, parameters = plan.placement, plan.device, plan.parameters
+    parts = {
+        kind: ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in sizes.items() if size >= 1e4)
+        for kind, sizes in plan.peak_parts.items()
+    }
+    limit = where["micro_batch_tokens"]
+    placement = [
+        "sharded" if where["sharded"] else "replicated",
+        f"optimizer state: {where['optimizer_state']}",
+        f"activation checkpointing: {'on' if where['gradient_checkpointing'] else 'off'}",
+        "micro-batches: " + ("no limit of tokens" if limit is None else f"at most {limit:,} tokens"),
+        "packed" if where["packed"] else "padded",
+    ]
+    rows = [
+        ("fits", "yes" if plan.fits else "NO"),
+        ("devices", f"{device['count']} × {gigabytes(device['memory_bytes'])} ({device['kind']})"),
+        ("placement", ", ".join(placement)),
+        ("parameters", f"{parameters['trainable']:,} trainable, {parameters['frozen']:,} frozen"),
+        ("device peak", f"{gigabytes(plan.peak_bytes['device'])}: {parts['device']}"),
+        ("host peak", f"{gigabytes(plan.peak_bytes['host'])}: {parts['host']}"),
+        ("checkpoint", gigabytes(plan.checkpoint_bytes)),
+        ("steps", count(plan.steps)),
+        ("tokens", count(plan.tokens)),
+    ]
+    if plan.padding is not None and plan.prefix_sharing is not None:
+        rows += [("padding", f"{plan.padding:.1%}"), ("prefix sharing", f"{plan.prefix_sharing:.1%}")]
+    if plan.time is not None:
+        rows.append(("time", f"{plan.time['seconds'] / 3600:,.2f} h ({plan.time['source']})"))
+    output.labeled([*rows, *(("note", note) for note in plan.notes)])

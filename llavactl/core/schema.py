@@ -118,6 +118,12 @@ class Sample(Typed):
     boxes: tuple[Box, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # The most frequent case is checked inline for speed: there may be millions.
+        valid = isinstance(self.id, str) and isinstance(self.turns, tuple) and isinstance(self.where, str)
+        if not valid or self.captions or self.boxes or self.extra or not all(type(turn) is Turn for turn in self.turns):
+            check_fields(self)
+
     @property
     def images(self) -> tuple[ImageRef, ...]:
         return tuple(image for turn in self.turns for image in turn.images)

@@ -20,7 +20,12 @@ def arrange(turns: Sequence[Turn], order: ImageOrder, seed: str) -> tuple[Turn, 
     """
     if order == "as-data":
         return tuple(turns)
-    return _arranged(turns, after=order == "random" and random.Random(seed).random() < 0.5)
+    return _arranged(turns, after=bool(arrangement(order, seed)))
+
+
+def arrangement(order: ImageOrder, seed: str) -> int:
+    """The index into ``arrangements`` of what ``arrange`` returns."""
+    return int(order == "random" and random.Random(seed).random() < 0.5)
 
 
 def arrangements(turns: Sequence[Turn], order: ImageOrder) -> tuple[tuple[Turn, ...], ...]:

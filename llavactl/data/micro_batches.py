@@ -7,7 +7,7 @@ together. ``empty`` micro-batches, with a loss of zero, make up the number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ from llavactl.data.batches import collate, pack
 from llavactl.data.packing import MicroBatchLimits, plan_sequences
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Encoded
     from llavactl.data.sample_set import SampleSet
 
 MIN_LENGTH_RATIO = 0.75
@@ -73,7 +72,7 @@ def padded_micro_batches(data: SampleSet, indices: BatchIndices, partition: Part
     return batches + [empty(packed=False)] * (max(map(len, groups)) - len(batches))
 
 
-def similar_lengths(items: Sequence[Encoded], indices: Iterable[int], limits: MicroBatchLimits) -> list[list[int]]:
+def similar_lengths(items: Sequence[Sized], indices: Iterable[int], limits: MicroBatchLimits) -> list[list[int]]:
     """``indices`` of ``items`` in groups of similar length within ``limits``, longest first."""
     groups: list[list[int]] = []
     for index in sorted(indices, key=lambda index: -len(items[index])):

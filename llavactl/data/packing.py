@@ -51,8 +51,36 @@ class PrefixGroup:
     tokens: int
 
 
+@dataclass(frozen=True)
+class SampleLength:
+    """What packing depends on: the number of tokens of a sample, and the prefix that it can share.
+
+    ``prefix`` is equal for samples with the same first ``prefix_length`` tokens; without a prefix it is None.
+    """
+
+    tokens: int
+    prefix_length: int = 0
+    prefix: Hashable = None
+
+    def __len__(self) -> int:
+        return self.tokens
+
+
+def sample_length(item: Encoded, image_tokens: int) -> SampleLength:
+    """The length of ``item``, whose prefix ends with its first image of ``image_tokens`` tokens."""
+    length = prefix_length(item, image_tokens)
+    return SampleLength(len(item), length, (item.ids[:length], item.images[0]) if length else None)
+
+
 def plan_sequences(
     items: Sequence[Encoded], image_tokens: int, limits: MicroBatchLimits, processes: int = 1
+) -> list[list[PrefixGroup]]:
+    """``plan_lengths`` of encoded samples."""
+    return plan_lengths([sample_length(item, image_tokens) for item in items], limits, processes)
+
+
+def plan_lengths(
+    items: Sequence[SampleLength], limits: MicroBatchLimits, processes: int = 1
 ) -> list[list[PrefixGroup]]:
     """Packs ``items`` into as few sequences as ``limits`` allow, a multiple of ``processes``, of similar lengths.
 
@@ -60,7 +88,7 @@ def plan_sequences(
     processes would wait for each other, and the longest would determine peak memory. Sequence k belongs to process
     k modulo ``processes``.
     """
-    groups = sorted(prefix_groups(items, image_tokens, limits), key=lambda group: (-group.tokens, group.samples))
+    groups = sorted(prefix_groups(items, limits), key=lambda group: (-group.tokens, group.samples))
     count = math.ceil(len(items) / limits.samples)
     if limits.tokens is not None:
         count = max(count, math.ceil(sum(group.tokens for group in groups) / limits.tokens))
@@ -90,16 +118,14 @@ def _distributed(groups: Sequence[PrefixGroup], count: int, limits: MicroBatchLi
     return sequences
 
 
-def prefix_groups(items: Sequence[Encoded], image_tokens: int, limits: MicroBatchLimits) -> list[PrefixGroup]:
+def prefix_groups(items: Sequence[SampleLength], limits: MicroBatchLimits) -> list[PrefixGroup]:
     """``items`` grouped by their tokens up to the end of the first image; no group exceeds ``limits``."""
     indices_by_prefix: dict[Hashable, list[int]] = {}
     for index, item in enumerate(items):
-        length = prefix_length(item, image_tokens)
-        key: Hashable = (item.ids[:length], item.images[0]) if length else index
-        indices_by_prefix.setdefault(key, []).append(index)
+        indices_by_prefix.setdefault(index if item.prefix is None else item.prefix, []).append(index)
     groups: list[PrefixGroup] = []
     for first, *others in indices_by_prefix.values():
-        length = prefix_length(items[first], image_tokens)
+        length = items[first].prefix_length
         group, suffix_tokens = _single_sample(first, items), len(items[first]) - length
         for index in others:
             extended = suffix_tokens + len(items[index]) - length
@@ -113,7 +139,7 @@ def prefix_groups(items: Sequence[Encoded], image_tokens: int, limits: MicroBatc
     return groups
 
 
-def _single_sample(index: int, items: Sequence[Encoded]) -> PrefixGroup:
+def _single_sample(index: int, items: Sequence[SampleLength]) -> PrefixGroup:
     tokens = len(items[index])
     return PrefixGroup((index,), 0, tokens + padding_for(tokens))
 

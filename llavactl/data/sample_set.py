@@ -10,7 +10,7 @@ from llavactl.core.errors import ConversationError
 from llavactl.core.schema import Encoded, Sample, Turn
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
-from llavactl.data.image_order import ImageOrder, arrange, arrangements
+from llavactl.data.image_order import ImageOrder, arrange, arrangement, arrangements
 from llavactl.data.table_view import TableView
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ class SampleSet:
         """Sample ``index`` encoded for ``epoch`` (from 0)."""
         return self.encoding.encode(arranged(self.samples[index], self.image_order, self.seed, epoch))
 
+    def arrangement(self, epoch: int, index: int) -> int:
+        """The arrangement of sample ``index`` in ``epoch`` (from 0): the first index into the arrays of ``lengths``."""
+        if self.image_order != "random":
+            return 0
+        return arrangement(self.image_order, _seed(self.samples[index], self.seed, epoch))
+
     def image_groups(self) -> list[int]:
         """For each sample the index of its first image, equal for equal images; a new index without an image."""
         if isinstance(self.samples, TableView):
@@ -59,8 +65,12 @@ def arranged(sample: Sample, order: ImageOrder, seed: int, epoch: int) -> tuple[
     A random order is drawn for each epoch from the sample's id and first question, not from its index: the result is
     the same on every process, in a resumed run, and when other samples are added or removed.
     """
+    return arrange(sample.turns, order, _seed(sample, seed, epoch))
+
+
+def _seed(sample: Sample, seed: int, epoch: int) -> str:
     question = next((turn.text for turn in sample.turns if turn.role == "user"), "")
-    return arrange(sample.turns, order, f"{seed}\0{epoch}\0{sample.id}\0{question}")
+    return f"{seed}\0{epoch}\0{sample.id}\0{question}"
 
 
 def untrainable(sample: Sample, encoding: Encoding, order: ImageOrder) -> str:

@@ -61,13 +61,15 @@ class TokenLengths:
     """The lengths of N samples, for each of A orders of their images (A = 2 for ``image_order: random``, else 1).
 
     ``tokens`` [A, N]: T after truncation to ``max_length``, as ``len(Encoding.encode(…))``. ``targets`` [A, N]: target
-    tokens among them. ``prefix_tokens`` [A, N]: tokens up to the end of the first image if samples with the same image
-    can share them (none is a target), else 0. ``prefix_texts`` [A, N]: equal for equal text before the first image.
-    ``reasons``: why samples (by index) can't be trained on; their lengths may be 0.
+    tokens among them. ``images`` [A, N]: images that are not truncated. ``prefix_tokens`` [A, N]: tokens up to the end
+    of the first image if samples with the same image can share them (none is a target), else 0. ``prefix_texts``
+    [A, N]: equal for equal text before the first image. ``reasons``: why samples (by index) can't be trained on; their
+    lengths may be 0.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
+    images: np.ndarray
     prefix_tokens: np.ndarray
     prefix_texts: np.ndarray
     reasons: Mapping[int, str]
@@ -143,7 +145,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-_ARRAYS = ("tokens", "targets", "prefix_tokens", "prefix_texts")
+_ARRAYS = ("tokens", "targets", "images", "prefix_tokens", "prefix_texts")
 
 
 def _arrays(lengths: TokenLengths) -> dict[str, np.ndarray]:
@@ -166,6 +168,7 @@ class _Size(NamedTuple):
 
     tokens: int
     targets: int
+    images: int
     prefix_tokens: int
     prefix_text: int
     reason: str = ""
@@ -191,11 +194,11 @@ class _Job:
             _WrongCountError: the counts are wrong.
         """
         rows = [self._sizes(row) for row in range(start, min(start + _CHUNK, len(self.table)))]
-        columns = np.array([[size[:4] for size in sizes] for sizes in rows], np.int64)  # [n, A, 4]
-        tokens, targets, prefix_tokens, prefix_texts = columns.transpose(2, 1, 0)
+        columns = np.array([[size[:5] for size in sizes] for sizes in rows], np.int64)  # [n, A, 5]
+        *small, prefix_texts = columns.transpose(2, 1, 0)
         reasons = {row: reason for row, sizes in enumerate(rows) if (reason := sizes[0].reason)}
-        tokens, targets, prefix_tokens = (array.astype(np.int32) for array in (tokens, targets, prefix_tokens))
-        return TokenLengths(tokens, targets, prefix_tokens, np.ascontiguousarray(prefix_texts), reasons)
+        tokens, targets, images, prefix_tokens = (array.astype(np.int32) for array in small)
+        return TokenLengths(tokens, targets, images, prefix_tokens, np.ascontiguousarray(prefix_texts), reasons)
 
     def _sizes(self, row: int) -> list[_Size]:
         """The lengths of sample ``row`` in each arrangement; the first has the reason if any has one."""
@@ -203,10 +206,9 @@ class _Job:
         sizes = [_size(turns, self.encoding, self.counter) for turns in orders]
         if self.counter.by_words and row % _CHECKED == 0 and not sizes[0].reason:
             for turns, size in zip(orders, sizes, strict=True):
-                encoded = self.encoding.encode(turns)
-                expected = (len(encoded), encoded.target_tokens, prefix_length(encoded, self.encoding.image_tokens))
-                if size[:3] != expected:
-                    raise _WrongCountError(f"sample {self.table.id(row)}: expected {expected}, got {size[:3]}")
+                expected = _encoded_size(turns, self.encoding)
+                if size[:4] != expected:
+                    raise _WrongCountError(f"sample {self.table.id(row)}: expected {expected}, got {size[:4]}")
         reason = next((size.reason for size in sizes if size.reason), "")
         return [sizes[0]._replace(reason=reason), *sizes[1:]]
 
@@ -223,7 +225,7 @@ def _computed(table: SampleTable, encoding: Encoding, order: ImageOrder) -> Toke
 def _all_lengths(job: _Job) -> TokenLengths:
     if not len(job.table):
         empty = np.zeros((len(arrangements((), job.order)), 0), np.int32)
-        return TokenLengths(empty, empty, empty, empty.astype(np.int64), {})
+        return TokenLengths(empty, empty, empty, empty, empty.astype(np.int64), {})
     parts = []
     with progress.bar(len(job.table), "counting tokens", "sample") as bar:
         for part in _map(job, range(0, len(job.table), _CHUNK)):
@@ -273,18 +275,23 @@ def _size(turns: Sequence[Turn], encoding: Encoding, counter: TokenCounter) -> _
     try:
         rendered = encoding.render(turns)
     except ConversationError as error:
-        return _Size(0, 0, 0, 0, error.message)
+        return _Size(0, 0, 0, 0, 0, error.message)
     spans = None if rendered.separator else list(encoding.token_spans(rendered, counter))
     tokens = 0 if spans is None else sum(span.tokens for span in spans)
     if spans is None or (encoding.max_length is not None and tokens > encoding.max_length):
-        encoded = encoding.encode(turns)  # names of special tokens, and truncation, are rare
-        tokens, targets = len(encoded), encoded.target_tokens
-        prefix = prefix_length(encoded, encoding.image_tokens)
+        # Names of special tokens, and truncation, are rare.
+        tokens, targets, images, prefix = _encoded_size(turns, encoding)
     else:
         targets = sum(span.tokens for span in spans if span.target)
-        prefix = _prefix_tokens(spans)
+        images, prefix = sum(span.image for span in spans), _prefix_tokens(spans)
     reason = "" if targets or encoding.has_targets(turns) else no_targets(encoding)
-    return _Size(tokens, targets, prefix, _prefix_text(rendered) if prefix else 0, reason)
+    return _Size(tokens, targets, images, prefix, _prefix_text(rendered) if prefix else 0, reason)
+
+
+def _encoded_size(turns: Sequence[Turn], encoding: Encoding) -> tuple[int, int, int, int]:
+    """The first four fields of ``_Size``, by encoding ``turns``."""
+    item = encoding.encode(turns)
+    return len(item), item.target_tokens, len(item.images), prefix_length(item, encoding.image_tokens)
 
 
 def _prefix_tokens(spans: Sequence[TokenSpan]) -> int:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,7 +70,7 @@ def parse_stream(file: IO[str]) -> Iterator[JsonEntry]:
     in_array = _SPACE.sub("", file.read(4096), count=1).startswith("[")
     file.seek(0)
     for index, entry in enumerate(_ArrayReader(file).entries() if in_array else _lines(file)):
-        yield replace(entry, index=index, in_array=in_array)
+        yield JsonEntry(entry.line, entry.value, entry.problem, entry.position, index, in_array)
 
 
 def _lines(file: IO[str]) -> Iterator[JsonEntry]:

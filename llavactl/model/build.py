@@ -91,10 +91,27 @@ def build_connector(spec: Mapping[str, Any], shape: FeatureShape, width: int) ->
     return module, int(tokens)
 
 
+def connector_tokens(spec: Mapping[str, Any], shape: FeatureShape) -> int:
+    """Q, the number of tokens per image of the connector ``spec``.
+
+    Raises:
+        PluginError: it isn't a positive integer.
+    """
+    tokens = registry().create("connectors", spec).tokens(shape)
+    if why := tokens_fault(tokens):
+        raise connector_error(spec, why)
+    return int(tokens)
+
+
 def build_fault(module: Any, tokens: Any) -> str:
     """Why these aren't valid results of a connector's ``build()`` and ``tokens()``; "" if they are."""
     if not isinstance(module, nn.Module):
         return f"build() returned {type(module).__name__}, expected a torch module"
+    return tokens_fault(tokens)
+
+
+def tokens_fault(tokens: Any) -> str:
+    """Why this isn't a valid result of a connector's ``tokens()``; "" if it is."""
     if not isinstance(tokens, Integral) or int(tokens) < 1:
         return f"tokens() returned {tokens!r}, expected an integer of 1 or more"
     return ""

@@ -89,8 +89,10 @@ class Stage(Section):
     max_steps: PositiveInteger | None = Field(None, description="stop after this many optimizer steps")
     batch_size: BatchSize = 128
     micro_batch_size: MicroBatchSize = 16
-    micro_batch_tokens: PositiveInteger | None = Field(
-        None, description="largest micro-batch, in tokens; a longer sample is a micro-batch by itself; null: no limit"
+    micro_batch_tokens: PositiveInteger | Literal["auto"] | None = Field(
+        None,
+        description="largest micro-batch, in tokens; a longer sample is a micro-batch by itself; null: no limit; auto: "
+        "chosen before training",
     )
     packing: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -119,8 +121,8 @@ class Stage(Section):
     )
     validation: Fraction = Field(0.01, description="fraction of the images whose samples are held out for validation")
     precision: Precision = Field("bfloat16", description="dtype of the model; master weights are float32")
-    gradient_checkpointing: Boolean = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+    gradient_checkpointing: Boolean | Literal["auto"] = Field(
+        False, description="recompute activations in the backward pass: less memory, more time; auto: only if necessary"
     )
     checkpoint_every: PositiveInteger = Field(500, description="steps between checkpoints")
     keep_last: PositiveInteger = Field(

@@ -44,6 +44,8 @@ from llavactl.training.throughput import Peak, Throughput
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
     from llavactl.core.stopping import Stop
+    from llavactl.data.sample_set import SampleSet
+    from llavactl.recipe.stages import AnyStage
     from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def train(run: Run) -> TrainingResult:
         ModelError: the loss is not finite; the message names the samples.
         KeyboardInterrupt: after a signal to any process; all processes stop after the same step.
     """
-    plan = _batch_plan(run)
+    plan = batch_plan(run.data, run.settings)
     checkpoint = _resume(run)
     start = checkpoint.step if checkpoint else 0
     if not checkpoint:
@@ -231,16 +233,16 @@ def _evaluate(
     return scores
 
 
-def _batch_plan(run: Run) -> BatchPlan:
-    settings = run.settings
+def batch_plan(data: SampleSet, settings: AnyStage) -> BatchPlan:
+    """The global batches of a stage with ``settings`` that trains on ``data``."""
     return BatchPlan(
-        run.data.weights,
+        data.weights,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        seed=run.seed,
+        seed=data.seed,
         max_steps=settings.max_steps,
-        phases=run.data.phases,
-        groups=run.data.image_groups() if settings.shuffle == "images" else None,
+        phases=data.phases,
+        groups=data.image_groups() if settings.shuffle == "images" else None,
     )
 
 

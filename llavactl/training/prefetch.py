@@ -40,6 +40,7 @@ def micro_batches(run: Run, data: SampleSet, indices: BatchIndices, stop: Stop) 
     """This process's micro-batches of a global batch; raises CancelledError once ``stop`` is set."""
     settings, process, processes = run.settings, run.accelerator.process_index, run.accelerator.num_processes
     samples = max(1, min(settings.micro_batch_size, settings.batch_size // processes))
+    assert settings.micro_batch_tokens != "auto", "chosen before training"
     partition = Partition(MicroBatchLimits(samples, settings.micro_batch_tokens), process, processes)
     data = replace(data, features=_CancellableLookup(data.features, stop))
     return (padded_micro_batches if run.padding_reason else packed_micro_batches)(data, indices, partition)

@@ -132,5 +132,5 @@ def _add_lora(model: LlavaModel, settings: Stage2) -> None:
         raise RecipeError(f"stage2.method lora: {error}", hint="`stage2.method: full` needs no adapters") from error
     dtype = model.language.get_input_embeddings().weight.dtype
     for parameter in model.language.parameters():
-        if parameter.requires_grad:  # peft creates the adapters of layers in 4 bits in float32
+        if parameter.requires_grad:  # older versions of peft create the adapters of layers in 4 bits in float32
             parameter.data = parameter.data.to(dtype)

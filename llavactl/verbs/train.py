@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -18,7 +19,7 @@ from llavactl.data.encode import Encoding
 from llavactl.data.split import DataSplit, load_split, log_held_out, write_skipped
 from llavactl.features import open_features
 from llavactl.model import folder as model_folder
-from llavactl.model.build import ModelBundle
+from llavactl.model.build import ModelBundle, connector_tokens
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
@@ -30,10 +31,11 @@ from llavactl.report.plots import plot_loss
 from llavactl.training import launch
 from llavactl.training.collective import lost_processes_reported, on_main
 from llavactl.training.digest import stage_digest
-from llavactl.training.initial_model import initial_folder, initial_model
+from llavactl.training.initial_model import initial_folder, initial_language, initial_model
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.placement import Placement, requested_placement
+from llavactl.training.prediction.choose import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples
@@ -45,13 +47,19 @@ from llavactl.verbs.evaluate_every import periodic_evaluation
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from llavactl.core.schema import FeatureShape
+    from llavactl.data.sample_set import SampleSet
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import AnyStage, StageNumber, TrainingStage
     from llavactl.training.loop import TrainingResult
+    from llavactl.training.prediction.predict import Choice
     from llavactl.training.run import Run
+
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -83,19 +91,24 @@ def _train(
     check_trackers(recipe.trackers)
     features = open_features(recipe, stage, device=str(accelerator.device))
     init_folder = initial_folder(recipe, stage)
-    with _loading_model(stage, settings, accelerator.device):
-        bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
-    _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
-    data = _load_data(recipe, training_stage, bundle, features, max_skipped)
+    language = registry().create("languages", initial_language(recipe, stage, init_folder))
+    image_tokens = connector_tokens(recipe.connector.spec(), features.shape)
+    encoding = _encoding(training_stage, language.tokenizer(), image_tokens)
+    data = _load_data(recipe, training_stage, encoding, features, max_skipped)
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
         digest = stage_digest(recipe, stage, features.fingerprint, data, init_folder)
     if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
         return report
     _check_restore_best(training_stage, data)
+    choice = on_main(lambda: _choice(recipe, training_stage, features.shape, data.train, accelerator))
+    training_stage, placement = settled(training_stage, choice), choice.placement
+    settings = training_stage.settings
+    with _loading_model(stage, settings, accelerator.device):
+        bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
+    _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
-    placement = requested_placement(recipe, stage, accelerator.num_processes)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
     with _loading_model(stage, settings, accelerator.device, placement):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
@@ -131,12 +144,30 @@ def _check_connector(recipe: Recipe, bundle: ModelBundle, shape: FeatureShape, p
     validate_connector(recipe.connector.spec(), shape, width, [precision], device)
 
 
+def _choice(
+    recipe: Recipe, stage: TrainingStage, shape: FeatureShape, data: SampleSet, accelerator: Accelerator
+) -> Choice:
+    """The placement and micro-batches of ``stage``, chosen before any weight is loaded.
+
+    Raises:
+        RecipeError: the method can't be sharded, or the stage doesn't fit on the devices of this run.
+    """
+    requested_placement(recipe, stage.number, accelerator.num_processes)
+    choice = choice_for_training(recipe, stage, shape, data, accelerator.device, accelerator.num_processes)
+    if accelerator.device.type != "cpu":
+        log.info("stage%d: %s", stage.number, choice)
+    return choice
+
+
+def _encoding(stage: TrainingStage, tokenizer: PreTrainedTokenizerBase, image_tokens: int) -> Encoding:
+    template = registry().create("templates", stage.template)
+    return Encoding(template, tokenizer, image_tokens, stage.settings.max_length)
+
+
 def _load_data(
-    recipe: Recipe, stage: TrainingStage, bundle: ModelBundle, features: FeatureReader, max_skipped: int | None
+    recipe: Recipe, stage: TrainingStage, encoding: Encoding, features: FeatureReader, max_skipped: int | None
 ) -> DataSplit:
     settings = stage.settings
-    template = registry().create("templates", stage.template)
-    encoding = Encoding(template, bundle.tokenizer, bundle.image_tokens, settings.max_length)
     # Only steps are reported to the caller's `progress` function, which may read the loss from each of them.
     with progress.reporting_to(lambda _: None):
         data = load_split(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef
 from llavactl.data.batches import pack
-from llavactl.data.packing import PAD_MULTIPLE, MicroBatchLimits, plan_sequences, prefix_groups
+from llavactl.data.packing import PAD_MULTIPLE, MicroBatchLimits, plan_sequences, prefix_groups, sample_length
 from llavactl.images.image_file import ImageFile
 
 Q = 4
@@ -61,7 +61,7 @@ def test_sequences_contain_every_sample_once_within_the_limits(
 
 @given(item_lists, limits_strategy)
 def test_a_prefix_group_shares_tokens_and_image_and_no_target(items: list[Encoded], limits: MicroBatchLimits) -> None:
-    for group in prefix_groups(items, Q, limits):
+    for group in prefix_groups([sample_length(item, Q) for item in items], limits):
         first = items[group.samples[0]]
         for index in group.samples:
             assert items[index].ids[: group.prefix_length] == first.ids[: group.prefix_length]
@@ -72,7 +72,7 @@ def test_a_prefix_group_shares_tokens_and_image_and_no_target(items: list[Encode
 
 def test_only_samples_with_the_same_image_share_a_prefix() -> None:
     items = [encoded(5, 0), encoded(6, 1), encoded(7, 0), encoded(5, None), encoded(5, None)]
-    groups = prefix_groups(items, Q, MicroBatchLimits(8))
+    groups = prefix_groups([sample_length(item, Q) for item in items], MicroBatchLimits(8))
     assert [(group.samples, group.prefix_length, group.tokens) for group in groups] == [
         ((0, 2), 5, 21), ((1,), 0, 16), ((3,), 0, 16), ((4,), 0, 16),
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def test_only_samples_with_the_same_image_share_a_prefix() -> None:
 def test_a_prefix_with_a_target_is_not_shared() -> None:
     ids, labels = (1, 10, *(IMAGE_TOKEN,) * Q, 11), (IGNORE, 10, *(IGNORE,) * Q, 11)
     item = Encoded(ids, labels, (ImageFile("/photos", "0.jpg"),))
-    assert [group.prefix_length for group in prefix_groups([item, item], Q, MicroBatchLimits(8))] == [0, 0]
+    assert [group.prefix_length for group in prefix_groups([sample_length(item, Q)] * 2, MicroBatchLimits(8))] == [0, 0]
 
 
 def test_sequences_have_similar_lengths() -> None:

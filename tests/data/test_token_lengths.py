@@ -60,20 +60,22 @@ def expected(samples: list[Sample], encoding: Encoding, order: ImageOrder) -> To
     columns = np.array(
         [
             [
-                (0, 0, 0) if e is None else (len(e), e.target_tokens, prefix_length(e, encoding.image_tokens))
-                for e in row
+                (0, 0, 0, 0)
+                if item is None
+                else (len(item), item.target_tokens, len(item.images), prefix_length(item, encoding.image_tokens))
+                for item in row
             ]
             for row in items
         ]
     )
-    tokens, targets, prefixes = columns.transpose(2, 1, 0)
-    return TokenLengths(tokens, targets, prefixes, prefixes, reasons)
+    tokens, targets, images, prefixes = columns.transpose(2, 1, 0)
+    return TokenLengths(tokens, targets, images, prefixes, prefixes, reasons)
 
 
 def assert_equal(found: TokenLengths, wanted: TokenLengths) -> None:
     assert dict(found.reasons) == dict(wanted.reasons)
     kept = np.array([row not in wanted.reasons for row in range(len(wanted))], bool)
-    for name in ("tokens", "targets", "prefix_tokens"):
+    for name in ("tokens", "targets", "images", "prefix_tokens"):
         np.testing.assert_array_equal(getattr(found, name)[:, kept], getattr(wanted, name)[:, kept], name)
 
 
@@ -217,3 +219,13 @@ def test_entries_that_no_run_used_for_long_are_removed(home: Path, monkeypatch: 
     loaded = array_cache.load("kind", "new")
     assert loaded is not None
     np.testing.assert_array_equal(loaded["a"], arrays["a"])
+
+
+def test_a_sample_sets_lengths_are_those_of_every_epoch(load_samples: Callable[..., Any]) -> None:
+    data = load_samples(random_samples(40), max_length=200, validation=0.2)
+    for part in (data.train, data.validation):
+        assert part.lengths is not None
+        for epoch, index in ((epoch, index) for epoch in range(3) for index in range(len(part))):
+            item, column = part.encoded(epoch, index), (part.arrangement(epoch, index), index)
+            assert part.lengths.tokens[column] == len(item)
+            assert part.lengths.targets[column] == item.target_tokens

@@ -11,7 +11,7 @@ import torch
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Batch, Encoded, FeatureShape, ImageRef
 from llavactl.data.batches import collate, pack
-from llavactl.data.packing import MicroBatchLimits, prefix_groups
+from llavactl.data.packing import MicroBatchLimits, plan_sequences
 from llavactl.images.image_file import ImageFile
 from llavactl.testing import toy_language
 
@@ -73,7 +73,7 @@ def padded_batch(items: list[Encoded]) -> Batch:
 
 @pytest.fixture(scope="session")
 def packed_batch(items: list[Encoded]) -> Batch:
-    groups = prefix_groups(items, SHAPE.patches, MicroBatchLimits(len(items)))
+    (groups,) = plan_sequences(items, SHAPE.patches, MicroBatchLimits(len(items)))
     batch = pack([(group.prefix_length, [items[i] for i in group.samples]) for group in groups], FeaturesFromName())
     assert sum(span.after is not None for span in batch.spans) == 5
     return batch

@@ -63,7 +63,7 @@ def test_cached_features_train_like_live_ones(toy: Path, device: torch.device) -
     result = run_cli(*cached, *(word for option in [*options, "eval.max_new_tokens=2"] for word in ("-o", option)))
     assert result.exit_code == 0, result.stderr
     train(toy, 1, "live", "epochs=1")
-    assert losses(toy, "cached", 1) == pytest.approx(losses(toy, "live", 1), rel=1e-3)
+    assert losses(toy, "cached", 1) == pytest.approx(losses(toy, "live", 1), rel=5e-3)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(

@@ -151,14 +151,14 @@ def uninterrupted_and_resumed(
     for name in ("uninterrupted", "resumed"):
         if name == "resumed":
             with monkeypatch.context() as patch:
-                real_step, calls = loop._step, iter(range(100))
+                real_step, calls = loop.accumulate, iter(range(100))
 
                 def interrupted(*args: Any, real_step: Any = real_step, calls: Any = calls) -> Any:
                     if next(calls) == 3:  # after the checkpoint of step 2
                         raise KeyboardInterrupt
                     return real_step(*args)
 
-                patch.setattr(loop, "_step", interrupted)
+                patch.setattr(loop, "accumulate", interrupted)
                 assert train(recipe, connector, "-o", f"name={name}", stage=stage).exit_code != 0
         done = train(recipe, connector, "-o", f"name={name}", stage=stage)
         assert done.exit_code == 0, done.stderr

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,7 +82,19 @@ def test_a_language_model_that_cannot_be_quantized_is_named() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_adapters_have_the_precision_and_float32_masters(toys: Path, precision: str) -> None:
+def test_adapters_have_the_precision_and_float32_masters(
+    toys: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Also with versions of peft that create adapters of layers in 4 bits in float32."""
+    adapted = peft.get_peft_model
+
+    def in_float32(*arguments: Any, **options: Any) -> Any:
+        model = adapted(*arguments, **options)
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.float() if "lora_" in name else weight.data
+        return model
+
+    monkeypatch.setattr(peft, "get_peft_model", in_float32)
     dtype = getattr(torch, precision)
     model = LlavaModel(nn.Linear(4, 48).to(dtype), quantized(toys, precision))
     settings = Stage2(method="qlora", lora=Lora(r=4, alpha=8), precision=precision)  # type: ignore[arg-type]

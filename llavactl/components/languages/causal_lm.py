@@ -116,7 +116,9 @@ class TransformersLanguage:
 
         self._check_files()
         with loading(LANGUAGE, self.options.model, _HINT), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self._config(), trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self._config(), attn_implementation=self._attention(), trust_remote_code=False
+            )
             return model
 
     def _config(self) -> Any:

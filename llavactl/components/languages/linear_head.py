@@ -48,7 +48,8 @@ def _computation_fault(language: PreTrainedModel, base: nn.Module, head: nn.Modu
         captured.extend((args[0].clone(), output.clone()))
 
     width = language.get_input_embeddings().weight.shape[1]
-    embeds = torch.randn(1, POSITIONS, width, generator=torch.Generator().manual_seed(0)).to(language.dtype)
+    embeds = torch.randn(1, POSITIONS, width, generator=torch.Generator().manual_seed(0))
+    embeds = embeds.to(language.device, language.dtype)
     hook = head.register_forward_hook(capture)
     try:
         with torch.no_grad():

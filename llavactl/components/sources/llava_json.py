@@ -158,4 +158,7 @@ def _with_images(turns: list[Turn], images: list[ImageRef], where: str, *, named
     if not tagged and (found := foreign_placeholder(questions, images=bool(images))):
         raise DataError(f"{where}: {found} would be trained as text", hint=f"the placeholder of an image is {TAG}")
     for turn in turns:
-        yield Turn("user", next(contents)) if turn.role == "user" else turn
+        if turn.role == "user" and (content := next(contents)) != turn.content:
+            yield Turn("user", content)
+        else:
+            yield turn

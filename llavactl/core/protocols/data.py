@@ -17,8 +17,8 @@ class Source(Protocol):
     Implement ``RecordSource`` as well if samples are read from a file record by record, and ``RepairingSource`` if
     records can be repaired.
 
-    Optional method: ``identity()`` returns everything besides the options that the samples depend on, as JSON (such as a
-    hash of the file). Samples of such a source are cached: a start of training reads no record again until the
+    Optional method: ``identity()`` returns everything besides the options that the samples depend on, as JSON, such as
+    a hash of the file. Samples of such a source are cached: a start of training reads no record again until the
     identity, an option or the plugin's version changes.
     """
 

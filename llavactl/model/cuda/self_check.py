@@ -60,9 +60,8 @@ def _largest_error(language: PreTrainedModel, dtype: torch.dtype, device: torch.
     layout = PackedLayout(SPANS, device)
 
     def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attend(torch.nn.Module(), q[None], k[None], v[None], None, scaling, packed_layout=layout)[0][
-            0
-        ].transpose(0, 1)
+        output, _ = attend(torch.nn.Module(), q[None], k[None], v[None], None, scaling, packed_layout=layout)
+        return output[0].transpose(0, 1)
 
     def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return block_attention.attention(q, k, v, layout.blocks, scaling).transpose(0, 1)

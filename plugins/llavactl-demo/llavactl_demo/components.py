@@ -94,6 +94,9 @@ class Smollm2Demo:
     def load(self, dtype: str) -> PreTrainedModel:
         return self._language.load(dtype)
 
+    def skeleton(self) -> PreTrainedModel:
+        return self._language.skeleton()
+
     def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
         return self._language.load_quantized(dtype, device)
 

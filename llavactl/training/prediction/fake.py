@@ -1,0 +1,77 @@
+"""Models and computations on tensors without values: shapes, dtypes and storage sizes are those of real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """In this context new floating-point tensors have no values; integer tensors have.
+
+    A forward pass looks at token ids, labels and masks (which positions have a target?), but never at activations. So
+    training code runs unchanged. Computing with fake tensors takes about a tenth of a millisecond per operation,
+    whatever their size.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with _RealIntegers(FakeTensorMode(allow_non_fake_inputs=True)):
+        yield
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Operations on tensors with values are computed; all others, and new floating-point tensors, are faked."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = fake
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        kwargs = kwargs or {}
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if inputs and not any(isinstance(value, FakeTensor) for value in inputs):
+            return func(*args, **kwargs)
+        with self.fake:
+            output = func(*args, **kwargs)
+        if not inputs and isinstance(output, torch.Tensor) and not output.is_floating_point():
+            return func(*args, **kwargs)
+        return output
+
+
+def as_fake(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces parameters and buffers of ``module``, on any device, by fake ones on the CPU, in place.
+
+    Parameters get ``dtype``, unless they are integers. A parameter with several names remains one parameter. Call it
+    within ``fake_tensors``.
+    """
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if id(tensor) not in copies:
+            empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return copies[id(tensor)]
+
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                kept = weight.dtype if not weight.is_floating_point() else dtype
+                part._parameters[name] = copy(weight, kept)  # type: ignore[assignment]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = copy(buffer, buffer.dtype)

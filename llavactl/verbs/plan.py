@@ -1,0 +1,291 @@
+"""``llavactl train --dry-run``: the memory, steps, tokens and time of a stage before it is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import ModelError, RecipeError, StoreError
+from llavactl.core.hashes import read_only_cache
+from llavactl.core.identity import component_identity
+from llavactl.core.registry import registry
+from llavactl.core.schema import ImageContents
+from llavactl.data.encode import Encoding
+from llavactl.data.split import load_split
+from llavactl.features import open_features
+from llavactl.model.build import connector_tokens
+from llavactl.recipe.stages import STAGES
+from llavactl.training.prediction.choose import (
+    Alternative,
+    Target,
+    alternatives,
+    choose,
+    fitting_options,
+    gigabytes,
+)
+from llavactl.training.prediction.model import feature_shape, language_component
+from llavactl.training.prediction.predict import Choice, StagePredictor
+from llavactl.training.prediction.process import process_bytes
+from llavactl.training.report import REPORT
+from llavactl.training.throughput import Work, training_flops
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llavactl.core.schema import ImageRef
+    from llavactl.data.sample_set import SampleSet
+    from llavactl.data.stage_plan import StagePlan
+    from llavactl.features import FeatureReader
+    from llavactl.recipe.frame import Recipe
+    from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
+    from llavactl.training.prediction.predict import Prediction
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The plan of a stage, without weights and GPU.
+
+    ``peak_bytes``: of one process, on its device (tensors, as torch.cuda.max_memory_allocated) and in host memory
+    (resident memory). On a CPU the device's memory is part of the host's. ``peak_parts`` are its parts. ``fits``: the
+    peak is within ``usable_bytes`` of a device. ``checkpoint_bytes``: the tensors of one checkpoint. ``padding``,
+    ``prefix_sharing``: as in the report of a stage. ``micro_batch``: the longest one. None: unknown without the data,
+    or for ``time`` without a throughput. ``alternatives``: options with which a stage fits that doesn't, nearest first.
+    """
+
+    fits: bool
+    stage: int
+    device: dict[str, Any]
+    placement: dict[str, Any]
+    parameters: dict[str, int]
+    peak_bytes: dict[str, int]
+    peak_parts: dict[str, dict[str, int]]
+    steps: int | None
+    samples: int | None
+    tokens: int | None
+    padding: float | None
+    prefix_sharing: float | None
+    micro_batch: dict[str, int] | None
+    checkpoint_bytes: int
+    training_flops: int | None
+    time: dict[str, Any] | None
+    alternatives: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def refusal(self) -> RecipeError:
+        """The error of a stage that doesn't fit."""
+        where = "device" if self.device["kind"] == "cuda" else "host"
+        options = [" ".join(each["options"]) for each in self.alternatives]
+        return RecipeError(
+            f"stage {self.stage} doesn't fit: it needs {gigabytes(self.peak_bytes[where])} of {where} memory, and "
+            f"{gigabytes(self.device['usable_bytes'])} of {gigabytes(self.device['memory_bytes'])} can be used",
+            hint=fitting_options(options),
+        )
+
+
+def plan_training(
+    recipe: Recipe,
+    stage: StageNumber,
+    *,
+    device_memory: int | None = None,
+    devices: int | None = None,
+    tokens_per_s: float | None = None,
+) -> TrainPlan:
+    """Plans ``stage`` of ``recipe`` from configurations and records; nothing is written.
+
+    ``device_memory`` in bytes: plan for CUDA devices of this size. Default: the devices of this machine. ``devices``:
+    their number, one process each. ``tokens_per_s``: the throughput of all of them; default: that of an earlier run of
+    this stage.
+
+    Raises:
+        ModelError: a configuration or the tokenizer can't be read.
+        DataError: a record is invalid.
+    """
+    device = target_device(device_memory, devices)
+    notes: list[str] = []
+    with read_only_cache():
+        shape = feature_shape(recipe, stage)
+        tokens = connector_tokens(recipe.connector.spec(), shape)
+        data = _training_data(recipe, stage, tokens, notes)
+        predictor = StagePredictor(recipe, stage, shape, tokens, data, device.count, cuda=device.cuda)
+        if blocker := predictor.packing_blocker:
+            notes.append(f"samples are padded, not packed: {blocker}")
+        process_bytes()
+        prediction, fits = choose(predictor, recipe, device)
+        others = () if fits else tuple(alternatives(predictor, recipe, device))
+    return _plan(recipe, predictor, prediction, fits, device, others, tokens_per_s, notes)
+
+
+def target_device(memory: int | None, count: int | None) -> Target:
+    """CUDA devices of ``memory`` bytes, or those of this machine, or CPU processes."""
+    import torch
+
+    from llavactl.features.device import default_device
+
+    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if memory is not None:
+        return Target(True, memory, count or processes)
+    if default_device().startswith("cuda"):
+        smallest = min(
+            torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
+        )
+        return Target(True, smallest, count or processes)
+    import psutil
+
+    return Target(False, int(psutil.virtual_memory().total), count or processes)
+
+
+def _training_data(recipe: Recipe, stage: StageNumber, image_tokens: int, notes: list[str]) -> SampleSet | None:
+    """The training set of ``stage``; None, with a note, without the records or the tokenizer."""
+    training_stage = recipe.stage(stage)
+    key, settings = f"data.{STAGES[stage]}", training_stage.settings
+    unknown = (
+        f"steps and tokens are unknown; the memory is that of micro-batches of {settings.max_length}-token samples"
+    )
+    if not training_stage.sources:
+        raise RecipeError(f"{key} has no source", hint=f"add a source of records to `{key}`")
+    sources = [_without_missing_options(source) for source in training_stage.sources]
+    if missing := [path for source in sources for path in _missing(source).values()]:
+        notes.append(f"{key}: {missing[0]} doesn't exist yet: {unknown}")
+        return None
+    try:
+        tokenizer = language_component(recipe, stage).tokenizer()
+    except ModelError as error:
+        notes.append(f"{error.message}: {unknown}")
+        return None
+    template = registry().create("templates", training_stage.template)
+    encoding = Encoding(template, tokenizer, image_tokens, settings.max_length)
+    features = _stored_features(recipe, stage)
+
+    def contents(images: Sequence[ImageRef]) -> ImageContents:
+        if features is not None:
+            try:
+                return features.contents(images)
+            except StoreError:
+                pass
+        notes.append("features are not extracted yet: images are not opened, and all count as readable and distinct")
+        return ImageContents({})
+
+    identity = component_identity("templates", training_stage.template)
+    return load_split(sources, settings, encoding, _NoFeatures(), contents, recipe.seed, template=identity).train
+
+
+def _missing(source: SourceSpec) -> dict[str, str]:
+    """The options of ``source`` that name a file or folder that doesn't exist."""
+    options = source.spec()
+    paths = {key: value for key, value in options.items() if isinstance(value, str) and Path(value).is_absolute()}
+    return {key: path for key, path in paths.items() if not Path(path).exists()}
+
+
+def _without_missing_options(source: SourceSpec) -> SourceSpec:
+    """``source`` without optional files and folders that don't exist, such as that of the images."""
+    fields = registry().get("sources", source.name).options_model().model_fields
+    optional = [key for key in _missing(source) if not fields[key].is_required()]
+    return source.model_copy(update={key: fields[key].get_default(call_default_factory=True) for key in optional})
+
+
+def _stored_features(recipe: Recipe, stage: StageNumber) -> FeatureReader | None:
+    """The features in the store; None if there are none, or if they are computed live."""
+    if recipe.features.mode != "cached":
+        return None
+    try:
+        return open_features(recipe, stage)
+    except (StoreError, ModelError):
+        return None
+
+
+class _NoFeatures:
+    """Lengths don't depend on the values of features."""
+
+    def arrays(self, image: ImageRef) -> Any:
+        raise AssertionError(f"the features of {image.name} aren't needed")
+
+
+def _plan(
+    recipe: Recipe,
+    predictor: StagePredictor,
+    prediction: Prediction,
+    fits: bool,
+    device: Target,
+    others: Sequence[Alternative],
+    tokens_per_s: float | None,
+    notes: Sequence[str],
+) -> TrainPlan:
+    weights, plan = predictor.weights(), prediction.plan
+    return TrainPlan(
+        fits=fits,
+        stage=predictor.stage,
+        device={"kind": "cuda" if device.cuda else "cpu", "count": device.count, **_sizes(device)},
+        placement={**_described(prediction.choice), "packed": not predictor.packing_blocker},
+        parameters={"trainable": weights.trainable, "frozen": weights.frozen},
+        peak_bytes={"device": prediction.device_bytes, "host": prediction.host_bytes},
+        peak_parts={"device": dict(prediction.device), "host": dict(prediction.host)},
+        **_counts(plan),
+        checkpoint_bytes=weights.checkpoint_bytes(),
+        training_flops=_flops(predictor, prediction),
+        time=None if plan is None else _time(recipe, predictor.stage, plan.tokens, tokens_per_s),
+        alternatives=tuple(
+            {
+                "options": list(each.options),
+                "peak_bytes": {"device": each.prediction.device_bytes, "host": each.prediction.host_bytes},
+            }
+            for each in others
+        ),
+        notes=tuple(notes),
+    )
+
+
+def _counts(plan: StagePlan | None) -> dict[str, Any]:
+    """The fields that describe the data, None without it."""
+    if plan is None:
+        return dict.fromkeys(("steps", "samples", "tokens", "padding", "prefix_sharing", "micro_batch"))
+    largest = max((batch for _, batch in plan.largest), key=lambda batch: batch.positions)
+    return {
+        "steps": plan.steps,
+        "samples": plan.samples,
+        "tokens": plan.tokens,
+        "padding": round(plan.padding, 4),
+        "prefix_sharing": round(plan.prefix_sharing, 4),
+        "micro_batch": {"positions": largest.positions, "targets": largest.targets, "images": largest.images},
+    }
+
+
+def _sizes(device: Target) -> dict[str, int]:
+    return {"memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes}
+
+
+def _described(choice: Choice) -> dict[str, Any]:
+    return {
+        "sharded": choice.placement.sharded,
+        "optimizer_state": choice.placement.optimizer_state,
+        "gradient_checkpointing": choice.gradient_checkpointing,
+        "micro_batch_tokens": choice.micro_batch_tokens,
+    }
+
+
+def _flops(predictor: StagePredictor, prediction: Prediction) -> int | None:
+    """The training FLOPs of the stage (``training.throughput``); None without data or a formula."""
+    plan, flops = prediction.plan, training_flops(predictor.weights().model)
+    if plan is None or flops is None:
+        return None
+    image_tokens = plan.images * predictor.image_tokens
+    return flops.of(Work(plan.samples, plan.tokens, plan.useful, plan.targets, image_tokens, plan.pairs))
+
+
+def _time(recipe: Recipe, stage: StageNumber, tokens: int, tokens_per_s: float | None) -> dict[str, Any] | None:
+    """The duration of ``tokens`` with a throughput that is given, or that of an earlier run; None without either."""
+    source = "--tokens-per-second"
+    if tokens_per_s is None:
+        report = recipe.run_dir / STAGES[stage] / REPORT
+        try:
+            tokens_per_s = float(json.loads(report.read_text(encoding="utf-8"))["tokens_per_s"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        source = str(report)
+    if not tokens_per_s:
+        return None
+    return {"seconds": round(tokens / tokens_per_s, 1), "tokens_per_s": tokens_per_s, "source": source}
