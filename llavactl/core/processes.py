@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 from llavactl.core.errors import RecipeError
+
+GROUP_TIMEOUT = timedelta(days=1)
+"""How long processes wait for each other: longer than anything that one of them does while the others wait, such as
+hashing a model, verifying an export or asking a judge. If a process dies, the launcher stops the others.
+"""
 
 _OFF = ("", "no", "n", "false", "f", "off", "0", "none")
 """What accelerate reads as false, and its names for "nothing"."""
@@ -77,6 +83,31 @@ def multiprocess_on_cpu() -> bool:
     import torch
 
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def join_process_group() -> None:
+    """Joins the process group of this launch, unless there is only one process or it has joined already.
+
+    On CUDA it has NCCL, and gloo for optimizer state in host memory; accelerate alone would use NCCL only. Keys in the
+    launcher's store have a prefix for each restart: with its default rendezvous torchrun keeps the store, and processes
+    restarted by ``--max-restarts`` would find the addresses of the ones before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return
+    import torch
+    from torch import distributed
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+    other_accelerator = not torch.cuda.is_available() and not multiprocess_on_cpu()  # accelerate knows its backend
+    if not distributed.is_initialized() and not other_accelerator:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            backend = "cuda:nccl,cpu:gloo"
+        store, rank, size = next(rendezvous("env://", timeout=GROUP_TIMEOUT))
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
+    destroy_process_group_at_exit()
 
 
 @cache

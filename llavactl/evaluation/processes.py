@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
-from llavactl.core.processes import check_launch, destroy_process_group_at_exit
-
-BARRIER_TIMEOUT = timedelta(days=7)
-"""Long, since the other processes wait for a judge; if a process dies, the launcher stops them."""
+from llavactl.core.processes import check_launch, join_process_group
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,7 @@ def launched_processes() -> Processes:
     check_launch()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return SINGLE_PROCESS
-    import torch
-    from accelerate import PartialState
+    join_process_group()
+    from torch import distributed
 
-    # Without ``cpu=True``, accelerate treats several processes without a GPU as separate single processes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
-    destroy_process_group_at_exit()
-    return Processes(state.process_index, state.num_processes)
+    return Processes(distributed.get_rank(), distributed.get_world_size())

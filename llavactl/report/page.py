@@ -99,9 +99,14 @@ def write_report(run_dir: Path) -> Path:
         versions=_versions(),
         recipe=text,
     )
-    path = run_dir / "report.html"
+    path = report_page(run_dir)
     write_atomic(path, page)
     return path
+
+
+def report_page(run_dir: Path) -> Path:
+    """The file that ``write_report`` writes."""
+    return run_dir / "report.html"
 
 
 def _components(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:

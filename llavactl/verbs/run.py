@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
-from llavactl.core.processes import check_launch, multiprocess_on_cpu
+from llavactl.core.processes import check_launch, join_process_group
 from llavactl.core.registry import registry
 from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_objects
-from llavactl.report.page import TIMES, write_report
+from llavactl.report.optional import optional_output
+from llavactl.report.page import TIMES, report_page, write_report
+from llavactl.training.collective import on_main
 from llavactl.training.initial_model import starts_from_recipe_language
 from llavactl.training.memory import release_memory
 from llavactl.training.report import TrainReport
@@ -64,6 +66,9 @@ def run(recipe: Recipe) -> RunReport:
     scored = [_evaluate(recipe, task) for task in recipe.eval.tasks]
     exported = [_export(recipe, settings) for settings in recipe.export]
     last = trained[max(trained)] if trained else None
+    page = report_page(recipe.run_dir)
+    with optional_output(page):
+        _on_main(lambda: write_report(recipe.run_dir))
     return RunReport(
         name=recipe.name,
         run_dir=str(recipe.run_dir),
@@ -74,7 +79,7 @@ def run(recipe: Recipe) -> RunReport:
         stage2=trained.get(2),
         eval=tuple(scored),
         export=tuple(exported),
-        report=str(write_report(recipe.run_dir)),
+        report=str(page),
         example=_example(recipe),
     )
 
@@ -102,7 +107,9 @@ def _check_component(kind: str, spec: Mapping[str, Any]) -> None:
 
 
 def _generate(recipe: Recipe) -> GenerateReport | None:
-    return _timed(recipe, "generate", partial(_generate_all, recipe)) if recipe.generate is not None else None
+    if recipe.generate is None:
+        return None
+    return _on_main(lambda: _timed(recipe, "generate", partial(_generate_all, recipe)))
 
 
 def _generate_all(recipe: Recipe) -> GenerateReport:
@@ -125,16 +132,10 @@ def _extract(recipe: Recipe) -> ExtractReport | None:
     if recipe.features.mode != "cached" or not recipe.stages_with_data():
         return None
     report = _timed(recipe, "extract", partial(extract, recipe))
-    if report.parts > 1:
-        _wait_for_other_processes()
+    if report.parts > 1:  # a stage needs the features of all processes
+        join_process_group()
+        on_main(lambda: None)
     return report
-
-
-def _wait_for_other_processes() -> None:
-    """A stage needs the features of all processes."""
-    from accelerate import PartialState
-
-    PartialState(cpu=multiprocess_on_cpu()).wait_for_everyone()
 
 
 def _train(recipe: Recipe, number: StageNumber) -> TrainReport:
@@ -148,7 +149,17 @@ def _evaluate(recipe: Recipe, task: TaskSpec) -> EvalReport:
 def _export(recipe: Recipe, settings: Export) -> ExportReport:
     check = None if settings.verify else False
     step = partial(export, recipe, settings.spec(), settings.to, check=check)
-    return _timed(recipe, f"export {settings.format}", step)
+    return _on_main(lambda: _timed(recipe, f"export {settings.format}", step))
+
+
+def _on_main(step: Callable[[], R]) -> R:
+    """The report of ``step``, which the main process carries out while the others wait.
+
+    Raises:
+        LlavactlError: the step failed; in all processes.
+    """
+    join_process_group()
+    return on_main(step)
 
 
 def _timed(recipe: Recipe, name: str, step: Callable[[], R]) -> R:
@@ -161,7 +172,8 @@ def _timed(recipe: Recipe, name: str, step: Callable[[], R]) -> R:
     release_memory()
     if not (getattr(report, "finished_before", False) or getattr(report, "encoded", None) == 0):
         file = recipe.run_dir / TIMES
-        write_json(file, {**read_document(file), name: round(time.perf_counter() - start, 1)})
+        with optional_output(file):
+            write_json(file, {**read_document(file), name: round(time.perf_counter() - start, 1)})
     return report
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llavactl.core import plugins
+from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, ModelError, RecipeError
 from llavactl.core.identity import component_identity
 from llavactl.core.paths import exclusive_lock, json_text, write_atomic, write_json
@@ -23,7 +23,6 @@ from llavactl.model.build import ModelBundle, connector_tokens
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
-from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.report.page import write_report
@@ -34,7 +33,7 @@ from llavactl.training.digest import stage_digest
 from llavactl.training.initial_model import initial_folder, initial_language, initial_model
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
-from llavactl.training.placement import Placement, requested_placement
+from llavactl.training.placement import requested_placement
 from llavactl.training.prediction.choose import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
@@ -45,7 +44,6 @@ from llavactl.training.trackers import check_trackers, recording
 from llavactl.verbs.evaluate_every import periodic_evaluation
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
     from llavactl.data.sample_set import SampleSet
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import AnyStage, StageNumber, TrainingStage
+    from llavactl.recipe.stages import StageNumber, TrainingStage
     from llavactl.training.loop import TrainingResult
     from llavactl.training.prediction.predict import Choice
     from llavactl.training.run import Run
@@ -103,14 +101,15 @@ def _train(
     choice = on_main(lambda: _choice(recipe, training_stage, features.shape, data.train, accelerator))
     training_stage, placement = settled(training_stage, choice), choice.placement
     settings = training_stage.settings
-    with _loading_model(stage, settings, accelerator.device):
+    loading = f"loading the model on {accelerator.device}"
+    with out_of_memory_named(folder.name, settings, placement, loading):
         bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    with _loading_model(stage, settings, accelerator.device, placement):
+    with out_of_memory_named(folder.name, settings, placement, loading):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
     run = replace(run, evaluate=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
@@ -121,12 +120,6 @@ def _train(
             log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
         return _train_and_save(recipe, run, bundle, data, description)
-
-
-def _loading_model(
-    stage: StageNumber, settings: AnyStage, device: torch.device, placement: Placement | None = None
-) -> AbstractContextManager[None]:
-    return out_of_memory_named(STAGES[stage], settings, placement or Placement(), f"loading the model on {device}")
 
 
 def _check_requirements(stage: TrainingStage) -> None:
@@ -168,16 +161,18 @@ def _load_data(
     recipe: Recipe, stage: TrainingStage, encoding: Encoding, features: FeatureReader, max_skipped: int | None
 ) -> DataSplit:
     settings = stage.settings
-    data = load_split(
-        stage.sources,
-        settings,
-        encoding,
-        features,
-        features.contents,
-        recipe.seed,
-        template=component_identity("templates", stage.template),
-        max_skipped=max_skipped,
-    )
+    # Only steps are reported to the caller's `progress` function, which may read the loss from each of them.
+    with progress.reporting_to(lambda _: None):
+        data = load_split(
+            stage.sources,
+            settings,
+            encoding,
+            features,
+            features.contents,
+            recipe.seed,
+            template=component_identity("templates", stage.template),
+            max_skipped=max_skipped,
+        )
     if settings.method == "connector" and not any(sample.images for sample in data.train.samples):
         raise DataError(
             f"data.stage{stage.number}: no training sample has an image, so the connector can't be trained",

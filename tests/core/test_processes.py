@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,31 @@ def test_accelerate_launch_with_an_unsupported_configuration_is_refused(
     errors = [line for line in launched.stderr.splitlines() if line.startswith("llavactl:") or "error:" in line]
     assert any(variable in line for line in errors), launched.stderr[-2000:]
     assert not (toy / "runs").exists()
+
+
+GROUP = """
+import os, signal, sys
+from accelerate import Accelerator
+from llavactl.core.processes import join_process_group, multiprocess_on_cpu
+join_process_group()
+accelerator = Accelerator(cpu=multiprocess_on_cpu())
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+accelerator.wait_for_everyone()
+print(f"{accelerator.process_index} of {accelerator.num_processes}", flush=True)
+"""
+
+
+def test_restarted_processes_join_a_new_group(tmp_path: Path) -> None:
+    """With torchrun's default rendezvous, they would connect to the addresses of the processes before."""
+    script = tmp_path / "group.py"
+    script.write_text(GROUP)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    launched = subprocess.run(
+        [*launcher, "--max-restarts", "1", str(script)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert sorted(launched.stdout.split("\n"))[-2:] == ["0 of 2", "1 of 2"]

@@ -133,9 +133,9 @@ def _handlers_are_restored() -> Iterator[None]:
 
 
 def test_second_signal_aborts_the_step(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = SignalSender(loop.schedule, 5, signal.SIGINT, signal.SIGTERM)
+    step = SignalSender(loop.update, 5, signal.SIGINT, signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "schedule", step)
+        patch.setattr(loop, "update", step)
         result = run_cli(*command(toy))
     assert result.exit_code == 143
     assert "interrupt again" in result.stderr
@@ -145,9 +145,9 @@ def test_second_signal_aborts_the_step(toy: Path, monkeypatch: pytest.MonkeyPatc
 
 FREQUENT_CHECKPOINTS = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.restore_best=true")
 MOMENTS = {
-    "in a step": ("schedule", 2),
-    "in a step before a validation": ("schedule", 3),
-    "in the last step": ("schedule", -1),
+    "in a step": ("update", 2),
+    "in a step before a validation": ("update", 3),
+    "in the last step": ("update", -1),
     "before the first validation": ("validate", 1),
     "before the last validation": ("validate", -1),
     "before the first checkpoint": ("_save_checkpoint", 1),
