@@ -25,7 +25,7 @@ from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
-from llavactl.report.page import write_report
+from llavactl.report.page import report_page, write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import launch
 from llavactl.training.collective import lost_processes_reported, on_main
@@ -207,7 +207,7 @@ def _train_and_save(
     if main:
         with optional_output(run.folder / "loss.png"):
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
-        with optional_output(recipe.run_dir / "report.html"):
+        with optional_output(report_page(recipe.run_dir)):
             write_report(recipe.run_dir)
     run.accelerator.wait_for_everyone()
     if main:
