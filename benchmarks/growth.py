@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,17 @@ run_dir: run
 
 STARTS = {"first": "never", "second": "never", "resumed": "auto"}
 """The value of ``--resume`` of each start."""
+
+
+def prepared(folder: Path, count: int) -> dict[str, Any]:
+    """The numbers of records, images and megabytes in ``folder``, without results of an earlier benchmark."""
+    description = folder / "prepared.json"
+    if not description.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        description.write_text(json.dumps(prepare(folder, count)), encoding="utf-8")
+    for path in ("run", "home/cache/samples", "home/cache/token-lengths"):
+        shutil.rmtree(folder / path, ignore_errors=True)
+    return dict(json.loads(description.read_text(encoding="utf-8")))
 
 
 def prepare(folder: Path, count: int) -> dict[str, Any]:
@@ -193,11 +205,11 @@ def documents(options: argparse.Namespace) -> Documents:
     machine = {"cores": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
     results: list[dict[str, Any]] = []
     for count in options.records:
-        with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = (options.folder or Path(temporary)) / f"{count}"
             os.environ["LLAVACTL_HOME"] = str(folder / "home")
             print(f"{count:,} records: preparing", file=sys.stderr, flush=True)
-            result = prepare(folder, count)
+            result = prepared(folder, count)
             results.append(result)
             result["json.load seconds"] = round(json_load(folder / "records.json"), 1)
             for start, resume in STARTS.items():
@@ -225,7 +237,7 @@ def as_text(document: Document) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, nargs="+", default=[1_000, 10_000], help="numbers of records")
-    parser.add_argument("--folder", type=Path, help="folder for the data, about 3 KB per record (default: temporary)")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the data for other runs")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", help=argparse.SUPPRESS)
     add_options(parser)

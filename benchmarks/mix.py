@@ -103,7 +103,8 @@ def _records(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
 
 def _words(records: list[dict[str, Any]], role: str) -> list[str]:
     turns = (turn["value"] for record in records for turn in record["conversations"] if turn["from"] == role)
-    return " ".join(text.replace("<image>", "").strip() for text in turns).split(" ")
+    words = " ".join(text.replace("<image>", "").strip() for text in turns).split(" ")
+    return [word for word in words if word.strip()]
 
 
 def _write_image(file: Path, number: int) -> str:

@@ -68,22 +68,23 @@ class Bar:
             self._log_line((self._done - self._start) / (now - self._began), facts)
 
     def _log_line(self, rate: float, facts: dict[str, str]) -> None:
-        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        of_total = f" of {self._total}" if self._total else ""
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate and self._total else ""
         also = "".join(f", {name} {value}" for name, value in facts.items())
         unit = f"{self._unit}s"
-        log.info("%s: %d of %d %s, %.2g per second%s%s", self._what, self._done, self._total, unit, rate, also, left)
+        log.info("%s: %d%s %s, %.2g per second%s%s", self._what, self._done, of_total, unit, rate, also, left)
 
 
 @contextmanager
-def bar(total: int, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
-    """A progress bar of ``total`` ``unit``s, starting at ``start``."""
+def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
+    """A progress bar of ``total`` ``unit``s (None: unknown), starting at ``start``."""
     from tqdm import tqdm
 
-    disable = not (sys.stderr.isatty() and total)
+    disable = not sys.stderr.isatty() or total == 0
     with tqdm(
         total=total, desc=what, unit=unit, initial=start, file=sys.stderr, disable=disable, smoothing=0.05
     ) as inner:
-        yield Bar(inner, what, unit, total, start)
+        yield Bar(inner, what, unit, total or 0, start)
 
 
 def quiet_transformers() -> None:

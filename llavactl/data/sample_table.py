@@ -25,6 +25,21 @@ _TURN = {role: -1 - index for index, role in enumerate(_ROLES)}
 _IMAGE = -4
 """Entries of ``parts``: the start of a turn, an image, and (0 or more) the bytes of a text."""
 
+_COLUMNS = (
+    "ids",
+    "id_lengths",
+    "wheres",
+    "where_lengths",
+    "bodies",
+    "body_lengths",
+    "parts",
+    "part_counts",
+    "image_indices",
+    "image_counts",
+    "image_cuts",
+)
+"""The arrays of a table besides ``boxes`` (JSON) and the arrays of its images."""
+
 _IMAGE_CLASSES: dict[str, type[RelativeImage]] = {kind.__name__: kind for kind in (ImageFile, ImageMember, ImageAtUrl)}
 """The image references that can be cached: a path, and fields that are equal for many images."""
 
@@ -48,7 +63,7 @@ class _Strings(Sequence[str]):
         return self.data[self.ends.item(index) : self.ends.item(index + 1)].tobytes()
 
     def __getitem__(self, index: Any) -> Any:
-        return self.bytes(index).decode("utf-8", "surrogatepass")
+        return _decoded(self.bytes(index))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -90,43 +105,81 @@ class SampleTable(Sequence[Sample]):
             builder.append(sample)
         return builder.table()
 
+    @classmethod
+    def joined(cls, tables: Sequence[SampleTable]) -> SampleTable:
+        """The samples of ``tables``, one table after another."""
+        images: dict[ImageRef, int] = {}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+        boxes: dict[int, Any] = {}
+        rows = 0
+        for table in tables:
+            for name, arrays in columns.items():
+                arrays.append(table._columns[name])
+            indices = np.array([images.setdefault(image, len(images)) for image in table.images], np.int32)
+            columns["image_indices"][-1] = indices[table.image_indices]
+            boxes |= {rows + int(row): value for row, value in table._boxes.items()}
+            rows += len(table)
+        empty = SampleTableBuilder().table()._columns if not tables else {}
+        joined = {name: np.concatenate(arrays) if arrays else empty[name] for name, arrays in columns.items()}
+        return cls({**joined, "boxes": _json_array(boxes), **_image_arrays(list(images))}, list(images))
+
+    def part(self, start: int, stop: int) -> SampleTable:
+        """The samples from row ``start`` to before ``stop`` or the end; arrays are views."""
+        stop = min(stop, len(self))
+        parts = slice(self._part_ends.item(start), self._part_ends.item(stop))
+        cuts = slice(self.image_ends.item(start), self.image_ends.item(stop))
+        columns = {
+            name: self._columns[name][start:stop]
+            for name in ("id_lengths", "where_lengths", "body_lengths", "part_counts", "image_counts")
+        }
+        for name, strings in (("ids", self._ids), ("wheres", self._wheres), ("bodies", self._bodies)):
+            columns[name] = strings.data[strings.ends.item(start) : strings.ends.item(stop)]
+        images = list(dict.fromkeys(self.image_indices[cuts].tolist()))
+        index = {image: position for position, image in enumerate(images)}
+        boxes = {row - start: value for row in range(start, stop) if (value := self._boxes.get(str(row)))}
+        return SampleTable(
+            {
+                **columns,
+                "parts": self._parts[parts],
+                "image_indices": np.array([index[image] for image in self.image_indices[cuts].tolist()], np.int32),
+                "image_cuts": self._cuts[cuts],
+                "boxes": _json_array(boxes),
+            },
+            [self.images[image] for image in images],
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleTable, ({name: self._columns[name] for name in (*_COLUMNS, "boxes")}, self.images)
+
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, row: Any) -> Any:
-        content: list[Content] = []
-        turns: list[Turn] = []
-        role: Role | None = None
-        for part in self._contents(row):
-            if isinstance(part, int):
-                if role is not None:
-                    turns.append(Turn(role, tuple(content)))
-                role, content = _ROLES[-1 - part], []
-            else:
-                content.append(part)
-        if role is not None:
-            turns.append(Turn(role, tuple(content)))
-        boxes = tuple(Box(name, tuple(xyxy), crowd) for name, xyxy, crowd in self._boxes.get(str(row), ()))
-        return Sample(self._ids[row], tuple(turns), self._wheres[row], boxes=boxes)
-
-    def _contents(self, row: int) -> Iterator[Content | int]:
-        """The texts and images of sample ``row`` in order, after the entry of each turn's role."""
         body: Any = self._bodies.bytes(row)
         if ascii_only := body.isascii():
             body = body.decode()  # slicing a string is faster than decoding each part
         images = iter(self._image_indices(row))
+        turns: list[Turn] = []
+        role: Role | None = None
+        content: list[Content] = []
         position = 0
         for part in self._parts[self._part_ends.item(row) : self._part_ends.item(row + 1)].tolist():
             if part >= 0:
-                text = body[position + 1 : position + 1 + part]
-                yield text if ascii_only else text.decode("utf-8", "surrogatepass")
-                position += 1 + part
+                end = position + 1 + part
+                content.append(body[position + 1 : end] if ascii_only else _decoded(body[position + 1 : end]))
+                position = end
             elif part == _IMAGE:
-                yield self.images[next(images)]
+                content.append(self.images[next(images)])
                 position += 1
             else:
-                yield part
-                position += len(_ROLES[-1 - part])
+                if role is not None:
+                    turns.append(Turn(role, tuple(content)))
+                role, content = _ROLES[-1 - part], []
+                position += len(role)
+        if role is not None:
+            turns.append(Turn(role, tuple(content)))
+        boxes = tuple(Box(name, tuple(xyxy), crowd) for name, xyxy, crowd in self._boxes.get(str(row), ()))
+        return Sample(self._ids[row], tuple(turns), self._wheres[row], boxes=boxes)
 
     def _image_indices(self, row: int) -> list[int]:
         indices: list[int] = self.image_indices[self.image_ends.item(row) : self.image_ends.item(row + 1)].tolist()
@@ -239,14 +292,23 @@ class SampleTableBuilder:
             "image_indices": _int32(self._image_indices),
             "image_counts": _int32(self._image_counts),
             "image_cuts": _int32(self._cuts),
-            "boxes": np.frombuffer(json.dumps(self._boxes).encode(), np.uint8),
+            "boxes": _json_array(self._boxes),
             **_image_arrays(images),
         }
         return SampleTable(arrays, images)
 
 
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")
+
+
 def _int32(values: array[int]) -> np.ndarray:
     return np.array(values, np.int32)
+
+
+def _json_array(value: Any) -> np.ndarray:
+    """``value`` as JSON text (uint8)."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def _bytes(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -22,7 +23,7 @@ from llavactl.data.image_order import ImageOrder
 from llavactl.data.sample_set import SampleSet, refusal
 from llavactl.data.table_view import TableView
 from llavactl.data.tables import sample_table
-from llavactl.data.token_lengths import TokenLengths
+from llavactl.data.token_lengths import Counting, TokenLengths
 from llavactl.data.token_lengths import lengths as token_lengths
 
 if TYPE_CHECKING:
@@ -92,8 +93,18 @@ def load_split(
         DataError: no sample can be trained on, or more than ``max_skipped`` images can't be read.
         StoreError: images whose features were not extracted.
     """
-    tables = [sample_table(spec) for spec in specs]
-    view = TableView.of(tables)
+    with ExitStack() as stack:
+        countings = [stack.enter_context(Counting(encoding, stage.image_order)) for _ in specs]
+        tables = [sample_table(spec, counting.submit) for spec, counting in zip(specs, countings, strict=True)]
+        view = TableView.of(tables)
+        image_contents = contents(view.images)
+        _check_max_skipped(image_contents.unreadable, max_skipped)
+        lengths = TokenLengths.joined(
+            [
+                token_lengths(table, encoding, stage.image_order, template, counting)
+                for table, counting in zip(tables, countings, strict=True)
+            ]
+        )
     sizes_of_sources = list(map(len, tables))
     members = _Members(
         view,
@@ -101,9 +112,6 @@ def load_split(
         np.repeat([spec.phase for spec in specs], sizes_of_sources),
         np.repeat([spec.split_turns for spec in specs], sizes_of_sources),
     )
-    image_contents = contents(view.images)
-    _check_max_skipped(image_contents.unreadable, max_skipped)
-    lengths = TokenLengths.joined([token_lengths(table, encoding, stage.image_order, template) for table in tables])
     reasons = _skip_reasons(view, image_contents.unreadable, lengths)
     skipped = [SkippedSample(view.id(row), view.where(row), reason) for row, reason in reasons.items()]
     kept = np.delete(np.arange(len(view)), list(reasons))

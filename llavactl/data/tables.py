@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,24 @@ from llavactl.data.sample_table import SampleTable
 from llavactl.data.table_view import TableView
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import ImageRef, Sample
+    from llavactl.core.schema import ImageRef
     from llavactl.recipe.specs import SourceSpec
 
 _KIND = "samples"
 _FORMAT = 1
 """The version of a table's layout; part of the cache key."""
 
-_BAR_STEP = 1000
+CHUNK = 2_000
+"""Samples that are read, and counted by another process, at a time."""
 
 MIN_BYTES = 8 << 20
 """The size of a file of records that is cached; a smaller one is read in a second."""
 
 
-def sample_table(spec: SourceSpec) -> SampleTable:
+def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = lambda _chunk: None) -> SampleTable:
     """The samples of ``spec``, each once; read from the cache if none of the source's files has changed.
+
+    While records are read, ``on_chunk`` is called with each ``CHUNK`` samples; it isn't if the table is cached.
 
     A source is cached if it has ``identity()`` (see ``Source``) and refers to images by path. Processes that start
     together read its records once: the first one reads, the others wait for the cached table.
@@ -40,7 +44,7 @@ def sample_table(spec: SourceSpec) -> SampleTable:
     """
     source = registry().create("sources", spec.spec())
     if not hasattr(source, "identity") or _is_small(source):
-        return _read(spec)
+        return _read(spec, on_chunk)
     if hasattr(source, "check"):
         source.check()  # as the source itself would before its first record
     key = _key(spec, source)
@@ -49,7 +53,7 @@ def sample_table(spec: SourceSpec) -> SampleTable:
     with array_cache.computing(_KIND, key):
         if (table := _cached(key)) is not None:
             return table
-        table = _read(spec)
+        table = _read(spec, on_chunk)
         if table.arrays is None or _key(spec, source) != key:  # a file that was changed while it was read
             return table
         array_cache.save(_KIND, key, table.arrays)
@@ -86,14 +90,12 @@ def _key(spec: SourceSpec, source: Any) -> str:
     )
 
 
-def _read(spec: SourceSpec) -> SampleTable:
-    with progress.bar(0, f"reading {spec.name}", "record") as bar:
-        return SampleTable.of(_counted(samples([spec]), bar))
-
-
-def _counted(items: Iterable[Sample], bar: progress.Bar) -> Iterator[Sample]:
-    """``items``, counted by ``bar``."""
-    for count, item in enumerate(items, 1):
-        yield item
-        if count % _BAR_STEP == 0:
-            bar.advance(_BAR_STEP)
+def _read(spec: SourceSpec, on_chunk: Callable[[SampleTable], object]) -> SampleTable:
+    chunks: list[SampleTable] = []
+    remaining = samples([spec])
+    with progress.bar(None, f"reading {spec.name}", "record") as bar:
+        while len(chunk := SampleTable.of(islice(remaining, CHUNK))):
+            chunks.append(chunk)
+            on_chunk(chunk)
+            bar.advance(len(chunk))
+    return SampleTable.joined(chunks)

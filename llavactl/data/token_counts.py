@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LETTERS = frozenset(string.ascii_letters)
 _CUT_AFTER = frozenset(string.ascii_letters + string.digits + ".,:;?!")
-_BEFORE = "A-Za-z0-9.,:;?!"
+_BEFORE = re.escape("".join(sorted(_CUT_AFTER)))
 _CUT = re.compile(f"(?<=[{_BEFORE}])(?= [A-Za-z])")
 """Where texts are cut: before a space that separates words."""
 

@@ -13,25 +13,28 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from llavactl.components.languages.image_token import image_token
 from llavactl.core import progress
-from llavactl.core.errors import ConversationError
+from llavactl.core.errors import ConversationError, LlavactlError
 from llavactl.core.hashes import hash_json
-from llavactl.core.schema import Text, Turn
+from llavactl.core.schema import Sample, Text, Turn
 from llavactl.data import array_cache
 from llavactl.data.image_order import ImageOrder, arrangements
 from llavactl.data.packing import prefix_length
 from llavactl.data.sample_set import no_targets
+from llavactl.data.tables import CHUNK
 from llavactl.data.token_counts import TokenCounter
 
 if TYPE_CHECKING:
@@ -49,8 +52,8 @@ _FORMAT = 1
 MIN_CACHED = 5_000
 """Samples; fewer are counted in less than a second."""
 
-_CHUNK = 2_000
-"""Samples per task of a process."""
+_SERIAL_CHUNKS = 2
+"""So many chunks are counted in less time than processes take to start."""
 
 _CHECKED = 500
 """One in this many samples is tokenized completely, to verify the counts."""
@@ -96,18 +99,23 @@ class TokenLengths:
 
 
 def lengths(
-    table: SampleTable, encoding: Encoding, order: ImageOrder, template: Mapping[str, Any] | None = None
+    table: SampleTable,
+    encoding: Encoding,
+    order: ImageOrder,
+    template: Mapping[str, Any] | None = None,
+    counting: Counting | None = None,
 ) -> TokenLengths:
     """The lengths of all samples of ``table``, encoded with ``encoding`` and ``order``.
 
     Cached for the content of the samples, the tokenizer, Q, ``max_length``, ``order`` and ``template``, the identity of
-    the encoding's template (``component_identity``). Without it, they are computed every time.
+    the encoding's template (``component_identity``). Without it, they are computed every time. ``counting`` may be
+    computing them already.
 
     Raises:
         ModelError: the template doesn't work with this tokenizer.
     """
     if template is None or len(table) < MIN_CACHED:
-        return _computed(table, encoding, order)
+        return _computed(table, encoding, order, counting)
     key = hash_json(
         {
             "format": _FORMAT,
@@ -123,7 +131,7 @@ def lengths(
     with array_cache.computing(_KIND, key):
         if (cached := _cached(key, len(table))) is not None:
             return cached
-        result = _computed(table, encoding, order)
+        result = _computed(table, encoding, order, counting)
         reasons = np.frombuffer(json.dumps(list(result.reasons.items())).encode(), np.uint8)
         array_cache.save(_KIND, key, {**_arrays(result), "reasons": reasons})
     return result
@@ -180,90 +188,125 @@ class _WrongCountError(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    """Counts the samples of ``table``; a forked process inherits it."""
+    """Counts the tokens of the samples of a table."""
 
-    table: SampleTable
     encoding: Encoding
     order: ImageOrder
     counter: TokenCounter
 
-    def __call__(self, start: int) -> TokenLengths:
-        """The lengths of the samples from ``start`` to the end of their chunk.
-
-        Raises:
-            _WrongCountError: the counts are wrong.
-        """
-        rows = [self._sizes(row) for row in range(start, min(start + _CHUNK, len(self.table)))]
+    def __call__(self, table: SampleTable) -> TokenLengths:
+        """Raises _WrongCountError if the counts are wrong."""
+        rows = [self._sizes(sample, checked=not row % _CHECKED) for row, sample in enumerate(table)]
         columns = np.array([[size[:5] for size in sizes] for sizes in rows], np.int64)  # [n, A, 5]
         *small, prefix_texts = columns.transpose(2, 1, 0)
         reasons = {row: reason for row, sizes in enumerate(rows) if (reason := sizes[0].reason)}
         tokens, targets, images, prefix_tokens = (array.astype(np.int32) for array in small)
         return TokenLengths(tokens, targets, images, prefix_tokens, np.ascontiguousarray(prefix_texts), reasons)
 
-    def _sizes(self, row: int) -> list[_Size]:
-        """The lengths of sample ``row`` in each arrangement; the first has the reason if any has one."""
-        orders = arrangements(self.table[row].turns, self.order)
+    def _sizes(self, sample: Sample, *, checked: bool) -> list[_Size]:
+        """The lengths of ``sample`` in each arrangement; the first has the reason if any has one."""
+        orders = arrangements(sample.turns, self.order)
         sizes = [_size(turns, self.encoding, self.counter) for turns in orders]
-        if self.counter.by_words and row % _CHECKED == 0 and not sizes[0].reason:
-            for turns, size in zip(orders, sizes, strict=True):
-                expected = _encoded_size(turns, self.encoding)
-                if size[:4] != expected:
-                    raise _WrongCountError(f"sample {self.table.id(row)}: expected {expected}, got {size[:4]}")
         reason = next((size.reason for size in sizes if size.reason), "")
+        if checked and self.counter.by_words and not reason:
+            for turns, size in zip(orders, sizes, strict=True):
+                if size[:4] != (expected := _encoded_size(turns, self.encoding)):
+                    raise _WrongCountError(f"sample {sample.id}: expected {expected}, got {size[:4]}")
         return [sizes[0]._replace(reason=reason), *sizes[1:]]
 
 
-def _computed(table: SampleTable, encoding: Encoding, order: ImageOrder) -> TokenLengths:
-    job = _Job(table, encoding, order, TokenCounter(encoding.tokenizer))
-    try:
-        return _all_lengths(job)
-    except _WrongCountError as error:
-        log.info("tokens can't be counted by words (%s); every sample is tokenized", error)
-        return _all_lengths(replace(job, counter=TokenCounter(encoding.tokenizer, by_words=False)))
+class Counting:
+    """A context in which other processes count the tokens of chunks of samples, while the caller reads the next ones.
 
+    Processes are started for the third chunk; a few samples are counted by ``result``.
+    """
 
-def _all_lengths(job: _Job) -> TokenLengths:
-    if not len(job.table):
-        empty = np.zeros((len(arrangements((), job.order)), 0), np.int32)
-        return TokenLengths(empty, empty, empty, empty, empty.astype(np.int64), {})
-    parts = []
-    with progress.bar(len(job.table), "counting tokens", "sample") as bar:
-        for part in _map(job, range(0, len(job.table), _CHUNK)):
-            parts.append(part)
-            bar.advance(len(part))
-    return TokenLengths.joined(parts)
+    def __init__(self, encoding: Encoding, order: ImageOrder, *, by_words: bool = True) -> None:
+        self.samples = 0
+        self._job = _Job(encoding, order, TokenCounter(encoding.tokenizer, by_words=by_words))
+        self._waiting: list[SampleTable] = []
+        self._futures: list[Future[TokenLengths]] = []
+        self._pool: ProcessPoolExecutor | None = None
 
+    def __enter__(self) -> Counting:
+        return self
 
-def _map(job: _Job, starts: Sequence[int]) -> Iterator[TokenLengths]:
-    """``job`` of each of ``starts``, in all cores if they are many."""
-    workers = min(len(starts) // 2, _cores())
-    if workers < 2 or sys.platform != "linux":
-        yield from map(job, starts)
-        return
-    # Forked processes inherit the table and the template; a spawned one would import the caller's script. They run no
-    # kernels of torch, whose threads don't survive a fork.
-    global _inherited
-    _inherited = job
-    try:
+    def submit(self, chunk: SampleTable) -> None:
+        """Adds the samples of ``chunk``."""
+        self.samples += len(chunk)
+        self._waiting.append(chunk)
+        if self._pool is None and len(self._waiting) > _SERIAL_CHUNKS and sys.platform == "linux" and _cores() > 1:
+            self._pool = self._forked_pool()
+        if self._pool is not None:
+            self._futures += [self._pool.submit(_run_inherited, waiting) for waiting in self._waiting]
+            self._waiting.clear()
+
+    def result(self) -> TokenLengths:
+        """The lengths of all samples submitted so far, in their order.
+
+        Raises:
+            LlavactlError: a process was killed.
+            _WrongCountError: the counts are wrong.
+        """
+        with progress.bar(self.samples, "counting tokens", "sample") as bar:
+            parts = [_empty(self._job.order)]
+            try:
+                for part in chain((future.result() for future in self._futures), map(self._job, self._waiting)):
+                    parts.append(part)
+                    bar.advance(len(part))
+            except BrokenProcessPool as error:
+                raise LlavactlError(
+                    f"a process that counts tokens was killed: {error}", hint="free memory, then run the command again"
+                ) from error
+        return TokenLengths.joined(parts)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _forked_pool(self) -> ProcessPoolExecutor:
+        """Forked processes inherit the template and the tokenizer; spawned ones would import the caller's script.
+
+        They run no kernels of torch, whose threads don't survive a fork.
+        """
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
-            yield from pool.map(_run_inherited, starts)
-    finally:
-        _inherited = None
+        return ProcessPoolExecutor(_cores(), context, initializer=_inherit, initargs=(self._job,))
 
 
 _inherited: _Job | None = None
-"""The job of the forked processes."""
+"""The job of a forked process."""
 
 
-def _run_inherited(start: int) -> TokenLengths:
+def _inherit(job: _Job) -> None:
+    global _inherited
+    _inherited = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the parent, which ends the pool
+
+
+def _run_inherited(chunk: SampleTable) -> TokenLengths:
     assert _inherited is not None
-    return _inherited(start)
+    return _inherited(chunk)
 
 
-def _ignore_interrupts() -> None:
-    """Leaves Ctrl-C to the parent, which ends the pool."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _computed(table: SampleTable, encoding: Encoding, order: ImageOrder, counting: Counting | None) -> TokenLengths:
+    """The lengths of ``table``, whose chunks may have been submitted to ``counting``."""
+    if counting is not None and counting.samples == len(table):
+        with suppress(_WrongCountError):
+            return counting.result()
+    for by_words in (True, False):
+        try:
+            with Counting(encoding, order, by_words=by_words) as own:
+                for start in range(0, len(table), CHUNK):
+                    own.submit(table.part(start, start + CHUNK))
+                return own.result()
+        except _WrongCountError as error:
+            log.info("tokens can't be counted by words (%s); every sample is tokenized", error)
+    raise AssertionError("tokenized samples are not checked")
+
+
+def _empty(order: ImageOrder) -> TokenLengths:
+    empty = np.zeros((len(arrangements((), order)), 0), np.int32)
+    return TokenLengths(empty, empty, empty, empty, empty.astype(np.int64), {})
 
 
 def _cores() -> int:

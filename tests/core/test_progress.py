@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from llavactl.core import progress
@@ -19,3 +21,15 @@ def test_transformers_shows_no_bars_outside_a_terminal(capsys: pytest.CaptureFix
         assert capsys.readouterr().err == ""
     finally:
         logging.set_tqdm_hook(previous)
+
+
+@pytest.mark.parametrize("total", [4, None])
+def test_lines_outside_a_terminal_have_a_total_if_it_is_known(
+    total: int | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO), progress.bar(total, "reading", "record") as bar:
+        bar.advance(3)
+    (line,) = caplog.messages
+    assert "3 of 4 records" in line if total else "3 records" in line
+    assert ("left" in line) == (total is not None)

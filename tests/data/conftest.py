@@ -35,7 +35,7 @@ def load_samples(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> LoadSamples
         split_turns: bool = False,
         **stage: Any,
     ) -> DataSplit:
-        monkeypatch.setattr("llavactl.data.split.sample_table", lambda spec: SampleTable.of(samples))
+        monkeypatch.setattr("llavactl.data.split.sample_table", lambda spec, _on_chunk: SampleTable.of(samples))
         settings = Stage(**{"validation": 0.0, "image_order": "random", **stage})
         template = registry().create("templates", {"name": "vicuna-v1"})
         encoding = Encoding(template, tokenizer, 4, settings.max_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def test_tables_return_their_samples(first: list[Sample], second: list[Sample]) 
     assert [table.digest for table in built] == [table.digest for table in read]
 
     view, samples = TableView.of(read), [*first, *second]
+    joined = SampleTable.joined([*read, SampleTable.of([])])
+    assert list(joined) == samples
+    assert joined.digest == SampleTable.of(samples).digest
+    for start in range(len(samples)):
+        part = pickle.loads(pickle.dumps(joined.part(start, start + 2)))
+        assert list(part) == samples[start : start + 2]
     assert list(view) == samples
     assert list(view.images) == list(dict.fromkeys(image for each in samples for image in each.images))
     keys = [hashlib.sha256(repr(image).encode()).digest() for image in view.images]
@@ -105,9 +112,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = tables._read
 
-    def counted(spec: SourceSpec) -> SampleTable:
+    def counted(spec: SourceSpec, *arguments: Any) -> SampleTable:
         names.append(spec.name)
-        return real(spec)
+        return real(spec, *arguments)
 
     monkeypatch.setattr(tables, "_read", counted)
     return names
@@ -157,8 +164,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_cached(
 ) -> None:
     real = tables._read
 
-    def changing(spec: SourceSpec) -> SampleTable:
-        table = real(spec)
+    def changing(spec: SourceSpec, *arguments: Any) -> SampleTable:
+        table = real(spec, *arguments)
         write(records, "A cat.")
         return table
 

@@ -198,3 +198,19 @@ def test_connected_components(keys: list[set[int]]) -> None:
             grown = bool(more := {index for index in members if keys[index] & reached_keys} - reached)
             reached |= more
         assert reached == set(members)
+
+
+def test_digests_of_earlier_versions_are_unchanged(load_samples: Load) -> None:
+    """The value was computed by the first release: a finished stage must not be trained again by an upgrade."""
+    texts = ["What is it?", "é一 a\0b", "", "</s> user"]
+    samples = [
+        *(
+            with_images(number % 17, *([number % 5] if number % 3 == 0 else []), name=f"é{number}")
+            for number in range(40)
+        ),
+        *(replace(text_only(f"t{number % 6}", texts[number % 4]), where=f"record {number}") for number in range(12)),
+    ]
+    contents = {image: f"content {image.name[0]}" for each in samples for image in each.images if image.name != "3.jpg"}
+    data = load_samples(samples, contents=contents, validation=0.2)
+    assert data.digest == "c24c5941a729b07e5a347a2c6adcc3ceb972a205650278c69d59dbe5dd40409a"
+    assert len(data.validation) == 8

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llavactl.core.errors import LlavactlError
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample, Turn
 from llavactl.data import array_cache, token_lengths
@@ -21,7 +24,7 @@ from llavactl.data.packing import prefix_length
 from llavactl.data.sample_set import untrainable
 from llavactl.data.sample_table import SampleTable
 from llavactl.data.token_counts import TokenCounter
-from llavactl.data.token_lengths import TokenLengths, lengths
+from llavactl.data.token_lengths import Counting, TokenLengths, lengths
 from llavactl.images.image_file import ImageFile
 
 from ..components.languages.test_image_token import ALL, TOKENIZERS
@@ -98,11 +101,16 @@ def encoding(tokenizer: Any) -> Encoding:
 def test_processes_return_the_lengths_of_one_process(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
     table = SampleTable.of(random_samples(90))
     serial = lengths(table, encoding, "first")
-    monkeypatch.setattr(token_lengths, "_CHUNK", 20)
+    monkeypatch.setattr(token_lengths, "CHUNK", 20)
     monkeypatch.setattr(token_lengths, "_cores", lambda: 2)
     parallel = lengths(table, encoding, "first")
     assert_equal(parallel, serial)
     np.testing.assert_array_equal(parallel.prefix_texts, serial.prefix_texts)
+    with Counting(encoding, "first") as counting:  # as while records are read
+        for start in range(0, 90, 30):
+            counting.submit(table.part(start, start + 30))
+        monkeypatch.delattr(SampleTable, "part")
+        assert_equal(lengths(table, encoding, "first", None, counting), serial)
 
 
 def test_samples_with_equal_prefixes_have_equal_prefix_texts(encoding: Encoding) -> None:
@@ -229,3 +237,12 @@ def test_a_sample_sets_lengths_are_those_of_every_epoch(load_samples: Callable[.
             item, column = part.encoded(epoch, index), (part.arrangement(epoch, index), index)
             assert part.lengths.tokens[column] == len(item)
             assert part.lengths.targets[column] == item.target_tokens
+
+
+def test_a_killed_process_is_reported(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = SampleTable.of(random_samples(60))
+    monkeypatch.setattr(token_lengths, "CHUNK", 10)
+    monkeypatch.setattr(token_lengths, "_cores", lambda: 2)
+    monkeypatch.setattr(token_lengths, "_size", lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(LlavactlError, match="killed"):
+        lengths(table, encoding, "first")
