@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, ModelError, RecipeError
 from llavactl.core.identity import component_identity
@@ -37,7 +38,7 @@ from llavactl.training.placement import requested_placement
 from llavactl.training.prediction.choose import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
-from llavactl.training.sample_answers import answer_samples
+from llavactl.training.sample_answers import answer_samples, shown_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
 from llavactl.training.trackers import check_trackers, recording
@@ -252,7 +253,8 @@ def _write_sample_answers(recipe: Recipe, run: Run, bundle: ModelBundle, data: D
     if not main and not run.placement.sharded:
         return
     with root_gathered(bundle.model):
-        answered = answer_samples(run.settings.image_order, recipe.eval.max_new_tokens, bundle, data)
+        assistant = Assistant(bundle.model, data.train.encoding, data.train.features, run.settings.image_order)
+        answered = answer_samples(assistant, shown_samples(data), recipe.eval.max_new_tokens)
     if main:
         rows = [example(run.folder / "samples", each.turns, each.reference, each.answer) for each in answered]
         write_atomic(run.folder / "samples.json", json_text(rows, indent=2))
