@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Ask
     from llavactl.core.schema import ImageRef
-    from llavactl.data.batches import FeatureLookup
     from llavactl.evaluation.models import Answerer
     from llavactl.model.generate import Sampling
     from llavactl.recipe.specs import PeriodicTask
@@ -64,15 +63,10 @@ def _benchmark(task: PeriodicTask, key: str) -> Benchmark:
     return Benchmark(component, task.spec(), list(component.questions()), task.limit, protocol)
 
 
-def encode_images(benchmarks: Iterable[Benchmark], features: FeatureLookup) -> FixedFeatures:
-    """The features of all images of ``benchmarks``.
-
-    Raises:
-        DataError: an image can't be read.
-    """
+def task_images(benchmarks: Iterable[Benchmark]) -> list[ImageRef]:
+    """The distinct images of the questions of ``benchmarks``."""
     turns = (turn for benchmark in benchmarks for question in benchmark.questions for turn in question.turns)
-    images = dict.fromkeys(image for turn in turns for image in turn.images)
-    return FixedFeatures({image: features.arrays(image) for image in images})
+    return list(dict.fromkeys(image for turn in turns for image in turn.images))
 
 
 def score_names(benchmark: Benchmark) -> list[str]:

@@ -7,7 +7,7 @@ images must be data URIs, and the content security policy forbids the browser to
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
 from llavactl.files.eval_result import read_eval_result
-from llavactl.report.figures import MISSING, Table, duration, score_tables, show
+from llavactl.report.figures import MISSING, Row, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_objects, read_recipe
 from llavactl.report.plots import DARK, LIGHT, PLOTS_MISSING, draw_loss, plots_available
 from llavactl.report.templates import template
@@ -26,6 +26,7 @@ TIMES = "times.json"
 """A file of the run folder with the seconds of each step, written by ``llavactl run``."""
 
 SHOWN_SKIPPED = 20
+SHOWN_EVALUATIONS = 5
 STAGES = (
     ("stage1", "Stage 1", "train the connector, language model frozen"),
     ("stage2", "Stage 2", "fine-tune connector and language model"),
@@ -56,7 +57,8 @@ class StageView:
     """A training stage on the page.
 
     ``curves`` are the loss curves for light and dark backgrounds as data URIs, empty before the first step or without
-    matplotlib. ``facts`` are all fields of the stage's report.
+    matplotlib. ``facts`` are all fields of the stage's report. ``evaluations`` are the scores by step during training,
+    ``progress_answers`` the answers to the same questions by step.
     """
 
     title: str
@@ -65,6 +67,8 @@ class StageView:
     tiles: tuple[tuple[str, str], ...]
     facts: tuple[tuple[str, str], ...]
     answers: tuple[SampleAnswer, ...]
+    evaluations: tuple[Table, ...]
+    progress_answers: tuple[Table, ...]
     held_out: bool
     finished: bool
     step: str
@@ -128,6 +132,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
     speed = [("tokens per second", show(report["tokens_per_s"]))] if "tokens_per_s" in report else []
+    speed += [("MFU", f"{report['mfu']:.1%}")] if isinstance(report.get("mfu"), float) else []
     curves = ("", "")
     if lines and can_plot:
         curves = (data_uri(draw_loss(metrics, LIGHT), "png"), data_uri(draw_loss(metrics, DARK), "png"))
@@ -140,10 +145,32 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
             (key.replace("_", " "), show(value)) for key, value in report.items() if not isinstance(value, dict)
         ),
         answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
+        evaluations=_evaluations(lines),
+        progress_answers=_progress_answers(run_dir / folder / "samples"),
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
         step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
     )
+
+
+def _evaluations(lines: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
+    """The scores of the evaluations in metrics.jsonl, one row per step."""
+    scored = {line.get("step"): line["scores"] for line in lines if isinstance(line.get("scores"), dict)}
+    names = tuple(dict.fromkeys(name for scores in scored.values() for name in scores))
+    rows = [Row(f"step {show(step)}", tuple(show(each.get(name)) for name in names)) for step, each in scored.items()]
+    return (Table(names, tuple(rows)),) if names else ()
+
+
+def _progress_answers(folder: Path) -> tuple[Table, ...]:
+    """The answers during training, one row per question and one column for each of the last evaluations."""
+    files = sorted(folder.glob("step-*.json"))[-SHOWN_EVALUATIONS:]
+    by_step = {f"step {file.stem.removeprefix('step-').lstrip('0')}": read_objects(file) for file in files}
+    evaluations = {step: rows for step, rows in by_step.items() if rows}
+    rows = [
+        Row(show(samples[0].get("question")), tuple(show(row.get("answer")) for row in samples))
+        for samples in zip(*evaluations.values(), strict=False)
+    ]
+    return (Table(tuple(evaluations), tuple(rows)),) if rows else ()
 
 
 def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:

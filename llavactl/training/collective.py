@@ -37,11 +37,11 @@ def together(action: Callable[[], T]) -> list[T]:
     Raises:
         Exception: an ``action`` failed, in this process or in another one.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     result: Any = None
     try:
         result = action()
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:  # a plugin may call sys.exit
         if process_count() == 1:
             raise
         error = raised
@@ -61,9 +61,11 @@ def on_main(action: Callable[[], T]) -> T:
     return together(lambda: action() if process_index() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def _picklable(error: Exception | None) -> Exception | None:
+def _picklable(error: BaseException | None) -> Exception | None:
     """``error`` itself if its class is known to all processes, else one with its text."""
-    return error if error is None or isinstance(error, LlavactlError) else RuntimeError(f"{error!r} in another process")
+    if error is None or isinstance(error, LlavactlError):
+        return error
+    return RuntimeError(f"{error!r} in another process")
 
 
 def sum_over_processes(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,40 +10,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from llavactl.core import progress, stopping
-from llavactl.core.errors import LlavactlError, ModelError
-from llavactl.core.schema import IGNORE
+from llavactl.core.errors import ModelError
 from llavactl.data.plan import BatchPlan
-from llavactl.model.cpu.rms_norm import fused_rms_norms
-from llavactl.model.cuda.liger import liger_layers
-from llavactl.model.inputs import to_device
-from llavactl.model.packed import packed_attention
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
 from llavactl.training.collective import on_main, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics, progress_facts
-from llavactl.training.out_of_memory import out_of_memory_named
-from llavactl.training.prefetch import micro_batches, prefetched_steps
+from llavactl.training.prefetch import prefetched_steps
 from llavactl.training.sample_answers import remove_later_answers
-from llavactl.training.sharding import distributed_like, reshard, root_gathered
+from llavactl.training.sharding import distributed_like, root_gathered
 from llavactl.training.spikes import WINDOW, RecentSteps
 from llavactl.training.step import accumulate, buffers_before, suspects, update
 from llavactl.training.throughput import Peak, Throughput
+from llavactl.training.validation import evaluate, training_kernels, validate
 
 if TYPE_CHECKING:
-    from llavactl.core.schema import Batch
-    from llavactl.core.stopping import Stop
     from llavactl.data.sample_set import SampleSet
     from llavactl.recipe.stages import AnyStage
     from llavactl.training.run import Run
@@ -91,7 +80,7 @@ def train(run: Run) -> TrainingResult:
         remove_later_answers(run.folder, start)
     earlier_lines = on_main(lambda: metrics.kept[-2 * WINDOW :] if metrics else [])
     recent = RecentSteps.of(earlier_lines)
-    throughput = Throughput.of(run.model, run.accelerator.num_processes)
+    throughput = Throughput.of(run.model, run.settings.precision, run.accelerator)
     run.notify("train_started", {"steps": plan.steps})
     saved_step = start
     with (
@@ -101,7 +90,7 @@ def train(run: Run) -> TrainingResult:
         progress.bar(plan.steps, run.folder.name, "step", start) as bar,
         stopping.deferred_interrupt(lambda: _log_stop(run)) as stop,
     ):
-        kernels.enter_context(_training_kernels(run))
+        kernels.enter_context(training_kernels(run))
 
         def save(state: CheckpointState) -> None:
             nonlocal saved_step
@@ -113,7 +102,9 @@ def train(run: Run) -> TrainingResult:
         ) -> dict[str, float]:
             """Evaluates, validates and saves where due, unless already done; returns the validation loss, if any."""
             if scores is None and _evaluation_due(run, step, plan.steps):
-                scores = _evaluate(run, step, metrics, stop, kernels)
+                scores = evaluate(run, step, stop, kernels)
+                if scores is not None:
+                    _write_metrics(run, {"step": step, "scores": scores}, metrics)
             if not _checkpoint_due(run, step, plan.steps):
                 return {}
             if val_loss is None and len(run.validation) and (val_loss := validate(run, stop)) is not None:
@@ -125,9 +116,9 @@ def train(run: Run) -> TrainingResult:
             scores = next(
                 (line["scores"] for line in earlier_lines if "scores" in line and line["step"] == start), None
             )
-            evaluate = scores is None and _evaluation_due(run, start, plan.steps)
+            unevaluated = scores is None and _evaluation_due(run, start, plan.steps)
             unvalidated = checkpoint.val_loss is None and len(run.validation) > 0
-            if evaluate or (unvalidated and _checkpoint_due(run, start, plan.steps)):
+            if unevaluated or (unvalidated and _checkpoint_due(run, start, plan.steps)):
                 finish_step(start, scores, checkpoint.val_loss)
         began = time.perf_counter()
         for step, batches in prefetched_steps(run, plan, start, stop):
@@ -148,15 +139,10 @@ def train(run: Run) -> TrainingResult:
             if completed % RELEASE_MEMORY_EVERY == 0 and run.accelerator.device.type == "cpu":
                 release_memory()
             recent.add(values)
-            line = {
-                "step": completed,
-                "loss": values["loss"],
-                "tokens": gradient.work.tokens,
-                "learning_rate": rate,
-                "grad_norm": values["grad_norm"],
-                **({"spike": {"fields": spikes, "samples": samples}} if spikes else {}),
-                **throughput.fields(gradient.work, time.perf_counter() - began),
-            }
+            line: dict[str, Any] = {"step": completed, "loss": gradient.loss, "tokens": gradient.work.tokens}
+            line |= {"learning_rate": rate, **values}
+            line |= {"spike": {"fields": spikes, "samples": samples}} if spikes else {}
+            line |= throughput.fields(gradient.work, time.perf_counter() - began)
             _write_metrics(run, line, metrics)
             bar.advance(1, **progress_facts({**line, **finish_step(completed)}))
             began = time.perf_counter()
@@ -177,18 +163,6 @@ def _evaluation_due(run: Run, step: int, steps: int) -> bool:
     return every is not None and (step == steps or step % every.steps == 0)
 
 
-@contextmanager
-def _training_kernels(run: Run) -> Iterator[None]:
-    """In this context the language model uses the kernels for training."""
-    language = run.model.language
-    with (
-        nullcontext() if run.padding_reason else packed_attention(language),
-        fused_rms_norms(language),
-        nullcontext() if run.liger_fault else liger_layers(language),
-    ):
-        yield
-
-
 def _finite(values: Mapping[str, float]) -> bool:
     return all(map(math.isfinite, values.values()))
 
@@ -198,7 +172,8 @@ def _report_spike(run: Run, step: int, what: str, samples: Sequence[str], *, fin
     names = ", ".join(samples[:MAX_NAMED]) + (f" and {len(samples) - MAX_NAMED} more" if samples[MAX_NAMED:] else "")
     message = f"step {step + 1}: {what}; the samples with the highest loss: {names}"
     if finite:
-        log.warning("%s: spike in %s", run.folder.name, message)
+        if run.accelerator.is_main_process:
+            log.warning("%s: spike in %s", run.folder.name, message)
         return
     path = checkpoints.checkpoint_path(run.folder / "checkpoints", step)
     raise ModelError(
@@ -206,31 +181,6 @@ def _report_spike(run: Run, step: int, what: str, samples: Sequence[str], *, fin
         hint="check these samples, lower the learning rate, or set `precision: float32`"
         + (f"; {path} has the weights before this step" if step else ""),
     )
-
-
-def _evaluate(
-    run: Run, step: int, metrics: Metrics | None, stop: Stop, kernels: ExitStack
-) -> Mapping[str, float] | None:
-    """The scores of ``evaluate_every``; {} if the evaluation failed, None if any process received a stop signal.
-
-    Generation needs the language model's own kernels: ``kernels`` is closed for it. The weights, and the random state
-    that each micro-batch sets, don't change.
-    """
-    assert run.evaluate is not None
-    kernels.close()
-    run.model.eval()
-    # Processes that share a forward pass must stop after the same one.
-    stopped = partial(_stop_requested, run, stop) if run.placement.sharded else lambda: stop.requested
-    scores: Mapping[str, float] | None = {}
-    try:
-        scores = run.evaluate(run, step, stopped)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - an evaluation must not stop hours of training
-        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
-        log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)
-    kernels.enter_context(_training_kernels(run))
-    if scores is not None:
-        _write_metrics(run, {"step": step, "scores": scores}, metrics)
-    return scores
 
 
 def batch_plan(data: SampleSet, settings: AnyStage) -> BatchPlan:
@@ -244,35 +194,6 @@ def batch_plan(data: SampleSet, settings: AnyStage) -> BatchPlan:
         phases=data.phases,
         groups=data.image_groups() if settings.shuffle == "images" else None,
     )
-
-
-@torch.no_grad()
-def validate(run: Run, stop: Stop) -> float | None:
-    """The mean loss per target token over the validation samples; None if any process received a stop signal."""
-    run.model.eval()
-    # The loss and target tokens.
-    total = torch.zeros(2, dtype=torch.float64)
-    size = run.settings.batch_size
-    for begin in range(0, len(run.validation), size):
-        indices = [(0, index) for index in range(begin, min(begin + size, len(run.validation)))]
-        batches: list[Batch] = []
-        with suppress(CancelledError):
-            batches = micro_batches(run, run.validation, indices, stop)
-        if _stop_requested(run, stop):  # in any process: all of them must run the same forward passes
-            reshard(run.model)
-            return None
-        for batch in batches:
-            with out_of_memory_named(run.folder.name, run.settings, run.placement, "validation", batch):
-                loss = run.model(to_device(batch, run.accelerator.device)).item()
-            total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
-    reshard(run.model)
-    total = sum_over_processes(run.accelerator, total)
-    return None if _stop_requested(run, stop) else float(total[0] / total[1])
-
-
-def _stop_requested(run: Run, stop: Stop) -> bool:
-    """Whether any process received a stop signal."""
-    return bool(sum_over_processes(run.accelerator, torch.tensor(float(stop.requested))))
 
 
 def _save_checkpoint(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:

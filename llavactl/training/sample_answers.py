@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.chat.assistant import Assistant
 from llavactl.core.schema import Turn
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
-    from llavactl.data.image_order import ImageOrder
+    from llavactl.chat.assistant import Assistant
+    from llavactl.core.schema import Sample
     from llavactl.data.split import DataSplit
-    from llavactl.model.build import ModelBundle
 
 COUNT = 8
 MAX_NEW_TOKENS = 64
@@ -28,19 +28,21 @@ class AnsweredSample:
     answer: str
 
 
-def answer_samples(
-    image_order: ImageOrder, max_new_tokens: int, bundle: ModelBundle, data: DataSplit, count: int = COUNT
-) -> list[AnsweredSample]:
-    """Answers the first question of up to ``count`` validation samples, or training samples if there are none."""
-    bundle.model.eval()
-    assistant = Assistant(bundle.model, data.train.encoding, data.train.features, image_order)
+def shown_samples(data: DataSplit, count: int = COUNT) -> Sequence[Sample]:
+    """The first ``count`` validation samples, or training samples if there are none."""
+    return (data.validation if len(data.validation) else data.train).samples[:count]
+
+
+def answer_samples(assistant: Assistant, samples: Sequence[Sample], max_new_tokens: int) -> list[AnsweredSample]:
+    """The answers of ``assistant`` to the first question of each of ``samples``."""
+    assistant.model.eval()
     max_new_tokens = min(MAX_NEW_TOKENS, max_new_tokens)
     answered = []
-    for sample in (data.validation if len(data.validation) else data.train).samples[:count]:
+    for sample in samples:
         first_answer = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
         question = sample.turns[:first_answer]
         (answer,) = assistant.answer([question], Sampling(max_new_tokens=max_new_tokens))
-        if len(bundle.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= max_new_tokens:
+        if len(assistant.encoding.tokenizer(answer, add_special_tokens=False)["input_ids"]) >= max_new_tokens:
             answer += " …"  # truncated
         answered.append(AnsweredSample(question, sample.turns[first_answer].text, answer))
     return answered

@@ -35,6 +35,8 @@ from llavactl.model.packed import has_limited_attention
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from accelerate import Accelerator
+
     from llavactl.core.schema import Batch
     from llavactl.model.llava import LlavaModel
 
@@ -223,10 +225,11 @@ class Throughput:
     device: torch.device
 
     @classmethod
-    def of(cls, model: LlavaModel, processes: int) -> Throughput:
-        """The throughput of ``model`` on its device; measures the peak of a device that isn't in the table."""
-        weight = model.language.get_input_embeddings().weight
-        return cls(training_flops(model), peak(weight.device, weight.dtype), processes, weight.device)
+    def of(cls, model: LlavaModel, precision: str, accelerator: Accelerator) -> Throughput:
+        """The throughput of ``model``, which computes in ``precision``; measures the peak of an unknown device."""
+        device = accelerator.device
+        device_peak = peak(device, getattr(torch, precision))
+        return cls(training_flops(model), device_peak, accelerator.num_processes, device)
 
     def fields(self, work: Work, seconds: float) -> dict[str, Any]:
         """The fields of metrics.jsonl for a step that did ``work``, of all processes, in ``seconds``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from llavactl.evaluation.scoring import Benchmark, choose_protocol, task_spec
 from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
-from llavactl.report.page import write_report
+from llavactl.report.optional import optional_output
+from llavactl.report.page import report_page, write_report
 from llavactl.teaching.budgeted import ask_function, teacher_name
 
 if TYPE_CHECKING:
@@ -131,11 +133,16 @@ def _evaluate_model(
         answer_file = _answer_file(benchmark, target, digests[target.model.name])
         report, scores = _scored(benchmark, target, answers, answer_file)
         report = replace(report, file=str(file))
-        _write_examples(folder / "examples", benchmark, answers[target.model.name], answers.get(BLIND_BASELINE), scores)
+        own_answers, blind_answers = answers[target.model.name], answers.get(BLIND_BASELINE)
+        # Before the result, which says that all is done.
+        with optional_output(folder / "examples"):
+            _write_examples(folder / "examples", benchmark, own_answers, blind_answers, scores)
         write_result(file, report, digest)
-        write_cases(cases or folder / "cases", asdict(report), benchmark.questions, answers[target.model.name], scores)
+        with nullcontext() if cases else optional_output(folder / "cases"):
+            write_cases(cases or folder / "cases", asdict(report), benchmark.questions, own_answers, scores)
         if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
-            write_report(recipe.run_dir)
+            with optional_output(report_page(recipe.run_dir)):
+                write_report(recipe.run_dir)
         plugins.notify("eval_finished", report=asdict(report))
     processes.barrier()
     report = report or stored_result(file, digest, benchmark.protocol)

@@ -11,7 +11,15 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.core.registry import registry
 from llavactl.core.suggest import suggest
-from llavactl.evaluation.periodic import FixedFeatures, answer, encode_images, periodic_benchmarks, score_names, scores
+from llavactl.evaluation.periodic import (
+    FixedFeatures,
+    TaskAnswers,
+    answer,
+    periodic_benchmarks,
+    score_names,
+    scores,
+    task_images,
+)
 from llavactl.features import LiveFeatures
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.model.generate import Sampling
@@ -19,32 +27,34 @@ from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.teaching.budgeted import ask_function
 from llavactl.training.collective import on_main, together
-from llavactl.training.sample_answers import answer_samples, answers_file
+from llavactl.training.sample_answers import answer_samples, answers_file, shown_samples
 from llavactl.training.sharding import root_gathered
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Ask
-    from llavactl.core.schema import Answer
+    from llavactl.core.schema import Sample
     from llavactl.data.split import DataSplit
     from llavactl.evaluation.scoring import Benchmark
     from llavactl.features import FeatureReader
     from llavactl.model.build import ModelBundle
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import EvaluateEvery, TrainingStage
+    from llavactl.recipe.sections import Eval
+    from llavactl.recipe.stages import TrainingStage
     from llavactl.training.run import Run
     from llavactl.training.sample_answers import AnsweredSample
 
 
 @dataclass(frozen=True)
 class PeriodicEvaluation:
-    """Evaluates the model during training; the training loop calls it. See ``training.run.Evaluate``."""
+    """Evaluates ``assistant``, the model in training; the training loop calls it. See ``training.run.Evaluate``.
 
-    recipe: Recipe
-    settings: EvaluateEvery
+    ``samples`` are answered besides the questions of ``benchmarks``. ``settings`` limit batches and answers.
+    """
+
+    assistant: Assistant
     benchmarks: Sequence[Benchmark]
-    images: FixedFeatures
-    bundle: ModelBundle
-    data: DataSplit
+    samples: Sequence[Sample]
+    settings: Eval
 
     def __call__(self, run: Run, step: int, stopped: Callable[[], bool]) -> Mapping[str, float] | None:
         """The scores; None if a signal was received in any process. The sample answers are written to a file.
@@ -52,19 +62,19 @@ class PeriodicEvaluation:
         The processes share the questions. If the model is sharded, they share each forward pass instead, so all of them
         answer the same questions.
         """
-        accelerator, sharded = run.accelerator, run.placement.sharded
-        part = (0, 1) if sharded else (accelerator.process_index, accelerator.num_processes)
-        encoding = replace(self.data.train.encoding, max_length=None)  # as in `llavactl eval`: prompts aren't truncated
-        model = Assistant(self.bundle.model, encoding, self.images, run.settings.image_order)
-        limits = self.recipe.eval
-        sampling = Sampling(max_new_tokens=limits.max_new_tokens)
+        sharded, main = run.placement.sharded, run.accelerator.is_main_process
+        part = (0, 1) if sharded else (run.accelerator.process_index, run.accelerator.num_processes)
+        limit = self.settings.max_new_tokens
+        sampling = Sampling(max_new_tokens=limit)
 
-        def answer_part() -> tuple[Mapping[str, Mapping[str, Answer]] | None, list[AnsweredSample]]:
-            answers = answer(self.benchmarks, model, limits.batch_size, sampling, part=part, stopped=stopped)
-            wanted = answers is not None and (sharded or accelerator.is_main_process)
-            return answers, self._answered_samples(run) if wanted else []
+        def answer_part() -> tuple[TaskAnswers | None, list[AnsweredSample]]:
+            answers = answer(
+                self.benchmarks, self.assistant, self.settings.batch_size, sampling, part=part, stopped=stopped
+            )
+            wanted = answers is not None and (main or sharded)
+            return answers, answer_samples(self.assistant, self.samples, limit) if wanted else []
 
-        with root_gathered(self.bundle.model):
+        with root_gathered(self.assistant.model):
             parts = together(answer_part)
         answers = [each for each, _ in parts if each is not None]
         if len(answers) < len(parts):
@@ -75,13 +85,7 @@ class PeriodicEvaluation:
         }
         return on_main(lambda: self._finish(run, step, merged, parts[0][1]))
 
-    def _answered_samples(self, run: Run) -> list[AnsweredSample]:
-        image_order, limit = run.settings.image_order, self.recipe.eval.max_new_tokens
-        return answer_samples(image_order, limit, self.bundle, self.data, self.settings.samples)
-
-    def _finish(
-        self, run: Run, step: int, answers: Mapping[str, Mapping[str, Answer]], samples: Sequence[AnsweredSample]
-    ) -> dict[str, float]:
+    def _finish(self, run: Run, step: int, answers: TaskAnswers, samples: Sequence[AnsweredSample]) -> dict[str, float]:
         """Writes the sample answers; returns the scores."""
         if samples:
             file = answers_file(run.folder, step)
@@ -102,18 +106,22 @@ def periodic_evaluation(
     """The evaluation during ``stage``, with the images of its tasks encoded on ``device``; None without one.
 
     Raises:
-        LlavactlError: a task or its images can't be read, or ``restore_best`` names a score that the task doesn't have.
+        LlavactlError: a task or an image can't be read, or ``restore_best`` names a score that the task doesn't have.
     """
     settings, section = stage.settings.evaluate_every, f"stage{stage.number}.evaluate_every"
     if settings is None:
         return None
     benchmarks = periodic_benchmarks(settings.tasks, section)
     _check_score(stage, benchmarks)
-    images = FixedFeatures({})
-    if benchmarks:
-        live = isinstance(features, LiveFeatures)
-        images = encode_images(benchmarks, features if live else _live_features(recipe, stage, features, device))
-    return PeriodicEvaluation(recipe, settings, benchmarks, images, bundle, data)
+    samples = shown_samples(data, settings.samples)
+    arrays = {image: features.arrays(image) for sample in samples for image in sample.images}
+    if images := task_images(benchmarks):
+        live = features if isinstance(features, LiveFeatures) else _live_features(recipe, stage, features, device)
+        arrays |= {image: live.arrays(image) for image in images}
+    # Without a limit, as in `llavactl eval`: prompts aren't truncated.
+    encoding = replace(data.train.encoding, max_length=None)
+    assistant = Assistant(bundle.model, encoding, FixedFeatures(arrays), stage.settings.image_order)
+    return PeriodicEvaluation(assistant, benchmarks, samples, recipe.eval)
 
 
 def _live_features(recipe: Recipe, stage: TrainingStage, features: FeatureReader, device: str) -> LiveFeatures:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.chat.assistant import Assistant
 from llavactl.core import plugins, progress
 from llavactl.core.errors import DataError, ModelError, RecipeError
 from llavactl.core.identity import component_identity
@@ -25,7 +26,7 @@ from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
-from llavactl.report.page import write_report
+from llavactl.report.page import report_page, write_report
 from llavactl.report.plots import plot_loss
 from llavactl.training import launch
 from llavactl.training.collective import lost_processes_reported, on_main
@@ -37,7 +38,7 @@ from llavactl.training.placement import requested_placement
 from llavactl.training.prediction.choose import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
-from llavactl.training.sample_answers import answer_samples
+from llavactl.training.sample_answers import answer_samples, shown_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
 from llavactl.training.trackers import check_trackers, recording
@@ -207,7 +208,7 @@ def _train_and_save(
     if main:
         with optional_output(run.folder / "loss.png"):
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
-        with optional_output(recipe.run_dir / "report.html"):
+        with optional_output(report_page(recipe.run_dir)):
             write_report(recipe.run_dir)
     run.accelerator.wait_for_everyone()
     if main:
@@ -252,7 +253,8 @@ def _write_sample_answers(recipe: Recipe, run: Run, bundle: ModelBundle, data: D
     if not main and not run.placement.sharded:
         return
     with root_gathered(bundle.model):
-        answered = answer_samples(run.settings.image_order, recipe.eval.max_new_tokens, bundle, data)
+        assistant = Assistant(bundle.model, data.train.encoding, data.train.features, run.settings.image_order)
+        answered = answer_samples(assistant, shown_samples(data), recipe.eval.max_new_tokens)
     if main:
         rows = [example(run.folder / "samples", each.turns, each.reference, each.answer) for each in answered]
         write_atomic(run.folder / "samples.json", json_text(rows, indent=2))

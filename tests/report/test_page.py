@@ -214,3 +214,17 @@ def test_damaged_files_are_no_error(run_dir: Path, text: str) -> None:
     for file in [file for file in run_dir.rglob("*") if file.is_file()]:
         file.write_text(text)
     assert page(run_dir).text
+
+
+def test_evaluations_during_training(run_dir: Path) -> None:
+    stage = run_dir / "stage2"
+    lines = [{"step": step, "scores": {"pope.f1": 60.0 + step, "pope.<n>": step}} for step in (3, 6)]
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 8, "scores": {}}, {"scores": 7}]))
+    for step in (3, 6):
+        rows = [{"question": "A dog?", "answer": f"yes <{step}>"}, {"question": "A cat?", "answer": "no"}]
+        write(stage / f"samples/step-{step:08d}.json", rows)
+    write(stage / "samples/step-00000008.json", "[{broken")
+    text = page(run_dir).text
+    for shown in ("pope.f1", "pope.<n>", "63.0", "66.0", "step 3", "step 8", "A dog?", "yes <3>", "yes <6>"):
+        assert shown in text

@@ -116,6 +116,9 @@ def test_restore_best_with_a_score(toy: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(evaluate_every, "scores", lambda *_: {"scenes.accuracy": next(accuracies)})
     evaluate = f"stage2.evaluate_every={{steps: 2, tasks: [{TASK}], samples: 0}}"
     settings = (evaluate, "stage2.max_steps=5", "stage2.restore_best=scenes.accuracy", "stage2.keep_last=1")
+    earlier = toy / "run/stage2/samples/step-00000009.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("[]")
     report = train(toy, "run", *settings)
     assert (report["model_step"], report["restore_best"], report["steps"]) == (4, "scenes.accuracy", 5)
     names = sorted(path.name for path in (toy / "run/stage2/checkpoints").iterdir())
@@ -123,6 +126,7 @@ def test_restore_best_with_a_score(toy: Path, monkeypatch: pytest.MonkeyPatch) -
     assert train(toy, "run", *settings)["finished_before"] is True
     validated = {line["step"] for line in lines(toy, "run") if "val_loss" in line}
     assert validated == {2, 4, 5}, "every checkpoint has its validation loss"
+    assert not earlier.exists(), "answers of an earlier run after later steps are removed"
 
 
 @pytest.mark.parametrize(

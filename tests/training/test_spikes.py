@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from llavactl.core.schema import Batch
 from llavactl.model.llava import LlavaModel
@@ -18,6 +21,8 @@ from llavactl.testing import run_cli
 from llavactl.training import checkpoints
 from llavactl.training.metrics import read, without_measured
 from llavactl.training.spikes import MIN_STEPS, WINDOW, RecentSteps, is_spike
+from llavactl.training.step import Gradient, buffers_before
+from llavactl.training.throughput import Work
 
 NOISE = [1.0 + 0.1 * random.Random(0).gauss(0, 1) for _ in range(WINDOW)]
 
@@ -137,6 +142,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(toy: Path, monkey
     assert "grad_norm inf" in failed.stderr
     assert read(toy / "run/stage1/metrics.jsonl")[-1]["step"] == 2
     assert checkpoints.checkpoint_path(toy / "run/stage1/checkpoints", 2).is_dir()
+
+
+def test_a_checkpoint_of_the_previous_step_has_its_buffers() -> None:
+    """BatchNorm statistics, for example, change in the forward pass, before a loss turns out not to be finite."""
+    norm = nn.BatchNorm1d(2)
+    untrained = SimpleNamespace(
+        buffers=lambda: dict(norm.named_buffers()), load=lambda state: norm.load_state_dict(state, strict=False)
+    )
+    run: Any = SimpleNamespace(optimizer=SimpleNamespace(untrained=untrained))
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    norm(torch.randn(4, 2))
+    after = norm.running_mean.clone()
+    assert not torch.equal(before["running_mean"], after)
+    gradient = Gradient(math.nan, torch.tensor(0.0), Work(), (), before)
+    with buffers_before(run, gradient):
+        assert torch.equal(norm.running_mean, before["running_mean"])
+    assert torch.equal(norm.running_mean, after)
 
 
 CODE = """
