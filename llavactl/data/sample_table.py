@@ -50,7 +50,7 @@ class _Strings(Sequence[str]):
     def __init__(self, data: np.ndarray, lengths: np.ndarray) -> None:
         self.data = data
         self.ends = _ends(lengths)
-        self._view = memoryview(np.ascontiguousarray(data))  # slicing it is faster than slicing an array
+        self._view = np.ascontiguousarray(data).data  # slicing it is faster than slicing an array
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> _Strings:
