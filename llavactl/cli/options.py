@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +67,39 @@ def max_skipped_option(command: Command) -> Command:
         metavar="N",
         help="Fail if more than N images can't be read.  [default: no limit]",
     )(command)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """A size such as 24GB (10⁹ bytes) or 80GiB (2³⁰ bytes), in bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
+    if not match or match[2] not in _UNITS or not (size := round(float(match[1]) * _UNITS[match[2]])):
+        raise click.BadParameter(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    return size
+
+
+def device_options(condition: str = "") -> Callable[[Command], Command]:
+    """``--device-memory`` and ``--devices``; ``condition`` begins their help texts."""
+
+    def decorate(command: Command) -> Command:
+        command = click.option(
+            "--devices",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"{condition}Plan for N devices, one process each.  [default: 1, or as launched by torchrun]",
+        )(command)
+        return click.option(
+            "--device-memory",
+            metavar="SIZE",
+            callback=_bytes,
+            help=f"{condition}Plan for GPUs with this memory, such as 24GB or 80GiB.  [default: this machine's]",
+        )(command)
+
+    return decorate
 
 
 def component_options(what: str) -> Callable[[Command], Command]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, recipe_options
+from llavactl.cli.options import device_options, json_option, load, recipe_options
+
+log = logging.getLogger(__name__)
 
 
 @click.group()
@@ -73,21 +76,34 @@ def copy(name: str, destination: Path | None, force: bool) -> None:
 @command.command()
 @click.argument("recipe", required=False)
 @recipe_options
+@device_options()
 @json_option
 @click.pass_context
 def check(
-    ctx: click.Context, recipe: str | None, source: str | None, overrides: tuple[str, ...], as_json: bool
+    ctx: click.Context,
+    recipe: str | None,
+    source: str | None,
+    overrides: tuple[str, ...],
+    device_memory: int | None,
+    devices: int | None,
+    as_json: bool,
 ) -> None:
     """Check a recipe and list all problems, as `file:line: key: reason`.
 
-    Exit with 1 if there are any. No weights are loaded and nothing is downloaded.
+    Exit with 1 if there are any. No weights are loaded and nothing is downloaded. A stage that doesn't fit on the GPUs
+    of this machine, or of --device-memory, is a warning.
     """
+    from llavactl.verbs.plan import recipe_warnings
     from llavactl.verbs.preflight import problems
 
     source = _source(recipe, source)
     found = problems(source, overrides)
+    warnings = [] if found else recipe_warnings(source, overrides, device_memory, devices)
+    for warning in warnings:
+        log.warning("%s", warning)
     if as_json:
-        output.document({"ok": not found, "problems": [asdict(problem) for problem in found]})
+        document = {"ok": not found, "problems": [asdict(problem) for problem in found]}
+        output.document({**document, "warnings": warnings} if warnings else document)
     else:
         output.lines([str(problem) for problem in found] or [f"{source or 'recipe.yaml'}: ok"])
     if found:

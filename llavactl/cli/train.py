@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
 from llavactl.cli import output
-from llavactl.cli.options import json_option, load, max_skipped_option, recipe_options, stage_option
+from llavactl.cli.options import device_options, json_option, load, max_skipped_option, recipe_options, stage_option
 
 if TYPE_CHECKING:
     from llavactl.verbs.plan import TrainPlan
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def _bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
-    """A size such as 24GB (10⁹ bytes) or 80GiB (2³⁰ bytes), in bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
-    if not match or match[2] not in _UNITS or not (size := round(float(match[1]) * _UNITS[match[2]])):
-        raise click.BadParameter(f"expected a size such as 24GB or 80GiB, got {text!r}")
-    return size
 
 
 @click.command()
@@ -44,18 +30,7 @@ def _bytes(_context: click.Context, _option: click.Parameter, text: str | None) 
     help="Predict memory, steps and time from the configuration and the data, without weights or GPU; train nothing. "
     "Exit with 1 if the stage doesn't fit.",
 )
-@click.option(
-    "--device-memory",
-    metavar="SIZE",
-    callback=_bytes,
-    help="With --dry-run: plan for GPUs with this memory, such as 24GB or 80GiB.  [default: this machine's]",
-)
-@click.option(
-    "--devices",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="With --dry-run: plan for N devices, one process each.  [default: 1, or as launched by torchrun]",
-)
+@device_options("With --dry-run: ")
 @click.option(
     "--tokens-per-second",
     type=click.FloatRange(min=0, min_open=True),

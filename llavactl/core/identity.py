@@ -129,3 +129,10 @@ def _content(text: str) -> Json:
     elif _ID.fullmatch(text) and (snapshot := local_folder(text)):
         return {"id": text, "commit": snapshot.name}
     return text
+
+
+def is_local(spec: Mapping[str, Any]) -> bool:
+    """Whether the models that ``spec`` names are on this machine."""
+    names = [value for value in spec.values() if isinstance(value, str) and "/" in value]
+    ids = [name for name in names if not Path(name).is_absolute()]  # ``content_of`` would hash a folder's weights
+    return not any(content_of(name) == name for name in ids)

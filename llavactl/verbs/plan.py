@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError, RecipeError, StoreError
 from llavactl.core.hashes import read_only_cache
-from llavactl.core.identity import component_identity
+from llavactl.core.identity import component_identity, is_local
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageContents
 from llavactl.data.encode import Encoding
 from llavactl.data.split import load_split
 from llavactl.features import open_features
 from llavactl.model.build import connector_tokens
+from llavactl.recipe.frame import Outline, Recipe
+from llavactl.recipe.load import load_frame
 from llavactl.recipe.stages import STAGES
+from llavactl.training.placement import requested_placement
 from llavactl.training.prediction.choose import (
     Alternative,
     Target,
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from llavactl.data.sample_set import SampleSet
     from llavactl.data.stage_plan import StagePlan
     from llavactl.features import FeatureReader
-    from llavactl.recipe.frame import Recipe
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import StageNumber
     from llavactl.training.prediction.predict import Prediction
@@ -104,8 +106,10 @@ def plan_training(
     Raises:
         ModelError: a configuration or the tokenizer can't be read.
         DataError: a record is invalid.
+        RecipeError: the stage has no data, or its method can't be sharded.
     """
     device = target_device(device_memory, devices)
+    requested_placement(recipe, stage, device.count)
     notes: list[str] = []
     with read_only_cache():
         shape = feature_shape(recipe, stage)
@@ -118,6 +122,26 @@ def plan_training(
         prediction, fits = choose(predictor, recipe, device)
         others = () if fits else tuple(alternatives(predictor, recipe, device))
     return _plan(recipe, predictor, prediction, fits, device, others, tokens_per_s, notes)
+
+
+def recipe_warnings(
+    source: str | Path | None, overrides: Sequence[str], device_memory: int | None, devices: int | None
+) -> list[str]:
+    """A warning for each stage of a valid recipe that doesn't fit on the devices; none on a machine without CUDA.
+
+    See ``plan_training`` for ``device_memory`` and ``devices``. Stages without data, and models that aren't on this
+    machine, are not checked.
+    """
+    recipe = load_frame(Outline, source, overrides)
+    if not isinstance(recipe, Recipe) or not target_device(device_memory, devices).cuda:
+        return []
+    warnings = []
+    for stage in recipe.stages_with_data():
+        if is_local(recipe.language.spec()) and is_local(recipe.stage(stage).vision):
+            plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
+            if not plan.fits:
+                warnings.append(f"{plan.refusal.message}; {plan.refusal.hint}")
+    return warnings
 
 
 def target_device(memory: int | None, count: int | None) -> Target:

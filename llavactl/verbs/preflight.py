@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
-from llavactl.core.identity import content_of
+from llavactl.core.identity import is_local
 from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
@@ -67,7 +67,7 @@ def faults(recipe: Recipe) -> list[Fault]:
 
 
 def _feature_shape(spec: Mapping[str, Any], found: list[Fault]) -> FeatureShape | None:
-    if _is_local(spec):
+    if is_local(spec):
         with _collected(found, "vision", spec):
             vision = registry().create("vision", spec)
             return vision.shape() if isinstance(vision, ShapedVision) else None
@@ -79,7 +79,7 @@ def _language(recipe: Recipe, found: list[Fault]) -> tuple[Any, Any]:
     spec = recipe.language.spec()
     language = registry().create("languages", spec)
     skeleton = tokenizer = None
-    if _is_local(spec):
+    if is_local(spec):
         with _collected(found, "language", spec):
             skeleton = language.skeleton() if isinstance(language, SkeletonLanguage) else None
         with _collected(found, "language", spec):
@@ -117,13 +117,6 @@ def _check_exports(recipe: Recipe, skeleton: Any, tokenizer: Any, found: list[Fa
             component = registry().create("formats", export.spec())
             if isinstance(component, CheckableFormat):
                 component.check(vision, recipe.connector.spec(), skeleton, tokenizer)
-
-
-def _is_local(spec: Mapping[str, Any]) -> bool:
-    """Whether the models that ``spec`` names are on this machine."""
-    names = [value for value in spec.values() if isinstance(value, str) and "/" in value]
-    ids = [name for name in names if not Path(name).is_absolute()]  # ``content_of`` would hash a folder's weights
-    return not any(content_of(name) == name for name in ids)
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""The predicted memory of a whole process on a CPU, against the peak that the system measured for ``train``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCENES = [f"data.stage{stage}=[{{name: scenes, content: descriptions, scenes: 60}}]" for stage in (1, 2)]
+SHORT = ["stage1.max_steps=4", "stage2.max_steps=4", "stage2.init=scratch", "stage1.box_alignment_steps=0"]
+MEASURED = """
+import resource, sys
+from llavactl.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+
+
+def llavactl(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (1, ()),
+        (2, ()),
+        (2, ("stage2.gradient_checkpointing=true",)),
+        (2, ("stage2.method=lora", "stage2.trainable_modules=[]", "stage2.optimizer=adamw")),
+        (2, ("stage2.trainable_modules=[]", "stage2.optimizer=adamw")),
+    ],
+)
+def test_the_resident_memory_of_the_demo(tmp_path: Path, stage: int, settings: tuple[str, ...]) -> None:
+    overrides = [word for value in (*SCENES, *SHORT, *settings) for word in ("-o", value)]
+    train = ["train", "-r", "demo", "--stage", str(stage), *overrides]
+    llavactl("extract", "-r", "demo", *overrides, folder=tmp_path)
+    plan = json.loads(llavactl(*train, "--dry-run", "--json", folder=tmp_path).stdout)
+    measured = int(llavactl(*train, folder=tmp_path).stderr.split()[-1])
+    assert plan["peak_bytes"]["host"] == pytest.approx(measured, rel=0.15)
+    assert sum(plan["peak_parts"]["host"].values()) == plan["peak_bytes"]["host"]

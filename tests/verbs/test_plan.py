@@ -1,0 +1,138 @@
+"""``llavactl train --dry-run`` and the warnings of ``recipes check``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llavactl.core.errors import ModelError, RecipeError
+from llavactl.recipe.load import load_recipe
+from llavactl.testing import run_cli
+from llavactl.verbs.plan import plan_training
+
+SCRATCH = ("-o", "stage2.init=scratch")
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dry_run_needs_configurations_and_records_only(toy: Path, home: Path) -> None:
+    for weights in [*toy.glob("clip/*.safetensors"), *toy.glob("language/*.safetensors")]:
+        weights.unlink()
+    shutil.rmtree(toy / "images")
+    before = files(toy)
+    run = run_cli("train", "-r", str(toy / "recipe.yaml"), "--stage", "2", "--dry-run", "--json", *SCRATCH)
+    assert run.exit_code == 0, run.stderr
+    plan = json.loads(run.stdout)
+    assert plan["fits"] is True
+    assert plan["steps"] == 6
+    assert type(plan["tokens"]) is type(plan["checkpoint_bytes"]) is int
+    assert set(plan["parameters"]) == {"trainable", "frozen"}
+    for where in ("device", "host"):
+        assert type(plan["peak_bytes"][where]) is int
+        assert plan["peak_bytes"][where] == sum(plan["peak_parts"][where].values())
+    assert plan["placement"]["sharded"] is False
+    assert any("not extracted" in note for note in plan["notes"])
+    assert files(toy) == before
+    assert not [path for path in files(home) if Path(path).is_file()]
+
+
+@pytest.mark.parametrize("missing", ["records.json", "language/tokenizer.json"])
+def test_without_records_or_tokenizer_the_memory_is_an_upper_bound(toy: Path, missing: str) -> None:
+    recipe = load_recipe(toy / "recipe.yaml", ["stage2.init=scratch", "stage2.max_length=120"])
+    known = plan_training(recipe, 2)
+    for path in toy.glob(f"{Path(missing).parent}/tokenizer*" if "tokenizer" in missing else missing):
+        path.unlink()
+    bound = plan_training(recipe, 2)
+    assert (bound.steps, bound.tokens, bound.time) == (None, None, None)
+    assert any(Path(missing).name in note or "tokenizer" in note for note in bound.notes)
+    assert bound.parameters == known.parameters
+    assert bound.peak_bytes["device"] > known.peak_bytes["device"]
+
+
+def test_a_stage_that_does_not_fit_exits_with_1_and_names_what_fits(toy: Path) -> None:
+    args = ["train", "-r", str(toy / "recipe.yaml"), "--stage", "2", *SCRATCH, "--dry-run", "--json"]
+    args += ["-o", "optimizer_state=device"]
+    needed = json.loads(run_cli(*args, "--device-memory", "1GB").stdout)["peak_bytes"]["device"]
+    run = run_cli(*args, "--device-memory", f"{needed}")
+    assert run.exit_code == 1
+    plan = json.loads(run.stdout)
+    assert plan["fits"] is False
+    assert len(run.stderr.strip().splitlines()) == 2
+    assert plan["alternatives"]
+    options = [word for option in plan["alternatives"][0]["options"] for word in option.split(" ", 1)]
+    assert run_cli(*args, "--device-memory", f"{needed}", *options).exit_code == 0
+
+
+def test_the_text_of_a_plan_has_the_parts_of_the_peak(toy: Path) -> None:
+    run = run_cli("train", "-r", str(toy / "recipe.yaml"), "--stage", "1", "--dry-run", "--device-memory", "24 GiB")
+    assert run.exit_code == 0
+    labels = [line.split("  ")[0] for line in run.stdout.splitlines()]
+    assert {"fits", "placement", "parameters", "device peak", "host peak", "steps", "tokens"} <= set(labels)
+
+
+def test_more_devices_share_the_work_of_a_step(toy: Path) -> None:
+    recipe = load_recipe(toy / "recipe.yaml", ["stage2.init=scratch", "sharding=full"])
+    one, two = (plan_training(recipe, 2, device_memory=10**9, devices=count) for count in (1, 2))
+    assert (one.steps, one.tokens) == (two.steps, two.tokens)
+    assert (one.placement["sharded"], two.placement["sharded"]) == (False, True)
+    assert two.peak_parts["device"]["optimizer_state"] == pytest.approx(
+        one.peak_parts["device"]["optimizer_state"] / 2, rel=0.01
+    )
+
+
+def test_the_time_follows_from_a_throughput(toy: Path) -> None:
+    recipe = load_recipe(toy / "recipe.yaml", ["stage2.init=scratch"])
+    assert plan_training(recipe, 2).time is None
+    plan = plan_training(recipe, 2, tokens_per_s=100)
+    assert plan.tokens is not None
+    assert plan.time == {
+        "seconds": round(plan.tokens / 100, 1),
+        "tokens_per_s": 100,
+        "source": "--tokens-per-second",
+    }
+    (toy / "runs/toy/stage2").mkdir(parents=True)
+    (toy / "runs/toy/stage2/report.json").write_text('{"tokens_per_s": 50.0}')
+    again = plan_training(recipe, 2).time
+    assert again is not None
+    assert again["seconds"] == pytest.approx(2 * plan.time["seconds"], abs=0.1)
+
+
+@pytest.mark.parametrize("size", ["0", "-1GB", "24 XB", "GB", "1e3", ""])
+def test_an_invalid_size_is_a_usage_error(toy: Path, size: str) -> None:
+    run = run_cli("train", "-r", str(toy / "recipe.yaml"), "--stage", "1", "--dry-run", "--device-memory", size)
+    assert run.exit_code == 2
+
+
+def test_options_of_the_plan_need_dry_run(toy: Path) -> None:
+    run = run_cli("train", "-r", str(toy / "recipe.yaml"), "--stage", "1", "--devices", "2")
+    assert run.exit_code == 2
+    assert "--dry-run" in run.stderr
+
+
+def test_a_model_that_is_not_here_is_a_typed_error(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(toy / "recipe.yaml", [f"language.model={toy / 'absent'}"])
+    with pytest.raises(ModelError, match="absent"):
+        plan_training(recipe, 1)
+
+
+def test_a_stage_without_sources_is_refused(toy: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.stage2"):
+        plan_training(load_recipe(toy / "recipe.yaml", ["data.stage2=[]"]), 2)
+
+
+def test_recipes_check_warns_of_stages_that_do_not_fit(toy: Path) -> None:
+    def check(*options: str):
+        return run_cli("recipes", "check", str(toy / "recipe.yaml"), *options, "--json")
+
+    small = check("--device-memory", "100KB")
+    assert small.exit_code == 0
+    warnings = json.loads(small.stdout)["warnings"]
+    assert [warning.split(" doesn't")[0] for warning in warnings] == ["stage 1", "stage 2"]
+    assert all(warning in small.stderr for warning in warnings)
+    assert "warnings" not in json.loads(check("--device-memory", "80GB").stdout)
+    assert "warnings" not in json.loads(check().stdout)  # no GPU here
