@@ -32,7 +32,10 @@ from llavactl.core.registry import registry
 from llavactl.core.validation import describe, schema_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/plugins.md", "docs/cli.md", "docs/templates.md", "docs/data.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data", "memory")),
+)
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -247,6 +250,29 @@ def recipes() -> Iterator[str]:
         yield f"| `{name}` | {registry().get('recipes', name).summary} |"
 
 
+def memory() -> Iterator[str]:
+    """The predicted memory of the recipes, which docs/memory.py computes."""
+    rows = json.loads((ROOT / "recipes" / "memory.json").read_text(encoding="utf-8"))
+    columns = list(dict.fromkeys((row["devices"], row["gigabytes"]) for row in rows))
+    yield f"| recipe | stage | {' | '.join(f'{devices} × {memory} GB' for devices, memory in columns)} |"
+    yield f"|---|---|{'---|' * len(columns)}"
+    for (name, stage), group in itertools.groupby(rows, lambda row: (row["recipe"], row["stage"])):
+        yield f"| `{name}` | {stage} | {' | '.join(map(_memory_cell, group))} |"
+
+
+def _memory_cell(row: Mapping[str, Any]) -> str:
+    """The peak in GB, and what was chosen."""
+    if not row["fits"]:
+        return "–"
+    marks = {
+        "S": row["sharded"],
+        "H": row["optimizer_state"] == "host",
+        "C": row["gradient_checkpointing"],
+        f"{row['micro_batch_tokens']:,}" if row["micro_batch_tokens"] else "": row["micro_batch_tokens"],
+    }
+    return " ".join([f"{row['device_bytes'] / 1e9:.0f}", *(mark for mark, applies in marks.items() if applies)])
+
+
 def templates() -> Iterator[str]:
     """One conversation in the format of every template."""
     from llavactl.components.templates.styles import STYLES
@@ -313,6 +339,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         components,
         problems,
         recipes,
+        memory,
         templates,
         data_classes,
         names,

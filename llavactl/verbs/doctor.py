@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
 from llavactl.core.network import proxy_error
 from llavactl.core.paths import cache_dir
+from llavactl.core.registry import registry
 
 MIN_FREE_DISK_GB = 20
 MIN_7B_MEMORY_GB = 20  # 14 GB of bfloat16 weights, plus a connector, LoRA adapters and activations
@@ -119,7 +121,7 @@ def _packages() -> tuple[dict[str, str], list[Diagnosis]]:
 
 def _devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
     devices, import_failure = _available_devices()
-    return devices, [*import_failure, *_capabilities(devices)]
+    return devices, [*import_failure, *_capabilities(devices), *_recipes(devices)]
 
 
 def _available_devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
@@ -175,6 +177,26 @@ def _capabilities(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
         bool(accelerators) and largest.memory_gb > MIN_7B_MEMORY_GB,
         f"{largest.name}, {largest.memory_gb:.0f} GB; the weights take 14 GB in bfloat16{slow}",
     )
+
+
+def _recipes(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
+    """Whether each recipe fits on the CUDA devices, as predicted for devices that are not larger and not more."""
+    sizes = [device.memory_gb for device in devices if device.name.startswith("cuda")]
+    if not sizes:
+        return
+    file = registry().get("recipes", "llava-v1.5-7b").path().with_name("memory.json")
+    predictions: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    rows = [row for row in predictions if row["devices"] <= len(sizes) and row["gigabytes"] <= min(sizes)]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == name]
+        size = max((row["devices"], row["gigabytes"]) for row in own)
+        stages = [row for row in own if (row["devices"], row["gigabytes"]) == size]
+        peaks = [
+            f"stage {row['stage']}: {row['device_bytes'] / 1e9:.0f} GB" + ("" if row["fits"] else ", too much")
+            for row in stages
+        ]
+        why = f"predicted for {size[0]} × {size[1]} GB: {'; '.join(peaks)}"
+        yield Diagnosis(f"recipe {name}", all(row["fits"] for row in stages), why)
 
 
 def _disks() -> tuple[tuple[Disk, ...], list[Diagnosis]]:

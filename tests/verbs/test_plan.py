@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from llavactl.core.errors import ModelError, RecipeError
+from llavactl.core.registry import registry
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
+from llavactl.verbs import doctor
 from llavactl.verbs.plan import plan_training
 
 SCRATCH = ("-o", "stage2.init=scratch")
@@ -136,3 +138,16 @@ def test_recipes_check_warns_of_stages_that_do_not_fit(toy: Path) -> None:
     assert all(warning in small.stderr for warning in warnings)
     assert "warnings" not in json.loads(check("--device-memory", "80GB").stdout)
     assert "warnings" not in json.loads(check().stdout)  # no GPU here
+
+
+def test_doctor_says_which_recipes_fit() -> None:
+    small, large = (
+        {each.what: each for each in doctor._recipes((doctor.Device(f"cuda:0 {size}", size, ()),) * count)}
+        for size, count in ((25.4, 1), (85.0, 8))
+    )
+    names = {f"recipe {name}" for name in registry().names("recipes") if name.startswith("llava")}
+    assert set(small) == set(large) == names
+    assert not small["recipe llava-v1.5-13b"].works
+    assert small["recipe llava-v1.5-7b-qlora"].works
+    assert all(each.works for each in large.values())
+    assert list(doctor._recipes((doctor.Device("cpu", 64, ()),))) == []
