@@ -49,7 +49,8 @@ PHASES = {
     "split": "llavactl.data.split:_image_groups",
     "hold out": "llavactl.data.split:choose_held_out",
     "digest": "llavactl.data.split:_digest",
-    "plan": "llavactl.training.loop:_batch_plan",
+    "choose": "llavactl.verbs.train:choice_for_training",
+    "plan": "llavactl.training.loop:batch_plan",
     "trial save": "llavactl.verbs.train:trial_save",
 }
 """The function of each phase."""

@@ -50,6 +50,7 @@ class _Strings(Sequence[str]):
     def __init__(self, data: np.ndarray, lengths: np.ndarray) -> None:
         self.data = data
         self.ends = _ends(lengths)
+        self._view = np.ascontiguousarray(data).data  # slicing it is faster than slicing an array
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> _Strings:
@@ -60,7 +61,7 @@ class _Strings(Sequence[str]):
         return len(self.ends) - 1
 
     def bytes(self, index: int) -> bytes:
-        return self.data[self.ends.item(index) : self.ends.item(index + 1)].tobytes()
+        return bytes(self._view[self.ends.item(index) : self.ends.item(index + 1)])
 
     def __getitem__(self, index: Any) -> Any:
         return _decoded(self.bytes(index))

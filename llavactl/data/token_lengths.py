@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -223,10 +223,14 @@ class Counting:
 
     def __init__(self, encoding: Encoding, order: ImageOrder, *, by_words: bool = True) -> None:
         self.samples = 0
-        self._job = _Job(encoding, order, TokenCounter(encoding.tokenizer, by_words=by_words))
+        self._encoding, self._order, self._by_words = encoding, order, by_words
         self._waiting: list[SampleTable] = []
         self._futures: list[Future[TokenLengths]] = []
         self._pool: ProcessPoolExecutor | None = None
+
+    @cached_property
+    def _job(self) -> _Job:  # copying a tokenizer takes up to a second, which a cached start saves
+        return _Job(self._encoding, self._order, TokenCounter(self._encoding.tokenizer, by_words=self._by_words))
 
     def __enter__(self) -> Counting:
         return self
@@ -249,7 +253,7 @@ class Counting:
             _WrongCountError: the counts are wrong.
         """
         with progress.bar(self.samples, "counting tokens", "sample") as bar:
-            parts = [_empty(self._job.order)]
+            parts = [_empty(self._order)]
             try:
                 for part in chain((future.result() for future in self._futures), map(self._job, self._waiting)):
                     parts.append(part)

@@ -54,7 +54,13 @@ def assert_same_weights(left: Path, right: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("settings", [(), LORA], ids=["full, packed", "lora with dropout, recomputed activations"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((), id="full", marks=pytest.mark.slow),
+        pytest.param(LORA, id="lora with dropout, recomputed activations"),
+    ],
+)
 def test_evaluating_does_not_change_training(toy: Path, settings: tuple[str, ...]) -> None:
     plain = train(toy, "plain", *settings)
     report = train(toy, "evaluated", EVALUATE, *settings)
@@ -161,7 +167,7 @@ def test_problems_of_a_task_are_found_before_training(toy: Path, settings: list[
     assert not (toy / "run/stage2/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError("no memory"), SystemExit(3)])
+@pytest.mark.parametrize("error", [SystemExit(3), pytest.param(MemoryError("no memory"), marks=pytest.mark.slow)])
 def test_a_failing_evaluation_costs_a_warning(toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     from llavactl.verbs import evaluate_every
 
@@ -196,7 +202,8 @@ def stop_in_evaluation(toy: Path, number: int, *settings: str) -> None:
     assert stopped.returncode == (143 if number == signal.SIGTERM else -number), stopped.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_stopped_in_an_evaluation_resumes(toy: Path, number: int) -> None:
     train(toy, "uninterrupted", EVALUATE)
     stop_in_evaluation(toy, number)

@@ -103,7 +103,7 @@ def test_a_spike_names_its_samples_and_training_goes_on(toy: Path, monkeypatch: 
     assert "r3" in warning
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 def test_what_is_not_finite_stops_with_a_checkpoint(toy: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     scale_loss(monkeypatch, "r3", 12, float(value))
     failed = run_cli(*command(toy))

@@ -104,7 +104,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **recorders: Recorder) -> None:
         monkeypatch.setitem(trackers._CREATE, name, lambda *_, recorder=recorder: recorder)
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), SystemExit(2)])
+@pytest.mark.parametrize("error", [SystemExit(2), pytest.param(OSError("disk full"), marks=pytest.mark.slow)])
 def test_a_failing_tracker_is_dropped(toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     failing, other = Recorder(3, error), Recorder()
     use(monkeypatch, wandb=failing, mlflow=other)

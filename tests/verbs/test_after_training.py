@@ -35,7 +35,10 @@ def command(toy: Path, *settings: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("function", "error"),
-    [(function, ERRORS[index % len(ERRORS)]) for index, function in enumerate(OUTPUTS)],
+    [
+        pytest.param(function, error, marks=[pytest.mark.slow] if index % 2 else [])
+        for index, (function, error) in enumerate(zip(OUTPUTS, ERRORS, strict=True))
+    ],
 )
 def test_a_failing_output_costs_a_warning(
     toy: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
@@ -78,7 +81,7 @@ def observers() -> Iterator[SimpleNamespace]:
     manager.unregister(plugin)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(1)])
+@pytest.mark.parametrize("error", [SystemExit(1), pytest.param(RuntimeError("broken"), marks=pytest.mark.slow)])
 def test_failing_observers_cost_warnings(toy: Path, observers: SimpleNamespace, error: BaseException) -> None:
     observers.raised = error
     result = run_cli(*command(toy))
@@ -101,6 +104,7 @@ def test_a_run_without_its_metrics_is_finished(toy: Path, monkeypatch: pytest.Mo
     assert run_cli(*command(toy)).json()["finished_before"] is True
 
 
+@pytest.mark.slow
 def test_a_stage_killed_in_its_sample_answers_is_finished(toy: Path) -> None:
     code = (
         "import os, signal, sys\n"

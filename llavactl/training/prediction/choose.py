@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavactl.core.errors import RecipeError
+from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.library_errors import reason
+from llavactl.core.protocols import SkeletonLanguage
 from llavactl.recipe.stages import STAGES, Stage2
 from llavactl.training.placement import Placement
+from llavactl.training.prediction.model import language_component
 from llavactl.training.prediction.predict import Choice, Prediction, StagePredictor
 
 if TYPE_CHECKING:
@@ -101,7 +104,8 @@ def choice_for_training(
 ) -> Choice:
     """The choice for training ``stage`` on ``device`` of each of ``processes``; elsewhere than on CUDA, the fastest.
 
-    The steps are planned only if the longest micro-batch that the settings allow wouldn't fit.
+    The steps are planned only if the longest micro-batch that the settings allow wouldn't fit. If nothing can be
+    predicted, such as for a plugin's language model without ``skeleton``, training starts with the fastest choice.
 
     Raises:
         RecipeError: the stage doesn't fit, even if all of the device's memory could be used.
@@ -109,7 +113,17 @@ def choice_for_training(
     if device.type != "cuda":
         return choices(recipe, stage.settings, Target(False, 0, processes))[0]
     target = Target(True, int(torch.cuda.get_device_properties(device).total_memory), processes)
-    return choice_on(recipe, stage, shape, data, target)
+    fastest = choices(recipe, stage.settings, target)[0]
+    if not isinstance(language_component(recipe, stage.number), SkeletonLanguage):
+        log.warning("stage%d: its memory can't be predicted without the language model's weights", stage.number)
+        return fastest
+    try:
+        return choice_on(recipe, stage, shape, data, target)
+    except Exception as error:  # a prediction must not keep a stage from being trained
+        if isinstance(error, LlavactlError):
+            raise
+        log.warning("stage%d: its memory can't be predicted (%s)", stage.number, reason(error))
+        return fastest
 
 
 def choice_on(recipe: Recipe, stage: TrainingStage, shape: FeatureShape, data: SampleSet, target: Target) -> Choice:

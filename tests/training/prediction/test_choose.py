@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import FeatureShape
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import toy_language
 from llavactl.training.placement import Placement
+from llavactl.training.prediction import choose as choose_module
 from llavactl.training.prediction.choose import (
     Alternative,
     Target,
     alternatives,
+    choice_for_training,
     choice_on,
     choices,
     choose,
@@ -29,8 +33,11 @@ AUTO = ["stage2.gradient_checkpointing=auto", "stage2.micro_batch_tokens=auto", 
 
 
 @pytest.fixture
-def predictor(toy: Path):
-    toy_language(toy / "wide", width=256, layers=6, vocabulary=400)
+def predictor(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    toy_language(toy / "wide", width=256)
+
+    monkeypatch.setattr(choose_module, "MICRO_BATCH_TOKENS", (4096, 512))
+    monkeypatch.setattr(choose_module, "MORE_DEVICES", (4, 8))
 
     def of(*overrides: str, count: int = 1):
         recipe = load_recipe(
@@ -57,7 +64,7 @@ def test_choices_are_sorted_by_speed(predictor) -> None:
     fast = [choice for choice in ordered if (choice.micro_batch_tokens or 10**9) >= 4096]
     states = [choice.placement.optimizer_state for choice in fast]
     assert states == sorted(states)
-    assert len(set(ordered)) == len(ordered) == 2 * 2 * 2 * 7
+    assert len(set(ordered)) == len(ordered) == 2 * 2 * 2 * 3
 
 
 def test_a_setting_that_is_not_auto_has_one_value(predictor) -> None:
@@ -89,6 +96,7 @@ def test_less_memory_leads_to_slower_choices_until_nothing_fits(predictor) -> No
     assert not any(Target(True, memory).holds(predicts.predict(choice)) for choice in ordered)
 
 
+@pytest.mark.slow
 def test_alternatives_fit_with_the_options_that_they_name(predictor) -> None:
     fixed = ("stage2.gradient_checkpointing=false", "stage2.micro_batch_tokens=null", "optimizer_state=device")
     recipe, predicts = predictor(*fixed)
@@ -127,3 +135,26 @@ def test_training_plans_its_steps_only_if_the_longest_micro_batch_would_not_fit(
     with pytest.raises(RecipeError, match="predicted to need") as refused:
         choice_on(recipe, stage, SHAPE, data, Target(True, bound // 50))
     assert refused.value.hint
+
+
+def test_training_starts_with_the_fastest_choice_if_nothing_can_be_predicted(
+    toy: Path, predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _ = predictor()
+    device = SimpleNamespace(total_memory=10**12)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: device)
+    fastest = choices(recipe, recipe.stage2, Target(True, 1, 2))[0]
+    arguments = (recipe, recipe.stage(2), SHAPE, _training_data(recipe, 2, TOKENS, []), torch.device("cuda"), 2)
+    assert choice_for_training(*arguments) == fastest
+
+    def fail(*_args):
+        raise failure
+
+    monkeypatch.setattr(choose_module, "choice_on", fail)
+    failure: Exception = NotImplementedError("no such kernel")
+    assert choice_for_training(*arguments) == fastest
+    failure = RecipeError("it doesn't fit")
+    with pytest.raises(RecipeError):
+        choice_for_training(*arguments)
+    monkeypatch.setattr(choose_module, "language_component", lambda *_args: object())
+    assert choice_for_training(*arguments) == fastest
