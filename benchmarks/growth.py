@@ -152,6 +152,7 @@ def child(folder: Path, resume: str) -> None:
     from llavactl.cli import main
     from llavactl.core import plugins
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start jobs with signals ignored
     launched, imported = float(os.environ["GROWTH_LAUNCHED"]), time.time()
     phases: dict[str, float] = {"imports": imported - launched}
     for phase, target in PHASES.items():
