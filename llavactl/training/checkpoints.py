@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 
-FILE_BYTES = 256 * 2**20
-"""The size of a file. The writer holds one file in memory; a larger tensor is a file by itself."""
+FILE_BYTES = 64 * 2**20
+"""The size of a file. The writer holds a file and its serialization in memory; a larger tensor is a file by itself."""
 
 
 @dataclass(frozen=True)
