@@ -102,8 +102,8 @@ def save(
     """Writes ``folder/step-…``, then removes obsolete checkpoints; all processes must call this together.
 
     The newest ``keep_last`` checkpoints of the same run are kept, and the best one: by the score that ``restore_best``
-    names, else by validation loss. Those of other runs, and those of
-    this run beyond ``state.step`` (from before it was restarted), are removed.
+    names, else by validation loss. Those of other runs, and those of this run beyond ``state.step`` (from before it was
+    restarted), are removed.
 
     Raises:
         StoreError: it can't be written.
@@ -113,7 +113,8 @@ def save(
     try:
         on_main(lambda: _create(temporary))
         _write(temporary, _writable(tensors))
-        files = together(lambda: _own_hashes(temporary))
+        names = on_main(lambda: sorted(file.name for file in temporary.glob("*.safetensors")))
+        files = together(lambda: _own_hashes(temporary, names))
         content = {**asdict(state), "files": {name: value for part in files for name, value in part.items()}}
         on_main(lambda: _finish(temporary, target, content))
     except (CheckpointException, OSError, SafetensorError) as error:
@@ -173,10 +174,9 @@ def _file_indices(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return indices
 
 
-def _own_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of the files for whose verification this process is responsible, by name."""
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
-    return {file.name: _sha256(file) for file in files[process_index() :: process_count()]}
+def _own_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The hashes of this process's part of the files ``names``, by name."""
+    return {name: _sha256(folder / name) for name in names[process_index() :: process_count()]}
 
 
 def _finish(temporary: Path, target: Path, content: Mapping[str, object]) -> None:

@@ -48,7 +48,7 @@ def together(action: Callable[[], T]) -> list[T]:
     if process_count() == 1:
         return [result]
     outcomes: list[Any] = [None] * process_count()
-    distributed.all_gather_object(outcomes, (result, _picklable(error)))
+    distributed.all_gather_object(outcomes, (result, picklable(error)))
     if error is not None:
         raise error
     if failed := next((other for _, other in outcomes if other is not None), None):
@@ -61,9 +61,19 @@ def on_main(action: Callable[[], T]) -> T:
     return together(lambda: action() if process_index() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def _picklable(error: BaseException | None) -> Exception | None:
-    """``error`` itself if its class is known to all processes, else one with its text."""
+def in_any_process(accelerator: Accelerator, condition: bool) -> bool:
+    """Whether ``condition`` is true in any process; all of them must call this together."""
+    return bool(sum_over_processes(accelerator, torch.tensor(float(condition))))
+
+
+def picklable(error: BaseException | None) -> Exception | None:
+    """``error`` itself if it can be sent to other processes, else one with its text.
+
+    OSErrors can: callers convert them in all processes. Subclasses of libraries may need other arguments.
+    """
     if error is None or isinstance(error, LlavactlError):
+        return error
+    if isinstance(error, OSError) and type(error).__module__ == "builtins":
         return error
     return RuntimeError(f"{error!r} in another process")
 

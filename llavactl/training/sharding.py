@@ -8,9 +8,10 @@ gathered in the precision of the stage; gradients are reduced in float32.
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llavactl.core.errors import RecipeError
+from llavactl.core.errors import RecipeError, StoreError
 from llavactl.data.micro_batches import empty
 from llavactl.model.inputs import to_device
-from llavactl.training.collective import process_count, process_index
+from llavactl.training.collective import on_main, process_count, process_index
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
@@ -164,25 +165,59 @@ def language_state(
     Tensors are gathered one by one, in all processes together; the main process writes them to temporary files in
     ``folder``, from which the yielded tensors are mapped into memory. The others yield an empty mapping. So no process
     needs memory for the whole model.
+
+    Raises:
+        StoreError: a file can't be written.
     """
     if not is_sharded(model):
         yield None
         return
     state: dict[str, torch.Tensor] = model.language.state_dict(keep_vars=True)
     adapted = hasattr(model.language, "peft_config")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".gathered-") as temporary:
-        # By identity: a tied weight has two names.
-        weights = {id(weight): weight for weight in state.values() if weight.requires_grad or not adapted}
-        mapped = {}
-        for index, (key, weight) in enumerate(weights.items()):
-            whole = gathered(weight.detach())
-            if process_index() == 0:
-                whole = whole.to(precision) if whole.is_floating_point() else whole
-                mapped[key] = _in_file(whole, Path(temporary, str(index)))
+    # By identity: a tied weight has two names.
+    weights = {id(weight): weight for weight in state.values() if weight.requires_grad or not adapted}
+    temporary = folder / ".gathered"
+    try:
+        mapped = _gathered_in_files(weights, precision, temporary)
         yield {name: mapped[id(weight)] for name, weight in state.items() if id(weight) in mapped}
+    finally:
+        if process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _in_file(tensor: torch.Tensor, file: Path) -> torch.Tensor:
-    """A copy of ``tensor`` in ``file``, mapped into memory."""
+def _gathered_in_files(
+    weights: Mapping[int, torch.Tensor], precision: torch.dtype, folder: Path
+) -> dict[int, torch.Tensor]:
+    """The whole ``weights`` in ``precision``, mapped from files in ``folder``; {} except in the main process."""
+    mapped: dict[int, torch.Tensor] = {}
+
+    def create() -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it saved
+        folder.mkdir(parents=True)
+
+    def keep(key: int, whole: torch.Tensor) -> None:
+        whole = whole.to(precision) if whole.is_floating_point() else whole
+        mapped[key] = in_file(whole, folder / str(len(mapped)))
+
+    try:
+        on_main(create)
+        for key, weight in weights.items():
+            on_main(partial(keep, key, gathered(weight.detach())))
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: can't be written: {' '.join(str(error).split())}",
+            hint="free disk space, check permissions, or set another `run_dir`",
+        ) from error
+    return mapped
+
+
+def in_file(tensor: torch.Tensor, file: Path) -> torch.Tensor:
+    """A copy of ``tensor`` in ``file``, mapped into memory.
+
+    Raises:
+        OSError: it can't be written, for example because of a full disk.
+    """
+    # Not copied into a map of a new file: if the disk is full, that kills the process (SIGBUS).
+    file.write_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     mapped = torch.from_file(str(file), shared=True, size=max(1, tensor.numel()), dtype=tensor.dtype)
-    return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)
+    return mapped[: tensor.numel()].view(tensor.shape)
