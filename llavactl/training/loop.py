@@ -21,7 +21,7 @@ from llavactl.data.plan import BatchPlan
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
-from llavactl.training.collective import on_main, sum_over_processes
+from llavactl.training.collective import in_any_process, on_main, sum_over_processes
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics, progress_facts
 from llavactl.training.prefetch import prefetched_steps
@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 RELEASE_MEMORY_EVERY = 20
 """Steps; releasing memory takes a few hundredths of a second."""
 
+LINES_PER_STEP = 3
+"""At most, in metrics.jsonl: of the step, its evaluation and its validation."""
+
 MAX_NAMED = 32
 """Samples that a message names; metrics.jsonl has all."""
 
@@ -50,7 +53,7 @@ MAX_NAMED = 32
 class TrainingResult:
     """The step that training resumed from (0: a new run), the last one, and the step whose weights the model has.
 
-    ``peak`` is what MFU is relative to.
+    ``peak``: the FLOP/s that MFU is relative to.
     """
 
     resumed_from: int
@@ -78,7 +81,7 @@ def train(run: Run) -> TrainingResult:
     if run.accelerator.is_main_process:
         metrics = Metrics(run.folder / "metrics.jsonl", start)
         remove_later_answers(run.folder, start)
-    earlier_lines = on_main(lambda: metrics.kept[-2 * WINDOW :] if metrics else [])
+    earlier_lines = on_main(lambda: metrics.kept[-LINES_PER_STEP * WINDOW :] if metrics else [])
     recent = RecentSteps.of(earlier_lines)
     throughput = Throughput.of(run.model, run.settings.precision, run.accelerator)
     run.notify("train_started", {"steps": plan.steps})
@@ -146,7 +149,7 @@ def train(run: Run) -> TrainingResult:
             _write_metrics(run, line, metrics)
             bar.advance(1, **progress_facts({**line, **finish_step(completed)}))
             began = time.perf_counter()
-        if stop.requested:
+        if in_any_process(run.accelerator, stop.requested):  # the others must not save the model without this one
             _raise_interrupted(run, plan.steps)
     model_step = _load_best(run) if run.settings.restore_best else plan.steps
     return TrainingResult(start, plan.steps, model_step, throughput.peak)

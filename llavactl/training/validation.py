@@ -16,7 +16,7 @@ from llavactl.model.cpu.rms_norm import fused_rms_norms
 from llavactl.model.cuda.liger import liger_layers
 from llavactl.model.inputs import to_device
 from llavactl.model.packed import packed_attention
-from llavactl.training.collective import sum_over_processes
+from llavactl.training.collective import in_any_process, sum_over_processes
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.prefetch import micro_batches
 from llavactl.training.sharding import reshard
@@ -53,7 +53,7 @@ def evaluate(run: Run, step: int, stop: Stop, kernels: ExitStack) -> Mapping[str
 
     def stopped() -> bool:
         # Processes that share a forward pass must stop after the same one.
-        return _stop_requested(run, stop) if run.placement.sharded else stop.requested
+        return in_any_process(run.accelerator, stop.requested) if run.placement.sharded else stop.requested
 
     scores: Mapping[str, float] | None = {}
     try:
@@ -78,7 +78,7 @@ def validate(run: Run, stop: Stop) -> float | None:
         batches: list[Batch] = []
         with suppress(CancelledError):
             batches = micro_batches(run, run.validation, indices, stop)
-        if _stop_requested(run, stop):  # in any process: all of them must run the same forward passes
+        if in_any_process(run.accelerator, stop.requested):  # all of them must run the same forward passes
             reshard(run.model)
             return None
         for batch in batches:
@@ -87,9 +87,4 @@ def validate(run: Run, stop: Stop) -> float | None:
             total += torch.tensor([loss, int((batch.labels != IGNORE).sum())], dtype=torch.float64)
     reshard(run.model)
     total = sum_over_processes(run.accelerator, total)
-    return None if _stop_requested(run, stop) else float(total[0] / total[1])
-
-
-def _stop_requested(run: Run, stop: Stop) -> bool:
-    """Whether any process received a stop signal."""
-    return bool(sum_over_processes(run.accelerator, torch.tensor(float(stop.requested))))
+    return None if in_any_process(run.accelerator, stop.requested) else float(total[0] / total[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,12 +114,15 @@ def _train(
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
     run = replace(run, evaluate=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
-    main = accelerator.is_main_process
-    with _exclusive_access(recipe, stage, folder) if main else nullcontext():
-        if main:
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(_exclusive_access(recipe, stage, folder))
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
             log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
+
+        on_main(begin)
         return _train_and_save(recipe, run, bundle, data, description)
 
 
@@ -201,7 +204,7 @@ def _train_and_save(
         result = run_loop(recorded)
     seconds = time.perf_counter() - began
     save_model(run, run.folder / "model", bundle, description)
-    # From here on the stage is finished: whatever follows is optional.
+    # From here on the stage is finished; the rest is optional.
     report = on_main(lambda: _write_stage_report(stage, run, data, result, seconds))
     with optional_output(run.folder / "samples.json"):
         _write_sample_answers(recipe, run, bundle, data)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llavactl.core.paths import exclusive_lock
 from llavactl.testing import run_cli
 from llavactl.training.metrics import read
 
@@ -282,6 +283,46 @@ def test_if_a_process_is_killed_the_others_end_and_the_run_resumes(toy: Path, mo
     run_in_processes(toy, 3, command(toy, 2, settings, "uninterrupted", f"sharding={sharding}"))
     expected, actual = weights(toy / "uninterrupted/stage2/model"), weights(toy / "run/stage2/model")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+SIGNALLED = """
+import os, signal
+from llavactl.cli import main
+from llavactl.training import loop
+
+def update(run, gradient, step, steps, original=loop.update):
+    if os.environ["RANK"] == "1" and step + 1 == steps:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(run, gradient, step, steps)
+
+loop.update = update
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM on Windows")
+def test_a_signal_to_one_process_in_the_last_step_stops_all(toy: Path) -> None:
+    write_records(toy, 37)
+    (toy / "signalled.py").write_text(SIGNALLED)
+    arguments = command(toy, 2, ["init=scratch", "max_steps=2", "validation=0"], "run")
+    stopped = launch(2, str(toy / "signalled.py"), *arguments)
+    assert stopped.returncode != 0
+    assert "another process of this run" not in stopped.stderr
+    assert (toy / "run/stage2/checkpoints/step-00000002").is_dir()
+    assert not (toy / "run/stage2/model").exists()
+    run_in_processes(toy, 2, arguments)
+    assert json.loads((toy / "run/stage2/report.json").read_text())["resumed_from"] == 2
+
+
+@pytest.mark.slow
+def test_all_processes_report_that_the_stage_is_being_trained(toy: Path) -> None:
+    write_records(toy, 37)
+    with exclusive_lock(toy / "run/.stage2.lock", RuntimeError("locked")):
+        refused = launch(2, "-m", "llavactl", *command(toy, 2, ["init=scratch"], "run"))
+    assert refused.returncode != 0
+    assert "another process of this run" not in refused.stderr
+    assert "another process is training" in refused.stderr
 
 
 @pytest.mark.parametrize("settings", [["method=qlora"], ["optimizer=muon"]])
