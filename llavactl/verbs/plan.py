@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.errors import ModelError, RecipeError, StoreError
 from llavactl.core.hashes import read_only_cache
 from llavactl.core.identity import component_identity, is_local
+from llavactl.core.library_errors import reason
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageContents
 from llavactl.data.encode import Encoding
@@ -55,7 +56,7 @@ class TrainPlan:
     (resident memory). On a CPU the device's memory is part of the host's. ``peak_parts`` are its parts. ``fits``: the
     peak is within ``usable_bytes`` of a device. ``checkpoint_bytes``: the tensors of one checkpoint. ``padding``,
     ``prefix_sharing``: as in the report of a stage. ``micro_batch``: the longest one. None: unknown without the data,
-    or for ``time`` without a throughput. ``alternatives``: options with which a stage fits that doesn't, nearest first.
+    or for ``time`` without a throughput. ``alternatives``: options with which the stage would fit, nearest first.
     """
 
     fits: bool
@@ -99,9 +100,9 @@ def plan_training(
 ) -> TrainPlan:
     """Plans ``stage`` of ``recipe`` from configurations and records; nothing is written.
 
-    ``device_memory`` in bytes: plan for CUDA devices of this size. Default: the devices of this machine. ``devices``:
-    their number, one process each. ``tokens_per_s``: the throughput of all of them; default: that of an earlier run of
-    this stage.
+    ``device_memory`` in bytes: plan for CUDA devices of this size. Default: the smallest device of this machine.
+    ``devices``: their number, one process each. Default: the number of processes of this launch. ``tokens_per_s``: the
+    throughput of all of them; default: that of an earlier run of this stage.
 
     Raises:
         ModelError: a configuration or the tokenizer can't be read.
@@ -129,6 +130,8 @@ def recipe_warnings(
 ) -> list[str]:
     """A warning for each stage of a valid recipe that doesn't fit on the devices; none on a machine without CUDA.
 
+    Also for a stage that can't be predicted, such as with a plugin's language model without ``skeleton``.
+
     See ``plan_training`` for ``device_memory`` and ``devices``. Stages without data, and models that aren't on this
     machine, are not checked.
     """
@@ -138,7 +141,11 @@ def recipe_warnings(
     warnings = []
     for stage in recipe.stages_with_data():
         if is_local(recipe.language.spec()) and is_local(recipe.stage(stage).vision):
-            plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
+            try:
+                plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
+            except Exception as error:  # noqa: BLE001 - the recipe is valid even if its memory can't be predicted
+                warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
+                continue
             if not plan.fits:
                 warnings.append(f"{plan.refusal.message}; {plan.refusal.hint}")
     return warnings

@@ -140,6 +140,16 @@ def test_recipes_check_warns_of_stages_that_do_not_fit(toy: Path) -> None:
     assert "warnings" not in json.loads(check().stdout)  # no GPU here
 
 
+def test_a_recipe_is_valid_if_its_memory_cannot_be_predicted(toy: Path) -> None:
+    (toy / "records.json").write_text("{")
+    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "--device-memory", "80GB", "--json")
+    assert checked.exit_code == 0, checked.stderr
+    document = json.loads(checked.stdout)
+    assert document["ok"]
+    assert all("records.json" in warning for warning in document["warnings"])
+    assert len(document["warnings"]) == 2
+
+
 def test_doctor_says_which_recipes_fit() -> None:
     small, large = (
         {each.what: each for each in doctor._recipes((doctor.Device(f"cuda:0 {size}", size, ()),) * count)}
