@@ -87,7 +87,7 @@ def save(kind: str, key: str, arrays: Arrays) -> None:
 
 @contextlib.contextmanager
 def computing(kind: str, key: str) -> Iterator[None]:
-    """Within the context, of the processes of one run (``WORLD_SIZE``) only one computes ``key``; the others wait."""
+    """In this context only one process of a run (``WORLD_SIZE``) computes ``key``; the others wait."""
     with contextlib.ExitStack() as stack:
         if os.environ.get("WORLD_SIZE", "1") != "1" and not cache_is_read_only():
             busy = LlavactlError(f"another process has been computing {kind} for an hour")
@@ -118,8 +118,9 @@ def _path(kind: str, key: str) -> Path:
 def _remove_unused(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in folder.glob("*"):
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 @cache

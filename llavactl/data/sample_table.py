@@ -79,9 +79,9 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
 class SampleTable(Sequence[Sample]):
     """Samples in a fixed order, with id, turns, ``where`` and boxes; captions and ``extra`` are not kept.
 
-    ``images`` are the distinct images in order of first use; ``image_indices`` are the indices into them of all images
-    in all samples, of which sample i has ``image_ends[i]`` to ``image_ends[i + 1]``. ``digest`` is a hash of all
-    contents: tables with the same samples have the same.
+    ``images`` are the distinct images in order of first use; those of sample i are at
+    ``image_indices[image_ends[i] : image_ends[i + 1]]``. ``digest`` is a hash of all contents, equal for tables with
+    the same samples.
     """
 
     def __init__(self, arrays: Arrays, images: Sequence[ImageRef] | None = None) -> None:
@@ -156,6 +156,7 @@ class SampleTable(Sequence[Sample]):
         return len(self._ids)
 
     def __getitem__(self, row: Any) -> Any:
+        row = range(len(self))[row]
         body: Any = self._bodies.bytes(row)
         if ascii_only := body.isascii():
             body = body.decode()  # slicing a string is faster than decoding each part

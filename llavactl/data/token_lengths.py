@@ -13,12 +13,12 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,7 +53,7 @@ MIN_CACHED = 5_000
 """Samples; fewer are counted in less than a second."""
 
 _SERIAL_CHUNKS = 2
-"""So many chunks are counted in less time than processes take to start."""
+"""Up to this many chunks are counted in less time than processes take to start."""
 
 _CHECKED = 500
 """One in this many samples is tokenized completely, to verify the counts."""
@@ -172,7 +172,7 @@ def _cached(key: str, samples: int) -> TokenLengths | None:
 
 
 class _Size(NamedTuple):
-    """The lengths of one sample, see ``TokenLengths``, without a reason if it can be trained on."""
+    """The lengths of one sample (see ``TokenLengths``); ``reason`` is "" if it can be trained on."""
 
     tokens: int
     targets: int
@@ -236,13 +236,18 @@ class Counting:
         return self
 
     def submit(self, chunk: SampleTable) -> None:
-        """Adds the samples of ``chunk``."""
+        """Adds the samples of ``chunk``.
+
+        Raises:
+            LlavactlError: a process was killed.
+        """
         self.samples += len(chunk)
         self._waiting.append(chunk)
         if self._pool is None and len(self._waiting) > _SERIAL_CHUNKS and sys.platform == "linux" and _cores() > 1:
             self._pool = self._forked_pool()
         if self._pool is not None:
-            self._futures += [self._pool.submit(_run_inherited, waiting) for waiting in self._waiting]
+            with _killed_process_reported():
+                self._futures += [self._pool.submit(_run_inherited, waiting) for waiting in self._waiting]
             self._waiting.clear()
 
     def result(self) -> TokenLengths:
@@ -252,16 +257,11 @@ class Counting:
             LlavactlError: a process was killed.
             _WrongCountError: the counts are wrong.
         """
-        with progress.bar(self.samples, "counting tokens", "sample") as bar:
-            parts = [_empty(self._order)]
-            try:
-                for part in chain((future.result() for future in self._futures), map(self._job, self._waiting)):
-                    parts.append(part)
-                    bar.advance(len(part))
-            except BrokenProcessPool as error:
-                raise LlavactlError(
-                    f"a process that counts tokens was killed: {error}", hint="free memory, then run the command again"
-                ) from error
+        parts = [_empty(self._order)]
+        with progress.bar(self.samples, "counting tokens", "sample") as bar, _killed_process_reported():
+            for part in chain((future.result() for future in self._futures), map(self._job, self._waiting)):
+                parts.append(part)
+                bar.advance(len(part))
         return TokenLengths.joined(parts)
 
     def __exit__(self, *_error: object) -> None:
@@ -275,6 +275,17 @@ class Counting:
         """
         context = multiprocessing.get_context("fork")
         return ProcessPoolExecutor(_cores(), context, initializer=_inherit, initargs=(self._job,))
+
+
+@contextmanager
+def _killed_process_reported() -> Iterator[None]:
+    """Raises LlavactlError if a process of a pool that is used in this context was killed."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise LlavactlError(
+            f"a process that counts tokens was killed: {error}", hint="free memory, then run the command again"
+        ) from error
 
 
 _inherited: _Job | None = None
@@ -359,7 +370,7 @@ def _prefix_text(rendered: Rendered) -> int:
     return _hash("\0".join(segment.text for segment in texts if isinstance(segment, Text)))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _hash(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

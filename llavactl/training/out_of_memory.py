@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def out_of_memory_named(
     section: str, settings: AnyStage, placement: Placement, phase: str, batch: Batch | None = None
 ) -> Iterator[None]:
-    """Converts an out-of-memory error in this context to one that names ``section``, ``phase`` and ``batch``, and as a
-    hint the settings to change.
+    """Converts an out-of-memory error in this context to one that names ``phase``, ``batch`` and settings to change.
 
     ``section`` is that of the stage, such as ``stage1``. Without ``batch``, weights or optimizer state didn't fit.
 
@@ -79,7 +78,7 @@ def _for_micro_batch(section: str, settings: AnyStage, batch: Batch) -> list[str
 def _for_weights(section: str, settings: AnyStage, placement: Placement) -> list[str]:
     """Ways to need less memory for weights, gradients and optimizer state; those that change the result come last."""
     method, changes = settings.method, []
-    if method != "qlora":
+    if method != "qlora" and settings.optimizer != "muon":
         changes.append("more processes" if placement.sharded else "several processes and `-o sharding=full`")
     if method != "connector" and placement.optimizer_state == "device":
         changes.append("`-o optimizer_state=host`")

@@ -56,6 +56,7 @@ def test_tables_return_their_samples(first: list[Sample], second: list[Sample]) 
     read = [SampleTable(each) for each in arrays]
     assert [list(table) for table in built] == [list(table) for table in read] == [first, second]
     assert [table.digest for table in built] == [table.digest for table in read]
+    assert [table[-1] for table in read if len(table)] == [samples[-1] for samples in (first, second) if samples]
 
     view, samples = TableView.of(read), [*first, *second]
     joined = SampleTable.joined([*read, SampleTable.of([])])

@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -246,3 +247,19 @@ def test_a_killed_process_is_reported(encoding: Encoding, monkeypatch: pytest.Mo
     monkeypatch.setattr(token_lengths, "_size", lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LlavactlError, match="killed"):
         lengths(table, encoding, "first")
+
+
+def test_a_process_killed_while_records_are_read_is_reported(
+    encoding: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = SampleTable.of(random_samples(2))
+    monkeypatch.setattr(token_lengths, "_cores", lambda: 2)
+    monkeypatch.setattr(token_lengths, "_size", lambda *_arguments: os.kill(os.getpid(), signal.SIGKILL))
+
+    def submit_until_refused(counting: token_lengths.Counting) -> None:
+        for _ in range(500):
+            counting.submit(chunk)
+            time.sleep(0.01)
+
+    with token_lengths.Counting(encoding, "first") as counting, pytest.raises(LlavactlError, match="killed"):
+        submit_until_refused(counting)
