@@ -79,7 +79,7 @@ STAGES: dict[str, tuple[int, AnyStage]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured: Llama shapes by name, a CLIP shape, and how much of it.
+    """The size of the benchmark: Llama shapes by name, a CLIP shape, and numbers of samples and images.
 
     ``micro_batch``: samples with and without gradient checkpointing.
     """
@@ -413,7 +413,7 @@ def release() -> None:
 
 
 def checked_kernels(shape: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """What the checks before training find for a model of this ``shape``: "" if a kernel is used, else the reason."""
+    """The results of the checks before training for a model of ``shape``: "" if a kernel is used, else the reason."""
     language: Any = SimpleNamespace(config=LlamaConfig(**shape))
     return {
         "packing": packed_attention_fault(language, DTYPE, device),

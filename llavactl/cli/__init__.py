@@ -46,7 +46,7 @@ def _configure_libraries() -> None:
 
 
 def _use_utf8() -> None:
-    """Sets UTF-8 whatever the locale; undecodable bytes of file names are written unchanged."""
+    """Sets UTF-8 in any locale; undecodable bytes of file names are written unchanged."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

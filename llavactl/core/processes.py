@@ -16,7 +16,7 @@ hashing a model, verifying an export or asking a judge. If a process dies, the l
 """
 
 _OFF = ("", "no", "n", "false", "f", "off", "0", "none")
-"""What accelerate reads as false, and its names for "nothing"."""
+"""Values that accelerate reads as false or as none."""
 
 _UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed; `sharding: full` in the recipe shards the model as ZeRO-3 does, and "
@@ -50,7 +50,7 @@ def check_launch(precision: str | None = None) -> None:
         )
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "WORLD_SIZE" not in os.environ:
         raise RecipeError(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, which don't know each other",
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without a process group",
             hint="start one torchrun per node with srun (docs/cluster.md); only `llavactl extract` needs no launcher",
         )
     for name, what in _UNSUPPORTED.items():
@@ -90,7 +90,7 @@ def join_process_group() -> None:
 
     On CUDA it has NCCL, and gloo for optimizer state in host memory; accelerate alone would use NCCL only. Keys in the
     launcher's store have a prefix for each restart: with its default rendezvous torchrun keeps the store, and processes
-    restarted by ``--max-restarts`` would find the addresses of the ones before.
+    restarted by ``--max-restarts`` would find the addresses of the previous ones.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llavactl.core.protocols import Finding, RawRecord, RepairingSource
 
 UNREPAIRABLE = frozenset({"json", "image-missing", "image-broken", "template", "untrained"})
-"""Problems for which a record is dropped, whatever else is wrong with it."""
+"""Problems for which a record is dropped, even if all others can be repaired."""
 
 
 @dataclass

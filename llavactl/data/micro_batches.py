@@ -1,7 +1,7 @@
 """Splits a global batch into the micro-batches of a process, packed or padded.
 
 Every process gets the same number of micro-batches, because sharded processes run each forward and backward pass
-together. ``empty`` micro-batches, with a loss of zero, make up the number.
+together. Processes with fewer get ``empty`` ones in addition, with a loss of zero.
 """
 
 from __future__ import annotations

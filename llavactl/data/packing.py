@@ -53,7 +53,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class SampleLength:
-    """What packing depends on: the number of tokens of a sample, and the prefix that it can share.
+    """The number of tokens of a sample, and the prefix that it can share.
 
     ``prefix`` is equal for samples with the same first ``prefix_length`` tokens; without a prefix it is None.
     """

@@ -1,4 +1,4 @@
-"""Everything that a stage will compute, from its samples: steps, tokens, padding, and its largest micro-batches.
+"""The plan of a stage from the lengths of its samples: steps, tokens, padding, and the largest micro-batches.
 
 Micro-batches are planned by the functions that training uses (``data.plan``, ``data.packing``, ``data.micro_batches``),
 so the counts are exact.
@@ -54,7 +54,7 @@ class MicroBatch:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """What memory grows with: positions, logits, and keys per query."""
+        """The amounts that memory grows with: positions, logits, and keys per query."""
         return self.positions, self.targets, self.pairs
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class TableView(Sequence[Sample]):
     """The samples ``rows`` [N] of ``tables``, whose rows are numbered one table after another.
 
-    ``images`` are the distinct images of all tables in order of first use. ``image_indices`` are the indices into them
-    of the images of all rows, of which row i has ``image_ends[i]`` to ``image_ends[i + 1]``.
+    ``images`` are the distinct images of all tables in order of first use. The images of row i are those at
+    ``image_indices[image_ends[i] : image_ends[i + 1]]``.
     """
 
     tables: Sequence[SampleTable]

@@ -46,7 +46,7 @@ class TokenCounter:
         self._units: dict[tuple[bool | str, ...], tuple[list[int], int | None]] = {}
 
     def counts(self, pieces: Sequence[str]) -> tuple[list[int], int | None]:
-        """For each of ``pieces`` the tokens of their concatenation whose last character it has; and the first token id.
+        """The tokens of the concatenation of ``pieces``: how many end in each piece, and the id of the first one.
 
         The id is None if there are no tokens.
         """

@@ -34,7 +34,7 @@ of their head without scaling or soft caps.
 
 
 class PackedLayout:
-    """The spans of a packed sequence, and what the model derives from them once per batch, not in every layer."""
+    """The spans of a packed sequence, and index tensors that are computed once per batch, not in every layer."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans = spans

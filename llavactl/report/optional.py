@@ -1,4 +1,4 @@
-"""Outputs that must not fail the work that they show."""
+"""Optional outputs: if one can't be written, the work itself doesn't fail."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
-"""What accelerate may select, whatever the cause, and what llavactl's training loop doesn't use."""
+"""Engines that accelerate's environment may select, and that llavactl doesn't support."""
 
 
 def accelerator(precision: str) -> Accelerator:

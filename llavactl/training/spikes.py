@@ -24,7 +24,7 @@ deviation (Rousseeuw and Croux 1993), which earlier spikes hardly change.
 """
 
 RATIO = 1.5
-"""A spike is above the median by this factor as well: of nearly equal values, none is one."""
+"""A spike is above the median by this factor as well; otherwise one of nearly equal values could be a spike."""
 
 
 def is_spike(value: float, recent: Sequence[float]) -> bool:

@@ -71,7 +71,7 @@ architecture whitepapers, AMD's data sheets. Keys are words of the device's name
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes for.
+    """The amounts that the FLOPs and the throughput of a step are computed from.
 
     ``tokens`` of all conversations: a shared prefix counts once for each. ``useful_tokens``: tokens that have to be
     computed, so a shared prefix counts once and padding doesn't. ``target_tokens`` have a label, ``image_tokens`` come
@@ -217,7 +217,7 @@ def memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What the speed of a step is computed from. ``flops`` is None if the model has no formula."""
+    """Computes the throughput of steps. ``flops`` is None if there is no formula for the model."""
 
     flops: TrainingFlops | None
     peak: Peak
@@ -246,5 +246,5 @@ class Throughput:
         }
 
     def mfu(self, flops: int, seconds: float) -> float:
-        """The fraction of the peak of all processes that ``flops`` in ``seconds`` are."""
+        """``flops`` in ``seconds`` as a fraction of the peak of all processes."""
         return round(flops / (seconds * self.processes * self.peak.flops_per_s), 4)

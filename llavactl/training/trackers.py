@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, Weights & Biases, trackio and MLflow, through accelerate's tracker classes.
 
 They record the lines of metrics.jsonl and write to ``<run_dir>/trackers/``. None of them uses the network, unless the
-tracker's own environment variables (``WANDB_MODE``, ``MLFLOW_TRACKING_URI``) say so. A tracker that fails during
+tracker's own environment variables (``WANDB_MODE``, ``MLFLOW_TRACKING_URI``) request it. A tracker that fails during
 training is dropped with a warning.
 """
 

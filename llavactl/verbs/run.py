@@ -85,7 +85,7 @@ def run(recipe: Recipe) -> RunReport:
 
 
 def _check(recipe: Recipe) -> None:
-    """Checks before the first step whatever would stop a later one, such as a broken model after hours of extraction.
+    """Checks before the first step for problems of later ones, such as a broken model after hours of extraction.
 
     Raises:
         LlavactlError: a model can't be loaded, or accelerate's configuration is not supported.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 POSITIONS = 8
 TOLERANCE = 1e-2
-"""Of the largest value: two forward passes with the same weights in bfloat16 differ by less."""
+"""Relative to the largest value; two forward passes with the same weights in bfloat16 differ by less."""
 
 
 def logits_fault(language: PreTrainedModel) -> str:

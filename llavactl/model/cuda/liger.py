@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 300
-"""Of the random input of the check."""
+"""The length of the check's random input."""
 
 
 def blocker(language: PreTrainedModel, device: torch.device) -> str:
-    """Why liger's kernels aren't even tried for ``language`` on ``device``; "" if they are."""
+    """Why liger's kernels are not tried for ``language`` on ``device``; "" if they are."""
     if device.type != "cuda":
         return "liger-kernel needs a CUDA device"
     config = language.config

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SPANS = (Span(150), Span(9, 0), Span(1, 0), Span(33, 0), Span(260), Span(5), Span(1))
-"""Longer and shorter than the tiles of kernels, with a shared prefix."""
+"""Spans longer and shorter than the tiles of kernels, with a shared prefix."""
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest relative errors. Rounding causes a quarter of them; a wrong mask, scale or head errors of about 1."""

@@ -29,7 +29,7 @@ MICRO_BATCH_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
 """Limits that ``micro_batch_tokens: auto`` tries after no limit."""
 
 EFFICIENT_TOKENS = 4096
-"""Below this many tokens in a micro-batch, a GPU is not busy: computing activations again costs less than that."""
+"""Micro-batches of fewer tokens leave a GPU partly idle, which costs more than computing activations again."""
 
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
 """Numbers of devices to suggest."""
@@ -197,7 +197,7 @@ def _first_that_fits(predictor: StagePredictor, choices: Sequence[Choice], devic
 
 
 def alternatives(predictor: StagePredictor, recipe: Recipe, device: Target) -> Iterator[Alternative]:
-    """Changes with which a stage fits that doesn't: of free settings, of the number of devices, and of the method."""
+    """Changes with which the stage would fit: of settings, of the number of devices, and of the method."""
     if found := _alternative(predictor, recipe, device, ()):
         yield found
     for count in MORE_DEVICES if device.cuda else ():

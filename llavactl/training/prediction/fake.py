@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def fake_tensors() -> Iterator[None]:
     """In this context new floating-point tensors have no values; integer tensors have.
 
-    A forward pass looks at token ids, labels and masks (which positions have a target?), but never at activations. So
-    training code runs unchanged. Computing with fake tensors takes about a tenth of a millisecond per operation,
-    whatever their size.
+    A forward pass depends on the values of token ids, labels and masks, for example to find target positions, but never
+    on those of activations. So training code runs unchanged. Computing with fake tensors takes about a tenth of a
+    millisecond per operation, for any size.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -76,7 +76,7 @@ class Prediction:
 
 
 class StagePredictor:
-    """Predicts ``stage`` on ``processes`` devices, CUDA devices or CPUs; what predictions have in common is kept.
+    """Predicts ``stage`` on ``processes`` devices, CUDA devices or CPUs; caches what several predictions use.
 
     ``data`` is None if it isn't known. Then the largest micro-batch has as many samples of ``max_length`` tokens as the
     settings allow, and every token of their text is a target.
@@ -134,9 +134,8 @@ class StagePredictor:
         plan = self.plan(choice.micro_batch_tokens)
         host = memory.host + Counter(batches=self._batch_bytes(plan))
         if self.cuda:
-            loading = Counter(
-                loading=self._loaded_bytes()
-            )  # before training, when there is no other use of host memory
+            # Before training, when there is no other use of host memory.
+            loading = Counter(loading=self._loaded_bytes())
             host = max(host, loading, key=lambda parts: sum(parts.values()))
         else:
             moving = device["activations"] + device["logits"]
@@ -146,7 +145,7 @@ class StagePredictor:
         return Prediction(choice, device, host + Counter(process=process_bytes()), plan)
 
     def static_bytes(self, choice: Choice) -> int:
-        """What is on the device before the first forward pass; it takes no time to compute."""
+        """Bytes on the device before the first forward pass; computed without tracing a step."""
         return sum(self.weights().memory(choice.placement, self.processes).device.values())
 
     def limits_nothing(self, choice: Choice) -> bool:
@@ -219,7 +218,7 @@ class StagePredictor:
 
 
 class _UnknownImage(NamedTuple):
-    """An image without content; each is another one, so no prefix is shared."""
+    """An image without content; all are distinct, so no prefix is shared."""
 
     number: int
 

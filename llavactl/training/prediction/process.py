@@ -35,7 +35,7 @@ def process_bytes() -> int:
 
 
 def _use_kernels() -> None:
-    """Runs what training runs most, on small tensors: libraries read their kernels when they are first used."""
+    """Runs the operations of training on small tensors, because libraries load kernels when they are first used."""
     for dtype in (torch.bfloat16, torch.float32):
         query = torch.ones(1, 4, 64, 64, dtype=dtype, requires_grad=True)
         weight = torch.ones(64, 64, dtype=dtype, requires_grad=True)

@@ -162,7 +162,7 @@ def _trace(model: LlavaModel, batch: Batch, *, cuda: bool, master_gradients: boo
 
 
 def _static(model: LlavaModel, batch: Batch, *, cuda: bool, master_gradients: bool) -> list[torch.Tensor]:
-    """What exists before the forward pass: weights, kept gradients and, on a CPU, the features of the batch."""
+    """The tensors before the forward pass: weights, kept gradients and, on a CPU, the features of the batch."""
     static: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     if not cuda:
         static += [tensor for tensor in (batch.features, batch.scales) if tensor is not None]

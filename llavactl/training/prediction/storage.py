@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 Part = str
-"""What memory is used for, such as ``activations``."""
+"""The name of a use of memory, such as ``activations``."""
 
 
 class StorageMeter(TorchDispatchMode):

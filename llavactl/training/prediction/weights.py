@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4
 _HEADER_BYTES = 90
-"""Of a tensor in a safetensors file, besides its name: dtype, shape and offsets."""
+"""The header of a tensor in a safetensors file, besides its name: dtype, shape and offsets."""
 
 _4_BIT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
@@ -103,7 +103,7 @@ class Weights:
         return sum(size + 2 * len(name) + _HEADER_BYTES for name, size in sizes.items())
 
     def checkpoint_copy_bytes(self) -> int:
-        """What is in host memory while a checkpoint is written: the tensors of one file, and its contents."""
+        """Host memory for writing a checkpoint: the tensors of one file, and its contents."""
         sizes = [FLOAT32 * weight.numel() for weight in self.model.parameters() if weight.requires_grad]
         return 2 * min(self.checkpoint_bytes(), max(FILE_BYTES, *sizes))
 
@@ -120,7 +120,7 @@ class Weights:
         return {id(part.weight) for part in linear if not part.weight.requires_grad}
 
     def _gathered(self) -> int:
-        """What FSDP2 gathers on each device: the root group, and the layer that runs with the next one, prefetched.
+        """Bytes that FSDP2 gathers on each device: the root group, the layer that runs, and the next one, prefetched.
 
         Gradients of a layer and of the root group are unsharded in the precision of the stage, and once more in float32
         while they are reduced.
