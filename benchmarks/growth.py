@@ -104,7 +104,7 @@ def prepare(folder: Path, count: int) -> dict[str, Any]:
 def json_load(file: Path) -> float:
     """Seconds that ``json.load`` takes."""
     code = f"import json, time; t = time.perf_counter(); json.load(open({str(file)!r})); print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
 
 
 def measure(folder: Path, resume: str) -> dict[str, Any]:
