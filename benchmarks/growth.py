@@ -104,7 +104,7 @@ def prepare(folder: Path, count: int) -> dict[str, Any]:
 def json_load(file: Path) -> float:
     """Seconds that ``json.load`` takes."""
     code = f"import json, time; t = time.perf_counter(); json.load(open({str(file)!r})); print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
 
 
 def measure(folder: Path, resume: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def measure(folder: Path, resume: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", str(folder), "--resume", resume]
     environment = {**os.environ, "GROWTH_LAUNCHED": repr(time.time())}
     peak = 0.0
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
@@ -124,8 +124,8 @@ def measure(folder: Path, resume: str) -> dict[str, Any]:
             process.kill()
             raise
     if not result.is_file():
-        raise SystemExit(f"a start failed:\n{(folder / 'log.txt').read_text()}")
-    return {**json.loads(result.read_text()), "peak_mb": round(peak)}
+        raise SystemExit("a start failed:\n" + (folder / "log.txt").read_text(encoding="utf-8"))
+    return {**json.loads(result.read_text(encoding="utf-8")), "peak_mb": round(peak)}
 
 
 def pss_mb(pid: int) -> float:
@@ -133,7 +133,7 @@ def pss_mb(pid: int) -> float:
     total = 0
     for each in (pid, *children(pid)):
         try:
-            text = Path(f"/proc/{each}/smaps_rollup").read_text()
+            text = Path(f"/proc/{each}/smaps_rollup").read_text(encoding="utf-8")
         except OSError:  # it has ended
             continue
         total += sum(int(line.split()[1]) for line in text.split("\n") if line.startswith("Pss:"))
@@ -142,7 +142,7 @@ def pss_mb(pid: int) -> float:
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except OSError:
         return []
 

@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 
-FILE_BYTES = 64 * 2**20
-"""The size of a file. The writer holds a file and its serialization in memory; a larger tensor is a file by itself."""
+MIN_FILE_BYTES = 16 * 2**20
+MAX_FILES = 256
+"""Per process. The writer holds a file and its serialization in memory: less than a hundredth of a large checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,18 @@ def _no_single_process_warning() -> Iterator[None]:
         yield
 
 
+def file_bytes(total: int) -> int:
+    """The size of the files in which a process writes ``total`` bytes; a larger tensor is a file by itself."""
+    return max(MIN_FILE_BYTES, total // MAX_FILES)
+
+
 def _file_indices(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The index, from 1, of the file of each tensor; files have up to ``FILE_BYTES``."""
+    """The index, from 1, of the file of each tensor."""
+    sizes = {name: (t.to_local() if isinstance(t, DTensor) else t).nbytes for name, t in tensors.items()}
+    limit = file_bytes(sum(sizes.values()))
     indices, index, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        part = tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
-        if size and size + part > FILE_BYTES:
+    for name, part in sizes.items():
+        if size and size + part > limit:
             index, size = index + 1, 0
         indices[name] = index
         size += part

@@ -107,6 +107,20 @@ def test_a_checkpoint_of_version_0_4_is_read(tmp_path: Path) -> None:
     assert checkpoints.load_newest(tmp_path, "a") is None
 
 
+def test_a_checkpoint_has_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "MIN_FILE_BYTES", 20)
+    monkeypatch.setattr(checkpoints, "MAX_FILES", 4)
+    tensors = {str(index): torch.arange(index, index + 4.0) for index in range(9)}
+    folder = checkpoints.save(tmp_path, CheckpointState(1, "a"), tensors, 1)
+    assert 4 < len(list(folder.glob("*.safetensors"))) < 9, "each has two or one of the tensors"
+    newest = checkpoints.load_newest(tmp_path, "a")
+    assert newest is not None
+    loaded = {name: torch.zeros(4) for name in newest.names()}
+    newest.read(loaded)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
 def command(toy: Path, *settings: str, stage: int = 1) -> list[str]:
     common = (f"stage{stage}.validation=0.2", f"stage{stage}.keep_last=1")
     options = ("features.mode=live", f"run_dir={toy}/run", *common, *settings)

@@ -85,7 +85,7 @@ def add_records(toy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "signal_number"),
     [
-        pytest.param(RANDOM, signal.SIGKILL, id="full-random"),
+        pytest.param(RANDOM, signal.SIGKILL, id="full-random", marks=pytest.mark.slow),
         pytest.param(LORA, signal.SIGINT, id="lora", marks=pytest.mark.slow),
         pytest.param(SHUFFLED_IMAGES, signal.SIGKILL, id="prefix-sharing-bfloat16"),
         pytest.param(MUON, signal.SIGKILL, id="muon", marks=pytest.mark.slow),

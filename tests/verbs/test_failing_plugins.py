@@ -200,7 +200,9 @@ def test_any_exception_becomes_a_reason(toy: Path, number: int) -> None:
     assert failed.reason.encode().decode().isprintable()
 
 
-@pytest.mark.parametrize("number", [2, 4, 6], ids=name_of)
+@pytest.mark.parametrize(
+    "number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (4, 6))], ids=name_of
+)
 @pytest.mark.parametrize(("source", "vision"), [("read", ""), ("stamp", ""), ("", "preprocess")])
 def test_failing_images_are_skipped_by_every_command(toy: Path, source: str, vision: str, number: int) -> None:
     check_agreement(toy, 3 if source else 6, source=source, vision=vision, number=number)

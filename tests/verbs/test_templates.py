@@ -63,6 +63,7 @@ def test_a_template_that_refuses_all_records_stops_the_run(toy: Path) -> None:
     assert not list((toy / "runs").rglob("metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_date_and_arguments_are_stored_and_used_by_chat_and_exports(toy: Path) -> None:
     chat_template(toy, DATED + "{{ tone | default('') }}")
     spec = ["-o", "stage2.template={name: tokenizer, date: 2025-03-04, tone: kind}"]

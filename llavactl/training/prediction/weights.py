@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llavactl.training.checkpoints import FILE_BYTES
+from llavactl.training.checkpoints import file_bytes
 
 if TYPE_CHECKING:
     from llavactl.model.llava import LlavaModel
@@ -105,7 +105,8 @@ class Weights:
     def checkpoint_copy_bytes(self) -> int:
         """Host memory for writing a checkpoint: the tensors of one file, and its contents."""
         sizes = [FLOAT32 * weight.numel() for weight in self.model.parameters() if weight.requires_grad]
-        return 2 * min(self.checkpoint_bytes(), max(FILE_BYTES, *sizes))
+        total = self.checkpoint_bytes()
+        return 2 * min(total, max(file_bytes(total), *sizes))
 
     def _bytes(self, weight: nn.Parameter) -> int:
         if self.in_4_bits and id(weight) in self._linear:

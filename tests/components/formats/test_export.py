@@ -75,7 +75,7 @@ def test_an_export_is_read_as_the_same_model(
     assert model_folder.describe(back)["template"] == template
 
 
-@pytest.mark.parametrize("form", ["hf", pytest.param("llava", marks=pytest.mark.slow), "peft"])
+@pytest.mark.parametrize("form", ["hf", *(pytest.param(form, marks=pytest.mark.slow) for form in ("llava", "peft"))])
 def test_adapters(native: Make, tmp_path: Path, form: str) -> None:
     """Merging in float32 stays within the tolerance; ``peft`` preserves the adapter exactly."""
     model = native("ours", method="lora")
