@@ -95,7 +95,10 @@ def load_split(
     """
     with ExitStack() as stack:
         countings = [stack.enter_context(Counting(encoding, stage.image_order)) for _ in specs]
-        tables = [sample_table(spec, counting.submit) for spec, counting in zip(specs, countings, strict=True)]
+        tables = []
+        for spec, counting in zip(specs, countings, strict=True):
+            tables.append(sample_table(spec, counting.submit))
+            counting.end()  # otherwise every source would keep a process per core
         view = TableView.of(tables)
         image_contents = contents(view.images)
         _check_max_skipped(image_contents.unreadable, max_skipped)

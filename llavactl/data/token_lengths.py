@@ -250,6 +250,11 @@ class Counting:
                 self._futures += [self._pool.submit(_run_inherited, waiting) for waiting in self._waiting]
             self._waiting.clear()
 
+    def end(self) -> None:
+        """Ends the processes once they have counted what was submitted; ``submit`` must not be called again."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
     def result(self) -> TokenLengths:
         """The lengths of all samples submitted so far, in their order.
 

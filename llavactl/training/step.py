@@ -35,19 +35,21 @@ class MicroLoss:
 class Gradient:
     """The accumulated gradient of a global batch, before the update.
 
-    ``loss`` per target token, ``norm`` (a scalar) and ``work`` are those of all processes, ``micro_losses`` those of
-    this one. ``buffers`` are the connector's buffers before the step.
+    ``loss`` per target token, ``grad_norm`` and ``work`` are those of all processes, ``micro_losses`` those of this
+    one. ``norm`` is ``grad_norm`` as a tensor on the device, for clipping. ``buffers`` are the connector's buffers
+    before the step.
     """
 
     loss: float
+    grad_norm: float
     norm: torch.Tensor
     work: Work
     micro_losses: tuple[MicroLoss, ...]
     buffers: Mapping[str, torch.Tensor]
 
     def values(self) -> dict[str, float]:
-        """The fields of metrics.jsonl; all processes must call this together."""
-        return {"loss": self.loss, "grad_norm": float(gathered(self.norm))}
+        """The fields of metrics.jsonl."""
+        return {"loss": self.loss, "grad_norm": self.grad_norm}
 
 
 def accumulate(run: Run, batches: Sequence[Batch], step: int, stop: Stop) -> Gradient | None:
@@ -86,8 +88,12 @@ def accumulate(run: Run, batches: Sequence[Batch], step: int, stop: Stop) -> Gra
         if not run.placement.sharded:  # FSDP2 has summed them in the backward pass
             sum_in_buckets(accelerator, optimizer.gradients())
         _broadcast_buffers(run)
-    total = sum_over_processes(accelerator, total)
-    return Gradient(float(total), optimizer.grad_norm(), work, tuple(micro_losses), buffers)
+    norm = optimizer.grad_norm()
+    reported_norm = gathered(norm).double().cpu()
+    if not accelerator.is_main_process:  # decisions that depend on it must not differ by rounding
+        reported_norm = torch.zeros_like(reported_norm)
+    loss, grad_norm = sum_over_processes(accelerator, torch.stack([total, reported_norm])).tolist()
+    return Gradient(loss, grad_norm, norm, work, tuple(micro_losses), buffers)
 
 
 def update(run: Run, gradient: Gradient, step: int, steps: int) -> float:

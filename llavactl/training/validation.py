@@ -45,7 +45,8 @@ def evaluate(run: Run, step: int, stop: Stop, kernels: ExitStack) -> Mapping[str
     """The scores of ``evaluate_every``; {} if the evaluation failed, None if any process received a stop signal.
 
     Generation needs the language model's own kernels: ``kernels`` is closed for it. The weights, and the random state
-    that each micro-batch sets, don't change.
+    that each micro-batch sets, don't change. If the model is sharded, an error of a device or of memory is raised: it
+    may concern this process only, and the others would wait for it in the next layer.
     """
     assert run.evaluate is not None
     kernels.close()
@@ -58,7 +59,9 @@ def evaluate(run: Run, step: int, stop: Stop, kernels: ExitStack) -> Mapping[str
     scores: Mapping[str, float] | None = {}
     try:
         scores = run.evaluate(run, step, stopped)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - an evaluation must not stop hours of training
+    except (Exception, SystemExit) as error:
+        if run.placement.sharded and isinstance(error, (RuntimeError, MemoryError)):
+            raise
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         if run.accelerator.is_main_process:
             log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)

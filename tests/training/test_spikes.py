@@ -155,7 +155,7 @@ def test_a_checkpoint_of_the_previous_step_has_its_buffers() -> None:
     norm(torch.randn(4, 2))
     after = norm.running_mean.clone()
     assert not torch.equal(before["running_mean"], after)
-    gradient = Gradient(math.nan, torch.tensor(0.0), Work(), (), before)
+    gradient = Gradient(math.nan, 0.0, torch.tensor(0.0), Work(), (), before)
     with buffers_before(run, gradient):
         assert torch.equal(norm.running_mean, before["running_mean"])
     assert torch.equal(norm.running_mean, after)
