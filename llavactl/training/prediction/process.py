@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from llavactl.training.memory import release_memory
+
 ALLOCATOR_SHARE = 0.37
 """Free memory that glibc's allocator holds on a CPU, relative to activations and logits.
 
@@ -31,6 +33,7 @@ def process_bytes() -> int:
         with suppress(ImportError):
             importlib.import_module(name)
     _use_kernels()
+    release_memory()  # what was used once only, such as for reading the records, is not part of it
     return int(psutil.Process().memory_info().rss)
 
 
