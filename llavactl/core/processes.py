@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 from functools import cache
@@ -124,4 +125,5 @@ def _destroy_process_group() -> None:
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        gc.collect()  # a sharded model is in reference cycles, and its device mesh holds the group
         distributed.destroy_process_group()

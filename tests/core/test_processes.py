@@ -168,6 +168,7 @@ print(f"{accelerator.process_index} of {accelerator.num_processes}", flush=True)
 """
 
 
+@pytest.mark.slow  # another test may take its port
 def test_restarted_processes_join_a_new_group(tmp_path: Path) -> None:
     """With torchrun's default rendezvous, they would connect to the addresses of the processes before."""
     script = tmp_path / "group.py"
