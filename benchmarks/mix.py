@@ -77,7 +77,7 @@ def write_records(file: Path, count: int, images: Path, *, seed: int = 0) -> dic
 def _records(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
     real = json.loads((LLAVA_DATA / "llava_instruct_100.json").read_text(encoding="utf-8"))
     blip = json.loads((LLAVA_DATA / "blip_laion_cc_sbu_2k.json").read_text(encoding="utf-8"))
-    asked, told = _words(real, "human"), _words([*real, *blip], "gpt")
+    questions, answers = _words(real, "human"), _words([*real, *blip], "gpt")
 
     def text(words: list[str], mean: int) -> str:
         size = max(1, round(rng.gammavariate(2, mean / 2)))
@@ -90,8 +90,8 @@ def _records(count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
         conversation = []
         for number in range(rounds):
             tag = "<image>\n" if part.folder and number == 0 else ""
-            conversation.append({"from": "human", "value": tag + text(asked, part.question)})
-            conversation.append({"from": "gpt", "value": text(told, part.answer)})
+            conversation.append({"from": "human", "value": tag + text(questions, part.question)})
+            conversation.append({"from": "gpt", "value": text(answers, part.answer)})
         record: dict[str, Any] = {"id": f"{index:09d}"}
         if part.folder:
             pool = max(1, round(part.images / TOTAL * count))

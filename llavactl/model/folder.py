@@ -59,8 +59,8 @@ def save(
     """Writes the model folder ``folder`` atomically.
 
     ``connector`` is its state dict in full precision. ``description["method"]`` is what else was trained:
-    ``connector`` (nothing), ``full`` or ``lora``. ``language_state`` is the state dict of the language model, or of its
-    adapter, in place of its own.
+    ``connector`` (nothing), ``full`` or ``lora``. ``language_state`` replaces the state dict of the language model, or
+    of its adapter.
 
     Raises:
         StoreError: it can't be written.

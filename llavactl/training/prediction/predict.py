@@ -140,8 +140,8 @@ class StagePredictor:
         else:
             moving = device["activations"] + device["logits"]
             host += device + Counter(allocator=round(ALLOCATOR_SHARE * moving))
-            # A checkpoint is written between steps, so its copy takes the place of the activations.
-            host["checkpoint"] = max(0, self.weights().checkpoint_copy_bytes() - moving - host["allocator"])
+            # Written between steps, but the allocator keeps the memory of the activations.
+            host["checkpoint"] = self.weights().checkpoint_copy_bytes()
         return Prediction(choice, device, host + Counter(process=process_bytes()), plan)
 
     def static_bytes(self, choice: Choice) -> int:
