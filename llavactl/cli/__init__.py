@@ -20,6 +20,7 @@ from llavactl.cli.root import root
 from llavactl.core import stopping
 from llavactl.core.network import proxy_error
 from llavactl.core.paths import redirect_library_caches
+from llavactl.core.processes import exit_process
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _log_to_stderr()
     with stopping.sigterm_as_interrupt():
         code = _run(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(code)
+    exit_process(code)
 
 
 def _configure_libraries() -> None:

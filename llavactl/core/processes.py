@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
+import sys
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from llavactl.core.errors import RecipeError
 
@@ -108,22 +110,36 @@ def join_process_group() -> None:
         store, rank, size = next(rendezvous("env://", timeout=GROUP_TIMEOUT))
         store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
-    destroy_process_group_at_exit()
+    _destroy_at_exit()
 
 
 @cache
-def destroy_process_group_at_exit() -> None:
+def _destroy_at_exit() -> None:
     """Destroys a gloo process group when this process exits.
 
-    Otherwise its threads occasionally abort a process that has finished its work. NCCL groups are kept: destroying them
-    waits for the other processes, which may be waiting for a failed one.
+    NCCL groups are kept: destroying them waits for the other processes, which may be waiting for a failed one.
     """
-    atexit.register(_destroy_process_group)
+
+    def destroy() -> None:
+        from torch import distributed
+
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
+            distributed.destroy_process_group()
+
+    atexit.register(destroy)
 
 
-def _destroy_process_group() -> None:
-    from torch import distributed
+def exit_process(code: int) -> NoReturn:
+    """Exits with ``code``; in a process group, without finalizing the interpreter.
 
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
-        gc.collect()  # a sharded model is in reference cycles, and its device mesh holds the group
-        distributed.destroy_process_group()
+    Threads of gloo and NCCL outlive a destroyed group, which caches of torch still refer to. If one waits for the GIL,
+    to release a tensor, while Python is finalized, the process is aborted after all its work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""Settings of accelerate: supported ones, and unsupported ones that stop a run before any work."""
+"""Settings of accelerate, and how processes of a group start and end."""
 
 from __future__ import annotations
 
@@ -182,3 +182,30 @@ def test_restarted_processes_join_a_new_group(tmp_path: Path) -> None:
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert sorted(launched.stdout.split("\n"))[-2:] == ["0 of 2", "1 of 2"]
+
+
+EXIT = """
+import atexit, sys
+from torch import distributed
+from llavactl.core.processes import exit_process
+
+class Finalized:
+    def __del__(self, write=sys.__stderr__.write):
+        write("finalized")
+
+sys.left = Finalized()
+atexit.register(print, "atexit")
+if sys.argv[1:] == ["group"]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+print("done")
+exit_process(3)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["group"]])
+def test_a_process_of_a_group_exits_without_finalizing_the_interpreter(arguments: list[str]) -> None:
+    """A thread of gloo that releases a tensor while Python is finalized aborts the process."""
+    ended = subprocess.run([sys.executable, "-c", EXIT, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stdout.split() == ["done", "atexit"]
+    assert ("finalized" in ended.stderr) == (not arguments)

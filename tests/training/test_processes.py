@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[int, list[str]]] = {
 RUN_COMMANDS = """
 import json, os, sys
 from torch.distributed.tensor import DTensor
+from llavactl.core.processes import exit_process
 from llavactl.testing import run_cli
 from llavactl.verbs import train
 
@@ -67,6 +68,7 @@ for command in json.loads(open(f"{folder}/commands.json").read()):
     result = run_cli(*command)
     if result.exit_code:
         sys.exit(f"{command}: {result.stderr}")
+exit_process(0)
 """
 
 
