@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -37,11 +37,20 @@ Observer = Callable[[str, Mapping[str, Any]], None]
 """A function that is called with the name of a hook and its arguments."""
 
 
-Evaluate = Callable[["Run", int, Callable[[], bool]], Mapping[str, float] | None]
-"""A function that evaluates the model after a step (from 1); all processes call it together.
+class Evaluation(Protocol):
+    """Evaluates the model during training; all processes call each function together."""
 
-It returns the scores by name, or None once the function in its last argument returns True: a signal was received.
-"""
+    def answers(self, run: Run, stopped: Callable[[], bool]) -> Any:
+        """The model's answers; None once ``stopped`` returns True: a signal was received.
+
+        If the model is sharded, an error is raised in the process where it occurs; the others may wait for it.
+        """
+
+    def scores(self, run: Run, step: int, answers: Any) -> Mapping[str, float]:
+        """The scores of ``answers``, the result of ``answers`` after ``step`` (from 1), by name.
+
+        An error in one process is raised in all of them.
+        """
 
 
 @dataclass
@@ -86,7 +95,7 @@ class Run:
     liger_fault: str
     accelerator: Accelerator
     notify: Observer
-    evaluate: Evaluate | None = None
+    evaluation: Evaluation | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
 
 

@@ -45,28 +45,39 @@ def evaluate(run: Run, step: int, stop: Stop, kernels: ExitStack) -> Mapping[str
     """The scores of ``evaluate_every``; {} if the evaluation failed, None if any process received a stop signal.
 
     Generation needs the language model's own kernels: ``kernels`` is closed for it. The weights, and the random state
-    that each micro-batch sets, don't change. If the model is sharded, an error of a device or of memory is raised: it
-    may concern this process only, and the others would wait for it in the next layer.
+    that each micro-batch sets, don't change. If the model is sharded, an error while it answers is raised: it may
+    concern this process only, and the others wait for it in the next layer until it ends.
     """
-    assert run.evaluate is not None
+    assert run.evaluation is not None
     kernels.close()
     run.model.eval()
+    sharded = run.placement.sharded
 
     def stopped() -> bool:
         # Processes that share a forward pass must stop after the same one.
-        return in_any_process(run.accelerator, stop.requested) if run.placement.sharded else stop.requested
+        return in_any_process(run.accelerator, stop.requested) if sharded else stop.requested
 
     scores: Mapping[str, float] | None = {}
+    with nullcontext() if sharded else _failure_logged(run, step):
+        answers = run.evaluation.answers(run, stopped)
+        if answers is None:
+            scores = None
+        else:
+            with _failure_logged(run, step):
+                scores = run.evaluation.scores(run, step, answers)
+    kernels.enter_context(training_kernels(run))
+    return scores
+
+
+@contextmanager
+def _failure_logged(run: Run, step: int) -> Iterator[None]:
+    """Logs an error in this context, which all processes raise together, as a warning."""
     try:
-        scores = run.evaluate(run, step, stopped)
+        yield
     except (Exception, SystemExit) as error:
-        if run.placement.sharded and isinstance(error, (RuntimeError, MemoryError)):
-            raise
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         if run.accelerator.is_main_process:
             log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)
-    kernels.enter_context(training_kernels(run))
-    return scores
 
 
 @torch.no_grad()

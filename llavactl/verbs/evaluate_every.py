@@ -45,8 +45,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class EvaluationAnswers:
+    """Answers to the questions of tasks, and to those of samples."""
+
+    tasks: TaskAnswers
+    samples: Sequence[AnsweredSample]
+
+
+@dataclass(frozen=True)
 class PeriodicEvaluation:
-    """Evaluates ``assistant``, the model in training; the training loop calls it. See ``training.run.Evaluate``.
+    """Evaluates ``assistant``, the model in training; see ``training.run.Evaluation``.
 
     ``samples`` are answered besides the questions of ``benchmarks``. ``settings`` limit batches and answers.
     """
@@ -56,8 +64,8 @@ class PeriodicEvaluation:
     samples: Sequence[Sample]
     settings: Eval
 
-    def __call__(self, run: Run, step: int, stopped: Callable[[], bool]) -> Mapping[str, float] | None:
-        """The scores; None if a signal was received in any process. The sample answers are written to a file.
+    def answers(self, run: Run, stopped: Callable[[], bool]) -> EvaluationAnswers | None:
+        """The answers to all questions and, in the main process, to the samples.
 
         The processes share the questions. If the model is sharded, they share each forward pass instead, so all of them
         answer the same questions.
@@ -67,37 +75,43 @@ class PeriodicEvaluation:
         limit = self.settings.max_new_tokens
         sampling = Sampling(max_new_tokens=limit)
 
-        def answer_part() -> tuple[TaskAnswers | None, list[AnsweredSample]]:
-            answers = answer(
+        def answer_part() -> EvaluationAnswers | None:
+            tasks = answer(
                 self.benchmarks, self.assistant, self.settings.batch_size, sampling, part=part, stopped=stopped
             )
-            wanted = answers is not None and (main or sharded)
-            return answers, answer_samples(self.assistant, self.samples, limit) if wanted else []
+            if tasks is None:
+                return None
+            samples = answer_samples(self.assistant, self.samples, limit) if main or sharded else []
+            return EvaluationAnswers(tasks, samples)
 
         with root_gathered(self.assistant.model):
-            parts = together(answer_part)
-        answers = [each for each, _ in parts if each is not None]
-        if len(answers) < len(parts):
+            # A process that waits in a layer can't be told of an error in another one.
+            parts = [answer_part()] if sharded else together(answer_part)
+        finished = [part for part in parts if part is not None]
+        if len(finished) < len(parts):
             return None
-        merged = {
-            benchmark.name: {key: value for each in answers for key, value in each[benchmark.name].items()}
+        tasks = {
+            benchmark.name: {key: value for each in finished for key, value in each.tasks[benchmark.name].items()}
             for benchmark in self.benchmarks
         }
-        return on_main(lambda: self._finish(run, step, merged, parts[0][1]))
+        return EvaluationAnswers(tasks, finished[0].samples)
 
-    def _finish(self, run: Run, step: int, answers: TaskAnswers, samples: Sequence[AnsweredSample]) -> dict[str, float]:
-        """Writes the sample answers; returns the scores."""
-        if samples:
+    def scores(self, run: Run, step: int, answers: EvaluationAnswers) -> Mapping[str, float]:
+        """The scores of ``answers``; the answers to the samples are written to a file."""
+        return on_main(lambda: self._scores(run, step, answers))
+
+    def _scores(self, run: Run, step: int, answers: EvaluationAnswers) -> dict[str, float]:
+        if answers.samples:
             file = answers_file(run.folder, step)
             with optional_output(file):
-                rows = [example(file.parent, each.turns, each.reference, each.answer) for each in samples]
+                rows = [example(file.parent, each.turns, each.reference, each.answer) for each in answers.samples]
                 write_atomic(file, json_text(rows, indent=2))
 
         def ask(benchmark: Benchmark) -> Ask | None:
             journal = run.folder / "judge" / f"{benchmark.name}.replies.sqlite"
             return ask_function(benchmark.judge, journal) if benchmark.judge else None
 
-        return scores(self.benchmarks, answers, ask)
+        return scores(self.benchmarks, answers.tasks, ask)
 
 
 def periodic_evaluation(

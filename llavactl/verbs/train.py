@@ -112,7 +112,7 @@ def _train(
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
     with out_of_memory_named(folder.name, settings, placement, loading):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
-    run = replace(run, evaluate=evaluation)
+    run = replace(run, evaluation=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
     with ExitStack() as stack:
 

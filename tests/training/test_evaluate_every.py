@@ -236,3 +236,39 @@ def test_two_processes_evaluate_as_one(toy: Path, sharding: str) -> None:
     assert one == two
     answers = [json.loads((toy / f"{name}/stage2/samples/step-00000004.json").read_text()) for name in ("one", "two")]
     assert [row["answer"] for row in answers[0]] == [row["answer"] for row in answers[1]]
+
+
+FAIL = """
+import os, sys
+import llavactl.verbs.evaluate_every as module
+from llavactl import cli
+
+def fail(*_, **__):
+    raise KeyError("an error of a plugin")
+
+if os.environ["RANK"] == "1" or sys.argv[1] == "scores":
+    setattr(module, sys.argv[1], fail)
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sharding", "function", "succeeds"), [("none", "answer", True), ("full", "scores", True), ("full", "answer", False)]
+)
+def test_an_error_in_one_process_makes_no_other_wait(toy: Path, sharding: str, function: str, succeeds: bool) -> None:
+    (toy / "fail.py").write_text(FAIL)
+    settings = (EVALUATE, "stage2.batch_size=4", "stage2.max_steps=4")
+    launched = subprocess.run(
+        [*TORCHRUN[:-2], str(toy / "fail.py"), function, *command(toy, "two", *settings), "-o", f"sharding={sharding}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (launched.returncode == 0) == succeeds, launched.stderr[-3000:]
+    assert "an error of a plugin" in launched.stderr
+    if succeeds:
+        scored = [line for line in lines(toy, "two") if "scores" in line]
+        assert scored == [{"step": step, "scores": {}} for step in (3, 4)]
