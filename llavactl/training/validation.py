@@ -74,7 +74,7 @@ def _failure_logged(run: Run, step: int) -> Iterator[None]:
     """Logs an error in this context, which all processes raise together, as a warning."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - plugins may raise anything
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         if run.accelerator.is_main_process:
             log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)

@@ -254,7 +254,8 @@ cli.main(sys.argv[2:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sharding", "function", "succeeds"), [("none", "answer", True), ("full", "scores", True), ("full", "answer", False)]
+    ("sharding", "function", "succeeds"),
+    [("none", "answer", True), ("full", "scores", True), ("full", "answer", False)],
 )
 def test_an_error_in_one_process_makes_no_other_wait(toy: Path, sharding: str, function: str, succeeds: bool) -> None:
     (toy / "fail.py").write_text(FAIL)
