@@ -62,7 +62,8 @@ class MicroBatch:
 class StagePlan:
     """The sums over the micro-batches of all steps and processes, and the largest ones by each of ``MicroBatch.size``.
 
-    ``largest`` are global batches, as (epoch, sample index), and a micro-batch of each.
+    ``micro_batches`` is their number. ``largest`` are global batches, as (epoch, sample index), and a micro-batch of
+    each.
     """
 
     steps: int
@@ -74,6 +75,7 @@ class StagePlan:
     images: int
     pairs: int
     images_per_step: int
+    micro_batches: int
     largest: tuple[tuple[BatchIndices, MicroBatch], ...] = field(repr=False)
 
     @property
@@ -129,7 +131,7 @@ def stage_plan(
     advance: Callable[[int], object] = lambda _count: None,
 ) -> StagePlan:
     """The plan of all steps of ``plan``; ``advance`` is called with 1 after each."""
-    samples = images_per_step = 0
+    samples = images_per_step = count = 0
     totals: Counter[str] = Counter()
     largest: dict[int, tuple[BatchIndices, MicroBatch]] = {}
     for step in range(plan.steps):
@@ -141,11 +143,17 @@ def stage_plan(
                 if kind not in largest or size > largest[kind][1].size[kind]:
                     largest[kind] = indices, batch
         samples += len(indices)
+        count += len(batches)
         images_per_step = max(images_per_step, sum(batch.images for batch in batches))
         advance(1)
     distinct = {id(batch): (indices, batch) for indices, batch in largest.values()}
     return StagePlan(
-        steps=plan.steps, samples=samples, images_per_step=images_per_step, largest=tuple(distinct.values()), **totals
+        steps=plan.steps,
+        samples=samples,
+        images_per_step=images_per_step,
+        micro_batches=count,
+        largest=tuple(distinct.values()),
+        **totals,
     )
 
 

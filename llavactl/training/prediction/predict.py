@@ -22,8 +22,9 @@ from llavactl.recipe.stages import STAGES
 from llavactl.training.loop import batch_plan
 from llavactl.training.prediction.fake import as_fake, fake_tensors
 from llavactl.training.prediction.model import dequantized, stage_model
-from llavactl.training.prediction.process import ALLOCATOR_SHARE, process_bytes
-from llavactl.training.prediction.step import StepMemory, step_memory
+from llavactl.training.prediction.process import ALLOCATOR_SHARE, kernel_bytes, process_bytes
+from llavactl.training.prediction.step import GRADIENTS, StepMemory, step_memory
+from llavactl.training.prediction.storage import Part
 from llavactl.training.prediction.weights import Weights
 from llavactl.training.trainable import muon_matrices
 
@@ -138,11 +139,20 @@ class StagePredictor:
             loading = Counter(loading=self._loaded_bytes())
             host = max(host, loading, key=lambda parts: sum(parts.values()))
         else:
-            moving = device["activations"] + device["logits"]
-            host += device + Counter(allocator=round(ALLOCATOR_SHARE * moving))
+            host += device + self._allocator_parts(choice, keeps_gradients, plan)
             # Written between steps, but the allocator keeps the memory of the activations.
             host["checkpoint"] = self.weights().checkpoint_copy_bytes()
         return Prediction(choice, device, host + Counter(process=process_bytes()), plan)
+
+    def _allocator_parts(self, choice: Choice, keeps_gradients: bool, plan: StagePlan | None) -> Counter[Part]:
+        """On a CPU: free memory that glibc keeps, and oneDNN's kernels."""
+        # Checkpointing keeps fewer blocks at a time, but allocates and releases as many.
+        traces = self._traced(False, choice.micro_batch_tokens, keeps_gradients)
+        free = max(ALLOCATOR_SHARE * each.whole.get("activations", 0) + each.whole.get(GRADIENTS, 0) for each in traces)
+        parts = Counter(allocator=round(free))
+        if self.settings.precision == "bfloat16":
+            parts["kernels"] = kernel_bytes(None if plan is None else plan.micro_batches // self.processes)
+        return parts
 
     def static_bytes(self, choice: Choice) -> int:
         """Bytes on the device before the first forward pass; computed without tracing a step."""
