@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from llavactl.core.processes import is_main_process
 from llavactl.core.typed import Typed
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar
     """A progress bar of ``total`` ``unit``s (None: unknown), starting at ``start``."""
     from tqdm import tqdm
 
-    disable = not sys.stderr.isatty() or total == 0
+    disable = not sys.stderr.isatty() or total == 0 or not is_main_process()
     shown: dict[str, Any] = {"unit": "B", "unit_scale": True} if unit == BYTE else {"unit": unit}
     with tqdm(
         total=total, desc=what, initial=start, file=sys.stderr, disable=disable, smoothing=0.05, **shown
