@@ -46,10 +46,22 @@ class _RealIntegers(TorchDispatchMode):
         if inputs and not any(isinstance(value, FakeTensor) for value in inputs):
             return func(*args, **kwargs)
         with self.fake:
-            output = func(*args, **kwargs)
+            grouped = func is torch.ops.aten._grouped_mm.default
+            output = _grouped_product(*args, **kwargs) if grouped else func(*args, **kwargs)
         if not inputs and isinstance(output, torch.Tensor) and not output.is_floating_point():
             return func(*args, **kwargs)
         return output
+
+
+def _grouped_product(
+    a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_args: Any, **_kwargs: Any
+) -> torch.Tensor:
+    """The matrix products of a mixture of experts: rows of a [M, K] with b [G, K, N], or G products [M, K] [K, N].
+
+    torch fakes its operation in bfloat16 only, but computes it in every dtype.
+    """
+    groups = [] if a.ndim != b.ndim else [len(a)] if offsets is None else [len(offsets)]
+    return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
 
 
 def as_fake(module: nn.Module, dtype: torch.dtype) -> None:
