@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,15 @@ def fake_tensors() -> Iterator[None]:
     on those of activations. So training code runs unchanged. Computing with fake tensors takes about a tenth of a
     millisecond per operation, for any size.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
 
-    with _RealIntegers(FakeTensorMode(allow_non_fake_inputs=True)):
-        yield
+    level = fake_tensor.log.level
+    fake_tensor.log.setLevel(logging.CRITICAL)  # an operation that can't be faked raises; torch logs its traceback too
+    try:
+        with _RealIntegers(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)):
+            yield
+    finally:
+        fake_tensor.log.setLevel(level)
 
 
 class _RealIntegers(TorchDispatchMode):
