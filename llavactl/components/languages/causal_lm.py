@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -150,7 +151,7 @@ class TransformersLanguage:
         config = self._config()
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if self.options.attention == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
-            log.info("%s: %s has no sdpa attention in transformers; using eager", self.options.model, config.model_type)
+            _log_eager(self.options.model, config.model_type)
             return "eager"
         return self.options.attention
 
@@ -163,6 +164,12 @@ class TransformersLanguage:
 
     def _error(self, reason: str, hint: str = "") -> ModelError:
         return ModelError(f"language model {self.options.model}: {reason}", hint=hint or _HINT)
+
+
+@cache
+def _log_eager(model: str, family: str) -> None:
+    """Cached, so that it is logged once: a model is built several times to predict its memory."""
+    log.info("%s: %s has no sdpa attention in transformers; using eager", model, family)
 
 
 _HINT = "`language.model` is a Hugging Face id or the folder of a transformers model"
