@@ -20,7 +20,7 @@ from llavactl.cli.root import root
 from llavactl.core import stopping
 from llavactl.core.network import proxy_error
 from llavactl.core.paths import redirect_library_caches
-from llavactl.core.processes import exit_process
+from llavactl.core.processes import exit_process, is_logged
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -72,6 +72,10 @@ def _run(arguments: Sequence[str]) -> int:
 
 class _StderrHandler(logging.Handler):
     """Prints each record as one line to the current ``sys.stderr``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(is_logged)
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"

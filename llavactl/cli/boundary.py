@@ -14,7 +14,7 @@ from llavactl.cli import terminal
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
-from llavactl.core.network import proxy_error
+from llavactl.core.network import hub_error, proxy_error
 
 
 def report(error: BaseException) -> None:
@@ -83,6 +83,8 @@ def _import(error: ImportError) -> LlavactlError | None:
 def _network(error: BaseException) -> LlavactlError:
     if invalid_proxy := proxy_error():
         return invalid_proxy
+    if unavailable := hub_error(error):
+        return LlavactlError(f"model hub: a file is {unavailable.message}", hint=unavailable.hint)
     class_names = {cls.__name__ for cls in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if class_names & {"GatedRepoError", "RepositoryNotFoundError"} or status in (401, 403):

@@ -80,6 +80,7 @@ def command(
 
 def _print(plan: TrainPlan) -> None:
     """Prints ``plan`` as lines of label and text."""
+    from llavactl.report.figures import duration
     from llavactl.training.prediction.choose import gigabytes
 
     def count(number: int | None) -> str:
@@ -90,6 +91,7 @@ def _print(plan: TrainPlan) -> None:
         kind: ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in sizes.items() if size >= 1e4)
         for kind, sizes in plan.peak_parts.items()
     }
+    per_device, per_process = (" per device", " per process") if device["count"] > 1 else ("", "")
     limit = where["micro_batch_tokens"]
     placement = [
         "sharded" if where["sharded"] else "replicated",
@@ -103,8 +105,8 @@ def _print(plan: TrainPlan) -> None:
         ("devices", f"{device['count']} × {gigabytes(device['memory_bytes'])} ({device['kind']})"),
         ("placement", ", ".join(placement)),
         ("parameters", f"{parameters['trainable']:,} trainable, {parameters['frozen']:,} frozen"),
-        ("device peak", f"{gigabytes(plan.peak_bytes['device'])}: {parts['device']}"),
-        ("host peak", f"{gigabytes(plan.peak_bytes['host'])}: {parts['host']}"),
+        ("device peak", f"{gigabytes(plan.peak_bytes['device'])}{per_device}: {parts['device']}"),
+        ("host peak", f"{gigabytes(plan.peak_bytes['host'])}{per_process}: {parts['host']}"),
         ("checkpoint", gigabytes(plan.checkpoint_bytes)),
         ("steps", count(plan.steps)),
         ("tokens", count(plan.tokens)),
@@ -112,5 +114,5 @@ def _print(plan: TrainPlan) -> None:
     if plan.padding is not None and plan.prefix_sharing is not None:
         rows += [("padding", f"{plan.padding:.1%}"), ("prefix sharing", f"{plan.prefix_sharing:.1%}")]
     if plan.time is not None:
-        rows.append(("time", f"{plan.time['seconds'] / 3600:,.2f} h ({plan.time['source']})"))
+        rows.append(("time", f"{duration(plan.time['seconds'])} ({plan.time['source']})"))
     output.labeled([*rows, *(("note", note) for note in plan.notes)])

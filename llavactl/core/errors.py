@@ -5,7 +5,8 @@
     ├── DataError       the user: records, images or answers
     ├── StoreError      the user: the feature store (extract again, free disk space, another fingerprint)
     ├── ModelError      the user: weights or a tokenizer (wrong folder, missing file, non-finite values)
-    │   └── ConversationError   the template can't render a conversation; its record is skipped
+    │   ├── ConversationError   the template can't render a conversation; its record is skipped
+    │   └── PredictionError     the memory of a stage can't be predicted; it may be trained without a prediction
     ├── TeacherError    the operator of the teacher: busy, connection lost, wrong key, request too long
     └── PluginError     the author of the plugin named in the message
 
@@ -70,6 +71,10 @@ class ModelError(LlavactlError):
 
 class ConversationError(ModelError):
     """A conversation that the template can't render; other conversations may work."""
+
+
+class PredictionError(ModelError):
+    """A model whose training step can't be predicted without its weights; training may work."""
 
 
 class TeacherError(LlavactlError):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llavactl.core.paths import cache_dir, file_stamp, has_locks
+from llavactl.core.processes import PER_MACHINE
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _has_locks(folder: Path) -> bool:
 @cache
 def _warn(file: Path, reason: str) -> None:
     """Logs a warning once per file."""
-    log.warning("hash cache %s can't be used (%s): files are hashed every time", file, reason)
+    log.warning("hash cache %s can't be used (%s): files are hashed every time", file, reason, extra=PER_MACHINE)
 
 
 def stamp_bytes(text: str) -> bytes:

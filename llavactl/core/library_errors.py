@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, ModelError
 from llavactl.core.model_files import INCOMPLETE, SMALL_FILES, check_files, file_error, local_folder, weight_files
-from llavactl.core.network import proxy_error
+from llavactl.core.network import hub_error
 
 
 @contextlib.contextmanager
@@ -94,8 +95,8 @@ def _loading_error(what: str, model: str | Path, error: Exception, hint: str) ->
         return ModelError(
             f"{what} {model}: its *.bin files are truncated or contain objects other than tensors", hint=INCOMPLETE
         )
-    if not Path(model).is_absolute() and (invalid_proxy := proxy_error()):
-        return ModelError(f"{what} {model}: not downloaded: {invalid_proxy.message}", hint=invalid_proxy.hint)
+    if not Path(model).is_absolute() and (unavailable := hub_error(error, str(model))):
+        return ModelError(f"{what} {model}: {unavailable.message}", hint=unavailable.hint)
     return ModelError(f"{what} {model}: {reason(error)}", hint=hint)
 
 
@@ -119,6 +120,10 @@ _NEED_NAME = (KeyError, IndexError, TypeError, AttributeError, AssertionError, S
 """Exceptions whose messages are unclear without the type: that of a KeyError is only the key."""
 
 
+_SOURCE_FILE = re.compile(r"(?: in(?=: ))?(: )?\[?[^\s\[\]]+\.(?:cc|cpp|cu|h|hpp):\d+\]?,?\s*")
+"""The place in a library's source code which messages of gloo and NCCL contain."""
+
+
 def reason(error: BaseException) -> str:
     """The message of ``error`` in one line."""
     if isinstance(error, OSError) and error.strerror:
@@ -126,7 +131,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UnicodeEncodeError) and not error.object.isascii():  # only file names are encoded this way
         name = json.dumps(error.object)
         return f"a file name can't be encoded in this locale ({error.encoding}): {name}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _SOURCE_FILE.sub(r"\1", str(error)).splitlines() if line.strip()]
     last = next((at for at, line in enumerate(lines) if not line.endswith((":", ","))), 0)
     message = " ".join(lines[: last + 1])
     named = isinstance(error, _NEED_NAME) or not message

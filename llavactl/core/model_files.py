@@ -22,6 +22,9 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "chat_template.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files of which a tokenizer has at least one; without any of them, transformers builds one without tokens."""
+
 _OTHERS = (
     *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -176,6 +179,11 @@ def quantization_method(folder: Path) -> str:
                 return str(quantization.get("quant_method") or default or "unknown method")
     older = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}  # predate support in transformers
     return next((method for name, method in older.items() if (folder / name).is_file()), "")
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether ``folder`` has the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def local_folder(model: str | Path) -> Path | None:

@@ -1,10 +1,11 @@
-"""Checks the HTTP proxy configured by environment variables."""
+"""Why the network can't be used: an invalid proxy, offline mode, or a model hub that can't be reached."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import urllib.request
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from llavactl.core.errors import LlavactlError
@@ -25,6 +26,43 @@ def proxy_error() -> LlavactlError | None:
                 hint = f"`pip install socksio`, or unset {name}"
             return LlavactlError(f"invalid proxy in {name}: {why}", hint=hint)
     return None
+
+
+def offline_variable() -> str:
+    """The environment variable that disables downloads from the model hub; "" if they are allowed."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "0") not in ("", "0")), "")
+
+
+def hub_error(error: BaseException, model: str = "") -> LlavactlError | None:
+    """An error if ``error`` means that files of ``model`` are not in the hub's cache and can't be downloaded."""
+    if invalid_proxy := proxy_error():
+        return LlavactlError(f"not downloaded: {invalid_proxy.message}", hint=invalid_proxy.hint)
+    if not any(_NOT_DOWNLOADED & {cls.__name__ for cls in type(each).__mro__} for each in _causes(error)):
+        return None
+    fill = f"on a machine with network, `hf download {model or 'ID'}` downloads a model to the hub's cache"
+    if variable := offline_variable():
+        return LlavactlError(
+            f"not in the hub's cache, and {variable} disables downloads",
+            hint=f"unset {variable}, or use a local folder; {fill}",
+        )
+    from huggingface_hub import constants
+
+    return LlavactlError(
+        f"not in the hub's cache, and {constants.ENDPOINT} can't be reached",
+        hint=f"check the network, or use a local folder; {fill}, from which HF_HUB_OFFLINE=1 loads it without network",
+    )
+
+
+_NOT_DOWNLOADED = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}
+"""Classes of huggingface_hub and of its HTTP library."""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and the exceptions that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _invalid_reason(address: str) -> str:

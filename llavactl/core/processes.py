@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -127,6 +128,29 @@ def _destroy_at_exit() -> None:
             distributed.destroy_process_group()
 
     atexit.register(destroy)
+
+
+def is_main_process() -> bool:
+    """Whether this process has rank 0 in its process group, or has joined none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return True
+    return int(distributed.get_rank()) == 0
+
+
+PER_PROCESS = {"scope": "process"}
+PER_MACHINE = {"scope": "machine"}
+"""``extra`` of log records about this process or machine alone, such as its share of the images, or its disk."""
+
+
+def is_logged(record: logging.LogRecord) -> bool:
+    """Whether this process prints ``record``: in a process group, all processes log what they do together.
+
+    The main process prints it; with ``PER_MACHINE`` one process of each machine; with ``PER_PROCESS``, and errors,
+    every process.
+    """
+    scope = "process" if record.levelno >= logging.ERROR else getattr(record, "scope", "")
+    return is_main_process() or scope == "process" or (scope == "machine" and os.environ.get("LOCAL_RANK") == "0")
 
 
 def exit_process(code: int) -> NoReturn:

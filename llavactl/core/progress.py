@@ -11,11 +11,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from llavactl.core.processes import is_main_process
 from llavactl.core.typed import Typed
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
+
+BYTE = "byte"
+"""The unit of a bar over a file; shown as kB, MB or GB."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,36 @@ class Bar:
             self._log_line((self._done - self._start) / (now - self._began), facts)
 
     def _log_line(self, rate: float, facts: dict[str, str]) -> None:
-        of_total = f" of {self._total}" if self._total else ""
-        left = f", {(self._total - self._done) / rate:.0f} s left" if rate and self._total else ""
+        of_total = f" of {quantity(self._total, self._unit)}" if self._total else ""
+        done = f"{self._done:,}" if self._total and self._unit != BYTE else quantity(self._done, self._unit)
+        left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._total else ""
         also = "".join(f", {name} {value}" for name, value in facts.items())
-        unit = f"{self._unit}s"
-        log.info("%s: %d%s %s, %.2g per second%s%s", self._what, self._done, of_total, unit, rate, also, left)
+        log.info("%s: %s%s, %s%s%s", self._what, done, of_total, speed(rate, self._unit), also, left)
+
+
+def quantity(count: float, unit: str) -> str:
+    """``count`` ``unit``s as text: ``1,200 steps``, ``30.1 MB``."""
+    if unit != BYTE:
+        return f"{count:,.0f} {unit}s"
+    for size, prefix in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:,.1f} {prefix}"
+    return f"{count / 1e3:,.0f} kB"
+
+
+def speed(rate: float, unit: str) -> str:
+    """A ``rate`` in ``unit``s per second as text: ``490 kB per second``, ``12.5 per second``, ``3.2 s per step``."""
+    if unit == BYTE:
+        return f"{quantity(rate, unit)} per second"
+    if 0 < rate < 1:
+        return f"{1 / rate:,.1f} s per {unit}"
+    return f"{rate:,.{0 if rate >= 100 else 1}f} per second"
+
+
+def _duration(seconds: float) -> str:
+    """``40 s``, or ``H:MM:SS`` from two minutes on."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 120 else f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextmanager
@@ -80,9 +109,10 @@ def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar
     """A progress bar of ``total`` ``unit``s (None: unknown), starting at ``start``."""
     from tqdm import tqdm
 
-    disable = not sys.stderr.isatty() or total == 0
+    disable = not sys.stderr.isatty() or total == 0 or not is_main_process()
+    shown: dict[str, Any] = {"unit": "B", "unit_scale": True} if unit == BYTE else {"unit": unit}
     with tqdm(
-        total=total, desc=what, unit=unit, initial=start, file=sys.stderr, disable=disable, smoothing=0.05
+        total=total, desc=what, initial=start, file=sys.stderr, disable=disable, smoothing=0.05, **shown
     ) as inner:
         yield Bar(inner, what, unit, total or 0, start)
 

@@ -126,13 +126,13 @@ def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over ``file``; the function it gives is called with the characters and records read so far."""
     require_file(file)
     shown = 0
-    with progress.bar(file.stat().st_size // _KILOBYTE, f"{verb} {file.name}", "kB") as bar:
+    with progress.bar(file.stat().st_size, f"{verb} {file.name}", progress.BYTE) as bar:
 
         def show(position: int, count: int) -> None:
             nonlocal shown
-            if (kilobytes := position // _KILOBYTE) > shown:
-                bar.advance(kilobytes - shown, records=f"{count:,}")
-                shown = kilobytes
+            if position >= shown + _KILOBYTE:  # not for every record: there may be millions
+                bar.advance(position - shown, records=f"{count:,}")
+                shown = position
 
         yield show
 

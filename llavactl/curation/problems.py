@@ -94,3 +94,9 @@ class Tally:
     def errors(self) -> int:
         """The number of problems that stop a run, lose a record or harm training."""
         return sum(count for kind, count in self.counts.items() if KINDS[kind].effect != "noted")
+
+    @property
+    def repairable(self) -> int:
+        """The number of ``errors`` that ``--fix`` can repair or whose records it drops."""
+        outside = NOT_REPAIRABLE | NOT_IN_RECORDS
+        return self.errors - sum(self.counts[kind] for kind in outside)

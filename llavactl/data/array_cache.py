@@ -21,6 +21,7 @@ import numpy as np
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hashes import cache_is_read_only
 from llavactl.core.paths import cache_dir, exclusive_lock, open_atomic
+from llavactl.core.processes import PER_MACHINE
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load(kind: str, key: str) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged and computed again: %s", path, error)
+        log.warning("%s is damaged and computed again: %s", path, error, extra=PER_MACHINE)
         return None
     return arrays
 
@@ -126,4 +127,5 @@ def _remove_unused(folder: Path) -> None:
 @cache
 def _warn(folder: str, reason: str) -> None:
     """Logs a warning once per folder."""
-    log.warning("%s can't be written (%s): records are read and tokenized again at every start", folder, reason)
+    message = "%s can't be written (%s): records are read and tokenized again at every start"
+    log.warning(message, folder, reason, extra=PER_MACHINE)

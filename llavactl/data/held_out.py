@@ -52,13 +52,31 @@ def choose_held_out(
     return held_out
 
 
-def describe_held_out(samples: int, validation_groups: Collection[str], sizes: Mapping[str, int]) -> str:
-    """The size of the validation set for the log, or why no image is held out."""
+def describe_held_out(
+    samples: int, validation_groups: Collection[str], sizes: Mapping[str, int], texts: Mapping[str, int]
+) -> str:
+    """The size of the validation set for the log, or why nothing is held out.
+
+    ``sizes`` are as in ``choose_held_out``; of these, ``texts`` are records without images.
+    """
     total = sum(sizes.values())
+    held_out = sum(sizes[group] for group in validation_groups)
+    text_only = sum(texts.values())
+    held_out_texts = sum(texts.get(group, 0) for group in validation_groups)
+    counts = [
+        (held_out - held_out_texts, total - text_only, "images"),
+        (held_out_texts, text_only, "text-only records"),
+    ]
     if samples:
-        return f"{samples} samples with {sum(sizes[group] for group in validation_groups)} of {total} images"
-    return f"none of {total} images" + (
-        f": up to {largest} of them are connected through common samples"
-        if (largest := max(sizes.values())) > 1
-        else ""
+        return f"{samples} samples with " + " and ".join(
+            f"{part} of {all_} {what}" for part, all_, what in counts if all_
+        )
+    return (
+        "none of "
+        + " and ".join(f"{all_} {what}" for _, all_, what in counts if all_)
+        + (
+            f": up to {largest} of them are connected through common samples"
+            if (largest := max(sizes.values())) > 1
+            else ""
+        )
     )

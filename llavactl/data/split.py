@@ -120,7 +120,7 @@ def load_split(
     kept = np.delete(np.arange(len(view)), list(reasons))
     if not len(kept):
         _raise_no_sample(view, skipped, encoding, stage.image_order)
-    groups, sizes = _image_groups(members, kept, image_contents.keys)
+    groups, sizes, texts = _image_groups(members, kept, image_contents.keys)
     validation_groups = choose_held_out(groups, stage.validation, seed, sizes)
     in_validation = np.fromiter((group in validation_groups for group in groups), bool, len(groups))
 
@@ -142,7 +142,7 @@ def load_split(
         validation=sample_set(validation, np.ones(len(validation))),
         skipped=skipped,
         digest=_digest(members, kept, image_contents.keys, in_validation),
-        held_out=describe_held_out(len(validation), validation_groups, sizes) if stage.validation else "",
+        held_out=describe_held_out(len(validation), validation_groups, sizes, texts) if stage.validation else "",
     )
 
 
@@ -209,8 +209,10 @@ def _unreadable_image(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
 
 def _image_groups(
     members: _Members, kept: np.ndarray, contents: Mapping[ImageRef, str]
-) -> tuple[list[str], dict[str, int]]:
-    """The group of each of the samples ``kept``, which must not be split, and the number of images per group.
+) -> tuple[list[str], dict[str, int], dict[str, int]]:
+    """The group of each of the samples ``kept``, which must not be split; and the sizes of groups.
+
+    The first sizes are the numbers of images and of records without images, the second those of the latter alone.
 
     Samples are in the same group if they share an image, by name or content; samples without images if they come from
     the same record or have the same id or text. A group is named after the first of its image names.
@@ -241,10 +243,12 @@ def _image_groups(
         names_by_component.setdefault(component, set()).add(name)
     labels = {component: min(group) for component, group in names_by_component.items()}
     sizes = {labels[component]: len(group) for component, group in names_by_component.items()}
+    text_names = set(names[len(names) - len(text_only) :])
+    texts = {labels[component]: len(group & text_names) for component, group in names_by_component.items()}
     of_sample = np.empty(len(kept), np.int64)
     of_sample[first_images >= 0] = components[np.searchsorted(used, first_images[first_images >= 0])]
     of_sample[first_images < 0] = components[len(components) - len(text_only) :]
-    return [labels[component] for component in of_sample.tolist()], sizes
+    return [labels[component] for component in of_sample.tolist()], sizes, texts
 
 
 def _digest(members: _Members, kept: np.ndarray, keys: Mapping[ImageRef, str], in_validation: np.ndarray) -> str:

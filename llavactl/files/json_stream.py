@@ -20,6 +20,9 @@ from llavactl.core.paths import open_atomic
 from llavactl.files.json_parse import JsonParser, parse_error, text_error
 from llavactl.files.text import require_file
 
+STREAM_SUFFIXES = (".json", ".jsonl")
+"""Suffixes of files that can be written: a JSON array, and JSONL."""
+
 CHUNK = 1 << 20
 """Characters per read."""
 
@@ -214,7 +217,7 @@ def write_stream(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     Raises:
         DataError: the suffix is neither .json nor .jsonl.
     """
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in STREAM_SUFFIXES:
         raise DataError(f"{path}: expected the suffix .json or .jsonl", hint="the suffix selects the format")
     opening, between, closing = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
     written = 0

@@ -12,6 +12,7 @@ from torch import nn
 
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.registry import registry
+from llavactl.core.tokenizer_check import TOKENIZER_HINT, tokenizer_fault
 from llavactl.model.exactness import is_causal
 from llavactl.model.llava import LlavaModel
 from llavactl.model.quantized import load_quantized
@@ -52,11 +53,8 @@ def build(
     tokenizer = component.tokenizer()
     language_model = component.load(dtype) if quantize_on is None else load_quantized(component, dtype, quantize_on)
     embeddings = language_model.get_input_embeddings().weight
-    if len(tokenizer) > len(embeddings):
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, the language model has embeddings for {len(embeddings)}",
-            hint="the tokenizer belongs to another model",
-        )
+    if fault := tokenizer_fault(tokenizer, len(embeddings)):
+        raise ModelError(fault, hint=TOKENIZER_HINT)
     if not is_causal(language_model):
         raise ModelError(
             f"{language_model.config.model_type} is not a causal language model: its logits depend on later tokens",

@@ -7,6 +7,7 @@ key. Values are built from the composed nodes, not by tag constructors, so a fil
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,25 @@ class Node:
         """The origin of the value at ``path``, or of the innermost existing value that contains it."""
         inner = self.get(path[0]) if path else None
         return self.where if inner is None else inner.origin(path[1:])
+
+
+_KEYS = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
+
+
+def origin_of(root: Node, path: Sequence[Key], why: str) -> str:
+    """The origin of the value at ``path``, which ``why`` says is invalid; that of an override if ``why`` names its key.
+
+    Validators of a section check several of its keys together, so the section itself may be in a file although an
+    override made it invalid.
+    """
+    named = [words.split(".") for words in _KEYS.findall(why)]
+    paths = [*((*path, *keys) for keys in named), *(keys for keys in named if len(keys) > 1)]
+    return next(filter(is_override, map(root.origin, paths)), root.origin(path))
+
+
+def is_override(where: str) -> bool:
+    """Whether ``where`` is the origin of an override."""
+    return where.startswith("-o ")
 
 
 def parse(text: str, base: Path, where: Callable[[int], str], problems: list[Problem]) -> Node:

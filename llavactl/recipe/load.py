@@ -19,7 +19,7 @@ from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
 from llavactl.core.validation import KeyPath, explain
-from llavactl.recipe.document import Node, write
+from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import document, overridden, sentence
 from llavactl.recipe.sections import Eval
@@ -104,9 +104,9 @@ def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> li
     return []
 
 
-def where(key: str, source: str | Path | None, overrides: Sequence[str]) -> str:
-    """The origin of ``key`` (dotted) in the recipe: ``file:line``, or ``-o`` with the override."""
-    return document(source, overrides)[0].origin(key.split("."))
+def where(key: str, why: str, source: str | Path | None, overrides: Sequence[str]) -> str:
+    """The origin of the problem ``why`` of ``key`` (dotted): ``file:line``, or ``-o`` with the override."""
+    return origin_of(document(source, overrides)[0], _keys(key), why)
 
 
 def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
@@ -181,19 +181,24 @@ def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:
     for plugin, implementation in plugins.implementations("check_recipe"):
         with plugins.isolated(plugin):
             for problem in implementation(recipe=document) or ():
-                path = [int(key) if key.isdecimal() else key for key in problem.key.split(".")]
-                yield Problem(problem.where or root.origin(path), problem.key, problem.why)
+                where = problem.where or origin_of(root, _keys(problem.key), problem.why)
+                yield Problem(where, problem.key, problem.why)
+
+
+def _keys(dotted: str) -> KeyPath:
+    """The keys of a ``dotted`` path, with indices of lists as integers."""
+    return tuple(int(key) if key.isdecimal() else key for key in dotted.split("."))
 
 
 def _with_origin(found: Sequence[KeyProblem], root: Node) -> Iterator[Problem]:
     """Problems with file and line, one per key: the frame and a component may both report a shared key."""
     for path, why in dict(reversed(found)).items():
-        yield Problem(root.origin(path), ".".join(map(str, path)), why)
+        yield Problem(origin_of(root, path, why), ".".join(map(str, path)), why)
 
 
 def _by_line(problem: Problem) -> tuple[bool, str, int, str]:
     """Sorts by file and line; overrides come last."""
-    override = problem.where.startswith("-o ")
+    override = is_override(problem.where)
     file, _, line = problem.where.rpartition(":")
     if override or not line.isdecimal():
         return override, problem.where, 0, problem.key

@@ -6,9 +6,11 @@ They use matplotlib's objects, never pyplot: no global state, so any thread may 
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import numpy as np
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import write_atomic
 from llavactl.report.inputs import read_objects
+
+log = logging.getLogger(__name__)
 
 PLOTS_MISSING = "plots need matplotlib: pip install 'llavactl[plots]'"
 
@@ -53,6 +57,12 @@ def plots_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+@cache
+def log_missing_plots() -> None:
+    """Logs once how to get the plots; without matplotlib, which is optional, none are written."""
+    log.info(PLOTS_MISSING)
 
 
 def plot_loss(metrics: Path, png: Path) -> None:

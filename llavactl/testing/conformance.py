@@ -19,6 +19,7 @@ from llavactl.core.errors import DataError, PluginError
 from llavactl.core.protocols import RecordSource, RepairingSource, ShapedVision
 from llavactl.core.registry import registry
 from llavactl.core.schema import Answer, FeatureShape, Sample
+from llavactl.core.tokenizer_check import tokenizer_fault
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Connector, Judged, Language, RawRecord, Source, Task, Vision
@@ -153,6 +154,8 @@ def check_language(language: Language) -> list[str]:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         problems.append("tokenizer(): expected a fast tokenizer with an end-of-sequence token")
     model = language.load("float32")
+    if fault := tokenizer_fault(tokenizer, len(model.get_input_embeddings().weight)):
+        return [*problems, f"tokenizer(): {fault}"]
     ids = torch.tensor([tokenizer("hello")["input_ids"]])
     with torch.no_grad():
         by_ids = model(input_ids=ids).logits

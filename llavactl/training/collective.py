@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 
 from llavactl.core.errors import LlavactlError
+from llavactl.core.library_errors import reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,9 +116,8 @@ def lost_processes_reported(hint: str) -> Iterator[None]:
     except RuntimeError as error:
         if process_count() == 1 or not _is_communication_error(error):
             raise
-        reason = " ".join(str(error).split())
         raise LlavactlError(
-            f"another process of this run has ended or can't be reached ({reason})", hint=hint
+            f"another process of this run has ended or can't be reached ({reason(error)})", hint=hint
         ) from error
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.hashes import hash_folder
 from llavactl.training.metrics import read as read_metrics
+from llavactl.training.throughput import parameter_count
 
 if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
@@ -38,7 +39,8 @@ class TrainReport:
     has (with ``restore_best`` that of the best checkpoint); ``val_loss``: its validation loss. ``model_sha256``: a hash
     of all files of the model. ``restore_best`` is the setting. ``mfu``: the mean model FLOPs utilization of the steps
     trained by this command, None without a formula for the model; ``peak``: what it is relative to, per device.
-    ``kernels`` of norms and MLPs: "liger", or "torch: " and the reason. ``finished_before``: the stage was finished
+    ``kernels`` of norms and MLPs: "liger", or "torch: " and the reason. ``parameters`` of the whole model, ``method``,
+    ``device`` (its type) and ``processes``: what the throughput depends on. ``finished_before``: the stage was finished
     already, and nothing was trained.
     """
 
@@ -65,6 +67,10 @@ class TrainReport:
     mfu: float | None = None
     peak: str = ""
     kernels: str = ""
+    parameters: int = 0
+    method: str = ""
+    device: str = ""
+    processes: int = 0
     finished_before: bool = False
 
 
@@ -129,6 +135,10 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
         model_sha256=hash_folder(run.folder / "model"),
         mfu=_mean_mfu(trained),
         peak=str(result.peak),
+        parameters=parameter_count(run.model),
+        method=run.settings.method,
+        device=run.accelerator.device.type,
+        processes=run.accelerator.num_processes,
     )
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llavactl.core.errors import RecipeError, StoreError
 from llavactl.data.micro_batches import empty
+from llavactl.model.decoder import decoder_layers
 from llavactl.model.inputs import to_device
 from llavactl.training.collective import on_main, process_count, process_index
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def sharding_blocker(model: LlavaModel) -> str:
     """Why ``model`` can't be sharded; "" if it can."""
-    if not _layers(model):
+    if not decoder_layers(model.language):
         return f"transformers names no layers for {model.language.config.model_type}"
     if getattr(model.language, "is_loaded_in_4bit", False):
         return "weights in 4 bits can't be sharded"
@@ -40,12 +41,6 @@ def sharding_blocker(model: LlavaModel) -> str:
     if len(dtypes) > 1:
         return f"its weights have several dtypes ({', '.join(sorted(map(str, dtypes)))})"
     return ""
-
-
-def _layers(model: LlavaModel) -> list[nn.Module]:
-    """The modules that are gathered one at a time: those that transformers keeps on one device."""
-    names: Any = model.language._no_split_modules or ()
-    return [module for module in model.language.modules() if type(module).__name__ in names]
 
 
 def shard(model: LlavaModel, device: torch.device, *, offload: bool) -> None:
@@ -65,7 +60,7 @@ def shard(model: LlavaModel, device: torch.device, *, offload: bool) -> None:
         "mp_policy": MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if offload and device.type != "cpu" else OffloadPolicy(),
     }
-    for layer in _layers(model):
+    for layer in decoder_layers(model.language):
         _trainable_to_float32(layer)
         fully_shard(layer, **options)
     _trainable_to_float32(model)

@@ -20,6 +20,7 @@ optimizer. Samples without an image count as if they had one.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import astuple, dataclass
@@ -164,6 +165,12 @@ def _per_token(module: nn.Module) -> int:
             size = part.in_features * part.out_features if isinstance(part, nn.Linear) else weight.numel()
             flops += size * (6 if weight.requires_grad else 4)
     return flops
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of weights of ``model``; weights in 4 bits, which are stored in another shape, count as well."""
+    states = [(weight, getattr(weight, "quant_state", None)) for weight in model.parameters()]
+    return sum(weight.numel() if state is None else math.prod(state.shape) for weight, state in states)
 
 
 @dataclass(frozen=True)

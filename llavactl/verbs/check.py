@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llavactl.components.sources.llava_json import LlavaJson
 from llavactl.core.errors import RecipeError
-from llavactl.core.protocols import Finding
+from llavactl.core.protocols import Finding, RepairingSource
 from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
 from llavactl.curation.problems import KINDS, Tally
 from llavactl.curation.repair import RepairWriter
@@ -51,7 +52,8 @@ class CheckReport:
     """The problems of ``records``; ``ok``: none of them affects training (``errors`` is 0).
 
     ``images`` counts distinct images, ``decode`` is how they were checked, ``token_counting`` the stages whose
-    template and tokenizer counted tokens, or why they didn't.
+    template and tokenizer counted tokens, or why they didn't. ``repairs`` are the options of this command, or complete
+    commands, that repair the records with problems, for one source each.
     """
 
     ok: bool
@@ -62,6 +64,7 @@ class CheckReport:
     errors: int
     problems: tuple[ProblemCount, ...]
     seconds: float
+    repairs: tuple[str, ...] = ()
     repaired: RepairedFile | None = None
 
 
@@ -87,12 +90,12 @@ def check(
     began = time.perf_counter()
     sources = inputs(recipe, file, images, stage, follow_links=follow_links)
     checks = ImageChecks("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
-    tally, token_counting, records = Tally(), [], 0
+    tally, token_counting, repairs, records = Tally(), [], [], 0
     with _repair_writer(sources, fix) as writer:
         for source in sources:
             lengths, how = token_lengths(recipe, source.stage)
             token_counting.append(how)
-            before = records + tally.counts.total()
+            before, repairable_before = records + tally.counts.total(), tally.repairable
             for record in with_progress(
                 scan(source.scan(lengths is not None), checks, lengths), source.records, "check"
             ):
@@ -103,6 +106,8 @@ def check(
             if records + tally.counts.total() == before:
                 name = f"source {source.name} of stage {source.stage}"
                 tally.add(str(source.records.path if source.records else name), [Finding("empty")])
+            if tally.repairable > repairable_before and (options := _repair_options(source, sources)):
+                repairs.append(options)
     return CheckReport(
         ok=not tally.errors,
         records=records,
@@ -112,6 +117,7 @@ def check(
         errors=tally.errors,
         problems=_problems(tally),
         seconds=round(time.perf_counter() - began, 3),
+        repairs=tuple(repairs),
         repaired=None
         if writer is None or fix is None
         else RepairedFile(str(fix), str(_log(fix)), writer.written, writer.changed, writer.dropped),
@@ -126,6 +132,25 @@ def _problems(tally: Tally) -> tuple[ProblemCount, ...]:
     )
 
 
+def _repair_options(source: Input, sources: Sequence[Input]) -> str:
+    """The options, or the complete command, that repair only the records of ``source``; "" if they can't be repaired.
+
+    ``--fix`` accepts one of the recipe's ``sources``: a stage's only one, or else a file.
+    """
+    if not isinstance(source.records, RepairingSource):
+        return ""
+    if len(sources) == 1:
+        return "--fix OUT"
+    if sum(other.stage == source.stage for other in sources) == 1:
+        return f"--stage {source.stage} --fix OUT"
+    return source.records.repair_command if isinstance(source.records, LlavaJson) else ""
+
+
+def in_code(texts: Sequence[str]) -> str:
+    """``texts`` for a message, each in backticks."""
+    return ", ".join(f"`{text}`" for text in texts)
+
+
 def _log(out: Path) -> Path:
     return out.with_suffix(".fixes.jsonl")
 
@@ -136,9 +161,10 @@ def _repair_writer(sources: Sequence[Input], out: Path | None) -> Iterator[Repai
         yield None
         return
     if len(sources) != 1:
+        ways = [options for source in sources if (options := _repair_options(source, sources))]
         raise RecipeError(
             f"--fix repairs the records of one source, got {len(sources)}",
-            hint="`llavactl data check FILE --fix OUT`, or select one source with --stage",
+            hint=f"one source each: {in_code(ways)}" if ways else "none of these sources can be repaired",
         )
     source = repairing_source(sources[0])
     refuse_overwriting(source.path, out)

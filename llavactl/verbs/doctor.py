@@ -16,9 +16,10 @@ from typing import Any
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
-from llavactl.core.network import proxy_error
+from llavactl.core.network import offline_variable, proxy_error
 from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
+from llavactl.report.plots import PLOTS_MISSING, plots_available
 
 MIN_FREE_DISK_GB = 20
 MIN_7B_MEMORY_GB = 20  # 14 GB of bfloat16 weights, plus a connector, LoRA adapters and activations
@@ -77,6 +78,7 @@ def doctor() -> DoctorReport:
         *device_findings,
         *disk_findings,
         _preprocessing(packages),
+        _plots(),
         _downloads(),
         *_proxy(),
         *(Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in installed if plugin.error),
@@ -228,13 +230,16 @@ def _preprocessing(packages: dict[str, str]) -> Diagnosis:
     return Diagnosis("image preprocessing", True, why)
 
 
+def _plots() -> Diagnosis:
+    return Diagnosis("plots", plots_available(), "" if plots_available() else PLOTS_MISSING)
+
+
 def _downloads() -> Diagnosis:
     what = "downloads from the model hub"
     if proxy_error():
         return Diagnosis(what, False, "no network: only models in local folders or in the hub's cache can be used")
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "0") not in ("", "0"):
-            return Diagnosis(what, False, f"{name} is set: only models in local folders or in the hub's cache")
+    if name := offline_variable():
+        return Diagnosis(what, False, f"{name} is set: only models in local folders or in the hub's cache")
     return Diagnosis(what, True, "allowed; not tested by this command")
 
 

@@ -81,11 +81,13 @@ class TrainPlan:
     @property
     def refusal(self) -> RecipeError:
         """The error of a stage that doesn't fit."""
-        where = "device" if self.device["kind"] == "cuda" else "host"
+        where, count = "device" if self.device["kind"] == "cuda" else "host", self.device["count"]
+        processes = f"{count} × " if where == "host" and count > 1 else ""
         options = [" ".join(each["options"]) for each in self.alternatives]
         return RecipeError(
-            f"stage {self.stage} doesn't fit: it needs {gigabytes(self.peak_bytes[where])} of {where} memory, and "
-            f"{gigabytes(self.device['usable_bytes'])} of {gigabytes(self.device['memory_bytes'])} can be used",
+            f"stage {self.stage} doesn't fit: it needs {processes}{gigabytes(self.peak_bytes[where])} of {where} "
+            f"memory, and {gigabytes(self.device['usable_bytes'])} of {gigabytes(self.device['memory_bytes'])} "
+            "can be used",
             hint=fitting_options(options),
         )
 
@@ -102,7 +104,8 @@ def plan_training(
 
     ``device_memory`` in bytes: plan for CUDA devices of this size. Default: the smallest device of this machine.
     ``devices``: their number, one process each. Default: the number of processes of this launch. ``tokens_per_s``: the
-    throughput of all of them; default: that of an earlier run of this stage.
+    throughput of all of them; default: that of an earlier run of this stage with the same number of parameters, method
+    and devices.
 
     Raises:
         ModelError: a configuration or the tokenizer can't be read.
@@ -128,7 +131,7 @@ def plan_training(
 def recipe_warnings(
     source: str | Path | None, overrides: Sequence[str], device_memory: int | None, devices: int | None
 ) -> list[str]:
-    """A warning for each stage of a valid recipe that doesn't fit on the devices; none on a machine without CUDA.
+    """A warning for each stage of a valid recipe that doesn't fit on the devices, or without CUDA on the CPU.
 
     Also for a stage that can't be predicted, such as with a plugin's language model without ``skeleton``.
 
@@ -136,7 +139,7 @@ def recipe_warnings(
     machine, are not checked.
     """
     recipe = load_frame(Outline, source, overrides)
-    if not isinstance(recipe, Recipe) or not target_device(device_memory, devices).cuda:
+    if not isinstance(recipe, Recipe):
         return []
     warnings = []
     for stage in recipe.stages_with_data():
@@ -258,7 +261,7 @@ def _plan(
         **_counts(plan),
         checkpoint_bytes=weights.checkpoint_bytes(),
         training_flops=_flops(predictor, prediction),
-        time=None if plan is None else _time(recipe, predictor.stage, plan.tokens, tokens_per_s),
+        time=None if plan is None else _time(recipe, predictor, device, plan.tokens, tokens_per_s),
         alternatives=tuple(
             {
                 "options": list(each.options),
@@ -307,16 +310,33 @@ def _flops(predictor: StagePredictor, prediction: Prediction) -> int | None:
     return flops.of(Work(plan.samples, plan.tokens, plan.useful, plan.targets, image_tokens, plan.pairs))
 
 
-def _time(recipe: Recipe, stage: StageNumber, tokens: int, tokens_per_s: float | None) -> dict[str, Any] | None:
-    """The duration of ``tokens`` with a throughput that is given, or that of an earlier run; None without either."""
+def _time(
+    recipe: Recipe, predictor: StagePredictor, device: Target, tokens: int, tokens_per_s: float | None
+) -> dict[str, Any] | None:
+    """The duration of ``tokens`` with a throughput that is given, or that of an earlier run; None without either.
+
+    The earlier run trained as many parameters of as large a model, with the same method, kind of device and number of
+    processes. The models of a recipe can change.
+    """
     source = "--tokens-per-second"
     if tokens_per_s is None:
-        report = recipe.run_dir / STAGES[stage] / REPORT
+        weights = predictor.weights()
+        same = {
+            "trainable_parameters": weights.trainable,
+            "parameters": weights.trainable + weights.frozen,
+            "method": predictor.settings.method,
+            "device": "cuda" if device.cuda else "cpu",
+            "processes": device.count,
+        }
+        file = recipe.run_dir / STAGES[predictor.stage] / REPORT
         try:
-            tokens_per_s = float(json.loads(report.read_text(encoding="utf-8"))["tokens_per_s"])
+            report = json.loads(file.read_text(encoding="utf-8"))
+            if any(report[key] != value for key, value in same.items()):
+                return None
+            tokens_per_s = float(report["tokens_per_s"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        source = str(report)
+        source = str(file)
     if not tokens_per_s:
         return None
     return {"seconds": round(tokens / tokens_per_s, 1), "tokens_per_s": tokens_per_s, "source": source}

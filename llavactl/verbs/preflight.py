@@ -36,7 +36,7 @@ def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[P
         return invalid
     recipe = load_frame(Outline, source, overrides)
     found = faults(recipe) if isinstance(recipe, Recipe) else []
-    return [Problem(where(key, source, overrides), key, why) for key, why in found]
+    return [Problem(where(key, why, source, overrides), key, why) for key, why in found]
 
 
 def refuse(recipe: Recipe) -> None:

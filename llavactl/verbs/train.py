@@ -27,7 +27,7 @@ from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.report.page import report_page, write_report
-from llavactl.report.plots import plot_loss
+from llavactl.report.plots import log_missing_plots, plot_loss, plots_available
 from llavactl.training import launch
 from llavactl.training.collective import lost_processes_reported, on_main
 from llavactl.training.digest import stage_digest
@@ -209,8 +209,11 @@ def _train_and_save(
     with optional_output(run.folder / "samples.json"):
         _write_sample_answers(recipe, run, bundle, data)
     if main:
-        with optional_output(run.folder / "loss.png"):
-            plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+        if plots_available():
+            with optional_output(run.folder / "loss.png"):
+                plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+        else:
+            log_missing_plots()
         with optional_output(report_page(recipe.run_dir)):
             write_report(recipe.run_dir)
     run.accelerator.wait_for_everyone()

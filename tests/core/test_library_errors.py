@@ -1,10 +1,11 @@
-"""Loading weights: transformers' table of unused weights is not printed."""
+"""Loading weights: transformers' table of unused weights is not printed. Messages of libraries in one line."""
 
 from __future__ import annotations
 
+import pytest
 from transformers.utils import logging
 
-from llavactl.core.library_errors import loading
+from llavactl.core.library_errors import loading, reason
 
 
 def test_transformers_logs_only_errors_while_weights_are_loaded() -> None:
@@ -16,3 +17,21 @@ def test_transformers_logs_only_errors_while_weights_are_loaded() -> None:
         assert logging.get_verbosity() == logging.WARNING
     finally:
         logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (
+            "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:2",
+            "Connection closed by peer [::1]:2",
+        ),
+        (
+            "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error\nmore",
+            "NCCL error: unhandled system error",
+        ),
+        ("records.json:12: not JSON", "records.json:12: not JSON"),
+    ],
+)
+def test_places_in_the_source_of_a_library_are_left_out(message: str, shown: str) -> None:
+    assert reason(RuntimeError(message)) == shown

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llavactl.core.errors import ModelError
 from llavactl.core.network import proxy_error
+from llavactl.core.registry import registry
 from llavactl.testing import run_cli
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -64,6 +66,30 @@ def test_commands_that_download_report_the_proxy(monkeypatch: pytest.MonkeyPatch
         assert error.startswith("error: ")
         assert "ALL_PROXY" in error
         assert "ALL_PROXY" in hint
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vision", "clip"), ("languages", "hf")])
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_model_that_cannot_be_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, name: str, offline: bool
+) -> None:
+    import transformers.utils.hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def not_found(*_arguments: object, **_options: object) -> None:
+        raise LocalEntryNotFoundError("no entry")
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", not_found)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    if offline:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="some/model: not in the hub's cache") as raised:
+        registry().create(kind, {"name": name, "model": "some/model"}).check()
+    assert ("HF_HUB_OFFLINE disables" in raised.value.message) == offline
+    assert (constants.ENDPOINT in raised.value.message) == (not offline)
+    assert "local folder" in raised.value.hint
+    assert "hf download some/model" in raised.value.hint
 
 
 def test_a_local_endpoint_needs_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

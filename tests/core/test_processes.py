@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llavactl.core.errors import RecipeError
-from llavactl.core.processes import check_launch
+from llavactl.core.processes import PER_MACHINE, PER_PROCESS, check_launch, is_logged
 from llavactl.testing import run_cli
 
 PLAIN = {
@@ -31,6 +32,24 @@ UNSUPPORTED = {
     "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
 }
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_group_logs_once(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Rank 2 is the first process of another machine."""
+    from torch import distributed
+
+    def printed(level: int = logging.WARNING, extra: dict[str, str] | None = None) -> bool:
+        return is_logged(logging.makeLogRecord({"levelno": level, **(extra or {})}))
+
+    monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+    assert printed(), "without a group"
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    assert printed() == printed(logging.INFO) == (rank == 0)
+    assert printed(extra=PER_MACHINE) == (rank != 1)
+    assert printed(extra=PER_PROCESS)
+    assert printed(logging.ERROR)
 
 
 def test_default_settings_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:

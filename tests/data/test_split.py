@@ -97,6 +97,17 @@ def test_if_all_images_are_connected_none_is_held_out(load_samples: Load) -> Non
     assert not load_samples(chain).held_out, "no validation requested"
 
 
+def test_records_without_images_are_not_counted_as_images(load_samples: Load) -> None:
+    texts = [text_only(f"t{number}", f"Why {number}?") for number in range(30)]
+    data = load_samples([*map(with_images, range(20)), *texts], validation=0.3)
+    held_out = [bool(each.images) for each in data.validation.samples]
+    images, others = held_out.count(True), held_out.count(False)
+    assert images
+    assert others
+    assert data.held_out == f"15 samples with {images} of 20 images and {others} of 30 text-only records"
+    assert data.held_out != load_samples(texts, validation=0.3).held_out == "9 samples with 9 of 30 text-only records"
+
+
 def test_images_with_the_same_bytes_are_in_the_same_set(load_samples: Load) -> None:
     samples = [with_images(number) for number in range(40)] + [with_images(f"copy-{number}") for number in range(40)]
     contents = {each.images[0]: f"content {index % 40}" for index, each in enumerate(samples)}

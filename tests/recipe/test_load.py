@@ -285,6 +285,26 @@ run_dir: 3
         assert term in problem.why
 
     @pytest.mark.parametrize(
+        ("override", "key"),
+        [
+            ("stage2.restore_best=vqa.accuracy", "stage2"),
+            ("stage2.micro_batch_size=3", "stage2"),
+            ("stage1.warmup=0.9", "stage1"),
+            ("stage1.box_alignment_steps=4", ""),
+        ],
+    )
+    def test_a_section_that_an_override_made_invalid_names_the_override(self, override: str, key: str) -> None:
+        """The section is in the file, and a validator of the section reports the problem."""
+        small("stage1: {cooldown: 0.4}\nstage2: {batch_size: 4, micro_batch_size: 2}\n")
+        (problem,) = check(None, [override])
+        assert (problem.where, problem.key) == (f"-o {override}", key)
+
+    def test_a_section_that_is_invalid_in_the_file_names_its_line(self) -> None:
+        small("stage1: {cooldown: 0.4, warmup: 0.9}\n")
+        (problem,) = check(None, ["stage1.epochs=2", "stage2.warmup=0.5"])
+        assert (problem.where, problem.key) == ("recipe.yaml:5", "stage1")
+
+    @pytest.mark.parametrize(
         "override",
         [
             "generate={teacher: {name: openai, api_key: sk-hidden}}", 'generate.teacher={"token": "sk-hidden"}',

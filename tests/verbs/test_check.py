@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 from collections import Counter
@@ -248,6 +249,52 @@ def test_fix_writes_the_only_source_of_a_recipe(toy: Path, tmp_path: Path) -> No
     }
     records[3]["conversations"][0]["from"] = "human"
     assert json.loads((tmp_path / "out.json").read_text()) == records
+
+
+@pytest.mark.parametrize(
+    ("sources", "repairs"),
+    [
+        ({"stage1": ["good"], "stage2": ["bad"]}, ["--stage 2 --fix OUT"]),
+        ({"stage1": ["bad"], "stage2": ["bad"]}, ["--stage 1 --fix OUT", "--stage 2 --fix OUT"]),
+        ({"stage1": [], "stage2": ["bad"]}, ["--fix OUT"]),
+        ({"stage1": ["good"], "stage2": ["bad", "good"]}, ["llavactl data check BAD --images IMAGES --fix FIXED"]),
+    ],
+)
+def test_the_repairs_that_a_report_names_work(
+    toy: Path, tmp_path: Path, sources: dict[str, list[str]], repairs: list[str]
+) -> None:
+    records = json.loads((toy / "records.json").read_text())
+    (toy / "good.json").write_text(json.dumps(records))
+    (toy / "bad.json").write_text(json.dumps([{**records[0], "conversations": []}, *records]))
+    data = {
+        stage: [
+            {"name": "llava-json", "path": str(toy / f"{name}.json"), "images": str(toy / "images")} for name in names
+        ]
+        for stage, names in sources.items()
+    }
+    (toy / "data.yaml").write_text(json.dumps({"name": "data", "data": data}))
+    words = ["data", "check", "-r", str(toy / "data.yaml")]
+    result = run_cli(*words)
+    assert result.exit_code == 1
+    paths = {
+        "BAD": toy / "bad.json",
+        "IMAGES": toy / "images",
+        "FIXED": toy / "bad.fixed.json",
+        "OUT": tmp_path / "o.json",
+    }
+    for repair in repairs:
+        assert f"`{_with_paths(repair, {**paths, 'OUT': 'OUT'})}`" in result.stderr
+        typed = shlex.split(_with_paths(repair, paths))
+        fixed = run_cli(*(typed[1:] if typed[0] == "llavactl" else [*words, *typed]), "--json").json()["repaired"]
+        assert (fixed["written"], fixed["dropped"]) == (len(records), 1)
+    if sum(map(len, sources.values())) > 1:
+        refused = run_cli(*words, "--fix", str(tmp_path / "all.json"))
+        assert refused.exit_code == 1
+        assert _with_paths(repairs[0], {**paths, "OUT": "OUT"}) in refused.stderr
+
+
+def _with_paths(text: str, paths: dict[str, Any]) -> str:
+    return " ".join(str(paths.get(word, word)) for word in text.split())
 
 
 def test_a_recipe_without_weights_is_checked_without_lengths(toy: Path) -> None:

@@ -53,6 +53,12 @@ def problems(toy: Path, *overrides: str) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.parametrize("section", ["vision", "language"])
+def test_a_missing_model_of_an_override_names_the_override(toy: Path, section: str) -> None:
+    override = f"{section}.model=./none"
+    assert {each["where"] for each in problems(toy, override)} == {f"-o {override}"}
+
+
 def test_a_valid_recipe_has_no_problems(toy: Path) -> None:
     assert problems(toy) == []
 

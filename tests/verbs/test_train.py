@@ -11,8 +11,10 @@ import pytest
 
 from llavactl.core.errors import DataError
 from llavactl.model import folder as model_folder
+from llavactl.report.plots import log_missing_plots
 from llavactl.testing import run_cli
 from llavactl.verbs import train
+from llavactl.verbs.doctor import doctor
 
 QUICK = (
     "-o",
@@ -48,16 +50,26 @@ def test_errors_in_optional_outputs_do_not_fail_the_stage(
     assert trained(toy / "recipe.yaml", 1)["finished_before"] is True
 
 
-def test_without_matplotlib_training_warns_once_and_writes_no_plot(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_a_note_is_logged_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log_missing_plots.cache_clear()
     done = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *QUICK, "--json")
     assert done.exit_code == 0, done.stderr
     assert done.stderr.count("pip install 'llavactl[plots]'") == 1
+    assert "could not be written" not in done.stderr
+    caplog.clear()
+    log_missing_plots()
+    assert not caplog.records
     folder = toy / "runs/toy"
     assert not (folder / "stage1/loss.png").exists()
     assert (folder / "stage1/model").is_dir()
     assert "llavactl[plots]" in (folder / "report.html").read_text()
+    (finding,) = [each for each in doctor().findings if each.what == "plots"]
+    assert not finding.works
+    assert "llavactl[plots]" in finding.why
 
 
 def test_an_adapter_is_applied_to_the_model_that_it_was_trained_on(toy: Path) -> None:

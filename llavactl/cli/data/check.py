@@ -59,8 +59,8 @@ def command(
     suffix; OUT's .fixes.jsonl lists the changes to each record. With -r and one source, --fix writes that source's
     records.
     """
-    from llavactl.curation.problems import KINDS, NOT_IN_RECORDS, NOT_REPAIRABLE
-    from llavactl.verbs.check import check
+    from llavactl.curation.problems import KINDS, NOT_IN_RECORDS
+    from llavactl.verbs.check import check, in_code
 
     recipe = load_outline_if_given(source, overrides) if file is not None else load_outline(source, overrides)
     report = check(
@@ -80,9 +80,8 @@ def command(
     if outside := [KINDS[each.problem].description for each in report.problems if each.problem in NOT_IN_RECORDS]:
         raise DataError(errors, hint="; ".join(outside))
     if not report.ok and report.repaired is None:
-        of_records = [each for each in report.problems if each.effect != "noted" and each.problem not in NOT_REPAIRABLE]
-        hint = "`--fix OUT` repairs or drops records of sources that support it, such as llava-json"
-        raise DataError(errors, hint=hint if of_records else "correct the sources listed above")
+        hint = f"to repair or drop these records, one source each: {in_code(report.repairs)}"
+        raise DataError(errors, hint=hint if report.repairs else "correct the sources listed above")
 
 
 def _print(report: CheckReport) -> None:

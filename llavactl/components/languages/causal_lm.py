@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +16,10 @@ from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import loading
 from llavactl.core.model_check import LANGUAGE, check_model
-from llavactl.core.model_files import TOKENIZER
+from llavactl.core.model_files import TOKENIZER, has_vocabulary
 from llavactl.core.options import ModelId
 from llavactl.core.registry import Options
+from llavactl.core.tokenizer_check import TOKENIZER_HINT, tokenizer_fault
 from llavactl.files.json_parse import read_json_document
 
 if TYPE_CHECKING:
@@ -45,15 +47,21 @@ class TransformersLanguage:
         self.options = options
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises ModelError if there is no fast tokenizer, whose character offsets are needed to place labels."""
-        from transformers import AutoTokenizer
+        """Raises ModelError if the tokenizer can't be used with the model.
 
+        It must be a fast tokenizer, whose character offsets are needed to place labels.
+        """
         from llavactl.components.languages.image_token import set_image_token
         from llavactl.components.languages.sentencepiece_spaces import repair_merges
 
         self._check_files()
-        with loading("tokenizer of the language model", self.options.model, _HINT):
-            tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
+        try:
+            tokenizer = self._load_tokenizer()
+        except ModelError as error:
+            folder = Path(self.options.model)
+            if not folder.is_absolute() or has_vocabulary(folder):
+                raise
+            raise self._error(f"no tokenizer files in {folder}", TOKENIZER_HINT) from error
         if not tokenizer.chat_template and (file := Path(self.options.model, "chat_template.json")).is_file():
             # Older versions of transformers save a processor's chat template here; tokenizers don't read it.
             tokenizer.chat_template = read_json_document(file)["chat_template"]
@@ -63,6 +71,16 @@ class TransformersLanguage:
             raise self._error("the tokenizer has no end-of-sequence token", "set eos_token in tokenizer_config.json")
         set_image_token(tokenizer, self.options.model)
         return repair_merges(tokenizer)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        with loading("tokenizer of the language model", self.options.model, _HINT):
+            tokenizer = AutoTokenizer.from_pretrained(self.options.model, trust_remote_code=False)
+            embeddings = getattr(self._config(), "vocab_size", None)
+        if fault := tokenizer_fault(tokenizer, embeddings):
+            raise self._error(fault, TOKENIZER_HINT)
+        return tokenizer
 
     def load(self, dtype: str) -> PreTrainedModel:
         """Raises ModelError if weights are missing or not finite."""
@@ -133,7 +151,7 @@ class TransformersLanguage:
         config = self._config()
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if self.options.attention == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
-            log.info("%s: %s has no sdpa attention in transformers; using eager", self.options.model, config.model_type)
+            _log_eager(self.options.model, config.model_type)
             return "eager"
         return self.options.attention
 
@@ -146,6 +164,12 @@ class TransformersLanguage:
 
     def _error(self, reason: str, hint: str = "") -> ModelError:
         return ModelError(f"language model {self.options.model}: {reason}", hint=hint or _HINT)
+
+
+@cache
+def _log_eager(model: str, family: str) -> None:
+    """Cached, so that it is logged once: a model is built several times to predict its memory."""
+    log.info("%s: %s has no sdpa attention in transformers; using eager", model, family)
 
 
 _HINT = "`language.model` is a Hugging Face id or the folder of a transformers model"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from llavactl.core.options import FollowLinks, RecipePath, RecipePlace
 from llavactl.core.protocols import Finding, RawRecord
 from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Json, Sample, Turn
-from llavactl.files.json_stream import read_stream
+from llavactl.files.json_stream import STREAM_SUFFIXES, read_stream
 from llavactl.files.records import IMAGE_KEYS, given_id, image_names
 from llavactl.images.references import ImageRoot, check_image_root, image_in
 
@@ -67,9 +69,7 @@ class LlavaJson:
         self.check()
         for record in self.records():
             if record.problem:
-                raise DataError(
-                    f"{record.where}: {record.problem}", hint="`llavactl data check` lists all problems at once"
-                )
+                raise self._repairable(DataError(f"{record.where}: {record.problem}"))
             yield self.sample(record)
 
     def identity(self) -> Mapping[str, Json]:
@@ -91,10 +91,27 @@ class LlavaJson:
         return examine(record.value, self.root)
 
     def sample(self, record: RawRecord) -> Sample:
-        return sample_of(record.value, record.where, self.root, record.index)
+        try:
+            return sample_of(record.value, record.where, self.root, record.index)
+        except DataError as error:
+            raise self._repairable(error) from error
 
     def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
         return repair(record.value, self.root)
+
+    @cached_property
+    def repair_command(self) -> str:
+        """The command that repairs the records of this file."""
+        suffix = self.path.suffix if self.path.suffix in STREAM_SUFFIXES else ".json"
+        words = ["llavactl", "data", "check", str(self.path)]
+        words += [] if self.images is None else ["--images", str(self.images)]
+        words += ["--follow-links"] if self.root.follow_links else []
+        return shlex.join([*words, "--fix", str(self.path.with_name(f"{self.path.stem}.fixed{suffix}"))])
+
+    def _repairable(self, error: DataError) -> DataError:
+        """``error``, about one record, with a hint that names ``repair_command``."""
+        fix = f"`{self.repair_command}` writes a file in which such records are repaired or dropped"
+        return DataError(error.message, hint=f"{error.hint}; {fix}" if error.hint else fix)
 
 
 def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) -> Sample:

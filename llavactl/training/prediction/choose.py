@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavactl.core.errors import LlavactlError, RecipeError
+from llavactl.core.errors import LlavactlError, PredictionError, RecipeError
 from llavactl.core.library_errors import reason
 from llavactl.core.protocols import SkeletonLanguage
 from llavactl.recipe.stages import STAGES, Stage2
@@ -34,9 +35,9 @@ EFFICIENT_TOKENS = 4096
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
 """Numbers of devices to suggest."""
 
-CUDA_RESERVE = 0.06
-"""The fraction of a CUDA device's memory that is left free: for the CUDA context, kernels' work space, and memory that
-torch's allocator can't use because of fragmentation. An estimate: it was not measured.
+RESERVE = 0.06
+"""The fraction of a device's memory that is left free. On CUDA: for the CUDA context, kernels' work space, and memory
+that torch's allocator can't use because of fragmentation. On a CPU: for the system. An estimate: it was not measured.
 """
 
 
@@ -50,13 +51,15 @@ class Target:
 
     def holds(self, prediction: Prediction) -> bool:
         """Whether the peak memory of ``prediction`` fits."""
-        if not self.cuda:
-            return prediction.host_bytes * self.count <= self.memory_bytes
-        return prediction.device_bytes <= self.usable_bytes
+        return self.peak_bytes(prediction) <= self.usable_bytes
+
+    def peak_bytes(self, prediction: Prediction) -> int:
+        """The peak that must fit: of one CUDA device, or of all processes on a CPU, which share its memory."""
+        return prediction.device_bytes if self.cuda else prediction.host_bytes * self.count
 
     @property
     def usable_bytes(self) -> int:
-        return round(self.memory_bytes * (1 - CUDA_RESERVE)) if self.cuda else self.memory_bytes
+        return round(self.memory_bytes * (1 - RESERVE))
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ class Alternative:
 
 def choose(predictor: StagePredictor, recipe: Recipe, device: Target) -> tuple[Prediction, bool]:
     """The first of the ``choices`` of ``recipe`` that fits; if none does, the one with the lowest peak, and False."""
-    return _first_that_fits(predictor, choices(recipe, predictor.settings, device), device)
+    possible = choices(recipe, predictor.settings, device)
+    if fitting := _first_that_fits(predictor, possible, device):
+        return fitting, True
+    return _smallest(predictor, possible, device), False
 
 
 def choices(recipe: Recipe, settings: AnyStage, device: Target, *, free: bool = False) -> list[Choice]:
@@ -120,7 +126,7 @@ def choice_for_training(
     try:
         return choice_on(recipe, stage, shape, data, target)
     except Exception as error:  # a prediction must not keep a stage from being trained
-        if isinstance(error, LlavactlError):
+        if isinstance(error, LlavactlError) and not isinstance(error, PredictionError):
             raise
         log.warning("stage%d: its memory can't be predicted (%s)", stage.number, reason(error))
         return fastest
@@ -139,9 +145,10 @@ def choice_on(recipe: Recipe, stage: TrainingStage, shape: FeatureShape, data: S
         message = f"stage {number}: predicted to need {gigabytes(prediction.device_bytes)} of device memory"
         if prediction.device_bytes > target.memory_bytes:
             options = [" ".join(each.options) for each in alternatives(predictor, recipe, target)]
+            launch = "; `--devices N` is for --dry-run, `torchrun --nproc-per-node N` for training"
             raise RecipeError(
                 f"{message}, but a device has {gigabytes(target.memory_bytes)}",
-                hint=fitting_options(options),
+                hint=fitting_options(options) + (launch if any("--devices" in each for each in options) else ""),
             )
         log.warning("%s, nearly all of %s", message, gigabytes(target.memory_bytes))
     return prediction.choice
@@ -181,38 +188,68 @@ def _slowness(choice: Choice) -> tuple[bool | int, ...]:
     )
 
 
-def _first_that_fits(predictor: StagePredictor, choices: Sequence[Choice], device: Target) -> tuple[Prediction, bool]:
-    """The first of ``choices`` that fits, or the one with the lowest peak, and whether it fits."""
-    smallest: Prediction | None = None
-    for choice in choices:
-        if smallest and (predictor.limits_nothing(choice) or predictor.static_bytes(choice) > device.usable_bytes):
-            continue
-        prediction = predictor.predict(choice)
-        if device.holds(prediction):
-            return prediction, True
-        if smallest is None or prediction.device_bytes < smallest.device_bytes:
-            smallest = prediction
-    assert smallest is not None, "there is at least one choice"
-    return smallest, False
+def _first_that_fits(predictor: StagePredictor, choices: Sequence[Choice], device: Target) -> Prediction | None:
+    """The prediction of the first of ``choices`` that fits; None if none does."""
+    for choice in _distinct(predictor, choices):
+        if predictor.static_bytes(choice) <= device.usable_bytes:
+            prediction = predictor.predict(choice)
+            if device.holds(prediction):
+                return prediction
+    return None
+
+
+def _smallest(predictor: StagePredictor, choices: Sequence[Choice], device: Target) -> Prediction:
+    """The prediction with the lowest peak among those of ``choices`` with the smallest micro-batches."""
+    distinct = list(_distinct(predictor, choices))
+    lowest = min(map(_limit, distinct))
+    predictions = [predictor.predict(choice) for choice in distinct if _limit(choice) == lowest]
+    return min(predictions, key=device.peak_bytes)
+
+
+def _distinct(predictor: StagePredictor, choices: Sequence[Choice]) -> Iterator[Choice]:
+    """``choices`` without those whose limit of tokens limits nothing, as does the highest one."""
+    highest = max(map(_limit, choices), default=0)
+    return (choice for choice in choices if _limit(choice) == highest or not predictor.limits_nothing(choice))
+
+
+def _limit(choice: Choice) -> int:
+    return choice.micro_batch_tokens or sys.maxsize
 
 
 def alternatives(predictor: StagePredictor, recipe: Recipe, device: Target) -> Iterator[Alternative]:
-    """Changes with which the stage would fit: of settings, of the number of devices, and of the method."""
+    """Changes with which the stage would fit: of settings, of the number of devices, and of the method.
+
+    A change that has the options of another one and more is left out.
+    """
+    found: list[Alternative] = []
+    for each in _alternatives(predictor, recipe, device):
+        if not any(set(other.options) <= set(each.options) for other in found):
+            found.append(each)
+            yield each
+
+
+def _alternatives(predictor: StagePredictor, recipe: Recipe, device: Target) -> Iterator[Alternative]:
     if found := _alternative(predictor, recipe, device, ()):
         yield found
     for count in MORE_DEVICES if device.cuda else ():
         if count > device.count and count <= predictor.settings.batch_size:
             more = predictor.with_settings(predictor.settings, count)
-            options = (f"--devices {count}",)
-            if found := _alternative(more, recipe, Target(device.cuda, device.memory_bytes, count), options):
+            target = Target(device.cuda, device.memory_bytes, count)
+            if found := _alternative(more, recipe, target, (f"--devices {count}",)):
                 yield found
                 break
     settings = predictor.settings
     if isinstance(settings, Stage2):
         for method in {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[settings.method]:
             changed = settings.model_copy(update={"method": method, "trainable_modules": ()})
-            options = (f"-o stage2.method={method}",)
-            if found := _alternative(predictor.with_settings(changed, device.count), recipe, device, options):
+            options: tuple[str, ...] = (f"-o stage2.method={method}",)
+            if settings.trainable_modules:
+                options += ("-o stage2.trainable_modules=[]",)
+            unsharded = recipe
+            if method == "qlora" and recipe.sharding == "full":
+                options += ("-o sharding=none",)
+                unsharded = recipe.model_copy(update={"sharding": "none"})
+            if found := _alternative(predictor.with_settings(changed, device.count), unsharded, device, options):
                 yield found
                 break
 
@@ -222,20 +259,23 @@ def _alternative(
 ) -> Alternative | None:
     """``options`` and as few further ones as necessary; None if nothing fits."""
     for free in (False, True):
-        prediction, fits = _first_that_fits(predictor, choices(recipe, predictor.settings, device, free=free), device)
-        if fits:
-            return Alternative((*options, *_changes(prediction.choice, recipe, predictor)), prediction)
+        prediction = _first_that_fits(predictor, choices(recipe, predictor.settings, device, free=free), device)
+        if prediction:
+            return Alternative((*options, *_changes(prediction.choice, recipe, predictor, device)), prediction)
     return None
 
 
-def _changes(choice: Choice, recipe: Recipe, predictor: StagePredictor) -> Iterator[str]:
-    """The options that lead to ``choice``; none for settings that are ``auto``."""
-    settings, section = predictor.settings, STAGES[predictor.stage]
-    if settings.micro_batch_tokens not in ("auto", choice.micro_batch_tokens):
-        yield f"-o {section}.micro_batch_tokens={choice.micro_batch_tokens}"
-    if settings.gradient_checkpointing not in ("auto", choice.gradient_checkpointing):
+def _changes(choice: Choice, recipe: Recipe, predictor: StagePredictor, device: Target) -> Iterator[str]:
+    """The options that lead to ``choice``; none for a setting whose value the recipe allows.
+
+    That a setting is ``auto`` is not enough: on a CPU ``auto`` is one value.
+    """
+    section, allowed = STAGES[predictor.stage], choices(recipe, predictor.settings, device)
+    if choice.micro_batch_tokens not in {each.micro_batch_tokens for each in allowed}:
+        yield f"-o {section}.micro_batch_tokens={choice.micro_batch_tokens or 'null'}"
+    if choice.gradient_checkpointing not in {each.gradient_checkpointing for each in allowed}:
         yield f"-o {section}.gradient_checkpointing={str(choice.gradient_checkpointing).lower()}"
-    if recipe.sharding not in ("auto", "full" if choice.placement.sharded else "none"):
+    if choice.placement.sharded not in {each.placement.sharded for each in allowed}:
         yield f"-o sharding={'full' if choice.placement.sharded else 'none'}"
-    if recipe.optimizer_state not in ("auto", choice.placement.optimizer_state):
+    if choice.placement.optimizer_state not in {each.placement.optimizer_state for each in allowed}:
         yield f"-o optimizer_state={choice.placement.optimizer_state}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,15 @@ def fake_tensors() -> Iterator[None]:
     on those of activations. So training code runs unchanged. Computing with fake tensors takes about a tenth of a
     millisecond per operation, for any size.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
 
-    with _RealIntegers(FakeTensorMode(allow_non_fake_inputs=True)):
-        yield
+    level = fake_tensor.log.level
+    fake_tensor.log.setLevel(logging.CRITICAL)  # an operation that can't be faked raises; torch logs its traceback too
+    try:
+        with _RealIntegers(fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)):
+            yield
+    finally:
+        fake_tensor.log.setLevel(level)
 
 
 class _RealIntegers(TorchDispatchMode):
@@ -46,10 +52,22 @@ class _RealIntegers(TorchDispatchMode):
         if inputs and not any(isinstance(value, FakeTensor) for value in inputs):
             return func(*args, **kwargs)
         with self.fake:
-            output = func(*args, **kwargs)
+            grouped = func is torch.ops.aten._grouped_mm.default
+            output = _grouped_product(*args, **kwargs) if grouped else func(*args, **kwargs)
         if not inputs and isinstance(output, torch.Tensor) and not output.is_floating_point():
             return func(*args, **kwargs)
         return output
+
+
+def _grouped_product(
+    a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_args: Any, **_kwargs: Any
+) -> torch.Tensor:
+    """The matrix products of a mixture of experts: rows of a [M, K] with b [G, K, N], or G products [M, K] [K, N].
+
+    torch fakes its operation in bfloat16 only, but computes it in every dtype.
+    """
+    groups = [] if a.ndim != b.ndim else [len(a)] if offsets is None else [len(offsets)]
+    return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
 
 
 def as_fake(module: nn.Module, dtype: torch.dtype) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from llavactl.core import progress
+from llavactl.core.errors import LlavactlError, PredictionError
+from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded
 from llavactl.data.packing import MicroBatchLimits
 from llavactl.data.stage_plan import PlannedSamples, StagePlan, built, micro_batches, planned, stage_plan
@@ -192,7 +194,7 @@ class StagePredictor:
         """The memory of each of the largest micro-batches."""
         settings = self.settings.model_copy(update={"gradient_checkpointing": gradient_checkpointing})
         model = stage_model(self.recipe, self.stage, settings, self.shape)
-        with fake_tensors():
+        with fake_tensors(), _typed_errors(model.language.config.model_type):
             as_fake(model, getattr(torch, settings.precision))
             with dequantized(model) if settings.method == "qlora" else nullcontext():
                 return [
@@ -225,6 +227,26 @@ class StagePredictor:
         """All weights, which are read into host memory before they are moved to the device."""
         weights = self.weights()
         return weights.size * (weights.trainable + weights.frozen)
+
+
+@contextmanager
+def _typed_errors(family: str) -> Iterator[None]:
+    """Converts any error of a traced step: a model may compute what needs values, or what no training step can.
+
+    Raises:
+        PredictionError: for any exception except those that llavactl has a message for, and a full memory.
+    """
+    try:
+        yield
+    except LlavactlError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise PredictionError(
+            f"{family}: a training step on tensors without values failed: {reason(error)}",
+            hint="`llavactl train` without --dry-run starts without a prediction",
+        ) from error
 
 
 class _UnknownImage(NamedTuple):

@@ -12,9 +12,9 @@ from torch import nn
 
 from llavactl.model.cpu.rms_norm import fused_rms_norms
 from llavactl.model.cuda import varlen_attention
+from llavactl.model.decoder import decoder_layers
 from llavactl.model.packed import ATTENTION, packed_attention
 from llavactl.training.prediction.storage import Part, StorageMeter
-from llavactl.training.prediction.weights import decoder_layers
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -61,7 +61,7 @@ def step_memory(model: LlavaModel, batch: Batch, *, cuda: bool, master_gradients
     the upper layers, each further layer adds its activations to the peak; while it is in the lower ones, its gradients.
     So the peak of both phases is linear in the number of layers, and the extrapolation exact.
     """
-    layers = decoder_layers(model)
+    layers = list(decoder_layers(model.language))
     if len(layers) <= max(TRACED_LAYERS) or not _alike(model, layers[1:-1]):
         phases = _trace(model, batch, cuda=cuda, master_gradients=master_gradients)
         return _larger(phases.upper, phases.lower)
@@ -87,12 +87,12 @@ def _alike(model: LlavaModel, layers: Sequence[nn.Module]) -> bool:
 @contextmanager
 def _only_layers(model: LlavaModel, layers: Sequence[nn.Module]) -> Iterator[None]:
     """In this context ``model`` has only these decoder ``layers``."""
-    decoder: Any = model.language.get_decoder()
-    previous, decoder.layers = decoder.layers, nn.ModuleList(layers)
+    whole = decoder_layers(model.language)
+    previous, whole._modules = whole._modules, {str(index): layer for index, layer in enumerate(layers)}
     try:
         yield
     finally:
-        decoder.layers = previous
+        whole._modules = previous
 
 
 def _extrapolated(small: StepMemory, large: StepMemory, further: int) -> StepMemory:
@@ -131,7 +131,7 @@ def _trace(model: LlavaModel, batch: Batch, *, cuda: bool, master_gradients: boo
 
     def on_forward(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
+        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
             hidden.register_hook(on_gradient)
 
     def on_gradient(_gradient: torch.Tensor) -> None:
@@ -149,8 +149,8 @@ def _trace(model: LlavaModel, batch: Batch, *, cuda: bool, master_gradients: boo
             if weight.requires_grad and weight.grad is None:
                 hook = weight.register_post_accumulate_grad_hook(lambda weight: meter.add([weight.grad], GRADIENTS))
                 stack.callback(hook.remove)
-        second = decoder_layers(model)[:2][-1]
-        stack.callback(second.register_forward_hook(on_forward).remove)
+        for second in list(decoder_layers(model.language))[:2][-1:]:
+            stack.callback(second.register_forward_hook(on_forward).remove)
         stack.enter_context(meter)
         model.train()
         loss = model(batch)

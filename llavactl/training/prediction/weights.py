@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from llavactl.model.decoder import decoder_layers
 from llavactl.training.checkpoints import file_bytes
 
 if TYPE_CHECKING:
@@ -126,22 +127,15 @@ class Weights:
         Gradients of a layer and of the root group are unsharded in the precision of the stage, and once more in float32
         while they are reduced.
         """
-        layers = [list(layer.parameters()) for layer in decoder_layers(self.model)]
+        layers = [list(layer.parameters()) for layer in decoder_layers(self.model.language)]
         in_layers = {id(weight) for layer in layers for weight in layer}
         root = [weight for weight in self.model.parameters() if id(weight) not in in_layers]
-        largest = max(layers, key=_numel)
+        largest = max(layers, key=_numel, default=[])
         forward_and_backward = self.size * (_numel(root) + 2 * _numel(largest) + _trainable(root))
         reducing_a_layer = (self.size + FLOAT32) * _trainable(largest)
         return forward_and_backward + max(
             reducing_a_layer, FLOAT32 * _trainable(root) - 2 * self.size * _numel(largest)
         )
-
-
-def decoder_layers(model: LlavaModel) -> list[nn.Module]:
-    """The decoder layers of the language model, or the whole if it has no list of them."""
-    decoder: Any = model.language.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    return list(layers) if isinstance(layers, nn.ModuleList) else [decoder]
 
 
 def _numel(weights: list[nn.Parameter]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.images.image_file import ImageFile
-from llavactl.testing import check_source
+from llavactl.testing import check_source, run_cli
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
 
@@ -137,6 +138,10 @@ def test_errors_name_the_location(tmp_path: Path, records: Any, message: str) ->
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path, records)
     assert "records.json" in caught.value.message
+    command = caught.value.hint.rpartition("`llavactl ")[2].partition("`")[0]
+    assert run_cli(*shlex.split(command)).exit_code == 0, "the command of the hint works as it is"
+    fixed = tmp_path / "records.fixed.json"
+    list(registry().create("sources", {"name": "llava-json", "path": str(fixed), "images": str(tmp_path)}))
 
 
 def test_missing_files_are_errors(tmp_path: Path) -> None:

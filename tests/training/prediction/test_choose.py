@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llavactl.core.errors import RecipeError
+from llavactl.core.errors import PredictionError, RecipeError
 from llavactl.core.schema import FeatureShape
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import toy_language
@@ -152,6 +152,8 @@ def test_training_starts_with_the_fastest_choice_if_nothing_can_be_predicted(
 
     monkeypatch.setattr(choose_module, "choice_on", fail)
     failure: Exception = NotImplementedError("no such kernel")
+    assert choice_for_training(*arguments) == fastest
+    failure = PredictionError("a training step can't be traced")
     assert choice_for_training(*arguments) == fastest
     failure = RecipeError("it doesn't fit")
     with pytest.raises(RecipeError):

@@ -170,4 +170,4 @@ def test_fake_tensors_have_shapes_and_integers_have_values() -> None:
 
 
 def test_a_device_keeps_a_reserve() -> None:
-    assert Target(True, 1000).usable_bytes < 1000 == Target(False, 1000).usable_bytes
+    assert Target(True, 1000).usable_bytes == Target(False, 1000).usable_bytes < 1000
