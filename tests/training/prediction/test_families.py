@@ -16,6 +16,7 @@ from llavactl.model.decoder import decoder_layers
 from llavactl.recipe.load import load_recipe
 from llavactl.training.placement import Placement
 from llavactl.training.prediction import step
+from llavactl.training.prediction.choose import Target, alternatives
 from llavactl.training.prediction.predict import Choice, StagePredictor
 
 LAYERS = 6
@@ -99,3 +100,10 @@ def test_a_step_that_fails_is_a_typed_error(toy: Path, capfd: pytest.CaptureFixt
         predictor.predict(Choice(Placement(), False, None))
     assert "\n" not in failed.value.message
     assert failed.value.hint
+
+
+@pytest.mark.parametrize("family", ["mpt", "mixtral"])
+def test_no_hint_names_a_method_that_the_model_does_not_have(toy: Path, family: str) -> None:
+    predictor = _predictor(toy, family, "stage2.lora.dropout=0.05", "stage2.micro_batch_tokens=64")
+    options = [each.options for each in alternatives(predictor, predictor.recipe, Target(True, 400_000))]
+    assert not [each for each in options if "-o stage2.method=lora" in each]
