@@ -138,11 +138,11 @@ def training_flops(model: LlavaModel) -> TrainingFlops | None:
     language = model.language
     config = language.config.get_text_config()
     experts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if any(experts) or has_limited_attention(language):
+    heads = getattr(config, "num_attention_heads", None)
+    if any(experts) or not heads or has_limited_attention(language):  # a model without heads has states (Mamba, RWKV)
         return None
     head = language.get_output_embeddings()
     head_flops = 0 if head is None else _per_token(head)
-    heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return TrainingFlops(
         useful_token=_per_token(language) - head_flops,

@@ -129,7 +129,10 @@ def _add_lora(model: LlavaModel, settings: Stage2) -> None:
     try:
         model.language = get_peft_model(model.language, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise RecipeError(f"stage2.method lora: {error}", hint="`stage2.method: full` needs no adapters") from error
+        without_dropout = "`-o stage2.lora.dropout=0`, or " if "lora_dropout" in str(error) else ""
+        raise RecipeError(
+            f"stage2.method lora: {error}", hint=f"{without_dropout}`stage2.method: full`, which needs no adapters"
+        ) from error
     dtype = model.language.get_input_embeddings().weight.dtype
     for parameter in model.language.parameters():
         if parameter.requires_grad:  # older versions of peft create the adapters of layers in 4 bits in float32

@@ -257,11 +257,14 @@ def _alternatives(predictor: StagePredictor, recipe: Recipe, device: Target) -> 
 def _alternative(
     predictor: StagePredictor, recipe: Recipe, device: Target, options: tuple[str, ...]
 ) -> Alternative | None:
-    """``options`` and as few further ones as necessary; None if nothing fits."""
-    for free in (False, True):
-        prediction = _first_that_fits(predictor, choices(recipe, predictor.settings, device, free=free), device)
-        if prediction:
-            return Alternative((*options, *_changes(prediction.choice, recipe, predictor, device)), prediction)
+    """``options`` and as few further ones as necessary; None if nothing fits, or if the model can't be trained so."""
+    try:
+        for free in (False, True):
+            prediction = _first_that_fits(predictor, choices(recipe, predictor.settings, device, free=free), device)
+            if prediction:
+                return Alternative((*options, *_changes(prediction.choice, recipe, predictor, device)), prediction)
+    except (RecipeError, PredictionError) as error:  # such as LoRA with dropout for the experts of Mixtral
+        log.debug("%s: %s", " ".join(options), error.message)
     return None
 
 

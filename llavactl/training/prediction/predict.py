@@ -101,6 +101,7 @@ class StagePredictor:
         self.data, self.processes, self.cuda = data, processes, cuda
         self._samples = None if data is None else PlannedSamples(data)
         self.weights = cache(self._weights)
+        self.static_memory = cache(lambda placement: self.weights().memory(placement, self.processes))
         self.plan = cache(self._plan)
         self._traced = cache(self._trace)
 
@@ -128,7 +129,7 @@ class StagePredictor:
     def predict(self, choice: Choice) -> Prediction:
         """The peak memory with ``choice``."""
         placement = choice.placement
-        memory = self.weights().memory(placement, self.processes)
+        memory = self.static_memory(placement)
         keeps_gradients = not placement.sharded and placement.optimizer_state == "device"
         peaks = self._traced(choice.gradient_checkpointing, choice.micro_batch_tokens, keeps_gradients)
         steps = [peak.without_gradients if placement.sharded else peak.whole for peak in peaks]
@@ -158,7 +159,7 @@ class StagePredictor:
 
     def static_bytes(self, choice: Choice) -> int:
         """Bytes on the device before the first forward pass; computed without tracing a step."""
-        return sum(self.weights().memory(choice.placement, self.processes).device.values())
+        return sum(self.static_memory(choice.placement).device.values())
 
     def limits_nothing(self, choice: Choice) -> bool:
         """Whether no micro-batch is larger than ``micro_batch_tokens`` without this limit."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -114,7 +115,7 @@ class Weights:
             return round(_4_BIT * weight.numel())
         return weight.numel() * (self.size if weight.is_floating_point() else weight.element_size())
 
-    @property
+    @cached_property
     def _linear(self) -> Collection[int]:
         """The frozen weights of linear layers, except the head: those that are quantized."""
         head = self.model.language.get_output_embeddings()

@@ -13,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llavactl.core.errors import PredictionError
 from llavactl.core.schema import FeatureShape
 from llavactl.model.decoder import decoder_layers
+from llavactl.model.llava import LlavaModel
 from llavactl.recipe.load import load_recipe
 from llavactl.training.placement import Placement
 from llavactl.training.prediction import step
+from llavactl.training.prediction.choose import Target, alternatives
 from llavactl.training.prediction.predict import Choice, StagePredictor
+from llavactl.training.throughput import training_flops
 
 LAYERS = 6
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": LAYERS}
@@ -99,3 +102,17 @@ def test_a_step_that_fails_is_a_typed_error(toy: Path, capfd: pytest.CaptureFixt
         predictor.predict(Choice(Placement(), False, None))
     assert "\n" not in failed.value.message
     assert failed.value.hint
+
+
+@pytest.mark.parametrize("family", ["mpt", "mixtral"])
+def test_no_hint_names_a_method_that_the_model_does_not_have(toy: Path, family: str) -> None:
+    predictor = _predictor(toy, family, "stage2.lora.dropout=0.05", "stage2.micro_batch_tokens=64")
+    options = [each.options for each in alternatives(predictor, predictor.recipe, Target(True, 400_000))]
+    assert not [each for each in options if "-o stage2.method=lora" in each]
+
+
+def test_a_model_without_attention_heads_has_no_formula_of_training_flops() -> None:
+    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=400)
+    with torch.device("meta"):
+        model = LlavaModel(torch.nn.Linear(32, 32), AutoModelForCausalLM.from_config(config))
+    assert training_flops(model) is None

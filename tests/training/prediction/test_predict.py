@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llavactl.core.schema import FeatureShape
 from llavactl.recipe.load import load_recipe
@@ -61,6 +62,27 @@ def test_the_predicted_peak_is_the_measured_one(
     folder = checkpoints.checkpoint_path(recipe.run_dir / f"stage{stage}" / "checkpoints", report.steps)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     assert plan.checkpoint_bytes == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("stage2.method=lora", "stage2.lora.dropout=0", CHECKPOINTING)])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 7, "n_head": 4}),
+        ("mixtral", {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7, "num_local_experts": 4}),
+    ],
+)
+def test_the_predicted_peak_of_other_families_is_the_measured_one(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, family: str, sizes: dict[str, int], settings: tuple[str, ...]
+) -> None:
+    config = AutoConfig.for_model(family, **sizes, vocab_size=400, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(toy / "language")
+    recipe = load_recipe(toy / "recipe.yaml", [*HERE, *settings])
+    predicted = plan_training(recipe, 2).peak_bytes["device"]
+    peaks = _measured_peaks(monkeypatch)
+    train(recipe, 2)
+    assert predicted == pytest.approx(max(peaks), rel=0.01)
 
 
 def _measured_peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
