@@ -112,7 +112,7 @@ def test_no_hint_names_a_method_that_the_model_does_not_have(toy: Path, family: 
 
 
 def test_a_model_without_attention_heads_has_no_formula_of_training_flops() -> None:
-    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, state_size=4, vocab_size=400)
+    config = AutoConfig.for_model("rwkv", hidden_size=32, num_hidden_layers=2, vocab_size=400)
     with torch.device("meta"):
         model = LlavaModel(torch.nn.Linear(32, 32), AutoModelForCausalLM.from_config(config))
     assert training_flops(model) is None
