@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -23,14 +24,18 @@ from llavactl.core.paths import redirect_library_caches
 from llavactl.core.processes import exit_process, is_logged
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point: runs ``llavactl ARGUMENTS`` and exits."""
+    exit_process(run_command(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs ``llavactl ARGUMENTS``; returns the exit code."""
     _configure_libraries()
     _use_utf8()
     _log_to_stderr()
     with stopping.sigterm_as_interrupt():
-        code = _run(sys.argv[1:] if arguments is None else arguments)
-    exit_process(code)
+        return _invoke(arguments)
 
 
 def _configure_libraries() -> None:
@@ -53,7 +58,7 @@ def _use_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _invoke(arguments: Sequence[str]) -> int:
     try:
         code = root.main(list(arguments), prog_name="llavactl", standalone_mode=False)
         return code if isinstance(code, int) else 0

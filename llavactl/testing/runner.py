@@ -27,20 +27,16 @@ class Result:
 
 def run_cli(*arguments: str, cwd: Path | None = None, stdin: str = "") -> Result:
     """Runs ``llavactl ARGUMENTS`` in ``cwd``, including error handling; never raises SystemExit."""
-    from llavactl.cli import main
+    from llavactl.cli import run_command
 
     out, err = io.StringIO(), io.StringIO()
     before, argv, real_in = Path.cwd(), sys.argv, sys.stdin
-    code = 0
     try:
         if cwd is not None:
             os.chdir(cwd)
         sys.argv, sys.stdin = ["llavactl", *arguments], io.StringIO(stdin)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            code = run_command(arguments)
     finally:
         os.chdir(before)
         sys.argv, sys.stdin = argv, real_in
