@@ -80,8 +80,7 @@ def command(
 
 def _print(plan: TrainPlan) -> None:
     """Prints ``plan`` as lines of label and text."""
-    from llavactl.core.quantities import duration
-    from llavactl.training.prediction.choose import gigabytes
+    from llavactl.core.quantities import duration, gigabytes
 
     def count(number: int | None) -> str:
         return "unknown" if number is None else f"{number:,}"

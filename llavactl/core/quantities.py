@@ -16,6 +16,11 @@ def quantity(count: float, unit: str) -> str:
     return f"{count / 1e3:,.0f} kB"
 
 
+def gigabytes(size: float) -> str:
+    """A ``size`` of memory in bytes as text, in GB (10⁹ bytes) from 0.1 GB on, otherwise in MB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
 def speed(rate: float, unit: str) -> str:
     """A ``rate`` in ``unit``s per second as text: ``490 kB per second``, ``12.5 per second``, ``3.2 s per step``."""
     if unit == BYTE:

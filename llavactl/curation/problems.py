@@ -68,7 +68,7 @@ KINDS: Mapping[str, ProblemKind] = {
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
 """Problems outside the records themselves: ``--fix`` keeps the record, and the hint says what to change instead."""
 
-NOT_REPAIRABLE = frozenset({"empty", "source"})
+OF_COMPLETE_SOURCES = frozenset({"empty", "source"})
 """Problems of a complete file or source, which ``--fix`` can't repair."""
 
 MAX_LOCATIONS = 1000
@@ -98,5 +98,5 @@ class Tally:
     @property
     def repairable(self) -> int:
         """The number of ``errors`` that ``--fix`` can repair or whose records it drops."""
-        outside = NOT_REPAIRABLE | NOT_IN_RECORDS
+        outside = OF_COMPLETE_SOURCES | NOT_IN_RECORDS
         return self.errors - sum(self.counts[kind] for kind in outside)

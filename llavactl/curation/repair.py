@@ -11,7 +11,7 @@ from llavactl.curation.problems import KINDS
 if TYPE_CHECKING:
     from llavactl.core.protocols import Finding, RawRecord, RepairingSource
 
-UNREPAIRABLE = frozenset({"json", "image-missing", "image-broken", "template", "untrained"})
+DROPPED = frozenset({"json", "image-missing", "image-broken", "template", "untrained"})
 """Problems for which a record is dropped, even if all others can be repaired."""
 
 
@@ -29,9 +29,7 @@ class RepairWriter:
     def add(self, record: RawRecord, findings: Sequence[Finding]) -> None:
         """Writes or drops ``record``, given its ``findings``."""
         errors = [finding for finding in findings if KINDS[finding.kind].effect != "noted"]
-        changes = [
-            f"dropped: {each.kind}: {each.detail}".removesuffix(": ") for each in errors if each.kind in UNREPAIRABLE
-        ]
+        changes = [f"dropped: {each.kind}: {each.detail}".removesuffix(": ") for each in errors if each.kind in DROPPED]
         value = None if changes else record.value
         if errors and not changes:
             value, changes = self.source.repair(record)

@@ -12,6 +12,7 @@ from llavactl.core.errors import ModelError, RecipeError, StoreError
 from llavactl.core.hashes import read_only_cache
 from llavactl.core.identity import component_identity, is_local
 from llavactl.core.library_errors import reason
+from llavactl.core.quantities import gigabytes
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageContents
 from llavactl.data.encode import Encoding
@@ -28,7 +29,6 @@ from llavactl.training.prediction.choose import (
     alternatives,
     choose,
     fitting_options,
-    gigabytes,
 )
 from llavactl.training.prediction.model import feature_shape, language_component
 from llavactl.training.prediction.predict import Choice, StagePredictor

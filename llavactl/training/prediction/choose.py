@@ -13,6 +13,7 @@ import torch
 from llavactl.core.errors import LlavactlError, PredictionError, RecipeError
 from llavactl.core.library_errors import reason
 from llavactl.core.protocols import SkeletonLanguage
+from llavactl.core.quantities import gigabytes
 from llavactl.recipe.stages import STAGES, Stage2
 from llavactl.training.placement import Placement
 from llavactl.training.prediction.model import language_component
@@ -158,11 +159,6 @@ def fitting_options(options: Sequence[str]) -> str:
     """The hint for a stage that doesn't fit."""
     listed = ", or ".join(f"`{each}`" for each in options)
     return f"it fits with {listed}" if listed else "use a smaller model, or devices with more memory"
-
-
-def gigabytes(size: float) -> str:
-    """``size`` in bytes as text, in GB (10⁹ bytes) or MB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def settled(stage: TrainingStage, choice: Choice) -> TrainingStage:
