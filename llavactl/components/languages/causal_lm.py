@@ -61,7 +61,7 @@ class TransformersLanguage:
             folder = Path(self.options.model)
             if not folder.is_absolute() or has_vocabulary(folder):
                 raise
-            raise self._error(f"no tokenizer files in {folder}", TOKENIZER_HINT) from error
+            raise self._error("no vocabulary in the folder, such as tokenizer.json", TOKENIZER_HINT) from error
         if not tokenizer.chat_template and (file := Path(self.options.model, "chat_template.json")).is_file():
             # Older versions of transformers save a processor's chat template here; tokenizers don't read it.
             tokenizer.chat_template = read_json_document(file)["chat_template"]
