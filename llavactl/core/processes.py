@@ -144,10 +144,10 @@ PER_MACHINE = {"scope": "machine"}
 
 
 def is_logged(record: logging.LogRecord) -> bool:
-    """Whether this process prints ``record``: in a process group, all processes log what they do together.
+    """Whether this process prints ``record``: in a process group, all processes log the same.
 
-    The main process prints it; with ``PER_MACHINE`` one process of each machine; with ``PER_PROCESS``, and errors,
-    every process.
+    Every process prints errors and records with ``PER_PROCESS``, one process of each machine those with
+    ``PER_MACHINE``, and the main process all others.
     """
     scope = "process" if record.levelno >= logging.ERROR else getattr(record, "scope", "")
     return is_main_process() or scope == "process" or (scope == "machine" and os.environ.get("LOCAL_RANK") == "0")

@@ -85,7 +85,7 @@ class PeriodicEvaluation:
             return EvaluationAnswers(tasks, samples)
 
         with root_gathered(self.assistant.model):
-            # A process that waits in a layer can't be told of an error in another one.
+            # A process that waits for others in a layer can't receive their errors.
             parts = [answer_part()] if sharded else together(answer_part)
         finished = [part for part in parts if part is not None]
         if len(finished) < len(parts):
