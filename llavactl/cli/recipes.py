@@ -90,8 +90,8 @@ def check(
 ) -> None:
     """Check a recipe and list all problems, as `file:line: key: reason`.
 
-    Exit with 1 if there are any. No weights are loaded and nothing is downloaded. A stage that doesn't fit on this
-    machine (its GPUs, or without any its CPU), or on GPUs of --device-memory, is a warning.
+    Exit with 1 if there are any. No weights are loaded and nothing is downloaded. Stages that don't fit on the GPUs of
+    this machine (without GPUs: in its memory), or on GPUs of --device-memory, are warnings.
     """
     from llavactl.verbs.plan import recipe_warnings
     from llavactl.verbs.preflight import problems

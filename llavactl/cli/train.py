@@ -80,7 +80,7 @@ def command(
 
 def _print(plan: TrainPlan) -> None:
     """Prints ``plan`` as lines of label and text."""
-    from llavactl.report.figures import duration
+    from llavactl.core.quantities import duration
     from llavactl.training.prediction.choose import gigabytes
 
     def count(number: int | None) -> str:

@@ -30,8 +30,13 @@ def proxy_error() -> LlavactlError | None:
 
 def offline_variable() -> str:
     """The environment variable that disables downloads from the model hub; "" if they are allowed."""
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return next((name for name in names if os.environ.get(name, "0") not in ("", "0")), "")
+    # Of the two, huggingface_hub uses the first that isn't empty.
+    name = next((name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)), "")
+    return name if os.environ.get(name, "").upper() in _TRUE else ""
+
+
+_TRUE = ("1", "ON", "YES", "TRUE")
+"""Values that huggingface_hub reads as true."""
 
 
 def hub_error(error: BaseException, model: str = "") -> LlavactlError | None:
@@ -40,7 +45,7 @@ def hub_error(error: BaseException, model: str = "") -> LlavactlError | None:
         return LlavactlError(f"not downloaded: {invalid_proxy.message}", hint=invalid_proxy.hint)
     if not any(_NOT_DOWNLOADED & {cls.__name__ for cls in type(each).__mro__} for each in _causes(error)):
         return None
-    fill = f"on a machine with network, `hf download {model or 'ID'}` downloads a model to the hub's cache"
+    fill = f"on a machine with network access, `hf download {model or 'ID'}` downloads a model to the hub's cache"
     if variable := offline_variable():
         return LlavactlError(
             f"not in the hub's cache, and {variable} disables downloads",
@@ -50,7 +55,7 @@ def hub_error(error: BaseException, model: str = "") -> LlavactlError | None:
 
     return LlavactlError(
         f"not in the hub's cache, and {constants.ENDPOINT} can't be reached",
-        hint=f"check the network, or use a local folder; {fill}, from which HF_HUB_OFFLINE=1 loads it without network",
+        hint=f"check the network, or use a local folder; {fill}; with HF_HUB_OFFLINE=1 it is loaded from there",
     )
 
 

@@ -1,4 +1,4 @@
-"""Launch settings of `accelerate launch` and torchrun, and clean shutdown of the process group."""
+"""Processes of `accelerate launch` and torchrun: their settings, their group, what each of them logs, how they exit."""
 
 from __future__ import annotations
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavactl.core.processes import is_main_process
+from llavactl.core.quantities import BYTE, duration, quantity, speed
 from llavactl.core.typed import Typed
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 30.0
-
-BYTE = "byte"
-"""The unit of a bar over a file; shown as kB, MB or GB."""
 
 
 @dataclass(frozen=True)
@@ -74,34 +72,9 @@ class Bar:
     def _log_line(self, rate: float, facts: dict[str, str]) -> None:
         of_total = f" of {quantity(self._total, self._unit)}" if self._total else ""
         done = f"{self._done:,}" if self._total and self._unit != BYTE else quantity(self._done, self._unit)
-        left = f", {_duration((self._total - self._done) / rate)} left" if rate and self._total else ""
+        left = f", {duration((self._total - self._done) / rate)} left" if rate and self._total else ""
         also = "".join(f", {name} {value}" for name, value in facts.items())
         log.info("%s: %s%s, %s%s%s", self._what, done, of_total, speed(rate, self._unit), also, left)
-
-
-def quantity(count: float, unit: str) -> str:
-    """``count`` ``unit``s as text: ``1,200 steps``, ``30.1 MB``."""
-    if unit != BYTE:
-        return f"{count:,.0f} {unit}s"
-    for size, prefix in ((1e9, "GB"), (1e6, "MB")):
-        if count >= size:
-            return f"{count / size:,.1f} {prefix}"
-    return f"{count / 1e3:,.0f} kB"
-
-
-def speed(rate: float, unit: str) -> str:
-    """A ``rate`` in ``unit``s per second as text: ``490 kB per second``, ``12.5 per second``, ``3.2 s per step``."""
-    if unit == BYTE:
-        return f"{quantity(rate, unit)} per second"
-    if 0 < rate < 1:
-        return f"{1 / rate:,.1f} s per {unit}"
-    return f"{rate:,.{0 if rate >= 100 else 1}f} per second"
-
-
-def _duration(seconds: float) -> str:
-    """``40 s``, or ``H:MM:SS`` from two minutes on."""
-    whole = round(seconds)
-    return f"{whole} s" if whole < 120 else f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llavactl.core import progress
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.protocols import RecordSource, RepairingSource
+from llavactl.core.quantities import BYTE
 from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
 from llavactl.curation.scan import ScannedRecord, scan_records, scan_samples
@@ -126,7 +127,7 @@ def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over ``file``; the function it gives is called with the characters and records read so far."""
     require_file(file)
     shown = 0
-    with progress.bar(file.stat().st_size, f"{verb} {file.name}", progress.BYTE) as bar:
+    with progress.bar(file.stat().st_size, f"{verb} {file.name}", BYTE) as bar:
 
         def show(position: int, count: int) -> None:
             nonlocal shown

@@ -68,15 +68,8 @@ def describe_held_out(
         (held_out_texts, text_only, "text-only records"),
     ]
     if samples:
-        return f"{samples} samples with " + " and ".join(
-            f"{part} of {all_} {what}" for part, all_, what in counts if all_
-        )
-    return (
-        "none of "
-        + " and ".join(f"{all_} {what}" for _, all_, what in counts if all_)
-        + (
-            f": up to {largest} of them are connected through common samples"
-            if (largest := max(sizes.values())) > 1
-            else ""
-        )
-    )
+        shares = [f"{part} of {whole} {what}" for part, whole, what in counts if whole]
+        return f"{samples} samples with {' and '.join(shares)}"
+    largest, wholes = max(sizes.values()), [f"{whole} {what}" for _, whole, what in counts if whole]
+    why = f": up to {largest} of them are connected through common samples" if largest > 1 else ""
+    return f"none of {' and '.join(wholes)}{why}"

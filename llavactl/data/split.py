@@ -210,12 +210,11 @@ def _unreadable_image(sample: Sample, reasons: Mapping[ImageRef, str]) -> str:
 def _image_groups(
     members: _Members, kept: np.ndarray, contents: Mapping[ImageRef, str]
 ) -> tuple[list[str], dict[str, int], dict[str, int]]:
-    """The group of each of the samples ``kept``, which must not be split; and the sizes of groups.
+    """The group of each of the samples ``kept``, and the sizes of groups.
 
-    The first sizes are the numbers of images and of records without images, the second those of the latter alone.
-
-    Samples are in the same group if they share an image, by name or content; samples without images if they come from
-    the same record or have the same id or text. A group is named after the first of its image names.
+    A size is the number of images and of records without images; the second sizes count the latter alone. A group must
+    not be split: samples are in the same group if they share an image, by name or content; samples without images if
+    they come from the same record or have the same id or text. A group is named after the first of its image names.
     """
     samples = members.samples
     first_images = samples.first_images()[kept]

@@ -17,7 +17,8 @@ def decoder_layers(language: PreTrainedModel) -> nn.ModuleList:
     classes of its layers: those that are kept on one device.
     """
     names: Any = getattr(language, "_no_split_modules", None) or ()
-    for module in language.modules():
+    # A multimodal model has other lists of such layers, in its vision encoder.
+    for module in language.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) and all(type(each).__name__ in names for each in module):
             return module
     return nn.ModuleList()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llavactl.core import quantities
+
 MISSING = "–"
 
 
@@ -39,16 +41,10 @@ def _number(value: float) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """``95`` → ``1 min 35 s``."""
+    """``seconds`` as text; MISSING if this isn't a duration."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds < 0:
         return MISSING
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {left} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    return quantities.duration(seconds)
 
 
 @dataclass(frozen=True)

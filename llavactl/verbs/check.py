@@ -164,7 +164,7 @@ def _repair_writer(sources: Sequence[Input], out: Path | None) -> Iterator[Repai
         ways = [options for source in sources if (options := _repair_options(source, sources))]
         raise RecipeError(
             f"--fix repairs the records of one source, got {len(sources)}",
-            hint=f"one source each: {in_code(ways)}" if ways else "none of these sources can be repaired",
+            hint=f"repair one source at a time: {in_code(ways)}" if ways else "none of these sources can be repaired",
         )
     source = repairing_source(sources[0])
     refuse_overwriting(source.path, out)

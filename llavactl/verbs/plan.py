@@ -313,30 +313,28 @@ def _flops(predictor: StagePredictor, prediction: Prediction) -> int | None:
 def _time(
     recipe: Recipe, predictor: StagePredictor, device: Target, tokens: int, tokens_per_s: float | None
 ) -> dict[str, Any] | None:
-    """The duration of ``tokens`` with a throughput that is given, or that of an earlier run; None without either.
-
-    The earlier run trained as many parameters of as large a model, with the same method, kind of device and number of
-    processes. The models of a recipe can change.
-    """
+    """The duration of ``tokens`` with a throughput that is given, or that of an earlier run; None without either."""
     source = "--tokens-per-second"
     if tokens_per_s is None:
-        weights = predictor.weights()
-        same = {
-            "trainable_parameters": weights.trainable,
-            "parameters": weights.trainable + weights.frozen,
-            "method": predictor.settings.method,
-            "device": "cuda" if device.cuda else "cpu",
-            "processes": device.count,
-        }
-        file = recipe.run_dir / STAGES[predictor.stage] / REPORT
-        try:
-            report = json.loads(file.read_text(encoding="utf-8"))
-            if any(report[key] != value for key, value in same.items()):
-                return None
-            tokens_per_s = float(report["tokens_per_s"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        source = str(file)
+        report = recipe.run_dir / STAGES[predictor.stage] / REPORT
+        tokens_per_s, source = _throughput(report, predictor, device), str(report)
     if not tokens_per_s:
         return None
     return {"seconds": round(tokens / tokens_per_s, 1), "tokens_per_s": tokens_per_s, "source": source}
+
+
+def _throughput(report: Path, predictor: StagePredictor, device: Target) -> float | None:
+    """The tokens per second in ``report``; None if its run isn't comparable, as the recipe may have changed since."""
+    weights = predictor.weights()
+    planned = {
+        "trainable_parameters": weights.trainable,
+        "parameters": weights.trainable + weights.frozen,
+        "method": predictor.settings.method,
+        "device": "cuda" if device.cuda else "cpu",
+        "processes": device.count,
+    }
+    try:
+        trained = json.loads(report.read_text(encoding="utf-8"))
+        return float(trained["tokens_per_s"]) if planned.items() <= trained.items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -106,6 +106,7 @@ def _train(
     with out_of_memory_named(folder.name, settings, placement, loading):
         bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
+    _check_template_tokens(bundle, data.train)
     evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
@@ -139,6 +140,17 @@ def _check_requirements(stage: TrainingStage) -> None:
 def _check_connector(recipe: Recipe, bundle: ModelBundle, shape: FeatureShape, precision: str, device: str) -> None:
     width = bundle.model.language.get_input_embeddings().weight.shape[1]
     validate_connector(recipe.connector.spec(), shape, width, [precision], device)
+
+
+def _check_template_tokens(bundle: ModelBundle, data: SampleSet) -> None:
+    """Raises ModelError if the template writes a special token without an embedding; any sample shows it."""
+    highest = max(data.encoded(0, 0).ids)
+    if highest >= (embeddings := len(bundle.model.language.get_input_embeddings().weight)):
+        token = bundle.tokenizer.convert_ids_to_tokens(highest)
+        raise ModelError(
+            f"the template writes {token}, id {highest}; the language model has embeddings for {embeddings} tokens",
+            hint="set another `template`, or resize the embeddings and save the model with `save_pretrained`",
+        )
 
 
 def _choice(

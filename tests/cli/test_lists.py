@@ -209,6 +209,8 @@ class TestDoctor:
         found = self.findings()["downloads from the model hub"]
         assert not found.works
         assert "HF_HUB_OFFLINE" in found.why
+        monkeypatch.setenv("HF_HUB_OFFLINE", "no")
+        assert self.findings()["downloads from the model hub"].works
 
     @pytest.mark.parametrize(
         ("devices", "bfloat16", "large"),

@@ -57,6 +57,24 @@ def test_odd_but_working_tokenizers_are_accepted() -> None:
     pieces = models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁quelle", -1.0)], unk_id=0)
     metaspace = {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()}
     assert not tokenizer_fault(fast(pieces, **metaspace), None)
+    known = fast(models.WordLevel({"ROUGE": 0}), pre_tokenizer=pre_tokenizers.Whitespace())
+    with pytest.raises(Exception, match="UNK"):
+        known("another word")
+    assert not tokenizer_fault(known, None)
+
+
+def test_a_special_token_without_an_embedding_is_accepted_if_it_is_never_written() -> None:
+    """As ``<image_soft_token>`` of Gemma 3 1B."""
+    from tokenizers import models
+
+    tokenizer = fast(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert not tokenizer_fault(tokenizer, 3)
+    tokenizer.chat_template = "<image>{{ messages[0].content }}"
+    assert "ids up to 3" in tokenizer_fault(tokenizer, 3)
+    tokenizer.chat_template = None
+    tokenizer.add_tokens(["word"])
+    assert "ids up to 4" in tokenizer_fault(tokenizer, 4)
 
 
 def test_a_vocabulary_of_special_tokens_is_refused() -> None:

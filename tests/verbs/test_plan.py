@@ -192,7 +192,7 @@ def test_the_throughput_of_an_earlier_run_is_that_of_the_same_model_method_and_d
     assert plan_training(recipe, 2).time is None
 
 
-@pytest.mark.parametrize("size", ["0", "-1GB", "24 XB", "GB", "1e3", "", "24", "80000"])
+@pytest.mark.parametrize("size", ["0", "-1GB", "24 XB", "GB", "1e3", "", "24", "24.5", "80000"])
 def test_an_invalid_size_is_a_usage_error(toy: Path, size: str) -> None:
     run = run_cli("train", "-r", str(toy / "recipe.yaml"), "--stage", "1", "--dry-run", "--device-memory", size)
     assert run.exit_code == 2

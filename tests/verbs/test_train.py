@@ -102,3 +102,19 @@ def test_an_adapter_on_an_adapter_is_refused_before_training(toy: Path) -> None:
     assert "adapter" in done.stderr
     assert "export" in done.stderr
     assert trained(recipe, 2, *again)["finished_before"] is False
+
+
+def test_a_template_that_writes_a_token_without_an_embedding_is_refused(toy: Path) -> None:
+    file = toy / "language/tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    beyond = len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"]["<|im_start|>"] = beyond
+    for token in tokenizer["added_tokens"]:
+        token["id"] = beyond if token["content"] == "<|im_start|>" else token["id"]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    (toy / "language/chat_template.jinja").unlink()
+    command = ("train", "--stage", "2", "-r", str(toy / "recipe.yaml"), *QUICK)
+    done = run_cli(*command, "-o", "stage2.template=chatml")
+    assert done.exit_code == 1
+    assert f"<|im_start|>, id {beyond}" in done.stderr
+    assert run_cli(*command, "-o", "stage2.template=vicuna-v1").exit_code == 0

@@ -80,7 +80,8 @@ def command(
     if outside := [KINDS[each.problem].description for each in report.problems if each.problem in NOT_IN_RECORDS]:
         raise DataError(errors, hint="; ".join(outside))
     if not report.ok and report.repaired is None:
-        hint = f"to repair or drop these records, one source each: {in_code(report.repairs)}"
+        each = ", one source at a time" if len(report.repairs) > 1 else ""
+        hint = f"to repair or drop these records{each}: {in_code(report.repairs)}"
         raise DataError(errors, hint=hint if report.repairs else "correct the sources listed above")
 
 

@@ -1,4 +1,7 @@
-"""The memory of this process besides models and batches: interpreter, libraries and the records of the data."""
+"""The memory of a process besides models and batches.
+
+The interpreter, libraries and records; on a CPU also free memory of the allocator, and compiled kernels.
+"""
 
 from __future__ import annotations
 

@@ -74,6 +74,14 @@ def test_the_decoder_layers_of_each_family_are_found(family: str) -> None:
     assert len({type(layer) for layer in layers}) == 1
 
 
+def test_the_decoder_layers_of_a_multimodal_model_are_not_those_of_its_vision_encoder() -> None:
+    text = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    config = AutoConfig.for_model("gemma4", text_config=text, vision_config={"num_hidden_layers": 3})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["Gemma4TextDecoderLayer"] * 2
+
+
 CASES = [(family, method) for family in FAMILIES for method in ("full", "lora") if (family, method) != ("mpt", "lora")]
 FAST = [("gpt2", "full"), ("mixtral", "lora")]
 
