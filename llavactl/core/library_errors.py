@@ -120,8 +120,8 @@ _NEED_NAME = (KeyError, IndexError, TypeError, AttributeError, AssertionError, S
 """Exceptions whose messages are unclear without the type: that of a KeyError is only the key."""
 
 
-_SOURCE_FILE = re.compile(r"(?: in(?=: ))?(: )?\[?[^\s\[\]]+\.(?:cc|cpp|cu|h|hpp):\d+\]?,?\s*")
-"""The place in a library's source code which messages of gloo and NCCL contain."""
+_SOURCE_FILE = re.compile(r"(?: in(?=: )| at )?(: )?\[?[^\s\[\]]+\.(?:cc|cpp|cu|h|hpp):\d+\]?,?\s*")
+"""The place in a library's source code that messages of gloo, NCCL and torch contain."""
 
 
 def reason(error: BaseException) -> str:

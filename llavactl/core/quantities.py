@@ -9,7 +9,7 @@ BYTE = "byte"
 def quantity(count: float, unit: str) -> str:
     """``count`` ``unit``s as text: ``1,200 steps``, ``30.1 MB``."""
     if unit != BYTE:
-        return f"{count:,.0f} {unit}s"
+        return f"{count:,.0f} {unit}" + "s" * (count != 1)
     for size, prefix in ((1e9, "GB"), (1e6, "MB")):
         if count >= size:
             return f"{count / size:,.1f} {prefix}"

@@ -30,6 +30,10 @@ def test_transformers_logs_only_errors_while_weights_are_loaded() -> None:
             "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, unhandled system error\nmore",
             "NCCL error: unhandled system error",
         ),
+        (
+            "device-side assert triggered at ../aten/src/ATen/native/cuda/Loss.cu:240: nll_loss",
+            "device-side assert triggered: nll_loss",
+        ),
         ("records.json:12: not JSON", "records.json:12: not JSON"),
     ],
 )

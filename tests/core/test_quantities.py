@@ -10,6 +10,7 @@ from llavactl.core.quantities import duration, quantity, speed
 @pytest.mark.parametrize(
     ("count", "unit", "text"),
     [
+        (1, "step", "1 step"),
         (3, "step", "3 steps"),
         (50_099, "record", "50,099 records"),
         (900, "byte", "1 kB"),
