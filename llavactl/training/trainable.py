@@ -20,6 +20,9 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
 
     Stage 1 trains the connector. Stage 2 trains the connector and the language model: all weights, some of them
     (``trainable_modules``), or LoRA adapters of all linear layers except the head, as in LLaVA.
+
+    Raises:
+        RecipeError: the model doesn't support a setting, or has nothing to train in this stage.
     """
     method = settings.method
     model.requires_grad_(False)
@@ -32,6 +35,12 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
         torch.manual_seed(seed)
         _add_lora(model, settings)  # type: ignore[arg-type]
     if settings.gradient_checkpointing:
+        if not model.language.supports_gradient_checkpointing:
+            kind = model.language.config.model_type
+            raise RecipeError(
+                f"gradient_checkpointing: transformers doesn't support it for model type {kind}",
+                hint="`gradient_checkpointing: false`, with a smaller `micro_batch_tokens` if memory is short",
+            )
         # transformers 6 has only the first name, 5.17 only the second.
         enable = getattr(model.language, "activation_checkpointing_enable", None)
         (enable or model.language.gradient_checkpointing_enable)({"use_reentrant": False})

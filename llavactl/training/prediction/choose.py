@@ -203,7 +203,10 @@ def _smallest(predictor: StagePredictor, choices: Sequence[Choice], device: Targ
 
 
 def _distinct(predictor: StagePredictor, choices: Sequence[Choice]) -> Iterator[Choice]:
-    """``choices`` without those whose limit of tokens limits nothing, as does the highest one."""
+    """``choices`` that the model supports, without those whose limit of tokens limits nothing, as does the highest."""
+    plain = [choice for choice in choices if not choice.gradient_checkpointing]
+    if plain and not predictor.weights().model.language.supports_gradient_checkpointing:
+        choices = plain
     highest = max(map(_limit, choices), default=0)
     return (choice for choice in choices if _limit(choice) == highest or not predictor.limits_nothing(choice))
 

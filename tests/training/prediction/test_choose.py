@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaPreTrainedModel
 
 from llavactl.core.errors import PredictionError, RecipeError
 from llavactl.core.schema import FeatureShape
@@ -26,6 +27,7 @@ from llavactl.training.prediction.choose import (
 )
 from llavactl.training.prediction.predict import Choice, StagePredictor
 from llavactl.verbs.plan import _training_data
+from llavactl.verbs.train import train
 
 SHAPE, TOKENS = FeatureShape((2, 2), 32), 4
 SMALL = ["stage2.init=scratch", "stage2.batch_size=16", "stage2.micro_batch_size=2"]
@@ -161,3 +163,19 @@ def test_training_starts_with_the_fastest_choice_if_nothing_can_be_predicted(
         choice_for_training(*arguments)
     monkeypatch.setattr(choose_module, "language_component", lambda *_args: object())
     assert choice_for_training(*arguments) == fastest
+
+
+def test_a_model_without_checkpointing_is_predicted_and_trained_without(
+    predictor, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaPreTrainedModel, "supports_gradient_checkpointing", False)
+    recipe, pred = predictor()
+    prediction, fits = choose(pred, recipe, Target(True, 1, 1))
+    assert not fits
+    assert not prediction.choice.gradient_checkpointing
+    recipe, pred = predictor("stage2.gradient_checkpointing=true")
+    with pytest.raises(RecipeError, match="doesn't support it for model type llama"):
+        choose(pred, recipe, Target(True, 10**12, 1))
+    overrides = [*SMALL, "features.mode=live", "stage2.gradient_checkpointing=true"]
+    with pytest.raises(RecipeError, match="doesn't support it for model type llama"):
+        train(load_recipe(toy / "recipe.yaml", overrides), 2)
