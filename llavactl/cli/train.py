@@ -68,7 +68,7 @@ def command(
         )
         output.document(plan) if as_json else _print(plan)
         if not plan.fits:
-            raise plan.refusal
+            raise plan.error
         return
     if given := [name for name in ("device_memory", "devices", "tokens_per_second") if ctx.params[name] is not None]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --dry-run")

@@ -79,7 +79,7 @@ class TrainPlan:
     notes: tuple[str, ...]
 
     @property
-    def refusal(self) -> RecipeError:
+    def error(self) -> RecipeError:
         """The error of a stage that doesn't fit."""
         where, count = "device" if self.device["kind"] == "cuda" else "host", self.device["count"]
         processes = f"{count} × " if where == "host" and count > 1 else ""
@@ -150,7 +150,7 @@ def recipe_warnings(
                 warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
                 continue
             if not plan.fits:
-                warnings.append(f"{plan.refusal.message}; {plan.refusal.hint}")
+                warnings.append(f"{plan.error.message}; {plan.error.hint}")
     return warnings
 
 
