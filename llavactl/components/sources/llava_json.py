@@ -69,7 +69,7 @@ class LlavaJson:
         self.check()
         for record in self.records():
             if record.problem:
-                raise self._repairable(DataError(f"{record.where}: {record.problem}"))
+                raise self._with_repair_hint(DataError(f"{record.where}: {record.problem}"))
             yield self.sample(record)
 
     def identity(self) -> Mapping[str, Json]:
@@ -94,7 +94,7 @@ class LlavaJson:
         try:
             return sample_of(record.value, record.where, self.root, record.index)
         except DataError as error:
-            raise self._repairable(error) from error
+            raise self._with_repair_hint(error) from error
 
     def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
         return repair(record.value, self.root)
@@ -108,8 +108,8 @@ class LlavaJson:
         words += ["--follow-links"] if self.root.follow_links else []
         return shlex.join([*words, "--fix", str(self.path.with_name(f"{self.path.stem}.fixed{suffix}"))])
 
-    def _repairable(self, error: DataError) -> DataError:
-        """``error``, about one record, with a hint that names ``repair_command``."""
+    def _with_repair_hint(self, error: DataError) -> DataError:
+        """``error`` about one record, with a hint that also names ``repair_command``."""
         fix = f"`{self.repair_command}` writes a file in which such records are repaired or dropped"
         return DataError(error.message, hint=f"{error.hint}; {fix}" if error.hint else fix)
 
