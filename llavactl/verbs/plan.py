@@ -27,6 +27,7 @@ from llavactl.training.prediction.choose import (
     Alternative,
     Target,
     alternatives,
+    choices,
     choose,
     fitting_options,
 )
@@ -145,6 +146,8 @@ def recipe_warnings(
     for stage in recipe.stages_with_data():
         if is_local(recipe.language.spec()) and is_local(recipe.stage(stage).vision):
             try:
+                if _longest_samples_fit(recipe, stage, target_device(device_memory, devices)):
+                    continue  # the records needn't be read
                 plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
             except Exception as error:  # noqa: BLE001 - the recipe is valid even if its memory can't be predicted
                 warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
@@ -152,6 +155,14 @@ def recipe_warnings(
             if not plan.fits:
                 warnings.append(f"{plan.error.message}; {plan.error.hint}")
     return warnings
+
+
+def _longest_samples_fit(recipe: Recipe, stage: StageNumber, device: Target) -> bool:
+    """Whether ``stage`` fits, with the fastest settings, even if all samples are as long as the recipe allows."""
+    shape = feature_shape(recipe, stage)
+    tokens = connector_tokens(recipe.connector.spec(), shape)
+    predictor = StagePredictor(recipe, stage, shape, tokens, None, device.count, cuda=device.cuda)
+    return device.holds(predictor.predict(choices(recipe, predictor.settings, device)[0]))
 
 
 def target_device(memory: int | None, count: int | None) -> Target:

@@ -11,9 +11,11 @@ import pytest
 
 from llavactl.core.errors import ModelError, RecipeError
 from llavactl.core.registry import registry
+from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli, toy_language
 from llavactl.verbs import doctor
+from llavactl.verbs import plan as plan_module
 from llavactl.verbs.plan import plan_training
 from llavactl.verbs.train import train
 
@@ -234,7 +236,7 @@ def test_recipes_check_warns_of_stages_that_do_not_fit(toy: Path, monkeypatch: p
 
 def test_a_recipe_is_valid_if_its_memory_cannot_be_predicted(toy: Path) -> None:
     (toy / "records.json").write_text("{")
-    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "--device-memory", "80GB", "--json")
+    checked = run_cli("recipes", "check", str(toy / "recipe.yaml"), "--device-memory", "2MB", "--json")
     assert checked.exit_code == 0, checked.stderr
     document = json.loads(checked.stdout)
     assert document["ok"]
@@ -253,3 +255,19 @@ def test_doctor_says_which_recipes_fit() -> None:
     assert small["recipe llava-v1.5-7b-qlora"].works
     assert all(each.works for each in large.values())
     assert list(doctor._recipes((doctor.Device("cpu", 64, ()),))) == []
+
+
+def test_checking_a_recipe_reads_no_records_if_the_longest_samples_fit(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+
+    def plan(_recipe: Recipe, stage: int, **_: int) -> SimpleNamespace:
+        planned.append(stage)
+        return SimpleNamespace(fits=True)
+
+    monkeypatch.setattr(plan_module, "plan_training", plan)
+    assert plan_module.recipe_warnings(toy / "recipe.yaml", [], 10**12, 1) == []
+    assert planned == []
+    plan_module.recipe_warnings(toy / "recipe.yaml", [], 10**7, 1)
+    assert planned == [1, 2]

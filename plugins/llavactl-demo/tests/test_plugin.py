@@ -48,6 +48,7 @@ def test_every_number_in_the_recipes_has_a_comment(name: str):
             assert "  # " in value, line
 
 
+@pytest.mark.slow
 def test_the_suggestions_are_valid_recipes(tmp_path: Path):
     recipe = yaml.safe_load((Path(components.__file__).parent / "demo.yaml").read_text())
     for line in recipe["try_next"]:

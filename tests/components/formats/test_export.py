@@ -136,6 +136,7 @@ def test_new_tokens_are_never_the_most_likely(native: Make, tmp_path: Path) -> N
     assert int(logits.argmax(-1).max()) < old_rows
 
 
+@pytest.mark.slow
 def test_verification_finds_changed_files(native: Make, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
