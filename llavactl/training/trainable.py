@@ -35,10 +35,9 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
         torch.manual_seed(seed)
         _add_lora(model, settings)  # type: ignore[arg-type]
     if settings.gradient_checkpointing:
-        if not model.language.supports_gradient_checkpointing:
-            kind = model.language.config.model_type
+        if blocker := checkpointing_blocker(model.language):
             raise RecipeError(
-                f"gradient_checkpointing: transformers doesn't support it for model type {kind}",
+                f"gradient_checkpointing: {blocker}",
                 hint="`gradient_checkpointing: false`, with a smaller `micro_batch_tokens` if memory is short",
             )
         # transformers 6 has only the first name, 5.17 only the second.
@@ -56,6 +55,13 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
             hint="`llavactl train --stage 2 -o stage2.init=scratch` trains the language model",
         )
     return rates
+
+
+def checkpointing_blocker(language: nn.Module) -> str:
+    """Why ``language`` can't be trained with activation checkpointing; "" if it can."""
+    if getattr(language, "supports_gradient_checkpointing", True):  # a plugin's model may not name it
+        return ""
+    return f"transformers doesn't support it for {type(language).__name__}"
 
 
 class UntrainedState:

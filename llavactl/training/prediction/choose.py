@@ -18,6 +18,7 @@ from llavactl.recipe.stages import STAGES, Stage2
 from llavactl.training.placement import Placement
 from llavactl.training.prediction.model import language_component
 from llavactl.training.prediction.predict import Choice, Prediction, StagePredictor
+from llavactl.training.trainable import checkpointing_blocker
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape
@@ -205,7 +206,7 @@ def _smallest(predictor: StagePredictor, choices: Sequence[Choice], device: Targ
 def _distinct(predictor: StagePredictor, choices: Sequence[Choice]) -> Iterator[Choice]:
     """``choices`` that the model supports, without those whose limit of tokens limits nothing, as does the highest."""
     plain = [choice for choice in choices if not choice.gradient_checkpointing]
-    if plain and not predictor.weights().model.language.supports_gradient_checkpointing:
+    if plain and checkpointing_blocker(predictor.weights().model.language):
         choices = plain
     highest = max(map(_limit, choices), default=0)
     return (choice for choice in choices if _limit(choice) == highest or not predictor.limits_nothing(choice))

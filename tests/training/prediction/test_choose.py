@@ -174,8 +174,8 @@ def test_a_model_without_checkpointing_is_predicted_and_trained_without(
     assert not fits
     assert not prediction.choice.gradient_checkpointing
     recipe, pred = predictor("stage2.gradient_checkpointing=true")
-    with pytest.raises(RecipeError, match="doesn't support it for model type llama"):
+    with pytest.raises(RecipeError, match="doesn't support it for LlamaForCausalLM"):
         choose(pred, recipe, Target(True, 10**12, 1))
     overrides = [*SMALL, "features.mode=live", "stage2.gradient_checkpointing=true"]
-    with pytest.raises(RecipeError, match="doesn't support it for model type llama"):
+    with pytest.raises(RecipeError, match="doesn't support it for LlamaForCausalLM"):
         train(load_recipe(toy / "recipe.yaml", overrides), 2)
