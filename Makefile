@@ -1,8 +1,8 @@
 # Requirements: Python 3.11, 3.12 or 3.13, git and make. Everything else is installed into .venv, once.
-# docs/install.md has the same commands for Windows and for systems without make.
+# docs/how-to/install.md has the same commands for Windows and for systems without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-original lint format docs constraints clean
+.PHONY: help demo test test-all test-gpu test-original lint format site docs constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 # Read by glibc only: use huge pages and keep freed memory in the allocator. Otherwise page faults take a third of a
-# training step (docs/training.md).
+# training step (docs/reference/training.md).
 MALLOC := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296
 MALLOC := $(MALLOC):glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=268435456
 
@@ -52,15 +52,23 @@ test-original: $(DEV_READY) ## test exports in LLaVA's code: LLAVA=/path/to/LLaV
 	LLAVA_PYTHON=$(VENV)/original/bin/python LLAVA="$(LLAVA)" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/components/formats/test_original_llava.py
 
-lint: $(DEV_READY) ## check style, types and import layers
+lint: $(DEV_READY) ## check style, types, import layers and the documentation site
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(SITE)
 
 format: $(DEV_READY) ## fix style where ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Strict: a warning, such as a broken link or anchor, is an error. -E reads all pages again, since pages that were read
+# before don't repeat their warnings.
+SITE := $(BIN)/python -m sphinx -qWE -c docs -d build/site.read . build/site
+site: $(DEV_READY) ## build the documentation site
+	$(SITE)
+	@echo "open build/site/index.html"
 
 docs: $(DEV_READY) ## regenerate the generated parts of docs/
 	$(BIN)/python docs/generate.py

@@ -34,7 +34,8 @@ from llavactl.core.validation import describe, schema_of
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data", "memory")),
+    "docs/how-to/memory.md",
+    *(f"docs/reference/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data")),
 )
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
@@ -84,7 +85,10 @@ def _describe(path: list[str]) -> Iterator[str]:
         return
     yield f"```\nllavactl {' '.join(path)} {pieces}\n```\n"
     records = [param.get_help_record(context) for param in command.params if isinstance(param, click.Option)]
-    lines = [f"- `{option}` – {' '.join(what.split())}".removesuffix(" – ") for option, what in filter(None, records)]
+    lines = [
+        f"- `{option}` – {_linked(' '.join(what.split()))}".removesuffix(" – ")
+        for option, what in filter(None, records)
+    ]
     if lines:
         yield "\n".join(lines) + "\n"
 
@@ -102,7 +106,7 @@ def hooks() -> Iterator[str]:
     """Every hook with its signature and docstring, in the order of the module."""
     for name, function in vars(hookspecs).items():
         if hasattr(function, "llavactl_spec"):
-            text = (inspect.getdoc(function) or "").replace("``", "`")
+            text = _linked((inspect.getdoc(function) or "").replace("``", "`"))
             yield f"### `{name}`\n\n```python\ndef {_signature(name, function)}: ...\n```\n\n{text}\n"
 
 
@@ -214,7 +218,17 @@ def _description(key: str, field: Mapping[str, Any], model: type[BaseModel]) -> 
     """The description of a key, which a subclass that redeclares the key inherits."""
     inherited = (parent.model_fields.get(key) for parent in model.__mro__ if hasattr(parent, "model_fields"))
     text = field.get("description") or next((each.description for each in inherited if each and each.description), "")
-    return str(text).replace("|", "\\|")
+    return _linked(str(text).replace("|", "\\|"))
+
+
+def _linked(text: str) -> str:
+    """``text`` on a page in docs/reference/, with links to the pages that it names."""
+
+    def link(match: re.Match[str]) -> str:
+        title = (ROOT / match[1]).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        return f"[{title}]({os.path.relpath(match[1], 'docs/reference')}{match[2] or ''})"
+
+    return re.sub(r"\b(docs/[\w/-]+\.md)(#[\w-]+)?", link, text)
 
 
 def components() -> Iterator[str]:
@@ -306,7 +320,7 @@ def names() -> Iterator[str]:
     """The public names with the first paragraph of their docstrings."""
     yield "| name | description |\n|---|---|"
     for name in llavactl.__all__:
-        yield f"| `{name}` | {_first_line(name)} |"
+        yield f"| `{name}` | {_linked(_first_line(name))} |"
 
 
 def _first_line(name: str) -> str:

@@ -1,6 +1,6 @@
 """Regenerates recipes/memory.json, the predicted memory of the recipes: ``python docs/memory.py`` (minutes on a core).
 
-The models are written as configurations with the published sizes; no weights are needed. docs/memory.md and
+The models are written as configurations with the published sizes; no weights are needed. docs/how-to/memory.md and
 ``llavactl doctor`` show the file.
 """
 

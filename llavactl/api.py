@@ -176,7 +176,7 @@ def load_model(
     """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
     ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
-    provides components that a checkpoint lacks (see docs/export.md).
+    provides components that a checkpoint lacks (see docs/reference/export.md#import).
 
     Raises:
         ModelError: the model can't be read.

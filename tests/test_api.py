@@ -1,4 +1,4 @@
-"""The Python API matches the commands; the code blocks of docs/python.md run."""
+"""The Python API matches the commands; the code blocks of docs/reference/python.md run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 import llavactl
 from llavactl.testing import run_cli
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "python.md"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy project in which the code of docs/python.md was run as a script."""
+    """A toy project in which the code of docs/reference/python.md was run as a script."""
     from llavactl.testing import toy_recipe
 
     folder = tmp_path_factory.mktemp("project")

@@ -55,7 +55,8 @@ def check_launch(precision: str | None = None) -> None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "WORLD_SIZE" not in os.environ:
         raise RecipeError(
             f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without a process group",
-            hint="start one torchrun per node with srun (docs/cluster.md); only `llavactl extract` needs no launcher",
+            hint="start one torchrun per node with srun (docs/tutorials/cluster.md); only `llavactl extract` needs no "
+            "launcher",
         )
     for name, what in _UNSUPPORTED.items():
         if os.environ.get(name, "").lower() not in _OFF:

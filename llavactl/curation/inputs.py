@@ -177,7 +177,7 @@ def _unsupported(name: str, reason: str, protocol: str) -> DataError:
     return DataError(
         f"source {name!r} of plugin {plugin} {reason}: it isn't a {protocol}",
         hint="name a JSON or JSONL file of LLaVA records instead; in your own plugin, implement "
-        f"{protocol} (docs/plugins.md)",
+        f"{protocol} (docs/reference/plugins.md#record-sources)",
     )
 
 

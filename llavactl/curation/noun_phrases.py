@@ -1,7 +1,7 @@
 """Noun phrases of captions: a part-of-speech tagger with its own lexicon, and a small grammar over its tags.
 
 The tagger is TextBlob's (a lexicon and rules, MIT license, no download after installation). LLaVA used spaCy, whose
-models are not on the package index; it can be used as the extractor instead (docs/data.md).
+models are not on the package index; it can be used as the extractor instead (docs/reference/data.md).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Outline(StageSections, _Head):
     sharding: Literal["auto", "none", "full"] = Field(
         "auto",
         description="weights, gradients and optimizer state on every process (none), or a share of them on each (full, "
-        "FSDP2); auto: chosen before training (docs/training.md)",
+        "FSDP2); auto: chosen before training (docs/reference/training.md#sharding-and-optimizer-state)",
     )
     optimizer_state: Literal["auto", "device", "host"] = Field(
         "auto",
@@ -48,7 +48,9 @@ class Outline(StageSections, _Head):
         "training",
     )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
-        (), description="experiment trackers that record the metrics of training, in `run_dir` (docs/training.md)"
+        (),
+        description="experiment trackers that record the metrics of training, in `run_dir` "
+        "(docs/reference/training.md#trackers)",
     )
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")

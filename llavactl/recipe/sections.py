@@ -20,7 +20,9 @@ class Features(Section):
         "cached", description="cached: extract once into the feature store; live: encode images in every step"
     )
     dtype: Literal["float16", "int8"] = Field(
-        "float16", description="dtype of stored features; int8 needs half the disk space (docs/features.md)"
+        "float16",
+        description="dtype of stored features; int8 needs half the disk space "
+        "(docs/explanation/features.md#int8-features)",
     )
     compute: ComputeType = Field("float32", description="dtype in which the vision encoder computes")
     batch_size: PositiveInteger = Field(16, description="images per forward pass of the vision encoder")

@@ -97,7 +97,7 @@ class Stage(Section):
     packing: Literal["auto", "always", "never"] = Field(
         "auto",
         description="sequence packing: where it is exact (on CUDA devices after a check), always or an error, or never "
-        "(docs/training.md)",
+        "(docs/reference/training.md#sequence-packing)",
     )
     shuffle: Literal["samples", "images"] = Field(
         "samples", description="shuffle by sample, or by image: all samples of an image together, to share its prefix"
@@ -135,7 +135,8 @@ class Stage(Section):
         "`evaluate_every`",
     )
     evaluate_every: EvaluateEvery | None = Field(
-        None, description="evaluation during training (docs/training.md); null: none"
+        None,
+        description="evaluation during training (docs/reference/training.md#evaluation-during-training); null: none",
     )
 
     @model_validator(mode="before")
@@ -177,7 +178,8 @@ class Stage1(Stage):
 
     box_alignment_steps: NonNegativeInteger = Field(
         0,
-        description="steps before training that fit the connector to the boxes of the data (docs/training.md)",
+        description="steps before training that fit the connector to the boxes of the data "
+        "(docs/reference/training.md#box-alignment)",
     )
     template: Template = "plain"
     batch_size: BatchSize = 256

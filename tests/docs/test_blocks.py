@@ -21,7 +21,7 @@ from llavactl.recipe.specs import ConnectorSpec, VisionSpec
 from llavactl.testing import check_source
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -56,6 +56,8 @@ def shell_lines() -> list[Any]:
 def test_a_command_parses(words: list[str]) -> None:
     for cut in (">", "|", "&&"):
         words = words[: words.index(cut)] if cut in words else words
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     program = words[0].removeprefix(".venv/bin/")
     if program == "llavactl":
         parse(root, words[1:])
@@ -112,7 +114,7 @@ def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 @pytest.mark.parametrize("model", sorted(sections(Recipe), key=lambda model: model.__name__))
 def test_the_reference_describes_every_key_of_the_frame(model: type[BaseModel]) -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
     reference = page.partition("<!-- generated: keys -->")[2].partition("<!-- end: keys -->")[0]
     for key in model.model_fields:
         rows = [line for line in reference.splitlines() if line.startswith(f"| `{key}` |")]
@@ -123,7 +125,9 @@ def test_the_reference_describes_every_key_of_the_frame(model: type[BaseModel]) 
 def test_the_plugin_of_the_docs_works(tmp_path: Path) -> None:
     """Writes the files to the paths in their first lines, with the metadata of an installed package."""
     files = [
-        param.values[0] for param in blocks("python", "toml") if param.values[0].where.startswith("docs/plugins.md")
+        param.values[0]
+        for param in blocks("python", "toml")
+        if param.values[0].where.startswith("docs/how-to/plugin.md")
     ]
     for _, text in files:
         if head := re.match(r"# (\S+\.(?:py|toml))\n", text):

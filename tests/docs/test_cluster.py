@@ -1,4 +1,4 @@
-"""The commands of docs/cluster.md run on CPUs: two processes instead of eight, two launchers as two machines."""
+"""Commands for several GPUs and machines run on CPUs: two processes instead of eight, two launchers as two hosts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ import pytest
 
 from llavactl.training.metrics import read, without_measured
 
-PAGE = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^```sh\n(.+?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
-(SCRIPT,) = re.findall(r"^```bash\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def code(page: str, language: str) -> list[str]:
+    """The code blocks in ``language`` of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [block.strip() for block in code("how-to/several-machines.md", "sh")]
+(SCRIPT,) = code("tutorials/cluster.md", "bash")
 TIMEOUT_S = 500
 
 SRUN = r"""#!/bin/bash

@@ -16,8 +16,9 @@ from llavactl.core.builtin_plugin import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "docs" / "generate.py"
-PLUGINS = (ROOT / "docs" / "plugins.md").read_text()
-CLI = (ROOT / "docs" / "cli.md").read_text()
+REFERENCE = ROOT / "docs" / "reference"
+PLUGINS = (REFERENCE / "plugins.md").read_text()
+CLI = (REFERENCE / "cli.md").read_text()
 HOOKS = [name for name, each in vars(hookspecs).items() if hasattr(each, "llavactl_spec")]
 
 
@@ -36,7 +37,7 @@ def test_the_pages_are_up_to_date() -> None:
 
 
 def test_every_block_is_in_some_page() -> None:
-    pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/*.md"))))
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", *map(str, ROOT.glob("docs/**/*.md"))))
     for name in (
         "commands",
         "cli",
@@ -84,7 +85,7 @@ def test_every_command_is_in_the_reference(command: str) -> None:
 
 
 def test_every_key_and_option_has_a_description() -> None:
-    rows = [line for line in (ROOT / "docs" / "recipes.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [line for line in (REFERENCE / "recipes.md").read_text().splitlines() if line.startswith("| `")]
     assert [row for row in rows if not row.split(" | ")[-1].strip("| ")] == []
 
 

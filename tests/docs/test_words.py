@@ -39,10 +39,10 @@ QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture")
 """Names in LLaVA, transformers and HTML."""
 
 DATA = {
-    "docs/evaluation.md": "pictures?",  # scienceqa's option `pictures`
-    "docs/generate.py": "colour",  # an example conversation, which docs/templates.md shows
-    "docs/recipes.md": "pictures?",  # scienceqa's option `pictures`
-    "docs/templates.md": "colour",
+    "docs/reference/evaluation.md": "pictures?",  # scienceqa's option `pictures`
+    "docs/generate.py": "colour",  # an example conversation, which docs/reference/templates.md shows
+    "docs/reference/recipes.md": "pictures?",  # scienceqa's option `pictures`
+    "docs/reference/templates.md": "colour",
     "llavactl/components/sources/llava_record.py": "picture",  # keys and placeholders of other programs
     "llavactl/components/sources/scenes/__init__.py": "picture",  # generated conversations
     "llavactl/components/sources/scenes/captions.py": "picture",

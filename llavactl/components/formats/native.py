@@ -52,7 +52,7 @@ def exportable_backbone(vision: Mapping[str, Any]) -> Any:
     if not hasattr(backbone, "whole"):
         raise ModelError(
             f"vision backbone {vision['name']} can't be exported: it has no method `whole`",
-            hint="see vision in docs/plugins.md; backbones of transformers have it",
+            hint="see docs/reference/plugins.md#vision; backbones of transformers have it",
         )
     return backbone
 

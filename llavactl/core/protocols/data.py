@@ -42,7 +42,7 @@ class RawRecord(Typed):
 
 @dataclass(frozen=True)
 class Finding(Typed):
-    """A problem of one record: a ``kind`` that ``llavactl data check`` defines (see docs/data.md), and details."""
+    """A problem of one record: one of the kinds of ``llavactl data check`` (docs/reference/data.md), and details."""
 
     kind: str
     detail: str = ""

@@ -15,7 +15,7 @@ class Format(Protocol):
     """A format of a model folder. Implement ``CheckableFormat`` as well if it can be checked before training."""
 
     reload: Path | None
-    """A script that reloads an export without llavactl, to verify it (input and output: docs/export.md);
+    """A script that reloads an export without llavactl, to verify it (input and output: docs/reference/export.md);
     None: exports in this format are not verified."""
 
     def recognise(self, folder: Path) -> bool:
