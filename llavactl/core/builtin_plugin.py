@@ -59,6 +59,12 @@ def register_sources(register: Register) -> None:
         summary="captions and boxes, one image per record, in the JSONL format of LLaVA",
     )
     register(
+        "image-folder",
+        f"{_COMPONENTS}.sources.image_folder:ImageFolder",
+        options=f"{_COMPONENTS}.sources.image_folder:ImageFolderOptions",
+        summary="a folder of images with captions in text files beside them, or in a table such as metadata.csv",
+    )
+    register(
         "scenes",
         f"{_COMPONENTS}.sources.scenes:scenes",
         options=f"{_COMPONENTS}.sources.scenes:ScenesOptions",

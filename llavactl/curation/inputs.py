@@ -94,7 +94,8 @@ def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
 
 
 def _record_input(name: str, source: RecordSource, stage: StageNumber) -> Input:
-    require_file(source.path)
+    if not source.path.is_dir():
+        require_file(source.path)
     if check := getattr(source, "check", None):
         check()
     return Input(name, stage, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
@@ -124,7 +125,13 @@ def with_progress(records: Iterator[ScannedRecord], source: RecordSource | None,
 
 @contextmanager
 def reading(file: Path, verb: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over ``file``; the function it gives is called with the characters and records read so far."""
+    """A progress bar over ``file``; the function it gives is called with the characters and records read so far.
+
+    No bar for a folder, whose size says nothing.
+    """
+    if file.is_dir():
+        yield lambda _characters, _count: None
+        return
     require_file(file)
     shown, bytes_per_character = 0, _bytes_per_character(file)
     with progress.bar(file.stat().st_size, f"{verb} {file.name}", BYTE) as bar:
@@ -157,7 +164,8 @@ def caption_source(recipe: Outline | None, file: Path | None) -> RecordSource:
     source = registry().create("sources", specs[0].spec())
     if not isinstance(source, RecordSource):
         raise _unsupported(specs[0].name, "doesn't read single records", "RecordSource")
-    require_file(source.path)
+    if not source.path.is_dir():
+        require_file(source.path)
     return source
 
 

@@ -44,12 +44,16 @@ KINDS: Mapping[str, ProblemKind] = {
     "source": ProblemKind("stops", "a source that can't be read to its end"),
     "image-missing": ProblemKind("lost", "an image that is missing or can't be read"),
     "image-broken": ProblemKind("lost", "an image that can't be decoded"),
+    "no-caption": ProblemKind("lost", "an image without a caption, in a folder of images"),
+    "no-image": ProblemKind("lost", "a file with captions of an image that doesn't exist"),
     "template": ProblemKind("lost", "a conversation that the stage's template can't render"),
     "untrained": ProblemKind("lost", "no target token within max_length"),
     "empty-answer": ProblemKind("harms", "an empty answer: the model learns to give empty answers"),
     "truncated": ProblemKind("noted", "longer than max_length: its end is truncated"),
     "image-cut": ProblemKind("noted", "longer than max_length: an image is truncated with the end"),
     "duplicate-id": ProblemKind("noted", "an id that an earlier record has"),
+    "duplicate-caption": ProblemKind("noted", "a caption that the image has twice: used once"),
+    "encoding": ProblemKind("noted", "a text file that is not UTF-8: read as Windows-1252"),
     "no-id": ProblemKind("noted", "no string or number as `id`: the record is identified by its index in the file"),
     "unread": ProblemKind("noted", "keys of other formats, which are ignored"),
     "no-tag": ProblemKind("noted", "images without an <image> tag: inserted before the first question"),
@@ -68,8 +72,8 @@ KINDS: Mapping[str, ProblemKind] = {
 NOT_IN_RECORDS = frozenset({"image-link", "image-twice"})
 """Problems outside the records themselves: ``--fix`` keeps the record, and the hint says what to change instead."""
 
-OF_COMPLETE_SOURCES = frozenset({"empty", "source"})
-"""Problems of a complete file or source, which ``--fix`` can't repair."""
+OF_COMPLETE_SOURCES = frozenset({"empty", "source", "no-caption", "no-image", "duplicate-caption", "encoding"})
+"""Problems of a complete file or source, or of what is not in its records, which ``--fix`` can't repair."""
 
 MAX_LOCATIONS = 1000
 """Locations stored per problem, which bounds the memory for a file whose records are all wrong."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,16 +124,17 @@ def scan_records(name: str, source: RecordSource, *, with_samples: bool) -> Iter
     """
     for record in source.records():
         yield _scanned(name, source, record, with_samples)
+    other: Callable[[], Iterable[tuple[str, Finding]]] = getattr(source, "other_findings", lambda: ())
+    for where, finding in other():
+        _check_kinds(name, where, [finding])
+        yield ScannedRecord(where, None, None, (), [finding], 0)
 
 
 def _scanned(name: str, source: RecordSource, record: RawRecord, with_samples: bool) -> ScannedRecord:
     if record.problem:
         return ScannedRecord(record.where, record, None, (), [Finding("json", record.problem)], record.position)
     findings, images = source.examine(record)
-    if unknown := [finding.kind for finding in findings if finding.kind not in KINDS]:
-        raise PluginError(
-            f"source {name!r}: {record.where}: unknown finding {unknown[0]!r}", hint=f"available: {', '.join(KINDS)}"
-        )
+    _check_kinds(name, record.where, findings)
     sample = None
     if with_samples:
         try:
@@ -142,6 +143,13 @@ def _scanned(name: str, source: RecordSource, record: RawRecord, with_samples: b
             if not any(KINDS[finding.kind].effect == "stops" for finding in findings):
                 findings = [*findings, Finding("record", error.message.removeprefix(f"{record.where}: "))]
     return ScannedRecord(record.where, record, sample, images, list(findings), record.position)
+
+
+def _check_kinds(name: str, where: str, findings: Iterable[Finding]) -> None:
+    if unknown := [finding.kind for finding in findings if finding.kind not in KINDS]:
+        raise PluginError(
+            f"source {name!r}: {where}: unknown finding {unknown[0]!r}", hint=f"available: {', '.join(KINDS)}"
+        )
 
 
 def scan_samples(name: str, samples: Iterable[Sample]) -> Iterator[ScannedRecord]:

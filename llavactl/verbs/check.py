@@ -14,7 +14,7 @@ from llavactl.components.sources.llava_json import LlavaJson
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import Finding, RepairingSource
 from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
-from llavactl.curation.problems import KINDS, Tally
+from llavactl.curation.problems import KINDS, OF_COMPLETE_SOURCES, Tally
 from llavactl.curation.repair import RepairWriter
 from llavactl.curation.scan import Decode, ImageChecks, scan
 from llavactl.files.json_stream import write_stream
@@ -23,6 +23,10 @@ from llavactl.files.text import refuse_overwriting
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
     from llavactl.recipe.stages import StageNumber
+
+
+NOT_RECORDS = OF_COMPLETE_SOURCES | {"json"}
+"""Problems of what doesn't count as a record."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def check(
             for record in with_progress(
                 scan(source.scan(lengths is not None), checks, lengths), source.records, "check"
             ):
-                records += not any(finding.kind in ("json", "source") for finding in record.findings)
+                records += not any(finding.kind in NOT_RECORDS for finding in record.findings)
                 tally.add(record.where, record.findings)
                 if writer is not None and record.raw is not None:
                     writer.add(record.raw, record.findings)

@@ -43,6 +43,7 @@ DATA = {
     "docs/generate.py": "colour",  # an example conversation, which docs/reference/templates.md shows
     "docs/reference/recipes.md": "pictures?",  # scienceqa's option `pictures`
     "docs/reference/templates.md": "colour",
+    "llavactl/components/sources/image_folder/tables.py": "picture",  # a column name of tables
     "llavactl/components/sources/llava_record.py": "picture",  # keys and placeholders of other programs
     "llavactl/components/sources/scenes/__init__.py": "picture",  # generated conversations
     "llavactl/components/sources/scenes/captions.py": "picture",

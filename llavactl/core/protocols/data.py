@@ -52,12 +52,13 @@ class Finding(Typed):
 class RecordSource(Source, Protocol):
     """A source that reads a file record by record: ``llavactl data`` can report and select single records.
 
-    Iteration yields ``sample(record)`` for each record in ``records()``. Optional method: ``check()`` raises DataError
+    Iteration yields ``sample(record)`` for each record in ``records()``. Optional methods: ``check()`` raises DataError
     if, for example, the image folder is missing; ``llavactl data check`` and ``stats`` call it before the first record.
+    ``other_findings()`` yields locations and findings about what isn't in any record, such as images without captions.
     """
 
     path: Path
-    """The file that holds the records; its size is the total of progress bars."""
+    """The file that holds the records, whose size is the total of progress bars, or a folder."""
 
     def records(self) -> Iterator[RawRecord]:
         """Every record in order, including those that can't be parsed or used."""
