@@ -10,13 +10,14 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 
-from llavactl.cli import boundary
+from llavactl.cli import boundary, terminal
 from llavactl.cli.root import root
 from llavactl.core import stopping
 from llavactl.core.network import proxy_error
@@ -60,7 +61,7 @@ def _use_utf8() -> None:
 
 def _invoke(arguments: Sequence[str]) -> int:
     try:
-        code = root.main(list(arguments), prog_name="llavactl", standalone_mode=False)
+        code = root.main(list(arguments), prog_name="llavactl", standalone_mode=False, color=terminal.color())
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
@@ -84,10 +85,13 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        boundary.message("llavactl:", f" {boundary.single_line(self.format(record))}", style)
+        verbose = logging.getLogger("llavactl").level <= logging.DEBUG
+        at = f" {time.strftime('%H:%M:%S')}.{record.msecs:03.0f}" if verbose else ""
+        boundary.message(f"llavactl{at}:", f" {boundary.single_line(self.format(record))}", style)
 
 
 def _log_to_stderr() -> None:
+    """Logs from level INFO on; ``--quiet`` and ``--verbose`` change the level. Completing a word logs nothing."""
     log = logging.getLogger("llavactl")
     log.handlers = [_StderrHandler()]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.CRITICAL if "_LLAVACTL_COMPLETE" in os.environ else logging.INFO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sqlite3
 import sys
 import traceback
@@ -11,18 +12,22 @@ import zipfile
 import click
 
 from llavactl.cli import terminal
-from llavactl.core import plugins
+from llavactl.core import plugins, progress
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import hub_error, proxy_error
 
+log = logging.getLogger(__name__)
+
 
 def report(error: BaseException) -> None:
-    """Prints ``error`` to stderr."""
-    if (known := explained(error)) is not None:
+    """Prints ``error`` to stderr; with ``--verbose``, its traceback as well."""
+    known = explained(error)
+    if known is None or log.isEnabledFor(logging.DEBUG):
+        traceback.print_exception(error)
+    if known is not None:
         _lines(known)
         return
-    traceback.print_exception(error)
     plugin = _plugin(error)
     where = f"plugin {plugin}, please report this traceback to its authors" if plugin else ""
     message("bug", f" in {where or 'llavactl, please report this traceback'}", "bold red")
@@ -144,10 +149,11 @@ def _lines(error: LlavactlError) -> None:
 def message(label: str, text: str, style: str) -> None:
     """Prints one line to stderr; on terminals the label has the rich style ``style``."""
     console = terminal.console(sys.stderr)
-    if console is None:
-        click.echo(label + text, err=True)
-    else:
-        terminal.print_labeled(console, label, text, style)
+    with progress.bars_hidden():
+        if console is None:
+            click.echo(label + text, err=True)
+        else:
+            terminal.print_labeled(console, label, text, style)
 
 
 def single_line(text: str) -> str:

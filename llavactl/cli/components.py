@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option
 from llavactl.core.protocols import KINDS
 
@@ -14,7 +15,13 @@ if TYPE_CHECKING:
     from llavactl.core.registry import Registration
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl components",
+        "llavactl components connectors",
+    ],
+)
 @click.argument("kind", required=False, type=click.Choice(list(KINDS)))
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
@@ -33,7 +40,7 @@ def command(kind: str | None, as_json: bool) -> None:
         output.table(rows, ("kind", "name", "plugin", "summary"))
     else:
         for entry in entries:
-            output.line(f"{entry.name}  ({entry.plugin})  {entry.summary}")
+            output.table([(entry.name, f"({entry.plugin})", entry.summary)])
             output.table([(f"  {option}", description) for option, description in _options(entry).items()])
 
 

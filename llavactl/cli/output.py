@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from llavactl.cli import terminal
+from llavactl.core import progress
 from llavactl.core.paths import json_text
 from llavactl.core.streams import result_stream
 
@@ -48,7 +49,8 @@ def labeled(rows: Sequence[tuple[str, str]]) -> None:
         if console is None:
             _print(f"{label:<{width}} {text}".rstrip())
         else:
-            terminal.print_labeled(console, f"{label:<{width}}", f" {text}".rstrip(), "bold")
+            with progress.bars_hidden():
+                terminal.print_labeled(console, f"{label:<{width}}", f" {text}".rstrip(), "bold")
 
 
 def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = (), styles: Mapping[str, str] | None = None) -> None:
@@ -58,7 +60,8 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = (), styles: Ma
     """
     console = terminal.console(result_stream()) if _is_main_process() else None
     if console is not None:
-        terminal.print_table(console, rows, columns, styles or {})
+        with progress.bars_hidden():
+            terminal.print_table(console, rows, columns, styles or {})
         return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -72,7 +75,8 @@ def text(piece: str) -> None:
 
 def _print(text: str, *, newline: bool = True) -> None:
     if _is_main_process():
-        click.echo(text, file=result_stream(), nl=newline)
+        with progress.bars_hidden():
+            click.echo(text, file=result_stream(), nl=newline)
 
 
 def _is_main_process() -> bool:

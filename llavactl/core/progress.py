@@ -1,4 +1,7 @@
-"""Progress bars on a terminal, sparse log lines elsewhere, with rate and remaining time; both on stderr."""
+"""Progress of long operations on stderr: a bar on a terminal, sparse log lines elsewhere.
+
+Level WARNING of the logger ``llavactl`` hides both (``--quiet``).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llavactl.core.memory import memory_bytes
 from llavactl.core.processes import is_main_process
-from llavactl.core.quantities import BYTE, duration, quantity, speed
+from llavactl.core.quantities import gigabytes
+from llavactl.core.streams import is_terminal
 from llavactl.core.typed import Typed
+
+if TYPE_CHECKING:
+    from llavactl.core.progress_line import Status
 
 log = logging.getLogger(__name__)
 
+FIRST_LINE_S = 5.0
 LINE_EVERY_S = 30.0
 
 
@@ -52,49 +61,90 @@ def reporting_to(listener: Callable[[Progress], object] | None) -> Iterator[None
 class Bar:
     """A progress bar."""
 
-    def __init__(self, inner: Any, what: str, unit: str, total: int, start: int) -> None:
-        self._inner, self._what, self._unit, self._total = inner, what, unit, total
-        self._start = self._done = start
-        self._began = self._logged = time.perf_counter()
+    def __init__(self, what: str, unit: str, total: int | None, start: int, *, memory: bool) -> None:
+        self._what, self._unit, self._total, self._memory = " ".join(what.split()), unit, total or 0, memory
+        self._nothing_to_do = total is not None and total <= start
+        self._start = self._done = self._logged = start
+        self._facts: Mapping[str, str] = {}
+        self._began = time.perf_counter()
+        self._line: Any = None
+        self._next_log = self._began + FIRST_LINE_S
 
     def advance(self, count: int = 1, **facts: str) -> None:
         """Advances the bar by ``count`` units and shows ``facts`` after it."""
-        self._done += count
+        self._done, self._facts = self._done + count, facts
         if (listener := _listener.get()) is not None:
             listener(Progress(self._what, self._done, self._total, self._unit, self._start, facts))
-        if not self._inner.disable:
-            self._inner.set_postfix(facts, refresh=False)
-            self._inner.update(count)
-        elif (now := time.perf_counter()) - self._logged >= LINE_EVERY_S:
-            self._logged = now
-            self._log_line((self._done - self._start) / (now - self._began), facts)
+        if self._line is not None:
+            self._line.update(count)
+        elif (now := time.perf_counter()) >= self._next_log:
+            self._next_log = now + LINE_EVERY_S
+            self._log()
 
-    def _log_line(self, rate: float, facts: dict[str, str]) -> None:
-        of_total = f" of {quantity(self._total, self._unit)}" if self._total else ""
-        done = f"{self._done:,}" if self._total and self._unit != BYTE else quantity(self._done, self._unit)
-        left = f", {duration((self._total - self._done) / rate)} left" if rate and self._total else ""
-        also = "".join(f", {name} {value}" for name, value in facts.items())
-        log.info("%s: %s%s, %s%s%s", self._what, done, of_total, speed(rate, self._unit), also, left)
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows the bar on the terminal, or logs its last state if it took long enough for earlier ones."""
+        if not self._nothing_to_do and is_terminal(sys.stderr) and is_main_process() and not _quiet():
+            from llavactl.core.progress_line import TerminalLine
+
+            with TerminalLine(self._status, self._total, self._start, sys.stderr) as self._line:
+                yield
+            return
+        yield
+        if self._done != self._logged and time.perf_counter() >= self._began + FIRST_LINE_S:
+            self._log()
+
+    def _log(self) -> None:
+        from llavactl.core.progress_line import log_line
+
+        self._logged = self._done
+        seconds = time.perf_counter() - self._began
+        log.info("%s", log_line(self._status((self._done - self._start) / seconds if seconds else 0.0, seconds)))
+
+    def _status(self, rate: float, seconds: float) -> Status:
+        from llavactl.core.progress_line import Status
+
+        facts = dict(self._facts)
+        if self._memory:
+            facts["memory"] = gigabytes(memory_bytes())
+        return Status(self._what, self._done, self._total, self._unit, facts, rate, seconds)
 
 
 @contextmanager
-def bar(total: int | None, what: str, unit: str, start: int = 0) -> Iterator[Bar]:
-    """A progress bar of ``total`` ``unit``s (None: unknown), starting at ``start``."""
-    from tqdm import tqdm
+def bar(total: int | None, what: str, unit: str, start: int = 0, *, memory: bool = False) -> Iterator[Bar]:
+    """A progress bar of ``total`` ``unit``s (None: unknown), starting at ``start``.
 
-    disable = not sys.stderr.isatty() or total == 0 or not is_main_process()
-    shown: dict[str, Any] = {"unit": "B", "unit_scale": True} if unit == BYTE else {"unit": unit}
-    with tqdm(
-        total=total, desc=what, initial=start, file=sys.stderr, disable=disable, smoothing=0.05, **shown
-    ) as inner:
-        yield Bar(inner, what, unit, total or 0, start)
+    ``memory``: show the memory of this process as well.
+    """
+    progress_bar = Bar(what, unit, total, start, memory=memory)
+    with progress_bar.shown():
+        yield progress_bar
+
+
+@contextmanager
+def bars_hidden() -> Iterator[None]:
+    """Hides the progress bars on the terminal, including those of libraries, while something else is printed."""
+    module = sys.modules.get("tqdm")
+    if module is None:
+        yield
+        return
+    with module.tqdm.external_write_mode(file=sys.stderr):
+        yield
 
 
 def quiet_transformers() -> None:
-    """Shows progress bars of transformers only on a terminal, and only after 2 s; affects the whole process."""
+    """Shows progress bars of transformers only where llavactl shows its own, and only after 2 s.
+
+    Affects the whole process.
+    """
     from transformers.utils import logging as transformers_logging
 
     def delayed(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        return make(*args, **{"delay": 2, "disable": None, **options})
+        hidden = _quiet() or not is_terminal(sys.stderr)
+        return make(*args, **{"delay": 2, "disable": hidden, "dynamic_ncols": True, "leave": False, **options})
 
     transformers_logging.set_tqdm_hook(delayed)
+
+
+def _quiet() -> bool:
+    return logging.getLogger("llavactl").level > logging.INFO

@@ -22,12 +22,12 @@ def gigabytes(size: float) -> str:
 
 
 def speed(rate: float, unit: str) -> str:
-    """A ``rate`` in ``unit``s per second as text: ``490 kB per second``, ``12.5 per second``, ``3.2 s per step``."""
+    """A ``rate`` in ``unit``s per second as text: ``490 kB/s``, ``12.5 images/s``, ``3.2 s/step``."""
     if unit == BYTE:
-        return f"{quantity(rate, unit)} per second"
+        return f"{quantity(rate, unit)}/s"
     if 0 < rate < 1:
-        return f"{1 / rate:,.1f} s per {unit}"
-    return f"{rate:,.{0 if rate >= 100 else 1}f} per second"
+        return f"{1 / rate:,.1f} s/{unit}"
+    return f"{rate:,.{0 if rate >= 100 else 1}f} {unit}s/s"
 
 
 def duration(seconds: float) -> str:

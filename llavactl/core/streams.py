@@ -19,6 +19,11 @@ def result_stream() -> TextIO:
     return _results or sys.stdout
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Redirects standard output to stderr, so that output of plugins and libraries isn't mixed with results.

@@ -56,7 +56,7 @@ def answer_questions(
         own_batches = list(question_batches(pending, settings.batch_size))[processes.rank :: processes.count]
         with (
             (file if processes.count == 1 else _part_file(file, processes.rank)).open("a", encoding="utf-8") as output,
-            progress.bar(total, f"eval {model.name}".strip(), "question", total - len(pending)) as bar,
+            progress.bar(total, f"eval {model.name}".strip(), "question", total - len(pending), memory=True) as bar,
         ):
             for batch in own_batches:
                 texts = loaded.answer([question.turns for question in batch], sampling)

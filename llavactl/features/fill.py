@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavactl.core import progress
+from llavactl.core.quantities import gigabytes
 from llavactl.features.backbone import OVERFLOW, Backbone, BatchFeatures
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.parts import WHOLE, Part
@@ -180,9 +181,9 @@ def fill_stores(jobs: Sequence[ExtractionJob]) -> dict[str, FillResult]:
     def advance(images: int, size: int) -> None:
         nonlocal written
         written += size
-        bar.advance(images, GB=f"{written / 1e9:.2f}")
+        bar.advance(images, written=gigabytes(written))
 
-    with progress.bar(sum(len(job.plan.missing) for job in jobs), "encoding", "image") as bar:
+    with progress.bar(sum(len(job.plan.missing) for job in jobs), "encoding", "image", memory=True) as bar:
         return {job.plan.target.fingerprint.id: fill_store(job, advance) for job in jobs}
 
 

@@ -1,58 +1,105 @@
-"""Output is formatted on terminals and plain everywhere else."""
+"""Output is formatted on terminals and plain everywhere else; progress bars keep a terminal tidy."""
 
 from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pyte
 import pytest
 
 from llavactl.core.registry import registry
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
+fcntl = pytest.importorskip("fcntl")
+termios = pytest.importorskip("termios")
 
 ESCAPE = "\x1b["
 COLOR = re.compile(r"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m")
 BOX = "│─┃━╭╰┌└"
 PROGRAM = [sys.executable, "-m", "llavactl.cli"]
+INHERITED = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES")
+LINES = 40
 
 
 def environment(**variables: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    return {**inherited, "TERM": "xterm-256color", "COLUMNS": "60", "LINES": "40", **variables}
+    inherited = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    return {**inherited, "TERM": "xterm-256color", **variables}
 
 
-def on_terminal(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
-    """The exit code, and the output to a pseudo-terminal that is stdout and stderr."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*PROGRAM, *arguments], stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment(**variables)
-    )
-    os.close(slave)
-    chunks = []
-    while True:
+class Terminal:
+    """A pseudo-terminal that runs ``command`` with it as stdin, stdout and stderr.
+
+    ``raw`` is all output; ``screen`` what a user sees, by a terminal emulator.
+    """
+
+    def __init__(self, command: list[str], cwd: Path, columns: int, **variables: str) -> None:
+        self.master, slave = pty.openpty()
+        self.screen = pyte.HistoryScreen(columns, LINES, history=10_000)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.resize(columns)
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment(**variables),
+            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        )  # fmt: skip
+        os.close(slave)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
+        self.screen.resize(LINES, columns)
+
+    def press(self, key: bytes) -> None:
+        os.write(self.master, key)
+
+    def read_until(self, pattern: str) -> None:
+        """Reads until ``pattern`` matches one of the lines."""
+        while not any(re.search(pattern, line) for line in self.lines()):
+            assert self.read(), f"{pattern!r} was not shown: {self.lines()}"
+
+    def read(self) -> bool:
+        """Reads some output; false if the process has exited."""
         try:
-            chunk = os.read(master, 65536)
+            chunk = os.read(self.master, 65536)
         except OSError:  # Linux: the process has closed the terminal
-            break
-        if not chunk:
-            break
-        chunks.append(chunk)
-    os.close(master)
-    return process.wait(), b"".join(chunks).decode()
+            return False
+        self.raw += chunk
+        self.stream.feed(chunk)
+        return bool(chunk)
+
+    def exit_code(self) -> int:
+        while self.read():
+            pass
+        os.close(self.master)
+        return self.process.wait()
+
+    def lines(self) -> list[str]:
+        """The lines that have been shown, including those scrolled off, without trailing spaces and empty lines."""
+        scrolled = [
+            "".join(row[column].data for column in range(self.screen.columns)) for row in self.screen.history.top
+        ]
+        return [line.rstrip() for line in (*scrolled, *self.screen.display) if line.strip()]
 
 
-def piped(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def on_terminal(*arguments: str, cwd: Path, columns: int = 60, **variables: str) -> tuple[int, str]:
+    """The exit code, and the output to a pseudo-terminal that is stdout and stderr."""
+    terminal = Terminal([*PROGRAM, *arguments], cwd, columns, **variables)
+    return terminal.exit_code(), terminal.raw.decode()
+
+
+def piped(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*PROGRAM, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
         cwd=cwd,
-        env=environment(),
+        env=environment(**variables),
         check=False,
     )
 
@@ -98,9 +145,158 @@ def test_errors_are_colored_on_a_terminal_only(tmp_path: Path) -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown).split() == done.stderr.split()
 
 
-@pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_color_can_be_disabled(variables: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "formatted"), [({"NO_COLOR": "1"}, True), ({"CLICOLOR": "0"}, True), ({"TERM": "dumb"}, False)]
+)
+def test_color_can_be_disabled(variables: dict[str, str], formatted: bool, tmp_path: Path) -> None:
     for arguments in (("recipes", "list"), ("train", "--stage", "1")):
-        _, shown = on_terminal(*arguments, cwd=tmp_path, **variables)
+        _, shown = on_terminal(*arguments, cwd=tmp_path, FORCE_COLOR="1", **variables)
         assert not COLOR.search(shown)
         assert "llava-v1-7b" in shown
+        assert (ESCAPE in shown) == formatted
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"CLICOLOR_FORCE": "1"}])
+def test_color_can_be_forced(variables: dict[str, str], tmp_path: Path) -> None:
+    listed = piped("recipes", "list", cwd=tmp_path, **variables).stdout
+    assert COLOR.search(listed)
+    assert any(len(line) > 80 for line in listed.splitlines()), "not wrapped"
+    assert COLOR.search(piped("train", "--stage", "1", cwd=tmp_path, **variables).stderr)
+    assert ESCAPE not in piped("recipes", "list", "--json", cwd=tmp_path, **variables).stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(
+    "arguments", [("recipes", "list"), ("components",), ("components", "tasks"), ("plugins", "list")]
+)
+def test_nothing_of_a_table_is_cut_off(arguments: tuple[str, ...], columns: int, tmp_path: Path) -> None:
+    code, shown = on_terminal(*arguments, cwd=tmp_path, columns=columns)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert all(len(line.rstrip()) <= columns for line in plain.splitlines()), "wrapped by the terminal"
+    complete = Counter(piped(*arguments, cwd=tmp_path).stdout)
+    complete[" "] = complete["\n"] = 0
+    assert not complete - Counter(plain)
+
+
+BARS = """
+import logging, sys, time
+from llavactl.cli import _log_to_stderr
+from llavactl.cli.output import line
+from llavactl.core import progress
+
+_log_to_stderr()
+log = logging.getLogger("llavactl.test")
+kind = sys.argv[1]
+with progress.bar(40, "stage1", "step", memory=True) as bar:
+    for step in range(40):
+        time.sleep(0.04)
+        bar.advance(loss=f"{2 - step / 40:.4f}", tokens_per_s="12,345")
+        if kind == "logs" and step % 10 == 9:
+            log.info("message %d, which is longer than a narrow terminal is wide", step)
+            line(f"result {step}")
+        if kind == "nested" and step == 20:
+            with progress.bar(10, "eval scenes", "question") as inner:
+                for _ in range(10):
+                    time.sleep(0.1)
+                    inner.advance()
+print("the end", file=sys.stderr)
+"""
+
+
+def bars(kind: str, cwd: Path, columns: int, **variables: str) -> Terminal:
+    return Terminal([sys.executable, "-c", BARS, kind], cwd, columns, **variables)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_progress_bar_is_one_line(columns: int, tmp_path: Path) -> None:
+    terminal = bars("plain", tmp_path, columns)
+    terminal.read_until("2./40")
+    (line,) = terminal.lines()
+    assert line.startswith("stage1 ")
+    assert " left" in line
+    assert columns == 40 or all(part in line for part in ("loss 1.", "memory ", "steps/s"))
+    assert terminal.exit_code() == 0
+    last, end = terminal.lines()
+    assert "40/40" in last
+    assert re.search(r" in \d\.\d s", last)
+    assert end == "the end"
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_messages_are_above_the_progress_bar(columns: int, tmp_path: Path) -> None:
+    terminal = bars("logs", tmp_path, columns)
+    assert terminal.exit_code() == 0
+    shown = " ".join("".join(line.ljust(columns) for line in terminal.lines()).split())
+    for step in (9, 19, 29, 39):
+        assert f"llavactl: message {step}, which is longer than a narrow terminal is wide" in shown.replace("  ", " ")
+        assert f"result {step}" in terminal.lines()
+    assert sum(line.startswith("stage1") for line in terminal.lines()) == 1
+    assert terminal.lines()[-1] == "the end"
+
+
+def test_a_nested_bar_is_below_and_disappears(tmp_path: Path) -> None:
+    terminal = bars("nested", tmp_path, 80)
+    terminal.read_until("eval scenes")
+    terminal.read_until("[2-8]/10")
+    outer, inner = terminal.lines()
+    assert outer.startswith("stage1 ")
+    assert inner.startswith("eval scenes ")
+    assert terminal.exit_code() == 0
+    outer, end = terminal.lines()
+    assert outer.startswith("stage1 ")
+    assert "40/40" in outer
+    assert end == "the end"
+
+
+def test_a_progress_bar_follows_the_width_of_the_terminal(tmp_path: Path) -> None:
+    terminal = bars("plain", tmp_path, 100)
+    terminal.read_until("1./40")
+    assert "|" in terminal.lines()[0]
+    terminal.resize(40)
+    terminal.read_until("2./40")
+    (line,) = terminal.lines()
+    assert line.startswith("stage1 ")
+    terminal.resize(100)
+    terminal.read_until("3./40")
+    assert "|" in terminal.lines()[0]
+    assert terminal.exit_code() == 0
+    last, end = terminal.lines()
+    assert "40/40" in last
+    assert end == "the end"
+
+
+def test_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
+    terminal = bars("plain", tmp_path, 80)
+    terminal.read_until("1./40")
+    terminal.press(b"\x03")
+    assert terminal.exit_code() != 0
+    first, *traceback = terminal.lines()
+    assert first.startswith("stage1 ")
+    assert traceback[0].startswith("Traceback")
+    assert not any("stage1" in line for line in traceback)
+    assert (terminal.screen.cursor.x, terminal.screen.cursor.hidden) == (0, False)
+
+
+@pytest.mark.parametrize("how", ["pipe", "dumb terminal"])
+def test_without_a_terminal_progress_is_complete_lines(how: str, tmp_path: Path) -> None:
+    script = BARS.replace("_log_to_stderr()\nlog", "_log_to_stderr()\nprogress.FIRST_LINE_S = 0.3\nlog")
+    if how == "pipe":
+        done = subprocess.run(
+            [sys.executable, "-c", script, "plain"], capture_output=True, text=True, env=environment(), check=True
+        )
+        assert done.stdout == ""
+        shown = done.stderr
+    else:
+        terminal = Terminal([sys.executable, "-c", script, "plain"], tmp_path, 200, TERM="dumb")
+        assert terminal.exit_code() == 0
+        shown = terminal.raw.decode().replace("\r\n", "\n")
+    assert "\r" not in shown
+    assert ESCAPE not in shown
+    first, last, end = shown.splitlines()
+    assert first.startswith("llavactl: stage1: ")
+    assert " of 40 steps, " in first
+    assert " left" in first
+    assert last.startswith("llavactl: stage1: 40 of 40 steps, ")
+    assert all(", loss 1." in line and ", memory " in line for line in (first, last))
+    assert end == "the end"

@@ -25,11 +25,11 @@ def test_quantities(count: float, unit: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("rate", "unit", "text"),
     [
-        (490_000, "byte", "490 kB per second"),
-        (1234.5, "step", "1,234 per second"),
-        (12.5, "image", "12.5 per second"),
-        (0.3125, "step", "3.2 s per step"),
-        (0.0, "answer", "0.0 per second"),
+        (490_000, "byte", "490 kB/s"),
+        (1234.5, "step", "1,234 steps/s"),
+        (12.5, "image", "12.5 images/s"),
+        (0.3125, "step", "3.2 s/step"),
+        (0.0, "answer", "0.0 answers/s"),
     ],
 )
 def test_rates_have_no_exponents(rate: float, unit: str, text: str) -> None:

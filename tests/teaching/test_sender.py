@@ -484,6 +484,7 @@ def test_five_initial_refusals_stop_the_run(tmp_path: Path) -> None:
 def test_custom_prompts_are_sent_and_progress_shows_the_cost(
     recipe: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     caplog.set_level("INFO")
     with toy_endpoint() as endpoint:
