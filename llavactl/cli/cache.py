@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Group
 from llavactl.cli.options import json_option, load_vision, load_vision_if_given, recipe_options_or
 from llavactl.core.errors import StoreError
 
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
     from llavactl.verbs.cache import PruneReport, VerifyReport
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=[
+        "llavactl cache info",
+        "llavactl cache prune --dry-run",
+    ],
+)
 def command() -> None:
     """Inspect, verify and prune the feature stores.
 
@@ -23,7 +30,12 @@ def command() -> None:
     """
 
 
-@command.command()
+@command.command(
+    examples=[
+        "llavactl cache info",
+        "llavactl cache info -r llava-v1.5-7b",
+    ]
+)
 @recipe_options_or("all stores")
 @json_option
 def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -33,7 +45,12 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     output.report(info(load_vision_if_given(source, overrides)), as_json)
 
 
-@command.command()
+@command.command(
+    examples=[
+        "llavactl cache verify",
+        "llavactl cache verify -r recipe.yaml",
+    ]
+)
 @recipe_options_or("all stores")
 @json_option
 def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -61,8 +78,15 @@ def _verify_error(report: VerifyReport) -> StoreError | None:
     return StoreError(damaged, hint="run `llavactl extract` to recompute their features") if damaged else None
 
 
-@command.command()
-@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
+@command.command(
+    examples=[
+        "llavactl cache prune --dry-run",
+        "llavactl cache prune recipe.yaml other.yaml",
+    ]
+)
+@click.argument(
+    "recipes", nargs=-1, metavar="[RECIPE]...", shell_complete=completion.names_of("recipes", or_files=True)
+)
 @recipe_options_or("remove no store")
 @click.option("--dry-run", is_flag=True, help="Print what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Remove without confirmation.")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 from llavactl.core import stopping
 from llavactl.core.errors import LlavactlError
@@ -29,10 +30,29 @@ COMMANDS = (
 )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl chat --image photo.jpg",
+        'llavactl chat --image photo.jpg --prompt "What is in this image?"',
+        "llavactl chat --model llava-hf/llava-1.5-7b-hf --batch prompts.jsonl --json",
+    ],
+)
 @recipe_options
-@click.option("--model", metavar="DIR|ID", help="Use this model instead of the recipe's; a recipe is then optional.")
-@click.option("--image", "images", multiple=True, metavar="FILE|URL", help="Add an image to the question (repeatable).")
+@click.option(
+    "--model",
+    metavar="DIR|ID",
+    shell_complete=completion.file_names,
+    help="Use this model instead of the recipe's; a recipe is then optional.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE|URL",
+    shell_complete=completion.file_names,
+    help="Add an image to the question (repeatable).",
+)
 @click.option("--prompt", metavar="TEXT", help="Answer this prompt and exit.  [default: start a conversation]")
 @click.option(
     "--batch",
@@ -40,7 +60,12 @@ COMMANDS = (
     type=click.Path(path_type=Path),
     help='Answer the prompts in a JSONL file: {"image": …, "prompt": …}.',
 )
-@click.option("--template", metavar="NAME", help="Override the model's conversation template.")
+@click.option(
+    "--template",
+    metavar="NAME",
+    shell_complete=completion.names_of("templates"),
+    help="Override the model's conversation template.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=1),

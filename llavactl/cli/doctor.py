@@ -5,10 +5,17 @@ from __future__ import annotations
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl doctor",
+        "llavactl doctor --json",
+    ],
+)
 @json_option
 def command(as_json: bool) -> None:
     """Check packages, devices, disk space, network and plugins."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Command
 from llavactl.cli.options import (
     component_options,
     json_option,
@@ -19,8 +20,16 @@ from llavactl.cli.options import (
 )
 
 
-@click.command()
-@click.argument("task")
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl eval scenes -r demo",
+        "llavactl eval scienceqa -t questions=problems.json --limit 100",
+        "llavactl eval pope --answers answers.jsonl -t questions=q.jsonl -t labels=coco",
+        "llavactl eval vqa --compare runs/a --compare runs/b",
+    ],
+)
+@click.argument("task", shell_complete=completion.names_of("tasks"))
 @recipe_options
 @click.option(
     "--answers", type=click.Path(path_type=Path), help="Score the answers in this file (JSONL) without loading a model."
@@ -30,6 +39,7 @@ from llavactl.cli.options import (
 @click.option(
     "--model",
     metavar="DIR|ID",
+    shell_complete=completion.file_names,
     help="Evaluate this model instead of the recipe's; hf:DIR, hf:ID: any transformers image-text-to-text model.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N questions.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Command
 from llavactl.cli.options import (
     component_options,
     json_option,
@@ -17,19 +18,31 @@ from llavactl.cli.options import (
 )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl export --format hf --to exported",
+        "llavactl export --model runs/demo/stage2/model --format llava --to exported",
+    ],
+)
 @recipe_options
 @click.option(
     "--format",
     "form",
     required=True,
     metavar="NAME",
+    shell_complete=completion.names_of("formats"),
     help="Export to this format; `llavactl components formats` lists the formats.",
 )
 @click.option(
     "--to", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Write the export to this folder."
 )
-@click.option("--model", metavar="DIR|ID", help="Export this model instead of the recipe's; a recipe is then optional.")
+@click.option(
+    "--model",
+    metavar="DIR|ID",
+    shell_complete=completion.file_names,
+    help="Export this model instead of the recipe's; a recipe is then optional.",
+)
 @click.option(
     "--verify/--no-verify", default=None,
     help="Reload the export without llavactl and compare token ids, pixels, logits and answers.  "

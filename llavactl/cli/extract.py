@@ -7,10 +7,18 @@ import re
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_vision, max_skipped_option, recipe_options
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl extract --dry-run",
+        "llavactl extract -r llava-v1.5-7b -o features.dtype=int8",
+        "torchrun --nproc-per-node 8 -m llavactl extract",
+    ],
+)
 @recipe_options
 @click.option("--dry-run", is_flag=True, help="Estimate images, bytes, free disk space and time; write nothing.")
 @max_skipped_option

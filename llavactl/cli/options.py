@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llavactl.cli import completion
+
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 
@@ -31,7 +33,12 @@ def recipe_options_or(default: str) -> Callable[[Command], Command]:
             help="Override one value of the recipe (repeatable).",
         )(command)
         return click.option(
-            "-r", "--recipe", "source", metavar="NAME|PATH", help=f"Use this recipe.  [default: {default}]"
+            "-r",
+            "--recipe",
+            "source",
+            metavar="NAME|PATH",
+            shell_complete=completion.names_of("recipes", or_files=True),
+            help=f"Use this recipe.  [default: {default}]",
         )(command)
 
     return decorate

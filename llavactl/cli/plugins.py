@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Group
 from llavactl.cli.options import json_option
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=[
+        "llavactl plugins list",
+        "llavactl plugins check demo",
+    ],
+)
 def command() -> None:
     """List and check the installed plugins.
 
@@ -17,7 +24,13 @@ def command() -> None:
     """
 
 
-@command.command("list")
+@command.command(
+    "list",
+    examples=[
+        "llavactl plugins list",
+        "llavactl plugins list --json",
+    ],
+)
 @json_option
 def list_(as_json: bool) -> None:
     """List the plugins: package, version, module and errors."""
@@ -34,8 +47,12 @@ def list_(as_json: bool) -> None:
         output.table(rows, ("name", "package", "module", "status"), styles)
 
 
-@command.command()
-@click.argument("name")
+@command.command(
+    examples=[
+        "llavactl plugins check llavactl",
+    ]
+)
+@click.argument("name", shell_complete=completion.plugin_names)
 @json_option
 def check(name: str, as_json: bool) -> None:
     """Import all components of the plugin NAME and list its problems.

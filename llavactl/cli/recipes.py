@@ -8,13 +8,21 @@ from pathlib import Path
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import completion, output
+from llavactl.cli.help import Group
 from llavactl.cli.options import device_options, json_option, load, recipe_options
 
 log = logging.getLogger(__name__)
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=[
+        "llavactl recipes list",
+        "llavactl recipes copy llava-v1.5-7b-lora",
+        "llavactl recipes check",
+    ],
+)
 def command() -> None:
     """List, show, copy and check recipes.
 
@@ -29,7 +37,13 @@ def _source(argument: str | None, option: str | None) -> str | None:
     return argument or option
 
 
-@command.command("list")
+@command.command(
+    "list",
+    examples=[
+        "llavactl recipes list",
+        "llavactl recipes list --json",
+    ],
+)
 @json_option
 def list_(as_json: bool) -> None:
     """List the registered recipes."""
@@ -42,8 +56,13 @@ def list_(as_json: bool) -> None:
         output.table([(entry.name, entry.summary) for entry in entries], ("name", "summary"))
 
 
-@command.command()
-@click.argument("recipe", required=False)
+@command.command(
+    examples=[
+        "llavactl recipes show llava-v1.5-7b",
+        "llavactl recipes show --resolved -o stage2.epochs=2",
+    ]
+)
+@click.argument("recipe", required=False, shell_complete=completion.names_of("recipes", or_files=True))
 @recipe_options
 @click.option("--resolved", is_flag=True, help="Print the resolved recipe: parents merged, defaults filled in.")
 @json_option
@@ -62,8 +81,13 @@ def show(recipe: str | None, source: str | None, overrides: tuple[str, ...], res
         output.text(content(find(source).file))
 
 
-@command.command()
-@click.argument("name")
+@command.command(
+    examples=[
+        "llavactl recipes copy demo",
+        "llavactl recipes copy llava-v1.5-7b-qlora my-recipe.yaml",
+    ]
+)
+@click.argument("name", shell_complete=completion.names_of("recipes"))
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 def copy(name: str, destination: Path | None, force: bool) -> None:
@@ -73,8 +97,13 @@ def copy(name: str, destination: Path | None, force: bool) -> None:
     output.line(str(copy(name, destination, force=force)))
 
 
-@command.command()
-@click.argument("recipe", required=False)
+@command.command(
+    examples=[
+        "llavactl recipes check",
+        "llavactl recipes check llava-v1.5-7b --device-memory 24GB",
+    ]
+)
+@click.argument("recipe", required=False, shell_complete=completion.names_of("recipes", or_files=True))
 @recipe_options
 @device_options()
 @json_option
@@ -110,7 +139,11 @@ def check(
         ctx.exit(1)
 
 
-@command.command()
+@command.command(
+    examples=[
+        "llavactl recipes schema > recipe.schema.json",
+    ]
+)
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
     from llavactl.recipe.schema import schema

@@ -6,14 +6,19 @@ import importlib
 from functools import cache
 
 import click
+from click.shell_completion import CompletionItem
 
 from llavactl import __version__
+from llavactl.cli.help import Group
 from llavactl.core import plugins
-from llavactl.core.builtin_plugin import COMMANDS
+from llavactl.core.builtin_plugin import COMMAND_GROUPS, COMMANDS
 from llavactl.core.streams import stdout_to_stderr
 
+_WIDTH = max(map(len, COMMANDS))
+"""Of the names of commands, so that the columns of all groups are aligned."""
 
-class LazyGroup(click.Group):
+
+class LazyGroup(Group):
     """The built-in commands, then the commands of plugins; ``--help`` imports none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -35,10 +40,16 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"{error.message} {suggest(args[0], self.list_commands(ctx))}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        for title, rows in (("Commands", COMMANDS), ("Commands of plugins", plugins.commands())):
+        for title, rows in (*COMMAND_GROUPS.items(), ("Plugins", plugins.commands())):
             if rows:
                 with formatter.section(title):
-                    formatter.write_dl(list(rows.items()))
+                    formatter.write_dl([(name.ljust(_WIDTH), summary) for name, summary in rows.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completes commands without importing them, and options."""
+        commands = COMMANDS | plugins.commands()
+        names = [CompletionItem(name, help=text) for name, text in commands.items() if name.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
 @cache
@@ -62,12 +73,18 @@ def _from_plugin(name: str) -> click.Command:
     return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    examples=[
+        "llavactl recipes copy demo",
+        "llavactl run",
+        'llavactl chat --image photo.jpg --prompt "What is in this image?"',
+    ],
+)
 @click.version_option(__version__, prog_name="llavactl")
 def root() -> None:
     """Build LLaVA-type vision-language assistants.
 
     Cache vision features, train a connector, fine-tune the language model, evaluate, chat and export.
-
-    Start with `llavactl recipes copy demo` and `llavactl run`.
     """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load, recipe_options
 
 if TYPE_CHECKING:
@@ -21,7 +22,14 @@ Row = tuple[str, str]
 """A label and a text."""
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl run",
+        "llavactl run -r demo",
+        "llavactl run -r recipe.yaml -o stage2.max_steps=100",
+    ],
+)
 @recipe_options
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:

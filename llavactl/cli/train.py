@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Literal, cast
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import device_options, json_option, load, max_skipped_option, recipe_options, stage_option
 
 if TYPE_CHECKING:
     from llavactl.verbs.plan import TrainPlan
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=[
+        "llavactl train --stage 1",
+        "llavactl train --stage 2 -o stage2.learning_rate=1e-5 --resume never",
+        "llavactl train --stage 2 --dry-run --device-memory 24GB --devices 8",
+        "torchrun --nproc-per-node 8 -m llavactl train --stage 2",
+    ],
+)
 @recipe_options
 @stage_option("Train this stage. 1: connector; 2: connector and language model.", required=True)
 @click.option(

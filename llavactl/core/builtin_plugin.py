@@ -12,24 +12,36 @@ RESULTS_VERSION = "1"
 Distinct from llavactl's version: most releases don't change results and must not invalidate finished runs.
 """
 
-COMMANDS = {
-    "recipes": "List, show, copy and check recipes.",
-    "run": "Run all steps of a recipe.",
-    "data": "Generate, inspect, check and filter training data.",
-    "extract": "Extract vision features into the feature store.",
-    "cache": "Inspect, verify and prune the feature stores.",
-    "train": "Train one stage of a recipe.",
-    "chat": "Chat with a model about images.",
-    "eval": "Run a benchmark, or score stored answers.",
-    "export": "Export a model to another format.",
-    "components": "List the registered components and their plugins.",
-    "plugins": "List and check the installed plugins.",
-    "doctor": "Check packages, devices, disk space, network and plugins.",
+COMMAND_GROUPS = {
+    "Start": {
+        "recipes": "List, show, copy and check recipes.",
+        "run": "Run all steps of a recipe.",
+    },
+    "Data": {
+        "data": "Generate, inspect, check and filter training data.",
+    },
+    "Features and training": {
+        "extract": "Extract vision features into the feature store.",
+        "cache": "Inspect, verify and prune the feature stores.",
+        "train": "Train one stage of a recipe.",
+    },
+    "Use": {
+        "chat": "Chat with a model about images.",
+        "eval": "Run a benchmark, or score stored answers.",
+        "export": "Export a model to another format.",
+    },
+    "Inspect": {
+        "components": "List the registered components and their plugins.",
+        "plugins": "List and check the installed plugins.",
+        "doctor": "Check packages, devices, disk space, network and plugins.",
+    },
 }
-"""The built-in commands in their usual order, with the first sentence of their help.
+"""The built-in commands by group, in their usual order, with the first sentence of their help.
 
 Each is the attribute ``command`` of a module in ``llavactl.cli``, which ``--help`` doesn't import.
 """
+
+COMMANDS = {name: summary for group in COMMAND_GROUPS.values() for name, summary in group.items()}
 
 
 @hookimpl

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pkgutil
+import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +16,10 @@ from pathlib import Path
 import click
 import pytest
 
-from llavactl.core.builtin_plugin import COMMANDS
+from llavactl.cli.root import root
+from llavactl.core.builtin_plugin import COMMAND_GROUPS, COMMANDS
+from llavactl.core.registry import registry
+from llavactl.recipe.load import check
 from llavactl.testing import run_cli
 
 PACKAGE = Path(__file__).parents[2] / "llavactl"
@@ -22,10 +27,20 @@ HEAVY = ("torch", "transformers", "h5py", "numpy", "PIL", "peft", "accelerate", 
 LIMIT = 2.0
 
 
-def test_every_command_is_listed_with_its_summary() -> None:
-    listed = " ".join(run_cli("--help").stdout.split())
-    for name, summary in COMMANDS.items():
-        assert f" {name} {summary}" in listed
+def test_every_command_is_listed_in_its_group_with_its_summary() -> None:
+    shown = run_cli("--help").stdout
+    listed = " ".join(shown.split())
+    for group, names in COMMAND_GROUPS.items():
+        assert f"\n{group}:\n" in shown
+        for name, summary in names.items():
+            assert f" {name} {summary}" in listed
+
+
+def test_every_command_has_a_group() -> None:
+    names = [each.name for each in pkgutil.iter_modules([str(PACKAGE / "cli")]) if each.name != "__main__"]
+    modules = [f"llavactl.cli.{name}" for name in names]
+    found = {name.rpartition(".")[2] for name in modules if hasattr(importlib.import_module(name), "command")}
+    assert found == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -56,6 +71,69 @@ def test_every_command_has_help(name: str) -> None:
     assert result.exit_code == 0
     assert f"Usage: llavactl {name}" in result.stdout
     assert result.stderr == ""
+
+
+EXAMPLES = [
+    (shell_line, command)
+    for name in COMMANDS
+    for command in commands(importlib.import_module(f"llavactl.cli.{name}").command)
+    for shell_line in command.examples
+] + [(shell_line, root) for shell_line in root.examples]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples(name: str) -> None:
+    for command in commands(importlib.import_module(f"llavactl.cli.{name}").command):
+        assert command.examples, command.name
+
+
+@pytest.mark.parametrize(("shell_line", "command"), EXAMPLES, ids=[example[0] for example in EXAMPLES])
+def test_an_example_is_valid(shell_line: str, command: click.Command) -> None:
+    """It fits into 80 columns, is about its command, and its names exist: recipes, keys, components, options."""
+    assert len(f"  {shell_line}") <= 80
+    words = shlex.split(shell_line)
+    words = words[: words.index(">")] if ">" in words else words
+    context = parsed(root, words[words.index("llavactl") + 1 :])
+    while (parent := context.parent) is not None and context.command is not command:
+        context = parent
+    assert context.command is command
+    given = parsed(root, words[words.index("llavactl") + 1 :]).params
+    source, overrides = given.get("source") or "llava-v1.5-7b", given.get("overrides", ())
+    if source != "recipe.yaml" or overrides:
+        source = "llava-v1.5-7b" if source == "recipe.yaml" else source
+        assert [str(problem) for problem in check(source, overrides) if problem.where.startswith("-o")] == []
+        assert source in registry().names("recipes")
+    if "task" in given:
+        options = registry().get("tasks", given["task"]).options_model().model_fields
+        assert {option.partition("=")[0] for option in given["options"]} <= set(options)
+    if "form" in given:
+        assert given["form"] in registry().names("formats")
+
+
+def parsed(command: click.Command, words: list[str], parent: click.Context | None = None) -> click.Context:
+    """The context of the command that ``words`` call, without running it."""
+    context = command.make_context(command.name, list(words), parent=parent)
+    if isinstance(command, click.Group) and (rest := [*context._protected_args, *context.args]):
+        _, found, rest = command.resolve_command(context, rest)
+        assert found is not None
+        return parsed(found, rest, context)
+    return context
+
+
+def test_the_help_shows_examples_and_sections() -> None:
+    shown = run_cli("train", "--help").stdout
+    assert "\nExamples:\n  llavactl train --stage 1\n" in shown
+    sections = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["Options:", "Recipe options:", "General options:", "Examples:"]
+
+
+@pytest.mark.parametrize("name", ["data", "cache", "recipes", "plugins"])
+def test_a_group_shows_the_complete_summaries_of_its_commands(name: str) -> None:
+    shown = run_cli(name, "--help").stdout
+    assert "..." not in shown.partition("\n")[2]
+    for command in importlib.import_module(f"llavactl.cli.{name}").command.commands.values():
+        sentence = " ".join(command.help.split()).partition(". ")[0]
+        assert sentence in " ".join(shown.split())
 
 
 def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -6,6 +6,8 @@ import importlib
 
 import click
 
+from llavactl.cli.help import Group
+
 COMMANDS = (
     "generate",
     "show",
@@ -17,7 +19,14 @@ COMMANDS = (
 """Modules with an attribute ``command``, in the order of typical use."""
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=[
+        "llavactl data check",
+        "llavactl data stats records.json",
+        "llavactl data show --stage 2",
+    ],
+)
 def command() -> None:
     """Generate, inspect, check and filter training data."""
 

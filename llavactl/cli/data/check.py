@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 from llavactl.core.errors import DataError
 
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 SHOWN_LOCATIONS = 3
 
 
-@click.command("check")
+@click.command(
+    "check",
+    cls=Command,
+    examples=[
+        "llavactl data check",
+        "llavactl data check records.json --images photos --decode full",
+        "llavactl data check records.json --images photos --fix repaired.jsonl",
+    ],
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option(

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 if TYPE_CHECKING:
     from llavactl.curation.captions import TagPlace
 
 
-@click.command("expand")
+@click.command(
+    "expand",
+    cls=Command,
+    examples=[
+        "llavactl data expand captions.json --out stage1.jsonl",
+    ],
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output file, .json or .jsonl.")

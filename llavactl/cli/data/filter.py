@@ -7,10 +7,18 @@ from pathlib import Path
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options
 
 
-@click.command("filter")
+@click.command(
+    "filter",
+    cls=Command,
+    examples=[
+        "llavactl data filter captions.json --out filtered.json",
+        "llavactl data filter captions.json --out filtered.json --at-most 50",
+    ],
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output file, .json or .jsonl.")

@@ -8,12 +8,21 @@ from typing import Any
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, recipe_options
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("generate")
+@click.command(
+    "generate",
+    cls=Command,
+    examples=[
+        "llavactl data generate --dry-run",
+        "llavactl data generate --max-cost 20",
+        "llavactl data generate --batch-requests requests.jsonl",
+    ],
+)
 @recipe_options
 @click.option("--dry-run", is_flag=True, help="Estimate requests, tokens and cost; send and write nothing.")
 @click.option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load, recipe_options, stage_option
 
 if TYPE_CHECKING:
@@ -22,7 +23,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters, which a terminal would interpret; data may come from others."""
 
 
-@click.command("show")
+@click.command(
+    "show",
+    cls=Command,
+    examples=[
+        "llavactl data show --stage 1",
+        "llavactl data show --sample 3 --count 2 --ids",
+        "llavactl data show --count 20 --html samples.html",
+    ],
+)
 @recipe_options
 @stage_option("Show samples of this stage.  [default: the last stage with data]")
 @click.option("--sample", metavar="ID|N", help="First sample: its id or its index, from 0.  [default: 0]")

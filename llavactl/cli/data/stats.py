@@ -8,10 +8,18 @@ from pathlib import Path
 import click
 
 from llavactl.cli import output
+from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 
 
-@click.command("stats")
+@click.command(
+    "stats",
+    cls=Command,
+    examples=[
+        "llavactl data stats",
+        "llavactl data stats records.json --html stats.html",
+    ],
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @stage_option("Measure one stage only; FILE is its data.  [default: both; FILE: 2]")
