@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.device import default_device
 from llavactl.model import folder as model_folder
 from llavactl.recipe.sections import Features
+
+log = logging.getLogger(__name__)
 
 
 def load_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:
@@ -38,6 +41,7 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
             f"{folder}: the vision backbone is not the one this model was trained with: {'; '.join(different)}",
             hint="check the backbone that `vision` in llavactl.json names",
         )
+    log.debug("loading model %s on %s", folder, device)
     loaded = model_folder.load(folder)
     loaded.bundle.model.to(device)
     template_component: Any = registry().create("templates", template or description["template"])

@@ -112,7 +112,9 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
             raise PluginError(f"plugin {point.name} can't be loaded: {type(error).__name__}: {error}") from error
-    if (seconds := time.perf_counter() - started) > SLOW_S:
+    seconds = time.perf_counter() - started
+    log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
+    if seconds > SLOW_S:
         advice = "pass module:attr strings to `register`, so that components are imported on first use"
         log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, advice)
 

@@ -57,6 +57,7 @@ def load(kind: str, key: str) -> Arrays | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged and computed again: %s", path, error, extra=PER_MACHINE)
         return None
+    log.debug("read %s", path)
     return arrays
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from llavactl.core.protocols import Encoder, Vision
 
+log = logging.getLogger(__name__)
+
 BATCH_TOLERANCE = 5e-2
 """Largest difference between batched and single encoding, relative to the norm of an image's features.
 
@@ -35,6 +38,7 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
         PluginError: a method is missing, or the shape is not a FeatureShape or differs from ``vision.shape()``.
         ModelError: see ``Vision.load``.
     """
+    log.debug("loading vision backbone %s on %s in %s", type(vision).__name__, device, dtype)
     encoder = vision.load(device, dtype)
     label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
     shape: Any = getattr(encoder, "shape", None)

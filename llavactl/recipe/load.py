@@ -8,6 +8,7 @@ options models, so a loaded recipe has absolute paths and all defaults; the comp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -21,10 +22,12 @@ from llavactl.core.registry import registry
 from llavactl.core.validation import KeyPath, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-from llavactl.recipe.resolve import document, overridden, sentence
+from llavactl.recipe.resolve import document, masked, overridden, sentence
 from llavactl.recipe.sections import Eval
 from llavactl.recipe.specs import Component
 from llavactl.recipe.stages import STAGES
+
+log = logging.getLogger(__name__)
 
 TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
 """Recipe keys that name a template."""
@@ -50,6 +53,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
 def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequence[str] = ()) -> F:
     """Like ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
     root, location, problems = document(source, overrides)
+    log.debug("recipe %s, overrides: %s", location.file, masked(" ".join(overrides)) or "none")
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
     found = [*_resolve_components(data), *_resolve_templates(data)]

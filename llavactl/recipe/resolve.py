@@ -122,8 +122,13 @@ _SECRET = re.compile(
 """Values of overrides that messages mask, as messages may be logged."""
 
 
+def masked(override: str) -> str:
+    """``override`` with its secrets masked."""
+    return _SECRET.sub(r"\1***", override)
+
+
 def _override(root: Node, override: str) -> list[Problem]:
-    where = "-o " + _SECRET.sub(r"\1***", override)
+    where = f"-o {masked(override)}"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

@@ -117,6 +117,7 @@ def _evaluate_model(
     digests = answer_digests(models, benchmark.all_questions, settings)
     digest = result_digest(digests, benchmark.scoring_identity)
     if cases is None and (report := stored_result(file, digest, benchmark.protocol)) is not None:
+        log.debug("eval %s: %s is up to date (digest %s)", benchmark.name, file, digest)
         return report
     answers: dict[str, Answers] = {}
     for model in models:

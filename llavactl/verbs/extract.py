@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -22,6 +23,8 @@ from llavactl.features.skipped import skipped_images, write_skipped
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import VisionRecipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def extract(
         device = device_of(part, default_device())
         jobs = load_jobs(plans, recipe.features, device, part)
     report = _planned_report(plans, jobs, device, part)
+    for store in report.stores:
+        counts = (store.unique, store.stored_before, store.to_encode)
+        log.debug("feature store %s: %d distinct images, %d stored, %d to encode", store.path, *counts)
     if dry_run:
         return _dry_run_report(report, jobs, started)
     check_free_space(report.bytes, report.free_bytes)

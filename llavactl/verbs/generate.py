@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from llavactl.teaching.summary import GenerationSummary
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Outline
     from llavactl.recipe.sections import Generate
+
+log = logging.getLogger(__name__)
 
 _RENAMED = {"pictures": "images"}
 """Fields of reports written by earlier versions."""
@@ -84,6 +87,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptio
         digest = _digest(settings, images, recipe.seed, prompts)
     manual = options.retry_refused or options.batch_requests or options.batch_results
     if not dry_run and not manual and (finished := _finished(settings.out, digest)):
+        log.debug("generate: %s is up to date (digest %s)", settings.out, digest)
         return finished
     requests = list(build_requests(images, settings.kinds.weights(), settings.samples, recipe.seed, prompts))
     teacher = registry().create("teachers", settings.teacher.spec())

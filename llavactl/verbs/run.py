@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch, join_process_group
+from llavactl.core.quantities import duration
 from llavactl.core.registry import registry
 from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.specs import Export, TaskSpec
     from llavactl.recipe.stages import StageNumber
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -167,8 +171,10 @@ def _timed(recipe: Recipe, name: str, step: Callable[[], R]) -> R:
 
     The duration of a resumed step is the time since it resumed.
     """
+    log.debug("%s: starting", name)
     start = time.perf_counter()
     report = step()
+    log.debug("%s: finished in %s", name, duration(time.perf_counter() - start))
     release_memory()
     if not (getattr(report, "finished_before", False) or getattr(report, "encoded", None) == 0):
         file = recipe.run_dir / TIMES

@@ -93,16 +93,20 @@ def _train(
     language = registry().create("languages", initial_language(recipe, stage, init_folder))
     image_tokens = connector_tokens(recipe.connector.spec(), features.shape)
     encoding = _encoding(training_stage, language.tokenizer(), image_tokens)
+    log.debug("%s: fingerprint of the features %s", folder.name, features.fingerprint.id)
     data = _load_data(recipe, training_stage, encoding, features, max_skipped)
+    log.debug("%s: %d samples, %d held out for validation", folder.name, len(data.train), len(data.validation))
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
         digest = stage_digest(recipe, stage, features.fingerprint, data, init_folder)
     if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
+        log.debug("%s: %s is up to date (digest %s)", folder.name, folder / "model", digest)
         return report
     _check_restore_best(training_stage, data)
     choice = on_main(lambda: _choice(recipe, training_stage, features.shape, data.train, accelerator))
     training_stage, placement = settled(training_stage, choice), choice.placement
     settings = training_stage.settings
     loading = f"loading the model on {accelerator.device}"
+    log.debug("%s: %s in precision %s", folder.name, loading, settings.precision)
     with out_of_memory_named(folder.name, settings, placement, loading):
         bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
@@ -163,8 +167,8 @@ def _choice(
     """
     requested_placement(recipe, stage.number, accelerator.num_processes)
     choice = choice_for_training(recipe, stage, shape, data, accelerator.device, accelerator.num_processes)
-    if accelerator.device.type != "cpu":
-        log.info("stage%d: %s", stage.number, choice)
+    level = logging.DEBUG if accelerator.device.type == "cpu" else logging.INFO
+    log.log(level, "stage%d: %s", stage.number, choice)
     return choice
 
 
