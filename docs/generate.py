@@ -27,6 +27,7 @@ import click
 from pydantic import BaseModel
 
 import llavactl
+from llavactl.cli.help import Command
 from llavactl.core import hookspecs, protocols
 from llavactl.core.registry import registry
 from llavactl.core.validation import describe, schema_of
@@ -59,15 +60,15 @@ def cli() -> Iterator[str]:
         yield from _describe([name])
 
 
-def _command(path: list[str]) -> click.Command:
+def _command(path: list[str]) -> Command:
     """The command at ``path`` below ``llavactl``."""
     from llavactl.cli.root import root
 
-    found: click.Command = root
+    found: Command = root
     for name in path:
         assert isinstance(found, click.Group)
         below = found.get_command(click.Context(found), name)
-        assert below is not None, path
+        assert isinstance(below, Command), path
         found = below
     return found
 
@@ -84,13 +85,15 @@ def _describe(path: list[str]) -> Iterator[str]:
             yield from _describe([*path, name])
         return
     yield f"```\nllavactl {' '.join(path)} {pieces}\n```\n"
-    records = [param.get_help_record(context) for param in command.params if isinstance(param, click.Option)]
+    options = (param for param in command.params if isinstance(param, click.Option))
+    records = [option.get_help_record(context) for option in options if option.name not in ("quiet", "verbose")]
     lines = [
         f"- `{option}` – {_linked(' '.join(what.split()))}".removesuffix(" – ")
         for option, what in filter(None, records)
     ]
     if lines:
         yield "\n".join(lines) + "\n"
+    yield "```sh\n" + "\n".join(command.examples) + "\n```\n"
 
 
 def hook_table() -> Iterator[str]:
