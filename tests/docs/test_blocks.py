@@ -22,7 +22,7 @@ from llavactl.testing import check_source
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
-OTHER_PROGRAMS = set("cd export git hf pip python python3 sbatch tail transformers vllm".split())
+OTHER_PROGRAMS = {"cd", "export", "git", "hf", "pip", "python", "python3", "sbatch", "tail", "transformers", "vllm"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
