@@ -29,6 +29,7 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = f"llavactl {release}"
 html_copy_source = False
+html_show_copyright = False
 html_static_path: list[str] = []
 
 

@@ -1,4 +1,4 @@
-"""Regenerates the generated blocks of README.md and docs/ from the code: ``make docs``.
+"""Regenerates the generated blocks of docs/ from the code: ``make docs``.
 
 A block is delimited by ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. ``tests/docs`` fails if a block is
 outdated.
@@ -34,7 +34,6 @@ from llavactl.core.validation import describe, schema_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    "README.md",
     "docs/how-to/memory.md",
     *(f"docs/reference/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data")),
 )

@@ -22,6 +22,20 @@ from llavactl.testing import check_source
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+OTHER_PROGRAMS = {
+    "cd",
+    "export",
+    "git",
+    "hf",
+    "pip",
+    "python",
+    "python3",
+    "sbatch",
+    "source",
+    "tail",
+    "transformers",
+    "vllm",
+}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -68,7 +82,7 @@ def test_a_command_parses(words: list[str]) -> None:
     elif program == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
-        assert program in ("git", "pip", "python", "python3", "cd", "source", "transformers", "vllm"), "unknown program"
+        assert program in OTHER_PROGRAMS, "unknown program"
 
 
 def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:

@@ -35,8 +35,6 @@ NEEDS = {
 """What a test doesn't have. A new entry should name something that a reader may lack as well."""
 
 ELSEWHERE = {
-    "how-to/several-machines.md": "test_cluster.py",
-    "tutorials/cluster.md": "test_cluster.py",
     "tutorials/own-data.md": "test_own_data.py",
 }
 """Pages whose blocks are run by a test of their own."""

@@ -1,9 +1,9 @@
-"""``transformers serve`` answers OpenAI's client about an image like ``llavactl chat``."""
+"""``transformers serve`` answers the client in docs/how-to/serve.md about an image like ``llavactl chat``."""
 
 from __future__ import annotations
 
-import base64
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from .conftest import Make
 
 pytestmark = pytest.mark.slow
 STARTS_WITHIN_S = 180
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "serve.md"
 
 
 @contextmanager
@@ -57,29 +58,23 @@ def served(folder: Path, log: Path) -> Iterator[str]:
 
 
 def test_served_by_transformers(native: Make, toys: Path, tmp_path: Path) -> None:
-    openai = pytest.importorskip("openai")
+    pytest.importorskip("openai")
     folder, image = tmp_path / "out", toys / "images" / "photo-002.jpg"
     export = run_cli(
         *("export", "--model", str(native("ours", template="tokenizer")), "--format", "hf", "--to", str(folder)),
         "--no-verify",
     )
     assert export.exit_code == 0, export.stderr
-    options = ("--image", str(image), "--prompt", "What colour is the picture?", "--max-new-tokens", "12", "--json")
+    (client,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    options = ("--image", str(image), "--prompt", "What color is the image?", "--max-new-tokens", "12", "--json")
     ours = run_cli("chat", "--model", str(folder), *options).json()["answer"]
     with served(folder, tmp_path / "server.log") as url:
-        client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
-        image_url = "data:image/jpeg;base64," + base64.b64encode(image.read_bytes()).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": image_url}},
-            {"type": "text", "text": "What colour is the picture?"},
-        ]
-        try:
-            reply = client.chat.completions.create(
-                model=str(folder), messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0
-            )
-        except openai.OpenAIError as error:
-            pytest.fail(f"{error}\n{(tmp_path / 'server.log').read_text()[-3000:]}")
-    answer = reply.choices[0].message.content or ""
+        for written, here in {"http://localhost:8000/v1": url, "out/hf": str(folder), "photo.jpg": str(image)}.items():
+            assert written in client
+            client = client.replace(written, here)
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, check=False)
+    assert done.returncode == 0, f"{done.stderr.decode()}\n{(tmp_path / 'server.log').read_text()[-3000:]}"
+    answer = done.stdout.decode()
     assert answer.strip()
     # An incomplete character at the end is decoded differently.
     assert answer.strip().rstrip("\ufffd") == ours.rstrip("\ufffd")
