@@ -40,7 +40,7 @@ class LazyGroup(Group):
             raise click.UsageError(f"{error.message} {suggest(args[0], self.list_commands(ctx))}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        for title, rows in (*COMMAND_GROUPS.items(), ("Plugins", plugins.commands())):
+        for title, rows in (*COMMAND_GROUPS.items(), ("Commands of plugins", plugins.commands())):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl([(name.ljust(_WIDTH), summary) for name, summary in rows.items()])
