@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ import click
 from llavactl.cli import terminal
 from llavactl.core import progress
 from llavactl.core.paths import json_text
+from llavactl.core.quantities import BYTE, quantity
 from llavactl.core.streams import result_stream
+
+_NUMBER = re.compile(r"-?[\d,.]+ ?%?")
 
 
 def document(value: Any) -> None:
@@ -22,13 +26,26 @@ def document(value: Any) -> None:
 
 
 def report(value: Any, as_json: bool) -> None:
-    """Prints a verb's report as JSON or as YAML."""
+    """Prints a verb's report as JSON, or as YAML for people: rounded, sizes with a unit, without missing values."""
     if as_json:
         document(value)
     else:
         from llavactl.recipe.document import write
 
-        _print(write(_plain(value)).rstrip())
+        _print(write(_readable(_plain(value))).rstrip())
+
+
+def _readable(value: Any, key: str = "") -> Any:
+    """``value`` of ``key`` in a report, for people."""
+    if isinstance(value, dict) and value:
+        return {name: _readable(inner, name) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list) and value:
+        return [_readable(inner, key) for inner in value]
+    if isinstance(value, int) and (key == "bytes" or key.endswith("_bytes")):
+        return quantity(value, BYTE)
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return "none" if value in ({}, []) else value
 
 
 def line(text: str = "") -> None:
@@ -42,30 +59,41 @@ def lines(texts: Sequence[str]) -> None:
 
 
 def labeled(rows: Sequence[tuple[str, str]]) -> None:
-    """Prints lines that begin with a label, which is bold on terminals."""
+    """Prints lines that begin with a label, which is bold on terminals; there, long texts are wrapped."""
     console = terminal.console(result_stream()) if _is_main_process() else None
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         if console is None:
-            _print(f"{label:<{width}} {text}".rstrip())
+            _print(f"{label:<{width}}  {text}".rstrip())
         else:
+            wrapped = terminal.wrapped(text, console, indent=width + 2)
             with progress.bars_hidden():
-                terminal.print_labeled(console, f"{label:<{width}}", f" {text}".rstrip(), "bold")
+                terminal.print_labeled(console, f"{label:<{width}}", f"  {wrapped}".rstrip(), "bold")
 
 
-def table(rows: Sequence[Sequence[str]], columns: Sequence[str] = (), styles: Mapping[str, str] | None = None) -> None:
-    """Prints aligned columns.
+def table(
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[str] = (),
+    styles: Mapping[str, str] | None = None,
+    *,
+    titles_in_pipes: bool = False,
+) -> None:
+    """Prints aligned columns, those of numbers to the right.
 
-    Titles (``columns``) and ``styles`` (rich styles of cells by their text) are used on terminals only.
+    Titles (``columns``) are printed on terminals, and with ``titles_in_pipes`` elsewhere as well. ``styles`` (rich
+    styles of cells by their text) are used on terminals only.
     """
+    numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
     console = terminal.console(result_stream()) if _is_main_process() else None
     if console is not None:
         with progress.bars_hidden():
-            terminal.print_table(console, rows, columns, styles or {})
+            terminal.print_table(console, rows, columns, styles or {}, numeric)
         return
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    printed = [columns, *rows] if titles_in_pipes and columns else rows
+    widths = [max(map(len, column)) for column in zip(*printed, strict=True)]
+    for row in printed:
+        cells = zip(row, widths, numeric, strict=True)
+        _print("  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip())
 
 
 def text(piece: str) -> None:

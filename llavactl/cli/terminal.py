@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
@@ -49,9 +50,15 @@ def console(stream: TextIO) -> Console | None:
 
 
 def print_table(
-    console: Console, rows: Sequence[Sequence[str]], columns: Sequence[str], styles: Mapping[str, str]
+    console: Console,
+    rows: Sequence[Sequence[str]],
+    columns: Sequence[str],
+    styles: Mapping[str, str],
+    numeric: Sequence[bool],
 ) -> None:
     """Prints ``rows``; ``columns`` are titles (may be empty), ``styles`` the rich styles of cells by their text.
+
+    ``numeric`` columns are aligned to the right.
 
     Cells of the last column are wrapped. If it would be too narrow, every cell is printed on its own line.
     """
@@ -67,8 +74,10 @@ def print_table(
     if console.width - sum(fixed) - len(_GAP) * len(fixed) < min(last, _NARROWEST):
         _print_stacked(console, cells, columns)
         return
-    titles = [Column(title, no_wrap=True) for title in (columns or [""] * len(rows[0]))[:-1]]
-    titles.append(Column(columns[-1] if columns else "", overflow="fold"))
+    titles = [
+        Column(title, no_wrap=index < len(fixed), overflow="fold", justify="right" if right else "left")
+        for index, (title, right) in enumerate(zip(columns or [""] * len(numeric), numeric, strict=True))
+    ]
     table = Table(
         *titles,
         box=None,
@@ -96,6 +105,13 @@ def _print_stacked(console: Console, rows: Sequence[Sequence[Text]], columns: Se
             if cell:
                 line = Text.assemble((f"{title}: " if title else "", "bold"), cell, overflow="fold")
                 console.print(Padding(line, (0, 0, 0, indent + len(_GAP)), expand=False))
+
+
+def wrapped(text: str, console: Console, indent: int) -> str:
+    """``text`` in lines for ``console``, the first of which begins in column ``indent``; words stay whole."""
+    width = max(console.width - indent, _NARROWEST)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}".join(lines)
 
 
 def print_labeled(console: Console, label: str, text: str, style: str) -> None:

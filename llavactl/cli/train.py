@@ -96,7 +96,7 @@ def _print(plan: TrainPlan) -> None:
 
     where, device, parameters = plan.placement, plan.device, plan.parameters
     parts = {
-        kind: ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in sizes.items() if size >= 1e4)
+        kind: ", ".join(f"{name.replace('_', ' ')} {gigabytes(size)}" for name, size in sizes.items() if size >= 5e4)
         for kind, sizes in plan.peak_parts.items()
     }
     per_device, per_process = (" per device", " per process") if device["count"] > 1 else ("", "")

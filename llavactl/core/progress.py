@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 FIRST_LINE_S = 5.0
 LINE_EVERY_S = 30.0
 
+SHORT_S = 1.0
+"""A bar that was shown for less time disappears from the terminal."""
+
 
 @dataclass(frozen=True)
 class Progress(Typed):
@@ -89,6 +92,8 @@ class Bar:
 
             with TerminalLine(self._status, self._total, self._start, sys.stderr) as self._line:
                 yield
+                if time.perf_counter() < self._began + SHORT_S:
+                    self._line.leave = False
             return
         yield
         if self._done != self._logged and time.perf_counter() >= self._began + FIRST_LINE_S:

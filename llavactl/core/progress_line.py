@@ -72,7 +72,7 @@ def terminal_line(status: Status, width: int, *, ascii_only: bool = False) -> st
     share = min(status.done / status.total, 1.0) if status.total else 0.0
     parts = {
         "bar": f"|{_blocks(share, ascii_only=ascii_only)}|" if status.total else "",
-        "percent": f"{share:4.0%}" if status.total else "",
+        "percent": f"{share:3.0%}" if status.total else "",
         "done": done,
         "speed": status.speed,
         "time": status.time,

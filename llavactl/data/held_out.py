@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
+from llavactl.core.quantities import quantity
+
 
 def connected_components(keys: Sequence[Iterable[Hashable]]) -> list[int]:
     """A component index for each of ``keys``: those that share a key, directly or through others, are connected."""
@@ -69,7 +71,7 @@ def describe_held_out(
     ]
     if samples:
         shares = [f"{part} of {whole} {what}" for part, whole, what in counts if whole]
-        return f"{samples} samples with {' and '.join(shares)}"
+        return f"{quantity(samples, 'sample')} with {' and '.join(shares)}"
     largest, wholes = max(sizes.values()), [f"{whole} {what}" for _, whole, what in counts if whole]
     why = f": up to {largest} of them are connected through common samples" if largest > 1 else ""
     return f"none of {' and '.join(wholes)}{why}"

@@ -15,6 +15,7 @@ import numpy as np
 from llavactl.components.templates.stop_criteria import fallback_template
 from llavactl.core.errors import ConversationError, DataError
 from llavactl.core.paths import json_text, write_atomic
+from llavactl.core.quantities import quantity
 from llavactl.core.schema import ImageContents, ImageRef, Sample
 from llavactl.data.batches import FeatureLookup
 from llavactl.data.encode import Encoding
@@ -155,7 +156,7 @@ def log_held_out(data: DataSplit) -> None:
 def write_skipped(file: Path, data: DataSplit) -> None:
     """Writes the skipped samples to ``file`` as JSON lines, and logs their number."""
     if data.skipped:
-        log.warning("%d samples are skipped; reasons are in %s", len(data.skipped), file)
+        log.warning("skipped %s, listed with reasons in %s", quantity(len(data.skipped), "sample"), file)
     lines = (json_text(sample._asdict()) for sample in data.skipped)
     write_atomic(file, "".join(f"{line}\n" for line in lines))
 

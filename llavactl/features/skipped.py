@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llavactl.core.errors import StoreError
 from llavactl.core.paths import json_text, write_atomic
 from llavactl.core.processes import PER_PROCESS
+from llavactl.core.quantities import quantity
 from llavactl.features.parts import Part
 from llavactl.features.plan import ExtractionPlan
 
@@ -46,5 +47,6 @@ def write_skipped(run_dir: Path, part: Part, skipped: Mapping[ImageRef, str]) ->
             hint="the features are stored; set `run_dir` to a writable folder",
         ) from error
     if skipped:
-        log.warning("skipped %d images, listed with reasons in %s", len(skipped), file, extra=PER_PROCESS)
+        number = quantity(len(skipped), "image")
+        log.warning("skipped %s, listed with reasons in %s", number, file, extra=PER_PROCESS)
     return file

@@ -266,6 +266,14 @@ def test_a_progress_bar_follows_the_width_of_the_terminal(tmp_path: Path) -> Non
     assert end == "the end"
 
 
+def test_a_short_operation_leaves_no_bar(tmp_path: Path) -> None:
+    script = BARS.replace("time.sleep(0.04)", "time.sleep(0.001)")
+    terminal = Terminal([sys.executable, "-c", script, "plain"], tmp_path, 80)
+    assert terminal.exit_code() == 0
+    assert "stage1" in terminal.raw.decode()
+    assert terminal.lines() == ["the end"]
+
+
 def test_ctrl_c_leaves_a_clean_terminal(tmp_path: Path) -> None:
     terminal = bars("plain", tmp_path, 80)
     terminal.read_until("1./40")

@@ -101,7 +101,7 @@ def _print(report: CheckReport) -> None:
     output.line(f"tokens: {report.token_counting}")
     if report.problems:
         rows = [(each.problem, each.effect, f"{each.count:,}", each.description) for each in report.problems]
-        output.table([("problem", "effect", "count", ""), *rows])
+        output.table(rows, ("problem", "effect", "count", "description"), titles_in_pipes=True)
         for each in report.problems:
             for location in each.locations[:SHOWN_LOCATIONS]:
                 output.line(f"{each.problem}: {location}")

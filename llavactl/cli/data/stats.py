@@ -48,8 +48,9 @@ def command(
     output.line(f"{report.samples:,} samples, {report.unusable:,} unusable records, {report.seconds:.1f} s")
     output.line(f"tokens: {report.token_counting}")
     rows = [(name, *(f"{value:,}" for value in astuple(each))) for name, each in report.measures.items()]
-    output.table([("", *(field.name for field in fields(Distribution))), *rows])
+    output.table(rows, ("measure", *(field.name for field in fields(Distribution))), titles_in_pipes=True)
     if report.openings:
-        output.table([("question opening", ""), *((words, f"{count:,}") for words, count in report.openings.items())])
+        openings = [(words, f"{count:,}") for words, count in report.openings.items()]
+        output.table(openings, ("question opening", "count"), titles_in_pipes=True)
     if report.html:
         output.line(report.html)
