@@ -53,6 +53,16 @@ class Evaluation(Protocol):
         """
 
 
+class Preview(Protocol):
+    """Shows what the model in training answers."""
+
+    def show(self, run: Run, step: int) -> None:
+        """Answers a few questions with the weights after ``step``; all processes call this together.
+
+        An error in one process is raised in all of them, or ends the process if the model is sharded.
+        """
+
+
 @dataclass
 class TokenCounts:
     """Counts for the batches of this process.
@@ -96,6 +106,7 @@ class Run:
     accelerator: Accelerator
     notify: Observer
     evaluation: Evaluation | None = None
+    preview: Preview | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
 
 
