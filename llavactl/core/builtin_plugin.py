@@ -107,6 +107,12 @@ def register_connectors(register: Register) -> None:
             options=f"{_COMPONENTS}.connectors.projection:ProjectionOptions",
             summary=summary,
         )
+    register(
+        "cell-words",
+        f"{_COMPONENTS}.connectors.cell_words:cell_words",
+        options=f"{_COMPONENTS}.connectors.cell_words:CellWordsOptions",
+        summary="a few tokens per cell of a coarse grid, for box alignment word by word",
+    )
 
 
 @hookimpl

@@ -15,8 +15,10 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from llavactl.core import progress, stopping
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ModelError, RecipeError
 from llavactl.data.plan import BatchPlan
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
@@ -258,8 +260,15 @@ def _align_to_boxes(run: Run) -> None:
     steps = run.settings.box_alignment_steps
     if not steps:
         return
+    if run.token_grid is None:
+        raise RecipeError(
+            "stage1.box_alignment_steps: the connector has no method `grid` that returns the cells of its tokens",
+            hint="use the connector `linear`, `mlp2x-gelu` or `cell-words`, or `-o stage1.box_alignment_steps=0`",
+        )
     with root_gathered(run.model):
-        weights = align_to_boxes(run.model, run.data, run.shape, steps, run.seed)
+        weights = align_to_boxes(
+            run.model, run.data, run.shape, run.token_grid, steps, run.seed, getattr(torch, run.settings.precision)
+        )
     processes, optimizer = run.accelerator.num_processes, run.optimizer
     weights = {name: sum_over_processes(run.accelerator, weight) / processes for name, weight in weights.items()}
     optimizer.set_weights(

@@ -12,6 +12,7 @@ import torch
 
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
+from llavactl.model.build import connector_grid
 from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
@@ -85,9 +86,10 @@ class TokenCounts:
 class Run:
     """Everything that the training loop needs to train a stage.
 
-    ``shape`` is the shape of the vision features. ``digest`` identifies settings and data: only checkpoints with the
-    same digest are resumed. ``padding_reason``: why samples are padded; "" if they are packed.
-    ``liger_fault``: why the kernels of liger-kernel are not used; "" if they are.
+    ``shape`` is the shape of the vision features, ``token_grid`` the grid of the connector's tokens, if it has one.
+    ``digest`` identifies settings and data: only checkpoints with the same digest are resumed. ``padding_reason``: why
+    samples are padded; "" if they are packed. ``liger_fault``: why the kernels of liger-kernel are not used; "" if they
+    are.
     """
 
     model: LlavaModel
@@ -96,6 +98,7 @@ class Run:
     data: SampleSet
     validation: SampleSet
     shape: FeatureShape
+    token_grid: tuple[int, int] | None
     folder: Path
     seed: int
     digest: str
@@ -148,6 +151,7 @@ def create_run(
         data=data.train,
         validation=data.validation,
         shape=shape,
+        token_grid=connector_grid(recipe.connector.spec(), shape),
         folder=folder,
         seed=recipe.seed,
         digest=digest,
