@@ -14,6 +14,7 @@ Distinct from llavactl's version: most releases don't change results and must no
 
 COMMAND_GROUPS = {
     "Start": {
+        "init": "Write a recipe for your data, models and memory.",
         "recipes": "List, show, copy and check recipes.",
         "run": "Run all steps of a recipe.",
     },
