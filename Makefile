@@ -2,7 +2,7 @@
 # docs/how-to/install.md has the same commands for Windows and for systems without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-original lint format site docs constraints clean
+.PHONY: help demo demo-full test test-all test-gpu test-original lint format site docs constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,9 @@ MALLOC := $(MALLOC):glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=
 
 demo: $(RUN_READY) ## run the whole pipeline with small pretrained models on a CPU
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo
+
+demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: half an hour or more
+	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo-full
 
 # One thread per process: pytest runs one process per core.
 test: $(DEV_READY) ## run the fast tests

@@ -168,7 +168,7 @@ def stage1_losses(samples: int, seeds: int, folder: Path) -> Documents:
     """
     (folder / "recipe.yaml").write_text(
         f"""\
-extends: demo
+extends: demo-full
 name: int8
 generate: null
 data: {{stage1: [{{name: scenes, content: descriptions, scenes: {samples}}}], stage2: []}}

@@ -36,8 +36,17 @@ def register_languages(register: Any) -> None:
 
 @hookimpl
 def register_recipes(register: Any) -> None:
-    """``demo``, and ``demo-captions`` without its additions to LLaVA."""
+    """``demo``, ``demo-full``, and ``demo-captions`` without its additions to LLaVA."""
     register(
         "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on rendered scenes, for a CPU"
     )
-    register("demo-captions", "llavactl_demo:demo-captions.yaml", summary="the demo without box alignment, as in LLaVA")
+    register(
+        "demo-full",
+        "llavactl_demo:demo-full.yaml",
+        summary="the demo with the MLP connector of LLaVA v1.5 and a longer stage 2",
+    )
+    register(
+        "demo-captions",
+        "llavactl_demo:demo-captions.yaml",
+        summary="demo-full without box alignment, as in LLaVA",
+    )

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, Dinov2Model
 from llavactl import ModelError
 from llavactl.testing import check_plugin, run_cli
 
-RECIPES = ["demo", "demo-captions"]
+RECIPES = ["demo", "demo-full", "demo-captions"]
 HEAVY = ["torch", "transformers", "onnx", "numpy", "gguf", "safetensors"]
 
 
@@ -49,8 +49,9 @@ def test_every_number_in_the_recipes_has_a_comment(name: str):
 
 
 @pytest.mark.slow
-def test_the_suggestions_are_valid_recipes(tmp_path: Path):
-    recipe = yaml.safe_load((Path(components.__file__).parent / "demo.yaml").read_text())
+@pytest.mark.parametrize("name", ["demo", "demo-full"])
+def test_the_suggestions_are_valid_recipes(tmp_path: Path, name: str):
+    recipe = yaml.safe_load((Path(components.__file__).parent / f"{name}.yaml").read_text())
     for line in recipe["try_next"]:
         command = shlex.split(line.partition(": llavactl run ")[2])
         assert command[0] == "-r", line

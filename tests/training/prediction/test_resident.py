@@ -14,6 +14,7 @@ from llavactl.testing import toy_language
 
 SCENES = [f"data.stage{stage}=[{{name: scenes, content: descriptions, scenes: 60}}]" for stage in (1, 2)]
 SHORT = ["stage1.max_steps=4", "stage2.max_steps=4", "stage2.init=scratch", "stage1.box_alignment_steps=0"]
+SHORT += ["stage1.preview_every=null", "stage2.preview_every=null"]
 MEASURED = """
 import resource, sys
 from llavactl.cli import main
