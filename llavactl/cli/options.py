@@ -79,16 +79,24 @@ def max_skipped_option(command: Command) -> Command:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def _bytes(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
-    """A size such as 24GB (10⁹ bytes) or 80GiB (2³⁰ bytes), in bytes."""
-    if text is None:
-        return None
+def parse_bytes(text: str) -> int:
+    """A size such as 24GB (10⁹ bytes) or 80GiB (2³⁰ bytes), in bytes; raises BadParameter for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper(), re.ASCII)
     if not match or match[2] not in _UNITS or not (size := round(float(match[1]) * _UNITS[match[2]])):
         raise click.BadParameter(f"expected a size such as 24GB or 80GiB, got {text!r}")
     if not text.strip()[-1].isalpha() and size < _UNITS["M"]:
         raise click.BadParameter(f"{text} has no unit; expected a size such as 24GB")
     return size
+
+
+def device_memory_option(condition: str = "") -> Callable[[Command], Command]:
+    """``--device-memory``, in bytes; ``condition`` begins its help text."""
+    return click.option(
+        "--device-memory",
+        metavar="SIZE",
+        callback=lambda _context, _option, text: None if text is None else parse_bytes(text),
+        help=f"{condition}Plan for GPUs with this memory, such as 24GB or 80GiB.  [default: this machine's]",
+    )
 
 
 def device_options(condition: str = "") -> Callable[[Command], Command]:
@@ -101,12 +109,7 @@ def device_options(condition: str = "") -> Callable[[Command], Command]:
             metavar="N",
             help=f"{condition}Plan for N devices, one process each.  [default: 1, or as launched by torchrun]",
         )(command)
-        return click.option(
-            "--device-memory",
-            metavar="SIZE",
-            callback=_bytes,
-            help=f"{condition}Plan for GPUs with this memory, such as 24GB or 80GiB.  [default: this machine's]",
-        )(command)
+        return device_memory_option(condition)(command)
 
     return decorate
 

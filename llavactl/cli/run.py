@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +9,7 @@ import click
 from llavactl.cli import output
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load, recipe_options
+from llavactl.core.program import command_line
 
 if TYPE_CHECKING:
     from llavactl.evaluation.results import EvalReport
@@ -109,12 +106,4 @@ def _answer(example: Any) -> list[Row]:
 
 def _chat_command(model: str, image: str) -> str:
     """The command that chats with ``model`` about ``image``."""
-    return shlex.join([*_program(), "chat", "--model", model, *(["--image", image] if image else [])])
-
-
-def _program() -> list[str]:
-    """The command that runs llavactl; ``make demo`` doesn't put it on the path."""
-    if shutil.which("llavactl"):
-        return ["llavactl"]
-    python = Path(sys.executable)
-    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "llavactl"]
+    return command_line("chat", "--model", model, *(["--image", image] if image else []))

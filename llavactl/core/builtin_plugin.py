@@ -14,6 +14,7 @@ Distinct from llavactl's version: most releases don't change results and must no
 
 COMMAND_GROUPS = {
     "Start": {
+        "init": "Write a recipe for your data, models and memory.",
         "recipes": "List, show, copy and check recipes.",
         "run": "Run all steps of a recipe.",
     },
@@ -107,6 +108,12 @@ def register_connectors(register: Register) -> None:
             options=f"{_COMPONENTS}.connectors.projection:ProjectionOptions",
             summary=summary,
         )
+    register(
+        "cell-words",
+        f"{_COMPONENTS}.connectors.cell_words:cell_words",
+        options=f"{_COMPONENTS}.connectors.cell_words:CellWordsOptions",
+        summary="a few tokens per cell of a coarse grid, for box alignment word by word",
+    )
 
 
 @hookimpl

@@ -35,7 +35,8 @@ def _path(value: Any) -> Any:
     if not value or "\0" in value:
         raise ValueError(f"expected a file or folder, got {str(value)!r}")
     try:
-        return Path(_base(value), Path(value).expanduser()).absolute()
+        path = Path(value).expanduser() if value.startswith("~") else Path(value)  # Path("./~") is Path("~")
+        return Path(_base(value), path).absolute()
     except RuntimeError as error:  # ~name of an unknown user
         raise ValueError(f"{value}: {error}") from error
 

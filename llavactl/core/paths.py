@@ -43,13 +43,13 @@ def _home(kind: str) -> Path:
 
 
 def expand_user(path: str | Path) -> Path:
-    """``path`` with a leading ``~`` or ``~user`` resolved.
+    """``path`` with a leading ``~`` or ``~user`` resolved; ``./~`` is a file, though ``Path`` removes the ``./``.
 
     Raises:
         LlavactlError: unknown user, or no home folder.
     """
     try:
-        return Path(path).expanduser()
+        return Path(path).expanduser() if str(path).startswith("~") else Path(path)
     except RuntimeError as error:
         raise LlavactlError(f"{path}: {error}", hint="give an absolute path") from error
 

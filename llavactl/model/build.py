@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import ModelError, PluginError
+from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.core.tokenizer_check import TOKENIZER_HINT, tokenizer_fault
 from llavactl.model.exactness import is_causal
@@ -99,6 +100,12 @@ def connector_tokens(spec: Mapping[str, Any], shape: FeatureShape) -> int:
     if why := tokens_fault(tokens):
         raise connector_error(spec, why)
     return int(tokens)
+
+
+def connector_grid(spec: Mapping[str, Any], shape: FeatureShape) -> tuple[int, int] | None:
+    """The grid (h, w) of the cells that the tokens of the connector ``spec`` belong to; None if it declares none."""
+    connector = registry().create("connectors", spec)
+    return connector.grid(shape) if isinstance(connector, GridConnector) else None
 
 
 def build_fault(module: Any, tokens: Any) -> str:

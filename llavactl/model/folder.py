@@ -184,11 +184,17 @@ def describe(folder: Path) -> dict[str, Any]:
     return with_moved_paths(description, folder)
 
 
+def preview_folder(stage_folder: Path) -> Path:
+    """The model folder of the newest preview of a stage in training."""
+    return stage_folder / "preview" / "model"
+
+
 def latest_model(run_dir: Path) -> Path:
-    """The model folder of the last finished stage of a run."""
+    """The model folder of the last stage of a run that is finished, or that has shown a preview."""
     for stage in reversed(STAGES.values()):
-        if (folder := run_dir / stage / "model").is_dir():
-            return folder
+        for folder in (run_dir / stage / "model", preview_folder(run_dir / stage)):
+            if folder.is_dir():
+                return folder
     raise ModelError(f"{run_dir}: no stage has been trained", hint="train with `llavactl run`, or pass `--model DIR`")
 
 

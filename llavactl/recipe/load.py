@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -22,7 +21,7 @@ from llavactl.core.registry import registry
 from llavactl.core.validation import KeyPath, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-from llavactl.recipe.resolve import document, masked, overridden, sentence
+from llavactl.recipe.resolve import RecipeSource, document, masked, overridden, sentence
 from llavactl.recipe.sections import Eval
 from llavactl.recipe.specs import Component
 from llavactl.recipe.stages import STAGES
@@ -41,7 +40,7 @@ RawComponent = tuple[KeyPath, type[Component], dict[str, Any]]
 F = TypeVar("F", bound=Outline)
 
 
-def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: RecipeSource = None, overrides: Sequence[str] = ()) -> Recipe:
     """Loads the complete recipe ``source`` (see ``recipe.resolve``) with ``key.path=value`` overrides.
 
     Raises:
@@ -50,7 +49,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     return load_frame(Recipe, source, overrides)
 
 
-def load_frame(frame: type[F], source: str | Path | None = None, overrides: Sequence[str] = ()) -> F:
+def load_frame(frame: type[F], source: RecipeSource = None, overrides: Sequence[str] = ()) -> F:
     """Like ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
     root, location, problems = document(source, overrides)
     log.debug("recipe %s, overrides: %s", location.file, masked(" ".join(overrides)) or "none")
@@ -98,7 +97,7 @@ def load_eval(overrides: Sequence[str]) -> Eval:
     return settings
 
 
-def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> list[Problem]:
+def check(source: RecipeSource = None, overrides: Sequence[str] = ()) -> list[Problem]:
     """All problems of a recipe; empty if it loads. A recipe that only generates data needs no model."""
     try:
         frame = Outline if _only_generates(source, overrides) else Recipe
@@ -108,12 +107,12 @@ def check(source: str | Path | None = None, overrides: Sequence[str] = ()) -> li
     return []
 
 
-def where(key: str, why: str, source: str | Path | None, overrides: Sequence[str]) -> str:
+def where(key: str, why: str, source: RecipeSource, overrides: Sequence[str]) -> str:
     """The origin of the problem ``why`` of ``key`` (dotted): ``file:line``, or ``-o`` with the override."""
     return origin_of(document(source, overrides)[0], _keys(key), why)
 
 
-def _only_generates(source: str | Path | None, overrides: Sequence[str]) -> bool:
+def _only_generates(source: RecipeSource, overrides: Sequence[str]) -> bool:
     """Whether the recipe has a teacher, but no component of a model and no training data."""
     keys = document(source, overrides)[0].plain().keys()
     return "generate" in keys and not keys & {"vision", "connector", "language", "data", "export"}

@@ -28,19 +28,26 @@ class RecipeLocation:
     base: Path
 
 
-def find(source: str | Path | None) -> RecipeLocation:
-    """Finds the recipe ``source``; None means ``./recipe.yaml``.
+RecipeSource = str | Path | RecipeLocation | None
+"""The name or path of a recipe, a file with another base folder, or None for ``./recipe.yaml``."""
+
+
+def find(source: RecipeSource) -> RecipeLocation:
+    """Finds the recipe ``source``.
 
     Paths in a file are relative to its folder, paths in a registered recipe to the working directory.
 
     Raises:
         RecipeError: the recipe doesn't exist; the hint lists the recipes.
     """
+    if isinstance(source, RecipeLocation):
+        return source
     if source is None:
         if not Path(DEFAULT).is_file():
             raise RecipeError(
                 f"./{DEFAULT} not found",
-                hint=f"create it with `llavactl recipes copy NAME`, or pass -r NAME|PATH; recipes: {_names()}",
+                hint="create it with `llavactl init` or `llavactl recipes copy NAME`, or pass -r NAME|PATH; "
+                f"recipes: {_names()}",
             )
         source = Path(DEFAULT)
     if is_path(source):
@@ -54,7 +61,7 @@ def is_path(source: str | Path) -> bool:
     return isinstance(source, Path) or source.endswith((".yaml", ".yml")) or os.sep in source or "/" in source
 
 
-def document(source: str | Path | None, overrides: Sequence[str]) -> tuple[Node, RecipeLocation, list[Problem]]:
+def document(source: RecipeSource, overrides: Sequence[str]) -> tuple[Node, RecipeLocation, list[Problem]]:
     """The tree of the recipe with parents merged and ``overrides`` applied, its location, and problems.
 
     Raises:

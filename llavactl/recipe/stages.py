@@ -134,6 +134,11 @@ class Stage(Section):
         "validation loss; `TASK.SCORE`, such as `pope.f1`: the one with the highest score of a task in "
         "`evaluate_every`",
     )
+    preview_every: PositiveNumber | None = Field(
+        None,
+        description="seconds between previews of the model in training "
+        "(docs/reference/training.md#previews-during-training); null: none",
+    )
     evaluate_every: EvaluateEvery | None = Field(
         None,
         description="evaluation during training (docs/reference/training.md#evaluation-during-training); null: none",

@@ -25,6 +25,10 @@ from llavactl.report.thumbnails import data_uri, safe_image
 TIMES = "times.json"
 """A file of the run folder with the seconds of each step, written by ``llavactl run``."""
 
+REFRESH_SECONDS = 20
+"""The browser reloads the page of a run in training."""
+
+PREVIEW_FOLDER = "preview"
 SHOWN_SKIPPED = 20
 SHOWN_EVALUATIONS = 5
 STAGES = (
@@ -58,7 +62,8 @@ class StageView:
 
     ``curves`` are the loss curves for light and dark backgrounds as data URIs, empty before the first step or without
     matplotlib. ``facts`` are all fields of the stage's report. ``evaluations`` are the scores by step during training,
-    ``progress_answers`` the answers to the same questions by step.
+    ``progress_answers`` the answers to the same questions by step, ``previews`` those of the newest preview, whose
+    ``blind`` answer is about another image.
     """
 
     title: str
@@ -69,6 +74,8 @@ class StageView:
     answers: tuple[SampleAnswer, ...]
     evaluations: tuple[Table, ...]
     progress_answers: tuple[Table, ...]
+    preview_step: str
+    previews: tuple[SampleAnswer, ...]
     held_out: bool
     finished: bool
     step: str
@@ -90,10 +97,13 @@ def write_report(run_dir: Path) -> Path:
     text, recipe = read_recipe(run_dir)
     skipped = read_objects(run_dir / "skipped.jsonl")
     can_plot = plots_available()
+    stages = [view for stage in STAGES if (view := _stage(run_dir, *stage, can_plot=can_plot))]
     page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
+        in_training=any(not view.finished for view in stages),
+        refresh_seconds=REFRESH_SECONDS,
         components=_components(recipe),
-        stages=[view for stage in STAGES if (view := _stage(run_dir, *stage, can_plot=can_plot))],
+        stages=stages,
         plots_missing="" if can_plot else PLOTS_MISSING,
         tasks=[_task(file) for file in sorted((run_dir / "eval").glob("*.json"))],
         skipped=[(show(row.get("image")), show(row.get("reason"))) for row in skipped[:SHOWN_SKIPPED]],
@@ -124,11 +134,12 @@ def _components(recipe: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
 
 
 def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bool) -> StageView | None:
-    """The stage in ``folder``; None before its first step."""
+    """The stage in ``folder``; None before its first step or preview."""
     metrics = run_dir / folder / "metrics.jsonl"
     report = read_document(run_dir / folder / "report.json")
     lines = read_objects(metrics)
-    if not report and not lines:
+    preview_step, previews = _newest_preview(run_dir / folder / PREVIEW_FOLDER)
+    if not report and not lines and not previews:
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
     speed = [("tokens per second", show(report["tokens_per_s"]))] if "tokens_per_s" in report else []
@@ -146,10 +157,13 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
         ),
         answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
         evaluations=_evaluations(lines),
-        progress_answers=_progress_answers(run_dir / folder / "samples"),
+        progress_answers=_progress_answers(run_dir / folder / "samples")
+        + _progress_answers(run_dir / folder / PREVIEW_FOLDER),
+        preview_step=preview_step,
+        previews=previews,
         held_out=bool(report.get("validation_samples")),
         finished=bool(report),
-        step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=None)),
+        step=show(max((line["step"] for line in lines if isinstance(line.get("step"), int)), default=0)),
     )
 
 
@@ -164,13 +178,24 @@ def _evaluations(lines: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
 def _progress_answers(folder: Path) -> tuple[Table, ...]:
     """The answers during training, one row per question and one column for each of the last evaluations."""
     files = sorted(folder.glob("step-*.json"))[-SHOWN_EVALUATIONS:]
-    by_step = {f"step {file.stem.removeprefix('step-').lstrip('0')}": read_objects(file) for file in files}
+    by_step = {f"step {_step(file)}": read_objects(file) for file in files}
     evaluations = {step: rows for step, rows in by_step.items() if rows}
     rows = [
         Row(show(samples[0].get("question")), tuple(show(row.get("answer")) for row in samples))
         for samples in zip(*evaluations.values(), strict=False)
     ]
     return (Table(tuple(evaluations), tuple(rows)),) if rows else ()
+
+
+def _newest_preview(folder: Path) -> tuple[str, tuple[SampleAnswer, ...]]:
+    """The step and the answers of the newest preview."""
+    files = sorted(folder.glob("step-*.json"))
+    return (_step(files[-1]), tuple(map(sample_answer, read_objects(files[-1])))) if files else ("", ())
+
+
+def _step(file: Path) -> str:
+    """The step in the name of a file with answers."""
+    return file.stem.removeprefix("step-").lstrip("0") or "0"
 
 
 def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:

@@ -3,12 +3,14 @@
 From captions alone a connector learns slowly: a frozen language model can relate a word to a patch only once the
 patch's embedding resembles the word's. Boxes provide this relation directly. Each image token is regressed on the input
 embeddings of the words for its content and position. The language model isn't run, so this takes seconds.
+
+- A connector with one token per cell is fitted to the mean over the patches of the cell (``patch_targets``).
+- A connector with several is fitted to the words of the object whose center is in the cell (``word_targets``).
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from random import Random
@@ -32,6 +34,11 @@ BATCH_SIZE = 32
 """Images per step."""
 
 LEARNING_RATE = 1e-3
+WORDS_LEARNING_RATE = 5e-3
+"""For connectors with several tokens per cell. In 400 steps on 1,100 scenes, colors on held-out scenes were right in
+98 % of the cells at 2e-3 and in 99.8 % at 5e-3.
+"""
+
 WARMUP = 0.05
 
 POSITION_SCALE = 1.5
@@ -39,18 +46,33 @@ POSITION_SCALE = 1.5
 "right"). At 1.5 the position part of a target is about half as large as the part for its content.
 """
 
+MARGIN = 1 / 45
+"""Cells are larger by this fraction of the image on each side: where the center of an object is close to an edge, both
+cells show the object. Without, the mean of object and background would be fitted there, which is neither.
+"""
+
+BETWEEN = "."
+"""The word for the tokens of cells without an object."""
+
 WordEmbedding = Callable[[str], torch.Tensor]
 
 
 def align_to_boxes(
-    model: LlavaModel, data: SampleSet, shape: FeatureShape, steps: int, seed: int
+    model: LlavaModel,
+    data: SampleSet,
+    shape: FeatureShape,
+    cells: tuple[int, int],
+    steps: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """The connector's float32 state dict after ``steps`` AdamW steps on the images of ``data`` with boxes.
 
-    The loss is the mean squared error between the connector's tokens and ``targets``. ``model`` isn't changed.
+    ``cells`` (h, w) is the grid of the connector's tokens. The loss is the mean squared error between the tokens and
+    their targets. Weights and targets are float32, matrix products are computed in ``dtype``. ``model`` isn't changed.
 
     Raises:
-        RecipeError: no sample has boxes, or the connector's tokens don't form a grid.
+        RecipeError: no sample has boxes, or the tokens don't fill the ``cells``.
     """
     samples = [sample for sample in data.samples if len(sample.images) == 1 and _object_boxes(sample.boxes)]
     if not samples:
@@ -58,7 +80,7 @@ def align_to_boxes(
             "stage1.box_alignment_steps: no record of data.stage1 has boxes",
             hint="use a source with boxes (`coco`, `scenes`), or `-o stage1.box_alignment_steps=0`",
         )
-    factor = patches_per_side(shape, data.encoding.image_tokens)
+    per_cell = tokens_per_cell(shape, cells, data.encoding.image_tokens)
     embeddings = model.language.get_input_embeddings().weight.detach()
 
     @cache
@@ -66,6 +88,12 @@ def align_to_boxes(
         ids = data.encoding.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
         return embeddings[ids].float().sum(0)
 
+    def image_targets(boxes: Sequence[Box]) -> torch.Tensor:
+        if per_cell == 1:
+            return patch_targets(boxes, shape.grid, cells, word)
+        return word_targets(boxes, cells, per_cell, word)
+
+    rate = LEARNING_RATE if per_cell == 1 else WORDS_LEARNING_RATE
     # In float32 for any precision of the stage: the connector and its updates are small.
     connector = copy.deepcopy(model.connector).float()
     trainable = [weight for name, weight in connector.named_parameters() if name not in model.frozen]
@@ -73,13 +101,14 @@ def align_to_boxes(
     explained = 0.0
     with progress.bar(steps, "box alignment", "step") as bar:
         for step, batch in zip(range(steps), _batches(samples, seed), strict=False):
-            target = torch.stack([targets(sample.boxes, shape.grid, factor, word) for sample in batch])
+            target = torch.stack([image_targets(sample.boxes) for sample in batch])
             features = image_features(collate([Encoded((), (), sample.images) for sample in batch], data.features))
             assert features is not None, "every sample here has an image"
-            tokens = connector(features.to(embeddings.device).float())[:, shape.prefix :]
-            loss = (tokens - target).square().mean()
+            with torch.autocast(embeddings.device.type, dtype, enabled=dtype != torch.float32):
+                tokens = connector(features.to(embeddings.device).float())[:, shape.prefix :]
+            loss = (tokens.float() - target).square().mean()
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * schedule(step, steps, WARMUP)
+                group["lr"] = rate * schedule(step, steps, WARMUP)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -88,12 +117,14 @@ def align_to_boxes(
     return {name: tensor.detach() for name, tensor in connector.state_dict().items()}
 
 
-def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: WordEmbedding) -> torch.Tensor:
-    """The targets for the tokens of an image, [h/factor * w/factor, Dl], with a ``grid`` (h, w) of patches.
+def patch_targets(
+    boxes: Sequence[Box], grid: tuple[int, int], cells: tuple[int, int], word: WordEmbedding
+) -> torch.Tensor:
+    """The targets for one token per cell, [cells, Dl], with a ``grid`` (h, w) of patches.
 
     A patch is in a box if its center is in the box's inscribed ellipse, as objects rarely fill the corners; if it is in
     several, the smallest counts. Its target is the embedding ``word`` [Dl] of the box's category, else of "background",
-    plus its horizontal and vertical position. A token's target is the mean over its ``factor`` x ``factor`` patches.
+    plus its horizontal and vertical position. A token's target is the mean over the patches of its cell.
     """
     h, w = grid
     background = word("background")
@@ -105,27 +136,63 @@ def targets(boxes: Sequence[Box], grid: tuple[int, int], factor: int, word: Word
         horizontal = (x - (left + right) / 2) / ((right - left) / 2)
         vertical = (y - (top + bottom) / 2) / ((bottom - top) / 2)
         patches[horizontal.square() + vertical.square() <= 1] = word(box.category)
-    patches += POSITION_SCALE * (x - 0.5)[..., None] * (word("right") - word("left"))
-    patches += POSITION_SCALE * (y - 0.5)[..., None] * (word("below") - word("above"))
-    return patches.view(h // factor, factor, w // factor, factor, -1).mean((1, 3)).flatten(0, 1)
+    patches += _position(x, y, word)
+    rows, columns = cells
+    return patches.view(rows, h // rows, columns, w // columns, -1).mean((1, 3)).flatten(0, 1)
 
 
-def patches_per_side(shape: FeatureShape, tokens: int) -> int:
-    """The side length in patches of each of a connector's ``tokens``, which must be in the order of the patches.
+def word_targets(boxes: Sequence[Box], cells: tuple[int, int], per_cell: int, word: WordEmbedding) -> torch.Tensor:
+    """The targets for ``per_cell`` tokens in each of ``cells`` (h, w), [h*w*per_cell, Dl].
+
+    A cell shows the object whose center is in it, or closest to it within MARGIN: the last ``per_cell`` words of its
+    category, such as "red" and "circle", each plus the position of the object. Tokens without a word are BETWEEN.
+    """
+    h, w = cells
+    blank = word(BETWEEN).repeat(per_cell, 1)
+    objects = _object_boxes(boxes)
+    if not objects:
+        return blank.repeat(h * w, 1)
+    centers = [((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in (box.xyxy for box in objects)]
+    x, y = torch.tensor(centers, device=blank.device).T
+    distance = torch.maximum(_distance(y, h)[:, :, None], _distance(x, w)[:, None, :])
+    nearest, index = distance.flatten(1).min(0)
+    words = torch.stack([_last_words(box.category, per_cell, blank, word) for box in objects])
+    words = words + _position(x, y, word)[:, None]
+    return torch.where((nearest <= MARGIN)[:, None, None], words[index], blank).flatten(0, 1)
+
+
+def _distance(position: torch.Tensor, cells: int) -> torch.Tensor:
+    """The distance [N, ``cells``] of each position [N], from 0 to 1, to each interval of length 1/``cells``."""
+    starts = torch.arange(cells, device=position.device) / cells
+    return torch.maximum(starts - position[:, None], position[:, None] - starts - 1 / cells).clamp(min=0)
+
+
+def _last_words(category: str, count: int, blank: torch.Tensor, word: WordEmbedding) -> torch.Tensor:
+    """The embeddings of the last ``count`` words of ``category`` [count, Dl], ``blank`` before fewer words."""
+    words = category.split()[-count:]
+    return torch.cat([blank[: count - len(words)], *(word(each)[None] for each in words)])
+
+
+def _position(x: torch.Tensor, y: torch.Tensor, word: WordEmbedding) -> torch.Tensor:
+    """The embedding [..., Dl] of a position (``x``, ``y``) in the image, from 0 to 1."""
+    horizontal = (x - 0.5)[..., None] * (word("right") - word("left"))
+    return POSITION_SCALE * (horizontal + (y - 0.5)[..., None] * (word("below") - word("above")))
+
+
+def tokens_per_cell(shape: FeatureShape, cells: tuple[int, int], tokens: int) -> int:
+    """The number of a connector's ``tokens`` in each of ``cells``, without those of ``shape.prefix``.
 
     Raises:
-        RecipeError: the tokens can't form a grid over the patches.
+        RecipeError: the cells don't divide the grid of patches, or the tokens don't fill them.
     """
-    h, w = shape.grid
-    if tokens == shape.patches:
-        return 1
-    factor = math.isqrt(h * w // tokens)
-    if shape.prefix or not factor or h % factor or w % factor or h * w != tokens * factor**2:
+    (rows, columns), (h, w) = cells, shape.grid
+    per_cell, rest = divmod(tokens - shape.prefix, rows * columns)
+    if rest or per_cell < 1 or h % rows or w % columns:
         raise RecipeError(
-            f"stage1.box_alignment_steps: {tokens} image tokens don't form a grid over {h}x{w} patches",
-            hint="use the connector `linear` or `mlp2x-gelu`, or `-o stage1.box_alignment_steps=0`",
+            f"stage1.box_alignment_steps: {tokens} image tokens don't form {rows}x{columns} cells of {h}x{w} patches",
+            hint="use the connector `linear`, `mlp2x-gelu` or `cell-words`, or `-o stage1.box_alignment_steps=0`",
         )
-    return factor
+    return per_cell
 
 
 def _object_boxes(boxes: Sequence[Box]) -> list[Box]:

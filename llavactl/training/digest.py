@@ -24,6 +24,7 @@ _EXCLUDED_SETTINGS = {
     "keep_last",
     "restore_best",
     "evaluate_every",
+    "preview_every",
     "init",
 }
 """Settings that affect speed, memory or checkpoints, not the result; the hash of the initial model covers ``init``."""

@@ -15,8 +15,10 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from llavactl.core import progress, stopping
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ModelError, RecipeError
 from llavactl.data.plan import BatchPlan
 from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
@@ -30,7 +32,7 @@ from llavactl.training.sharding import distributed_like, root_gathered
 from llavactl.training.spikes import WINDOW, RecentSteps
 from llavactl.training.step import accumulate, buffers_before, suspects, update
 from llavactl.training.throughput import Peak, Throughput
-from llavactl.training.validation import evaluate, training_kernels, validate
+from llavactl.training.validation import evaluate, show_preview, training_kernels, validate
 
 if TYPE_CHECKING:
     from llavactl.data.sample_set import SampleSet
@@ -123,7 +125,9 @@ def train(run: Run) -> TrainingResult:
             unvalidated = checkpoint.val_loss is None and len(run.validation) > 0
             if unevaluated or (unvalidated and _checkpoint_due(run, start, plan.steps)):
                 finish_step(start, scores, checkpoint.val_loss)
-        began = time.perf_counter()
+        if run.preview:
+            show_preview(run, start, kernels)
+        began = shown = time.perf_counter()
         for step, batches in prefetched_steps(run, plan, start, stop):
             gradient = accumulate(run, batches, step, stop)
             if gradient is None:
@@ -148,6 +152,9 @@ def train(run: Run) -> TrainingResult:
             line |= throughput.fields(gradient.work, time.perf_counter() - began)
             _write_metrics(run, line, metrics)
             bar.advance(1, **progress_facts({**line, **finish_step(completed)}))
+            if completed < plan.steps and _preview_due(run, time.perf_counter() - shown):
+                show_preview(run, completed, kernels)
+                shown = time.perf_counter()
             began = time.perf_counter()
         if in_any_process(run.accelerator, stop.requested):  # the others must not save the model without this one
             _raise_interrupted(run, plan.steps)
@@ -164,6 +171,14 @@ def _checkpoint_due(run: Run, step: int, steps: int) -> bool:
 def _evaluation_due(run: Run, step: int, steps: int) -> bool:
     every = run.settings.evaluate_every
     return every is not None and (step == steps or step % every.steps == 0)
+
+
+def _preview_due(run: Run, elapsed: float) -> bool:
+    """Whether the next preview is due ``elapsed`` seconds after the last one, by the main process's clock."""
+    every = run.settings.preview_every
+    if run.preview is None or every is None:
+        return False
+    return in_any_process(run.accelerator, run.accelerator.is_main_process and elapsed >= every)
 
 
 def _finite(values: Mapping[str, float]) -> bool:
@@ -245,8 +260,15 @@ def _align_to_boxes(run: Run) -> None:
     steps = run.settings.box_alignment_steps
     if not steps:
         return
+    if run.token_grid is None:
+        raise RecipeError(
+            "stage1.box_alignment_steps: the connector has no method `grid` that returns the cells of its tokens",
+            hint="use the connector `linear`, `mlp2x-gelu` or `cell-words`, or `-o stage1.box_alignment_steps=0`",
+        )
     with root_gathered(run.model):
-        weights = align_to_boxes(run.model, run.data, run.shape, steps, run.seed)
+        weights = align_to_boxes(
+            run.model, run.data, run.shape, run.token_grid, steps, run.seed, getattr(torch, run.settings.precision)
+        )
     processes, optimizer = run.accelerator.num_processes, run.optimizer
     weights = {name: sum_over_processes(run.accelerator, weight) / processes for name, weight in weights.items()}
     optimizer.set_weights(

@@ -12,6 +12,7 @@ import torch
 
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
+from llavactl.model.build import connector_grid
 from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
@@ -53,6 +54,16 @@ class Evaluation(Protocol):
         """
 
 
+class Preview(Protocol):
+    """Shows what the model in training answers."""
+
+    def show(self, run: Run, step: int) -> None:
+        """Answers a few questions with the weights after ``step``; all processes call this together.
+
+        An error in one process is raised in all of them, or ends the process if the model is sharded.
+        """
+
+
 @dataclass
 class TokenCounts:
     """Counts for the batches of this process.
@@ -75,9 +86,10 @@ class TokenCounts:
 class Run:
     """Everything that the training loop needs to train a stage.
 
-    ``shape`` is the shape of the vision features. ``digest`` identifies settings and data: only checkpoints with the
-    same digest are resumed. ``padding_reason``: why samples are padded; "" if they are packed.
-    ``liger_fault``: why the kernels of liger-kernel are not used; "" if they are.
+    ``shape`` is the shape of the vision features, ``token_grid`` the grid of the connector's tokens, if it has one.
+    ``digest`` identifies settings and data: only checkpoints with the same digest are resumed. ``padding_reason``: why
+    samples are padded; "" if they are packed. ``liger_fault``: why the kernels of liger-kernel are not used; "" if they
+    are.
     """
 
     model: LlavaModel
@@ -86,6 +98,7 @@ class Run:
     data: SampleSet
     validation: SampleSet
     shape: FeatureShape
+    token_grid: tuple[int, int] | None
     folder: Path
     seed: int
     digest: str
@@ -96,6 +109,7 @@ class Run:
     accelerator: Accelerator
     notify: Observer
     evaluation: Evaluation | None = None
+    preview: Preview | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
 
 
@@ -137,6 +151,7 @@ def create_run(
         data=data.train,
         validation=data.validation,
         shape=shape,
+        token_grid=connector_grid(recipe.connector.spec(), shape),
         folder=folder,
         seed=recipe.seed,
         digest=digest,

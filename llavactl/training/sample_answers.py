@@ -48,13 +48,14 @@ def answer_samples(assistant: Assistant, samples: Sequence[Sample], max_new_toke
     return answered
 
 
-def answers_file(folder: Path, step: int) -> Path:
-    """The file, in the folder of a stage, with the sample answers after ``step`` of training."""
-    return folder / "samples" / f"step-{step:08d}.json"
+def answers_file(folder: Path, step: int, kind: str = "samples") -> Path:
+    """The file, in the folder of a stage, with the answers after ``step`` of training: ``samples`` or ``preview``."""
+    return folder / kind / f"step-{step:08d}.json"
 
 
 def remove_later_answers(folder: Path, step: int) -> None:
     """Removes the sample answers of an earlier run after later steps than ``step``."""
-    for file in (folder / "samples").glob("step-*.json"):
-        if file > answers_file(folder, step):
-            file.unlink(missing_ok=True)
+    for kind in ("samples", "preview"):
+        for file in (folder / kind).glob("step-*.json"):
+            if file > answers_file(folder, step, kind):
+                file.unlink(missing_ok=True)

@@ -69,15 +69,25 @@ def evaluate(run: Run, step: int, stop: Stop, kernels: ExitStack) -> Mapping[str
     return scores
 
 
+def show_preview(run: Run, step: int, kernels: ExitStack) -> None:
+    """Shows the preview of the model after ``step``; a failure is logged. ``kernels`` as in ``evaluate``."""
+    assert run.preview is not None
+    kernels.close()
+    run.model.eval()
+    with nullcontext() if run.placement.sharded else _failure_logged(run, step, "preview"):
+        run.preview.show(run, step)
+    kernels.enter_context(training_kernels(run))
+
+
 @contextmanager
-def _failure_logged(run: Run, step: int) -> Iterator[None]:
+def _failure_logged(run: Run, step: int, what: str = "evaluation") -> Iterator[None]:
     """Logs an error in this context, which all processes raise together, as a warning."""
     try:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001 - plugins may raise anything
         reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         if run.accelerator.is_main_process:
-            log.warning("%s: the evaluation after step %d failed (%s)", run.folder.name, step, reason)
+            log.warning("%s: the %s after step %d failed (%s)", run.folder.name, what, step, reason)
 
 
 @torch.no_grad()

@@ -10,28 +10,26 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llavactl import __version__
 from llavactl.core import plugins
+from llavactl.core.devices import Device, available_devices
 from llavactl.core.errors import LlavactlError
 from llavactl.core.network import offline_variable, proxy_error
 from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
 from llavactl.report.plots import PLOTS_MISSING, plots_available
+from llavactl.training.prediction.published import MODELS, PublishedPeak, fastest_fit, published_peaks
+from llavactl.training.prediction.target import Target
 
 MIN_FREE_DISK_GB = 20
+METHODS = ("connector", "full", "lora", "qlora")
+"""Stage 1, and the methods of stage 2."""
+
 MIN_7B_MEMORY_GB = 20  # 14 GB of bfloat16 weights, plus a connector, LoRA adapters and activations
-
-
-@dataclass(frozen=True)
-class Device:
-    """A CPU or an accelerator; ``dtypes``: dtypes with hardware support."""
-
-    name: str
-    memory_gb: float
-    dtypes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,37 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
+class TrainingMemory:
+    """Whether ``model`` can be trained with ``method`` here, by stored predictions.
+
+    ``method``: ``connector`` is stage 1, the others are stage 2. ``peak_bytes``: the predicted peak of a device (on a
+    CPU: of the process) with the fastest settings that fit; ``settings`` are those that cost time. Without any that
+    fit, the lowest peak; None if nothing was predicted, such as for ``qlora`` on a CPU.
+    """
+
+    model: str
+    method: str
+    fits: bool
+    peak_bytes: int | None
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptionalFeature:
+    """A feature that needs the package ``package``; ``install``: the command that installs it."""
+
+    what: str
+    package: str
+    installed: bool
+    install: str
+
+
+@dataclass(frozen=True)
 class DoctorReport:
-    """The environment, and the ``findings`` of all checks."""
+    """The environment, and the ``findings`` of all checks; ``problems`` are those that need attention.
+
+    ``training``: the models and methods that fit on ``training_device``.
+    """
 
     llavactl: str
     python: str
@@ -65,6 +92,10 @@ class DoctorReport:
     disks: tuple[Disk, ...]
     plugins: tuple[plugins.Plugin, ...]
     findings: tuple[Diagnosis, ...]
+    training_device: str = ""
+    training: tuple[TrainingMemory, ...] = ()
+    features: tuple[OptionalFeature, ...] = ()
+    problems: tuple[Diagnosis, ...] = ()
 
 
 def doctor() -> DoctorReport:
@@ -73,16 +104,20 @@ def doctor() -> DoctorReport:
     devices, device_findings = _devices()
     disks, disk_findings = _disks()
     installed = tuple(plugins.installed())
+    broken = [Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in installed if plugin.error]
+    downloads = _downloads()
     findings = [
         *package_findings,
         *device_findings,
         *disk_findings,
         _preprocessing(packages),
         _plots(),
-        _downloads(),
+        downloads,
         *_proxy(),
-        *(Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in installed if plugin.error),
+        *broken,
     ]
+    important = (*package_findings, *device_findings[:1], *disk_findings, downloads, *_proxy(), *broken)
+    target = _target(devices)
     return DoctorReport(
         llavactl=__version__,
         python=platform.python_version(),
@@ -92,6 +127,10 @@ def doctor() -> DoctorReport:
         disks=disks,
         plugins=installed,
         findings=tuple(findings),
+        training_device=_target_text(devices, target),
+        training=() if target is None else tuple(_training(target)),
+        features=tuple(_features(cuda=target is not None and target.cuda)),
+        problems=tuple(finding for finding in important if not finding.works),
     )
 
 
@@ -129,31 +168,9 @@ def _devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
 def _available_devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
     """The CPU and all accelerators, and a finding if torch can't be imported."""
     try:
-        import torch
+        return available_devices(), []
     except (ImportError, OSError) as error:
         return (), [Diagnosis("torch", False, f"can't be imported: {error}")]
-    devices = [_cpu(torch)]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        half = ("float16", "bfloat16") if properties.major >= 8 else ("float16",)
-        devices.append(Device(f"cuda:{index} {properties.name}", _gb(properties.total_memory), ("float32", *half)))
-    if torch.backends.mps.is_available():
-        devices.append(Device("mps", _memory_gb(), ("float32", "float16", "bfloat16")))
-    return tuple(devices), []
-
-
-def _cpu(torch: Any) -> Device:
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    bfloat16 = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    name = f"cpu {flags.get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
-    return Device(name, _memory_gb(), ("float32", "bfloat16") if bfloat16 else ("float32",))
-
-
-def _memory_gb() -> float:
-    try:
-        return _gb(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return 0.0
 
 
 def _gb(size: float) -> float:
@@ -199,6 +216,58 @@ def _recipes(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
         ]
         why = f"predicted for {size[0]} × {size[1]} GB: {'; '.join(peaks)}"
         yield Diagnosis(f"recipe {name}", all(row["fits"] for row in stages), why)
+
+
+def _target(devices: tuple[Device, ...]) -> Target | None:
+    """The devices that training uses: all GPUs, planned with the memory of the smallest, or else the CPU."""
+    gpus = [device.memory_gb for device in devices if device.name.startswith("cuda")]
+    if gpus:
+        return Target(True, round(min(gpus) * 1e9), len(gpus))
+    return Target(False, round(devices[0].memory_gb * 1e9)) if devices else None
+
+
+def _target_text(devices: tuple[Device, ...], target: Target | None) -> str:
+    if target is None:
+        return ""
+    size = f"{target.memory_bytes / 1e9:.0f} GB"
+    if not target.cuda:
+        return f"CPU, {size}"
+    names = dict.fromkeys(device.name.partition(" ")[2] for device in devices if device.name.startswith("cuda"))
+    return f"{target.count} × {' and '.join(names)}, {size}" + (" each" if target.count > 1 else "")
+
+
+def _training(target: Target) -> Iterator[TrainingMemory]:
+    """Every model and method with stored predictions."""
+    for model in MODELS.values():
+        for method in METHODS:
+            peaks = published_peaks(model, method, target)
+            fit = fastest_fit(model, method, target)
+            lowest = min((peak.bytes for peak in peaks), default=None)
+            settings = () if fit is None else tuple(_settings(fit))
+            yield TrainingMemory(model, method, fit is not None, fit.bytes if fit else lowest, settings)
+
+
+def _settings(peak: PublishedPeak) -> Iterator[str]:
+    if peak.sharded:
+        yield "sharding"
+    if peak.optimizer_state == "host":
+        yield "optimizer_state"
+    if peak.gradient_checkpointing:
+        yield "gradient_checkpointing"
+
+
+def _features(*, cuda: bool) -> Iterator[OptionalFeature]:
+    """The optional packages that are useful on this machine."""
+    for what, package, module, install, needs_cuda in (
+        ("training in 4 bits (method qlora)", "bitsandbytes", "bitsandbytes", "'llavactl[qlora]'", True),
+        ("RMSNorm and SwiGLU kernels", "liger-kernel", "liger_kernel", "'llavactl[liger]'", True),
+        ("image preprocessing with torchvision", "torchvision", "torchvision", "torchvision", False),
+        ("plots", "matplotlib", "matplotlib", "'llavactl[plots]'", False),
+        ("balancing captions (data filter)", "textblob", "textblob", "'llavactl[captions]'", False),
+        ("HEIC images", "pillow-heif", "pillow_heif", "pillow-heif", False),
+    ):
+        if cuda or not needs_cuda:
+            yield OptionalFeature(what, package, find_spec(module) is not None, f"pip install {install}")
 
 
 def _disks() -> tuple[tuple[Disk, ...], list[Diagnosis]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from llavactl.recipe.stages import STAGES
 from llavactl.training.placement import requested_placement
 from llavactl.training.prediction.choose import (
     Alternative,
-    Target,
     alternatives,
     choices,
     choose,
@@ -34,6 +32,7 @@ from llavactl.training.prediction.choose import (
 from llavactl.training.prediction.model import feature_shape, language_component
 from llavactl.training.prediction.predict import Choice, StagePredictor
 from llavactl.training.prediction.process import process_bytes
+from llavactl.training.prediction.target import Target, target_device
 from llavactl.training.report import REPORT
 from llavactl.training.throughput import Work, training_flops
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from llavactl.data.sample_set import SampleSet
     from llavactl.data.stage_plan import StagePlan
     from llavactl.features import FeatureReader
+    from llavactl.recipe.resolve import RecipeSource
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import StageNumber
     from llavactl.training.prediction.predict import Prediction
@@ -130,7 +130,7 @@ def plan_training(
 
 
 def recipe_warnings(
-    source: str | Path | None, overrides: Sequence[str], device_memory: int | None, devices: int | None
+    source: RecipeSource, overrides: Sequence[str], device_memory: int | None, devices: int | None
 ) -> list[str]:
     """A warning for each stage of a valid recipe that doesn't fit on the devices, or without CUDA on the CPU.
 
@@ -163,25 +163,6 @@ def _longest_samples_fit(recipe: Recipe, stage: StageNumber, device: Target) -> 
     tokens = connector_tokens(recipe.connector.spec(), shape)
     predictor = StagePredictor(recipe, stage, shape, tokens, None, device.count, cuda=device.cuda)
     return device.holds(predictor.predict(choices(recipe, predictor.settings, device)[0]))
-
-
-def target_device(memory: int | None, count: int | None) -> Target:
-    """CUDA devices of ``memory`` bytes, or those of this machine, or CPU processes."""
-    import torch
-
-    from llavactl.features.device import default_device
-
-    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if memory is not None:
-        return Target(True, memory, count or processes)
-    if default_device().startswith("cuda"):
-        smallest = min(
-            torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
-        )
-        return Target(True, smallest, count or processes)
-    import psutil
-
-    return Target(False, int(psutil.virtual_memory().total), count or processes)
 
 
 def _training_data(recipe: Recipe, stage: StageNumber, image_tokens: int, notes: list[str]) -> SampleSet | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llavactl.core.schema import FeatureShape
+    from llavactl.recipe.resolve import RecipeSource
 
 PROBE = (Turn("user", ("What?",)), Turn("assistant", ("That.",)))
 """A conversation to render with every template."""
@@ -30,7 +30,7 @@ Fault = tuple[str, str]
 """A recipe key and what is wrong there."""
 
 
-def problems(source: str | Path | None, overrides: Sequence[str] = ()) -> list[Problem]:
+def problems(source: RecipeSource, overrides: Sequence[str] = ()) -> list[Problem]:
     """Every problem of the recipe ``source``: of its keys and values, or, without these, of its components."""
     if invalid := check(source, overrides):
         return invalid

@@ -43,6 +43,7 @@ from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
 from llavactl.training.trackers import check_trackers, recording
 from llavactl.verbs.evaluate_every import periodic_evaluation
+from llavactl.verbs.preview import preview, remove_preview
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,8 +118,17 @@ def _train(
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
     with out_of_memory_named(folder.name, settings, placement, loading):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
-    run = replace(run, evaluation=evaluation)
     description = model_description(recipe, stage, features, digest, init_folder)
+    shown = preview(
+        recipe,
+        training_stage,
+        features,
+        lambda fixed: Assistant(model, replace(encoding, max_length=None), fixed, settings.image_order),
+        data,
+        lambda run, target: save_model(run, target, bundle, description),
+        str(accelerator.device),
+    )
+    run = replace(run, evaluation=evaluation, preview=shown)
     with ExitStack() as stack:
 
         def begin() -> None:
@@ -220,6 +230,7 @@ def _train_and_save(
         result = run_loop(recorded)
     seconds = time.perf_counter() - began
     save_model(run, run.folder / "model", bundle, description)
+    on_main(lambda: remove_preview(run.folder))
     # From here on the stage is finished; the rest is optional.
     report = on_main(lambda: _write_stage_report(stage, run, data, result, seconds))
     with optional_output(run.folder / "samples.json"):

@@ -18,6 +18,7 @@ from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
 from llavactl.verbs import doctor
 
+GPU = ("float32", "float16", "bfloat16")
 SMALL = """\
 name: small
 vision: {name: clip, model: a/b}
@@ -163,7 +164,65 @@ class TestDoctor:
         result = run_cli("doctor")
         assert result.exit_code == 0
         assert result.stdout.startswith("llavactl ")
-        assert any(line.startswith(("yes ", "NO ")) for line in result.stdout.splitlines())
+        assert not any(line.startswith(("yes ", "NO ")) for line in result.stdout.splitlines())
+        everything = run_cli("doctor", "--all").stdout
+        assert any(line.startswith(("yes ", "NO ")) for line in everything.splitlines())
+        assert any(line.startswith("pydantic ") for line in everything.splitlines())
+
+    @pytest.mark.parametrize(
+        ("devices", "fitting"),
+        [
+            ([("cpu EPYC, 2 threads", 8, ("float32",))], {"SmolLM2 135M": set()}),
+            (
+                [("cpu EPYC, 2 threads", 64, ("float32",)), ("cuda:0 NVIDIA GeForce RTX 4090", 25.3, GPU)],
+                {
+                    "SmolLM2 135M": {"connector", "full", "lora", "qlora"},
+                    "Vicuna 7B": {"connector", "lora", "qlora"},
+                },
+            ),
+            (
+                [("cpu EPYC, 2 threads", 64, ()), *((f"cuda:{n} NVIDIA H200", 150.0, GPU) for n in range(8))],
+                {"Vicuna 7B": {"connector", "full", "lora", "qlora"}, "Vicuna 13B": {"connector", "full", "lora"}},
+            ),
+            ([("cpu x", 64, ()), *((f"cuda:{n} model {n}", 48.0, GPU) for n in range(6))], {"Vicuna 7B": {"full"}}),
+        ],
+        ids=["CPU", "1 GPU", "8 GPUs", "6 different GPUs"],
+    )
+    def test_one_screen_says_what_can_be_trained(
+        self, monkeypatch: pytest.MonkeyPatch, devices: list[Any], fitting: dict[str, set[str]]
+    ) -> None:
+        monkeypatch.setattr(doctor, "_available_devices", lambda: (tuple(doctor.Device(*each) for each in devices), []))
+        monkeypatch.setattr(doctor, "find_spec", lambda name: None)  # every optional package is missing
+        lines = run_cli("doctor").stdout.splitlines()
+        assert len(lines) <= 24, lines
+        assert max(map(len, lines)) < 80, lines
+        training = run_cli("doctor", "--json").json()["training"]
+        for model, methods in fitting.items():
+            assert methods <= {each["method"] for each in training if each["model"] == model and each["fits"]}
+        usable = min(each[1] for each in devices if each[0].startswith("cuda") or len(devices) == 1) * 1e9
+        assert all(each["peak_bytes"] < usable for each in training if each["fits"])
+        assert all(
+            each["peak_bytes"] is None or each["peak_bytes"] > 0.9 * usable for each in training if not each["fits"]
+        )
+
+    def test_a_7b_model_is_not_trained_completely_on_24_gb(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = doctor.Device("cuda:0 RTX 4090", 25.3, GPU)
+        monkeypatch.setattr(doctor, "_available_devices", lambda: ((doctor.Device("cpu", 64, ()), device), []))
+        fits = {(each.model, each.method): each.fits for each in doctor.doctor().training}
+        assert not fits["Vicuna 7B", "full"]
+        assert not fits["Vicuna 13B", "lora"]
+
+    def test_problems_are_those_that_need_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        report = doctor.doctor()
+        assert "downloads from the model hub" in {each.what for each in report.problems}
+        assert not any("7B" in each.what for each in report.problems), "the table says what can be trained"
+        assert any(line.startswith("PROBLEM") for line in run_cli("doctor").stdout.splitlines())
+
+    def test_missing_packages_can_be_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "matplotlib" else name)
+        (missing,) = (each for each in doctor.doctor().features if not each.installed)
+        assert missing.install == "pip install 'llavactl[plots]'"
 
     def findings(self) -> dict[str, doctor.Diagnosis]:
         return {finding.what: finding for finding in doctor.doctor().findings}

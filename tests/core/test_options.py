@@ -36,6 +36,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     assert PathOptions.model_validate({"path": "~/a"}).path == tmp_path / "a"
     assert PathOptions.model_validate({"model": "~/a"}).model == str(tmp_path / "a")
+    assert PathOptions(path=Located("./~", tmp_path)).path == tmp_path / "~", "a folder of this name"
 
 
 @pytest.mark.parametrize("text", ["", "a\0b", "~nobody-has-this-name/a"])

@@ -16,7 +16,15 @@ from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, FeatureShape, ImageRef, Sample, Turn
 from llavactl.images.image_file import ImageFile
 from llavactl.testing import run_cli
-from llavactl.training.box_alignment import POSITION_SCALE, align_to_boxes, patches_per_side, targets
+from llavactl.training.box_alignment import (
+    BETWEEN,
+    MARGIN,
+    POSITION_SCALE,
+    align_to_boxes,
+    patch_targets,
+    tokens_per_cell,
+    word_targets,
+)
 
 WORDS = ("background", "left", "right", "above", "below", "red circle", "blue square")
 SCENES = ["-o", "data.stage1=[{name: scenes, content: descriptions, scenes: 40}]", "-o", "vision.image=square"]
@@ -29,7 +37,7 @@ def word(text: str) -> torch.Tensor:
 
 def content(boxes: list[Box], grid: tuple[int, int], factor: int) -> list[list[float]]:
     """The components of each token's target for background, circle and square."""
-    return targets(boxes, grid, factor, word)[:, [0, 5, 6]].tolist()
+    return patch_targets(boxes, grid, (grid[0] // factor, grid[1] // factor), word)[:, [0, 5, 6]].tolist()
 
 
 def test_the_smallest_box_around_a_patch_determines_its_target() -> None:
@@ -44,20 +52,65 @@ def test_the_smallest_box_around_a_patch_determines_its_target() -> None:
 
 
 def test_positions_are_linear() -> None:
-    target = targets([], (2, 4), 1, word)
+    target = patch_targets([], (2, 4), (2, 4), word)
     assert target[:, 2].tolist() == pytest.approx([POSITION_SCALE * x for x in (-0.375, -0.125, 0.125, 0.375)] * 2)
     assert target[:, 4].tolist() == pytest.approx([-POSITION_SCALE / 4] * 4 + [POSITION_SCALE / 4] * 4)
     assert torch.equal(target[:, 1], -target[:, 2])
     assert torch.equal(target[:, 3], -target[:, 4])
 
 
-def test_patches_per_side() -> None:
+def test_cells_without_a_common_number_of_tokens_are_refused() -> None:
     shape = FeatureShape((4, 6), 8)
-    assert [patches_per_side(shape, tokens) for tokens in (24, 6)] == [1, 2]
-    assert patches_per_side(FeatureShape((4, 6), 8, prefix=1), 25) == 1
-    for unsuitable, tokens in ((shape, 12), (shape, 5), (shape, 30), (FeatureShape((4, 6), 8, prefix=1), 6)):
+    assert tokens_per_cell(shape, (4, 6), 24) == 1
+    assert tokens_per_cell(shape, (2, 3), 12) == 2
+    assert tokens_per_cell(FeatureShape((4, 6), 8, prefix=1), (4, 6), 25) == 1
+    for cells, tokens in (((4, 6), 12), ((2, 3), 13), ((3, 3), 18), ((2, 4), 8)):
         with pytest.raises(RecipeError, match="4x6 patches"):
-            patches_per_side(unsuitable, tokens)
+            tokens_per_cell(shape, cells, tokens)
+
+
+CORNERS = [Box("red circle", (0.0, 0.0, 0.2, 0.2)), Box("blue square", (0.8, 0.6, 1.0, 1.0))]
+COMPASS = ("left", "right", "above", "below")
+VOCABULARY = (BETWEEN, *COMPASS, "red", "blue", "circle", "square", "dog")
+
+
+def single_word(text: str) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(VOCABULARY.index(text)), len(VOCABULARY)).float()
+
+
+def named(target: torch.Tensor) -> list[str]:
+    """The word of each token; a position has no influence on it."""
+    words = [0, *range(5, len(VOCABULARY))]
+    return [VOCABULARY[words[index]] for index in target[:, words].argmax(1).tolist()]
+
+
+def test_each_token_of_a_cell_has_one_word() -> None:
+    target = word_targets(CORNERS, (2, 2), 2, single_word)
+    assert named(target) == ["red", "circle", BETWEEN, BETWEEN, BETWEEN, BETWEEN, "blue", "square"]
+    assert named(word_targets([Box("dog", (0, 0, 1, 1))], (1, 1), 3, single_word)) == [BETWEEN, BETWEEN, "dog"]
+    assert named(word_targets([Box("big red circle", (0, 0, 1, 1))], (1, 1), 2, single_word)) == ["red", "circle"]
+    assert named(word_targets([], (1, 2), 2, single_word)) == [BETWEEN] * 4
+
+
+def test_each_word_has_the_position_of_its_object() -> None:
+    target = word_targets(CORNERS, (2, 2), 2, single_word)
+    right, below = (VOCABULARY.index(name) for name in ("right", "below"))
+    for token, (x, y) in {0: (0.1, 0.1), 1: (0.1, 0.1), 7: (0.9, 0.8)}.items():
+        assert target[token, right].item() == pytest.approx(POSITION_SCALE * (x - 0.5))
+        assert target[token, below].item() == pytest.approx(POSITION_SCALE * (y - 0.5))
+    assert not target[2:6, 1:5].any(), "tokens without an object have no position"
+
+
+@pytest.mark.parametrize(("x", "shown"), [(0.5 - 1.5 * MARGIN, [0]), (0.5 - MARGIN / 2, [0, 1]), (0.5, [0, 1])])
+def test_an_object_close_to_an_edge_is_in_both_cells(x: float, shown: list[int]) -> None:
+    words = named(word_targets([Box("dog", (x - 0.1, 0, x + 0.1, 1))], (1, 2), 1, single_word))
+    assert [index for index, name in enumerate(words) if name == "dog"] == shown
+
+
+def test_the_closest_object_is_in_a_cell() -> None:
+    inside, outside = Box("dog", (0.2, 0, 0.4, 1)), Box("circle", (0.4, 0, 0.61, 1))
+    for boxes in ([inside, outside], [outside, inside]):
+        assert named(word_targets(boxes, (1, 2), 1, single_word)) == ["dog", "circle"]
 
 
 class FeaturesFromBoxes:
@@ -67,7 +120,7 @@ class FeaturesFromBoxes:
         self.boxes, self.grid = boxes, grid
 
     def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
-        return (targets(self.boxes[image.name], self.grid, 1, word).numpy().astype(np.float16),)
+        return (patch_targets(self.boxes[image.name], self.grid, self.grid, word).numpy().astype(np.float16),)
 
 
 def test_the_fitted_connector_predicts_the_targets() -> None:
@@ -86,11 +139,11 @@ def test_the_fitted_connector_predicts_the_targets() -> None:
     language = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     model: Any = SimpleNamespace(connector=connector, language=language, frozen=frozenset())
     initial = connector.weight.clone()
-    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS)), 1500, 0)
+    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS)), grid, 1500, 0)
     assert torch.equal(connector.weight, initial), "the model is not changed"
     for name, image_boxes in boxes.items():
         features = torch.from_numpy(data.features.arrays(ImageFile("", name))[0]).float()
-        target = targets(image_boxes, grid, 1, lambda text: embeddings.weight.detach()[WORDS.index(text)])
+        target = patch_targets(image_boxes, grid, grid, lambda text: embeddings.weight.detach()[WORDS.index(text)])
         tokens = torch.nn.functional.linear(features, fitted["weight"], fitted["bias"])
         assert (tokens - target).square().mean() < 0.05 * target.var()
 
@@ -111,6 +164,14 @@ def test_the_connector_is_aligned_before_the_first_step(toy: Path) -> None:
     assert any(not torch.allclose(start[name], longer[name], atol=1e-4) for name in start)
     repeated = train(toy, 40, "again", *settings)
     assert all(torch.equal(longer[name], repeated[name]) for name in repeated)
+
+
+def test_a_connector_with_several_tokens_per_cell_learns_the_words(toy: Path) -> None:
+    settings = ["-o", "connector={name: cell-words, cell: 2, words: 2, hidden: 16}"]
+    settings += ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12"]
+    start, fitted = (train(toy, steps, f"words{steps}", *settings) for steps in (0, 20))
+    assert start.keys() == fitted.keys()
+    assert any(not torch.allclose(start[name], fitted[name], atol=1e-4) for name in start)
 
 
 def test_without_boxes_or_with_padded_images_it_is_refused(toy: Path) -> None:

@@ -39,6 +39,10 @@ class Projection:
     def tokens(self, shape: FeatureShape) -> int:
         return shape.patches // self.factor**2
 
+    def grid(self, shape: FeatureShape) -> tuple[int, int]:
+        h, w = shape.grid
+        return h // self.factor, w // self.factor
+
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """A module from features [I, P, Dv] to embeddings [I, Q, Dl]; state dict keys as in LLaVA's mm_projector.
 

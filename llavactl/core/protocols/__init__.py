@@ -23,7 +23,7 @@ from llavactl.core.protocols.teachers import (
     Request,
     Teacher,
 )
-from llavactl.core.protocols.vision import Connector, Encoder, ShapedVision, Vision
+from llavactl.core.protocols.vision import Connector, Encoder, GridConnector, ShapedVision, Vision
 from llavactl.core.schema import Json
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Encoder",
     "Finding",
     "Format",
+    "GridConnector",
     "Json",
     "Judged",
     "Language",

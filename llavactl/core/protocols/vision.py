@@ -67,6 +67,8 @@ class ShapedVision(Protocol):
 class Connector(Protocol):
     """Maps vision features to embeddings of the language model.
 
+    Implement ``GridConnector`` as well if the tokens belong to cells of the image.
+
     Requirements for the module, tested on random features by ``recipes check`` and ``train``:
 
     - It maps features [I, P, Dv], for any I ≥ 1, to finite embeddings [I, Q, Dl], also in training mode, and does not
@@ -82,3 +84,13 @@ class Connector(Protocol):
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """A module from features [I, P, Dv] to embeddings [I, Q, Dl], where Dl is ``language_width``."""
+
+
+@runtime_checkable
+class GridConnector(Protocol):
+    """A connector whose tokens belong to the cells of a grid over the image; box alignment needs it."""
+
+    def grid(self, shape: FeatureShape) -> tuple[int, int]:
+        """The cells (h, w). All cells have the same number of tokens, which are consecutive; cells follow row by row,
+        after one token for each of ``shape.prefix`` if the connector keeps these.
+        """

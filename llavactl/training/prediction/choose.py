@@ -18,6 +18,7 @@ from llavactl.recipe.stages import STAGES, Stage2
 from llavactl.training.placement import Placement
 from llavactl.training.prediction.model import language_component
 from llavactl.training.prediction.predict import Choice, Prediction, StagePredictor
+from llavactl.training.prediction.target import Target
 from llavactl.training.trainable import checkpointing_blocker
 
 if TYPE_CHECKING:
@@ -36,32 +37,6 @@ EFFICIENT_TOKENS = 4096
 
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
 """Numbers of devices to suggest."""
-
-RESERVE = 0.06
-"""The fraction of a device's memory that is left free. On CUDA: for the CUDA context, kernels' work space, and memory
-that torch's allocator can't use because of fragmentation. On a CPU: for the system. An estimate: it was not measured.
-"""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The devices to plan for: ``count`` CUDA devices, or CPU processes, with ``memory_bytes`` each."""
-
-    cuda: bool
-    memory_bytes: int
-    count: int = 1
-
-    def holds(self, prediction: Prediction) -> bool:
-        """Whether the peak memory of ``prediction`` fits."""
-        return self.peak_bytes(prediction) <= self.usable_bytes
-
-    def peak_bytes(self, prediction: Prediction) -> int:
-        """The peak that must fit: of one CUDA device, or of all processes on a CPU, which share its memory."""
-        return prediction.device_bytes if self.cuda else prediction.host_bytes * self.count
-
-    @property
-    def usable_bytes(self) -> int:
-        return round(self.memory_bytes * (1 - RESERVE))
 
 
 @dataclass(frozen=True)
@@ -183,6 +158,11 @@ def _slowness(choice: Choice) -> tuple[bool | int, ...]:
         choice.placement.sharded,
         -tokens,
     )
+
+
+def distinct_choices(predictor: StagePredictor, recipe: Recipe, device: Target) -> Iterator[Choice]:
+    """All choices that are possible on ``device`` and differ, whatever ``recipe`` says; fastest first."""
+    return _distinct(predictor, choices(recipe, predictor.settings, device, free=True))
 
 
 def _first_that_fits(predictor: StagePredictor, choices: Sequence[Choice], device: Target) -> Prediction | None:

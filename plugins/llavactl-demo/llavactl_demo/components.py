@@ -20,6 +20,7 @@ from llavactl import (
 from llavactl_demo.convert import language_folder, vision_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -63,6 +64,20 @@ class Dinov2Demo:
 
     def load(self, device: str, dtype: str) -> Encoder:
         return self._vision.load(device, dtype)
+
+    def whole(self) -> nn.Module:
+        """The complete model, for exports."""
+        return self._vision.whole()
+
+    @property
+    def processor(self) -> Any:
+        """The image processor, for exports."""
+        return self._vision.processor
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration, for exports."""
+        return self._vision.config
 
 
 class Smollm2Options(Options):

@@ -17,7 +17,6 @@ from llavactl.training.placement import Placement
 from llavactl.training.prediction import choose as choose_module
 from llavactl.training.prediction.choose import (
     Alternative,
-    Target,
     alternatives,
     choice_for_training,
     choice_on,
@@ -26,6 +25,7 @@ from llavactl.training.prediction.choose import (
     settled,
 )
 from llavactl.training.prediction.predict import Choice, StagePredictor
+from llavactl.training.prediction.target import Target
 from llavactl.verbs.plan import _training_data
 from llavactl.verbs.train import train
 

@@ -17,8 +17,9 @@ from llavactl.model.llava import LlavaModel
 from llavactl.recipe.load import load_recipe
 from llavactl.training.placement import Placement
 from llavactl.training.prediction import step
-from llavactl.training.prediction.choose import Target, alternatives
+from llavactl.training.prediction.choose import alternatives
 from llavactl.training.prediction.predict import Choice, StagePredictor
+from llavactl.training.prediction.target import Target
 from llavactl.training.throughput import training_flops
 
 LAYERS = 6

@@ -15,11 +15,11 @@ from llavactl.testing import toy_language
 from llavactl.training import checkpoints, loop
 from llavactl.training.placement import Placement
 from llavactl.training.prediction import step
-from llavactl.training.prediction.choose import Target
 from llavactl.training.prediction.fake import as_fake, fake_tensors
 from llavactl.training.prediction.model import stage_model
 from llavactl.training.prediction.predict import Choice, StagePredictor
 from llavactl.training.prediction.storage import StorageMeter
+from llavactl.training.prediction.target import Target
 from llavactl.training.prediction.weights import Weights
 from llavactl.verbs.plan import plan_training
 from llavactl.verbs.train import train

@@ -1,0 +1,255 @@
+"""``llavactl init``: writes a recipe for given data, models and device memory."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llavactl.core.devices import available_devices
+from llavactl.core.errors import Problem, RecipeError
+from llavactl.core.paths import expand_user, json_text, write_atomic
+from llavactl.core.quantities import gigabytes
+from llavactl.curation.recognize import RecognizedData, recognize
+from llavactl.recipe.document import display
+from llavactl.recipe.resolve import DEFAULT
+from llavactl.recipe.schema import schema
+from llavactl.recipe.stages import STAGES
+from llavactl.training.prediction.target import Target, target_device
+from llavactl.verbs.init.memory import LONGEST, planned, recipe_location, with_lengths
+from llavactl.verbs.init.models import HUB_MODELS, default_models, language_choice, vision_choice
+from llavactl.verbs.init.settings import MemorySettings, StageFacts
+from llavactl.verbs.init.text import SCHEMA_FILE, RecipeFacts, recipe_text
+from llavactl.verbs.plan import recipe_warnings
+from llavactl.verbs.preflight import problems
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """Data of the recipe: what ``recognize`` found."""
+
+    source: Mapping[str, Any]
+    content: str
+    samples: int
+    exact: bool
+    unusable: int
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """The new recipe: ``text``, at ``recipe`` if it was ``written``; ``schema`` is the file of its JSON schema, if any.
+
+    ``peak_bytes``: the predicted peak of the device's memory per stage (on a CPU: of the process); None if unknown.
+    ``fits``: whether all predicted peaks do. ``warnings``: as ``recipes check``, and what isn't certain. ``next``: the
+    commands to continue with.
+    """
+
+    recipe: str
+    written: bool
+    schema: str | None
+    data: tuple[DataFile, ...]
+    vision: Mapping[str, Any]
+    language: Mapping[str, Any]
+    template: str
+    device: Mapping[str, Any]
+    method: str
+    peak_bytes: Mapping[str, int | None]
+    fits: bool | None
+    warnings: tuple[str, ...]
+    next: tuple[str, ...]
+    text: str
+
+
+def init(
+    data: Sequence[str],
+    *,
+    images: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+    method: str | None = None,
+    device_memory: int | None = None,
+    name: str | None = None,
+    to: Path | None = None,
+    force: bool = False,
+    json_schema: bool = False,
+    dry_run: bool = False,
+) -> InitReport:
+    """Writes a recipe that trains an assistant on ``data`` (files, folders or sources); nothing with ``dry_run``.
+
+    ``options`` are those of the only source in ``data``, ``images`` the root of its image paths. ``device_memory`` in
+    bytes: for a GPU of this size; default: this machine.
+
+    Raises:
+        MissingAnswerError: the root of the images can't be recognized.
+        LlavactlError: data or a model can't be used, or the file exists.
+    """
+    file = _destination(to, force=force)
+    target = target_device(device_memory, None)
+    defaults = default_models(cuda=target.cuda)
+    recognized = [recognize(each, images, options) for each in data]
+    backbone, model = vision_choice(vision or defaults[0]), language_choice(language or defaults[1])
+    by_stage = _by_stage(recognized)
+    precision = _precision(target, device_memory)
+    facts = RecipeFacts(
+        name=name or _name(data[0]),
+        folder=file.absolute().parent,
+        absolute=any(expand_user(each).is_absolute() for each in (*data, *filter(None, (images, vision, language)))),
+        vision=backbone,
+        language=model,
+        data=by_stage,
+        stages={stage: _stage_facts(stage, by_stage[stage], by_stage, precision, model.template) for stage in STAGES},
+        device=_device_text(target),
+        method=method or "full",
+        method_reason="",
+        compute=precision,
+        schema=json_schema,
+        file=file.name if file == Path(DEFAULT) else shlex.quote(str(file)),
+    )
+    facts = with_lengths(facts)
+    plan = planned(facts, target, method)
+    facts = replace(
+        facts,
+        method=plan.method,
+        method_reason=plan.reason,
+        stages={stage: replace(each, memory=plan.memory[stage]) for stage, each in facts.stages.items()},
+    )
+    text = recipe_text(facts)
+    warnings = [*_checked(text, facts, file, device_memory), *_uncertain(facts, recognized, vision, language)]
+    schema_file = file.parent / SCHEMA_FILE if json_schema else None
+    if not dry_run:
+        if schema_file is not None:
+            _write(schema_file, json_text(schema(), indent=2) + "\n")
+        _write(file, text)
+    return InitReport(
+        recipe=str(file),
+        written=not dry_run,
+        schema=None if schema_file is None else str(schema_file),
+        data=tuple(DataFile(each.spec, each.content, each.samples, each.exact, each.unusable) for each in recognized),
+        vision=backbone.spec,
+        language=model.spec,
+        template=model.template,
+        device={"kind": "cuda" if target.cuda else "cpu", "memory_bytes": target.memory_bytes},
+        method=plan.method,
+        peak_bytes={STAGES[stage]: peak for stage, peak in plan.peaks.items()},
+        fits=plan.fits,
+        warnings=tuple(dict.fromkeys(warnings)),
+        next=tuple(_next_commands(facts, file)),
+        text=text,
+    )
+
+
+def _destination(to: Path | None, *, force: bool) -> Path:
+    """The file to write: ``to``, ``recipe.yaml`` in the folder ``to``, or ``./recipe.yaml``."""
+    file = to or Path(DEFAULT)
+    file = file / DEFAULT if file.is_dir() else file
+    if file.suffix not in (".yaml", ".yml"):
+        raise RecipeError(f"{file}: expected the suffix .yaml", hint="the name of a recipe file ends with .yaml")
+    if not file.absolute().parent.is_dir():
+        raise RecipeError(f"{display(file.parent)}: no such folder", hint="create the folder of the recipe first")
+    if file.exists() and not force:
+        raise RecipeError(f"{display(file)} exists", hint="pass --force to overwrite it, or --to another file")
+    return file
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        write_atomic(file, text)
+    except OSError as error:
+        raise RecipeError(f"{display(file)} can't be written: {error.strerror}") from error
+
+
+def _name(data: str) -> str:
+    """A name for the run, from that of the data."""
+    path = expand_user(data).absolute()
+    ascii_name = unicodedata.normalize("NFKD", path.stem if path.is_file() else path.name).encode("ascii", "ignore")
+    return re.sub(r"[^a-z0-9._]+", "-", ascii_name.decode().lower()).strip("-._") or "my-run"
+
+
+def _by_stage(data: Sequence[RecognizedData]) -> dict[int, list[RecognizedData]]:
+    """Captions for stage 1 and conversations for stage 2; the same data for both if there is one kind only."""
+    captions = [each for each in data if each.content == "captions"]
+    conversations = [each for each in data if each.content == "conversations"]
+    return {1: captions or conversations, 2: conversations or captions}
+
+
+def _precision(target: Target, device_memory: int | None) -> str:
+    if device_memory is not None:
+        return "bfloat16"  # of a GPU that isn't here; all with 24 GB and more since 2020 support it
+    devices = available_devices()
+    planned = [each for each in devices if each.name.startswith("cuda")] if target.cuda else devices[:1]
+    return "bfloat16" if all("bfloat16" in each.dtypes for each in planned) else "float32"
+
+
+def _device_text(target: Target) -> str:
+    return f"a {'GPU' if target.cuda else 'CPU'} with {gigabytes(target.memory_bytes)}"
+
+
+def _stage_facts(
+    stage: int,
+    data: Sequence[RecognizedData],
+    by_stage: Mapping[int, Sequence[RecognizedData]],
+    precision: str,
+    template: str,
+) -> StageFacts:
+    samples = sum(_trained_samples(each) for each in data)
+    images = {image for each in data for sample in each.first for image in sample.images}
+    first = sum(len(each.first) for each in data)
+    questions = stage == 1 and by_stage[1][0].content == "conversations"
+    return StageFacts(
+        samples=samples,
+        images=round(len(images) / max(1, first) * sum(each.samples for each in data)),
+        max_length=LONGEST,
+        length_reason="LLaVA's",
+        precision=precision,
+        template=template if questions else None,
+        memory=MemorySettings(),
+    )
+
+
+def _trained_samples(data: RecognizedData) -> int:
+    """The samples per epoch: of an image with several captions, one for each."""
+    return round(data.samples * data.captions_per_image)
+
+
+def _checked(text: str, facts: RecipeFacts, file: Path, device_memory: int | None) -> list[str]:
+    """The warnings of ``recipes check``.
+
+    Raises:
+        RecipeError: it would find problems.
+    """
+    with recipe_location(text, facts) as location:
+        shown = display(location.file)
+        found = problems(location)
+        if found:
+            moved = [Problem(each.where.replace(shown, display(file)), each.key, each.why) for each in found]
+            raise RecipeError.from_problems(moved, hint="nothing was written; choose other models or data")
+        return recipe_warnings(location, (), device_memory, None)
+
+
+def _uncertain(
+    facts: RecipeFacts, data: Sequence[RecognizedData], vision: str | None, language: str | None
+) -> Iterator[str]:
+    """Warnings about what was assumed."""
+    if unusable := sum(each.unusable for each in data):
+        yield f"{unusable} of the first records can't be used; `llavactl data check` lists their problems"
+    if not vision and not language and facts.vision.spec.get("model") == HUB_MODELS[0]:
+        yield "no models named: those of LLaVA v1.5 7B, 14 GB, which are downloaded from the hub on first use"
+    elif not vision and not language:
+        yield "no models named: the recipe has the small models of the demo; name others with --vision and --language"
+    if not facts.language.here:
+        name = facts.language.spec["model"]
+        yield f"language model {name} is not on this machine: its template was {facts.language.why}"
+
+
+def _next_commands(facts: RecipeFacts, file: Path) -> Iterator[str]:
+    recipe = "" if file == Path(DEFAULT) else f" -r {shlex.quote(str(file))}"
+    yield f"llavactl data check{recipe}"
+    yield f"llavactl extract{recipe} --dry-run"
+    yield f"llavactl run{recipe}"
+    model = Path("runs", facts.name, "stage2", "model")
+    yield f"llavactl chat --model {shlex.quote(str(file.parent / model))}"

@@ -1,0 +1,343 @@
+"""``llavactl init``: recipes for all kinds of data, models and devices, which check and train."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llavactl.core.registry import registry
+from llavactl.recipe.load import load_recipe
+from llavactl.recipe.stages import STAGES
+from llavactl.testing import run_cli, toy_photos
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ODD_NAMES = (
+    "my photos",
+    "Fotos für Oma",
+    'it\'s "quoted"',
+    "a#b: c, [d]",
+    "~user",
+    "-r",
+    "true",
+    "{x}",
+    "日本",
+    "a\tb",
+)
+
+
+@pytest.fixture
+def project(toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with toy models, photos and records, which is the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(toys, folder)
+    (folder / "recipe.yaml").unlink()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def captioned(folder: Path, count: int = 6) -> Path:
+    """Photos with text files beside them."""
+    for index, photo in enumerate(toy_photos(folder, count)):
+        photo.with_suffix(".txt").write_text(f"Picture number {index} of one color.\n")
+    return folder
+
+
+def records(file: Path, kind: str, count: int = 6) -> Path:
+    """LLaVA records: captions, conversations or text only."""
+    values = []
+    for index in range(count):
+        question = "Give a short description." if kind == "captions" else f"What is in photo {index}?"
+        tag = "" if kind == "text" else "<image>\n"
+        turns = [{"from": "human", "value": tag + question}, {"from": "gpt", "value": f"A photo, number {index}."}]
+        image = {} if kind == "text" else {"image": f"photo-{index:03d}.jpg"}
+        values.append({"id": str(index), **image, "conversations": turns})
+    lines = [json.dumps(value) for value in values]
+    file.write_text("\n".join(lines) if file.suffix == ".jsonl" else json.dumps(values))
+    return file
+
+
+def siglip(folder: Path) -> Path:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    SiglipVisionModel(SiglipVisionConfig(**size, image_size=28, patch_size=14)).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def without_chat_template(project: Path, name: str) -> str:
+    shutil.copytree(project / "language", project / name)
+    (project / name / "chat_template.jinja").unlink()
+    return name
+
+
+def init(*arguments: str, models: bool = True) -> dict[str, Any]:
+    """The report of ``init`` with the toy models; the recipe checks."""
+    named = ("--vision", "clip", "--language", "language") if models else ()
+    result = run_cli("init", *named, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    report: dict[str, Any] = result.json()
+    checked = run_cli("recipes", "check", report["recipe"])
+    assert checked.exit_code == 0, checked.stdout
+    return report
+
+
+Case = Callable[[Path], tuple[str, ...]]
+DATA: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "folder with text files": (lambda p: (str(captioned(p / "photos")),), ("captions",)),
+    "table": (lambda p: (str(table(p)),), ("captions",)),
+    "table and images": (lambda p: (str(table(p, "elsewhere.csv")), "--images", "images"), ("captions",)),
+    "conversations": (lambda p: ("records.json",), ("conversations",)),
+    "jsonl": (lambda p: (str(records(p / "r.jsonl", "conversations")),), ("conversations",)),
+    "llava captions": (lambda p: (str(records(p / "c.json", "captions")),), ("captions",)),
+    "text only": (lambda p: (str(records(p / "t.json", "text")),), ("conversations",)),
+    "folder of records": (lambda p: (str(nested(p)),), ("conversations",)),
+    "source": (lambda p: ("scenes", "-t", "scenes=8", "-t", "content=descriptions"), ("captions",)),
+    "coco": (lambda p: (str(FIXTURES / "coco_captions.json"), "--images", "images"), ("captions",)),
+    "coco with boxes": (
+        lambda p: (
+            *("coco", "-t", f"captions={FIXTURES / 'coco_captions.json'}"),
+            *("-t", f"instances={FIXTURES / 'coco_instances.json'}", "-t", "images=images"),
+        ),
+        ("captions",),
+    ),
+    "captions and boxes": (
+        lambda p: (str(FIXTURES / "caps_boxes.jsonl"), "-t", "images=images", "-t", "missing=true"),
+        ("captions",),
+    ),
+    "captions and conversations": (
+        lambda p: (str(captioned(p / "photos")), "--data", "records.json"),
+        ("captions", "conversations"),
+    ),
+}
+
+
+def table(project: Path, name: str = "images/metadata.csv") -> Path:
+    file = project / name
+    rows = [f"photo-{index:03d}.jpg,A photo with number {index}.\n" for index in range(6)]
+    file.write_text("file_name,text\n" + "".join(rows))
+    return file
+
+
+def nested(project: Path) -> Path:
+    (project / "set").mkdir()
+    shutil.copytree(project / "images", project / "set" / "jpg")
+    shutil.copy(project / "records.json", project / "set" / "instruct.json")
+    return project / "set"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_is_recognized(name: str, project: Path) -> None:
+    arguments, content = DATA[name]
+    report = init("--data", *arguments(project))
+    assert tuple(each["content"] for each in report["data"]) == content
+    assert report["fits"]
+    recipe = load_recipe(report["recipe"])
+    for stage in STAGES:
+        (source,) = recipe.sources(stage)
+        samples = list(registry().create("sources", source.spec()))
+        assert samples
+        images = [image for sample in samples for image in sample.images if name != "captions and boxes"]
+        assert all(image.read() for image in images)
+    templates = [recipe.stage(stage).template for stage in STAGES]
+    names = [template if isinstance(template, str) else template["name"] for template in templates]
+    assert names == ["plain" if "captions" in content else "tokenizer", "tokenizer"]
+
+
+def test_models_are_recognized(project: Path) -> None:
+    siglip(project / "siglip")
+    report = init("--data", "records.json", "--vision", "siglip", "--language", "language", models=False)
+    assert report["template"] == "tokenizer"
+    for name, template in (("base", "vicuna-v1"), ("my-vicuna", "vicuna-v1")):
+        language = without_chat_template(project, name)
+        report = init("--data", "records.json", "--vision", "clip", "--language", language, "--force", models=False)
+        assert report["template"] == template
+
+
+@pytest.mark.parametrize(
+    ("language", "memory", "method", "fits"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "24GB", "lora", True),
+        ("lmsys/vicuna-7b-v1.5", "16GB", "qlora", True),
+        ("lmsys/vicuna-7b-v1.5", "192GB", "full", True),
+        ("lmsys/vicuna-13b-v1.5", "48GB", "lora", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "8GB", "full", True),
+        ("someone/unknown-7b-chat", "24GB", "lora", None),
+    ],
+)
+def test_models_of_the_hub(language: str, memory: str, method: str, fits: bool | None, project: Path) -> None:
+    arguments = ("--vision", "openai/clip-vit-large-patch14-336", "--language", language, "--device-memory", memory)
+    report = init("--data", str(captioned(project / "photos")), *arguments, models=False)
+    assert (report["method"], report["fits"]) == (method, fits)
+    assert report["device"]["kind"] == "cuda"
+    stage = load_recipe(report["recipe"]).stage2
+    assert stage.method == method
+    assert stage.micro_batch_tokens == stage.gradient_checkpointing == "auto"
+
+
+def test_a_prediction_chooses_the_method(project: Path) -> None:
+    """The toy model needs 20 MB; without room for the optimizer state of all weights, adapters are trained."""
+    sizes = {memory: init("--data", "records.json", "--force", "--device-memory", memory) for memory in ("1GB", "1MB")}
+    assert sizes["1GB"]["method"] == "full"
+    assert sizes["1GB"]["peak_bytes"]["stage2"] < 10**9
+    assert sizes["1MB"]["method"] == "qlora"
+    assert not sizes["1MB"]["fits"]
+    assert sizes["1MB"]["warnings"]
+    asked = init("--data", "records.json", "--force", "--method", "lora")
+    assert load_recipe(asked["recipe"]).stage2.method == "lora"
+
+
+def test_defaults_of_a_machine_without_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llavactl.verbs.init.models import DEMO_MODELS, HUB_MODELS, default_models
+
+    assert default_models(cuda=True) == HUB_MODELS
+    installed = DEMO_MODELS[0] in registry().names("vision")
+    assert default_models(cuda=False) == (DEMO_MODELS if installed else HUB_MODELS)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_of_folders(name: str, project: Path) -> None:
+    captioned(project / name)
+    (project / "sub").mkdir()
+    for model in ("clip", "language"):
+        shutil.copytree(project / model, project / name / f".{model}")
+    report = init(
+        *("--data", f"./{name}", "--vision", f"./{name}/.clip", "--language", f"./{name}/.language"),
+        *("--to", "sub/recipe.yaml"),
+        models=False,
+    )
+    recipe = load_recipe(report["recipe"])
+    assert Path(recipe.sources(1)[0].spec()["path"]).samefile(project / name)
+    assert Path(recipe.language.spec()["model"]).samefile(project / name / ".language")
+    moved = project.rename(project.with_name("moved"))
+    assert Path(load_recipe(moved / "sub" / "recipe.yaml").sources(1)[0].spec()["path"]).samefile(moved / name)
+
+
+def test_absolute_paths_outside_stay_absolute(project: Path, tmp_path: Path) -> None:
+    photos = captioned(tmp_path / "elsewhere")
+    report = init("--data", str(photos))
+    assert f"path: {photos}}}" in report["text"]
+    assert load_recipe(report["recipe"]).sources(1)[0].spec()["path"] == str(photos)
+
+
+@pytest.mark.parametrize(("samples", "size", "epochs"), [(10, 4, 5), (500, 4, 1), (5000, 16, 1), (558_000, 256, 1)])
+def test_batches_leave_enough_steps(samples: int, size: int, epochs: int) -> None:
+    from llavactl.verbs.init import settings
+
+    assert settings.batch_size(samples, 256) == size
+    assert settings.epochs(samples, 256) == epochs
+
+
+def test_the_commented_section_is_valid(project: Path) -> None:
+    report = init("--data", str(captioned(project / "photos")))
+    lines = report["text"].splitlines()
+    start = lines.index("# generate:")
+    file = Path(report["recipe"])
+    file.write_text("\n".join([*lines[:start], *(line.removeprefix("# ") for line in lines[start:])]))
+    assert run_cli("recipes", "check", str(file)).exit_code == 0
+    assert load_recipe(file).generate is not None
+
+
+def test_the_schema_for_editors(project: Path) -> None:
+    report = init("--data", "records.json", "--json-schema")
+    document = json.loads(Path(report["schema"]).read_text())
+    recipe = load_recipe(report["recipe"])
+    assert set(document["properties"]) >= set(recipe.model_dump())
+    first = report["text"].splitlines()[0]
+    match = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
+    assert match
+    assert Path(report["recipe"]).with_name(match[1]).samefile(report["schema"])
+
+
+def test_nothing_is_overwritten_or_written_by_accident(project: Path) -> None:
+    before = sorted(project.rglob("*"))
+    result = run_cli("init", "--data", "records.json", "--vision", "clip", "--language", "language", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(project.rglob("*")) == before
+    (project / "recipe.yaml").write_text(result.stdout)
+    assert run_cli("recipes", "check").exit_code == 0
+    (project / "recipe.yaml").write_text("name: mine\n")
+    refused = run_cli("init", "--data", "records.json")
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr
+    assert (project / "recipe.yaml").read_text() == "name: mine\n"
+    assert init("--data", "records.json", "--force")["written"]
+
+
+def test_what_is_missing_is_a_usage_error(project: Path) -> None:
+    for arguments, option in (
+        ((), "--data"),
+        (("--data", str(records(project / "sub.json", "conversations"))), "--images"),
+    ):
+        shutil.rmtree(project / "images", ignore_errors=bool(arguments))
+        result = run_cli("init", *arguments, "--vision", "clip", "--language", "language")
+        assert result.exit_code == 2
+        assert option in result.stderr
+        (project / "images").mkdir()
+
+
+def test_on_a_terminal_it_asks_again_until_answers_are_usable(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavactl.cli import init as cli_init
+
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(cli_init, "sys", terminal)
+    data = records(tmp_path / "r.json", "conversations")
+    answers = ("nothing.json", str(data), "nowhere", "images", "24 bananas", "24GB", "./nothing", "clip", "language")
+    result = run_cli("init", "--name", "asked", stdin="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.stderr
+    recipe = load_recipe(project / "recipe.yaml")
+    assert (recipe.name, recipe.stage2.micro_batch_tokens) == ("asked", "auto")
+    assert Path(recipe.sources(2)[0].spec()["images"]).samefile(project / "images")
+    assert Path(recipe.language.spec()["model"]).samefile(project / "language")
+    assert "nothing.json: no such file" in result.stderr
+    assert run_cli("init", "--yes").exit_code == 2, "it asks nothing with --yes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (("--data", "nothing.json"), "nothing.json"),
+        (("--data", "clip"), "no images"),
+        (("--data", "bare"), "no captions"),
+        (("--data", "messages.json"), "conversations"),
+        (("--data", "records.json", "--vision", "language"), "language"),
+        (("--data", "records.json", "--language", "./nowhere"), "nowhere"),
+        (("--data", "records.json", "--to", "missing/recipe.yaml"), "missing"),
+        (("--data", "records.json", "--to", "recipe.txt"), ".yaml"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error(arguments: tuple[str, ...], mentioned: str, project: Path) -> None:
+    toy_photos(project / "bare", 2)
+    (project / "messages.json").write_text('[{"messages": [], "images": ["a.jpg"]}]')
+    (project / "clip" / "preprocessor_config.json").touch()
+    before = sorted(project.rglob("*"))
+    named = [] if "--vision" in arguments else ["--vision", "clip"]
+    named += [] if "--language" in arguments else ["--language", "language"]
+    result = run_cli("init", *arguments, *named)
+    assert (result.exit_code, result.stdout) == (1, ""), result.stderr
+    assert mentioned in result.stderr
+    assert sorted(project.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["folder with text files", "captions and conversations"])
+def test_the_recipe_trains(name: str, project: Path) -> None:
+    report = init("--data", *DATA[name][0](project))
+    short = [f"-o stage{stage}.{key}=2".split() for stage in STAGES for key in ("max_steps", "epochs")]
+    result = run_cli("run", "-r", report["recipe"], "--json", *(word for option in short for word in option))
+    assert result.exit_code == 0, result.stderr
+    trained = result.json()
+    assert trained["stage2"]["steps"] == 2
+    assert trained["stage2"]["val_loss"] > 0
+    model = report["next"][-1].rpartition(" ")[2]
+    photo = next(project.glob("*/*.jpg"))
+    answer = run_cli("chat", "--model", model, "--image", str(photo), "--prompt", "What is this?", "--json")
+    assert answer.exit_code == 0, answer.stderr
