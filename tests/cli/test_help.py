@@ -148,6 +148,7 @@ WITHOUT_RECIPE = {
     ("components",),
     ("plugins",),
     ("doctor",),
+    ("init",),
     ("recipes", "list"),
     ("recipes", "copy"),
     ("recipes", "schema"),
