@@ -64,7 +64,7 @@ def _invoke(arguments: Sequence[str]) -> int:
         code = root.main(list(arguments), prog_name="llavactl", standalone_mode=False, color=terminal.color())
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
+        boundary.report_usage(error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command to resume", err=True)
@@ -87,7 +87,7 @@ class _StderrHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         verbose = logging.getLogger("llavactl").level <= logging.DEBUG
         at = f" {time.strftime('%H:%M:%S')}.{record.msecs:03.0f}" if verbose else ""
-        boundary.message(f"llavactl{at}:", f" {boundary.single_line(self.format(record))}", style)
+        boundary.message(f"llavactl{at}:", self.format(record), style)
 
 
 def _log_to_stderr() -> None:

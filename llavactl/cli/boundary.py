@@ -10,6 +10,7 @@ import traceback
 import zipfile
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from llavactl.cli import terminal
 from llavactl.core import plugins, progress
@@ -30,7 +31,7 @@ def report(error: BaseException) -> None:
         return
     plugin = _plugin(error)
     where = f"plugin {plugin}, please report this traceback to its authors" if plugin else ""
-    message("bug", f" in {where or 'llavactl, please report this traceback'}", "bold red")
+    message("bug", f"in {where or 'llavactl, please report this traceback'}", "bold red")
 
 
 def explained(error: BaseException) -> LlavactlError | None:
@@ -141,19 +142,33 @@ def _lines(error: LlavactlError) -> None:
     """Prints one line per problem and one with the hint."""
     problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
     for problem in problems or [error.message]:
-        message("error:", f" {single_line(problem)}", "bold red")
+        message("error:", problem, "bold red")
     if error.hint:
-        message("hint:", f" {single_line(error.hint)}", "bold yellow")
+        message("hint:", error.hint, "bold yellow")
+
+
+def report_usage(error: click.ClickException) -> None:
+    """Prints an error of click to stderr in the same form, with the usage of the command if that is the cause."""
+    if isinstance(error, NoArgsIsHelpError):
+        error.show()
+        return
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is not None:
+        click.echo(context.get_usage(), err=True)
+    text = error.format_message()
+    message("error:", text[:1].lower() + text[1:].removesuffix("."), "bold red")
+    if context is not None:
+        message("hint:", f"`{context.command_path} --help` shows the options", "bold yellow")
 
 
 def message(label: str, text: str, style: str) -> None:
-    """Prints one line to stderr; on terminals the label has the rich style ``style``."""
-    console = terminal.console(sys.stderr)
+    """Prints one line to stderr; on terminals the label has the rich style ``style``, and words are wrapped."""
+    console, text = terminal.console(sys.stderr), single_line(text)
     with progress.bars_hidden():
         if console is None:
-            click.echo(label + text, err=True)
+            click.echo(f"{label} {text}", err=True)
         else:
-            terminal.print_labeled(console, label, text, style)
+            terminal.print_labeled(console, f"{label} ", text, style)
 
 
 def single_line(text: str) -> str:

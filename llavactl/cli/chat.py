@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
     from llavactl.model.generate import Sampling
 
-COMMANDS = (
-    "/image FILE adds an image to the next question; /new starts a new conversation; /quit exits; "
-    "Ctrl-C interrupts an answer"
-)
+COMMANDS = """\
+/image FILE  add an image to the next question
+/new         start a new conversation
+/quit        exit
+Ctrl-C       interrupt an answer"""
 
 
 @click.command(
@@ -153,7 +154,7 @@ def _converse(conversation: Conversation, images: list[str | ImageRef], sampling
         elif word == "/image" and rest.strip():
             images.append(_unquoted(rest.strip()))
         elif word.startswith("/"):
-            click.echo(f"unknown or incomplete command {word}; {COMMANDS}", err=True)
+            click.echo(f"unknown or incomplete command {word}\n{COMMANDS}", err=True)
         elif line:
             _answer(conversation, line, images, sampling)
             images = []

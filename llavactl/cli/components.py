@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         "llavactl components connectors",
     ],
 )
-@click.argument("kind", required=False, type=click.Choice(list(KINDS)))
+@click.argument("kind", required=False, type=click.Choice(list(KINDS)), metavar="[KIND]")
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
     """List the registered components and their plugins.
 
-    With a KIND, list the options of its components as well.
+    With a KIND, list the options of its components as well. KINDs: sources, vision, connectors, languages, templates,
+    teachers, tasks, formats.
     """
     from llavactl.core.registry import registry
 

@@ -40,11 +40,12 @@ def command(
 
     Every image of the recipe is encoded once. Images that can't be read are skipped and listed with a reason.
     """
+    index_and_count = _index_and_count(part) if part else None
+    recipe = load_vision(source, overrides)  # before the import of torch, which takes seconds
     from llavactl.features.parts import Part
     from llavactl.verbs.extract import extract
 
-    share = Part(*_index_and_count(part)) if part else None
-    recipe = load_vision(source, overrides)
+    share = Part(*index_and_count) if index_and_count else None
     report = extract(recipe, dry_run=dry_run, max_skipped=max_skipped, part=share)
     output.report(report, as_json)
 

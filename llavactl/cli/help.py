@@ -66,7 +66,7 @@ class Command(click.Command):
         help_option = self.get_help_option(ctx)
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], RECIPE: [], GENERAL: []}
         for option in self.get_params(ctx):
-            if (record := option.get_help_record(ctx)) is not None:
+            if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
                 section = GENERAL if option is help_option else SECTIONS.get(option.name or "", "Options")
                 sections[section].append(record)
         for title, records in sections.items():

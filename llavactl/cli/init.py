@@ -28,8 +28,8 @@ Value = TypeVar("Value")
     examples=[
         "llavactl init",
         "llavactl init --data photos/",
-        "llavactl init --data captions.json --data instruct.json --images coco/train2017/",
-        "llavactl init --data photos/ --vision models/clip --language models/vicuna --device-memory 24GB",
+        "llavactl init --data captions.json --data instruct.json --images coco/",
+        "llavactl init --data photos/ --vision models/clip --device-memory 24GB",
     ],
 )
 @click.option(

@@ -85,7 +85,7 @@ def parse_bytes(text: str) -> int:
     if not match or match[2] not in _UNITS or not (size := round(float(match[1]) * _UNITS[match[2]])):
         raise click.BadParameter(f"expected a size such as 24GB or 80GiB, got {text!r}")
     if not text.strip()[-1].isalpha() and size < _UNITS["M"]:
-        raise click.BadParameter(f"{text} has no unit and would be {size:,} bytes: expected a size such as 24GB")
+        raise click.BadParameter(f"{text} has no unit; expected a size such as 24GB")
     return size
 
 

@@ -45,7 +45,7 @@ def _readable(value: Any, key: str = "") -> Any:
         return quantity(value, BYTE)
     if isinstance(value, float):
         return float(f"{value:.5g}")
-    return "none" if value in ({}, []) else value
+    return "none" if value in ({}, [], "") else value
 
 
 def line(text: str = "") -> None:
@@ -66,9 +66,8 @@ def labeled(rows: Sequence[tuple[str, str]]) -> None:
         if console is None:
             _print(f"{label:<{width}}  {text}".rstrip())
         else:
-            wrapped = terminal.wrapped(text, console, indent=width + 2)
             with progress.bars_hidden():
-                terminal.print_labeled(console, f"{label:<{width}}", f"  {wrapped}".rstrip(), "bold")
+                terminal.print_labeled(console, f"{label:<{width}}  ", text, "bold")
 
 
 def table(

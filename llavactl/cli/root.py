@@ -37,7 +37,9 @@ class LazyGroup(Group):
         except click.UsageError as error:
             from llavactl.core.suggest import suggest
 
-            raise click.UsageError(f"{error.message} {suggest(args[0], self.list_commands(ctx))}", ctx) from error
+            raise click.UsageError(
+                f"{error.message.removesuffix('.')}; {suggest(args[0], self.list_commands(ctx))}", ctx
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         for title, rows in (*COMMAND_GROUPS.items(), ("Commands of plugins", plugins.commands())):

@@ -35,9 +35,10 @@ def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> No
     The steps are generate, extract, stage 1, stage 2, eval and export. Finished steps are skipped; an interrupted step
     resumes.
     """
+    recipe = load(source, overrides)  # before the import of torch, which takes seconds
     from llavactl.verbs.run import run
 
-    report = run(load(source, overrides))
+    report = run(recipe)
     if as_json:
         output.document(report)
         return

@@ -107,15 +107,15 @@ def _print_stacked(console: Console, rows: Sequence[Sequence[Text]], columns: Se
                 console.print(Padding(line, (0, 0, 0, indent + len(_GAP)), expand=False))
 
 
-def wrapped(text: str, console: Console, indent: int) -> str:
-    """``text`` in lines for ``console``, the first of which begins in column ``indent``; words stay whole."""
-    width = max(console.width - indent, _NARROWEST)
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    return f"\n{' ' * indent}".join(lines)
-
-
 def print_labeled(console: Console, label: str, text: str, style: str) -> None:
-    """Prints ``label`` in ``style``, then ``text``, without wrapping: the terminal wraps lines."""
+    """Prints ``label`` in ``style``, then ``text``, wrapped between words.
+
+    A text with a command in backticks stays one line, which the terminal wraps, so that the command can be copied.
+    """
     from rich.text import Text
 
+    if "`" not in text:
+        width = max(console.width - len(label), _NARROWEST)
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        text = f"\n{' ' * len(label)}".join(lines)
     console.print(Text.assemble((label, style), text), soft_wrap=True)

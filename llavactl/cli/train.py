@@ -66,10 +66,11 @@ def command(
     Features are read from the feature store, or computed during training with `-o features.mode=live`.
     """
     if dry_run:
+        recipe = load(source, overrides)
         from llavactl.verbs.plan import plan_training
 
         plan = plan_training(
-            load(source, overrides),
+            recipe,
             stage,
             device_memory=device_memory,
             devices=devices,
@@ -81,10 +82,11 @@ def command(
         return
     if given := [name for name in ("device_memory", "devices", "tokens_per_second") if ctx.params[name] is not None]:
         raise click.UsageError(f"--{given[0].replace('_', '-')} needs --dry-run")
+    recipe = load(source, overrides)  # before the import of torch, which takes seconds
     from llavactl.verbs.train import train
 
     mode = cast(Literal["auto", "never"], resume)
-    output.report(train(load(source, overrides), stage, mode, max_skipped=max_skipped), as_json)
+    output.report(train(recipe, stage, mode, max_skipped=max_skipped), as_json)
 
 
 def _print(plan: TrainPlan) -> None:

@@ -254,3 +254,30 @@ def test_signals_exit_with_128_plus_their_number(end: signal.Signals) -> None:
     assert process.returncode == 128 + end
     assert len(err.strip().splitlines()) == 1
     assert "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["train"], "--stage"),
+        (["trian"], "did you mean 'train'?"),
+        (["run", "--nope"], "--nope"),
+        (["train", "--stage", "3"], "'3' is not one of '1', '2'"),
+    ],
+)
+def test_a_usage_error_has_the_form_of_other_errors(arguments: list[str], cause: str) -> None:
+    result = run_cli(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    usage, error, hint = result.stderr.splitlines()
+    assert usage.startswith("Usage: llavactl ")
+    assert error.startswith("error: ")
+    assert cause in error
+    assert hint.startswith("hint: `llavactl ")
+    assert "--help`" in hint
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = run_cli()
+    assert result.exit_code == 2
+    assert "Examples:" in result.stderr
+    assert "error:" not in result.stderr

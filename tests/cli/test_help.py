@@ -148,6 +148,7 @@ WITHOUT_RECIPE = {
     ("components",),
     ("plugins",),
     ("doctor",),
+    ("init",),
     ("recipes", "list"),
     ("recipes", "copy"),
     ("recipes", "schema"),
@@ -234,3 +235,23 @@ def test_the_help_takes_at_most_twice_the_import_time_of_its_libraries(with_plug
         if ratio <= LIMIT:
             return
     pytest.fail(f"--help takes {ratio:.2f} times the import time of its libraries")
+
+
+MISSING = [
+    ["run"],
+    ["extract"],
+    ["train", "--stage", "1"],
+    ["train", "--stage", "1", "--dry-run"],
+    ["chat"],
+    ["export", "--format", "hf", "--to", "x"],
+    ["data", "generate"],
+    ["data", "show"],
+]
+
+
+def test_a_missing_recipe_is_reported_without_importing_torch(tmp_path: Path) -> None:
+    """Which would take seconds."""
+    code = "import sys\nfrom llavactl.testing import run_cli\n"
+    code += f"for arguments in {MISSING}:\n    print(run_cli(*arguments).exit_code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1 False"] * len(MISSING)

@@ -182,7 +182,7 @@ class TestDoctor:
             ),
             (
                 [("cpu EPYC, 2 threads", 64, ()), *((f"cuda:{n} NVIDIA H200", 150.0, GPU) for n in range(8))],
-                {"Vicuna 7B": {"connector", "full", "lora", "qlora"}, "Vicuna 13B": {"connector", "full", "lora"}},
+                {name: {"connector", "full", "lora", "qlora"} for name in ("Vicuna 7B", "Vicuna 13B")},
             ),
             ([("cpu x", 64, ()), *((f"cuda:{n} model {n}", 48.0, GPU) for n in range(6))], {"Vicuna 7B": {"full"}}),
         ],

@@ -145,6 +145,21 @@ def test_errors_are_colored_on_a_terminal_only(tmp_path: Path) -> None:
     assert re.sub(r"\x1b\[[0-9;]*m", "", shown).split() == done.stderr.split()
 
 
+def test_messages_are_wrapped_between_words_but_commands_are_not(tmp_path: Path) -> None:
+    terminal = Terminal([*PROGRAM, "recipes", "show", "nosuch"], tmp_path, 40)
+    assert terminal.exit_code() == 1
+    error, hint, *names = terminal.lines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: available: ")
+    assert names
+    assert all(line.startswith("      ") for line in names)
+    shown = " ".join([hint, *names]).replace(",", "").split()
+    assert shown[2:] == registry().names("recipes")
+    terminal = Terminal([*PROGRAM, "recipes", "check", "-r", "x.yaml", "--nope"], tmp_path, 40)
+    assert terminal.exit_code() == 2
+    assert "hint: `llavactl recipes check --help` sh" in terminal.lines()
+
+
 @pytest.mark.parametrize(
     ("variables", "formatted"), [({"NO_COLOR": "1"}, True), ({"CLICOLOR": "0"}, True), ({"TERM": "dumb"}, False)]
 )

@@ -40,9 +40,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @json_option
 def command(source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **options: Any) -> None:
     """Generate samples about the images of `generate.source` with the recipe's teacher."""
+    recipe = load_outline(source, overrides)  # before imports that take seconds
     from llavactl.teaching.session import GenerationOptions
     from llavactl.verbs.generate import generate
 
-    output.report(
-        generate(load_outline(source, overrides), dry_run=dry_run, options=GenerationOptions(**options)), as_json
-    )
+    output.report(generate(recipe, dry_run=dry_run, options=GenerationOptions(**options)), as_json)

@@ -64,9 +64,10 @@ def command(
     Target tokens are between « and »; dots separate tokens, and the tokens of an image are shown as one. Only the
     tokenizer and the models' configurations are read, neither weights nor features.
     """
+    recipe = load(source, overrides)  # before imports that take seconds
     from llavactl.verbs.show import show
 
-    report = show(load(source, overrides), stage, sample=sample, count=count, epoch=epoch, html=html)
+    report = show(recipe, stage, sample=sample, count=count, epoch=epoch, html=html)
     if as_json:
         output.document(report)
     elif html is not None:

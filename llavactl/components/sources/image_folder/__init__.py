@@ -19,6 +19,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.hashes import hash_json
 from llavactl.core.options import FollowLinks, RecipePath
 from llavactl.core.protocols import Finding, RawRecord
+from llavactl.core.quantities import quantity
 from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Json, Sample
 from llavactl.files.text import require_file
@@ -122,14 +123,16 @@ class ImageFolder:
         return "".join(f"{record.where}: {finding.detail}" for finding in findings)
 
     def _log_findings(self) -> None:
-        for kind, text in (
-            ("no-caption", "%d images without a caption are left out: %s"),
-            ("no-image", "%d captions without an image are left out: %s"),
-            ("encoding", "%d files are not UTF-8 and are read as Windows-1252: %s"),
+        for kind, unit, text in (
+            ("no-caption", "image", "%s left out, without a caption: %s"),
+            ("no-image", "caption", "%s left out, without an image: %s"),
+            ("encoding", "file", "%s read as Windows-1252, not UTF-8: %s"),
         ):
             where = [where for where, finding in self._contents.findings if finding.kind == kind]
             if where:
-                log.warning(text, len(where), ", ".join(where[:_SHOWN]) + (", …" if len(where) > _SHOWN else ""))
+                log.warning(
+                    text, quantity(len(where), unit), ", ".join(where[:_SHOWN]) + (", …" if len(where) > _SHOWN else "")
+                )
 
     @cached_property
     def _contents(self) -> _Contents:
