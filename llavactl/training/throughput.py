@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llavactl.core.memory import memory_bytes
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import has_limited_attention
@@ -213,15 +214,6 @@ def _measured(device: torch.device, dtype: torch.dtype, rows: int, products: int
     return float(2 * rows**3 / fastest)
 
 
-def memory_bytes(device: torch.device) -> int:
-    """On CUDA the peak of allocated memory on ``device`` so far, elsewhere the resident memory of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
 @dataclass(frozen=True)
 class Throughput:
     """Computes the throughput of steps. ``flops`` is None if there is no formula for the model."""
@@ -229,14 +221,12 @@ class Throughput:
     flops: TrainingFlops | None
     peak: Peak
     processes: int
-    device: torch.device
 
     @classmethod
     def of(cls, model: LlavaModel, precision: str, accelerator: Accelerator) -> Throughput:
         """The throughput of ``model``, which computes in ``precision``; measures the peak of an unknown device."""
-        device = accelerator.device
-        device_peak = peak(device, getattr(torch, precision))
-        return cls(training_flops(model), device_peak, accelerator.num_processes, device)
+        device_peak = peak(accelerator.device, getattr(torch, precision))
+        return cls(training_flops(model), device_peak, accelerator.num_processes)
 
     def fields(self, work: Work, seconds: float) -> dict[str, Any]:
         """The fields of metrics.jsonl for a step that did ``work``, of all processes, in ``seconds``.
@@ -249,7 +239,7 @@ class Throughput:
             "tokens_per_s": round(work.tokens / seconds, 1),
             "samples_per_s": round(work.samples / seconds, 3),
             **mfu,
-            "memory_bytes": memory_bytes(self.device),
+            "memory_bytes": memory_bytes(),
         }
 
     def mfu(self, flops: int, seconds: float) -> float:

@@ -89,7 +89,7 @@ def test_an_architecture_without_a_formula_has_no_mfu(toys: Path) -> None:
     model = toy_model(toys)
     model.language.config.num_local_experts = 8
     assert training_flops(model) is None
-    throughput = Throughput(None, Peak(1e12, ""), 1, torch.device("cpu"))
+    throughput = Throughput(None, Peak(1e12, ""), 1)
     assert "mfu" not in throughput.fields(Work(1, 10), 0.5)
 
 
@@ -121,7 +121,7 @@ def test_mfu_is_relative_to_the_peak_of_all_processes(toys: Path) -> None:
     configure_trainable(model, Stage2(), seed=0)
     flops, work = training_flops(model), Work(4, 400, 300, 100, 16, 5000)
     assert flops is not None
-    throughput = Throughput(flops, Peak(1e9, ""), 2, torch.device("cpu"))
+    throughput = Throughput(flops, Peak(1e9, ""), 2)
     fields = throughput.fields(work, 0.5)
     assert fields["mfu"] == pytest.approx(flops.of(work) / (0.5 * 2 * 1e9), abs=1e-4)
     assert (fields["tokens_per_s"], fields["samples_per_s"]) == (800, 8)
