@@ -103,9 +103,25 @@ def connector_tokens(spec: Mapping[str, Any], shape: FeatureShape) -> int:
 
 
 def connector_grid(spec: Mapping[str, Any], shape: FeatureShape) -> tuple[int, int] | None:
-    """The grid (h, w) of the cells that the tokens of the connector ``spec`` belong to; None if it declares none."""
+    """The grid (h, w) of the cells that the tokens of the connector ``spec`` belong to; None if it declares none.
+
+    Raises:
+        PluginError: it isn't a pair of positive integers.
+    """
     connector = registry().create("connectors", spec)
-    return connector.grid(shape) if isinstance(connector, GridConnector) else None
+    if not isinstance(connector, GridConnector):
+        return None
+    if why := grid_fault(grid := connector.grid(shape)):
+        raise connector_error(spec, why)
+    return grid
+
+
+def grid_fault(grid: Any) -> str:
+    """Why this isn't a valid result of a connector's ``grid()``; "" if it is."""
+    sides = grid if isinstance(grid, tuple) else ()
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        return f"grid() returned {grid!r}, expected a tuple of two positive integers"
+    return ""
 
 
 def build_fault(module: Any, tokens: Any) -> str:

@@ -184,17 +184,26 @@ def describe(folder: Path) -> dict[str, Any]:
     return with_moved_paths(description, folder)
 
 
-def preview_folder(stage_folder: Path) -> Path:
-    """The model folder of the newest preview of a stage in training."""
-    return stage_folder / "preview" / "model"
+PREVIEW = "preview"
+"""The folder, in that of a stage, with its previews; it has a model while the stage is in training or interrupted."""
+
+
+def preview_model(stage_folder: Path) -> Path:
+    """The model folder of the newest preview of a stage."""
+    return stage_folder / PREVIEW / "model"
+
+
+def newest_preview(run_dir: Path) -> Path | None:
+    """The model of the newest preview of the last stage that is in training or interrupted; None without one."""
+    folders = (preview_model(run_dir / stage) for stage in reversed(STAGES.values()))
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def latest_model(run_dir: Path) -> Path:
-    """The model folder of the last stage of a run that is finished, or that has shown a preview."""
+    """The model folder of the last finished stage of a run."""
     for stage in reversed(STAGES.values()):
-        for folder in (run_dir / stage / "model", preview_folder(run_dir / stage)):
-            if folder.is_dir():
-                return folder
+        if (folder := run_dir / stage / "model").is_dir():
+            return folder
     raise ModelError(f"{run_dir}: no stage has been trained", hint="train with `llavactl run`, or pass `--model DIR`")
 
 

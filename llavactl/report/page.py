@@ -7,7 +7,9 @@ images must be data URIs, and the content security policy forbids the browser to
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +17,11 @@ from typing import Any
 from urllib.parse import quote
 
 from llavactl.core.paths import write_atomic
+from llavactl.core.processes import is_main_process
 from llavactl.files.eval_result import read_eval_result
 from llavactl.report.figures import MISSING, Row, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_objects, read_recipe
+from llavactl.report.optional import optional_output
 from llavactl.report.plots import DARK, LIGHT, PLOTS_MISSING, draw_loss, plots_available
 from llavactl.report.templates import template
 from llavactl.report.thumbnails import data_uri, safe_image
@@ -26,9 +30,11 @@ TIMES = "times.json"
 """A file of the run folder with the seconds of each step, written by ``llavactl run``."""
 
 REFRESH_SECONDS = 20
-"""The browser reloads the page of a run in training."""
+"""The browser reloads the page of a run that this process continues."""
 
-PREVIEW_FOLDER = "preview"
+PREVIEW = "preview"
+"""The folder, in that of a stage, with the answers of its previews."""
+
 SHOWN_SKIPPED = 20
 SHOWN_EVALUATIONS = 5
 STAGES = (
@@ -39,12 +45,28 @@ TILES = (("steps", "steps"), ("samples", "samples"), ("loss", "final loss"), ("v
 PACKAGES = ("llavactl", "torch", "transformers")
 
 
+_refreshed: ContextVar[bool] = ContextVar("refreshed", default=False)
+
+
+@contextmanager
+def refreshed(run_dir: Path) -> Iterator[None]:
+    """In this context, browsers reload the page of ``run_dir``; at the end it is written without that."""
+    token = _refreshed.set(True)
+    try:
+        yield
+    finally:
+        _refreshed.reset(token)
+        if not _refreshed.get() and is_main_process() and report_page(run_dir).exists():
+            with optional_output(report_page(run_dir)):
+                write_report(run_dir)
+
+
 @dataclass(frozen=True)
 class SampleAnswer:
     """A question with its reference answer and the model's answer.
 
     ``right`` is the task's verdict, or else whether both answers have the same words. ``blind`` is the answer of the
-    shuffled-image baseline.
+    shuffled-image baseline, or about another image, whose reference answer is ``other_reference``.
     """
 
     image: str
@@ -54,6 +76,7 @@ class SampleAnswer:
     answer: str
     right: bool
     blind: str = ""
+    other_reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,8 +85,8 @@ class StageView:
 
     ``curves`` are the loss curves for light and dark backgrounds as data URIs, empty before the first step or without
     matplotlib. ``facts`` are all fields of the stage's report. ``evaluations`` are the scores by step during training,
-    ``progress_answers`` the answers to the same questions by step, ``previews`` those of the newest preview, whose
-    ``blind`` answer is about another image.
+    ``progress_answers`` and ``preview_answers`` the answers to the same questions by step, ``previews`` those of the
+    newest preview.
     """
 
     title: str
@@ -74,6 +97,7 @@ class StageView:
     answers: tuple[SampleAnswer, ...]
     evaluations: tuple[Table, ...]
     progress_answers: tuple[Table, ...]
+    preview_answers: tuple[Table, ...]
     preview_step: str
     previews: tuple[SampleAnswer, ...]
     held_out: bool
@@ -100,8 +124,7 @@ def write_report(run_dir: Path) -> Path:
     stages = [view for stage in STAGES if (view := _stage(run_dir, *stage, can_plot=can_plot))]
     page = template("page.html").render(
         name=show(recipe.get("name") or run_dir.absolute().name),
-        in_training=any(not view.finished for view in stages),
-        refresh_seconds=REFRESH_SECONDS,
+        refresh_seconds=REFRESH_SECONDS if _refreshed.get() else 0,
         components=_components(recipe),
         stages=stages,
         plots_missing="" if can_plot else PLOTS_MISSING,
@@ -138,7 +161,7 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
     metrics = run_dir / folder / "metrics.jsonl"
     report = read_document(run_dir / folder / "report.json")
     lines = read_objects(metrics)
-    preview_step, previews = _newest_preview(run_dir / folder / PREVIEW_FOLDER)
+    preview_step, previews = _newest_preview(run_dir / folder / PREVIEW)
     if not report and not lines and not previews:
         return None
     seconds = [("time", duration(report["seconds"]))] if "seconds" in report else []
@@ -157,8 +180,8 @@ def _stage(run_dir: Path, folder: str, title: str, purpose: str, *, can_plot: bo
         ),
         answers=tuple(map(sample_answer, read_objects(run_dir / folder / "samples.json"))),
         evaluations=_evaluations(lines),
-        progress_answers=_progress_answers(run_dir / folder / "samples")
-        + _progress_answers(run_dir / folder / PREVIEW_FOLDER),
+        progress_answers=_progress_answers(run_dir / folder / "samples"),
+        preview_answers=_progress_answers(run_dir / folder / PREVIEW),
         preview_step=preview_step,
         previews=previews,
         held_out=bool(report.get("validation_samples")),
@@ -209,6 +232,7 @@ def sample_answer(row: Mapping[str, Any]) -> SampleAnswer:
         answer=answer,
         right=bool(row["right"]) if "right" in row else _words(reference) == _words(answer) != MISSING,
         blind=show(row["blind"]) if "blind" in row else "",
+        other_reference=show(row["other_reference"]) if row.get("other_reference") else "",
     )
 
 

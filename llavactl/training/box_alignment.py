@@ -35,9 +35,7 @@ BATCH_SIZE = 32
 
 LEARNING_RATE = 1e-3
 WORDS_LEARNING_RATE = 5e-3
-"""For connectors with several tokens per cell. In 400 steps on 1,100 scenes, colors on held-out scenes were right in
-98 % of the cells at 2e-3 and in 99.8 % at 5e-3.
-"""
+"""For connectors with several tokens per cell: 2e-3 and 1e-3 fit less in the same steps (docs/notes/demo.md)."""
 
 WARMUP = 0.05
 
@@ -46,13 +44,14 @@ POSITION_SCALE = 1.5
 "right"). At 1.5 the position part of a target is about half as large as the part for its content.
 """
 
-MARGIN = 1 / 45
+MARGIN = 5 / 224
 """Cells are larger by this fraction of the image on each side: where the center of an object is close to an edge, both
-cells show the object. Without, the mean of object and background would be fitted there, which is neither.
+cells show the object. Otherwise the mean of object and background would be fitted there. DINOv2 ViT-S/14 locates
+centers to 5 to 10 of 224 pixels (docs/notes/demo.md).
 """
 
-BETWEEN = "."
-"""The word for the tokens of cells without an object."""
+EMPTY_WORD = "."
+"""The word of tokens without an object."""
 
 WordEmbedding = Callable[[str], torch.Tensor]
 
@@ -145,10 +144,10 @@ def word_targets(boxes: Sequence[Box], cells: tuple[int, int], per_cell: int, wo
     """The targets for ``per_cell`` tokens in each of ``cells`` (h, w), [h*w*per_cell, Dl].
 
     A cell shows the object whose center is in it, or closest to it within MARGIN: the last ``per_cell`` words of its
-    category, such as "red" and "circle", each plus the position of the object. Tokens without a word are BETWEEN.
+    category, such as "red" and "circle", each plus the position of the object. Tokens without a word are EMPTY_WORD.
     """
     h, w = cells
-    blank = word(BETWEEN).repeat(per_cell, 1)
+    blank = word(EMPTY_WORD).repeat(per_cell, 1)
     objects = _object_boxes(boxes)
     if not objects:
         return blank.repeat(h * w, 1)
@@ -207,7 +206,7 @@ def _object_boxes(boxes: Sequence[Box]) -> list[Box]:
 
 def _batches(samples: Sequence[Sample], seed: int) -> Iterator[list[Sample]]:
     """Endless shuffled batches; every sample occurs once before any is repeated."""
-    rng = Random(f"llavactl grounding/{seed}")
+    rng = Random(f"llavactl grounding/{seed}")  # the former name, kept for equal results
     queue: list[Sample] = []
     while True:
         while len(queue) < min(BATCH_SIZE, len(samples)):

@@ -55,12 +55,15 @@ class Evaluation(Protocol):
 
 
 class Preview(Protocol):
-    """Shows what the model in training answers."""
+    """Shows what the model in training answers; all processes call each function together."""
 
-    def show(self, run: Run, step: int) -> None:
-        """Answers a few questions with the weights after ``step``; all processes call this together.
+    def answers(self, run: Run) -> Any:
+        """The model's answers to a few questions; errors are raised as by ``Evaluation.answers``."""
 
-        An error in one process is raised in all of them, or ends the process if the model is sharded.
+    def publish(self, run: Run, step: int, answers: Any) -> None:
+        """Shows ``answers``, the result of ``answers`` after ``step``, and saves the model.
+
+        An error in one process is raised in all of them.
         """
 
 
@@ -86,7 +89,7 @@ class TokenCounts:
 class Run:
     """Everything that the training loop needs to train a stage.
 
-    ``shape`` is the shape of the vision features, ``token_grid`` the grid of the connector's tokens, if it has one.
+    ``shape`` is the shape of the vision features, ``token_grid`` the grid of the connector's tokens for box alignment.
     ``digest`` identifies settings and data: only checkpoints with the same digest are resumed. ``padding_reason``: why
     samples are padded; "" if they are packed. ``liger_fault``: why the kernels of liger-kernel are not used; "" if they
     are.
@@ -151,7 +154,7 @@ def create_run(
         data=data.train,
         validation=data.validation,
         shape=shape,
-        token_grid=connector_grid(recipe.connector.spec(), shape),
+        token_grid=connector_grid(recipe.connector.spec(), shape) if settings.box_alignment_steps else None,
         folder=folder,
         seed=recipe.seed,
         digest=digest,

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.schema import Turn
+from llavactl.model.folder import PREVIEW
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.core.schema import Sample
     from llavactl.data.split import DataSplit
+
+SAMPLES = "samples"
+"""The folder, in that of a stage, with the answers of ``evaluate_every``."""
 
 COUNT = 8
 MAX_NEW_TOKENS = 64
@@ -48,14 +52,14 @@ def answer_samples(assistant: Assistant, samples: Sequence[Sample], max_new_toke
     return answered
 
 
-def answers_file(folder: Path, step: int, kind: str = "samples") -> Path:
-    """The file, in the folder of a stage, with the answers after ``step`` of training: ``samples`` or ``preview``."""
+def answers_file(folder: Path, step: int, kind: str = SAMPLES) -> Path:
+    """The file, in the folder of a stage, with the answers after ``step`` of training: SAMPLES or PREVIEW."""
     return folder / kind / f"step-{step:08d}.json"
 
 
 def remove_later_answers(folder: Path, step: int) -> None:
     """Removes the sample answers of an earlier run after later steps than ``step``."""
-    for kind in ("samples", "preview"):
+    for kind in (SAMPLES, PREVIEW):
         for file in (folder / kind).glob("step-*.json"):
             if file > answers_file(folder, step, kind):
                 file.unlink(missing_ok=True)

@@ -93,6 +93,8 @@ def _check_disk_space(run: Run, stage: StageNumber) -> None:
     checkpoint_bytes = 3 * sum(4 * master.numel() for master in run.optimizer.masters.values())
     # The newest ``keep_last``, the best one, and the one being written; existing ones will be replaced.
     required = checkpoint_bytes * (run.settings.keep_last + 2)
+    if run.preview is not None and run.settings.method == "full":  # the last preview, and the one being written
+        required += 2 * sum(weight.numel() * weight.element_size() for weight in run.model.parameters())
     existing = sum(file.stat().st_size for file in (run.folder / "checkpoints").rglob("*") if file.is_file())
     if required > (free := shutil.disk_usage(run.folder).free + existing):
         raise StoreError(

@@ -75,7 +75,9 @@ def show_preview(run: Run, step: int, kernels: ExitStack) -> None:
     kernels.close()
     run.model.eval()
     with nullcontext() if run.placement.sharded else _failure_logged(run, step, "preview"):
-        run.preview.show(run, step)
+        answers = run.preview.answers(run)
+        with _failure_logged(run, step, "preview"):
+            run.preview.publish(run, step, answers)
     kernels.enter_context(training_kernels(run))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,15 @@ from llavactl.chat.conversation import Conversation
 from llavactl.chat.inputs import BatchRecord, user_content
 from llavactl.chat.loading import load_assistant
 from llavactl.core.schema import ImageRef, Turn
-from llavactl.model.folder import latest_model
+from llavactl.model.folder import latest_model, newest_preview
 from llavactl.model.generate import Sampling
 from llavactl.model.imported import resolve
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.recipe.frame import Outline
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 """Prompts per forward pass with ``--batch``."""
@@ -33,10 +36,16 @@ class ChatReport:
 
 
 def open_chat(recipe: Outline | None, model: str | None = None, template: str | None = None) -> Conversation:
-    """A conversation with ``model`` (in any supported format), by default that of the recipe's last finished stage."""
+    """A conversation with ``model`` (in any supported format), by default the newest of the recipe's run.
+
+    This is the newest preview of a stage in training, otherwise the model of the last finished stage.
+    """
     if model is None:
         assert recipe is not None
-        return Conversation(load_assistant(latest_model(recipe.run_dir), template=template))
+        preview = newest_preview(recipe.run_dir)
+        if preview is not None:
+            log.info("%s: the newest weights of a stage in training", preview)
+        return Conversation(load_assistant(preview or latest_model(recipe.run_dir), template=template))
     return Conversation(load_assistant(resolve(model, recipe), template=template))
 
 

@@ -130,7 +130,7 @@ def periodic_evaluation(
     samples = shown_samples(data, settings.samples)
     arrays = {image: features.arrays(image) for sample in samples for image in sample.images}
     if images := task_images(benchmarks):
-        live = features if isinstance(features, LiveFeatures) else _live_features(recipe, stage, features, device)
+        live = live_features(recipe, stage, features, device)
         arrays |= {image: live.arrays(image) for image in images}
     # Without a limit, as in `llavactl eval`: prompts aren't truncated.
     encoding = replace(data.train.encoding, max_length=None)
@@ -138,7 +138,10 @@ def periodic_evaluation(
     return PeriodicEvaluation(assistant, benchmarks, samples, recipe.eval)
 
 
-def _live_features(recipe: Recipe, stage: TrainingStage, features: FeatureReader, device: str) -> LiveFeatures:
+def live_features(recipe: Recipe, stage: TrainingStage, features: FeatureReader, device: str) -> LiveFeatures:
+    """Features of images that are not in the feature store, encoded on ``device``."""
+    if isinstance(features, LiveFeatures):
+        return features
     vision = registry().create("vision", stage.vision)
     return LiveFeatures(load_encoder(vision, device, recipe.features.compute), features.fingerprint, device)
 

@@ -1,4 +1,4 @@
-"""Previews during training (``preview_every``): answers about held-out images, and a model to chat with.
+"""Previews during training (``preview_every``): answers about images, and a model to chat with.
 
 Each question is asked about its image and about another one: a model that ignores images gives the same answer twice.
 """
@@ -14,21 +14,22 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import json_text, write_atomic
-from llavactl.core.program import command_line
+from llavactl.core.program import command_line, shown_path
 from llavactl.core.registry import registry
 from llavactl.core.schema import Question, Turn
 from llavactl.evaluation.periodic import FixedFeatures
-from llavactl.features import LiveFeatures
-from llavactl.features.checked_encoder import load_encoder
-from llavactl.model.folder import preview_folder
+from llavactl.model.folder import PREVIEW, preview_model
 from llavactl.model.generate import Sampling
+from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.report.page import report_page, write_report
-from llavactl.training.collective import on_main
+from llavactl.training.collective import on_main, together
 from llavactl.training.sample_answers import answers_file, shown_samples
 from llavactl.training.sharding import root_gathered
+from llavactl.verbs.evaluate_every import live_features
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
@@ -36,17 +37,18 @@ if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
     from llavactl.features import FeatureReader
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import TrainingStage
+    from llavactl.recipe.stages import StageNumber, TrainingStage
     from llavactl.training.run import Run
 
 log = logging.getLogger(__name__)
 
 QUESTIONS = 6
 MAX_NEW_TOKENS = 24
-SHOWN_CHARACTERS = 60
-"""Of an answer in the log line."""
+SHOWN_CHARACTERS = 80
+"""Of a question or an answer in the log line."""
 
-FOLDER = "preview"
+Answers = Sequence[tuple[str, str]]
+"""For each question, the answers about its own image and about the other one."""
 
 
 @dataclass(frozen=True)
@@ -80,40 +82,36 @@ class AnswerPreview:
 
     def __post_init__(self) -> None:
         self._number = count()
-        self._announced = False
 
-    def show(self, run: Run, step: int) -> None:
-        """Logs one answer, adds all to the report page and saves the model; all processes call this together."""
+    def answers(self, run: Run) -> Answers:
+        """The main process answers; if the model is sharded, all processes answer together."""
         with root_gathered(self.assistant.model):
-            answers = self._answers() if run.accelerator.is_main_process or run.placement.sharded else []
-        folder = preview_folder(run.folder)
-        self.save(run, folder)
-        on_main(lambda: self._publish(run, step, answers, folder))
+            return self._answers() if run.placement.sharded else on_main(self._answers)
 
-    def _answers(self) -> list[tuple[str, str]]:
-        """For each question the answers about its own image and about the other one."""
+    def _answers(self) -> Answers:
         sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
         pairs = (self.assistant.answer(each.conversations(), sampling) for each in self.questions)
         return [(own, other) for own, other in pairs]
 
-    def _publish(self, run: Run, step: int, answers: Sequence[tuple[str, str]], folder: Path) -> None:
-        file = answers_file(run.folder, step, FOLDER)
+    def publish(self, run: Run, step: int, answers: Answers) -> None:
+        """Logs one of ``answers``, adds all to the report page, and saves the model."""
+        self.save(run, preview_model(run.folder))
+        on_main(lambda: self._publish(run, step, answers))
+
+    def _publish(self, run: Run, step: int, answers: Answers) -> None:
+        file = answers_file(run.folder, step, PREVIEW)
         rows = [self._row(file.parent, *each) for each in zip(self.questions, answers, strict=True)]
         with optional_output(file):
             write_atomic(file, json_text(rows, indent=2))
         with optional_output(report_page(self.run_dir)):
             write_report(self.run_dir)
-        if rows:
-            row = rows[next(self._number) % len(rows)]
-            log.info("%s after step %d: %s", run.folder.name, step, _line(row))
-        if not self._announced:
-            self._announced = True
-            image = ["--image", rows[0]["file"]] if rows and rows[0]["file"] else []
-            log.info(
-                "%s: chat with the newest weights while training continues: %s",
-                run.folder.name,
-                command_line("chat", "--model", str(folder), *image),
-            )
+        number = next(self._number)
+        row = rows[number % len(rows)]
+        log.info("%s after step %d: %s", run.folder.name, step, _line(row))
+        if not number:
+            image = ["--image", shown_path(Path(row["file"]))] if row["file"] else []
+            command = command_line("chat", "--model", shown_path(preview_model(run.folder)), *image)
+            log.info("%s: chat with the newest weights while it trains: %s", run.folder.name, command)
 
     def _row(self, folder: Path, asked: ContrastedQuestion, answers: tuple[str, str]) -> dict[str, str]:
         own, other = answers
@@ -125,42 +123,51 @@ def preview(
     recipe: Recipe,
     stage: TrainingStage,
     features: FeatureReader,
-    assistant: Callable[[FixedFeatures], Assistant],
     data: DataSplit,
-    save: Callable[[Run, Path], None],
     device: str,
+    assistant: Callable[[FixedFeatures], Assistant],
+    save: Callable[[Run, Path], None],
 ) -> AnswerPreview | None:
-    """The preview of ``stage``, with its images encoded on ``device``; None unless ``preview_every`` is set.
+    """The preview of ``stage``, with its images encoded on ``device``.
 
     Its questions are those of the recipe's first task with images, else the validation samples, else training samples.
-
-    Raises:
-        LlavactlError: a task or an image can't be read.
+    None unless ``preview_every`` is set, or, with a warning, if no question about two images can be read.
     """
     if stage.settings.preview_every is None:
         return None
-    questions = contrasted(_task_questions(recipe), QUESTIONS)
-    stored: FeatureReader | LiveFeatures = features
-    if not questions:
-        questions = contrasted(map(_as_question, shown_samples(data, 4 * QUESTIONS)), QUESTIONS)
-    elif not isinstance(features, LiveFeatures):
-        encoder = load_encoder(registry().create("vision", stage.vision), device, recipe.features.compute)
-        stored = LiveFeatures(encoder, features.fingerprint, device)
-    images = {image for each in questions for turns in each.conversations() for turn in turns for image in turn.images}
-    arrays = {image: stored.arrays(image) for image in sorted(images, key=lambda image: image.name)}
-    return AnswerPreview(assistant(FixedFeatures(arrays)), questions, save, recipe.run_dir)
+    previews: list[AnswerPreview] = []
+
+    def prepare() -> None:
+        questions = contrasted(_task_questions(recipe), QUESTIONS)
+        encoder = live_features(recipe, stage, features, device) if questions else features
+        questions = questions or contrasted(map(_as_question, shown_samples(data, 4 * QUESTIONS)), QUESTIONS)
+        turns = [turn for each in questions for conversation in each.conversations() for turn in conversation]
+        images = dict.fromkeys(image for turn in turns for image in turn.images)
+        fixed = FixedFeatures({image: encoder.arrays(image) for image in images})
+        if not questions:
+            log.warning("stage%d: no previews: there are no questions about two images", stage.number)
+        else:
+            previews.append(AnswerPreview(assistant(fixed), questions, save, recipe.run_dir))
+
+    try:
+        together(prepare)
+    except LlavactlError as error:  # in all processes; a preview is no reason not to train
+        log.warning("stage%d: no previews: %s", stage.number, error.message)
+    return next(iter(previews), None)
 
 
-def remove_preview(run_folder: Path) -> None:
-    """Removes the model of the previews of a stage that is finished: it has a newer one."""
-    shutil.rmtree(preview_folder(run_folder), ignore_errors=True)
+def remove_previews(run_dir: Path, stage: StageNumber) -> None:
+    """Removes the models of the previews of ``stage`` and later ones: they are older than the weights of ``stage``."""
+    for number, folder in STAGES.items():
+        if number >= stage:
+            shutil.rmtree(preview_model(run_dir / folder), ignore_errors=True)
 
 
 def contrasted(questions: Iterable[Question], limit: int) -> list[ContrastedQuestion]:
     """Up to ``limit`` of ``questions`` about one image, each with the image of another question.
 
-    Preferred are, for each category, two questions with the same text and different reference answers: then the answer
-    about the other image can be checked as well.
+    First, for each category, two questions with the same text and different reference answers: then the answer about
+    the other image can be checked as well.
     """
     usable = [each for each in questions if sum(len(turn.images) for turn in each.turns) == 1]
     by_text: dict[tuple[str, ...], list[Question]] = defaultdict(list)
@@ -172,8 +179,9 @@ def contrasted(questions: Iterable[Question], limit: int) -> list[ContrastedQues
         if different is not None and _image(different) != _image(first):
             paired.setdefault(first.category, ContrastedQuestion(first, _image(different), different.reference))
     chosen = list(paired.values())
+    asked = {each.question.id for each in chosen}
     for question, other in zip(usable, usable[1:] + usable[:1], strict=True):
-        if question.category not in paired and _image(question) != _image(other):
+        if question.id not in asked and _image(question) != _image(other):
             chosen.append(ContrastedQuestion(question, _image(other)))
     return chosen[:limit]
 
@@ -187,7 +195,8 @@ def _task_questions(recipe: Recipe) -> list[Question]:
     """The questions of the recipe's first task that has questions about an image."""
     for spec in recipe.eval.tasks:
         task: Any = registry().create("tasks", spec.spec())
-        if contrasted(questions := list(task.questions()), 1):
+        questions: list[Question] = list(task.questions())
+        if any(turn.images for question in questions for turn in question.turns):
             return questions
     return []
 
@@ -200,11 +209,15 @@ def _as_question(sample: Sample) -> Question:
 
 def _line(row: dict[str, str]) -> str:
     """A question with the answers about both images on one line."""
-    known = f" (reference: {_short(row['other_reference'])})" if row["other_reference"] else ""
-    return (
-        f'"{_short(row["question"])}" {Path(row["image"]).name}: "{_short(row["answer"])}" (reference: '
-        f'{_short(row["reference"])}); {Path(row["other_image"]).name}: "{_short(row["blind"])}"{known}'
+    answers = (
+        (row["image"], row["answer"], row["reference"]),
+        (row["other_image"], row["blind"], row["other_reference"]),
     )
+    shown = (
+        f'{Path(image).name}: "{_short(answer)}"' + (f" (reference: {_short(reference)})" if reference else "")
+        for image, answer, reference in answers
+    )
+    return f'"{_short(row["question"])}" {"; ".join(shown)}'
 
 
 def _short(text: str) -> str:

@@ -18,7 +18,7 @@ from llavactl.evaluation.results import EvalReport
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_objects
 from llavactl.report.optional import optional_output
-from llavactl.report.page import TIMES, report_page, write_report
+from llavactl.report.page import TIMES, refreshed, report_page, write_report
 from llavactl.training.collective import on_main
 from llavactl.training.initial_model import starts_from_recipe_language
 from llavactl.training.memory import release_memory
@@ -64,11 +64,12 @@ def run(recipe: Recipe) -> RunReport:
         LlavactlError: from any step; problems that can be detected before the first step are raised before it.
     """
     _check(recipe)
-    generated = _generate(recipe)
-    extracted = _extract(recipe)
-    trained = {number: _train(recipe, number) for number in recipe.stages_with_data()}
-    scored = [_evaluate(recipe, task) for task in recipe.eval.tasks]
-    exported = [_export(recipe, settings) for settings in recipe.export]
+    with refreshed(recipe.run_dir):
+        generated = _generate(recipe)
+        extracted = _extract(recipe)
+        trained = {number: _train(recipe, number) for number in recipe.stages_with_data()}
+        scored = [_evaluate(recipe, task) for task in recipe.eval.tasks]
+        exported = [_export(recipe, settings) for settings in recipe.export]
     last = trained[max(trained)] if trained else None
     page = report_page(recipe.run_dir)
     with optional_output(page):

@@ -26,7 +26,7 @@ from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
-from llavactl.report.page import report_page, write_report
+from llavactl.report.page import refreshed, report_page, write_report
 from llavactl.report.plots import log_missing_plots, plot_loss, plots_available
 from llavactl.training import launch
 from llavactl.training.collective import lost_processes_reported, on_main
@@ -43,7 +43,7 @@ from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
 from llavactl.training.trackers import check_trackers, recording
 from llavactl.verbs.evaluate_every import periodic_evaluation
-from llavactl.verbs.preview import preview, remove_preview
+from llavactl.verbs.preview import AnswerPreview, preview, remove_previews
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,26 +113,19 @@ def _train(
     _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
     _check_template_tokens(bundle, data.train)
     evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
+    description = model_description(recipe, stage, features, digest, init_folder)
+    shown = _preview(recipe, training_stage, features, bundle, data, description, str(accelerator.device))
     if init_folder is not None:
         model_folder.load_connector(bundle.model.connector, init_folder)
     model, shape, resuming = bundle.model, features.shape, resume == "auto"
     with out_of_memory_named(folder.name, settings, placement, loading):
         run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
-    description = model_description(recipe, stage, features, digest, init_folder)
-    shown = preview(
-        recipe,
-        training_stage,
-        features,
-        lambda fixed: Assistant(model, replace(encoding, max_length=None), fixed, settings.image_order),
-        data,
-        lambda run, target: save_model(run, target, bundle, description),
-        str(accelerator.device),
-    )
     run = replace(run, evaluation=evaluation, preview=shown)
     with ExitStack() as stack:
 
         def begin() -> None:
             stack.enter_context(_exclusive_access(recipe, stage, folder))
+            remove_previews(recipe.run_dir, stage)
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
             log_held_out(data)
             write_skipped(folder / "left_out.jsonl", data)
@@ -220,17 +213,42 @@ def _check_restore_best(stage: TrainingStage, data: DataSplit) -> None:
         )
 
 
+def _preview(
+    recipe: Recipe,
+    stage: TrainingStage,
+    features: FeatureReader,
+    bundle: ModelBundle,
+    data: DataSplit,
+    description: Mapping[str, Any],
+    device: str,
+) -> AnswerPreview | None:
+    """The preview of ``stage``, with the language model's template: that of stage 1, ``plain``, omits questions."""
+    template = recipe.language.template
+    spec = template if isinstance(template, str) else template.spec()
+    chatting = {**description, "template": spec}
+    encoding = replace(data.train.encoding, template=registry().create("templates", spec), max_length=None)
+    return preview(
+        recipe,
+        stage,
+        features,
+        data,
+        device,
+        lambda fixed: Assistant(bundle.model, encoding, fixed, stage.settings.image_order),
+        lambda run, folder: save_model(run, folder, bundle, chatting),
+    )
+
+
 def _train_and_save(
     recipe: Recipe, run: Run, bundle: ModelBundle, data: DataSplit, description: Mapping[str, Any]
 ) -> TrainReport:
     main, stage = run.accelerator.is_main_process, description["stage"]
     trial_save(run, bundle, description)
     began = time.perf_counter()
-    with _recorded(recipe, run) as recorded:
+    with refreshed(recipe.run_dir), _recorded(recipe, run) as recorded:
         result = run_loop(recorded)
     seconds = time.perf_counter() - began
     save_model(run, run.folder / "model", bundle, description)
-    on_main(lambda: remove_preview(run.folder))
+    on_main(lambda: remove_previews(recipe.run_dir, stage))
     # From here on the stage is finished; the rest is optional.
     report = on_main(lambda: _write_stage_report(stage, run, data, result, seconds))
     with optional_output(run.folder / "samples.json"):

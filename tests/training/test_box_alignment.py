@@ -17,7 +17,7 @@ from llavactl.core.schema import Box, FeatureShape, ImageRef, Sample, Turn
 from llavactl.images.image_file import ImageFile
 from llavactl.testing import run_cli
 from llavactl.training.box_alignment import (
-    BETWEEN,
+    EMPTY_WORD,
     MARGIN,
     POSITION_SCALE,
     align_to_boxes,
@@ -71,7 +71,7 @@ def test_cells_without_a_common_number_of_tokens_are_refused() -> None:
 
 CORNERS = [Box("red circle", (0.0, 0.0, 0.2, 0.2)), Box("blue square", (0.8, 0.6, 1.0, 1.0))]
 COMPASS = ("left", "right", "above", "below")
-VOCABULARY = (BETWEEN, *COMPASS, "red", "blue", "circle", "square", "dog")
+VOCABULARY = (EMPTY_WORD, *COMPASS, "red", "blue", "circle", "square", "dog")
 
 
 def single_word(text: str) -> torch.Tensor:
@@ -86,10 +86,10 @@ def named(target: torch.Tensor) -> list[str]:
 
 def test_each_token_of_a_cell_has_one_word() -> None:
     target = word_targets(CORNERS, (2, 2), 2, single_word)
-    assert named(target) == ["red", "circle", BETWEEN, BETWEEN, BETWEEN, BETWEEN, "blue", "square"]
-    assert named(word_targets([Box("dog", (0, 0, 1, 1))], (1, 1), 3, single_word)) == [BETWEEN, BETWEEN, "dog"]
+    assert named(target) == ["red", "circle", EMPTY_WORD, EMPTY_WORD, EMPTY_WORD, EMPTY_WORD, "blue", "square"]
+    assert named(word_targets([Box("dog", (0, 0, 1, 1))], (1, 1), 3, single_word)) == [EMPTY_WORD, EMPTY_WORD, "dog"]
     assert named(word_targets([Box("big red circle", (0, 0, 1, 1))], (1, 1), 2, single_word)) == ["red", "circle"]
-    assert named(word_targets([], (1, 2), 2, single_word)) == [BETWEEN] * 4
+    assert named(word_targets([], (1, 2), 2, single_word)) == [EMPTY_WORD] * 4
 
 
 def test_each_word_has_the_position_of_its_object() -> None:

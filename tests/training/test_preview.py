@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from llavactl.core.schema import Question, Turn
 from llavactl.images.image_file import ImageFile
+from llavactl.model.folder import latest_model, newest_preview
+from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
 from llavactl.training.metrics import read, without_measured
-from llavactl.verbs.preview import contrasted
+from llavactl.verbs.preview import contrasted, remove_previews
 
 TASK = "eval.tasks=[{name: scenes, scenes: 8}]"
 STAGE2 = ("stage2.init=scratch", "stage2.max_steps=4", "stage2.validation=0.2", "eval.max_new_tokens=4")
@@ -53,11 +55,12 @@ def test_a_preview_does_not_change_training(toy: Path) -> None:
     assert list(shown) == [0, 1, 2, 3], "before the first step and after each but the last, which has the final model"
     for rows in shown.values():
         assert {row["question"] for row in rows} == {row["question"] for row in shown[0]}
-        assert all(row["image"] != row["other_image"] and row["reference"] and row["other_reference"] for row in rows)
-        assert all(row["reference"] != row["other_reference"] for row in rows)
+        assert all(row["image"] != row["other_image"] and row["reference"] != row["other_reference"] for row in rows)
+        assert rows[0]["other_reference"], "a question with different answers about two images comes first"
     lines_of_answers = [line for line in result.stderr.splitlines() if "after step" in line and "test-0" in line]
     assert len(lines_of_answers) == 4
     assert not (toy / "shown/stage2/preview/model").exists(), "the stage has its final model"
+    assert 'http-equiv="refresh"' not in (toy / "shown/report.html").read_text()
 
 
 def test_validation_samples_are_shown_without_a_task(toy: Path) -> None:
@@ -81,7 +84,7 @@ def test_the_model_of_a_preview_can_be_chatted_with_after_a_kill(toy: Path) -> N
         assert result.exit_code == 0, result.stderr
     page = (toy / "killed/report.html").read_text()
     assert 'http-equiv="refresh"' in page
-    assert "Held-out questions" in page
+    assert "each about its image and about another one" in page
 
 
 def test_a_failing_preview_is_a_warning(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +93,64 @@ def test_a_failing_preview_is_a_warning(toy: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise ValueError("no answer")
 
-    monkeypatch.setattr(preview.AnswerPreview, "_answers", fail)
-    result = train(toy, "shown", PREVIEW, TASK, "stage2.max_steps=2")
-    assert "the preview after step 1 failed (ValueError: no answer)" in result.stderr
+    for name in ("_answers", "_publish"):
+        with monkeypatch.context() as patch:
+            patch.setattr(preview.AnswerPreview, name, fail)
+            result = train(toy, name, PREVIEW, TASK, "stage2.max_steps=2")
+        assert "the preview after step 1 failed (ValueError: no answer)" in result.stderr
+
+
+def test_questions_that_cannot_be_read_are_a_warning(toy: Path) -> None:
+    broken = "eval.tasks=[{name: pope, questions: missing.jsonl, labels: missing.json, images: .}]"
+    result = train(toy, "shown", PREVIEW, broken, "stage2.max_steps=2")
+    assert "stage2: no previews: " in result.stderr
+    assert previews(toy / "shown") == {}
+
+
+def test_stage_1_is_asked_questions(toy: Path) -> None:
+    """The template of stage 1, ``plain``, has no questions; that of the language model has."""
+    options = ["-o", f"run_dir={toy}/run", "-o", "stage1.preview_every=1e-9", "-o", TASK, "-o", "stage1.max_steps=5000"]
+    words = ["train", "--stage", "1", "-r", str(toy / "recipe.yaml"), "-o", "features.mode=live", *options]
+    with subprocess.Popen([sys.executable, "-m", "llavactl", *words], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("chat with" in line for line in process.stderr)
+        process.send_signal(signal.SIGKILL)
+    described = json.loads((toy / "run/stage1/preview/model/llavactl.json").read_text())
+    assert described["template"] == load_recipe(toy / "recipe.yaml", []).language.template != "plain"
+
+
+def test_chat_uses_the_newest_weights_and_other_commands_finished_stages(toy: Path) -> None:
+    run = toy / "run"
+    for folder in ("stage1/model", "stage2/model", "stage1/preview/model"):
+        (run / folder).mkdir(parents=True)
+    assert latest_model(run) == run / "stage2/model"
+    assert newest_preview(run) == run / "stage1/preview/model"
+    (run / "stage2/preview/model").mkdir(parents=True)
+    assert newest_preview(run) == run / "stage2/preview/model"
+    remove_previews(run, 2)
+    assert newest_preview(run) == run / "stage1/preview/model"
+    remove_previews(run, 1)
+    assert newest_preview(run) is None
+
+
+@pytest.mark.slow
+def test_replicas_go_on_after_a_failing_preview(toy: Path) -> None:
+    """Only the main process answers; the others must not wait for what it didn't reach."""
+    script = toy / "failing.py"
+    script.write_text(
+        "import sys, llavactl.verbs.preview as module, llavactl.cli as cli\n"
+        "def fail(*_): raise ValueError('no answer')\n"
+        "module.AnswerPreview._answers = fail\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, *command(toy, "two", PREVIEW, TASK)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the preview after step 1 failed" in done.stderr
+    assert (toy / "two/stage2/model").is_dir()
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ class CellPooling(nn.Module):
 
     Each patch is normalized to mean 0 and variance 1 and projected to ``hidden`` channels with a GELU. Each of the
     ``words`` tokens of a cell is a weighted mean of its patches, with weights from a softmax over learned scores,
-    followed by a linear layer of its own. As all cells share these weights, a few hundred images are enough.
+    followed by a linear layer of its own.
+    All cells share these weights.
     """
 
     def __init__(self, grid: tuple[int, int], cell: int, words: int, width: int, hidden: int, out: int) -> None:

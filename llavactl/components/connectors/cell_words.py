@@ -41,13 +41,15 @@ class CellWords:
 
     def grid(self, shape: FeatureShape) -> tuple[int, int]:
         h, w = shape.grid
-        if shape.prefix or h % self.cell or w % self.cell:
-            after = f" after {shape.prefix} other tokens" if shape.prefix else ""
+        if shape.prefix:
             raise RecipeError(
-                f"connector.cell {self.cell} does not divide the patch grid {h}x{w}{after}",
-                hint="set `vision.select: patch`"
-                if shape.prefix
-                else "set `connector.cell` to a divisor of both sides",
+                f"connector cell-words needs features of patches only, but there are {shape.prefix} other tokens",
+                hint="set `vision.select: patch`",
+            )
+        if h % self.cell or w % self.cell:
+            raise RecipeError(
+                f"connector.cell {self.cell} does not divide the patch grid {h}x{w}",
+                hint="set `connector.cell` to a divisor of both sides",
             )
         return h // self.cell, w // self.cell
 

@@ -38,7 +38,9 @@ def test_the_scale_of_the_features_has_no_influence() -> None:
     assert torch.allclose(module(features), module(10 * features + 3), atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [FeatureShape((4, 5), 8), FeatureShape((4, 6), 8, prefix=1)])
-def test_cells_that_do_not_divide_the_grid_are_refused(shape: FeatureShape) -> None:
-    with pytest.raises(RecipeError, match=r"connector\.cell 2"):
+@pytest.mark.parametrize(
+    ("shape", "why"), [(FeatureShape((4, 5), 8), "patch grid 4x5"), (FeatureShape((4, 6), 8, prefix=1), "patches only")]
+)
+def test_unsuitable_features_are_refused(shape: FeatureShape, why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
         registry().create("connectors", SPEC).build(shape, 5)
