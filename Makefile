@@ -33,7 +33,7 @@ MALLOC := $(MALLOC):glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=
 demo: $(RUN_READY) ## run the whole pipeline with small pretrained models on a CPU
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo
 
-demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: half an hour or more
+demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: half an hour to an hour
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo-full
 
 # One thread per process: pytest runs one process per core.

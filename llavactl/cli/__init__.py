@@ -47,6 +47,8 @@ def _configure_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing kernels on every import
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the old name
     warnings.filterwarnings("ignore", module=r"PIL\b")  # such images are read anyway, or listed as skipped
+    # OpenMP threads that wait sleep at once: beside other load, spinning takes time from the threads they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if proxy_error():  # cached models of the hub load only in offline mode
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     redirect_library_caches()

@@ -22,7 +22,7 @@ from llavactl.cli.options import (
     cls=Command,
     examples=[
         "llavactl export --format hf --to exported",
-        "llavactl export --model runs/llava-v1.5-7b/stage2/model --format llava --to exported",
+        "llavactl export --model runs/mine/stage2/model --format llava --to exported",
     ],
 )
 @recipe_options

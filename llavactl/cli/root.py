@@ -79,7 +79,7 @@ def _from_plugin(name: str) -> click.Command:
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     examples=[
-        "llavactl recipes copy demo",
+        "llavactl init --data photos/",
         "llavactl run",
         'llavactl chat --image photo.jpg --prompt "What is in this image?"',
     ],

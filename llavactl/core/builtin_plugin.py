@@ -91,7 +91,7 @@ def register_vision(register: Register) -> None:
         "clip",
         f"{_COMPONENTS}.vision.pretrained:TransformersVision",
         options=f"{_COMPONENTS}.vision.pretrained:ClipOptions",
-        summary="any CLIPVisionModel, by id or folder",
+        summary="CLIP, SigLIP, DINOv2 and similar vision models of transformers, by id or folder",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +42,9 @@ def _cpu(torch: Any) -> Device:
 
 
 def _memory_gb() -> float:
-    try:
-        return _gb(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return 0.0
+    import psutil
+
+    return _gb(psutil.virtual_memory().total)
 
 
 def _gb(size: float) -> float:

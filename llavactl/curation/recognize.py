@@ -118,6 +118,10 @@ def _folder_spec(folder: Path, images: str | None) -> dict[str, Any]:
             f"{folder}: several files of records: {listed}", hint="name one of these files, or each of them"
         )
     if any(listing(folder).images) or not any(map(_is_archive_name, folder.iterdir())):
+        if images is not None:
+            raise DataError(
+                f"--images {images}: the images of {folder} are in this folder", hint="leave out `--images`"
+            )
         return {"name": "image-folder", "path": str(folder)}
     raise DataError(
         f"{folder}: no images and no records, only archives",

@@ -281,3 +281,11 @@ def test_without_a_command_the_help_is_shown() -> None:
     assert result.exit_code == 2
     assert "Examples:" in result.stderr
     assert "error:" not in result.stderr
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_waiting_threads_sleep_unless_requested_otherwise(given: dict[str, str], used: str) -> None:
+    code = "import os, llavactl.cli as cli; cli.run_command(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.splitlines()[-1] == used

@@ -65,9 +65,7 @@ def test_a_report_is_yaml_or_json(verb: Any, here: Path) -> None:
     assert document == {"name": "x", "where": "/somewhere", "loss": 0.5, "steps": [1, 2]}
 
 
-def test_run_prints_scores_an_example_and_a_chat_command(
-    verb: Any, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_prints_scores_an_example_and_a_chat_command(verb: Any, here: Path) -> None:
     from llavactl.evaluation.results import EvalReport
     from llavactl.verbs.run import RunReport
 
@@ -77,15 +75,12 @@ def test_run_prints_scores_an_example_and_a_chat_command(
     made: dict[str, Any] = dict.fromkeys(field.name for field in fields(RunReport))
     made |= {"name": "small", "run_dir": "runs/small", "model": "m", "report": "r.html"}
     verb("run", "run", RunReport(**made | {"eval": (scored,), "export": (), "example": example}))
-    monkeypatch.setattr("shutil.which", lambda _name: None)
-    assert run_cli("run", cwd=here).stdout.endswith(" -m llavactl chat --model m --image 'a b.png'\n")
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     shown = run_cli("run", cwd=here).stdout.splitlines()
     assert shown[0] == "small in runs/small"
     assert any(line.split()[:4] == ["eval", "scenes,", "16", "questions,"] for line in shown)
     assert any("accuracy" in line and "81.2" in line and "chance 25.0" in line for line in shown)
     assert any("colour 90.0  count 72.5" in line for line in shown)
-    assert shown[-1] == "llavactl chat --model m --image 'a b.png'"
+    assert shown[-1].endswith("llavactl chat --model m --image 'a b.png'")
     assert run_cli("run", "--json", cwd=here).json()["eval"][0]["scores"] == scores
 
 

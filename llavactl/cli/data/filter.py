@@ -22,13 +22,19 @@ from llavactl.cli.options import json_option, load_outline, load_outline_if_give
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output file, .json or .jsonl.")
-@click.option("--at-least", type=click.IntRange(min=1), default=3, show_default=True, help="Skip rarer phrases.")
-@click.option("--at-most", type=click.IntRange(min=1), default=100, show_default=True, help="Captions per phrase.")
+@click.option(
+    "--at-least", type=click.IntRange(min=1), metavar="N", default=3, show_default=True, help="Skip rarer phrases."
+)
+@click.option(
+    "--at-most", type=click.IntRange(min=1), metavar="N", default=100, show_default=True, help="Captions per phrase."
+)
 @click.option("--seed", type=int, help="Seed of the sampling for frequent phrases.  [default: the recipe's, or 0]")
 @click.option(
     "--extractor", metavar="MODULE:ATTR", help="Noun phrase extractor to use (docs/reference/data.md#noun-phrases)."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Worker processes.  [default: CPU cores; small files: 1]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Worker processes.  [default: CPU cores; small files: 1]"
+)
 @json_option
 def command(
     file: Path | None,

@@ -26,9 +26,14 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @recipe_options
 @click.option("--dry-run", is_flag=True, help="Estimate requests, tokens and cost; send and write nothing.")
 @click.option(
-    "--max-cost", type=click.FloatRange(min=0), help="Stop before the total cost of the output file exceeds this."
+    "--max-cost",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Stop before the total cost of the output file exceeds this.",
 )
-@click.option("--max-requests", type=click.IntRange(min=0), help="Send at most this many requests now, with retries.")
+@click.option(
+    "--max-requests", type=click.IntRange(min=0), metavar="N", help="Send at most this many requests now, with retries."
+)
 @click.option("--retry-refused", is_flag=True, help="Resend requests whose replies could not be used.")
 @click.option("--batch-requests", type=FILE, help="Write the requests to this batch file instead of sending them.")
 @click.option(

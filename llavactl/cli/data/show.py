@@ -35,10 +35,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 @recipe_options
 @stage_option("Show samples of this stage.  [default: the last stage with data]")
 @click.option("--sample", metavar="ID|N", help="First sample: its id or its index, from 0.  [default: 0]")
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of samples.")
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Number of samples."
+)
 @click.option(
     "--epoch",
     type=click.IntRange(min=1),
+    metavar="N",
     default=1,
     show_default=True,
     help="Epoch, for a random image order.",

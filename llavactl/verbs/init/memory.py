@@ -144,7 +144,7 @@ def _published_plan(facts: RecipeFacts, target: Target, wanted: str | None) -> M
     if model is None:
         method = wanted or "lora"
         why = "its memory isn't known before the language model is downloaded: `llavactl train --stage 2 --dry-run`"
-        return MemoryPlan(method, "as asked" if wanted else why, memory, {1: None, 2: None}, None)
+        return MemoryPlan(method, "requested" if wanted else why, memory, {1: None, 2: None}, None)
     connector = fastest_fit(model, "connector", target)
     for method in (wanted,) if wanted else _METHODS[target.cuda]:
         peak = fastest_fit(model, method, target)
@@ -170,4 +170,4 @@ def _method_reason(
         why += ": this doesn't fit; use a smaller language model, or a device with more memory"
     if method == "qlora":
         why += "; needs `pip install 'llavactl[qlora]'`"
-    return why + "".join(f"; {each}" for each in tried) + ("; as asked" if wanted else "")
+    return why + "".join(f"; {each}" for each in tried) + ("; requested" if wanted else "")

@@ -113,12 +113,12 @@ def _language(facts: RecipeFacts) -> list[Entry]:
 def _data(facts: RecipeFacts) -> Iterator[str]:
     yield "data:"
     reasons = {
-        1: "Captions: the connector learns to translate images for the frozen language model."
+        1: "Captions: the connector is trained, the language model is frozen."
         if facts.stages[1].template is None
-        else f"The same data as in stage 2, for want of captions; {_LLAVA_CAPTIONS}.",
-        2: "Conversations: connector and language model learn to answer."
+        else f"The same data as in stage 2, as there are no captions; {_LLAVA_CAPTIONS}.",
+        2: "Conversations: connector and language model are fine-tuned."
         if not facts.only_captions
-        else "The same captions as answers to a request, for want of conversations (see the end of this file).",
+        else "The same captions as answers to a request, as there are no conversations (see the end of this file).",
     }
     for stage, sources in facts.data.items():
         yield from (f"  # {line}" for line in wrapped(reasons[stage]))
