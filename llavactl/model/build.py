@@ -111,16 +111,20 @@ def connector_grid(spec: Mapping[str, Any], shape: FeatureShape) -> tuple[int, i
     connector = registry().create("connectors", spec)
     if not isinstance(connector, GridConnector):
         return None
-    if why := grid_fault(grid := connector.grid(shape)):
+    if why := grid_fault(connector, shape):
         raise connector_error(spec, why)
-    return grid
+    return connector.grid(shape)
 
 
-def grid_fault(grid: Any) -> str:
-    """Why this isn't a valid result of a connector's ``grid()``; "" if it is."""
+def grid_fault(connector: GridConnector, shape: FeatureShape) -> str:
+    """Why ``connector.grid(shape)`` isn't valid; "" if it is."""
+    grid = connector.grid(shape) if callable(connector.grid) else connector.grid
     sides = grid if isinstance(grid, tuple) else ()
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         return f"grid() returned {grid!r}, expected a tuple of two positive integers"
+    tokens, cells = connector.tokens(shape) - shape.prefix, grid[0] * grid[1]
+    if tokens < 1 or tokens % cells:
+        return f"grid() returned {grid!r}, but {tokens} tokens can't be divided over {cells} cells"
     return ""
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
-from llavactl.model.build import build_fault, connector_error, embeddings_fault
+from llavactl.model.build import build_fault, connector_error, embeddings_fault, grid_fault
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Connector
@@ -65,6 +66,8 @@ class _ConnectorCheck:
         features = self._features(2)
         module = self._built()
         self.tokens = int(self.connector.tokens(self.shape))
+        if isinstance(self.connector, GridConnector) and (why := grid_fault(self.connector, self.shape)):
+            return why
         batched = self._run(module, features)
         if not torch.isfinite(batched).all():
             return "its embeddings are not finite"

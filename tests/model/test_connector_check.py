@@ -311,6 +311,19 @@ def test_invalid_token_counts_are_detected(tokens: Any) -> None:
     assert connector_fault(Connector(Base, token_count), SHAPE, WIDTH)
 
 
+@pytest.mark.parametrize(
+    ("grid", "valid"),
+    [((1, 6), True), ((2, 3), True), ((4, 1), False), ([2, 3], False), ((2,), False), ((0, 6), False)],
+)
+def test_invalid_grids_are_detected(grid: Any, valid: bool) -> None:
+    connector = Connector(Base)
+    connector.grid = lambda _shape: grid  # type: ignore[attr-defined]
+    assert connector.tokens(SHAPE) == 6
+    assert bool(connector_fault(connector, SHAPE, WIDTH)) is not valid
+    connector.grid = 12  # type: ignore[attr-defined]
+    assert connector_fault(connector, SHAPE, WIDTH)
+
+
 @pytest.mark.parametrize("build", [lambda: torch.relu, lambda: None, lambda: 1 / 0])
 def test_non_modules_are_detected(build: Callable[[], Any]) -> None:
     assert connector_fault(Connector(build), SHAPE, WIDTH)

@@ -129,6 +129,7 @@ def test_chat_uses_the_newest_weights_and_other_commands_finished_stages(toy: Pa
     assert newest_preview(run) == run / "stage2/preview/model"
     remove_previews(run, 2)
     assert newest_preview(run) == run / "stage1/preview/model"
+    (run / "stage2/preview/model").mkdir(parents=True)
     remove_previews(run, 1)
     assert newest_preview(run) is None
 

@@ -90,6 +90,9 @@ class Connector(Protocol):
 class GridConnector(Protocol):
     """A connector whose tokens belong to the cells of a grid over the image; box alignment needs it."""
 
+    def tokens(self, shape: FeatureShape) -> int:
+        """As in ``Connector``."""
+
     def grid(self, shape: FeatureShape) -> tuple[int, int]:
         """The cells (h, w). All cells have the same number of tokens, which are consecutive; cells follow row by row,
         after one token for each of ``shape.prefix`` if the connector keeps these.
