@@ -98,7 +98,7 @@ def start(folder: Path, name: str, steps: int, setting: str) -> subprocess.Popen
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     )
 
 
@@ -110,7 +110,7 @@ def load(kind: str, folder: Path, steps: int, setting: str) -> Iterator[None]:
         others = [start(folder, "other", 10 * steps, setting)]
     elif kind == "busy":
         words = [sys.executable, "-c", "while True: pass"]
-        others = [subprocess.Popen(words, start_new_session=True, text=True) for _ in range(CORES)]
+        others = [subprocess.Popen(words, start_new_session=True, encoding="utf-8") for _ in range(CORES)]
     try:
         yield
     finally:
@@ -126,7 +126,7 @@ def measured(folder: Path, steps: int, setting: str, kind: str) -> dict[str, flo
         output, errors = process.communicate()
     if process.returncode:
         raise SystemExit(errors)
-    times = json.loads(output.splitlines()[-1])
+    times = json.loads(output.rstrip("\n").rpartition("\n")[2])
     result: dict[str, float] = {}
     for phase, label in {**PHASES, "data": "data"}.items():
         wall, cpu = zip(*times[phase][WARM_UP:], strict=True)

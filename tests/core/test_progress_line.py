@@ -34,7 +34,7 @@ def test_a_terminal_of_80_columns_shows_phase_rate_time_loss_and_memory() -> Non
 
 def test_a_wide_terminal_shows_everything() -> None:
     line = terminal_line(TRAINING, 200)
-    assert "|██▍       |   24%" in line
+    assert "|██▍       |  24%" in line
     assert all(f"{name} {value}" in line for name, value in FACTS.items())
 
 
