@@ -98,8 +98,8 @@ def command(
 ) -> None:
     """Chat with a model about images.
 
-    By default, the model is the recipe's newest one: that of a stage in training, if it has previews, or else of the last
-    finished stage.
+    By default, the model is the recipe's newest one: that of a stage in training, if it has previews, or else that of
+    the last finished stage.
     """
     if batch is not None and (prompt is not None or images):
         raise click.UsageError("--batch can't be combined with --prompt or --image")

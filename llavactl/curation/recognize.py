@@ -87,6 +87,8 @@ def recognize(data: str, images: str | None = None, options: Mapping[str, Any] |
 
 def _spec(data: str, images: str | None) -> dict[str, Any]:
     names = registry().names("sources")
+    if not data.strip():
+        raise DataError("the name of the data is empty", hint="name a file or folder, or a source")
     if data in names:
         return {"name": data, **({} if images is None else {"images": _place(images)})}
     path = expand_user(data).absolute()

@@ -44,7 +44,7 @@ def open_chat(recipe: Outline | None, model: str | None = None, template: str | 
         assert recipe is not None
         preview = newest_preview(recipe.run_dir)
         if preview is not None:
-            log.info("%s: the newest weights of a stage in training", preview)
+            log.info("%s: weights of a stage that is in training or was interrupted", preview)
         return Conversation(load_assistant(preview or latest_model(recipe.run_dir), template=template))
     return Conversation(load_assistant(resolve(model, recipe), template=template))
 

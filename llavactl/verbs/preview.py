@@ -182,7 +182,8 @@ def contrasted(questions: Iterable[Question], limit: int) -> list[ContrastedQues
     asked = {each.question.id for each in chosen}
     for question, other in zip(usable, usable[1:] + usable[:1], strict=True):
         if question.id not in asked and _image(question) != _image(other):
-            chosen.append(ContrastedQuestion(question, _image(other)))
+            known = [turn.text for turn in question.turns] == [turn.text for turn in other.turns]
+            chosen.append(ContrastedQuestion(question, _image(other), other.reference if known else ""))
     return chosen[:limit]
 
 

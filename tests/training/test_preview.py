@@ -187,6 +187,15 @@ def test_questions_with_different_answers_about_two_images_are_preferred() -> No
     assert [image.name for turn in other for image in turn.images] == ["3.png"]
 
 
+def test_the_reference_of_the_same_question_about_another_image_is_known() -> None:
+    shown = contrasted([question(number, "Describe it.", f"caption {number}", "") for number in range(3)], 3)
+    assert [(each.question.reference, each.other_reference) for each in shown] == [
+        ("caption 0", "caption 1"),
+        ("caption 1", "caption 2"),
+        ("caption 2", "caption 0"),
+    ]
+
+
 def test_questions_without_two_images_are_not_shown() -> None:
     text_only = Question("0", (Turn("user", ("Why?",)),), "because")
     assert contrasted([text_only, question(1, "How many?", "1", "")], 3) == []

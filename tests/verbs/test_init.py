@@ -267,7 +267,12 @@ def test_nothing_is_overwritten_or_written_by_accident(project: Path) -> None:
     refused = run_cli("init", "--data", "records.json")
     assert refused.exit_code == 1
     assert "--force" in refused.stderr
+    printed = run_cli("init", "--data", "records.json", "--vision", "clip", "--language", "language", "--dry-run")
+    assert printed.stdout == result.stdout, "a dry run overwrites nothing, so it isn't refused"
     assert (project / "recipe.yaml").read_text() == "name: mine\n"
+    empty = run_cli("init", "--data", "", "--force")
+    assert empty.exit_code == 1
+    assert "empty" in empty.stderr
     assert init("--data", "records.json", "--force")["written"]
 
 

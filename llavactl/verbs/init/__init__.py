@@ -88,7 +88,7 @@ def init(
         MissingAnswerError: the root of the images can't be recognized.
         LlavactlError: data or a model can't be used, or the file exists.
     """
-    file = _destination(to, force=force)
+    file = _destination(to, replace_existing=force or dry_run)
     target = target_device(device_memory, None)
     defaults = default_models(cuda=target.cuda)
     recognized = [recognize(each, images, options) for each in data]
@@ -143,7 +143,7 @@ def init(
     )
 
 
-def _destination(to: Path | None, *, force: bool) -> Path:
+def _destination(to: Path | None, *, replace_existing: bool) -> Path:
     """The file to write: ``to``, ``recipe.yaml`` in the folder ``to``, or ``./recipe.yaml``."""
     file = to or Path(DEFAULT)
     file = file / DEFAULT if file.is_dir() else file
@@ -151,7 +151,7 @@ def _destination(to: Path | None, *, force: bool) -> Path:
         raise RecipeError(f"{file}: expected the suffix .yaml", hint="the name of a recipe file ends with .yaml")
     if not file.absolute().parent.is_dir():
         raise RecipeError(f"{display(file.parent)}: no such folder", hint="create the folder of the recipe first")
-    if file.exists() and not force:
+    if file.exists() and not replace_existing:
         raise RecipeError(f"{display(file)} exists", hint="pass --force to overwrite it, or --to another file")
     return file
 
