@@ -2,11 +2,11 @@
 
     python benchmarks/cpu.py --out cpu.json        # a quarter of an hour
 
-Every run trains a few steps of stage 2 of the demo with packed sequences and Muon, in a process of its own.
+Every run trains a few steps of stage 2 of the demo with packed sequences and Muon, in a new process.
 
 - Phases of a step: forward and backward pass, update (gradient clipping, optimizer), waiting for data; for each the
   wall time and the number of busy cores (CPU time / wall time).
-- Load: none; a second training process; one process per core that never sleeps, in a session of its own.
+- Load: none; a second training process; one process per core that never sleeps, in another session.
 - Settings: OpenMP's default (waiting threads spin for about a millisecond), a passive wait (threads sleep at once), and
   one thread.
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llavactl.components.sources.image_folder.listing import listing
+from llavactl.components.sources.image_folder.listing import is_image, listing
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.locations import is_url
 from llavactl.core.paths import expand_user
@@ -99,6 +99,8 @@ def _spec(data: str, images: str | None) -> dict[str, Any]:
             f"{data}: no such file or folder, nor a source",
             hint=f"name a file or folder of records or images, or one of the sources {', '.join(names)}",
         )
+    if is_image(path.name):
+        raise DataError(f"{data} is an image", hint="name the folder of the images and their captions")
     if path.suffix.lower() in (".csv", ".tsv"):
         return _table_spec(path, images)
     return _records_spec(path, images)

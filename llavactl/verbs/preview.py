@@ -151,8 +151,9 @@ def preview(
 
     try:
         together(prepare)
-    except LlavactlError as error:  # in all processes; a preview is no reason not to train
-        log.warning("stage%d: no previews: %s", stage.number, error.message)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - in all processes; plugins may raise anything
+        cause = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+        log.warning("stage%d: no previews: %s", stage.number, cause)
     return next(iter(previews), None)
 
 

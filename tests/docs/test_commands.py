@@ -25,7 +25,7 @@ NEEDS = {
     "a checkout",  # an installation, or a run that takes too long for a test
     "a cluster",
     "a GPU",
-    "a terminal of its own",  # runs until it is stopped
+    "a second terminal",  # runs until it is stopped
     "an account",
     "data of a benchmark",
     "several GPUs",

@@ -346,3 +346,29 @@ def test_the_recipe_trains(name: str, project: Path) -> None:
     photo = next(project.glob("*/*.jpg"))
     answer = run_cli("chat", "--model", model, "--image", str(photo), "--prompt", "What is this?", "--json")
     assert answer.exit_code == 0, answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--data", "images/{image}"), "is an image"),
+        (("--data", "images", "--images", "clip"), "leave out `--images`"),
+        (("--vision", "speaker"), "speaker is a language model, expected a vision encoder"),
+        (("--language", "looker"), "looker is a vision encoder, expected a language model"),
+    ],
+)
+def test_mistaken_names_are_explained(
+    project: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], why: str
+) -> None:
+    from llavactl.core.registry import Registry
+
+    names = Registry.names
+    added = {"vision": ["looker"], "languages": ["speaker"]}
+    monkeypatch.setattr(Registry, "names", lambda self, kind: [*names(self, kind), *added.get(kind, [])])
+    image = next(file for file in (project / "images").iterdir() if file.suffix in (".png", ".jpg"))
+    (project / "images" / f"{image.stem}.txt").write_text("A photo.")
+    given = {"--data": "records.json", "--vision": "clip", "--language": "language"}
+    given |= dict(zip(arguments[::2], (each.format(image=image.name) for each in arguments[1::2]), strict=True))
+    result = run_cli("init", *(word for pair in given.items() for word in pair))
+    assert result.exit_code == 1
+    assert why in result.stderr

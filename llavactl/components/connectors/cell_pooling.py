@@ -11,7 +11,7 @@ class CellPooling(nn.Module):
 
     Each patch is normalized to mean 0 and variance 1 and projected to ``hidden`` channels with a GELU. Each of the
     ``words`` tokens of a cell is a weighted mean of its patches, with weights from a softmax over learned scores,
-    followed by a linear layer of its own.
+    followed by its own linear layer.
     All cells share these weights.
     """
 

@@ -30,6 +30,10 @@ _LLAVA_PATCHES = 576
 _VICUNA_WIDTH = 4096
 
 
+_GENERIC = {"clip", "hf"}
+"""Components that load any model by folder or id."""
+
+
 @dataclass(frozen=True)
 class VisionChoice:
     """A vision encoder; ``shape`` is that of its features, None if its files aren't on this machine."""
@@ -65,10 +69,13 @@ def vision_choice(model: str) -> VisionChoice:
     Raises:
         ModelError: the folder is not that of a vision encoder.
     """
-    if model in set(registry().names("vision")) - {"clip"}:
-        spec: dict[str, Any] = {"name": model}
-    else:
-        spec = {"name": "clip", "model": _folder_or_id(model), "layer": -2, "select": "patch", "image": "pad"}
+    spec: dict[str, Any] = _registered("vision", model) or {
+        "name": "clip",
+        "model": _folder_or_id(model),
+        "layer": -2,
+        "select": "patch",
+        "image": "pad",
+    }
     if not _is_here(spec):
         match = _PATCHES.search(model)
         side = int(match[2] or 224) // int(match[1]) if match else 0
@@ -84,10 +91,7 @@ def language_choice(model: str) -> LanguageChoice:
     Raises:
         ModelError: the folder is not that of a language model.
     """
-    if model in set(registry().names("languages")) - {"hf"}:
-        spec: dict[str, Any] = {"name": model}
-    else:
-        spec = {"name": "hf", "model": _folder_or_id(model)}
+    spec: dict[str, Any] = _registered("languages", model) or {"name": "hf", "model": _folder_or_id(model)}
     if not _is_here(spec):
         chat = re.search(r"(?i)instruct|chat|[-_]it\b", model)
         template = "tokenizer" if chat and "vicuna" not in model.lower() else "vicuna-v1"
@@ -99,6 +103,25 @@ def language_choice(model: str) -> LanguageChoice:
     skeleton = language.skeleton()
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     return LanguageChoice(spec, True, template, why, skeleton.get_input_embeddings().weight.shape[1], positions)
+
+
+def _registered(kind: str, name: str) -> dict[str, Any] | None:
+    """The spec of the component ``name`` of a plugin; None if it isn't one.
+
+    Raises:
+        ModelError: it is a component of the other kind.
+    """
+    own = [each for each in registry().names(kind) if each not in _GENERIC]
+    other = "languages" if kind == "vision" else "vision"
+    if name in own:
+        return {"name": name}
+    if name in set(registry().names(other)) - _GENERIC:
+        what = {"vision": "a vision encoder", "languages": "a language model"}
+        available = f"available: {', '.join(own)}; " if own else ""
+        raise ModelError(
+            f"{name} is {what[other]}, expected {what[kind]}", hint=f"{available}a folder, or an id of the hub"
+        )
+    return None
 
 
 def _folder_or_id(model: str) -> str:

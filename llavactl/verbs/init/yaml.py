@@ -52,7 +52,7 @@ def _number(value: float) -> str:
 
 
 def lines(entries: Sequence[Entry], indent: str = "  ") -> Iterator[str]:
-    """A line for each entry; a long comment gets lines of its own above it."""
+    """A line for each entry; a long comment is above its line."""
     for key, value, comment in entries:
         line = f"{indent}{key}: {value_text(value)}"
         if comment and len(line) + len(comment) > _COMMENT_COLUMN + len(indent) + 4:
