@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import click
+
+from llavactl.core.progress import hide_library_bars
 
 RECIPE, GENERAL = "Recipe options", "General options"
 SECTIONS = {
@@ -46,7 +47,7 @@ def verbosity_options() -> list[click.Parameter]:
 def _set_level(level: int) -> None:
     logging.getLogger("llavactl").setLevel(level)
     if level > logging.INFO:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read by huggingface_hub when it is imported
+        hide_library_bars()
 
 
 class Command(click.Command):
