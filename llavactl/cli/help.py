@@ -82,8 +82,8 @@ class Formatter(click.HelpFormatter):
             return
         for term, text in items:
             self.write(f"{'':{self.current_indent}}{term.rstrip()}\n")
-            with self.indentation():
-                self.write_text(text)
+            indent = " " * (self.current_indent + self.indent_increment)
+            self.write(f"{click.wrap_text(text, self.width, indent, indent)}\n")
 
 
 class Context(click.Context):
