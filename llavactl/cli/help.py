@@ -20,6 +20,7 @@ SECTIONS = {
     "as_json": GENERAL,
     "quiet": GENERAL,
     "verbose": GENERAL,
+    "plugin_files": GENERAL,
     "version": GENERAL,
 }
 """Sections of the help by the name of a parameter. All others are in the first section, "Options"."""

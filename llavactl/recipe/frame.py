@@ -54,6 +54,9 @@ class Outline(StageSections, _Head):
         description="experiment trackers that record the metrics of training, in `run_dir` "
         "(docs/reference/training.md#trackers)",
     )
+    plugins: dict[str, dict[str, Any]] = Field(
+        {}, description="options of plugins by plugin name, for their observers and commands"
+    )
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")
 

@@ -64,7 +64,7 @@ def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[str]) 
     log.debug("recipe %s, overrides: %s", location.file, masked(" ".join(overrides)) or "none")
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
-    found = [*_resolve_components(data), *_resolve_templates(data)]
+    found = [*_resolve_components(data), *_resolve_templates(data), *_resolve_plugins(data)]
     fullest: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
     frame = fullest if issubclass(fullest, frame) else frame
     recipe, invalid = _validated(frame, data)
@@ -201,11 +201,31 @@ def _resolve_templates(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
                 values[key] = {"name": name, **defaults} if defaults else name
 
 
+def _resolve_plugins(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
+    """Validates the section ``plugins`` and adds the defaults of the plugins' options to it."""
+    sections = data.get("plugins")
+    for name, section in sections.items() if isinstance(sections, dict) else ():
+        if not isinstance(section, dict):
+            continue  # reported by the frame
+        path = ("plugins", name)
+        try:
+            plugins.check_loaded(name)
+            if (model := plugins.options_model(name)) is not None:
+                section.update(model.model_validate(dict(section)).model_dump(mode="json"))
+            elif section:
+                yield path, f"plugin {name} has no options"
+        except LlavactlError as error:
+            yield path, sentence(error)
+        except ValidationError as error:
+            assert model is not None
+            yield from (((*path, *key), why) for key, why in explain(error, model, section))
+
+
 def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:
     """The problems that plugins report (hook ``check_recipe``); those without an origin get that of their key."""
     document = recipe.model_dump(mode="json")
     for plugin, implementation in plugins.implementations("check_recipe"):
-        with plugins.isolated(plugin):
+        with plugins.isolated(plugin, "check_recipe"):
             for problem in implementation(recipe=document) or ():
                 where = problem.where or origin_of(root, _keys(problem.key), problem.why)
                 yield Problem(where, problem.key, problem.why)

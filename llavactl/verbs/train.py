@@ -285,7 +285,7 @@ def _train_and_save(
             write_report(recipe.run_dir)
     run.accelerator.wait_for_everyone()
     if main:
-        plugins.notify("train_finished", report=asdict(report))
+        plugins.notify("train_finished", recipe=recipe.model_dump(mode="json"), report=asdict(report))
     return report
 
 
