@@ -25,6 +25,9 @@ from llavactl.core.network import proxy_error
 from llavactl.core.paths import redirect_library_caches
 from llavactl.core.plugins import log_failures
 from llavactl.core.processes import exit_process, is_logged
+from llavactl.core.progress import hide_library_bars
+from llavactl.core.repeated_warnings import without_repeated_warnings
+from llavactl.core.streams import is_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -54,6 +57,8 @@ def _configure_libraries() -> None:
     if proxy_error():  # cached models of the hub load only in offline mode
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     redirect_library_caches()
+    if not is_terminal(sys.stderr):
+        hide_library_bars()
 
 
 def _use_utf8() -> None:
@@ -88,6 +93,7 @@ class _StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addFilter(is_logged)
+        self.addFilter(without_repeated_warnings())
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
