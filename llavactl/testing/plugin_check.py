@@ -20,7 +20,9 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK, fault_location, location
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
-from llavactl.core.registry import Options, Registration, registry
+from llavactl.core.protocols import KINDS
+from llavactl.core.protocols.members import members
+from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
 from llavactl.testing.conformance import check_connector, check_language, check_source, check_task, check_vision
@@ -243,8 +245,31 @@ def _component_problems(entry: Registration, given: Mapping[str, Any]) -> list[s
     options = registry().options(entry.kind, {"name": entry.name, **given})
     if entry.parse(options.model_dump(mode="json")) != options:
         return ["the options differ after they are saved in a recipe as JSON and loaded again"]
-    component = registry().create(entry.kind, {"name": entry.name, **given})
+    component = entry.load()(options)
+    if why := component_fault(entry.kind, component):
+        others = [kind_label(kind) for kind in KINDS if kind != entry.kind and not component_fault(kind, component)]
+        return [f"returns {why}" + (f"; it is a {others[0]}" if others else "")]
+    if problems := _method_problems(entry.kind, component):
+        return problems
     return CHECKS[entry.kind](component) if entry.kind in CHECKS else []
+
+
+def _method_problems(kind: str, component: object) -> list[str]:
+    """Methods that can't be called with the arguments that the Protocol of ``kind`` declares."""
+    problems = []
+    for name in members(KINDS[kind]):
+        declared, method = getattr(KINDS[kind], name, None), getattr(component, name, None)
+        if not inspect.isfunction(declared) or not callable(method):
+            continue
+        _self, *parameters = inspect.signature(declared).parameters.values()
+        keywords = {each.name: None for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+        try:
+            inspect.signature(method).bind(*([None] * (len(parameters) - len(keywords))), **keywords)
+        except (TypeError, ValueError) as error:
+            problems.append(
+                f"{name}() can't be called as {name}({', '.join(each.name for each in parameters)}): {error}"
+            )
+    return problems
 
 
 def _files(options: BaseModel) -> list[str]:
