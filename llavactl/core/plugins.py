@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs, plugin_files, program
+from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.hook_rules import accepted, fault_location, hook_problems
 from llavactl.core.locations import shown_path
