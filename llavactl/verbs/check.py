@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.components.sources.llava_json import LlavaJson
 from llavactl.core.errors import RecipeError
-from llavactl.core.protocols import Finding, RepairingSource
+from llavactl.core.protocols import Finding, RepairableFile, RepairingSource
 from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
 from llavactl.curation.problems import KINDS, OF_COMPLETE_SOURCES, Tally
 from llavactl.curation.repair import RepairWriter
@@ -160,7 +159,7 @@ def _repair_options(source: Input, sources: Sequence[Input]) -> list[str]:
         return ["--fix OUT"]
     alone = [stage for stage in source.stages if sum(stage in other.stages for other in sources) == 1]
     options = [f"--stage {stage} --fix OUT" for stage in alone]
-    if len(alone) < len(source.stages) and isinstance(source.records, LlavaJson):
+    if len(alone) < len(source.stages) and isinstance(source.records, RepairableFile):
         options.append(source.records.repair_command)
     return options
 
