@@ -124,7 +124,7 @@ def plugin_files(name: str, kinds: Sequence[str]) -> dict[str, str]:
         texts[f"{module}/recipe.yaml"] = _recipe(name, [_filled(path, values) for path in recipes])
         hooks.append(_RECIPE_HOOK.substitute(values))
     if examples:
-        entries = ", ".join(f'"{KINDS[kind]}": {{"{name}": {kind}.example(folder)}}' for kind in examples)
+        entries = "\n".join(f'        "{KINDS[kind]}": {{"{name}": {kind}.example(folder)}},' for kind in examples)
         hooks.append(_EXAMPLES_HOOK.substitute(values, modules=", ".join(sorted(examples)), entries=entries))
     texts[f"{module}/__init__.py"] = _joined(f'"""llavactl plugin: {values["summary"]}."""', hooks)
     texts[f"{module}/py.typed"] = ""
@@ -152,7 +152,11 @@ from llavactl import Register, hookimpl
 @hookimpl
 def register_recipes(register: Register) -> None:
     """The recipe `$name`."""
-    register("$name", "$module:recipe.yaml", summary="a recipe with $summary of this plugin")
+    register(
+        "$name",
+        "$module:recipe.yaml",
+        summary="a recipe with $summary of this plugin",
+    )
 ''')
 
 _EXAMPLES_HOOK = string.Template('''\
@@ -167,7 +171,9 @@ def check_examples(folder: Path) -> dict[str, Any]:
     """Options with which `llavactl plugins check` creates the components."""
     from $module import $modules
 
-    return {$entries}
+    return {
+$entries
+    }
 ''')
 
 
