@@ -29,10 +29,14 @@ hookimpl = pluggy.HookimplMarker("llavactl")
 
 
 class Register(Protocol):
-    """``register(name, "module:attr", options="module:Options", summary="…")``."""
+    """The function ``register(name, "module:attr", options="module:Options", summary="…")`` that hooks are given."""
 
     def __call__(self, name: str, target: str, *, options: str | None = None, summary: str = "") -> None:
-        """Registers ``target`` as ``name``. ``options`` is an ``Options`` subclass; None: no options."""
+        """Registers ``target`` as ``name``.
+
+        ``options`` is a subclass of ``llavactl.Options``. None: the class ``Options`` nested in the target, which is
+        imported when the options are needed, not before; a target without one takes no options.
+        """
 
 
 @hookspec

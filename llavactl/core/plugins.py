@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs, plugin_files, program
+from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.hook_rules import accepted, fault_location, hook_problems
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import cache_dir, write_json
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -335,7 +336,7 @@ def version_of(plugin: str) -> str:
 def _package(point: metadata.EntryPoint) -> tuple[str, str]:
     """The package of a plugin and its version; for a file, its path and a hash of its contents."""
     if file := plugin_files.file_of(point):
-        return program.shown_path(file), plugin_files.version(file)
+        return shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 
