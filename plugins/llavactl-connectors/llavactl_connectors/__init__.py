@@ -7,6 +7,7 @@ Imports only llavactl's hook marker: the command line imports this module even f
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,3 +40,9 @@ def register_recipes(register: Any) -> None:
             "llavactl_connectors:connector-comparison.yaml",
             summary="connectors with 64 tokens per image, trained with the models and scenes of the demo",
         )
+
+
+@hookimpl
+def check_examples() -> Mapping[str, Any]:
+    """Options with which the connectors fit the small features of ``llavactl plugins check``."""
+    return {"connectors": {"c-abstractor": {"tokens": 9}}}

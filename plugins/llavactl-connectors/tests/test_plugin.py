@@ -34,7 +34,8 @@ def test_all_components_conform():
     assert check_plugin("connectors", small) == []
     checked = run_cli("plugins", "check", "connectors", "--json")
     assert checked.exit_code == 0, checked.stderr
-    assert checked.json()["problems"] == []
+    assert checked.json()["ok"]
+    assert {"conformance", "recipe"} <= {each["check"] for each in checked.json()["checks"]}
     listed = {each["name"] for each in run_cli("components", "connectors", "--json").json()}
     assert small.keys() <= listed
 
