@@ -13,6 +13,7 @@ from llavactl.cli.options import json_option, load_vision, max_skipped_option, r
 
 @click.command(
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl extract --dry-run",
         "llavactl extract -r llava-v1.5-7b -o features.dtype=int8",
