@@ -114,6 +114,15 @@ def plugin_options() -> str | None:
 
 
 @hookspec
+def check_examples(folder: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]] | None:
+    """Return options with which ``llavactl plugins check`` creates components, by kind and name.
+
+    Needed for components with required options: ``{"sources": {"birds": {"path": str(folder / "birds.csv")}}}``. Files
+    that they need are written to ``folder``, which is empty and temporary.
+    """
+
+
+@hookspec
 def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
     """Check a resolved recipe beyond the types of its keys; return all problems at once.
 

@@ -211,6 +211,17 @@ def kind_label(kind: str) -> str:
     return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
 
 
+def _argument_fault(name: object, target: object, options: object, summary: object) -> str:
+    """The first invalid argument of ``register``; "" if all are valid."""
+    checks = (
+        ("name: expected a text", name, isinstance(name, str) and bool(name.strip())),
+        ("target: expected module:attr", target, isinstance(target, str) and ":" in target),
+        ("options: expected module:attr", options, options is None or (isinstance(options, str) and ":" in options)),
+        ("summary: expected a text", summary, isinstance(summary, str)),
+    )
+    return next((f"{what}, got {value!r:.60}" for what, value, valid in checks if not valid), "")
+
+
 @cache
 def registry() -> Registry:
     """The registrations of the built-in plugin and of all installed plugins."""
@@ -228,10 +239,8 @@ def registry() -> Registry:
                 plugin: str = plugin,
             ) -> None:
                 with plugins.isolated(plugin):
-                    if not isinstance(target, str) or ":" not in target:
-                        raise PluginError(
-                            f"plugin {plugin}: {kind_label(kind)} {name!r}: expected module:attr, got {target!r}"
-                        )
+                    if why := _argument_fault(name, target, options, summary):
+                        raise PluginError(f"plugin {plugin}: {kind_label(kind)} {name!r}: {why}")
                     filled.add(Registration(kind, name, target, options, summary, plugin))
 
             with plugins.isolated(plugin, f"register_{kind}"), stdout_to_stderr():

@@ -7,25 +7,21 @@ import inspect
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from types import FrameType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from llavactl.core import protocols
 from llavactl.core.errors import LlavactlError
+from llavactl.core.hook_rules import fault_location
 from llavactl.core.protocols.members import members
 from llavactl.core.registry import component_fault
-from llavactl.core.typed import Typed
 
 C = TypeVar("C")
 P = ParamSpec("P")
 Check = Callable[Concatenate[C, P], list[str]]
 
-PROTOCOLS = [
-    each
-    for _, each in inspect.getmembers(protocols, inspect.isclass)
-    if each.__module__.startswith(protocols.__name__) and not issubclass(each, Typed)
-]
-"""The Protocols of components, including those of optional capabilities."""
+_OWN = ("llavactl.testing", "llavactl.core.registry")
+"""Modules between a check and the component."""
 
 
 def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
@@ -55,12 +51,11 @@ def member_problems(kind: str, component: object) -> list[str]:
     """The members that ``component`` lacks of its kind's Protocol, and those that can't be used as declared."""
     if why := component_fault(kind, component):
         return [f"got {why}"]
-    return [
-        problem
-        for protocol in PROTOCOLS
-        if isinstance(component, protocol)
-        for problem in protocol_problems(component, protocol)
+    implemented = [
+        each for each in (protocols.KINDS[kind], *protocols.CAPABILITIES[kind]) if isinstance(component, each)
     ]
+    problems = (problem for protocol in implemented for problem in protocol_problems(component, protocol))
+    return list(dict.fromkeys(problems))
 
 
 def protocol_problems(component: object, protocol: type) -> Iterator[str]:
@@ -104,14 +99,20 @@ def _without_annotations(signature: inspect.Signature) -> str:
 
 
 def describe_exception(error: BaseException) -> str:
-    """``error`` in one line, with the method of the component that was called and the line that raised it."""
+    """``error`` in one line; one that isn't llavactl's, with the called function of the component and its line."""
     if isinstance(error, LlavactlError):
         return f"{error.message}; {error.hint}" if error.hint else error.message
-    frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).parent)
-    called = [frame for frame in frames if not frame.filename.startswith(here)]
-    where = f"{called[0].name}() failed ({called[-1].filename}:{called[-1].lineno}): " if called else ""
-    return f"{where}{type(error).__name__}: {error}"
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    called = next((frame for frame in frames if not _module(frame).startswith(_OWN)), None)
+    what = f"{type(error).__name__}: {error}"
+    if called is None:
+        return what
+    where = fault_location(error, [_module(called).partition(".")[0]])
+    return f"{called.f_code.co_name}() failed ({where}): {what}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def wrong_type(what: str, value: object, expected: str) -> str:
