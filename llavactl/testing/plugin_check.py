@@ -21,7 +21,6 @@ from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK, location
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
 from llavactl.core.protocols import KINDS
-from llavactl.core.protocols.members import members
 from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
@@ -229,27 +228,7 @@ def _component_problems(entry: Registration, given: Mapping[str, Any]) -> list[s
     if why := component_fault(entry.kind, component):
         others = [kind_label(kind) for kind in KINDS if kind != entry.kind and not component_fault(kind, component)]
         return [f"returns {why}" + (f"; it is a {others[0]}" if others else "")]
-    if problems := _method_problems(entry.kind, component):
-        return problems
-    return CHECKS[entry.kind](component) if entry.kind in CHECKS else []
-
-
-def _method_problems(kind: str, component: object) -> list[str]:
-    """Methods that can't be called with the arguments that the Protocol of ``kind`` declares."""
-    problems = []
-    for name in members(KINDS[kind]):
-        declared, method = getattr(KINDS[kind], name, None), getattr(component, name, None)
-        if not inspect.isfunction(declared) or not callable(method):
-            continue
-        _self, *parameters = inspect.signature(declared).parameters.values()
-        keywords = {each.name: None for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
-        try:
-            inspect.signature(method).bind(*([None] * (len(parameters) - len(keywords))), **keywords)
-        except (TypeError, ValueError) as error:
-            problems.append(
-                f"{name}() can't be called as {name}({', '.join(each.name for each in parameters)}): {error}"
-            )
-    return problems
+    return CHECKS[entry.kind](component)
 
 
 def _files(options: BaseModel) -> list[str]:
