@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl extract --dry-run",
         "llavactl extract -r llava-v1.5-7b -o features.dtype=int8",
