@@ -63,7 +63,7 @@ def save_dinov3(folder: Path) -> Path:
     torch.manual_seed(3)
     config = DINOv3ViTConfig(**SMALL, image_size=32, patch_size=8, num_register_tokens=4)
     DINOv3ViTModel(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(DINOV3_PROCESSOR))
+    (folder / "preprocessor_config.json").write_text(json.dumps(DINOV3_PROCESSOR), encoding="utf-8")
     return folder
 
 
