@@ -103,6 +103,11 @@ def language_of(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     return {**description.get("trained_language", {"name": "hf"}), "model": str((folder / "language").absolute())}
 
 
+def feature_shape(description: Mapping[str, Any]) -> FeatureShape:
+    """The shape of the vision features of a model."""
+    return FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
+
+
 def identity(folder: Path) -> str:
     """A hash of everything that determines the answers of the model in ``folder``.
 
@@ -218,7 +223,7 @@ def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = No
     description = describe(folder)
     _check_model_files(folder, description["method"])
     language = language_of(folder, description)
-    shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
+    shape = feature_shape(description)
     dtype = dtype or description["precision"]
     bundle = build(description["connector"], language, shape, dtype=dtype, quantize_on=quantize_on)
     load_connector(bundle.model.connector, folder)

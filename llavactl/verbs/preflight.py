@@ -12,6 +12,7 @@ from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLangu
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
+from llavactl.recipe.axes import load_sweep
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import check, load_frame, where
 from llavactl.recipe.stages import STAGES
@@ -31,10 +32,17 @@ Fault = tuple[str, str]
 
 
 def problems(source: RecipeSource, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``: of its keys and values, or, without these, of its components."""
+    """Every problem of the recipe ``source``: of its keys and values, those of its variants
+    (``sweep``) included, or, without these, of its components.
+    """
     if invalid := check(source, overrides):
         return invalid
     recipe = load_frame(Outline, source, overrides)
+    if recipe.sweep is not None and recipe.sweep.axes:
+        try:
+            load_sweep(source, overrides)
+        except RecipeError as error:
+            return list(error.problems)
     found = faults(recipe) if isinstance(recipe, Recipe) else []
     return [Problem(where(key, why, source, overrides), key, why) for key, why in found]
 
