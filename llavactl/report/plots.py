@@ -71,6 +71,10 @@ class CostPoint:
 
 MARKERS = "os^Dv*PX"
 
+LEGEND_COLUMNS = 3
+LEGEND_WIDTH = 28
+"""Characters of a text in the legend."""
+
 
 def plots_available() -> bool:
     """Whether matplotlib can be imported."""
@@ -141,25 +145,27 @@ def draw_costs(points: Sequence[CostPoint], xlabel: str, ylabel: str, palette: P
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure, axes = _figure(5.2, 3.4, palette)
+    colors = dict(zip(dict.fromkeys(point.color for point in points), itertools.cycle(palette.series), strict=False))
+    markers = dict(zip(dict.fromkeys(point.marker for point in points), itertools.cycle(MARKERS), strict=False))
+    legend = [(text, "o", color) for text, color in colors.items()]
+    legend += [(text, marker, palette.text) for text, marker in markers.items()]
+    legend = [entry for entry in legend if entry[0]]
+    figure, axes = _figure(5.2, 3 + 0.2 * math.ceil(len(legend) / LEGEND_COLUMNS), palette)
     axes.set_xlabel(xlabel, color=palette.text)
     axes.set_ylabel(ylabel, color=palette.text)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.margins(x=0.06, y=0.08)
-    colors = dict(zip(dict.fromkeys(point.color for point in points), itertools.cycle(palette.series), strict=False))
-    markers = dict(zip(dict.fromkeys(point.marker for point in points), itertools.cycle(MARKERS), strict=False))
     for point in points:
         color = colors[point.color]
         if point.interval is not None:
             axes.plot([point.x, point.x], point.interval, color=color, linewidth=1, alpha=0.6)
         axes.plot([point.x], [point.y], markers[point.marker], color=color, markersize=7)
-    handles = [Line2D([], [], color=color, marker="o", linestyle="", label=text) for text, color in colors.items()]
-    handles += [
-        Line2D([], [], color=palette.text, marker=marker, linestyle="", label=text) for text, marker in markers.items()
-    ]
-    if labeled := [handle for handle in handles if handle.get_label()]:
-        figure.legend(handles=labeled, loc="outside lower center", ncols=3, frameon=False, labelcolor=palette.text)
+    figure.legend(
+        [Line2D([], [], color=color, marker=marker, linestyle="") for _, marker, color in legend],
+        [text if len(text) <= LEGEND_WIDTH else f"{text[: LEGEND_WIDTH - 1]}…" for text, _, _ in legend],
+        loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, labelcolor=palette.text,
+    )  # fmt: skip
     return _png(figure)
 
 
