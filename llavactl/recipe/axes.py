@@ -20,7 +20,7 @@ from llavactl.core.errors import Problem, RecipeError
 from llavactl.core.validation import explain
 from llavactl.recipe.document import Node, origin_of, parse, put
 from llavactl.recipe.frame import Recipe
-from llavactl.recipe.load import load_recipe
+from llavactl.recipe.load import by_line, load_recipe
 from llavactl.recipe.resolve import Assignment, RecipeSource, document, masked
 from llavactl.recipe.sections import Sweep
 
@@ -91,7 +91,7 @@ def load_sweep(
         put(root, ["sweep", "seeds"], Node(seeds, "--seeds"))
     values, seed_count = _section(root, problems)
     if problems:
-        raise RecipeError.from_problems(list(dict.fromkeys(problems)))
+        raise RecipeError.from_problems(by_line(problems))
     if not values and seed_count == 1:
         raise RecipeError("a sweep needs an axis", hint="--axis KEY=A,B,C, `sweep.axes` in the recipe, or --seeds N")
     first = root.get("seed")
@@ -113,7 +113,7 @@ def load_sweep(
             else:
                 loaded.append(({key: label for key, (label, _) in chosen.items()}, recipe.seed, recipe))
     if problems:
-        raise RecipeError.from_problems(list(dict.fromkeys(problems)))
+        raise RecipeError.from_problems(by_line(problems))
     base = loaded[0][2]
     folder = base.run_dir / "sweep"
     return SweepRecipes(

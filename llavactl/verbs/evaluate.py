@@ -29,7 +29,7 @@ from llavactl.report.page import report_page, write_report
 from llavactl.teaching.budgeted import ask_function, teacher_name
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Ask, Scores, Task
+    from llavactl.core.protocols import Ask, Scores
     from llavactl.core.schema import Answer
     from llavactl.recipe.frame import Outline
 
@@ -63,7 +63,7 @@ def evaluate(
     folder of ``shared_with`` are not generated again.
     """
     spec = task_spec(recipe, task, options or {})
-    component: Task | Judged = registry().create("tasks", spec, flag="-t ")
+    component = registry().create("tasks", spec, flag="-t ")
     protocol = choose_protocol(component.protocols, protocol)
     if isinstance(component, Judged) and (report := _score_stored_verdicts(component, task, protocol)):
         if answers is not None and isinstance(component, AnswerChecker):
@@ -154,7 +154,8 @@ def _evaluate_model(
         if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
             with optional_output(report_page(recipe.run_dir)):
                 write_report(recipe.run_dir)
-        plugins.notify("eval_finished", report=asdict(report))
+        document = None if recipe is None else recipe.model_dump(mode="json")
+        plugins.notify("eval_finished", recipe=document, report=asdict(report))
     processes.barrier()
     report = report or stored_result(file, digest, benchmark.protocol)
     assert report is not None

@@ -14,7 +14,7 @@ from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
 from llavactl.recipe.axes import load_sweep
 from llavactl.recipe.frame import Outline, Recipe
-from llavactl.recipe.load import check, load_frame, where
+from llavactl.recipe.load import by_line, valid_part, where
 from llavactl.recipe.stages import STAGES
 from llavactl.training.trainable import train_only
 
@@ -32,19 +32,24 @@ Fault = tuple[str, str]
 
 
 def problems(source: RecipeSource, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``: of its keys and values, those of its variants
-    (``sweep``) included, or, without these, of its components.
+    """Every problem of the recipe ``source``: of its keys and values, and of its components if their keys are valid.
+
+    Those of the keys and values of its variants (``sweep``) are included.
     """
-    if invalid := check(source, overrides):
-        return invalid
-    recipe = load_frame(Outline, source, overrides)
-    if recipe.sweep is not None and recipe.sweep.axes:
-        try:
-            load_sweep(source, overrides)
-        except RecipeError as error:
-            return list(error.problems)
+    recipe, invalid = valid_part(source, overrides)
     found = faults(recipe) if isinstance(recipe, Recipe) else []
-    return [Problem(where(key, why, source, overrides), key, why) for key, why in found]
+    own = [Problem(where(key, why, source, overrides), key, why) for key, why in found]
+    return by_line([*invalid, *_of_variants(recipe, source, overrides), *own])
+
+
+def _of_variants(recipe: Outline | None, source: RecipeSource, overrides: Sequence[str]) -> Sequence[Problem]:
+    if recipe is None or recipe.sweep is None or not recipe.sweep.axes:
+        return ()
+    try:
+        load_sweep(source, overrides)
+    except RecipeError as error:
+        return error.problems
+    return ()
 
 
 def refuse(recipe: Recipe) -> None:

@@ -19,7 +19,8 @@ def run(seed: int, state: str = "finished", error: str = "", run_dir: str = "/no
     return {
         "seed": seed, "run_dir": run_dir, "state": state, "error": error, "scores": {}, "intervals": {},
         "val_loss": 1.5, "image_tokens": 4, "trainable_parameters": {}, "tokens": {},
-        "seconds": {"stage1": 65.0, "extract": None}, "feature_bytes": None, "shared": {"stage1": "other"} if seed else {},
+        "seconds": {"stage1": 65.0, "extract": None}, "feature_bytes": None,
+        "shared": {"stage1": "other"} if seed else {},
     }  # fmt: skip
 
 
