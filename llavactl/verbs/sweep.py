@@ -20,7 +20,7 @@ from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document
 from llavactl.report.optional import optional_output
 from llavactl.report.sweep_page import sweep_page
-from llavactl.training.collective import on_main, process_count
+from llavactl.training.collective import on_main, process_count, together
 from llavactl.training.digest import stage_inputs
 from llavactl.training.memory import release_memory
 from llavactl.verbs import preflight
@@ -91,7 +91,8 @@ def _outcome(recipes: SweepRecipes, variant: Variant, grades: TaskGrades) -> Out
     try:
         on_main(lambda: write_atomic(run_dir / "recipe.yaml", dump(variant.recipe)))
         report = run(variant.recipe, shared_with=_others(recipes, variant))
-        finished = on_main(lambda: finished_run(variant, report, recipes.folder, grades))
+        extracted = [each for each in together(lambda: report.extract) if each is not None]
+        finished = on_main(lambda: finished_run(variant, report, extracted, recipes.folder, grades))
         on_main(lambda: _record(recipes.folder, finished))
         (run_dir / ERROR).unlink(missing_ok=True)
         return finished

@@ -147,13 +147,22 @@ Outcome = FinishedRun | str
 """A finished run, or why it failed."""
 
 
-def finished_run(variant: Variant, report: RunReport, sweep_folder: Path, grades: TaskGrades) -> FinishedRun:
-    """The results of ``variant``, read from the ``report`` of its run and from its folder."""
+def finished_run(
+    variant: Variant,
+    report: RunReport,
+    extracted: Sequence[ExtractReport],
+    sweep_folder: Path,
+    grades: TaskGrades,
+) -> FinishedRun:
+    """The results of ``variant``, read from the ``report`` of its run and from its folder.
+
+    ``extracted`` are the extractions of all processes, each of its part of the images; empty for live features.
+    """
     run_dir = variant.recipe.run_dir
     stages = {STAGES[stage.stage]: stage for stage in (report.stage1, report.stage2) if stage is not None}
     times = read_document(run_dir / TIMES)
-    extraction, extract_s = _extraction(report.extract, sweep_folder)
-    seconds = {} if report.extract is None else {"extract": extract_s}
+    extraction, extract_s = _extraction(extracted, sweep_folder)
+    seconds = {"extract": extract_s} if extracted else {}
     seconds |= {section: _training_seconds(run_dir / section, stage) for section, stage in stages.items()}
     seconds |= {f"eval {each.task}": times.get(f"eval {each.task}") for each in report.eval}
     run = SweepRun(
@@ -169,7 +178,7 @@ def finished_run(variant: Variant, report: RunReport, sweep_folder: Path, grades
         trainable_parameters={section: stage.trainable_parameters for section, stage in stages.items()},
         tokens={section: _training_tokens(run_dir / section) for section in stages},
         seconds=seconds,
-        feature_bytes=_feature_bytes(report.extract),
+        feature_bytes=round(sum(map(_feature_bytes, extracted))) if extracted else None,
         shared={section: owner for section in stages if (owner := _owner(run_dir / section)) not in ("", run_dir.name)},
     )
     digests = {
@@ -204,25 +213,22 @@ def _image_tokens(model: str | None) -> int | None:
     return connector_tokens(description["connector"], feature_shape(description))
 
 
-def _feature_bytes(report: ExtractReport | None) -> int | None:
+def _feature_bytes(report: ExtractReport) -> float:
     """The size of the features of the run's images; its stores may have other images as well."""
-    if report is None:
-        return None
     total = 0.0
     for store in report.stores:
         manifest = read_manifest(Path(store.path))
         total += store.unique * manifest.bytes / manifest.images if manifest is not None and manifest.images else 0
-    return round(total)
+    return total
 
 
-def _extraction(report: ExtractReport | None, sweep_folder: Path) -> tuple[str, float | None]:
+def _extraction(extracted: Sequence[ExtractReport], sweep_folder: Path) -> tuple[str, float | None]:
     """The name of the extraction of the run's features, and its seconds if this sweep encoded all of them at once."""
-    if report is None:
-        return "", None
-    name = "+".join(sorted(store.fingerprint for store in report.stores))
-    known: Any = read_document(sweep_folder / EXTRACTIONS).get(name)
-    complete = report.encoded > 0 and not report.stored_before
-    return name, report.seconds if complete else known
+    name = "+".join(sorted({store.fingerprint for report in extracted for store in report.stores}))
+    if any(report.encoded for report in extracted) and not any(report.stored_before for report in extracted):
+        return name, max(report.seconds for report in extracted)
+    known: float | None = read_document(sweep_folder / EXTRACTIONS).get(name)
+    return name, known
 
 
 class TaskGrades:
