@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+from llavactl.core.model_description import feature_shape, read_description
 from llavactl.core.protocols import Judged
 from llavactl.core.registry import registry
 from llavactl.evaluation.answers import read_answers
@@ -18,7 +19,6 @@ from llavactl.evaluation.scoring import select_answers
 from llavactl.evaluation.significance import Difference, bootstrap, holm, paired
 from llavactl.features.manifest import read_manifest
 from llavactl.model.build import connector_tokens
-from llavactl.model.folder import describe, feature_shape
 from llavactl.recipe.axes import short_names
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document
@@ -209,7 +209,7 @@ def _owner(folder: Path) -> str:
 def _image_tokens(model: str | None) -> int | None:
     if model is None:
         return None
-    description = describe(Path(model))
+    description = read_description(Path(model))
     return connector_tokens(description["connector"], feature_shape(description))
 
 
