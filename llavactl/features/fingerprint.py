@@ -84,7 +84,7 @@ def identity_fingerprint(component: Mapping[str, Any], features: Features) -> Fi
     ``weights``.
     """
     identity = component.get("identity", {})
-    options = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
+    options: Json = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
     if "weights" in identity:
         options = without_models(options)
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}
