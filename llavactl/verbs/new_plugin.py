@@ -183,7 +183,7 @@ def _joined(docstring: str, hooks: Sequence[str]) -> str:
     bodies = []
     for hook in hooks:
         imports, _, body = hook.partition("\n\n\n")
-        for line in filter(None, imports.splitlines()):
+        for line in filter(None, imports.split("\n")):
             source, _, imported = line.removeprefix("from ").partition(" import ")
             names.setdefault(source, set()).update(imported.split(", "))
         bodies.append(body.strip())
