@@ -155,7 +155,7 @@ def register_recipes(register: Register) -> None:
     register(
         "$name",
         "$module:recipe.yaml",
-        summary="a recipe with $summary of this plugin",
+        summary="a recipe that uses the plugin",
     )
 ''')
 
