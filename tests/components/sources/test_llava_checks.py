@@ -19,7 +19,6 @@ from llavactl.components.sources.llava_json import llava_sample
 from llavactl.components.sources.llava_record import TAG, foreign_placeholder, names_images, tag_fault
 from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Finding
 from llavactl.curation.problems import KINDS
 from llavactl.files.records import image_names
 from llavactl.images.references import ImageBytes
