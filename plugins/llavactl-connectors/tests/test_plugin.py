@@ -7,13 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from llavactl_connectors import components
 from safetensors.torch import load_file
 
 from llavactl import FeatureShape
 from llavactl.testing import check_plugin, run_cli, toy_clip, toy_recipe
 
 HEAVY = ["torch", "transformers", "safetensors", "numpy"]
+CONNECTORS = {
+    "average-pooling": "AveragePooling",
+    "pixel-shuffle": "PixelShuffle",
+    "c-abstractor": "CAbstractor",
+    "ldp-v2": "LdpV2",
+    "perceiver-resampler": "PerceiverResampler",
+    "q-former": "QFormer",
+}
 README = Path(__file__).parents[1] / "README.md"
+
+
+def create(name: str, **options: Any) -> Any:
+    """The connector ``name``, with default values for other options."""
+    return getattr(components, CONNECTORS[name])(getattr(components, f"{CONNECTORS[name]}Options")(**options))
 
 
 @pytest.mark.parametrize("module", ["llavactl_connectors", "llavactl_connectors.components"])
@@ -37,7 +51,7 @@ def test_all_components_conform():
     assert checked.json()["ok"]
     assert {"conformance", "recipe"} <= {each["check"] for each in checked.json()["checks"]}
     listed = {each["name"] for each in run_cli("components", "connectors", "--json").json()}
-    assert small.keys() <= listed
+    assert CONNECTORS.keys() <= listed
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +95,13 @@ def test_a_grid_that_does_not_fit_stops_before_training(toys: Path, tmp_path: Pa
 
 def test_the_table_in_the_readme_is_correct():
     """Tokens for grids of 24x24 and 16x16 patches, and parameters for Dv = 1024 and Dl = 4096."""
-    from llavactl_connectors import components
-
     rows = [line.split("|")[1:-1] for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     table = {cells[0].strip(" `"): [cell.strip() for cell in cells[2:]] for cells in rows if len(cells) == 5}
-    kinds = {
-        "average-pooling": "AveragePooling",
-        "pixel-shuffle": "PixelShuffle",
-        "c-abstractor": "CAbstractor",
-        "ldp-v2": "LdpV2",
-        "perceiver-resampler": "PerceiverResampler",
-        "q-former": "QFormer",
-    }
-    assert table.keys() == kinds.keys()
+    assert table.keys() == CONNECTORS.keys()
     for name, (tokens_24, tokens_16, parameters) in table.items():
-        component = getattr(components, kinds[name])(getattr(components, f"{kinds[name]}Options")())
-        shape = FeatureShape((24, 24), 1024)
-        assert component.tokens(shape) == int(tokens_24)
-        assert component.tokens(FeatureShape((16, 16), 1024)) == int(tokens_16)
+        connector, shape = create(name), FeatureShape((24, 24), 1024)
+        assert connector.tokens(shape) == int(tokens_24)
+        assert connector.tokens(FeatureShape((16, 16), 1024)) == int(tokens_16)
         with torch.device("meta"):
-            count = sum(weight.numel() for weight in component.build(shape, 4096).parameters())
+            count = sum(weight.numel() for weight in connector.build(shape, 4096).parameters())
         assert f"{count / 1e6:.1f} M" == parameters, name
