@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from llavactl_connectors import components
 from safetensors.torch import load_file
 
-from llavactl import FeatureShape
+from llavactl import FeatureShape, load_recipe
 from llavactl.testing import check_plugin, run_cli, toy_clip, toy_recipe
 
 HEAVY = ["torch", "transformers", "safetensors", "numpy"]
@@ -105,3 +106,31 @@ def test_the_table_in_the_readme_is_correct():
         with torch.device("meta"):
             count = sum(weight.numel() for weight in connector.build(shape, 4096).parameters())
         assert f"{count / 1e6:.1f} M" == parameters, name
+
+
+needs_demo = pytest.mark.skipif(find_spec("llavactl_demo") is None, reason="the recipe extends one of llavactl-demo")
+
+
+@needs_demo
+def test_all_connectors_of_the_comparison_have_64_tokens():
+    shown = run_cli("recipes", "show", "connector-comparison")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.startswith("# llavactl sweep -r connector-comparison\n")
+    variants = list(load_recipe("connector-comparison").sweep.axes["connector"].values())
+    assert {spec["name"] for spec in variants} == {"mlp2x-gelu", *CONNECTORS}
+    for name, options in ((spec["name"], spec) for spec in variants if spec["name"] in CONNECTORS):
+        values = {key: value for key, value in options.items() if key != "name"}
+        assert create(name, **values).tokens(FeatureShape((16, 16), 384)) == 64
+
+
+@needs_demo
+@pytest.mark.slow
+def test_all_variants_of_the_comparison_fit_the_models():
+    """Converts the demo's weights first."""
+    from llavactl_demo.weights import LANGUAGE, VISION
+
+    if any(find_spec(weights.module) is None for weights in (VISION, LANGUAGE)):
+        pytest.skip("the demo's weights are not installed")
+    planned = run_cli("sweep", "-r", "connector-comparison", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert planned.json()["computed"] == {"extract": 1, "stage1": 7, "stage2": 7}
