@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.model import folder as model_folder
+from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
@@ -42,7 +43,7 @@ def stage_digest(
     settings = training_stage.settings
     return hash_json(
         {
-            "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS),
+            "stage": _settings(settings),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
             "template": component_identity("templates", training_stage.template),
@@ -54,6 +55,35 @@ def stage_digest(
             **_arithmetic(settings),
         }
     )
+
+
+def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
+    """A hash of what ``recipe`` says about the inputs of ``stage``; recipes with equal hashes train it once.
+
+    Reads no files, so recipes that name equal files differently have different hashes and still equal digests.
+    """
+    training_stage = recipe.stage(stage)
+    init = training_stage.settings.init
+    number = next((number for number, section in STAGES.items() if section == init), None)
+    return hash_json(
+        {
+            "stage": _settings(training_stage.settings),
+            "restore_best": training_stage.settings.restore_best,
+            "connector": recipe.connector.spec(),
+            "language": recipe.language.spec(),
+            "template": training_stage.template,
+            "vision": training_stage.vision,
+            "features": [recipe.features.dtype, recipe.features.compute],
+            "data": [source.model_dump(mode="json") for source in training_stage.sources],
+            "seed": recipe.seed,
+            "start": init if number is None else stage_inputs(recipe, number),
+        }
+    )
+
+
+def _settings(settings: AnyStage) -> dict[str, Any]:
+    """The settings that affect the result."""
+    return settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS)
 
 
 def _arithmetic(settings: AnyStage) -> dict[str, str]:
