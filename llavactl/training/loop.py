@@ -86,7 +86,8 @@ def train(run: Run) -> TrainingResult:
     earlier_lines = on_main(lambda: metrics.kept[-LINES_PER_STEP * WINDOW :] if metrics else [])
     recent = RecentSteps.of(earlier_lines)
     throughput = Throughput.of(run.model, run.settings.precision, run.accelerator)
-    run.notify("train_started", {"steps": plan.steps})
+    if run.accelerator.is_main_process:
+        run.notify("train_started", {"steps": plan.steps})
     saved_step = start
     with (
         ExitStack() as kernels,
