@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
@@ -42,7 +42,7 @@ def stage_digest(
     settings = training_stage.settings
     return hash_json(
         {
-            "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS),
+            "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS | newer_defaults(settings)),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
             "template": component_identity("templates", training_stage.template),
@@ -51,9 +51,28 @@ def stage_digest(
             "boxes": [sample.boxes for sample in data.train.samples] if settings.box_alignment_steps else None,
             "seed": recipe.seed,
             "start": model_folder.identity(init_folder) if init_folder else None,
+            **_extensions(settings),
             **_arithmetic(settings),
         }
     )
+
+
+def newer_defaults(settings: AnyStage) -> set[str]:
+    """Settings that earlier versions didn't have, with values that behave as they did: their runs are still valid."""
+    values: dict[str, Any] = {"train_connector": True, "schedule": None}
+    if settings.method == "connector":  # stage 1 had AdamW only
+        values["optimizer"] = "adamw"
+    return {key for key, value in values.items() if getattr(settings, key) == value}
+
+
+def _extensions(settings: AnyStage) -> dict[str, Any]:
+    """The identities of the optimizer and the schedule, unless they are the built-in ones without options."""
+    specs = {"optimizers": settings.optimizer_spec(), "schedules": settings.schedule_spec()}
+    return {
+        kind: component_identity(kind, spec)
+        for kind, spec in specs.items()
+        if spec is not None and (kind, spec) not in (("optimizers", "adamw"), ("optimizers", "muon"))
+    }
 
 
 def _arithmetic(settings: AnyStage) -> dict[str, str]:

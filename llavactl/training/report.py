@@ -40,8 +40,8 @@ class TrainReport:
     of all files of the model. ``restore_best`` is the setting. ``mfu``: the mean model FLOPs utilization of the steps
     trained by this command, None without a formula for the model; ``peak``: what it is relative to, per device.
     ``kernels`` of norms and MLPs: "liger", or "torch: " and the reason. ``parameters`` of the whole model, ``method``,
-    ``device`` (its type) and ``processes``: what the throughput depends on. ``finished_before``: the stage was finished
-    already, and nothing was trained.
+    ``device`` (its type) and ``processes``: what the throughput depends on. ``stopped_by``: the plugins that
+    ended the stage early. ``finished_before``: the stage was finished already, and nothing was trained.
     """
 
     stage: int
@@ -71,6 +71,7 @@ class TrainReport:
     method: str = ""
     device: str = ""
     processes: int = 0
+    stopped_by: tuple[str, ...] = ()
     finished_before: bool = False
 
 
@@ -139,6 +140,7 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
         method=run.settings.method,
         device=run.accelerator.device.type,
         processes=run.accelerator.num_processes,
+        stopped_by=result.stopped_by,
     )
 
 

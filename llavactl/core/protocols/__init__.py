@@ -41,6 +41,7 @@ from llavactl.core.protocols.teachers import (
     Request,
     Teacher,
 )
+from llavactl.core.protocols.training import Schedule, UpdateRule, Weight
 from llavactl.core.protocols.vision import Connector, Encoder, ExportableVision, GridConnector, ShapedVision, Vision
 from llavactl.core.schema import Json
 
@@ -78,6 +79,7 @@ __all__ = [
     "RepairingSource",
     "Reply",
     "Request",
+    "Schedule",
     "Scores",
     "ShapedVision",
     "SkeletonLanguage",
@@ -86,10 +88,23 @@ __all__ = [
     "Teacher",
     "TeacherScored",
     "Template",
+    "UpdateRule",
     "Vision",
+    "Weight",
 ]
 
-Kind = Literal["sources", "vision", "connectors", "languages", "templates", "teachers", "tasks", "formats"]
+Kind = Literal[
+    "sources",
+    "vision",
+    "connectors",
+    "languages",
+    "templates",
+    "teachers",
+    "tasks",
+    "formats",
+    "optimizers",
+    "schedules",
+]
 
 KINDS: Mapping[str, type] = {
     "sources": Source,
@@ -100,6 +115,8 @@ KINDS: Mapping[str, type] = {
     "teachers": Teacher,
     "tasks": Task,
     "formats": Format,
+    "optimizers": UpdateRule,
+    "schedules": Schedule,
 }
 """The kinds of components; folders, hooks and the command line use the same names."""
 

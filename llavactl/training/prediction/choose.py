@@ -15,7 +15,7 @@ from llavactl.core.library_errors import reason
 from llavactl.core.protocols import SkeletonLanguage
 from llavactl.core.quantities import gigabytes
 from llavactl.recipe.stages import STAGES, Stage2
-from llavactl.training.placement import Placement
+from llavactl.training.placement import Placement, sharding_blocker
 from llavactl.training.prediction.model import language_component
 from llavactl.training.prediction.predict import Choice, Prediction, StagePredictor
 from llavactl.training.prediction.target import Target
@@ -71,7 +71,7 @@ def choices(recipe: Recipe, settings: AnyStage, device: Target, *, free: bool = 
     if isinstance(limit, int):
         limits = [limit, *(tokens for tokens in MICRO_BATCH_TOKENS if tokens < limit)]
     several = device.cuda and device.count > 1
-    shardable = several and settings.method != "qlora" and settings.optimizer != "muon"
+    shardable = several and not sharding_blocker(settings)
     possible = {
         Choice(Placement(sharding == "full" and device.count > 1, state), again, tokens)
         for sharding in values(recipe.sharding, ["none", "full"] if shardable else ["none"])

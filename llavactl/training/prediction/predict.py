@@ -28,7 +28,7 @@ from llavactl.training.prediction.process import ALLOCATOR_SHARE, kernel_bytes, 
 from llavactl.training.prediction.step import GRADIENTS, StepMemory, step_memory
 from llavactl.training.prediction.storage import Part
 from llavactl.training.prediction.weights import Weights
-from llavactl.training.trainable import muon_matrices
+from llavactl.training.update_rules import moments_by_weight
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch, FeatureShape, ImageRef
@@ -174,7 +174,7 @@ class StagePredictor:
         settings = self.settings.model_copy(update={"gradient_checkpointing": False})
         model = stage_model(self.recipe, self.stage, settings, self.shape)
         size = getattr(torch, settings.precision).itemsize
-        return Weights(model, size, frozenset(muon_matrices(model, settings)), settings.method == "qlora")
+        return Weights(model, size, moments_by_weight(model, settings), settings.method == "qlora")
 
     def _plan(self, micro_batch_tokens: int | None) -> StagePlan | None:
         if self.data is None or self._samples is None:
