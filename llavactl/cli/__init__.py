@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,7 +23,11 @@ from llavactl.cli.root import root
 from llavactl.core import stopping
 from llavactl.core.network import proxy_error
 from llavactl.core.paths import redirect_library_caches
+from llavactl.core.plugins import log_failures
 from llavactl.core.processes import exit_process, is_logged
+from llavactl.core.progress import hide_library_bars
+from llavactl.core.repeated_warnings import without_repeated_warnings
+from llavactl.core.streams import is_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -52,6 +57,8 @@ def _configure_libraries() -> None:
     if proxy_error():  # cached models of the hub load only in offline mode
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     redirect_library_caches()
+    if not is_terminal(sys.stderr):
+        hide_library_bars()
 
 
 def _use_utf8() -> None:
@@ -76,6 +83,8 @@ def _invoke(arguments: Sequence[str]) -> int:
             return int(error.code or 0)
         boundary.report(error)
         return 1
+    finally:
+        log_failures()
 
 
 class _StderrHandler(logging.Handler):
@@ -84,12 +93,15 @@ class _StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.addFilter(is_logged)
+        self.addFilter(without_repeated_warnings())
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         verbose = logging.getLogger("llavactl").level <= logging.DEBUG
         at = f" {time.strftime('%H:%M:%S')}.{record.msecs:03.0f}" if verbose else ""
-        boundary.message(f"llavactl{at}:", self.format(record), style)
+        boundary.message(f"llavactl{at}:", record.getMessage(), style)
+        if record.exc_info:
+            traceback.print_exception(record.exc_info[1])
 
 
 def _log_to_stderr() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
 
 from llavactl import __version__
 from llavactl.cli.help import Group
-from llavactl.core import plugins
+from llavactl.core import plugin_files, plugins
 from llavactl.core.builtin_plugin import COMMAND_GROUPS, COMMANDS
 from llavactl.core.streams import stdout_to_stderr
 
@@ -75,6 +77,12 @@ def _from_plugin(name: str) -> click.Command:
     return command
 
 
+def _add_plugins(files: Sequence[Path]) -> None:
+    if files:
+        plugin_files.add(files)
+        plugins.reload()
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -83,6 +91,17 @@ def _from_plugin(name: str) -> click.Command:
         "llavactl run",
         'llavactl chat --image photo.jpg --prompt "What is in this image?"',
     ],
+)
+@click.option(
+    "--plugin",
+    "plugin_files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    is_eager=True,  # before --help, which lists the commands of plugins
+    expose_value=False,
+    callback=lambda _context, _option, files: _add_plugins(files),
+    help="Load this Python file as a plugin (repeatable).",
 )
 @click.version_option(__version__, prog_name="llavactl")
 def root() -> None:

@@ -21,6 +21,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from llavactl.core.errors import Problem
+    from llavactl.core.registry import Options
 
 hookspec = pluggy.HookspecMarker("llavactl")
 hookimpl = pluggy.HookimplMarker("llavactl")
@@ -99,6 +100,16 @@ def register_recipes(register: Register) -> None:
 
 
 @hookspec
+def plugin_options() -> str | None:
+    """Return the options model of the plugin, ``module:Options``, for the recipe's section ``plugins``.
+
+    A recipe sets the options with ``plugins: {NAME: {…}}``, where NAME is the plugin's name. The model is an
+    ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``;
+    ``load_recipe(…).plugins`` has them with defaults.
+    """
+
+
+@hookspec
 def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
     """Check a resolved recipe beyond the types of its keys; return all problems at once.
 
@@ -108,30 +119,37 @@ def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
 
 
 @hookspec
-def extract_finished(report: Mapping[str, Any]) -> None:
-    """Called when all features are stored. ``report`` is the document that ``llavactl extract --json`` prints."""
+def extract_finished(report: Mapping[str, Any], recipe: Mapping[str, Any], options: Options | None) -> None:
+    """Called when all features are stored. ``report`` is the document that ``llavactl extract --json`` prints.
+
+    All observers may take ``recipe``, the resolved recipe as JSON, and ``options``, those of the plugin in the recipe's
+    section ``plugins`` (None: the plugin declares none, see ``plugin_options``).
+    """
 
 
 @hookspec
-def train_started(stage: int, folder: Path, steps: int) -> None:
+def train_started(stage: int, folder: Path, steps: int, recipe: Mapping[str, Any], options: Options | None) -> None:
     """Called when a stage starts or resumes in ``folder``; it ends after optimizer step ``steps``."""
 
 
 @hookspec
-def train_logged(stage: int, line: Mapping[str, Any]) -> None:
+def train_logged(stage: int, line: Mapping[str, Any], recipe: Mapping[str, Any], options: Options | None) -> None:
     """Called after each line written to metrics.jsonl, with the line: ``step``, and ``loss``, ``val_loss`` or more."""
 
 
 @hookspec
-def checkpoint_saved(stage: int, folder: Path, step: int) -> None:
+def checkpoint_saved(stage: int, folder: Path, step: int, recipe: Mapping[str, Any], options: Options | None) -> None:
     """Called when the checkpoint of ``step`` is complete in ``folder``."""
 
 
 @hookspec
-def train_finished(report: Mapping[str, Any]) -> None:
+def train_finished(report: Mapping[str, Any], recipe: Mapping[str, Any], options: Options | None) -> None:
     """Called when a stage is complete. ``report`` is the document that ``llavactl train --json`` prints."""
 
 
 @hookspec
-def eval_finished(report: Mapping[str, Any]) -> None:
-    """Called when a task is scored. ``report`` is the document that ``llavactl eval --json`` prints."""
+def eval_finished(report: Mapping[str, Any], recipe: Mapping[str, Any] | None, options: Options | None) -> None:
+    """Called when a task is scored. ``report`` is the document that ``llavactl eval --json`` prints.
+
+    ``recipe`` is None if the model was evaluated without one.
+    """

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from llavactl.core import progress
 from llavactl.core.errors import LlavactlError, ModelError
 from llavactl.core.model_files import INCOMPLETE, SMALL_FILES, check_files, file_error, local_folder, weight_files
 from llavactl.core.network import hub_error
@@ -36,13 +37,13 @@ def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = Fal
     """Converts any exception raised while loading ``model`` to an error that names the model or its broken file.
 
     ``model`` is a folder or an id, ``what`` its role in messages. With ``weights``, weight files are checked as well,
-    and transformers doesn't print its table of missing and unused weights.
+    and transformers prints no table of missing and unused weights, and progress bars only where llavactl does.
 
     Raises:
         ModelError: for any exception except out-of-memory errors, which propagate.
     """
     try:
-        with _without_weight_report() if weights else contextlib.nullcontext():
+        with _quiet_loading() if weights else contextlib.nullcontext():
             yield
     except (LlavactlError, MemoryError):
         raise
@@ -55,11 +56,13 @@ def loading(what: str, model: str | Path, hint: str = "", *, weights: bool = Fal
 
 
 @contextlib.contextmanager
-def _without_weight_report() -> Iterator[None]:
+def _quiet_loading() -> Iterator[None]:
     """Raises the log level of transformers to ``error``: callers check missing weights, and unused ones are expected
-    where a part of a LLaVA checkpoint is loaded.
+    where a part of a LLaVA checkpoint is loaded. Its progress bars follow those of llavactl from here on.
     """
     from transformers.utils import logging
+
+    progress.quiet_transformers()
 
     level = logging.get_verbosity()
     logging.set_verbosity(max(level, logging.ERROR))

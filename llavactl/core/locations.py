@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from os.path import exists
+from os.path import exists, realpath
+from pathlib import Path
 from urllib.parse import unquote
 
 LONGEST = 200
@@ -20,6 +21,21 @@ def shortened(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{name[:120]}…{digest}…{name[-60:]}"
+
+
+def shown_path(path: Path) -> str:
+    """``path`` for messages: relative to the working directory if it is inside; absolute paths without ``..``.
+
+    Only the folder before the last ``..`` is resolved, because ``link/..`` contains the target of the link, not the
+    link; other links keep their names.
+    """
+    parts = path.absolute().parts
+    above = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+    direct = Path(realpath(Path(*parts[:above])), *parts[above:]) if above else Path(*parts)
+    folder = Path.cwd()
+    if direct.is_relative_to(folder):
+        return str(direct.relative_to(folder))
+    return str(direct if path.is_absolute() else path)
 
 
 def is_absolute(path: str) -> bool:

@@ -1,7 +1,8 @@
 """Loads plugins in isolation: a broken plugin is reported in one line on stderr and doesn't affect others.
 
-Output of a plugin during import and registration goes to stderr. ``LLAVACTL_PLUGINS`` selects plugins by entry-point
-name (comma-separated; empty: none; unset: all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
+Plugins are installed packages with an entry point, and single files (``core.plugin_files``). Output of a plugin during
+import and registration goes to stderr. ``LLAVACTL_PLUGINS`` selects both by name (comma-separated; empty: none; unset:
+all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
 """
 
 from __future__ import annotations
@@ -12,60 +13,107 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs
+from llavactl.core import builtin_plugin, hookspecs, plugin_files, program
 from llavactl.core.errors import LlavactlError, PluginError
+from llavactl.core.hook_rules import accepted, fault_location, hook_problems
 from llavactl.core.paths import cache_dir, write_json
 from llavactl.core.streams import stdout_to_stderr
+from llavactl.core.suggest import suggest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 log = logging.getLogger(__name__)
 
 GROUP = "llavactl"
 BUILTIN = "llavactl"
 SLOW_S = 1.0
+STALLED_S = 3.0
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """An installed plugin; ``error`` lists what failed while loading and registering it."""
+    """A selected plugin: its ``hooks``, the time of its import in seconds, and what failed while loading it.
+
+    ``status`` is ``ok``, ``broken`` (see ``error``), or ``hangs`` if the import doesn't end.
+    """
 
     name: str
     package: str
     version: str
     module: str
+    hooks: tuple[str, ...] = ()
+    import_s: float | None = None
     error: str = ""
+    status: str = "ok"
 
 
 _errors: dict[str, list[str]] = {}
 """Errors of plugins, one line each: by module while loading, later by plugin name."""
 
+_import_s: dict[str, float] = {}
+"""Import times by module."""
+
+_failures: Counter[tuple[str, str]] = Counter()
+"""Failed calls of observers by plugin and hook; only the first is logged."""
+
 
 @contextlib.contextmanager
-def isolated(plugin: str) -> Iterator[None]:
+def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[None]:
     """Logs any exception of ``plugin`` in one line; in strict mode, raises it as a PluginError.
 
-    Exceptions of the built-in plugin always propagate: they are bugs of llavactl.
+    The line names the ``hook`` that was called and the plugin's line that failed; with ``--verbose``, the traceback
+    follows. With ``once``, only the first exception of a hook is logged (see ``log_failures``). Exceptions of the
+    built-in plugin always propagate: they are bugs of llavactl.
     """
     try:
         yield
     except BaseException as error:
         if plugin == BUILTIN or isinstance(error, KeyboardInterrupt | GeneratorExit):
             raise
-        message = str(error) if isinstance(error, PluginError) else f"plugin {plugin}: {type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, PluginError) else _fault(plugin, hook, error)
         line = " ".join(message.split())
         if strict():
             raise PluginError(line) from error
+        _failures[plugin, hook] += once
+        if once and _failures[plugin, hook] > 1:
+            return
         _errors.setdefault(plugin, []).append(line)
-        log.warning("%s", line)
+        log.warning("%s", line, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
+
+
+def _fault(plugin: str, hook: str, error: BaseException) -> str:
+    """The exception in one line: plugin, hook, file and line in the plugin's code."""
+    modules = [point.value for point in entry_points() if point.name == plugin]
+    where = fault_location(error, [root_package(module) for module in modules])
+    place = f"{hook} ({where})" if hook and where else hook or where
+    return ": ".join(filter(None, (f"plugin {plugin}", place, f"{type(error).__name__}: {error}")))
+
+
+def root_package(target: str) -> str:
+    """The top-level package of ``target``, a module or ``module:attr``."""
+    return target.partition(":")[0].partition(".")[0]
+
+
+def log_failures() -> None:
+    """Logs how often observers failed that failed more than once, and resets the counts: called at the end of a run."""
+    for (plugin, hook), count in sorted(_failures.items()):
+        if count > 1:
+            log.warning("plugin %s: %s failed %d times; only the first error is logged", plugin, hook, count)
+    _failures.clear()
 
 
 def strict() -> bool:
@@ -74,15 +122,20 @@ def strict() -> bool:
 
 @cache
 def entry_points() -> tuple[metadata.EntryPoint, ...]:
-    """The installed plugins selected by ``LLAVACTL_PLUGINS``, sorted by name."""
+    """The plugins selected by ``LLAVACTL_PLUGINS``: installed packages sorted by name, then files."""
     points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    for file in plugin_files.listed():
+        with isolated(str(file)):
+            points.append(plugin_files.entry_point(file, GROUP))
     selection = os.environ.get("LLAVACTL_PLUGINS")
     if selection is None:
         return tuple(points)
-    names = {name.strip() for name in selection.split(",") if name.strip()}
+    names = {name.strip() for name in selection.split(",") if name.strip()} - {BUILTIN}
     for missing in sorted(names - {point.name for point in points}):
         with isolated(missing):
             raise PluginError(f"LLAVACTL_PLUGINS: plugin {missing!r} is not installed")
+    for left_out in (point for point in points if plugin_files.is_file(point) and point.name not in names):
+        log.warning("plugin %s is not loaded: LLAVACTL_PLUGINS doesn't select it", left_out.name)
     return tuple(point for point in points if point.name in names)
 
 
@@ -97,7 +150,17 @@ def manager() -> pluggy.PluginManager:
     return plugin_manager
 
 
+def reload() -> None:
+    """Makes the next use load all plugins again: after changes of the environment."""
+    from llavactl.core.registry import registry
+
+    _errors.clear()
+    for cached in (entry_points, manager, registry):
+        cached.cache_clear()
+
+
 def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> None:
+    log.debug("plugin %s: importing %s", point.name, point.value, extra={"importing": point.name})
     started = time.perf_counter()
     with isolated(point.value), stdout_to_stderr():
         if first := plugin_manager.get_plugin(point.name):
@@ -107,11 +170,17 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
                 f"of package {_package(point)[0]}; the first is kept"
             )
         try:
-            _register(plugin_manager, point.load(), point.name)
+            with _stalled_import_logged(point.name):
+                module = point.load()
+                _import_s[point.value] = time.perf_counter() - started
+            _register(plugin_manager, module, point.name)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
-            raise PluginError(f"plugin {point.name} can't be loaded: {type(error).__name__}: {error}") from error
+            where = fault_location(error, [root_package(point.value)])
+            why = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            reason = f"{where}: {why}" if where else why
+            raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
     if seconds > SLOW_S:
@@ -119,35 +188,121 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
         log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, advice)
 
 
+@contextlib.contextmanager
+def _stalled_import_logged(plugin: str) -> Iterator[None]:
+    """Logs one line if the import of ``plugin`` takes longer than ``STALLED_S``: it can't be stopped from here."""
+    others = ",".join(point.name for point in entry_points() if point.name != plugin)
+    text = "plugin %s is still being imported after %g s; to run without it, press Ctrl-C and set LLAVACTL_PLUGINS=%s"
+    timer = threading.Timer(STALLED_S, log.warning, (text, plugin, STALLED_S, others))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> None:
     """Registers all hooks of a plugin, or none if one of them is invalid."""
-    try:
+    if problems := hook_problems(plugin_manager, module):
+        raise PluginError("; ".join(problems))
+    with warnings.catch_warnings(record=True) as caught:  # of parameters that will be removed (``hookspecs``)
+        warnings.simplefilter("always")
         plugin_manager.register(module, name)
-        plugin_manager.check_pending()
-    except Exception:
-        if plugin_manager.get_plugin(name) is module:
-            plugin_manager.unregister(module, name)
-        raise
+    for each in caught:
+        log.warning("plugin %s: %s:%d: %s", name, each.filename, each.lineno, each.message)
 
 
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name."""
+    """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name.
+
+    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares.
+    """
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         yield implementation.plugin_name, _by_keyword(implementation)
 
 
 def _by_keyword(implementation: Any) -> Callable[..., Any]:
+    function = implementation.function
+
     def call(**arguments: Any) -> Any:
-        return implementation.function(**{name: arguments[name] for name in implementation.argnames})
+        available = [*arguments, "options"] if "recipe" in arguments else list(arguments)
+        values = {name: arguments[name] for name in accepted(function, available) if name in arguments}
+        if "options" in accepted(function, available) and "options" not in values:
+            sections = (arguments["recipe"] or {}).get("plugins", {})
+            plugin = implementation.plugin_name
+            values["options"] = parse_options(plugin, sections.get(plugin, {}))
+        return function(**values)
 
     return call
 
 
 def notify(hook: str, **arguments: Any) -> None:
-    """Calls an observer hook of all plugins; exceptions are logged."""
+    """Calls an observer hook of all plugins; exceptions are logged, once per plugin and hook.
+
+    ``arguments`` may include the resolved ``recipe``; an implementation that declares ``options`` gets its plugin's
+    options from it.
+    """
     for plugin, implementation in implementations(hook):
-        with isolated(plugin):
+        with isolated(plugin, hook, once=True):
             implementation(**arguments)
+
+
+def check_loaded(plugin: str) -> None:
+    """Checks that a plugin of this name is loaded.
+
+    Raises:
+        PluginError: it is not installed, not selected or broken.
+    """
+    if manager().get_plugin(plugin) is None:
+        names = {point.name for point in entry_points()}
+        if plugin in names:
+            raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `llavactl plugins check {plugin}`")
+        why = "is not selected by LLAVACTL_PLUGINS" if "LLAVACTL_PLUGINS" in os.environ else "is not installed"
+        raise PluginError(f"plugin {plugin} {why}", hint=suggest(plugin, names))
+
+
+def options_model(plugin: str) -> type[BaseModel] | None:
+    """The model of the options in a recipe's section ``plugins`` that ``plugin`` declares (hook ``plugin_options``).
+
+    Raises:
+        PluginError: it can't be imported or is not an options model.
+    """
+    from llavactl.core.registry import Options, import_target
+
+    for name, implementation in implementations("plugin_options"):
+        if name == plugin:
+            with raised_as_plugin_error(plugin, "plugin_options"):
+                target = implementation()
+                model = None if target is None else import_target(target)
+            if model is None:
+                continue
+            if not (isinstance(model, type) and issubclass(model, Options)):
+                raise PluginError(f"plugin {plugin}: plugin_options: {target} is not a subclass of llavactl.Options")
+            return model
+    return None
+
+
+@contextlib.contextmanager
+def raised_as_plugin_error(plugin: str, hook: str) -> Iterator[None]:
+    """Raises any exception of the plugin's ``hook`` as a PluginError with its location."""
+    try:
+        yield
+    except (LlavactlError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise PluginError(_fault(plugin, hook, error)) from error
+
+
+def parse_options(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:
+    """The validated options in ``section``, with defaults; None if ``plugin`` declares no options.
+
+    Raises:
+        ValidationError: an unknown key or an invalid value.
+        PluginError: the options model can't be imported.
+    """
+    model = options_model(plugin)
+    return None if model is None else model.model_validate(dict(section))
 
 
 def installed() -> list[Plugin]:
@@ -156,11 +311,17 @@ def installed() -> list[Plugin]:
     from llavactl.core.registry import registry
 
     registry()
-    plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtin_plugin")]
+    hooks = {
+        name: tuple(caller.name for caller in manager().get_hookcallers(plugin) or ())
+        for name, plugin in manager().list_name_plugin()
+    }
+    plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtin_plugin", tuple(sorted(hooks[BUILTIN])))]
     for point in entry_points():
         package, version = _package(point)
         errors = dict.fromkeys([*_errors.get(point.value, ()), *_errors.get(point.name, ())])
-        plugins.append(Plugin(point.name, package, version, point.value, "; ".join(errors)))
+        loaded = tuple(sorted(hooks.get(point.name, ())))
+        seconds, status = _import_s.get(point.value), "broken" if errors else "ok"
+        plugins.append(Plugin(point.name, package, version, point.value, loaded, seconds, "; ".join(errors), status))
     return plugins
 
 
@@ -172,6 +333,9 @@ def version_of(plugin: str) -> str:
 
 
 def _package(point: metadata.EntryPoint) -> tuple[str, str]:
+    """The package of a plugin and its version; for a file, its path and a hash of its contents."""
+    if file := plugin_files.file_of(point):
+        return program.shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 

@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from llavactl.core.locations import shown_path
+
 
 def command_line(*arguments: str) -> str:
     """``llavactl ARGUMENTS`` for a shell, with its path if another llavactl, or none, is on PATH."""
@@ -21,8 +23,3 @@ def _program() -> list[str]:
     if script.is_file():
         return [shown_path(script)]
     return [shown_path(python), "-m", "llavactl"]
-
-
-def shown_path(path: Path) -> str:
-    """``path``, relative to the working directory if it is below it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

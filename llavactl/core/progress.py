@@ -6,6 +6,7 @@ Level WARNING of the logger ``llavactl`` hides both (``--quiet``).
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -135,6 +136,15 @@ def bars_hidden() -> Iterator[None]:
         return
     with module.tqdm.external_write_mode(file=sys.stderr):
         yield
+
+
+def hide_library_bars() -> None:
+    """Hides the progress bars of libraries, not llavactl's, in this process and in those that it starts.
+
+    It must be called before tqdm and huggingface_hub are imported, which read these variables. A setting of tqdm
+    reaches all bars, also those that have no setting of their own, such as that of a conversion from GGUF.
+    """
+    os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def quiet_transformers() -> None:

@@ -106,7 +106,8 @@ class TerminalLine(tqdm):  # type: ignore[type-arg]
         """``status`` returns the state at a rate and after a number of seconds."""
         self._status = status
         self._ascii_only = "utf" not in (file.encoding or "").lower()
-        super().__init__(total=total or None, initial=start, file=file, leave=None, smoothing=0.05)
+        # Without `disable`, the variable TQDM_DISABLE would decide.
+        super().__init__(total=total or None, initial=start, file=file, leave=None, smoothing=0.05, disable=False)
 
     def __str__(self) -> str:
         state = self.format_dict

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
+from llavactl.core.hook_rules import fault_location
 from llavactl.core.protocols import KINDS
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -179,13 +180,13 @@ def registry() -> Registry:
                 plugin: str = plugin,
             ) -> None:
                 with plugins.isolated(plugin):
-                    if ":" not in target:
+                    if not isinstance(target, str) or ":" not in target:
                         raise PluginError(
                             f"plugin {plugin}: {kind_label(kind)} {name!r}: expected module:attr, got {target!r}"
                         )
                     filled.add(Registration(kind, name, target, options, summary, plugin))
 
-            with plugins.isolated(plugin), stdout_to_stderr():
+            with plugins.isolated(plugin, f"register_{kind}"), stdout_to_stderr():
                 implementation(register=register)
     return filled
 
@@ -199,18 +200,24 @@ def plugin_of(component: Any) -> str:
 
 
 def _import(target: str, entry: Registration) -> Any:
-    module, _, attribute = target.partition(":")
     try:
-        with stdout_to_stderr():
-            target_object: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            target_object = getattr(target_object, part)
+        return import_target(target)
     except (LlavactlError, KeyboardInterrupt):
         raise
     except BaseException as error:
+        what = f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}"
+        where = fault_location(error, [plugins.root_package(target)])
         raise PluginError(
-            f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}: "
-            f"{type(error).__name__}: {error}",
+            ": ".join(filter(None, (what, where, f"{type(error).__name__}: {error}"))),
             hint=f"`llavactl plugins check {entry.plugin}` shows details",
         ) from error
+
+
+def import_target(target: str) -> Any:
+    """The object that ``target``, ``module:attr``, refers to."""
+    module, _, attribute = target.partition(":")
+    with stdout_to_stderr():
+        target_object: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        target_object = getattr(target_object, part)
     return target_object

@@ -17,6 +17,9 @@ from llavactl.core.suggest import suggest
 
 Key = str | int
 KeyPath = tuple[Key, ...]
+KeyProblem = tuple[KeyPath, str]
+"""A path in a document and what is wrong there."""
+
 Schema = Mapping[str, Any]
 
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -47,7 +50,7 @@ RENAMED = {
 
 def explain(
     error: ValidationError, model: type[BaseModel], data: Any, also: Iterable[str] = ()
-) -> Iterator[tuple[KeyPath, str]]:
+) -> Iterator[KeyProblem]:
     """The path of each invalid value in ``data``, once, with the reason.
 
     ``model`` is the model that rejected ``data``; ``also`` are valid top-level keys that it doesn't define.

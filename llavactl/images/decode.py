@@ -80,8 +80,6 @@ def decode(data: bytes) -> Image.Image:
     """
     from PIL import ImageOps
 
-    if not data:
-        raise ImageError("the file is empty")
     with _opened(io.BytesIO(data)) as image:
         image.load()
         return _rgb(ImageOps.exif_transpose(image))

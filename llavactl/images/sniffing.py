@@ -41,6 +41,8 @@ HEAD_BYTES = 1024
 
 def file_kind(start: bytes) -> str:
     """The kind of a file that begins with ``start`` and that Pillow can't read as an image."""
+    if not start:
+        return "the file is empty"
     start = start[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf")
     if start[4:8] == b"ftyp":
         brands = {

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from llavactl.core.errors import RecipeError
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import write_atomic
-from llavactl.recipe.document import content, display
+from llavactl.recipe.document import content
 from llavactl.recipe.resolve import DEFAULT, find, is_path
 
 _EXTENDS = re.compile(r"^extends:[ \t]*(['\"]?)(?P<parent>[^'\"#\n]+?)\1(?=[ \t]*(#.*)?$)", re.MULTILINE)
@@ -26,12 +27,12 @@ def copy(name: str, destination: Path | None = None, *, force: bool = False) -> 
     destination = destination or Path(DEFAULT)
     file = destination / DEFAULT if destination.is_dir() else destination
     if file.exists() and not force:
-        raise RecipeError(f"{display(file)} exists", hint="pass --force to overwrite it, or another file")
+        raise RecipeError(f"{shown_path(file)} exists", hint="pass --force to overwrite it, or another file")
     text = content(source)
     try:
         write_atomic(file, _EXTENDS.sub(lambda match: _extends(match["parent"], source.parent), text))
     except OSError as error:
-        raise RecipeError(f"{display(file)} can't be written: {error.strerror}") from error
+        raise RecipeError(f"{shown_path(file)} can't be written: {error.strerror}") from error
     return file
 
 

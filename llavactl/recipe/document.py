@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llavactl.core.errors import Problem, RecipeError
+from llavactl.core.locations import shown_path
 from llavactl.core.options import Located
 from llavactl.core.validation import Key
 
@@ -107,7 +108,7 @@ def read(file: Path, base: Path, problems: list[Problem]) -> Node:
     Raises:
         RecipeError: the file can't be read or is not a mapping.
     """
-    shown = display(file)
+    shown = shown_path(file)
     root = parse(content(file), base, lambda line: f"{shown}:{line}", problems)
     if root.value is None:
         raise _refused(shown, "the file is empty")
@@ -122,7 +123,7 @@ def content(file: Path) -> str:
     Raises:
         RecipeError: the file can't be read, is too large or is not text.
     """
-    shown = display(file)
+    shown = shown_path(file)
     try:
         if file.is_dir():
             raise _refused(shown, "expected a file, got a folder", hint=_recipes_in(file))
@@ -207,14 +208,6 @@ def write(data: Any) -> str:
     return out.getvalue()
 
 
-def display(file: Path) -> str:
-    """The path of ``file`` for messages: relative to the working directory if it is inside."""
-    try:
-        return str(file.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)
-
-
 @dataclass
 class _Builder:
     base: Path
@@ -274,7 +267,7 @@ def _scalar(tag: str, text: str) -> str | float | bool | None:
 
 def _recipes_in(folder: Path) -> str:
     files = sorted(folder.glob("*.yaml"))[:5]
-    return f"pass a file in it: {', '.join(display(file) for file in files)}" if files else ""
+    return f"pass a file in it: {', '.join(shown_path(file) for file in files)}" if files else ""
 
 
 def _refused(where: str, why: str, *, hint: str = "") -> RecipeError:

@@ -5,13 +5,15 @@ Sections are defined in ``recipe.sections``, training stages in ``recipe.stages`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from llavactl.core.options import RecipePath
+from llavactl.core.validation import KeyProblem
 from llavactl.recipe.sections import Data, Eval, Features, Generate
-from llavactl.recipe.specs import ConnectorSpec, Export, LanguageSpec, SourceSpec, VisionSpec
+from llavactl.recipe.specs import ConnectorSpec, Export, LanguageSpec, SourceSpec, VisionSpec, template_spec
 from llavactl.recipe.stages import STAGES, AnyStage, StageNumber, StageSections, TrainingStage
 from llavactl.recipe.values import FileName, Integer, Section
 
@@ -52,6 +54,9 @@ class Outline(StageSections, _Head):
         description="experiment trackers that record the metrics of training, in `run_dir` "
         "(docs/reference/training.md#trackers)",
     )
+    plugins: dict[str, dict[str, Any]] = Field(
+        {}, description="options of plugins by plugin name, for their observers and commands"
+    )
     seed: Integer = Field(0, description="random seed of initialization, data order, sampling and generated data")
     run_dir: RecipePath = Field(description="output folder of the run")
 
@@ -59,6 +64,10 @@ class Outline(StageSections, _Head):
         """The data sources of stage ``number``."""
         sources: tuple[SourceSpec, ...] = getattr(self.data, STAGES[number])
         return sources
+
+    def conflicts(self) -> Iterator[KeyProblem]:
+        """Keys that are valid, but not together with others, and the reason."""
+        yield from ()
 
     def stages_with_data(self) -> tuple[StageNumber, ...]:
         """The numbers of the stages that have data sources, in order."""
@@ -76,19 +85,16 @@ class VisionRecipe(Outline):
         image = settings.image or self.vision.image or ""
         vision: dict[str, Any] = {**self.vision.spec(), **({"image": image} if image else {})}
         template = settings.template or (self.language or LanguageSpec(name="")).template
-        spec = template if isinstance(template, str) else template.spec()
-        return TrainingStage(number, settings, self.sources(number), image, vision, spec)
+        return TrainingStage(number, settings, self.sources(number), image, vision, template_spec(template))
 
     def stages(self) -> tuple[TrainingStage, ...]:
         """All stages, in order."""
         return tuple(map(self.stage, STAGES))
 
-    @model_validator(mode="after")
-    def _image_is_an_option(self) -> VisionRecipe:
+    def conflicts(self) -> Iterator[KeyProblem]:
         for section in STAGES.values():
             if getattr(self, section).image and self.vision.image is None:
-                raise ValueError(f"{section}.image: vision encoder {self.vision.name} has no option `image`")
-        return self
+                yield (section, "image"), f"vision encoder {self.vision.name} has no option `image`"
 
 
 class Recipe(VisionRecipe):
@@ -97,12 +103,9 @@ class Recipe(VisionRecipe):
     connector: ConnectorSpec
     language: LanguageSpec
 
-    @model_validator(mode="after")
-    def _box_alignment_needs_square(self) -> Recipe:
+    def conflicts(self) -> Iterator[KeyProblem]:
+        yield from super().conflicts()
         for stage in self.stages():
             if stage.settings.box_alignment_steps and stage.image != "square":
-                raise ValueError(
-                    f"{STAGES[stage.number]}.box_alignment_steps needs `vision.image: square`: boxes are fractions of "
-                    "the image, which padding would shift"
-                )
-        return self
+                why = "needs `vision.image: square`: boxes are fractions of the image, which padding would shift"
+                yield (STAGES[stage.number], "box_alignment_steps"), why

@@ -9,7 +9,7 @@ options models, so a loaded recipe has absolute paths and all defaults; the comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,7 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
 from llavactl.core.registry import registry
-from llavactl.core.validation import KeyPath, explain
+from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.resolve import RecipeSource, document, masked, overridden, sentence
@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
 """Recipe keys that name a template."""
-
-KeyProblem = tuple[KeyPath, str]
-"""A path in the recipe and what is wrong there."""
 
 RawComponent = tuple[KeyPath, type[Component], dict[str, Any]]
 """A component before validation: its path, its class in the frame and its mapping."""
@@ -51,24 +48,43 @@ def load_recipe(source: RecipeSource = None, overrides: Sequence[str] = ()) -> R
 
 def load_frame(frame: type[F], source: RecipeSource = None, overrides: Sequence[str] = ()) -> F:
     """Like ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
+    recipe, problems = _valid_part(frame, source, overrides)
+    if recipe is None or problems:
+        raise RecipeError.from_problems(problems)
+    return recipe
+
+
+def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[str]) -> tuple[F | None, list[Problem]]:
+    """The recipe, and its problems by line. Sections with problems have their defaults; None if one is required.
+
+    Raises:
+        RecipeError: the recipe can't be read at all.
+    """
     root, location, problems = document(source, overrides)
     log.debug("recipe %s, overrides: %s", location.file, masked(" ".join(overrides)) or "none")
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
-    found = [*_resolve_components(data), *_resolve_templates(data)]
+    found = [*_resolve_components(data), *_resolve_templates(data), *_resolve_plugins(data)]
     fullest: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
     frame = fullest if issubclass(fullest, frame) else frame
-    try:
-        recipe = frame.model_validate(data)
-    except ValidationError as error:
-        recipe = None
-        found += explain(error, frame, data)
+    recipe, invalid = _validated(frame, data)
+    found += invalid
+    if found:
+        faulty = {key for path, _ in found for key in path[:1]}
+        recipe, _ = _validated(frame, {key: value for key, value in data.items() if key not in faulty})
+    if recipe is not None:
+        found += recipe.conflicts()
     problems += _with_origin(found, root)
     if recipe is not None and not problems:
         problems += _plugin_problems(recipe, root)
-    if recipe is None or problems:
-        raise RecipeError.from_problems(sorted(dict.fromkeys(problems), key=_by_line))
-    return recipe
+    return recipe, by_line(problems)
+
+
+def _validated(frame: type[F], data: dict[str, Any]) -> tuple[F | None, list[KeyProblem]]:
+    try:
+        return frame.model_validate(data), []
+    except ValidationError as error:
+        return None, list(explain(error, frame, data))
 
 
 def _required(frame: type[Outline]) -> set[str]:
@@ -99,12 +115,19 @@ def load_eval(overrides: Sequence[str]) -> Eval:
 
 def check(source: RecipeSource = None, overrides: Sequence[str] = ()) -> list[Problem]:
     """All problems of a recipe; empty if it loads. A recipe that only generates data needs no model."""
+    return valid_part(source, overrides)[1]
+
+
+def valid_part(source: RecipeSource, overrides: Sequence[str] = ()) -> tuple[Outline | None, list[Problem]]:
+    """The recipe with the defaults of sections that have problems, and all problems as in ``check``.
+
+    None if a section without default has a problem. It is for finding further problems, not for use.
+    """
     try:
         frame = Outline if _only_generates(source, overrides) else Recipe
-        load_frame(frame, source, overrides)
+        return _valid_part(frame, source, overrides)
     except RecipeError as error:
-        return list(error.problems) or [Problem(str(source or "recipe"), "", sentence(error))]
-    return []
+        return None, list(error.problems) or [Problem(str(source or "recipe"), "", sentence(error))]
 
 
 def where(key: str, why: str, source: RecipeSource, overrides: Sequence[str]) -> str:
@@ -178,11 +201,31 @@ def _resolve_templates(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
                 values[key] = {"name": name, **defaults} if defaults else name
 
 
+def _resolve_plugins(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
+    """Validates the section ``plugins`` and adds the defaults of the plugins' options to it."""
+    sections = data.get("plugins")
+    for name, section in sections.items() if isinstance(sections, dict) else ():
+        if not isinstance(section, dict):
+            continue  # reported by the frame
+        path = ("plugins", name)
+        try:
+            plugins.check_loaded(name)
+            if (model := plugins.options_model(name)) is not None:
+                section.update(model.model_validate(dict(section)).model_dump(mode="json"))
+            elif section:
+                yield path, f"plugin {name} has no options"
+        except LlavactlError as error:
+            yield path, sentence(error)
+        except ValidationError as error:
+            assert model is not None
+            yield from (((*path, *key), why) for key, why in explain(error, model, section))
+
+
 def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:
     """The problems that plugins report (hook ``check_recipe``); those without an origin get that of their key."""
     document = recipe.model_dump(mode="json")
     for plugin, implementation in plugins.implementations("check_recipe"):
-        with plugins.isolated(plugin):
+        with plugins.isolated(plugin, "check_recipe"):
             for problem in implementation(recipe=document) or ():
                 where = problem.where or origin_of(root, _keys(problem.key), problem.why)
                 yield Problem(where, problem.key, problem.why)
@@ -199,8 +242,12 @@ def _with_origin(found: Sequence[KeyProblem], root: Node) -> Iterator[Problem]:
         yield Problem(origin_of(root, path, why), ".".join(map(str, path)), why)
 
 
-def _by_line(problem: Problem) -> tuple[bool, str, int, str]:
-    """Sorts by file and line; overrides come last."""
+def by_line(problems: Iterable[Problem]) -> list[Problem]:
+    """The distinct ``problems``, by file and line; those of overrides come last."""
+    return sorted(dict.fromkeys(problems), key=_line)
+
+
+def _line(problem: Problem) -> tuple[bool, str, int, str]:
     override = is_override(problem.where)
     file, _, line = problem.where.rpartition(":")
     if override or not line.isdecimal():

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import expand_user
 from llavactl.core.registry import registry
-from llavactl.recipe.document import Node, display, merge, parse, put, read
+from llavactl.recipe.document import Node, merge, parse, put, read
 
 DEFAULT = "recipe.yaml"
 
@@ -91,7 +92,7 @@ def _with_parents(location: RecipeLocation, problems: list[Problem], children: t
     try:
         parent = _parent(extends.value, location)
         if parent.file.resolve() in [file.resolve() for file in chain]:
-            raise RecipeError(f"extends itself: {' → '.join(display(file) for file in (*chain, parent.file))}")
+            raise RecipeError(f"extends itself: {' → '.join(shown_path(file) for file in (*chain, parent.file))}")
     except RecipeError as error:
         problem = Problem(extends.where, "extends", sentence(error))
         raise RecipeError.from_problems([*problems, problem]) from error
@@ -109,7 +110,7 @@ def _parent(extends: object, child: RecipeLocation) -> RecipeLocation:
         return RecipeLocation(_registered(extends), child.base)
     file = Path(child.file.parent, expand_user(extends))
     if not file.is_file():
-        raise RecipeError(f"recipe file {display(file)} not found")
+        raise RecipeError(f"recipe file {shown_path(file)} not found")
     return RecipeLocation(file, file.parent if child.base == child.file.parent else child.base)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from pydantic import BaseModel
 
 from llavactl.core import plugins
 from llavactl.core.registry import Registration, registry
@@ -21,6 +24,10 @@ def schema() -> dict[str, Any]:
     for spec in kinds:
         if spec.__name__ in definitions:
             definitions[spec.__name__] = _choice(spec, definitions[spec.__name__], definitions)
+    recipe["properties"]["plugins"] |= {
+        "properties": dict(_plugin_sections(definitions)),
+        "additionalProperties": False,
+    }
     required = [key for key in recipe.pop("required") if key != "run_dir"]
     recipe["properties"]["extends"] = {"type": "string", "description": "parent recipe: a name or a path"}
     return {
@@ -39,13 +46,26 @@ def _choice(spec: type[Component], shared: dict[str, Any], definitions: dict[str
     return {"title": spec.kind, "type": "object", "oneOf": options}
 
 
+def _plugin_sections(definitions: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The schema of every plugin's section in ``plugins``."""
+    for name, _ in plugins.implementations("plugin_options"):
+        with plugins.isolated(name, "plugin_options"):
+            if (model := plugins.options_model(name)) is not None:
+                yield name, _own_schema(model, f"plugins.{name}", definitions)
+
+
+def _own_schema(model: type[BaseModel], where: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of ``model``; its definitions are added to ``definitions`` with the prefix ``where``."""
+    own = model.model_json_schema(ref_template=f"#/$defs/{where}.{{model}}")
+    for name, definition in own.pop("$defs", {}).items():
+        definitions[f"{where}.{name}"] = definition
+    return own
+
+
 def _component(
     entry: Registration, spec: type[Component], shared: dict[str, Any], definitions: dict[str, Any]
 ) -> dict[str, Any]:
-    where = f"{entry.kind}.{entry.name}"
-    own = entry.options_model().model_json_schema(ref_template=f"#/$defs/{where}.{{model}}")
-    for name, definition in own.get("$defs", {}).items():
-        definitions[f"{where}.{name}"] = definition
+    own = _own_schema(entry.options_model(), f"{entry.kind}.{entry.name}", definitions)
     return {
         "title": entry.name,
         "description": entry.summary,

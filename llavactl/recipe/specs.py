@@ -63,6 +63,11 @@ class TemplateSpec(Spec):
     kind = "templates"
 
 
+def template_spec(template: str | TemplateSpec) -> str | dict[str, Any]:
+    """The argument of ``Registry.create`` for ``template``."""
+    return template if isinstance(template, str) else template.spec()
+
+
 class LanguageSpec(Spec):
     """A language model and its conversation template."""
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 from llavactl.core.paths import write_atomic
 from llavactl.core.processes import is_main_process
 from llavactl.files.eval_result import read_eval_result
+from llavactl.model.folder import PREVIEW
 from llavactl.report.figures import MISSING, Row, Table, duration, score_tables, show
 from llavactl.report.inputs import read_document, read_objects, read_recipe
 from llavactl.report.optional import optional_output
@@ -31,9 +32,6 @@ TIMES = "times.json"
 
 REFRESH_SECONDS = 20
 """The browser reloads the page of a run that this process continues."""
-
-PREVIEW = "preview"
-"""The folder, in that of a stage, with the answers of its previews."""
 
 SHOWN_SKIPPED = 20
 SHOWN_EVALUATIONS = 5

@@ -16,8 +16,8 @@ from typing import Annotated, TypeVar, get_args
 from pydantic import Field
 
 from llavactl.core.errors import DataError, Problem, RecipeError
+from llavactl.core.locations import shown_path
 from llavactl.core.schema import Sample
-from llavactl.recipe.document import display
 from llavactl.teaching import yaml_files
 from llavactl.teaching.replies import Kind, parse_turns
 
@@ -130,7 +130,7 @@ def _load_prompt(file: Path, kind: Kind) -> Prompt:
         try:
             parse_turns(kind, example.reply, "", ("",))
         except DataError as error:
-            problems.append(Problem(display(file), f"examples.{index}.reply", error.message))
+            problems.append(Problem(shown_path(file), f"examples.{index}.reply", error.message))
     if problems:
         raise RecipeError.from_problems(problems)
     return prompt

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llavactl.core import plugin_files, plugins
+
 
 @dataclass(frozen=True)
 class Result:
@@ -30,7 +32,7 @@ def run_cli(*arguments: str, cwd: Path | None = None, stdin: str = "") -> Result
     from llavactl.cli import run_command
 
     out, err = io.StringIO(), io.StringIO()
-    before, argv, real_in = Path.cwd(), sys.argv, sys.stdin
+    before, argv, real_in, files = Path.cwd(), sys.argv, sys.stdin, os.environ.get(plugin_files.VARIABLE)
     try:
         if cwd is not None:
             os.chdir(cwd)
@@ -40,4 +42,8 @@ def run_cli(*arguments: str, cwd: Path | None = None, stdin: str = "") -> Result
     finally:
         os.chdir(before)
         sys.argv, sys.stdin = argv, real_in
+        if os.environ.get(plugin_files.VARIABLE) != files:  # option --plugin
+            os.environ.pop(plugin_files.VARIABLE)
+            os.environ.update({} if files is None else {plugin_files.VARIABLE: files})
+            plugins.reload()
     return Result(code, out.getvalue(), err.getvalue())

@@ -163,16 +163,17 @@ def create_run(
         padding_reason=padding_reason,
         liger_fault=liger_fault,
         accelerator=accelerator,
-        notify=_hook_caller(stage.number, folder),
+        notify=_hook_caller(recipe, stage.number, folder),
     )
 
 
-def _hook_caller(stage: int, folder: Path) -> Observer:
-    """An observer that calls the plugins' hooks, with ``stage`` and, for ``train_started``, ``folder``."""
+def _hook_caller(recipe: Recipe, stage: int, folder: Path) -> Observer:
+    """An observer that calls the plugins' hooks with ``recipe``, ``stage`` and, for ``train_started``, ``folder``."""
+    document = recipe.model_dump(mode="json")
 
     def notify(hook: str, arguments: Mapping[str, Any]) -> None:
         extra = {"folder": folder} if hook == "train_started" else {}
-        plugins.notify(hook, stage=stage, **extra, **arguments)
+        plugins.notify(hook, recipe=document, stage=stage, **extra, **arguments)
 
     return notify
 

@@ -144,7 +144,8 @@ def _evaluate_model(
         if recipe is not None and benchmark.limit is None and not target.model.from_transformers:
             with optional_output(report_page(recipe.run_dir)):
                 write_report(recipe.run_dir)
-        plugins.notify("eval_finished", report=asdict(report))
+        document = None if recipe is None else recipe.model_dump(mode="json")
+        plugins.notify("eval_finished", recipe=document, report=asdict(report))
     processes.barrier()
     report = report or stored_result(file, digest, benchmark.protocol)
     assert report is not None

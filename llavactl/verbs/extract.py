@@ -113,7 +113,7 @@ def extract(
             hint=f"see {file} for the images and reasons",
         )
     report = replace(_final_report(report, results, started), skipped=len(skipped), skipped_file=str(file))
-    plugins.notify("extract_finished", report=asdict(report))
+    plugins.notify("extract_finished", recipe=recipe.model_dump(mode="json"), report=asdict(report))
     return report
 
 

@@ -12,8 +12,8 @@ from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLangu
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
-from llavactl.recipe.frame import Outline, Recipe
-from llavactl.recipe.load import check, load_frame, where
+from llavactl.recipe.frame import Recipe
+from llavactl.recipe.load import by_line, valid_part, where
 from llavactl.recipe.stages import STAGES
 from llavactl.training.trainable import train_only
 
@@ -31,12 +31,10 @@ Fault = tuple[str, str]
 
 
 def problems(source: RecipeSource, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``: of its keys and values, or, without these, of its components."""
-    if invalid := check(source, overrides):
-        return invalid
-    recipe = load_frame(Outline, source, overrides)
+    """Every problem of the recipe ``source``: of its keys and values, and of its components if their keys are valid."""
+    recipe, invalid = valid_part(source, overrides)
     found = faults(recipe) if isinstance(recipe, Recipe) else []
-    return [Problem(where(key, why, source, overrides), key, why) for key, why in found]
+    return by_line([*invalid, *(Problem(where(key, why, source, overrides), key, why) for key, why in found)])
 
 
 def refuse(recipe: Recipe) -> None:

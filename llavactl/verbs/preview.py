@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import json_text, write_atomic
-from llavactl.core.program import command_line, shown_path
+from llavactl.core.program import command_line
 from llavactl.core.registry import registry
 from llavactl.core.schema import Question, Turn
 from llavactl.evaluation.periodic import FixedFeatures

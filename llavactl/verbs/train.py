@@ -24,6 +24,8 @@ from llavactl.model.build import ModelBundle, connector_tokens
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
+from llavactl.recipe.specs import template_spec
+from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.report.page import refreshed, report_page, write_report
@@ -103,24 +105,10 @@ def _train(
         log.debug("%s: %s is up to date (digest %s)", folder.name, folder / "model", digest)
         return report
     _check_restore_best(training_stage, data)
-    choice = on_main(lambda: _choice(recipe, training_stage, features.shape, data.train, accelerator))
-    training_stage, placement = settled(training_stage, choice), choice.placement
-    settings = training_stage.settings
-    loading = f"loading the model on {accelerator.device}"
-    log.debug("%s: %s in precision %s", folder.name, loading, settings.precision)
-    with out_of_memory_named(folder.name, settings, placement, loading):
-        bundle = initial_model(recipe, stage, init_folder, features.shape, str(accelerator.device))
-    _check_connector(recipe, bundle, features.shape, settings.precision, str(accelerator.device))
-    _check_template_tokens(bundle, data.train)
-    evaluation = periodic_evaluation(recipe, training_stage, features, bundle, data, str(accelerator.device))
     description = model_description(recipe, stage, features, digest, init_folder)
-    shown = _preview(recipe, training_stage, features, bundle, data, description, str(accelerator.device))
-    if init_folder is not None:
-        model_folder.load_connector(bundle.model.connector, init_folder)
-    model, shape, resuming = bundle.model, features.shape, resume == "auto"
-    with out_of_memory_named(folder.name, settings, placement, loading):
-        run = create_run(recipe, training_stage, model, shape, data, digest, accelerator, placement, resume=resuming)
-    run = replace(run, evaluation=evaluation, preview=shown)
+    run, bundle = _loaded_run(
+        recipe, training_stage, features, data, description, init_folder, accelerator, resume=resume == "auto"
+    )
     with ExitStack() as stack:
 
         def begin() -> None:
@@ -132,6 +120,41 @@ def _train(
 
         on_main(begin)
         return _train_and_save(recipe, run, bundle, data, description)
+
+
+def _loaded_run(
+    recipe: Recipe,
+    stage: TrainingStage,
+    features: FeatureReader,
+    data: DataSplit,
+    description: Mapping[str, Any],
+    init_folder: Path | None,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> tuple[Run, ModelBundle]:
+    """The run of ``stage`` and its model, loaded on the devices, with evaluation and previews; nothing is written.
+
+    Raises:
+        LlavactlError: the model doesn't fit on the devices, or its parts don't fit together.
+    """
+    choice = on_main(lambda: _choice(recipe, stage, features.shape, data.train, accelerator))
+    stage, placement = settled(stage, choice), choice.placement
+    name, settings, shape, device = STAGES[stage.number], stage.settings, features.shape, str(accelerator.device)
+    loading = f"loading the model on {device}"
+    log.debug("%s: %s in precision %s", name, loading, settings.precision)
+    with out_of_memory_named(name, settings, placement, loading):
+        bundle = initial_model(recipe, stage.number, init_folder, shape, device)
+    _check_connector(recipe, bundle, shape, settings.precision, device)
+    _check_template_tokens(bundle, data.train)
+    evaluation = periodic_evaluation(recipe, stage, features, bundle, data, device)
+    shown = _preview(recipe, stage, features, bundle, data, description, device)
+    if init_folder is not None:
+        model_folder.load_connector(bundle.model.connector, init_folder)
+    digest = description["digest"]
+    with out_of_memory_named(name, settings, placement, loading):
+        run = create_run(recipe, stage, bundle.model, shape, data, digest, accelerator, placement, resume=resume)
+    return replace(run, evaluation=evaluation, preview=shown), bundle
 
 
 def _check_requirements(stage: TrainingStage) -> None:
@@ -223,8 +246,7 @@ def _preview(
     device: str,
 ) -> AnswerPreview | None:
     """The preview of ``stage``, with the language model's template: that of stage 1, ``plain``, omits questions."""
-    template = recipe.language.template
-    spec = template if isinstance(template, str) else template.spec()
+    spec = template_spec(recipe.language.template)
     chatting = {**description, "template": spec}
     encoding = replace(data.train.encoding, template=registry().create("templates", spec), max_length=None)
     return preview(
@@ -263,7 +285,7 @@ def _train_and_save(
             write_report(recipe.run_dir)
     run.accelerator.wait_for_everyone()
     if main:
-        plugins.notify("train_finished", report=asdict(report))
+        plugins.notify("train_finished", recipe=recipe.model_dump(mode="json"), report=asdict(report))
     return report
 
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import shlex
 import subprocess
 import sys
@@ -125,6 +126,28 @@ def test_the_help_shows_examples_and_sections() -> None:
     assert "\nExamples:\n  llavactl train --stage 1\n" in shown
     sections = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["Options:", "Recipe options:", "General options:", "Examples:"]
+
+
+@pytest.mark.parametrize("columns", [24, 40, 60])
+@pytest.mark.parametrize(
+    "path", [(), *((name,) for name in COMMANDS), ("data", "check"), ("recipes", "check")], ids=" ".join
+)
+def test_the_help_fits_a_narrow_terminal(path: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a word, or an option with its value in an example, may be longer than a line."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    before, _, examples = run_cli(*path, "--help").stdout.partition("\nExamples:\n")
+    monkeypatch.setenv("COLUMNS", "80")
+    wide, _, wide_examples = run_cli(*path, "--help").stdout.partition("\nExamples:\n")
+    assert "".join(before.split()) == "".join(wide.split()), "the same text"
+    for line in before.splitlines():
+        assert len(line) <= columns or re.fullmatch(r" *(-\w, )?\S+( \S+)?", line), line
+        assert line == line.rstrip()
+    assert [line for line in before.splitlines() if line and line[0] != " " and not line.endswith(":")] == [
+        line for line in before.splitlines() if line.startswith("Usage: ")
+    ], "wrapped lines are indented"
+    assert all(len(line) <= columns or len(shlex.split(line.removesuffix("\\"))) <= 2 for line in examples.splitlines())
+    joined = examples.replace("\\\n", " ").splitlines()
+    assert [shlex.split(line) for line in joined] == [shlex.split(line) for line in wide_examples.splitlines()]
 
 
 @pytest.mark.parametrize("name", ["data", "cache", "recipes", "plugins"])

@@ -24,11 +24,14 @@ COLOR = re.compile(r"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m")
 BOX = "│─┃━╭╰┌└"
 PROGRAM = [sys.executable, "-m", "llavactl.cli"]
 INHERITED = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES")
+BAR_VARIABLES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Set by commands that ran in this process."""
+
 LINES = 40
 
 
 def environment(**variables: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    inherited = {name: value for name, value in os.environ.items() if name not in INHERITED + BAR_VARIABLES}
     return {**inherited, "TERM": "xterm-256color", **variables}
 
 
@@ -323,3 +326,44 @@ def test_without_a_terminal_progress_is_complete_lines(how: str, tmp_path: Path)
     assert last.startswith("llavactl: stage1: 40 of 40 steps, ")
     assert all(", loss 1." in line and ", memory " in line for line in (first, last))
     assert end == "the end"
+
+
+BARS_PLUGIN = """
+import click
+from llavactl import hookimpl
+
+@click.command()
+def bars():
+    \"\"\"Show the progress bars of libraries.\"\"\"
+    import huggingface_hub.utils, tqdm, tqdm.auto, transformers.utils.logging
+    for module in (tqdm, tqdm.auto, transformers.utils.logging, huggingface_hub.utils):
+        list(module.tqdm(range(3), desc="A " + module.__name__))
+
+@hookimpl
+def register_commands(register):
+    register("bars", "bars_plugin:bars", summary="Show the progress bars of libraries.")
+"""
+
+
+@pytest.fixture
+def bars_plugin(tmp_path: Path) -> dict[str, str]:
+    """Variables that install a plugin whose command shows progress bars as libraries do."""
+    info = tmp_path / "bars_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bars-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llavactl]\nbars = bars_plugin\n")
+    (tmp_path / "bars_plugin.py").write_text(BARS_PLUGIN)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    return {"PYTHONPATH": path, "LLAVACTL_PLUGINS": "bars"}
+
+
+def test_bars_of_libraries_are_shown_on_terminals_only_and_not_with_quiet(
+    bars_plugin: dict[str, str], tmp_path: Path
+) -> None:
+    code, shown = on_terminal("bars", cwd=tmp_path, **bars_plugin)
+    assert code == 0, shown
+    assert "A tqdm" in shown
+    done = piped("bars", cwd=tmp_path, **bars_plugin)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    code, shown = on_terminal("-q", "bars", cwd=tmp_path, **bars_plugin)
+    assert (code, shown) == (0, "")

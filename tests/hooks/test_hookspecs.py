@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from llavactl.core import errors, hookspecs, plugins
+from llavactl.core import errors, hookspecs, plugins, registry
 from llavactl.core.protocols import KINDS
 
 ROOT = Path(hookspecs.__file__).parents[1]
@@ -30,7 +30,7 @@ def test_hooks_have_docstrings_and_types(name: str) -> None:
     doc = inspect.getdoc(HOOKS[name])
     assert doc
     assert doc.endswith(".")
-    hints = get_type_hints(HOOKS[name], {**vars(hookspecs), **vars(errors)})
+    hints = get_type_hints(HOOKS[name], {**vars(hookspecs), **vars(errors), **vars(registry)})
     assert set(hints) == {*inspect.signature(HOOKS[name]).parameters, "return"}
 
 
@@ -54,8 +54,6 @@ def test_only_hooks_are_called() -> None:
 
 
 def test_the_registry_calls_every_register_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llavactl.core import registry
-
     calls: list[str] = []
 
     def implementations(hook: str) -> list[Any]:

@@ -67,7 +67,10 @@ class TestBroken:
         assert "SystemExit: 3" in listed["bad_exit"]["error"]
         assert "no_such_package_anywhere" in listed["bad_import"]["error"]
         assert "registr" in listed["bad_signature"]["error"]
-        assert listed["bad_raises"]["error"] == "plugin bad_raises: RuntimeError: two lines"
+        raised = "bad_raises_plugin/__init__.py:5"
+        assert (
+            listed["bad_raises"]["error"] == f"plugin bad_raises: register_vision ({raised}): RuntimeError: two lines"
+        )
 
     @pytest.mark.parametrize("how", ["exit", "signature", "raises", "target"])
     def test_strict_mode_raises(self, site: Any, how: str) -> None:
@@ -399,15 +402,15 @@ print("done")
     done = site.python(program)
     assert done.stdout == "done\n"
     assert lines(done.stderr) == [
-        "plugin watch: ValueError: no twos",
-        "plugin zulu: ValueError: nothing",
-        "plugin watch: SystemExit: 9",
-        "plugin zulu: SystemExit: 9",
+        "plugin watch: train_logged (watch_plugin/__init__.py:9): ValueError: no twos",
+        "plugin zulu: train_logged (zulu_plugin/__init__.py:9): ValueError: nothing",
+        "plugin watch: train_finished (watch_plugin/__init__.py:15): SystemExit: 9",
+        "plugin zulu: train_finished (zulu_plugin/__init__.py:15): SystemExit: 9",
     ]
     for name in ("seen.txt", "zulu.txt"):
         assert Path(site.folder, name).read_text() == "1\n3\n"
     strict = site.python(program, code=1, LLAVACTL_STRICT_PLUGINS="1")
-    assert "PluginError: plugin watch: ValueError: no twos" in strict.stderr
+    assert "PluginError: plugin watch: train_logged" in strict.stderr
 
 
 def test_an_unusable_home_is_ignored(site: Any) -> None:

@@ -136,9 +136,14 @@ def test_equal_to_transformers_load_image(tmp_path: Path) -> None:
     ],
     ids=["empty", "html", "stump", "cut jpeg", "cut png", "postscript"],
 )
-def test_a_broken_file_has_a_short_deterministic_reason(data: bytes, reason: str) -> None:
+def test_a_broken_file_has_a_short_deterministic_reason(data: bytes, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=reason) as caught:
         decode(data)
+    (tmp_path / "a.jpg").write_bytes(data)
+    for whole in (False, True):
+        with pytest.raises(ImageError) as inspected:
+            inspect(image_in(str(tmp_path), "a.jpg"), whole=whole)
+        assert inspected.value.reason == caught.value.reason, "`data check` and `extract` give the same reason"
     assert isinstance(caught.value, DataError)
     assert len(caught.value.reason) <= 200
     assert "0x" not in caught.value.reason, "a memory address would differ each time"

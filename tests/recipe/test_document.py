@@ -171,11 +171,6 @@ class TestFiles:
         (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbfname: x\n")
         assert read(tmp_path / "recipe.yaml", tmp_path, []).plain() == {"name": "x"}
 
-    def test_files_are_displayed_relative(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert document.display(tmp_path / "a/b.yaml") == "a/b.yaml"
-        assert document.display(Path("/elsewhere/b.yaml")) == "/elsewhere/b.yaml"
-
 
 # ruamel.yaml writes NEL (U+0085) unescaped, but reads it as a line break.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x85"))

@@ -290,7 +290,7 @@ run_dir: 3
             ("stage2.restore_best=vqa.accuracy", "stage2"),
             ("stage2.micro_batch_size=3", "stage2"),
             ("stage1.warmup=0.9", "stage1"),
-            ("stage1.box_alignment_steps=4", ""),
+            ("stage1.box_alignment_steps=4", "stage1.box_alignment_steps"),
         ],
     )
     def test_a_section_that_an_override_made_invalid_names_the_override(self, override: str, key: str) -> None:

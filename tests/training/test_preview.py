@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llavactl.core.errors import DataError
 from llavactl.core.schema import Question, Turn
+from llavactl.evaluation.periodic import FixedFeatures
 from llavactl.images.image_file import ImageFile
 from llavactl.model.folder import latest_model, newest_preview
 from llavactl.recipe.load import load_recipe
@@ -105,6 +107,21 @@ def test_questions_that_cannot_be_read_are_a_warning(toy: Path) -> None:
     result = train(toy, "shown", PREVIEW, broken, "stage2.max_steps=2")
     assert "stage2: no previews: " in result.stderr
     assert previews(toy / "shown") == {}
+
+
+@pytest.mark.parametrize("error", [ValueError("no features"), SystemExit(3), DataError("no features")], ids=repr)
+def test_any_exception_while_a_preview_is_prepared_is_a_warning(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FixedFeatures, "__init__", fail)
+    result = train(toy, "shown", PREVIEW, TASK, "stage2.max_steps=2")
+    (warning,) = (line for line in result.stderr.splitlines() if "stage2: no previews: " in line)
+    assert warning.endswith(str(error))
+    assert previews(toy / "shown") == {}
+    assert (toy / "shown/stage2/model").is_dir()
 
 
 def test_stage_1_is_asked_questions(toy: Path) -> None:

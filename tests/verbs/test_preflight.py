@@ -64,6 +64,28 @@ def test_a_valid_recipe_has_no_problems(toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("stage1.box_alignment_steps=3", "stage1.box_alignment_steps"),  # needs square images
+        ("stage2.epocs=2", "stage2.epocs"),
+        ("stage1.template=unknown", "stage1.template"),
+        ("data.stage1=[{name: unknown}]", "data.stage1.0.name"),
+        ("extra=1", "extra"),
+    ],
+)
+def test_a_problem_of_another_section_does_not_hide_those_of_components(toy: Path, override: str, key: str) -> None:
+    connector = "connector={name: cell-words, cell: 2, words: 2, hidden: 16}"
+    assert problems(toy, connector) == []
+    found = problems(toy, connector, "vision.select=cls-patch", override)
+    assert {each["key"] for each in found} == {"connector", key}
+    assert all(each["where"].startswith("-o") for each in found)
+
+
+def test_components_with_invalid_options_are_not_checked_with_others(toy: Path) -> None:
+    assert [each["key"] for each in problems(toy, "vision.lyer=1", "connector={name: wide}")] == ["vision.lyer"]
+
+
+@pytest.mark.parametrize(
     ("override", "key", "term"),
     [
         ("connector={name: wide}", "connector", "otherplugin"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_files import check_files, weight_files
@@ -78,7 +77,6 @@ def unexpected_tensors(model_class: Any, model: str, **load_options: Any) -> lis
     Raises:
         ModelError: tensors are missing or have another shape, or the checkpoint can't be read.
     """
-    progress.quiet_transformers()
     with loading("checkpoint", model, weights=True):
         loaded, info = model_class.from_pretrained(
             model, device_map="meta", output_loading_info=True, trust_remote_code=False, **load_options

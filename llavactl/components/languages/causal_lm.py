@@ -12,7 +12,6 @@ from pydantic import Field
 from llavactl.components.languages import four_bits
 from llavactl.components.languages.linear_head import logits_fault
 from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
-from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import loading
 from llavactl.core.model_check import LANGUAGE, check_model
@@ -97,7 +96,6 @@ class TransformersLanguage:
         import torch
         from transformers import AutoModelForCausalLM
 
-        progress.quiet_transformers()
         self.check()
         with loading(LANGUAGE, self.options.model, _HINT, weights=True):
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from llavactl.components.vision.pretrained import CHECKPOINT_PREFIX, HINT, LABEL
-from llavactl.core import progress
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import loading, out_of_memory, reason
 from llavactl.core.schema import FeatureShape
@@ -213,7 +212,6 @@ def load_full_model(vision: TransformersVision) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    progress.quiet_transformers()
     nested_options: dict[str, Any] = {}
     vision.check()
     with loading(LABEL, vision.options.model, HINT, weights=True):

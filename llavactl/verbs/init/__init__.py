@@ -12,10 +12,10 @@ from typing import Any
 
 from llavactl.core.devices import available_devices
 from llavactl.core.errors import Problem, RecipeError
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import expand_user, json_text, write_atomic
 from llavactl.core.quantities import gigabytes
 from llavactl.curation.recognize import RecognizedData, recognize
-from llavactl.recipe.document import display
 from llavactl.recipe.resolve import DEFAULT
 from llavactl.recipe.schema import schema
 from llavactl.recipe.stages import STAGES
@@ -160,9 +160,9 @@ def _destination(to: Path | None, *, replace_existing: bool) -> Path:
     if file.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{file}: expected the suffix .yaml", hint="the name of a recipe file ends with .yaml")
     if not file.absolute().parent.is_dir():
-        raise RecipeError(f"{display(file.parent)}: no such folder", hint="create the folder of the recipe first")
+        raise RecipeError(f"{shown_path(file.parent)}: no such folder", hint="create the folder of the recipe first")
     if file.exists() and not replace_existing:
-        raise RecipeError(f"{display(file)} exists", hint="pass --force to overwrite it, or --to another file")
+        raise RecipeError(f"{shown_path(file)} exists", hint="pass --force to overwrite it, or --to another file")
     return file
 
 
@@ -170,7 +170,7 @@ def _write(file: Path, text: str) -> None:
     try:
         write_atomic(file, text)
     except OSError as error:
-        raise RecipeError(f"{display(file)} can't be written: {error.strerror}") from error
+        raise RecipeError(f"{shown_path(file)} can't be written: {error.strerror}") from error
 
 
 def _name(data: str) -> str:
@@ -236,10 +236,10 @@ def _checked(text: str, facts: RecipeFacts, file: Path, device_memory: int | Non
         RecipeError: it would find problems.
     """
     with recipe_location(text, facts) as location:
-        shown = display(location.file)
+        shown = shown_path(location.file)
         found = problems(location)
         if found:
-            moved = [Problem(each.where.replace(shown, display(file)), each.key, each.why) for each in found]
+            moved = [Problem(each.where.replace(shown, shown_path(file)), each.key, each.why) for each in found]
             raise RecipeError.from_problems(moved, hint="nothing was written; choose other models or data")
         return recipe_warnings(location, (), device_memory, devices)
 
