@@ -29,7 +29,7 @@ Value = TypeVar("Value")
         "llavactl init",
         "llavactl init --data photos/",
         "llavactl init --data captions.json --data instruct.json --images coco/",
-        "llavactl init --data photos/ --vision models/clip --device-memory 24GB --devices 8",
+        "llavactl init --data photos/ --device-memory 24GB --devices 8",
     ],
 )
 @click.option(
