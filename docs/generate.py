@@ -15,7 +15,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,11 +124,24 @@ def kinds() -> Iterator[str]:
         for _, each in inspect.getmembers(protocols, inspect.isclass)
         if each.__module__.startswith(protocols.__name__)
     ]
+    shown: dict[type, str] = {}
     for kind, protocol in protocols.KINDS.items():
-        source = _source(protocol)
-        mentioned = [each for each in classes if each is not protocol and re.search(rf"\b{each.__name__}\b", source)]
-        sources = "\n\n\n".join([source, *map(_source, mentioned)])
+        mentioned = [each for each in _mentioned(protocol, classes) if each is not protocol]
+        new = [protocol, *(each for each in mentioned if each not in shown)]
+        sources = "\n\n\n".join(map(_source, new))
         yield f"### `{kind}`\n\n```python\n{sources}\n```\n"
+        if earlier := [each for each in mentioned if each in shown]:
+            yield f"See also {', '.join(f'[`{each.__name__}`](#{shown[each]})' for each in earlier)}.\n"
+        shown |= dict.fromkeys(new, kind)
+
+
+def _mentioned(protocol: type, classes: Sequence[type]) -> list[type]:
+    """``protocol`` and the other ``classes`` that it, or a class that it mentions, mentions."""
+    found = [protocol]
+    for each in found:  # grows
+        source = _source(each)
+        found += [other for other in classes if other not in found and re.search(rf"\b{other.__name__}\b", source)]
+    return found
 
 
 def _source(protocol: type) -> str:

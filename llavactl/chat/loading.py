@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core.errors import ModelError
@@ -44,7 +43,7 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
     log.debug("loading model %s on %s", folder, device)
     loaded = model_folder.load(folder)
     loaded.bundle.model.to(device)
-    template_component: Any = registry().create("templates", template or description["template"])
+    template_component = registry().create("templates", template or description["template"])
     return Assistant(
         loaded.bundle.model,
         Encoding(template_component, loaded.bundle.tokenizer, loaded.bundle.image_tokens),

@@ -1,6 +1,9 @@
-"""``llavactl plugins``: list and check the installed plugins."""
+"""``llavactl plugins``: list, check and create plugins."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -24,6 +27,17 @@ def command() -> None:
     """
 
 
+_timeout = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="Report a plugin whose import takes longer.",
+)
+
+
 @command.command(
     "list",
     examples=[
@@ -31,40 +45,84 @@ def command() -> None:
         "llavactl plugins list --json",
     ],
 )
+@_timeout
 @json_option
-def list_(as_json: bool) -> None:
-    """List the plugins: package, version, module and errors."""
+def list_(timeout_s: float, as_json: bool) -> None:
+    """List the plugins: package, hooks, import time and status.
+
+    Each plugin is imported in its own process, so one that hangs is reported.
+    """
     from dataclasses import asdict
 
-    from llavactl.core.plugins import installed
+    from llavactl.verbs.plugins import list_plugins
 
-    plugins = installed()
+    plugins = list_plugins(timeout_s)
     if as_json:
         output.document([asdict(plugin) for plugin in plugins])
-    else:
-        rows = [(p.name, f"{p.package} {p.version}", p.module, p.error or "ok") for p in plugins]
-        styles = {p.error: "bold red" for p in plugins if p.error} | {"ok": "green"}
-        output.table(rows, ("name", "package", "module", "status"), styles)
+        return
+    rows = [
+        (
+            plugin.name,
+            f"{plugin.package} {plugin.version}",
+            ", ".join(hook.removeprefix("register_") for hook in plugin.hooks) or "-",
+            "-" if plugin.import_s is None else f"{plugin.import_s:.2f} s",
+            plugin.error or plugin.status,
+        )
+        for plugin in plugins
+    ]
+    styles = {plugin.error: "bold red" for plugin in plugins if plugin.error} | {"ok": "green"}
+    output.table(rows, ("name", "package", "hooks", "import", "status"), styles)
 
 
 @command.command(
     examples=[
-        "llavactl plugins check llavactl",
+        "llavactl plugins check demo",
+        "llavactl plugins check ./my_plugin.py",
+        "llavactl plugins check birds -o birds.path=birds.csv --json",
     ]
 )
-@click.argument("name", shell_complete=completion.plugin_names)
+@click.argument("plugin", metavar="PLUGIN|FILE", shell_complete=completion.plugin_names)
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME.KEY=VALUE",
+    help="Set an option of a component for the check (repeatable).",
+)
+@_timeout
 @json_option
-def check(name: str, as_json: bool) -> None:
-    """Import all components of the plugin NAME and list its problems.
+def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) -> None:
+    """Check a plugin and everything that it registers.
 
-    Exit with 1 if there are any. Components with required options are checked by `llavactl.testing` in the plugin's
-    tests.
+    PLUGIN is the name of an installed plugin or of its package, FILE a single file. The checks: import, hooks, options,
+    and the rules of each kind of component. Components with required options need them, from -o or the plugin's hook
+    check_examples. Exit with 1 if a check fails. With --json, print a certificate: versions, hashes of the plugin's
+    files and all checks.
     """
+    from llavactl.core import plugin_files, plugins
     from llavactl.core.errors import PluginError
-    from llavactl.testing import check_plugin
+    from llavactl.verbs.plugins import check as certify
 
-    problems = check_plugin(name)
-    output.report({"plugin": name, "problems": problems}, as_json)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise PluginError(f"plugin {name}: {count}, listed above")
+    if plugin.endswith(".py"):
+        file = Path(plugin).absolute()
+        if not file.is_file():
+            raise click.BadParameter(f"{plugin} not found", param_hint="PLUGIN|FILE")
+        plugin_files.add([file])
+        plugins.reload()
+        plugin = file.stem
+    certificate = certify(plugin, options, timeout_s)
+    if as_json:
+        output.document(certificate)
+    else:
+        results = {True: "ok", False: "failed", None: "skipped"}
+        rows = [
+            (each.kind, each.name, each.check, ": ".join(filter(None, (results[each.ok], each.problem))))
+            for each in certificate.checks
+        ]
+        styles = {row[-1]: "bold red" for row, each in zip(rows, certificate.checks, strict=True) if each.ok is False}
+        output.table(rows, ("kind", "name", "check", "result"), styles | {"ok": "green"})
+    if not certificate.ok:
+        failed = sum(each.ok is False for each in certificate.checks)
+        count = "1 check failed" if failed == 1 else f"{failed} checks failed"
+        raise PluginError(f"plugin {certificate.plugin}: {count}, listed above")

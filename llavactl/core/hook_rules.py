@@ -10,7 +10,7 @@ from typing import Any
 
 import pluggy
 
-from llavactl.core.program import shown_path
+from llavactl.core.locations import shown_path
 from llavactl.core.suggest import suggest
 
 MARK = "llavactl_impl"

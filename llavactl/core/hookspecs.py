@@ -29,10 +29,14 @@ hookimpl = pluggy.HookimplMarker("llavactl")
 
 
 class Register(Protocol):
-    """``register(name, "module:attr", options="module:Options", summary="…")``."""
+    """The function ``register(name, "module:attr", options="module:Options", summary="…")`` that hooks are given."""
 
     def __call__(self, name: str, target: str, *, options: str | None = None, summary: str = "") -> None:
-        """Registers ``target`` as ``name``. ``options`` is an ``Options`` subclass; None: no options."""
+        """Registers ``target`` as ``name``.
+
+        ``options`` is a subclass of ``llavactl.Options``. None: the class ``Options`` nested in the target, which is
+        imported when the options are needed, not before; a target without one takes no options.
+        """
 
 
 @hookspec
@@ -106,6 +110,15 @@ def plugin_options() -> str | None:
     A recipe sets the options with ``plugins: {NAME: {…}}``, where NAME is the plugin's name. The model is an
     ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``;
     ``load_recipe(…).plugins`` has them with defaults.
+    """
+
+
+@hookspec
+def check_examples(folder: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]] | None:
+    """Return options with which ``llavactl plugins check`` creates components, by kind and name.
+
+    Needed for components with required options: ``{"sources": {"birds": {"path": str(folder / "birds.csv")}}}``. Files
+    that they need are written to ``folder``, which is empty and temporary.
     """
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from llavactl.core.errors import ModelError, PluginError
 from llavactl.core.hashes import hash_file, hash_folder
 from llavactl.core.model_files import local_folder
-from llavactl.core.protocols import Json
+from llavactl.core.protocols import Identifiable, Json
 from llavactl.core.registry import Registration, kind_label, registry
 
 _ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -39,11 +39,11 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
     options = registry().options(kind, spec)
     contents = {key: content_of(value) for key, value in options.model_dump(mode="json").items()}
     identity: dict[str, Json] = {"name": spec["name"], "version": entry.version, "options": contents}
-    component = entry.load()(options)
-    return {**identity, "identity": _identity(component, entry)} if hasattr(component, "identity") else identity
+    component = registry().create(kind, spec)
+    return {**identity, "identity": _identity(component, entry)} if isinstance(component, Identifiable) else identity
 
 
-def _identity(component: Any, entry: Registration) -> dict[str, Json]:
+def _identity(component: Identifiable, entry: Registration) -> dict[str, Json]:
     """``component.identity()``, after checking that it is JSON and equal on every call."""
     identities = [component.identity() for _ in range(2)]
     try:

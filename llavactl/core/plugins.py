@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs, plugin_files, program
+from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.hook_rules import accepted, fault_location, hook_problems
+from llavactl.core.locations import shown_path
 from llavactl.core.paths import cache_dir, write_json
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -130,8 +131,8 @@ def entry_points() -> tuple[metadata.EntryPoint, ...]:
     selection = os.environ.get("LLAVACTL_PLUGINS")
     if selection is None:
         return tuple(points)
-    names = {name.strip() for name in selection.split(",") if name.strip()} - {BUILTIN}
-    for missing in sorted(names - {point.name for point in points}):
+    names = {name.strip() for name in selection.split(",") if name.strip()}
+    for missing in sorted(names - {BUILTIN, *(point.name for point in points)}):
         with isolated(missing):
             raise PluginError(f"LLAVACTL_PLUGINS: plugin {missing!r} is not installed")
     for left_out in (point for point in points if plugin_files.is_file(point) and point.name not in names):
@@ -167,7 +168,7 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
             owner = "llavactl" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(
                 f"plugin name {point.name!r} is used by {owner} and again by {point.value} "
-                f"of package {_package(point)[0]}; the first is kept"
+                f"of package {package_of(point)[0]}; the first is kept"
             )
         try:
             with _stalled_import_logged(point.name):
@@ -317,7 +318,7 @@ def installed() -> list[Plugin]:
     }
     plugins = [Plugin(BUILTIN, "llavactl", __version__, "llavactl.core.builtin_plugin", tuple(sorted(hooks[BUILTIN])))]
     for point in entry_points():
-        package, version = _package(point)
+        package, version = package_of(point)
         errors = dict.fromkeys([*_errors.get(point.value, ()), *_errors.get(point.name, ())])
         loaded = tuple(sorted(hooks.get(point.name, ())))
         seconds, status = _import_s.get(point.value), "broken" if errors else "ok"
@@ -329,13 +330,18 @@ def version_of(plugin: str) -> str:
     """The package version of ``plugin``; for the built-in plugin, ``RESULTS_VERSION``."""
     if plugin == BUILTIN:
         return builtin_plugin.RESULTS_VERSION
-    return next((_package(point)[1] for point in entry_points() if point.name == plugin), "?")
+    return package_named(plugin)[1]
 
 
-def _package(point: metadata.EntryPoint) -> tuple[str, str]:
+def package_named(plugin: str) -> tuple[str, str]:
+    """The package of the plugin of this name and its version, ``?`` if they are unknown."""
+    return next((package_of(point) for point in entry_points() if point.name == plugin), ("?", "?"))
+
+
+def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     """The package of a plugin and its version; for a file, its path and a hash of its contents."""
     if file := plugin_files.file_of(point):
-        return program.shown_path(file), plugin_files.version(file)
+        return shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 

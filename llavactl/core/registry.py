@@ -9,19 +9,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.hook_rules import fault_location
-from llavactl.core.protocols import KINDS
+from llavactl.core.protocols import ALTERNATIVES, KINDS
+from llavactl.core.protocols.members import missing_members
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
 
+if TYPE_CHECKING:
+    from llavactl.core.protocols import Connector, Format, Judged, Language, Source, Task, Teacher, Template, Vision
+
 log = logging.getLogger(__name__)
+
+Spec = str | Mapping[str, Any]
+"""A component in a recipe: its name, or ``{"name": …, its options}``."""
 
 
 class Options(BaseModel):
@@ -51,8 +58,12 @@ class Registration:
         return _import(self.target, self)
 
     def options_model(self) -> type[BaseModel]:
-        """The options model; ``Options``, which has no fields, if none is registered."""
-        return Options if self.options is None else _import(self.options, self)
+        """The registered options model, else the class ``Options`` nested in the target, else one without fields."""
+        if self.options is not None:
+            model: type[BaseModel] = _import(self.options, self)
+            return model
+        nested = getattr(target, "Options", None) if isinstance(target := self.load(), type) else None
+        return nested if isinstance(nested, type) and issubclass(nested, BaseModel) else Options
 
     def parse(self, options: Mapping[str, Any]) -> BaseModel:
         """``options`` validated by the options model, with defaults added.
@@ -111,16 +122,42 @@ class Registry:
             raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=suggest(name, names))
         return names[name]
 
-    def create(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> Any:
+    @overload
+    def create(self, kind: Literal["sources"], spec: Spec, flag: str = "") -> Source: ...
+    @overload
+    def create(self, kind: Literal["vision"], spec: Spec, flag: str = "") -> Vision: ...
+    @overload
+    def create(self, kind: Literal["connectors"], spec: Spec, flag: str = "") -> Connector: ...
+    @overload
+    def create(self, kind: Literal["languages"], spec: Spec, flag: str = "") -> Language: ...
+    @overload
+    def create(self, kind: Literal["templates"], spec: Spec, flag: str = "") -> Template: ...
+    @overload
+    def create(self, kind: Literal["teachers"], spec: Spec, flag: str = "") -> Teacher: ...
+    @overload
+    def create(self, kind: Literal["tasks"], spec: Spec, flag: str = "") -> Task | Judged: ...
+    @overload
+    def create(self, kind: Literal["formats"], spec: Spec, flag: str = "") -> Format: ...
+    @overload
+    def create(self, kind: str, spec: Spec, flag: str = "") -> object: ...
+    def create(self, kind: str, spec: Spec, flag: str = "") -> object:
         """The component that ``spec`` describes; ``flag`` as in ``options``.
 
         Raises:
             RecipeError: an unknown name, an unknown option or an invalid value.
+            PluginError: the target returned something that isn't a component of this kind.
         """
         options = self.options(kind, spec, flag)
-        return self.get(kind, component_name(spec)).load()(options)
+        entry = self.get(kind, component_name(spec))
+        component: object = entry.load()(options)
+        if why := component_fault(kind, component):
+            raise PluginError(
+                f"{kind_label(kind)} {entry.name!r} of plugin {entry.plugin}: {entry.target} returned {why}",
+                hint=f"`llavactl plugins check {entry.plugin}` shows details",
+            )
+        return component
 
-    def options(self, kind: str, spec: str | Mapping[str, Any], flag: str = "") -> BaseModel:
+    def options(self, kind: str, spec: Spec, flag: str = "") -> BaseModel:
         """The validated options of the component that ``spec`` describes: a name, or {"name": …, options}.
 
         ``flag`` precedes the options in messages: ``-t `` if they are from the command line.
@@ -141,7 +178,18 @@ class Registry:
         raise RecipeError.from_problems(problems, hint=hint)
 
 
-def component_name(spec: str | Mapping[str, Any]) -> str:
+def component_fault(kind: str, component: object) -> str:
+    """What ``component`` is and lacks, if it isn't a component of ``kind``; "" if it is."""
+    expected = KINDS[kind]
+    alternative = ALTERNATIVES.get(expected, expected)
+    if isinstance(component, (expected, alternative)):
+        return ""
+    missing = min((missing_members(component, each) for each in (expected, alternative)), key=len)
+    lacks = f" (no {', '.join(missing)})" if missing and component is not None else ""
+    return f"{type(component).__name__}, expected a {expected.__name__}{lacks}"
+
+
+def component_name(spec: Spec) -> str:
     """The name in ``spec``, which is a name or {"name": …, options}."""
     return spec if isinstance(spec, str) else str(spec["name"])
 
@@ -150,7 +198,7 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def format_spec(spec: str | Mapping[str, Any]) -> str:
+def format_spec(spec: Spec) -> str:
     """The component ``spec`` in one line: its name and options."""
     if isinstance(spec, str):
         return spec
@@ -161,6 +209,17 @@ def format_spec(spec: str | Mapping[str, Any]) -> str:
 def kind_label(kind: str) -> str:
     """The name of ``kind`` in messages: ``source`` for ``sources``, ``vision backbone`` for ``vision``."""
     return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
+
+
+def _argument_fault(name: object, target: object, options: object, summary: object) -> str:
+    """The first invalid argument of ``register``; "" if all are valid."""
+    checks = (
+        ("name: expected a text", name, isinstance(name, str) and bool(name.strip())),
+        ("target: expected module:attr", target, isinstance(target, str) and ":" in target),
+        ("options: expected module:attr", options, options is None or (isinstance(options, str) and ":" in options)),
+        ("summary: expected a text", summary, isinstance(summary, str)),
+    )
+    return next((f"{what}, got {value!r:.60}" for what, value, valid in checks if not valid), "")
 
 
 @cache
@@ -180,10 +239,8 @@ def registry() -> Registry:
                 plugin: str = plugin,
             ) -> None:
                 with plugins.isolated(plugin):
-                    if not isinstance(target, str) or ":" not in target:
-                        raise PluginError(
-                            f"plugin {plugin}: {kind_label(kind)} {name!r}: expected module:attr, got {target!r}"
-                        )
+                    if why := _argument_fault(name, target, options, summary):
+                        raise PluginError(f"plugin {plugin}: {kind_label(kind)} {name!r}: {why}")
                     filled.add(Registration(kind, name, target, options, summary, plugin))
 
             with plugins.isolated(plugin, f"register_{kind}"), stdout_to_stderr():

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+"""A JSON value."""
 
 Role = Literal["system", "user", "assistant"]
+"""The role of a turn."""
 _ROLES = get_args(Role)
 
 IMAGE_TOKEN = -200
@@ -58,6 +60,7 @@ class ImageRef(Protocol):
 
 
 Content = str | ImageRef
+"""A part of a turn: text or an image."""
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -148,6 +151,7 @@ class ImageSlot:
 
 
 Segment = Text | ImageSlot
+"""A part of a rendered conversation."""
 
 
 @dataclass(frozen=True)

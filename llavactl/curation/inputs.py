@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
-from llavactl.core.protocols import RecordSource, RepairingSource
+from llavactl.core.protocols import Checkable, RecordSource, RepairingSource
 from llavactl.core.quantities import BYTE
 from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
@@ -72,7 +72,8 @@ def file_source(file: Path, images: str | Path | None = None, *, follow_links: b
     require_file(file)
     images = images if images is not None else file.parent
     spec = {"name": FILE_SOURCE, "path": file, "images": images, "follow_links": follow_links}
-    source: RecordSource = registry().create("sources", spec)
+    source = registry().create("sources", spec)
+    assert isinstance(source, RecordSource)
     return source
 
 
@@ -96,8 +97,8 @@ def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
 def _record_input(name: str, source: RecordSource, stage: StageNumber) -> Input:
     if not source.path.is_dir():
         require_file(source.path)
-    if check := getattr(source, "check", None):
-        check()
+    if isinstance(source, Checkable):
+        source.check()
     return Input(name, stage, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
 
 

@@ -12,7 +12,7 @@ from llavactl.components.sources.image_folder.listing import is_image, listing
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.locations import is_url
 from llavactl.core.paths import expand_user
-from llavactl.core.protocols import RecordSource
+from llavactl.core.protocols import Checkable, RecordSource, Source
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.files.json_stream import read_stream
@@ -74,8 +74,8 @@ def recognize(data: str, images: str | None = None, options: Mapping[str, Any] |
     parsed = {"name": spec["name"], **registry().options("sources", spec).model_dump(mode="json")}
     spec = {key: parsed[key] for key in spec}  # with absolute paths
     source = registry().create("sources", spec)
-    if check := getattr(source, "check", None):
-        check()
+    if isinstance(source, Checkable):
+        source.check()
     first, unusable, count, exact = _read(source)
     if not first:
         raise DataError(f"{data}: no usable records", hint="`llavactl data check` lists the problems of each record")
@@ -223,7 +223,7 @@ def _exists(place: Path, name: str) -> bool:
     return True
 
 
-def _read(source: Any) -> tuple[list[Sample], int, int, bool]:
+def _read(source: Source) -> tuple[list[Sample], int, int, bool]:
     """The first usable samples, the number of unusable ones among them, the number of all, and whether it is exact."""
     if not isinstance(source, RecordSource):
         samples = list(itertools.islice(source, MAX_SAMPLES))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from llavactl.core.errors import DataError, LlavactlError, PluginError
-from llavactl.core.protocols import Finding, RawRecord
+from llavactl.core.protocols import Finding, OtherFindings, RawRecord
 from llavactl.core.schema import Sample
 from llavactl.curation.problems import KINDS
 from llavactl.features.keys import error_reason
@@ -124,8 +124,7 @@ def scan_records(name: str, source: RecordSource, *, with_samples: bool) -> Iter
     """
     for record in source.records():
         yield _scanned(name, source, record, with_samples)
-    other: Callable[[], Iterable[tuple[str, Finding]]] = getattr(source, "other_findings", lambda: ())
-    for where, finding in other():
+    for where, finding in source.other_findings() if isinstance(source, OtherFindings) else ():
         _check_kinds(name, where, [finding])
         yield ScannedRecord(where, None, None, (), [finding], 0)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.hashes import hash_json
+from llavactl.core.protocols import Checkable, Identifiable, RecordSource
 from llavactl.core.registry import registry
 from llavactl.data import array_cache
 from llavactl.data.records import samples
@@ -16,6 +16,7 @@ from llavactl.data.sample_table import SampleTable
 from llavactl.data.table_view import TableView
 
 if TYPE_CHECKING:
+    from llavactl.core.protocols import Source
     from llavactl.core.schema import ImageRef
     from llavactl.recipe.specs import SourceSpec
 
@@ -35,7 +36,7 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
 
     While records are read, ``on_chunk`` is called with each ``CHUNK`` samples; it isn't if the table is cached.
 
-    A source is cached if it has ``identity()`` (see ``Source``) and refers to images by path. Processes that start
+    A source is cached if it is ``Identifiable`` and refers to images by path. Processes that start
     together read its records once: the first one reads, the others wait for the cached table.
 
     Raises:
@@ -43,9 +44,9 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
         PluginError: the source yields something other than samples.
     """
     source = registry().create("sources", spec.spec())
-    if not hasattr(source, "identity") or _is_small(source):
+    if not isinstance(source, Identifiable) or _is_small(source):
         return _read(spec, on_chunk)
-    if hasattr(source, "check"):
+    if isinstance(source, Checkable):
         source.check()  # as the source itself would before its first record
     key = _key(spec, source)
     if (table := _cached(key)) is not None:
@@ -70,12 +71,13 @@ def _cached(key: str) -> SampleTable | None:
     return None if arrays is None else SampleTable(arrays)
 
 
-def _is_small(source: Any) -> bool:
-    path = getattr(source, "path", None)
-    return isinstance(path, Path) and (not path.is_file() or path.stat().st_size < MIN_BYTES)
+def _is_small(source: Source) -> bool:
+    if not isinstance(source, RecordSource):
+        return False
+    return not source.path.is_file() or source.path.stat().st_size < MIN_BYTES
 
 
-def _key(spec: SourceSpec, source: Any) -> str:
+def _key(spec: SourceSpec, source: Identifiable) -> str:
     """A hash of everything that the samples of ``spec`` depend on."""
     options: Any = registry().options("sources", spec.spec())
     return hash_json(

@@ -52,7 +52,7 @@ def periodic_benchmarks(tasks: Sequence[PeriodicTask], section: str) -> tuple[Be
 
 
 def _benchmark(task: PeriodicTask, key: str) -> Benchmark:
-    component: Any = registry().create("tasks", task.spec())
+    component = registry().create("tasks", task.spec())
     has_judge = isinstance(component, TeacherScored) and component.teacher is not None
     if isinstance(component, Judged) and not has_judge:
         raise RecipeError(

@@ -163,8 +163,7 @@ class LiveFeatures:
 
 def stage_vision(recipe: VisionRecipe, stage: StageNumber) -> Vision:
     """The vision backbone of ``stage``, without weights."""
-    vision: Vision = registry().create("vision", recipe.stage(stage).vision)
-    return vision
+    return registry().create("vision", recipe.stage(stage).vision)
 
 
 def stage_fingerprint(recipe: VisionRecipe, stage: StageNumber) -> Fingerprint:

@@ -16,6 +16,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from llavactl.core.errors import DataError
 from llavactl.core.locations import is_absolute, is_file_url, is_url, local_path, shortened
 from llavactl.core.schema import ImageRef
+from llavactl.core.typed import Typed, check_fields
 from llavactl.images.archives import check_archives, find_member, is_archive
 from llavactl.images.byte_ranges import stamp_of
 from llavactl.images.image_file import ImageFile, RelativeImage
@@ -79,15 +80,19 @@ class ImageAtUrl(RelativeImage):
 
 @dataclass(frozen=True, slots=True)
 class ImageBytes:
-    """An image in memory, from base64 in a record or from a URL; equal if the bytes are.
+    """An image in memory, from base64 in a record or from a URL; equal if ``digest``, the sha256 of ``data``, is.
 
-    ``fault`` is the reason why ``data`` is not an image, if known.
+    It is pickled with its bytes: a source with many images should refer to them instead. ``name`` is the name in
+    messages; ``fault`` is the reason why ``data`` is not an image, if known.
     """
 
     name: str
     digest: str
     data: bytes = field(compare=False, repr=False)
     fault: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def read(self) -> bytes:
         if self.fault:
@@ -101,7 +106,7 @@ class ImageBytes:
 
 
 @dataclass(frozen=True)
-class ImageRoot:
+class ImageRoot(Typed):
     """The location of records' images: ``root`` as in ``image_in``, and whether links may point outside it."""
 
     root: str

@@ -19,6 +19,7 @@ from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
 from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
+from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
 from llavactl.model.folder import DESCRIPTION, describe, latest_model
 from llavactl.recipe.frame import Recipe
@@ -58,7 +59,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     if (folder / "model" / DESCRIPTION).is_file():
         return folder / "model"
     for name in registry().names("formats"):
-        checkpoint_format: Format = registry().create("formats", {"name": name})
+        checkpoint_format = registry().create("formats", {"name": name})
         if checkpoint_format.recognise(folder):
             imported = _import_checkpoint(folder, name, checkpoint_format)
             return _complete(imported, folder, recipe if isinstance(recipe, Recipe) else None)
@@ -178,7 +179,8 @@ def _complete(imported: Path, folder: Path, recipe: Recipe | None) -> Path:
 def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The values of ``llavactl.json`` that a recipe determines."""
     last = recipe.stages()[-1]
-    shape = registry().create("vision", recipe.vision.spec()).shape()
+    vision = registry().create("vision", recipe.vision.spec())
+    shape = vision.shape() if isinstance(vision, ShapedVision) else vision.load("cpu", recipe.features.compute).shape
     return {
         "vision": recipe.vision.spec(),
         "shape": {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix},

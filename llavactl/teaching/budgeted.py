@@ -32,7 +32,7 @@ def ask_function(budgeted: BudgetedTeacher, journal_file: Path) -> Ask:
     """
 
     def ask(requests: Sequence[Request]) -> Mapping[str, str]:
-        teacher: Teacher = registry().create("teachers", budgeted.spec)
+        teacher = registry().create("teachers", budgeted.spec)
         if isinstance(teacher, LanguageTeacher):
             return _stored_replies(teacher, requests, journal_file, _budget(budgeted, teacher))
         return {request.id: _reply(teacher, request) for request in requests}

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import Reply, Request, Teacher
+from llavactl.core.protocols import ExactTeacher, Reply, Request, Teacher
 from llavactl.core.schema import Sample
 from llavactl.images.image_file import RelativeImage
 from llavactl.teaching.cleanup import ChatterError
@@ -86,7 +86,12 @@ def generate_record(teacher: Teacher, request: Request, prompts: Prompts | None 
     except DataError as error:
         return GeneratedRecord(request, None, error.message, REFUSED)
     reply = reply if isinstance(reply, Reply) else Reply(reply)
-    return parse_record(request, reply, prompts or load_prompts(), exact=bool(getattr(teacher, "exact", False)))
+    return parse_record(request, reply, prompts or load_prompts(), exact=is_exact(teacher))
+
+
+def is_exact(teacher: Teacher) -> bool:
+    """Whether the replies of ``teacher`` are correct by construction."""
+    return isinstance(teacher, ExactTeacher) and teacher.exact
 
 
 def parse_record(request: Request, reply: Reply, prompts: Prompts, *, exact: bool = False) -> GeneratedRecord:

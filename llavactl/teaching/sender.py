@@ -23,7 +23,7 @@ from random import Random
 
 from llavactl.core import progress, stopping
 from llavactl.core.errors import DataError, TeacherError
-from llavactl.core.protocols import LanguageTeacher, Reply
+from llavactl.core.protocols import ClosableTeacher, LanguageTeacher, Reply
 from llavactl.teaching import retries
 from llavactl.teaching.budget import Budget, RateLimiter
 from llavactl.teaching.journal import Journal, State
@@ -112,8 +112,8 @@ class _Sender:
                 raise
             finally:
                 self.pool.shutdown(wait=False, cancel_futures=True)
-                if close := getattr(self.teacher, "close", None):
-                    close()
+                if isinstance(self.teacher, ClosableTeacher):
+                    self.teacher.close()
         if self.fatal is not None:
             raise self.fatal
         if self.interrupted.is_set():

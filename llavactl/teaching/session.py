@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
-from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request
+from llavactl.core.protocols import BatchTeacher, LanguageTeacher, Request, Teacher
 from llavactl.teaching.batch import BatchResults, affordable, read_results, write_requests
 from llavactl.teaching.budget import Budget
 from llavactl.teaching.estimate import Estimate, estimate
 from llavactl.teaching.gates import GateChecker
-from llavactl.teaching.generate import NO_CAPTIONS, REFUSED, GeneratedRecord, parse_record
+from llavactl.teaching.generate import NO_CAPTIONS, REFUSED, GeneratedRecord, is_exact, parse_record
 from llavactl.teaching.journal import Journal, Spent
 from llavactl.teaching.keyed import KeyedRequest, with_keys
 from llavactl.teaching.messages import Prompts
@@ -158,7 +158,7 @@ class TeacherSession:
         return [each for each in self.keyed if each.key not in answered or each.key in refused]
 
     def _parsed(self, keyed: Iterable[KeyedRequest], journal: Journal) -> Iterator[GeneratedRecord]:
-        exact = bool(getattr(self.teacher, "exact", False))
+        exact = is_exact(self.teacher)
         for each in keyed:
             outcome = journal.outcome(each.key)
             if outcome is not None and outcome.reply is not None:
@@ -179,9 +179,9 @@ class TeacherSession:
         return self.teacher
 
 
-def apply_gates(teacher: object, settings: Generate, records: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
+def apply_gates(teacher: Teacher, settings: Generate, records: Iterable[GeneratedRecord]) -> Iterator[GeneratedRecord]:
     """``records`` after the recipe's gates; the records of an ``exact`` teacher are not checked."""
-    if getattr(teacher, "exact", False):
+    if is_exact(teacher):
         yield from records
     else:
         yield from map(GateChecker(settings.gates).check, records)

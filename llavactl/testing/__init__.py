@@ -8,12 +8,12 @@ from __future__ import annotations
 from llavactl.testing.conformance import (
     check_connector,
     check_language,
-    check_plugin,
     check_source,
     check_task,
     check_vision,
 )
 from llavactl.testing.endpoint import Answers, ToyEndpoint, completion, good_reply, toy_endpoint
+from llavactl.testing.plugin_check import check_plugin
 from llavactl.testing.runner import Result, run_cli
 from llavactl.testing.toys import toy_clip, toy_language, toy_photos, toy_recipe, toy_records
 

@@ -10,14 +10,12 @@ import itertools
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import plugins
-from llavactl.core.errors import DataError, PluginError
+from llavactl.core.errors import DataError
 from llavactl.core.protocols import RecordSource, RepairingSource, ShapedVision
-from llavactl.core.registry import registry
 from llavactl.core.schema import Answer, FeatureShape, Sample
 from llavactl.core.tokenizer_check import tokenizer_fault
 
@@ -192,37 +190,4 @@ def check_task(task: Task | Judged) -> list[str]:
                 continue
             if unknown := [name for name in (*scored.right, *scored.grades) if name not in ids]:
                 problems.append(f"{protocol}: a grade for the unknown question {unknown[0]!r}")
-    return problems
-
-
-def check_plugin(name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> list[str]:
-    """Checks that everything registered by the plugin ``name`` can be imported.
-
-    Components with ``options`` (by component name) are also created and checked.
-    """
-    failed = {plugin.name: plugin.error for plugin in plugins.installed()}
-    if name not in failed:
-        return [f"plugin {name!r} is not installed or not selected by LLAVACTL_PLUGINS"]
-    problems = [failed[name]] if failed[name] else []
-    checks: dict[str, Any] = {
-        "sources": check_source,
-        "vision": check_vision,
-        "connectors": check_connector,
-        "languages": check_language,
-        "tasks": check_task,
-    }
-    for entry in registry():
-        if entry.plugin != name:
-            continue
-        try:
-            if entry.kind == "recipes":
-                entry.path()
-                continue
-            entry.load(), entry.options_model()
-        except PluginError as error:
-            problems.append(error.message)
-            continue
-        if options is not None and entry.name in options and entry.kind in checks:
-            component = registry().create(entry.kind, {"name": entry.name, **options[entry.name]})
-            problems += [f"{entry.kind} {entry.name}: {problem}" for problem in checks[entry.kind](component)]
     return problems

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.components.sources.llava_json import LlavaJson
 from llavactl.core.errors import RecipeError
-from llavactl.core.protocols import Finding, RepairingSource
+from llavactl.core.protocols import Finding, RepairableFile, RepairingSource
 from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
 from llavactl.curation.problems import KINDS, OF_COMPLETE_SOURCES, Tally
 from llavactl.curation.repair import RepairWriter
@@ -147,7 +146,7 @@ def _repair_options(source: Input, sources: Sequence[Input]) -> str:
         return "--fix OUT"
     if sum(other.stage == source.stage for other in sources) == 1:
         return f"--stage {source.stage} --fix OUT"
-    return source.records.repair_command if isinstance(source.records, LlavaJson) else ""
+    return source.records.repair_command if isinstance(source.records, RepairableFile) else ""
 
 
 def in_code(texts: Sequence[str]) -> str:

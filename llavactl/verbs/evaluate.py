@@ -29,7 +29,7 @@ from llavactl.report.page import report_page, write_report
 from llavactl.teaching.budgeted import ask_function, teacher_name
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Ask, Scores, Task
+    from llavactl.core.protocols import Ask, Scores
     from llavactl.core.schema import Answer
     from llavactl.recipe.frame import Outline
 
@@ -61,7 +61,7 @@ def evaluate(
     ``settings`` are those of ``eval`` if there is no recipe.
     """
     spec = task_spec(recipe, task, options or {})
-    component: Task | Judged = registry().create("tasks", spec, flag="-t ")
+    component = registry().create("tasks", spec, flag="-t ")
     protocol = choose_protocol(component.protocols, protocol)
     if isinstance(component, Judged) and (report := _score_stored_verdicts(component, task, protocol)):
         if answers is not None and isinstance(component, AnswerChecker):

@@ -63,7 +63,7 @@ def export(
             model.
         DataError: a file in ``images`` is not an image.
     """
-    export_format: Format = registry().create("formats", spec, flag="-t ")
+    export_format = registry().create("formats", spec, flag="-t ")
     script = _verification_script(export_format, spec["name"], check)
     given_images = image_files(images)
     source = _source_model(recipe, model)

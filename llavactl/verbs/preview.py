@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.locations import shown_path
@@ -197,8 +197,7 @@ def _image(question: Question) -> ImageRef:
 def _task_questions(recipe: Recipe) -> list[Question]:
     """The questions of the recipe's first task that has questions about an image."""
     for spec in recipe.eval.tasks:
-        task: Any = registry().create("tasks", spec.spec())
-        questions: list[Question] = list(task.questions())
+        questions = list(registry().create("tasks", spec.spec()).questions())
         if any(turn.images for question in questions for turn in question.turns):
             return questions
     return []

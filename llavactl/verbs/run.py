@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch, join_process_group
+from llavactl.core.protocols import Checkable
 from llavactl.core.quantities import duration
 from llavactl.core.registry import registry
 from llavactl.evaluation.results import EvalReport
@@ -107,7 +108,7 @@ def _check(recipe: Recipe) -> None:
 
 def _check_component(kind: str, spec: Mapping[str, Any]) -> None:
     component = registry().create(kind, spec)
-    if hasattr(component, "check"):  # optional for plugins
+    if isinstance(component, Checkable):
         component.check()
 
 

@@ -162,11 +162,11 @@ def test_output_of_libraries_goes_to_stderr(fails: Any, monkeypatch: pytest.Monk
 
     def installed() -> list[plugins.Plugin]:
         print("printed by a library")
-        return []
+        return [plugins.Plugin("llavactl", "llavactl", "1", "llavactl")]
 
     monkeypatch.setattr(plugins, "installed", installed)
     result = run_cli("plugins", "list", "--json")
-    assert result.json() == []
+    assert [each["name"] for each in result.json()][:1] == ["llavactl"]
     assert result.stderr == "printed by a library\n"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llavactl
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import KINDS
@@ -74,6 +76,71 @@ def test_create_validates_options_and_calls_the_target() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llavactl.core.registry._import", lambda target, _: targets[target])
         assert entries.create("sources", {"name": "x", "width": "3"}) == ("component", 3)
+
+
+class WithOptions:
+    """A source whose options model is nested in it."""
+
+    class Options(llavactl.Options):
+        width: int
+
+    def __init__(self, options: WithOptions.Options) -> None:
+        self.width = options.width
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(self.width))
+
+
+class Inherited(WithOptions):
+    """Has the options of its base class."""
+
+
+@pytest.mark.parametrize("target", ["WithOptions", "Inherited"])
+def test_options_nested_in_the_target(target: str) -> None:
+    nested = entry(target=f"{__name__}:{target}")
+    assert nested.options_model() is WithOptions.Options
+    entries = Registry()
+    entries.add(nested)
+    assert list(entries.create("sources", {"name": "x", "width": "3"})) == [0, 1, 2]
+    with pytest.raises(RecipeError, match="height"):
+        entries.create("sources", {"name": "x", "width": 3, "height": 1})
+
+
+def test_registering_does_not_import_the_target() -> None:
+    entries = Registry()
+    entries.add(entry(target="no_such_module:x"))
+    assert entries.names("sources") == ["x"]
+
+
+class Task:
+    """Neither a ``Task`` nor a ``Judged``: without ``score``."""
+
+    protocols = ("any",)
+
+    def questions(self) -> list[Any]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "missing"),
+    [
+        ("sources", None, ()),
+        ("sources", 3, ("__iter__",)),
+        ("vision", registry().create("connectors", "linear"), ("identity", "load")),
+        ("tasks", Task(), ("score",)),
+        ("formats", object(), ("reload", "recognise", "read", "write")),
+    ],
+)
+def test_a_target_that_returns_something_else(kind: str, component: Any, missing: tuple[str, ...]) -> None:
+    entries = Registry()
+    entries.add(Registration(kind, "x", "t", "o", "", "p"))
+    targets: dict[str, Any] = {"t": lambda _: component, "o": Options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llavactl.core.registry._import", lambda target, _: targets[target])
+        with pytest.raises(PluginError, match="of plugin p: t returned") as caught:
+            entries.create(kind, "x")
+    assert type(component).__name__ in caught.value.message
+    assert caught.value.message.endswith(f"(no {', '.join(missing)})") == bool(missing)
 
 
 def test_invalid_options_are_listed_at_once() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,21 +49,28 @@ class Site:
     def python(
         self, program: str, *arguments: str, code: int | None = 0, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            env={
+        command, settings = [sys.executable, "-c", program, *arguments], self.settings(**environment)
+        done = subprocess.run(command, capture_output=True, text=True, **settings)
+        assert code is None or done.returncode == code, done.stderr
+        return done
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts ``llavactl ARGUMENTS``."""
+        command = [sys.executable, "-c", "from llavactl.cli import main; main()", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **self.settings())
+
+    def settings(self, **environment: str) -> dict[str, Any]:
+        """Folder and environment of a process in which the test plugins are installed and selected."""
+        return {
+            "cwd": self.folder,
+            "env": {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH")))),
                 "LLAVACTL_HOME": str(self.home),
                 "LLAVACTL_PLUGINS": ",".join(dict.fromkeys(self.names)),
                 **environment,
             },
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-        )
-        assert code is None or done.returncode == code, done.stderr
-        return done
+        }
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ConversationError, ModelError
+from llavactl.core.protocols import ExportableTemplate
 from llavactl.core.schema import Role, Text, Turn
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def chat_template(
         ModelError: ``template`` doesn't render turn by turn, so no chat template is equivalent.
     """
     matches = partial(_renders_equally, template, tokenizer, image=image, separator=separator)
-    if isinstance(template, TokenizerTemplate) and template.supports_images(tokenizer):
+    if isinstance(template, ExportableTemplate) and template.supports_images(tokenizer):
         own = template.exported_chat_template(tokenizer)
         # Only prompts are compared: in training, a finished conversation may end as if another turn followed.
         prompts = [[_strip(message) for message in messages] for messages, generate in _TESTS if generate]

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llavactl.core.protocols import ExportableVision
+
 log = logging.getLogger(__name__)
 
 STOP_STRINGS = "stop_strings"
@@ -120,7 +122,9 @@ def save_checkpoint(native: NativeModel, language: PreTrainedModel, to: Path) ->
     write_json(to / EXPORT_RECORD, {**native.stored_settings(), **stops, BASE_KEYS: base_keys})
 
 
-def _llava_model(language: PreTrainedModel, vision: Any, projector: Mapping[str, torch.Tensor], **settings: Any) -> Any:
+def _llava_model(
+    language: PreTrainedModel, vision: PreTrainedModel, projector: Mapping[str, torch.Tensor], **settings: Any
+) -> Any:
     """``LlavaForConditionalGeneration`` created from its configuration, as other programs do, with our weights."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -165,7 +169,12 @@ def padding_processor(processor: Any) -> Any:
 
 
 def _save_processor(
-    native: NativeModel, tokenizer: PreTrainedTokenizerBase, backbone: Any, strategy: str, prefix_tokens: int, to: Path
+    native: NativeModel,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: ExportableVision,
+    strategy: str,
+    prefix_tokens: int,
+    to: Path,
 ) -> None:
     from transformers import LlavaProcessor
 

@@ -18,7 +18,7 @@ from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import Options, registry
+from llavactl.core.registry import Options
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,7 @@ def _refuse_backbone(vision: Mapping[str, Any]) -> None:
         hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
         raise ModelError("format llava supports a single vision layer", hint=hint)
     backbone = exportable_backbone(vision)
-    config = getattr(backbone, "config", {})
-    if (kind := config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
+    if (kind := backbone.config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(
             f"format llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's code supports only CLIP",
             hint="`--format hf` supports other backbones of transformers",
@@ -144,9 +143,9 @@ def _refuse_processor_ids(tokenizer: PreTrainedTokenizerBase) -> None:
 def _vision_tower(native: NativeModel, to: Path) -> str:
     """``mm_vision_tower``: the encoder's id or path if LLaVA's code can load it, else the path of a copy in ``to``."""
     vision = native.description["vision"]
-    backbone = registry().create("vision", vision)
+    backbone = exportable_backbone(vision)
     name = str(vision.get("model", vision["name"]))
-    if not getattr(backbone, "inside", False) and loads_vision_encoder(name):
+    if not backbone.inside and loads_vision_encoder(name):
         return name
     encoder = backbone.whole()
     encoder.__dict__.pop("_weight_conversions", None)  # else transformers would save the checkpoint's tensor names

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.components.formats.native import exportable_backbone
 from llavactl.core.errors import ModelError
-from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def save_if_fine_tuned(
     """
     from safetensors.torch import save_file
 
-    backbone = registry().create("vision", vision)
+    backbone = exportable_backbone(vision)
     original = backbone.whole()
     folder = model / FOLDER
     folder.mkdir(parents=True)

@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.templates.tokenizer import TokenizerTemplate
 from llavactl.core.errors import ModelError
 from llavactl.core.identity import with_moved_paths
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_files import check_files
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.protocols import SkeletonLanguage
+from llavactl.core.protocols import ExportableTemplate, ExportableVision, SkeletonLanguage
+from llavactl.core.protocols.members import missing_members
 from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ def refuse_connector(spec: Mapping[str, Any]) -> None:
         )
 
 
-def exportable_backbone(vision: Mapping[str, Any]) -> Any:
+def exportable_backbone(vision: Mapping[str, Any]) -> ExportableVision:
     """The backbone of the spec ``vision``. Raises ModelError if it can't be exported."""
     backbone = registry().create("vision", vision)
-    if not hasattr(backbone, "whole"):
+    if not isinstance(backbone, ExportableVision):
+        missing = ", ".join(missing_members(backbone, ExportableVision))
         raise ModelError(
-            f"vision backbone {vision['name']} can't be exported: it has no method `whole`",
-            hint="see docs/reference/plugins.md#vision; backbones of transformers have it",
+            f"vision backbone {vision['name']} can't be exported: it isn't an ExportableVision (no {missing})",
+            hint="see docs/reference/plugins.md#vision; backbones of transformers can be exported",
         )
     return backbone
 
@@ -95,7 +96,7 @@ class NativeModel:
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; if the model uses its chat template, with its arguments and date fixed as in training."""
         tokenizer, template = self.tokenizer(), registry().create("templates", self.description["template"])
-        if isinstance(template, TokenizerTemplate):
+        if isinstance(template, ExportableTemplate):
             tokenizer.chat_template = template.exported_chat_template(tokenizer)
         return tokenizer
 
@@ -105,7 +106,7 @@ class NativeModel:
         The template's arguments and date are left out, because an exported chat template has them in its text.
         """
         template = registry().create("templates", self.description["template"])
-        plain = {"template": TOKENIZER_TEMPLATE} if isinstance(template, TokenizerTemplate) else {}
+        plain = {"template": TOKENIZER_TEMPLATE} if isinstance(template, ExportableTemplate) else {}
         return {**{key: self.description[key] for key in SETTINGS}, **plain, ATTENTION: self._language.get(ATTENTION)}
 
     def language_config(self) -> PreTrainedConfig:
@@ -187,7 +188,7 @@ def restore_settings(description: Mapping[str, Any], settings: Mapping[str, Any]
 
 def shape_entry(vision: Mapping[str, Any]) -> dict[str, Any]:
     """The shape of a backbone's features as an entry of ``llavactl.json``; no weights are read."""
-    shape = registry().create("vision", vision).shape()
+    shape = exportable_backbone(vision).shape()
     return {"grid": list(shape.grid), "width": shape.width, "prefix": shape.prefix}
 
 

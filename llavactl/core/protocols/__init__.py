@@ -8,45 +8,73 @@ function, and no base class is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-from llavactl.core.protocols.data import Finding, RawRecord, RecordSource, RepairingSource, Source
+from llavactl.core.protocols.data import (
+    Finding,
+    OtherFindings,
+    RawRecord,
+    RecordSource,
+    RepairableFile,
+    RepairingSource,
+    Source,
+)
 from llavactl.core.protocols.export import CheckableFormat, Format
-from llavactl.core.protocols.language import Language, QuantizableLanguage, SkeletonLanguage, Template
+from llavactl.core.protocols.language import (
+    ExportableTemplate,
+    Language,
+    QuantizableLanguage,
+    SkeletonLanguage,
+    Template,
+)
+from llavactl.core.protocols.optional import Checkable, Identifiable
 from llavactl.core.protocols.tasks import AnswerChecker, AnswerMatcher, Judged, Scores, Task, TeacherScored
 from llavactl.core.protocols.teachers import (
     Ask,
     BatchTeacher,
     BudgetedTeacher,
+    ClosableTeacher,
+    ExactTeacher,
     LanguageTeacher,
     Limits,
     Reply,
     Request,
     Teacher,
 )
-from llavactl.core.protocols.vision import Connector, Encoder, GridConnector, ShapedVision, Vision
+from llavactl.core.protocols.vision import Connector, Encoder, ExportableVision, GridConnector, ShapedVision, Vision
 from llavactl.core.schema import Json
 
 __all__ = [
+    "ALTERNATIVES",
     "KINDS",
     "AnswerChecker",
     "AnswerMatcher",
     "Ask",
     "BatchTeacher",
     "BudgetedTeacher",
+    "Checkable",
     "CheckableFormat",
+    "ClosableTeacher",
     "Connector",
     "Encoder",
+    "ExactTeacher",
+    "ExportableTemplate",
+    "ExportableVision",
     "Finding",
     "Format",
     "GridConnector",
+    "Identifiable",
     "Json",
     "Judged",
+    "Kind",
     "Language",
     "LanguageTeacher",
     "Limits",
+    "OtherFindings",
     "QuantizableLanguage",
     "RawRecord",
     "RecordSource",
+    "RepairableFile",
     "RepairingSource",
     "Reply",
     "Request",
@@ -61,6 +89,8 @@ __all__ = [
     "Vision",
 ]
 
+Kind = Literal["sources", "vision", "connectors", "languages", "templates", "teachers", "tasks", "formats"]
+
 KINDS: Mapping[str, type] = {
     "sources": Source,
     "vision": Vision,
@@ -72,3 +102,6 @@ KINDS: Mapping[str, type] = {
     "formats": Format,
 }
 """The kinds of components; folders, hooks and the command line use the same names."""
+
+ALTERNATIVES: Mapping[type, type] = {Task: Judged}
+"""Protocols that a component of a kind may implement instead of the kind's."""

@@ -11,15 +11,13 @@ from llavactl.core.schema import ImageRef, Sample
 from llavactl.core.typed import Typed
 
 
+@runtime_checkable
 class Source(Protocol):
     """An iterable of samples, in the same order on every iteration. A generator function is a valid target.
 
-    Implement ``RecordSource`` as well if samples are read from a file record by record, and ``RepairingSource`` if
-    records can be repaired.
-
-    Optional method: ``identity()`` returns everything besides the options that the samples depend on, as JSON, such as
-    a hash of the file. Samples of such a source are cached: a start of training reads no record again until the
-    identity, an option or the plugin's version changes.
+    Implement ``RecordSource`` as well if samples are read from a file record by record, ``RepairingSource`` if records
+    can be repaired, ``OtherFindings`` if there are problems outside of records, ``Checkable`` if the data can be
+    checked before the first record, and ``Identifiable`` to cache the samples.
     """
 
     def __iter__(self) -> Iterator[Sample]: ...
@@ -52,9 +50,7 @@ class Finding(Typed):
 class RecordSource(Source, Protocol):
     """A source that reads a file record by record: ``llavactl data`` can report and select single records.
 
-    Iteration yields ``sample(record)`` for each record in ``records()``. Optional methods: ``check()`` raises DataError
-    if, for example, the image folder is missing; ``llavactl data check`` and ``stats`` call it before the first record.
-    ``other_findings()`` yields locations and findings about what isn't in any record, such as images without captions.
+    Iteration yields ``sample(record)`` for each record in ``records()``.
     """
 
     path: Path
@@ -76,10 +72,30 @@ class RecordSource(Source, Protocol):
 
 @runtime_checkable
 class RepairingSource(RecordSource, Protocol):
-    """A record source that can repair records for ``llavactl data check --fix``."""
+    """A record source that can repair records for ``llavactl data check --fix``.
+
+    Implement ``RepairableFile`` as well if the command line can name its file.
+    """
 
     def repair(self, record: RawRecord) -> tuple[Mapping[str, Any] | None, list[str]]:
         """The record's repaired value, which is written as JSON (None: dropped), and a list of the changes.
 
         ``record.value`` is not modified; without changes it is returned.
         """
+
+
+@runtime_checkable
+class RepairableFile(RepairingSource, Protocol):
+    """A repairing source of a file that the command line can name."""
+
+    @property
+    def repair_command(self) -> str:
+        """The ``llavactl data check FILE --fix OUT`` that repairs the records of its file."""
+
+
+@runtime_checkable
+class OtherFindings(Protocol):
+    """A record source with findings about what isn't in any record, such as images without captions."""
+
+    def other_findings(self) -> Iterator[tuple[str, Finding]]:
+        """Their locations, for messages, and the findings."""

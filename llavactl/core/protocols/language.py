@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Language(Protocol):
     """A causal language model and its tokenizer.
 
-    Optional method: ``check()`` raises ModelError if ``load`` would fail, as far as this can be determined without
-    reading weights. ``llavactl run`` calls it before its first step.
+    Implement ``SkeletonLanguage`` as well if it can be inspected without weights, ``QuantizableLanguage`` for
+    ``method: qlora``, and ``Checkable`` if it can be checked without weights.
     """
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,7 +47,11 @@ class SkeletonLanguage(Protocol):
 
 @runtime_checkable
 class Template(Protocol):
-    """A conversation template: formats conversations for a language model and marks the target text."""
+    """A conversation template: formats conversations for a language model and marks the target text.
+
+    Implement ``ExportableTemplate`` as well if the template renders with a Jinja chat template. Otherwise exports
+    derive one from what it renders.
+    """
 
     def render(
         self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, generate: bool = False
@@ -65,3 +69,14 @@ class Template(Protocol):
 
     def stop(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Stop strings besides the tokenizer's end-of-sequence token. Added tokens they contain stop as well."""
+
+
+@runtime_checkable
+class ExportableTemplate(Protocol):
+    """A template that renders with a chat template of transformers (Jinja), which exports include."""
+
+    def supports_images(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether the chat template renders images in the content of messages."""
+
+    def exported_chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The chat template as other programs need it: what the options determine is fixed in its text."""

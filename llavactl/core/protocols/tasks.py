@@ -31,8 +31,9 @@ class Scores(Typed):
 class Task(Protocol):
     """A benchmark: its questions, and scores for answers.
 
-    Implement ``Judged`` instead if a judge compares the answers with reference answers, and ``AnswerMatcher`` as well
-    if published answer files don't use the ids of the questions.
+    Implement ``Judged`` instead if a judge compares the answers with reference answers, ``TeacherScored`` as well if
+    requests to a teacher are needed, and ``AnswerMatcher`` if published answer files don't use the ids of the
+    questions.
     """
 
     protocols: tuple[str, ...]
@@ -54,7 +55,11 @@ class AnswerMatcher(Protocol):
 
 @runtime_checkable
 class Judged(Protocol):
-    """A task whose scores are computed from a judge's reviews of the answers."""
+    """A task whose scores are computed from a judge's reviews of the answers.
+
+    Implement ``TeacherScored`` as well to ask the judge, and ``AnswerChecker`` if stored reviews can be matched with
+    answers.
+    """
 
     protocols: tuple[str, ...]
 

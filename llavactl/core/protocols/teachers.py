@@ -53,10 +53,10 @@ class Limits(Typed):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Generates instruction data or judges answers. Implement ``LanguageTeacher`` if replies are slow or cost money.
+    """Generates instruction data or judges answers.
 
-    Replies are filtered by the recipe's ``gates``, except with the attribute ``exact = True``, for programs whose
-    replies are correct by construction.
+    Implement ``LanguageTeacher`` as well if replies are slow or cost money, and ``ExactTeacher`` if they are correct by
+    construction.
     """
 
     def reply(self, request: Request) -> str | Reply:
@@ -71,13 +71,30 @@ class Teacher(Protocol):
 class LanguageTeacher(Teacher, Protocol):
     """A language model as a teacher: replies are stored before they are parsed, and no request is paid for twice.
 
-    ``reply`` raises TeacherError. Optional method: ``close()`` cancels requests in flight.
+    ``reply`` raises TeacherError. Implement ``ClosableTeacher`` as well if requests can be canceled, and
+    ``BatchTeacher`` for a batch API.
     """
 
     limits: Limits
 
     def content(self, request: Request) -> Mapping[str, Json]:
         """Everything that determines the reply, and nothing else; stored replies are looked up by its hash."""
+
+
+@runtime_checkable
+class ExactTeacher(Protocol):
+    """A program as a teacher, whose replies are correct by construction if it says so."""
+
+    exact: bool
+    """Whether its replies skip the cleanup and the recipe's ``gates``."""
+
+
+@runtime_checkable
+class ClosableTeacher(Protocol):
+    """A language teacher that can cancel requests."""
+
+    def close(self) -> None:
+        """Cancels the requests in flight; called once, after the last request."""
 
 
 @runtime_checkable
@@ -95,7 +112,7 @@ Ask = Callable[[Sequence[Request]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class BudgetedTeacher:
+class BudgetedTeacher(Typed):
     """A teacher ``spec`` ({"name": …, options}) with the maximum total cost of its requests and a price list."""
 
     spec: Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llavactl.core.schema import FeatureShape, Json
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @runtime_checkable
@@ -38,10 +39,10 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class Vision(Protocol):
-    """A frozen vision backbone. Implement ``ShapedVision`` as well if the feature shape is known without weights.
+    """A frozen vision backbone.
 
-    Optional method: ``check()`` raises ModelError if ``load`` would fail, as far as this can be determined without
-    reading weights. ``llavactl run`` calls it before its first step.
+    Implement ``ShapedVision`` as well if the feature shape is known without weights, ``ExportableVision`` if other
+    programs can load the backbone, and ``Checkable`` if it can be checked without weights.
     """
 
     def identity(self) -> Mapping[str, Json]:
@@ -61,6 +62,33 @@ class ShapedVision(Protocol):
 
     def shape(self) -> FeatureShape:
         """The ``shape`` of the encoder that ``load`` returns, determined from the configuration."""
+
+
+@runtime_checkable
+class ExportableVision(ShapedVision, Protocol):
+    """A vision backbone of transformers, or with the same interface, that exports can include.
+
+    Its options have the keys ``layer`` (an index of hidden states, or several), ``select`` (``patch`` or ``cls-patch``)
+    and ``image`` (``square`` or ``pad``) of ``TransformersVisionOptions``. Only ``whole`` reads weights.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The vision part of config.json: ``model_type``, ``patch_size`` and the other keys of its class."""
+
+    @property
+    def processor(self) -> Any:
+        """The image processor: a ``BaseImageProcessor`` of transformers."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the backbone is stored inside a larger model and has no id or folder that another program can load.
+
+        If it is False, the option ``model`` is that id or folder.
+        """
+
+    def whole(self) -> PreTrainedModel:
+        """The complete model on the CPU, in its stored precision."""
 
 
 @runtime_checkable

@@ -85,7 +85,7 @@ class _UnroundedFeatures:
 
 def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     """How the model's conversations become tokens; no weights are read."""
-    template: Any = registry().create("templates", description["template"])
+    template = registry().create("templates", description["template"])
     shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
     image_tokens = registry().create("connectors", description["connector"]).tokens(shape)
     return Encoding(template, NativeModel(model).tokenizer(), image_tokens)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from llavactl import (
     Encoder,
     FeatureShape,
@@ -31,9 +33,9 @@ class Dinov2Options(Options):
     the last one of the original DINOv2.
     """
 
-    layer: int | tuple[int, ...] = -3
-    select: Literal["patch", "cls-patch"] = "patch"
-    image: Literal["square", "pad"] = "pad"
+    layer: int | tuple[int, ...] = Field(-3, description="index of `hidden_states`, or several, concatenated in width")
+    select: Literal["patch", "cls-patch"] = Field("patch", description="patches only, or the CLS token and patches")
+    image: Literal["square", "pad"] = Field("pad", description="crop images to a square, or pad them")
 
 
 class Dinov2Demo:
@@ -83,7 +85,7 @@ class Dinov2Demo:
 class Smollm2Options(Options):
     """``attention``: eager is faster on a CPU for sequences of a few hundred tokens."""
 
-    attention: Literal["sdpa", "eager"] = "eager"
+    attention: Literal["sdpa", "eager"] = Field("eager", description="implementation of attention in transformers")
 
 
 class Smollm2Demo:

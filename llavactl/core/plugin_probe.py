@@ -1,0 +1,78 @@
+"""Imports a plugin's module in another process, with a time limit: this one couldn't stop an import that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from llavactl.core import plugins
+from llavactl.core.hook_rules import fault_location
+from llavactl.core.quantities import duration
+from llavactl.core.streams import result_stream, stdout_to_stderr
+
+IMPORT_TIMEOUT_S = 30.0
+
+HEAVY = (
+    *("accelerate", "datasets", "h5py", "jax", "matplotlib", "numpy", "pandas", "peft", "PIL", "scipy", "sklearn"),
+    *("tensorflow", "tokenizers", "torch", "torchvision", "transformers"),
+)
+"""Packages that a plugin's module must not import: every command imports the module, even ``--help``."""
+
+_PROGRAM = "import sys; from llavactl.core.plugin_probe import print_import; print_import(*sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class Import:
+    """The import of a plugin's module: its time in seconds, the ``HEAVY`` packages that it imported, and what failed.
+
+    ``seconds`` is None if the import didn't end (``hangs``), or if it ended the process.
+    """
+
+    seconds: float | None
+    heavy: tuple[str, ...] = ()
+    error: str = ""
+    hangs: bool = False
+
+
+def import_in_process(point: metadata.EntryPoint, timeout_s: float = IMPORT_TIMEOUT_S) -> Import:
+    """Imports ``point`` alone in a new process, which is killed after ``timeout_s`` seconds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-c", _PROGRAM, point.name, point.value]
+    try:
+        done = subprocess.run(  # noqa: S603 - this program
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return Import(None, error=f"the import doesn't end within {duration(timeout_s)}", hangs=True)
+    try:
+        result: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        return Import(None, error=f"the import ends the process with status {done.returncode}")
+    return Import(result["seconds"], tuple(result["heavy"]), result["error"])
+
+
+def print_import(name: str, value: str) -> None:
+    """Imports the plugin ``name`` from ``value`` and prints the result as JSON: the program of the new process."""
+    point = next(each for each in plugins.entry_points() if (each.name, each.value) == (name, value))
+    before, started, error = set(sys.modules), time.perf_counter(), ""
+    with stdout_to_stderr():
+        try:
+            point.load()
+        except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
+            where = fault_location(raised, [plugins.root_package(value)])
+            error = ": ".join(filter(None, (where, f"{type(raised).__name__}: {raised}")))
+        seconds = time.perf_counter() - started
+    heavy = [package for package in HEAVY if package in set(sys.modules) - before]
+    print(json.dumps({"seconds": seconds, "heavy": heavy, "error": error}), file=result_stream(), flush=True)
+    os._exit(0)  # threads of the plugin may never end

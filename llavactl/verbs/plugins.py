@@ -1,0 +1,128 @@
+"""``llavactl plugins``: lists the installed plugins and certifies one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from llavactl import __version__
+from llavactl.core import plugins
+from llavactl.core.errors import RecipeError
+from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, Import, import_in_process
+from llavactl.core.registry import registry
+from llavactl.testing.plugin_check import Check, plugin_checks
+
+_LIBRARIES = ("torch", "transformers", "pydantic", "pluggy", "numpy")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of ``plugins check``: versions, the sha256 of each file of the plugin, and all checks."""
+
+    plugin: str
+    package: str
+    version: str
+    llavactl: str
+    python: str
+    versions: dict[str, str]
+    files: dict[str, str]
+    checks: tuple[Check, ...]
+    ok: bool
+
+
+def list_plugins(timeout_s: float = IMPORT_TIMEOUT_S) -> list[plugins.Plugin]:
+    """The built-in plugin and the selected ones, each imported in its own process first.
+
+    A plugin whose import doesn't end within ``timeout_s`` seconds has the status ``hangs``. It is not imported in this
+    process, and neither is one whose import ends the process.
+    """
+    points = plugins.entry_points()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        imports = list(pool.map(lambda point: import_in_process(point, timeout_s), points))
+    unusable = {point.name for point, imported in zip(points, imports, strict=True) if imported.seconds is None}
+    with _without(unusable):
+        builtin, *others = plugins.installed()
+    loaded = {(plugin.name, plugin.module): plugin for plugin in others}
+    return [builtin, *(_listed(*each, loaded) for each in zip(points, imports, strict=True))]
+
+
+def _listed(
+    point: metadata.EntryPoint, imported: Import, loaded: dict[tuple[str, str], plugins.Plugin]
+) -> plugins.Plugin:
+    plugin = loaded.get((point.name, point.value))
+    if plugin is None:
+        package, version = plugins.package_of(point)
+        plugin = plugins.Plugin(point.name, package, version, point.value)
+        error = f"plugin {point.name} can't be loaded: {imported.error}"
+        return replace(plugin, error=error, status="hangs" if imported.hangs else "broken")
+    return replace(plugin, import_s=imported.seconds)
+
+
+@contextmanager
+def _without(names: set[str]) -> Iterator[None]:
+    """Leaves out the plugins ``names`` within the context."""
+    if not names:
+        yield
+        return
+    before = os.environ.get("LLAVACTL_PLUGINS")
+    os.environ["LLAVACTL_PLUGINS"] = ",".join({point.name for point in plugins.entry_points()} - names)
+    plugins.reload()
+    try:
+        yield
+    finally:
+        os.environ.pop("LLAVACTL_PLUGINS")
+        if before is not None:
+            os.environ["LLAVACTL_PLUGINS"] = before
+        plugins.reload()
+
+
+def check(name: str, overrides: Sequence[str] = (), timeout_s: float = IMPORT_TIMEOUT_S) -> Certificate:
+    """Checks the plugin ``name``, also given as its package or as a file that was added to the plugins.
+
+    ``overrides`` are options of its components, ``component.key=value``. ``timeout_s`` limits the import of its module.
+
+    Raises:
+        RecipeError: an override can't be parsed.
+    """
+    from llavactl.recipe.resolve import overridden
+
+    options, problems = overridden(overrides)
+    if problems:
+        raise RecipeError.from_problems(problems)
+    name = next((point.name for point in plugins.entry_points() if name in plugins.package_of(point)[:1]), name)
+    checks = tuple(plugin_checks(name, options.plain(), timeout_s))
+    hangs = checks[0].check == "import" and checks[0].ok is False
+    package, version = ("llavactl", __version__) if name == plugins.BUILTIN else plugins.package_named(name)
+    return Certificate(
+        plugin=name,
+        package=package,
+        version=version,
+        llavactl=__version__,
+        python=platform.python_version(),
+        versions={library: metadata.version(library) for library in _LIBRARIES},
+        files={} if hangs else {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in _files(name)},
+        checks=checks,
+        ok=all(each.ok is not False for each in checks),
+    )
+
+
+def _files(name: str) -> Iterator[tuple[str, Path]]:
+    """The files of the packages of the plugin ``name``, with their names relative to the folder of the packages."""
+    packages = {plugins.root_package(point.value) for point in plugins.entry_points() if point.name == name}
+    packages |= {plugins.root_package(entry.target) for entry in registry() if entry.plugin == name}
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+        for folder in folders:
+            files = (file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
+            yield from ((file.relative_to(folder.parent).as_posix(), file) for file in files)
+        if spec and spec.origin and not folders:
+            yield Path(spec.origin).name, Path(spec.origin)
