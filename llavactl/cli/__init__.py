@@ -75,8 +75,9 @@ def _invoke(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         boundary.report_usage(error)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; run the same command to resume", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        interrupt = error.__cause__ if isinstance(error, click.Abort) else error  # None: at a prompt of click
+        click.echo("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), err=True)
         return stopping.exit_code()
     except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the error boundary
         if isinstance(error, SystemExit) and boundary.raised_in(error, "click"):  # click exits on a closed pipe

@@ -10,6 +10,7 @@ import click
 from llavactl.cli import completion, output
 from llavactl.cli.help import Group
 from llavactl.cli.options import json_option, load_vision, load_vision_if_given, recipe_options_or
+from llavactl.cli.prompts import confirm
 from llavactl.core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -114,4 +115,4 @@ def _confirmed(report: PruneReport) -> bool:
     if not sys.stdin.isatty():
         raise click.UsageError("stdin is not a terminal, so the removal can't be confirmed; pass --yes or --dry-run")
     question = f"Remove {len(report.stores)} stores and {len(report.files)} files, {report.bytes / 1e9:.1f} GB?"
-    return click.confirm(question, err=True)
+    return confirm(question)

@@ -22,6 +22,7 @@ from llavactl.cli.options import (
 
 @click.command(
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl eval scenes -r demo",
         "llavactl eval scienceqa -t questions=problems.json --limit 100",

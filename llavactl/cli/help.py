@@ -121,19 +121,28 @@ def continued(command: str, columns: int, indent: int) -> list[str]:
 
 
 class Command(click.Command):
-    """A command with ``examples``: lines of a shell, shown at the end of its help."""
+    """A command with ``examples``: lines of a shell, shown at the end of its help.
+
+    ``resumes``: interrupted and run again, it continues where it stopped.
+    """
 
     context_class = Context
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), resumes: bool = False, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.examples = tuple(examples)
+        self.resumes = resumes
         self.params += verbosity_options()
 
     def invoke(self, ctx: click.Context) -> Any:
         if _LEVEL in ctx.meta:
             _set_level(ctx.meta[_LEVEL])
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if self.resumes:
+                interrupt.add_note("run the same command to resume")
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         help_option = self.get_help_option(ctx)

@@ -7,20 +7,19 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llavactl.cli import output
 from llavactl.cli.help import Command
 from llavactl.cli.options import component_options, device_options, json_option, key_values
+from llavactl.cli.prompts import ask
 
 if TYPE_CHECKING:
     from llavactl.verbs.init import InitReport
 
 log = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 
 @click.command(
@@ -147,24 +146,24 @@ def _ask(answers: dict[str, Any]) -> None:
 
     if not answers["data"]:
         label = "Data: a file of records, a folder of images with captions, or a source"
-        answers["data"] = (_prompt(label, lambda text: recognized(text, answers["images"])),)
+        answers["data"] = (ask(label, lambda text: recognized(text, answers["images"])),)
     try:
         for each in answers["data"]:
             recognize(each, answers["images"], answers["options"])
     except MissingAnswerError as error:
         click.echo(error.message, err=True)
-        answers["images"] = _prompt("Images: the folder or archive that their paths are relative to", complete)
+        answers["images"] = ask("Images: the folder or archive that their paths are relative to", complete)
     if answers["device_memory"] is None:
         target = target_device(None, None)
         shown = f"{'GPU' if target.cuda else 'CPU'} of this machine, {gigabytes(target.memory_bytes)}"
-        answers["device_memory"] = _prompt(f"Memory of the GPU, such as 24GB; empty for the {shown}", _size, default="")
+        answers["device_memory"] = ask(f"Memory of the GPU, such as 24GB; empty for the {shown}", _size, default="")
     defaults = default_models(cuda=answers["device_memory"] is not None or target_device(None, None).cuda)
     for key, label, choice, default in (
         ("vision", "Vision encoder: a folder, id or name", vision_choice, defaults[0]),
         ("language", "Language model: a folder, id or name", language_choice, defaults[1]),
     ):
         if answers[key] is None:
-            answers[key] = _prompt(label, _usable(choice), default=default)
+            answers[key] = ask(label, _usable(choice), default=default)
 
 
 def _size(text: str) -> int | None:
@@ -179,19 +178,3 @@ def _usable(choice: Callable[[str], object]) -> Callable[[str], str]:
         return text
 
     return check
-
-
-def _prompt(label: str, convert: Callable[[str], Value], default: str | None = None) -> Value:
-    """The converted answer; asked again, with the reason, as long as it can't be used."""
-    from llavactl.core.errors import LlavactlError
-
-    def convert_or_refuse(text: str) -> Value:
-        try:
-            return convert(text.strip())
-        except LlavactlError as error:
-            raise click.UsageError(f"{error.message}; {error.hint}" if error.hint else error.message) from error
-
-    answer: Value = click.prompt(
-        label, default=default, show_default=bool(default), value_proc=convert_or_refuse, err=True
-    )
-    return answer

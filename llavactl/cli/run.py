@@ -21,6 +21,7 @@ Row = tuple[str, str]
 
 @click.command(
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl run",
         "llavactl run -r demo",

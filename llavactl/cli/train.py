@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl train --stage 1",
         "llavactl train --stage 2 -o stage2.learning_rate=1e-5 --resume never",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
+from llavactl.core.hashes import hash_json
 from llavactl.core.protocols import Checkable, RecordSource, RepairingSource
 from llavactl.core.quantities import BYTE
 from llavactl.core.registry import registry
@@ -33,13 +34,13 @@ _KILOBYTE = 1000
 
 @dataclass(frozen=True)
 class Input:
-    """A source ``name`` of ``stage``; ``records`` is None if it yields samples only.
+    """A source ``name``, read by ``stages``; ``records`` is None if it yields samples only.
 
     The argument of ``scan`` says whether samples are needed, for their lengths.
     """
 
     name: str
-    stage: StageNumber
+    stages: tuple[StageNumber, ...]
     scan: Callable[[bool], Iterator[ScannedRecord]]
     records: RecordSource | None = None
 
@@ -54,13 +55,15 @@ def inputs(
 ) -> list[Input]:
     """``file`` with its images in ``images``, as data of ``stage`` (2); without a file, the sources of ``recipe``.
 
+    A source that the recipe names several times, for example in both stages, is one input.
+
     Raises:
         DataError: a file or folder is missing.
         RecipeError: neither a file nor a source is given.
     """
     if file is None:
         return _recipe_inputs(recipe, stage)
-    return [_record_input(FILE_SOURCE, file_source(file, images, follow_links=follow_links), stage or 2)]
+    return [_record_input(FILE_SOURCE, file_source(file, images, follow_links=follow_links), (stage or 2,))]
 
 
 def file_source(file: Path, images: str | Path | None = None, *, follow_links: bool = False) -> RecordSource:
@@ -84,22 +87,28 @@ def _recipe_inputs(recipe: Outline | None, only: StageNumber | None) -> list[Inp
     specs = [(stage, spec) for stage, spec in specs if only in (None, stage)]
     if not specs:
         raise RecipeError("no records", hint="name a file, or with -r a recipe with sources in `data`")
-    return [_source_input(spec, stage) for stage, spec in specs]
+    stages: dict[str, list[StageNumber]] = {}
+    first: dict[str, SourceSpec] = {}
+    for stage, spec in specs:
+        same_samples = hash_json([spec.spec(), spec.split_turns])
+        first.setdefault(same_samples, spec)
+        stages.setdefault(same_samples, []).append(stage)
+    return [_source_input(spec, tuple(dict.fromkeys(stages[same_samples]))) for same_samples, spec in first.items()]
 
 
-def _source_input(spec: SourceSpec, stage: StageNumber) -> Input:
+def _source_input(spec: SourceSpec, stages: tuple[StageNumber, ...]) -> Input:
     source = registry().create("sources", spec.spec())
     if isinstance(source, RecordSource):
-        return _record_input(spec.name, source, stage)
-    return Input(spec.name, stage, lambda _: scan_samples(spec.name, samples([spec])))
+        return _record_input(spec.name, source, stages)
+    return Input(spec.name, stages, lambda _: scan_samples(spec.name, samples([spec])))
 
 
-def _record_input(name: str, source: RecordSource, stage: StageNumber) -> Input:
+def _record_input(name: str, source: RecordSource, stages: tuple[StageNumber, ...]) -> Input:
     if not source.path.is_dir():
         require_file(source.path)
     if isinstance(source, Checkable):
         source.check()
-    return Input(name, stage, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
+    return Input(name, stages, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
 
 
 def token_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths | None, str]:

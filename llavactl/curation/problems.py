@@ -97,7 +97,11 @@ class Tally:
     @property
     def errors(self) -> int:
         """The number of problems that stop a run, lose a record or harm training."""
-        return sum(count for kind, count in self.counts.items() if KINDS[kind].effect != "noted")
+        return self.counts.total() - self.affected("noted")
+
+    def affected(self, effect: Effect) -> int:
+        """The number of problems with this ``effect``."""
+        return sum(count for kind, count in self.counts.items() if KINDS[kind].effect == effect)
 
     @property
     def repairable(self) -> int:

@@ -78,14 +78,14 @@ def _image_finding(image: ImageRef, *, whole: bool) -> Finding | None:
     return None
 
 
-def scan(records: Iterator[ScannedRecord], images: ImageChecks, lengths: Lengths | None) -> Iterator[ScannedRecord]:
-    """Adds the findings about images, lengths and duplicate ids to ``records``, in order."""
+def scan(records: Iterator[ScannedRecord], images: ImageChecks, lengths: Sequence[Lengths]) -> Iterator[ScannedRecord]:
+    """Adds the findings about images, lengths (in each stage) and duplicate ids to ``records``, in order."""
     ids: set[int] = set()
     with ThreadPoolExecutor(images.workers) as pool:
         while chunk := list(itertools.islice(records, CHUNK)):
             images.check(pool, [image for record in chunk for image in record.images])
-            if lengths is not None:
-                _add_length_findings(chunk, lengths)
+            for of_stage in lengths:
+                _add_length_findings(chunk, of_stage)
             for record in chunk:
                 record.findings.extend(images.findings[image] for image in record.images if image in images.findings)
                 if (name := _id(record)) is not None:
@@ -101,13 +101,18 @@ def _add_length_findings(chunk: Sequence[ScannedRecord], lengths: Lengths) -> No
         if record.sample is None:
             continue
         if reason := lengths.refusal(record.sample):
-            record.findings.append(Finding("template", reason))
+            _add_new(record, [Finding("template", reason)])
         else:
             usable.append((record, record.sample))
     long = lengths.too_long([sample for _, sample in usable])
     for (record, sample), is_long in zip(usable, long, strict=True):
         if is_long:
-            record.findings.extend(lengths.findings(sample))
+            _add_new(record, lengths.findings(sample))
+
+
+def _add_new(record: ScannedRecord, findings: Sequence[Finding]) -> None:
+    """Adds those of ``findings`` that the record doesn't have from another stage with the same template."""
+    record.findings.extend(finding for finding in findings if finding not in record.findings)
 
 
 def _id(record: ScannedRecord) -> str | None:

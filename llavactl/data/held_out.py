@@ -26,6 +26,12 @@ def connected_components(keys: Sequence[Iterable[Hashable]]) -> list[int]:
     return [root(index) for index in range(len(keys))]
 
 
+def images_to_hold_out(images: int, fraction: float) -> int:
+    """The number of ``images`` to hold out for validation: at least one of ten or more if ``fraction`` > 0."""
+    target = round(images * fraction)
+    return 1 if fraction and not target and images >= 10 else target
+
+
 def choose_held_out(
     groups: Iterable[str], fraction: float, seed: int, sizes: Mapping[str, int] | None = None
 ) -> set[str]:
@@ -39,9 +45,7 @@ def choose_held_out(
     distinct = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}\0{group}".encode()).digest())
     size = {group: (sizes or {}).get(group, 1) for group in distinct}
     total = sum(size.values())
-    target = round(total * fraction)
-    if fraction and not target and total >= 10:
-        target = 1
+    target = images_to_hold_out(total, fraction)
     held_out: set[str] = set()
     remaining = target
     for group in distinct:

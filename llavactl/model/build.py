@@ -122,10 +122,21 @@ def grid_fault(connector: GridConnector, shape: FeatureShape) -> str:
     sides = grid if isinstance(grid, tuple) else ()
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         return f"grid() returned {grid!r}, expected a tuple of two positive integers"
-    tokens, cells = connector.tokens(shape) - shape.prefix, grid[0] * grid[1]
+    tokens, cells = connector.tokens(shape), grid[0] * grid[1]
+    tokens -= tokens_before_cells(tokens, shape, grid)
     if tokens < 1 or tokens % cells:
         return f"grid() returned {grid!r}, but {tokens} tokens can't be divided over {cells} cells"
     return ""
+
+
+def tokens_before_cells(tokens: int, shape: FeatureShape, grid: tuple[int, int]) -> int:
+    """How many of a connector's ``tokens`` precede those of the cells of ``grid``.
+
+    One for each of ``shape.prefix``, or 0 if the connector drops these: then, the remaining tokens wouldn't fill the
+    cells.
+    """
+    cells = tokens - shape.prefix
+    return shape.prefix if cells > 0 and cells % (grid[0] * grid[1]) == 0 else 0
 
 
 def build_fault(module: Any, tokens: Any) -> str:

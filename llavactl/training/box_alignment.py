@@ -22,6 +22,7 @@ from llavactl.core import progress
 from llavactl.core.errors import RecipeError
 from llavactl.core.schema import Box, Encoded
 from llavactl.data.batches import collate
+from llavactl.model.build import tokens_before_cells
 from llavactl.model.inputs import image_features
 from llavactl.training.optimizer import schedule
 
@@ -80,6 +81,7 @@ def align_to_boxes(
             hint="use a source with boxes (`coco`, `scenes`), or `-o stage1.box_alignment_steps=0`",
         )
     per_cell = tokens_per_cell(shape, cells, data.encoding.image_tokens)
+    first = tokens_before_cells(data.encoding.image_tokens, shape, cells)
     embeddings = model.language.get_input_embeddings().weight.detach()
 
     @cache
@@ -104,7 +106,7 @@ def align_to_boxes(
             features = image_features(collate([Encoded((), (), sample.images) for sample in batch], data.features))
             assert features is not None, "every sample here has an image"
             with torch.autocast(embeddings.device.type, dtype, enabled=dtype != torch.float32):
-                tokens = connector(features.to(embeddings.device).float())[:, shape.prefix :]
+                tokens = connector(features.to(embeddings.device).float())[:, first:]
             loss = (tokens.float() - target).square().mean()
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(step, steps, WARMUP)
@@ -179,13 +181,13 @@ def _position(x: torch.Tensor, y: torch.Tensor, word: WordEmbedding) -> torch.Te
 
 
 def tokens_per_cell(shape: FeatureShape, cells: tuple[int, int], tokens: int) -> int:
-    """The number of a connector's ``tokens`` in each of ``cells``, without those of ``shape.prefix``.
+    """The number of a connector's ``tokens`` in each of ``cells``, without those before the first cell.
 
     Raises:
         RecipeError: the cells don't divide the grid of patches, or the tokens don't fill them.
     """
     (rows, columns), (h, w) = cells, shape.grid
-    per_cell, rest = divmod(tokens - shape.prefix, rows * columns)
+    per_cell, rest = divmod(tokens - tokens_before_cells(tokens, shape, cells), rows * columns)
     if rest or per_cell < 1 or h % rows or w % columns:
         raise RecipeError(
             f"stage1.box_alignment_steps: {tokens} image tokens don't form {rows}x{columns} cells of {h}x{w} patches",

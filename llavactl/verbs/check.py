@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class RepairedFile:
 class CheckReport:
     """The problems of ``records``; ``ok``: none of them affects training (``errors`` is 0).
 
+    ``trains``: despite the problems, training works; it leaves out ``left_out`` records, and images without a caption.
+
     ``images`` counts distinct images, ``decode`` is how they were checked, ``token_counting`` the stages whose
     template and tokenizer counted tokens, or why they didn't. ``repairs`` are the options of this command, or complete
     commands, that repair the records with problems, for one source each.
@@ -67,6 +70,8 @@ class CheckReport:
     errors: int
     problems: tuple[ProblemCount, ...]
     seconds: float
+    trains: bool = True
+    left_out: int = 0
     repairs: tuple[str, ...] = ()
     repaired: RepairedFile | None = None
 
@@ -93,24 +98,29 @@ def check(
     began = time.perf_counter()
     sources = inputs(recipe, file, images, stage, follow_links=follow_links)
     checks = ImageChecks("no" if file is not None and images is None else decode, workers=os.cpu_count() or 1)
-    tally, token_counting, repairs, records = Tally(), [], [], 0
+    tally, token_counting, repairs, records, left_out = Tally(), [], [], 0, 0
+    usable: Counter[StageNumber] = Counter()
     with _repair_writer(sources, fix) as writer:
         for source in sources:
-            lengths, how = token_lengths(recipe, source.stage)
-            token_counting.append(how)
+            counted = [token_lengths(recipe, number) for number in source.stages]
+            token_counting += [how for _, how in counted]
+            lengths = [of_stage for of_stage, _ in counted if of_stage is not None]
             before, repairable_before = records + tally.counts.total(), tally.repairable
-            for record in with_progress(
-                scan(source.scan(lengths is not None), checks, lengths), source.records, "check"
-            ):
-                records += not any(finding.kind in NOT_RECORDS for finding in record.findings)
+            for record in with_progress(scan(source.scan(bool(lengths)), checks, lengths), source.records, "check"):
+                effects = {KINDS[finding.kind].effect for finding in record.findings}
+                is_record = not any(finding.kind in NOT_RECORDS for finding in record.findings)
+                records += is_record
+                left_out += "lost" in effects
+                if is_record and not effects & {"lost", "stops"}:
+                    usable.update(source.stages)
                 tally.add(record.where, record.findings)
                 if writer is not None and record.raw is not None:
                     writer.add(record.raw, record.findings)
             if records + tally.counts.total() == before:
-                name = f"source {source.name} of stage {source.stage}"
+                name = f"source {source.name} of stage {' and '.join(map(str, source.stages))}"
                 tally.add(str(source.records.path if source.records else name), [Finding("empty")])
-            if tally.repairable > repairable_before and (options := _repair_options(source, sources)):
-                repairs.append(options)
+            if tally.repairable > repairable_before:
+                repairs += _repair_options(source, sources)
     return CheckReport(
         ok=not tally.errors,
         records=records,
@@ -120,6 +130,8 @@ def check(
         errors=tally.errors,
         problems=_problems(tally),
         seconds=round(time.perf_counter() - began, 3),
+        trains=not tally.affected("stops") and all(usable[number] for each in sources for number in each.stages),
+        left_out=left_out,
         repairs=tuple(repairs),
         repaired=None
         if writer is None or fix is None
@@ -135,18 +147,26 @@ def _problems(tally: Tally) -> tuple[ProblemCount, ...]:
     )
 
 
-def _repair_options(source: Input, sources: Sequence[Input]) -> str:
-    """The options, or the complete command, that repair only the records of ``source``; "" if they can't be repaired.
+def _repair_options(source: Input, sources: Sequence[Input]) -> list[str]:
+    """The options, or the complete command, that repair only the records of ``source``, for each of its stages.
 
-    ``--fix`` accepts one of the recipe's ``sources``: a stage's only one, or else a file.
+    ``--fix`` accepts one of the recipe's ``sources`` in one stage, for which it counts lengths: a stage's only one, or
+    else a file.
     """
     if not isinstance(source.records, RepairingSource):
-        return ""
-    if len(sources) == 1:
-        return "--fix OUT"
-    if sum(other.stage == source.stage for other in sources) == 1:
-        return f"--stage {source.stage} --fix OUT"
-    return source.records.repair_command if isinstance(source.records, RepairableFile) else ""
+        return []
+    if _only_source(sources) is not None:
+        return ["--fix OUT"]
+    alone = [stage for stage in source.stages if sum(stage in other.stages for other in sources) == 1]
+    options = [f"--stage {stage} --fix OUT" for stage in alone]
+    if len(alone) < len(source.stages) and isinstance(source.records, RepairableFile):
+        options.append(source.records.repair_command)
+    return options
+
+
+def _only_source(sources: Sequence[Input]) -> Input | None:
+    """The only one of ``sources`` if it is read by one stage."""
+    return sources[0] if len(sources) == 1 and len(sources[0].stages) == 1 else None
 
 
 def in_code(texts: Sequence[str]) -> str:
@@ -163,13 +183,13 @@ def _repair_writer(sources: Sequence[Input], out: Path | None) -> Iterator[Repai
     if out is None:
         yield None
         return
-    if len(sources) != 1:
-        ways = [options for source in sources if (options := _repair_options(source, sources))]
+    if (only := _only_source(sources)) is None:
+        ways = [options for source in sources for options in _repair_options(source, sources)]
         raise RecipeError(
-            f"--fix repairs the records of one source, got {len(sources)}",
+            f"--fix repairs the records of one source in one stage, got {sum(len(each.stages) for each in sources)}",
             hint=f"repair one source at a time: {in_code(ways)}" if ways else "none of these sources can be repaired",
         )
-    source = repairing_source(sources[0])
+    source = repairing_source(only)
     refuse_overwriting(source.path, out)
     with write_stream(out) as write, write_stream(_log(out)) as log:
         yield RepairWriter(source, write, log)

@@ -53,13 +53,14 @@ def stats(
     began = time.perf_counter()
     statistics, unusable, token_counting = Statistics(), 0, []
     for source in inputs(recipe, file, None, stage):
-        lengths, how = token_lengths(recipe, source.stage)
-        token_counting.append(how)
-        for sample, tokens in _samples_with_tokens(source, lengths):
-            if sample is None:
-                unusable += 1
-            else:
-                statistics.add(sample, tokens)
+        for number in source.stages:
+            lengths, how = token_lengths(recipe, number)
+            token_counting.append(how)
+            for sample, tokens in _samples_with_tokens(source, lengths):
+                if sample is None:
+                    unusable += 1
+                else:
+                    statistics.add(sample, tokens)
     if not statistics.samples:
         raise DataError("no usable record to measure", hint="`llavactl data check` lists the problems")
     distributions = statistics.finished()

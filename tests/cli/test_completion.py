@@ -73,6 +73,15 @@ def test_a_broken_plugin_prints_nothing_at_a_completion(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("plain,llava-v1-7b\n", "")
 
 
+def with_program(folder: Path) -> dict[str, str]:
+    """The environment of a shell that finds ``llavactl``, with ``folder`` as the home."""
+    program = folder / "bin" / "llavactl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llavactl "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "HOME": str(folder), "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
     ("line", "expected"),
@@ -83,10 +92,6 @@ def test_a_broken_plugin_prints_nothing_at_a_completion(tmp_path: Path) -> None:
     ],
 )
 def test_bash_completes(line: str, expected: list[str], tmp_path: Path) -> None:
-    program = tmp_path / "bin" / "llavactl"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llavactl "$@"\n')
-    program.chmod(0o755)
     script = f"""
         eval "$(_LLAVACTL_COMPLETE=bash_source llavactl)"
         compopt() {{ printf "compopt %s %s\\n" "$@"; }}
@@ -97,10 +102,41 @@ def test_bash_completes(line: str, expected: list[str], tmp_path: Path) -> None:
         echo "${{COMPREPLY[@]}}"
         complete -p llavactl
     """
-    environment = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", script], env=with_program(tmp_path), capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
     *files, reply, registered = done.stdout.splitlines()
     assert reply.split() == expected
     assert files == ([] if expected else ["compopt -o default"])
     assert "_llavactl_completion llavactl" in registered
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes(tmp_path: Path) -> None:
+    """Completion functions run only within the line editor: what they pass to it is printed."""
+    script = """
+        autoload -Uz compinit && compinit -u -d "$HOME/.zcompdump"
+        eval "$(_LLAVACTL_COMPLETE=zsh_source llavactl)"
+        _describe() { print -r -- "${(P@)3}"; }
+        words=(llavactl tr) CURRENT=2
+        _llavactl_completion
+        print -r -- $_comps[llavactl]
+    """
+    done = subprocess.run(
+        ["zsh", "-f", "-c", script], env=with_program(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    described, registered = done.stdout.splitlines()
+    assert described.startswith("train:")
+    assert registered == "_llavactl_completion"
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes(tmp_path: Path) -> None:
+    script = """_LLAVACTL_COMPLETE=fish_source llavactl | source; complete -C "llavactl tr" """
+    done = subprocess.run(
+        ["fish", "-N", "-c", script], env=with_program(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["train"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,10 +59,45 @@ def here(empty: Path) -> Path:
 
 
 def test_a_report_is_yaml_or_json(verb: Any, here: Path) -> None:
-    verb("extract", "extract", Report())
-    assert run_cli("extract", cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
-    document = run_cli("extract", "--json", cwd=here).json()
+    verb("train", "train", Report())
+    train = ("train", "--stage", "1")
+    assert run_cli(*train, cwd=here).stdout == "name: x\nwhere: /somewhere\nloss: 0.5\nsteps:\n- 1\n- 2\n"
+    document = run_cli(*train, "--json", cwd=here).json()
     assert document == {"name": "x", "where": "/somewhere", "loss": 0.5, "steps": [1, 2]}
+
+
+EXTRACTED: dict[str, Any] = {
+    "images": 1200, "unique": 1100, "stored_before": 100, "to_encode": 1000, "skipped": 0, "free_bytes": 5 * 10**9,
+    "device": "cpu", "bytes": 2_500_000, "seconds": 95.0, "images_per_s": 20.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_extract_prints_counts_disk_and_time(verb: Any, here: Path, dry_run: bool) -> None:
+    from llavactl.verbs.extract import ExtractReport, StoreReport
+
+    stores = tuple(
+        StoreReport("f", f"/store/{stage}", image, (stage,), 600, 550, 50, 500)
+        for stage, image in ((1, "square"), (2, "pad"))
+    )
+    report = ExtractReport(**EXTRACTED, stores=stores, dry_run=dry_run)
+    finished = replace(report, encoded=998, skipped=2, skipped_file="/run/skipped.jsonl")
+    mock = verb("extract", "extract", replace(report, estimated_seconds=48.8) if dry_run else finished)
+    arguments = ("extract", *(["--dry-run"] if dry_run else []))
+    lines = [line.split(maxsplit=1) for line in run_cli(*arguments, cwd=here).stdout.splitlines()]
+    shown = {label: text for label, text in lines if label != "store"}
+    assert shown["images"] == "1,200, 1,100 distinct"
+    if dry_run:
+        assert "1,000" in shown["to"]
+        assert shown["disk"] == "2.5 MB of 5.0 GB free"
+        assert shown["time"].startswith("49 s")
+    else:
+        assert "998" in shown["encoded"]
+        assert "/run/skipped.jsonl" in shown["skipped"]
+        assert shown["time"].startswith("1 min 35 s")
+    assert [text.split()[0] for label, text in lines if label == "store"] == ["/store/1", "/store/2"]
+    assert not any("_" in label for label, _ in lines)
+    assert run_cli(*arguments, "--json", cwd=here).json() == json.loads(json.dumps(asdict(mock.return_value)))
 
 
 def test_run_prints_scores_an_example_and_a_chat_command(verb: Any, here: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
+from llavactl.core.protocols import GridConnector
 from llavactl.core.schema import FeatureShape
+from llavactl.model.build import grid_fault
 from llavactl.model.connector_check import connector_fault
 from llavactl.testing import check_connector
 
@@ -322,6 +324,13 @@ def test_invalid_grids_are_detected(grid: Any, valid: bool) -> None:
     assert bool(connector_fault(connector, SHAPE, WIDTH)) is not valid
     connector.grid = 12  # type: ignore[attr-defined]
     assert connector_fault(connector, SHAPE, WIDTH)
+
+
+@pytest.mark.parametrize(("tokens", "valid"), [(24, True), (25, True), (48, True), (49, True), (26, False), (1, False)])
+def test_a_grid_connector_keeps_or_drops_the_tokens_before_the_patches(tokens: int, valid: bool) -> None:
+    connector = Connector(Base, lambda _shape: tokens)
+    connector.grid = lambda shape: shape.grid  # type: ignore[attr-defined]
+    assert bool(grid_fault(cast(GridConnector, connector), FeatureShape((4, 6), 8, prefix=1))) is not valid
 
 
 @pytest.mark.parametrize("build", [lambda: torch.relu, lambda: None, lambda: 1 / 0])

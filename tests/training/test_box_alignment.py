@@ -63,7 +63,8 @@ def test_cells_without_a_common_number_of_tokens_are_refused() -> None:
     shape = FeatureShape((4, 6), 8)
     assert tokens_per_cell(shape, (4, 6), 24) == 1
     assert tokens_per_cell(shape, (2, 3), 12) == 2
-    assert tokens_per_cell(FeatureShape((4, 6), 8, prefix=1), (4, 6), 25) == 1
+    for tokens in (25, 24):  # the connector keeps or drops the class token
+        assert tokens_per_cell(FeatureShape((4, 6), 8, prefix=1), (4, 6), tokens) == 1
     for cells, tokens in (((4, 6), 12), ((2, 3), 13), ((3, 3), 18), ((2, 4), 8)):
         with pytest.raises(RecipeError, match="4x6 patches"):
             tokens_per_cell(shape, cells, tokens)
@@ -116,14 +117,23 @@ def test_the_closest_object_is_in_a_cell() -> None:
 class FeaturesFromBoxes:
     """Features from which ``targets`` can be computed linearly."""
 
-    def __init__(self, boxes: dict[str, list[Box]], grid: tuple[int, int]) -> None:
-        self.boxes, self.grid = boxes, grid
+    def __init__(self, boxes: dict[str, list[Box]], grid: tuple[int, int], prefix: int) -> None:
+        self.boxes, self.grid, self.prefix = boxes, grid, prefix
 
     def arrays(self, image: ImageRef) -> tuple[np.ndarray]:
-        return (patch_targets(self.boxes[image.name], self.grid, self.grid, word).numpy().astype(np.float16),)
+        patches = patch_targets(self.boxes[image.name], self.grid, self.grid, word).numpy()
+        return (np.pad(patches, ((self.prefix, 0), (0, 0))).astype(np.float16),)
 
 
-def test_the_fitted_connector_predicts_the_targets() -> None:
+class WithoutFirst(torch.nn.Linear):
+    """Drops the class token."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features[:, 1:])
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(torch.nn.Linear, 0), (torch.nn.Linear, 1), (WithoutFirst, 1)])
+def test_the_fitted_connector_predicts_the_targets(kind: type[torch.nn.Linear], prefix: int) -> None:
     rng, grid = Random(0), (4, 4)
     boxes = {}
     for index in range(12):
@@ -131,18 +141,19 @@ def test_the_fitted_connector_predicts_the_targets() -> None:
         boxes[str(index)] = [Box(rng.choice(WORDS[5:]), (x, y, x + 0.5, y + 0.5))]
     samples = [Sample(name, (Turn("user", (ImageFile("", name),)),), boxes=tuple(boxes[name])) for name in boxes]
     torch.manual_seed(0)
-    embeddings, connector = torch.nn.Embedding(len(WORDS), 16), torch.nn.Linear(len(WORDS), 16)
+    embeddings, connector = torch.nn.Embedding(len(WORDS), 16), kind(len(WORDS), 16)
     torch.nn.init.normal_(embeddings.weight, std=0.2)
     numbers = {f" {text}": number for number, text in enumerate(WORDS)}
-    encoding = SimpleNamespace(image_tokens=16, tokenizer=lambda text, **_: {"input_ids": [numbers[text]]})
-    data: Any = SimpleNamespace(samples=samples, encoding=encoding, features=FeaturesFromBoxes(boxes, grid))
+    image_tokens = 16 + prefix * (kind is not WithoutFirst)
+    encoding = SimpleNamespace(image_tokens=image_tokens, tokenizer=lambda text, **_: {"input_ids": [numbers[text]]})
+    data: Any = SimpleNamespace(samples=samples, encoding=encoding, features=FeaturesFromBoxes(boxes, grid, prefix))
     language = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     model: Any = SimpleNamespace(connector=connector, language=language, frozen=frozenset())
     initial = connector.weight.clone()
-    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS)), grid, 1500, 0)
+    fitted = align_to_boxes(model, data, FeatureShape(grid, len(WORDS), prefix), grid, 1500, 0)
     assert torch.equal(connector.weight, initial), "the model is not changed"
     for name, image_boxes in boxes.items():
-        features = torch.from_numpy(data.features.arrays(ImageFile("", name))[0]).float()
+        features = torch.from_numpy(data.features.arrays(ImageFile("", name))[0]).float()[prefix:]
         target = patch_targets(image_boxes, grid, grid, lambda text: embeddings.weight.detach()[WORDS.index(text)])
         tokens = torch.nn.functional.linear(features, fitted["weight"], fitted["bias"])
         assert (tokens - target).square().mean() < 0.05 * target.var()

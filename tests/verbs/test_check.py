@@ -190,14 +190,65 @@ def test_only_full_decoding_finds_damaged_pixels(photos: Path, tmp_path: Path) -
     assert [report["images"] for _, report in reports.values()] == [1, 1, 1]
 
 
-def test_a_recipe_is_checked_in_both_stages(toy: Path) -> None:
+@pytest.mark.parametrize("same", [True, False])
+def test_a_recipe_is_checked_in_both_stages(toy: Path, same: bool) -> None:
+    """A source that both stages read is checked once, with the lengths of each."""
     (toy / "images" / "photo-003.jpg").unlink()
+    if not same:
+        shutil.copy(toy / "records.json", toy / "other.json")
+        recipe = (toy / "recipe.yaml").read_text().replace("path: records.json", "path: other.json", 1)
+        (toy / "recipe.yaml").write_text(recipe)
     result = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), "--json")
-    report = result.json()
-    assert report["records"] == 24
-    assert [(each["problem"], each["count"]) for each in report["problems"]] == [("image-missing", 2)]
-    assert "stage 1, max_length 2048" in report["token_counting"]
+    report, sources = result.json(), 1 if same else 2
+    assert report["records"] == 12 * sources
+    (problem,) = report["problems"]
+    assert (problem["problem"], problem["count"]) == ("image-missing", sources)
+    assert len(set(problem["locations"])) == sources
+    assert all(f"stage {stage}, max_length 2048" in report["token_counting"] for stage in (1, 2))
     assert result.exit_code == 1
+
+
+def test_lengths_of_a_source_count_once_for_stages_with_the_same_ones(toy: Path) -> None:
+    def truncated(*overrides: str) -> dict[str, int]:
+        options = [word for each in ("stage1.template=vicuna-v1", *overrides) for word in ("-o", each)]
+        report = run_cli("data", "check", "-r", str(toy / "recipe.yaml"), *options, "--json").json()
+        return {each["problem"]: each["count"] for each in report["problems"]}
+
+    one, other = "stage1.max_length=70", "stage2.max_length=70"
+    assert truncated(one) == truncated(other) == truncated(one, other) == {"truncated": 12}
+    assert truncated(one, "stage2.max_length=60") == {"truncated": 24}
+
+
+@pytest.mark.parametrize(
+    ("change", "trains", "left_out"),
+    [
+        ({"image": "none.jpg"}, True, 1),
+        ({"conversations": talk(("human", "A"), ("gpt", "B"), ("human", "C"), ("gpt", ""))}, True, 0),
+        ({"image": "../none.jpg"}, False, 0),
+        ({"conversations": []}, False, 0),
+    ],
+)
+def test_the_report_says_whether_training_works(
+    photos: Path, tmp_path: Path, change: dict[str, Any], trains: bool, left_out: int
+) -> None:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([record(1), {**record(2), **change}]))
+    code, report = check(path, "--images", str(photos))
+    assert (code, report["ok"], report["trains"], report["left_out"]) == (1, False, trains, left_out)
+    result = run_cli("data", "check", str(path), "--images", str(photos))
+    assert result.exit_code == 1
+    first, hint = result.stderr.splitlines()
+    assert first.startswith("warning: " if trains else "error: ")
+    assert ("1 sample" in first) == (left_out == 1)
+    assert "--fix" in hint
+
+
+def test_training_does_not_work_if_no_record_of_a_stage_is_left(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([record(1, "none.jpg")]))
+    code, report = check(path, "--images", str(photos))
+    assert (code, report["trains"], report["left_out"]) == (1, False, 1)
+    assert run_cli("data", "check", str(path), "--images", str(photos)).stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("length", [3, 70, 90])

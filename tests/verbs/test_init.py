@@ -354,7 +354,8 @@ def test_on_a_terminal_it_asks_again_until_answers_are_usable(
     assert (recipe.name, recipe.stage2.micro_batch_tokens) == ("asked", "auto")
     assert Path(recipe.sources(2)[0].spec()["images"]).samefile(project / "images")
     assert Path(recipe.language.spec()["model"]).samefile(project / "language")
-    assert "nothing.json: no such file" in result.stderr
+    assert "error: nothing.json: no such file" in result.stderr
+    assert "Error" not in result.stderr
     assert run_cli("init", "--yes").exit_code == 2, "it asks nothing with --yes"
 
 
@@ -423,3 +424,64 @@ def test_mistaken_names_are_explained(
     result = run_cli("init", *(word for pair in given.items() for word in pair))
     assert result.exit_code == 1
     assert why in result.stderr
+
+
+@pytest.mark.parametrize("data", ["folder with text files", "captions and conversations"])
+def test_steps_are_those_of_training(data: str, project: Path) -> None:
+    report = init("--data", *DATA[data][0](project))
+    for stage, section in STAGES.items():
+        told = re.search(rf"^{section}:.*?# about ([\d,]+) steps", report["text"], re.MULTILINE | re.DOTALL)
+        assert told is not None
+        plan = run_cli("train", "--stage", str(stage), "-r", report["recipe"], "--dry-run", "--json").json()
+        assert int(told[1].replace(",", "")) == plan["steps"]
+
+
+@pytest.mark.parametrize(("key", "option"), [("vision.model", "--vision"), ("stage2.method", "--method")])
+def test_errors_name_options_and_not_a_file_that_is_not_written(
+    key: str, option: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavactl.verbs import preflight
+
+    arguments = ("init", "--data", "records.json", "--vision", "clip", "--language", "language")
+    named = run_cli(*arguments, "--name", "a/b")
+    monkeypatch.setattr(preflight, "faults", lambda _recipe: [(key, "can't be used")])
+    for result, cited in ((named, "--name"), (run_cli(*arguments), option)):
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {cited}: ")
+        assert "recipe.yaml" not in result.stderr
+
+
+def test_what_llavactl_wrote_is_not_data(project: Path) -> None:
+    captioned(project / "photos")
+    report = init("--data", "photos")
+    run = project / "photos" / "runs" / "demo"
+    shutil.copytree(project / "photos", run / "stage1", ignore=shutil.ignore_patterns("runs"))
+    (run / "recipe.yaml").write_text("name: demo\n")
+    for folder, marker in (("photos/trained", "llavactl.json"), ("photos/exported", "llavactl_export.json")):
+        captioned(project / folder, 2)
+        (project / folder / marker).write_text("{}")
+    captioned(project / "photos" / "runs" / "mine", 3)
+    before = report["data"][0]["samples"]
+    result = run_cli("init", "--data", "photos", "--vision", "clip", "--language", "language", "--force", "--json")
+    assert result.json()["data"][0]["samples"] == before + 3, "the folder `runs` itself isn't special"
+    for folder in (run, project / "photos" / "trained", project / "photos" / "exported"):
+        assert str(folder) in result.stderr
+
+
+@pytest.mark.parametrize(("command", "resumes"), [(("init",), False), (("doctor",), False), (("extract",), True)])
+def test_only_commands_that_resume_say_so(
+    command: tuple[str, ...], resumes: bool, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llavactl.verbs import doctor, extract
+
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "doctor", interrupt)
+    monkeypatch.setattr(extract, "extract", interrupt)
+    monkeypatch.setattr("llavactl.cli.init.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = run_cli(*command, cwd=toy)  # at a question, the end of the input is handled as Ctrl-C
+    assert result.exit_code == 130
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("interrupted")
+    assert ("resume" in last) == resumes

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import boundary, output
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load_outline, load_outline_if_given, recipe_options, stage_option
 from llavactl.core.errors import DataError
+from llavactl.core.quantities import quantity
 
 if TYPE_CHECKING:
     from llavactl.curation.scan import Decode
@@ -51,7 +52,9 @@ SHOWN_LOCATIONS = 3
     "--fix", type=click.Path(path_type=Path), metavar="OUT", help="Write the records of FILE, repaired, to OUT."
 )
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     file: Path | None,
     source: str | None,
     overrides: tuple[str, ...],
@@ -88,10 +91,27 @@ def command(
     errors = "1 problem affects training" if report.errors == 1 else f"{report.errors:,} problems affect training"
     if outside := [KINDS[each.problem].description for each in report.problems if each.problem in NOT_IN_RECORDS]:
         raise DataError(errors, hint="; ".join(outside))
-    if not report.ok and report.repaired is None:
-        each = ", one source at a time" if len(report.repairs) > 1 else ""
-        hint = f"to repair or drop these records{each}: {in_code(report.repairs)}"
-        raise DataError(errors, hint=hint if report.repairs else "correct the sources listed above")
+    if report.ok or report.repaired is not None:
+        return
+    each = ", one source at a time" if len(report.repairs) > 1 else ""
+    hint = f"to repair or drop these records{each}: {in_code(report.repairs)}" if report.repairs else ""
+    if not report.trains:
+        where = "in `problems`" if as_json else "above"
+        raise DataError(errors, hint=hint or f"correct the files at the locations listed {where}")
+    boundary.message("warning:", f"training works, {_despite(report)}", "bold yellow")
+    if hint:
+        boundary.message("hint:", hint, "bold yellow")
+    ctx.exit(1)
+
+
+def _despite(report: CheckReport) -> str:
+    """What the problems of ``report`` change in training."""
+    harmful = sum(each.count for each in report.problems if each.effect == "harms")
+    effects = [
+        f"but {quantity(report.left_out, 'sample')} will be left out" if report.left_out else "",
+        f"but {quantity(harmful, 'problem')} will teach the model something wrong" if harmful else "",
+    ]
+    return ", ".join(filter(None, effects))
 
 
 def _print(report: CheckReport) -> None:

@@ -17,6 +17,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(
     "generate",
     cls=Command,
+    resumes=True,
     examples=[
         "llavactl data generate --dry-run",
         "llavactl data generate --max-cost 20",

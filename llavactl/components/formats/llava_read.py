@@ -18,6 +18,7 @@ from llavactl.components.formats.native import connector_spec, restore_settings,
 from llavactl.components.formats.supported_keys import refuse_unsupported_llava, tuned_vision_key
 from llavactl.components.formats.weights import files, read_file, read_tensors, unexpected_tensors
 from llavactl.components.languages.llava_checkpoint import load_arguments
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.model_files import local_folder
@@ -137,7 +138,7 @@ def _included_weights(language: str, folder: Path) -> _Weights:
     Raises:
         ModelError: the checkpoint has other tensors, or can't be read.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import AutoModelForCausalLM
 
     path = Path(language)
     if (path / "adapter_config.json").is_file():
@@ -145,7 +146,7 @@ def _included_weights(language: str, folder: Path) -> _Weights:
     if path.is_dir():
         read_tensors(path, ())  # raises an error that names missing and truncated files
     try:
-        config, _ = PreTrainedConfig.get_config_dict(language)
+        config = hub.model_config(language)
         if "mm_vision_tower" in config and path != folder.absolute():
             refuse_unsupported_llava(config, path)
         names = unexpected_tensors(AutoModelForCausalLM, language, **load_arguments(language))

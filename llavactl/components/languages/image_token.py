@@ -41,11 +41,9 @@ def set_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
 
 def _processor_image_token(tokenizer: PreTrainedTokenizerBase, model: str) -> str | None:
     """The image token if ``model`` is a LLaVA checkpoint of transformers."""
-    from transformers import PreTrainedConfig
-
     if not in_hf_llava(model) or hub.has_file(EXPORT_RECORD, model):
         return None
-    config, _ = PreTrainedConfig.get_config_dict(model)
+    config = hub.model_config(model)
     token_id = config.get("image_token_index", config.get("image_token_id"))
     added = tokenizer.added_tokens_decoder.get(token_id)  # other tokens are not always found in text
     return None if added is None else added.content

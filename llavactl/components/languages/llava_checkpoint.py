@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llavactl.core import hub
 from llavactl.core.errors import ModelError
 
 _ARCHITECTURE = re.compile(r"(Llava)?(\w+)ForCausalLM")
@@ -18,9 +19,9 @@ _UNSCALED = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scal
 
 def load_arguments(model: str) -> dict[str, Any]:
     """Arguments for ``from_pretrained`` if the language model is part of a LLaVA checkpoint; else {}."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
-    checkpoint, _ = PreTrainedConfig.get_config_dict(model)
+    checkpoint = hub.model_config(model)
     if "text_config" in checkpoint:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
         for key, value in _UNSCALED.items() if _is_hf_llava(checkpoint) else ():
@@ -36,9 +37,7 @@ def load_arguments(model: str) -> dict[str, Any]:
 
 def in_hf_llava(model: str) -> bool:
     """Whether the language model is part of a ``LlavaForConditionalGeneration``."""
-    from transformers import PreTrainedConfig
-
-    return _is_hf_llava(PreTrainedConfig.get_config_dict(model)[0])
+    return _is_hf_llava(hub.model_config(model))
 
 
 def _is_hf_llava(config: Mapping[str, Any]) -> bool:

@@ -128,7 +128,7 @@ def init(
         stages={stage: replace(each, memory=plan.stages[stage].settings) for stage, each in facts.stages.items()},
     )
     text = recipe_text(facts)
-    warnings = [*_checked(text, facts, file, device_memory, devices), *_uncertain(facts, recognized, vision, language)]
+    warnings = [*_checked(text, facts, device_memory, devices), *_uncertain(facts, recognized, vision, language)]
     schema_file = file.parent / SCHEMA_FILE if json_schema else None
     if not dry_run:
         if schema_file is not None:
@@ -229,18 +229,33 @@ def _trained_samples(data: RecognizedData) -> int:
     return round(data.samples * data.captions_per_image)
 
 
-def _checked(text: str, facts: RecipeFacts, file: Path, device_memory: int | None, devices: int | None) -> list[str]:
+_OPTIONS = {
+    "name": "--name",
+    "vision": "--vision",
+    "connector": "--vision and --language",
+    "language": "--language",
+    "data": "--data",
+    "stage2.method": "--method",
+}
+"""The option that a key of the recipe comes from."""
+
+
+def _origin(key: str) -> str:
+    """What ``key`` of the recipe comes from: an option, since the file doesn't exist yet."""
+    parents = (key.rsplit(".", count)[0] for count in range(key.count(".") + 1))
+    return next((_OPTIONS[each] for each in parents if each in _OPTIONS), f"{key} of the new recipe")
+
+
+def _checked(text: str, facts: RecipeFacts, device_memory: int | None, devices: int | None) -> list[str]:
     """The warnings of ``recipes check``.
 
     Raises:
         RecipeError: it would find problems.
     """
     with recipe_location(text, facts) as location:
-        shown = shown_path(location.file)
-        found = problems(location)
-        if found:
-            moved = [Problem(each.where.replace(shown, shown_path(file)), each.key, each.why) for each in found]
-            raise RecipeError.from_problems(moved, hint="nothing was written; choose other models or data")
+        if found := problems(location):
+            moved = dict.fromkeys(Problem(_origin(each.key), "", each.why) for each in found)
+            raise RecipeError.from_problems(list(moved), hint="nothing was written; change these options")
         return recipe_warnings(location, (), device_memory, devices)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from llavactl.core.quantities import quantity
+from llavactl.data.held_out import images_to_hold_out
+from llavactl.data.plan import BatchPlan
 from llavactl.recipe.stages import Stage1, Stage2
 from llavactl.verbs.init.yaml import Entry
 
@@ -71,7 +74,7 @@ def stage2_entries(facts: StageFacts, method: str, width: int, reason: str) -> l
             ("learning_rate", 2e-4, "LLaVA's for LoRA"),
             ("connector_learning_rate", 2e-5, "LLaVA's: the connector is trained completely"),
         ]
-    steps = math.ceil(_steps(facts, Stage2().batch_size))
+    steps = _steps(facts, Stage2().batch_size)
     shown = {"steps": max(1, steps // 4), "samples": 2}
     return [
         ("method", method, reason),
@@ -92,13 +95,23 @@ def epochs(samples: int, largest: int) -> int:
     return max(1, min(_MAX_EPOCHS, math.ceil(_MIN_STEPS * batch_size(samples, largest) / max(1, samples))))
 
 
-def _steps(facts: StageFacts, largest: int) -> float:
-    return facts.samples * epochs(facts.samples, largest) / batch_size(facts.samples, largest)
+@cache
+def _steps(facts: StageFacts, largest: int) -> int:
+    """The steps of training, without the images that are held out for validation."""
+    held_out = images_to_hold_out(facts.images, _validation(facts)) / max(1, facts.images)
+    trained = max(1, facts.samples - round(facts.samples * held_out))
+    size, count = batch_size(facts.samples, largest), epochs(facts.samples, largest)
+    return BatchPlan([1.0] * trained, epochs=count, batch_size=size, seed=0).steps
+
+
+def _validation(facts: StageFacts) -> float:
+    """The fraction of the images that validation holds out."""
+    return max(0.01, min(0.2, round(_VALIDATION_IMAGES / max(1, facts.images), 2)))
 
 
 def _schedule(facts: StageFacts, largest: int) -> Sequence[Entry]:
     size, count = batch_size(facts.samples, largest), epochs(facts.samples, largest)
-    steps = math.ceil(_steps(facts, largest))
+    steps = _steps(facts, largest)
     why_size = "LLaVA's"
     if size < largest:
         why_size = f"LLaVA's {largest} would be {quantity(math.ceil(facts.samples / largest), 'step')} for these data"
@@ -111,11 +124,10 @@ def _schedule(facts: StageFacts, largest: int) -> Sequence[Entry]:
 def _common(facts: StageFacts, largest: int) -> Sequence[Entry]:
     steps = _steps(facts, largest)
     warmup = max(0.03, min(0.2, round(_WARMUP_STEPS / steps, 2)))
-    validation = max(0.01, min(0.2, round(_VALIDATION_IMAGES / max(1, facts.images), 2)))
     entries: list[Entry] = [
         ("warmup", warmup, "fraction of the steps; LLaVA's" + ("" if warmup == 0.03 else " 0.03 would be too few")),
         ("max_length", facts.max_length, facts.length_reason),
-        ("validation", validation, "fraction of the images that are held out for the validation loss; 0: none"),
+        ("validation", _validation(facts), "fraction of the images that are held out for the validation loss; 0: none"),
     ]
     if batch_size(facts.samples, largest) < largest:
         entries.append(("max_grad_norm", 1.0, "small batches have noisy gradients; LLaVA doesn't clip them"))

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from llavactl.components.sources.captioned import captioned_sample, raise_problems
 from llavactl.components.sources.image_folder.captions import FoundCaptions, sidecar_captions, table_captions, tables
-from llavactl.components.sources.image_folder.listing import listing
+from llavactl.components.sources.image_folder.listing import Listing, listing
 from llavactl.components.sources.image_folder.tables import Columns
 from llavactl.core.errors import DataError
 from llavactl.core.hashes import hash_json
@@ -52,9 +52,13 @@ class ImageFolderOptions(Options):
 
 @dataclass(frozen=True)
 class _Contents:
-    """Everything in the folder: ``records`` with captions, and ``findings`` about what is not in them."""
+    """Everything in the folder: ``records`` with captions, and ``findings`` about what is not in them.
+
+    ``outputs`` are folders inside it that llavactl wrote.
+    """
 
     images: int
+    outputs: tuple[str, ...]
     records: tuple[RawRecord, ...]
     findings: tuple[tuple[str, Finding], ...]
 
@@ -123,6 +127,8 @@ class ImageFolder:
         return "".join(f"{record.where}: {finding.detail}" for finding in findings)
 
     def _log_findings(self) -> None:
+        if outputs := self._contents.outputs:
+            log.info("left out, because llavactl wrote it: %s", ", ".join(str(self.path / each) for each in outputs))
         for kind, unit, text in (
             ("no-caption", "image", "%s left out, without a caption: %s"),
             ("no-image", "caption", "%s left out, without an image: %s"),
@@ -144,16 +150,14 @@ class ImageFolder:
         ]
         if table is None:
             found.append(sidecar_captions(files))
-        return _contents(files.images, found, self.root, every_caption=self.options.every_caption)
+        return _contents(files, found, self.root, every_caption=self.options.every_caption)
 
 
-def _contents(
-    images: Sequence[str], found: Sequence[FoundCaptions], root: ImageRoot, *, every_caption: bool
-) -> _Contents:
+def _contents(files: Listing, found: Sequence[FoundCaptions], root: ImageRoot, *, every_caption: bool) -> _Contents:
     """The records of all ``found`` captions, sorted like ``images``; images that don't exist come last."""
     problems: list[RawRecord] = []
     findings = [finding for each in found for finding in each.findings]
-    captions: dict[str, dict[str, str]] = {image: {} for image in images}
+    captions: dict[str, dict[str, str]] = {image: {} for image in files.images}
     """The location of each caption, by image and caption."""
     empty: dict[str, str] = {}
     for row in (row for each in found for row in each.rows):
@@ -180,7 +184,7 @@ def _contents(
         else:
             records.append(_record(next(iter(of_image.values())), image, image, list(of_image)))
     numbered = (RawRecord(each.where, each.value, index, each.problem, index) for index, each in enumerate(records))
-    return _Contents(len(images), tuple(numbered), tuple(findings))
+    return _Contents(len(files.images), tuple(files.outputs), tuple(numbered), tuple(findings))
 
 
 def _record(where: str, name: str, image: str, captions: Sequence[str]) -> RawRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,15 +16,24 @@ IMAGE_SUFFIXES = frozenset(
 )
 _SKIPPED_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
 """Folders of thumbnails, metadata and deleted files that macOS, Synology and Windows add."""
+_STEPS = frozenset({"stage1", "stage2", "eval"})
+"""Folders of a run's steps."""
+
+_MODEL_FILES = frozenset({"llavactl.json", "llavactl_export.json"})
+"""Files that llavactl writes into folders of models."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below ``root`` by their path with slashes, sorted: ``images``, and ``texts`` for all other files."""
+    """The files below ``root`` by their path with slashes, sorted: ``images``, and ``texts`` for all other files.
+
+    ``outputs`` are folders that llavactl wrote, whose files are left out.
+    """
 
     root: Path
     images: Sequence[str]
     texts: Sequence[str]
+    outputs: Sequence[str] = ()
 
     def image(self, folder: str, name: str) -> str:
         """The image ``name``, as written in a table of captions in ``folder``.
@@ -63,11 +72,15 @@ def listing(root: Path, *, follow_links: bool = False) -> Listing:
     Raises:
         DataError: a folder can't be read.
     """
-    files = sorted(_files(root, follow_links))
-    return Listing(root, [file for file in files if is_image(file)], [file for file in files if not is_image(file)])
+    outputs: list[str] = []
+    files = sorted(_files(root, follow_links, outputs))
+    images, texts = [file for file in files if is_image(file)], [file for file in files if not is_image(file)]
+    return Listing(root, images, texts, sorted(outputs))
 
 
-def _files(root: Path, follow_links: bool) -> Iterator[str]:
+def _files(root: Path, follow_links: bool, outputs: list[str]) -> Iterator[str]:
+    """The files below ``root``; adds the folders that llavactl wrote to ``outputs``."""
+
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}", hint="make the folder readable, or move it") from error
 
@@ -78,9 +91,19 @@ def _files(root: Path, follow_links: bool) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(real)
+        if folder != str(root) and _is_output(set(folders), set(names)):
+            outputs.append(Path(folder).relative_to(root).as_posix())
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS)
         inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
         yield from ((inside / name).as_posix() for name in names if not name.startswith("."))
+
+
+def _is_output(folders: Set[str], names: Set[str]) -> bool:
+    """Whether a folder with these entries is a run, a stage of a run, a model or an export of llavactl."""
+    run = "recipe.yaml" in names and _STEPS & folders
+    return bool(run or ("metrics.jsonl" in names and "checkpoints" in folders) or _MODEL_FILES & names)
 
 
 def _normal(path: str) -> str:
