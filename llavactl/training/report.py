@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -145,7 +146,7 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
 
 
 def _mean_mfu(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """The MFU of all steps in ``lines``; a step without the field, from an earlier version, is left out."""
-    known = [line for line in lines if "mfu" in line]
+    """The MFU of the steps in ``lines`` for which it is known: earlier versions wrote none, or more than 1."""
+    known = [line for line in lines if line.get("mfu", math.inf) <= 1]
     seconds = sum(line["seconds"] for line in known)
     return round(sum(line["mfu"] * line["seconds"] for line in known) / seconds, 4) if seconds else None

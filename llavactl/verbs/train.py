@@ -37,7 +37,7 @@ from llavactl.training.initial_model import initial_folder, initial_language, in
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.placement import requested_placement
-from llavactl.training.prediction.choose import choice_for_training, settled
+from llavactl.training.prediction.settle import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples, shown_samples
