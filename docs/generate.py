@@ -17,8 +17,8 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # The pages describe llavactl without the plugins that are installed here.
 os.environ["LLAVACTL_PLUGINS"] = ""
@@ -29,13 +29,14 @@ from pydantic import BaseModel
 import llavactl
 from llavactl.cli.help import Command
 from llavactl.core import hookspecs, protocols
+from llavactl.core.model_description import ModelDescription
 from llavactl.core.registry import registry
 from llavactl.core.validation import describe, schema_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "docs/how-to/memory.md",
-    *(f"docs/reference/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data")),
+    *(f"docs/reference/{name}.md" for name in ("recipes", "plugins", "cli", "templates", "data", "export")),
 )
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
@@ -302,6 +303,26 @@ def _memory_cell(row: Mapping[str, Any]) -> str:
     return " ".join([f"{row['device_bytes'] / 1e9:.0f}", *(mark for mark, applies in marks.items() if applies)])
 
 
+def model_description() -> Iterator[str]:
+    """The keys of ``llavactl.json``."""
+    yield "| key | value | meaning |\n|---|---|---|"
+    hints = get_type_hints(ModelDescription, include_extras=True)
+    required = ModelDescription.__required_keys__
+    for key in [*(key for key in hints if key in required), *(key for key in hints if key not in required)]:
+        value, meaning = get_args(hints[key])
+        yield f"| `{key}` | {_json_type(value)}{'' if key in required else ', optional'} | {meaning} |"
+
+
+def _json_type(hint: Any) -> str:
+    """The JSON values of the type ``hint``."""
+    names = {int: "integer", str: "string", bool: "boolean", dict: "object", list: "list", type(None): "null"}
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_json_type, get_args(hint)))
+    return names[get_origin(hint) or hint]
+
+
 def templates() -> Iterator[str]:
     """One conversation in the format of every template."""
     from llavactl.components.templates.styles import STYLES
@@ -322,11 +343,37 @@ def templates() -> Iterator[str]:
         yield f"### `{name}`\n\n```text\n{text}\n```\n"
 
 
+def saved_model() -> Iterator[str]:
+    """The functions that read and write a model folder, and the members of the object that reading returns."""
+    members = [_stub(name, member) for name, member in vars(llavactl.SavedModel).items() if not name.startswith("_")]
+    parts = [
+        _stub("open_model", llavactl.open_model),
+        "\n\n".join([_data_class(llavactl.SavedModel), *(textwrap.indent(each, "    ") for each in members)]),
+        _stub("save_model", llavactl.save_model),
+    ]
+    yield "```python\n" + "\n\n\n".join(parts) + "\n```"
+
+
+def _stub(name: str, member: Any) -> str:
+    """The definition of a function or property without its body, in which a signature may take several lines."""
+    function = member.fget if isinstance(member, property) else getattr(member, "func", member)
+    head, _, _ = textwrap.dedent(inspect.getsource(function)).partition('"""')
+    head = head[head.index(f"def {name}") :].rstrip()
+    doc = f'"""{inspect.getdoc(function)}'
+    end = '\n"""' if "\n" in doc else '"""'
+    decorator = "" if function is member else "@property\n"
+    return f"{decorator}{head}\n{textwrap.indent(doc + end, '    ')}"
+
+
 def data_classes() -> Iterator[str]:
-    """The fields of every public data class that ``kinds`` doesn't show, and the Protocol of images."""
-    shown = "\n".join(kinds())
+    """The fields of every public data class that other blocks don't show, and the Protocol of images."""
+    shown = "\n".join([*kinds(), *saved_model()])
     classes = [getattr(llavactl, name) for name in llavactl.__all__]
-    hidden = [each for each in classes if dataclasses.is_dataclass(each) and f"class {each.__name__}(" not in shown]
+    hidden = [
+        each
+        for each in classes
+        if dataclasses.is_dataclass(each) and not re.search(rf"^class {each.__name__}\b", shown, re.MULTILINE)
+    ]
     fields = [_data_class(each) for each in hidden]
     yield "```python\n" + "\n\n\n".join([*fields, _source(llavactl.ImageRef)]) + "\n```"
 
@@ -369,6 +416,8 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         problems,
         recipes,
         memory,
+        model_description,
+        saved_model,
         templates,
         data_classes,
         names,

@@ -46,6 +46,7 @@ _MODULES = {
     "LanguageTeacher": "llavactl.core.protocols",
     "Limits": "llavactl.core.protocols",
     "LlavactlError": "llavactl.core.errors",
+    "ModelDescription": "llavactl.core.model_description",
     "ModelError": "llavactl.core.errors",
     "ModelId": "llavactl.core.options",
     "Options": "llavactl.core.registry",
@@ -68,6 +69,7 @@ _MODULES = {
     "Request": "llavactl.core.protocols",
     "Role": "llavactl.core.schema",
     "Sample": "llavactl.core.schema",
+    "SavedModel": "llavactl.components.formats.native",
     "Schedule": "llavactl.core.protocols",
     "Scores": "llavactl.core.protocols",
     "Segment": "llavactl.core.schema",
@@ -100,9 +102,11 @@ _MODULES = {
     "image_in": "llavactl.images.references",
     "load_model": "llavactl.api",
     "load_recipe": "llavactl.api",
+    "open_model": "llavactl.components.formats.native",
     "pad_to_square": "llavactl.components.vision.encoder",
     "registry": "llavactl.core.registry",
     "run": "llavactl.api",
+    "save_model": "llavactl.components.formats.native",
     "train": "llavactl.api",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import read_description
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.features import Fingerprint, LiveFeatures, fingerprint
@@ -27,7 +28,7 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
     """
     device = device or default_device()
-    description = model_folder.describe(folder)
+    description = read_description(folder)
     features = Features(**description["features"])
     vision = registry().create("vision", description["vision"])
     current = fingerprint(description["vision"], features)

@@ -1,13 +1,4 @@
-"""The model folder, llavactl's format for trained models.
-
-model/
-  llavactl.json            description: components, template, feature fingerprint, versions; ``location``, the path
-                           where it was written, to resolve paths after it was moved; after full fine-tuning also
-                           ``trained_language``, the options to load the language model with
-  connector.safetensors    the connector
-  language/                the language model and its tokenizer, after full fine-tuning in stage 2
-  adapter/                 the PEFT adapter, after stage 2 with LoRA
-"""
+"""Saves and loads model folders, whose layout is that of ``llavactl.core.model_description``."""
 
 from __future__ import annotations
 
@@ -24,11 +15,21 @@ from safetensors.torch import load_file, save_file
 
 from llavactl.core.errors import ModelError, StoreError
 from llavactl.core.hashes import hash_folder, hash_json
-from llavactl.core.identity import component_identity, with_moved_paths
+from llavactl.core.identity import component_identity
 from llavactl.core.library_errors import loading, reading
+from llavactl.core.model_description import (
+    ADAPTER,
+    CONNECTOR,
+    DESCRIPTION,
+    FORMAT,
+    LANGUAGE,
+    ModelDescription,
+    feature_shape,
+    language_spec,
+    read_description,
+)
 from llavactl.core.model_files import check_files
-from llavactl.core.paths import apply_umask, read_json, sync_folder, write_json
-from llavactl.core.schema import FeatureShape
+from llavactl.core.paths import apply_umask, sync_folder, write_json
 from llavactl.model.build import ModelBundle, build
 from llavactl.recipe.stages import STAGES
 
@@ -36,17 +37,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-DESCRIPTION = "llavactl.json"
-CONNECTOR = "connector.safetensors"
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class LoadedModel:
     """The model of a model folder, and its description."""
 
     bundle: ModelBundle
-    description: Mapping[str, Any]
+    description: ModelDescription
 
 
 def save(
@@ -70,16 +67,16 @@ def save(
         save_file({name: weight.clone().contiguous() for name, weight in connector.items()}, temporary / CONNECTOR)
         method, language = description["method"], bundle.model.language
         if method == "full":
-            language.save_pretrained(temporary / "language", state_dict=language_state)
+            language.save_pretrained(temporary / LANGUAGE, state_dict=language_state)
             if language_state is not None:
                 # transformers writes the dtype of the parameters in memory, not of ``language_state``.
                 language.config.dtype = description["precision"]
-                language.config.save_pretrained(temporary / "language")
-            bundle.tokenizer.save_pretrained(temporary / "language")
+                language.config.save_pretrained(temporary / LANGUAGE)
+            bundle.tokenizer.save_pretrained(temporary / LANGUAGE)
             description = {**description, "trained_language": _loading_options(language)}
         elif method == "lora":
             _sort_target_modules(language)
-            language.save_pretrained(temporary / "adapter", state_dict=language_state)
+            language.save_pretrained(temporary / ADAPTER, state_dict=language_state)
         write_json(temporary / DESCRIPTION, {"format": FORMAT, "location": str(folder.absolute()), **description})
 
 
@@ -96,13 +93,6 @@ def _loading_options(language: Any) -> dict[str, Any]:
     return {"name": "hf", **({"attention": attention} if attention in ("sdpa", "eager") else {})}
 
 
-def language_of(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """The spec ``{"name", options}`` of the language model of the model in ``folder``, without its adapter."""
-    if description["method"] != "full":
-        return dict(description["language"])
-    return {**description.get("trained_language", {"name": "hf"}), "model": str((folder / "language").absolute())}
-
-
 def identity(folder: Path) -> str:
     """A hash of everything that determines the answers of the model in ``folder``.
 
@@ -111,8 +101,8 @@ def identity(folder: Path) -> str:
     Raises:
         ModelError: a file can't be read.
     """
-    description = describe(folder)
-    specs = {"languages": language_of(folder, description)}
+    description = read_description(folder)
+    specs = {"languages": language_spec(folder, description)}
     specs |= {"vision": description["vision"], "connectors": description["connector"]}
     components = {kind: component_identity(kind, spec) for kind, spec in specs.items()}
     components["templates"] = component_identity("templates", description["template"])
@@ -159,31 +149,6 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """The description of the model in ``folder``; if the model was moved, with paths to files moved with it updated.
-
-    Raises:
-        ModelError: it is missing, or was written by a newer version of llavactl.
-    """
-    path = folder / DESCRIPTION
-    if not path.exists():
-        candidates = sorted(str(p.parent) for p in folder.glob(f"**/{DESCRIPTION}")) if folder.is_dir() else []
-        hint = (
-            f"did you mean {candidates[-1]}?"
-            if candidates
-            else "expected a run folder, a model/ folder, a checkpoint of another program, or a Hugging Face id"
-        )
-        reason = f"not a model folder (no {DESCRIPTION})" if folder.is_dir() else "no such folder"
-        raise ModelError(f"{folder}: {reason}", hint=hint)
-    check_files([path])
-    description = read_json(path)
-    if description.get("format") != FORMAT:
-        raise ModelError(
-            f"{path}: unsupported format {description.get('format')}, expected {FORMAT}", hint="update llavactl"
-        )
-    return with_moved_paths(description, folder)
-
-
 PREVIEW = "preview"
 """The folder, in that of a stage, with its previews; it has a model while the stage is in training or interrupted."""
 
@@ -215,18 +180,18 @@ def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = No
     Raises:
         ModelError: a file is missing or broken, or a weight has the wrong shape or is not finite.
     """
-    description = describe(folder)
+    description = read_description(folder)
     _check_model_files(folder, description["method"])
-    language = language_of(folder, description)
-    shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
+    language = language_spec(folder, description)
+    shape = feature_shape(description)
     dtype = dtype or description["precision"]
     bundle = build(description["connector"], language, shape, dtype=dtype, quantize_on=quantize_on)
     load_connector(bundle.model.connector, folder)
     if description["method"] == "lora":
         from peft import PeftModel
 
-        with loading("adapter", folder / "adapter"):
-            adapted = PeftModel.from_pretrained(bundle.model.language, folder / "adapter", autocast_adapter_dtype=False)
+        with loading("adapter", folder / ADAPTER):
+            adapted = PeftModel.from_pretrained(bundle.model.language, folder / ADAPTER, autocast_adapter_dtype=False)
         # Not ``adapted.to``, which would also round the frequencies of rotary position embeddings.
         weight_dtype = bundle.model.language.get_input_embeddings().weight.dtype
         for weight in adapted.parameters():
@@ -241,8 +206,8 @@ def _check_model_files(folder: Path, method: str) -> None:
     files = [folder / CONNECTOR]
     if method == "lora":
         names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
-        weights = next((name for name in names if (folder / "adapter" / name).exists()), names[0])
-        files += [folder / "adapter" / name for name in ("adapter_config.json", weights)]
+        weights = next((name for name in names if (folder / ADAPTER / name).exists()), names[0])
+        files += [folder / ADAPTER / name for name in ("adapter_config.json", weights)]
     check_files(files)
 
 

@@ -18,10 +18,11 @@ from llavactl.core import hub
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
+from llavactl.core.model_description import DESCRIPTION, read_description
 from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
-from llavactl.model.folder import DESCRIPTION, describe, latest_model
+from llavactl.model.folder import latest_model
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.stages import STAGES
 
@@ -51,7 +52,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     if not folder.exists() and HUB_ID.fullmatch(str(model)):
         folder = hub.download(str(model), "`--model` takes a folder or a Hugging Face id")
     if (folder / DESCRIPTION).is_file() or not folder.is_dir():
-        describe(folder)
+        read_description(folder)
         return folder
     # The folder of a run, or of one of its stages.
     if any((folder / stage / "model" / DESCRIPTION).is_file() for stage in STAGES.values()):
@@ -69,7 +70,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
             hint="llavactl reads LlavaForConditionalGeneration of transformers (model_type llava) and the original "
             "LLaVA's checkpoints (mm_vision_tower in config.json, or mm_projector.bin); see `components formats`",
         )
-    describe(folder)  # raises an error with a hint
+    read_description(folder)  # raises an error with a hint
     return folder
 
 
@@ -109,7 +110,7 @@ def _import_checkpoint(folder: Path, name: str, checkpoint_format: Format) -> Pa
         converted = Path(temporary, "model")
         converted.mkdir()
         checkpoint_format.read(folder, converted)
-        description = describe(converted)
+        description = read_description(converted)
         sources = description.pop("sources", [])
         digest = _digest(contents, sources)
         target = models / _folder_name(folder, digest)
@@ -153,7 +154,7 @@ def _complete(imported: Path, folder: Path, recipe: Recipe | None) -> Path:
 
     A missing template doesn't require a recipe.
     """
-    description = describe(imported)
+    description = read_description(imported)
     missing = [key for key, value in description.items() if value is None and key != "fingerprint"]
     if not missing:
         return imported

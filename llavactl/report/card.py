@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.model_description import DESCRIPTION
 from llavactl.core.registry import format_spec
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
@@ -36,7 +37,7 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
     ``stop_strings`` must be passed to the program that loads the model. Sections without information, such as the
     training of a model from elsewhere, read "Unknown."
     """
-    description = read_document(model / "llavactl.json")
+    description = read_document(model / DESCRIPTION)
     run = model.parent.parent
     _, recipe = read_recipe(run)
     name = str(recipe.get("name", model.name))

@@ -18,20 +18,13 @@ from pydantic import BaseModel, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
-from llavactl.core.hook_rules import MARK, fault_location, location
+from llavactl.core.hook_rules import MARK, location
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
 from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
-from llavactl.testing.conformance import check_connector, check_language, check_source, check_task, check_vision
-
-CHECKS: Mapping[str, Callable[[Any], list[str]]] = {
-    "sources": check_source,
-    "vision": check_vision,
-    "connectors": check_connector,
-    "languages": check_language,
-    "tasks": check_task,
-}
+from llavactl.testing.conformance import CHECKS
+from llavactl.testing.conformance.boundary import describe_exception
 
 OptionsByName = Mapping[str, Mapping[str, Any]]
 """Options of components by component name."""
@@ -105,21 +98,8 @@ def _outcome(kind: str, name: str, check: str, problems: Callable[[], Sequence[s
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - plugins may raise anything
-        found = [_described(error)]
+        found = [describe_exception(error)]
     return _result(kind, name, check, found)
-
-
-def _described(error: BaseException) -> str:
-    """The exception in one line; for other errors than llavactl's, with the innermost line outside llavactl."""
-    if isinstance(error, LlavactlError):
-        return error.message
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append(str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        trace = trace.tb_next
-    where = fault_location(error, {frame for frame in frames if frame != "llavactl"})
-    return ": ".join(filter(None, (where, f"{type(error).__name__}: {error}")))
 
 
 def _unregistered(module: Any, manager: pluggy.PluginManager) -> Iterator[str]:
@@ -273,7 +253,9 @@ def _missing_file_problems(entry: Registration, given: Mapping[str, Any], names:
         except (LlavactlError, OSError):
             continue
         except Exception as error:  # noqa: BLE001 - plugins may raise anything
-            problems.append(f"`{name}` that doesn't exist raises {_described(error)}; raise DataError or ModelError")
+            problems.append(
+                f"`{name}` that doesn't exist raises {describe_exception(error)}; raise DataError or ModelError"
+            )
         else:
             problems.append(f"`{name}` that doesn't exist is not reported")
     return problems

@@ -6,6 +6,14 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ToyMethod = Literal["full", "lora", "connector"]
+TOY_METHODS: tuple[ToyMethod, ...] = get_args(ToyMethod)
+"""What is trained in a toy model: everything but the backbone, an adapter and the connector, or the connector."""
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 70), "blue": (50, 80, 220), "yellow": (240, 210, 50)}
 
@@ -41,11 +49,10 @@ def toy_clip(folder: Path, *, size: int = 28, patch: int = 14, width: int = 32, 
     return folder
 
 
-def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: int = 400, seed: int = 0) -> Path:
-    """A LlamaForCausalLM with random weights, and a byte-level BPE tokenizer with a chat template."""
-    import torch
+def toy_tokenizer(folder: Path, *, vocabulary: int = 400) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with a chat template, saved in ``folder``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,6 +69,15 @@ def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: 
     tokenizer.add_special_tokens({"additional_special_tokens": specials[2:]})
     tokenizer.chat_template = _CHAT
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: int = 400, seed: int = 0) -> Path:
+    """A LlamaForCausalLM with random weights, and the tokenizer of ``toy_tokenizer``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = toy_tokenizer(folder, vocabulary=vocabulary)
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=width,
@@ -76,6 +92,47 @@ def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def toy_model(folder: Path, *, method: ToyMethod = "full") -> Path:
+    """llavactl's model folder ``folder/model`` of toys, trained by ``method``; the models are beside it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from llavactl.core.model_description import shape_entry
+    from llavactl.core.schema import FeatureShape
+    from llavactl.model import folder as model_folder
+    from llavactl.model.build import build
+
+    vision = {"name": "clip", "model": str(toy_clip(folder / "clip").absolute()), "layer": -2, "select": "patch"}
+    language = {"name": "hf", "model": str(toy_language(folder / "language").absolute())}
+    shape, connector = FeatureShape((2, 2), 32), {"name": "mlp2x-gelu"}
+    bundle = build(connector, language, shape, dtype="float32", seed=1)
+    if method == "lora":
+        torch.manual_seed(2)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted: Any = get_peft_model(bundle.model.language, config)
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:  # zeros would have no effect
+                torch.nn.init.normal_(weight, std=0.1)
+        bundle.model.language = adapted
+    description = {
+        "stage": 1 if method == "connector" else 2,
+        "method": method,
+        "vision": {**vision, "image": "pad"},
+        "shape": shape_entry(shape),
+        "connector": connector,
+        "language": language,
+        "template": "vicuna-v1",
+        "image_order": "first",
+        "precision": "float32",
+        "features": {"dtype": "float16", "compute": "float32"},
+        "fingerprint": None,
+        "digest": f"toy-{method}",
+        "versions": {},
+    }
+    model_folder.save(folder / "model", bundle, bundle.model.connector.state_dict(), description)
+    return folder / "model"
 
 
 def toy_photos(folder: Path, count: int = 12, *, seed: int = 0) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import DESCRIPTION, language_spec, read_description
 from llavactl.core.registry import registry
 from llavactl.model import folder as model_folder
 from llavactl.model.build import ModelBundle, build
@@ -33,7 +34,7 @@ def initial_folder(recipe: Recipe, stage: StageNumber) -> Path | None:
     if init not in STAGES.values():
         return resolve(init, recipe)
     folder = recipe.run_dir / init / "model"
-    if not (folder / model_folder.DESCRIPTION).is_file():
+    if not (folder / DESCRIPTION).is_file():
         number = next(number for number, section in STAGES.items() if section == init)
         raise ModelError(
             f"{folder}: stage {stage} starts from the model of stage {number}, which has not been trained",
@@ -70,7 +71,7 @@ def initial_language(recipe: Recipe, stage: StageNumber, init_folder: Path | Non
     """The spec of the language model that ``stage`` starts from."""
     if init_folder is None or starts_from_recipe_language(recipe, stage):
         return recipe.language.spec()
-    return model_folder.language_of(init_folder, model_folder.describe(init_folder))
+    return language_spec(init_folder, read_description(init_folder))
 
 
 def _complete_model(
@@ -82,7 +83,7 @@ def _complete_model(
         ModelError: its connector or the shape of its features differs from the recipe's.
     """
     settings, key = recipe.stage(stage).settings, f"{STAGES[stage]}.init"
-    description = model_folder.describe(init_folder)
+    description = read_description(init_folder)
     if description["method"] == "lora" and settings.method != "full":
         raise ModelError(
             f"{key} {settings.init}: it is an adapter, and a second adapter on top is not supported",

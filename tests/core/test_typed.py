@@ -32,6 +32,7 @@ VALID: list[Any] = [
     llavactl.BudgetedTeacher({"name": "replay"}, 1.5, Path("prices.yaml")),
     llavactl.ImageBytes("a", "ca978112ca1bbdca", b"a"),
     llavactl.ImageRoot("/photos", follow_links=True),
+    llavactl.SavedModel(Path("runs/demo/stage2/model")),
     llavactl.Progress("stage1", 1, 2, "step", 0, {"loss": "1.0"}),
 ]
 FIELDS = [(instance, field.name) for instance in VALID for field in dataclasses.fields(instance) if field.type != "Any"]

@@ -73,7 +73,7 @@ DATA_CLASSES = [name for name in llavactl.__all__ if dataclasses.is_dataclass(ge
 
 @pytest.mark.parametrize("name", DATA_CLASSES)
 def test_every_data_class_is_in_the_reference_with_its_fields(name: str) -> None:
-    (entry,) = re.findall(rf"^class {name}\b.*?(?=^```|^class |^@)", PLUGINS, re.MULTILINE | re.DOTALL)
+    (entry,) = re.findall(rf"^class {name}\b.*?(?=^```|^class |^ *@|^ *def )", PLUGINS, re.MULTILINE | re.DOTALL)
     assert re.findall(r"^    (\w+): ", entry, re.MULTILINE) == [
         field.name for field in dataclasses.fields(getattr(llavactl, name))
     ]

@@ -15,8 +15,6 @@ from llavactl.core.schema import Question, Sample, Turn
 from llavactl.images.image_file import ImageFile
 from llavactl.testing import (
     check_connector,
-    check_language,
-    check_plugin,
     check_source,
     check_task,
     check_vision,
@@ -26,17 +24,11 @@ from llavactl.testing import (
 PHOTO = ImageFile("/photos", "a.jpg")
 
 
-def test_built_in_components_conform(toys: Path) -> None:
+def test_options_of_built_in_components_conform(toys: Path) -> None:
     make = registry().create
-    assert check_vision(make("vision", {"name": "clip", "model": str(toys / "clip")})) == []
     assert check_vision(make("vision", {"name": "clip", "model": str(toys / "clip"), "select": "cls-patch"})) == []
-    assert check_language(make("languages", {"name": "hf", "model": str(toys / "language")})) == []
     for name in ("linear", "mlp2x-gelu"):
-        assert check_connector(make("connectors", {"name": name})) == []
         assert check_connector(make("connectors", {"name": name, "pixel_shuffle": 2})) == []
-    assert check_source(make("sources", {"name": "scenes", "scenes": 4})) == []
-    assert check_task(make("tasks", {"name": "scenes", "scenes": 4})) == []
-    assert check_plugin("llavactl") == []
 
 
 class IncompleteTask:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llavactl.core.errors import ModelError, RecipeError
+from llavactl.core.model_description import read_description
 from llavactl.core.registry import registry
-from llavactl.model.folder import describe, load
+from llavactl.model.folder import load
 from llavactl.model.llava import LlavaModel
 from llavactl.model.quantized import load_quantized
 from llavactl.recipe.stages import Lora, Stage2
@@ -124,7 +125,7 @@ def test_adapters_train_after_a_validation_and_merge_into_the_full_precision_mod
     assert losses[-1] < losses[0] - 0.3
     assert report["packing"] == "packed"
     model = toy / "run/stage2/model"
-    assert (describe(model)["method"], describe(model)["quantised"]) == ("lora", "nf4")
+    assert (read_description(model)["method"], read_description(model)["quantised"]) == ("lora", "nf4")
     adapter = load_file(model / "adapter/adapter_model.safetensors")
     assert any("layers.1" in name and weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
     layer = "model.layers.1.mlp.up_proj"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llavactl
-from llavactl.model.folder import describe
+from llavactl.core.model_description import read_description
 from llavactl.testing import run_cli
 from llavactl.training.sharding import in_file
 
@@ -27,7 +27,7 @@ def test_training_from_a_checkout_that_is_not_installed(toy: Path, monkeypatch: 
     words = [word for option in options for word in ("-o", option)]
     result = run_cli("train", "--stage", "1", "-r", str(toy / "recipe.yaml"), *words)
     assert result.exit_code == 0, result.stderr
-    assert describe(toy / "run/stage1/model")["versions"]["llavactl"] == llavactl.__version__
+    assert read_description(toy / "run/stage1/model")["versions"]["llavactl"] == llavactl.__version__
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(3, 5, dtype=torch.bfloat16), torch.tensor(7), torch.zeros(0, 4)])

@@ -1,5 +1,5 @@
 """Export formats: checkpoints that other programs load and write.
 
-Each format converts llavactl's own model folder (``llavactl.json``, ``connector.safetensors``; see ``model/folder.py``)
+Each format converts llavactl's own model folder (``open_model`` and ``save_model`` in ``native.py``)
 to its own and back. The model folder of another program's checkpoint refers to large weights in place.
 """

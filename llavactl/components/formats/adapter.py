@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from llavactl.components.formats.native import ADAPTER_CONFIG, adapter_weights
 from llavactl.components.formats.weights import read_file
 from llavactl.components.languages.llava_checkpoint import load_arguments
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""Weight files in the order in which peft looks for them."""
 
-
-def copy_adapter(folder: Path, to: Path, base: str | None) -> None:
-    """Copies the adapter in ``folder`` to ``to``.
+def check_adapter(folder: Path, base: str | None) -> None:
+    """Checks that the adapter in ``folder`` fits the language model ``base``.
 
     Raises:
         ModelError: ``base`` is None, the adapter is not a LoRA adapter, or its tensors don't match ``base``.
     """
     if base is None:
-        raise ModelError(f"{folder / CONFIG}: base_model_name_or_path is missing")
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise ModelError(f"{folder}: the adapter has no weights", hint=f"expected {' or '.join(WEIGHTS)}")
-    refuse_mismatched_adapter(folder, read_file(file).keys(), base)
-    to.mkdir(exist_ok=True)
-    for source in (folder / CONFIG, file):
-        shutil.copyfile(source, to / source.name)
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is missing")
+    refuse_mismatched_adapter(folder, read_file(adapter_weights(folder)).keys(), base)
 
 
 def refuse_mismatched_adapter(folder: Path, names: Set[str], base: str) -> None:
@@ -42,9 +32,9 @@ def refuse_mismatched_adapter(folder: Path, names: Set[str], base: str) -> None:
     peft silently ignores unexpected tensors, such as those of an adapter on the vision encoder, and initializes missing
     ones.
     """
-    if (peft_type := read_json(folder / CONFIG).get("peft_type")) != "LORA":
+    if (peft_type := read_json(folder / ADAPTER_CONFIG).get("peft_type")) != "LORA":
         raise ModelError(
-            f"{folder / CONFIG}: peft_type {peft_type} is not supported", hint="llavactl reads LORA adapters"
+            f"{folder / ADAPTER_CONFIG}: peft_type {peft_type} is not supported", hint="llavactl reads LORA adapters"
         )
     expected = _expected_names(folder, base)
     for problem, tensors in (("unexpected", names - expected), ("missing", expected - names)):
@@ -70,4 +60,4 @@ def _expected_names(folder: Path, base: str) -> Set[str]:
             adapted = get_peft_model(AutoModelForCausalLM.from_config(config, trust_remote_code=False), adapter)
             return get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{folder / CONFIG}: not an adapter for {base}: {reason(error)}") from error
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: not an adapter for {base}: {reason(error)}") from error

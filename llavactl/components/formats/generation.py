@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-
-from llavactl.components.templates.stop_criteria import stop_criteria
-from llavactl.core.registry import registry
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,19 +20,20 @@ SET_KEYS = ("eos_token_id", "pad_token_id", "do_sample")
 
 
 def generation_config(
-    language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
+    language: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int],
+    stop_strings: Iterable[str],
 ) -> GenerationConfig:
-    """The generation config of ``language`` with greedy decoding and with the end tokens of the model's template.
+    """The generation config of ``language`` with greedy decoding and with the end tokens ``stop_ids``.
 
-    Sampling settings and penalties are left out and logged, because llavactl doesn't use them. Stop strings are left
-    out as well: with them, ``generate`` requires the tokenizer, which neither transformers' pipeline nor its server
-    passes.
+    Sampling settings and penalties are left out and logged, because llavactl doesn't use them. So are ``stop_strings``:
+    with them, ``generate`` requires the tokenizer, which neither transformers' pipeline nor its server passes.
     """
     from transformers import GenerationConfig
 
     original: dict[str, Any] = language.generation_config.to_diff_dict() if language.generation_config else {}
-    stop_ids, texts = _stop_criteria(tokenizer, description)
-    for text in texts:
+    for text in stop_strings:
         log.warning(
             "stop string %r is not a single token and isn't stored in generation_config.json: in other programs, "
             "pass it as in `generate(…, stop_strings=[%r], tokenizer=processor.tokenizer)`",
@@ -48,18 +46,7 @@ def generation_config(
         log.info("the export uses greedy decoding; generation settings left out: %s", ", ".join(dropped))
     return GenerationConfig(
         **{key: original[key] for key in COPIED_KEYS if key in original},
-        eos_token_id=sorted(stop_ids.union([eos] if isinstance(eos, int) else eos or ())),
+        eos_token_id=sorted({*stop_ids, *([eos] if isinstance(eos, int) else eos or ())}),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else original.get("pad_token_id"),
         do_sample=False,
     )
-
-
-def stop_strings(tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]) -> list[str]:
-    """The stop strings that aren't a single token; other programs must be given them."""
-    return list(_stop_criteria(tokenizer, description)[1])
-
-
-def _stop_criteria(
-    tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
-) -> tuple[frozenset[int], tuple[str, ...]]:
-    return stop_criteria(registry().create("templates", description["template"]), tokenizer)

@@ -9,29 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.chat_template import chat_template
-from llavactl.components.formats.generation import generation_config, stop_strings
-from llavactl.components.formats.hf_read import read_hf
+from llavactl.components.formats.connectors import LINEAR_LAYERS, refuse_connector
+from llavactl.components.formats.generation import generation_config
+from llavactl.components.formats.hf_read import hf_checkpoint
 from llavactl.components.formats.hf_support import (
     HINT,
     refuse_nonlinear_head,
     refuse_nonlinear_logits,
     refuse_other_shapes,
 )
-from llavactl.components.formats.native import (
-    LINEAR_LAYERS,
-    NativeModel,
-    exportable_backbone,
-    refuse_connector,
-    shape_entry,
-)
+from llavactl.components.formats.native import SavedModel, exportable_vision, open_model, save_model
 from llavactl.components.formats.processor_text import add_image_token, separator
 from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
 from llavactl.components.languages.image_token import EXPORT_RECORD
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
 from llavactl.core.paths import read_json, write_json
-from llavactl.core.registry import format_spec, registry
+from llavactl.core.registry import format_spec
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +58,7 @@ class HfLlava:
 
     def read(self, folder: Path, model: Path) -> None:
         """Converts the checkpoint in ``folder`` to the model folder ``model``."""
-        read_hf(folder, model)
+        save_model(model, **hf_checkpoint(folder))
 
     def check(
         self,
@@ -76,50 +70,50 @@ class HfLlava:
         """Raises ModelError if the format can't represent a model of these components; see ``CheckableFormat``."""
         refuse_connector(connector)
         refuse_nonlinear_head(language)
-        exportable_backbone(vision)
+        exportable_vision(vision)
         _select_strategy(vision)
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``: sharded safetensors, processor and chat template."""
-        native = NativeModel(model)
-        save_checkpoint(native, native.language(), to)
+        saved = open_model(model)
+        save_checkpoint(saved, saved.language(), to)
 
 
-def save_checkpoint(native: NativeModel, language: PreTrainedModel, to: Path) -> None:
-    """Saves ``language`` with the connector and the backbone of ``native`` as one checkpoint in ``to``.
+def save_checkpoint(saved: SavedModel, language: PreTrainedModel, to: Path) -> None:
+    """Saves ``language`` with the connector and the backbone of ``saved`` as one checkpoint in ``to``.
 
     Raises:
         ModelError: the format can't represent a part of the model; nothing is written then.
     """
-    description = native.description
-    projection = native.projection()
+    description = saved.description
+    refuse_connector(description["connector"])
     refuse_nonlinear_logits(language)
-    backbone = exportable_backbone(description["vision"])
+    backbone = saved.vision()
     vision = backbone.whole()
     strategy, prefix_tokens = _select_strategy(description["vision"])
-    tokenizer = native.tokenizer()
+    tokenizer = saved.tokenizer()
     image = add_image_token(tokenizer)
     _resize_embeddings(language, len(tokenizer))
     llava = _llava_model(
         language,
         vision,
-        _projector_weights(projection),
+        _projector_weights(saved.connector_weights()),
         image_token_index=int(tokenizer.convert_tokens_to_ids(image)),
-        image_seq_length=_image_tokens(description),
+        image_seq_length=saved.shape.patches,
         projector_hidden_act="gelu" if LINEAR_LAYERS[description["connector"]["name"]] == 2 else "linear",
         vision_feature_layer=_feature_layer(description["vision"]["layer"]),
         vision_feature_select_strategy=strategy,
         dtype=description["precision"],
     )
-    llava.generation_config = generation_config(language, tokenizer, description)
+    stop_ids, stop_strings = saved.stop_criteria(tokenizer)
+    llava.generation_config = generation_config(language, tokenizer, stop_ids, stop_strings)
     llava.save_pretrained(to, max_shard_size=MAX_SHARD_SIZE)
     # The dtype to load the model in; transformers writes the dtype of the first weight, which is the backbone's.
     write_json(to / "config.json", {**read_json(to / "config.json"), "dtype": description["precision"]})
-    stops = {STOP_STRINGS: stop_strings(tokenizer, description)}
-    _save_processor(native, tokenizer, backbone, strategy, prefix_tokens, to)
+    _save_processor(saved, tokenizer, backbone, strategy, prefix_tokens, to)
     text = llava.config.text_config
     base_keys = ignored_keys(text.to_dict(), text.model_type)
-    write_json(to / EXPORT_RECORD, {**native.stored_settings(), **stops, BASE_KEYS: base_keys})
+    write_json(to / EXPORT_RECORD, {**saved.settings(), STOP_STRINGS: list(stop_strings), BASE_KEYS: base_keys})
 
 
 def _llava_model(
@@ -169,7 +163,7 @@ def padding_processor(processor: Any) -> Any:
 
 
 def _save_processor(
-    native: NativeModel,
+    saved: SavedModel,
     tokenizer: PreTrainedTokenizerBase,
     backbone: ExportableVision,
     strategy: str,
@@ -179,7 +173,7 @@ def _save_processor(
     from transformers import LlavaProcessor
 
     image_processor = backbone.processor
-    if native.description["vision"]["image"] == "pad":
+    if saved.description["vision"]["image"] == "pad":
         image_processor = padding_processor(image_processor)
     processor = LlavaProcessor(
         image_processor=image_processor,
@@ -187,7 +181,7 @@ def _save_processor(
         patch_size=int(backbone.config["patch_size"]),
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=prefix_tokens,
-        chat_template=_chat_template_or_none(native.description["template"], tokenizer),
+        chat_template=_chat_template_or_none(saved, tokenizer),
     )
     # Batched generation needs left padding; setting the attribute alone would not be saved.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
@@ -195,13 +189,13 @@ def _save_processor(
     processor.save_pretrained(to)
 
 
-def _chat_template_or_none(spec: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _chat_template_or_none(saved: SavedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template; None and a log message for a template that renders no conversations (``plain``)."""
-    template = registry().create("templates", spec)
     try:
-        return chat_template(template, tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
+        return saved.chat_template(tokenizer, image=tokenizer.image_token, separator=partial(separator, tokenizer))
     except ModelError as error:
-        log.warning("template %s: %s; the export has no chat template", format_spec(spec), error.message)
+        template = format_spec(saved.description["template"])
+        log.warning("template %s: %s; the export has no chat template", template, error.message)
         return None
 
 
@@ -226,7 +220,7 @@ def _resize_embeddings(language: PreTrainedModel, tokens: int) -> None:
 
 def _select_strategy(vision: Mapping[str, Any]) -> tuple[str, int]:
     """``vision_feature_select_strategy`` and the number of tokens that the backbone has before its patches."""
-    prefix_tokens = int(shape_entry({**vision, "select": "cls-patch"})["prefix"])
+    prefix_tokens = exportable_vision({**vision, "select": "cls-patch"}).shape().prefix
     if vision["select"] == "cls-patch" or not prefix_tokens:
         return "full", prefix_tokens
     if prefix_tokens > 1:
@@ -235,11 +229,6 @@ def _select_strategy(vision: Mapping[str, Any]) -> tuple[str, int]:
             hint="train with vision.select: cls-patch to export the model",
         )
     return "default", prefix_tokens
-
-
-def _image_tokens(description: Mapping[str, Any]) -> int:
-    height, width = description["shape"]["grid"]
-    return int(height * width + description["shape"]["prefix"])
 
 
 def _feature_layer(layer: Any) -> Any:

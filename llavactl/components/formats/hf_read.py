@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.native import restore_settings, shape_entry, write_model_folder
+from llavactl.components.formats.native import exportable_vision
 from llavactl.components.formats.supported_keys import refuse_unsupported_hf
 from llavactl.components.formats.weights import files, read_tensors, unexpected_tensors
 from llavactl.components.languages.image_token import EXPORT_RECORD
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _PROJECTOR = ("model.multi_modal_projector.", "multi_modal_projector.")
 
 
-def read_hf(folder: Path, model: Path) -> None:
-    """Converts the checkpoint in ``folder`` to the model folder ``model``.
+def hf_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint in ``folder`` as the arguments of ``save_model`` after the first.
 
     Raises:
         ModelError: the checkpoint is incomplete, or not a plain LLaVA v1 or v1.5.
@@ -54,7 +54,7 @@ def read_hf(folder: Path, model: Path) -> None:
         "image": "pad" if processor.get("do_pad") else "square",
     }
     if config.get("vision_feature_select_strategy", "default") == "default":
-        if (prefix := shape_entry(vision)["prefix"]) != 1:
+        if (prefix := exportable_vision(vision).shape().prefix) != 1:
             raise ModelError(
                 f"{folder}: vision_feature_select_strategy: default removes the first token per image, but the vision "
                 f"encoder has {prefix} tokens before its patches",
@@ -62,15 +62,15 @@ def read_hf(folder: Path, model: Path) -> None:
             )
         vision["select"] = "patch"
     text = config.get("text_config") or {}
-    description = {
+    return {
+        "connector_weights": weights,
         "vision": vision,
-        "shape": shape_entry(vision),
         "connector": {"name": name},
         "language": {"name": "hf", "model": str(folder.absolute())},
         "template": "tokenizer",
         "precision": str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"),
+        "settings": record,
     }
-    write_model_folder(model, weights, restore_settings(description, record))
 
 
 def _projection(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from llavactl.components.formats.connectors import LINEAR_LAYERS, refuse_connector
 from llavactl.components.formats.generation import generation_config
 from llavactl.components.formats.llava_read import PROJECTOR_FILE, SETTINGS_KEY, read_llava
 from llavactl.components.formats.llava_support import loads_vision_encoder, older_rope_keys, uses_fast_tokenizer
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, older_files, save_tokenizer
-from llavactl.components.formats.native import LINEAR_LAYERS, NativeModel, exportable_backbone, refuse_connector
+from llavactl.components.formats.native import SavedModel, exportable_vision, open_model
 from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
 from llavactl.components.languages.image_token import image_token
 from llavactl.core.errors import ModelError
@@ -70,11 +71,12 @@ class OriginalLlava:
 
     def write(self, model: Path, to: Path) -> None:
         """Writes the model folder ``model`` to ``to``: a stage 1 model as a bare projector, an adapter merged."""
-        native, strict = NativeModel(model), self.options.strict
-        projection = {f"model.mm_projector.{name}": weight for name, weight in native.projection().items()}
-        _refuse_backbone(native.description["vision"])
-        language = native.language_config().to_dict()
-        rope_keys, tokenizer = older_rope_keys(language, strict=strict), native.exported_tokenizer()
+        saved, strict = open_model(model), self.options.strict
+        refuse_connector(saved.description["connector"])
+        projection = {f"model.mm_projector.{name}": weight for name, weight in saved.connector_weights().items()}
+        _refuse_backbone(saved.description["vision"])
+        language = saved.language_config().to_dict()
+        rope_keys, tokenizer = older_rope_keys(language, strict=strict), saved.exported_tokenizer()
         _refuse_processor_ids(tokenizer)
         if strict:
             save_tokenizer(tokenizer, to, fast=uses_fast_tokenizer(language["model_type"]))
@@ -83,32 +85,32 @@ class OriginalLlava:
             log.info("LLaVA's code loads this model only from a folder with %s in its name", words)
         else:
             tokenizer.save_pretrained(to)
-        vision_tower = _vision_tower(native, to)
-        if native.method == "connector" and native.description["stage"] == 1:
-            config = language | _save_projector(native, projection, to)
+        vision_tower = _vision_tower(saved, to)
+        if saved.description["method"] == "connector" and saved.description["stage"] == 1:
+            config = language | _save_projector(saved, projection, to)
             if strict and not loads_tokenizer(Path(config["_name_or_path"])):
                 hint = "copy it, and replace the tokenizer files of the copy by those of this export"
                 log.warning("LLaVA's code can't read the tokenizer of %s: %s", config["_name_or_path"], hint)
         else:
-            config = _save_full(native, projection, to)
-        write_json(to / "config.json", {**_llava_config(native, config), **rope_keys, "mm_vision_tower": vision_tower})
+            config = _save_full(saved, projection, to)
+        write_json(to / "config.json", {**_llava_config(saved, config), **rope_keys, "mm_vision_tower": vision_tower})
 
 
-def _save_projector(native: NativeModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+def _save_projector(saved: SavedModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
     """Saves the connector only; returns the key of config.json that names its language model."""
     import torch
 
     torch.save(projection, to / PROJECTOR_FILE)
-    return {"_name_or_path": native.description["language"].get("model", native.description["language"]["name"])}
+    return {"_name_or_path": saved.description["language"].get("model", saved.description["language"]["name"])}
 
 
-def _save_full(native: NativeModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
+def _save_full(saved: SavedModel, projection: Mapping[str, torch.Tensor], to: Path) -> dict[str, Any]:
     """Saves the language model with the connector; returns its config.json."""
-    language = native.language()
+    language, tokenizer = saved.language(), saved.tokenizer()
     state = language.state_dict() | projection
     if language.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    language.generation_config = generation_config(language, native.tokenizer(), native.description)
+    language.generation_config = generation_config(language, tokenizer, *saved.stop_criteria(tokenizer))
     # Saved by transformers, which writes shards, index and generation config.
     language.save_pretrained(to, state_dict=_contiguous(state), max_shard_size=MAX_SHARD_SIZE)
     return read_json(to / "config.json")
@@ -119,7 +121,7 @@ def _refuse_backbone(vision: Mapping[str, Any]) -> None:
     if not isinstance(vision["layer"], int):
         hint = "use `--format hf`, or train with one layer such as `vision.layer: -2`"
         raise ModelError("format llava supports a single vision layer", hint=hint)
-    backbone = exportable_backbone(vision)
+    backbone = exportable_vision(vision)
     if (kind := backbone.config.get("model_type", "not of transformers")) not in ("clip", "clip_vision_model"):
         raise ModelError(
             f"format llava can't represent vision backbone {vision['name']} ({kind}): LLaVA's code supports only CLIP",
@@ -140,10 +142,9 @@ def _refuse_processor_ids(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _vision_tower(native: NativeModel, to: Path) -> str:
+def _vision_tower(saved: SavedModel, to: Path) -> str:
     """``mm_vision_tower``: the encoder's id or path if LLaVA's code can load it, else the path of a copy in ``to``."""
-    vision = native.description["vision"]
-    backbone = exportable_backbone(vision)
+    vision, backbone = saved.description["vision"], saved.vision()
     name = str(vision.get("model", vision["name"]))
     if not backbone.inside and loads_vision_encoder(name):
         return name
@@ -160,26 +161,26 @@ def _contiguous(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.contiguous() for name, weight in state.items()}
 
 
-def _llava_config(native: NativeModel, config: Mapping[str, Any]) -> dict[str, Any]:
+def _llava_config(saved: SavedModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """LLaVA's config.json: the language model's ``config`` with the keys of connector and vision encoder."""
-    description = native.description
-    vision, (height, width) = description["vision"], description["shape"]["grid"]
+    description, shape = saved.description, saved.shape
+    vision = description["vision"]
     kind = str(config["model_type"])
     return {
         **config,
         "architectures": [f"Llava{_family(kind)}ForCausalLM"],
         "torch_dtype": description["precision"],
         "model_type": kind if kind.startswith("llava_") else f"llava_{kind}",
-        "mm_hidden_size": description["shape"]["width"],
+        "mm_hidden_size": shape.width,
         "mm_projector_type": {1: "linear", 2: "mlp2x_gelu"}[LINEAR_LAYERS[description["connector"]["name"]]],
         "mm_vision_select_layer": vision["layer"],
         "mm_vision_select_feature": "patch" if vision["select"] == "patch" else "cls_patch",
         "image_aspect_ratio": "pad" if vision["image"] == "pad" else "square",
-        "image_grid": [height, width],
+        "image_grid": list(shape.grid),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        SETTINGS_KEY: {**native.stored_settings(), BASE_KEYS: ignored_keys(config, kind)},
+        SETTINGS_KEY: {**saved.settings(), BASE_KEYS: ignored_keys(config, kind)},
     }
 
 

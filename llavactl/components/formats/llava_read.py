@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.adapter import copy_adapter
+from llavactl.components.formats.adapter import check_adapter
+from llavactl.components.formats.connectors import connector_spec
 from llavactl.components.formats.llava_vision import save_if_fine_tuned
-from llavactl.components.formats.native import connector_spec, restore_settings, shape_entry, write_model_folder
+from llavactl.components.formats.native import save_model
 from llavactl.components.formats.supported_keys import refuse_unsupported_llava, tuned_vision_key
 from llavactl.components.formats.weights import files, read_file, read_tensors, unexpected_tensors
 from llavactl.components.languages.llava_checkpoint import load_arguments
@@ -86,11 +87,10 @@ def read_llava(folder: Path, model: Path) -> None:
     connector = connector_spec(weights.connector, folder)
     _refuse_mismatch(config, connector["name"], weights.connector, folder)
     if "mm_vision_tower" not in config:  # these keys are taken from a recipe
-        from_recipe = dict.fromkeys(("vision", "shape", "template", "precision"))
-        write_model_folder(model, weights.connector, {"connector": connector, "language": language, **from_recipe})
+        save_model(model, weights.connector, connector=connector, language=language)
         return
     if lora:
-        copy_adapter(folder, model / "adapter", language["model"] if language else None)
+        check_adapter(folder, language["model"] if language else None)
     encoder = _existing_path(config["mm_vision_tower"], folder)
     vision = {
         "name": "clip",
@@ -106,18 +106,17 @@ def read_llava(folder: Path, model: Path) -> None:
             f"{folder}: the vision encoder was fine-tuned ({key} is {config[key]}), but its weights are missing",
             hint="expected tensors model.vision_tower.vision_tower.*: the checkpoint may be incomplete",
         )
-    description = {
-        "method": "lora" if lora else "connector",
-        "vision": vision,
-        "shape": shape_entry(vision),
-        "connector": connector,
-        "language": language,
-        "template": None,
-        "precision": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-    }
-    sources = [encoder, language["model"] if language else None]
-    settings = config.get(SETTINGS_KEY, {})
-    write_model_folder(model, weights.connector, restore_settings(description, settings), sources=sources)
+    save_model(
+        model,
+        weights.connector,
+        connector=connector,
+        language=language,
+        vision=vision,
+        precision=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        adapter=folder if lora else None,
+        settings=config.get(SETTINGS_KEY),
+        sources=[encoder, *([language["model"]] if language else [])],
+    )
 
 
 def _weights(folder: Path, language: Mapping[str, str] | None, lora: bool) -> _Weights:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.components.formats.native import exportable_backbone
+from llavactl.components.formats.native import exportable_vision
 from llavactl.core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def save_if_fine_tuned(
     """
     from safetensors.torch import save_file
 
-    backbone = exportable_backbone(vision)
+    backbone = exportable_vision(vision)
     original = backbone.whole()
     folder = model / FOLDER
     folder.mkdir(parents=True)

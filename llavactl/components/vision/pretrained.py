@@ -20,6 +20,7 @@ from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.library_errors import loading, reading
 from llavactl.core.model_check import check_model
+from llavactl.core.model_description import DESCRIPTION
 from llavactl.core.model_files import PROCESSOR, WEIGHTS, check_files, shards_of, weight_files
 from llavactl.core.options import ModelId
 from llavactl.core.paths import read_json
@@ -179,7 +180,7 @@ class TransformersVision:
     def inside(self) -> bool:
         """Whether the backbone is stored inside a larger model and has no separate id or folder."""
         folder = Path(self.options.model)
-        return self.nested or (folder.is_absolute() and folder.with_name("llavactl.json").is_file())
+        return self.nested or (folder.is_absolute() and folder.with_name(DESCRIPTION).is_file())
 
     def weights_hash(self) -> str:
         """sha256 of the weight files. In the hub's cache, large files are named by their sha256 and are not read.

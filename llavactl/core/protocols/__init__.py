@@ -47,6 +47,7 @@ from llavactl.core.schema import Json
 
 __all__ = [
     "ALTERNATIVES",
+    "CAPABILITIES",
     "KINDS",
     "AnswerChecker",
     "AnswerMatcher",
@@ -119,6 +120,20 @@ KINDS: Mapping[str, type] = {
     "schedules": Schedule,
 }
 """The kinds of components; folders, hooks and the command line use the same names."""
+
+CAPABILITIES: Mapping[str, tuple[type, ...]] = {
+    "sources": (RecordSource, RepairingSource, RepairableFile, OtherFindings, Checkable, Identifiable),
+    "vision": (ShapedVision, ExportableVision, Checkable),
+    "connectors": (GridConnector, Identifiable),
+    "languages": (SkeletonLanguage, QuantizableLanguage, Checkable, Identifiable),
+    "templates": (ExportableTemplate, Identifiable),
+    "teachers": (LanguageTeacher, BatchTeacher, ClosableTeacher, ExactTeacher, Identifiable),
+    "tasks": (Judged, TeacherScored, AnswerMatcher, AnswerChecker, Identifiable),
+    "formats": (CheckableFormat, Identifiable),
+    "optimizers": (Identifiable,),
+    "schedules": (Identifiable,),
+}
+"""The optional Protocols of each kind, which llavactl asks for with ``isinstance``."""
 
 ALTERNATIVES: Mapping[type, type] = {Task: Judged}
 """Protocols that a component of a kind may implement instead of the kind's."""

@@ -12,26 +12,41 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Format(Protocol):
-    """A format of a model folder. Implement ``CheckableFormat`` as well if it can be checked before training."""
+    """A format of a model folder. Implement ``CheckableFormat`` as well if it can be checked before training.
+
+    The files of llavactl's own model folder are read with ``llavactl.open_model`` and written with
+    ``llavactl.save_model``.
+    """
 
     reload: Path | None
-    """A script that reloads an export without llavactl, to verify it (input and output: docs/reference/export.md);
-    None: exports in this format are not verified."""
+    """A script that loads an export without llavactl, to verify it
+    (docs/reference/export.md#verification-script); None: exports in this format are not verified."""
 
     def recognise(self, folder: Path) -> bool:
-        """Whether ``folder`` is in this format, determined from its files, not from its name."""
+        """Whether ``folder`` is in this format, determined from its files, not from its name.
+
+        Called for every folder that isn't llavactl's own, also for those of other formats. False for every folder: the
+        format only writes.
+        """
 
     def read(self, folder: Path, model: Path) -> None:
-        """Converts the checkpoint in ``folder`` to llavactl's model folder ``model``.
+        """Converts the checkpoint in ``folder`` to llavactl's model folder ``model``, an empty folder.
 
-        Small weights are copied, large ones are referenced. ``sources`` in ``llavactl.json`` lists the ids and folders
-        outside ``folder`` that the model depends on; if their contents change, ``folder`` is converted again.
+        ``save_model`` writes it: small weights are copied, large ones are referenced.
+
+        Raises:
+            ModelError: the checkpoint is incomplete, or not one that llavactl supports.
         """
 
     def write(self, model: Path, to: Path) -> None:
-        """Exports llavactl's model folder ``model`` to the folder ``to``.
+        """Exports llavactl's model folder ``model`` to the empty folder ``to``.
 
-        ``to`` is renamed when the export is complete; paths into it in its ``config.json`` are adjusted.
+        ``open_model`` reads it. ``to`` is renamed when the export is complete; paths into it in its ``config.json`` are
+        adjusted. The file ``llavactl_export.json``, to which llavactl adds the origin of the export, may have a list
+        ``stop_strings`` for the model card, and the model's ``SavedModel.settings``.
+
+        Raises:
+            ModelError: the format can't represent the model.
         """
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant
-from llavactl.components.formats.native import NativeModel
+from llavactl.components.formats.native import open_model
 from llavactl.components.formats.processor_text import add_image_token
+from llavactl.core.model_description import feature_shape, read_description
 from llavactl.core.registry import registry
-from llavactl.core.schema import FeatureShape, Turn
+from llavactl.core.schema import Turn
 from llavactl.data.encode import Encoding
 from llavactl.evaluation.verification.compare import VerificationResult, compare, prompt_logits
 from llavactl.evaluation.verification.prompts import save_images, script_prompt, verification_conversations
@@ -44,10 +45,10 @@ def verify(
     Raises:
         ModelError: the script can't load the export.
     """
-    description = model_folder.describe(model)
+    description = read_description(model)
     encoding = _encoding(model, description)
     conversations = verification_conversations(images, encoding)
-    processor_tokenizer = NativeModel(model).tokenizer()
+    processor_tokenizer = open_model(model).tokenizer()
     add_image_token(processor_tokenizer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -86,9 +87,8 @@ class _UnroundedFeatures:
 def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     """How the model's conversations become tokens; no weights are read."""
     template = registry().create("templates", description["template"])
-    shape = FeatureShape(**{**description["shape"], "grid": tuple(description["shape"]["grid"])})
-    image_tokens = registry().create("connectors", description["connector"]).tokens(shape)
-    return Encoding(template, NativeModel(model).tokenizer(), image_tokens)
+    image_tokens = registry().create("connectors", description["connector"]).tokens(feature_shape(description))
+    return Encoding(template, open_model(model).tokenizer(), image_tokens)
 
 
 def _float32_assistant(model: Path, description: Mapping[str, Any], encoding: Encoding) -> Assistant:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import read_description
 from llavactl.model import folder as model_folder
 from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
@@ -72,7 +73,7 @@ def test_an_export_is_read_as_the_same_model(
     back = resolve(tmp_path / "out")
     for ours, theirs in zip(weights(model), weights(back), strict=True):
         same(ours, theirs, rows=1 if form == "hf" else None)
-    assert model_folder.describe(back)["template"] == template
+    assert read_description(back)["template"] == template
 
 
 @pytest.mark.parametrize("form", ["hf", *(pytest.param(form, marks=pytest.mark.slow) for form in ("llava", "peft"))])
@@ -112,7 +113,7 @@ def test_a_stage_1_model(native: Make, tmp_path: Path) -> None:
 
 def test_with_the_class_token(native: Make, tmp_path: Path) -> None:
     assert exported(native("ours", select="cls-patch"), "hf", tmp_path / "out")["verified"]["logits"] < 1e-4
-    assert model_folder.describe(resolve(tmp_path / "out"))["vision"]["select"] == "cls-patch"
+    assert read_description(resolve(tmp_path / "out"))["vision"]["select"] == "cls-patch"
 
 
 def test_bfloat16_weights_are_saved_exactly(native: Make, tmp_path: Path) -> None:

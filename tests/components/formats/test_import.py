@@ -12,6 +12,7 @@ import pytest
 
 from llavactl.chat.loading import load_assistant
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import read_description
 from llavactl.core.schema import IMAGE_TOKEN, Turn
 from llavactl.data.batches import collate
 from llavactl.images.image_file import ImageFile
@@ -79,7 +80,7 @@ def test_hf_logits_and_ids_equal_those_of_transformers(
     assert [image_token if token == IMAGE_TOKEN else token for token in ids] == their_ids
     # Live features are rounded to float16 as well, so the tolerance is larger than 1e-4.
     assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()
-    assert model_folder.describe(resolve(folder))["template"] == "tokenizer"
+    assert read_description(resolve(folder))["template"] == "tokenizer"
 
 
 def test_hf_reads_chat_template_json(foreign: Callable[[], tuple[Any, Path]], toys: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_changed_checkpoint_is_read_again(toys: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "theirs" / "pytorch_model.bin")
     second = resolve(tmp_path / "theirs")
     assert second != first
-    assert model_folder.describe(second)["digest"] != model_folder.describe(first)["digest"]
+    assert read_description(second)["digest"] != read_description(first)["digest"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "original", "run"])

@@ -16,6 +16,7 @@ from llavactl.components.formats.llava import OriginalLlava, OriginalLlavaOption
 from llavactl.components.formats.llava_support import CONFIG_KEYS
 from llavactl.components.formats.llava_tokenizer import loads_tokenizer, save_tokenizer
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import read_description
 from llavactl.model import folder as model_folder
 from llavactl.model.imported import resolve
 from llavactl.testing import run_cli
@@ -298,7 +299,7 @@ class TestVisionEncoder:
         model = native("ours")
         written(model, "llava", tmp_path / "out")
         (tmp_path / "out").rename(tmp_path / "moved")
-        vision = model_folder.describe(resolve(tmp_path / "moved"))["vision"]
+        vision = read_description(resolve(tmp_path / "moved"))["vision"]
         assert vision["model"] == str(tmp_path / "moved/vision_tower")
         assert not written(model, "llava", tmp_path / "moved")["finished_before"]
         assert written(model, "llava", tmp_path / "moved")["finished_before"]

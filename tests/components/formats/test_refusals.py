@@ -13,6 +13,7 @@ import pytest
 
 from llavactl.chat.transformers_model import model_digest
 from llavactl.core.errors import ModelError
+from llavactl.core.model_description import read_description
 from llavactl.core.registry import registry
 from llavactl.model import folder as model_folder
 from llavactl.model.imported import resolve
@@ -95,7 +96,7 @@ def vision_tensors(toys: Path, *, times: float = 1.0, dtype: str = "float32") ->
 
 
 def digest(folder: Path) -> str:
-    return str(model_folder.describe(resolve(folder))["digest"])
+    return str(read_description(resolve(folder))["digest"])
 
 
 class TestIdentity:
@@ -161,9 +162,9 @@ class TestIdentity:
 
         torch.save({k: v for k, v in state.items() if "mm_projector" in k}, tmp_path / "bare/mm_projector.bin")
         recipe = load_recipe(toy / "recipe.yaml")
-        before = model_folder.describe(resolve(tmp_path / "bare", recipe))["digest"]
+        before = read_description(resolve(tmp_path / "bare", recipe))["digest"]
         rewrite(toy / "language/model.safetensors", lambda tensors: {key: each * 1.5 for key, each in tensors.items()})
-        assert model_folder.describe(resolve(tmp_path / "bare", recipe))["digest"] != before
+        assert read_description(resolve(tmp_path / "bare", recipe))["digest"] != before
 
     def test_a_replaced_adapter_is_evaluated_again(self, toy: Path, tmp_path: Path) -> None:
         folder, other = lora(toy, tmp_path / "one"), lora(toy, tmp_path / "other", seed=5)
@@ -182,7 +183,7 @@ class TestConfig:
     @pytest.mark.parametrize("more", [V15, V1, {**V15, "image_aspect_ratio": None}], ids=["v1.5", "v1", "null"])
     def test_published_configs_are_accepted(self, toys: Path, tmp_path: Path, more: dict[str, Any]) -> None:
         original(toys, tmp_path / "theirs", linear=more is V1, **more)
-        found = model_folder.describe(resolve(tmp_path / "theirs"))["vision"]
+        found = read_description(resolve(tmp_path / "theirs"))["vision"]
         assert found["image"] == ("pad" if more["image_aspect_ratio"] == "pad" else "square")
 
     def test_a_published_lora_config_is_accepted(self, toys: Path, tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ class TestVisionEncoder:
             "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]
         }
         rewrite(tmp_path / "theirs/pytorch_model.bin", lambda tensors: tensors | more)
-        assert model_folder.describe(resolve(tmp_path / "theirs"))["vision"]["model"] == str(toys / "clip")
+        assert read_description(resolve(tmp_path / "theirs"))["vision"]["model"] == str(toys / "clip")
 
     @pytest.mark.parametrize("place", ["full", "lora", "base of a lora"])
     @pytest.mark.parametrize("stated", [True, False])
@@ -424,7 +425,7 @@ class TestVisionEncoder:
             config["base_model_name_or_path"] = str(base)
             (folder / "adapter_config.json").write_text(json.dumps(config))
         model = resolve(folder)
-        vision = model_folder.describe(model)["vision"]
+        vision = read_description(model)["vision"]
         assert Path(vision["model"]).parent == model
         pixels = torch.randn(1, 3, 28, 28)
         encoded = registry().create("vision", vision).load("cpu", "float32").encode(pixels)
@@ -451,7 +452,7 @@ class TestVisionEncoder:
             tmp_path / "out/vision_tower"
         )
         clips = [
-            registry().create("vision", model_folder.describe(resolve(folder))["vision"]).whole().state_dict()
+            registry().create("vision", read_description(resolve(folder))["vision"]).whole().state_dict()
             for folder in (tmp_path / "theirs", tmp_path / "out")
         ]
         plain = registry().create("vision", {"name": "clip", "model": str(toys / "clip")}).whole().state_dict()
@@ -465,7 +466,7 @@ class TestVisionEncoder:
         refused = run_cli(*command)
         assert refused.exit_code == 1
         assert "vision encoder" in refused.stderr
-        own = model_folder.describe(resolve(folder))["vision"]["model"]
+        own = read_description(resolve(folder))["vision"]["model"]
         result = run_cli(*command, "-o", f"vision.model={own}")
         assert result.exit_code == 0, result.stderr
 

@@ -1,0 +1,131 @@
+"""What all checks have in common: the members of Protocols, and exceptions as problems."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from llavactl.core import protocols
+from llavactl.core.errors import LlavactlError
+from llavactl.core.hook_rules import fault_location
+from llavactl.core.protocols.members import members
+from llavactl.core.registry import component_fault
+
+C = TypeVar("C")
+P = ParamSpec("P")
+Check = Callable[Concatenate[C, P], list[str]]
+
+_OWN = ("llavactl.testing", "llavactl.core.registry")
+"""Modules between a check and the component."""
+
+
+def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
+    """Decorates a check of components of ``kind``.
+
+    The check runs if the component has the members of its Protocols, with their parameters. An exception is a problem:
+    one line with the method and line where it was raised.
+    """
+
+    def decorate(check: Check[C, P]) -> Check[C, P]:
+        @functools.wraps(check)
+        def checked(component: C, /, *args: P.args, **options: P.kwargs) -> list[str]:
+            try:
+                if problems := member_problems(kind, component):
+                    return problems
+                problems = check(component, *args, **options)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
+                problems = [describe_exception(error)]
+            return [" ".join(problem.split()) for problem in problems]
+
+        return checked
+
+    return decorate
+
+
+def member_problems(kind: str, component: object) -> list[str]:
+    """The members that ``component`` lacks of its kind's Protocol, and those that can't be used as declared."""
+    if why := component_fault(kind, component):
+        return [f"got {why}"]
+    implemented = [
+        each for each in (protocols.KINDS[kind], *protocols.CAPABILITIES[kind]) if isinstance(component, each)
+    ]
+    problems = (problem for protocol in implemented for problem in protocol_problems(component, protocol))
+    return list(dict.fromkeys(problems))
+
+
+def protocol_problems(component: object, protocol: type) -> Iterator[str]:
+    """The members of ``component`` that aren't what ``protocol`` declares: a method with parameters, or a value."""
+    for name in members(protocol):
+        declared, member = inspect.getattr_static(protocol, name, None), getattr(component, name)
+        if not inspect.isfunction(declared):
+            if inspect.ismethod(member) and not isinstance(declared, property):
+                yield f"{name} is a method, {protocol.__name__} declares an attribute"
+        elif not callable(member):
+            yield f"{name} is not a method, got {member!r:.60}"
+        elif why := _call_fault(member, declared):
+            yield f"{name}{_signature(member)}: {why}; {protocol.__name__} declares {name}{_parameters(declared)}"
+
+
+def _call_fault(method: Callable[..., Any], declared: Callable[..., Any]) -> str:
+    """Why ``method`` can't be called with the parameters that ``declared`` has after ``self``; "" if it can."""
+    parameters = list(inspect.signature(declared).parameters.values())[1:]
+    keywords = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    try:
+        inspect.signature(method).bind(*(each for each in parameters if each.name not in keywords), **keywords)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # built-in functions have no signature
+        return ""
+    return ""
+
+
+def _signature(method: Callable[..., Any]) -> str:
+    return _without_annotations(inspect.signature(method))
+
+
+def _parameters(declared: Callable[..., Any]) -> str:
+    signature = inspect.signature(declared)
+    return _without_annotations(signature.replace(parameters=list(signature.parameters.values())[1:]))
+
+
+def _without_annotations(signature: inspect.Signature) -> str:
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+
+
+def describe_exception(error: BaseException) -> str:
+    """``error`` in one line; one that isn't llavactl's, with the called function of the component and its line."""
+    if isinstance(error, LlavactlError):
+        return f"{error.message}; {error.hint}" if error.hint else error.message
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    called = next((frame for frame in frames if not _module(frame).startswith(_OWN)), None)
+    what = f"{type(error).__name__}: {error}"
+    if called is None:
+        return what
+    where = fault_location(error, [_module(called).partition(".")[0]])
+    return f"{called.f_code.co_name}() failed ({where}): {what}"
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def wrong_type(what: str, value: object, expected: str) -> str:
+    """The problem that ``what`` has another type than ``expected``."""
+    return f"{what}: expected {expected}, got {type(value).__name__}"
+
+
+def json_problem(what: str, value: object) -> str:
+    """Why ``value`` isn't a JSON object; "" if it is."""
+    if not isinstance(value, Mapping):
+        return wrong_type(what, value, "a mapping")
+    try:
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        return f"{what} is not JSON: {error}"
+    return ""
