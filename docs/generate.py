@@ -188,6 +188,7 @@ def keys() -> Iterator[str]:
     yield from _key_table("`generate.kinds`", sections.SampleKinds)
     yield from _key_table("`generate.gates`", sections.Gates)
     yield from _key_table("An export in `export`", specs.Export)
+    yield from _key_table("`sweep`", sections.Sweep)
 
 
 def _key_table(title: str, model: type[BaseModel], defaults: Mapping[str, str] | None = None) -> Iterator[str]:

@@ -25,6 +25,7 @@ COMMAND_GROUPS = {
         "extract": "Extract vision features into the feature store.",
         "cache": "Inspect, verify and prune the feature stores.",
         "train": "Train one stage of a recipe.",
+        "sweep": "Run and compare variants of a recipe.",
     },
     "Use": {
         "chat": "Chat with a model about images.",

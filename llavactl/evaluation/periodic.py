@@ -111,16 +111,16 @@ def scores(
     flat: dict[str, float] = {}
     for benchmark in benchmarks:
         result = benchmark.score(answers[benchmark.name], Path(), ask(benchmark))
-        flat |= _flat(result.scores, f"{benchmark.name}.")
+        flat |= flat_scores(result.scores, f"{benchmark.name}.")
     return flat
 
 
-def _flat(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers in ``scores``, those of groups included."""
+def flat_scores(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers in ``scores``, those of groups included, as ``group.score``."""
     flat: dict[str, float] = {}
     for name, value in scores.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_scores(value, f"{prefix}{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             flat[prefix + name] = value
     return flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +66,16 @@ def answer_questions(
                 output.flush()
                 bar.advance(len(batch))
         return answers if processes.count == 1 else _merge_parts(file, processes)
+
+
+def copy_answers(file: Path, folders: Iterable[Path]) -> None:
+    """Copies the answers of another run to ``file``, which doesn't exist yet, from the first folder that has them.
+
+    The name of an answer file has a digest of the model and the questions.
+    """
+    others = [] if file.exists() else [folder / file.name for folder in folders]
+    if found := next((other for other in others if other.is_file()), None):
+        write_atomic(file, found.read_bytes())
 
 
 def _merge_parts(file: Path, processes: Processes) -> dict[str, Answer]:

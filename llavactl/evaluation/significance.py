@@ -52,8 +52,9 @@ class Difference:
     """Candidate ``b`` minus candidate ``a`` on the same questions.
 
     ``difference`` of the means in percentage points, with its 95 % ``interval`` (paired bootstrap). ``only_a`` and
-    ``only_b``: questions that only one of them answered correctly. ``p``: McNemar's exact test of these two counts, the
-    probability of a split at least as uneven if both are equally good. The last three are None for graded answers.
+    ``only_b``: questions that only one of them answered correctly; None for graded answers. ``p``: the probability of a
+    difference at least as large if both are equally good, by McNemar's exact test of these two counts, or for graded
+    answers by ``sign_flips``.
     """
 
     a: str
@@ -62,7 +63,7 @@ class Difference:
     interval: tuple[float, float]
     only_a: int | None
     only_b: int | None
-    p: float | None
+    p: float
 
 
 def paired(a: str, b: str, grades_a: Mapping[str, float], grades_b: Mapping[str, float]) -> Difference:
@@ -70,7 +71,7 @@ def paired(a: str, b: str, grades_a: Mapping[str, float], grades_b: Mapping[str,
     differences = [grades_b[question_id] - grades_a[question_id] for question_id in grades_a]
     only_a, only_b = (sum(difference == sign for difference in differences) for sign in (-1, 1))
     is_binary = all(grade in (0.0, 1.0) for grades in (grades_a, grades_b) for grade in grades.values())
-    counts = (only_a, only_b, mcnemar(only_a, only_b)) if is_binary else (None, None, None)
+    counts = (only_a, only_b, mcnemar(only_a, only_b)) if is_binary else (None, None, sign_flips(differences))
     return Difference(a, b, 100 * fmean(differences), bootstrap(differences), *counts)
 
 
@@ -79,6 +80,32 @@ def mcnemar(only_a: int, only_b: int) -> float:
     n = only_a + only_b
     tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def sign_flips(differences: Sequence[float], draws: int = 100_000, seed: int = 0) -> float:
+    """The two-sided p value of the paired permutation test of the mean of ``differences`` (Fisher 1935).
+
+    Each difference keeps or changes its sign with equal probability; for differences of -1, 0 and 1 this is McNemar's
+    exact test. Equal differences are drawn together from their binomial distribution.
+    """
+    import numpy as np
+
+    values, counts = np.unique(np.abs(np.asarray(differences, dtype=float)), return_counts=True)
+    generator = np.random.default_rng(seed)
+    sums = sum(
+        value * (2 * generator.binomial(n, 0.5, size=draws) - n) for value, n in zip(values, counts, strict=True)
+    )
+    extreme = np.count_nonzero(np.abs(sums) >= abs(sum(differences)) - 1e-9)
+    return float((1 + extreme) / (1 + draws))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """``p_values`` of several tests, adjusted: the chance of any false one below 0.05 is at most 5 % (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def bootstrap(differences: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float]:

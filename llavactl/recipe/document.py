@@ -44,6 +44,14 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
+    def copy(self) -> Node:
+        """A copy that shares no mapping or list with this node, for ``put``."""
+        if isinstance(self.value, dict):
+            return Node({key: node.copy() for key, node in self.value.items()}, self.where)
+        if isinstance(self.value, list):
+            return Node([node.copy() for node in self.value], self.where)
+        return Node(self.value, self.where)
+
     def get(self, key: Key) -> Node | None:
         """The node at ``key``; None if it doesn't exist."""
         if isinstance(self.value, dict):
@@ -74,7 +82,7 @@ def origin_of(root: Node, path: Sequence[Key], why: str) -> str:
 
 def is_override(where: str) -> bool:
     """Whether ``where`` is the origin of an override."""
-    return where.startswith("-o ")
+    return where.startswith(("-o ", "--axis "))
 
 
 def parse(text: str, base: Path, where: Callable[[int], str], problems: list[Problem]) -> Node:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from llavactl.core.options import RecipePath
 from llavactl.core.validation import KeyProblem
-from llavactl.recipe.sections import Data, Eval, Features, Generate
+from llavactl.recipe.sections import Data, Eval, Features, Generate, Sweep
 from llavactl.recipe.specs import ConnectorSpec, Export, LanguageSpec, SourceSpec, VisionSpec, spec_of
 from llavactl.recipe.stages import STAGES, AnyStage, StageNumber, StageSections, TrainingStage
 from llavactl.recipe.values import FileName, Integer, Section
@@ -37,6 +37,7 @@ class Outline(StageSections, _Head):
 
     eval: Eval = Field(Eval(), description="evaluation after training")
     generate: Generate | None = Field(None, description="instruction data written by a teacher; null: none")
+    sweep: Sweep | None = Field(None, description="variants for `llavactl sweep`; null: those of its options")
     export: tuple[Export, ...] = Field((), description="exports of the trained model to other formats")
     try_next: tuple[str, ...] = Field((), description="suggestions shown at the end of the report")
     sharding: Literal["auto", "none", "full"] = Field(

@@ -21,7 +21,7 @@ from llavactl.core.registry import kind_label, registry
 from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-from llavactl.recipe.resolve import RecipeSource, document, masked, overridden, sentence
+from llavactl.recipe.resolve import Override, RecipeSource, document, overridden, sentence, shown
 from llavactl.recipe.sections import Eval
 from llavactl.recipe.specs import Component
 from llavactl.recipe.stages import STAGES
@@ -42,7 +42,7 @@ RawComponent = tuple[KeyPath, type[Component], dict[str, Any]]
 F = TypeVar("F", bound=Outline)
 
 
-def load_recipe(source: RecipeSource = None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: RecipeSource = None, overrides: Sequence[Override] = ()) -> Recipe:
     """Loads the complete recipe ``source`` (see ``recipe.resolve``) with ``key.path=value`` overrides.
 
     Raises:
@@ -51,7 +51,7 @@ def load_recipe(source: RecipeSource = None, overrides: Sequence[str] = ()) -> R
     return load_frame(Recipe, source, overrides)
 
 
-def load_frame(frame: type[F], source: RecipeSource = None, overrides: Sequence[str] = ()) -> F:
+def load_frame(frame: type[F], source: RecipeSource = None, overrides: Sequence[Override] = ()) -> F:
     """Like ``load_recipe``, but only the sections of ``frame`` are required. A complete recipe is a ``Recipe``."""
     recipe, problems = _valid_part(frame, source, overrides)
     if recipe is None or problems:
@@ -59,14 +59,14 @@ def load_frame(frame: type[F], source: RecipeSource = None, overrides: Sequence[
     return recipe
 
 
-def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[str]) -> tuple[F | None, list[Problem]]:
+def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[Override]) -> tuple[F | None, list[Problem]]:
     """The recipe, and its problems by line. Sections with problems have their defaults; None if one is required.
 
     Raises:
         RecipeError: the recipe can't be read at all.
     """
     root, location, problems = document(source, overrides)
-    log.debug("recipe %s, overrides: %s", location.file, masked(" ".join(overrides)) or "none")
+    log.debug("recipe %s, overrides: %s", location.file, " ".join(map(shown, overrides)) or "none")
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
     found = [*_resolve_components(data), *_resolve_named(data), *_resolve_plugins(data)]
@@ -147,8 +147,11 @@ def _only_generates(source: RecipeSource, overrides: Sequence[str]) -> bool:
 
 
 def dump(recipe: Outline) -> str:
-    """The recipe as YAML; loading it gives an equal recipe."""
-    return write(recipe.model_dump(mode="json"))
+    """The recipe as YAML, without ``sweep``; loading it gives an equal recipe.
+
+    Paths in the values of axes can't be made absolute: which values are paths depends on their keys.
+    """
+    return write(recipe.model_dump(mode="json", exclude={"sweep"}))
 
 
 def raw_components(section: type[BaseModel], data: Any, path: KeyPath = ()) -> Iterator[RawComponent]:

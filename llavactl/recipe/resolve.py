@@ -33,6 +33,18 @@ RecipeSource = str | Path | RecipeLocation | None
 """The name or path of a recipe, a file with another base folder, or None for ``./recipe.yaml``."""
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """An override of ``key`` (dotted) by a value that has an origin and a base folder of its own."""
+
+    key: str
+    node: Node
+
+
+Override = str | Assignment
+"""``key.path=value``, relative to the working directory, or an ``Assignment``."""
+
+
 def find(source: RecipeSource) -> RecipeLocation:
     """Finds the recipe ``source``.
 
@@ -62,7 +74,7 @@ def is_path(source: str | Path) -> bool:
     return isinstance(source, Path) or source.endswith((".yaml", ".yml")) or os.sep in source or "/" in source
 
 
-def document(source: RecipeSource, overrides: Sequence[str]) -> tuple[Node, RecipeLocation, list[Problem]]:
+def document(source: RecipeSource, overrides: Sequence[Override]) -> tuple[Node, RecipeLocation, list[Problem]]:
     """The tree of the recipe with parents merged and ``overrides`` applied, its location, and problems.
 
     Raises:
@@ -135,7 +147,15 @@ def masked(override: str) -> str:
     return _SECRET.sub(r"\1***", override)
 
 
-def _override(root: Node, override: str) -> list[Problem]:
+def shown(override: Override) -> str:
+    """``override`` for messages."""
+    return f"{override.key} from {override.node.where}" if isinstance(override, Assignment) else masked(override)
+
+
+def _override(root: Node, override: Override) -> list[Problem]:
+    if isinstance(override, Assignment):
+        why = put(root, override.key.split("."), override.node.copy())
+        return [Problem(override.node.where, override.key, why)] if why else []
     where = f"-o {masked(override)}"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")

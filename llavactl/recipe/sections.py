@@ -112,3 +112,19 @@ class Eval(Section):
     stage1_baseline: Boolean = Field(False, description="also score the model of stage 1")
     batch_size: PositiveInteger = Field(8, description="questions per batch")
     max_new_tokens: PositiveInteger = Field(128, description="longest answer, in tokens")
+
+
+AxisValues = Annotated[tuple[Any, ...], Field(min_length=1)] | Annotated[dict[str, Any], Field(min_length=1)]
+
+
+class Sweep(Section):
+    """Variants of the recipe for `llavactl sweep`: all combinations of the values of the axes."""
+
+    axes: dict[str, AxisValues] = Field(
+        {},
+        description="recipe keys (`vision.layer`, `connector`) with the values to compare: a list, or a mapping from "
+        "labels to values",
+    )
+    seeds: PositiveInteger = Field(
+        1, description="number of runs of each variant, with the seeds `seed`, `seed + 1`, …"
+    )

@@ -34,7 +34,7 @@ def write_cases(
     ``report`` is the task's ``--json`` document. The selection is deterministic.
     """
     name = str(report["task"])
-    grades = scored.grades or {key: float(right) for key, right in scored.right.items()}
+    grades = scored.by_question
     groups = [("Worst answers", _worst(questions, grades)), ("Random answers", _random(questions))]
     rows = [(title, [_row(folder / name, case, answers, grades) for case in group]) for title, group in groups]
     page = template("cases.html").render(

@@ -6,6 +6,7 @@ They use matplotlib's objects, never pyplot: no global state, so any thread may 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -44,10 +45,35 @@ class Palette:
     raw: str
     curve: str
     validation: str
+    series: tuple[str, ...]
 
 
-LIGHT = Palette("#ffffff", "#4b5563", "#e5e7eb", "#a5b4fc", "#4338ca", "#d97706")
-DARK = Palette("#17191f", "#9ca3af", "#2c3039", "#4b4f8f", "#a5b4fc", "#fbbf24")
+LIGHT = Palette(
+    "#ffffff", "#4b5563", "#e5e7eb", "#a5b4fc", "#4338ca", "#d97706",
+    ("#4338ca", "#d97706", "#15803d", "#be123c", "#0e7490", "#6b7280"),
+)  # fmt: skip
+DARK = Palette(
+    "#17191f", "#9ca3af", "#2c3039", "#4b4f8f", "#a5b4fc", "#fbbf24",
+    ("#a5b4fc", "#fbbf24", "#4ade80", "#fb7185", "#67e8f9", "#d1d5db"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A score ``y`` with its ``interval`` at cost ``x``; points with equal ``color`` or ``marker`` texts look alike."""
+
+    x: float
+    y: float
+    interval: tuple[float, float] | None
+    color: str
+    marker: str
+
+
+MARKERS = "os^Dv*PX"
+
+LEGEND_COLUMNS = 3
+LEGEND_WIDTH = 28
+"""Characters of a text in the legend."""
 
 
 def plots_available() -> bool:
@@ -111,6 +137,35 @@ def draw_histogram(counts: Mapping[int, int], xlabel: str, palette: Palette) -> 
     centers = [edge + (width - 1) / 2 for edge in edges[:-1]]  # a bar of a single value is centered on it
     axes.bar(centers, heights, width=0.92 * width, color=palette.curve, linewidth=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    return _png(figure)
+
+
+def draw_costs(points: Sequence[CostPoint], xlabel: str, ylabel: str, palette: Palette) -> bytes:
+    """The PNG of scores against costs, with their intervals as vertical lines."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    colors = dict(zip(dict.fromkeys(point.color for point in points), itertools.cycle(palette.series), strict=False))
+    markers = dict(zip(dict.fromkeys(point.marker for point in points), itertools.cycle(MARKERS), strict=False))
+    legend = [(text, "o", color) for text, color in colors.items()]
+    legend += [(text, marker, palette.text) for text, marker in markers.items()]
+    legend = [entry for entry in legend if entry[0]]
+    figure, axes = _figure(5.2, 3 + 0.2 * math.ceil(len(legend) / LEGEND_COLUMNS), palette)
+    axes.set_xlabel(xlabel, color=palette.text)
+    axes.set_ylabel(ylabel, color=palette.text)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.margins(x=0.06, y=0.08)
+    for point in points:
+        color = colors[point.color]
+        if point.interval is not None:
+            axes.plot([point.x, point.x], point.interval, color=color, linewidth=1, alpha=0.6)
+        axes.plot([point.x], [point.y], markers[point.marker], color=color, markersize=7)
+    figure.legend(
+        [Line2D([], [], color=color, marker=marker, linestyle="") for _, marker, color in legend],
+        [text if len(text) <= LEGEND_WIDTH else f"{text[: LEGEND_WIDTH - 1]}…" for text, _, _ in legend],
+        loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, labelcolor=palette.text,
+    )  # fmt: skip
     return _png(figure)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core import plugins
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.model import folder as model_folder
+from llavactl.recipe.stages import STAGES
+from llavactl.training import control
 
 if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
@@ -42,7 +45,7 @@ def stage_digest(
     settings = training_stage.settings
     return hash_json(
         {
-            "stage": settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS | newer_defaults(settings)),
+            "stage": _settings(settings),
             "connector": component_identity("connectors", recipe.connector.spec()),
             "language": component_identity("languages", recipe.language.spec()),
             "template": component_identity("templates", training_stage.template),
@@ -52,6 +55,7 @@ def stage_digest(
             "seed": recipe.seed,
             "start": model_folder.identity(init_folder) if init_folder else None,
             **_extensions(settings),
+            **_controlling_plugins(recipe),
             **_arithmetic(settings),
         }
     )
@@ -73,6 +77,43 @@ def _extensions(settings: AnyStage) -> dict[str, Any]:
         for kind, spec in specs.items()
         if spec is not None and (kind, spec) not in (("optimizers", "adamw"), ("optimizers", "muon"))
     }
+
+
+def _controlling_plugins(recipe: Recipe) -> dict[str, Any]:
+    """The versions and options of the plugins that may end a stage early; {} without any."""
+    names = [name for name, _ in plugins.implementations(control.HOOK)]
+    versions = {name: [plugins.version_of(name), recipe.plugins.get(name, {})] for name in names}
+    return {"control": versions} if versions else {}
+
+
+def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
+    """A hash of what ``recipe`` says about the inputs of ``stage``; recipes with equal hashes train it once.
+
+    Reads no files, so recipes that name equal files differently have different hashes and still equal digests.
+    """
+    training_stage = recipe.stage(stage)
+    init = training_stage.settings.init
+    number = next((number for number, section in STAGES.items() if section == init), None)
+    return hash_json(
+        {
+            "stage": _settings(training_stage.settings),
+            "restore_best": training_stage.settings.restore_best,
+            "connector": recipe.connector.spec(),
+            "language": recipe.language.spec(),
+            "template": training_stage.template,
+            "vision": training_stage.vision,
+            "features": [recipe.features.dtype, recipe.features.compute],
+            "data": [source.model_dump(mode="json") for source in training_stage.sources],
+            "seed": recipe.seed,
+            **_controlling_plugins(recipe),
+            "start": init if number is None else stage_inputs(recipe, number),
+        }
+    )
+
+
+def _settings(settings: AnyStage) -> dict[str, Any]:
+    """The settings that affect the result."""
+    return settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS | newer_defaults(settings))
 
 
 def _arithmetic(settings: AnyStage) -> dict[str, str]:

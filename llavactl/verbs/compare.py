@@ -72,7 +72,7 @@ def compare(
             check_not_questions(file, questions, answers)
         scores = component.score(select_answers(questions, answers, file), protocol)
         candidates.append(Candidate(str(path), scores.scores, scores.failed))
-        grades[str(path)] = scores.grades or {name: float(right) for name, right in scores.right.items()}
+        grades[str(path)] = scores.by_question
         if not grades[str(path)]:
             raise DataError(f"{task} can't be compared pairwise: it has no score per answer")
     pairs = tuple(paired(a, b, grades[a], grades[b]) for a, b in combinations(grades, 2))

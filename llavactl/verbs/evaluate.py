@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from llavactl.evaluation.identity import answer_digests, result_digest
 from llavactl.evaluation.models import BLIND_BASELINE, EvaluationTarget, evaluation_target, with_baselines
 from llavactl.evaluation.processes import launched_processes
 from llavactl.evaluation.results import EvalReport, stored_result, write_result
-from llavactl.evaluation.runner import answer_questions
+from llavactl.evaluation.runner import answer_questions, copy_answers
 from llavactl.evaluation.scoring import Benchmark, choose_protocol, task_spec
 from llavactl.recipe.sections import Eval
 from llavactl.report.cases import write_cases
@@ -52,13 +52,15 @@ def evaluate(
     limit: int | None = None,
     cases: Path | None = None,
     settings: Eval | None = None,
+    shared_with: Sequence[Path] = (),
 ) -> EvalReport:
     """Scores the answers to the first ``limit`` questions of ``task`` under ``protocol``.
 
     ``options`` override those of the recipe for this task. The answers are those in ``answers``, if given. Otherwise
     they are generated with ``model``, by default the recipe's last finished stage. A judged task with stored verdicts
     needs neither. ``cases`` is the folder for a page of the worst answers (default: in the model's run folder).
-    ``settings`` are those of ``eval`` if there is no recipe.
+    ``settings`` are those of ``eval`` if there is no recipe. Answers of an equal model to the same questions in a run
+    folder of ``shared_with`` are not generated again.
     """
     spec = task_spec(recipe, task, options or {})
     component = registry().create("tasks", spec, flag="-t ")
@@ -71,7 +73,7 @@ def evaluate(
     if answers is not None:
         return _score_answer_file(benchmark, answers, cases)
     settings = recipe.eval if recipe is not None else settings or Eval()
-    return _evaluate_model(benchmark, evaluation_target(recipe, model), recipe, settings, cases)
+    return _evaluate_model(benchmark, evaluation_target(recipe, model), recipe, settings, cases, shared_with)
 
 
 def _score_stored_verdicts(task: Judged, name: str, protocol: str) -> EvalReport | None:
@@ -106,7 +108,12 @@ def _score_answer_file(benchmark: Benchmark, file: Path, cases: Path | None) -> 
 
 
 def _evaluate_model(
-    benchmark: Benchmark, target: EvaluationTarget, recipe: Outline | None, settings: Eval, cases: Path | None
+    benchmark: Benchmark,
+    target: EvaluationTarget,
+    recipe: Outline | None,
+    settings: Eval,
+    cases: Path | None,
+    shared_with: Sequence[Path],
 ) -> EvalReport:
     """Answers the questions with the model and its baselines and scores them, unless a stored result is up to date."""
     processes = launched_processes()
@@ -121,12 +128,15 @@ def _evaluate_model(
         return report
     answers: dict[str, Answers] = {}
     for model in models:
+        stored = _answer_file(benchmark, target, digests[model.name])
+        if processes.is_main:
+            copy_answers(stored, [run_dir / "eval" / "answers" for run_dir in shared_with])
         answers[model.name] = answer_questions(
             model,
             benchmark.all_questions,
             benchmark.limit,
             settings,
-            _answer_file(benchmark, target, digests[model.name]),
+            stored,
             processes,
         )
     report = None

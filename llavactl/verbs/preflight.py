@@ -12,7 +12,8 @@ from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLangu
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
-from llavactl.recipe.frame import Recipe
+from llavactl.recipe.axes import load_sweep
+from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import by_line, valid_part, where
 from llavactl.recipe.stages import STAGES
 from llavactl.training.trainable import train_only
@@ -31,10 +32,24 @@ Fault = tuple[str, str]
 
 
 def problems(source: RecipeSource, overrides: Sequence[str] = ()) -> list[Problem]:
-    """Every problem of the recipe ``source``: of its keys and values, and of its components if their keys are valid."""
+    """Every problem of the recipe ``source``: of its keys and values, and of its components if their keys are valid.
+
+    Those of the keys and values of its variants (``sweep``) are included.
+    """
     recipe, invalid = valid_part(source, overrides)
     found = faults(recipe) if isinstance(recipe, Recipe) else []
-    return by_line([*invalid, *(Problem(where(key, why, source, overrides), key, why) for key, why in found)])
+    own = [Problem(where(key, why, source, overrides), key, why) for key, why in found]
+    return by_line([*invalid, *_of_variants(recipe, source, overrides), *own])
+
+
+def _of_variants(recipe: Outline | None, source: RecipeSource, overrides: Sequence[str]) -> Sequence[Problem]:
+    if recipe is None or recipe.sweep is None or not recipe.sweep.axes:
+        return ()
+    try:
+        load_sweep(source, overrides)
+    except RecipeError as error:
+        return error.problems
+    return ()
 
 
 def refuse(recipe: Recipe) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llavactl.core.errors import TeacherError
@@ -58,8 +59,10 @@ class RunReport:
     example: Mapping[str, str] | None
 
 
-def run(recipe: Recipe) -> RunReport:
+def run(recipe: Recipe, *, shared_with: Sequence[Path] = ()) -> RunReport:
     """Runs all steps of ``recipe``, from generate to export.
+
+    Stages and answers that a run folder in ``shared_with`` has for the same inputs are not computed again.
 
     Raises:
         LlavactlError: from any step; problems that can be detected before the first step are raised before it.
@@ -68,8 +71,8 @@ def run(recipe: Recipe) -> RunReport:
     with refreshed(recipe.run_dir):
         generated = _generate(recipe)
         extracted = _extract(recipe)
-        trained = {number: _train(recipe, number) for number in recipe.stages_with_data()}
-        scored = [_evaluate(recipe, task) for task in recipe.eval.tasks]
+        trained = {number: _train(recipe, number, shared_with) for number in recipe.stages_with_data()}
+        scored = [_evaluate(recipe, task, shared_with) for task in recipe.eval.tasks]
         exported = [_export(recipe, settings) for settings in recipe.export]
     last = trained[max(trained)] if trained else None
     page = report_page(recipe.run_dir)
@@ -144,12 +147,13 @@ def _extract(recipe: Recipe) -> ExtractReport | None:
     return report
 
 
-def _train(recipe: Recipe, number: StageNumber) -> TrainReport:
-    return _timed(recipe, f"stage {number}", partial(train, recipe, number))
+def _train(recipe: Recipe, number: StageNumber, shared_with: Sequence[Path]) -> TrainReport:
+    return _timed(recipe, f"stage {number}", partial(train, recipe, number, shared_with=shared_with))
 
 
-def _evaluate(recipe: Recipe, task: TaskSpec) -> EvalReport:
-    return _timed(recipe, f"eval {task.name}", partial(evaluate, recipe, task.name, task.spec()))
+def _evaluate(recipe: Recipe, task: TaskSpec, shared_with: Sequence[Path]) -> EvalReport:
+    step = partial(evaluate, recipe, task.name, task.spec(), shared_with=shared_with)
+    return _timed(recipe, f"eval {task.name}", step)
 
 
 def _export(recipe: Recipe, settings: Export) -> ExportReport:

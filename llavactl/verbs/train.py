@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples, shown_samples
 from llavactl.training.saving import model_description, save_model, trial_save
 from llavactl.training.sharding import root_gathered
+from llavactl.training.sharing import finished_stage, remove_link, share_stage
 from llavactl.training.trackers import check_trackers, recording
 from llavactl.verbs.evaluate_every import periodic_evaluation
 from llavactl.verbs.preview import AnswerPreview, preview, remove_previews
@@ -65,11 +66,17 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    recipe: Recipe, stage: StageNumber, resume: Literal["auto", "never"] = "auto", *, max_skipped: int | None = None
+    recipe: Recipe,
+    stage: StageNumber,
+    resume: Literal["auto", "never"] = "auto",
+    *,
+    max_skipped: int | None = None,
+    shared_with: Sequence[Path] = (),
 ) -> TrainReport:
     """Trains ``stage`` of ``recipe`` into ``<run_dir>/stage<N>/``, or resumes it from its last checkpoint.
 
-    Samples with an unreadable image are skipped; more than ``max_skipped`` such images are an error.
+    Samples with an unreadable image are skipped; more than ``max_skipped`` such images are an error. If a run folder in
+    ``shared_with`` has the same stage, finished with the same inputs, it is linked and not trained again.
 
     Raises:
         LlavactlError: the stage can't be trained; raised before training if the cause can be detected by then.
@@ -77,7 +84,7 @@ def train(
     training_stage = recipe.stage(stage)
     accelerator = launch.accelerator(training_stage.settings.precision)
     with lost_processes_reported("run the same command to resume after the last checkpoint"):
-        return _train(recipe, training_stage, resume, max_skipped, accelerator)
+        return _train(recipe, training_stage, resume, max_skipped, accelerator, shared_with)
 
 
 def _train(
@@ -86,6 +93,7 @@ def _train(
     resume: Literal["auto", "never"],
     max_skipped: int | None,
     accelerator: Accelerator,
+    shared_with: Sequence[Path],
 ) -> TrainReport:
     stage, settings = training_stage.number, training_stage.settings
     folder = recipe.run_dir / f"stage{stage}"
@@ -101,9 +109,10 @@ def _train(
     log.debug("%s: %d samples, %d held out for validation", folder.name, len(data.train), len(data.validation))
     with accelerator.main_process_first():  # the other processes use the hashes that it cached
         digest = stage_digest(recipe, stage, features.fingerprint, data, init_folder)
-    if resume == "auto" and (report := finished_report(folder, digest, settings.restore_best)):
+    if resume == "auto" and (report := _finished(folder, digest, settings.restore_best, shared_with, accelerator)):
         log.debug("%s: %s is up to date (digest %s)", folder.name, folder / "model", digest)
         return report
+    on_main(lambda: remove_link(folder))
     _check_restore_best(training_stage, data)
     description = model_description(recipe, stage, features, digest, init_folder)
     run, bundle = _loaded_run(
@@ -120,6 +129,20 @@ def _train(
 
         on_main(begin)
         return _train_and_save(recipe, run, bundle, data, description)
+
+
+def _finished(
+    folder: Path, digest: str, restore_best: bool | str, shared_with: Sequence[Path], accelerator: Accelerator
+) -> TrainReport | None:
+    """The report of the stage if it was finished in ``folder``, or in another run, which is then linked."""
+    if report := finished_report(folder, digest, restore_best):
+        return report
+    stage = finished_stage(shared_with, folder.name, digest, restore_best)
+    if stage is None:
+        return None
+    accelerator.wait_for_everyone()  # no process may find the link before it has looked for a stage of its own
+    on_main(lambda: share_stage(stage, folder))
+    return finished_report(folder, digest, restore_best)
 
 
 def _loaded_run(

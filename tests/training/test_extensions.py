@@ -183,6 +183,8 @@ def test_an_observer_can_end_a_stage_early(extra: Path) -> None:
     assert losses["stopped"] == losses["whole"][:3]
     again = train(extra, "stopped", "stage1.validation=0.2", "plugins.extra.stop_at=3")
     assert again["finished_before"]
+    later = train(extra, "stopped", "stage1.validation=0.2", "plugins.extra.stop_at=4")
+    assert (later["steps"], later["finished_before"]) == (4, False)
 
 
 def test_a_stage_that_was_killed_after_its_early_end_does_not_go_on(extra: Path) -> None:

@@ -26,6 +26,11 @@ class Scores(Typed):
     about: Mapping[str, Sequence[str]] = field(default_factory=dict)
     grades: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def by_question(self) -> dict[str, float]:
+        """The grade of each question: 0 or 1 if answers are only right or wrong; empty if the task has neither."""
+        return dict(self.grades) or {name: float(right) for name, right in self.right.items()}
+
 
 @runtime_checkable
 class Task(Protocol):

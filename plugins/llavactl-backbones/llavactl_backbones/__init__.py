@@ -7,6 +7,8 @@ Imports only llavactl's hook marker: the command line imports this module even f
 # mypy: allow-untyped-decorators
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llavactl import hookimpl
@@ -35,7 +37,7 @@ _BACKBONES = (
     ("timm", "timm_models:Timm", "timm_models:TimmOptions", "a model of timm with intermediate features (needs timm)"),
     (
         "perception-encoder",
-        "timm_models:Timm",
+        "timm_models:PerceptionEncoder",
         "timm_models:PerceptionEncoderOptions",
         "Perception Encoder of timm, tuned for language models (needs timm)",
     ),
@@ -53,3 +55,11 @@ def register_vision(register: Any) -> None:
     """All backbones of this package."""
     for name, target, options, summary in _BACKBONES:
         register(name, f"llavactl_backbones.{target}", options=f"llavactl_backbones.{options}", summary=summary)
+
+
+@hookimpl
+def check_examples(folder: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """Small models with random weights."""
+    from llavactl_backbones.small_models import examples
+
+    return {"vision": examples(folder)}

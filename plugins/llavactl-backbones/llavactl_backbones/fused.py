@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from llavactl import FeatureShape, LlavactlError, ModelError, Options, component_identity, registry
+from llavactl import (
+    Checkable,
+    FeatureShape,
+    LlavactlError,
+    ModelError,
+    Options,
+    ShapedVision,
+    component_identity,
+    registry,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +72,7 @@ class Fused:
 
     def check(self) -> None:
         for part in self._parts:
-            if hasattr(part, "check"):
+            if isinstance(part, Checkable):
                 part.check()
         self.shape()
 
@@ -74,8 +83,8 @@ class Fused:
 
     def shape(self) -> FeatureShape:
         for part, spec in zip(self._parts, self.options.parts, strict=True):
-            if not hasattr(part, "shape"):
-                raise ModelError(f"vision backbone {spec['name']} can't be fused: it has no method shape()")
+            if not isinstance(part, ShapedVision):
+                raise ModelError(f"vision backbone {spec['name']} can't be fused: it is not a ShapedVision (no shape)")
         return self._fused_shape([part.shape() for part in self._parts])
 
     def load(self, device: str, dtype: str) -> FusedEncoder:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -60,7 +60,9 @@ class TimmOptions(Options):
 class PerceptionEncoderOptions(TimmOptions):
     """PE-Lang is tuned for language models: its last layer is the one to use, and it has no final norm."""
 
-    model: ModelId = Field("timm/vit_pe_lang_large_patch14_448.fb", description="model id or folder, in timm's format")
+    model: ModelId = Field(
+        description="model id or folder, in timm's format, such as timm/vit_pe_lang_large_patch14_448.fb"
+    )
     layer: int | tuple[int, ...] = Field(
         -1, description="index of the block (1: the first, -1: the last); several are concatenated in width"
     )
@@ -68,6 +70,9 @@ class PerceptionEncoderOptions(TimmOptions):
 
 class Timm:
     """A model of timm, a ``Vision``, truncated after the last block that is needed."""
+
+    prefix: ClassVar[str] = ""
+    """The beginning of the names of its architectures."""
 
     def __init__(self, options: TimmOptions) -> None:
         self.options = options
@@ -113,6 +118,12 @@ class Timm:
             raise ModelError(
                 f"vision model {self.options.model}: config.json has no architecture, so it is not a model of timm",
                 hint="ids of timm models begin with timm/; `vision.name: clip` loads models of transformers",
+            )
+        architecture = str(config["architecture"])
+        if not architecture.startswith(self.prefix):
+            raise ModelError(
+                f"vision model {self.options.model}: its architecture is {architecture}, expected {self.prefix}…",
+                hint="`vision.name: timm` accepts any architecture",
             )
         return config
 
@@ -201,6 +212,12 @@ class Timm:
                 f"vision model {self.options.model}: it can't encode {data['input_size'][-1]} pixels: {_reason(error)}",
                 hint="change `image_size`, or use a vision transformer",
             ) from error
+
+
+class PerceptionEncoder(Timm):
+    """A Perception Encoder, checked to be one."""
+
+    prefix = "vit_pe_"
 
 
 @dataclass(frozen=True)

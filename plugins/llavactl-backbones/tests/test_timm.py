@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llavactl_backbones.small_models import VIT, save_timm
 from PIL import Image
 
 from llavactl import ModelError, registry
@@ -20,11 +21,9 @@ if importlib.util.find_spec("timm") is None:
 
 import timm
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 
 Build = Callable[[str], tuple[Any, Path]]
 
-VIT = {"embed_dim": 32, "depth": 4, "num_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": {**VIT, "img_size": 32},
     "vit_large_patch14_reg4_dinov2": {**VIT, "img_size": 28},
@@ -49,16 +48,8 @@ HIERARCHICAL: dict[str, dict[str, Any]] = {
 ALL = pytest.mark.parametrize("architecture", MODELS)
 
 
-def save_timm(architecture: str, folder: Path, seed: int = 0) -> Any:
-    """The model with random weights, saved as timm saves it for the hub."""
-    torch.manual_seed(seed)
-    settings = MODELS[architecture] if architecture in MODELS else HIERARCHICAL[architecture]
-    model = timm.create_model(architecture, pretrained=False, **settings).eval()
-    for module in model.modules():  # otherwise zero in some architectures, so that a block would do nothing
-        if isinstance(gamma := getattr(module, "gamma", None), torch.nn.Parameter):
-            torch.nn.init.normal_(gamma)
-    save_for_hf(model, folder, safe_serialization=True)
-    return model
+def save(architecture: str, folder: Path, seed: int = 0) -> Any:
+    return save_timm(folder, architecture, seed=seed, **{**MODELS, **HIERARCHICAL}[architecture])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def build(architecture: str) -> tuple[Any, Path]:
         if architecture not in models:
             folder = tmp_path_factory.mktemp(architecture)
-            models[architecture] = save_timm(architecture, folder), folder
+            models[architecture] = save(architecture, folder), folder
         return models[architecture]
 
     return build
@@ -217,7 +208,7 @@ def test_the_identity_depends_on_every_option(built: Build, tmp_path: Path) -> N
     changes: list[dict[str, Any]] = [{}, {"layer": -1}, {"layer": (-1, -2)}, {"select": "cls-patch"}, {"norm": True}]
     changes += [{"image": "square"}, {"image_size": 56}, {"crop_pct": 0.5}]
     identities = [dict(create(folder, **change).identity()) for change in changes]
-    save_timm(architecture, tmp_path)
+    save(architecture, tmp_path)
     assert create(tmp_path).identity() == identities[0], "the folder's name must not matter"
     config = json.loads((tmp_path / "config.json").read_text())
     for section, key, value in (
@@ -229,7 +220,7 @@ def test_the_identity_depends_on_every_option(built: Build, tmp_path: Path) -> N
         changed = {**config, section: {**config[section], key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         identities.append(dict(create(tmp_path).identity()))
-    save_timm(architecture, tmp_path, seed=1)
+    save(architecture, tmp_path, seed=1)
     identities.append(dict(create(tmp_path).identity()))
     assert all(one != other for index, one in enumerate(identities) for other in identities[:index])
 
@@ -239,7 +230,7 @@ def test_what_timm_cannot_load_is_a_model_error(built: Build, tmp_path: Path, sa
         create(saved("siglip")).check()
     assert "clip" in caught.value.hint
     architecture = "vit_base_patch16_224"
-    save_timm(architecture, tmp_path)
+    save(architecture, tmp_path)
     with pytest.raises(ModelError, match="1 to 4"):
         create(tmp_path, layer=0).shape()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -252,6 +243,11 @@ def test_what_timm_cannot_load_is_a_model_error(built: Build, tmp_path: Path, sa
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         create(tmp_path).check()
+
+
+def test_perception_encoder_is_checked_to_be_one(built: Build) -> None:
+    with pytest.raises(ModelError, match="vit_base_patch16_224"):
+        create(built("vit_base_patch16_224")[1], "perception-encoder").check()
 
 
 def test_perception_encoder_uses_the_last_layer(built: Build, images: list[Image.Image]) -> None:
@@ -285,7 +281,7 @@ def test_fused_with_a_model_of_transformers(
 def test_extract_and_train(name: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))
     recipe = toy_recipe(tmp_path / "recipe", photos=6)
-    save_timm(architecture, recipe.parent / "timm")
+    save(architecture, recipe.parent / "timm")
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith("vision:")]
     recipe.write_text("\n".join([*lines, f"vision: {{name: {name}, model: timm}}"]))
     extracted = run_cli("extract", "-r", str(recipe), "--json", cwd=tmp_path)

@@ -36,7 +36,7 @@ def register_languages(register: Any) -> None:
 
 @hookimpl
 def register_recipes(register: Any) -> None:
-    """``demo``, ``demo-full``, and ``demo-captions`` without its additions to LLaVA."""
+    """``demo``, ``demo-full``, ``demo-captions`` without its additions to LLaVA, and variants of ``demo``."""
     register(
         "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on rendered scenes, for a CPU"
     )
@@ -49,4 +49,9 @@ def register_recipes(register: Any) -> None:
         "demo-captions",
         "llavactl_demo:demo-captions.yaml",
         summary="demo-full without box alignment, as in LLaVA",
+    )
+    register(
+        "demo-sweep",
+        "llavactl_demo:demo-sweep.yaml",
+        summary="for `llavactl sweep`: the demo with three layers and three connectors, and a seventh of its steps",
     )

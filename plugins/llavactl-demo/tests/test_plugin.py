@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, Dinov2Model
 from llavactl import ModelError
 from llavactl.testing import check_plugin, run_cli
 
-RECIPES = ["demo", "demo-full", "demo-captions"]
+RECIPES = ["demo", "demo-full", "demo-captions", "demo-sweep"]
 HEAVY = ["torch", "transformers", "onnx", "numpy", "gguf", "safetensors"]
 
 
@@ -35,7 +35,8 @@ def test_all_components_conform(vision: Path, language: Path):
 def test_the_recipes_are_valid_and_begin_with_their_command(name: str):
     shown = run_cli("recipes", "show", name)
     assert shown.exit_code == 0, shown.stderr
-    assert shown.stdout.startswith(f"# llavactl run -r {name}\n")
+    command = "sweep" if name == "demo-sweep" else "run"
+    assert shown.stdout.startswith(f"# llavactl {command} -r {name}\n")
     assert run_cli("recipes", "check", "-r", name).exit_code == 0
 
 
@@ -46,6 +47,12 @@ def test_every_number_in_the_recipes_has_a_comment(name: str):
         key, _, value = line.strip().partition(": ")
         if value[:1].isdigit() and key != "seed":
             assert "  # " in value, line
+
+
+def test_the_sweep_has_nine_variants_that_fit_together(vision: Path, language: Path):
+    planned = run_cli("sweep", "-r", "demo-sweep", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert planned.json()["computed"] == {"extract": 3, "stage1": 9, "stage2": 9}
 
 
 @pytest.mark.slow

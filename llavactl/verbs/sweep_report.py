@@ -1,0 +1,399 @@
+"""The report of a sweep: what each run scored and cost, means over seeds, and paired tests between variants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
+
+from llavactl.core.model_description import feature_shape, read_description
+from llavactl.core.protocols import Judged
+from llavactl.core.registry import registry
+from llavactl.evaluation.answers import read_answers
+from llavactl.evaluation.periodic import flat_scores
+from llavactl.evaluation.scoring import select_answers
+from llavactl.evaluation.significance import Difference, bootstrap, holm, paired
+from llavactl.features.manifest import read_manifest
+from llavactl.model.build import connector_tokens
+from llavactl.recipe.axes import short_names
+from llavactl.recipe.stages import STAGES
+from llavactl.report.inputs import read_document
+from llavactl.report.page import TIMES
+from llavactl.training.metrics import read as read_metrics
+
+if TYPE_CHECKING:
+    from llavactl.recipe.axes import SweepRecipes, Variant
+    from llavactl.recipe.specs import TaskSpec
+    from llavactl.training.report import TrainReport
+    from llavactl.verbs.extract import ExtractReport
+    from llavactl.verbs.run import RunReport
+
+EXTRACTIONS = "extractions.json"
+"""A file of the sweep's folder: the seconds of each extraction, by the fingerprints of its stores."""
+
+Grades = Mapping[str, float]
+"""The grade of each question, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a variant: its scores, and what it takes to make its model without sharing anything.
+
+    ``scores`` and 95 % ``intervals`` by task; ``trainable_parameters`` and ``tokens`` (of all training steps) by stage;
+    ``seconds`` by step, None if unknown: features that were stored before the sweep. ``val_loss`` of the last stage.
+    ``feature_bytes``: size of the features of this run's images. ``shared``: the steps that another run computed, with
+    its name. ``error``: why it failed.
+    """
+
+    seed: int
+    run_dir: str
+    state: Literal["pending", "finished", "failed"]
+    error: str = ""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    val_loss: float | None = None
+    image_tokens: int | None = None
+    trainable_parameters: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
+    feature_bytes: int | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over the seeds: ``mean``, sample standard deviation ``sd`` (None for one seed), number of runs ``n``.
+
+    ``interval``: 95 % interval of the mean over the questions, for these models; it doesn't include the variation
+    between seeds. None if the score isn't the mean of grades.
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SweepVariant:
+    """A variant: the label of its value on each axis (by key), its runs, and its scores by task.
+
+    The costs are means over its finished runs: ``tokens`` and ``seconds`` of all steps, ``trainable_parameters`` of the
+    last stage.
+    """
+
+    name: str
+    axes: Mapping[str, str]
+    runs: tuple[SweepRun, ...]
+    scores: Mapping[str, Mapping[str, Spread]] = field(default_factory=dict)
+    image_tokens: float | None = None
+    trainable_parameters: float | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+    feature_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison(Difference):
+    """A paired test of two variants on a ``task``, with the mean grades over the ``seeds`` that both have finished.
+
+    ``p_holm``: ``p``, corrected for all comparisons on this task (Holm 1979).
+    """
+
+    task: str
+    seeds: tuple[int, ...]
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """All variants of a sweep. ``axes``: the labels by key; ``names``: the short names of these keys.
+
+    ``main_scores``: the score of each task that tables and plots show. ``computed``: how often each step was carried
+    out. ``seconds``: the time that these took (``computed``), and that all runs would take without sharing
+    (``without_sharing``). ``failed``: the number of failed runs.
+    """
+
+    name: str
+    folder: str
+    axes: Mapping[str, tuple[str, ...]]
+    names: Mapping[str, str]
+    seeds: tuple[int, ...]
+    variants: tuple[SweepVariant, ...]
+    comparisons: tuple[Comparison, ...]
+    main_scores: Mapping[str, str]
+    computed: Mapping[str, int]
+    seconds: Mapping[str, float]
+    failed: int
+    report: str
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, its report, and its grades by task."""
+
+    run: SweepRun
+    extraction: str
+    eval_digests: Mapping[str, str]
+    grades: Mapping[str, Grades]
+
+
+Outcome = FinishedRun | str
+"""A finished run, or why it failed."""
+
+
+def finished_run(
+    variant: Variant,
+    report: RunReport,
+    extracted: Sequence[ExtractReport],
+    sweep_folder: Path,
+    grades: TaskGrades,
+) -> FinishedRun:
+    """The results of ``variant``, read from the ``report`` of its run and from its folder.
+
+    ``extracted`` are the extractions of all processes, each of its part of the images; empty for live features.
+    """
+    run_dir = variant.recipe.run_dir
+    stages = {STAGES[stage.stage]: stage for stage in (report.stage1, report.stage2) if stage is not None}
+    times = read_document(run_dir / TIMES)
+    extraction, extract_s = _extraction(extracted, sweep_folder)
+    seconds = {"extract": extract_s} if extracted else {}
+    seconds |= {section: _training_seconds(run_dir / section, stage) for section, stage in stages.items()}
+    seconds |= {f"eval {each.task}": times.get(f"eval {each.task}") for each in report.eval}
+    run = SweepRun(
+        seed=variant.seed,
+        run_dir=str(run_dir),
+        state="finished",
+        scores={each.task: flat_scores(each.scores) for each in report.eval},
+        intervals={
+            each.task: {name: (low, high) for name, (low, high) in each.interval.items()} for each in report.eval
+        },
+        val_loss=next((stage.val_loss for stage in reversed(stages.values())), None),
+        image_tokens=_image_tokens(report.model),
+        trainable_parameters={section: stage.trainable_parameters for section, stage in stages.items()},
+        tokens={section: _training_tokens(run_dir / section) for section in stages},
+        seconds=seconds,
+        feature_bytes=round(sum(map(_feature_bytes, extracted))) if extracted else None,
+        shared={section: owner for section in stages if (owner := _owner(run_dir / section)) not in ("", run_dir.name)},
+    )
+    digests = {
+        each.task: str(read_document(run_dir / "eval" / f"{each.task}.json").get("digest")) for each in report.eval
+    }
+    files = {each.task: Path(each.answers) for each in report.eval if each.answers}
+    specs = {task.name: task for task in variant.recipe.eval.tasks}
+    by_task = {each.task: grades(specs[each.task], each.protocol, files.get(each.task)) for each in report.eval}
+    return FinishedRun(run, extraction, digests, {task: each for task, each in by_task.items() if each})
+
+
+def _training_seconds(folder: Path, stage: TrainReport) -> float:
+    """The seconds of all steps: those of the last command, and those before the step that it resumed from."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    before = (line.get("seconds", 0.0) for line in lines if "loss" in line and line["step"] <= stage.resumed_from)
+    return round(stage.seconds + sum(before), 3)
+
+
+def _training_tokens(folder: Path) -> int:
+    return sum(line["tokens"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line)
+
+
+def _owner(folder: Path) -> str:
+    """The name of the run that trained the stage in ``folder``, which may be a link or a copy."""
+    return Path(str(read_document(folder / "report.json").get("model"))).parent.parent.name
+
+
+def _image_tokens(model: str | None) -> int | None:
+    if model is None:
+        return None
+    description = read_description(Path(model))
+    return connector_tokens(description["connector"], feature_shape(description))
+
+
+def _feature_bytes(report: ExtractReport) -> float:
+    """The size of the features of the run's images; its stores may have other images as well."""
+    total = 0.0
+    for store in report.stores:
+        manifest = read_manifest(Path(store.path))
+        total += store.unique * manifest.bytes / manifest.images if manifest is not None and manifest.images else 0
+    return total
+
+
+def _extraction(extracted: Sequence[ExtractReport], sweep_folder: Path) -> tuple[str, float | None]:
+    """The name of the extraction of the run's features, and its seconds if this sweep encoded all of them at once."""
+    name = "+".join(sorted({store.fingerprint for report in extracted for store in report.stores}))
+    if any(report.encoded for report in extracted) and not any(report.stored_before for report in extracted):
+        return name, max(report.seconds for report in extracted)
+    known: float | None = read_document(sweep_folder / EXTRACTIONS).get(name)
+    return name, known
+
+
+class TaskGrades:
+    """Grades of stored answers; the questions of each task are read once."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[Any, Any]] = {}
+
+    def __call__(self, task: TaskSpec, protocol: str, file: Path | None) -> Grades:
+        """The grade of each answer in ``file``; empty for judged answers, or if the task has no score per answer."""
+        key = json.dumps(task.spec(), sort_keys=True, default=str)
+        if key not in self._tasks:
+            component = registry().create("tasks", task.spec())
+            self._tasks[key] = component, list(component.questions())
+        component, questions = self._tasks[key]
+        if file is None or isinstance(component, Judged):
+            return {}
+        answers = select_answers(questions, read_answers(file, component), file)
+        grades: Grades = component.score(answers, protocol).by_question
+        return grades
+
+
+def sweep_report(recipes: SweepRecipes, outcomes: Mapping[str, Outcome], page: Path) -> SweepReport:
+    """The report of all variants; ``outcomes`` are those so far, by the name of the run folder."""
+    finished = _with_shared_answers({slug: each for slug, each in outcomes.items() if isinstance(each, FinishedRun)})
+    runs = {variant.slug: _run(variant, finished, outcomes) for variant in recipes.variants}
+    by_variant: dict[str, list[Variant]] = {}
+    for variant in recipes.variants:
+        by_variant.setdefault(variant.name, []).append(variant)
+    grades = {
+        name: {variant.seed: finished[variant.slug].grades for variant in group if variant.slug in finished}
+        for name, group in by_variant.items()
+    }
+    variants = [
+        _variant(name, group[0].labels, [runs[variant.slug] for variant in group], grades[name])
+        for name, group in by_variant.items()
+    ]
+    scores = {task: each for variant in variants for task, each in variant.scores.items()}
+    return SweepReport(
+        name=recipes.base.name,
+        folder=str(recipes.folder),
+        axes=recipes.axes,
+        names=short_names(recipes.axes),
+        seeds=recipes.seeds,
+        variants=tuple(variants),
+        comparisons=tuple(_comparisons(grades)),
+        main_scores={task: main_score(each) for task, each in scores.items() if each},
+        computed=_computed(finished),
+        seconds=_seconds(finished),
+        failed=sum(run.state == "failed" for run in runs.values()),
+        report=str(page),
+    )
+
+
+def _run(variant: Variant, finished: Mapping[str, FinishedRun], outcomes: Mapping[str, Outcome]) -> SweepRun:
+    if variant.slug in finished:
+        return finished[variant.slug].run
+    error = outcomes.get(variant.slug)
+    state: Literal["pending", "failed"] = "pending" if error is None else "failed"
+    return SweepRun(variant.seed, str(variant.recipe.run_dir), state, str(error or ""))
+
+
+def _with_shared_answers(finished: Mapping[str, FinishedRun]) -> dict[str, FinishedRun]:
+    """``finished``, in which equal evaluations have the seconds of the one that generated the answers."""
+    owners: dict[tuple[str, str], str] = {}
+    for slug, each in finished.items():
+        for task, digest in each.eval_digests.items():
+            owner = owners.setdefault((task, digest), slug)
+            if _eval_seconds(each, task) > _eval_seconds(finished[owner], task):
+                owners[task, digest] = slug
+    changed = {}
+    for slug, each in finished.items():
+        seconds, shared = dict(each.run.seconds), dict(each.run.shared)
+        for task, digest in each.eval_digests.items():
+            if (owner := owners[task, digest]) != slug:
+                seconds[f"eval {task}"] = finished[owner].run.seconds[f"eval {task}"]
+                shared[f"eval {task}"] = owner
+        changed[slug] = replace(each, run=replace(each.run, seconds=seconds, shared=shared))
+    return changed
+
+
+def _eval_seconds(finished: FinishedRun, task: str) -> float:
+    return finished.run.seconds.get(f"eval {task}") or 0.0
+
+
+def _variant(
+    name: str, labels: Mapping[str, str], runs: Sequence[SweepRun], grades: Mapping[int, Mapping[str, Grades]]
+) -> SweepVariant:
+    finished = [run for run in runs if run.state == "finished"]
+    tasks = dict.fromkeys(task for run in finished for task in run.scores)
+    return SweepVariant(
+        name=name,
+        axes=dict(labels),
+        runs=tuple(runs),
+        scores={task: dict(_spreads(task, finished, grades)) for task in tasks},
+        image_tokens=_mean(finished, lambda run: run.image_tokens),
+        trainable_parameters=_mean(finished, lambda run: next(iter([*run.trainable_parameters.values()][::-1]), None)),
+        tokens=_mean(finished, lambda run: sum(run.tokens.values())),
+        seconds=_mean(finished, lambda run: sum(filter(None, run.seconds.values()))),
+        feature_bytes=_mean(finished, lambda run: run.feature_bytes),
+    )
+
+
+def _mean(runs: Sequence[SweepRun], value: Callable[[SweepRun], float | None]) -> float | None:
+    known = [each for each in map(value, runs) if each is not None]
+    return fmean(known) if known else None
+
+
+def _spreads(
+    task: str, runs: Sequence[SweepRun], grades: Mapping[int, Mapping[str, Grades]]
+) -> Iterator[tuple[str, Spread]]:
+    """The scores of ``task`` over all seeds."""
+    mean_grades = _mean_grades(task, grades, tuple(grades))
+    for name in dict.fromkeys(name for run in runs for name in run.scores.get(task, {})):
+        values = [run.scores[task][name] for run in runs if name in run.scores.get(task, {})]
+        mean, sd = fmean(values), stdev(values) if len(values) > 1 else None
+        interval = runs[0].intervals.get(task, {}).get(name) if len(runs) == 1 else None
+        if len(runs) > 1 and mean_grades and abs(100 * fmean(mean_grades.values()) - mean) < 1e-6:
+            interval = bootstrap(list(mean_grades.values()))
+        yield name, Spread(mean, sd, len(values), interval)
+
+
+def _mean_grades(task: str, grades: Mapping[int, Mapping[str, Grades]], seeds: Sequence[int]) -> dict[str, float]:
+    """The mean grade of each question over ``seeds``; empty if a run has no grades or other questions."""
+    each = [grades[seed].get(task, {}) for seed in seeds]
+    if not each or any(other.keys() != each[0].keys() for other in each):
+        return {}
+    return {question: fmean(other[question] for other in each) for question in each[0]}
+
+
+def _comparisons(grades: Mapping[str, Mapping[int, Mapping[str, Grades]]]) -> Iterator[Comparison]:
+    """All pairs of variants that answered the same questions of a task."""
+    for task in dict.fromkeys(task for seeds in grades.values() for tasks in seeds.values() for task in tasks):
+        pairs = []
+        for a, b in combinations(grades, 2):
+            seeds = tuple(sorted(grades[a].keys() & grades[b].keys()))
+            grades_a, grades_b = (_mean_grades(task, grades[name], seeds) for name in (a, b))
+            if grades_a and grades_a.keys() == grades_b.keys():
+                pairs.append((seeds, paired(a, b, grades_a, grades_b)))
+        for (seeds, pair), p in zip(pairs, holm([pair.p for _, pair in pairs]), strict=True):
+            yield Comparison(**asdict(pair), task=task, seeds=seeds, p_holm=p)
+
+
+def main_score(scores: Mapping[str, Any]) -> str:
+    """The score of a task for tables and plots: ``accuracy``, else the first one."""
+    return "accuracy" if "accuracy" in scores else next(iter(scores))
+
+
+def _computed(finished: Mapping[str, FinishedRun]) -> dict[str, int]:
+    """How often each step was carried out."""
+    steps = dict.fromkeys(step for each in finished.values() for step in each.run.seconds)
+    return {step: len(set(filter(None, (_key(slug, each, step) for slug, each in finished.items())))) for step in steps}
+
+
+def _key(slug: str, finished: FinishedRun, step: str) -> str | None:
+    """An identifier of the execution of ``step``, which several runs may share; None if the run doesn't have it."""
+    if step not in finished.run.seconds:
+        return None
+    return finished.extraction if step == "extract" else finished.run.shared.get(step, slug)
+
+
+def _seconds(finished: Mapping[str, FinishedRun]) -> dict[str, float]:
+    runs = [(slug, each, step, s or 0.0) for slug, each in finished.items() for step, s in each.run.seconds.items()]
+    computed = {(step, _key(slug, each, step)): seconds for slug, each, step, seconds in runs}
+    return {
+        "computed": round(sum(computed.values()), 1),
+        "without_sharing": round(sum(seconds for *_, seconds in runs), 1),
+    }
