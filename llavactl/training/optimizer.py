@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llavactl.core.protocols import UpdateRule
     from llavactl.recipe.stages import AnyStage
     from llavactl.training.trainable import UntrainedState
-    from llavactl.training.update_rules import Assignment
+    from llavactl.training.update_rules import AssignedWeights
 
 
 def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
@@ -80,7 +80,7 @@ class Optimizer:
         self,
         model: nn.Module,
         rates: Mapping[str, float],
-        assignments: Sequence[Assignment],
+        assignments: Sequence[AssignedWeights],
         weight_decay: float,
         beta2: float = 0.999,
         untrained: UntrainedState | None = None,

@@ -19,7 +19,7 @@ DEFAULT = "adamw"
 
 
 @dataclass(frozen=True)
-class Assignment:
+class AssignedWeights:
     """The weights that ``rule`` updates, by name."""
 
     rule: UpdateRule
@@ -31,7 +31,7 @@ def optimizer_of(settings: AnyStage) -> UpdateRule:
     return registry().create("optimizers", settings.optimizer_spec())
 
 
-def assign_update_rules(model: LlavaModel, settings: AnyStage) -> Sequence[Assignment]:
+def assign_update_rules(model: LlavaModel, settings: AnyStage) -> Sequence[AssignedWeights]:
     """The update rules of all trainable weights of ``model``: the stage's optimizer, and AdamW for the others.
 
     Raises:
@@ -45,9 +45,9 @@ def assign_update_rules(model: LlavaModel, settings: AnyStage) -> Sequence[Assig
             f"optimizer: {name} updates none of the {len(weights)} trainable weights of this stage",
             hint=f"`optimizer: {DEFAULT}`, or other trainable weights",
         )
-    assignments = [Assignment(rule, tuple(selected))]
+    assignments = [AssignedWeights(rule, tuple(selected))]
     if others := [weight.name for weight in weights if weight.name not in set(selected)]:
-        assignments.insert(0, Assignment(registry().create("optimizers", DEFAULT), tuple(others)))
+        assignments.insert(0, AssignedWeights(registry().create("optimizers", DEFAULT), tuple(others)))
     return assignments
 
 

@@ -18,7 +18,7 @@ from llavactl.recipe.stages import Stage2
 from llavactl.testing import run_cli
 from llavactl.training.optimizer import Optimizer, learning_rate_schedule
 from llavactl.training.trainable import UntrainedState, configure_trainable
-from llavactl.training.update_rules import Assignment, assign_update_rules
+from llavactl.training.update_rules import AssignedWeights, assign_update_rules
 
 PLUGIN = """
 import json
@@ -287,7 +287,7 @@ def test_state_that_checkpoints_would_lose_is_refused_after_the_first_step(model
             return optimizer
 
     rates = configure_trainable(model, Stage2(), seed=0)
-    optimizer = Optimizer(model, rates, [Assignment(Rule(), tuple(rates))], 0.0)
+    optimizer = Optimizer(model, rates, [AssignedWeights(Rule(), tuple(rates))], 0.0)
     with pytest.raises(PluginError):
         optimizer.step(1.0)
 

@@ -85,7 +85,7 @@ def _optimizer(rule: UpdateRule, values: Mapping[str, torch.Tensor]) -> Optimize
     from torch import nn
 
     from llavactl.training.optimizer import Optimizer
-    from llavactl.training.update_rules import Assignment
+    from llavactl.training.update_rules import AssignedWeights
 
     model = nn.Module()
     for name, value in values.items():
@@ -93,7 +93,7 @@ def _optimizer(rule: UpdateRule, values: Mapping[str, torch.Tensor]) -> Optimize
         if not hasattr(model, part):
             model.add_module(part, nn.Module())
         model.get_submodule(part).register_parameter(index, nn.Parameter(value.clone()))
-    return Optimizer(model, dict.fromkeys(values, _RATE), [Assignment(rule, tuple(values))], 0.0)
+    return Optimizer(model, dict.fromkeys(values, _RATE), [AssignedWeights(rule, tuple(values))], 0.0)
 
 
 def _step(optimizer: Optimizer, gradients: Mapping[str, torch.Tensor]) -> None:
