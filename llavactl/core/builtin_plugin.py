@@ -34,7 +34,7 @@ COMMAND_GROUPS = {
     },
     "Inspect": {
         "components": "List the registered components and their plugins.",
-        "plugins": "List and check the installed plugins.",
+        "plugins": "List, check and create plugins.",
         "doctor": "Check packages, devices, disk space, network and plugins.",
     },
 }

@@ -92,7 +92,8 @@ def train(run: Run) -> TrainingResult:
     recent = RecentSteps.of(earlier_lines)
     control = Control(run.hook_arguments, metrics.kept if metrics else [])
     throughput = Throughput.of(run.model, run.settings.precision, run.accelerator)
-    run.notify("train_started", {"folder": run.folder, "steps": plan.steps})
+    if run.accelerator.is_main_process:
+        run.notify("train_started", {"folder": run.folder, "steps": plan.steps})
     with (
         ExitStack() as kernels,
         gc_frozen(),
