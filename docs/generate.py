@@ -366,17 +366,32 @@ def _stub(name: str, member: Any) -> str:
     return f"{decorator}{head}\n{textwrap.indent(doc + end, '    ')}"
 
 
+def sample_classes() -> Iterator[str]:
+    """The data classes of samples and the Protocol of images."""
+    classes = (llavactl.Sample, llavactl.Question, llavactl.Turn, llavactl.Box)
+    yield "```python\n" + "\n\n\n".join([*map(_data_class, classes), _source(llavactl.ImageRef)]) + "\n```"
+
+
+def reports() -> Iterator[str]:
+    """The fields of the reports that observers get."""
+    from llavactl.evaluation.results import EvalReport
+    from llavactl.training.report import TrainReport
+    from llavactl.verbs.extract import ExtractReport, StoreReport
+
+    classes = (ExtractReport, StoreReport, TrainReport, EvalReport)
+    yield "```python\n" + "\n\n\n".join(map(_data_class, classes)) + "\n```"
+
+
 def data_classes() -> Iterator[str]:
-    """The fields of every public data class that other blocks don't show, and the Protocol of images."""
-    shown = "\n".join([*kinds(), *saved_model()])
+    """The fields of every public data class that other blocks don't show."""
+    shown = "\n".join([*kinds(), *saved_model(), *sample_classes()])
     classes = [getattr(llavactl, name) for name in llavactl.__all__]
     hidden = [
         each
         for each in classes
         if dataclasses.is_dataclass(each) and not re.search(rf"^class {each.__name__}\b", shown, re.MULTILINE)
     ]
-    fields = [_data_class(each) for each in hidden]
-    yield "```python\n" + "\n\n\n".join([*fields, _source(llavactl.ImageRef)]) + "\n```"
+    yield "```python\n" + "\n\n\n".join(map(_data_class, hidden)) + "\n```"
 
 
 def names() -> Iterator[str]:
@@ -419,6 +434,8 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         memory,
         model_description,
         saved_model,
+        sample_classes,
+        reports,
         templates,
         data_classes,
         names,

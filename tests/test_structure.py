@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import llavactl
+from llavactl.core import protocols
+from llavactl.core.protocols.members import members
 
 PACKAGE = Path(llavactl.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -93,6 +95,52 @@ def test_only_core_hub_downloads_from_the_model_hub() -> None:
         or (isinstance(node, ast.Attribute) and node.attr in downloads)
     }
     assert users == {"core/hub.py"}
+
+
+COMPONENT_NAMES = {"component", "source", "vision", "backbone", "encoder", "connector", "template", "teacher", "task"}
+"""Names of variables that are components of plugins."""
+
+DECLARED = {
+    name
+    for kind, protocol in protocols.KINDS.items()
+    for each in (protocol, protocols.ALTERNATIVES.get(protocol, protocol), *protocols.CAPABILITIES[kind])
+    for name in members(each)
+} | {*members(protocols.Encoder)}
+
+OTHER_OBJECTS = {
+    ("chat/transformers_model.py", "hasattr(processor, 'tokenizer')"),  # a processor of transformers
+    ("core/processes.py", "getattr(record, 'scope', '')"),  # a log record
+}
+
+
+def _dynamic_attributes(tree: ast.AST) -> Iterator[str]:
+    """Calls of ``getattr`` and ``hasattr`` with the name of a member of a component, or on a component."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[of, ast.Constant(value=str(name)), *_]):
+                if name in DECLARED or ast.unparse(of).rpartition(".")[2] in COMPONENT_NAMES:
+                    yield ast.unparse(node)
+
+
+def test_components_are_asked_for_protocols_not_for_attributes() -> None:
+    calls = ((module, call) for module in MODULES for call in _dynamic_attributes(_tree(module)))
+    found = {(module.relative_to(PACKAGE).as_posix(), call) for module, call in calls}
+    assert found == OTHER_OBJECTS
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("hasattr(anything, 'check')", True),
+        ("getattr(self.teacher, 'delay', None)", True),
+        ("x = getattr(task, 'scores')", True),
+        ("isinstance(source, Checkable) and source.check()", False),
+        ("getattr(config, 'hidden_size', None)", False),
+        ("getattr(torch, precision)", False),
+    ],
+)
+def test_dynamic_attributes_are_found(code: str, found: bool) -> None:
+    assert bool(list(_dynamic_attributes(ast.parse(code)))) is found
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,11 @@ from llavactl.cli.options import json_option
     examples=[
         "llavactl plugins list",
         "llavactl plugins check demo",
+        "llavactl plugins new birds --kind source",
     ],
 )
 def command() -> None:
-    """List and check the installed plugins.
+    """List, check and create plugins.
 
     LLAVACTL_PLUGINS selects plugins by name (comma-separated; empty: none). With LLAVACTL_STRICT_PLUGINS=1 a broken
     plugin is an error; by default it is a warning.
@@ -126,3 +127,58 @@ def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) 
         failed = sum(each.ok is False for each in certificate.checks)
         count = "1 check failed" if failed == 1 else f"{failed} checks failed"
         raise PluginError(f"plugin {certificate.plugin}: {count}, listed above")
+
+
+@command.command(
+    examples=[
+        "llavactl plugins new birds --kind source",
+        "llavactl plugins new shuffle --kind connector --kind vision --to plugins/",
+    ]
+)
+@click.argument("name")
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    required=True,
+    callback=lambda _context, _option, values: _kinds(values),
+    metavar="KIND",
+    help="Write an example of this kind (repeatable): source, vision, connector, language, template, teacher, task, "
+    "format, command or observer.",
+)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    metavar="DIR",
+    help="Write the package into this folder.  [default: the working directory]",
+)
+@json_option
+def new(name: str, kinds: tuple[str, ...], to: Path, as_json: bool) -> None:
+    """Create the package of a new plugin: llavactl-NAME.
+
+    The package is a working example with tests, a README and a recipe: install it, then change it. Nothing is
+    overwritten. With --json, list the files.
+    """
+    from llavactl.core.locations import shown_path
+    from llavactl.verbs.new_plugin import new_plugin
+
+    plugin = new_plugin(name, kinds, to)
+    if as_json:
+        output.document(plugin)
+        return
+    folder = shown_path(Path(plugin.folder).absolute())
+    output.lines([f"{folder}/{file}" for file in plugin.files])
+    output.lines(["", f"next: pip install -e {folder} && pytest {folder} && llavactl plugins check {name}"])
+
+
+def _kinds(values: Sequence[str]) -> tuple[str, ...]:
+    """The kinds that the user named, singular or plural."""
+    from llavactl.core.suggest import suggest
+    from llavactl.verbs.new_plugin import KINDS, kind_of
+
+    kinds = [kind_of(value) for value in values]
+    for value, kind in zip(values, kinds, strict=True):
+        if kind is None:
+            raise click.BadParameter(f"unknown kind {value!r}; {suggest(value, KINDS)}", param_hint="--kind")
+    return tuple(kind for kind in kinds if kind)

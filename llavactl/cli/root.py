@@ -77,10 +77,11 @@ def _from_plugin(name: str) -> click.Command:
     return command
 
 
-def _add_plugins(files: Sequence[Path]) -> None:
+def _add_plugins(files: Sequence[Path]) -> Sequence[Path]:
     if files:
         plugin_files.add(files)
         plugins.reload()
+    return files
 
 
 @click.group(
@@ -96,16 +97,18 @@ def _add_plugins(files: Sequence[Path]) -> None:
     "--plugin",
     "plugin_files",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     metavar="FILE",
     is_eager=True,  # before --help, which lists the commands of plugins
-    expose_value=False,
     callback=lambda _context, _option, files: _add_plugins(files),
     help="Load this Python file as a plugin (repeatable).",
 )
 @click.version_option(__version__, prog_name="llavactl")
-def root() -> None:
+def root(plugin_files: Sequence[Path]) -> None:
     """Build LLaVA-type vision-language assistants.
 
     Cache vision features, train a connector, fine-tune the language model, evaluate, chat and export.
     """
+    for file in plugin_files:
+        if not file.is_file():
+            raise click.BadParameter(f"{file} not found", param_hint="--plugin")

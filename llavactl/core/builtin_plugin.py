@@ -34,7 +34,7 @@ COMMAND_GROUPS = {
     },
     "Inspect": {
         "components": "List the registered components and their plugins.",
-        "plugins": "List and check the installed plugins.",
+        "plugins": "List, check and create plugins.",
         "doctor": "Check packages, devices, disk space, network and plugins.",
     },
 }
@@ -233,6 +233,25 @@ def register_formats(register: Register) -> None:
 def register_commands(register: Register) -> None:
     for name, summary in COMMANDS.items():
         register(name, f"llavactl.cli.{name}:command", summary=summary)
+
+
+@hookimpl
+def register_optimizers(register: Register) -> None:
+    register("adamw", f"{_COMPONENTS}.optimizers.adamw:AdamW", summary="AdamW for all weights")
+    register(
+        "muon",
+        f"{_COMPONENTS}.optimizers.muon:Muon",
+        summary="Muon for the matrices inside the language model, AdamW for all other weights",
+    )
+
+
+@hookimpl
+def register_schedules(register: Register) -> None:
+    decay = f"{_COMPONENTS}.schedules.decay"
+    options = f"{decay}:DecayOptions"
+    register("cosine", f"{decay}:Cosine", options=options, summary="cosine decay to 0 or a minimum")
+    register("linear", f"{decay}:Linear", options=options, summary="linear decay to 0 or a minimum")
+    register("constant", f"{decay}:Constant", summary="the peak learning rate after the warm-up")
 
 
 @hookimpl

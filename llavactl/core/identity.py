@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,17 @@ def _with_current_names(description: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**description, "connector": {**others, "pixel_shuffle": connector["fold"]}}
 
 
-def refers_to_model(content: Any) -> bool:
-    """Whether ``content``, the result of ``content_of`` for an option, refers to a file or a model."""
+def without_models(content: Any) -> Json:
+    """``content``, the result of ``content_of`` for options, without the values that refer to a file or a model."""
+    if isinstance(content, Mapping):
+        return {str(key): without_models(value) for key, value in content.items() if not _refers_to_model(value)}
+    if isinstance(content, list | tuple):
+        return [without_models(value) for value in content if not _refers_to_model(value)]
+    json_value: Json = content
+    return json_value
+
+
+def _refers_to_model(content: Any) -> bool:
     if isinstance(content, Mapping):
         return bool({"sha256", "commit"} & content.keys())
     return isinstance(content, str) and "/" in content
@@ -132,7 +141,16 @@ def _content(text: str) -> Json:
 
 
 def is_local(spec: Mapping[str, Any]) -> bool:
-    """Whether the models that ``spec`` names are on this machine."""
-    names = [value for value in spec.values() if isinstance(value, str) and "/" in value]
+    """Whether the models that ``spec`` names, also in nested options, are on this machine."""
+    names = [text for text in _strings(spec) if "/" in text]
     ids = [name for name in names if not Path(name).is_absolute()]  # ``content_of`` would hash a folder's weights
     return not any(content_of(name) == name for name in ids)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, except keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)

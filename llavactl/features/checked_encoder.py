@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llavactl.core.errors import PluginError
-from llavactl.core.protocols import ShapedVision
+from llavactl.core.protocols import Encoder, ShapedVision
+from llavactl.core.protocols.members import missing_members
 from llavactl.core.registry import plugin_of
 from llavactl.core.schema import FeatureShape
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from llavactl.core.protocols import Encoder, Vision
+    from llavactl.core.protocols import Vision
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,11 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     log.debug("loading vision backbone %s on %s in %s", type(vision).__name__, device, dtype)
     encoder = vision.load(device, dtype)
     label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
-    shape: Any = getattr(encoder, "shape", None)
+    if missing := missing_members(encoder, Encoder):
+        raise PluginError(f"{label}: the encoder has no {' and no '.join(missing)}", hint=_HINT)
+    shape: Any = encoder.shape
     if not isinstance(shape, FeatureShape):
         raise PluginError(f"{label}: the encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)
-    if missing := [name for name in ("preprocess", "encode") if not callable(getattr(encoder, name, None))]:
-        raise PluginError(f"{label}: the encoder has no method {' and no method '.join(missing)}", hint=_HINT)
     if isinstance(vision, ShapedVision) and (declared := vision.shape()) != shape:
         raise PluginError(f"{label}: shape() returned {declared}, but the encoder has {shape}", hint=_HINT)
     return CheckedEncoder(encoder, label, shape, CheckedPreprocess(encoder.preprocess, _pixel_shape(encoder)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.identity import component_identity, refers_to_model
+from llavactl.core.identity import component_identity, without_models
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
@@ -84,9 +84,9 @@ def identity_fingerprint(component: Mapping[str, Any], features: Features) -> Fi
     ``weights``.
     """
     identity = component.get("identity", {})
-    options = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
+    options: Json = {key: value for key, value in component.get("options", {}).items() if identity.get(key) != value}
     if "weights" in identity:
-        options = {key: value for key, value in options.items() if not refers_to_model(value)}
+        options = without_models(options)
     own = {"name": component.get("name"), "version": component.get("version"), "options": options}
     reserved = {"component": own, "dtype": features.dtype, "compute": features.compute, "format": FORMAT}
     if clashing := {key: identity[key] for key in reserved if key in identity}:

@@ -137,7 +137,9 @@ class _ConnectorCheck:
 
 def _layout(module: nn.Module) -> dict[str, Any]:
     """Names and shapes of the state dict."""
-    return {name: getattr(value, "shape", None) for name, value in module.state_dict().items()}
+    return {
+        name: value.shape if isinstance(value, torch.Tensor) else None for name, value in module.state_dict().items()
+    }
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -20,7 +20,8 @@ from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK, location
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
-from llavactl.core.registry import Options, Registration, registry
+from llavactl.core.protocols import KINDS
+from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
 from llavactl.testing.conformance import CHECKS
@@ -223,8 +224,11 @@ def _component_problems(entry: Registration, given: Mapping[str, Any]) -> list[s
     options = registry().options(entry.kind, {"name": entry.name, **given})
     if entry.parse(options.model_dump(mode="json")) != options:
         return ["the options differ after they are saved in a recipe as JSON and loaded again"]
-    component = registry().create(entry.kind, {"name": entry.name, **given})
-    return CHECKS[entry.kind](component) if entry.kind in CHECKS else []
+    component = entry.load()(options)
+    if why := component_fault(entry.kind, component):
+        others = [kind_label(kind) for kind in KINDS if kind != entry.kind and not component_fault(kind, component)]
+        return [f"returns {why}" + (f"; it is a {others[0]}" if others else "")]
+    return CHECKS[entry.kind](component)
 
 
 def _files(options: BaseModel) -> list[str]:

@@ -35,6 +35,7 @@ NEEDS = {
 """What a test doesn't have. A new entry should name something that a reader may lack as well."""
 
 ELSEWHERE = {
+    "how-to/plugin.md": "test_plugin_page.py",
     "tutorials/own-data.md": "test_own_data.py",
 }
 """Pages whose blocks are run by a test of their own."""

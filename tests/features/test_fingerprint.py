@@ -51,6 +51,18 @@ def test_weights_in_the_identity_replace_the_model_option() -> None:
     assert fingerprint({}, Features(), options=one) != fingerprint({}, Features(), options=two)
 
 
+def test_weights_in_the_identity_replace_the_models_of_nested_options() -> None:
+    """As in a backbone that is made of others."""
+    one, two, other = (
+        {"parts": [{"model": model, "layer": layer}, {"model": "hub/model"}]}
+        for model, layer in (({"sha256": "one"}, -2), ({"id": "hub/two", "commit": "2"}, -2), ({"sha256": "one"}, -1))
+    )
+    with_weights = FIELDS | {"weights": ["the", "same"]}
+    assert fingerprint(with_weights, Features(), options=one) == fingerprint(with_weights, Features(), options=two)
+    assert fingerprint(with_weights, Features(), options=one) != fingerprint(with_weights, Features(), options=other)
+    assert fingerprint({}, Features(), options=one) != fingerprint({}, Features(), options=two)
+
+
 def test_compute_dtype_is_part_of_the_fingerprint() -> None:
     before = fingerprint(FIELDS, Features())
     after = fingerprint(FIELDS, Features(compute="bfloat16"))

@@ -124,8 +124,8 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     ("factory_raises", ("self.options = options", "raise KeyError('x')"), "conformance", ["KeyError"]),
     # The component.
     ("method_missing", ("def tokens", "def number_of_tokens"), "conformance", ["tokens"]),
-    ("method_arity", ("def tokens(self, shape)", "def tokens(self)"), "conformance", ["tokens"]),
-    ("wrong_kind", ("register_connectors", "register_vision"), "conformance", ["identity"]),
+    ("method_arity", ("def tokens(self, shape)", "def tokens(self)"), "conformance", ["tokens(shape)"]),
+    ("wrong_kind", ("register_connectors", "register_vision"), "conformance", ["identity", "it is a connector"]),
     ("wrong_tokens", ("return 1", "return 2"), "conformance", ["(2, 2, 24)"]),
     ("not_a_module", ("return Module(self.options.bias)", "return abs"), "conformance", []),
     ("no_gradient", ("return self.linear(features.mean(1, keepdim=True))",

@@ -1,5 +1,7 @@
 """Features of several backbones, concatenated in width for every patch, as in prismatic (DINOv2 and SigLIP)."""
 
+# llavactl's public names are imported lazily: type checkers see them as Any.
+# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -47,16 +49,21 @@ class FusedOptions(Options):
     @classmethod
     def _complete(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         """The parts with all their options, and paths made absolute."""
-        return tuple(_complete(part) for part in parts)
+        complete, problems = [], []
+        for index, part in enumerate(parts):
+            try:
+                complete.append(_complete(part))
+            except (LlavactlError, ValueError) as error:
+                problems.append(f"{index}: {error}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return tuple(complete)
 
 
 def _complete(part: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(part.get("name"), str):
         raise ValueError("expected a mapping with a name: the name of a vision backbone")
-    try:
-        options = registry().options("vision", part)
-    except LlavactlError as error:
-        raise ValueError(error.message) from error
+    options = registry().options("vision", part)
     return {"name": part["name"], **options.model_dump(mode="json")}
 
 
@@ -77,9 +84,13 @@ class Fused:
         self.shape()
 
     def identity(self) -> Mapping[str, Any]:
+        """The parts in order; options only of parts that don't identify their weights: llavactl adds all options."""
         parts = [component_identity("vision", part) for part in self.options.parts]
         weights = [part.get("identity", {}).get("weights") for part in parts]
-        return {"backbone": "fused", "weights": weights, "parts": parts}
+        for part, known in zip(parts, weights, strict=True):
+            if known:
+                del part["options"]
+        return {"backbone": "fused", "parts": parts} | ({"weights": weights} if all(weights) else {})
 
     def shape(self) -> FeatureShape:
         for part, spec in zip(self._parts, self.options.parts, strict=True):

@@ -1,6 +1,7 @@
 """Fused features are those of the parts, side by side for every patch."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,17 @@ def test_the_identity_depends_on_every_part_and_their_order(parts: list[dict[str
     assert fuse(parts).identity() == identities[0]
 
 
+def test_the_fingerprint_does_not_depend_on_the_names_of_folders(
+    parts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVACTL_HOME", str(tmp_path / "home"))
+    dinov2, siglip = parts
+    shutil.copytree(siglip["model"], tmp_path / "siglip")
+    (tmp_path / "siglip" / "tokenizer_config.json").write_text("{}")  # is not read
+    moved = [dinov2, {**siglip, "model": str(tmp_path / "siglip")}]
+    assert fuse(moved).identity() == fuse(parts).identity()
+
+
 def test_different_grids_are_refused_and_named(parts: list[dict[str, Any]]) -> None:
     parts[0]["image_size"] = 42
     for method in (fuse(parts).check, fuse(parts).shape, lambda: fuse(parts).load("cpu", "float32")):
@@ -94,6 +106,7 @@ def test_class_tokens_are_refused(parts: list[dict[str, Any]]) -> None:
         ([{"name": "siglip"}, {"name": "siglop"}], "siglop"),
         ([{"name": "siglip"}, {"name": "siglip", "layers": 3}], "layers"),
         ([{"name": "siglip"}, {"name": "dinov2", "image_size": 0}], "image_size"),
+        ([{"name": "siglip", "layers": 3}, {"name": "siglop"}], "0: .*layers.*1: .*siglop"),
     ],
 )
 def test_invalid_parts_are_problems_of_the_recipe(change: list[dict[str, Any]], message: str) -> None:

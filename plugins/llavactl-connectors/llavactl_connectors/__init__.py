@@ -38,7 +38,7 @@ def register_recipes(register: Any) -> None:
         register(
             "connector-comparison",
             "llavactl_connectors:connector-comparison.yaml",
-            summary="connectors with 64 tokens per image, trained with the models and scenes of the demo",
+            summary="for `llavactl sweep`: connectors with 64 tokens per image, with the models and scenes of the demo",
         )
 
 

@@ -2,18 +2,33 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llavactl_connectors import components
 from safetensors.torch import load_file
 
-from llavactl import FeatureShape
+from llavactl import FeatureShape, load_recipe
 from llavactl.testing import check_plugin, run_cli, toy_clip, toy_recipe
 
 HEAVY = ["torch", "transformers", "safetensors", "numpy"]
+CONNECTORS = {
+    "average-pooling": "AveragePooling",
+    "pixel-shuffle": "PixelShuffle",
+    "c-abstractor": "CAbstractor",
+    "ldp-v2": "LdpV2",
+    "perceiver-resampler": "PerceiverResampler",
+    "q-former": "QFormer",
+}
 README = Path(__file__).parents[1] / "README.md"
+
+
+def create(name: str, **options: Any) -> Any:
+    """The connector ``name``, with default values for other options."""
+    return getattr(components, CONNECTORS[name])(getattr(components, f"{CONNECTORS[name]}Options")(**options))
 
 
 @pytest.mark.parametrize("module", ["llavactl_connectors", "llavactl_connectors.components"])
@@ -37,7 +52,7 @@ def test_all_components_conform():
     assert checked.json()["ok"]
     assert {"conformance", "recipe"} <= {each["check"] for each in checked.json()["checks"]}
     listed = {each["name"] for each in run_cli("components", "connectors", "--json").json()}
-    assert small.keys() <= listed
+    assert CONNECTORS.keys() <= listed
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +96,41 @@ def test_a_grid_that_does_not_fit_stops_before_training(toys: Path, tmp_path: Pa
 
 def test_the_table_in_the_readme_is_correct():
     """Tokens for grids of 24x24 and 16x16 patches, and parameters for Dv = 1024 and Dl = 4096."""
-    from llavactl_connectors import components
-
     rows = [line.split("|")[1:-1] for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     table = {cells[0].strip(" `"): [cell.strip() for cell in cells[2:]] for cells in rows if len(cells) == 5}
-    kinds = {
-        "average-pooling": "AveragePooling",
-        "pixel-shuffle": "PixelShuffle",
-        "c-abstractor": "CAbstractor",
-        "ldp-v2": "LdpV2",
-        "perceiver-resampler": "PerceiverResampler",
-        "q-former": "QFormer",
-    }
-    assert table.keys() == kinds.keys()
+    assert table.keys() == CONNECTORS.keys()
     for name, (tokens_24, tokens_16, parameters) in table.items():
-        component = getattr(components, kinds[name])(getattr(components, f"{kinds[name]}Options")())
-        shape = FeatureShape((24, 24), 1024)
-        assert component.tokens(shape) == int(tokens_24)
-        assert component.tokens(FeatureShape((16, 16), 1024)) == int(tokens_16)
+        connector, shape = create(name), FeatureShape((24, 24), 1024)
+        assert connector.tokens(shape) == int(tokens_24)
+        assert connector.tokens(FeatureShape((16, 16), 1024)) == int(tokens_16)
         with torch.device("meta"):
-            count = sum(weight.numel() for weight in component.build(shape, 4096).parameters())
+            count = sum(weight.numel() for weight in connector.build(shape, 4096).parameters())
         assert f"{count / 1e6:.1f} M" == parameters, name
+
+
+needs_demo = pytest.mark.skipif(find_spec("llavactl_demo") is None, reason="the recipe extends one of llavactl-demo")
+
+
+@needs_demo
+def test_all_connectors_of_the_comparison_have_64_tokens():
+    shown = run_cli("recipes", "show", "connector-comparison")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout.startswith("# llavactl sweep -r connector-comparison\n")
+    variants = list(load_recipe("connector-comparison").sweep.axes["connector"].values())
+    assert {spec["name"] for spec in variants} == {"mlp2x-gelu", *CONNECTORS}
+    for name, options in ((spec["name"], spec) for spec in variants if spec["name"] in CONNECTORS):
+        values = {key: value for key, value in options.items() if key != "name"}
+        assert create(name, **values).tokens(FeatureShape((16, 16), 384)) == 64
+
+
+@needs_demo
+@pytest.mark.slow
+def test_all_variants_of_the_comparison_fit_the_models():
+    """Converts the demo's weights first."""
+    from llavactl_demo.weights import LANGUAGE, VISION
+
+    if any(find_spec(weights.module) is None for weights in (VISION, LANGUAGE)):
+        pytest.skip("the demo's weights are not installed")
+    planned = run_cli("sweep", "-r", "connector-comparison", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert planned.json()["computed"] == {"extract": 1, "stage1": 7, "stage2": 7}
