@@ -63,7 +63,6 @@ DATA = {
     "llavactl/testing/endpoint.py": "tower",
     "llavactl/testing/toys.py": "colour|picture",
     "llavactl/training/saving.py": "quantised",  # a key in llavactl.json
-    "docs/reference/export.md": "quantised",
     "llavactl/verbs/generate.py": "pictures",  # a folder name
 }
 """Terms in training data, prompts and file formats, which must not change with the wording."""
