@@ -1,4 +1,4 @@
-"""Regenerates the generated blocks of docs/ from the code: ``make docs``.
+"""Regenerates the generated blocks of docs/, and ``llavactl/__init__.pyi``, from the code: ``make docs``.
 
 A block is delimited by ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. ``tests/docs`` fails if a block is
 outdated.
@@ -453,8 +453,17 @@ def filled(text: str) -> str:
     return BLOCK.sub(fill, text)
 
 
+def stub() -> str:
+    """The types of the public names, which are imported lazily: without it, type checkers don't know them."""
+    names = sorted(llavactl._MODULES.items(), key=lambda item: (item[1], item[0]))
+    imports = "\n".join(f"from {module} import {name} as {name}" for name, module in names)
+    others = "__all__: list[str]\n__version__: str\n_MODULES: dict[str, str]\n"
+    return f'"""The public names; ``python docs/generate.py`` writes this file."""\n\n{imports}\n\n{others}'
+
+
 def main() -> None:
-    """Regenerates every page."""
+    """Regenerates every page, and the stub of the public names."""
+    (ROOT / "llavactl" / "__init__.pyi").write_text(stub(), encoding="utf-8")
     for page in PAGES:
         path = ROOT / page
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
