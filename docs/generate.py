@@ -366,6 +366,16 @@ def _stub(name: str, member: Any) -> str:
     return f"{decorator}{head}\n{textwrap.indent(doc + end, '    ')}"
 
 
+def checks() -> Iterator[str]:
+    """The check of each kind of component."""
+    from llavactl.testing import CHECKS
+
+    yield "| kind | check | |\n|---|---|---|"
+    for kind, check in CHECKS.items():
+        text = " ".join((inspect.getdoc(check) or "").split()).replace("``", "`")
+        yield f"| `{kind}` | `{check.__name__}` | {text} |"
+
+
 def sample_classes() -> Iterator[str]:
     """The data classes of samples and the Protocol of images."""
     classes = (llavactl.Sample, llavactl.Question, llavactl.Turn, llavactl.Box)
@@ -434,6 +444,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         memory,
         model_description,
         saved_model,
+        checks,
         sample_classes,
         reports,
         templates,
