@@ -67,6 +67,7 @@ from llavactl.training.prediction.step import step_memory
 from llavactl.training.prediction.weights import Weights
 from llavactl.training.throughput import TrainingFlops, Work, peak, training_flops
 from llavactl.training.trainable import configure_trainable
+from llavactl.training.update_rules import assign_update_rules, moments_by_weight
 
 DTYPE = torch.bfloat16
 LAYOUTS = ("packed", "shared", "padded")
@@ -325,7 +326,7 @@ def predicted_bytes(
     model = random_model(shape, features, torch.device("meta"))
     with torch.device("meta"):
         configure_trainable(model, settings, seed=0)
-    state = Weights(model, DTYPE.itemsize, frozenset()).memory(Placement(), 1).device
+    state = Weights(model, DTYPE.itemsize, moments_by_weight(model, settings)).memory(Placement(), 1).device
     with fake_tensors():
         as_fake(model, DTYPE)
         step = step_memory(model, batch, cuda=device.type == "cuda", master_gradients=True).whole
@@ -348,7 +349,7 @@ def measure_training(
     try:
         model = random_model(shape, scale.features, clock.device)
         rates = configure_trainable(model, settings, seed=0)
-        optimizer = Optimizer(model, rates, settings.weight_decay)
+        optimizer = Optimizer(model, rates, assign_update_rules(model, settings), settings.weight_decay)
         flops = training_flops(model)
         _measure_rounds(Trainee(model, optimizer, clock, not kernels["liger"]), batches, measured, rounds)
     except (RuntimeError, MemoryError) as error:  # weights or optimizer state don't fit, whatever the variant

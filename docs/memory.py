@@ -15,9 +15,10 @@ from typing import Any
 
 from llavactl.recipe.load import load_recipe
 from llavactl.recipe.stages import STAGES
-from llavactl.training.prediction.choose import choose, distinct_choices
-from llavactl.training.prediction.model import feature_shape
-from llavactl.training.prediction.predict import StagePredictor
+from llavactl.training.prediction.choices import distinct_choices
+from llavactl.training.prediction.choose import choose
+from llavactl.training.prediction.predict import stage_predictor
+from llavactl.training.prediction.published import RECIPE
 from llavactl.training.prediction.target import Target
 
 FILE = Path(__file__).parent.parent / "recipes" / "memory.json"
@@ -112,9 +113,8 @@ def predictions(name: str, stage: int, folder: Path) -> Iterator[dict[str, Any]]
     language = write_language(folder, recipe.language.spec()["model"])
     vision = write_vision(folder, recipe.vision.spec()["model"])
     recipe = load_recipe(name, [f"language.model={language}", f"vision.model={vision}"])
-    shape = feature_shape(recipe, stage)
     for count in DEVICES:
-        predictor = StagePredictor(recipe, stage, shape, shape.patches, None, count, cuda=True)
+        predictor = stage_predictor(recipe, stage, Target(True, 0, count))
         for memory in GIGABYTES:
             prediction, fits = choose(predictor, recipe, Target(True, memory * 10**9, count))
             yield {
@@ -137,10 +137,9 @@ def model_predictions(
     """The predicted peaks of training ``model``: of every choice of settings that needs less than all faster ones."""
     stage = 1 if method == "connector" else 2
     options = [f"language.model={language}", f"vision.model={vision}"]
-    recipe = load_recipe("llava-v1.5-7b", [*options, *([f"stage2.method={method}"] if stage == 2 else [])])
-    shape = feature_shape(recipe, stage)
-    predictor = StagePredictor(recipe, stage, shape, shape.patches, None, devices, cuda=cuda)
+    recipe = load_recipe(RECIPE, [*options, *([f"stage2.method={method}"] if stage == 2 else [])])
     target = Target(cuda, 0, devices)
+    predictor = stage_predictor(recipe, stage, target)
     peaks: list[dict[str, Any]] = []
     for choice in distinct_choices(predictor, recipe, target):
         size = target.peak_bytes(predictor.predict(choice))

@@ -87,6 +87,7 @@ generate:
   out: generated/instruct.jsonl
 eval: {tasks: [{name: scenes, scenes: 4}]}
 export: [{format: hf, to: out/hf}, {format: llava, to: out/llava}]
+stage2: {schedule: linear}
 run_dir: run
 """
 

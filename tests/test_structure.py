@@ -107,7 +107,10 @@ DECLARED = {
     for name in members(each)
 } | {*members(protocols.Encoder)}
 
-OTHER_OBJECTS = {("chat/transformers_model.py", "hasattr(processor, 'tokenizer')")}  # a processor of transformers
+OTHER_OBJECTS = {
+    ("chat/transformers_model.py", "hasattr(processor, 'tokenizer')"),  # a processor of transformers
+    ("core/processes.py", "getattr(record, 'scope', '')"),  # a log record
+}
 
 
 def _dynamic_attributes(tree: ast.AST) -> Iterator[str]:

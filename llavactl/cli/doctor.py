@@ -55,8 +55,9 @@ def command(everything: bool, as_json: bool) -> None:
     output.labeled(list(_machine(report)))
     if report.training:
         output.line()
-        output.line(f"Training on {report.training_device}: predicted peak in GB, – does not fit"[:_WIDTH])
-        output.table([("language model", *_TITLES.values()), *_models(report.training)])
+        output.line(f"Predicted peak in GB on {report.training_device}; –: does not fit"[:_WIDTH])
+        output.table(list(_models(report.training)))
+        output.line(_assumption(report.training))
         if any(each.settings for each in report.training):
             output.line(_MARKS_TEXT)
     if notes := list(_notes(report)):
@@ -91,12 +92,33 @@ def _devices(report: DoctorReport) -> list[str]:
     return [f"{count} × {line}" if count > 1 else line for line, count in Counter(lines).items()]
 
 
-def _models(training: Sequence[TrainingMemory]) -> list[tuple[str, ...]]:
-    """A row per model: the predicted peak of each method, with marks for settings that cost time."""
-    rows: dict[str, list[str]] = {}
-    for each in training:
-        rows.setdefault(each.model, []).append(_cell(each))
-    return [(model, *cells) for model, cells in rows.items()]
+def _models(training: Sequence[TrainingMemory]) -> Iterator[tuple[str, ...]]:
+    """A heading, and a row per model: the predicted peak of each method, with marks for settings that cost time.
+
+    The columns are the methods on one device, and those that need less on each of several.
+    """
+    cells = {(each.method, each.devices, each.model): _cell(each) for each in training}
+    models = list(dict.fromkeys(each.model for each in training))
+    columns = [
+        (method, devices)
+        for method, devices in dict.fromkeys((each.method, each.devices) for each in training)
+        if devices == 1 or any(cells[method, devices, model] != cells[method, 1, model] for model in models)
+    ]
+    titles = [_TITLES[method] + (f" on {devices}" if devices > 1 else "") for method, devices in columns]
+    yield ("language model", *titles)
+    for model in models:
+        yield (model, *(cells[*column, model] for column in columns))
+
+
+def _assumption(training: Sequence[TrainingMemory]) -> str:
+    """The longest micro-batches of both stages that the peaks are predicted for."""
+    known = [each for each in training if each.assumes]
+    first, second = (
+        max(each.assumes["samples"] for each in known if each.assumes and (each.method == "connector") == is_first)
+        for is_first in (True, False)
+    )
+    tokens = max(each.assumes["tokens"] for each in known if each.assumes)
+    return f"for micro-batches of at most {first} (stage 1) or {second} samples of {tokens:,} tokens"
 
 
 def _cell(each: TrainingMemory) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 
 from llavactl.cli import output
 from llavactl.cli.help import Command
-from llavactl.cli.options import component_options, device_memory_option, json_option, key_values
+from llavactl.cli.options import component_options, device_options, json_option, key_values
 from llavactl.cli.prompts import ask
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
         "llavactl init",
         "llavactl init --data photos/",
         "llavactl init --data captions.json --data instruct.json --images coco/",
-        "llavactl init --data photos/ --vision models/clip --device-memory 24GB",
+        "llavactl init --data photos/ --device-memory 24GB --devices 8",
     ],
 )
 @click.option(
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
     type=click.Choice(["full", "lora", "qlora"]),
     help="Method of stage 2.  [default: the first of these that fits the device]",
 )
-@device_memory_option()
+@device_options()
 @click.option("--name", metavar="NAME", help="Name of the recipe and its run.  [default: from the data]")
 @component_options("source")
 @click.option("--to", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE.  [default: ./recipe.yaml]")
@@ -61,6 +61,7 @@ def command(
     language: str | None,
     method: str | None,
     device_memory: int | None,
+    devices: int | None,
     name: str | None,
     options: tuple[str, ...],
     to: Path | None,
@@ -85,7 +86,7 @@ def command(
     if options and len(data) > 1:
         raise click.UsageError("-t is for one --data only")
     answers: dict[str, Any] = {"data": data, "images": images, "vision": vision, "language": language}
-    answers |= {"options": key_values(options), "device_memory": device_memory}
+    answers |= {"options": key_values(options), "device_memory": device_memory, "devices": devices}
     if asking:
         _ask(answers)
     try:
@@ -110,12 +111,19 @@ def _print(report: InitReport) -> None:
         rows.append(("data", f"{count} {each.content}, read by {each.source['name']}"))
     rows.append(("vision", report.vision.get("model") or report.vision["name"]))
     rows.append(("language", f"{report.language.get('model') or report.language['name']}, template {report.template}"))
-    peaks = [f"{stage} {peak / 1e9:.1f} GB" for stage, peak in report.peak_bytes.items() if peak is not None]
-    size = f"{report.device['memory_bytes'] / 1e9:.1f} GB"
-    rows.append(("method", f"{report.method}; predicted peaks: {', '.join(peaks) or 'unknown'}, device: {size}"))
+    device = f"{report.device['count']} × {report.device['memory_bytes'] / 1e9:.1f} GB ({report.device['kind']})"
+    rows += [("method", report.method), ("devices", device)]
+    for stage, peak in report.peak_bytes.items():
+        rows.append((stage, "predicted peak unknown" if peak is None else _peak(peak, report.assumes[stage])))
     output.labeled(rows)
     output.line()
     output.lines(["Next:", *(f"  {each}" for each in report.next)])
+
+
+def _peak(size: int, assumed: Mapping[str, int] | None) -> str:
+    from llavactl.training.prediction.assumption import LongestMicroBatch
+
+    return f"predicted peak {size / 1e9:.1f} GB" + (f", with {LongestMicroBatch(**assumed)}" if assumed else "")
 
 
 def _ask(answers: dict[str, Any]) -> None:

@@ -118,6 +118,7 @@ def _print(plan: TrainPlan) -> None:
         ("parameters", f"{parameters['trainable']:,} trainable, {parameters['frozen']:,} frozen"),
         ("device peak", f"{gigabytes(plan.peak_bytes['device'])}{per_device}: {parts['device']}"),
         ("host peak", f"{gigabytes(plan.peak_bytes['host'])}{per_process}: {parts['host']}"),
+        ("assumes", plan.assumption),
         ("checkpoint", gigabytes(plan.checkpoint_bytes)),
         ("steps", count(plan.steps)),
         ("tokens", count(plan.tokens)),

@@ -236,6 +236,25 @@ def register_commands(register: Register) -> None:
 
 
 @hookimpl
+def register_optimizers(register: Register) -> None:
+    register("adamw", f"{_COMPONENTS}.optimizers.adamw:AdamW", summary="AdamW for all weights")
+    register(
+        "muon",
+        f"{_COMPONENTS}.optimizers.muon:Muon",
+        summary="Muon for the matrices inside the language model, AdamW for all other weights",
+    )
+
+
+@hookimpl
+def register_schedules(register: Register) -> None:
+    decay = f"{_COMPONENTS}.schedules.decay"
+    options = f"{decay}:DecayOptions"
+    register("cosine", f"{decay}:Cosine", options=options, summary="cosine decay to 0 or a minimum")
+    register("linear", f"{decay}:Linear", options=options, summary="linear decay to 0 or a minimum")
+    register("constant", f"{decay}:Constant", summary="the peak learning rate after the warm-up")
+
+
+@hookimpl
 def register_recipes(register: Register) -> None:
     for name, summary in (
         ("llava-v1-7b", "LLaVA v1: CLIP ViT-L/14 224, linear, Vicuna 7B, CC3M-595K, then 158K instructions"),

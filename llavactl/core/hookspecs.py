@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pluggy
 
@@ -94,6 +94,16 @@ def register_formats(register: Register) -> None:
 
 
 @hookspec
+def register_optimizers(register: Register) -> None:
+    """Register optimizers. The target returns an ``UpdateRule``; recipes name it in ``optimizer`` of a stage."""
+
+
+@hookspec
+def register_schedules(register: Register) -> None:
+    """Register learning-rate schedules. The target returns a ``Schedule``; a stage names it in ``schedule``."""
+
+
+@hookspec
 def register_commands(register: Register) -> None:
     """Register commands. The target is a click command; ``llavactl --help`` lists it with its ``summary``."""
 
@@ -150,9 +160,32 @@ def train_logged(stage: int, line: Mapping[str, Any], recipe: Mapping[str, Any],
     """Called after each line written to metrics.jsonl, with the line: ``step``, and ``loss``, ``val_loss`` or more."""
 
 
+TrainingRequest = Literal["evaluate", "checkpoint", "stop"]
+"""A request of ``control_training``."""
+
+
+@hookspec
+def control_training(
+    stage: int, lines: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], options: Options | None
+) -> TrainingRequest | Sequence[TrainingRequest] | None:
+    """Called after each line written to metrics.jsonl; may request something after the current step.
+
+    ``evaluate``: the validation loss, and the tasks of ``evaluate_every`` if the stage has any; ``checkpoint``; or
+    ``stop``: the stage ends after this step as after its last one. ``lines`` are all lines so far, the newest last;
+    decide from these alone, so that a resumed run ends after the same step.
+    """
+
+
 @hookspec
 def checkpoint_saved(stage: int, folder: Path, step: int, recipe: Mapping[str, Any], options: Options | None) -> None:
     """Called when the checkpoint of ``step`` is complete in ``folder``."""
+
+
+@hookspec
+def train_failed(
+    stage: int, folder: Path, error: str, interrupted: bool, recipe: Mapping[str, Any], options: Options | None
+) -> None:
+    """Called when a stage that has started ends with an error, or is interrupted by Ctrl-C or SIGTERM."""
 
 
 @hookspec

@@ -23,7 +23,19 @@ from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Connector, Format, Judged, Language, Source, Task, Teacher, Template, Vision
+    from llavactl.core.protocols import (
+        Connector,
+        Format,
+        Judged,
+        Language,
+        Schedule,
+        Source,
+        Task,
+        Teacher,
+        Template,
+        UpdateRule,
+        Vision,
+    )
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +150,10 @@ class Registry:
     def create(self, kind: Literal["tasks"], spec: Spec, flag: str = "") -> Task | Judged: ...
     @overload
     def create(self, kind: Literal["formats"], spec: Spec, flag: str = "") -> Format: ...
+    @overload
+    def create(self, kind: Literal["optimizers"], spec: Spec, flag: str = "") -> UpdateRule: ...
+    @overload
+    def create(self, kind: Literal["schedules"], spec: Spec, flag: str = "") -> Schedule: ...
     @overload
     def create(self, kind: str, spec: Spec, flag: str = "") -> object: ...
     def create(self, kind: str, spec: Spec, flag: str = "") -> object:

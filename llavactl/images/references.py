@@ -6,7 +6,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import realpath
 from pathlib import Path
@@ -113,14 +113,23 @@ class ImageRoot(Typed):
     follow_links: bool = False
 
 
-def image_in(location: str | Path | ImageRoot, path: str) -> ImageRef:
+ImageLocation = str | Path | ImageRoot | Mapping[str, ImageRef]
+"""The location of records' images: see ``image_in``."""
+
+
+def image_in(location: ImageLocation, path: str) -> ImageRef:
     """The image ``path`` of a record, in a folder, in archives (see ``ImageMember``) or below a URL.
 
     ``path`` is relative to ``location`` or begins with it; or it is the image itself, as base64 or a ``data:`` URI.
+    If ``location`` is a mapping, ``path`` is one of its keys.
 
     Raises:
         DataError: ``path`` leads outside ``location``; a record must not reach any other file.
     """
+    if isinstance(location, Mapping):
+        if path not in location:
+            raise DataError(f"no image is named {shortened(path)!r}")
+        return location[path]
     images = location if isinstance(location, ImageRoot) else ImageRoot(str(location))
     root = local_path(images.root)
     if len(path) >= _MIN_BASE64 or not _PLAIN.fullmatch(path):

@@ -13,7 +13,7 @@ from pydantic import Field
 from llavactl.core.options import RecipePath
 from llavactl.core.validation import KeyProblem
 from llavactl.recipe.sections import Data, Eval, Features, Generate, Sweep
-from llavactl.recipe.specs import ConnectorSpec, Export, LanguageSpec, SourceSpec, VisionSpec, template_spec
+from llavactl.recipe.specs import ConnectorSpec, Export, LanguageSpec, SourceSpec, VisionSpec, spec_of
 from llavactl.recipe.stages import STAGES, AnyStage, StageNumber, StageSections, TrainingStage
 from llavactl.recipe.values import FileName, Integer, Section
 
@@ -86,7 +86,7 @@ class VisionRecipe(Outline):
         image = settings.image or self.vision.image or ""
         vision: dict[str, Any] = {**self.vision.spec(), **({"image": image} if image else {})}
         template = settings.template or (self.language or LanguageSpec(name="")).template
-        return TrainingStage(number, settings, self.sources(number), image, vision, template_spec(template))
+        return TrainingStage(number, settings, self.sources(number), image, vision, spec_of(template))
 
     def stages(self) -> tuple[TrainingStage, ...]:
         """All stages, in order."""

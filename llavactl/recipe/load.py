@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.options import Located
-from llavactl.core.registry import registry
+from llavactl.core.registry import kind_label, registry
 from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
@@ -28,8 +28,13 @@ from llavactl.recipe.stages import STAGES
 
 log = logging.getLogger(__name__)
 
-TEMPLATES = tuple((section, "template") for section in ("language", *STAGES.values()))
-"""Recipe keys that name a template."""
+_STAGE_COMPONENTS = {"template": "templates", "optimizer": "optimizers", "schedule": "schedules"}
+
+NAMED_COMPONENTS = (
+    ("language", "template", "templates"),
+    *((stage, key, kind) for stage in STAGES.values() for key, kind in _STAGE_COMPONENTS.items()),
+)
+"""Sections and keys whose value may be just the name of a component, and its kind."""
 
 RawComponent = tuple[KeyPath, type[Component], dict[str, Any]]
 """A component before validation: its path, its class in the frame and its mapping."""
@@ -64,7 +69,7 @@ def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[Overri
     log.debug("recipe %s, overrides: %s", location.file, " ".join(map(shown, overrides)) or "none")
     data = root.plain()
     data.setdefault("run_dir", Located(f"runs/{data.get('name')}", location.base))
-    found = [*_resolve_components(data), *_resolve_templates(data), *_resolve_plugins(data)]
+    found = [*_resolve_components(data), *_resolve_named(data), *_resolve_plugins(data)]
     fullest: Any = next((each for each in (Recipe, VisionRecipe) if _required(each) <= data.keys()), frame)
     frame = fullest if issubclass(fullest, frame) else frame
     recipe, invalid = _validated(frame, data)
@@ -188,18 +193,18 @@ def _resolve_component(cls: type[Component], component: dict[str, Any]) -> list[
     return []
 
 
-def _resolve_templates(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
-    """Adds the default options to templates that are given by name only."""
-    for section, key in TEMPLATES:
+def _resolve_named(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
+    """Adds the default options to components that are given by name only."""
+    for section, key, kind in NAMED_COMPONENTS:
         values = data.get(section)
         name = values.get(key) if isinstance(values, dict) else None
         if isinstance(values, dict) and isinstance(name, str):
             try:
-                defaults = registry().get("templates", name).parse({}).model_dump(mode="json")
+                defaults = registry().get(kind, name).parse({}).model_dump(mode="json")
             except LlavactlError as error:
                 yield (section, key), sentence(error)
             except ValidationError:
-                yield (section, key), f"template {name} has required options; write {{name: {name}, …}}"
+                yield (section, key), f"{kind_label(kind)} {name} has required options; write {{name: {name}, …}}"
             else:
                 values[key] = {"name": name, **defaults} if defaults else name
 

@@ -63,9 +63,21 @@ class TemplateSpec(Spec):
     kind = "templates"
 
 
-def template_spec(template: str | TemplateSpec) -> str | dict[str, Any]:
-    """The argument of ``Registry.create`` for ``template``."""
-    return template if isinstance(template, str) else template.spec()
+class OptimizerSpec(Spec):
+    """An optimizer with options."""
+
+    kind = "optimizers"
+
+
+class ScheduleSpec(Spec):
+    """A learning-rate schedule with options."""
+
+    kind = "schedules"
+
+
+def spec_of(component: str | Spec) -> str | dict[str, Any]:
+    """The argument of ``Registry.create`` for a component that may be given by its name only."""
+    return component if isinstance(component, str) else component.spec()
 
 
 class LanguageSpec(Spec):

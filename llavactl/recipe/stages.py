@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llavactl.core.options import ModelId
-from llavactl.recipe.specs import PeriodicTask, SourceSpec, TemplateSpec
+from llavactl.recipe.specs import OptimizerSpec, PeriodicTask, ScheduleSpec, SourceSpec, TemplateSpec, spec_of
 from llavactl.recipe.values import (
     Boolean,
     Fraction,
@@ -106,6 +106,21 @@ class Stage(Section):
     connector_learning_rate: PositiveNumber | None = Field(
         None, description="peak learning rate of the connector; null: `learning_rate`"
     )
+    train_connector: Boolean | tuple[str, ...] = Field(
+        True,
+        description="true: all parameters of the connector; false: none; a list: only those whose names contain one of "
+        "these strings",
+    )
+    optimizer: str | OptimizerSpec = Field(
+        "adamw",
+        description="`llavactl components optimizers` lists them; AdamW updates the weights that the optimizer "
+        "doesn't. muon: Muon for the matrices of the language model except embeddings and head",
+    )
+    schedule: str | ScheduleSpec | None = Field(
+        None,
+        description="learning-rate schedule after the warm-up (`llavactl components schedules`); null: cosine decay, "
+        "or as `cooldown` says",
+    )
     warmup: Fraction = Field(0.03, description="fraction of all steps with a linear warm-up")
     cooldown: Fraction | None = Field(
         None,
@@ -165,6 +180,20 @@ class Stage(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_schedule(self) -> Stage:
+        if self.schedule is not None and self.cooldown is not None:
+            raise ValueError("cooldown: not with `schedule`, which sets the learning rate after the warm-up")
+        return self
+
+    def optimizer_spec(self) -> str | dict[str, Any]:
+        """The optimizer's name, or {"name": …, options}."""
+        return spec_of(self.optimizer)
+
+    def schedule_spec(self) -> str | dict[str, Any] | None:
+        """The schedule's name, or {"name": …, options}; None: cosine decay, or as ``cooldown`` says."""
+        return None if self.schedule is None else spec_of(self.schedule)
+
+    @model_validator(mode="after")
     def _restore_best_follows_a_task(self) -> Stage:
         tasks = [task.name for task in self.evaluate_every.tasks] if self.evaluate_every else []
         if isinstance(self.restore_best, str) and self.restore_best.partition(".")[0] not in tasks:
@@ -178,7 +207,6 @@ class Stage1(Stage):
 
     init: ClassVar[Literal["scratch"]] = "scratch"
     method: ClassVar[Literal["connector"]] = "connector"
-    optimizer: ClassVar[Literal["adamw"]] = "adamw"
     trainable_modules: ClassVar[tuple[str, ...]] = ()
 
     box_alignment_steps: NonNegativeInteger = Field(
@@ -189,6 +217,12 @@ class Stage1(Stage):
     template: Template = "plain"
     batch_size: BatchSize = 256
     micro_batch_size: MicroBatchSize = 32
+
+    @model_validator(mode="after")
+    def _trains_the_connector(self) -> Stage1:
+        if not self.train_connector:
+            raise ValueError("train_connector: stage 1 trains nothing else")
+        return self
 
 
 class Stage2(Stage):
@@ -210,11 +244,6 @@ class Stage2(Stage):
         "strings, such as `[self_attn, norm]`; empty: all",
     )
     lora: Lora = Field(Lora(), description="settings of `method: lora` and `method: qlora`")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw",
-        description="muon: Muon for the matrices of the language model except embeddings and head, AdamW for all other "
-        "parameters",
-    )
     learning_rate: LearningRate = 2e-5
 
     @model_validator(mode="after")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core import plugins
 from llavactl.core.hashes import hash_json
 from llavactl.core.identity import component_identity
 from llavactl.model import folder as model_folder
 from llavactl.recipe.stages import STAGES
+from llavactl.training import control
 
 if TYPE_CHECKING:
     from llavactl.data.split import DataSplit
@@ -52,9 +54,36 @@ def stage_digest(
             "boxes": [sample.boxes for sample in data.train.samples] if settings.box_alignment_steps else None,
             "seed": recipe.seed,
             "start": model_folder.identity(init_folder) if init_folder else None,
+            **_extensions(settings),
+            **_controlling_plugins(recipe),
             **_arithmetic(settings),
         }
     )
+
+
+def newer_defaults(settings: AnyStage) -> set[str]:
+    """Settings that earlier versions didn't have, with values that behave as they did: their runs are still valid."""
+    values: dict[str, Any] = {"train_connector": True, "schedule": None}
+    if settings.method == "connector":  # stage 1 had AdamW only
+        values["optimizer"] = "adamw"
+    return {key for key, value in values.items() if getattr(settings, key) == value}
+
+
+def _extensions(settings: AnyStage) -> dict[str, Any]:
+    """The identities of the optimizer and the schedule, unless they are the built-in ones without options."""
+    specs = {"optimizers": settings.optimizer_spec(), "schedules": settings.schedule_spec()}
+    return {
+        kind: component_identity(kind, spec)
+        for kind, spec in specs.items()
+        if spec is not None and (kind, spec) not in (("optimizers", "adamw"), ("optimizers", "muon"))
+    }
+
+
+def _controlling_plugins(recipe: Recipe) -> dict[str, Any]:
+    """The versions and options of the plugins that may end a stage early; {} without any."""
+    names = [name for name, _ in plugins.implementations(control.HOOK)]
+    versions = {name: [plugins.version_of(name), recipe.plugins.get(name, {})] for name in names}
+    return {"control": versions} if versions else {}
 
 
 def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
@@ -76,6 +105,7 @@ def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
             "features": [recipe.features.dtype, recipe.features.compute],
             "data": [source.model_dump(mode="json") for source in training_stage.sources],
             "seed": recipe.seed,
+            **_controlling_plugins(recipe),
             "start": init if number is None else stage_inputs(recipe, number),
         }
     )
@@ -83,7 +113,7 @@ def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
 
 def _settings(settings: AnyStage) -> dict[str, Any]:
     """The settings that affect the result."""
-    return settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS)
+    return settings.model_dump(mode="json", exclude=_EXCLUDED_SETTINGS | newer_defaults(settings))
 
 
 def _arithmetic(settings: AnyStage) -> dict[str, str]:

@@ -24,15 +24,17 @@ from llavactl.training import checkpoints
 from llavactl.training.box_alignment import align_to_boxes
 from llavactl.training.checkpoints import Checkpoint, CheckpointState
 from llavactl.training.collective import in_any_process, on_main, sum_over_processes
+from llavactl.training.control import Control
 from llavactl.training.memory import gc_frozen, release_memory
 from llavactl.training.metrics import Metrics, progress_facts
+from llavactl.training.milestones import Milestones
 from llavactl.training.prefetch import prefetched_steps
 from llavactl.training.sample_answers import remove_later_answers
 from llavactl.training.sharding import distributed_like, root_gathered
 from llavactl.training.spikes import WINDOW, RecentSteps
 from llavactl.training.step import accumulate, buffers_before, suspects, update
 from llavactl.training.throughput import Peak, Throughput
-from llavactl.training.validation import evaluate, show_preview, training_kernels, validate
+from llavactl.training.validation import show_preview, training_kernels
 
 if TYPE_CHECKING:
     from llavactl.data.sample_set import SampleSet
@@ -55,17 +57,20 @@ MAX_NAMED = 32
 class TrainingResult:
     """The step that training resumed from (0: a new run), the last one, and the step whose weights the model has.
 
-    ``peak``: the FLOP/s that MFU is relative to.
+    ``peak``: the FLOP/s that MFU is relative to. ``stopped_by``: the plugins that ended the stage early, if any.
     """
 
     resumed_from: int
     steps: int
     model_step: int
     peak: Peak
+    stopped_by: tuple[str, ...] = ()
 
 
 def train(run: Run) -> TrainingResult:
     """Trains all planned steps; the model then has the last weights or, with ``restore_best``, the best ones.
+
+    A plugin may end the stage after an earlier step (hook ``control_training``).
 
     The first Ctrl-C or SIGTERM stops training after the current step and saves a checkpoint. A second one stops it
     immediately.
@@ -85,10 +90,10 @@ def train(run: Run) -> TrainingResult:
         remove_later_answers(run.folder, start)
     earlier_lines = on_main(lambda: metrics.kept[-LINES_PER_STEP * WINDOW :] if metrics else [])
     recent = RecentSteps.of(earlier_lines)
+    control = Control(run.hook_arguments, metrics.kept if metrics else [])
     throughput = Throughput.of(run.model, run.settings.precision, run.accelerator)
     if run.accelerator.is_main_process:
-        run.notify("train_started", {"steps": plan.steps})
-    saved_step = start
+        run.notify("train_started", {"folder": run.folder, "steps": plan.steps})
     with (
         ExitStack() as kernels,
         gc_frozen(),
@@ -97,81 +102,51 @@ def train(run: Run) -> TrainingResult:
         stopping.deferred_interrupt(lambda: _log_stop(run)) as stop,
     ):
         kernels.enter_context(training_kernels(run))
-
-        def save(state: CheckpointState) -> None:
-            nonlocal saved_step
-            _save_checkpoint(run, state, metrics)
-            saved_step = state.step
-
-        def finish_step(
-            step: int, scores: Mapping[str, float] | None = None, val_loss: float | None = None
-        ) -> dict[str, float]:
-            """Evaluates, validates and saves where due, unless already done; returns the validation loss, if any."""
-            if scores is None and _evaluation_due(run, step, plan.steps):
-                scores = evaluate(run, step, stop, kernels)
-                if scores is not None:
-                    _write_metrics(run, {"step": step, "scores": scores}, metrics)
-            if not _checkpoint_due(run, step, plan.steps):
-                return {}
-            if val_loss is None and len(run.validation) and (val_loss := validate(run, stop)) is not None:
-                _write_metrics(run, {"step": step, "val_loss": val_loss}, metrics)
-            save(CheckpointState(step, run.digest, val_loss, scores))
-            return {} if val_loss is None else {"val_loss": val_loss}
-
-        if checkpoint:  # the earlier run may have been stopped between the last update and the end of its step
-            scores = next(
-                (line["scores"] for line in earlier_lines if "scores" in line and line["step"] == start), None
-            )
-            unevaluated = scores is None and _evaluation_due(run, start, plan.steps)
-            unvalidated = checkpoint.val_loss is None and len(run.validation) > 0
-            if unevaluated or (unvalidated and _checkpoint_due(run, start, plan.steps)):
-                finish_step(start, scores, checkpoint.val_loss)
+        milestones = Milestones(run, plan.steps, metrics, control, stop, kernels, start)
+        if checkpoint:
+            scores = (line["scores"] for line in earlier_lines if "scores" in line and line["step"] == start)
+            milestones.finish(start, checkpoint, next(scores, None))
+        last = start if milestones.stopped_by else plan.steps
         if run.preview:
             show_preview(run, start, kernels)
         began = shown = time.perf_counter()
-        for step, batches in prefetched_steps(run, plan, start, stop):
-            gradient = accumulate(run, batches, step, stop)
-            if gradient is None:
-                if step > saved_step:
-                    save(CheckpointState(step, run.digest))
-                _raise_interrupted(run, step)
-            values = gradient.values()
-            if spikes := recent.spikes(values):
-                if step > saved_step and (step - saved_step >= WINDOW or not _finite(values)):
-                    with buffers_before(run, gradient):
-                        save(CheckpointState(step, run.digest))
-                samples = suspects(gradient)
-                _report_spike(run, step, recent.describe(values, spikes), samples, finite=_finite(values))
-            rate = update(run, gradient, step, plan.steps)
-            completed = step + 1
-            if completed % RELEASE_MEMORY_EVERY == 0 and run.accelerator.device.type == "cpu":
-                release_memory()
-            recent.add(values)
-            line: dict[str, Any] = {"step": completed, "loss": gradient.loss, "tokens": gradient.work.tokens}
-            line |= {"learning_rate": rate, **values}
-            line |= {"spike": {"fields": spikes, "samples": samples}} if spikes else {}
-            line |= throughput.fields(gradient.work, time.perf_counter() - began)
-            _write_metrics(run, line, metrics)
-            bar.advance(1, **progress_facts({**line, **finish_step(completed)}))
-            if completed < plan.steps and _preview_due(run, time.perf_counter() - shown):
-                show_preview(run, completed, kernels)
-                shown = time.perf_counter()
-            began = time.perf_counter()
+        with closing(prefetched_steps(run, plan, start, last, stop)) as steps:
+            for step, batches in steps:
+                gradient = accumulate(run, batches, step, stop)
+                if gradient is None:
+                    if step > milestones.saved_step:
+                        milestones.save(CheckpointState(step, run.digest))
+                    _raise_interrupted(run, step)
+                values = gradient.values()
+                if spikes := recent.spikes(values):
+                    unsaved = step - milestones.saved_step
+                    if unsaved and (unsaved >= WINDOW or not _finite(values)):
+                        with buffers_before(run, gradient):
+                            milestones.save(CheckpointState(step, run.digest))
+                    samples = suspects(gradient)
+                    _report_spike(run, step, recent.describe(values, spikes), samples, finite=_finite(values))
+                rate = update(run, gradient, step, plan.steps)
+                completed = step + 1
+                if completed % RELEASE_MEMORY_EVERY == 0 and run.accelerator.device.type == "cpu":
+                    release_memory()
+                recent.add(values)
+                line: dict[str, Any] = {"step": completed, "loss": gradient.loss, "tokens": gradient.work.tokens}
+                line |= {"learning_rate": rate, **values}
+                line |= {"spike": {"fields": spikes, "samples": samples}} if spikes else {}
+                line |= throughput.fields(gradient.work, time.perf_counter() - began)
+                milestones.write(line)
+                bar.advance(1, **progress_facts({**line, **milestones.finish(completed)}))
+                if milestones.stopped_by:
+                    last = completed
+                    break
+                if completed < plan.steps and _preview_due(run, time.perf_counter() - shown):
+                    show_preview(run, completed, kernels)
+                    shown = time.perf_counter()
+                began = time.perf_counter()
         if in_any_process(run.accelerator, stop.requested):  # the others must not save the model without this one
-            _raise_interrupted(run, plan.steps)
-    model_step = _load_best(run) if run.settings.restore_best else plan.steps
-    return TrainingResult(start, plan.steps, model_step, throughput.peak)
-
-
-def _checkpoint_due(run: Run, step: int, steps: int) -> bool:
-    """Also at each evaluation if the best checkpoint is chosen by its scores."""
-    follows_score = isinstance(run.settings.restore_best, str) and _evaluation_due(run, step, steps)
-    return step == steps or step % run.settings.checkpoint_every == 0 or follows_score
-
-
-def _evaluation_due(run: Run, step: int, steps: int) -> bool:
-    every = run.settings.evaluate_every
-    return every is not None and (step == steps or step % every.steps == 0)
+            _raise_interrupted(run, last)
+    model_step = _load_best(run) if run.settings.restore_best else last
+    return TrainingResult(start, last, model_step, throughput.peak, tuple(milestones.stopped_by))
 
 
 def _preview_due(run: Run, elapsed: float) -> bool:
@@ -213,17 +188,6 @@ def batch_plan(data: SampleSet, settings: AnyStage) -> BatchPlan:
         phases=data.phases,
         groups=data.image_groups() if settings.shuffle == "images" else None,
     )
-
-
-def _save_checkpoint(run: Run, state: CheckpointState, metrics: Metrics | None) -> None:
-    """Saves a checkpoint; the main process has ``metrics``."""
-    if metrics:
-        metrics.sync()
-    settings, tensors = run.settings, run.optimizer.state()
-    folder = checkpoints.save(run.folder / "checkpoints", state, tensors, settings.keep_last, settings.restore_best)
-    if run.accelerator.is_main_process:
-        run.notify("checkpoint_saved", {"folder": folder, "step": state.step})
-    run.accelerator.wait_for_everyone()
 
 
 def _resume(run: Run) -> CheckpointState | None:
@@ -278,12 +242,6 @@ def _align_to_boxes(run: Run) -> None:
     if optimizer.untrained:
         untrained = optimizer.untrained.state()
         optimizer.untrained.load({name: distributed_like(weights[name], old) for name, old in untrained.items()})
-
-
-def _write_metrics(run: Run, line: Mapping[str, Any], metrics: Metrics | None) -> None:
-    if metrics:
-        metrics.write(line)
-        run.notify("train_logged", {"line": line})
 
 
 def _log_stop(run: Run) -> None:

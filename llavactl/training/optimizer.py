@@ -1,4 +1,4 @@
-"""AdamW, and optionally Muon for matrices, with float32 master weights; the learning-rate schedule.
+"""Float32 master weights and the optimizers that update them; the learning-rate schedule.
 
 Sharded parameters (``training.sharding``) are DTensors; so are their gradients and moments.
 """
@@ -6,7 +6,7 @@ Sharded parameters (``training.sharding``) are DTensors; so are their gradients 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llavactl.core.errors import PluginError
+from llavactl.core.registry import component_name, plugin_of, registry
 from llavactl.training.sharding import distributed_like
 
 if TYPE_CHECKING:
+    from llavactl.core.protocols import UpdateRule
+    from llavactl.recipe.stages import AnyStage
     from llavactl.training.trainable import UntrainedState
+    from llavactl.training.update_rules import AssignedWeights
 
 
 def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
@@ -36,13 +41,35 @@ def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
+def learning_rate_schedule(settings: AnyStage) -> Callable[[int, int], float]:
+    """The fraction of the peak learning rate at a step (from 0) of all steps, as the stage's settings define it."""
+    if (spec := settings.schedule_spec()) is None:
+        return lambda step, steps: schedule(step, steps, settings.warmup, settings.cooldown)
+    component = registry().create("schedules", spec)
+
+    def fraction(step: int, steps: int) -> float:
+        warmup_steps = math.ceil(steps * settings.warmup)
+        if step < warmup_steps:
+            return step / warmup_steps
+        value = component.fraction(step - warmup_steps, steps - warmup_steps)
+        if not isinstance(value, int | float) or not (0 <= value < math.inf):
+            raise PluginError(
+                f"schedule {component_name(spec)} of plugin {plugin_of(component)}: fraction() returns {value!r} at "
+                f"step {step} of {steps}, expected a number of at least 0"
+            )
+        return float(value)
+
+    return fraction
+
+
 _UNTRAINED_PREFIX = "untrained.connector."
 _MASTER_PREFIX = "master."
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+_STEP = "step"
+"""torch keeps the number of updates of a weight under this key, as a float32 scalar."""
 
 
 class Optimizer:
-    """AdamW, and Muon for some matrices, with float32 master weights of the trainable parameters.
+    """Float32 master weights of the trainable parameters, and the algorithms that update them.
 
     In bfloat16 small updates would be lost to rounding. They are applied to a float32 master copy, which is then copied
     to the parameter. Gradients of micro-batches are accumulated in float32 as well. A float32 parameter is its own
@@ -53,19 +80,16 @@ class Optimizer:
         self,
         model: nn.Module,
         rates: Mapping[str, float],
+        assignments: Sequence[AssignedWeights],
         weight_decay: float,
         beta2: float = 0.999,
-        matrices: Collection[str] = (),
         untrained: UntrainedState | None = None,
         *,
         on_host: bool = False,
     ) -> None:
-        """``rates`` has the learning rate of each trainable parameter by name; ``matrices`` names those for Muon.
+        """``rates`` has the learning rate of each trainable parameter by name, ``assignments`` their update rules.
         ``untrained`` is further state of the model to save and restore. ``on_host``: master weights, accumulated
         gradients and moments are kept in host memory.
-
-        Muon's updates are scaled to the typical RMS of AdamW's, 0.2 times the learning rate (Liu et al. 2025, "Muon is
-        scalable for LLM training", section 2.2), so that both use the same learning rate.
         """
         parameters = dict(model.named_parameters())
         self.parameters = {name: parameters[name] for name in rates}
@@ -74,20 +98,41 @@ class Optimizer:
             name: p if p.dtype == torch.float32 and not on_host else _master(p, on_host)
             for name, p in self.parameters.items()
         }
-        others = self._groups({name: rate for name, rate in rates.items() if name not in matrices}, weight_decay)
-        # Fused is one pass over memory: with 135M weights on a CPU 0.09 s per step instead of 0.29 s.
-        adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
-        self.algorithms: list[torch.optim.Optimizer] = [adamw]
-        self.algorithm_of: dict[str, torch.optim.Optimizer] = dict.fromkeys(rates, adamw)
-        names = sorted(matrices, key=lambda name: self.masters[name].numel())
+        self.betas = (0.9, beta2)
+        self.rule_of = {name: each.rule for each in assignments for name in each.names}
+        self.algorithms: list[torch.optim.Optimizer] = []
+        self.algorithm_of: dict[str, torch.optim.Optimizer] = {}
+        self.threaded: list[torch.optim.Optimizer] = []
+        for rule, names in ((each.rule, each.names) for each in assignments):
+            parts = self._parts(rule, names)
+            algorithms = [self._algorithm(rule, {name: rates[name] for name in part}, weight_decay) for part in parts]
+            self.algorithms += algorithms
+            self.threaded += algorithms if len(algorithms) > 1 else []
+            for part, algorithm in zip(parts, algorithms, strict=True):
+                self.algorithm_of |= dict.fromkeys(part, algorithm)
+        self.thread_pool = _single_threaded_pool(len(self.threaded)) if self.threaded else None
+        self._initial_settings: list[dict[str, str]] | None = [_settings(each) for each in self.algorithms]
+
+    def _parts(self, rule: UpdateRule, names: Sequence[str]) -> list[Sequence[str]]:
+        """``names`` in parts for one thread each.
+
+        Small matrix products, such as Muon's of a model with 135M weights, don't scale to two threads.
+        """
         on_cpu = all(self.masters[name].device.type == "cpu" for name in names)
-        threads = min(torch.get_num_threads(), len(names)) if on_cpu else 1
-        for thread_names in (names[thread::threads] for thread in range(threads) if names):
-            groups = self._groups({name: rates[name] for name in thread_names}, weight_decay)
-            muon = torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
-            self.algorithms.append(muon)
-            self.algorithm_of.update(dict.fromkeys(thread_names, muon))
-        self.thread_pool = _single_threaded_pool(threads) if threads > 1 else None
+        if rule.scope != "weight" or not on_cpu:
+            return [names]
+        by_size = sorted(names, key=lambda name: self.masters[name].numel())
+        threads = min(torch.get_num_threads(), len(names))
+        return [by_size[thread::threads] for thread in range(threads)]
+
+    def _algorithm(self, rule: UpdateRule, rates: Mapping[str, float], weight_decay: float) -> torch.optim.Optimizer:
+        algorithm = rule.build(self._groups(rates, weight_decay))
+        if not isinstance(algorithm, torch.optim.Optimizer):
+            raise PluginError(
+                f"plugin {plugin_of(rule)}: {type(rule).__name__}.build() returns {type(algorithm).__name__}, expected "
+                "a torch.optim.Optimizer"
+            )
+        return algorithm
 
     def _groups(self, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups by learning rate; no weight decay for one-dimensional ones (norms, biases), as in LLaVA."""
@@ -97,6 +142,7 @@ class Optimizer:
                 "params": [self.masters[name] for name in rates if kinds[name] == kind],
                 "peak": kind[0],
                 "weight_decay": kind[1],
+                "betas": self.betas,
             }
             for kind in sorted(set(kinds.values()))
         ]
@@ -129,14 +175,14 @@ class Optimizer:
         if max_norm is not None:
             norm = self.grad_norm() if norm is None else norm
             nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
-        # One thread per Muon instance: matrix products of a model with 135M weights don't scale to two threads.
-        if self.thread_pool is None:
-            for algorithm in self.algorithms:
+        for algorithm in self.algorithms:
+            if algorithm not in self.threaded:
                 algorithm.step()
-        else:
-            adamw, *muons = self.algorithms
-            adamw.step()
-            list(self.thread_pool.map(lambda muon: muon.step(), muons))
+        if self.thread_pool is not None:
+            list(self.thread_pool.map(lambda algorithm: algorithm.step(), self.threaded))
+        if self._initial_settings is not None:
+            self._check_all_state(self._initial_settings)
+            self._initial_settings = None
         for algorithm in self.algorithms:
             # Set to zero, not freed: allocating new memory in every step costs more than clearing it.
             algorithm.zero_grad(set_to_none=False)
@@ -171,8 +217,32 @@ class Optimizer:
             flat |= {_UNTRAINED_PREFIX + name: tensor for name, tensor in self.untrained.state().items()}
         for name, master in self.masters.items():
             for key, value in self.algorithm_of[name].state.get(master, {}).items():
+                self._check_state(name, key, value)
                 flat[f"{key}.{name}"] = value
         return flat
+
+    def _check_all_state(self, initial_settings: Sequence[Mapping[str, str]]) -> None:
+        """Raises PluginError if checkpoints wouldn't contain the complete state; called after the first step."""
+        self.state()
+        for algorithm, before in zip(self.algorithms, initial_settings, strict=True):
+            after = _settings(algorithm)
+            if changed := [key for key in after if after[key] != before.get(key)]:
+                raise PluginError(
+                    f"optimizer {type(algorithm).__name__} keeps {changed[0].partition('.')[2]!r} in its parameter "
+                    "groups, which checkpoints don't contain; expected state per weight"
+                )
+
+    def _check_state(self, name: str, key: str, value: Any) -> None:
+        """Raises PluginError if an algorithm keeps state that can't be restored from a checkpoint."""
+        rule, shape = self.rule_of[name], () if key == _STEP else self.masters[name].shape
+        if (key == _STEP or key in rule.moments) and isinstance(value, torch.Tensor) and value.shape == shape:
+            return
+        got = f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise PluginError(
+            f"plugin {plugin_of(rule)}: {type(rule).__name__} keeps the state {key!r} ({got}) for {name}; expected "
+            f"tensors of its shape {tuple(self.masters[name].shape)} named in `moments` ({', '.join(rule.moments)}), "
+            f"or the scalar {_STEP!r}"
+        )
 
     @torch.no_grad()
     def load(self, names: Collection[str], read: Callable[[Mapping[str, torch.Tensor]], object]) -> None:
@@ -182,17 +252,26 @@ class Optimizer:
         """
         for name, master in self.masters.items():
             state = self.algorithm_of[name].state
-            moments = [key for key in _MOMENTS if f"{key}.{name}" in names]
-            if moments:
-                # torch keeps the number of steps as a float32 scalar next to the weights.
+            saved = [key for key in (_STEP, *self.rule_of[name].moments) if f"{key}.{name}" in names]
+            if saved:
                 state[master] = {
-                    key: torch.zeros((), device=master.device) if key == "step" else torch.zeros_like(master)
-                    for key in moments
+                    key: torch.zeros((), device=master.device) if key == _STEP else torch.zeros_like(master)
+                    for key in saved
                 }
             else:
                 state.pop(master, None)
         read({name: tensor for name, tensor in self.state().items() if name in names})
         self._copy_masters()
+
+
+def _settings(algorithm: torch.optim.Optimizer) -> dict[str, str]:
+    """The values in the parameter groups that no step may change, as text."""
+    return {
+        f"{index}.{key}": repr(value)
+        for index, group in enumerate(algorithm.param_groups)
+        for key, value in group.items()
+        if key not in ("params", "lr")
+    }
 
 
 def _master(parameter: torch.Tensor, on_host: bool) -> nn.Parameter:
@@ -203,7 +282,7 @@ def _master(parameter: torch.Tensor, on_host: bool) -> nn.Parameter:
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
     """A pool of ``threads`` threads in each of which torch uses a single thread."""
     previous = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, "muon", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "optimizer", initializer=torch.set_num_threads, initargs=(1,))
     barrier = Barrier(threads)
     list(pool.map(lambda _: barrier.wait(), range(threads)))
     # Unlike OpenMP's, MKL's number of threads is global: restore it for this thread.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.training.placement import sharding_blocker
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -78,7 +79,7 @@ def _for_micro_batch(section: str, settings: AnyStage, batch: Batch) -> list[str
 def _for_weights(section: str, settings: AnyStage, placement: Placement) -> list[str]:
     """Ways to need less memory for weights, gradients and optimizer state; those that change the result come last."""
     method, changes = settings.method, []
-    if method != "qlora" and settings.optimizer != "muon":
+    if not sharding_blocker(settings):
         changes.append("more processes" if placement.sharded else "several processes and `-o sharding=full`")
     if method != "connector" and placement.optimizer_state == "device":
         changes.append("`-o optimizer_state=host`")

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from llavactl.core.errors import RecipeError
+from llavactl.core.registry import component_name
 from llavactl.recipe.stages import STAGES
+from llavactl.training.update_rules import optimizer_of
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
-    from llavactl.recipe.stages import StageNumber
+    from llavactl.recipe.stages import AnyStage, StageNumber
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,19 @@ def requested_placement(recipe: Recipe, stage: StageNumber, processes: int) -> P
         RecipeError: the method of the stage can't be sharded.
     """
     settings = recipe.stage(stage).settings
-    for key, value in (("method", settings.method), ("optimizer", settings.optimizer)):
-        if recipe.sharding == "full" and value in ("qlora", "muon"):
-            raise RecipeError(
-                f"{STAGES[stage]}.{key}: {value} can't be sharded, and the recipe has `sharding: full`",
-                hint="`-o sharding=none` trains with a replica per process",
-            )
+    if recipe.sharding == "full" and (blocker := sharding_blocker(settings)):
+        raise RecipeError(
+            f"{STAGES[stage]}.{blocker} can't be sharded, and the recipe has `sharding: full`",
+            hint="`-o sharding=none` trains with a replica per process",
+        )
     host = recipe.optimizer_state == "host"
     return Placement(recipe.sharding == "full" and processes > 1, "host" if host else "device")
+
+
+def sharding_blocker(settings: AnyStage) -> str:
+    """The setting, ``key: value``, because of which a stage can't be sharded; "" if it can."""
+    if settings.method == "qlora":
+        return "method: qlora"
+    return (
+        "" if optimizer_of(settings).scope == "element" else f"optimizer: {component_name(settings.optimizer_spec())}"
+    )

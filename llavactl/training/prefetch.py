@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from llavactl.training.run import Run
 
 
-def prefetched_steps(run: Run, plan: BatchPlan, start: int, stop: Stop) -> Iterator[tuple[int, list[Batch]]]:
-    """Yields each step from ``start`` with this process's micro-batches; they are incomplete once ``stop`` is set."""
+def prefetched_steps(run: Run, plan: BatchPlan, start: int, end: int, stop: Stop) -> Generator[tuple[int, list[Batch]]]:
+    """Yields each step from ``start`` up to ``end`` with this process's micro-batches.
+
+    They are incomplete once ``stop`` is set. Close it if not all steps are used.
+    """
+    if start >= end:
+        return
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(micro_batches, run, run.data, plan.batch(start), stop)
-        for step in range(start, plan.steps):
+        for step in range(start, end):
             try:
                 batches = pending.result()
             except CancelledError:
                 batches = []
-            if step + 1 < plan.steps:
+            if step + 1 < end:
                 pending = thread.submit(micro_batches, run, run.data, plan.batch(step + 1), stop)
             yield step, batches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,8 +41,8 @@ class TrainReport:
     of all files of the model. ``restore_best`` is the setting. ``mfu``: the mean model FLOPs utilization of the steps
     trained by this command, None without a formula for the model; ``peak``: what it is relative to, per device.
     ``kernels`` of norms and MLPs: "liger", or "torch: " and the reason. ``parameters`` of the whole model, ``method``,
-    ``device`` (its type) and ``processes``: what the throughput depends on. ``finished_before``: the stage was finished
-    already, and nothing was trained.
+    ``device`` (its type) and ``processes``: what the throughput depends on. ``stopped_by``: the plugins that
+    ended the stage early. ``finished_before``: the stage was finished already, and nothing was trained.
     """
 
     stage: int
@@ -71,6 +72,7 @@ class TrainReport:
     method: str = ""
     device: str = ""
     processes: int = 0
+    stopped_by: tuple[str, ...] = ()
     finished_before: bool = False
 
 
@@ -139,11 +141,12 @@ def create_report(stage: int, run: Run, data: DataSplit, result: TrainingResult,
         method=run.settings.method,
         device=run.accelerator.device.type,
         processes=run.accelerator.num_processes,
+        stopped_by=result.stopped_by,
     )
 
 
 def _mean_mfu(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """The MFU of all steps in ``lines``; a step without the field, from an earlier version, is left out."""
-    known = [line for line in lines if "mfu" in line]
+    """The MFU of the steps in ``lines`` for which it is known: earlier versions wrote none, or more than 1."""
+    known = [line for line in lines if line.get("mfu", math.inf) <= 1]
     seconds = sum(line["seconds"] for line in known)
     return round(sum(line["mfu"] * line["seconds"] for line in known) / seconds, 4) if seconds else None

@@ -17,9 +17,10 @@ from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import packing_blocker
-from llavactl.training.optimizer import Optimizer
+from llavactl.training.optimizer import Optimizer, learning_rate_schedule
 from llavactl.training.sharding import shard
-from llavactl.training.trainable import UntrainedState, configure_trainable, muon_matrices
+from llavactl.training.trainable import UntrainedState, configure_trainable
+from llavactl.training.update_rules import assign_update_rules
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """A function that is called with the name of a hook and its arguments."""
+
+
+LearningRate = Callable[[int, int], float]
+"""The fraction of the peak learning rate at a step (from 0) of all steps."""
 
 
 class Evaluation(Protocol):
@@ -89,14 +94,15 @@ class TokenCounts:
 class Run:
     """Everything that the training loop needs to train a stage.
 
-    ``shape`` is the shape of the vision features, ``token_grid`` the grid of the connector's tokens for box alignment.
-    ``digest`` identifies settings and data: only checkpoints with the same digest are resumed. ``padding_reason``: why
-    samples are padded; "" if they are packed. ``liger_fault``: why the kernels of liger-kernel are not used; "" if they
-    are.
+    ``schedule``: the learning rate in each step. ``shape`` is the shape of the vision features, ``token_grid`` the grid
+    of the connector's tokens for box alignment. ``digest`` identifies settings and data: only checkpoints with the same
+    digest are resumed. ``padding_reason``: why samples are padded; "" if they are packed. ``liger_fault``: why the
+    kernels of liger-kernel are not used; "" if they are. ``hook_arguments`` are those that every hook gets.
     """
 
     model: LlavaModel
     optimizer: Optimizer
+    schedule: LearningRate
     settings: AnyStage
     data: SampleSet
     validation: SampleSet
@@ -111,6 +117,7 @@ class Run:
     liger_fault: str
     accelerator: Accelerator
     notify: Observer
+    hook_arguments: Mapping[str, Any]
     evaluation: Evaluation | None = None
     preview: Preview | None = None
     token_counts: TokenCounts = field(default_factory=TokenCounts)
@@ -133,7 +140,7 @@ def create_run(
     padding_reason = _padding_reason(model, settings, accelerator)
     liger_fault = _liger_fault(model, settings, accelerator.device)
     rates = configure_trainable(model, settings, recipe.seed)
-    matrices, on_host = muon_matrices(model, settings), placement.optimizer_state == "host"
+    assignments, on_host = assign_update_rules(model, settings), placement.optimizer_state == "host"
     if placement.sharded:
         shard(model, accelerator.device, offload=on_host)
     else:
@@ -141,15 +148,17 @@ def create_run(
     optimizer = Optimizer(
         model,
         rates,
+        assignments,
         settings.weight_decay,
         settings.adam_beta2,
-        matrices,
-        UntrainedState(model),
+        UntrainedState(model, settings.train_connector),
         on_host=on_host and not placement.sharded,  # FSDP2 keeps its shares there already
     )
+    hook_arguments = {"stage": stage.number, "recipe": recipe.model_dump(mode="json")}
     return Run(
         model=model,
         optimizer=optimizer,
+        schedule=learning_rate_schedule(settings),
         settings=settings,
         data=data.train,
         validation=data.validation,
@@ -163,19 +172,9 @@ def create_run(
         padding_reason=padding_reason,
         liger_fault=liger_fault,
         accelerator=accelerator,
-        notify=_hook_caller(recipe, stage.number, folder),
+        notify=lambda hook, arguments: plugins.notify(hook, **hook_arguments, **arguments),
+        hook_arguments=hook_arguments,
     )
-
-
-def _hook_caller(recipe: Recipe, stage: int, folder: Path) -> Observer:
-    """An observer that calls the plugins' hooks with ``recipe``, ``stage`` and, for ``train_started``, ``folder``."""
-    document = recipe.model_dump(mode="json")
-
-    def notify(hook: str, arguments: Mapping[str, Any]) -> None:
-        extra = {"folder": folder} if hook == "train_started" else {}
-        plugins.notify(hook, recipe=document, stage=stage, **extra, **arguments)
-
-    return notify
 
 
 def _padding_reason(model: LlavaModel, settings: AnyStage, accelerator: Accelerator) -> str:

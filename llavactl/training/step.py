@@ -13,7 +13,6 @@ import torch
 from llavactl.core.schema import IGNORE, Batch
 from llavactl.model.inputs import to_device
 from llavactl.training.collective import sum_in_buckets, sum_over_processes, together
-from llavactl.training.optimizer import schedule
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.sharding import gathered
 from llavactl.training.throughput import Work
@@ -98,7 +97,7 @@ def accumulate(run: Run, batches: Sequence[Batch], step: int, stop: Stop) -> Gra
 
 def update(run: Run, gradient: Gradient, step: int, steps: int) -> float:
     """Updates the weights in step ``step`` (from 0) of ``steps``; returns the learning rate."""
-    fraction = schedule(step, steps, run.settings.warmup, run.settings.cooldown)
+    fraction = run.schedule(step, steps)
     with out_of_memory_named(run.folder.name, run.settings, run.placement, f"update of the weights in step {step + 1}"):
         return run.optimizer.step(fraction, run.settings.max_grad_norm, gradient.norm)
 

@@ -24,6 +24,7 @@ import math
 import re
 import time
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +36,15 @@ from llavactl.model.inputs import token_count
 from llavactl.model.packed import has_limited_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from accelerate import Accelerator
 
     from llavactl.core.schema import Batch
     from llavactl.model.llava import LlavaModel
+
+_MIN_PRODUCTS = 4
+_MEASURED_S = 0.1
 
 DENSE_BF16_TFLOPS: Mapping[str, float] = {
     "A10": 125,
@@ -188,8 +192,8 @@ class Peak:
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The peak of ``device``: dense bfloat16 according to its data sheet, or measured in ``dtype`` if it isn't known.
 
-    The measured peak is that of the fastest of a few products of square matrices: of 1,024 rows on a CPU (with this
-    process's threads), of 8,192 on a GPU.
+    The measured peak is that of the fastest product of square matrices in a tenth of a second: of 1,024 rows on a CPU
+    (with this process's threads), of 8,192 on a GPU.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = [key for key in DENSE_BF16_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
@@ -201,47 +205,61 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(_measured(device, dtype, rows), f"{name}: measured with {kind} matrices of {rows:,} × {rows:,}")
 
 
-def _measured(device: torch.device, dtype: torch.dtype, rows: int, products: int = 4) -> float:
-    """FLOP/s of the fastest of ``products`` matrix products. Doesn't use the random state."""
+def _measured(device: torch.device, dtype: torch.dtype, rows: int) -> float:
+    """FLOP/s of the fastest of several matrix products. Doesn't use the random state."""
     matrix = torch.full((rows, rows), 0.5, device=device, dtype=dtype)
-    fastest = float("inf")
-    for _ in range(products):
-        began = time.perf_counter()
+    fastest, products, began = float("inf"), 0, time.perf_counter()
+    while products < _MIN_PRODUCTS or time.perf_counter() - began < _MEASURED_S:
+        start = time.perf_counter()
         matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - began)
+        fastest = min(fastest, time.perf_counter() - start)
+        products += 1
     return float(2 * rows**3 / fastest)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Throughput:
-    """Computes the throughput of steps. ``flops`` is None if there is no formula for the model."""
+    """Computes the throughput of steps. ``flops`` is None if there is no formula for the model.
+
+    A peak that was measured while other programs used the device is too low. So it is measured again when a step is
+    faster than it and than all steps before, and the highest value is kept.
+    """
 
     flops: TrainingFlops | None
     peak: Peak
     processes: int
+    measured_peak: Callable[[], Peak]
+    _fastest: float = 0.0
 
     @classmethod
     def of(cls, model: LlavaModel, precision: str, accelerator: Accelerator) -> Throughput:
         """The throughput of ``model``, which computes in ``precision``; measures the peak of an unknown device."""
-        device_peak = peak(accelerator.device, getattr(torch, precision))
-        return cls(training_flops(model), device_peak, accelerator.num_processes)
+        measured_peak = partial(peak, accelerator.device, getattr(torch, precision))
+        return cls(training_flops(model), measured_peak(), accelerator.num_processes, measured_peak)
 
     def fields(self, work: Work, seconds: float) -> dict[str, Any]:
         """The fields of metrics.jsonl for a step that did ``work``, of all processes, in ``seconds``.
 
-        ``memory_bytes`` is that of this process.
+        ``memory_bytes`` is that of this process. ``mfu`` is missing if it is unknown.
         """
-        mfu = {} if self.flops is None else {"mfu": self.mfu(self.flops.of(work), seconds)}
+        mfu = None if self.flops is None else self.mfu(self.flops.of(work), seconds)
         return {
             "seconds": round(seconds, 4),
             "tokens_per_s": round(work.tokens / seconds, 1),
             "samples_per_s": round(work.samples / seconds, 3),
-            **mfu,
+            **({} if mfu is None else {"mfu": mfu}),
             "memory_bytes": memory_bytes(),
         }
 
-    def mfu(self, flops: int, seconds: float) -> float:
-        """``flops`` in ``seconds`` as a fraction of the peak of all processes."""
-        return round(flops / (seconds * self.processes * self.peak.flops_per_s), 4)
+    def mfu(self, flops: int, seconds: float) -> float | None:
+        """``flops`` in ``seconds`` as a fraction of the peak of all processes.
+
+        None if the step was faster than the peak, which is then wrong.
+        """
+        achieved = flops / (seconds * self.processes)
+        if achieved > max(self.peak.flops_per_s, self._fastest):
+            self._fastest = achieved
+            self.peak = max(self.peak, self.measured_peak(), key=lambda each: each.flops_per_s)
+        return round(achieved / self.peak.flops_per_s, 4) if achieved <= self.peak.flops_per_s else None

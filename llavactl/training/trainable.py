@@ -1,4 +1,4 @@
-"""The trainable parameters of a stage: freezing, LoRA adapters, learning rates, matrices for Muon."""
+"""The trainable parameters of a stage: freezing, LoRA adapters, learning rates."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
     """Freezes and unfreezes the parameters of ``model``; returns the learning rate of each trainable one by name.
 
     Stage 1 trains the connector. Stage 2 trains the connector and the language model: all weights, some of them
-    (``trainable_modules``), or LoRA adapters of all linear layers except the head, as in LLaVA.
+    (``trainable_modules``), or LoRA adapters of all linear layers except the head, as in LLaVA. ``train_connector``
+    selects weights of the connector.
 
     Raises:
         RecipeError: the model doesn't support a setting, or has nothing to train in this stage.
     """
     method = settings.method
     model.requires_grad_(False)
-    for name, parameter in model.connector.named_parameters():
-        parameter.requires_grad_(name not in model.frozen)
+    for name in trained_connector_weights(model, settings.train_connector):
+        model.connector.get_parameter(name).requires_grad_(True)
     if method == "full":
         model.language.requires_grad_(True)
         train_only(model.language, settings.trainable_modules)
@@ -51,7 +52,9 @@ def configure_trainable(model: LlavaModel, settings: AnyStage, seed: int) -> dic
     }
     if not rates:
         raise RecipeError(
-            "the connector has no trainable parameters, so there is nothing to train in this stage",
+            "the connector has no trainable parameters, so there is nothing to train in this stage"
+            if settings.train_connector
+            else "train_connector: false, and nothing else is trainable in this stage",
             hint="`llavactl train --stage 2 -o stage2.init=scratch` trains the language model",
         )
     return rates
@@ -64,15 +67,37 @@ def checkpointing_blocker(language: nn.Module) -> str:
     return f"transformers doesn't support it for {type(language).__name__}"
 
 
+def trained_connector_weights(model: LlavaModel, selection: bool | Sequence[str]) -> list[str]:
+    """The names of the connector's weights that a stage with ``train_connector: selection`` trains.
+
+    Those that the connector's component froze are never among them.
+
+    Raises:
+        RecipeError: a string of ``selection`` is in no name.
+    """
+    names = [name for name, _ in model.connector.named_parameters() if name not in model.frozen]
+    if isinstance(selection, bool):
+        return names if selection else []
+    if unknown := [part for part in selection if not any(part in name for name in names)]:
+        raise RecipeError(
+            f"train_connector: no weight of the connector has {unknown[0]!r} in its name",
+            hint=f"names: {', '.join(names) or 'none is trainable'}",
+        )
+    return [name for name in names if any(part in name for part in selection)]
+
+
 class UntrainedState:
-    """The connector's state that the optimizer doesn't update: buffers, and parameters that its component froze.
+    """The connector's state that the optimizer doesn't update: buffers, and parameters that the stage doesn't train.
 
     Buffers such as BatchNorm statistics change during training and are part of the result. They are looked up in each
     call, because a module may replace them.
     """
 
-    def __init__(self, model: LlavaModel) -> None:
-        self.connector, self.frozen = model.connector, model.frozen
+    def __init__(self, model: LlavaModel, selection: bool | Sequence[str] = True) -> None:
+        """``selection``: the stage's ``train_connector``."""
+        self.connector = model.connector
+        trained = set(trained_connector_weights(model, selection))
+        self.frozen = frozenset(name for name, _ in model.connector.named_parameters() if name not in trained)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors by their names in the connector's state dict."""
@@ -88,30 +113,6 @@ class UntrainedState:
     def buffers(self) -> dict[str, torch.Tensor]:
         """The buffers, which may change during training."""
         return {name: tensor for name, tensor in self.state().items() if name not in self.frozen}
-
-
-def muon_matrices(model: LlavaModel, settings: AnyStage) -> list[str]:
-    """The names of the parameters for Muon: the language model's trainable matrices except embeddings and head.
-
-    Raises:
-        RecipeError: ``optimizer: muon``, but none of these is trainable.
-    """
-    if settings.optimizer != "muon":
-        return []
-    language = model.language
-    excluded_modules = (language.get_input_embeddings(), language.get_output_embeddings())
-    excluded = [module.weight for module in excluded_modules if module is not None]
-    names = [
-        f"language.{name}"
-        for name, parameter in language.named_parameters()
-        if parameter.requires_grad and parameter.ndim == 2 and not any(parameter is weight for weight in excluded)
-    ]
-    if not names:
-        raise RecipeError(
-            "stage2.optimizer: muon, but none of the language model's matrices is trainable",
-            hint="`stage2.trainable_modules` selects only embeddings or head: use `stage2.optimizer: adamw`",
-        )
-    return names
 
 
 def train_only(language: nn.Module, modules: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
 from llavactl.report.plots import PLOTS_MISSING, plots_available
 from llavactl.training.prediction.published import MODELS, PublishedPeak, fastest_fit, published_peaks
-from llavactl.training.prediction.target import Target
+from llavactl.training.prediction.target import Target, gpus
 
 MIN_FREE_DISK_GB = 20
 METHODS = ("connector", "full", "lora", "qlora")
@@ -53,18 +53,21 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Whether ``model`` can be trained with ``method`` here, by stored predictions.
+    """Whether ``model`` can be trained with ``method`` on ``devices``, by stored predictions.
 
     ``method``: ``connector`` is stage 1, the others are stage 2. ``peak_bytes``: the predicted peak of a device (on a
     CPU: of the process) with the fastest settings that fit; ``settings`` are those that cost time. Without any that
-    fit, the lowest peak; None if nothing was predicted, such as for ``qlora`` on a CPU.
+    fit, the lowest peak; None if nothing was predicted, such as for ``qlora`` on a CPU. ``assumes``: the lengths that
+    it is predicted for, micro-batches of ``samples`` samples of ``tokens`` tokens.
     """
 
     model: str
     method: str
+    devices: int
     fits: bool
     peak_bytes: int | None
     settings: tuple[str, ...]
+    assumes: dict[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class OptionalFeature:
 class DoctorReport:
     """The environment, and the ``findings`` of all checks; ``problems`` are those that need attention.
 
-    ``training``: the models and methods that fit on ``training_device``.
+    ``training``: the models and methods that fit on ``training_device``, one as for a run without torchrun, and on all
+    GPUs.
     """
 
     llavactl: str
@@ -101,23 +105,21 @@ class DoctorReport:
 def doctor() -> DoctorReport:
     """Checks packages, devices, disk space, settings and plugins. Writes nothing and doesn't use the network."""
     packages, package_findings = _packages()
-    devices, device_findings = _devices()
+    devices, import_failure = _available_devices()
     disks, disk_findings = _disks()
     installed = tuple(plugins.installed())
     broken = [Diagnosis(f"plugin {plugin.name}", False, plugin.error) for plugin in installed if plugin.error]
-    downloads = _downloads()
-    findings = [
+    necessary = [
         *package_findings,
-        *device_findings,
+        *import_failure,
+        *_precision(devices),
         *disk_findings,
-        _preprocessing(packages),
-        _plots(),
-        downloads,
+        _downloads(),
         *_proxy(),
         *broken,
     ]
-    important = (*package_findings, *device_findings[:1], *disk_findings, downloads, *_proxy(), *broken)
-    target = _target(devices)
+    informative = [*_language_model(devices), *_recipes(devices), _preprocessing(packages), _plots()]
+    targets = _targets(devices)
     return DoctorReport(
         llavactl=__version__,
         python=platform.python_version(),
@@ -126,11 +128,11 @@ def doctor() -> DoctorReport:
         devices=devices,
         disks=disks,
         plugins=installed,
-        findings=tuple(findings),
-        training_device=_target_text(devices, target),
-        training=() if target is None else tuple(_training(target)),
-        features=tuple(_features(cuda=target is not None and target.cuda)),
-        problems=tuple(finding for finding in important if not finding.works),
+        findings=(*necessary, *informative),
+        training_device=_target_text(devices, targets[0]) if targets else "",
+        training=tuple(each for target in targets for each in _training(target)),
+        features=tuple(_features(cuda=any(target.cuda for target in targets))),
+        problems=tuple(finding for finding in necessary if not finding.works),
     )
 
 
@@ -160,11 +162,6 @@ def _packages() -> tuple[dict[str, str], list[Diagnosis]]:
     return versions, unmet
 
 
-def _devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
-    devices, import_failure = _available_devices()
-    return devices, [*import_failure, *_capabilities(devices), *_recipes(devices)]
-
-
 def _available_devices() -> tuple[tuple[Device, ...], list[Diagnosis]]:
     """The CPU and all accelerators, and a finding if torch can't be imported."""
     try:
@@ -177,74 +174,88 @@ def _gb(size: float) -> float:
     return round(size / 1e9, 1)
 
 
-def _capabilities(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
-    """Whether the largest device is fit for the default precision and for a 7B language model."""
+def _precision(devices: Sequence[Device]) -> Iterator[Diagnosis]:
+    """Whether the largest device is fit for the default precision."""
+    if devices:
+        largest = _largest(devices)
+        works = "bfloat16" in largest.dtypes
+        why = "" if works else f"{largest.name} has no hardware support: correct, but slow; set `precision: float32`"
+        yield Diagnosis("bfloat16, the default precision of training", works, why)
+
+
+def _language_model(devices: Sequence[Device]) -> Iterator[Diagnosis]:
+    """Whether the largest device is fit for a 7B language model."""
+    if devices:
+        largest = _largest(devices)
+        is_cpu = largest.name.startswith("cpu")
+        slow = "; training on a CPU takes weeks" if is_cpu else ""
+        yield Diagnosis(
+            "a 7B language model",
+            not is_cpu and largest.memory_gb > MIN_7B_MEMORY_GB,
+            f"{largest.name}, {largest.memory_gb:.0f} GB; the weights take 14 GB in bfloat16{slow}",
+        )
+
+
+def _largest(devices: Sequence[Device]) -> Device:
+    """The accelerator with most memory, otherwise the CPU."""
     accelerators = [device for device in devices if not device.name.startswith("cpu")]
-    if not devices:
-        return
-    largest = max(accelerators or devices, key=lambda device: device.memory_gb)
-    yield Diagnosis(
-        "bfloat16, the default precision of training",
-        "bfloat16" in largest.dtypes,
-        ""
-        if "bfloat16" in largest.dtypes
-        else f"{largest.name} has no hardware support: correct, but slow; set `precision: float32`",
-    )
-    slow = "" if accelerators else "; training on a CPU takes weeks"
-    yield Diagnosis(
-        "a 7B language model",
-        bool(accelerators) and largest.memory_gb > MIN_7B_MEMORY_GB,
-        f"{largest.name}, {largest.memory_gb:.0f} GB; the weights take 14 GB in bfloat16{slow}",
-    )
+    return max(accelerators or devices, key=lambda device: device.memory_gb)
 
 
-def _recipes(devices: tuple[Device, ...]) -> Iterator[Diagnosis]:
-    """Whether each recipe fits on the CUDA devices, as predicted for devices that are not larger and not more."""
-    sizes = [device.memory_gb for device in devices if device.name.startswith("cuda")]
-    if not sizes:
-        return
+def _recipes(devices: Sequence[Device]) -> Iterator[Diagnosis]:
+    """Whether each recipe fits on one and on all GPUs, as predicted for GPUs that are not larger and not more."""
     file = registry().get("recipes", "llava-v1.5-7b").path().with_name("memory.json")
     predictions: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    rows = [row for row in predictions if row["devices"] <= len(sizes) and row["gigabytes"] <= min(sizes)]
-    for name in dict.fromkeys(row["recipe"] for row in rows):
-        own = [row for row in rows if row["recipe"] == name]
-        size = max((row["devices"], row["gigabytes"]) for row in own)
-        stages = [row for row in own if (row["devices"], row["gigabytes"]) == size]
-        peaks = [
-            f"stage {row['stage']}: {row['device_bytes'] / 1e9:.0f} GB" + ("" if row["fits"] else ", too much")
-            for row in stages
+    for target in _targets(devices):
+        possible = [
+            row
+            for row in predictions
+            if target.cuda and row["devices"] <= target.count and row["gigabytes"] * 1e9 <= target.memory_bytes
         ]
-        why = f"predicted for {size[0]} × {size[1]} GB: {'; '.join(peaks)}"
-        yield Diagnosis(f"recipe {name}", all(row["fits"] for row in stages), why)
+        size = max(((row["devices"], row["gigabytes"]) for row in possible), default=(0, 0))
+        if target.count > 1 and size[0] == 1:
+            continue  # nothing was predicted for so few GPUs
+        rows = [row for row in possible if (row["devices"], row["gigabytes"]) == size]
+        for name in dict.fromkeys(row["recipe"] for row in rows):
+            stages = [row for row in rows if row["recipe"] == name]
+            peaks = [
+                f"stage {row['stage']}: {row['device_bytes'] / 1e9:.0f} GB" + ("" if row["fits"] else ", too much")
+                for row in stages
+            ]
+            why = f"predicted for {size[0]} × {size[1]} GB: {'; '.join(peaks)}"
+            where = f" on {target.count} GPUs" if target.count > 1 else ""
+            yield Diagnosis(f"recipe {name}{where}", all(row["fits"] for row in stages), why)
 
 
-def _target(devices: tuple[Device, ...]) -> Target | None:
-    """The devices that training uses: all GPUs, planned with the memory of the smallest, or else the CPU."""
-    gpus = [device.memory_gb for device in devices if device.name.startswith("cuda")]
-    if gpus:
-        return Target(True, round(min(gpus) * 1e9), len(gpus))
-    return Target(False, round(devices[0].memory_gb * 1e9)) if devices else None
+def _targets(devices: Sequence[Device]) -> list[Target]:
+    """What training uses: one GPU, and with torchrun all of them, or else the CPU."""
+    memory = [round(device.memory_gb * 1e9) for device in devices if device.name.startswith("cuda")]
+    if memory:
+        return [gpus(memory, count) for count in dict.fromkeys((1, len(memory)))]
+    return [Target(False, round(devices[0].memory_gb * 1e9))] if devices else []
 
 
-def _target_text(devices: tuple[Device, ...], target: Target | None) -> str:
-    if target is None:
-        return ""
-    size = f"{target.memory_bytes / 1e9:.0f} GB"
-    if not target.cuda:
-        return f"CPU, {size}"
-    names = dict.fromkeys(device.name.partition(" ")[2] for device in devices if device.name.startswith("cuda"))
-    return f"{target.count} × {' and '.join(names)}, {size}" + (" each" if target.count > 1 else "")
+def _target_text(devices: Sequence[Device], target: Target) -> str:
+    used = next(device.name for device in devices if device.name.startswith("cuda") or not target.cuda)
+    name = f"1 × {used.partition(' ')[2]}" if target.cuda else "CPU"
+    return f"{name}, {target.memory_bytes / 1e9:.0f} GB"
 
 
 def _training(target: Target) -> Iterator[TrainingMemory]:
     """Every model and method with stored predictions."""
     for model in MODELS.values():
         for method in METHODS:
-            peaks = published_peaks(model, method, target)
             fit = fastest_fit(model, method, target)
-            lowest = min((peak.bytes for peak in peaks), default=None)
-            settings = () if fit is None else tuple(_settings(fit))
-            yield TrainingMemory(model, method, fit is not None, fit.bytes if fit else lowest, settings)
+            shown = fit or min(published_peaks(model, method, target), key=lambda peak: peak.bytes, default=None)
+            yield TrainingMemory(
+                model=model,
+                method=method,
+                devices=target.count,
+                fits=fit is not None,
+                peak_bytes=None if shown is None else shown.bytes,
+                settings=() if fit is None else tuple(_settings(fit)),
+                assumes=None if shown is None else shown.assumes._asdict(),
+            )
 
 
 def _settings(peak: PublishedPeak) -> Iterator[str]:

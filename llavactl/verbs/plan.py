@@ -17,21 +17,17 @@ from llavactl.core.schema import ImageContents
 from llavactl.data.encode import Encoding
 from llavactl.data.split import load_split
 from llavactl.features import open_features
-from llavactl.model.build import connector_tokens
 from llavactl.recipe.frame import Outline, Recipe
 from llavactl.recipe.load import load_frame
 from llavactl.recipe.stages import STAGES
 from llavactl.training.placement import requested_placement
-from llavactl.training.prediction.choose import (
-    Alternative,
-    alternatives,
-    choices,
-    choose,
-    fitting_options,
-)
-from llavactl.training.prediction.model import feature_shape, language_component
-from llavactl.training.prediction.predict import Choice, StagePredictor
-from llavactl.training.prediction.process import process_bytes
+from llavactl.training.prediction.alternatives import Alternative, alternatives, fitting_options
+from llavactl.training.prediction.assumption import LongestMicroBatch
+from llavactl.training.prediction.choices import choices
+from llavactl.training.prediction.choose import choose
+from llavactl.training.prediction.model import language_component
+from llavactl.training.prediction.predict import Choice, StagePredictor, stage_predictor
+from llavactl.training.prediction.process import process_bytes, resident_bytes
 from llavactl.training.prediction.target import Target, target_device
 from llavactl.training.report import REPORT
 from llavactl.training.throughput import Work, training_flops
@@ -58,6 +54,8 @@ class TrainPlan:
     peak is within ``usable_bytes`` of a device. ``checkpoint_bytes``: the tensors of one checkpoint. ``padding``,
     ``prefix_sharing``: as in the report of a stage. ``micro_batch``: the longest one. None: unknown without the data,
     or for ``time`` without a throughput. ``alternatives``: options with which the stage would fit, nearest first.
+    ``upper_bound``: the peak with the same ``placement``, and whether it fits, if all samples are as long as the recipe
+    allows: micro-batches of ``samples`` samples of ``tokens`` tokens. Without the data, ``peak_bytes`` is this bound.
     """
 
     fits: bool
@@ -77,7 +75,17 @@ class TrainPlan:
     training_flops: int | None
     time: dict[str, Any] | None
     alternatives: tuple[dict[str, Any], ...]
+    upper_bound: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def assumption(self) -> str:
+        """The lengths of samples that ``peak_bytes`` is predicted for."""
+        longest = LongestMicroBatch(self.upper_bound["samples"], self.upper_bound["tokens"])
+        if self.tokens is None:
+            return f"unknown lengths: an upper bound, with {longest}"
+        bound = self.upper_bound["peak_bytes"]["device" if self.device["kind"] == "cuda" else "host"]
+        return f"the lengths of these data; upper bound for longer samples: {gigabytes(bound)}, with {longest}"
 
     @property
     def error(self) -> RecipeError:
@@ -117,16 +125,17 @@ def plan_training(
     requested_placement(recipe, stage, device.count)
     notes: list[str] = []
     with read_only_cache():
-        shape = feature_shape(recipe, stage)
-        tokens = connector_tokens(recipe.connector.spec(), shape)
-        data = _training_data(recipe, stage, tokens, notes)
-        predictor = StagePredictor(recipe, stage, shape, tokens, data, device.count, cuda=device.cuda)
+        longest = stage_predictor(recipe, stage, device)
+        process_bytes()  # before the records are read
+        before = resident_bytes()
+        data = _training_data(recipe, stage, longest.image_tokens, notes)
+        predictor = longest if data is None else longest.with_data(data, max(0, resident_bytes() - before))
         if blocker := predictor.packing_blocker:
             notes.append(f"samples are padded, not packed: {blocker}")
-        process_bytes()
         prediction, fits = choose(predictor, recipe, device)
+        bound = longest.predict(prediction.choice)
         others = () if fits else tuple(alternatives(predictor, recipe, device))
-    return _plan(recipe, predictor, prediction, fits, device, others, tokens_per_s, notes)
+    return _plan(recipe, predictor, prediction, fits, bound, device, others, tokens_per_s, notes)
 
 
 def recipe_warnings(
@@ -159,9 +168,7 @@ def recipe_warnings(
 
 def _longest_samples_fit(recipe: Recipe, stage: StageNumber, device: Target) -> bool:
     """Whether ``stage`` fits, with the fastest settings, even if all samples are as long as the recipe allows."""
-    shape = feature_shape(recipe, stage)
-    tokens = connector_tokens(recipe.connector.spec(), shape)
-    predictor = StagePredictor(recipe, stage, shape, tokens, None, device.count, cuda=device.cuda)
+    predictor = stage_predictor(recipe, stage, device)
     return device.holds(predictor.predict(choices(recipe, predictor.settings, device)[0]))
 
 
@@ -169,9 +176,7 @@ def _training_data(recipe: Recipe, stage: StageNumber, image_tokens: int, notes:
     """The training set of ``stage``; None, with a note, without the records or the tokenizer."""
     training_stage = recipe.stage(stage)
     key, settings = f"data.{STAGES[stage]}", training_stage.settings
-    unknown = (
-        f"steps and tokens are unknown; the memory is that of micro-batches of {settings.max_length}-token samples"
-    )
+    unknown = "steps and tokens are unknown; the memory is the upper bound"
     if not training_stage.sources:
         raise RecipeError(f"{key} has no source", hint=f"add a source of records to `{key}`")
     sources = [_without_missing_options(source) for source in training_stage.sources]
@@ -236,6 +241,7 @@ def _plan(
     predictor: StagePredictor,
     prediction: Prediction,
     fits: bool,
+    bound: Prediction,
     device: Target,
     others: Sequence[Alternative],
     tokens_per_s: float | None,
@@ -245,24 +251,29 @@ def _plan(
     return TrainPlan(
         fits=fits,
         stage=predictor.stage,
-        device={"kind": "cuda" if device.cuda else "cpu", "count": device.count, **_sizes(device)},
+        device={"kind": device.kind, "count": device.count, **_sizes(device)},
         placement={**_described(prediction.choice), "packed": not predictor.packing_blocker},
         parameters={"trainable": weights.trainable, "frozen": weights.frozen},
-        peak_bytes={"device": prediction.device_bytes, "host": prediction.host_bytes},
+        peak_bytes=_peak_bytes(prediction),
         peak_parts={"device": dict(prediction.device), "host": dict(prediction.host)},
         **_counts(plan),
         checkpoint_bytes=weights.checkpoint_bytes(),
         training_flops=_flops(predictor, prediction),
         time=None if plan is None else _time(recipe, predictor, device, plan.tokens, tokens_per_s),
         alternatives=tuple(
-            {
-                "options": list(each.options),
-                "peak_bytes": {"device": each.prediction.device_bytes, "host": each.prediction.host_bytes},
-            }
-            for each in others
+            {"options": list(each.options), "peak_bytes": _peak_bytes(each.prediction)} for each in others
         ),
+        upper_bound={
+            "fits": device.holds(bound),
+            "peak_bytes": _peak_bytes(bound),
+            **predictor.longest_micro_batch(bound.choice)._asdict(),
+        },
         notes=tuple(notes),
     )
+
+
+def _peak_bytes(prediction: Prediction) -> dict[str, int]:
+    return {"device": prediction.device_bytes, "host": prediction.host_bytes}
 
 
 def _counts(plan: StagePlan | None) -> dict[str, Any]:
@@ -322,7 +333,7 @@ def _throughput(report: Path, predictor: StagePredictor, device: Target) -> floa
         "trainable_parameters": weights.trainable,
         "parameters": weights.trainable + weights.frozen,
         "method": predictor.settings.method,
-        "device": "cuda" if device.cuda else "cpu",
+        "device": device.kind,
         "processes": device.count,
     }
     try:

@@ -24,7 +24,7 @@ from llavactl.model.build import ModelBundle, connector_tokens
 from llavactl.model.connector_check import validate_connector
 from llavactl.model.quantized import import_bitsandbytes
 from llavactl.recipe.load import dump
-from llavactl.recipe.specs import template_spec
+from llavactl.recipe.specs import spec_of
 from llavactl.recipe.stages import STAGES
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
@@ -37,7 +37,7 @@ from llavactl.training.initial_model import initial_folder, initial_language, in
 from llavactl.training.loop import train as run_loop
 from llavactl.training.out_of_memory import out_of_memory_named
 from llavactl.training.placement import requested_placement
-from llavactl.training.prediction.choose import choice_for_training, settled
+from llavactl.training.prediction.settle import choice_for_training, settled
 from llavactl.training.report import REPORT, TrainReport, create_report, finished_report
 from llavactl.training.run import create_run
 from llavactl.training.sample_answers import answer_samples, shown_samples
@@ -269,7 +269,7 @@ def _preview(
     device: str,
 ) -> AnswerPreview | None:
     """The preview of ``stage``, with the language model's template: that of stage 1, ``plain``, omits questions."""
-    spec = template_spec(recipe.language.template)
+    spec = spec_of(recipe.language.template)
     chatting = {**description, "template": spec}
     encoding = replace(data.train.encoding, template=registry().create("templates", spec), max_length=None)
     return preview(
@@ -289,10 +289,11 @@ def _train_and_save(
     main, stage = run.accelerator.is_main_process, description["stage"]
     trial_save(run, bundle, description)
     began = time.perf_counter()
-    with refreshed(recipe.run_dir), _recorded(recipe, run) as recorded:
-        result = run_loop(recorded)
-    seconds = time.perf_counter() - began
-    save_model(run, run.folder / "model", bundle, description)
+    with _failure_notified(run):
+        with refreshed(recipe.run_dir), _recorded(recipe, run) as recorded:
+            result = run_loop(recorded)
+        seconds = time.perf_counter() - began
+        save_model(run, run.folder / "model", bundle, description)
     on_main(lambda: remove_previews(recipe.run_dir, stage))
     # From here on the stage is finished; the rest is optional.
     report = on_main(lambda: _write_stage_report(stage, run, data, result, seconds))
@@ -310,6 +311,19 @@ def _train_and_save(
     if main:
         plugins.notify("train_finished", recipe=recipe.model_dump(mode="json"), report=asdict(report))
     return report
+
+
+@contextmanager
+def _failure_notified(run: Run) -> Iterator[None]:
+    """Calls the hook ``train_failed`` if an error or a signal leaves the context, in the main process."""
+    try:
+        yield
+    except BaseException as error:
+        if run.accelerator.is_main_process:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            text = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            run.notify("train_failed", {"folder": run.folder, "error": text, "interrupted": interrupted})
+        raise
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
+from llavactl.training.prediction.published import fastest_fit
+from llavactl.training.prediction.target import Target
 from llavactl.verbs import doctor
 
 GPU = ("float32", "float16", "bfloat16")
@@ -211,6 +213,32 @@ class TestDoctor:
         fits = {(each.model, each.method): each.fits for each in doctor.doctor().training}
         assert not fits["Vicuna 7B", "full"]
         assert not fits["Vicuna 13B", "lora"]
+
+    @pytest.mark.parametrize("count", [1, 8])
+    def test_it_plans_for_one_gpu_as_training_does_and_for_all(
+        self, monkeypatch: pytest.MonkeyPatch, count: int
+    ) -> None:
+        gpus = tuple(doctor.Device(f"cuda:{n} H200", 150.0, GPU) for n in range(count))
+        monkeypatch.setattr(doctor, "_available_devices", lambda: ((doctor.Device("cpu", 64, ()), *gpus), []))
+        training = doctor.doctor().training
+        assert {each.devices for each in training} == {1, count}
+        for each in training:
+            predicted = fastest_fit(each.model, each.method, Target(True, 150 * 10**9, each.devices))
+            assert predicted is not None
+            assert (each.peak_bytes, each.assumes) == (predicted.bytes, predicted.assumes._asdict())
+        text = run_cli("doctor").stdout
+        assert ("full on 8" in text) == (count == 8)
+        assert "2,048 tokens" in text, "the lengths that the peaks are predicted for"
+
+    def test_a_device_that_is_too_small_for_7b_is_no_problem_wherever_it_is_listed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        devices = (doctor.Device("cpu", 64, ("float32",)), doctor.Device("cuda:0 T4", 15.0, GPU[:2]))
+        monkeypatch.setattr(doctor, "_available_devices", lambda: (devices, []))
+        monkeypatch.setattr(doctor, "_precision", lambda devices: iter(()))
+        report = doctor.doctor()
+        assert not {each.what: each for each in report.findings}["a 7B language model"].works
+        assert not any("7B" in each.what for each in report.problems)
 
     def test_problems_are_those_that_need_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")

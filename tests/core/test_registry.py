@@ -180,6 +180,8 @@ def test_kind_labels() -> None:
         "teacher",
         "task",
         "format",
+        "optimizer",
+        "schedule",
     ]
 
 

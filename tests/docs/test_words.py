@@ -40,6 +40,7 @@ QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture")
 
 DATA = {
     "docs/reference/evaluation.md": "pictures?",  # scienceqa's option `pictures`
+    "docs/reference/export.md": "quantised",  # a key in llavactl.json
     "docs/generate.py": "colour",  # an example conversation, which docs/reference/templates.md shows
     "docs/reference/recipes.md": "pictures?",  # scienceqa's option `pictures`
     "docs/reference/templates.md": "colour",
@@ -62,7 +63,6 @@ DATA = {
     "llavactl/testing/endpoint.py": "tower",
     "llavactl/testing/toys.py": "colour|picture",
     "llavactl/training/saving.py": "quantised",  # a key in llavactl.json
-    "docs/reference/export.md": "quantised",
     "llavactl/verbs/generate.py": "pictures",  # a folder name
 }
 """Terms in training data, prompts and file formats, which must not change with the wording."""

@@ -23,7 +23,7 @@ from llavactl.features import FeatureStore, stage_fingerprint
 from llavactl.features.reader import LiveFeatures
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import run_cli
-from llavactl.training import loop
+from llavactl.training import loop, milestones
 from llavactl.training.metrics import read, without_measured
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows doesn't deliver these signals")
@@ -144,15 +144,15 @@ def test_second_signal_aborts_the_step(toy: Path, monkeypatch: pytest.MonkeyPatc
 
 
 FREQUENT_CHECKPOINTS = ("stage1.checkpoint_every=3", "stage1.epochs=3", "stage1.restore_best=true")
-MOMENTS = {
-    "in a step": ("update", 2),
-    "in a step before a validation": ("update", 3),
-    "in the last step": ("update", -1),
-    "before the first validation": ("validate", 1),
-    "before the last validation": ("validate", -1),
-    "before the first checkpoint": ("_save_checkpoint", 1),
-    "before the last checkpoint": ("_save_checkpoint", -1),
-    "when all steps are done": ("_load_best", 1),
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "in a step": (loop, "update", 2),
+    "in a step before a validation": (loop, "update", 3),
+    "in the last step": (loop, "update", -1),
+    "before the first validation": (milestones, "validate", 1),
+    "before the last validation": (milestones, "validate", -1),
+    "before the first checkpoint": (milestones.checkpoints, "save", 2),  # the first call is a trial before step 1
+    "before the last checkpoint": (milestones.checkpoints, "save", -1),
+    "when all steps are done": (loop, "_load_best", 1),
 }
 
 
@@ -160,22 +160,24 @@ MOMENTS = {
 def uninterrupted(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     """The folder of an uninterrupted run, and the number of calls of each function."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    calls = {name: SignalSender(getattr(loop, name), 0) for name, _ in MOMENTS.values()}
+    calls = {name: (module, SignalSender(getattr(module, name), 0)) for module, name, _ in MOMENTS.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVACTL_HOME", str(folder / "home"))
-        for name, counting in calls.items():
-            patch.setattr(loop, name, counting)
+        for name, (module, counting) in calls.items():
+            patch.setattr(module, name, counting)
         assert run_cli(*command(toys, *FREQUENT_CHECKPOINTS, f"run_dir={folder}")).exit_code == 0
-    return folder / "stage1", {name: -counting.call for name, counting in calls.items()}
+    return folder / "stage1", {name: -counting.call for name, (_, counting) in calls.items()}
 
 
-@pytest.mark.parametrize(("name", "call"), MOMENTS.values(), ids=MOMENTS.keys())
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_signal_at_any_moment_gives_a_bit_identical_run(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, dict[str, int]], name: str, call: int
+    toy: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: tuple[Path, dict[str, int]], moment: str
 ) -> None:
     folder, calls = uninterrupted
+    module, name, call = MOMENTS[moment]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, name, SignalSender(getattr(loop, name), call if call > 0 else calls[name], signal.SIGTERM))
+        sender = SignalSender(getattr(module, name), call if call > 0 else calls[name], signal.SIGTERM)
+        patch.setattr(module, name, sender)
         result = run_cli(*command(toy, *FREQUENT_CHECKPOINTS))
     assert result.exit_code == 143, result.stderr
     stopped = read(toy / "interrupted/stage1/metrics.jsonl")[-1]["step"]

@@ -18,6 +18,7 @@ from llavactl.recipe.stages import AnyStage, Stage1, Stage2
 from llavactl.training.optimizer import Optimizer
 from llavactl.training.sharding import gathered, is_sharded, shard
 from llavactl.training.trainable import configure_trainable
+from llavactl.training.update_rules import assign_update_rules
 
 
 @pytest.fixture
@@ -56,12 +57,13 @@ def test_a_sharded_step_equals_a_replicas(
         language = {"name": "hf", "model": str(toy / "language")}
         model = build({"name": "mlp2x-gelu"}, language, shape, dtype="bfloat16").model
         rates = configure_trainable(model, settings, seed=0)
+        assignments = assign_update_rules(model, settings)
         if sharded:
             shard(model, device, offload=offload)
         else:
             model.to(device)
         assert is_sharded(model) == sharded
-        optimizer = Optimizer(model, dict.fromkeys(rates, 1e-3), 0.0, on_host=offload and not sharded)
+        optimizer = Optimizer(model, dict.fromkeys(rates, 1e-3), assignments, 0.0, on_host=offload and not sharded)
         with packed_attention(model.language):
             loss = model(to_device(packed_batch, device)) / 100
             loss.backward()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from llavactl.core.protocols import CAPABILITIES, KINDS, BudgetedTeacher, Limits, Request
+from llavactl.core.protocols import CAPABILITIES, KINDS, BudgetedTeacher, Limits, Request, Weight
 from llavactl.core.registry import registry
 from llavactl.core.schema import ImageSlot, Question, Sample, Text, Turn
 from llavactl.testing import CHECKS
@@ -136,6 +137,56 @@ class FormatOf:
         (to / "one.txt").write_text("1")
 
 
+class RuleOf:
+    """An update rule: AdamW with the given declarations, and updates that are scaled by ``scale``."""
+
+    scope: Any = "element"
+    moments: Any = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, **members: Any) -> None:
+        vars(self).update(members)
+
+    def selects(self, weight: Weight) -> bool:
+        return True
+
+    def build(self, groups: Any) -> Any:
+        return torch.optim.AdamW(groups, lr=0.0)
+
+
+class Normalized(RuleOf):
+    """Divides each gradient by the norm of its weight's gradient, or of all gradients."""
+
+    moments: Any = ()
+
+    def __init__(self, scope: str, over: str) -> None:
+        self.scope, self.over = scope, over
+
+    def build(self, groups: Any) -> Any:
+        return NormalizedSgd(groups, {"lr": 0.0}, self.over)
+
+
+class NormalizedSgd(torch.optim.Optimizer):
+    def __init__(self, groups: Any, defaults: Any, over: str) -> None:
+        super().__init__(groups, defaults)
+        self.over = over
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        weights = [(weight, group) for group in self.param_groups for weight in group["params"]]
+        total = torch.stack([weight.grad.norm() for weight, _ in weights]).norm()
+        for weight, group in weights:
+            weight.sub_(group["lr"] * weight.grad / (total if self.over == "all" else weight.grad.norm()))
+
+
+class ScheduleOf:
+    def __init__(self, *values: Any) -> None:
+        self.values, self.calls = values, 0
+
+    def fraction(self, step: int, steps: int) -> Any:
+        self.calls += 1
+        return self.values[self.calls % len(self.values)]
+
+
 class ReloadsNothing(FormatOf):
     reload = "script.py"
 
@@ -175,6 +226,17 @@ FAULTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("formats", ReloadsNothing(), ("reload", "script.py")),
     ("formats", RecognisesAll(), ("recognise()", "an empty folder")),
     ("formats", ChangesModel(), ("changes the model's folder",)),
+    ("optimizers", RuleOf(scope="row"), ("scope is 'row'",)),
+    ("optimizers", RuleOf(moments=("exp_avg",)), ("exp_avg_sq", "moments")),
+    ("optimizers", RuleOf(selects=lambda weight: False), ("every kind",)),
+    ("optimizers", RuleOf(build=lambda groups: None), ("NoneType", "Optimizer")),
+    ("optimizers", RuleOf(build=lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9)), ("momentum_buffer",)),
+    ("optimizers", Normalized("weight", "all"), ("scope is weight", "other weights")),
+    ("optimizers", Normalized("element", "weight"), ("scope is element", "rest of it")),
+    ("schedules", ScheduleOf("1"), ("fraction(0, 1)", "'1'")),
+    ("schedules", ScheduleOf(-1.0), ("-1.0", "at least 0")),
+    ("schedules", ScheduleOf(0.0), ("0 in every step",)),
+    ("schedules", ScheduleOf(1.0, 0.5), ("earlier calls",)),
 ]
 
 
@@ -193,7 +255,15 @@ def test_a_fault_is_one_line(kind: str, component: Any, parts: Sequence[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "component"), [("templates", TemplateOf()), ("teachers", TeacherOf("A dog."))], ids=str
+    ("kind", "component"),
+    [
+        ("templates", TemplateOf()),
+        ("teachers", TeacherOf("A dog.")),
+        ("optimizers", RuleOf()),
+        ("optimizers", Normalized("weight", "weight")),
+        ("optimizers", Normalized("all", "all")),
+    ],
+    ids=str,
 )
 def test_components_without_faults(kind: str, component: Any) -> None:
     assert CHECKS[kind](component) == []

@@ -1,4 +1,4 @@
-"""The learning-rate schedule; which weights Muon updates, and the size of its updates."""
+"""Learning-rate schedules; which weights Muon updates, and the size of its updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
 from llavactl.testing import run_cli
 from llavactl.training.optimizer import Optimizer, schedule
-from llavactl.training.trainable import configure_trainable, muon_matrices
+from llavactl.training.trainable import configure_trainable
+from llavactl.training.update_rules import assign_update_rules
 
 RATE = 0.01
 
@@ -53,14 +54,14 @@ def muon(**settings: Any) -> Stage2:
 def one_step(model: LlavaModel, stage: Stage2) -> tuple[list[str], dict[str, torch.Tensor]]:
     """The parameters for Muon, and the update of each trainable parameter for random gradients."""
     rates = configure_trainable(model, stage, seed=0)
-    matrices = muon_matrices(model, stage)
-    optimizer = Optimizer(model, rates, weight_decay=0.0, matrices=matrices)
+    assignments = assign_update_rules(model, stage)
+    optimizer = Optimizer(model, rates, assignments, weight_decay=0.0)
     initial = {name: parameter.detach().clone() for name, parameter in optimizer.parameters.items()}
     torch.manual_seed(0)
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.randn_like(parameter)
     assert optimizer.step(1.0) == RATE
-    return matrices, {name: p.detach() - initial[name] for name, p in optimizer.parameters.items()}
+    return list(assignments[-1].names), {name: p.detach() - initial[name] for name, p in optimizer.parameters.items()}
 
 
 def test_updates_do_not_depend_on_the_number_of_threads(model: LlavaModel) -> None:
@@ -73,7 +74,8 @@ def test_updates_do_not_depend_on_the_number_of_threads(model: LlavaModel) -> No
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(previous)
-    matrices = muon_matrices(model, muon())
+    configure_trainable(model, muon(), seed=0)
+    matrices = assign_update_rules(model, muon())[-1].names
     assert len(matrices) > 3
     for name in matrices:
         assert torch.equal(updates[0][name], updates[1][name]), name
@@ -102,8 +104,8 @@ def test_muon_updates_the_matrices_of_adapters(model: LlavaModel) -> None:
 def test_muon_without_trainable_matrices_is_refused(model: LlavaModel) -> None:
     stage = muon(trainable_modules=("norm",))
     configure_trainable(model, stage, seed=0)
-    with pytest.raises(RecipeError, match=r"stage2\.optimizer: muon"):
-        muon_matrices(model, stage)
+    with pytest.raises(RecipeError, match="optimizer: muon"):
+        assign_update_rules(model, stage)
 
 
 def test_norms_and_biases_have_no_weight_decay_as_in_transformers(model: LlavaModel) -> None:
@@ -111,7 +113,7 @@ def test_norms_and_biases_have_no_weight_decay_as_in_transformers(model: LlavaMo
 
     stage = Stage2(batch_size=2, micro_batch_size=1, weight_decay=0.1)
     rates = configure_trainable(model, stage, 0)
-    optimizer = Optimizer(model, rates, stage.weight_decay)
+    optimizer = Optimizer(model, rates, assign_update_rules(model, stage), stage.weight_decay)
     names = {id(master): name for name, master in optimizer.masters.items()}
     decayed = {
         names[id(each)]
@@ -128,7 +130,8 @@ def test_max_grad_norm_clips_like_torch(model: LlavaModel) -> None:
     largest = []
     for limit in (None, 0.5):
         copied = copy.deepcopy(model)
-        optimizer = Optimizer(copied, dict.fromkeys(dict(copied.named_parameters()), RATE), 0.0)
+        rates = dict.fromkeys(dict(copied.named_parameters()), RATE)
+        optimizer = Optimizer(copied, rates, assign_update_rules(copied, Stage2()), 0.0)
         for master in optimizer.masters.values():
             master.grad = torch.ones_like(master)
         norm = math.sqrt(sum(master.numel() for master in optimizer.masters.values()))
@@ -164,7 +167,7 @@ def test_optimizer_state_in_host_memory_changes_no_bit(toy: Path, precision: str
 
 def test_with_optimizer_state_in_host_memory_every_master_is_a_copy_there(model: LlavaModel) -> None:
     rates = dict.fromkeys(dict(model.named_parameters()), RATE)
-    optimizer = Optimizer(model, rates, 0.0, on_host=True)
+    optimizer = Optimizer(model, rates, assign_update_rules(model, Stage2()), 0.0, on_host=True)
     for name, master in optimizer.masters.items():
         assert master is not optimizer.parameters[name]
         assert (master.device.type, master.dtype) == ("cpu", torch.float32)

@@ -23,6 +23,7 @@ from llavactl.testing import run_cli
 from llavactl.training.metrics import read
 from llavactl.training.optimizer import Optimizer
 from llavactl.training.trainable import configure_trainable
+from llavactl.training.update_rules import assign_update_rules
 
 OPTIONS = ["method=qlora", "lora={r: 4, alpha: 8, dropout: 0.0}", "init=scratch", "epochs=4"]
 OPTIONS += ["validation=0.2", "learning_rate=1e-2"]
@@ -101,7 +102,7 @@ def test_adapters_have_the_precision_and_float32_masters(
     settings = Stage2(method="qlora", lora=Lora(r=4, alpha=8), precision=precision)  # type: ignore[arg-type]
     rates = configure_trainable(model, settings, seed=0)
     assert any("lora_A" in name for name in rates)
-    optimizer = Optimizer(model, rates, 0.0)
+    optimizer = Optimizer(model, rates, assign_update_rules(model, settings), 0.0)
     assert {optimizer.parameters[name].dtype for name in rates} == {dtype}
     assert {master.dtype for master in optimizer.masters.values()} == {torch.float32}
 

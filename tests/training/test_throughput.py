@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, FeatureShape, ImageRef
@@ -89,7 +92,7 @@ def test_an_architecture_without_a_formula_has_no_mfu(toys: Path) -> None:
     model = toy_model(toys)
     model.language.config.num_local_experts = 8
     assert training_flops(model) is None
-    throughput = Throughput(None, Peak(1e12, ""), 1)
+    throughput = Throughput(None, Peak(1e12, ""), 1, lambda: Peak(1e12, ""))
     assert "mfu" not in throughput.fields(Work(1, 10), 0.5)
 
 
@@ -121,8 +124,33 @@ def test_mfu_is_relative_to_the_peak_of_all_processes(toys: Path) -> None:
     configure_trainable(model, Stage2(), seed=0)
     flops, work = training_flops(model), Work(4, 400, 300, 100, 16, 5000)
     assert flops is not None
-    throughput = Throughput(flops, Peak(1e9, ""), 2)
+    throughput = Throughput(flops, Peak(1e9, ""), 2, lambda: Peak(1e9, ""))
     fields = throughput.fields(work, 0.5)
     assert fields["mfu"] == pytest.approx(flops.of(work) / (0.5 * 2 * 1e9), abs=1e-4)
     assert (fields["tokens_per_s"], fields["samples_per_s"]) == (800, 8)
     assert fields["memory_bytes"] > 10_000_000
+
+
+def test_a_peak_that_a_step_exceeds_is_measured_again() -> None:
+    """The first measurement was disturbed by other load; one per record, as each takes time."""
+    measurements = iter([Peak(50, "disturbed"), Peak(400, "undisturbed"), Peak(300, "disturbed")])
+    throughput = Throughput(None, Peak(100, "first"), 2, lambda: next(measurements))
+    assert throughput.mfu(100, 1) == 0.5
+    assert throughput.mfu(300, 1) is None, "150 FLOP/s per process: more than both measurements"
+    assert throughput.peak.flops_per_s == 100, "the highest is kept"
+    assert throughput.mfu(260, 1) is None, "not measured again: the device was already as fast"
+    assert throughput.mfu(400, 1) == 0.5
+    assert throughput.peak == Peak(400, "undisturbed")
+    assert throughput.mfu(1000, 1) is None
+    assert throughput.peak == Peak(400, "undisturbed")
+    assert next(measurements, None) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=st.lists(st.floats(1e-3, 1e6), max_size=30), peaks=st.lists(st.floats(1, 1e6), min_size=1))
+def test_mfu_is_a_fraction_or_unknown(steps: list[float], peaks: list[float]) -> None:
+    measured = map(Peak, itertools.cycle(peaks), itertools.repeat(""))
+    throughput = Throughput(None, next(measured), 1, lambda: next(measured))
+    for seconds in steps:
+        mfu = throughput.mfu(1000, seconds)
+        assert mfu is None or 0 <= mfu <= 1

@@ -15,7 +15,7 @@ import pytest
 
 from llavactl import DataError
 from llavactl.chat.inputs import open_images, read_batch, user_content
-from llavactl.components.sources.llava_json import sample_of
+from llavactl.components.sources.llava_json import llava_sample
 from llavactl.components.tasks.image_questions import user_turn
 from llavactl.testing import run_cli
 
@@ -78,7 +78,7 @@ def test_a_question_is_read_as_in_training_records(photo: Path, tmp_path: Path, 
         return
     if images:
         record["image"] = [photo.name] * images
-    turn = sample_of(record, "here", str(photo.parent)).turns[0]
+    turn = llava_sample(record, "here", str(photo.parent)).turns[0]
 
     def texts(parts: Sequence[object]) -> list[object]:
         return [part if isinstance(part, str) else "(image)" for part in parts]

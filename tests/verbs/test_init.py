@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from llavactl.core.quantities import gigabytes
 from llavactl.core.registry import registry
 from llavactl.recipe.load import load_recipe
 from llavactl.recipe.stages import STAGES
 from llavactl.testing import run_cli, toy_photos
+from llavactl.training.prediction.published import fastest_fit
+from llavactl.training.prediction.target import Target
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ODD_NAMES = (
@@ -192,6 +195,54 @@ def test_a_prediction_chooses_the_method(project: Path) -> None:
     assert sizes["1MB"]["warnings"]
     asked = init("--data", "records.json", "--force", "--method", "lora")
     assert load_recipe(asked["recipe"]).stage2.method == "lora"
+
+
+@pytest.mark.parametrize(
+    "device", [(), ("--device-memory", "1GB"), ("--device-memory", "1GB", "--devices", "2"), ("--devices", "2")]
+)
+def test_a_dry_run_of_the_recipe_predicts_the_same(device: tuple[str, ...], project: Path) -> None:
+    """Exactly while the data's lengths are unknown; with them, the same is the upper bound."""
+    data = captioned(project / "photos")
+    report = init("--data", str(data), *device)
+    kind = "device" if report["device"]["kind"] == "cuda" else "host"
+    assert report["device"]["count"] == (2 if "--devices" in device else 1)
+
+    def planned(stage: str) -> dict[str, Any]:
+        run = run_cli("train", "-r", report["recipe"], "--stage", stage[-1], "--dry-run", "--json", *device)
+        assert run.exit_code == 0, run.stderr
+        plan: dict[str, Any] = run.json()
+        assert plan["device"]["count"] == report["device"]["count"]
+        return plan
+
+    for stage, peak in report["peak_bytes"].items():
+        bound = planned(stage)["upper_bound"]
+        assert bound["peak_bytes"][kind] == peak
+        assert {key: bound[key] for key in ("samples", "tokens")} == report["assumes"][stage]
+        assert load_recipe(report["recipe"]).stage(int(stage[-1])).settings.max_length == bound["tokens"]
+    shutil.rmtree(data)
+    assert planned("stage1")["peak_bytes"][kind] == report["peak_bytes"]["stage1"]
+
+
+def test_the_comment_has_the_prediction_and_its_assumption(project: Path) -> None:
+    report = init("--data", "records.json", "--device-memory", "24GB", "--devices", "8")
+    comments = " ".join(line.strip(" #") for line in report["text"].splitlines() if line.lstrip().startswith("#"))
+    assert gigabytes(report["peak_bytes"]["stage2"]) in report["text"]
+    assert f"{report['assumes']['stage2']['tokens']:,} tokens" in report["text"]
+    assert "--device-memory 24GB --devices 8" in comments, "the dry run that shows the same"
+
+
+def test_on_a_cpu_the_recipe_has_the_settings_of_its_stored_prediction(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=25 * 10**9))
+    models = ("--vision", "openai/clip-vit-large-patch14-336", "--language", "lmsys/vicuna-7b-v1.5")
+    report = init("--data", "records.json", *models, "--method", "lora", models=False)
+    peak = fastest_fit("Vicuna 7B", "connector", Target(False, 25 * 10**9))
+    assert peak is not None
+    settings = load_recipe(report["recipe"]).stage1
+    assert report["peak_bytes"]["stage1"] == peak.bytes
+    assert settings.gradient_checkpointing is peak.gradient_checkpointing is True
+    assert settings.micro_batch_tokens == peak.micro_batch_tokens
 
 
 def test_defaults_of_a_machine_without_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,16 +21,16 @@ from llavactl.core.errors import DataError
 from llavactl.core.protocols import Finding
 from llavactl.core.schema import ImageRef
 from llavactl.files.records import given_id, image_names
-from llavactl.images.references import ImageRoot, image_in
+from llavactl.images.references import ImageLocation, image_in
 
 REFUSED = frozenset({"record", "media", "message", "role", "turns", "no-answer", "tags", "placeholder", "image-path"})
-"""The problems of a single record for which ``sample_of`` refuses it."""
+"""The problems of a single record for which ``llava_sample`` refuses it."""
 
 
-def examine(record: Any, root: ImageRoot | str) -> tuple[list[Finding], list[ImageRef]]:
-    """The problems of ``record`` by itself, and its images below ``root``, which are not opened.
+def llava_findings(record: Any, root: ImageLocation) -> tuple[list[Finding], list[ImageRef]]:
+    """All problems of a LLaVA record by itself, and its images, which are not opened.
 
-    The source ``llava-json`` accepts exactly the records without a finding in ``REFUSED``.
+    ``root`` is that of ``llava_sample``, which accepts exactly the records without a finding that stops a run.
     """
     if not isinstance(record, dict):
         return [Finding("record", f"expected an object, got {record!r:.60}")], []
@@ -50,7 +50,7 @@ def examine(record: Any, root: ImageRoot | str) -> tuple[list[Finding], list[Ima
     return [*findings, *tags, *_turn_findings(messages_by_role)], images
 
 
-def images_of(record: Mapping[str, Any], root: ImageRoot | str) -> tuple[list[ImageRef], list[Finding]]:
+def images_of(record: Mapping[str, Any], root: ImageLocation) -> tuple[list[ImageRef], list[Finding]]:
     """The images that ``record`` names below ``root``, and findings about their names and other media."""
     try:
         paths = image_names(record)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl.components.sources.llava_checks import examine
+from llavactl.components.sources.llava_checks import llava_findings
 from llavactl.components.sources.llava_record import (
     ROLES,
     TAG,
@@ -30,7 +30,7 @@ from llavactl.core.registry import Options
 from llavactl.core.schema import ImageRef, Json, Sample, Turn
 from llavactl.files.json_stream import STREAM_SUFFIXES, read_stream
 from llavactl.files.records import IMAGE_KEYS, given_id, image_names
-from llavactl.images.references import ImageRoot, check_image_root, image_in
+from llavactl.images.references import ImageLocation, ImageRoot, check_image_root, image_in
 
 PATH_HINT = "check `path`; if the recipe generates this file, run `llavactl data generate` first"
 FORM = 'a record is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}'
@@ -88,11 +88,11 @@ class LlavaJson:
             yield RawRecord(f"{self.path}:{entry.location}", entry.value, entry.index, entry.problem, entry.position)
 
     def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
-        return examine(record.value, self.root)
+        return llava_findings(record.value, self.root)
 
     def sample(self, record: RawRecord) -> Sample:
         try:
-            return sample_of(record.value, record.where, self.root, record.index)
+            return llava_sample(record.value, record.where, self.root, record.index)
         except DataError as error:
             raise self._with_repair_hint(error) from error
 
@@ -114,8 +114,10 @@ class LlavaJson:
         return DataError(error.message, hint=f"{error.hint}; {fix}" if error.hint else fix)
 
 
-def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) -> Sample:
-    """``record`` as a sample, with images relative to ``root``; ``index`` is the id of a record without an id.
+def llava_sample(record: Any, where: str, root: ImageLocation, index: int = 0) -> Sample:
+    """A LLaVA record, ``{"id", "image", "conversations"}``, as a sample.
+
+    ``root`` is the location of its images as in ``image_in``; ``index`` is the id of a record without an id.
 
     Raises:
         DataError: the record can't be used; the message begins with ``where``.
@@ -135,7 +137,7 @@ def sample_of(record: Any, where: str, root: ImageRoot | str, index: int = 0) ->
     return Sample(given_id(record) or str(index), turns_with_images, where, captions=captions, extra=extra)
 
 
-def _images(record: Mapping[str, Any], where: str, root: ImageRoot | str) -> list[ImageRef]:
+def _images(record: Mapping[str, Any], where: str, root: ImageLocation) -> list[ImageRef]:
     try:
         images = [image_in(root, path) for path in image_names(record)]
     except DataError as error:

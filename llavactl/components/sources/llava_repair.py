@@ -14,7 +14,7 @@ from llavactl.components.sources.llava_record import (
     names_images,
     tag_fault,
 )
-from llavactl.images.references import ImageRoot
+from llavactl.images.references import ImageLocation
 
 ROLE_SYNONYMS = {
     "bot": "gpt",
@@ -31,7 +31,7 @@ ROLE_SYNONYMS = {
 Message = dict[str, Any]
 
 
-def repair(record: Any, root: ImageRoot | str) -> tuple[dict[str, Any] | None, list[str]]:
+def repair(record: Any, root: ImageLocation) -> tuple[dict[str, Any] | None, list[str]]:
     """``record`` repaired for the source ``llava-json`` (None: dropped), and a list of the changes.
 
     ``record`` itself is not changed. No content is invented: roles are renamed, messages merged or removed, tags

@@ -41,6 +41,7 @@ from llavactl.core.protocols.teachers import (
     Request,
     Teacher,
 )
+from llavactl.core.protocols.training import Schedule, UpdateRule, Weight
 from llavactl.core.protocols.vision import Connector, Encoder, ExportableVision, GridConnector, ShapedVision, Vision
 from llavactl.core.schema import Json
 
@@ -79,6 +80,7 @@ __all__ = [
     "RepairingSource",
     "Reply",
     "Request",
+    "Schedule",
     "Scores",
     "ShapedVision",
     "SkeletonLanguage",
@@ -87,10 +89,23 @@ __all__ = [
     "Teacher",
     "TeacherScored",
     "Template",
+    "UpdateRule",
     "Vision",
+    "Weight",
 ]
 
-Kind = Literal["sources", "vision", "connectors", "languages", "templates", "teachers", "tasks", "formats"]
+Kind = Literal[
+    "sources",
+    "vision",
+    "connectors",
+    "languages",
+    "templates",
+    "teachers",
+    "tasks",
+    "formats",
+    "optimizers",
+    "schedules",
+]
 
 KINDS: Mapping[str, type] = {
     "sources": Source,
@@ -101,6 +116,8 @@ KINDS: Mapping[str, type] = {
     "teachers": Teacher,
     "tasks": Task,
     "formats": Format,
+    "optimizers": UpdateRule,
+    "schedules": Schedule,
 }
 """The kinds of components; folders, hooks and the command line use the same names."""
 
@@ -113,6 +130,8 @@ CAPABILITIES: Mapping[str, tuple[type, ...]] = {
     "teachers": (LanguageTeacher, BatchTeacher, ClosableTeacher, ExactTeacher, Identifiable),
     "tasks": (Judged, TeacherScored, AnswerMatcher, AnswerChecker, Identifiable),
     "formats": (CheckableFormat, Identifiable),
+    "optimizers": (Identifiable,),
+    "schedules": (Identifiable,),
 }
 """The optional Protocols of each kind, which llavactl asks for with ``isinstance``."""
 

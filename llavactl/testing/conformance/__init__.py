@@ -14,12 +14,15 @@ from llavactl.testing.conformance.sources import check_source
 from llavactl.testing.conformance.tasks import check_task
 from llavactl.testing.conformance.teachers import check_teacher
 from llavactl.testing.conformance.templates import check_template
+from llavactl.testing.conformance.training import check_optimizer, check_schedule
 
 __all__ = [
     "CHECKS",
     "check_connector",
     "check_format",
     "check_language",
+    "check_optimizer",
+    "check_schedule",
     "check_source",
     "check_task",
     "check_teacher",
@@ -36,5 +39,7 @@ CHECKS: Mapping[str, Callable[[Any], list[str]]] = {
     "teachers": check_teacher,
     "tasks": check_task,
     "formats": check_format,
+    "optimizers": check_optimizer,
+    "schedules": check_schedule,
 }
 """The check of a component of each kind."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,16 +18,18 @@ from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded
 from llavactl.data.packing import MicroBatchLimits
 from llavactl.data.stage_plan import PlannedSamples, StagePlan, built, micro_batches, planned, stage_plan
+from llavactl.model.build import connector_tokens
 from llavactl.model.packed import packing_blocker
 from llavactl.recipe.stages import STAGES
 from llavactl.training.loop import batch_plan
+from llavactl.training.prediction.assumption import LongestMicroBatch, longest_micro_batch, samples_limit
 from llavactl.training.prediction.fake import as_fake, fake_tensors
-from llavactl.training.prediction.model import dequantized, stage_model
+from llavactl.training.prediction.model import dequantized, feature_shape, stage_model
 from llavactl.training.prediction.process import ALLOCATOR_SHARE, kernel_bytes, process_bytes
 from llavactl.training.prediction.step import GRADIENTS, StepMemory, step_memory
 from llavactl.training.prediction.storage import Part
 from llavactl.training.prediction.weights import Weights
-from llavactl.training.trainable import muon_matrices
+from llavactl.training.update_rules import moments_by_weight
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch, FeatureShape, ImageRef
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from llavactl.recipe.frame import Recipe
     from llavactl.recipe.stages import AnyStage, StageNumber
     from llavactl.training.placement import Placement
+    from llavactl.training.prediction.target import Target
 
 
 class Choice(NamedTuple):
@@ -78,11 +80,23 @@ class Prediction:
         return sum(self.host.values())
 
 
+def stage_predictor(recipe: Recipe, stage: StageNumber, device: Target) -> StagePredictor:
+    """The predictor of ``stage`` on ``device``, from configurations only.
+
+    Raises:
+        RecipeError: the vision encoder is a plugin's whose shape is unknown without its weights.
+        ModelError: the configuration of the vision encoder can't be read.
+    """
+    shape = feature_shape(recipe, stage)
+    tokens = connector_tokens(recipe.connector.spec(), shape)
+    return StagePredictor(recipe, stage, shape, tokens, None, device.count, cuda=device.cuda)
+
+
 class StagePredictor:
     """Predicts ``stage`` on ``processes`` devices, CUDA devices or CPUs; caches what several predictions use.
 
-    ``data`` is None if it isn't known. Then the largest micro-batch has as many samples of ``max_length`` tokens as the
-    settings allow, and every token of their text is a target.
+    ``data`` is None if it isn't known: then ``longest_micro_batch`` is assumed. ``records_bytes``: host memory that its
+    records take.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class StagePredictor:
         self.recipe, self.stage, self.shape, self.image_tokens = recipe, stage, shape, image_tokens
         self.settings: AnyStage = recipe.stage(stage).settings
         self.data, self.processes, self.cuda = data, processes, cuda
+        self.records_bytes = 0
         self._samples = None if data is None else PlannedSamples(data)
         self.weights = cache(self._weights)
         self.static_memory = cache(lambda placement: self.weights().memory(placement, self.processes))
@@ -107,17 +122,22 @@ class StagePredictor:
 
     def with_settings(self, settings: AnyStage, processes: int) -> StagePredictor:
         """The predictor of the same stage and data with other ``settings`` or ``processes``."""
-        other = StagePredictor(
-            self.recipe,
-            self.stage,
-            self.shape,
-            self.image_tokens,
-            self.data,
-            processes,
-            cuda=self.cuda,
-        )
-        other.settings, other._samples = settings, self._samples
+        other = self._with(self.data, processes)
+        other.settings, other._samples, other.records_bytes = settings, self._samples, self.records_bytes
         return other
+
+    def with_data(self, data: SampleSet, records_bytes: int) -> StagePredictor:
+        """The predictor of the same stage for the lengths of ``data``."""
+        other = self._with(data, self.processes)
+        other.weights, other.records_bytes = self.weights, records_bytes
+        return other
+
+    def _with(self, data: SampleSet | None, processes: int) -> StagePredictor:
+        return StagePredictor(self.recipe, self.stage, self.shape, self.image_tokens, data, processes, cuda=self.cuda)
+
+    def longest_micro_batch(self, choice: Choice) -> LongestMicroBatch:
+        """The micro-batch that ``choice`` is predicted for without data."""
+        return longest_micro_batch(self.settings, choice.micro_batch_tokens, self.processes)
 
     @cached_property
     def packing_blocker(self) -> str:
@@ -145,7 +165,8 @@ class StagePredictor:
             host += device + self._allocator_parts(choice, keeps_gradients, plan)
             # Written between steps, but the allocator keeps the memory of the activations.
             host["checkpoint"] = self.weights().checkpoint_copy_bytes()
-        return Prediction(choice, device, host + Counter(process=process_bytes()), plan)
+        resident = Counter(process=process_bytes(), records=self.records_bytes)
+        return Prediction(choice, device, host + resident, plan)
 
     def _allocator_parts(self, choice: Choice, keeps_gradients: bool, plan: StagePlan | None) -> Counter[Part]:
         """On a CPU: free memory that glibc keeps, and oneDNN's kernels."""
@@ -174,7 +195,7 @@ class StagePredictor:
         settings = self.settings.model_copy(update={"gradient_checkpointing": False})
         model = stage_model(self.recipe, self.stage, settings, self.shape)
         size = getattr(torch, settings.precision).itemsize
-        return Weights(model, size, frozenset(muon_matrices(model, settings)), settings.method == "qlora")
+        return Weights(model, size, moments_by_weight(model, settings), settings.method == "qlora")
 
     def _plan(self, micro_batch_tokens: int | None) -> StagePlan | None:
         if self.data is None or self._samples is None:
@@ -186,8 +207,7 @@ class StagePredictor:
             )
 
     def _limits(self, micro_batch_tokens: int | None) -> MicroBatchLimits:
-        samples = max(1, min(self.settings.micro_batch_size, self.settings.batch_size // self.processes))
-        return MicroBatchLimits(samples, micro_batch_tokens)
+        return MicroBatchLimits(samples_limit(self.settings, self.processes), micro_batch_tokens)
 
     def _trace(
         self, gradient_checkpointing: bool, micro_batch_tokens: int | None, master_gradients: bool
@@ -207,8 +227,8 @@ class StagePredictor:
         plan = self.plan(micro_batch_tokens)
         if plan is None or self.data is None:
             limits = self._limits(micro_batch_tokens)
-            samples = max(1, min(limits.samples, (limits.tokens or sys.maxsize) // self.settings.max_length))
-            items = _longest_samples(samples, self.settings.max_length, self.image_tokens)
+            longest = longest_micro_batch(self.settings, micro_batch_tokens, self.processes)
+            items = _longest_samples(*longest, self.image_tokens)
             lengths = [planned(item, self.image_tokens) for item in items]
             largest = [(items, next(micro_batches(lengths, limits, 1, packed=not self.packing_blocker)))]
         else:

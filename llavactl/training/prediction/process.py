@@ -41,17 +41,23 @@ def kernel_bytes(micro_batches: int | None) -> int:
 
 @cache
 def process_bytes() -> int:
-    """The resident memory of this process, after the data was loaded and the libraries' kernels were used once.
+    """The resident memory of this process before records are read, after the libraries' kernels were used once.
 
-    A process that trains has the same, besides what is predicted. Measured once, so call it before predictions.
+    A process that trains has the same, besides what is predicted. Measured once, so call it before all else: then it is
+    the same for every command.
     """
-    import psutil
-
     for name in _IMPORTED_BY_TRAINING:
         with suppress(ImportError):
             importlib.import_module(name)
     _use_kernels()
-    release_memory()  # what was used once only, such as for reading the records, is not part of it
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process, without what was used once only, such as for reading files."""
+    import psutil
+
+    release_memory()
     return int(psutil.Process().memory_info().rss)
 
 

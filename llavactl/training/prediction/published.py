@@ -10,9 +10,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from llavactl.core.registry import registry
+from llavactl.recipe.load import load_recipe
+from llavactl.training.prediction.assumption import LongestMicroBatch, longest_micro_batch
 from llavactl.training.prediction.target import Target
+
+RECIPE = "llava-v1.5-7b"
+"""The recipe that all predictions are of, with other language models and methods."""
 
 MODELS: Mapping[str, str] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "SmolLM2 135M",
@@ -32,6 +38,7 @@ class PublishedPeak:
     optimizer_state: str
     gradient_checkpointing: bool
     micro_batch_tokens: int | None
+    assumes: LongestMicroBatch
 
 
 def published_peaks(model: str, method: str, device: Target) -> Sequence[PublishedPeak]:
@@ -54,8 +61,15 @@ def fastest_fit(model: str, method: str, device: Target) -> PublishedPeak | None
 @cache
 def _all_peaks() -> Mapping[tuple[str, str, bool, int], Sequence[PublishedPeak]]:
     """The choices by model, method, whether the devices are CUDA devices, and their number."""
-    file = registry().get("recipes", "llava-v1.5-7b").path().with_name("model_memory.json")
+    file = registry().get("recipes", RECIPE).path().with_name("model_memory.json")
+    recipe = load_recipe(RECIPE)
+
+    def peaks(row: Mapping[str, Any]) -> Sequence[PublishedPeak]:
+        settings = recipe.stage1 if row["method"] == "connector" else recipe.stage2
+        assumed = [longest_micro_batch(settings, each["micro_batch_tokens"], row["devices"]) for each in row["peaks"]]
+        return [PublishedPeak(**each, assumes=longest) for each, longest in zip(row["peaks"], assumed, strict=True)]
+
     return {
-        (row["model"], row["method"], row["cuda"], row["devices"]): [PublishedPeak(**peak) for peak in row["peaks"]]
+        (row["model"], row["method"], row["cuda"], row["devices"]): peaks(row)
         for row in json.loads(file.read_text(encoding="utf-8"))
     }

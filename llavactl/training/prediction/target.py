@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,21 @@ class Target:
     memory_bytes: int
     count: int = 1
 
+    @property
+    def kind(self) -> str:
+        return "cuda" if self.cuda else "cpu"
+
     def holds(self, prediction: Prediction) -> bool:
         """Whether the peak memory of ``prediction`` fits."""
         return self.peak_bytes(prediction) <= self.usable_bytes
 
     def peak_bytes(self, prediction: Prediction) -> int:
         """The peak that must fit: of one CUDA device, or of all processes on a CPU, which share its memory."""
-        return prediction.device_bytes if self.cuda else prediction.host_bytes * self.count
+        return self.process_bytes(prediction) * (1 if self.cuda else self.count)
+
+    def process_bytes(self, prediction: Prediction) -> int:
+        """The peak of one process in this kind of memory."""
+        return prediction.device_bytes if self.cuda else prediction.host_bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -37,19 +46,25 @@ class Target:
 
 
 def target_device(memory: int | None, count: int | None) -> Target:
-    """CUDA devices of ``memory`` bytes, or those of this machine, or CPU processes."""
+    """``count`` CUDA devices of ``memory`` bytes, or those of this machine, or CPU processes.
+
+    Default for ``count``: the processes of this launch, so 1 without torchrun.
+    """
     import torch
 
     from llavactl.features.device import default_device
 
-    processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    count = count or int(os.environ.get("WORLD_SIZE", "1") or 1)
     if memory is not None:
-        return Target(True, memory, count or processes)
+        return Target(True, memory, count)
     if default_device().startswith("cuda"):
-        smallest = min(
-            torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
-        )
-        return Target(True, smallest, count or processes)
+        indices = range(torch.cuda.device_count())
+        return gpus([torch.cuda.get_device_properties(index).total_memory for index in indices], count)
     import psutil
 
-    return Target(False, int(psutil.virtual_memory().total), count or processes)
+    return Target(False, int(psutil.virtual_memory().total), count)
+
+
+def gpus(memory: Sequence[int], count: int) -> Target:
+    """``count`` GPUs with the ``memory`` of those of this machine: the first ones, which must all hold the largest."""
+    return Target(True, min(memory[:count]), count)

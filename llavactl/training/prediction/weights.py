@@ -8,7 +8,7 @@ Bytes per weight, with ``s`` the size of the stage's precision (2 for bfloat16):
 | trainable: weight | s | s | – |
 | master weight | 4, none if s is 4 | 4 in host memory | 4 / N |
 | gradient of the step | 4 | 4 in host memory | 4 / N |
-| AdamW's moments (Muon's) | 8 (4) | 8 (4) in host memory | 8 / N (4 / N) |
+| moments: two of AdamW (one of Muon) | 8 (4) | 8 (4) in host memory | 8 / N (4 / N) |
 
 The gradients of a micro-batch are in ``training.prediction.step``. With sharding and optimizer state in host memory,
 the shares of all weights are in host memory, too. A weight in 4 bits takes half a byte, a byte for the scale of 64
@@ -18,7 +18,7 @@ weights, and 4 bytes for that of 256 scales (QLoRA, arXiv 2305.14314).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -49,11 +49,14 @@ class WeightMemory:
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of a stage: ``trainable`` and ``frozen`` numbers of weights; ``size``: bytes of one."""
+    """The parameters of a stage: ``trainable`` and ``frozen`` numbers of weights; ``size``: bytes of one.
+
+    ``moments``: the keys of the optimizer's state of each trainable parameter, by its name.
+    """
 
     model: LlavaModel
     size: int
-    matrices: frozenset[str]
+    moments: Mapping[str, Sequence[str]]
     in_4_bits: bool = False
 
     @property
@@ -79,7 +82,7 @@ class Weights:
                 if self.size != FLOAT32 or placement.sharded or placement.optimizer_state == "host":
                     state["masters"] += FLOAT32 * share
                 state["gradients"] += FLOAT32 * share
-                state["optimizer_state"] += FLOAT32 * share * (1 if name in self.matrices else 2)
+                state["optimizer_state"] += FLOAT32 * share * len(self.moments[name])
         if placement.sharded:
             device["gathered"] += self._gathered()
         device["weights"] += sum(buffer.numel() * buffer.element_size() for buffer in self.model.buffers())
@@ -98,9 +101,7 @@ class Weights:
         }
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
-                adamw = {"step": 1, "exp_avg": weight.numel(), "exp_avg_sq": weight.numel()}
-                moments = {"momentum_buffer": weight.numel()} if name in self.matrices else adamw
-                values = {"master": weight.numel(), **moments}
+                values = {"step": 1, **dict.fromkeys(("master", *self.moments[name]), weight.numel())}
                 sizes |= {f"{key}.{name}": FLOAT32 * count for key, count in values.items()}
         return sum(size + 2 * len(name) + _HEADER_BYTES for name, size in sizes.items())
 

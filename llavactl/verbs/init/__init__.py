@@ -43,7 +43,8 @@ class DataFile:
 class InitReport:
     """The new recipe: ``text``, at ``recipe`` if it was ``written``; ``schema`` is the file of its JSON schema, if any.
 
-    ``peak_bytes``: the predicted peak of the device's memory per stage (on a CPU: of the process); None if unknown.
+    ``peak_bytes``: the predicted peak of a device's memory per stage (on a CPU: of one process); None if unknown.
+    ``assumes``: the lengths that it is predicted for, micro-batches of ``samples`` samples of ``tokens`` tokens.
     ``fits``: whether all predicted peaks do. ``warnings``: as ``recipes check``, and what isn't certain. ``next``: the
     commands to continue with.
     """
@@ -58,6 +59,7 @@ class InitReport:
     device: Mapping[str, Any]
     method: str
     peak_bytes: Mapping[str, int | None]
+    assumes: Mapping[str, Mapping[str, int] | None]
     fits: bool | None
     warnings: tuple[str, ...]
     next: tuple[str, ...]
@@ -73,6 +75,7 @@ def init(
     language: str | None = None,
     method: str | None = None,
     device_memory: int | None = None,
+    devices: int | None = None,
     name: str | None = None,
     to: Path | None = None,
     force: bool = False,
@@ -82,14 +85,14 @@ def init(
     """Writes a recipe that trains an assistant on ``data`` (files, folders or sources); nothing with ``dry_run``.
 
     ``options`` are those of the only source in ``data``, ``images`` the root of its image paths. ``device_memory`` in
-    bytes: for a GPU of this size; default: this machine.
+    bytes: for GPUs of this size; default: this machine. ``devices``: their number, one process each; default: 1.
 
     Raises:
         MissingAnswerError: the root of the images can't be recognized.
         LlavactlError: data or a model can't be used, or the file exists.
     """
     file = _destination(to, replace_existing=force or dry_run)
-    target = target_device(device_memory, None)
+    target = target_device(device_memory, devices)
     defaults = default_models(cuda=target.cuda)
     recognized = [recognize(each, images, options) for each in data]
     backbone, model = vision_choice(vision or defaults[0]), language_choice(language or defaults[1])
@@ -104,6 +107,12 @@ def init(
         data=by_stage,
         stages={stage: _stage_facts(stage, by_stage[stage], by_stage, precision, model.template) for stage in STAGES},
         device=_device_text(target),
+        planning="".join(
+            [
+                f" --device-memory {target.memory_bytes / 1e9:g}GB" if device_memory else "",
+                f" --devices {target.count}" if devices else "",
+            ]
+        ),
         method=method or "full",
         method_reason="",
         compute=precision,
@@ -116,10 +125,10 @@ def init(
         facts,
         method=plan.method,
         method_reason=plan.reason,
-        stages={stage: replace(each, memory=plan.memory[stage]) for stage, each in facts.stages.items()},
+        stages={stage: replace(each, memory=plan.stages[stage].settings) for stage, each in facts.stages.items()},
     )
     text = recipe_text(facts)
-    warnings = [*_checked(text, facts, device_memory), *_uncertain(facts, recognized, vision, language)]
+    warnings = [*_checked(text, facts, device_memory, devices), *_uncertain(facts, recognized, vision, language)]
     schema_file = file.parent / SCHEMA_FILE if json_schema else None
     if not dry_run:
         if schema_file is not None:
@@ -133,12 +142,13 @@ def init(
         vision=backbone.spec,
         language=model.spec,
         template=model.template,
-        device={"kind": "cuda" if target.cuda else "cpu", "memory_bytes": target.memory_bytes},
+        device={"kind": target.kind, "count": target.count, "memory_bytes": target.memory_bytes},
         method=plan.method,
-        peak_bytes={STAGES[stage]: peak for stage, peak in plan.peaks.items()},
+        peak_bytes={STAGES[stage]: each.peak for stage, each in plan.stages.items()},
+        assumes={STAGES[stage]: each.assumes and each.assumes._asdict() for stage, each in plan.stages.items()},
         fits=plan.fits,
         warnings=tuple(dict.fromkeys(warnings)),
-        next=tuple(_next_commands(facts, file)),
+        next=tuple(_next_commands(facts, file, target.count)),
         text=text,
     )
 
@@ -186,7 +196,10 @@ def _precision(target: Target, device_memory: int | None) -> str:
 
 
 def _device_text(target: Target) -> str:
-    return f"a {'GPU' if target.cuda else 'CPU'} with {gigabytes(target.memory_bytes)}"
+    kind, size = "GPU" if target.cuda else "CPU", gigabytes(target.memory_bytes)
+    if target.count == 1:
+        return f"a {kind} with {size}"
+    return f"{target.count} GPUs with {size} each" if target.cuda else f"{target.count} processes on a CPU with {size}"
 
 
 def _stage_facts(
@@ -233,7 +246,7 @@ def _origin(key: str) -> str:
     return next((_OPTIONS[each] for each in parents if each in _OPTIONS), f"{key} of the new recipe")
 
 
-def _checked(text: str, facts: RecipeFacts, device_memory: int | None) -> list[str]:
+def _checked(text: str, facts: RecipeFacts, device_memory: int | None, devices: int | None) -> list[str]:
     """The warnings of ``recipes check``.
 
     Raises:
@@ -243,7 +256,7 @@ def _checked(text: str, facts: RecipeFacts, device_memory: int | None) -> list[s
         if found := problems(location):
             moved = dict.fromkeys(Problem(_origin(each.key), "", each.why) for each in found)
             raise RecipeError.from_problems(list(moved), hint="nothing was written; change these options")
-        return recipe_warnings(location, (), device_memory, None)
+        return recipe_warnings(location, (), device_memory, devices)
 
 
 def _uncertain(
@@ -261,10 +274,10 @@ def _uncertain(
         yield f"language model {name} is not on this machine: its template was {facts.language.why}"
 
 
-def _next_commands(facts: RecipeFacts, file: Path) -> Iterator[str]:
+def _next_commands(facts: RecipeFacts, file: Path, processes: int) -> Iterator[str]:
     recipe = "" if file == Path(DEFAULT) else f" -r {shlex.quote(str(file))}"
     yield f"llavactl data check{recipe}"
     yield f"llavactl extract{recipe} --dry-run"
-    yield f"llavactl run{recipe}"
+    yield f"{'llavactl' if processes == 1 else f'torchrun --nproc-per-node {processes} -m llavactl'} run{recipe}"
     model = Path("runs", facts.name, "stage2", "model")
     yield f"llavactl chat --model {shlex.quote(str(file.parent / model))}"

@@ -13,12 +13,13 @@ from llavactl.core.errors import LlavactlError
 from llavactl.core.quantities import gigabytes
 from llavactl.core.schema import Sample
 from llavactl.curation.lengths import stage_lengths
-from llavactl.model.build import connector_tokens
 from llavactl.recipe.load import load_recipe
 from llavactl.recipe.resolve import DEFAULT, RecipeLocation
-from llavactl.training.prediction.choose import distinct_choices
-from llavactl.training.prediction.model import feature_shape
-from llavactl.training.prediction.predict import StagePredictor
+from llavactl.training.prediction.assumption import LongestMicroBatch
+from llavactl.training.prediction.choices import choices
+from llavactl.training.prediction.choose import choose_from
+from llavactl.training.prediction.predict import stage_predictor
+from llavactl.training.prediction.process import process_bytes
 from llavactl.training.prediction.published import MODELS, fastest_fit, published_peaks
 from llavactl.training.prediction.target import Target
 from llavactl.verbs.init.settings import MemorySettings
@@ -34,14 +35,31 @@ _LENGTH_STEP = 256
 _TEXT_TOKENS = 256
 
 
+class StageMemory(NamedTuple):
+    """The prediction of a stage: whether it fits (None: unknown), its peak, and the settings that lead to it.
+
+    ``assumes``: the lengths of samples that the peak is predicted for.
+    """
+
+    fits: bool | None
+    peak: int | None
+    settings: MemorySettings
+    assumes: LongestMicroBatch | None = None
+    optimizer_state: str = "device"
+
+
 class MemoryPlan(NamedTuple):
-    """The method of stage 2 and why, the settings of each stage that save memory, and the predicted peaks."""
+    """The method of stage 2 and why, and the prediction of each stage."""
 
     method: str
     reason: str
-    memory: Mapping[int, MemorySettings]
-    peaks: Mapping[int, int | None]
-    fits: bool | None
+    stages: Mapping[int, StageMemory]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether all stages fit; None if it isn't known."""
+        fits = [each.fits for each in self.stages.values()]
+        return None if None in fits else all(fits)
 
 
 @contextmanager
@@ -89,84 +107,89 @@ def planned(facts: RecipeFacts, target: Target, wanted: str | None) -> MemoryPla
     """
     if not (facts.vision.shape and facts.language.here):
         return _published_plan(facts, target, wanted)
+    process_bytes()  # before models are traced
     tried: list[str] = []
     methods = (wanted,) if wanted else _METHODS[target.cuda]
-    first = _predicted(facts, 1, target)
-    for method in methods:
-        second = _predicted(replace(facts, method=method), 2, target)
-        if second.fits is not False or method == methods[-1]:
-            reason = _method_reason(method, second.fits, tried, target, second.peak, wanted)
-            fits = None if None in (first.fits, second.fits) else bool(first.fits and second.fits)
-            memory = {1: first.memory, 2: second.memory}
-            return MemoryPlan(method, reason, memory, {1: first.peak, 2: second.peak}, fits)
+    first = _predicted(facts, 1, target, slow=True)
+    for method in methods[:-1]:
+        second = _predicted(replace(facts, method=method), 2, target, slow=False)
+        if second.fits is not False:
+            break
         tried.append(f"{method} needs {gigabytes(second.peak or 0)}")
-    raise AssertionError("there is a method")
+    else:
+        method = methods[-1]
+        second = _predicted(replace(facts, method=method), 2, target, slow=True)
+    return MemoryPlan(method, _method_reason(method, second, tried, target, wanted), {1: first, 2: second})
 
 
-class _Predicted(NamedTuple):
-    """The prediction of a stage: whether it fits (None: unknown), its peak, and the settings that lead to it."""
+def _predicted(facts: RecipeFacts, stage: int, target: Target, *, slow: bool) -> StageMemory:
+    """The fastest choice that fits, or the one with the lowest peak, as training and its dry run choose.
 
-    fits: bool | None
-    peak: int | None
-    memory: MemorySettings
-
-
-def _predicted(facts: RecipeFacts, stage: int, target: Target) -> _Predicted:
-    """The fastest choice that fits, or the one with the lowest peak. On CUDA, training makes it itself (``auto``)."""
-    lowest: _Predicted | None = None
+    On CUDA they make the choice themselves (``auto``); on a CPU the recipe has its values. ``slow``: also with
+    optimizer state in host memory.
+    """
     try:
         with recipe_location(recipe_text(facts), facts) as location:
             recipe = load_recipe(location)
-            shape = feature_shape(recipe, stage)
-            tokens = connector_tokens(recipe.connector.spec(), shape)
-            predictor = StagePredictor(recipe, stage, shape, tokens, None, 1, cuda=target.cuda)
-            for choice in distinct_choices(predictor, recipe, target):
-                if choice.placement.optimizer_state == "host":
-                    continue
-                prediction = predictor.predict(choice)
-                peak, fits = target.peak_bytes(prediction), target.holds(prediction)
-                memory = MemorySettings(choice.gradient_checkpointing, choice.micro_batch_tokens)
-                found = _Predicted(fits, peak, MemorySettings() if target.cuda else memory)
-                if fits:
-                    return found
-                if lowest is None or peak < (lowest.peak or 0):
-                    lowest = found
+            predictor = stage_predictor(recipe, stage, target)
+            possible = choices(recipe, predictor.settings, target, free=True)
+            allowed = [each for each in possible if slow or each.placement.optimizer_state == "device"]
+            prediction, fits = choose_from(predictor, allowed, target)
     except LlavactlError:  # a plugin's model that can't be predicted; recipes check warns of it
-        pass
-    return lowest or _Predicted(None, None, MemorySettings() if target.cuda else MemorySettings(False, None))
+        return StageMemory(None, None, _settings(target))
+    choice = prediction.choice
+    return StageMemory(
+        fits,
+        target.process_bytes(prediction),
+        _settings(target, choice.gradient_checkpointing, choice.micro_batch_tokens),
+        predictor.longest_micro_batch(choice),
+        choice.placement.optimizer_state,
+    )
+
+
+def _settings(target: Target, checkpointing: bool = False, tokens: int | None = None) -> MemorySettings:
+    """The settings of the recipe: on CUDA, training chooses them."""
+    return MemorySettings() if target.cuda else MemorySettings(checkpointing, tokens)
 
 
 def _published_plan(facts: RecipeFacts, target: Target, wanted: str | None) -> MemoryPlan:
     """As ``planned``, from stored predictions of models that aren't on this machine."""
-    auto = MemorySettings() if target.cuda else MemorySettings(False, None)
-    memory: dict[int, MemorySettings] = {1: auto, 2: auto}
+    unknown = StageMemory(None, None, _settings(target))
     model = MODELS.get(str(facts.language.spec.get("model")))
     if model is None:
         method = wanted or "lora"
         why = "its memory isn't known before the language model is downloaded: `llavactl train --stage 2 --dry-run`"
-        return MemoryPlan(method, "requested" if wanted else why, memory, {1: None, 2: None}, None)
-    connector = fastest_fit(model, "connector", target)
-    for method in (wanted,) if wanted else _METHODS[target.cuda]:
-        peak = fastest_fit(model, method, target)
-        if peak is not None and peak.optimizer_state == "device":
-            peaks = {1: connector.bytes if connector else None, 2: peak.bytes}
-            reason = _method_reason(method, True, [], target, peak.bytes, wanted)
-            return MemoryPlan(method, reason, memory, peaks, connector is not None)
-    method = wanted or _METHODS[target.cuda][-1]
-    fits = False if published_peaks(model, method, target) else None
-    reason = _method_reason(method, fits, [], target, None, wanted)
-    return MemoryPlan(method, reason, memory, {1: None, 2: None}, fits)
+        return MemoryPlan(method, "requested" if wanted else why, {1: unknown, 2: unknown})
+    first = _published(model, "connector", target)
+    methods = (wanted,) if wanted else _METHODS[target.cuda]
+    for method in methods:
+        second = _published(model, method, target)
+        if second.fits and second.optimizer_state == "device":
+            break
+    return MemoryPlan(method, _method_reason(method, second, [], target, wanted), {1: first, 2: second})
 
 
-def _method_reason(
-    method: str, fits: bool | None, tried: Sequence[str], target: Target, peak: int | None, wanted: str | None
-) -> str:
+def _published(model: str, method: str, target: Target) -> StageMemory:
+    """The stored prediction of the fastest choice that fits; without a peak if none does."""
+    peak = fastest_fit(model, method, target)
+    if peak is None:
+        return StageMemory(False if published_peaks(model, method, target) else None, None, _settings(target))
+    settings = _settings(target, peak.gradient_checkpointing, peak.micro_batch_tokens)
+    return StageMemory(True, peak.bytes, settings, peak.assumes, peak.optimizer_state)
+
+
+def _method_reason(method: str, memory: StageMemory, tried: Sequence[str], target: Target, wanted: str | None) -> str:
     """The comment beside ``method``."""
-    what = {"full": "all weights", "lora": "adapters", "qlora": "adapters on a language model in 4 bits"}[method]
-    why = f"{what}; predicted peak {gigabytes(peak)} of {gigabytes(target.memory_bytes)}" if peak else what
-    if fits is None:
+    why = {"full": "all weights", "lora": "adapters", "qlora": "adapters on a language model in 4 bits"}[method]
+    if memory.peak:
+        processes = "" if target.cuda or target.count == 1 else f"{target.count} × "
+        peak = f"{processes}{gigabytes(memory.peak)} of {gigabytes(target.memory_bytes)}"
+        why += f"; predicted peak {peak}, with {memory.assumes}"
+    if memory.optimizer_state == "host":
+        why += "; the optimizer state is in host memory, which is slow"
+    if memory.fits is None:
         why += "; its memory can't be predicted"
-    elif not fits:
+    elif not memory.fits:
         why += ": this doesn't fit; use a smaller language model, or a device with more memory"
     if method == "qlora":
         why += "; needs `pip install 'llavactl[qlora]'`"

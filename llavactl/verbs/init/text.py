@@ -27,7 +27,8 @@ class RecipeFacts:
     """Everything that the text of a recipe depends on.
 
     ``data`` are the sources of each stage, ``absolute`` the paths that the user wrote as absolute paths. ``method`` is
-    that of stage 2, chosen for ``method_reason``. ``compute``: the dtype of the vision encoder.
+    that of stage 2, chosen for ``method_reason``. ``planning``: options of a dry run for the same
+    devices. ``compute``: the dtype of the vision encoder.
     """
 
     name: str
@@ -38,6 +39,7 @@ class RecipeFacts:
     data: Mapping[int, Sequence[RecognizedData]]
     stages: Mapping[int, StageFacts]
     device: str
+    planning: str
     method: str
     method_reason: str
     compute: str
@@ -62,8 +64,8 @@ def _text(facts: RecipeFacts) -> Iterator[str]:
     yield "#"
     heading = (
         f"Written by `llavactl init` for {facts.device}. `llavactl recipes check` checks your changes; `llavactl train "
-        "--stage 2 --dry-run` shows memory, steps and time. `llavactl recipes show --resolved` prints all keys with "
-        "their defaults."
+        f"--stage 2 --dry-run{facts.planning}` shows memory, steps and time. `llavactl recipes show --resolved` prints "
+        "all keys with their defaults."
     )
     yield from (f"# {line}" for line in wrapped(heading))
     yield f"name: {value_text(facts.name)}"

@@ -1,5 +1,7 @@
 """Features of several backbones, concatenated in width for every patch, as in prismatic (DINOv2 and SigLIP)."""
 
+# llavactl's public names are imported lazily: type checkers see them as Any.
+# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

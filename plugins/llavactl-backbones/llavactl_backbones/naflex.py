@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,17 +41,15 @@ class NaflexOptions(Options):
 class _Checkpoint(Siglip):
     """The files of a NaFlex model; ``side`` is the number of patches in a row of the grid."""
 
-    families = ("siglip2", "siglip2_vision_model")
+    families: ClassVar[tuple[str, ...]] = ("siglip2", "siglip2_vision_model")
 
     def __init__(self, options: TransformersVisionOptions, side: int) -> None:
         super().__init__(options)
         self.side = side
 
     def number(self, key: str) -> int:
-        if key == "image_size":
-            return self.side * super().number("patch_size")
-        number: int = super().number(key)
-        return number
+        number: int = super().number("patch_size" if key == "image_size" else key)
+        return self.side * number if key == "image_size" else number
 
     @property
     def processor(self) -> Any:

@@ -86,7 +86,7 @@ class Dinov2(Siglip):
     crops to 224, which cuts off the borders of padded images.
     """
 
-    families = ("dinov2", "dinov2_with_registers")
+    families: ClassVar[tuple[str, ...]] = ("dinov2", "dinov2_with_registers")
 
     def number(self, key: str) -> int:
         if key == "image_size":
@@ -102,7 +102,7 @@ class Dinov2(Siglip):
 class Dinov3(Dinov2):
     """A DINOv3 ViT at ``options.image_size`` pixels; its processor stretches images that are not square."""
 
-    families = ("dinov3_vit",)
+    families: ClassVar[tuple[str, ...]] = ("dinov3_vit",)
 
     @property
     def processor(self) -> Any:

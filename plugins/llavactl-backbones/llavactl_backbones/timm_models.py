@@ -4,6 +4,8 @@ timm is an optional dependency, imported on first use. A layer is the output of 
 hierarchical network: 1 is the first, -1 the last; before the model's final norm unless ``norm`` is true.
 """
 
+# llavactl's public names are imported lazily: type checkers see them as Any.
+# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import inspect

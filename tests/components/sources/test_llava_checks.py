@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavactl.components.sources.llava_checks import REFUSED, examine
-from llavactl.components.sources.llava_json import sample_of
+from llavactl.components.sources.llava_checks import REFUSED, llava_findings
+from llavactl.components.sources.llava_json import llava_sample
 from llavactl.components.sources.llava_record import TAG, foreign_placeholder, names_images, tag_fault
 from llavactl.components.sources.llava_repair import repair
 from llavactl.core.errors import DataError
 from llavactl.curation.problems import KINDS
 from llavactl.files.records import image_names
+from llavactl.images.references import ImageBytes
 
 ROOT = "/images"
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -68,14 +69,14 @@ LIKELY = st.fixed_dictionaries(
 
 def accepted(record: Any) -> bool:
     try:
-        sample_of(record, "a.json:1", ROOT)
+        llava_sample(record, "a.json:1", ROOT)
     except DataError:
         return False
     return True
 
 
 def kinds(record: Any) -> set[str]:
-    return {finding.kind for finding in examine(record, ROOT)[0]}
+    return {finding.kind for finding in llava_findings(record, ROOT)[0]}
 
 
 @settings(max_examples=600)
@@ -204,7 +205,7 @@ def test_images_under_unsupported_keys_are_refused(kind: str, names: dict[str, A
     record = {"id": 1, **names, "conversations": [{"from": "human", "value": f"{tag}What?"}, PAIR[1]]}
     assert kind in kinds(record)
     with pytest.raises(DataError, match=r"^a\.json:1: "):
-        sample_of(record, "a.json:1", ROOT)
+        llava_sample(record, "a.json:1", ROOT)
     assert repair(record, ROOT)[0] is None
 
 
@@ -212,17 +213,17 @@ def test_images_under_unsupported_keys_are_refused(kind: str, names: dict[str, A
 def test_other_keys_are_kept_as_extra(extra: dict[str, Any]) -> None:
     record = {"id": 1, "image": "a.jpg", **extra, "conversations": list(PAIR)}
     assert kinds(record) == set()
-    assert sample_of(record, "a.json:1", ROOT).extra == extra
+    assert llava_sample(record, "a.json:1", ROOT).extra == extra
 
 
 @pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
 def test_images_equals_image(value: Any) -> None:
     one, other = ({"id": 1, key: value, "conversations": list(PAIR)} for key in ("image", "images"))
-    assert sample_of(one, "a.json:1", ROOT) == sample_of(other, "a.json:1", ROOT)
-    assert sample_of({**one, "images": value}, "a.json:1", ROOT) == sample_of(one, "a.json:1", ROOT)
-    assert sample_of({**one, "images": []}, "a.json:1", ROOT) == replace(sample_of(one, "a.json:1", ROOT), extra={}), (
-        "an empty list names nothing"
-    )
+    assert llava_sample(one, "a.json:1", ROOT) == llava_sample(other, "a.json:1", ROOT)
+    assert llava_sample({**one, "images": value}, "a.json:1", ROOT) == llava_sample(one, "a.json:1", ROOT)
+    assert llava_sample({**one, "images": []}, "a.json:1", ROOT) == replace(
+        llava_sample(one, "a.json:1", ROOT), extra={}
+    ), "an empty list names nothing"
     assert kinds(other) == set()
     assert repair(other, ROOT) == (other, [])
 
@@ -265,3 +266,13 @@ def test_valid_records_have_no_problem(file: Path) -> None:
     for record in json.loads(file.read_text(encoding="utf-8")):
         assert kinds(record) == set()
         assert repair(record, ROOT) == (record, [])
+
+
+def test_images_of_other_sources_are_named_by_a_mapping() -> None:
+    images = {"1": ImageBytes("1", "1" * 64, b"")}
+    record = {"id": 1, "image": "1", "conversations": list(PAIR)}
+    assert llava_findings(record, images) == ([], [images["1"]])
+    assert llava_sample(record, "a.json:1", images).images == (images["1"],)
+    assert [finding.kind for finding in llava_findings({**record, "image": "2"}, images)[0]] == ["image-path"]
+    with pytest.raises(DataError, match=r"^a\.json:1: "):
+        llava_sample({**record, "image": "2"}, "a.json:1", images)

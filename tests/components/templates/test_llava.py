@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.components.sources.llava_json import sample_of
+from llavactl.components.sources.llava_json import llava_sample
 from llavactl.core.registry import registry
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Sample, Turn
 from llavactl.data.encode import Encoding
@@ -229,7 +229,7 @@ QUESTIONS = [
 def test_image_tags_in_questions_equal_llavas(llama: Any, name: str, question: str, image: bool) -> None:
     """In a record without an image, they are text."""
     said = [{"from": "human", "value": question}, {"from": "gpt", "value": "A dog."}]
-    sample = sample_of({"id": 1, **({"image": "a.jpg"} if image else {}), "conversations": said}, "here", "/photos")
+    sample = llava_sample({"id": 1, **({"image": "a.jpg"} if image else {}), "conversations": said}, "here", "/photos")
     tokenize = with_image(llama.reference) if image else llama.reference
     turns = (Turn("user", (multimodal(question) if image else question,)), Turn("assistant", ("A dog.",)))
     assert encode(name, llama, arrange(sample.turns, "first", "")) == LLAVA[name](

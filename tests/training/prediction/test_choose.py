@@ -14,17 +14,14 @@ from llavactl.core.schema import FeatureShape
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import toy_language
 from llavactl.training.placement import Placement
-from llavactl.training.prediction import choose as choose_module
-from llavactl.training.prediction.choose import (
-    Alternative,
-    alternatives,
-    choice_for_training,
-    choice_on,
-    choices,
-    choose,
-    settled,
-)
+from llavactl.training.prediction import alternatives as alternatives_module
+from llavactl.training.prediction import choices as choices_module
+from llavactl.training.prediction import settle as settle_module
+from llavactl.training.prediction.alternatives import Alternative, alternatives
+from llavactl.training.prediction.choices import choices
+from llavactl.training.prediction.choose import choose
 from llavactl.training.prediction.predict import Choice, StagePredictor
+from llavactl.training.prediction.settle import choice_for_training, choice_on, settled
 from llavactl.training.prediction.target import Target
 from llavactl.verbs.plan import _training_data
 from llavactl.verbs.train import train
@@ -38,8 +35,8 @@ AUTO = ["stage2.gradient_checkpointing=auto", "stage2.micro_batch_tokens=auto", 
 def predictor(toy: Path, monkeypatch: pytest.MonkeyPatch):
     toy_language(toy / "wide", width=256)
 
-    monkeypatch.setattr(choose_module, "MICRO_BATCH_TOKENS", (4096, 512))
-    monkeypatch.setattr(choose_module, "MORE_DEVICES", (4, 8))
+    monkeypatch.setattr(choices_module, "MICRO_BATCH_TOKENS", (4096, 512))
+    monkeypatch.setattr(alternatives_module, "MORE_DEVICES", (4, 8))
 
     def of(*overrides: str, count: int = 1):
         recipe = load_recipe(
@@ -153,7 +150,7 @@ def test_training_starts_with_the_fastest_choice_if_nothing_can_be_predicted(
     def fail(*_args):
         raise failure
 
-    monkeypatch.setattr(choose_module, "choice_on", fail)
+    monkeypatch.setattr(settle_module, "choice_on", fail)
     failure: Exception = NotImplementedError("no such kernel")
     assert choice_for_training(*arguments) == fastest
     failure = PredictionError("a training step can't be traced")
@@ -161,7 +158,7 @@ def test_training_starts_with_the_fastest_choice_if_nothing_can_be_predicted(
     failure = RecipeError("it doesn't fit")
     with pytest.raises(RecipeError):
         choice_for_training(*arguments)
-    monkeypatch.setattr(choose_module, "language_component", lambda *_args: object())
+    monkeypatch.setattr(settle_module, "language_component", lambda *_args: object())
     assert choice_for_training(*arguments) == fastest
 
 

@@ -17,7 +17,7 @@ from llavactl.model.llava import LlavaModel
 from llavactl.recipe.load import load_recipe
 from llavactl.training.placement import Placement
 from llavactl.training.prediction import step
-from llavactl.training.prediction.choose import alternatives
+from llavactl.training.prediction.alternatives import alternatives
 from llavactl.training.prediction.predict import Choice, StagePredictor
 from llavactl.training.prediction.target import Target
 from llavactl.training.throughput import training_flops

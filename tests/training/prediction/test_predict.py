@@ -21,6 +21,7 @@ from llavactl.training.prediction.predict import Choice, StagePredictor
 from llavactl.training.prediction.storage import StorageMeter
 from llavactl.training.prediction.target import Target
 from llavactl.training.prediction.weights import Weights
+from llavactl.training.update_rules import moments_by_weight
 from llavactl.verbs.plan import plan_training
 from llavactl.verbs.train import train
 
@@ -137,7 +138,8 @@ def test_extrapolating_layers_is_exact(
 def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(toy: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml", HERE)
     settings = Stage2(precision="bfloat16")
-    weights = Weights(stage_model(recipe, 2, settings, FeatureShape((2, 2), 32)), 2, frozenset())
+    model = stage_model(recipe, 2, settings, FeatureShape((2, 2), 32))
+    weights = Weights(model, 2, moments_by_weight(model, settings))
     replicated, sharded = (weights.memory(Placement(shard), 4) for shard in (False, True))
     for part in ("masters", "gradients", "optimizer_state"):
         assert sharded.device[part] == pytest.approx(replicated.device[part] / 4, rel=0.01)
@@ -154,10 +156,9 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(toy: Path) -> N
 def test_weights_in_4_bits_take_half_a_byte(toy: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml", HERE)
     shape = FeatureShape((2, 2), 32)
-    both = [
-        Weights(stage_model(recipe, 2, Stage2(method=method), shape), 2, frozenset(), method == "qlora")
-        for method in ("lora", "qlora")
-    ]
+    stages = Stage2(method="lora"), Stage2(method="qlora")
+    models = [(stage_model(recipe, 2, stage, shape), stage) for stage in stages]
+    both = [Weights(m, 2, moments_by_weight(m, stage), stage.method == "qlora") for m, stage in models]
     lora, qlora = (each.memory(Placement(), 1).device["weights"] for each in both)
     layers = both[0].model.language.get_decoder().layers
     linear = sum(weight.numel() for name, weight in layers.named_parameters() if "base_layer" in name)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import toy_clip
-from llavactl.training.prediction.choose import distinct_choices
+from llavactl.training.prediction.choices import distinct_choices
 from llavactl.training.prediction.model import feature_shape
 from llavactl.training.prediction.predict import StagePredictor
 from llavactl.training.prediction.published import MODELS, fastest_fit, published_peaks

@@ -1,0 +1,1 @@
+"""Optimizers: update rules for float32 master weights."""

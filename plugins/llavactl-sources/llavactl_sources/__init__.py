@@ -1,0 +1,34 @@
+"""Data sources for llavactl: records of other tools.
+
+Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+"""
+
+# llavactl's public names are imported lazily: type checkers see them as Any.
+# mypy: allow-untyped-decorators
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llavactl import hookimpl
+
+_SOURCES = {
+    "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
+}
+
+
+@hookimpl
+def register_sources(register: Any) -> None:
+    """All sources of this package; each has its options in a class of the same name."""
+    for name, (target, summary) in _SOURCES.items():
+        target = f"llavactl_sources.{target}"
+        register(name, target, options=f"{target}Options", summary=summary)
+
+
+@hookimpl
+def check_examples(folder: Path) -> Mapping[str, Any]:
+    """A record for each source of records."""
+    from llavactl_sources.examples import write_examples
+
+    return {"sources": write_examples(folder)}

@@ -1,0 +1,21 @@
+"""Small files of each source, with which ``llavactl plugins check`` checks it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_GIF = base64.b64decode("R0lGODlhAQABAIAAAP///wAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw==")
+"""An image of one pixel."""
+
+
+def write_examples(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The options of each source by its name."""
+    (folder / "a.gif").write_bytes(_GIF)
+    dialog = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A dot."}]
+    records = folder / "records.json"
+    records.write_text(json.dumps([{"id": "1", "messages": dialog, "images": ["a.gif"]}]), encoding="utf-8")
+    return {"messages": {"path": str(records)}}

@@ -1,0 +1,81 @@
+"""The package as a plugin: what it registers and imports, and each source through the command line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavactl import registry
+from llavactl.testing import check_plugin, run_cli, toy_recipe
+
+HEAVY = ["torch", "transformers", "numpy", "PIL", "pyarrow", "datasets"]
+COLORS = ("red", "green", "blue", "yellow")
+
+
+def answers(photos: Sequence[Path]) -> list[str]:
+    return [f"The picture is {COLORS[index % len(COLORS)]}." for index in range(len(photos))]
+
+
+def messages(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    records = [
+        {
+            "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": answer}],
+            "images": [photo.name],
+        }
+        for photo, answer in zip(photos, answers(photos), strict=True)
+    ]
+    (folder / "records.json").write_text(json.dumps(records))
+    return {"path": str(folder / "records.json"), "images": str(photos[0].parent)}
+
+
+DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {"messages": messages}
+
+
+@pytest.mark.parametrize("module", ["llavactl_sources", *(f"llavactl_sources.{name}" for name in DATA)])
+def test_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
+    registered = {entry.name for entry in registry() if entry.plugin == "sources"}
+    assert registered == DATA.keys()
+    options = {}
+    for name, write in DATA.items():
+        (tmp_path / name).mkdir()
+        options[name] = write(tmp_path / name, photos)
+    assert check_plugin("sources", options) == []
+    checked = run_cli("plugins", "check", "sources", "--json")
+    assert checked.exit_code == 0, checked.stderr
+    conform = [each for each in checked.json()["checks"] if each["check"] == "conformance"]
+    assert [each["ok"] for each in conform] == [True] * len(DATA), "with the package's own examples"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_is_checked_shown_extracted_and_trained(name: str, tmp_path: Path, photos: Sequence[Path]) -> None:
+    recipe = toy_recipe(tmp_path / "recipe", photos=1)
+    spec = {"name": name, **DATA[name](tmp_path, photos)}
+    lines = [line for line in recipe.read_text().splitlines() if not line.startswith("  stage")]
+    for stage in ("stage2", "stage1"):
+        lines.insert(lines.index("data:") + 1, f"  {stage}: [{json.dumps(spec)}]")
+    recipe.write_text("\n".join(lines))
+    recipe_option = ["-r", str(recipe)]
+
+    checked = run_cli("data", "check", *recipe_option, "--json", cwd=tmp_path)
+    assert checked.exit_code == 0, checked.stderr
+    assert checked.json()["records"] == len(photos)
+    shown = run_cli("data", "show", *recipe_option, cwd=tmp_path)
+    assert shown.exit_code == 0, shown.stderr
+    text = shown.stdout.replace("·", "")
+    assert "<image x 4>" in text
+    assert "The picture is red." in text
+    extracted = run_cli("extract", *recipe_option, "--json", cwd=tmp_path)
+    assert extracted.exit_code == 0, extracted.stderr
+    assert extracted.json()["images"] == len(photos)
+    trained = run_cli("train", *recipe_option, "--stage", "1", "-o", "stage1.max_steps=2", "--json", cwd=tmp_path)
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.json()["steps"] == 2
