@@ -15,6 +15,8 @@ from llavactl.components.formats.native import open_model as open_model
 from llavactl.components.formats.native import save_model as save_model
 from llavactl.components.languages.causal_lm import TransformersLanguage as TransformersLanguage
 from llavactl.components.languages.causal_lm import TransformersLanguageOptions as TransformersLanguageOptions
+from llavactl.components.sources.llava_checks import llava_findings as llava_findings
+from llavactl.components.sources.llava_json import llava_sample as llava_sample
 from llavactl.components.vision.encoder import pad_to_square as pad_to_square
 from llavactl.components.vision.pretrained import TransformersVision as TransformersVision
 from llavactl.components.vision.pretrained import TransformersVisionOptions as TransformersVisionOptions
@@ -66,6 +68,7 @@ from llavactl.core.protocols import RepairableFile as RepairableFile
 from llavactl.core.protocols import RepairingSource as RepairingSource
 from llavactl.core.protocols import Reply as Reply
 from llavactl.core.protocols import Request as Request
+from llavactl.core.protocols import Schedule as Schedule
 from llavactl.core.protocols import Scores as Scores
 from llavactl.core.protocols import ShapedVision as ShapedVision
 from llavactl.core.protocols import SkeletonLanguage as SkeletonLanguage
@@ -74,7 +77,9 @@ from llavactl.core.protocols import Task as Task
 from llavactl.core.protocols import Teacher as Teacher
 from llavactl.core.protocols import TeacherScored as TeacherScored
 from llavactl.core.protocols import Template as Template
+from llavactl.core.protocols import UpdateRule as UpdateRule
 from llavactl.core.protocols import Vision as Vision
+from llavactl.core.protocols import Weight as Weight
 from llavactl.core.protocols.teachers import Ask as Ask
 from llavactl.core.registry import Options as Options
 from llavactl.core.registry import registry as registry
@@ -93,6 +98,7 @@ from llavactl.core.schema import Text as Text
 from llavactl.core.schema import Turn as Turn
 from llavactl.images.image_file import ImageFile as ImageFile
 from llavactl.images.references import ImageBytes as ImageBytes
+from llavactl.images.references import ImageLocation as ImageLocation
 from llavactl.images.references import ImageRoot as ImageRoot
 from llavactl.images.references import image_in as image_in
 
