@@ -32,7 +32,17 @@ def messages(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(folder / "records.json"), "images": str(photos[0].parent)}
 
 
-DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {"messages": messages}
+def parquet(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    images = [{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos]
+    table = pa.table({"image": images, "question": ["What?"] * len(photos), "answer": answers(photos)})
+    write_table(table, folder / "rows.parquet")
+    return {"path": str(folder / "rows.parquet")}
+
+
+DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {"messages": messages, "parquet": parquet}
 
 
 @pytest.mark.parametrize("module", ["llavactl_sources", *(f"llavactl_sources.{name}" for name in DATA)])
