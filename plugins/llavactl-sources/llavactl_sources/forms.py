@@ -94,8 +94,8 @@ def _conversation_key(record: Mapping[str, Any], form: Form) -> str:
 def _conversation(record: Mapping[str, Any], key: str, form: Form) -> tuple[list[Message], list[str]]:
     """The messages under ``key``, and the images that content parts name."""
     value = record[key]
-    if key == "texts":
-        return [message for pair in _list(value, key) for message in _pair(pair, "user", "assistant")], []
+    if form == "auto" and isinstance(value, list) and value and all(map(_is_pair, value)):
+        return [message for pair in value for message in _pair(pair, "user", "assistant")], []
     if key == "query":
         earlier = [message for pair in _list(record.get("history") or [], "history") for message in _history(pair)]
         return [*earlier, *_pair(record, "query", "response")], []
@@ -138,6 +138,10 @@ def _pair(value: Any, question: str, answer: str) -> list[Message]:
     if not isinstance(value, Mapping):
         raise RecordError("message", f"expected an object with `{question}` and `{answer}`, got {value!r:.60}")
     return [_message("human", _text(value.get(question), question)), _message("gpt", _text(value.get(answer), answer))]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Mapping) and "user" in value and "assistant" in value
 
 
 def _history(pair: Any) -> list[Message]:
