@@ -16,6 +16,7 @@ from llavactl import hookimpl
 _SOURCES = {
     "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
     "parquet": ("parquet:Parquet", "rows of parquet files with images as bytes or paths (needs pyarrow)"),
+    "webdataset": ("tars:WebDataset", "tar shards with images and captions or conversations: WebDataset, CC3M, LAION"),
 }
 
 

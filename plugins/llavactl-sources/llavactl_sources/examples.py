@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import tarfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +21,19 @@ def write_examples(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     dialog = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A dot."}]
     records = folder / "records.json"
     records.write_text(json.dumps([{"id": "1", "messages": dialog, "images": ["a.gif"]}]), encoding="utf-8")
-    examples = {"messages": {"path": str(records)}}
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for name, data in {"0.gif": _GIF, "0.txt": b"A dot."}.items():
+            shard.addfile(_member(name, data), io.BytesIO(data))
+    examples = {"messages": {"path": str(records)}, "webdataset": {"path": str(folder / "shard.tar")}}
     if find_spec("pyarrow") is not None:
         examples["parquet"] = {"path": str(_write_parquet(folder / "rows.parquet"))}
     return examples
+
+
+def _member(name: str, data: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    return member
 
 
 def _write_parquet(path: Path) -> Path:

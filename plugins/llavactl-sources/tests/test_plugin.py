@@ -1,8 +1,10 @@
 """The package as a plugin: what it registers and imports, and each source through the command line."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,28 @@ def parquet(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(folder / "rows.parquet")}
 
 
-DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {"messages": messages, "parquet": parquet}
+def webdataset(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    with tarfile.open(folder / "shard-0.tar", "w") as shard:
+        for index, (photo, answer) in enumerate(zip(photos, answers(photos), strict=True)):
+            shard.add(photo, f"{index:05}.jpg")
+            text = io.BytesIO(answer.encode())
+            member = tarfile.TarInfo(f"{index:05}.txt")
+            member.size = len(answer)
+            shard.addfile(member, text)
+    return {"path": str(folder / "shard-*.tar")}
 
 
-@pytest.mark.parametrize("module", ["llavactl_sources", *(f"llavactl_sources.{name}" for name in DATA)])
+DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {
+    "messages": messages,
+    "parquet": parquet,
+    "webdataset": webdataset,
+}
+MODULES = {"webdataset": "tars"}
+
+
+@pytest.mark.parametrize(
+    "module", ["llavactl_sources", *(f"llavactl_sources.{MODULES.get(name, name)}" for name in DATA)]
+)
 def test_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
