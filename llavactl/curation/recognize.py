@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llavactl.components.sources.captioned import is_captioned
 from llavactl.components.sources.image_folder.listing import is_image, listing
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.locations import is_url
@@ -40,7 +41,7 @@ class RecognizedData:
 
     ``content``: captions (for stage 1) or conversations (for stage 2). ``samples``: their number, estimated from the
     first ones if not ``exact``. ``first``: the first usable samples; ``unusable``: records among them that can't be
-    used. ``captions_per_image``: the mean, if a source reads several captions of an image.
+    used. ``captions_per_image``: the mean, if ``spec`` reads several captions of an image as one sample each.
     """
 
     spec: Mapping[str, Any]
@@ -73,16 +74,25 @@ def recognize(data: str, images: str | None = None, options: Mapping[str, Any] |
     spec = {**_spec(data, images), **(options or {})}
     parsed = {"name": spec["name"], **registry().options("sources", spec).model_dump(mode="json")}
     spec = {key: parsed[key] for key in spec}  # with absolute paths
+    first, unusable, count, exact = _checked(data, spec)
+    per_image = 1.0
+    if spec["name"] == "image-folder" and "every_caption" not in spec:
+        per_image = sum(len(sample.captions) for sample in first) / len(first)
+        if per_image > 1:  # otherwise only the first caption of each image would be trained
+            spec["every_caption"] = True
+            first, unusable, count, exact = _checked(data, spec)
+    return RecognizedData(spec, _content(first), count, exact, first, unusable, per_image)
+
+
+def _checked(data: str, spec: Mapping[str, Any]) -> tuple[list[Sample], int, int, bool]:
+    """As ``_read``, of the source ``spec``, which reads at least one usable sample."""
     source = registry().create("sources", spec)
     if isinstance(source, Checkable):
         source.check()
     first, unusable, count, exact = _read(source)
     if not first:
         raise DataError(f"{data}: no usable records", hint="`llavactl data check` lists the problems of each record")
-    per_image = 1.0
-    if spec["name"] == "image-folder":
-        per_image = sum(len(sample.captions) for sample in first) / len(first)
-    return RecognizedData(spec, _content(first), count, exact, first, unusable, per_image)
+    return first, unusable, count, exact
 
 
 def _spec(data: str, images: str | None) -> dict[str, Any]:
@@ -250,14 +260,20 @@ def _read(source: Source) -> tuple[list[Sample], int, int, bool]:
 
 
 def _content(samples: Sequence[Sample]) -> Content:
-    """Captions, if nearly all samples are an answer of several words to one of few questions; else conversations."""
-    captions = [sample for sample in samples if _is_caption(sample)]
-    questions = {"".join(turn.text for turn in sample.turns if turn.role == "user").strip() for sample in captions}
-    words = sum(len(sample.turns[-1].text.split()) for sample in captions) / max(len(captions), 1)
-    few = len(questions) <= min(_MAX_QUESTIONS, max(1, len(captions) // 2))
-    return "captions" if len(captions) >= 0.9 * len(samples) and few and words >= _CAPTION_WORDS else "conversations"
+    """Captions, if the source reads captions; other samples, such as LLaVA's records, are judged by their text.
+
+    They are captions if nearly all are an answer of several words to one of few questions.
+    """
+    if all(map(is_captioned, samples)):
+        return "captions"
+    answers = [sample for sample in samples if _is_answer(sample)]
+    questions = {"".join(turn.text for turn in sample.turns if turn.role == "user").strip() for sample in answers}
+    words = sum(len(sample.turns[-1].text.split()) for sample in answers) / max(len(answers), 1)
+    few = len(questions) <= min(_MAX_QUESTIONS, max(1, len(answers) // 2))
+    return "captions" if len(answers) >= 0.9 * len(samples) and few and words >= _CAPTION_WORDS else "conversations"
 
 
-def _is_caption(sample: Sample) -> bool:
+def _is_answer(sample: Sample) -> bool:
+    """Whether ``sample`` is one question about an image and its answer."""
     roles = [turn.role for turn in sample.turns]
     return bool(sample.images) and roles == ["user", "assistant"]

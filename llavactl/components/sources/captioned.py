@@ -73,6 +73,11 @@ def captioned_sample(name: str, image: ImageRef, captions: Sequence[str], boxes:
     return Sample(name, turns, where, captions=texts, boxes=tuple(boxes))
 
 
+def is_captioned(sample: Sample) -> bool:
+    """Whether ``captioned_sample`` made ``sample``: its answer is a caption, however short."""
+    return bool(sample.turns) and sample.turns[0].content[1:] == (QUESTION,)
+
+
 def selected_boxes(boxes: Sequence[Box], options: CaptionedOptions) -> list[Box]:
     """The ``boxes`` that the options keep, clipped to the image; boxes without area are removed."""
     selected = []

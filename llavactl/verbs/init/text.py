@@ -129,14 +129,7 @@ def _data(facts: RecipeFacts) -> Iterator[str]:
             count = f"{each.samples:,}" if each.exact else f"about {each.samples:,}"
             captions = f"; {each.captions_per_image:.1f} captions per image" if each.captions_per_image > 1 else ""
             yield f"    # {count} samples{captions}"
-            yield f"    - {value_text(_source(facts, each))}"
-
-
-def _source(facts: RecipeFacts, data: RecognizedData) -> Mapping[str, Any]:
-    spec = dict(_relative(facts, data.spec))
-    if spec["name"] == "image-folder" and data.captions_per_image > 1:
-        spec["every_caption"] = True
-    return spec
+            yield f"    - {value_text(_relative(facts, each.spec))}"
 
 
 def _generate(facts: RecipeFacts) -> Iterator[str]:
@@ -149,7 +142,8 @@ def _generate(facts: RecipeFacts) -> Iterator[str]:
     )
     yield from (f"# {line}" for line in wrapped(about))
     yield "# generate:"
-    yield f"#   source: {value_text(_relative(facts, first.spec))}"
+    spec = {key: value for key, value in first.spec.items() if key != "every_caption"}  # a teacher receives all at once
+    yield f"#   source: {value_text(_relative(facts, spec))}"
     yield "#   teacher: {name: openai, model: gpt-4o-mini}  # needs OPENAI_API_KEY; `base_url: …` for another server"
     yield "#   kinds: {conversation: 58, detail: 23, reasoning: 77}  # LLaVA's proportions"
     yield "#   out: instruct.jsonl"

@@ -12,7 +12,13 @@ from typing import Any
 from pydantic import Field
 
 from llavactl.components.sources.captioned import captioned_sample, raise_problems
-from llavactl.components.sources.image_folder.captions import FoundCaptions, sidecar_captions, table_captions, tables
+from llavactl.components.sources.image_folder.captions import (
+    FoundCaptions,
+    sidecar_captions,
+    table_captions,
+    tables,
+    unused_tables,
+)
 from llavactl.components.sources.image_folder.listing import Listing, listing
 from llavactl.components.sources.image_folder.tables import Columns
 from llavactl.core.errors import DataError
@@ -98,7 +104,20 @@ class ImageFolder:
         if not contents.images and not contents.records:
             raise DataError(f"{self.path}: no images", hint="supported are JPEG, PNG, WebP, GIF, BMP, TIFF and HEIC")
         if not contents.records:
-            raise DataError(f"{self.path}: {contents.images:,} images, but no captions", hint=CAPTIONS_HINT)
+            raise self._no_captions(contents.images)
+
+    def _no_captions(self, images: int) -> DataError:
+        """The error of a folder with ``images`` images only; it names the tables in it and why they aren't used."""
+        message = f"{self.path}: {quantity(images, 'image')}, but no captions"
+        if self.options.captions is not None:
+            return DataError(f"{message}: {self.options.captions} has no rows", hint=CAPTIONS_HINT)
+        unused = list(unused_tables(self._listing, self._columns))
+        parts = [f"{each.name} is not used: {each.why}" for each in unused[:_SHOWN]]
+        if len(unused) > _SHOWN:
+            parts.append(f"and {len(unused) - _SHOWN} more")
+        return DataError(
+            "; ".join([message, *parts]), hint=next((each.hint for each in unused if each.hint), CAPTIONS_HINT)
+        )
 
     def records(self) -> Iterator[RawRecord]:
         return iter(self._contents.records)
@@ -140,11 +159,17 @@ class ImageFolder:
                     text, quantity(len(where), unit), ", ".join(where[:_SHOWN]) + (", …" if len(where) > _SHOWN else "")
                 )
 
+    @property
+    def _columns(self) -> Columns:
+        return Columns(self.options.image_column, self.options.caption_column)
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return listing(self.path, follow_links=self.options.follow_links)
+
     @cached_property
     def _contents(self) -> _Contents:
-        files = listing(self.path, follow_links=self.options.follow_links)
-        columns = Columns(self.options.image_column, self.options.caption_column)
-        table = self.options.captions
+        files, columns, table = self._listing, self._columns, self.options.captions
         found = [
             table_captions(file, files, columns, certain=bool(table)) for file in ([table] if table else tables(files))
         ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from llavactl.components.sources.image_folder.listing import Listing
-from llavactl.components.sources.image_folder.tables import CaptionRow, Columns, is_table, read_table
+from llavactl.components.sources.image_folder.tables import TABLE_SUFFIXES, CaptionRow, Columns, is_table, read_table
 from llavactl.components.sources.image_folder.texts import decoded
+from llavactl.core.errors import DataError
+from llavactl.core.locations import shown_path
 from llavactl.core.protocols import Finding
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
@@ -44,6 +49,36 @@ def tables(files: Listing) -> list[Path]:
         if is_table(PurePosixPath(text).name)
         and not (text.lower().endswith(".txt") and _without_suffix(text).lower() in beside_images)
     ]
+
+
+class UnusedTable(NamedTuple):
+    """A table without captions that are used: why, and a hint ("" for an empty table)."""
+
+    name: str
+    why: str
+    hint: str
+
+
+def unused_tables(files: Listing, columns: Columns) -> Iterator[UnusedTable]:
+    """The tables among the images, if none of them has captions that are used."""
+    for name in files.texts:
+        file, named = files.root / name, is_table(PurePosixPath(name).name)
+        if not named and file.suffix.lower() not in TABLE_SUFFIXES:
+            continue
+        set_captions = f"set `captions` to this file (in `llavactl init`: -t captions={shlex.quote(shown_path(file))})"
+        try:
+            rows, _ = read_table(file, columns, certain=True)
+        except DataError as error:
+            if named or file.suffix.lower() in (".csv", ".tsv"):  # other JSON files may have any content
+                why = re.sub(rf"^{re.escape(str(file))}(:\d+)?: ", "", error.message)
+                yield UnusedTable(name, why, f"{set_captions} and {error.hint.removeprefix('set ')}")
+            continue
+        if not rows:
+            yield UnusedTable(name, "no rows", "")
+        elif not named and not any(row.problem for row in rows):
+            yield UnusedTable(
+                name, "its name is not that of a table of captions", f"{set_captions}, or call it metadata"
+            )
 
 
 def sidecar_captions(files: Listing) -> FoundCaptions:

@@ -127,6 +127,12 @@ def _column_numbers(header: Sequence[str], file: Path, columns: Columns) -> tupl
 def _column(names: Sequence[str], file: Path, given: str | None, known: Sequence[str], option: str) -> str:
     """The one of ``names`` that is ``given`` or, without it, the first of ``known``."""
     lower = {name.lower().replace(" ", "_"): name for name in reversed(names)}
+    if given is None and option == "caption_column" and {"question", "answer"} <= lower.keys():
+        raise DataError(
+            f"{file}:1: questions and answers, not captions; columns: {', '.join(names)}",
+            hint="set `caption_column` if another column has captions; a record of questions and answers is {id, "
+            "image, conversations: [{from: human, value}, {from: gpt, value}]}",
+        )
     if given is not None:
         found = given if given in names else lower.get(given.lower())
     else:
@@ -135,7 +141,8 @@ def _column(names: Sequence[str], file: Path, given: str | None, known: Sequence
         what = f"no column {given!r}" if given else f"no column of {'images' if 'image' in option else 'captions'}"
         raise DataError(
             f"{file}:1: {what}; columns: {', '.join(names)}",
-            hint=f"set `{option}` to one of the columns, or name the columns file_name and text",
+            hint=f"set `{option}` to one of the columns (in `llavactl init`: -t {option}=NAME), or name the columns "
+            "file_name and text",
         )
     return found
 
