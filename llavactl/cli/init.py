@@ -114,7 +114,8 @@ def _print(report: InitReport) -> None:
     device = f"{report.device['count']} × {report.device['memory_bytes'] / 1e9:.1f} GB ({report.device['kind']})"
     rows += [("method", report.method), ("devices", device)]
     for stage, peak in report.peak_bytes.items():
-        rows.append((stage, "predicted peak unknown" if peak is None else _peak(peak, report.assumes[stage])))
+        known = "predicted peak unknown" if peak is None else _peak(peak, report.assumes[stage])
+        rows.append((stage, f"{known}: doesn't fit" if report.stage_fits[stage] is False else known))
     output.labeled(rows)
     output.line()
     output.lines(["Next:", *(f"  {each}" for each in report.next)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -120,19 +121,23 @@ def check(
     """Check a recipe and list all problems, as `file:line: key: reason`.
 
     Exit with 1 if there are any. No weights are loaded and nothing is downloaded. Stages that don't fit on the GPUs of
-    this machine (without GPUs: in its memory), or on GPUs of --device-memory, are warnings.
+    this machine (without GPUs: in its memory), or on GPUs of --device-memory, are warnings. For models that aren't on
+    this machine, this is known only if a stored prediction covers the recipe.
     """
-    from llavactl.verbs.plan import recipe_warnings
+    from llavactl.verbs.plan import MemoryCheck, check_memory
     from llavactl.verbs.preflight import problems
 
     source = _source(recipe, source)
     found = problems(source, overrides)
-    warnings = [] if found else recipe_warnings(source, overrides, device_memory, devices)
-    for warning in warnings:
+    memory = MemoryCheck([], []) if found else check_memory(source, overrides, device_memory, devices)
+    for warning in memory.warnings:
         log.warning("%s", warning)
+    if memory.note:
+        log.info("%s", memory.note)
     if as_json:
-        document = {"ok": not found, "problems": [asdict(problem) for problem in found]}
-        output.document({**document, "warnings": warnings} if warnings else document)
+        document: dict[str, Any] = {"ok": not found, "problems": [asdict(problem) for problem in found]}
+        optional = {"warnings": memory.warnings, "memory_not_checked": memory.not_checked}
+        output.document({**document, **{key: value for key, value in optional.items() if value}})
     else:
         output.lines([str(problem) for problem in found] or [f"{source or 'recipe.yaml'}: ok"])
     if found:

@@ -22,7 +22,7 @@ from llavactl.core.network import offline_variable, proxy_error
 from llavactl.core.paths import cache_dir
 from llavactl.core.registry import registry
 from llavactl.report.plots import PLOTS_MISSING, plots_available
-from llavactl.training.prediction.published import MODELS, PublishedPeak, fastest_fit, published_peaks
+from llavactl.training.prediction.published import MODELS, PublishedPeak, fastest_fit, lowest_peak
 from llavactl.training.prediction.target import Target, gpus
 
 MIN_FREE_DISK_GB = 20
@@ -246,7 +246,7 @@ def _training(target: Target) -> Iterator[TrainingMemory]:
     for model in MODELS.values():
         for method in METHODS:
             fit = fastest_fit(model, method, target)
-            shown = fit or min(published_peaks(model, method, target), key=lambda peak: peak.bytes, default=None)
+            shown = fit or lowest_peak(model, method, target)
             yield TrainingMemory(
                 model=model,
                 method=method,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llavactl.core.errors import ModelError, RecipeError, StoreError
 from llavactl.core.hashes import read_only_cache
@@ -28,6 +28,7 @@ from llavactl.training.prediction.choose import choose
 from llavactl.training.prediction.model import language_component
 from llavactl.training.prediction.predict import Choice, StagePredictor, stage_predictor
 from llavactl.training.prediction.process import process_bytes, resident_bytes
+from llavactl.training.prediction.published import stored_verdict
 from llavactl.training.prediction.target import Target, target_device
 from llavactl.training.report import REPORT
 from llavactl.training.throughput import Work, training_flops
@@ -90,15 +91,20 @@ class TrainPlan:
     @property
     def error(self) -> RecipeError:
         """The error of a stage that doesn't fit."""
-        where, count = "device" if self.device["kind"] == "cuda" else "host", self.device["count"]
-        processes = f"{count} × " if where == "host" and count > 1 else ""
+        needed = self.peak_bytes["device" if self.device["kind"] == "cuda" else "host"]
+        target = Target(self.device["kind"] == "cuda", self.device["memory_bytes"], self.device["count"])
         options = [" ".join(each["options"]) for each in self.alternatives]
-        return RecipeError(
-            f"stage {self.stage} doesn't fit: it needs {processes}{gigabytes(self.peak_bytes[where])} of {where} "
-            f"memory, and {gigabytes(self.device['usable_bytes'])} of {gigabytes(self.device['memory_bytes'])} "
-            "can be used",
-            hint=fitting_options(options),
-        )
+        return RecipeError(_does_not_fit(self.stage, needed, target), hint=fitting_options(options))
+
+
+def _does_not_fit(stage: int, needed: int, device: Target) -> str:
+    """That ``stage`` needs ``needed`` bytes per process, more than ``device`` has."""
+    where = "device" if device.cuda else "host"
+    processes = f"{device.count} × " if not device.cuda and device.count > 1 else ""
+    return (
+        f"stage {stage} doesn't fit: it needs {processes}{gigabytes(needed)} of {where} memory, and "
+        f"{gigabytes(device.usable_bytes)} of {gigabytes(device.memory_bytes)} can be used"
+    )
 
 
 def plan_training(
@@ -138,32 +144,57 @@ def plan_training(
     return _plan(recipe, predictor, prediction, fits, bound, device, others, tokens_per_s, notes)
 
 
-def recipe_warnings(
+class MemoryCheck(NamedTuple):
+    """The result of ``check_memory``: ``warnings`` about stages, and the models whose stages were ``not_checked``."""
+
+    warnings: list[str]
+    not_checked: list[str]
+
+    @property
+    def note(self) -> str:
+        """That the memory of stages was not checked, and why; "" if all were."""
+        if not self.not_checked:
+            return ""
+        verb = "isn't" if len(self.not_checked) == 1 else "aren't"
+        return f"memory not checked: {' and '.join(self.not_checked)} {verb} on this machine"
+
+
+def check_memory(
     source: RecipeSource, overrides: Sequence[str], device_memory: int | None, devices: int | None
-) -> list[str]:
+) -> MemoryCheck:
     """A warning for each stage of a valid recipe that doesn't fit on the devices, or without CUDA on the CPU.
 
-    Also for a stage that can't be predicted, such as with a plugin's language model without ``skeleton``.
+    Also for a stage that can't be predicted, such as with a plugin's language model without ``skeleton``. The stages of
+    models that aren't on this machine are judged by stored predictions, or not checked.
 
-    See ``plan_training`` for ``device_memory`` and ``devices``. Stages without data, and models that aren't on this
-    machine, are not checked.
+    See ``plan_training`` for ``device_memory`` and ``devices``. Stages without data are not checked.
     """
     recipe = load_frame(Outline, source, overrides)
+    warnings: list[str] = []
+    not_checked: list[str] = []
     if not isinstance(recipe, Recipe):
-        return []
-    warnings = []
+        return MemoryCheck(warnings, not_checked)
+    device = target_device(device_memory, devices)
     for stage in recipe.stages_with_data():
-        if is_local(recipe.language.spec()) and is_local(recipe.stage(stage).vision):
-            try:
-                if _longest_samples_fit(recipe, stage, target_device(device_memory, devices)):
-                    continue  # the records needn't be read
-                plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
-            except Exception as error:  # noqa: BLE001 - the recipe is valid even if its memory can't be predicted
-                warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
-                continue
-            if not plan.fits:
-                warnings.append(f"{plan.error.message}; {plan.error.hint}")
-    return warnings
+        specs = (recipe.language.spec(), recipe.stage(stage).vision)
+        if absent := [each for each in specs if not is_local(each)]:
+            verdict = stored_verdict(recipe, stage, device)
+            if verdict is None:
+                not_checked += [str(each.get("model", each["name"])) for each in absent]
+            elif not verdict.fits:
+                needed = _does_not_fit(stage, verdict.peak.bytes, device)
+                warnings.append(f"{needed}, with {verdict.peak.assumes}; {fitting_options(())}")
+            continue
+        try:
+            if _longest_samples_fit(recipe, stage, device):
+                continue  # the records needn't be read
+            plan = plan_training(recipe, stage, device_memory=device_memory, devices=devices)
+        except Exception as error:  # noqa: BLE001 - the recipe is valid even if its memory can't be predicted
+            warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
+            continue
+        if not plan.fits:
+            warnings.append(f"{plan.error.message}; {plan.error.hint}")
+    return MemoryCheck(warnings, list(dict.fromkeys(not_checked)))
 
 
 def _longest_samples_fit(recipe: Recipe, stage: StageNumber, device: Target) -> bool:

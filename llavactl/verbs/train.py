@@ -124,7 +124,7 @@ def _train(
             stack.enter_context(_exclusive_access(recipe, stage, folder))
             remove_previews(recipe.run_dir, stage)
             write_atomic(recipe.run_dir / "recipe.yaml", dump(recipe))
-            log_held_out(data)
+            log_held_out(data, stage)
             write_skipped(folder / "left_out.jsonl", data)
 
         on_main(begin)

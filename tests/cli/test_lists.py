@@ -10,7 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from llavactl.cli import terminal
+from llavactl.core.devices import available_devices
 from llavactl.core.protocols import KINDS
 from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Recipe
@@ -195,9 +198,10 @@ class TestDoctor:
     ) -> None:
         monkeypatch.setattr(doctor, "_available_devices", lambda: (tuple(doctor.Device(*each) for each in devices), []))
         monkeypatch.setattr(doctor, "find_spec", lambda name: None)  # every optional package is missing
+        monkeypatch.setattr(terminal, "console", lambda stream: Console(file=stream, width=80, color_system=None))
         lines = run_cli("doctor").stdout.splitlines()
-        assert len(lines) <= 24, lines
-        assert max(map(len, lines)) < 80, lines
+        assert sum(1 + len(line) // 80 for line in lines) <= 24, lines
+        assert all(len(line) < 80 or "`" in line for line in lines), lines  # the terminal wraps commands
         training = run_cli("doctor", "--json").json()["training"]
         for model, methods in fitting.items():
             assert methods <= {each["method"] for each in training if each["model"] == model and each["fits"]}
@@ -206,6 +210,11 @@ class TestDoctor:
         assert all(
             each["peak_bytes"] is None or each["peak_bytes"] > 0.9 * usable for each in training if not each["fits"]
         )
+
+    @pytest.mark.parametrize(("count", "shown"), [(1, ", 1 thread"), (2, ", 2 threads")])
+    def test_threads_are_counted(self, monkeypatch: pytest.MonkeyPatch, count: int, shown: str) -> None:
+        monkeypatch.setattr("torch.get_num_threads", lambda: count)
+        assert available_devices()[0].name.endswith(shown)
 
     def test_a_7b_model_is_not_trained_completely_on_24_gb(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device = doctor.Device("cuda:0 RTX 4090", 25.3, GPU)

@@ -197,6 +197,17 @@ def test_nothing_of_a_table_is_cut_off(arguments: tuple[str, ...], columns: int,
     assert not complete - Counter(plain)
 
 
+def test_doctor_is_wrapped_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
+    code, shown = on_terminal("doctor", cwd=tmp_path, columns=40)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert all(len(line.rstrip()) <= 40 or "/" in line for line in plain.splitlines()), "only paths are too long"
+    assert re.search(r"^ *LoRA: ", plain, re.MULTILINE), "the method of each peak"
+    lines = piped("doctor", cwd=tmp_path).stdout.splitlines()
+    assert any(line.endswith("S: sharded") and line.startswith("C:") for line in lines)
+    assert not any(line.startswith(" ") for line in lines if "pip install" not in line)
+
+
 BARS = """
 import logging, sys, time
 from llavactl.cli import _log_to_stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -153,3 +155,12 @@ def test_the_teacher_transformers_conforms(toys: Path) -> None:
 def test_a_plugin_is_tested_with_the_kit(plugin: Path) -> None:
     tests = "".join(file.read_text(encoding="utf-8") for file in (plugin.parent / "tests").glob("test_*.py"))
     assert "check_plugin(" in tests
+
+
+def test_toys_are_written_without_messages_of_libraries(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from llavactl.testing import toy_clip, toy_language\n"
+    program += "toy_clip(Path('clip')); toy_language(Path('language'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    written = json.loads((tmp_path / "clip" / "preprocessor_config.json").read_text())
+    assert written["image_processor_type"] == "CLIPImageProcessor", "loads with torchvision and without"

@@ -145,3 +145,11 @@ def test_a_very_long_image_name_is_shortened(tmp_path: Path) -> None:
     result = run_cli("chat", "--model", str(tmp_path), "--image", "x" * 5000, "--prompt", "?")
     assert result.exit_code == 1
     assert len(result.stderr) < 600
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+@pytest.mark.parametrize("more", [(), ("--json",), ("--image", "none.jpg")])
+def test_an_empty_prompt_is_refused_before_a_model_is_loaded(prompt: str, more: tuple[str, ...]) -> None:
+    result = run_cli("chat", "--model", "no-model", "--prompt", prompt, *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--prompt" in result.stderr

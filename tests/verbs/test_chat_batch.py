@@ -35,6 +35,7 @@ def test_images_are_read_from_either_key(toys: Path, tmp_path: Path) -> None:
         {"prompt": "What?", "image": "none.jpg"},
         {"image": "a.jpg"},
         {"prompt": None},
+        {"prompt": " \n"},
         [],
     ],
 )

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from llavactl.core.errors import DataError
 from llavactl.core.quantities import gigabytes
 from llavactl.core.registry import registry
+from llavactl.curation.recognize import recognize
 from llavactl.recipe.load import load_recipe
 from llavactl.recipe.stages import STAGES
 from llavactl.testing import run_cli, toy_photos
-from llavactl.training.prediction.published import fastest_fit
+from llavactl.training.prediction.published import fastest_fit, stored_verdict
 from llavactl.training.prediction.target import Target
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -154,9 +156,90 @@ def test_data_is_recognized(name: str, project: Path) -> None:
     assert names == ["plain" if "captions" in content else "tokenizer", "tokenizer"]
 
 
+def captions_table(suffix: str, caption: str, folder: Path) -> Path:
+    """A table of short captions in one of the supported forms."""
+    rows = {photo.name: f"{caption} {index}" for index, photo in enumerate(sorted(folder.glob("*.jpg")))}
+    listed = [{"image": name, "caption": text} for name, text in rows.items()]
+    text = {
+        "csv": "image,caption\n" + "".join(f"{name},{text}\n" for name, text in rows.items()),
+        "tsv": "image\tcaption\n" + "".join(f"{name}\t{text}\n" for name, text in rows.items()),
+        "list.json": json.dumps(listed),
+        "map.json": json.dumps(rows),
+        "jsonl": "".join(json.dumps(each) + "\n" for each in listed),
+    }[suffix]
+    file = folder.parent / f"table.{suffix}"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("caption", ["Ä", "hallo", "a photo with number"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "list.json", "map.json", "jsonl"])
+def test_a_table_of_captions_has_captions_however_short(suffix: str, caption: str, project: Path) -> None:
+    data = recognize(str(captions_table(suffix, caption, project / "images")), str(project / "images"))
+    assert (data.content, data.samples) == ("captions", len(list((project / "images").glob("*.jpg"))))
+
+
+def test_short_answers_of_records_are_no_captions(project: Path) -> None:
+    file = records(project / "short.json", "captions")
+    document = json.loads(file.read_text())
+    for index, record in enumerate(document):
+        record["conversations"][1]["value"] = ("yes", "no")[index % 2]
+    file.write_text(json.dumps(document))
+    assert recognize(str(file), str(project / "images")).content == "conversations"
+
+
+def test_a_table_of_questions_and_answers_has_no_captions(project: Path) -> None:
+    file = project / "questions.csv"
+    file.write_text("image,question,answer,label\nphoto-000.jpg,What?,A dog.,1\n")
+    with pytest.raises(DataError, match="questions and answers") as caught:
+        recognize(str(file), str(project / "images"))
+    assert "conversations" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "mentioned"),
+    [
+        ("table.csv", "Bild,Beschreibung\nphoto-000.jpg,ein Hund\n", ("Bild, Beschreibung", "image_column")),
+        ("labels.csv", "Bild,Beschreibung\nphoto-000.jpg,ein Hund\n", ("Bild, Beschreibung", "-t captions=")),
+        ("table.csv", "photo-000.jpg,a dog\nphoto-001.jpg,a cat\n", ("name", "-t captions=bare/table.csv")),
+        ("table.jsonl", '{"image": "photo-000.jpg", "text": "a dog"}\n', ("name", "-t captions=bare/table.jsonl")),
+        ("metadata.csv", "", ("no rows",)),
+        ("metadata.csv", "file_name,text\n", ("no rows",)),
+        ("annotations.json", "[]", ("no rows",)),
+    ],
+)
+def test_a_table_that_is_not_used_is_named_with_the_reason(
+    name: str, text: str, mentioned: tuple[str, ...], project: Path
+) -> None:
+    toy_photos(project / "bare", 2)
+    (project / "bare" / name).write_text(text)
+    with pytest.raises(DataError) as caught:
+        recognize("bare")
+    assert all(each in f"{caught.value.message} {caught.value.hint}" for each in (name, *mentioned))
+    if "-t captions=" in caught.value.hint and "Bild" not in text:
+        assert recognize("bare", options={"captions": f"bare/{name}"}).content == "captions"
+    with pytest.raises(DataError) as bare:
+        recognize(str(project / "images"))
+    assert "not used" not in bare.value.message
+
+
+def test_several_captions_per_image_are_counted_as_data_check_counts_them(project: Path) -> None:
+    folder = captioned(project / "photos")
+    for file in sorted(folder.glob("*.txt"))[:4]:
+        file.write_text("One caption of this photo.\nAnother caption of this photo.\n")
+    report = init("--data", "photos")
+    checked = run_cli("data", "check", "-r", report["recipe"], "--json").json()
+    assert report["data"][0]["samples"] == checked["records"] == 10
+    assert "# 10 samples" in report["text"]
+    generate = next(line for line in report["text"].splitlines() if line.startswith("#   source:"))
+    assert "every_caption" not in generate, "a teacher receives all captions of an image at once"
+    one_each = run_cli("init", "--data", "photos", "-t", "every_caption=false", "--dry-run", "--json").json()
+    assert one_each["data"][0]["samples"] == 6
+
+
 def test_models_are_recognized(project: Path) -> None:
     siglip(project / "siglip")
-    report = init("--data", "records.json", "--vision", "siglip", "--language", "language", models=False)
+    report = init("--data", "records.json", "--vision", "./siglip", "--language", "language", models=False)
     assert report["template"] == "tokenizer"
     for name, template in (("base", "vicuna-v1"), ("my-vicuna", "vicuna-v1")):
         language = without_chat_template(project, name)
@@ -243,6 +326,64 @@ def test_on_a_cpu_the_recipe_has_the_settings_of_its_stored_prediction(
     assert report["peak_bytes"]["stage1"] == peak.bytes
     assert settings.gradient_checkpointing is peak.gradient_checkpointing is True
     assert settings.micro_batch_tokens == peak.micro_batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("memory", "language", "fits", "not_checked"),
+    [
+        (25 * 10**9, "lmsys/vicuna-7b-v1.5", False, []),
+        (40 * 10**9, "lmsys/vicuna-7b-v1.5", True, []),
+        (25 * 10**9, "someone/unknown-7b", None, ["someone/unknown-7b"]),
+    ],
+)
+def test_init_and_the_check_have_one_verdict_about_models_that_are_not_here(
+    memory: int,
+    language: str,
+    fits: bool | None,
+    not_checked: list[str],
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=memory))
+    monkeypatch.setattr("llavactl.verbs.init._precision", lambda *_: "bfloat16")
+    result = run_cli("init", "--data", "records.json", "--vision", "clip", "--language", language)
+    assert result.exit_code == 0
+    assert ("doesn't fit" in result.stderr) == ("doesn't fit" in result.stdout) == (fits is False)
+    comments = " ".join(Path("recipe.yaml").read_text().replace("#", " ").split())
+    assert ("this doesn't fit" in comments) == (fits is False)
+    check = run_cli("recipes", "check", "--json")
+    assert check.exit_code == 0
+    document = check.json()
+    assert document["ok"]
+    assert bool(document.get("warnings")) == (fits is False)
+    assert document.get("memory_not_checked", []) == not_checked
+    assert [line for line in check.stderr.splitlines() if "memory not checked" in line] == [
+        f"llavactl: memory not checked: {each} isn't on this machine" for each in not_checked
+    ]
+    report = run_cli(
+        "init", "--data", "records.json", "--vision", "clip", "--language", language, "--dry-run", "--json"
+    )
+    assert report.json()["fits"] is fits
+
+
+@pytest.mark.parametrize(
+    ("override", "covered"),
+    [
+        ("stage2.lora.r=16", False),
+        ("stage2.max_length=4096", False),
+        ("features.mode=live", False),
+        ("stage2.precision=float32", False),
+        ("stage2.micro_batch_size=2", True),
+    ],
+)
+def test_a_stored_prediction_is_used_only_for_what_it_covers(override: str, covered: bool) -> None:
+    recipe = load_recipe("llava-v1.5-7b-lora", [override])
+    device = Target(True, 80 * 10**9)
+    verdict = stored_verdict(recipe, 2, device)
+    assert (verdict is not None and verdict.fits) == covered
+    small = stored_verdict(load_recipe("llava-v1.5-7b-lora"), 2, Target(True, 10**9))
+    assert small is not None
+    assert not small.fits
 
 
 def test_defaults_of_a_machine_without_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +532,8 @@ def test_the_recipe_trains(name: str, project: Path) -> None:
     short = [f"-o stage{stage}.{key}=2".split() for stage in STAGES for key in ("max_steps", "epochs")]
     result = run_cli("run", "-r", report["recipe"], "--json", *(word for option in short for word in option))
     assert result.exit_code == 0, result.stderr
+    held_out = [line for line in result.stderr.splitlines() if "held out" in line]
+    assert [re.findall(r"stage (\d)", line) for line in held_out] == [["1"], ["2"]]
     trained = result.json()
     assert trained["stage2"]["steps"] == 2
     assert trained["stage2"]["val_loss"] > 0
@@ -443,9 +586,9 @@ def test_errors_name_options_and_not_a_file_that_is_not_written(
     from llavactl.verbs import preflight
 
     arguments = ("init", "--data", "records.json", "--vision", "clip", "--language", "language")
-    named = run_cli(*arguments, "--name", "a/b")
+    named = [run_cli(*arguments, "--name", name) for name in ("a/b", "..", "")]
     monkeypatch.setattr(preflight, "faults", lambda _recipe: [(key, "can't be used")])
-    for result, cited in ((named, "--name"), (run_cli(*arguments), option)):
+    for result, cited in (*((each, "--name") for each in named), (run_cli(*arguments), option)):
         assert result.exit_code == 1
         assert result.stderr.startswith(f"error: {cited}: ")
         assert "recipe.yaml" not in result.stderr

@@ -282,7 +282,7 @@ def test_checking_a_recipe_reads_no_records_if_the_longest_samples_fit(
         return SimpleNamespace(fits=True)
 
     monkeypatch.setattr(plan_module, "plan_training", plan)
-    assert plan_module.recipe_warnings(toy / "recipe.yaml", [], 10**12, 1) == []
+    assert plan_module.check_memory(toy / "recipe.yaml", [], 10**12, 1) == ([], [])
     assert planned == []
-    plan_module.recipe_warnings(toy / "recipe.yaml", [], 10**7, 1)
+    plan_module.check_memory(toy / "recipe.yaml", [], 10**7, 1)
     assert planned == [1, 2]

@@ -24,7 +24,7 @@ from llavactl.verbs.init.memory import LONGEST, planned, recipe_location, with_l
 from llavactl.verbs.init.models import HUB_MODELS, default_models, language_choice, vision_choice
 from llavactl.verbs.init.settings import MemorySettings, StageFacts
 from llavactl.verbs.init.text import SCHEMA_FILE, RecipeFacts, recipe_text
-from llavactl.verbs.plan import recipe_warnings
+from llavactl.verbs.plan import check_memory
 from llavactl.verbs.preflight import problems
 
 
@@ -45,8 +45,8 @@ class InitReport:
 
     ``peak_bytes``: the predicted peak of a device's memory per stage (on a CPU: of one process); None if unknown.
     ``assumes``: the lengths that it is predicted for, micro-batches of ``samples`` samples of ``tokens`` tokens.
-    ``fits``: whether all predicted peaks do. ``warnings``: as ``recipes check``, and what isn't certain. ``next``: the
-    commands to continue with.
+    ``stage_fits``: whether a stage does, ``fits``: whether all do; None if unknown. ``warnings``: as
+    ``recipes check``, and what isn't certain. ``next``: the commands to continue with.
     """
 
     recipe: str
@@ -60,6 +60,7 @@ class InitReport:
     method: str
     peak_bytes: Mapping[str, int | None]
     assumes: Mapping[str, Mapping[str, int] | None]
+    stage_fits: Mapping[str, bool | None]
     fits: bool | None
     warnings: tuple[str, ...]
     next: tuple[str, ...]
@@ -99,7 +100,7 @@ def init(
     by_stage = _by_stage(recognized)
     precision = _precision(target, device_memory)
     facts = RecipeFacts(
-        name=name or _name(data[0]),
+        name=_name(data[0]) if name is None else name,
         folder=file.absolute().parent,
         absolute=any(expand_user(each).is_absolute() for each in (*data, *filter(None, (images, vision, language)))),
         vision=backbone,
@@ -146,6 +147,7 @@ def init(
         method=plan.method,
         peak_bytes={STAGES[stage]: each.peak for stage, each in plan.stages.items()},
         assumes={STAGES[stage]: each.assumes and each.assumes._asdict() for stage, each in plan.stages.items()},
+        stage_fits={STAGES[stage]: each.fits for stage, each in plan.stages.items()},
         fits=plan.fits,
         warnings=tuple(dict.fromkeys(warnings)),
         next=tuple(_next_commands(facts, file, target.count)),
@@ -209,7 +211,7 @@ def _stage_facts(
     precision: str,
     template: str,
 ) -> StageFacts:
-    samples = sum(_trained_samples(each) for each in data)
+    samples = sum(each.samples for each in data)
     images = {image for each in data for sample in each.first for image in sample.images}
     first = sum(len(each.first) for each in data)
     questions = stage == 1 and by_stage[1][0].content == "conversations"
@@ -222,11 +224,6 @@ def _stage_facts(
         template=template if questions else None,
         memory=MemorySettings(),
     )
-
-
-def _trained_samples(data: RecognizedData) -> int:
-    """The samples per epoch: of an image with several captions, one for each."""
-    return round(data.samples * data.captions_per_image)
 
 
 _OPTIONS = {
@@ -256,7 +253,7 @@ def _checked(text: str, facts: RecipeFacts, device_memory: int | None, devices: 
         if found := problems(location):
             moved = dict.fromkeys(Problem(_origin(each.key), "", each.why) for each in found)
             raise RecipeError.from_problems(list(moved), hint="nothing was written; change these options")
-        return recipe_warnings(location, (), device_memory, devices)
+        return check_memory(location, (), device_memory, devices).warnings
 
 
 def _uncertain(

@@ -20,7 +20,7 @@ from llavactl.training.prediction.choices import choices
 from llavactl.training.prediction.choose import choose_from
 from llavactl.training.prediction.predict import stage_predictor
 from llavactl.training.prediction.process import process_bytes
-from llavactl.training.prediction.published import MODELS, fastest_fit, published_peaks
+from llavactl.training.prediction.published import MODELS, fastest_fit, lowest_peak
 from llavactl.training.prediction.target import Target
 from llavactl.verbs.init.settings import MemorySettings
 from llavactl.verbs.init.text import RecipeFacts, recipe_text
@@ -59,7 +59,7 @@ class MemoryPlan(NamedTuple):
     def fits(self) -> bool | None:
         """Whether all stages fit; None if it isn't known."""
         fits = [each.fits for each in self.stages.values()]
-        return None if None in fits else all(fits)
+        return None if None in fits and False not in fits else all(fits)
 
 
 @contextmanager
@@ -170,12 +170,13 @@ def _published_plan(facts: RecipeFacts, target: Target, wanted: str | None) -> M
 
 
 def _published(model: str, method: str, target: Target) -> StageMemory:
-    """The stored prediction of the fastest choice that fits; without a peak if none does."""
-    peak = fastest_fit(model, method, target)
+    """The stored prediction of the fastest choice that fits; if none does, the one with the lowest peak."""
+    fit = fastest_fit(model, method, target)
+    peak = fit or lowest_peak(model, method, target)
     if peak is None:
-        return StageMemory(False if published_peaks(model, method, target) else None, None, _settings(target))
+        return StageMemory(None, None, _settings(target))
     settings = _settings(target, peak.gradient_checkpointing, peak.micro_batch_tokens)
-    return StageMemory(True, peak.bytes, settings, peak.assumes, peak.optimizer_state)
+    return StageMemory(fit is not None, peak.bytes, settings, peak.assumes, peak.optimizer_state)
 
 
 def _method_reason(method: str, memory: StageMemory, tried: Sequence[str], target: Target, wanted: str | None) -> str:
