@@ -76,6 +76,8 @@ def _batch_record(entry: JsonEntry, where: str, base: Path) -> BatchRecord:
         raise DataError(f"{where}: {entry.problem}", hint=_BATCH_HINT)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise DataError(f"{where}: `prompt` is missing or not a string", hint=_BATCH_HINT)
+    if not record["prompt"].strip():
+        raise DataError(f"{where}: `prompt` is empty", hint=_BATCH_HINT)
     try:
         names = image_names(record)
         if key := unread_media(record, images=bool(names)):

@@ -103,6 +103,8 @@ def command(
     """
     if batch is not None and (prompt is not None or images):
         raise click.UsageError("--batch can't be combined with --prompt or --image")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty")
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json requires --prompt or --batch")
     recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -55,11 +54,12 @@ def command(everything: bool, as_json: bool) -> None:
     output.labeled(list(_machine(report)))
     if report.training:
         output.line()
-        output.line(f"Predicted peak in GB on {report.training_device}; –: does not fit"[:_WIDTH])
-        output.table(list(_models(report.training)))
-        output.line(_assumption(report.training))
+        output.paragraph(f"Predicted peak in GB on {report.training_device}; –: does not fit")
+        titles, *models = _models(report.training)
+        output.table(models, titles, titles_in_pipes=True)
+        output.paragraph(_assumption(report.training))
         if any(each.settings for each in report.training):
-            output.line(_MARKS_TEXT)
+            output.paragraph(_MARKS_TEXT)
     if notes := list(_notes(report)):
         output.line()
         output.labeled(notes)
@@ -130,15 +130,12 @@ def _cell(each: TrainingMemory) -> str:
 
 
 def _notes(report: DoctorReport) -> Iterator[Row]:
-    """What doesn't work, and the packages that can be installed, in lines that fit a terminal."""
+    """What doesn't work, and the packages that can be installed."""
     problems = [f"{each.what}: {each.why}" for each in report.problems]
-    rows = [("PROBLEM", problem) for problem in _first(problems, "problems")]
+    yield from (("PROBLEM", problem) for problem in _first(problems, "problems"))
     if missing := [each for each in report.features if not each.installed]:
-        rows.append(("missing", "; ".join(each.what for each in missing)))
-        rows.append(("", "pip install " + " ".join(each.install.removeprefix("pip install ") for each in missing)))
-    for label, text in rows:
-        for index, line in enumerate(textwrap.wrap(text, _WIDTH - _LABEL, break_on_hyphens=False)):
-            yield label if index == 0 else "", line
+        yield ("missing", "; ".join(each.what for each in missing))
+        yield ("", "pip install " + " ".join(each.install.removeprefix("pip install ") for each in missing))
 
 
 def _shortened(text: str) -> str:

@@ -53,6 +53,11 @@ def line(text: str = "") -> None:
     _print(text)
 
 
+def paragraph(text: str) -> None:
+    """Prints ``text``, wrapped on terminals."""
+    labeled([("", text)])
+
+
 def lines(texts: Sequence[str]) -> None:
     """Prints lines."""
     _print("\n".join(texts))
@@ -63,11 +68,12 @@ def labeled(rows: Sequence[tuple[str, str]]) -> None:
     console = terminal.console(result_stream()) if _is_main_process() else None
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
+        begin = f"{label:<{width}}  " if width else ""
         if console is None:
-            _print(f"{label:<{width}}  {text}".rstrip())
+            _print(f"{begin}{text}".rstrip())
         else:
             with progress.bars_hidden():
-                terminal.print_labeled(console, f"{label:<{width}}  ", text, "bold")
+                terminal.print_labeled(console, begin, text, "bold")
 
 
 def table(

@@ -6,6 +6,8 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from llavactl.core.quantities import quantity
+
 
 @dataclass(frozen=True)
 class Device:
@@ -37,7 +39,7 @@ def available_devices() -> tuple[Device, ...]:
 def _cpu(torch: Any) -> Device:
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     bfloat16 = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    name = f"cpu {flags.get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
+    name = f"cpu {flags.get('cpu_name', platform.processor())}, {quantity(torch.get_num_threads(), 'thread')}"
     return Device(name, _memory_gb(), ("float32", "bfloat16") if bfloat16 else ("float32",))
 
 

@@ -14,7 +14,12 @@ NonNegativeInteger = Annotated[int, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
 PositiveNumber = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegativeNumber = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, '.', '_', '-'")]
+FileName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a letter or digit, then letters, digits, '.', '_', '-'"
+    ),
+]
 ComputeType = Literal["float32", "bfloat16", "float16"]
 ImageOrder = Literal["first", "random", "as-data"]
 

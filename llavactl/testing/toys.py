@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from llavactl.core.progress import quiet_transformers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -33,7 +35,9 @@ _CHAT = (
 def toy_clip(folder: Path, *, size: int = 28, patch: int = 14, width: int = 32, layers: int = 3, seed: int = 0) -> Path:
     """A CLIPVisionModel with random weights and its image processor."""
     import torch
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    quiet_transformers()
 
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
@@ -45,7 +49,8 @@ def toy_clip(folder: Path, *, size: int = 28, patch: int = 14, width: int = 32, 
         patch_size=patch,
     )
     CLIPVisionModel(config).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    square = {"height": size, "width": size}
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).save_pretrained(folder)
     return folder
 
 
@@ -76,6 +81,8 @@ def toy_language(folder: Path, *, width: int = 48, layers: int = 2, vocabulary: 
     """A LlamaForCausalLM with random weights, and the tokenizer of ``toy_tokenizer``."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    quiet_transformers()
 
     tokenizer = toy_tokenizer(folder, vocabulary=vocabulary)
     torch.manual_seed(seed)
