@@ -27,6 +27,8 @@ def write_examples(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     examples = {"messages": {"path": str(records)}, "webdataset": {"path": str(folder / "shard.tar")}}
     if find_spec("pyarrow") is not None:
         examples["parquet"] = {"path": str(_write_parquet(folder / "rows.parquet"))}
+    if find_spec("datasets") is not None:
+        examples["hf-datasets"] = {"path": str(_write_dataset(folder / "saved"))}
     return examples
 
 
@@ -43,3 +45,13 @@ def _write_parquet(path: Path) -> Path:
     image = pa.array([{"bytes": _GIF, "path": "a.gif"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     parquet.write_table(pa.table({"image": image, "question": ["What?"], "answer": ["A dot."]}), path)
     return path
+
+
+def _write_dataset(folder: Path) -> Path:
+    import datasets
+
+    rows = {"image": [{"bytes": _GIF, "path": "a.gif"}], "question": ["What?"], "answer": ["A dot."]}
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(str(folder))
+    return folder

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 TAG = "<image>"
-CAPTION_QUESTION = f"{TAG}\nDescribe the image briefly."
+CAPTION_QUESTION = "Describe the image briefly."
 """The question whose answer is a caption; llavactl's template of stage 1 omits it."""
 
 Form = Literal["auto", "sharegpt", "ms-swift", "llama-factory", "trl"]
@@ -102,20 +102,22 @@ def _conversation(record: Mapping[str, Any], key: str, form: Form) -> tuple[list
     if key == "question":
         return _pair(record, "question", "answer"), []
     if key == "caption":
-        if not (record.get("image") or record.get("images")):
+        images = record.get("image") or record.get("images")
+        if not images:
             raise RecordError("record", "a caption without an image")
-        return [{"from": "human", "value": CAPTION_QUESTION}, _message("gpt", _text(value, key))], []
+        tags = f"{TAG}\n" * (len(images) if isinstance(images, list) else 1)
+        return [_message("human", tags + CAPTION_QUESTION), _message("gpt", _text(value, key))], []
     if key == "prompt":
         if isinstance(value, str):
             return _pair(record, "prompt", "completion"), []
         value = [*_list(value, key), *_list(record.get("completion"), "completion")]
-    images: list[str | None] = []
-    messages = [_converted(message, form, images) for message in _list(value, key)]
-    if None in images and any(images):
+    part_images: list[str | None] = []
+    messages = [_converted(message, form, part_images) for message in _list(value, key)]
+    if None in part_images and any(part_images):
         raise RecordError("tags", "some image parts name an image, others don't")
-    if images and not any(images) and not (record.get("image") or record.get("images")):
-        raise RecordError("tags", f"{len(images)} image parts, but no image")
-    return messages, [name for name in images if name is not None]
+    if part_images and not any(part_images) and not (record.get("image") or record.get("images")):
+        raise RecordError("tags", f"{len(part_images)} image parts, but no image")
+    return messages, [name for name in part_images if name is not None]
 
 
 def _list(value: Any, key: str) -> list[Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -33,7 +34,7 @@ class Messages(ConversationSource):
         self.form = options.format
         self.root = ImageRoot(str(options.images or options.path.parent), options.follow_links)
         spec = options.model_dump(mode="json", exclude={"format"})
-        self._file = registry().create("sources", {"name": "llava-json", **spec})
+        self._file: Any = registry().create("sources", {"name": "llava-json", **spec})
 
     def check(self) -> None:
         self._file.check()

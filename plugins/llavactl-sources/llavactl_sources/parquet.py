@@ -196,7 +196,8 @@ class Parquet(ConversationSource):
         rows = table.select(list(texts)).rename_columns(list(texts.values())).to_pylist()
         cells = None
         if leaves:
-            cells = image_cells(table.column(columns.image).combine_chunks(), embedded=embedded)
+            chunks = table.column(columns.image).chunks
+            cells = [row for chunk in chunks for row in image_cells(chunk, embedded=embedded)]
         elif columns.image:
             cells = [[Cell(None, embedded=True)] for _ in rows]
         stamp, bytes_leaf = file_stamp(file), _bytes_leaf(opened, columns.image)

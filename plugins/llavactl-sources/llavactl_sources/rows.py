@@ -152,7 +152,7 @@ def row_record(
     for item, cell in enumerate(cells or ()):
         name = unique_name(cell.path or f"row {index}", images)
         try:
-            images[name] = embedded_image(item, name) if cell.embedded else image_in(root, cell.path)
+            images[name] = embedded_image(item, name) if cell.embedded else image_in(root, cell.path or "")
         except DataError as refused:
             error = error or refused.message
     value = dict(values) if cells is None else {**values, "images": list(images)}

@@ -32,7 +32,7 @@ _FORMAT = 1
 """The version of the layout of cached indexes."""
 
 
-class WebDatasetOptions(Options):
+class WebdatasetOptions(Options):
     """Options of the source ``webdataset``."""
 
     path: RecipePath = Field(
@@ -84,7 +84,7 @@ class WebDataset(ConversationSource):
     A key is a member's name up to the first dot of its last part, and has the extensions after it.
     """
 
-    def __init__(self, options: WebDatasetOptions) -> None:
+    def __init__(self, options: WebdatasetOptions) -> None:
         self.options = options
         self.path = folder_of(options.path)
 

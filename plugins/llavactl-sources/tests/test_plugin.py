@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llavactl import registry
+from llavactl import DataError, registry
 from llavactl.testing import check_plugin, run_cli, toy_recipe
 
 HEAVY = ["torch", "transformers", "numpy", "PIL", "pyarrow", "datasets"]
@@ -55,12 +55,25 @@ def webdataset(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(folder / "shard-*.tar")}
 
 
+def hf_datasets(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    from datasets import Dataset, Image
+
+    rows = {"image": list(map(str, photos)), "question": ["What?"] * len(photos), "answer": answers(photos)}
+    Dataset.from_dict(rows).cast_column("image", Image()).save_to_disk(str(folder / "saved"))
+    return {"path": str(folder / "saved")}
+
+
+def hf_stream(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    return {**hf_datasets(folder, photos), "streaming": True}
+
+
 DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {
     "messages": messages,
     "parquet": parquet,
     "webdataset": webdataset,
+    "hf-datasets": hf_datasets,
 }
-MODULES = {"webdataset": "tars"}
+MODULES = {"webdataset": "tars", "hf-datasets": "hub"}
 
 
 @pytest.mark.parametrize(
@@ -85,10 +98,12 @@ def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
     assert [each["ok"] for each in conform] == [True] * len(DATA), "with the package's own examples"
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_data_is_checked_shown_extracted_and_trained(name: str, tmp_path: Path, photos: Sequence[Path]) -> None:
+@pytest.mark.parametrize(("name", "write"), [*DATA.items(), ("hf-datasets", hf_stream)])
+def test_data_is_checked_shown_extracted_and_trained(
+    name: str, write: Callable[[Path, Sequence[Path]], dict[str, Any]], tmp_path: Path, photos: Sequence[Path]
+) -> None:
     recipe = toy_recipe(tmp_path / "recipe", photos=1)
-    spec = {"name": name, **DATA[name](tmp_path, photos)}
+    spec = {"name": name, **write(tmp_path, photos)}
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith("  stage")]
     for stage in ("stage2", "stage1"):
         lines.insert(lines.index("data:") + 1, f"  {stage}: [{json.dumps(spec)}]")
@@ -109,3 +124,17 @@ def test_data_is_checked_shown_extracted_and_trained(name: str, tmp_path: Path, 
     trained = run_cli("train", *recipe_option, "--stage", "1", "-o", "stage1.max_steps=2", "--json", cwd=tmp_path)
     assert trained.exit_code == 0, trained.stderr
     assert trained.json()["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"), [("parquet", "pyarrow.parquet", "parquet"), ("hf-datasets", "datasets", "datasets")]
+)
+def test_a_missing_package_names_the_extra(
+    name: str, module: str, extra: str, tmp_path: Path, photos: Sequence[Path], monkeypatch: Any
+) -> None:
+    source = registry().create("sources", {"name": name, **DATA[name](tmp_path, photos)})
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError) as error:
+        next(iter(source))
+    assert f"llavactl-sources[{extra}]" in error.value.hint
+    assert "\n" not in error.value.message
