@@ -107,7 +107,7 @@ def _without_annotations(signature: inspect.Signature) -> str:
 def describe_exception(error: BaseException) -> str:
     """``error`` in one line; one that isn't llavactl's, with the called function of the component and its line."""
     if isinstance(error, LlavactlError):
-        return f"{error.message}; {error.hint}" if error.hint else error.message
+        return error.with_hint()
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     called = next((frame for frame in frames if not _module(frame).startswith(_OWN)), None)
     what = f"{type(error).__name__}: {error}"
