@@ -24,7 +24,16 @@ from pydantic import Field
 from llavactl import DataError, ImageFile, ImageRef, ImageRoot, Json, ModelId, RawRecord, cache_dir, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, optional_module
 from llavactl_sources.records import ConversationSource
-from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
+from llavactl_sources.rows import (
+    Cell,
+    Columns,
+    RowOptions,
+    binary_columns,
+    columns_of,
+    image_cells,
+    readable,
+    row_record,
+)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _ROWS = 1000
@@ -185,7 +194,9 @@ class LoadedDataset(_Dataset):
             return _loaded(*self._spec)
 
     def _columns(self, dataset: Any) -> Columns:
-        columns: Columns = columns_of(dataset.column_names, self.options, self.options.path)
+        columns: Columns = columns_of(
+            dataset.column_names, binary_columns(dataset.features.arrow_schema), self.options, self.options.path
+        )
         return columns
 
     def records(self) -> Iterator[RawRecord]:
@@ -220,7 +231,9 @@ class StreamedDataset(_Dataset):
         index = 0
         try:
             for row in islice(stream, self.options.limit):
-                columns = columns or columns_of(list(row), self.options, self.options.path)
+                if columns is None:
+                    binary = [name for name, value in row.items() if not _is_json(value)]
+                    columns = columns_of(list(row), binary, self.options, self.options.path)
                 yield self._record(index, row, columns)
                 index += 1
         except (DataError, OSError):

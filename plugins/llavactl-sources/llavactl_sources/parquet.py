@@ -20,7 +20,16 @@ from pydantic import Field
 from llavactl import DataError, ImageRoot, Json, RawRecord, RecipePath, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, file_stamp, files_of, folder_of, optional_module, stamps_of
 from llavactl_sources.records import ConversationSource
-from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
+from llavactl_sources.rows import (
+    Cell,
+    Columns,
+    RowOptions,
+    binary_columns,
+    columns_of,
+    image_cells,
+    readable,
+    row_record,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,9 +162,13 @@ class Parquet(ConversationSource):
         arrow = optional_module("pyarrow", "parquet")
         try:
             with optional_module("pyarrow.parquet", "parquet").ParquetFile(file) as opened:
-                columns_of(_names(opened), self.options, str(file))
+                self._columns(opened.schema_arrow, file)
         except (OSError, arrow.ArrowException) as error:
             raise DataError(f"{file}: {_reason(error)}") from error
+
+    def _columns(self, schema: pa.Schema, file: Path) -> Columns:
+        columns: Columns = columns_of(schema.names, binary_columns(schema), self.options, str(file))
+        return columns
 
     def identity(self) -> Mapping[str, Json]:
         """The files with sizes and times: hashing them would read all images."""
@@ -175,7 +188,7 @@ class Parquet(ConversationSource):
         row = 0
         try:
             with parquet.ParquetFile(file) as opened:
-                columns = columns_of(_names(opened), self.options, str(file))
+                columns = self._columns(opened.schema_arrow, file)
                 for group in range(opened.num_row_groups):
                     for record in self._group_records(file, opened, group, columns, row, index):
                         yield record
@@ -207,8 +220,3 @@ class Parquet(ConversationSource):
             image = partial(ParquetImage, str(file), stamp, group, offset, bytes_leaf)
             images = None if cells is None else cells[offset]
             yield row_record(f"{file} row {row + offset}", index + offset, values, images, image, self.root)
-
-
-def _names(opened: Any) -> list[str]:
-    names: list[str] = opened.schema_arrow.names
-    return names

@@ -153,6 +153,15 @@ def test_wrong_columns_stop_before_the_first_record(source_of: Any, columns: Any
         next(iter(source))
 
 
+@pytest.mark.parametrize("kind", columns_of_images([]))
+def test_an_unknown_column_of_bytes_is_not_ignored(source_of: Any, photos: Sequence[Path], kind: str) -> None:
+    """Otherwise, `<image>` in the texts would be trained as text."""
+    with pytest.raises(DataError) as error:
+        source_of({"photo": columns_of_images(photos)[kind]}).check()
+    assert "photo" in error.value.message
+    assert "image_column" in error.value.hint
+
+
 def test_no_column_to_train(create: Any, tmp_path: Path) -> None:
     write_table(pa.table({"label": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError) as error:
