@@ -207,7 +207,11 @@ class LoadedDataset(_Dataset):
         rows = min(len(dataset), self.options.limit or len(dataset))
         for start in range(0, rows, _ROWS):
             table = tables[start : min(start + _ROWS, rows)]
-            values = table.select(list(texts)).rename_columns(list(texts.values())).to_pylist()
+            try:
+                values = table.select(list(texts)).rename_columns(list(texts.values())).to_pylist()
+            except UnicodeDecodeError as error:
+                yield RawRecord(f"{self.options.path} row {start}", None, start, problem=_reason(error))
+                return
             cells = None
             if columns.image is not None:
                 cells = [row for chunk in table.column(columns.image).chunks for row in image_cells(chunk)]

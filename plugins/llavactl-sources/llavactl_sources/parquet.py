@@ -195,7 +195,7 @@ class Parquet(ConversationSource):
                         row, index = row + 1, record.index + 1
         except DataError as error:
             yield RawRecord(str(file), None, index, problem=error.message.removeprefix(f"{file}: "))
-        except (OSError, arrow.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:
             yield RawRecord(f"{file} row {row}", None, index, problem=f"can't be read: {_reason(error)}")
 
     def _group_records(

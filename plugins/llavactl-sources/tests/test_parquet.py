@@ -215,6 +215,23 @@ def test_a_damaged_page_is_a_problem_of_its_row_group(source_of: Any, kinds: Any
     assert found[2].where.endswith("row 2")
 
 
+@pytest.mark.parametrize("name", ["parquet", "hf-datasets"])
+def test_text_that_is_not_utf8_is_a_problem(create: Any, kinds: Any, tmp_path: Path, name: str) -> None:
+    answers = pa.array([b"A dog.", b"\xff\xfe"]).view(pa.string())
+    write_table(pa.table({"question": ["What?", "Who?"], "answer": answers}), tmp_path / "a.parquet")
+    source = create(name, path=tmp_path / "a.parquet")
+    assert kinds(source) == [["json"]]
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        list(source)
+
+
+def test_a_folder_with_the_suffix_is_not_a_file(create: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").mkdir()
+    for path in (tmp_path, tmp_path / "*.parquet"):
+        with pytest.raises(DataError):
+            create("parquet", path=path).check()
+
+
 def test_a_file_that_has_changed_is_not_read(source_of: Any, photos: Sequence[Path]) -> None:
     source = source_of({"image": structs(photos)})
     image, before = next(iter(source)).images[0], source.identity()
