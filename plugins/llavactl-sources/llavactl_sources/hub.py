@@ -4,8 +4,6 @@ A loaded data set is memory-mapped, so an image is read by its row. A stream has
 written to llavactl's cache folder, each once, under the hash of its bytes.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import hashlib
@@ -194,10 +192,8 @@ class LoadedDataset(_Dataset):
             return _loaded(*self._spec)
 
     def _columns(self, dataset: Any) -> Columns:
-        columns: Columns = columns_of(
-            dataset.column_names, binary_columns(dataset.features.arrow_schema), self.options, self.options.path
-        )
-        return columns
+        binary = binary_columns(dataset.features.arrow_schema)
+        return columns_of(dataset.column_names, binary, self.options, self.options.path)
 
     def records(self) -> Iterator[RawRecord]:
         dataset = self._dataset()

@@ -4,8 +4,6 @@ The bytes of images are not read with the rows. Parquet has no access to a singl
 decoded for the first one and kept for the next images, which, in order of the file, are those of the same group.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import threading
@@ -151,8 +149,7 @@ class Parquet(ConversationSource):
 
     def files(self) -> list[Path]:
         """Raises DataError if there are none."""
-        files: list[Path] = files_of(self.options.path, ".parquet")
-        return files
+        return files_of(self.options.path, ".parquet")
 
     def check(self) -> None:
         """Raises DataError if there are no files, the first one lacks a column, or ``images`` doesn't exist."""
@@ -167,8 +164,7 @@ class Parquet(ConversationSource):
             raise DataError(f"{file}: {_reason(error)}") from error
 
     def _columns(self, schema: pa.Schema, file: Path) -> Columns:
-        columns: Columns = columns_of(schema.names, binary_columns(schema), self.options, str(file))
-        return columns
+        return columns_of(schema.names, binary_columns(schema), self.options, str(file))
 
     def identity(self) -> Mapping[str, Json]:
         """The files with sizes and times: hashing them would read all images."""

@@ -1,7 +1,5 @@
 """Rows of tables as records: which columns are read, and the images of a row."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
