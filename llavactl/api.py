@@ -175,6 +175,8 @@ def load_model(
 ) -> Assistant:
     """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
+    Its methods ``answer`` and ``log_likelihoods`` process several conversations in one batch.
+
     ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
     provides components that a checkpoint lacks (see docs/reference/export.md#import).
 
