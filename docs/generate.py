@@ -1,4 +1,4 @@
-"""Regenerates the generated blocks of docs/ from the code: ``make docs``.
+"""Regenerates the generated blocks of docs/, and ``llavactl/__init__.pyi``, from the code: ``make docs``.
 
 A block is delimited by ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``. ``tests/docs`` fails if a block is
 outdated.
@@ -366,6 +366,16 @@ def _stub(name: str, member: Any) -> str:
     return f"{decorator}{head}\n{textwrap.indent(doc + end, '    ')}"
 
 
+def checks() -> Iterator[str]:
+    """The check of each kind of component."""
+    from llavactl.testing import CHECKS
+
+    yield "| kind | check | |\n|---|---|---|"
+    for kind, check in CHECKS.items():
+        text = " ".join((inspect.getdoc(check) or "").split()).replace("``", "`")
+        yield f"| `{kind}` | `{check.__name__}` | {text} |"
+
+
 def sample_classes() -> Iterator[str]:
     """The data classes of samples and the Protocol of images."""
     classes = (llavactl.Sample, llavactl.Question, llavactl.Turn, llavactl.Box)
@@ -434,6 +444,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         memory,
         model_description,
         saved_model,
+        checks,
         sample_classes,
         reports,
         templates,
@@ -453,8 +464,17 @@ def filled(text: str) -> str:
     return BLOCK.sub(fill, text)
 
 
+def stub() -> str:
+    """The types of the public names, which are imported lazily: without it, type checkers don't know them."""
+    names = sorted(llavactl._MODULES.items(), key=lambda item: (item[1], item[0]))
+    imports = "\n".join(f"from {module} import {name} as {name}" for name, module in names)
+    others = "__all__: list[str]\n__version__: str\n_MODULES: dict[str, str]\n"
+    return f'"""The public names; ``python docs/generate.py`` writes this file."""\n\n{imports}\n\n{others}'
+
+
 def main() -> None:
-    """Regenerates every page."""
+    """Regenerates every page, and the stub of the public names."""
+    (ROOT / "llavactl" / "__init__.pyi").write_text(stub(), encoding="utf-8")
     for page in PAGES:
         path = ROOT / page
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

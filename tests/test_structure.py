@@ -97,6 +97,44 @@ def test_only_core_hub_downloads_from_the_model_hub() -> None:
     assert users == {"core/hub.py"}
 
 
+PLUGIN_MODULES = sorted((PACKAGE.parent / "plugins").glob("*/**/*.py"))
+
+
+def _private_names(tree: ast.AST) -> Iterator[str]:
+    """The names of llavactl that ``tree`` imports or refers to and that aren't public."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] == "llavactl":
+                if module == "llavactl":
+                    yield from (each.name for each in names if each.name not in llavactl.__all__)
+                elif not f"{module}.".startswith("llavactl.testing."):
+                    yield module
+            case ast.Import(names=names):
+                yield from (
+                    each.name for each in names if each.name.startswith("llavactl.") and each.name != "llavactl.testing"
+                )
+            case ast.Attribute(value=ast.Name(id="llavactl"), attr=name) if name not in llavactl.__all__:
+                yield name
+
+
+@pytest.mark.parametrize("module", PLUGIN_MODULES, ids=lambda module: f"{module.parent.name}-{module.stem}")
+def test_plugins_use_public_names_only(module: Path) -> None:
+    assert set(_private_names(_tree(module))) <= {"__version__", "testing"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from llavactl.core.registry import Options",
+        "from llavactl import NoSuchName",
+        "import llavactl.api",
+        "import llavactl\nllavactl.core.errors",
+    ],
+)
+def test_a_private_name_is_detected(code: str) -> None:
+    assert list(_private_names(ast.parse(code)))
+
+
 COMPONENT_NAMES = {"component", "source", "vision", "backbone", "encoder", "connector", "template", "teacher", "task"}
 """Names of variables that are components of plugins."""
 

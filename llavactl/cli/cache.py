@@ -14,6 +14,7 @@ from llavactl.cli.prompts import confirm
 from llavactl.core.errors import StoreError
 
 if TYPE_CHECKING:
+    from llavactl.recipe.frame import VisionRecipe
     from llavactl.verbs.cache import PruneReport, VerifyReport
 
 
@@ -97,18 +98,29 @@ def prune(
 ) -> None:
     """Remove feature stores that no recipe needs, and unused files.
 
-    The recipes are -r and RECIPEs. Without a recipe no store is removed, only unused files.
+    The recipes are -r and RECIPEs, with the variants in their sections `sweep`. Without a recipe no store is
+    removed, only unused files.
     """
     from llavactl.verbs.cache import prune
 
-    main = load_vision_if_given(source, overrides)
-    kept = [*([main] if main else []), *(load_vision(recipe, ()) for recipe in recipes)]
+    main = _with_variants(source, overrides) if source or overrides else []
+    kept = [*main, *(each for recipe in recipes for each in _with_variants(recipe, ()))]
     report = prune(*kept, dry_run=True)
     if not dry_run:
         if (report.stores or report.files) and not yes and not _confirmed(report):
             raise StoreError("nothing was removed")
         report = prune(*kept)
     output.report(report, as_json)
+
+
+def _with_variants(source: str | None, overrides: tuple[str, ...]) -> list[VisionRecipe]:
+    """The recipe and the variants of its section ``sweep``, which have other features."""
+    from llavactl.recipe.axes import load_sweep
+
+    recipe = load_vision(source, overrides)
+    if recipe.sweep is None or not recipe.sweep.axes:
+        return [recipe]
+    return [recipe, *(variant.recipe for variant in load_sweep(source, overrides).variants)]
 
 
 def _confirmed(report: PruneReport) -> bool:

@@ -144,7 +144,7 @@ def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) 
     callback=lambda _context, _option, values: _kinds(values),
     metavar="KIND",
     help="Write an example of this kind (repeatable): source, vision, connector, language, template, teacher, task, "
-    "format, command or observer.",
+    "format, optimizer, schedule, command or observer.",
 )
 @click.option(
     "--to",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -165,10 +166,15 @@ class Registry:
         """
         options = self.options(kind, spec, flag)
         entry = self.get(kind, component_name(spec))
-        component: object = entry.load()(options)
-        if why := component_fault(kind, component):
+        target = entry.load()
+        component: object = None
+        if not (why := target_fault(target)):
+            component = target(options)
+            fault = component_fault(kind, component)
+            why = f"returned {fault}" if fault else ""
+        if why:
             raise PluginError(
-                f"{kind_label(kind)} {entry.name!r} of plugin {entry.plugin}: {entry.target} returned {why}",
+                f"{kind_label(kind)} {entry.name!r} of plugin {entry.plugin}: {entry.target} {why}",
                 hint=f"`llavactl plugins check {entry.plugin}` shows details",
             )
         return component
@@ -192,6 +198,19 @@ class Registry:
             problems = [Problem(where, f"{flag}{_dotted(path)}" if path else "", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
         raise RecipeError.from_problems(problems, hint=hint)
+
+
+def target_fault(target: object) -> str:
+    """Why ``target`` can't be called with options as its only argument; "" if it can."""
+    if not callable(target):
+        return f"is not callable: {target!r:.60}"
+    try:
+        inspect.signature(target).bind(None)
+    except TypeError as error:
+        return f"doesn't accept the options as its only argument: {error}"
+    except ValueError:  # without a signature, such as a built-in function
+        return ""
+    return ""
 
 
 def component_fault(kind: str, component: object) -> str:

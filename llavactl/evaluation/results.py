@@ -18,7 +18,8 @@ class EvalReport:
     ``interval``: 95 % confidence intervals of scores that are proportions. ``baselines``: scores of the ``blind
     baseline`` (shuffled images) and of ``stage 1``. ``ignored``: number of answers to questions that the task doesn't
     have. ``judge``: the teacher that judged the answers. ``prompt``: the prompt format of a transformers model.
-    ``answers``: the answer file. ``file``: the file of this report.
+    ``answers``: the answer file, and ``copied_from`` that of an equal model in another run, if they were copied.
+    ``file``: the file of this report.
     """
 
     task: str
@@ -33,6 +34,7 @@ class EvalReport:
     judge: str | None = None
     prompt: str | None = None
     answers: str | None = None
+    copied_from: str | None = None
     file: str | None = None
     finished_before: bool = False
 

@@ -68,14 +68,16 @@ def answer_questions(
         return answers if processes.count == 1 else _merge_parts(file, processes)
 
 
-def copy_answers(file: Path, folders: Iterable[Path]) -> None:
-    """Copies the answers of another run to ``file``, which doesn't exist yet, from the first folder that has them.
+def copy_answers(file: Path, folders: Iterable[Path]) -> Path | None:
+    """Copies the answers of another run to ``file``, unless it exists; returns the file that was copied, if any.
 
-    The name of an answer file has a digest of the model and the questions.
+    It is in the first of ``folders`` that has one of this name, which contains a digest of the model and the questions.
     """
     others = [] if file.exists() else [folder / file.name for folder in folders]
-    if found := next((other for other in others if other.is_file()), None):
+    found = next((other for other in others if other.is_file()), None)
+    if found is not None:
         write_atomic(file, found.read_bytes())
+    return found
 
 
 def _merge_parts(file: Path, processes: Processes) -> dict[str, Answer]:

@@ -21,7 +21,7 @@ from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK, location
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry
+from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry, target_fault
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
 from llavactl.testing.conformance import CHECKS
@@ -210,14 +210,8 @@ def _model_problems(model: Any) -> list[str]:
 
 
 def _signature_problems(entry: Registration) -> list[str]:
-    target = entry.load()
-    if not callable(target):
-        return [f"{entry.target} is not callable: {target!r:.60}"]
-    try:
-        inspect.signature(target).bind(None)
-    except TypeError as error:
-        return [f"{entry.target} must accept the options as its only argument: {error}"]
-    return []
+    why = target_fault(entry.load())
+    return [f"{entry.target} {why}"] if why else []
 
 
 def _component_problems(entry: Registration, given: Mapping[str, Any]) -> list[str]:

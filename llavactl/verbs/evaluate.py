@@ -127,10 +127,11 @@ def _evaluate_model(
         log.debug("eval %s: %s is up to date (digest %s)", benchmark.name, file, digest)
         return report
     answers: dict[str, Answers] = {}
+    copied: dict[str, Path | None] = {}
     for model in models:
         stored = _answer_file(benchmark, target, digests[model.name])
         if processes.is_main:
-            copy_answers(stored, [run_dir / "eval" / "answers" for run_dir in shared_with])
+            copied[model.name] = copy_answers(stored, [run_dir / "eval" / "answers" for run_dir in shared_with])
         answers[model.name] = answer_questions(
             model,
             benchmark.all_questions,
@@ -143,7 +144,8 @@ def _evaluate_model(
     if processes.is_main:
         answer_file = _answer_file(benchmark, target, digests[target.model.name])
         report, scores = _scored(benchmark, target, answers, answer_file)
-        report = replace(report, file=str(file))
+        source = copied[target.model.name]
+        report = replace(report, file=str(file), copied_from=str(source) if source else None)
         own_answers, blind_answers = answers[target.model.name], answers.get(BLIND_BASELINE)
         # Before the result, which says that all is done.
         with optional_output(folder / "examples"):

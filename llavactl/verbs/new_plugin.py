@@ -32,6 +32,8 @@ KINDS = {
     "teacher": "teachers",
     "task": "tasks",
     "format": "formats",
+    "optimizer": "optimizers",
+    "schedule": "schedules",
     "command": "commands",
     "observer": "observers",
 }
@@ -41,6 +43,9 @@ PACKAGES = {"PIL": "pillow"}
 """Names of packages whose modules have another name."""
 
 _PARENT = "llava-v1.5-7b"
+_SECTION = re.compile(r"^(\w+):(.*\n(?:[ \t].*\n)*)", re.MULTILINE)
+"""A top-level key of a recipe and the text of its value."""
+
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 
 
@@ -155,7 +160,7 @@ def register_recipes(register: Register) -> None:
     register(
         "$name",
         "$module:recipe.yaml",
-        summary="a recipe with $summary of this plugin",
+        summary="a recipe that uses the plugin",
     )
 ''')
 
@@ -195,8 +200,14 @@ def _joined(docstring: str, hooks: Sequence[str]) -> str:
 
 
 def _recipe(name: str, sections: Sequence[str]) -> str:
-    """A recipe with ``sections``, which differ in their keys, and everything else from a published one."""
-    return f"# llavactl recipes check {name}\nextends: {_PARENT}\nname: {name}\n" + "".join(sections)
+    """A recipe with ``sections`` and everything else from a published one; inline mappings of a key are merged."""
+    merged: dict[str, str] = {}
+    for section in sections:
+        for key, text in _SECTION.findall(section):
+            mapping = merged.get(key, "").endswith("}\n") and text.startswith(" {")
+            merged[key] = f"{merged[key][:-2]}, {text[2:]}" if mapping else text
+    head = f"# llavactl recipes check {name}\nextends: {_PARENT}\nname: {name}\n"
+    return head + "".join(f"{key}:{text}" for key, text in merged.items())
 
 
 def _dependencies(texts: Mapping[str, str], module: str) -> list[str]:

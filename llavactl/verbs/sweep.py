@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +62,7 @@ def sweep(recipes: SweepRecipes, *, dry_run: bool = False) -> SweepReport:
     """
     if dry_run:
         return _planned(recipes)
-    page, outcomes, grades = recipes.folder / PAGE, dict[str, Outcome](), TaskGrades()
+    outcomes, grades = dict[str, Outcome](), TaskGrades()
     join_process_group()
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(_exclusive_access(recipes.folder)))
@@ -68,9 +70,16 @@ def sweep(recipes: SweepRecipes, *, dry_run: bool = False) -> SweepReport:
         for index, variant in enumerate(recipes.variants, 1):
             log.info("variant %d of %d: %s, seed %d", index, len(recipes.variants), variant.name, variant.seed)
             outcomes[variant.slug] = _outcome(recipes, variant, grades)
-            report = on_main(lambda: sweep_report(recipes, outcomes, page))
-            with optional_output(page):
-                on_main(lambda: write_atomic(page, sweep_page(asdict(report))))  # noqa: B023 - called at once
+            report = on_main(partial(_reported, recipes, outcomes, compare=index == len(recipes.variants)))
+    return report
+
+
+def _reported(recipes: SweepRecipes, outcomes: Mapping[str, Outcome], *, compare: bool) -> SweepReport:
+    """The report so far, also written as a page."""
+    page = recipes.folder / PAGE
+    report = sweep_report(recipes, outcomes, page, compare=compare)
+    with optional_output(page):
+        write_atomic(page, sweep_page(asdict(report)))
     return report
 
 

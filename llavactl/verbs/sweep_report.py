@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +18,7 @@ from llavactl.evaluation.periodic import flat_scores
 from llavactl.evaluation.scoring import select_answers
 from llavactl.evaluation.significance import Difference, bootstrap, holm, paired
 from llavactl.features.manifest import read_manifest
+from llavactl.files.eval_result import read_eval_result
 from llavactl.model.build import connector_tokens
 from llavactl.recipe.axes import short_names
 from llavactl.recipe.stages import STAGES
@@ -135,11 +136,10 @@ class SweepReport:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, its report, and its grades by task."""
+    """A finished run, the name of its extraction, and its grades by task."""
 
     run: SweepRun
     extraction: str
-    eval_digests: Mapping[str, str]
     grades: Mapping[str, Grades]
 
 
@@ -160,11 +160,12 @@ def finished_run(
     """
     run_dir = variant.recipe.run_dir
     stages = {STAGES[stage.stage]: stage for stage in (report.stage1, report.stage2) if stage is not None}
-    times = read_document(run_dir / TIMES)
     extraction, extract_s = _extraction(extracted, sweep_folder)
     seconds = {"extract": extract_s} if extracted else {}
     seconds |= {section: _training_seconds(run_dir / section, stage) for section, stage in stages.items()}
-    seconds |= {f"eval {each.task}": times.get(f"eval {each.task}") for each in report.eval}
+    answered = {f"eval {each.task}": _answered_by(run_dir, each.task) for each in report.eval}
+    seconds |= {step: read_document(owner / TIMES).get(step) for step, owner in answered.items()}
+    owners = {section: _trained_by(run_dir / section) for section in stages} | answered
     run = SweepRun(
         seed=variant.seed,
         run_dir=str(run_dir),
@@ -179,15 +180,12 @@ def finished_run(
         tokens={section: _training_tokens(run_dir / section) for section in stages},
         seconds=seconds,
         feature_bytes=round(sum(map(_feature_bytes, extracted))) if extracted else None,
-        shared={section: owner for section in stages if (owner := _owner(run_dir / section)) not in ("", run_dir.name)},
+        shared={step: owner.name for step, owner in owners.items() if owner.name not in ("", run_dir.name)},
     )
-    digests = {
-        each.task: str(read_document(run_dir / "eval" / f"{each.task}.json").get("digest")) for each in report.eval
-    }
     files = {each.task: Path(each.answers) for each in report.eval if each.answers}
     specs = {task.name: task for task in variant.recipe.eval.tasks}
     by_task = {each.task: grades(specs[each.task], each.protocol, files.get(each.task)) for each in report.eval}
-    return FinishedRun(run, extraction, digests, {task: each for task, each in by_task.items() if each})
+    return FinishedRun(run, extraction, {task: each for task, each in by_task.items() if each})
 
 
 def _training_seconds(folder: Path, stage: TrainReport) -> float:
@@ -201,9 +199,20 @@ def _training_tokens(folder: Path) -> int:
     return sum(line["tokens"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line)
 
 
-def _owner(folder: Path) -> str:
-    """The name of the run that trained the stage in ``folder``, which may be a link or a copy."""
-    return Path(str(read_document(folder / "report.json").get("model"))).parent.parent.name
+def _trained_by(folder: Path) -> Path:
+    """The folder of the run that trained the stage in ``folder``, which may be a link or a copy."""
+    return Path(str(read_document(folder / "report.json").get("model"))).parent.parent
+
+
+def _answered_by(run_dir: Path, task: str) -> Path:
+    """The folder of the run that generated the answers to ``task``: ``run_dir``, or one that it copied them from."""
+    seen = [run_dir]
+    while source := read_eval_result(seen[-1] / "eval" / f"{task}.json").get("copied_from"):
+        owner = Path(source).parents[2]  # RUN/eval/answers/FILE
+        if owner in seen or not owner.is_dir():
+            break
+        seen.append(owner)
+    return seen[-1]
 
 
 def _image_tokens(model: str | None) -> int | None:
@@ -251,9 +260,14 @@ class TaskGrades:
         return grades
 
 
-def sweep_report(recipes: SweepRecipes, outcomes: Mapping[str, Outcome], page: Path) -> SweepReport:
-    """The report of all variants; ``outcomes`` are those so far, by the name of the run folder."""
-    finished = _with_shared_answers({slug: each for slug, each in outcomes.items() if isinstance(each, FinishedRun)})
+def sweep_report(
+    recipes: SweepRecipes, outcomes: Mapping[str, Outcome], page: Path, *, compare: bool = True
+) -> SweepReport:
+    """The report of all variants; ``outcomes`` are those so far, by the name of the run folder.
+
+    With many variants, comparing all pairs (``compare``) takes a minute.
+    """
+    finished = {slug: each for slug, each in outcomes.items() if isinstance(each, FinishedRun)}
     runs = {variant.slug: _run(variant, finished, outcomes) for variant in recipes.variants}
     by_variant: dict[str, list[Variant]] = {}
     for variant in recipes.variants:
@@ -274,7 +288,7 @@ def sweep_report(recipes: SweepRecipes, outcomes: Mapping[str, Outcome], page: P
         names=short_names(recipes.axes),
         seeds=recipes.seeds,
         variants=tuple(variants),
-        comparisons=tuple(_comparisons(grades)),
+        comparisons=tuple(_comparisons(grades)) if compare else (),
         main_scores={task: main_score(each) for task, each in scores.items() if each},
         computed=_computed(finished),
         seconds=_seconds(finished),
@@ -289,29 +303,6 @@ def _run(variant: Variant, finished: Mapping[str, FinishedRun], outcomes: Mappin
     error = outcomes.get(variant.slug)
     state: Literal["pending", "failed"] = "pending" if error is None else "failed"
     return SweepRun(variant.seed, str(variant.recipe.run_dir), state, str(error or ""))
-
-
-def _with_shared_answers(finished: Mapping[str, FinishedRun]) -> dict[str, FinishedRun]:
-    """``finished``, in which equal evaluations have the seconds of the one that generated the answers."""
-    owners: dict[tuple[str, str], str] = {}
-    for slug, each in finished.items():
-        for task, digest in each.eval_digests.items():
-            owner = owners.setdefault((task, digest), slug)
-            if _eval_seconds(each, task) > _eval_seconds(finished[owner], task):
-                owners[task, digest] = slug
-    changed = {}
-    for slug, each in finished.items():
-        seconds, shared = dict(each.run.seconds), dict(each.run.shared)
-        for task, digest in each.eval_digests.items():
-            if (owner := owners[task, digest]) != slug:
-                seconds[f"eval {task}"] = finished[owner].run.seconds[f"eval {task}"]
-                shared[f"eval {task}"] = owner
-        changed[slug] = replace(each, run=replace(each.run, seconds=seconds, shared=shared))
-    return changed
-
-
-def _eval_seconds(finished: FinishedRun, task: str) -> float:
-    return finished.run.seconds.get(f"eval {task}") or 0.0
 
 
 def _variant(

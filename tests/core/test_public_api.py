@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,12 @@ import llavactl
 def test_names_are_sorted_and_complete() -> None:
     assert list(llavactl.__all__) == sorted(set(llavactl.__all__))
     assert set(dir(llavactl)) == {*llavactl.__all__, "__version__"}
+
+
+def test_the_stub_has_the_names_with_their_modules() -> None:
+    tree = ast.parse(Path(llavactl.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.asname: node.module for node in imports for alias in node.names} == llavactl._MODULES
 
 
 @pytest.mark.parametrize("name", llavactl.__all__)

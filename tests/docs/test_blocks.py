@@ -18,7 +18,7 @@ from llavactl.cli.root import root
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import check
 from llavactl.recipe.specs import ConnectorSpec, VisionSpec
-from llavactl.testing import check_source
+from llavactl.testing import check_connector, check_source
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
@@ -168,6 +168,16 @@ def test_the_plugin_of_the_docs_works(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_connector_of_the_reference_conforms() -> None:
+    found = [param.values[0] for param in blocks("python") if "class Average:" in param.values[0].text]
+    (text,) = (text for where, text in found if where.startswith("docs/reference/plugins.md"))
+    names: dict[str, Any] = {}
+    exec(text, names)
+    average = names["Average"]
+    for options in ({}, {"bias": False}):
+        assert check_connector(average(average.Options(**options))) == []
 
 
 def test_the_plugin_of_the_readme_works() -> None:

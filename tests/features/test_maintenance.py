@@ -14,6 +14,7 @@ import pytest
 from llavactl import FeatureShape, ImageFile, StoreError
 from llavactl.features import FeatureStore, StoreWriter, content_key, open_features, stage_fingerprint
 from llavactl.recipe.frame import Recipe
+from llavactl.testing import run_cli
 from llavactl.verbs.cache import info, prune, verify
 from llavactl.verbs.extract import extract
 
@@ -211,3 +212,14 @@ def test_read_only_store_is_verified_without_a_lock(recipe: Load, monkeypatch: p
         with pytest.raises(StoreError, match="Read-only file system") as caught:
             verify(recipe())
     assert "shard-00001.h5" in caught.value.hint
+
+
+def test_prune_keeps_the_stores_of_a_recipes_variants(toy: Path) -> None:
+    with (toy / "recipe.yaml").open("a") as file:
+        file.write("sweep: {axes: {vision.layer: [-1, -2]}}\n")
+    for layer in (-1, -2, 0):
+        assert run_cli("extract", "-o", f"vision.layer={layer}", cwd=toy).exit_code == 0
+    for arguments in (("-r", "recipe.yaml"), ("recipe.yaml",)):
+        planned = run_cli("cache", "prune", *arguments, "--dry-run", "--json", cwd=toy)
+        assert planned.exit_code == 0, planned.stderr
+        assert len(planned.json()["stores"]) == 1

@@ -154,7 +154,10 @@ def test_a_new_plugin_is_installed_from_a_wheel(tmp_path: Path, kind: str) -> No
         [*pip, "--target", str(target), str(package)],
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package / "tests")],
         [sys.executable, "-m", "llavactl", "plugins", "check", f"new-{kind}"],
-        [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "mypy"), str(target / f"llavactl_new_{kind}")],
+        [
+            *(sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "mypy")),
+            *("--config-file", str(package / "pyproject.toml"), str(package / f"llavactl_new_{kind}")),
+        ],
     ):
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -127,3 +127,6 @@ def test_a_training_run_calls_the_observer_with_its_options(watch: Any, toy: Pat
     seen = [line.split() for line in (watch.folder / "seen.txt").read_text().splitlines()]
     assert {(every, name) for _, every, _, name in seen} == {("7", "toy")}
     assert {"1", "2"} <= {step for step, *_ in seen}
+    again = ("train", "-r", recipe, "--stage", "1", "-o", "features.mode=live", "-o", "stage1.max_steps=2")
+    watch.run(*again, "-o", "plugins.watch.every=8")
+    assert len((watch.folder / "seen.txt").read_text().splitlines()) == len(seen), "options don't repeat a stage"

@@ -72,6 +72,34 @@ exit_process(0)
 """
 
 
+OBSERVER = """
+import os
+from pathlib import Path
+from llavactl import hookimpl
+
+def note(hook):
+    with Path(__file__).with_name("hooks.txt").open("a") as file:
+        file.write(f"{hook} {os.environ.get('RANK', '0')}\\n")
+
+@hookimpl
+def train_started():
+    note("train_started")
+
+@hookimpl
+def train_logged():
+    note("train_logged")
+
+@hookimpl
+def checkpoint_saved():
+    note("checkpoint_saved")
+
+@hookimpl
+def train_finished():
+    note("train_finished")
+"""
+"""A plugin that writes which process calls each hook."""
+
+
 def write_records(toy: Path, count: int) -> None:
     """``count`` records of different lengths, three per image and one of nine without an image."""
     records = json.loads((toy / "records.json").read_text())
@@ -104,14 +132,14 @@ def write_tied_language_model(toy: Path) -> None:
     tokenizer.save_pretrained(toy / "tied")
 
 
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(processes: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*TORCHRUN, str(processes), *arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=TIMEOUT_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
@@ -119,7 +147,8 @@ def run_in_processes(toy: Path, processes: int, *commands: list[str]) -> None:
     """Runs ``commands`` of the CLI one after the other in the same ``processes``, which saves imports."""
     (toy / "commands.py").write_text(RUN_COMMANDS)
     (toy / "commands.json").write_text(json.dumps(commands))
-    launched = launch(processes, str(toy / "commands.py"), str(toy))
+    (toy / "observer.py").write_text(OBSERVER)
+    launched = launch(processes, str(toy / "commands.py"), str(toy), LLAVACTL_PLUGIN_FILES=str(toy / "observer.py"))
     assert launched.returncode == 0, launched.stderr[-3000:]
 
 
@@ -175,6 +204,8 @@ def test_several_processes_train_the_same_as_one(toy: Path, processes: int, shar
         compare(toy / f"{name}/one/stage{stage}", toy / f"{name}/several/stage{stage}")
     if sharding == "full":
         check_shares(toy, processes)
+    calls = {tuple(line.split()) for line in (toy / "hooks.txt").read_text().splitlines()}
+    assert calls == {(hook, "0") for hook in ("train_started", "train_logged", "checkpoint_saved", "train_finished")}
 
 
 def check_shares(toy: Path, processes: int) -> None:

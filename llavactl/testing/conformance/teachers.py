@@ -29,7 +29,7 @@ def check_teacher(teacher: Teacher, requests: Sequence[Request] | None = None) -
     """Checks replies to ``requests``, by default of every kind about two synthetic images.
 
     At least one must be answered. A LanguageTeacher is asked from several threads, and must not identify replies by
-    the ids of requests. Requests cost what they cost.
+    the ids of requests. A paid endpoint charges for the requests.
     """
     requests = list(toy_requests() if requests is None else requests)
     problems = _language_problems(teacher, requests[0]) if isinstance(teacher, LanguageTeacher) else []

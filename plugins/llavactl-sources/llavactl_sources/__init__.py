@@ -15,15 +15,23 @@ from llavactl import hookimpl
 
 _SOURCES = {
     "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
+    "parquet": ("parquet:Parquet", "rows of parquet files with images as bytes or paths (needs pyarrow)"),
+    "webdataset": ("tars:WebDataset", "tar shards with images and captions or conversations: WebDataset, CC3M, LAION"),
+    "hf-datasets": ("hub:hf_datasets", "data sets of the library datasets, local or streaming (needs datasets)"),
 }
 
 
 @hookimpl
 def register_sources(register: Any) -> None:
-    """All sources of this package; each has its options in a class of the same name."""
+    """All sources of this package; each has its options in a class of its name."""
     for name, (target, summary) in _SOURCES.items():
-        target = f"llavactl_sources.{target}"
-        register(name, target, options=f"{target}Options", summary=summary)
+        module = f"llavactl_sources.{target.partition(':')[0]}"
+        register(name, f"llavactl_sources.{target}", options=f"{module}:{_options(name)}", summary=summary)
+
+
+def _options(name: str) -> str:
+    """The class of a source's options: ``HfDatasetsOptions`` for ``hf-datasets``."""
+    return "".join(word.capitalize() for word in name.split("-")) + "Options"
 
 
 @hookimpl

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 TAG = "<image>"
-CAPTION_QUESTION = f"{TAG}\nDescribe the image briefly."
+CAPTION_QUESTION = "Describe the image briefly."
 """The question whose answer is a caption; llavactl's template of stage 1 omits it."""
 
 Form = Literal["auto", "sharegpt", "ms-swift", "llama-factory", "trl"]
@@ -94,28 +94,30 @@ def _conversation_key(record: Mapping[str, Any], form: Form) -> str:
 def _conversation(record: Mapping[str, Any], key: str, form: Form) -> tuple[list[Message], list[str]]:
     """The messages under ``key``, and the images that content parts name."""
     value = record[key]
-    if key == "texts":
-        return [message for pair in _list(value, key) for message in _pair(pair, "user", "assistant")], []
+    if form == "auto" and isinstance(value, list) and value and all(map(_is_pair, value)):
+        return [message for pair in value for message in _pair(pair, "user", "assistant")], []
     if key == "query":
         earlier = [message for pair in _list(record.get("history") or [], "history") for message in _history(pair)]
         return [*earlier, *_pair(record, "query", "response")], []
     if key == "question":
         return _pair(record, "question", "answer"), []
     if key == "caption":
-        if not (record.get("image") or record.get("images")):
+        images = record.get("image") or record.get("images")
+        if not images:
             raise RecordError("record", "a caption without an image")
-        return [{"from": "human", "value": CAPTION_QUESTION}, _message("gpt", _text(value, key))], []
+        tags = f"{TAG}\n" * (len(images) if isinstance(images, list) else 1)
+        return [_message("human", tags + CAPTION_QUESTION), _message("gpt", _text(value, key))], []
     if key == "prompt":
         if isinstance(value, str):
             return _pair(record, "prompt", "completion"), []
         value = [*_list(value, key), *_list(record.get("completion"), "completion")]
-    images: list[str | None] = []
-    messages = [_converted(message, form, images) for message in _list(value, key)]
-    if None in images and any(images):
+    part_images: list[str | None] = []
+    messages = [_converted(message, form, part_images) for message in _list(value, key)]
+    if None in part_images and any(part_images):
         raise RecordError("tags", "some image parts name an image, others don't")
-    if images and not any(images) and not (record.get("image") or record.get("images")):
-        raise RecordError("tags", f"{len(images)} image parts, but no image")
-    return messages, [name for name in images if name is not None]
+    if part_images and not any(part_images) and not (record.get("image") or record.get("images")):
+        raise RecordError("tags", f"{len(part_images)} image parts, but no image")
+    return messages, [name for name in part_images if name is not None]
 
 
 def _list(value: Any, key: str) -> list[Any]:
@@ -138,6 +140,10 @@ def _pair(value: Any, question: str, answer: str) -> list[Message]:
     if not isinstance(value, Mapping):
         raise RecordError("message", f"expected an object with `{question}` and `{answer}`, got {value!r:.60}")
     return [_message("human", _text(value.get(question), question)), _message("gpt", _text(value.get(answer), answer))]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Mapping) and "user" in value and "assistant" in value
 
 
 def _history(pair: Any) -> list[Message]:

@@ -1,5 +1,7 @@
 """What the sources of this package have in common: records of any form, checked and converted by llavactl's rules."""
 
+# llavactl's public names are imported lazily: type checkers see them as Any.
+# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -13,9 +15,13 @@ from llavactl_sources.forms import Form, RecordError, llava_record
 
 @dataclass(frozen=True)
 class RecordWithImages(RawRecord):
-    """A record whose images aren't paths: ``images`` are the references by the names in its value."""
+    """A record whose images aren't paths: ``images`` are the references by the names in its value.
+
+    ``image_error`` is the reason why an image of the record can't be referred to, else "".
+    """
 
     images: Mapping[str, ImageRef] = field(default_factory=dict, compare=False)
+    image_error: str = ""
 
 
 class ConversationSource:
@@ -44,7 +50,7 @@ class ConversationSource:
 
     def examine(self, record: RawRecord) -> tuple[list[Finding], list[ImageRef]]:
         try:
-            converted = llava_record(record.value, self.form)
+            converted = self._converted(record)
         except RecordError as error:
             return [Finding(error.kind, error.detail)], []
         findings, images = llava_findings(converted, self.location(record))
@@ -52,11 +58,16 @@ class ConversationSource:
 
     def sample(self, record: RawRecord) -> Sample:
         try:
-            converted = llava_record(record.value, self.form)
+            converted = self._converted(record)
         except RecordError as error:
             raise DataError(f"{record.where}: {error.detail}") from error
         sample: Sample = llava_sample(converted, record.where, self.location(record), record.index)
         return sample
+
+    def _converted(self, record: RawRecord) -> dict[str, Any]:
+        if isinstance(record, RecordWithImages) and record.image_error:
+            raise RecordError("image-path", record.image_error)
+        return llava_record(record.value, self.form)
 
 
 def unique_name(name: str, names: Mapping[str, Any]) -> str:

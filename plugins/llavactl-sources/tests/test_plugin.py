@@ -1,15 +1,17 @@
 """The package as a plugin: what it registers and imports, and each source through the command line."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llavactl import registry
+from llavactl import DataError, registry
 from llavactl.testing import check_plugin, run_cli, toy_recipe
 
 HEAVY = ["torch", "transformers", "numpy", "PIL", "pyarrow", "datasets"]
@@ -32,10 +34,51 @@ def messages(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
     return {"path": str(folder / "records.json"), "images": str(photos[0].parent)}
 
 
-DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {"messages": messages}
+def parquet(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    images = [{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos]
+    table = pa.table({"image": images, "question": ["What?"] * len(photos), "answer": answers(photos)})
+    write_table(table, folder / "rows.parquet")
+    return {"path": str(folder / "rows.parquet")}
 
 
-@pytest.mark.parametrize("module", ["llavactl_sources", *(f"llavactl_sources.{name}" for name in DATA)])
+def webdataset(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    with tarfile.open(folder / "shard-0.tar", "w") as shard:
+        for index, (photo, answer) in enumerate(zip(photos, answers(photos), strict=True)):
+            shard.add(photo, f"{index:05}.jpg")
+            text = io.BytesIO(answer.encode())
+            member = tarfile.TarInfo(f"{index:05}.txt")
+            member.size = len(answer)
+            shard.addfile(member, text)
+    return {"path": str(folder / "shard-*.tar")}
+
+
+def hf_datasets(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    from datasets import Dataset, Image
+
+    rows = {"image": list(map(str, photos)), "question": ["What?"] * len(photos), "answer": answers(photos)}
+    Dataset.from_dict(rows).cast_column("image", Image()).save_to_disk(str(folder / "saved"))
+    return {"path": str(folder / "saved")}
+
+
+def hf_stream(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    return {**hf_datasets(folder, photos), "streaming": True}
+
+
+DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {
+    "messages": messages,
+    "parquet": parquet,
+    "webdataset": webdataset,
+    "hf-datasets": hf_datasets,
+}
+MODULES = {"webdataset": "tars", "hf-datasets": "hub"}
+
+
+@pytest.mark.parametrize(
+    "module", ["llavactl_sources", *(f"llavactl_sources.{MODULES.get(name, name)}" for name in DATA)]
+)
 def test_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -55,10 +98,12 @@ def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
     assert [each["ok"] for each in conform] == [True] * len(DATA), "with the package's own examples"
 
 
-@pytest.mark.parametrize("name", DATA)
-def test_data_is_checked_shown_extracted_and_trained(name: str, tmp_path: Path, photos: Sequence[Path]) -> None:
+@pytest.mark.parametrize(("name", "write"), [*DATA.items(), ("hf-datasets", hf_stream)])
+def test_data_is_checked_shown_extracted_and_trained(
+    name: str, write: Callable[[Path, Sequence[Path]], dict[str, Any]], tmp_path: Path, photos: Sequence[Path]
+) -> None:
     recipe = toy_recipe(tmp_path / "recipe", photos=1)
-    spec = {"name": name, **DATA[name](tmp_path, photos)}
+    spec = {"name": name, **write(tmp_path, photos)}
     lines = [line for line in recipe.read_text().splitlines() if not line.startswith("  stage")]
     for stage in ("stage2", "stage1"):
         lines.insert(lines.index("data:") + 1, f"  {stage}: [{json.dumps(spec)}]")
@@ -79,3 +124,17 @@ def test_data_is_checked_shown_extracted_and_trained(name: str, tmp_path: Path, 
     trained = run_cli("train", *recipe_option, "--stage", "1", "-o", "stage1.max_steps=2", "--json", cwd=tmp_path)
     assert trained.exit_code == 0, trained.stderr
     assert trained.json()["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"), [("parquet", "pyarrow.parquet", "parquet"), ("hf-datasets", "datasets", "datasets")]
+)
+def test_a_missing_package_names_the_extra(
+    name: str, module: str, extra: str, tmp_path: Path, photos: Sequence[Path], monkeypatch: Any
+) -> None:
+    source = registry().create("sources", {"name": name, **DATA[name](tmp_path, photos)})
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError) as error:
+        next(iter(source))
+    assert f"llavactl-sources[{extra}]" in error.value.hint
+    assert "\n" not in error.value.message
