@@ -104,6 +104,7 @@ _MODULES = {
     "generate": "llavactl.api",
     "hookimpl": "llavactl.core.hookspecs",
     "image_in": "llavactl.images.references",
+    "image_in_memory": "llavactl.images.references",
     "llava_findings": "llavactl.components.sources.llava_checks",
     "llava_sample": "llavactl.components.sources.llava_json",
     "load_model": "llavactl.api",
