@@ -101,6 +101,7 @@ from llavactl.images.image_file import ImageFile as ImageFile
 from llavactl.images.references import ImageBytes as ImageBytes
 from llavactl.images.references import ImageLocation as ImageLocation
 from llavactl.images.references import ImageRoot as ImageRoot
+from llavactl.images.references import check_image_root as check_image_root
 from llavactl.images.references import image_in as image_in
 from llavactl.images.references import image_in_memory as image_in_memory
 from llavactl.model.generate import Sampling as Sampling

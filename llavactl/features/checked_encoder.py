@@ -44,6 +44,9 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     label = f"vision backbone {type(vision).__name__} of plugin {plugin_of(vision)}"
     if missing := missing_members(encoder, Encoder):
         raise PluginError(f"{label}: the encoder has no {' and no '.join(missing)}", hint=_HINT)
+    methods = {"preprocess": encoder.preprocess, "encode": encoder.encode}
+    if others := [name for name, method in methods.items() if not callable(method)]:
+        raise PluginError(f"{label}: {' and '.join(others)} of the encoder can't be called", hint=_HINT)
     shape: Any = encoder.shape
     if not isinstance(shape, FeatureShape):
         raise PluginError(f"{label}: the encoder's shape is {shape!r}, expected a FeatureShape", hint=_HINT)

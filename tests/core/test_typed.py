@@ -24,6 +24,7 @@ VALID: list[Any] = [
     Question("q", (TURN,)),
     llavactl.Answer("q", "yes"),
     llavactl.Scores({"accuracy": 1.0}, right={"q": True}),
+    llavactl.Weight("language.model.layers.0.mlp.up_proj.weight", (8, 6), "language"),
     llavactl.Reply("yes", 1, None),
     llavactl.Request("r", "detail", ({"role": "user", "content": "?"},), Sample("a", (TURN,))),
     llavactl.Limits(),

@@ -5,8 +5,6 @@ image. These connectors drop the tokens before the patches (CLS, registers). ``p
 attend to all tokens.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -14,15 +14,13 @@ from llavactl import PluginError
 _MODEL_OPTIONS = ("--model", "-M", "--config", "-C")
 
 
-@click.command(
-    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
-)
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(arguments: tuple[str, ...]) -> None:
     """Run benchmarks of lm-evaluation-harness on a model.
 
     Takes the arguments of the program lm-eval, such as --model_args model=runs/demo --tasks mmmu_val. The default of
-    --model is llavactl.
+    --model is llavactl. For their list: llavactl lm-eval run --help.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -38,9 +36,8 @@ def command(arguments: tuple[str, ...]) -> None:
 
 def with_model(arguments: tuple[str, ...]) -> list[str]:
     """``arguments`` of lm-eval's command ``run`` with ``--model llavactl``, unless they or a file set the model."""
-    is_run = arguments[:1] == ("run",) or arguments[:1] not in ((), ("ls",), ("validate",), ("-h",), ("--help",))
     names = {argument.partition("=")[0] for argument in arguments}
-    if not is_run or not names.isdisjoint((*_MODEL_OPTIONS, "-h", "--help")):
+    if arguments[:1] in ((), ("ls",), ("validate",)) or not names.isdisjoint((*_MODEL_OPTIONS, "-h", "--help")):
         return [*arguments]
     rest = arguments[1:] if arguments[0] == "run" else arguments
     return ["run", "--model", "llavactl", *rest]

@@ -1,4 +1,4 @@
-"""Data sources for llavactl: records of other tools.
+"""Data sources for llavactl: records of other tools, tables, tar shards, and the academic data sets of LLaVA v1.5.
 
 Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
 """
@@ -18,6 +18,13 @@ _SOURCES = {
     "parquet": ("parquet:Parquet", "rows of parquet files with images as bytes or paths (needs pyarrow)"),
     "webdataset": ("tars:WebDataset", "tar shards with images and captions or conversations: WebDataset, CC3M, LAION"),
     "hf-datasets": ("hub:hf_datasets", "data sets of the library datasets, local or streaming (needs datasets)"),
+    "vqa": ("questions:Vqa", "VQAv2 and OK-VQA: questions with short answers"),
+    "gqa": ("questions:Gqa", "GQA: questions with short answers"),
+    "a-okvqa": ("questions:AOkvqa", "A-OKVQA: multiple choice, a copy of a question for each choice"),
+    "ocr-vqa": ("questions:OcrVqa", "OCR-VQA: questions about the covers of books"),
+    "textcaps": ("questions:Textcaps", "TextCaps: captions, with the text that was read in the image"),
+    "visual-genome": ("regions:VisualGenome", "Visual Genome: regions to describe or to locate"),
+    "refcoco": ("regions:Refcoco", "RefCOCO, RefCOCO+ and RefCOCOg: regions to describe or to locate"),
 }
 
 
@@ -32,6 +39,16 @@ def register_sources(register: Any) -> None:
 def _options(name: str) -> str:
     """The class of a source's options: ``HfDatasetsOptions`` for ``hf-datasets``."""
     return "".join(word.capitalize() for word in name.split("-")) + "Options"
+
+
+@hookimpl
+def register_recipes(register: Any) -> None:
+    """LLaVA v1.5's mix, from the published files of its data sets."""
+    register(
+        "llava-v1.5-mix",
+        "llavactl_sources:llava-v1.5-mix.yaml",
+        summary="LLaVA v1.5, with its mix of academic data built from their published files",
+    )
 
 
 @hookimpl

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl import DataError, ImageFile, ImageRef, ImageRoot, Json, ModelId, RawRecord, cache_dir
+from llavactl import DataError, ImageFile, ImageRef, ImageRoot, Json, ModelId, RawRecord, cache_dir, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, optional_module
 from llavactl_sources.records import ConversationSource
 from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
@@ -155,6 +155,10 @@ class _Dataset(ConversationSource):
         if options.images is None and self._folder.is_dir():
             self.root = ImageRoot(str(self._folder), options.follow_links)
 
+    def check(self) -> None:
+        if self.options.images is not None:
+            check_image_root(self.root.root)
+
     @property
     def path(self) -> Path:  # type: ignore[override]
         """The folder of the data set; llavactl's cache folder for one on the hub."""
@@ -169,6 +173,7 @@ class LoadedDataset(_Dataset):
     """One sample per row of a data set on this machine, which the library downloads if it is on the hub."""
 
     def check(self) -> None:
+        super().check()
         self._columns(self._dataset())
 
     def identity(self) -> Mapping[str, Json]:
@@ -206,6 +211,7 @@ class StreamedDataset(_Dataset):
     """One sample per row of a stream; every pass over the source streams the data again."""
 
     def check(self) -> None:
+        super().check()
         load(*self._spec, streaming=True)
 
     def records(self) -> Iterator[RawRecord]:

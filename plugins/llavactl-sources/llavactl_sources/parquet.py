@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llavactl import DataError, ImageRoot, Json, RawRecord, RecipePath
+from llavactl import DataError, ImageRoot, Json, RawRecord, RecipePath, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, file_stamp, files_of, folder_of, optional_module, stamps_of
 from llavactl_sources.records import ConversationSource
 from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
@@ -146,7 +146,9 @@ class Parquet(ConversationSource):
         return files
 
     def check(self) -> None:
-        """Raises DataError if there are no files, or the first one lacks a column."""
+        """Raises DataError if there are no files, the first one lacks a column, or ``images`` doesn't exist."""
+        if self.options.images is not None:
+            check_image_root(self.root.root)
         file = self.files()[0]
         arrow = optional_module("pyarrow", "parquet")
         try:
