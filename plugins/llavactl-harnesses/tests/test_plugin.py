@@ -24,5 +24,5 @@ def test_importing_the_plugin_is_light() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_a_missing_harness_is_one_line() -> None:
     result = run_cli("lm-eval", "--tasks", "a")
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "llavactl-harnesses[lm-eval]" in result.stderr
