@@ -162,7 +162,7 @@ def recipe_warnings(
                 warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
                 continue
             if not plan.fits:
-                warnings.append(f"{plan.error.message}; {plan.error.hint}")
+                warnings.append(plan.error.with_hint())
     return warnings
 
 

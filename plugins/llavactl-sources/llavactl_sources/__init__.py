@@ -1,17 +1,15 @@
 """Data sources for llavactl: records of other tools, tables, tar shards, and the academic data sets of LLaVA v1.5.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl import hookimpl
+from llavactl import Register, hookimpl
 
 _SOURCES = {
     "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
@@ -29,7 +27,7 @@ _SOURCES = {
 
 
 @hookimpl
-def register_sources(register: Any) -> None:
+def register_sources(register: Register) -> None:
     """All sources of this package; each has its options in a class of its name."""
     for name, (target, summary) in _SOURCES.items():
         module = f"llavactl_sources.{target.partition(':')[0]}"
@@ -42,7 +40,7 @@ def _options(name: str) -> str:
 
 
 @hookimpl
-def register_recipes(register: Any) -> None:
+def register_recipes(register: Register) -> None:
     """LLaVA v1.5's mix, from the published files of its data sets."""
     register(
         "llava-v1.5-mix",

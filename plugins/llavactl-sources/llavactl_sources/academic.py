@@ -4,8 +4,6 @@ Questions about an image are one conversation. The form of answers is stated aft
 in the published mix.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import json

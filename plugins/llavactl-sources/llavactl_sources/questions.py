@@ -1,7 +1,5 @@
 """Questions about images: VQAv2, OK-VQA, GQA, A-OKVQA, OCR-VQA and TextCaps."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import string

@@ -4,8 +4,6 @@ Boxes are [left, top, right, bottom] as shares of the image padded to a square, 
 mix: LLaVA v1.5 pads images in stage 2.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import io

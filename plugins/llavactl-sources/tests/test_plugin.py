@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llavactl import DataError, registry
 from llavactl.testing import check_plugin, run_cli, toy_recipe
@@ -162,3 +164,19 @@ def test_a_missing_folder_of_images_stops_before_the_first_record(
     for use in (source.check, lambda: next(iter(source))):
         with pytest.raises(DataError, match="none"):
             use()
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```text\n(data:.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_the_recipes_of_the_readme_are_valid(block: str) -> None:
+    for specs in yaml.safe_load(block)["data"].values():
+        for spec in specs:
+            registry().options("sources", spec)
+
+
+@pytest.mark.parametrize("entry", [each for each in registry() if each.plugin == "sources" and each.kind == "sources"])
+def test_the_readme_has_every_source_and_option(entry: Any) -> None:
+    assert f"`{entry.name}`" in README
+    assert [name for name in entry.options_model().model_fields if f"`{name}`" not in README] == []
