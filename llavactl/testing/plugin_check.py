@@ -65,10 +65,10 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
         yield Check(_PLUGIN, name, "import", False, "not installed, or not selected by LLAVACTL_PLUGINS")
         return
     for point in points:
-        conflict = plugins.version_conflict(point)
-        yield _result(_PLUGIN, name, "version of llavactl", [conflict] if conflict else [])
         imported = import_in_process(point, timeout_s)
         yield _result(_PLUGIN, name, "import", [imported.error] if imported.error else [])
+        conflict = plugins.version_conflict(point)
+        yield _result(_PLUGIN, name, "version of llavactl", [conflict] if conflict else [])
         if imported.error:
             return
         heavy = f"importing {point.value} imports {', '.join(imported.heavy)}; every command would be slow"
