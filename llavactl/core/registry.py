@@ -286,9 +286,8 @@ def registry() -> Registry:
 def plugin_of(component: Any) -> str:
     """The plugin whose package defines the class of ``component``, or else the module of the class."""
     module = type(component).__module__
-    package = module.partition(".")[0]
-    plugin_names = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)
-    return next(plugin_names, module)
+    package = plugins.root_package(module)
+    return next((entry.plugin for entry in registry() if plugins.root_package(entry.target) == package), module)
 
 
 def _import(target: str, entry: Registration) -> Any:

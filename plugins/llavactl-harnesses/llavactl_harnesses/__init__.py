@@ -1,6 +1,6 @@
 """llavactl models in lm-evaluation-harness and lmms-eval.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
 from __future__ import annotations
