@@ -272,7 +272,7 @@ def test_a_fault_is_one_line(kind: str, component: Any, parts: Sequence[str]) ->
         ("optimizers", Normalized("weight", "weight")),
         ("optimizers", Normalized("all", "all")),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_components_without_faults(kind: str, component: Any) -> None:
     assert CHECKS[kind](component) == []
