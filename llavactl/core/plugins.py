@@ -24,7 +24,7 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, fault_location, hook_problems
+from llavactl.core.hook_rules import accepted, fault_location, hook_problems, located_fault
 from llavactl.core.locations import shown_path
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -178,9 +178,8 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
-            where = fault_location(error, [root_package(point.value)])
-            why = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-            reason = "; ".join(filter(None, (f"{where}: {why}" if where else why, version_conflict(point))))
+            fault = located_fault(error, [root_package(point.value)])
+            reason = "; ".join(filter(None, (fault, version_conflict(point))))
             raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
