@@ -2,7 +2,7 @@
 # docs/how-to/install.md has the same commands for Windows and for systems without make.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all test-gpu test-original lint format site docs constraints clean
+.PHONY: help demo demo-full test test-all test-gpu test-harnesses test-original lint format site docs constraints clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEV := -e '.[dev]' $(patsubst %,-e '%[test]',$(DEMO) $(PLUGINS))
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 # Read by glibc only: use huge pages and keep freed memory in the allocator. Otherwise page faults take a third of a
 # training step (docs/reference/training.md).
@@ -56,6 +56,12 @@ test-all: $(DEV_READY) ## run all tests but those for a GPU
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 test-gpu: ## run the tests for a CUDA device from the checkout: GPU_PYTHON=python3
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" LLAVACTL_PLUGINS= $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+# Not in the environment: only these tests need them.
+HARNESSES := plugins/llavactl-harnesses
+test-harnesses: $(DEV_READY) ## test models in lm-evaluation-harness and lmms-eval
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/harnesses -r $(HARNESSES)/tests/harnesses.txt
+	PYTHONPATH="$(CURDIR)/$(VENV)/harnesses:$$PYTHONPATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HARNESSES)
 
 # LLaVA's code is not on a package index: LLAVA is a checkout of haotian-liu/LLaVA.
 test-original: $(DEV_READY) ## test exports in LLaVA's code: LLAVA=/path/to/LLaVA

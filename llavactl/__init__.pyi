@@ -10,6 +10,7 @@ from llavactl.api import load_model as load_model
 from llavactl.api import load_recipe as load_recipe
 from llavactl.api import run as run
 from llavactl.api import train as train
+from llavactl.chat.assistant import Assistant as Assistant
 from llavactl.components.formats.native import SavedModel as SavedModel
 from llavactl.components.formats.native import open_model as open_model
 from llavactl.components.formats.native import save_model as save_model
@@ -100,7 +101,11 @@ from llavactl.images.image_file import ImageFile as ImageFile
 from llavactl.images.references import ImageBytes as ImageBytes
 from llavactl.images.references import ImageLocation as ImageLocation
 from llavactl.images.references import ImageRoot as ImageRoot
+from llavactl.images.references import check_image_root as check_image_root
 from llavactl.images.references import image_in as image_in
+from llavactl.images.references import image_in_memory as image_in_memory
+from llavactl.model.generate import Sampling as Sampling
+from llavactl.model.likelihood import Likelihood as Likelihood
 
 __all__: list[str]
 __version__: str

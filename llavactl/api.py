@@ -12,8 +12,6 @@ and ``hint``. ``progress`` is called with a ``Progress`` while the function runs
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
     from llavactl.chat.assistant import Assistant
     from llavactl.core.errors import Problem
-    from llavactl.core.schema import ImageRef, Turn
+    from llavactl.core.schema import Turn
     from llavactl.evaluation.results import EvalReport
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
     from llavactl.training.report import TrainReport
@@ -175,6 +173,8 @@ def load_model(
 ) -> Assistant:
     """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
+    Its methods ``answer`` and ``log_likelihoods`` process several conversations in one batch.
+
     ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
     provides components that a checkpoint lacks (see docs/reference/export.md#import).
 
@@ -234,6 +234,7 @@ class Chat:
             RecipeError: an argument has an invalid type or value.
         """
         from llavactl.chat.inputs import user_content
+        from llavactl.images.references import image_in_memory
         from llavactl.model.generate import Sampling
 
         if not isinstance(prompt, str):
@@ -247,22 +248,8 @@ class Chat:
         if not 0 < top_p <= 1:
             raise _unexpected("top_p", "a number > 0 and ≤ 1", top_p)
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        inputs = [str(image) if isinstance(image, str | Path) else _in_memory(image) for image in images]
+        inputs = [str(image) if isinstance(image, str | Path) else image_in_memory(image) for image in images]
         yield from self._conversation.ask(*user_content(prompt, inputs), sampling=sampling)
-
-
-def _in_memory(image: PIL.Image.Image) -> ImageRef:
-    """A reference to ``image`` as PNG (lossless)."""
-    from PIL import Image
-
-    from llavactl.images.references import ImageBytes
-
-    if not isinstance(image, Image.Image):
-        raise _unexpected("images", "files, URLs, base64 strings or PIL images", image)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    digest = hashlib.sha256(file.getvalue()).hexdigest()
-    return ImageBytes(f"image {digest[:12]}", digest, file.getvalue())
 
 
 def _source(source: str | Path | None) -> str | Path | None:

@@ -16,6 +16,7 @@ from llavactl.data.image_order import arrange
 from llavactl.model.exactness import Exact, exactness
 from llavactl.model.generate import GREEDY, Sampling, generate, prefill
 from llavactl.model.inputs import to_device
+from llavactl.model.likelihood import Likelihood, likelihoods
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch
@@ -40,14 +41,21 @@ class Assistant:
 
         The template ``plain`` omits questions, so a question without an image gives an empty prompt.
         """
-        encoded, tokenizer = self.encode(turns), self.encoding.tokenizer
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        encoded, start = self.encode(turns), self._start_id
         return encoded if encoded.ids or start is None else Encoded((start,), (IGNORE,))
+
+    @property
+    def _start_id(self) -> int | None:
+        """The token that replaces an empty prompt."""
+        tokenizer = self.encoding.tokenizer
+        return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """The prompt as the template renders it; with ``image_order: random`` the image precedes the question."""
-        order: Literal["first", "as-data"] = "as-data" if self.image_order == "as-data" else "first"
-        return self.encoding.encode(arrange(turns, order, ""), generate=True)
+        return self.encoding.encode(self._arranged(turns), generate=True)
+
+    def _arranged(self, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+        return arrange(turns, "as-data" if self.image_order == "as-data" else "first", "")
 
     @cached_property
     def exact(self) -> Exact:
@@ -58,22 +66,58 @@ class Assistant:
     def stops(self) -> Stops:
         return Stops.of(self.encoding, _eos_ids(self.model))
 
-    def answer(self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY) -> list[str]:
-        """One answer per conversation.
+    def answer(
+        self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY, *, until: Sequence[str] = ()
+    ) -> list[str]:
+        """One answer per conversation; it ends before the first of the strings ``until``, if it contains one.
 
         They are generated in one left-padded batch, unless padding would change the answers. A common prefix of the
         prompts, such as an image, is processed once.
+
+        Raises:
+            ConversationError: the template refuses a conversation.
+            DataError: an image can't be read.
         """
         prompts = [self.prompt(turns) for turns in conversations]
-        outputs = [Detokenizer(self.encoding.tokenizer, self.stops) for _ in conversations]
+        stops = Stops(self.stops.ids, (*self.stops.texts, *filter(None, until)))
+        outputs = [Detokenizer(self.encoding.tokenizer, stops) for _ in conversations]
         pending = [(prompt, output) for prompt, output in zip(prompts, outputs, strict=True) if prompt.ids]
         for batch in [pending] if self.exact.padded else [[pair] for pair in pending]:
             if batch:
                 self._generate([prompt for prompt, _ in batch], [output for _, output in batch], sampling)
         return [output.text.strip() for output in outputs]
 
+    def log_likelihoods(self, conversations: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[Likelihood]:
+        """The likelihood of each of ``answers`` to the conversation at the same index, without the token that ends it.
+
+        They are computed in one batch, as in ``answer``.
+
+        Raises:
+            ConversationError: the template refuses a conversation.
+            DataError: an image can't be read.
+        """
+        encoded = [
+            self._encode_answer([*turns, Turn("assistant", (answer,))])
+            for turns, answer in zip(conversations, answers, strict=True)
+        ]
+        batches = [encoded] if self.exact.padded else [[item] for item in encoded]
+        return [each for batch in batches if batch for each in self._likelihoods(batch)]
+
+    def _likelihoods(self, encoded: Sequence[Encoded]) -> list[Likelihood]:
+        batch, cache = self._batch(encoded, [len(item) - item.target_tokens for item in encoded])
+        return likelihoods(self.model, batch, cache)
+
+    def _encode_answer(self, turns: Sequence[Turn]) -> Encoded:
+        """``turns`` up to the last token of the answer; it never begins with a target, which nothing would predict."""
+        encoded, start = self.encoding.encode_answer(self._arranged(turns)), self._start_id
+        end = max((index for index, label in enumerate(encoded.labels, 1) if label != IGNORE), default=len(encoded))
+        ids, labels = encoded.ids[:end], encoded.labels[:end]
+        if labels[:1] != (IGNORE,) and start is not None:
+            ids, labels = (start, *ids), (IGNORE, *labels)
+        return Encoded(ids, (IGNORE,) * len(labels[:1]) + labels[1:], encoded.images)
+
     def _generate(self, prompts: Sequence[Encoded], outputs: Sequence[Detokenizer], sampling: Sampling) -> None:
-        batch, cache = self._batch(prompts)
+        batch, cache = self._batch(prompts, [len(prompt) for prompt in prompts])
         for tokens in generate(self.model, batch, sampling, self.stops.ids, cache, cached=self.exact.cached):
             for output, token in zip(outputs, tokens, strict=True):
                 output.add(token)
@@ -82,20 +126,22 @@ class Assistant:
         for output in outputs:
             output.add(None)
 
-    def _batch(self, prompts: Sequence[Encoded]) -> tuple[Batch, Any]:
-        """The prompts as a batch, and None; or the prompts without their common prefix, and its key/value cache.
+    def _batch(self, items: Sequence[Encoded], prompt_lengths: Sequence[int]) -> tuple[Batch, Any]:
+        """``items`` as a batch, and None; or ``items`` without the common prefix of their prompts, and its cache.
 
-        Padding between the prefix and the rest would occupy part of a sliding window: ``exact.shared`` is False for
-        models that have one.
+        The prompt of an item is its first ``prompt_lengths`` tokens. The cache is a key/value cache. Padding between
+        the prefix and the rest would occupy part of a sliding window: ``exact.shared`` is False for models that have
+        one.
         """
         per_image, device = self.encoding.image_tokens, self.model.device
-        keys = [token_keys(prompt, per_image) for prompt in prompts]
-        length = min((common_prefix_length(keys[0], other) for other in keys[1:]), default=0)
+        prompts = [token_keys(item, per_image)[:end] for item, end in zip(items, prompt_lengths, strict=True)]
+        # No item consists of the prefix alone: the logits of its last token would be lost.
+        length = min((common_prefix_length(prompts[0][:-1], other) for other in prompts[1:]), default=0)
         if length < MIN_COMMON_PREFIX or not self.exact.shared:
-            return to_device(collate(prompts, self.features, side="left"), device), None
-        halves = [split_prompt(prompt, length, per_image) for prompt in prompts]
+            return to_device(collate(items, self.features, side="left"), device), None
+        halves = [split_prompt(item, length, per_image) for item in items]
         cache = prefill(self.model, to_device(collate([halves[0][0]], self.features), device))
-        cache.batch_repeat_interleave(len(prompts))
+        cache.batch_repeat_interleave(len(items))
         return to_device(collate([rest for _, rest in halves], self.features, side="left"), device), cache
 
 

@@ -1,7 +1,7 @@
 """Image-text-to-text models of transformers (LLaVA, BLIP-2, IDEFICS, Qwen-VL, …) with their own processors.
 
-``TransformersModel.answer`` has the signature of ``Assistant.answer``; the processor does the preprocessing, prompt
-formatting and tokenization.
+``TransformersModel.answer`` is called like ``Assistant.answer``, without ``until``; the processor does the
+preprocessing, prompt formatting and tokenization.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import click
 from llavactl.cli import completion, output
 from llavactl.cli.help import Group
 from llavactl.cli.options import json_option
+from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S
 
 
 @click.group(
@@ -32,7 +33,7 @@ _timeout = click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
+    default=IMPORT_TIMEOUT_S,
     metavar="SECONDS",
     show_default=True,
     help="Report a plugin whose import takes longer.",
@@ -103,6 +104,7 @@ def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) 
     """
     from llavactl.core import plugin_files, plugins
     from llavactl.core.errors import PluginError
+    from llavactl.core.quantities import quantity
     from llavactl.verbs.plugins import check as certify
 
     if plugin.endswith(".py"):
@@ -125,8 +127,7 @@ def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) 
         output.table(rows, ("kind", "name", "check", "result"), styles | {"ok": "green"})
     if not certificate.ok:
         failed = sum(each.ok is False for each in certificate.checks)
-        count = "1 check failed" if failed == 1 else f"{failed} checks failed"
-        raise PluginError(f"plugin {certificate.plugin}: {count}, listed above")
+        raise PluginError(f"plugin {certificate.plugin}: {quantity(failed, 'check')} failed, listed above")
 
 
 @command.command(

@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 from llavactl import __version__
 from llavactl.cli.help import Group
-from llavactl.core import plugin_files, plugins
+from llavactl.core import plugin_commands, plugin_files, plugins
 from llavactl.core.builtin_plugin import COMMAND_GROUPS, COMMANDS
 from llavactl.core.streams import stdout_to_stderr
 
@@ -24,12 +24,12 @@ class LazyGroup(Group):
     """The built-in commands, then the commands of plugins; ``--help`` imports none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return [*COMMANDS, *sorted(plugins.commands())]
+        return [*COMMANDS, *sorted(plugin_commands.commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name in COMMANDS:
             return _builtin(cmd_name)
-        return _from_plugin(cmd_name) if cmd_name in plugins.commands() else None
+        return _from_plugin(cmd_name) if cmd_name in plugin_commands.commands() else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -44,14 +44,14 @@ class LazyGroup(Group):
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        for title, rows in (*COMMAND_GROUPS.items(), ("Commands of plugins", plugins.commands())):
+        for title, rows in (*COMMAND_GROUPS.items(), ("Commands of plugins", plugin_commands.commands())):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl([(name.ljust(_WIDTH), summary) for name, summary in rows.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Completes commands without importing them, and options."""
-        commands = COMMANDS | plugins.commands()
+        commands = COMMANDS | plugin_commands.commands()
         names = [CompletionItem(name, help=text) for name, text in commands.items() if name.startswith(incomplete)]
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 

@@ -31,6 +31,10 @@ class LlavactlError(Exception):
         self.message = message
         self.hint = hint
 
+    def with_hint(self) -> str:
+        """The message and the hint in one text, such as for a list of problems."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
 
 @dataclass(frozen=True)
 class Problem:

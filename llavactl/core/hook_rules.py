@@ -10,6 +10,7 @@ from typing import Any
 
 import pluggy
 
+from llavactl.core.errors import LlavactlError
 from llavactl.core.locations import shown_path
 from llavactl.core.suggest import suggest
 
@@ -73,6 +74,16 @@ def location(function: Any) -> str:
     """``file:line`` of the definition of ``function``; "" without one."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{shown_path(Path(code.co_filename))}:{code.co_firstlineno}" if code else ""
+
+
+def located_fault(error: BaseException, packages: Collection[str]) -> str:
+    """``file:line: Type: message`` of ``error``; without the location if no frame is in ``packages``.
+
+    llavactl's own errors are their message, without the type.
+    """
+    what = str(error) if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+    where = fault_location(error, packages)
+    return f"{where}: {what}" if where else what
 
 
 def fault_location(error: BaseException, packages: Collection[str]) -> str:

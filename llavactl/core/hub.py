@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from llavactl.core.library_errors import loading
 
@@ -53,6 +53,10 @@ def download(model: str, hint: str) -> Path:
     return Path(folder)
 
 
+@overload
+def download_file(name: str, what: str, model: str, hint: str, *, required: Literal[True] = True) -> Path: ...
+@overload
+def download_file(name: str, what: str, model: str, hint: str, *, required: bool) -> Path | None: ...
 def download_file(name: str, what: str, model: str, hint: str, *, required: bool = True) -> Path | None:
     """The file ``name`` of the hub's ``model``, downloaded if it is not in the cache; None if the model lacks it.
 

@@ -44,16 +44,20 @@ def component_identity(kind: str, spec: str | Mapping[str, Any]) -> dict[str, Js
 
 
 def _identity(component: Identifiable, entry: Registration) -> dict[str, Json]:
-    """``component.identity()``, after checking that it is JSON and equal on every call."""
-    identities = [component.identity() for _ in range(2)]
-    try:
-        first, second = (json.dumps(dict(value), sort_keys=True, allow_nan=False) for value in identities)
-        why = "" if first == second else "differs between calls"
-    except (TypeError, ValueError) as error:
-        why = f"is not JSON: {error}"
+    identity, why = examined_identity(component)
     if why:
-        raise PluginError(f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin}: identity() {why}")
-    return dict(identities[0])
+        raise PluginError(f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin}: {why}")
+    return dict(identity)
+
+
+def examined_identity(component: Identifiable) -> tuple[Mapping[str, Json], str]:
+    """``component.identity()``, and why it can't be used: it must be JSON and equal on every call. "" if it is."""
+    first, second = component.identity(), component.identity()
+    try:
+        texts = [json.dumps(dict(each), sort_keys=True, allow_nan=False) for each in (first, second)]
+    except (TypeError, ValueError) as error:
+        return first, f"identity() is not JSON: {error}"
+    return first, "" if texts[0] == texts[1] else "identity() differs between calls"
 
 
 def content_of(value: Any) -> Json:

@@ -52,6 +52,4 @@ def check_model(
 
 def _cached_folder(model: str, what: str, hint: str) -> Path:
     """The folder in the hub's cache with the configuration of ``model``; downloads it if necessary."""
-    config = download_file("config.json", what, model, hint)
-    assert config is not None
-    return config.parent
+    return download_file("config.json", what, model, hint).parent

@@ -28,10 +28,14 @@ VOCABULARIES = (
 )
 """Files of which a tokenizer has at least one; without any of them, transformers builds one without tokens."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Weight files of an adapter in the order in which peft looks for them; older versions of peft wrote the second."""
+
 _OTHERS = (
-    *("generation_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json"),
+    *("generation_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("adapter_model.safetensors", "adapter_model.bin"),
+    *(ADAPTER_CONFIG, *ADAPTER_WEIGHTS),
 )
 SMALL_FILES = ("config.json", *TOKENIZER, *PROCESSOR, *_OTHERS)
 """All files of a model except its weights; a library may fail on any of them."""

@@ -8,29 +8,24 @@ all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import logging
 import os
-import sys
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, fault_location, hook_problems
+from llavactl.core.hook_rules import accepted, fault_location, hook_problems, located_fault
 from llavactl.core.locations import shown_path
-from llavactl.core.paths import cache_dir, write_json
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -117,6 +112,11 @@ def log_failures() -> None:
     _failures.clear()
 
 
+def any_failed() -> bool:
+    """Whether any plugin has failed so far."""
+    return bool(_errors)
+
+
 def strict() -> bool:
     return os.environ.get("LLAVACTL_STRICT_PLUGINS", "") not in ("", "0")
 
@@ -178,9 +178,8 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
-            where = fault_location(error, [root_package(point.value)])
-            why = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-            reason = f"{where}: {why}" if where else why
+            fault = located_fault(error, [root_package(point.value)])
+            reason = "; ".join(filter(None, (fault, version_conflict(point))))
             raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
@@ -345,42 +344,16 @@ def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
 
 
-def commands() -> dict[str, str]:
-    """Names and summaries of plugin commands for ``llavactl --help``.
+def version_conflict(point: metadata.EntryPoint) -> str:
+    """The versions of llavactl that a plugin's package requires, if this one isn't among them; otherwise ""."""
+    from packaging.requirements import Requirement
 
-    Cached by the times and sizes of the plugins' files, so a plugin that is slow to import delays the help only once.
-    Not cached while any plugin has an error, so that its warning is always shown.
-    """
-    points = entry_points()
-    if not points:
-        return {}
-    cache_file: Path | None = None
-    with contextlib.suppress(LlavactlError, OSError, ValueError, KeyError, TypeError):
-        cache_file = cache_dir() / "plugin-commands.json"
-        cached = json.loads(cache_file.read_text(encoding="utf-8"))
-        if cached["key"] == _key(points):
-            return dict(cached["commands"])
-    from llavactl.core.registry import registry
-
-    entries = registry().entries.get("commands", {}).values()
-    summaries = {entry.name: entry.summary for entry in entries if entry.plugin != BUILTIN}
-    if cache_file is not None and not _errors:
-        with contextlib.suppress(OSError, ValueError):
-            write_json(cache_file, {"key": _key(points), "commands": summaries})
-    return summaries
-
-
-def _key(points: Sequence[metadata.EntryPoint]) -> list[Any]:
     from llavactl import __version__
 
-    return [__version__, list(sys.version_info), *map(_stamp, points)]
-
-
-def _stamp(point: metadata.EntryPoint) -> list[Any]:
-    """Values that change when the plugin's code may have changed; its module is located without importing it."""
-    spec = importlib.util.find_spec(point.value.partition(":")[0].partition(".")[0])
-    files = [Path(spec.origin)] if spec and spec.origin else []
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        files += sorted(Path(folder).rglob("*.py"))
-    stats = [[file.stat().st_mtime_ns, file.stat().st_size] for file in files]
-    return [point.name, point.value, stats]
+    package, version = package_of(point)
+    for text in (point.dist.requires if point.dist else None) or ():
+        requirement = Requirement(text)
+        required = requirement.name == "llavactl" and not (requirement.marker and not requirement.marker.evaluate())
+        if required and not requirement.specifier.contains(__version__, prereleases=True):
+            return f"{package} {version} requires {requirement}, installed is {__version__}"
+    return ""

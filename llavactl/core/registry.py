@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
-from llavactl.core.hook_rules import fault_location
+from llavactl.core.hook_rules import located_fault
 from llavactl.core.protocols import ALTERNATIVES, KINDS
 from llavactl.core.protocols.members import missing_members
 from llavactl.core.streams import stdout_to_stderr
@@ -286,9 +286,8 @@ def registry() -> Registry:
 def plugin_of(component: Any) -> str:
     """The plugin whose package defines the class of ``component``, or else the module of the class."""
     module = type(component).__module__
-    package = module.partition(".")[0]
-    plugin_names = (entry.plugin for entry in registry() if entry.target.partition(":")[0].partition(".")[0] == package)
-    return next(plugin_names, module)
+    package = plugins.root_package(module)
+    return next((entry.plugin for entry in registry() if plugins.root_package(entry.target) == package), module)
 
 
 def _import(target: str, entry: Registration) -> Any:
@@ -298,9 +297,8 @@ def _import(target: str, entry: Registration) -> Any:
         raise
     except BaseException as error:
         what = f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}"
-        where = fault_location(error, [plugins.root_package(target)])
         raise PluginError(
-            ": ".join(filter(None, (what, where, f"{type(error).__name__}: {error}"))),
+            f"{what}: {located_fault(error, [plugins.root_package(target)])}",
             hint=f"`llavactl plugins check {entry.plugin}` shows details",
         ) from error
 

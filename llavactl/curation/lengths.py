@@ -85,9 +85,11 @@ def stage_lengths(recipe: Recipe, stage: StageNumber) -> Lengths:
 
 def image_tokens(recipe: Recipe, stage: StageNumber) -> int:
     """Q, the tokens per image of ``stage``; the backbone is loaded only if its shape isn't known otherwise."""
+    from llavactl.model.build import connector_tokens
+
     vision = stage_vision(recipe, stage)
     if isinstance(vision, ShapedVision):
         shape = vision.shape()
     else:
         shape = load_encoder(vision, "cpu", recipe.features.compute).shape
-    return int(registry().create("connectors", recipe.connector.spec()).tokens(shape))
+    return connector_tokens(recipe.connector.spec(), shape)

@@ -66,7 +66,28 @@ class Encoding:
 
     def encode(self, turns: Sequence[Turn], *, generate: bool = False) -> Encoded:
         """``turns`` as ids and labels [T], truncated to ``max_length``; an image is kept complete or removed."""
-        runs = self._runs(turns, generate)
+        return self._encoded(self.render(turns, generate=generate), turns)
+
+    def encode_answer(self, turns: Sequence[Turn]) -> Encoded:
+        """``turns``, which end with an answer, as in ``encode``; the only targets are the tokens of that answer.
+
+        They follow the prompt for the answer and don't include the text that ends it.
+
+        Raises:
+            ConversationError: the template refuses ``turns``, or renders other text before the answer than its prompt.
+        """
+        rendered = self.render(turns)
+        prompt = _characters(self.render(turns[:-1], generate=True).segments)
+        probe = _characters(self.render([*turns[:-1], Turn("assistant", ("a",))]).segments)
+        whole, probe_answer = _characters(rendered.segments), probe[len(prompt) :].lstrip()
+        if not whole.startswith(prompt) or not probe.startswith(prompt) or not probe_answer.startswith("a"):
+            raise ConversationError("the template renders other text before an answer than in the prompt for it")
+        end = len(whole) - len(probe_answer[1:])
+        return self._encoded(Rendered([*_with_target(rendered.segments, len(prompt), end)], rendered.separator), turns)
+
+    def _encoded(self, rendered: Rendered, turns: Sequence[Turn]) -> Encoded:
+        """``rendered``, which is ``turns``, as ids and labels."""
+        runs = self._runs(rendered)
         ids = [token for run in runs for token in run.ids]
         labels = [label for run in runs for label in run.labels]
         images = tuple(image for turn in turns for image in turn.images)
@@ -76,7 +97,7 @@ class Encoding:
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
         """The characters of each token of ``turns``, not truncated; "" for image tokens."""
-        return [text for run in self._runs(turns, False) for text in run.texts()]
+        return [text for run in self._runs(self.render(turns)) for text in run.texts()]
 
     def lengths(self, conversations: Sequence[Sequence[Turn]]) -> list[int]:
         """T of each conversation, not truncated: as in ``encode``, but tokenized in one call on all cores."""
@@ -164,10 +185,10 @@ class Encoding:
                 upper_bound += len(segment.text.encode("utf-8", "surrogatepass"))
         return self.encode(turns).target_tokens > 0
 
-    def _runs(self, turns: Sequence[Turn], generate: bool) -> list[TokenRun]:
+    def _runs(self, rendered: Rendered) -> list[TokenRun]:
         """The runs of text and image tokens, after BOS if the tokenizer starts texts with it."""
         image = TokenRun([IMAGE_TOKEN] * self.image_tokens, [IGNORE] * self.image_tokens)
-        segments, separator = self.render(turns, generate=generate)
+        segments, separator = rendered
         runs: list[TokenRun] = []
         for chunk in self._chunks(segments):
             runs += [image] if chunk is None else self._expand_images(tokenize(chunk, self.tokenizer, separator), image)
@@ -279,3 +300,22 @@ class Encoding:
             length -= 1
         kept_images = sum(token == IMAGE_TOKEN for token in ids[:length]) // max(self.image_tokens, 1)
         return Encoded(tuple(ids[:length]), tuple(labels[:length]), images[:kept_images])
+
+
+def _characters(segments: Sequence[Segment]) -> str:
+    """The text of ``segments`` with one character for each image."""
+    return "".join(segment.text if isinstance(segment, Text) else "\0" for segment in segments)
+
+
+def _with_target(segments: Sequence[Segment], start: int, end: int) -> Iterator[Segment]:
+    """``segments`` in which the characters from ``start`` to ``end``, as in ``_characters``, are the only target."""
+    position = 0
+    for segment in segments:
+        if not isinstance(segment, Text):
+            yield segment
+            position += 1
+            continue
+        text = segment.text
+        left, right = (min(max(at - position, 0), len(text)) for at in (start, end))
+        yield from (Text(text[:left]), Text(text[left:right], trained=True), Text(text[right:]))
+        position += len(text)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os.path import realpath
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, unquote_to_bytes
 
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.locations import is_absolute, is_file_url, is_url, local_path, shortened
 from llavactl.core.schema import ImageRef
 from llavactl.core.typed import Typed, check_fields
@@ -21,6 +22,9 @@ from llavactl.images.archives import check_archives, find_member, is_archive
 from llavactl.images.byte_ranges import stamp_of
 from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.images.lookup import spellings
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 T = TypeVar("T")
 
@@ -36,6 +40,9 @@ _MIN_BASE64 = 64
 _MAX_FILE_NAME = 255
 _MAX_PATH = 4096
 """Limits of file systems: a longer string is not a path."""
+
+_PNG_MODES = frozenset({"1", "I", "I;16", "L", "LA", "P", "RGB", "RGBA"})
+"""PIL's modes that PNG can store; others, such as CMYK, are stored as RGB."""
 
 _MAX_BYTES = 1 << 28
 _TIMEOUT_S = 60
@@ -103,6 +110,21 @@ class ImageBytes:
         if self.fault:
             raise OSError(self.fault)
         return self.digest
+
+
+def image_in_memory(image: PIL.Image.Image) -> ImageBytes:
+    """A reference to ``image`` as PNG, which is lossless.
+
+    Raises:
+        RecipeError: ``image`` is not a PIL image.
+    """
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise RecipeError(f"images: expected files, URLs, base64 strings or PIL images, got {type(image)!r:.80}")
+    file = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, "PNG")
+    return _in_memory("PIL", file.getvalue())
 
 
 @dataclass(frozen=True)

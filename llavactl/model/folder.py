@@ -28,7 +28,7 @@ from llavactl.core.model_description import (
     language_spec,
     read_description,
 )
-from llavactl.core.model_files import check_files
+from llavactl.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files
 from llavactl.core.paths import apply_umask, sync_folder, write_json
 from llavactl.model.build import ModelBundle, build
 from llavactl.recipe.stages import STAGES
@@ -205,9 +205,8 @@ def _check_model_files(folder: Path, method: str) -> None:
     """Raises ModelError if a file of the model folder is missing or broken, before large files are read."""
     files = [folder / CONNECTOR]
     if method == "lora":
-        names = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from older versions of peft
-        weights = next((name for name in names if (folder / ADAPTER / name).exists()), names[0])
-        files += [folder / ADAPTER / name for name in ("adapter_config.json", weights)]
+        weights = next((name for name in ADAPTER_WEIGHTS if (folder / ADAPTER / name).exists()), ADAPTER_WEIGHTS[0])
+        files += [folder / ADAPTER / name for name in (ADAPTER_CONFIG, weights)]
     check_files(files)
 
 

@@ -41,6 +41,20 @@ def prefill(model: LlavaModel, batch: Batch) -> Any:
     return cache
 
 
+def mask_and_state(batch: Batch, cache: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The mask of ``batch`` with the tokens of ``cache`` before it, and the language model's arguments for ``cache``.
+
+    ``cache`` may be None.
+    """
+    if cache is None:
+        return batch.mask, {"use_cache": False}
+    mask = batch.mask
+    # A cache that consists of recurrent states only has no sequence length.
+    if past := cache.get_seq_length() if is_resumable(cache) else 0:
+        mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
+    return mask, {"use_cache": True, "past_key_values": cache}
+
+
 @torch.inference_mode()
 def generate(
     model: LlavaModel,
@@ -57,13 +71,9 @@ def generate(
     generated one. With ``cached=False``, every step processes the complete sequence without a cache. The complete
     sequence is also processed again at steps where position frequencies change (see ``frequency_key``).
     """
-    mask, state = batch.mask, {"use_cache": False}
-    if cached:
-        cache = new_cache(model.language) if cache is None else cache
-        state = {"use_cache": True, "past_key_values": cache}
-        # A cache that consists of recurrent states only has no sequence length.
-        if past := cache.get_seq_length() if is_resumable(cache) else 0:
-            mask = torch.cat([mask.new_ones(len(mask), past), mask], dim=1)
+    if cached and cache is None:
+        cache = new_cache(model.language)
+    mask, state = mask_and_state(batch, cache if cached else None)
     generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
     embeds = sequence = model.embed(batch.ids, image_features(batch))
     frequencies = frequency_key(model.language, mask.shape[1])

@@ -19,6 +19,7 @@ from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
 from llavactl.core.model_description import DESCRIPTION, read_description
+from llavactl.core.model_files import ADAPTER_CONFIG
 from llavactl.core.paths import cache_dir, expand_user, read_json, write_json
 from llavactl.core.protocols import ShapedVision
 from llavactl.core.registry import registry
@@ -64,7 +65,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
         if checkpoint_format.recognise(folder):
             imported = _import_checkpoint(folder, name, checkpoint_format)
             return _complete(imported, folder, recipe if isinstance(recipe, Recipe) else None)
-    if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
         raise ModelError(
             f"{folder}: unknown checkpoint format: {_summary(folder)}",
             hint="llavactl reads LlavaForConditionalGeneration of transformers (model_type llava) and the original "
@@ -76,7 +77,7 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
 
 def _summary(folder: Path) -> str:
     """Architecture and model type of the checkpoint in ``folder``, or the base model of an adapter."""
-    config, adapter = read_json(folder / "config.json"), read_json(folder / "adapter_config.json")
+    config, adapter = read_json(folder / "config.json"), read_json(folder / ADAPTER_CONFIG)
     facts = [f"architecture {', '.join(map(str, config['architectures']))}"] if config.get("architectures") else []
     facts += [f"model_type {config['model_type']}"] if config.get("model_type") else []
     if adapter:

@@ -21,7 +21,7 @@ from llavactl.core.registry import kind_label, registry
 from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
 from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
-from llavactl.recipe.resolve import Override, RecipeSource, document, overridden, sentence, shown
+from llavactl.recipe.resolve import Override, RecipeSource, document, overridden, shown
 from llavactl.recipe.sections import Eval
 from llavactl.recipe.specs import Component
 from llavactl.recipe.stages import STAGES
@@ -132,7 +132,7 @@ def valid_part(source: RecipeSource, overrides: Sequence[str] = ()) -> tuple[Out
         frame = Outline if _only_generates(source, overrides) else Recipe
         return _valid_part(frame, source, overrides)
     except RecipeError as error:
-        return None, list(error.problems) or [Problem(str(source or "recipe"), "", sentence(error))]
+        return None, list(error.problems) or [Problem(str(source or "recipe"), "", error.with_hint())]
 
 
 def where(key: str, why: str, source: RecipeSource, overrides: Sequence[str]) -> str:
@@ -186,7 +186,7 @@ def _resolve_component(cls: type[Component], component: dict[str, Any]) -> list[
         own = {key: value for key, value in component.items() if key not in {cls.named_by, *cls.frame_keys()}}
         options = entry.parse(own)
     except LlavactlError as error:
-        return [((cls.named_by,), sentence(error))]
+        return [((cls.named_by,), error.with_hint())]
     except ValidationError as error:
         return list(explain(error, entry.options_model(), own, also=cls.frame_keys()))
     component.update(options.model_dump(mode="json"))
@@ -202,7 +202,7 @@ def _resolve_named(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
             try:
                 defaults = registry().get(kind, name).parse({}).model_dump(mode="json")
             except LlavactlError as error:
-                yield (section, key), sentence(error)
+                yield (section, key), error.with_hint()
             except ValidationError:
                 yield (section, key), f"{kind_label(kind)} {name} has required options; write {{name: {name}, …}}"
             else:
@@ -223,7 +223,7 @@ def _resolve_plugins(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
             elif section:
                 yield path, f"plugin {name} has no options"
         except LlavactlError as error:
-            yield path, sentence(error)
+            yield path, error.with_hint()
         except ValidationError as error:
             assert model is not None
             yield from (((*path, *key), why) for key, why in explain(error, model, section))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core.errors import Problem, RecipeError
 from llavactl.core.locations import shown_path
 from llavactl.core.paths import expand_user
 from llavactl.core.registry import registry
@@ -106,7 +106,7 @@ def _with_parents(location: RecipeLocation, problems: list[Problem], children: t
         if parent.file.resolve() in [file.resolve() for file in chain]:
             raise RecipeError(f"extends itself: {' → '.join(shown_path(file) for file in (*chain, parent.file))}")
     except RecipeError as error:
-        problem = Problem(extends.where, "extends", sentence(error))
+        problem = Problem(extends.where, "extends", error.with_hint())
         raise RecipeError.from_problems([*problems, problem]) from error
     return merge(_with_parents(parent, problems, chain), child)
 
@@ -169,8 +169,3 @@ def _override(root: Node, override: Override) -> list[Problem]:
     if why := put(root, keys, new):
         problems.append(Problem(where, path, why))
     return problems
-
-
-def sentence(error: LlavactlError) -> str:
-    """The message with its hint, as the reason of a problem."""
-    return f"{error.message}; {error.hint}" if error.hint else error.message

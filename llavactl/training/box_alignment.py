@@ -24,7 +24,7 @@ from llavactl.core.schema import Box, Encoded
 from llavactl.data.batches import collate
 from llavactl.model.build import tokens_before_cells
 from llavactl.model.inputs import image_features
-from llavactl.training.optimizer import schedule
+from llavactl.training.learning_rate import schedule
 
 if TYPE_CHECKING:
     from llavactl.core.schema import FeatureShape, Sample

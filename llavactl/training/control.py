@@ -14,10 +14,10 @@ HOOK = "control_training"
 
 
 class Control:
-    """Collects the requests of plugins in the main process; ``requests`` tells all processes.
+    """Collects the requests of plugins in the main process; ``requests`` returns them in all processes.
 
-    Plugins get all lines so far, those before a resume included: what they request depends on nothing else, so a
-    resumed run ends after the same step as an uninterrupted one.
+    Plugins get all lines so far, those before a resume included. Their requests depend on nothing else, so a resumed
+    run ends after the same step as an uninterrupted one.
     """
 
     def __init__(self, arguments: Mapping[str, Any], earlier_lines: Sequence[Mapping[str, Any]]) -> None:
@@ -30,22 +30,22 @@ class Control:
         for line in earlier_lines if self.active else ():
             self.lines.append(line)
             if line["step"] == resumed_step:  # the earlier run may have been killed before it could act
-                self._ask()
+                self._call_plugins()
 
     def line_written(self, line: Mapping[str, Any]) -> None:
-        """Asks the plugins after a ``line`` of metrics.jsonl; called in the main process."""
+        """Calls the plugins after a ``line`` of metrics.jsonl; called in the main process."""
         if self.active:
             self.lines.append(line)
-            self._ask()
+            self._call_plugins()
 
-    def _ask(self) -> None:
+    def _call_plugins(self) -> None:
         for plugin, implementation in plugins.implementations(HOOK):
             with plugins.isolated(plugin, HOOK, once=True):
                 for request in _requests(plugin, implementation(**self.arguments, lines=tuple(self.lines))):
                     self.requested.setdefault(request, []).append(plugin)
 
     def requests(self) -> Mapping[TrainingRequest, Sequence[str]]:
-        """The plugins behind each request since the last call; all processes must call this together."""
+        """The requests since the last call, each with its plugins; all processes must call this together."""
         if not self.active:
             return {}
         requested, self.requested = self.requested, {}

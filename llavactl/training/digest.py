@@ -87,7 +87,7 @@ def _controlling_plugins(recipe: Recipe) -> dict[str, Any]:
 
 
 def stage_inputs(recipe: Recipe, stage: StageNumber) -> str:
-    """A hash of what ``recipe`` says about the inputs of ``stage``; recipes with equal hashes train it once.
+    """A hash of the keys of ``recipe`` that determine ``stage``; recipes with equal hashes train it once.
 
     Reads no files, so recipes that name equal files differently have different hashes and still equal digests.
     """

@@ -1,4 +1,4 @@
-"""What follows an optimizer step: its line in metrics.jsonl, and evaluation, validation and checkpoint where due."""
+"""After an optimizer step: its line in metrics.jsonl, and evaluation, validation and checkpoint if they are due."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Milestones:
-    """Evaluations, validations and checkpoints of a ``run`` of ``steps`` steps, as set or requested by plugins.
+    """Evaluations, validations and checkpoints of a ``run`` of ``steps`` steps, due by its settings or by plugins.
 
-    The main process has ``metrics``. ``kernels`` are those for training, closed during evaluations. ``saved_step`` is
-    the step of the newest checkpoint. ``stopped_by``: the plugins that ended the stage early.
+    ``metrics`` is None except in the main process. ``kernels`` are those for training, closed during evaluations.
+    ``saved_step`` is the step of the newest checkpoint. ``stopped_by``: the plugins that ended the stage early.
     """
 
     run: Run
@@ -40,7 +40,7 @@ class Milestones:
     stopped_by: Sequence[str] = ()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Writes ``line`` to metrics.jsonl and shows it to the plugins."""
+        """Writes ``line`` to metrics.jsonl and passes it to the plugins, in the main process."""
         if self.metrics:
             self.metrics.write(line)
             self.run.notify("train_logged", {"line": line})
@@ -49,7 +49,7 @@ class Milestones:
     def finish(
         self, step: int, saved: CheckpointState | None = None, scores: Mapping[str, float] | None = None
     ) -> dict[str, float]:
-        """Evaluates, validates and saves after ``step`` where due; returns the validation loss, if any.
+        """Evaluates, validates and saves after ``step`` if due; returns the validation loss, if any.
 
         After a resume, ``saved`` is the state of the checkpoint and ``scores`` are those in metrics.jsonl: the earlier
         run may have been stopped between its last update and the end of its step. A request that follows from a result,

@@ -1,11 +1,10 @@
-"""Float32 master weights and the optimizers that update them; the learning-rate schedule.
+"""Float32 master weights and the optimizers that update them.
 
 Sharded parameters (``training.sharding``) are DTensors; so are their gradients and moments.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -15,51 +14,13 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import PluginError
-from llavactl.core.registry import component_name, plugin_of, registry
+from llavactl.core.registry import plugin_of
 from llavactl.training.sharding import distributed_like
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import UpdateRule
-    from llavactl.recipe.stages import AnyStage
     from llavactl.training.trainable import UntrainedState
     from llavactl.training.update_rules import AssignedWeights
-
-
-def schedule(step: int, steps: int, warmup: float, cooldown: float | None = None) -> float:
-    """The fraction of the peak learning rate at ``step`` (from 0) of ``steps``.
-
-    Linear warm-up over the first ``warmup`` fraction of steps, then cosine decay to 0 (transformers'
-    ``get_cosine_schedule_with_warmup``, as in LLaVA). With ``cooldown`` the rate is constant, and decays linearly to 0
-    over this last fraction of steps (Hägele et al. 2024, "Scaling laws and compute-optimal training beyond fixed
-    training durations").
-    """
-    warmup_steps = math.ceil(steps * warmup)
-    if step < warmup_steps:
-        return step / warmup_steps
-    if cooldown is not None:
-        return min(1.0, (steps - step) / max(1, math.ceil(steps * cooldown)))
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
-def learning_rate_schedule(settings: AnyStage) -> Callable[[int, int], float]:
-    """The fraction of the peak learning rate at a step (from 0) of all steps, as the stage's settings define it."""
-    if (spec := settings.schedule_spec()) is None:
-        return lambda step, steps: schedule(step, steps, settings.warmup, settings.cooldown)
-    component = registry().create("schedules", spec)
-
-    def fraction(step: int, steps: int) -> float:
-        warmup_steps = math.ceil(steps * settings.warmup)
-        if step < warmup_steps:
-            return step / warmup_steps
-        value = component.fraction(step - warmup_steps, steps - warmup_steps)
-        if not isinstance(value, int | float) or not (0 <= value < math.inf):
-            raise PluginError(
-                f"schedule {component_name(spec)} of plugin {plugin_of(component)}: fraction() returns {value!r} at "
-                f"step {step} of {steps}, expected a number of at least 0"
-            )
-        return float(value)
-
-    return fraction
 
 
 _UNTRAINED_PREFIX = "untrained.connector."

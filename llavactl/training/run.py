@@ -17,7 +17,8 @@ from llavactl.model.cuda import liger
 from llavactl.model.cuda.self_check import packed_attention_fault
 from llavactl.model.inputs import token_count
 from llavactl.model.packed import packing_blocker
-from llavactl.training.optimizer import Optimizer, learning_rate_schedule
+from llavactl.training.learning_rate import LearningRate, learning_rate_schedule
+from llavactl.training.optimizer import Optimizer
 from llavactl.training.sharding import shard
 from llavactl.training.trainable import UntrainedState, configure_trainable
 from llavactl.training.update_rules import assign_update_rules
@@ -37,10 +38,6 @@ log = logging.getLogger(__name__)
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """A function that is called with the name of a hook and its arguments."""
-
-
-LearningRate = Callable[[int, int], float]
-"""The fraction of the peak learning rate at a step (from 0) of all steps."""
 
 
 class Evaluation(Protocol):

@@ -287,7 +287,7 @@ def _disks() -> tuple[tuple[Disk, ...], list[Diagnosis]]:
     try:
         disks = (_disk("feature stores", cache_dir()), runs)
     except LlavactlError as error:
-        no_folder = Diagnosis("feature stores", False, f"{error.message}; {error.hint}")
+        no_folder = Diagnosis("feature stores", False, error.with_hint())
         return (runs,), [no_folder, _disk_space(runs)]
     return disks, [_disk_space(disk) for disk in disks]
 
@@ -325,4 +325,4 @@ def _downloads() -> Diagnosis:
 
 def _proxy() -> Iterator[Diagnosis]:
     if invalid_proxy := proxy_error():
-        yield Diagnosis("network", False, f"{invalid_proxy.message}; {invalid_proxy.hint}")
+        yield Diagnosis("network", False, invalid_proxy.with_hint())

@@ -193,7 +193,7 @@ def check_memory(
             warnings.append(f"stage {stage}: its memory can't be predicted ({reason(error)})")
             continue
         if not plan.fits:
-            warnings.append(f"{plan.error.message}; {plan.error.hint}")
+            warnings.append(plan.error.with_hint())
     return MemoryCheck(warnings, list(dict.fromkeys(not_checked)))
 
 

@@ -138,7 +138,7 @@ def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = No
     try:
         yield
     except LlavactlError as error:
-        found.append((key, f"{error.message}; {error.hint}" if error.hint else error.message))
+        found.append((key, error.with_hint()))
     except Exception as error:
         if spec is None:
             raise

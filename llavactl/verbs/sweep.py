@@ -135,7 +135,7 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, RecipeError) and error.problems:
         text = "; ".join(map(str, error.problems))
     elif isinstance(error, LlavactlError):
-        text = f"{error.message}; {error.hint}" if error.hint else error.message
+        text = error.with_hint()
     else:
         text = f"{reason(error)} (traceback in {ERROR})"
     return " ".join(text.split())

@@ -251,7 +251,7 @@ class TestCache:
         questions = []
         terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
         monkeypatch.setattr("llavactl.cli.cache.sys", terminal)
-        monkeypatch.setattr("click.confirm", lambda question, err: questions.append(question) or answer)
+        monkeypatch.setattr("llavactl.cli.cache.confirm", lambda question: questions.append(question) or answer)
         assert run_cli("cache", "prune", cwd=empty).exit_code == code
         (question,) = questions
         assert "1 stores" in question

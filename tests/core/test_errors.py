@@ -16,7 +16,9 @@ KINDS = [kind for kind in vars(errors).values() if inspect.isclass(kind) and iss
 def test_message_and_hint(kind: type[LlavactlError]) -> None:
     error = kind("what", hint="do")
     assert (str(error), error.message, error.hint) == ("what", "what", "do")
+    assert error.with_hint() == "what; do"
     assert kind("what").hint == ""
+    assert kind("what").with_hint() == "what"
 
 
 @pytest.mark.parametrize("kind", KINDS)

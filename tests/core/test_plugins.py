@@ -10,7 +10,7 @@ import pluggy
 import pytest
 
 from llavactl import __version__
-from llavactl.core import plugins
+from llavactl.core import plugin_commands, plugins
 from llavactl.core.errors import PluginError
 
 
@@ -59,18 +59,18 @@ class TestCommands:
     points: tuple[Any, ...] = ()
 
     def test_the_cache_is_not_read_without_plugins(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plugins, "cache_dir", lambda: pytest.fail("read"))
-        assert plugins.commands() == {}
+        monkeypatch.setattr(plugin_commands, "cache_dir", lambda: pytest.fail("read"))
+        assert plugin_commands.commands() == {}
 
     @pytest.mark.parametrize("content", ["", "not json", "[]", '{"key": 1}', '{"key": null, "commands": 3}'])
     def test_a_broken_cache_is_ignored(self, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from importlib.metadata import EntryPoint
 
         self.points = (EntryPoint("p", "json", "llavactl"),)
-        file = plugins.cache_dir() / "plugin-commands.json"
+        file = plugin_commands.cache_dir() / "plugin-commands.json"
         file.parent.mkdir(parents=True)
         file.write_text(content)
-        assert isinstance(plugins.commands(), dict)
+        assert isinstance(plugin_commands.commands(), dict)
 
 
 @pytest.mark.parametrize("error", [GeneratorExit, type("Own", (BaseException,), {})])

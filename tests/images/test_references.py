@@ -20,11 +20,13 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from llavactl import DataError
+from llavactl import DataError, RecipeError
 from llavactl.images.archive_index import DuplicateMemberError
+from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile, RelativeImage
-from llavactl.images.references import ImageRoot, check_image_root, image_in
+from llavactl.images.references import ImageRoot, check_image_root, image_in, image_in_memory
 from llavactl.recipe.load import load_recipe
 from llavactl.verbs.extract import extract
 
@@ -433,3 +435,17 @@ def test_a_duplicate_name_in_one_archive_is_refused(tmp_path: Path) -> None:
 
 def test_dots_that_stay_inside_are_resolved(tmp_path: Path) -> None:
     assert image_in(str(tmp_path), "a/../b/./c/../x.jpg").name == "b/x.jpg"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr", "LAB", "HSV", "F"])
+def test_a_pil_image_in_memory(mode: str) -> None:
+    red = Image.new("RGB", (3, 2), (200, 30, 40))
+    image = Image.new(mode, (3, 2)) if mode in ("I;16", "LAB") else red.convert(mode)
+    reference = image_in_memory(image)
+    assert reference == image_in_memory(image.copy())
+    assert decode(reference.read()).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_only_pil_images_are_taken_from_memory() -> None:
+    with pytest.raises(RecipeError):
+        image_in_memory(b"bytes")  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ def test_keys_with_the_same_last_part_keep_their_full_names(toy: Path) -> None:
 
 def test_long_names_are_shortened_and_stay_distinct(toy: Path) -> None:
     names = [f"{'x' * 300}{end}" for end in "ab"]
-    folders = slugs(toy, "connector={linear}".format(linear="linear"), overrides=(
+    folders = slugs(toy, "connector=linear", overrides=(
         f"sweep={{axes: {{vision.layer: {{{names[0]}: -1, {names[1]}: -2}}}}}}",
     ))  # fmt: skip
     assert len(set(folders)) == 2

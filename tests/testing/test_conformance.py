@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from llavactl.core.protocols import Scores
@@ -82,7 +81,6 @@ class WrongTokenCount:
 
 def test_problems_of_a_connector() -> None:
     assert "(2, 17, 24)" in check_connector(WrongTokenCount())[0]
-    torch.manual_seed(0)
 
 
 def test_an_unknown_plugin_is_reported() -> None:

@@ -67,6 +67,14 @@ class StringAsStop(TemplateOf):
         return "</s>"
 
 
+class ChangingIdentity(TemplateOf):
+    calls = 0
+
+    def identity(self) -> Any:
+        self.calls += 1
+        return {"calls": self.calls}
+
+
 class FewParameters(TemplateOf):
     def render(self, turns: Any) -> list[Any]:  # type: ignore[override]
         return []
@@ -211,6 +219,7 @@ FAULTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("sources", [], ("no samples",)),
     ("sources", Stateful(), ("iterating again",)),
     ("templates", FewParameters(), ("render(turns)", "render(turns, tokenizer, *, generate=False)")),
+    ("templates", ChangingIdentity(), ("identity()", "differs")),
     ("templates", StringAsStop(), ("stop()", "str")),
     ("templates", TemplateOf(change=str.lower), ("changed",)),
     ("templates", TemplateOf(target="user"), ("not target text",)),
@@ -263,7 +272,7 @@ def test_a_fault_is_one_line(kind: str, component: Any, parts: Sequence[str]) ->
         ("optimizers", Normalized("weight", "weight")),
         ("optimizers", Normalized("all", "all")),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_components_without_faults(kind: str, component: Any) -> None:
     assert CHECKS[kind](component) == []

@@ -16,7 +16,8 @@ from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
 from llavactl.testing import run_cli
-from llavactl.training.optimizer import Optimizer, learning_rate_schedule
+from llavactl.training.learning_rate import learning_rate_schedule
+from llavactl.training.optimizer import Optimizer
 from llavactl.training.trainable import UntrainedState, configure_trainable
 from llavactl.training.update_rules import AssignedWeights, assign_update_rules
 

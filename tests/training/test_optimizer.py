@@ -18,7 +18,8 @@ from llavactl.model.build import build
 from llavactl.model.llava import LlavaModel
 from llavactl.recipe.stages import Stage2
 from llavactl.testing import run_cli
-from llavactl.training.optimizer import Optimizer, schedule
+from llavactl.training.learning_rate import learning_rate_schedule
+from llavactl.training.optimizer import Optimizer
 from llavactl.training.trainable import configure_trainable
 from llavactl.training.update_rules import assign_update_rules
 
@@ -40,9 +41,10 @@ def test_schedules_equal_those_of_transformers(cooldown: float | None, name: str
     optimizer = torch.optim.SGD([weight], lr=1.0)
     options = {"num_decay_steps": 10, "decay_type": "linear"} if name == "warmup_stable_decay" else {}
     scheduler = get_scheduler(name, optimizer, warmup_steps, steps, options)
+    rate = learning_rate_schedule(Stage2(warmup=warmup_steps / steps, cooldown=cooldown))
     for step in range(steps):
         expected = scheduler.get_last_lr()[0]
-        assert schedule(step, steps, warmup_steps / steps, cooldown) == pytest.approx(expected, abs=1e-9)
+        assert rate(step, steps) == pytest.approx(expected, abs=1e-9)
         optimizer.step()
         scheduler.step()
 

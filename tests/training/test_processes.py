@@ -263,6 +263,30 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(toy: Path) -> No
     compare_metrics(lines, read(stages["two-again"] / "metrics.jsonl"), 0)
 
 
+STOPPER = """
+from llavactl import hookimpl
+
+@hookimpl
+def control_training(lines):
+    return "stop" if sum("loss" in line for line in lines) >= 3 else None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_plugin_ends_a_stage_after_the_same_step_in_all_processes(toy: Path, sharding: str) -> None:
+    write_records(toy, 37)
+    (toy / "stopper.py").write_text(STOPPER)
+    settings = ["init=scratch", "max_steps=6", "epochs=4", "validation=0.05"]
+    alone = run_cli("--plugin", str(toy / "stopper.py"), *command(toy, 2, settings, "one"))
+    assert (alone.json()["steps"], alone.json()["stopped_by"]) == (3, ["stopper"])
+    several = command(toy, 2, settings, "two", f"sharding={sharding}")
+    run_in_processes(toy, 2, ["--plugin", str(toy / "stopper.py"), *several])
+    report = json.loads((toy / "two/stage2/report.json").read_text())
+    assert (report["steps"], report["stopped_by"]) == (3, ["stopper"])
+    compare(toy / "one/stage2", toy / "two/stage2")
+
+
 KILLED = """
 import os, signal, sys
 from llavactl.cli import main

@@ -7,11 +7,12 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from llavactl.components.formats.native import ADAPTER_CONFIG, adapter_weights
+from llavactl.components.formats.native import adapter_weights
 from llavactl.components.formats.weights import read_file
 from llavactl.components.languages.llava_checkpoint import load_arguments
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
+from llavactl.core.model_files import ADAPTER_CONFIG
 from llavactl.core.paths import read_json
 
 

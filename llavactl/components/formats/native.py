@@ -1,6 +1,6 @@
 """llavactl's own model folder: reading its parts for an export, and writing one for another program's checkpoint.
 
-``open_model`` and ``save_model`` are all that a format needs; only this module knows the files of the folder.
+``open_model`` and ``save_model`` are all that a format needs; no other module of formats reads or writes the folder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llavactl.core.model_description import (
     read_description,
     shape_entry,
 )
+from llavactl.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llavactl.core.paths import write_json
 from llavactl.core.protocols import ExportableTemplate, ExportableVision, ShapedVision, SkeletonLanguage
 from llavactl.core.protocols.members import missing_members
@@ -48,10 +49,6 @@ SETTINGS = ("template", "image_order", "precision", "features", "stage")
 
 ATTENTION = "attention"
 """An option of the language model that other formats lack as well."""
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""Weight files of an adapter in the order in which peft looks for them."""
 
 
 def exportable_vision(spec: Mapping[str, Any]) -> ExportableVision:

@@ -11,10 +11,11 @@ from typing import Any
 from llavactl.components.formats.adapter import refuse_mismatched_adapter
 from llavactl.components.formats.hf import save_checkpoint
 from llavactl.components.formats.hf_read import hf_checkpoint
-from llavactl.components.formats.native import ADAPTER_CONFIG, open_model, save_model
+from llavactl.components.formats.native import open_model, save_model
 from llavactl.components.formats.weights import read_file
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reading
+from llavactl.core.model_files import ADAPTER_CONFIG
 from llavactl.core.paths import read_json, write_atomic
 
 BASE = "base"

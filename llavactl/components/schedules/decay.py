@@ -16,6 +16,11 @@ class DecayOptions(Options):
     )
 
 
+def cosine(step: int, steps: int, minimum: float = 0.0) -> float:
+    """The fraction of the peak at ``step`` (from 0) of ``steps``: cosine decay from 1 to ``minimum``."""
+    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+
+
 class Cosine:
     """Cosine decay from 1 to ``minimum``."""
 
@@ -23,7 +28,7 @@ class Cosine:
         self.minimum = options.minimum
 
     def fraction(self, step: int, steps: int) -> float:
-        return self.minimum + (1 - self.minimum) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+        return cosine(step, steps, self.minimum)
 
 
 class Linear:

@@ -44,7 +44,7 @@ def _teacher_spec(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         options = registry().options("teachers", spec)
     except RecipeError as error:
-        raise ValueError("; ".join(map(str, error.problems)) or f"{error.message}; {error.hint}") from error
+        raise ValueError("; ".join(map(str, error.problems)) or error.with_hint()) from error
     return {"name": spec["name"], **options.model_dump(exclude_unset=True)}
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import Field
 
@@ -63,6 +63,10 @@ class TransformersVision:
         layer = self.options.layer
         return (layer,) if isinstance(layer, int) else tuple(layer)
 
+    @overload
+    def file(self, name: str, *, required: Literal[True] = True) -> Path: ...
+    @overload
+    def file(self, name: str, *, required: bool) -> Path | None: ...
     def file(self, name: str, *, required: bool = True) -> Path | None:
         """The path of ``name`` in the model's folder, or in the hub's cache (downloaded if necessary).
 
@@ -99,9 +103,7 @@ class TransformersVision:
     def _full_config(self) -> dict[str, Any]:
         """The content of config.json."""
         check_model(self.options.model, LABEL, PROCESSOR, hint=HINT)
-        path = self.file("config.json")
-        assert path is not None
-        return read_json(path)
+        return read_json(self.file("config.json"))
 
     def number(self, key: str) -> int:
         """The integer ``key`` of its configuration.

@@ -25,6 +25,7 @@ from llavactl.evaluation.verification.script import ScriptRunner, run_isolated, 
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.images.decode import decode
 from llavactl.model import folder as model_folder
+from llavactl.model.build import connector_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +88,7 @@ class _UnroundedFeatures:
 def _encoding(model: Path, description: Mapping[str, Any]) -> Encoding:
     """How the model's conversations become tokens; no weights are read."""
     template = registry().create("templates", description["template"])
-    image_tokens = registry().create("connectors", description["connector"]).tokens(feature_shape(description))
+    image_tokens = connector_tokens(description["connector"], feature_shape(description))
     return Encoding(template, open_model(model).tokenizer(), image_tokens)
 
 

@@ -1,4 +1,4 @@
-"""What all checks have in common: the members of Protocols, and exceptions as problems."""
+"""What all checks have in common: members of Protocols, shared capabilities, and exceptions as problems."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from llavactl.core import protocols
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import fault_location
+from llavactl.core.identity import examined_identity
+from llavactl.core.protocols import Checkable, Identifiable
 from llavactl.core.protocols.members import members
 from llavactl.core.registry import component_fault
 
@@ -27,8 +29,9 @@ _OWN = ("llavactl.testing", "llavactl.core.registry")
 def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
     """Decorates a check of components of ``kind``.
 
-    The check runs if the component has the members of its Protocols, with their parameters. An exception is a problem:
-    one line with the method and line where it was raised.
+    The check runs if the component has the members of its Protocols, with their parameters, and if its identity, if it
+    has one, can be used; ``check`` of a ``Checkable`` is called first. An exception is a problem: one line with the
+    method and line where it was raised.
     """
 
     def decorate(check: Check[C, P]) -> Check[C, P]:
@@ -37,7 +40,10 @@ def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
             try:
                 if problems := member_problems(kind, component):
                     return problems
-                problems = check(component, *args, **options)
+                if Checkable in protocols.CAPABILITIES[kind] and isinstance(component, Checkable):
+                    component.check()
+                why = examined_identity(component)[1] if isinstance(component, Identifiable) else ""
+                problems = [why] if why else check(component, *args, **options)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
                 problems = [describe_exception(error)]
             return [" ".join(problem.split()) for problem in problems]
@@ -101,7 +107,7 @@ def _without_annotations(signature: inspect.Signature) -> str:
 def describe_exception(error: BaseException) -> str:
     """``error`` in one line; one that isn't llavactl's, with the called function of the component and its line."""
     if isinstance(error, LlavactlError):
-        return f"{error.message}; {error.hint}" if error.hint else error.message
+        return error.with_hint()
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     called = next((frame for frame in frames if not _module(frame).startswith(_OWN)), None)
     what = f"{type(error).__name__}: {error}"

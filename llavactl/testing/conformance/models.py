@@ -6,11 +6,11 @@ import pickle
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.protocols import Checkable, Encoder, ExportableVision, ShapedVision, SkeletonLanguage
+from llavactl.core.protocols import Encoder, ExportableVision, ShapedVision, SkeletonLanguage
 from llavactl.core.protocols.members import missing_members
 from llavactl.core.schema import FeatureShape
 from llavactl.core.tokenizer_check import tokenizer_fault
-from llavactl.testing.conformance.boundary import conformance_check, json_problem, protocol_problems, wrong_type
+from llavactl.testing.conformance.boundary import conformance_check, protocol_problems, wrong_type
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +22,14 @@ TOLERANCE = 1e-4
 
 @conformance_check("vision")
 def check_vision(vision: Vision) -> list[str]:
-    """Checks that the identity is constant JSON, and that features are finite and have the declared shape.
+    """Checks that features are finite and have the declared shape.
 
     The features of an image must not depend on the batch, nor differ between calls.
     """
-    if isinstance(vision, Checkable):
-        vision.check()
-    identity: Any = vision.identity()
-    if why := json_problem("identity()", identity):
-        return [why]
-    problems = [] if identity == vision.identity() else ["identity() differs between calls"]
+    problems: list[str] = []
     encoder: Any = vision.load("cpu", "float32")
     if missing := missing_members(encoder, Encoder):
-        return [*problems, f"load() returned {type(encoder).__name__}, expected an Encoder (no {', '.join(missing)})"]
+        return [f"load() returned {type(encoder).__name__}, expected an Encoder (no {', '.join(missing)})"]
     problems += protocol_problems(encoder, Encoder)
     if not isinstance(encoder.shape, FeatureShape):
         return [*problems, wrong_type("shape of the encoder", encoder.shape, "a FeatureShape")]
@@ -115,8 +110,6 @@ def check_language(language: Language) -> list[str]:
 
     from llavactl.model.exactness import is_causal
 
-    if isinstance(language, Checkable):
-        language.check()
     tokenizer: Any = language.tokenizer()
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return [wrong_type("tokenizer()", tokenizer, "a tokenizer of transformers")]

@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import DataError
-from llavactl.core.protocols import (
-    Checkable,
-    Finding,
-    Identifiable,
-    OtherFindings,
-    RawRecord,
-    RecordSource,
-    RepairingSource,
-)
+from llavactl.core.protocols import Finding, OtherFindings, RawRecord, RecordSource, RepairingSource
 from llavactl.core.schema import ImageRef, Sample
-from llavactl.testing.conformance.boundary import conformance_check, json_problem, wrong_type
+from llavactl.testing.conformance.boundary import conformance_check, wrong_type
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Source
@@ -34,10 +26,7 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
     Iterating again must yield the same samples. For a RecordSource, also that its findings agree with its samples and
     that repaired records are usable. Its samples end at the first record that can't be used.
     """
-    if isinstance(source, Checkable):
-        source.check()
-    problems = _identity_problems(source) if isinstance(source, Identifiable) else []
-    problems += _record_problems(source, at_most) if isinstance(source, RecordSource) else []
+    problems = _record_problems(source, at_most) if isinstance(source, RecordSource) else []
     samples = list(_first_samples(source, at_most))
     if wrong := [(index, item) for index, item in enumerate(samples) if not isinstance(item, Sample)]:
         return [*problems, wrong_type(f"item {wrong[0][0]}", wrong[0][1], "a Sample")]
@@ -51,13 +40,6 @@ def check_source(source: Source, *, at_most: int = 50) -> list[str]:
     ]:
         problems.append("iterating again yields other samples")
     return problems
-
-
-def _identity_problems(source: Identifiable) -> list[str]:
-    first, second = source.identity(), source.identity()
-    if why := json_problem("identity()", first):
-        return [why]
-    return [] if first == second else ["identity() differs between calls"]
 
 
 def _sample_problems(sample: Sample) -> list[str]:

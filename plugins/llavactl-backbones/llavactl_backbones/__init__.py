@@ -1,17 +1,15 @@
 """Vision backbones for llavactl, each with its preprocessing and defaults, and fused features of several backbones.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl import hookimpl
+from llavactl import Register, hookimpl
 
 _BACKBONES = (
     ("siglip", "sized:Siglip", "sized:SiglipOptions", "SigLIP of transformers, at the image size of its checkpoint"),
@@ -51,7 +49,7 @@ _BACKBONES = (
 
 
 @hookimpl
-def register_vision(register: Any) -> None:
+def register_vision(register: Register) -> None:
     """All backbones of this package."""
     for name, target, options, summary in _BACKBONES:
         register(name, f"llavactl_backbones.{target}", options=f"llavactl_backbones.{options}", summary=summary)

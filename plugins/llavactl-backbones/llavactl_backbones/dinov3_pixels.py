@@ -1,7 +1,5 @@
 """DINOv3's image processor without torchvision, which transformers' own needs."""
 
-# transformers is not typed.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from typing import Any

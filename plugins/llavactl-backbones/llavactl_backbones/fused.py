@@ -1,7 +1,5 @@
 """Features of several backbones, concatenated in width for every patch, as in prismatic (DINOv2 and SigLIP)."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -85,7 +83,7 @@ class Fused:
 
     def identity(self) -> Mapping[str, Any]:
         """The parts in order; options only of parts that don't identify their weights: llavactl adds all options."""
-        parts = [component_identity("vision", part) for part in self.options.parts]
+        parts: list[Any] = [component_identity("vision", part) for part in self.options.parts]
         weights = [part.get("identity", {}).get("weights") for part in parts]
         for part, known in zip(parts, weights, strict=True):
             if known:

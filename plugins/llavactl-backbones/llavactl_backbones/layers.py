@@ -1,4 +1,4 @@
-"""What every backbone of this package does with layers and weights."""
+"""Layer indexes and frozen weights, for all backbones of this package."""
 
 from __future__ import annotations
 

@@ -4,20 +4,18 @@ NaFlex gives every image its own grid, with its aspect ratio. A feature store ha
 first; every image then has the same grid, the largest square one with at most ``max_num_patches`` patches.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from llavactl import FeatureShape, ModelId, Options, TransformersVisionOptions, pad_to_square
 from llavactl_backbones.layers import checked_layers, load_frozen
-from llavactl_backbones.sized import Siglip
+from llavactl_backbones.sized import FamilyVision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,18 +36,17 @@ class NaflexOptions(Options):
     max_num_patches: int = Field(576, gt=0, description="most patches per image; the grid is square")
 
 
-class _Checkpoint(Siglip):
+class _Checkpoint(FamilyVision):
     """The files of a NaFlex model; ``side`` is the number of patches in a row of the grid."""
 
-    families: ClassVar[tuple[str, ...]] = ("siglip2", "siglip2_vision_model")
+    families = ("siglip2", "siglip2_vision_model")
 
     def __init__(self, options: TransformersVisionOptions, side: int) -> None:
         super().__init__(options)
         self.side = side
 
     def number(self, key: str) -> int:
-        number: int = super().number("patch_size" if key == "image_size" else key)
-        return self.side * number if key == "image_size" else number
+        return self.side * super().number("patch_size") if key == "image_size" else super().number(key)
 
     @property
     def processor(self) -> Any:
@@ -73,15 +70,14 @@ class Naflex:
         self.shape()
 
     def identity(self) -> Mapping[str, Any]:
-        identity: Mapping[str, Any] = self._checkpoint.identity()
-        return identity
+        return self._checkpoint.identity()
 
     def shape(self) -> FeatureShape:
         width = self._checkpoint.number("hidden_size") * len(self._layers())
         return FeatureShape((self._side, self._side), width)
 
     def load(self, device: str, dtype: str) -> NaflexEncoder:
-        whole = self._checkpoint.whole()
+        whole: Any = self._checkpoint.whole()
         model = getattr(whole, "vision_model", whole)
         layers = self._layers()
         del model.encoder.layers[max(layers) :]

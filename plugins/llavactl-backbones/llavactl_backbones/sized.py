@@ -3,8 +3,6 @@
 A layer is an index of transformers' ``hidden_states``: the output of a block, before the model's final norm.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import json
@@ -52,10 +50,10 @@ class Dinov3Options(SizedOptions):
     image_size: int = Field(384, gt=0, description="side of the square input in pixels; positions are rotary")
 
 
-class Siglip(TransformersVision):
-    """A SigLIP model, checked to be one."""
+class FamilyVision(TransformersVision):
+    """A model of transformers, checked to belong to one of ``families``."""
 
-    families: ClassVar[tuple[str, ...]] = ("siglip", "siglip_vision_model")
+    families: ClassVar[tuple[str, ...]]
     """The values of ``model_type`` in config.json."""
 
     def check(self) -> None:
@@ -69,7 +67,7 @@ class Siglip(TransformersVision):
         Raises:
             ModelError: the model belongs to another family.
         """
-        config: Mapping[str, Any] = super().config
+        config = super().config
         if config["model_type"] not in self.families:
             raise ModelError(
                 f"vision model {self.options.model}: model_type is {config['model_type']!r}, expected "
@@ -79,7 +77,13 @@ class Siglip(TransformersVision):
         return config
 
 
-class Dinov2(Siglip):
+class Siglip(FamilyVision):
+    """A SigLIP model, at the image size of its checkpoint."""
+
+    families = ("siglip", "siglip_vision_model")
+
+
+class Dinov2(FamilyVision):
     """A DINOv2 model at ``options.image_size`` pixels.
 
     Its processor resizes the shorter side to that size and crops the longer one; the checkpoint's resizes to 256 and
@@ -87,12 +91,12 @@ class Dinov2(Siglip):
     """
 
     families: ClassVar[tuple[str, ...]] = ("dinov2", "dinov2_with_registers")
+    options: SizedOptions
 
     def number(self, key: str) -> int:
         if key == "image_size":
             return _checked_size(self.options.image_size, super().number("patch_size"))
-        number: int = super().number(key)
-        return number
+        return super().number(key)
 
     @property
     def processor(self) -> Any:
@@ -102,7 +106,7 @@ class Dinov2(Siglip):
 class Dinov3(Dinov2):
     """A DINOv3 ViT at ``options.image_size`` pixels; its processor stretches images that are not square."""
 
-    families: ClassVar[tuple[str, ...]] = ("dinov3_vit",)
+    families = ("dinov3_vit",)
 
     @property
     def processor(self) -> Any:

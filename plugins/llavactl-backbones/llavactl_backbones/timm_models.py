@@ -4,8 +4,6 @@ timm is an optional dependency, imported on first use. A layer is the output of 
 hierarchical network: 1 is the first, -1 the last; before the model's final norm unless ``norm`` is true.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import inspect
@@ -136,7 +134,7 @@ class Timm:
             ModelError: a file is missing or broken, or timm doesn't have the architecture.
         """
         architecture = self._config["architecture"]
-        folder: Path = self._files.file(WEIGHTS).parent
+        folder = self._files.file(WEIGHTS).parent
         self._files.weights_hash()  # checks the file
         timm = timm_module()
         if not timm.is_model(architecture):
@@ -264,7 +262,7 @@ class TimmEncoder:
             self._settings["return_prefix_tokens"] = True
         self._keep_prefix = keep_prefix
         states = self._states(torch.zeros(2, *input_size))
-        grids = [tuple(patches.shape[2:]) for patches, _ in states]
+        grids = [(patches.shape[2], patches.shape[3]) for patches, _ in states]
         if len(set(grids)) > 1:
             listed = ", ".join(f"{layer}: {h}×{w}" for layer, (h, w) in zip(layers, grids, strict=True))
             raise ModelError(f"vision.layer: these layers have different grids and can't be concatenated ({listed})")

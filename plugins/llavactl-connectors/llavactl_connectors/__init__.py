@@ -1,17 +1,15 @@
 """Connectors that reduce the number of tokens per image, as published.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from llavactl import hookimpl
+from llavactl import Register, hookimpl
 
 _CONNECTORS = {
     "average-pooling": ("AveragePooling", "mean of each block of patches, then an MLP (DeCo)"),
@@ -24,7 +22,7 @@ _CONNECTORS = {
 
 
 @hookimpl
-def register_connectors(register: Any) -> None:
+def register_connectors(register: Register) -> None:
     """All connectors of this package; each has its options in a class of the same name."""
     for name, (attribute, summary) in _CONNECTORS.items():
         target = f"llavactl_connectors.components:{attribute}"
@@ -32,7 +30,7 @@ def register_connectors(register: Any) -> None:
 
 
 @hookimpl
-def register_recipes(register: Any) -> None:
+def register_recipes(register: Register) -> None:
     """``connector-comparison``, if llavactl-demo is installed: it extends a recipe of that plugin."""
     if find_spec("llavactl_demo") is not None:
         register(

@@ -5,8 +5,6 @@ image. These connectors drop the tokens before the patches (CLS, registers). ``p
 attend to all tokens.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,38 +25,50 @@ Norm = Annotated[
 Heads = Annotated[int, Field(ge=1, le=256, description="attention heads")]
 
 
-def _merged(shape: FeatureShape, factor: int) -> tuple[int, int]:
-    """The grid (h, w) after merging ``factor`` x ``factor`` patches; raises RecipeError if it isn't a divisor."""
-    h, w = shape.grid
-    if h % factor or w % factor:
-        divisors = [str(n) for n in range(1, min(h, w) + 1) if h % n == w % n == 0]
-        raise RecipeError(
-            f"connector.factor {factor} does not divide the patch grid {h}x{w}",
-            hint=f"available: {', '.join(divisors)}",
-        )
-    return h // factor, w // factor
-
-
-class AveragePoolingOptions(Options):
-    """``factor: 2`` replaces 2x2 patches by their mean: a quarter of the tokens."""
+class MergingOptions(Options):
+    """Options of connectors that merge each block of patches into one token."""
 
     factor: Factor = 2
-    layers: Annotated[Literal[1, 2], Field(description="linear layers of the projection, with a GELU in between")] = 2
-    norm: Norm = False
 
 
 @dataclass(frozen=True)
-class AveragePooling:
-    """Mean of each block of patches, then a projection (DeCo)."""
+class MergingConnector:
+    """A connector with a token for each block of ``factor`` x ``factor`` patches."""
 
-    options: AveragePoolingOptions
+    options: MergingOptions
 
     def tokens(self, shape: FeatureShape) -> int:
         h, w = self.grid(shape)
         return h * w
 
     def grid(self, shape: FeatureShape) -> tuple[int, int]:
-        return _merged(shape, self.options.factor)
+        """The blocks (h, w), row by row.
+
+        Raises:
+            RecipeError: ``factor`` doesn't divide the patch grid.
+        """
+        (h, w), factor = shape.grid, self.options.factor
+        if h % factor or w % factor:
+            divisors = [str(n) for n in range(1, min(h, w) + 1) if h % n == w % n == 0]
+            raise RecipeError(
+                f"connector.factor {factor} does not divide the patch grid {h}x{w}",
+                hint=f"available: {', '.join(divisors)}",
+            )
+        return h // factor, w // factor
+
+
+class AveragePoolingOptions(MergingOptions):
+    """``factor: 2`` replaces 2x2 patches by their mean: a quarter of the tokens."""
+
+    layers: Annotated[Literal[1, 2], Field(description="linear layers of the projection, with a GELU in between")] = 2
+    norm: Norm = False
+
+
+@dataclass(frozen=True)
+class AveragePooling(MergingConnector):
+    """Mean of each block of patches, then a projection (DeCo)."""
+
+    options: AveragePoolingOptions
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """A module from features [I, P, Dv] to embeddings [I, Q, Dl].
@@ -74,24 +84,15 @@ class AveragePooling:
         return pooling.normalized(shape.width, module) if self.options.norm else module
 
 
-class PixelShuffleOptions(Options):
+class PixelShuffleOptions(MergingOptions):
     """``factor: 2`` concatenates 2x2 patches: a quarter of the tokens, four times as wide before the projection."""
-
-    factor: Factor = 2
 
 
 @dataclass(frozen=True)
-class PixelShuffle:
+class PixelShuffle(MergingConnector):
     """Concatenation of each block of patches, layer normalization, then a projection (InternVL)."""
 
     options: PixelShuffleOptions
-
-    def tokens(self, shape: FeatureShape) -> int:
-        h, w = self.grid(shape)
-        return h * w
-
-    def grid(self, shape: FeatureShape) -> tuple[int, int]:
-        return _merged(shape, self.options.factor)
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """A module from features [I, P, Dv] to embeddings [I, Q, Dl].
@@ -153,25 +154,17 @@ class CAbstractor:
         return pooling.normalized(shape.width, module) if options.norm else module
 
 
-class LdpV2Options(Options):
+class LdpV2Options(MergingOptions):
     """``factor: 2`` is that of MobileVLM V2: 24x24 patches become 144 tokens."""
 
-    factor: Factor = 2
     norm: Norm = False
 
 
 @dataclass(frozen=True)
-class LdpV2:
+class LdpV2(MergingConnector):
     """An MLP, average pooling and a residual depthwise convolution (MobileVLM V2)."""
 
     options: LdpV2Options
-
-    def tokens(self, shape: FeatureShape) -> int:
-        h, w = self.grid(shape)
-        return h * w
-
-    def grid(self, shape: FeatureShape) -> tuple[int, int]:
-        return _merged(shape, self.options.factor)
 
     def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
         """A module from features [I, P, Dv] to embeddings [I, Q, Dl].

@@ -78,9 +78,9 @@ def test_both_stages_are_trained(case: Any, toys: Path, tmp_path: Path):
     assert weights[0].keys() == weights[1].keys()
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     model, photo = tmp_path / "run/stage2/model", next((toys.parent / "images").iterdir())
-    said = run_cli("chat", "--model", str(model), "--image", str(photo), "--prompt", "What colour?", "--json")
-    assert said.exit_code == 0, said.stderr
-    assert isinstance(said.json()["answer"], str)
+    answered = run_cli("chat", "--model", str(model), "--image", str(photo), "--prompt", "What colour?", "--json")
+    assert answered.exit_code == 0, answered.stderr
+    assert isinstance(answered.json()["answer"], str)
 
 
 def test_a_grid_that_does_not_fit_stops_before_training(toys: Path, tmp_path: Path):

@@ -1,19 +1,15 @@
 """Two small pretrained models for llavactl without a model hub, and recipes that train an assistant from them.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-untyped-decorators
 from __future__ import annotations
 
-from typing import Any
-
-from llavactl import hookimpl
+from llavactl import Register, hookimpl
 
 
 @hookimpl
-def register_vision(register: Any) -> None:
+def register_vision(register: Register) -> None:
     """``dinov2-demo``."""
     register(
         "dinov2-demo",
@@ -24,7 +20,7 @@ def register_vision(register: Any) -> None:
 
 
 @hookimpl
-def register_languages(register: Any) -> None:
+def register_languages(register: Register) -> None:
     """``smollm2-demo``."""
     register(
         "smollm2-demo",
@@ -35,7 +31,7 @@ def register_languages(register: Any) -> None:
 
 
 @hookimpl
-def register_recipes(register: Any) -> None:
+def register_recipes(register: Register) -> None:
     """``demo``, ``demo-full``, ``demo-captions`` without its additions to LLaVA, and variants of ``demo``."""
     register(
         "demo", "llavactl_demo:demo.yaml", summary="DINOv2 ViT-S/14 and SmolLM2-135M on rendered scenes, for a CPU"

@@ -1,7 +1,5 @@
 """The two models as components: llavactl's Transformers components on the converted folders."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,28 +1,33 @@
-"""Data sources for llavactl: records of other tools.
+"""Data sources for llavactl: records of other tools, tables, tar shards, and the academic data sets of LLaVA v1.5.
 
-Imports only llavactl's hook marker: the command line imports this module even for ``--help``.
+The command line imports this module even for ``--help``: it imports nothing heavy.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-untyped-decorators
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llavactl import hookimpl
+from llavactl import Register, hookimpl
 
 _SOURCES = {
     "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
     "parquet": ("parquet:Parquet", "rows of parquet files with images as bytes or paths (needs pyarrow)"),
     "webdataset": ("tars:WebDataset", "tar shards with images and captions or conversations: WebDataset, CC3M, LAION"),
     "hf-datasets": ("hub:hf_datasets", "data sets of the library datasets, local or streaming (needs datasets)"),
+    "vqa": ("questions:Vqa", "VQAv2 and OK-VQA: questions with short answers"),
+    "gqa": ("questions:Gqa", "GQA: questions with short answers"),
+    "a-okvqa": ("questions:AOkvqa", "A-OKVQA: multiple choice, a copy of a question for each choice"),
+    "ocr-vqa": ("questions:OcrVqa", "OCR-VQA: questions about the covers of books"),
+    "textcaps": ("questions:Textcaps", "TextCaps: captions, with the text that was read in the image"),
+    "visual-genome": ("regions:VisualGenome", "Visual Genome: regions to describe or to locate"),
+    "refcoco": ("regions:Refcoco", "RefCOCO, RefCOCO+ and RefCOCOg: regions to describe or to locate"),
 }
 
 
 @hookimpl
-def register_sources(register: Any) -> None:
+def register_sources(register: Register) -> None:
     """All sources of this package; each has its options in a class of its name."""
     for name, (target, summary) in _SOURCES.items():
         module = f"llavactl_sources.{target.partition(':')[0]}"
@@ -32,6 +37,16 @@ def register_sources(register: Any) -> None:
 def _options(name: str) -> str:
     """The class of a source's options: ``HfDatasetsOptions`` for ``hf-datasets``."""
     return "".join(word.capitalize() for word in name.split("-")) + "Options"
+
+
+@hookimpl
+def register_recipes(register: Register) -> None:
+    """LLaVA v1.5's mix, from the published files of its data sets."""
+    register(
+        "llava-v1.5-mix",
+        "llavactl_sources:llava-v1.5-mix.yaml",
+        summary="LLaVA v1.5, with its mix of academic data built from their published files",
+    )
 
 
 @hookimpl

@@ -35,10 +35,11 @@ def files_of(path: Path, suffix: str) -> list[Path]:
         return files
     files = []
     for pattern in _expanded(str(path)):
-        found = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - pathlib refuses absolute patterns
+        matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - pathlib refuses absolute patterns
+        found = sorted(file for file in map(Path, matches) if file.is_file())
         if not found:
             raise DataError(f"{pattern}: no such file", hint=f"name a {suffix} file, a folder, or a pattern of files")
-        files += [file for file in found if file.is_file()]
+        files += found
     return files
 
 

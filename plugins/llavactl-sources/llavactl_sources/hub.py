@@ -4,8 +4,6 @@ A loaded data set is memory-mapped, so an image is read by its row. A stream has
 written to llavactl's cache folder, each once, under the hash of its bytes.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import hashlib
@@ -21,10 +19,19 @@ from typing import Any
 
 from pydantic import Field
 
-from llavactl import DataError, ImageFile, ImageRef, ImageRoot, Json, ModelId, RawRecord, cache_dir
+from llavactl import DataError, ImageFile, ImageRef, ImageRoot, Json, ModelId, RawRecord, cache_dir, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, optional_module
 from llavactl_sources.records import ConversationSource
-from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
+from llavactl_sources.rows import (
+    Cell,
+    Columns,
+    RowOptions,
+    binary_columns,
+    columns_of,
+    image_cells,
+    readable,
+    row_record,
+)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _ROWS = 1000
@@ -155,6 +162,10 @@ class _Dataset(ConversationSource):
         if options.images is None and self._folder.is_dir():
             self.root = ImageRoot(str(self._folder), options.follow_links)
 
+    def check(self) -> None:
+        if self.options.images is not None:
+            check_image_root(self.root.root)
+
     @property
     def path(self) -> Path:  # type: ignore[override]
         """The folder of the data set; llavactl's cache folder for one on the hub."""
@@ -169,6 +180,7 @@ class LoadedDataset(_Dataset):
     """One sample per row of a data set on this machine, which the library downloads if it is on the hub."""
 
     def check(self) -> None:
+        super().check()
         self._columns(self._dataset())
 
     def identity(self) -> Mapping[str, Json]:
@@ -180,8 +192,8 @@ class LoadedDataset(_Dataset):
             return _loaded(*self._spec)
 
     def _columns(self, dataset: Any) -> Columns:
-        columns: Columns = columns_of(dataset.column_names, self.options, self.options.path)
-        return columns
+        binary = binary_columns(dataset.features.arrow_schema)
+        return columns_of(dataset.column_names, binary, self.options, self.options.path)
 
     def records(self) -> Iterator[RawRecord]:
         dataset = self._dataset()
@@ -191,7 +203,11 @@ class LoadedDataset(_Dataset):
         rows = min(len(dataset), self.options.limit or len(dataset))
         for start in range(0, rows, _ROWS):
             table = tables[start : min(start + _ROWS, rows)]
-            values = table.select(list(texts)).rename_columns(list(texts.values())).to_pylist()
+            try:
+                values = table.select(list(texts)).rename_columns(list(texts.values())).to_pylist()
+            except UnicodeDecodeError as error:
+                yield RawRecord(f"{self.options.path} row {start}", None, start, problem=_reason(error))
+                return
             cells = None
             if columns.image is not None:
                 cells = [row for chunk in table.column(columns.image).chunks for row in image_cells(chunk)]
@@ -206,6 +222,7 @@ class StreamedDataset(_Dataset):
     """One sample per row of a stream; every pass over the source streams the data again."""
 
     def check(self) -> None:
+        super().check()
         load(*self._spec, streaming=True)
 
     def records(self) -> Iterator[RawRecord]:
@@ -214,7 +231,9 @@ class StreamedDataset(_Dataset):
         index = 0
         try:
             for row in islice(stream, self.options.limit):
-                columns = columns or columns_of(list(row), self.options, self.options.path)
+                if columns is None:
+                    binary = [name for name, value in row.items() if not _is_json(value)]
+                    columns = columns_of(list(row), binary, self.options, self.options.path)
                 yield self._record(index, row, columns)
                 index += 1
         except (DataError, OSError):

@@ -1,7 +1,5 @@
 """The source ``messages``: JSON or JSONL records of ShareGPT, ms-swift, LLaMA-Factory and TRL."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

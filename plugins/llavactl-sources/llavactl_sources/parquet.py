@@ -4,8 +4,6 @@ The bytes of images are not read with the rows. Parquet has no access to a singl
 decoded for the first one and kept for the next images, which, in order of the file, are those of the same group.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import threading
@@ -17,10 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llavactl import DataError, ImageRoot, Json, RawRecord, RecipePath
+from llavactl import DataError, ImageRoot, Json, RawRecord, RecipePath, check_image_root
 from llavactl_sources.files import MAX_IMAGE_BYTES, file_stamp, files_of, folder_of, optional_module, stamps_of
 from llavactl_sources.records import ConversationSource
-from llavactl_sources.rows import Cell, Columns, RowOptions, columns_of, image_cells, readable, row_record
+from llavactl_sources.rows import (
+    Cell,
+    Columns,
+    RowOptions,
+    binary_columns,
+    columns_of,
+    image_cells,
+    readable,
+    row_record,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,18 +149,22 @@ class Parquet(ConversationSource):
 
     def files(self) -> list[Path]:
         """Raises DataError if there are none."""
-        files: list[Path] = files_of(self.options.path, ".parquet")
-        return files
+        return files_of(self.options.path, ".parquet")
 
     def check(self) -> None:
-        """Raises DataError if there are no files, or the first one lacks a column."""
+        """Raises DataError if there are no files, the first one lacks a column, or ``images`` doesn't exist."""
+        if self.options.images is not None:
+            check_image_root(self.root.root)
         file = self.files()[0]
         arrow = optional_module("pyarrow", "parquet")
         try:
             with optional_module("pyarrow.parquet", "parquet").ParquetFile(file) as opened:
-                columns_of(_names(opened), self.options, str(file))
+                self._columns(opened.schema_arrow, file)
         except (OSError, arrow.ArrowException) as error:
             raise DataError(f"{file}: {_reason(error)}") from error
+
+    def _columns(self, schema: pa.Schema, file: Path) -> Columns:
+        return columns_of(schema.names, binary_columns(schema), self.options, str(file))
 
     def identity(self) -> Mapping[str, Json]:
         """The files with sizes and times: hashing them would read all images."""
@@ -173,14 +184,14 @@ class Parquet(ConversationSource):
         row = 0
         try:
             with parquet.ParquetFile(file) as opened:
-                columns = columns_of(_names(opened), self.options, str(file))
+                columns = self._columns(opened.schema_arrow, file)
                 for group in range(opened.num_row_groups):
                     for record in self._group_records(file, opened, group, columns, row, index):
                         yield record
                         row, index = row + 1, record.index + 1
         except DataError as error:
             yield RawRecord(str(file), None, index, problem=error.message.removeprefix(f"{file}: "))
-        except (OSError, arrow.ArrowException) as error:
+        except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:
             yield RawRecord(f"{file} row {row}", None, index, problem=f"can't be read: {_reason(error)}")
 
     def _group_records(
@@ -205,8 +216,3 @@ class Parquet(ConversationSource):
             image = partial(ParquetImage, str(file), stamp, group, offset, bytes_leaf)
             images = None if cells is None else cells[offset]
             yield row_record(f"{file} row {row + offset}", index + offset, values, images, image, self.root)
-
-
-def _names(opened: Any) -> list[str]:
-    names: list[str] = opened.schema_arrow.names
-    return names

@@ -1,7 +1,5 @@
 """What the sources of this package have in common: records of any form, checked and converted by llavactl's rules."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -53,16 +51,14 @@ class ConversationSource:
             converted = self._converted(record)
         except RecordError as error:
             return [Finding(error.kind, error.detail)], []
-        findings, images = llava_findings(converted, self.location(record))
-        return findings, images
+        return llava_findings(converted, self.location(record))
 
     def sample(self, record: RawRecord) -> Sample:
         try:
             converted = self._converted(record)
         except RecordError as error:
             raise DataError(f"{record.where}: {error.detail}") from error
-        sample: Sample = llava_sample(converted, record.where, self.location(record), record.index)
-        return sample
+        return llava_sample(converted, record.where, self.location(record), record.index)
 
     def _converted(self, record: RawRecord) -> dict[str, Any]:
         if isinstance(record, RecordWithImages) and record.image_error:

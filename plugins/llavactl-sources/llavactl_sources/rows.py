@@ -1,7 +1,5 @@
 """Rows of tables as records: which columns are read, and the images of a row."""
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -55,11 +53,11 @@ class Columns:
     image: str | None
 
 
-def columns_of(names: Sequence[str], options: RowOptions, where: str) -> Columns:
-    """How the columns ``names`` are read.
+def columns_of(names: Sequence[str], binary: Sequence[str], options: RowOptions, where: str) -> Columns:
+    """How the columns ``names`` are read, of which ``binary`` contain bytes.
 
     Raises:
-        DataError: a column is missing, or several hold images.
+        DataError: a column is missing, or it isn't known which column holds the images.
     """
     conversation = {
         "conversations": options.conversation_column,
@@ -76,6 +74,8 @@ def columns_of(names: Sequence[str], options: RowOptions, where: str) -> Columns
         if len(found) > 1:
             raise DataError(f"{where}: both `image` and `images`", hint="set `image_column`")
         image = found[0] if found else None
+        if image is None and binary:
+            raise DataError(f"{where}: column {binary[0]!r} may hold images", hint="set `image_column`")
     hidden = {image, *named.values(), *named, *IMAGE_COLUMNS}
     if any(key in named for key in conversation):
         hidden |= set(CONVERSATION_KEYS)
@@ -89,6 +89,21 @@ def columns_of(names: Sequence[str], options: RowOptions, where: str) -> Columns
             )
         keys["text"] = "caption"
     return Columns(keys, image)
+
+
+def binary_columns(schema: pa.Schema) -> list[str]:
+    """The columns that contain bytes."""
+    return [field.name for field in schema if _has_bytes(field.type)]
+
+
+def _has_bytes(column_type: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(column_type):
+        return any(_has_bytes(field.type) for field in column_type)
+    if types.is_list(column_type) or types.is_large_list(column_type):
+        return _has_bytes(column_type.value_type)
+    return bool(types.is_binary(column_type) or types.is_large_binary(column_type))
 
 
 def readable(column_type: pa.DataType) -> bool:

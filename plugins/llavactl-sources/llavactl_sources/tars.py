@@ -3,8 +3,6 @@
 Nothing is unpacked: an index of a shard's members is kept in llavactl's cache folder, and an image is one ranged read.
 """
 
-# llavactl's public names are imported lazily: type checkers see them as Any.
-# mypy: allow-subclassing-any
 from __future__ import annotations
 
 import contextlib
@@ -90,8 +88,7 @@ class WebDataset(ConversationSource):
 
     def files(self) -> list[Path]:
         """Raises DataError if there are none."""
-        files: list[Path] = files_of(self.options.path, ".tar")
-        return files
+        return files_of(self.options.path, ".tar")
 
     def check(self) -> None:
         self.files()

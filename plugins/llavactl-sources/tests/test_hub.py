@@ -1,5 +1,6 @@
 """Hugging Face datasets: saved, from data files and streamed."""
 
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +137,33 @@ def test_data_that_can_not_be_read(create: Any, tmp_path: Path, *, streaming: bo
         assert any(problems), path
         with pytest.raises(DataError, match=str(tmp_path / path)):
             list(source)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_column_of_bytes_is_not_ignored(
+    create: Any, rows: Dataset, tmp_path: Path, *, streaming: bool
+) -> None:
+    source = create("hf-datasets", path=saved(rows.rename_column("image", "photo"), tmp_path), streaming=streaming)
+    with pytest.raises(DataError, match="photo"):
+        next(iter(source))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_images(create: Any, photos: Sequence[Path], tmp_path: Path, *, streaming: bool) -> None:
+    """The library's imagefolder: images are files, whose paths must be inside the folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = [
+        json.dumps({"file_name": photo.name, "text": answer}) for photo, answer in zip(photos, ANSWERS, strict=True)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    for photo in photos:
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    source = create("hf-datasets", path=folder, streaming=streaming)
+    assert check_source(source) == []
+    assert [(sample.captions, sample.images[0].read()) for sample in source] == [
+        ((answer,), photo.read_bytes()) for photo, answer in zip(photos, ANSWERS, strict=True)
+    ]
 
 
 def test_the_identity_changes_with_the_data(create: Any, rows: Dataset, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llavactl import DataError, ImageFile, Sample
-from llavactl.testing import check_source
+from llavactl.testing import check_source, toy_records
 
 QUESTION = {"role": "user", "content": "<image>What?"}
 ANSWER = {"role": "assistant", "content": "A dog."}
@@ -203,3 +203,11 @@ def test_images_are_references_to_files(source_of: Any, kinds: Any, tmp_path: Pa
     source = source_of({"messages": [QUESTION, ANSWER], "images": ["b/a.jpg"]}, images=tmp_path / "images")
     (tmp_path / "images").mkdir()
     assert next(iter(source)).images == (ImageFile(str(tmp_path / "images"), "b/a.jpg"),)
+
+
+@pytest.mark.parametrize("form", ["auto", "sharegpt", "ms-swift", "llama-factory"])
+def test_records_of_llava_are_read_as_by_llava_json(
+    create: Any, tmp_path: Path, photos: Sequence[Path], form: str
+) -> None:
+    options = {"path": toy_records(tmp_path / "records.json", photos), "images": photos[0].parent}
+    assert list(create("messages", **options, format=form)) == list(create("llava-json", **options))

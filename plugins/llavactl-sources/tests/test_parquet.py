@@ -153,6 +153,15 @@ def test_wrong_columns_stop_before_the_first_record(source_of: Any, columns: Any
         next(iter(source))
 
 
+@pytest.mark.parametrize("kind", columns_of_images([]))
+def test_an_unknown_column_of_bytes_is_not_ignored(source_of: Any, photos: Sequence[Path], kind: str) -> None:
+    """Otherwise, `<image>` in the texts would be trained as text."""
+    with pytest.raises(DataError) as error:
+        source_of({"photo": columns_of_images(photos)[kind]}).check()
+    assert "photo" in error.value.message
+    assert "image_column" in error.value.hint
+
+
 def test_no_column_to_train(create: Any, tmp_path: Path) -> None:
     write_table(pa.table({"label": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError) as error:
@@ -204,6 +213,23 @@ def test_a_damaged_page_is_a_problem_of_its_row_group(source_of: Any, kinds: Any
     found = list(source.records())
     assert [bool(record.problem) for record in found] == [False, False, True]
     assert found[2].where.endswith("row 2")
+
+
+@pytest.mark.parametrize("name", ["parquet", "hf-datasets"])
+def test_text_that_is_not_utf8_is_a_problem(create: Any, kinds: Any, tmp_path: Path, name: str) -> None:
+    answers = pa.array([b"A dog.", b"\xff\xfe"]).view(pa.string())
+    write_table(pa.table({"question": ["What?", "Who?"], "answer": answers}), tmp_path / "a.parquet")
+    source = create(name, path=tmp_path / "a.parquet")
+    assert kinds(source) == [["json"]]
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        list(source)
+
+
+def test_a_folder_with_the_suffix_is_not_a_file(create: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").mkdir()
+    for path in (tmp_path, tmp_path / "*.parquet"):
+        with pytest.raises(DataError):
+            create("parquet", path=path).check()
 
 
 def test_a_file_that_has_changed_is_not_read(source_of: Any, photos: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llavactl import DataError, registry
 from llavactl.testing import check_plugin, run_cli, toy_recipe
@@ -67,26 +69,36 @@ def hf_stream(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
     return {**hf_datasets(folder, photos), "streaming": True}
 
 
+def vqa(folder: Path, photos: Sequence[Path]) -> dict[str, Any]:
+    ids = range(len(photos))
+    questions = [{"question_id": each, "image_id": each, "question": "What?"} for each in ids]
+    annotations = [
+        {"question_id": each, "multiple_choice_answer": answer}
+        for each, answer in zip(ids, answers(photos), strict=True)
+    ]
+    (folder / "questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "annotations.json").write_text(json.dumps({"annotations": annotations}))
+    files = {name: str(folder / f"{name}.json") for name in ("questions", "annotations")}
+    return {**files, "images": str(photos[0].parent), "image": "photo-{:03d}.jpg"}
+
+
 DATA: dict[str, Callable[[Path, Sequence[Path]], dict[str, Any]]] = {
     "messages": messages,
     "parquet": parquet,
     "webdataset": webdataset,
     "hf-datasets": hf_datasets,
+    "vqa": vqa,
 }
-MODULES = {"webdataset": "tars", "hf-datasets": "hub"}
+MODULES = ["messages", "parquet", "tars", "hub", "questions", "regions"]
 
 
-@pytest.mark.parametrize(
-    "module", ["llavactl_sources", *(f"llavactl_sources.{MODULES.get(name, name)}" for name in DATA)]
-)
+@pytest.mark.parametrize("module", ["llavactl_sources", *(f"llavactl_sources.{name}" for name in MODULES)])
 def test_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
-    registered = {entry.name for entry in registry() if entry.plugin == "sources"}
-    assert registered == DATA.keys()
     options = {}
     for name, write in DATA.items():
         (tmp_path / name).mkdir()
@@ -94,8 +106,9 @@ def test_every_source_conforms(tmp_path: Path, photos: Sequence[Path]) -> None:
     assert check_plugin("sources", options) == []
     checked = run_cli("plugins", "check", "sources", "--json")
     assert checked.exit_code == 0, checked.stderr
-    conform = [each for each in checked.json()["checks"] if each["check"] == "conformance"]
-    assert [each["ok"] for each in conform] == [True] * len(DATA), "with the package's own examples"
+    conform = {each["name"] for each in checked.json()["checks"] if each["check"] == "conformance" and each["ok"]}
+    registered = {entry.name for entry in registry() if entry.plugin == "sources" and entry.kind == "sources"}
+    assert conform == registered, "with the package's own examples"
 
 
 @pytest.mark.parametrize(("name", "write"), [*DATA.items(), ("hf-datasets", hf_stream)])
@@ -138,3 +151,32 @@ def test_a_missing_package_names_the_extra(
         next(iter(source))
     assert f"llavactl-sources[{extra}]" in error.value.hint
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [*(each for each in DATA.items() if each[0] != "webdataset"), ("hf-datasets", hf_stream)]
+)
+def test_a_missing_folder_of_images_stops_before_the_first_record(
+    name: str, write: Callable[[Path, Sequence[Path]], dict[str, Any]], tmp_path: Path, photos: Sequence[Path]
+) -> None:
+    options = {**write(tmp_path, photos), "images": str(tmp_path / "none")}
+    source = registry().create("sources", {"name": name, **options})
+    for use in (source.check, lambda: next(iter(source))):
+        with pytest.raises(DataError, match="none"):
+            use()
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```text\n(data:.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_the_recipes_of_the_readme_are_valid(block: str) -> None:
+    for specs in yaml.safe_load(block)["data"].values():
+        for spec in specs:
+            registry().options("sources", spec)
+
+
+@pytest.mark.parametrize("entry", [each for each in registry() if each.plugin == "sources" and each.kind == "sources"])
+def test_the_readme_has_every_source_and_option(entry: Any) -> None:
+    assert f"`{entry.name}`" in README
+    assert [name for name in entry.options_model().model_fields if f"`{name}`" not in README] == []
