@@ -225,7 +225,7 @@ def test_coco_annotations_belong_to_another_source(photos: Path) -> None:
 
 
 def test_a_folder_without_captions_images_or_existence(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 images, but no captions") as raised:
+    with pytest.raises(DataError, match="1 image, but no captions") as raised:
         captions(photos)
     assert "metadata.csv" in raised.value.hint
     assert "teacher" in raised.value.hint
