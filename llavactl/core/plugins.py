@@ -178,7 +178,8 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
-            reason = located_fault(error, [root_package(point.value)])
+            fault = located_fault(error, [root_package(point.value)])
+            reason = "; ".join(filter(None, (fault, version_conflict(point))))
             raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
@@ -341,3 +342,18 @@ def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     if file := plugin_files.file_of(point):
         return shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+
+
+def version_conflict(point: metadata.EntryPoint) -> str:
+    """The versions of llavactl that a plugin's package requires, if this one isn't among them; otherwise ""."""
+    from packaging.requirements import Requirement
+
+    from llavactl import __version__
+
+    package, version = package_of(point)
+    for text in (point.dist.requires if point.dist else None) or ():
+        requirement = Requirement(text)
+        required = requirement.name == "llavactl" and not (requirement.marker and not requirement.marker.evaluate())
+        if required and not requirement.specifier.contains(__version__, prereleases=True):
+            return f"{package} {version} requires {requirement}, installed is {__version__}"
+    return ""

@@ -26,7 +26,9 @@ class ProblemKind:
 KINDS: Mapping[str, ProblemKind] = {
     "empty": ProblemKind("lost", "a file or source without records"),
     "json": ProblemKind("stops", "a record that can't be parsed: invalid JSON or UTF-8, or a duplicate key"),
-    "record": ProblemKind("stops", "not a LLaVA record: no list `conversations`, or an `image` that is not a path"),
+    "record": ProblemKind(
+        "stops", "unusable; a LLaVA record has no list `conversations`, or an `image` that is no path"
+    ),
     "media": ProblemKind("stops", "video, audio, or images under an unsupported key"),
     "message": ProblemKind("stops", "a message whose `value` is not a string, or an answer excluded from training"),
     "role": ProblemKind("stops", "a message with an unknown `from`"),

@@ -66,9 +66,11 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
         return
     for point in points:
         imported = import_in_process(point, timeout_s)
-        yield _result(_PLUGIN, name, "import", [imported.error] if imported.error else [])
+        conflict = list(filter(None, [plugins.version_conflict(point)]))
+        yield _result(_PLUGIN, name, "import", [imported.error, *conflict] if imported.error else [])
         if imported.error:
             return
+        yield _result(_PLUGIN, name, "version of llavactl", conflict)
         heavy = f"importing {point.value} imports {', '.join(imported.heavy)}; every command would be slow"
         yield _result(_PLUGIN, name, "light import", [heavy] if imported.heavy else [])
     (plugin,) = (each for each in plugins.installed() if each.name == name)

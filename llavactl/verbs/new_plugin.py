@@ -222,14 +222,16 @@ def _dependencies(texts: Mapping[str, str], module: str) -> list[str]:
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
     major, minor = llavactl.__version__.split(".")[:2]
     others = imported - sys.stdlib_module_names - {"llavactl", module}
-    return [f"llavactl>={major}.{minor}", *sorted(PACKAGES.get(name, name) for name in others)]
+    tested = f"llavactl>={major}.{minor},<{major}.{int(minor) + 2}"  # hooks are not removed without a warning before
+    return [tested, *sorted(PACKAGES.get(name, name) for name in others)]
 
 
 def _file_row(path: str, text: str) -> str:
     if path.endswith("__init__.py"):
         return ""
     about = (ast.get_docstring(ast.parse(text)) or "") if path.endswith(".py") else "a recipe that uses the plugin"
-    return f"| `{path}` | {about.split('. ')[0].rstrip('.')} |\n"
+    first_sentence = re.split(r"\.\s", about)[0].rstrip(".")
+    return f"| `{path}` | {first_sentence} |\n"
 
 
 def _usage(name: str, kinds: Sequence[str], recipe: bool) -> str:

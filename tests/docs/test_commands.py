@@ -36,7 +36,9 @@ NEEDS = {
 
 ELSEWHERE = {
     "how-to/plugin.md": "test_plugin_page.py",
+    "how-to/publish-plugin.md": "test_plugin_tutorials.py",
     "tutorials/own-data.md": "test_own_data.py",
+    **{f"tutorials/{page.name}": "test_plugin_tutorials.py" for page in DOCS.glob("tutorials/plugin-*.md")},
 }
 """Pages whose blocks are run by a test of their own."""
 
@@ -89,7 +91,8 @@ def test_marks_are_known_and_above_a_block(page: Path) -> None:
 @pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
 def test_pages_run_elsewhere_are_read_there(page: str, test: str) -> None:
     if (DOCS / page).exists():
-        assert page in (Path(__file__).parent / test).read_text(encoding="utf-8")
+        text = (Path(__file__).parent / test).read_text(encoding="utf-8")
+        assert page in text or "tutorials/plugin-*.md" in text
 
 
 def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:

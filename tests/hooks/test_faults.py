@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pluggy
 import pytest
 
+import llavactl
 from llavactl.core import hookspecs, plugins
 from llavactl.core.errors import PluginError
 from llavactl.core.hook_rules import accepted, hook_problems
@@ -76,6 +78,37 @@ def test_a_plugin_that_cannot_be_loaded_is_located(site: Any, code: str, parts: 
     (line,) = lines(site.run("components").stderr)
     assert line.startswith("llavactl: plugin p can't be loaded: ")
     assert all(part in line for part in parts), line
+
+
+def require(site: Any, name: str, requirement: str) -> None:
+    metadata = site.folder / f"{name}_plugin-1.2.dist-info" / "METADATA"
+    metadata.write_text(f"{metadata.read_text()}Requires-Dist: {requirement}\n")
+
+
+def test_a_plugin_for_another_version_is_named_with_its_requirement(site: Any) -> None:
+    """After an upgrade of llavactl that ignores the requirement, as `pipx upgrade` does."""
+    site.install("old", HEAD + "def train_logged(removed):\n    pass\n")
+    require(site, "old", "llavactl<0.2")
+    (line,) = lines(site.run("components").stderr)
+    assert "'removed'" in line
+    assert f"requires llavactl<0.2, installed is {llavactl.__version__}" in line
+
+
+@pytest.mark.parametrize(
+    ("requirement", "ok"),
+    [
+        ("llavactl<0.2", False),
+        ("llavactl", True),
+        ("llavactl>=0.2", True),
+        ("llavactl<0.2; python_version < '3'", True),
+        ("click<0.2", True),
+    ],
+)
+def test_the_check_has_the_required_version(site: Any, requirement: str, ok: bool) -> None:
+    site.install("old", HEAD + "def train_logged(line):\n    pass\n")
+    require(site, "old", requirement)
+    checks = json.loads(site.run("plugins", "check", "old", "--json", code=int(not ok)).stdout)["checks"]
+    assert [each["check"] for each in checks if each["ok"] is False] == ([] if ok else ["version of llavactl"])
 
 
 def test_parameters_are_passed_by_name() -> None:

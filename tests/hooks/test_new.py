@@ -84,6 +84,14 @@ def test_the_tests_of_a_plugin_of_all_kinds_pass(generated: Any) -> None:
     assert check_plugin("everything") == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_files_has_one_line_per_file(kind: str) -> None:
+    files = plugin_files("birds", [kind])
+    table = [line for line in files["README.md"].splitlines() if "`llavactl_birds/" in line]
+    assert len(table) == len([path for path in files if path.startswith("llavactl_birds/")]) - 1  # without py.typed
+    assert all(line.count("|") == 3 and line.endswith(" |") for line in table)
+
+
 @pytest.mark.parametrize("name", ["a", "some-longer-plugin-name"])
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
 def test_the_code_is_formatted(tmp_path: Path, kind: str, name: str) -> None:
