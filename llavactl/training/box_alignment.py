@@ -97,7 +97,7 @@ def align_to_boxes(
     rate = LEARNING_RATE if per_cell == 1 else WORDS_LEARNING_RATE
     # In float32 for any precision of the stage: the connector and its updates are small.
     connector = copy.deepcopy(model.connector).float()
-    trainable = [weight for name, weight in connector.named_parameters() if name not in model.frozen]
+    trainable = [weight for weight in connector.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
     explained = 0.0
     with progress.bar(steps, "box alignment", "step") as bar:

@@ -177,6 +177,13 @@ def test_the_connector_is_aligned_before_the_first_step(toy: Path) -> None:
     assert all(torch.equal(longer[name], repeated[name]) for name in repeated)
 
 
+def test_weights_that_the_stage_does_not_train_are_not_aligned(toy: Path) -> None:
+    settings = ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12", "-o", "stage1.train_connector=['2.']"]
+    start, fitted = (train(toy, steps, f"part{steps}", *settings) for steps in (0, 20))
+    changed = {name for name in start if not torch.allclose(start[name], fitted[name], atol=1e-6)}
+    assert changed == {"2.weight", "2.bias"}
+
+
 def test_a_connector_with_several_tokens_per_cell_learns_the_words(toy: Path) -> None:
     settings = ["-o", "connector={name: cell-words, cell: 2, words: 2, hidden: 16}"]
     settings += ["-o", "stage1.max_steps=1", "-o", "stage1.learning_rate=1e-12"]
