@@ -72,7 +72,13 @@ def recognize(data: str, images: str | None = None, options: Mapping[str, Any] |
         RecipeError: invalid options.
     """
     spec = {**_spec(data, images), **(options or {})}
-    parsed = {"name": spec["name"], **registry().options("sources", spec).model_dump(mode="json")}
+    try:
+        parsed = {"name": spec["name"], **registry().options("sources", spec).model_dump(mode="json")}
+    except RecipeError as error:
+        if spec["name"] == data and expand_user(data).exists():
+            hint = f"to read the file or folder of this name instead of the source, write ./{data}"
+            raise RecipeError(error.message, hint=f"{error.hint}; {hint}" if error.hint else hint) from error
+        raise
     spec = {key: parsed[key] for key in spec}  # with absolute paths
     first, unusable, count, exact = _checked(data, spec)
     per_image = 1.0

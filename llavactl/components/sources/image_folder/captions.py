@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from llavactl.components.sources.image_folder.listing import Listing
-from llavactl.components.sources.image_folder.tables import TABLE_SUFFIXES, CaptionRow, Columns, is_table, read_table
+from llavactl.components.sources.image_folder.tables import (
+    TABLE_SUFFIXES,
+    CaptionRow,
+    CocoFileError,
+    Columns,
+    is_table,
+    read_table,
+)
 from llavactl.components.sources.image_folder.texts import decoded
 from llavactl.core.errors import DataError
 from llavactl.core.locations import shown_path
 from llavactl.core.protocols import Finding
 
+_EXAMINED = 20
 SIDECAR_SUFFIXES = (".txt", ".caption")
 _DOCUMENTS = frozenset("readme license licence notice changelog requirements classes url urls sources".split())  # noqa: SIM905
 """Stems of text files that are no captions."""
@@ -61,13 +69,14 @@ class UnusedTable(NamedTuple):
 
 def unused_tables(files: Listing, columns: Columns) -> Iterator[UnusedTable]:
     """The tables among the images, if none of them has captions that are used."""
-    for name in files.texts:
+    for name in _possible_tables(files):
         file, named = files.root / name, is_table(PurePosixPath(name).name)
-        if not named and file.suffix.lower() not in TABLE_SUFFIXES:
-            continue
         set_captions = f"set `captions` to this file (in `llavactl init`: -t captions={shlex.quote(shown_path(file))})"
         try:
             rows, _ = read_table(file, columns, certain=True)
+        except CocoFileError as error:
+            yield UnusedTable(name, "annotations in COCO's format", error.hint)
+            continue
         except DataError as error:
             if named or file.suffix.lower() in (".csv", ".tsv"):  # other JSON files may have any content
                 why = re.sub(rf"^{re.escape(str(file))}(:\d+)?: ", "", error.message)
@@ -79,6 +88,13 @@ def unused_tables(files: Listing, columns: Columns) -> Iterator[UnusedTable]:
             yield UnusedTable(
                 name, "its name is not that of a table of captions", f"{set_captions}, or call it metadata"
             )
+
+
+def _possible_tables(files: Listing) -> Sequence[str]:
+    """At most 20 files that may be tables, those with the name of a table first: there may be one beside each image."""
+    names = [name for name in files.texts if is_table(PurePosixPath(name).name)]
+    others = [name for name in files.texts if PurePosixPath(name).suffix.lower() in TABLE_SUFFIXES]
+    return list(dict.fromkeys([*names, *others]))[:_EXAMINED]
 
 
 def sidecar_captions(files: Listing) -> FoundCaptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from typing import Any
 from llavactl.components.sources.image_folder.listing import is_image
 from llavactl.components.sources.image_folder.texts import decoded
 from llavactl.core.errors import DataError
+from llavactl.core.locations import shown_path
 from llavactl.files.json_parse import JsonParser
 from llavactl.files.json_stream import parse_stream
 
@@ -32,6 +34,10 @@ CAPTION_COLUMNS = (
 _DELIMITERS = ",;\t|"
 _CERTAIN = frozenset({"metadata", "captions"})
 """Tables that must be readable; files with the other names may have other contents."""
+
+
+class CocoFileError(DataError):
+    """The file has annotations in COCO's format, which another source reads."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,10 @@ def _json_rows(text: str, file: Path, columns: Columns) -> Iterator[CaptionRow]:
     """The rows of a JSON list or JSONL of objects, or of an object {image: caption or list of captions}."""
     document = _document(text)
     if {"images", "annotations"} <= document.keys():
-        raise DataError(
-            f"{file}: annotations in COCO's format", hint=f"use the source `coco` with `captions: {file.name}`"
+        given = f"captions={shlex.quote(shown_path(file))}"
+        raise CocoFileError(
+            f"{file}: annotations in COCO's format",
+            hint=f"use the source `coco`: `llavactl init --data coco -t {given} -t images=FOLDER`",
         )
     if document and all(map(is_image, document)):
         position = 0
