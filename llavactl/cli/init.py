@@ -48,7 +48,12 @@ log = logging.getLogger(__name__)
 @device_options()
 @click.option("--name", metavar="NAME", help="Name of the recipe and its run.  [default: from the data]")
 @component_options("source")
-@click.option("--to", type=click.Path(path_type=Path), metavar="FILE", help="Write to FILE.  [default: ./recipe.yaml]")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE|DIR",
+    help="Write to FILE, or to recipe.yaml in a folder.  [default: ./recipe.yaml]",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @click.option("--json-schema", is_flag=True, help="Also write recipe.schema.json, with which editors complete keys.")
 @click.option("-y", "--yes", is_flag=True, help="Ask nothing: use the defaults of all options that are not given.")

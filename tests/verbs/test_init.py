@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, RecipeError
 from llavactl.core.quantities import gigabytes
 from llavactl.core.registry import registry
 from llavactl.curation.recognize import recognize
@@ -23,6 +23,7 @@ from llavactl.training.prediction.published import fastest_fit, stored_verdict
 from llavactl.training.prediction.target import Target
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+COCO = '{"images": [], "annotations": []}'
 ODD_NAMES = (
     "my photos",
     "Fotos für Oma",
@@ -206,6 +207,8 @@ def test_a_table_of_questions_and_answers_has_no_captions(project: Path) -> None
         ("metadata.csv", "", ("no rows",)),
         ("metadata.csv", "file_name,text\n", ("no rows",)),
         ("annotations.json", "[]", ("no rows",)),
+        ("captions.json", COCO, ("--data coco -t captions=bare/captions.json",)),
+        ("captions_train2017.json", COCO, ("--data coco -t captions=bare/captions_train2017.json",)),
     ],
 )
 def test_a_table_that_is_not_used_is_named_with_the_reason(
@@ -216,11 +219,22 @@ def test_a_table_that_is_not_used_is_named_with_the_reason(
     with pytest.raises(DataError) as caught:
         recognize("bare")
     assert all(each in f"{caught.value.message} {caught.value.hint}" for each in (name, *mentioned))
-    if "-t captions=" in caught.value.hint and "Bild" not in text:
+    if "-t captions=" in caught.value.hint and "Bild" not in text and text != COCO:
         assert recognize("bare", options={"captions": f"bare/{name}"}).content == "captions"
     with pytest.raises(DataError) as bare:
         recognize(str(project / "images"))
     assert "not used" not in bare.value.message
+
+
+def test_a_folder_with_the_name_of_a_source_can_be_written_as_a_path(project: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recognize("coco")
+    assert "./coco" not in caught.value.hint
+    captioned(project / "coco")
+    with pytest.raises(RecipeError) as caught:
+        recognize("coco")
+    assert "./coco" in caught.value.hint
+    assert recognize("./coco").samples == 6
 
 
 def test_several_captions_per_image_are_counted_as_data_check_counts_them(project: Path) -> None:
@@ -466,6 +480,21 @@ def test_nothing_is_overwritten_or_written_by_accident(project: Path) -> None:
     assert empty.exit_code == 1
     assert "empty" in empty.stderr
     assert init("--data", "records.json", "--force")["written"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody can create files")
+def test_a_dry_run_finds_a_destination_that_cannot_be_written(project: Path) -> None:
+    arguments = ("init", "--data", "records.json", "--vision", "clip", "--language", "language")
+    for more in ((), ("--dry-run",)):
+        result = run_cli(*arguments, "--to", "/proc/recipe.yaml", *more)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "/proc/recipe.yaml" in result.stderr
+
+
+def test_a_folder_as_destination_gets_a_recipe_yaml(project: Path) -> None:
+    (project / "new").mkdir()
+    assert init("--data", "records.json", "--to", "new")["recipe"] == str(Path("new", "recipe.yaml"))
+    assert "DIR" in run_cli("init", "--help").stdout
 
 
 def test_what_is_missing_is_a_usage_error(project: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,8 @@ def init(
         LlavactlError: data or a model can't be used, or the file exists.
     """
     file = _destination(to, replace_existing=force or dry_run)
+    if to is not None or not dry_run:  # a dry run without a destination is for stdout
+        _require_writable(file)
     target = target_device(device_memory, devices)
     defaults = default_models(cuda=target.cuda)
     recognized = [recognize(each, images, options) for each in data]
@@ -168,11 +171,27 @@ def _destination(to: Path | None, *, replace_existing: bool) -> Path:
     return file
 
 
+def _require_writable(file: Path) -> None:
+    """Raises a RecipeError if no file can be created in the folder of ``file``.
+
+    Permissions don't tell for root, nor for file systems without files: an unnamed file does.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=file.absolute().parent):
+            pass
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
 def _write(file: Path, text: str) -> None:
     try:
         write_atomic(file, text)
     except OSError as error:
-        raise RecipeError(f"{shown_path(file)} can't be written: {error.strerror}") from error
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> RecipeError:
+    return RecipeError(f"{shown_path(file)} can't be written: {error.strerror}", hint="pass --to another file")
 
 
 def _name(data: str) -> str:
