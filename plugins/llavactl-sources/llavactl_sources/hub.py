@@ -272,7 +272,7 @@ def _streamed(data: bytes) -> ImageRef:
     file = folder / digest[:2] / digest
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as partial_file:
+        with tempfile.NamedTemporaryFile("wb", dir=file.parent, suffix=".partial", delete=False) as partial_file:
             partial_file.write(data)
         os.replace(partial_file.name, file)  # noqa: PTH105
     return ImageFile(str(folder), f"{digest[:2]}/{digest}")
