@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.hook_rules import located_fault
-from llavactl.core.protocols import ALTERNATIVES, KINDS
-from llavactl.core.protocols.members import missing_members
+from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
+from llavactl.core.protocols.members import call_fault, members, missing_members
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
@@ -214,11 +214,16 @@ def target_fault(target: object) -> str:
 
 
 def component_fault(kind: str, component: object) -> str:
-    """What ``component`` is and lacks, if it isn't a component of ``kind``; "" if it is."""
+    """What ``component`` is and lacks, if it isn't a component of ``kind``; "" if it is.
+
+    Methods that can't be called as the Protocols declare are faults, too.
+    """
     expected = KINDS[kind]
     alternative = ALTERNATIVES.get(expected, expected)
     if isinstance(component, (expected, alternative)):
-        return ""
+        implemented = (each for each in (expected, alternative, *CAPABILITIES[kind]) if isinstance(component, each))
+        faults = (call_fault(component, name, each) for each in implemented for name in members(each))
+        return next((f"{type(component).__name__} with {fault}" for fault in faults if fault), "")
     missing = min((missing_members(component, each) for each in (expected, alternative)), key=len)
     lacks = f" (no {', '.join(missing)})" if missing and component is not None else ""
     return f"{type(component).__name__}, expected a {expected.__name__}{lacks}"

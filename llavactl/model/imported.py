@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core import hub
+from llavactl.core import hub, plugins
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_folder, hash_json
 from llavactl.core.identity import content_of
@@ -61,8 +61,11 @@ def resolve(model: str | Path, recipe: Outline | None = None) -> Path:
     if (folder / "model" / DESCRIPTION).is_file():
         return folder / "model"
     for name in registry().names("formats"):
-        checkpoint_format = registry().create("formats", {"name": name})
-        if checkpoint_format.recognise(folder):
+        recognised = False
+        with plugins.isolated(registry().get("formats", name).plugin, "recognise"):  # the others may still read it
+            checkpoint_format = registry().create("formats", {"name": name})
+            recognised = checkpoint_format.recognise(folder)
+        if recognised:
             imported = _import_checkpoint(folder, name, checkpoint_format)
             return _complete(imported, folder, recipe if isinstance(recipe, Recipe) else None)
     if any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):

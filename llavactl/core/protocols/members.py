@@ -1,8 +1,14 @@
-"""What a Protocol declares, and what an object lacks of it."""
+"""What a Protocol declares, what an object lacks of it, and which of its methods can't be called as declared."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llavactl.core.locations import shown_path
 
 _SPECIAL = frozenset({"__call__", "__iter__"})
 
@@ -23,3 +29,33 @@ def members(protocol: type) -> tuple[str, ...]:
 def missing_members(instance: object, protocol: type) -> list[str]:
     """The ``members`` of ``protocol`` that ``instance`` lacks."""
     return [name for name in members(protocol) if not hasattr(instance, name)]
+
+
+def call_fault(instance: object, name: str, protocol: type) -> str:
+    """Why the method ``name`` of ``instance`` can't be called as ``protocol`` declares; "" if it can."""
+    method, declared = getattr(instance, name), inspect.getattr_static(protocol, name, None)
+    if not inspect.isfunction(declared) or not callable(method):
+        return ""
+    parameters = list(inspect.signature(declared).parameters.values())[1:]
+    keywords = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    try:
+        signature = inspect.signature(method)
+        signature.bind(*(each for each in parameters if each.name not in keywords), **keywords)
+    except TypeError as error:
+        expected = _without_annotations(inspect.signature(declared).replace(parameters=parameters))
+        got = f"{name}{_without_annotations(signature)}{_location(method)}"
+        return f"{got}: {error}; {protocol.__name__} declares {name}{expected}"
+    except ValueError:  # built-in functions have no signature
+        return ""
+    return ""
+
+
+def _location(method: Callable[..., Any]) -> str:
+    """`` (file.py:12)``, the definition of ``method``; "" if it isn't written in Python."""
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return f" ({shown_path(Path(code.co_filename))}:{code.co_firstlineno})" if code else ""
+
+
+def _without_annotations(signature: inspect.Signature) -> str:
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))

@@ -8,14 +8,14 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from llavactl.core import protocols
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import fault_location
 from llavactl.core.identity import examined_identity
 from llavactl.core.protocols import Checkable, Identifiable
-from llavactl.core.protocols.members import members
+from llavactl.core.protocols.members import call_fault, members
 from llavactl.core.registry import component_fault
 
 C = TypeVar("C")
@@ -73,35 +73,8 @@ def protocol_problems(component: object, protocol: type) -> Iterator[str]:
                 yield f"{name} is a method, {protocol.__name__} declares an attribute"
         elif not callable(member):
             yield f"{name} is not a method, got {member!r:.60}"
-        elif why := _call_fault(member, declared):
-            yield f"{name}{_signature(member)}: {why}; {protocol.__name__} declares {name}{_parameters(declared)}"
-
-
-def _call_fault(method: Callable[..., Any], declared: Callable[..., Any]) -> str:
-    """Why ``method`` can't be called with the parameters that ``declared`` has after ``self``; "" if it can."""
-    parameters = list(inspect.signature(declared).parameters.values())[1:]
-    keywords = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
-    try:
-        inspect.signature(method).bind(*(each for each in parameters if each.name not in keywords), **keywords)
-    except TypeError as error:
-        return str(error)
-    except ValueError:  # built-in functions have no signature
-        return ""
-    return ""
-
-
-def _signature(method: Callable[..., Any]) -> str:
-    return _without_annotations(inspect.signature(method))
-
-
-def _parameters(declared: Callable[..., Any]) -> str:
-    signature = inspect.signature(declared)
-    return _without_annotations(signature.replace(parameters=list(signature.parameters.values())[1:]))
-
-
-def _without_annotations(signature: inspect.Signature) -> str:
-    plain = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
-    return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+        elif why := call_fault(component, name, protocol):
+            yield why
 
 
 def describe_exception(error: BaseException) -> str:
