@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from llavactl.components.schedules.decay import cosine
@@ -59,7 +60,7 @@ def _component(spec: Spec) -> LearningRate:
 
     def fraction(step: int, steps: int) -> float:
         value = component.fraction(step, steps)
-        if not isinstance(value, int | float) or not (0 <= value < math.inf):
+        if not isinstance(value, Real) or not (0 <= value < math.inf):
             raise PluginError(
                 f"schedule {component_name(spec)} of plugin {plugin_of(component)}: fraction() returns {value!r} at "
                 f"step {step} of {steps} after the warm-up, expected a number of at least 0"

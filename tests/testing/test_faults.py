@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import CAPABILITIES, KINDS, BudgetedTeacher, Limits, Request, Weight
 from llavactl.core.registry import registry
-from llavactl.core.schema import ImageSlot, Question, Sample, Text, Turn
+from llavactl.core.schema import FeatureShape, ImageSlot, Question, Sample, Text, Turn
 from llavactl.testing import CHECKS
 
 
@@ -186,6 +188,24 @@ class NormalizedSgd(torch.optim.Optimizer):
             weight.sub_(group["lr"] * weight.grad / (total if self.over == "all" else weight.grad.norm()))
 
 
+class NeedsClass:
+    """A connector of the class token and the mean patch."""
+
+    def tokens(self, shape: FeatureShape) -> int:
+        if shape.prefix < 1:
+            raise RecipeError("no class token", hint="`vision.select: cls-patch`")
+        return 2
+
+    def build(self, shape: FeatureShape, language_width: int) -> nn.Module:
+        return ClassAndMean(shape.width, language_width)
+
+
+class ClassAndMean(nn.Linear):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        parts = features[:, :1], features[:, 1:].mean(1, keepdim=True)
+        return super().forward(torch.cat(parts, dim=1))
+
+
 class ScheduleOf:
     def __init__(self, *values: Any) -> None:
         self.values, self.calls = values, 0
@@ -268,6 +288,8 @@ def test_a_fault_is_one_line(kind: str, component: Any, parts: Sequence[str]) ->
     [
         ("templates", TemplateOf()),
         ("teachers", TeacherOf("A dog.")),
+        ("connectors", NeedsClass()),
+        ("schedules", ScheduleOf(np.float32(0.5))),
         ("optimizers", RuleOf()),
         ("optimizers", Normalized("weight", "weight")),
         ("optimizers", Normalized("all", "all")),

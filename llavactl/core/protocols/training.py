@@ -57,7 +57,8 @@ class Schedule(Protocol):
     """A learning-rate schedule after the warm-up."""
 
     def fraction(self, step: int, steps: int) -> float:
-        """The fraction of the peak learning rate at ``step`` (from 0) of ``steps``, both counted after the warm-up.
+        """The fraction of the peak learning rate at ``step`` (from 0) of ``steps``, both counted after the warm-up: a
+        finite number of at least 0, of Python or numpy.
 
         It must depend on its arguments and options only: a resumed run calls it for the remaining steps.
         """

@@ -88,13 +88,23 @@ def _export_problems(vision: ExportableVision) -> Iterator[str]:
 
 @conformance_check("connectors")
 def check_connector(connector: Connector, *, grid: tuple[int, int] = (4, 4), width: int = 16) -> list[str]:
-    """Checks the rules of ``Connector``, and that every trainable parameter has a gradient."""
+    """Checks the rules of ``Connector``, and that every trainable parameter has a gradient.
+
+    The features have the ``grid`` (h, w) and ``width``, and no prefix; one prefix token if the connector refuses such a
+    shape with a RecipeError.
+    """
     import torch
 
+    from llavactl.core.errors import RecipeError
     from llavactl.model.connector_check import connector_fault
 
     shape, language_width = FeatureShape(grid, width), 24
-    if problem := connector_fault(connector, shape, language_width, ("bfloat16",)):
+    try:
+        problem = connector_fault(connector, shape, language_width, ("bfloat16",))
+    except RecipeError:
+        shape = FeatureShape(grid, width, prefix=1)
+        problem = connector_fault(connector, shape, language_width, ("bfloat16",))
+    if problem:
         return [problem]
     module = connector.build(shape, language_width)
     module(torch.randn(2, shape.patches, width)).sum().backward()

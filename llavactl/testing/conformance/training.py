@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from llavactl.core.protocols import Schedule, UpdateRule, Weight
@@ -108,7 +109,7 @@ def check_schedule(schedule: Schedule) -> list[str]:
     places = [(step, steps) for steps in (1, 2, 100) for step in range(steps)]
     fractions: Sequence[Any] = [schedule.fraction(*place) for place in places]
     for (step, steps), value in zip(places, fractions, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
             return [f"fraction({step}, {steps}) returns {value!r}, expected a number of at least 0"]
     again = [schedule.fraction(*place) for place in reversed(places)][::-1]
     problems = [] if again == list(fractions) else ["fraction() depends on earlier calls"]
