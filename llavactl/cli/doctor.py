@@ -77,7 +77,7 @@ def _machine(report: DoctorReport) -> Iterator[Row]:
     rows.append(("packages", ", ".join(versions)))
     rows += (("device", device) for device in _first(_devices(report), "devices"))
     rows += (("disk", f"{disk.free_gb:.0f} GB free for {disk.what} in {disk.folder}") for disk in report.disks)
-    names = [f"{each.name} {each.version}" for each in report.plugins if not each.error and each.name != BUILTIN]
+    names = [each.name for each in report.plugins if not each.error and each.name != BUILTIN]
     rows.append(("plugins", ", ".join(_first(names, "plugins")) or "none"))
     yield from ((label, _shortened(text)) for label, text in rows)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from llavactl.core.errors import ModelError, RecipeError
+from llavactl.core.plugins import BUILTIN
 from llavactl.core.registry import registry
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
@@ -263,7 +264,8 @@ def test_doctor_says_which_recipes_fit() -> None:
         {each.what: each for each in doctor._recipes((doctor.Device(f"cuda:0 {size}", size, ()),) * count)}
         for size, count in ((25.4, 1), (85.0, 8))
     )
-    names = {f"recipe {name}" for name in registry().names("recipes") if name.startswith("llava")}
+    recipes = registry().entries["recipes"].values()
+    names = {f"recipe {each.name}" for each in recipes if each.name.startswith("llava") and each.plugin == BUILTIN}
     assert set(small) == names
     assert set(large) == {*names, *(f"{name} on 8 GPUs" for name in names)}
     assert not small["recipe llava-v1.5-13b"].works
