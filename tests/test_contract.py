@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from llavactl.testing import run_cli
 def guarded(component: Any, protocols: tuple[type, ...], undeclared: list[str]) -> Any:
     """``component`` with the members only that those ``protocols`` declare which it implements.
 
-    Any other attribute raises an error, and is added to ``undeclared``. Asking for a Protocol with ``isinstance`` is
-    allowed.
+    Any other attribute raises an error, and is added to ``undeclared``.
     """
     names = {name for protocol in protocols if isinstance(component, protocol) for name in members(protocol)}
 
@@ -29,7 +27,7 @@ def guarded(component: Any, protocols: tuple[type, ...], undeclared: list[str]) 
         return property(lambda _: _guarded_result(getattr(component, name), name, undeclared))
 
     def missing(_self: Any, name: str) -> Any:
-        if name.startswith("__") or sys._getframe(1).f_globals["__name__"] == "typing":
+        if name.startswith("__"):
             raise AttributeError(name)
         undeclared.append(f"{type(component).__name__}.{name}")
         raise AssertionError(undeclared[-1])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from typing_extensions import Protocol, runtime_checkable
 
 from llavactl.core.errors import DataError
 from llavactl.core.typed import Typed, check_fields, has_methods

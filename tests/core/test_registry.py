@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import getattr_static, isfunction
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import llavactl
 from llavactl.core import plugins
 from llavactl.core.errors import PluginError, RecipeError
-from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, Registry, kind_label, registry
+from llavactl.core.protocols import CAPABILITIES, KINDS
+from llavactl.core.protocols.members import members
+from llavactl.core.registry import Options, Registration, Registry, component_fault, kind_label, registry
 from llavactl.core.suggest import suggest
 
 
@@ -208,3 +210,17 @@ def test_a_problem_with_several_options_has_no_empty_key() -> None:
     (problem,) = caught.value.problems
     assert problem.key == ""
     assert "-t" not in str(problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checking_a_component_evaluates_no_property(kind: str) -> None:
+    """A property may read files, and raise. On Python 3.11, ``isinstance`` with a Protocol of typing evaluates it."""
+
+    def unreadable(_self: object) -> None:
+        raise AssertionError("a property was evaluated")
+
+    protocols = (KINDS[kind], *CAPABILITIES[kind])
+    declared = {name: getattr_static(each, name, None) for each in protocols for name in members(each)}
+    methods = {name: value if isfunction(value) else property(unreadable) for name, value in declared.items()}
+    assert component_fault(kind, type("Component", (), methods)()) == ""
+    assert component_fault(kind, type("Component", (), {"other": property(unreadable)})()) != ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
+
+from typing_extensions import Protocol, runtime_checkable
 
 from llavactl.core.schema import Segment, Turn
 

@@ -19,7 +19,7 @@ def members(protocol: type) -> tuple[str, ...]:
     declared = (
         name
         for each in reversed(protocol.__mro__)
-        if each.__module__ != "typing"
+        if each.__module__ not in ("typing", "typing_extensions")
         for name in (*vars(each).get("__annotations__", {}), *vars(each))
         if name in _SPECIAL or not name.startswith("_")
     )
@@ -27,14 +27,18 @@ def members(protocol: type) -> tuple[str, ...]:
 
 
 def missing_members(instance: object, protocol: type) -> list[str]:
-    """The ``members`` of ``protocol`` that ``instance`` lacks."""
-    return [name for name in members(protocol) if not hasattr(instance, name)]
+    """The ``members`` of ``protocol`` that ``instance`` lacks. Properties are not evaluated."""
+    missing = object()
+    return [name for name in members(protocol) if inspect.getattr_static(instance, name, missing) is missing]
 
 
 def call_fault(instance: object, name: str, protocol: type) -> str:
     """Why the method ``name`` of ``instance`` can't be called as ``protocol`` declares; "" if it can."""
-    method, declared = getattr(instance, name), inspect.getattr_static(protocol, name, None)
-    if not inspect.isfunction(declared) or not callable(method):
+    declared = inspect.getattr_static(protocol, name, None)
+    if not inspect.isfunction(declared):  # a property isn't evaluated: it may read files, and raise
+        return ""
+    method = getattr(instance, name)
+    if not callable(method):
         return ""
     parameters = list(inspect.signature(declared).parameters.values())[1:]
     keywords = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}

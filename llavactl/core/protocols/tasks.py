@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+
+from typing_extensions import Protocol, runtime_checkable
 
 from llavactl.core.protocols.teachers import Ask, BudgetedTeacher
 from llavactl.core.schema import Answer, Json, Question
