@@ -24,7 +24,7 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, fault_location, hook_problems, located_fault
+from llavactl.core.hook_rules import accepted, fault_location, fault_text, hook_problems, located_fault
 from llavactl.core.locations import shown_path
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
@@ -96,7 +96,7 @@ def _fault(plugin: str, hook: str, error: BaseException) -> str:
     modules = [point.value for point in entry_points() if point.name == plugin]
     where = fault_location(error, [root_package(module) for module in modules])
     place = f"{hook} ({where})" if hook and where else hook or where
-    return ": ".join(filter(None, (f"plugin {plugin}", place, f"{type(error).__name__}: {error}")))
+    return ": ".join(filter(None, (f"plugin {plugin}", place, fault_text(error))))
 
 
 def root_package(target: str) -> str:
@@ -257,7 +257,7 @@ def check_loaded(plugin: str) -> None:
     if manager().get_plugin(plugin) is None:
         names = {point.name for point in entry_points()}
         if plugin in names:
-            raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `llavactl plugins check {plugin}`")
+            raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `{check_command(plugin)}`")
         why = "is not selected by LLAVACTL_PLUGINS" if "LLAVACTL_PLUGINS" in os.environ else "is not installed"
         raise PluginError(f"plugin {plugin} {why}", hint=suggest(plugin, names))
 
@@ -342,6 +342,13 @@ def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     if file := plugin_files.file_of(point):
         return shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+
+
+def check_command(plugin: str) -> str:
+    """The command that tests the plugin of this name: a file is given by its path."""
+    files = (plugin_files.file_of(point) for point in entry_points() if point.name == plugin)
+    file = next(filter(None, files), None)
+    return f"llavactl plugins check {shown_path(file) if file else plugin}"
 
 
 def version_conflict(point: metadata.EntryPoint) -> str:
