@@ -199,7 +199,10 @@ def _stalled_import_logged(plugin: str) -> Iterator[None]:
 
 def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> None:
     """Registers all hooks of a plugin, or none if one of them is invalid."""
-    if problems := hook_problems(plugin_manager, module):
+    problems = hook_problems(plugin_manager, module)
+    if not isinstance(version := getattr(module, "RESULTS_VERSION", ""), str):
+        problems = [*problems, f"RESULTS_VERSION is {version!r:.60}, expected a string"]
+    if problems:
         raise PluginError("; ".join(problems))
     with warnings.catch_warnings(record=True) as caught:  # of parameters that will be removed (``hookspecs``)
         warnings.simplefilter("always")
@@ -321,10 +324,9 @@ def installed() -> list[Plugin]:
 
 
 def version_of(plugin: str) -> str:
-    """The package version of ``plugin``; for the built-in plugin, ``RESULTS_VERSION``."""
-    if plugin == BUILTIN:
-        return builtin_plugin.RESULTS_VERSION
-    return package_named(plugin)[1]
+    """The ``RESULTS_VERSION`` of the plugin's module, which most releases don't change; else its package version."""
+    declared: str | None = getattr(manager().get_plugin(plugin), "RESULTS_VERSION", None)
+    return package_named(plugin)[1] if declared is None else declared
 
 
 def package_named(plugin: str) -> tuple[str, str]:

@@ -63,7 +63,7 @@ class Registration:
 
     @property
     def version(self) -> str:
-        """The version of the plugin; its components' results may differ between versions."""
+        """The version of the plugin's results: finished steps and features of another version are not used."""
         return plugins.version_of(self.plugin)
 
     def load(self) -> Any:
