@@ -24,8 +24,9 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, fault_location, hook_problems, located_fault
+from llavactl.core.hook_rules import accepted, hook_problems
 from llavactl.core.locations import shown_path
+from llavactl.core.plugin_code import located_fault, raised_at, root_package
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -93,15 +94,9 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[Non
 
 def _fault(plugin: str, hook: str, error: BaseException) -> str:
     """The exception in one line: plugin, hook, file and line in the plugin's code."""
-    modules = [point.value for point in entry_points() if point.name == plugin]
-    where = fault_location(error, [root_package(module) for module in modules])
-    place = f"{hook} ({where})" if hook and where else hook or where
-    return ": ".join(filter(None, (f"plugin {plugin}", place, f"{type(error).__name__}: {error}")))
-
-
-def root_package(target: str) -> str:
-    """The top-level package of ``target``, a module or ``module:attr``."""
-    return target.partition(":")[0].partition(".")[0]
+    place = raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
+    where = f"{hook} ({place.where})" if hook and place else hook or (place.where if place else "")
+    return ": ".join(filter(None, (f"plugin {plugin}", where, f"{type(error).__name__}: {error}")))
 
 
 def log_failures() -> None:
