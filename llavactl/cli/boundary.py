@@ -15,9 +15,9 @@ from click.exceptions import NoArgsIsHelpError
 from llavactl.cli import terminal
 from llavactl.core import progress
 from llavactl.core.errors import LlavactlError, RecipeError
-from llavactl.core.hook_rules import fault_text
 from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import hub_error, proxy_error
+from llavactl.core.plugin_code import fault_text
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import fault_text, frame_location, frames_in, function_name, package_of
+from llavactl.core.plugin_code import Place, fault_text, places, plugin_packages
 from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
 from llavactl.core.protocols.members import members
 from llavactl.core.registry import Registration, kind_label, registry
@@ -46,17 +45,15 @@ def plugin_fault(error: BaseException) -> Fault | None:
 
     An exception of llavactl or of a library that a plugin's code called is the plugin's.
     """
-    plugin_of = _plugins_by_package()
-    frames = frames_in(error, plugin_of)
-    if not frames:
+    owners = plugin_packages()
+    found = places(error, owners)
+    if not found:
         return None
-    innermost, line = frames[-1]
-    plugin = plugin_of[package_of(innermost)]
-    own = [frame for frame, _ in frames if plugin_of[package_of(frame)] == plugin]
-    entry = _component(plugin, own)
+    plugin = owners[found[-1].package]
+    entry = _component(plugin, [place for place in found if owners[place.package] == plugin])
     component = f"{kind_label(entry.kind)} {entry.name} of plugin {plugin}" if entry else f"plugin {plugin}"
-    where, name = frame_location(innermost, line), function_name(innermost)
-    return Fault(plugin, component, f"{name} ({where})" if name else where)
+    function = _function(found[-1])
+    return Fault(plugin, component, f"{function} ({found[-1].where})" if function else found[-1].where)
 
 
 def plugin_error(error: BaseException) -> PluginError | None:
@@ -69,39 +66,40 @@ def plugin_error(error: BaseException) -> PluginError | None:
 
 def described(error: BaseException) -> str:
     """``error`` without its hint, for warnings: an exception with its type, and if it is a plugin's, its location."""
-    return fault_text(plugin_error(error) or error)
+    known = error if isinstance(error, LlavactlError) else plugin_error(error)
+    return known.message if known else fault_text(error)
 
 
-def _plugins_by_package() -> dict[str, str]:
-    """Plugin names by package: those of entry points, and those of components, which may be other packages."""
-    components = {plugins.root_package(entry.target): entry.plugin for entry in registry()}
-    points = {plugins.root_package(point.value): point.name for point in plugins.entry_points()}
-    return {package: name for package, name in (components | points).items() if package != plugins.BUILTIN}
-
-
-def _component(plugin: str, frames: Sequence[FrameType]) -> Registration | None:
-    """The component or command of ``plugin`` whose code ``frames`` are, from the outermost; None if it is unclear."""
-    found = [entry for entry in registry() if entry.plugin == plugin and entry.kind != "recipes"]
-    modules = {frame.f_globals.get("__name__") for frame in frames}
-    names = {function_name(frame) for frame in frames}
-    owners = {owner for frame in frames for owner in _owners(frame)}
+def _component(plugin: str, found: Sequence[Place]) -> Registration | None:
+    """The component or command of ``plugin`` whose code is ``found``, outermost first; None if it is unclear."""
+    entries = [entry for entry in registry() if entry.plugin == plugin and entry.kind != "recipes"]
+    modules = {place.module for place in found}
+    functions = {_function(place) for place in found}
+    targets = {target for place in found for target in _targets(place)}
     rules: Sequence[Callable[[Registration], bool]] = (
-        lambda entry: entry.target in owners,
+        lambda entry: entry.target in targets,
         lambda entry: (entry.kind, entry.name) in registry().used,
         lambda entry: entry.target.partition(":")[0] in modules,
-        lambda entry: not names.isdisjoint(_methods(entry.kind)),
+        lambda entry: not functions.isdisjoint(_methods(entry.kind)),
     )
     for rule in rules:
-        found = [entry for entry in found if rule(entry)] or found
-    return found[0] if len(found) == 1 else None
+        entries = [entry for entry in entries if rule(entry)] or entries
+    return entries[0] if len(entries) == 1 else None
 
 
-def _owners(frame: FrameType) -> Iterator[str]:
-    """The targets, ``module:attr``, that the code of ``frame`` may belong to: its class, or an enclosing function."""
-    code, module = frame.f_code, frame.f_globals.get("__name__")
-    parts = code.co_qualname.split(".")
-    yield from (f"{module}:{'.'.join(parts[:end])}" for end in range(1, len(parts) + 1))
-    first: Any = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+def _function(place: Place) -> str:
+    """The name of the function at ``place``: of lambdas and comprehensions, the function around them; "" outside."""
+    names = place.frame.f_code.co_qualname.split(".") if place.frame else ()
+    return next((name for name in reversed(names) if not name.startswith("<")), "")
+
+
+def _targets(place: Place) -> Iterator[str]:
+    """The targets, ``module:attr``, that ``place`` may belong to: enclosing functions and classes, ``self``'s class."""
+    if (frame := place.frame) is None:
+        return
+    parts = frame.f_code.co_qualname.split(".")
+    yield from (f"{place.module}:{'.'.join(parts[:end])}" for end in range(1, len(parts) + 1))
+    first: Any = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
     owner = first if inspect.isclass(first) else type(first)
     yield f"{owner.__module__}:{owner.__qualname__}"
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from llavactl.core.errors import LlavactlError
-from llavactl.core.hook_rules import fault_text
 from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.core.plugin_code import fault_text
 from llavactl.core.plugin_faults import plugin_fault
 from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
-from llavactl.core.hook_rules import fault_text
 from llavactl.core.identity import is_local
+from llavactl.core.plugin_code import fault_text
 from llavactl.core.plugin_faults import plugin_error
 from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
 from llavactl.core.registry import kind_label, registry
