@@ -14,7 +14,8 @@
 ``message`` states what is wrong and where, ``hint`` what to do next. The command line prints both, one line each, and
 exits with status 1. Exceptions of libraries and of the operating system about files, packages, memory, devices or the
 network are converted where they are raised (``core.library_errors``), with the name of the file, or else in
-``cli.boundary``. Any other exception is a bug in llavactl or in a plugin and keeps its traceback.
+``cli.boundary``. Any other exception that a plugin's code raised or passed on becomes a PluginError with its component
+and line (``core.plugin_faults``); what remains is a bug in llavactl and keeps its traceback.
 """
 
 from __future__ import annotations

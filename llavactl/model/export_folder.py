@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.paths import read_json, write_json
+from llavactl.core.plugin_faults import plugin_fault
 from llavactl.model.folder import replace_folder
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class ExportFolder:
             write_json(temporary / RECORD, record)
             replace_folder(temporary, self.path)
         except (OSError, SafetensorError) as error:
+            if plugin_fault(error):
+                raise
             raise ModelError(
                 f"{self.path}: can't be written: {' '.join(str(error).split())}",
                 hint="free disk space, or check its permissions",
