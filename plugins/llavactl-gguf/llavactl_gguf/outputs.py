@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from gguf import GGUFReader
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -23,6 +24,12 @@ PROGRAM_MISSING = 69
 """The exit status if llama.cpp isn't installed; EX_UNAVAILABLE of sysexits.h."""
 
 INSTALL = "verification needs llama.cpp: pip install 'llavactl-gguf[verify]'"
+PRECISION = ("q8_0", "bf16", "f16", "f32")
+"""Types of matrices, from the least precise."""
+
+EXACT = {"float32": ("f32",), "bfloat16": ("f32", "bf16"), "float16": ("f32", "f16")}
+"""The types that weights of each dtype are stored in without rounding."""
+
 IMAGE = -1
 """The id at image positions."""
 
@@ -142,6 +149,49 @@ class LlamaCpp:
         return np.frombuffer(buffer, np.float32).reshape(shape).copy()
 
 
+def stated(folder: Path, model: Path, mmproj: Path) -> dict[str, Any]:
+    """End tokens, and what is known to differ: the least precise type that was rounded to, and the class token."""
+    record = json.loads((folder / "llavactl_export.json").read_text(encoding="utf-8"))
+    settings = metadata(mmproj)
+    # llama.cpp computes GELU in float16, also with weights in float32.
+    rounded = {"f16", _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
+    statement: dict[str, Any] = {"differs": [], "rounding": min(rounded, key=PRECISION.index)}
+    if settings.get("llavactl.vision.class_token") == "last":
+        tokens = (settings["clip.vision.image_size"] // settings["clip.vision.patch_size"]) ** 2
+        statement["differs"] = ["The first patch of an image is left out, and the class token is its last token."]
+        statement["tokens"] = [*range(1, tokens), None]
+    ends = [metadata(model).get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return {**statement, "eos": [token for token in ends if token is not None]}
+
+
+def metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file."""
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items()}
+
+
+def as_square(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
+    """``image`` as the square that the vision encoder was trained with, which llama.cpp leaves as it is."""
+    size, how = settings["clip.vision.image_size"], settings["llavactl.vision.image"]
+    width, height = image.size
+    if how == "pad":
+        side, color = max(image.size), tuple(int(255 * mean) for mean in settings["clip.vision.image_mean"])
+        padded = Image.new("RGB", (side, side), color)
+        padded.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = padded
+    elif how == "crop":
+        shortest = min(image.size)
+        width, height = size * width // shortest, size * height // shortest
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), settings["llavactl.vision.resample"])
+        return image.crop((left, top, left + size, top + size))
+    return image.resize((size, size), settings["llavactl.vision.resample"])
+
+
+def _matrix_type(file: Path) -> str:
+    """The type in the name of ``file``."""
+    return file.stem.rpartition("-")[2]
+
+
 def libraries() -> tuple[Any, Any, Any, str]:
     """The C declarations, the libraries of language models and of projectors, and the program's name and build."""
     try:
@@ -186,13 +236,14 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     """Writes ids, image embeddings, logits and greedy answers of all prompts."""
     document = json.loads(prompts.read_text(encoding="utf-8"))
     ((model,), (mmproj,)) = (sorted(folder.glob(f"{name}-*.gguf")) for name in ("model", "mmproj"))
-    llama = LlamaCpp(model, mmproj, 4096)
+    llama, settings = LlamaCpp(model, mmproj, 4096), metadata(mmproj)
     outputs: dict[str, np.ndarray] = {}
     for index, prompt in enumerate(document["prompts"]):
-        images = [Image.open(name).convert("RGB") for name in prompt["images"]]
+        images = [as_square(Image.open(name).convert("RGB"), settings) for name in prompt["images"]]
         run = llama.run(prompt["text"], images, document["max_new_tokens"])
         outputs |= {f"{index}.{name}": values for name, values in run.items()}
-    save_file(outputs, out, metadata={"stated": json.dumps({"program": llama.program})})
+    statement = {"program": llama.program, **stated(folder, model, mmproj)}
+    save_file(outputs, out, metadata={"stated": json.dumps(statement)})
 
 
 if __name__ == "__main__":

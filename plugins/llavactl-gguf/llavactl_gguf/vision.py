@@ -84,11 +84,11 @@ def refuse_vision(vision: Mapping[str, Any]) -> None:
         raise ModelError(message, hint=HINT)
     if 0 in _layers(vision, config):
         raise ModelError("format gguf can't represent vision.layer 0", hint="use a later layer")
-    size = _processor_size(backbone.processor)
-    if size != (config["image_size"],) * 2:
+    size, processor_size = config["image_size"], _processor_size(backbone.processor)
+    if processor_size != size:
         raise ModelError(
-            f"format gguf needs images of {config['image_size']} pixels, but the image processor returns {size}",
-            hint="change the size in preprocessor_config.json",
+            f"format gguf can't represent an image processor that resizes to {processor_size} instead of {size} pixels",
+            hint="change the sizes in preprocessor_config.json",
         )
 
 
@@ -120,8 +120,11 @@ def vision_keys(saved: SavedModel, kind: TensorType, builds: Builds) -> Iterator
     yield "clip.vision.image_std", std
     if flag := ACTIVATIONS[config["hidden_act"]]:
         yield flag, True
-    yield "llavactl.vision.image", vision["image"]
-    yield "llavactl.vision.hidden_act", config["hidden_act"]
+    # How images become squares in training, for the verification script.
+    processor = backbone.processor.to_dict()
+    stretches = "crop" if processor.get("do_center_crop") else "stretch"
+    yield "llavactl.vision.image", "pad" if vision["image"] == "pad" else stretches
+    yield "llavactl.vision.resample", int(processor["resample"])
     if _has_class_token(config):
         yield "llavactl.vision.class_token", builds.removeprefix("cls-")
 
@@ -185,11 +188,18 @@ def _has_class_token(config: Mapping[str, Any]) -> bool:
     return bool(config["model_type"] == "clip_vision_model")
 
 
-def _processor_size(processor: Any) -> tuple[int, int] | None:
-    """Height and width of the images that ``processor`` returns; None if they vary."""
+def _processor_size(processor: Any) -> int | str:
+    """The side of the squares that ``processor`` resizes images to, or crops from images with this shortest edge.
+
+    Its settings if these are others.
+    """
     settings = processor.to_dict()
-    size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
-    return (size["height"], size["width"]) if isinstance(size, Mapping) and {"height", "width"} <= size.keys() else None
+    size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
+    sides = {size.get("shortest_edge"), crop.get("height"), crop.get("width")}
+    if not settings.get("do_center_crop"):
+        sides = {size.get("height"), size.get("width")}
+    (side, *others) = sides
+    return side if settings.get("do_resize") and side and not others else f"{size}, cropped to {crop}"
 
 
 def _normalization(processor: Any) -> tuple[list[float], list[float]]:

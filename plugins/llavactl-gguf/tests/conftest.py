@@ -49,6 +49,8 @@ def causal_lm(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             torch.nn.init.normal_(weight, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+        elif "q_proj" in name or "k_proj" in name:  # otherwise attention is the same at all positions
+            torch.nn.init.normal_(weight, std=0.12)
     model.save_pretrained(folder)
     return folder
 
