@@ -124,7 +124,7 @@ def not_available(plugin: str, points: Iterable[metadata.EntryPoint]) -> PluginE
         hint = f"pass the name of a plugin, or a file FILE.py; {suggest(plugin, names)}".removesuffix("; ")
         return PluginError(f"package {plugin} has no plugin: no entry point of the group {GROUP}", hint=hint)
     hint = f"install its package, or pass a file FILE.py; {suggest(plugin, names)}".removesuffix("; ")
-    return PluginError(f"plugin {plugin!r} is not installed", hint=hint)
+    return PluginError(f"plugin {plugin} is not installed", hint=hint)
 
 
 def _is_installed(package: str) -> bool:
