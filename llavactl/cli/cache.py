@@ -50,22 +50,48 @@ def info(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 @command.command(
     examples=[
         "llavactl cache verify",
-        "llavactl cache verify -r recipe.yaml",
+        "llavactl cache verify -r recipe.yaml --recompute 100",
     ]
 )
 @recipe_options_or("all stores")
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also encode N images of each store again and compare the features to the bit.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the choice of N images."
+)
 @json_option
-def verify(source: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def verify(source: str | None, overrides: tuple[str, ...], recompute: int | None, seed: int, as_json: bool) -> None:
     """Verify the checksum of every shard.
 
-    Set damaged shards aside. Exit with 1 if shards are damaged or can't be read.
+    Set damaged shards aside. Exit with 1 if shards are damaged or can't be read, or if recomputed features are
+    different. Differences of rounding between devices or versions are reported, but not an error.
     """
     from llavactl.verbs.cache import verify
 
-    report = verify(load_vision_if_given(source, overrides))
+    report = verify(load_vision_if_given(source, overrides), recompute=recompute or 0, seed=seed)
     output.report(report, as_json)
-    if error := _verify_error(report):
+    if error := _verify_error(report) or _recompute_error(report):
         raise error
+
+
+def _recompute_error(report: VerifyReport) -> StoreError | None:
+    if different := [store for store in report.recomputed if store.verdict == "different"]:
+        first = different[0]
+        return StoreError(
+            f"store {first.store}: {first.different} of {first.compared} images have other features now",
+            hint="the report has the conditions of both encodings; if they are the same, the features are wrong: "
+            "remove the store's folder and run `llavactl extract`",
+        )
+    if none := [store for store in report.recomputed if store.verdict == "none" and store.selected]:
+        return StoreError(
+            f"store {none[0].store}: none of {none[0].selected} images was found, so nothing was compared",
+            hint="pass the recipe of these images with -r",
+        )
+    return None
 
 
 def _verify_error(report: VerifyReport) -> StoreError | None:

@@ -92,6 +92,10 @@ class FeatureStore:
         positions = np.minimum(np.searchsorted(self.keys, queries), len(self.keys) - 1)
         return np.asarray(self.keys[positions] == queries)
 
+    def shard_of(self, key: str) -> str:
+        """The name of the shard with the features of ``key``, which must be stored."""
+        return self._shards[self._shard_index.item(int(self.keys.searchsorted(key.encode())))].path.name
+
     def read(self, key: str) -> np.ndarray:
         """The features [P, Dv] float16 of the image with content ``key``, as a copy.
 

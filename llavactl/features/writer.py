@@ -14,10 +14,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -52,11 +53,22 @@ class StoreWriter:
 
     On exit, the shard being filled is finished with the images it has, even after an exception or Ctrl-C. If writing
     itself failed, that shard is discarded instead. Every method raises StoreError if the store can't be written;
-    shards finished before stay valid.
+    shards finished before stay valid. The manifest records the ``conditions`` and the ``recipe`` of the extraction.
     """
 
-    def __init__(self, fingerprint: Fingerprint, shape: FeatureShape, shard_images: int, part: Part = WHOLE) -> None:
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        shape: FeatureShape,
+        shard_images: int,
+        part: Part = WHOLE,
+        *,
+        conditions: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self.part = part
+        self.conditions = conditions
+        self.recipe = recipe
         self.folder = store_dir(fingerprint)
         self.fingerprint = fingerprint
         self.shard_images = shard_images
@@ -150,8 +162,10 @@ class StoreWriter:
                 partial.path.rename(finished)
                 self._partial = None
                 sync_folder(self.folder)
-                self._manifest = self._manifest.with_shard(entry)
+                self._manifest = self._manifest.with_shard(entry, self.conditions)
                 self.bytes_written += entry.bytes
+                if self.recipe is not None:
+                    self._manifest = self._manifest.with_recipe(self.recipe)
             self._manifest = replace(self._manifest, skipped={**self._manifest.skipped, **self._skipped})
             self._manifest.write(self.folder)
 

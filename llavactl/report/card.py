@@ -8,8 +8,13 @@ from typing import Any
 
 from llavactl.core.model_description import DESCRIPTION
 from llavactl.core.registry import format_spec
+from llavactl.features.fingerprint import Fingerprint
+from llavactl.features.manifest import RECOMPUTED, store_dir
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
+
+_MAX_IMAGES = 8
+"""The number of recomputed images that a card lists."""
 
 USE = {
     "hf": """\
@@ -58,6 +63,7 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
         _section("Components", _components(description)),
         _section("Data", _data(recipe)),
         _section("Training", _training(recipe, description, run)),
+        *([_section("Recomputed features", recomputed)] if (recomputed := _recomputed(description, recipe)) else []),
         _section("Scores", _scores(run)),
         _section("Licenses", [_license(base) for base in bases if base]),
         _section("Limitations", _limitations(description)),
@@ -128,6 +134,26 @@ def _training(recipe: Mapping[str, Any], description: Mapping[str, Any], run: Pa
         validation = f", validation loss {report['val_loss']:.4f}" if report.get("val_loss") is not None else ""
         rows.append(f"- {stage}: {loss}{validation}; {options}")
     return rows if rows or description.get("versions") else []
+
+
+def _recomputed(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """The latest result of ``cache verify --recompute`` for the store that the model was trained from, if any."""
+    fields = description.get("fingerprint")
+    if not fields or (recipe.get("features") or {}).get("mode") != "cached":
+        return []
+    report = read_document(store_dir(Fingerprint(fields)) / RECOMPUTED)
+    if not {"compared", "equal", "rounding", "different", "last_places", "dtype", "seed", "images"} <= report.keys():
+        return []
+    counts = f"{report['equal']} equal to the bit, {report['rounding']} equal up to rounding on another device or with "
+    listed = report["images"][:_MAX_IMAGES]
+    more = f" and {len(report['images']) - len(listed)} more" if len(report["images"]) > len(listed) else ""
+    return [
+        f"{report['compared']} of the training images were encoded again after the extraction and compared with the "
+        f"cached features ({report['dtype']}): {counts}other versions, {report['different']} different. "
+        f"Largest difference: {report['last_places']} units in the last place.",
+        "",
+        f"Images (chosen with seed {report['seed']}): {', '.join(f'`{name}`' for name in listed)}{more}.",
+    ]
 
 
 def _scores(run: Path) -> list[str]:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.data.tables import stage_images
 from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
 from llavactl.features.reader import recipe_fingerprints
+from llavactl.features.recompute import Recomputed, recompute_store
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import VisionRecipe
@@ -56,7 +58,7 @@ class VerifyReport:
     """``sound``: all shards are readable and match their checksums.
 
     ``damaged`` shards were set aside; the next extract recomputes their features. ``unchecked`` shards can't be read
-    (disk, network, permissions) and are unchanged.
+    (disk, network, permissions) and are unchanged. ``recomputed``: the stores whose images were encoded again.
     """
 
     sound: bool
@@ -66,6 +68,7 @@ class VerifyReport:
     bytes: int
     damaged: tuple[FaultyShard, ...]
     unchecked: tuple[FaultyShard, ...]
+    recomputed: tuple[Recomputed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,16 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
     return InfoReport(str(stores_dir()), images, size, stores, missing if recipe else ())
 
 
-def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
+def verify(recipe: VisionRecipe | None = None, *, recompute: int = 0, seed: int = 0) -> VerifyReport:
     """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and sets damaged shards aside.
 
+    Then encodes ``recompute`` images of each store again, chosen by ``seed``, and compares the features to the bit.
+    Backbone and images are those of ``recipe``, or of the recipes that the store records.
+
     Raises:
-        StoreError: a manifest can't be read, or another process writes to a store.
+        StoreError: a manifest can't be read, another process writes to a store, or a store with images to encode
+            again records no recipe.
+        DataError, ModelError: a recipe's records or backbone can't be read.
     """
     folders = [folder for folder in _folders(recipe) if folder.is_dir()]
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
@@ -109,6 +117,9 @@ def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
         bytes=sum(manifest.bytes for manifest in manifests),
         damaged=tuple(shard for shard, damaged in shards if damaged),
         unchecked=tuple(shard for shard, damaged in shards if not damaged),
+        recomputed=tuple(
+            recompute_store(folder, recipe, recompute, seed, stage_images) for folder in folders if recompute
+        ),
     )
 
 
