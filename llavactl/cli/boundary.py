@@ -13,10 +13,11 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from llavactl.cli import terminal
-from llavactl.core import plugins, progress
+from llavactl.core import progress
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import hub_error, proxy_error
+from llavactl.core.plugin_code import plugin_packages, raised_at
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +119,10 @@ def _from(error: BaseException, package: str) -> bool:
 
 
 def _plugin(error: BaseException) -> str | None:
-    """The plugin whose code is innermost in the traceback of ``error`` or its cause; None without plugin code."""
-    modules = {point.value.partition(":")[0].partition(".")[0]: point.name for point in plugins.entry_points()}
-    from llavactl.core.registry import registry  # not needed for --help
-
-    # Components may be defined in another package than the plugin's entry point.
-    components = {entry.target.partition(":")[0].partition(".")[0]: entry.plugin for entry in registry()}
-    modules |= {module: plugin for module, plugin in components.items() if module != "llavactl"}
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if error.__cause__ is not None:  # generators convert StopIteration to RuntimeError
-        frames += [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
-    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in reversed(frames)]
-    return next((modules[name] for name in packages if name in modules), None)
+    """The plugin whose code raised ``error``; None without plugin code."""
+    plugins = plugin_packages()
+    place = raised_at(error, plugins)
+    return plugins.get(place.package) if place else None
 
 
 def raised_in(error: BaseException, package: str) -> bool:

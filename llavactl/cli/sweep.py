@@ -13,7 +13,7 @@ from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, recipe_options
 
 if TYPE_CHECKING:
-    from llavactl.verbs.sweep_report import SweepReport
+    from llavactl.verbs.sweep.report import SweepReport
 
 SHOWN_COMPARISONS = 10
 

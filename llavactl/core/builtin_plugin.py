@@ -9,7 +9,7 @@ _COMPONENTS = "llavactl.components"
 RESULTS_VERSION = "1"
 """Incremented when the results of a built-in component change; finished steps are then run again.
 
-Distinct from llavactl's version: most releases don't change results and must not invalidate finished runs.
+Most releases don't change results and must not invalidate finished runs. Plugins may have the same attribute.
 """
 
 COMMAND_GROUPS = {

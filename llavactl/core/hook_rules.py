@@ -1,17 +1,14 @@
-"""The rules of hook implementations, checked when a plugin is loaded, and locations in the code of plugins."""
+"""The rules of hook implementations, checked when a plugin is loaded."""
 
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import pluggy
 
-from llavactl.core.errors import LlavactlError
-from llavactl.core.locations import shown_path
+from llavactl.core.plugin_code import location
 from llavactl.core.suggest import suggest
 
 MARK = "llavactl_impl"
@@ -68,30 +65,3 @@ def accepted(function: Callable[..., Any], available: Collection[str]) -> list[s
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return list(available)
     return [name for name in available if name in parameters]
-
-
-def location(function: Any) -> str:
-    """``file:line`` of the definition of ``function``; "" without one."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return f"{shown_path(Path(code.co_filename))}:{code.co_firstlineno}" if code else ""
-
-
-def located_fault(error: BaseException, packages: Collection[str]) -> str:
-    """``file:line: Type: message`` of ``error``; without the location if no frame is in ``packages``.
-
-    llavactl's own errors are their message, without the type.
-    """
-    what = str(error) if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
-    where = fault_location(error, packages)
-    return f"{where}: {what}" if where else what
-
-
-def fault_location(error: BaseException, packages: Collection[str]) -> str:
-    """``file:line`` of the innermost frame of ``error`` in one of ``packages``; "" if there is none."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{shown_path(Path(error.filename))}:{error.lineno}"
-    where = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
-            where = f"{shown_path(Path(frame.f_code.co_filename))}:{line}"
-    return where

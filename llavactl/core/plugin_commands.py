@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
 from llavactl.core.paths import cache_dir, write_json
+from llavactl.core.plugin_code import package_files, root_package
 
 
 def commands() -> dict[str, str]:
@@ -49,9 +49,6 @@ def _key(points: Sequence[metadata.EntryPoint]) -> list[Any]:
 
 def _stamp(point: metadata.EntryPoint) -> list[Any]:
     """Values that change when the plugin's code may have changed; its module is located without importing it."""
-    spec = importlib.util.find_spec(plugins.root_package(point.value))
-    files = [Path(spec.origin)] if spec and spec.origin else []
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        files += sorted(Path(folder).rglob("*.py"))
-    stats = [[file.stat().st_mtime_ns, file.stat().st_size] for file in files]
+    files = [file.stat() for _, file in package_files(root_package(point.value), "*.py")]
+    stats = [[file.st_mtime_ns, file.st_size] for file in files]
     return [point.name, point.value, stats]

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from llavactl.core import plugins
-from llavactl.core.hook_rules import located_fault
+from llavactl.core.plugin_code import located_fault, root_package
 from llavactl.core.quantities import duration
 from llavactl.core.streams import result_stream, stdout_to_stderr
 
@@ -70,7 +70,7 @@ def print_import(name: str, value: str) -> None:
         try:
             point.load()
         except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
-            error = located_fault(raised, [plugins.root_package(value)])
+            error = located_fault(raised, [root_package(value)])
         seconds = time.perf_counter() - started
     heavy = [package for package in HEAVY if package in set(sys.modules) - before]
     print(json.dumps({"seconds": seconds, "heavy": heavy, "error": error}), file=result_stream(), flush=True)

@@ -24,8 +24,9 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, fault_location, hook_problems, located_fault
+from llavactl.core.hook_rules import accepted, hook_problems
 from llavactl.core.locations import shown_path
+from llavactl.core.plugin_code import located_fault, raised_at, root_package
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -93,15 +94,9 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[Non
 
 def _fault(plugin: str, hook: str, error: BaseException) -> str:
     """The exception in one line: plugin, hook, file and line in the plugin's code."""
-    modules = [point.value for point in entry_points() if point.name == plugin]
-    where = fault_location(error, [root_package(module) for module in modules])
-    place = f"{hook} ({where})" if hook and where else hook or where
-    return ": ".join(filter(None, (f"plugin {plugin}", place, f"{type(error).__name__}: {error}")))
-
-
-def root_package(target: str) -> str:
-    """The top-level package of ``target``, a module or ``module:attr``."""
-    return target.partition(":")[0].partition(".")[0]
+    place = raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
+    where = f"{hook} ({place.where})" if hook and place else hook or (place.where if place else "")
+    return ": ".join(filter(None, (f"plugin {plugin}", where, f"{type(error).__name__}: {error}")))
 
 
 def log_failures() -> None:
@@ -204,7 +199,10 @@ def _stalled_import_logged(plugin: str) -> Iterator[None]:
 
 def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> None:
     """Registers all hooks of a plugin, or none if one of them is invalid."""
-    if problems := hook_problems(plugin_manager, module):
+    problems = hook_problems(plugin_manager, module)
+    if not isinstance(version := getattr(module, "RESULTS_VERSION", ""), str):
+        problems = [*problems, f"RESULTS_VERSION is {version!r:.60}, expected a string"]
+    if problems:
         raise PluginError("; ".join(problems))
     with warnings.catch_warnings(record=True) as caught:  # of parameters that will be removed (``hookspecs``)
         warnings.simplefilter("always")
@@ -326,10 +324,9 @@ def installed() -> list[Plugin]:
 
 
 def version_of(plugin: str) -> str:
-    """The package version of ``plugin``; for the built-in plugin, ``RESULTS_VERSION``."""
-    if plugin == BUILTIN:
-        return builtin_plugin.RESULTS_VERSION
-    return package_named(plugin)[1]
+    """The ``RESULTS_VERSION`` of the plugin's module, which most releases don't change; else its package version."""
+    declared: str | None = getattr(manager().get_plugin(plugin), "RESULTS_VERSION", None)
+    return package_named(plugin)[1] if declared is None else declared
 
 
 def package_named(plugin: str) -> tuple[str, str]:

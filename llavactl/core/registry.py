@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
-from llavactl.core.hook_rules import located_fault
+from llavactl.core.plugin_code import located_fault, plugin_packages, root_package
 from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
 from llavactl.core.protocols.members import call_fault, members, missing_members
 from llavactl.core.streams import stdout_to_stderr
@@ -63,7 +63,7 @@ class Registration:
 
     @property
     def version(self) -> str:
-        """The version of the plugin; its components' results may differ between versions."""
+        """The version of the plugin's results: finished steps and features of another version are not used."""
         return plugins.version_of(self.plugin)
 
     def load(self) -> Any:
@@ -291,8 +291,8 @@ def registry() -> Registry:
 def plugin_of(component: Any) -> str:
     """The plugin whose package defines the class of ``component``, or else the module of the class."""
     module = type(component).__module__
-    package = plugins.root_package(module)
-    return next((entry.plugin for entry in registry() if plugins.root_package(entry.target) == package), module)
+    package = root_package(module)
+    return plugins.BUILTIN if package == root_package(__name__) else plugin_packages().get(package, module)
 
 
 def _import(target: str, entry: Registration) -> Any:
@@ -303,7 +303,7 @@ def _import(target: str, entry: Registration) -> Any:
     except BaseException as error:
         what = f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}"
         raise PluginError(
-            f"{what}: {located_fault(error, [plugins.root_package(target)])}",
+            f"{what}: {located_fault(error, [root_package(target)])}",
             hint=f"`llavactl plugins check {entry.plugin}` shows details",
         ) from error
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from llavactl.core.schema import Box, Content, ImageRef, Role, Sample, Turn
 from llavactl.data.array_cache import Arrays, hash_arrays
-from llavactl.images.image_file import ImageFile, RelativeImage
-from llavactl.images.references import ImageAtUrl, ImageMember
+from llavactl.data.image_arrays import decoded_images, image_arrays
+from llavactl.data.packed_strings import PackedStrings, decoded, ends, int32
 
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 _TURN = {role: -1 - index for index, role in enumerate(_ROLES)}
@@ -40,41 +40,6 @@ _COLUMNS = (
 )
 """The arrays of a table besides ``boxes`` (JSON) and the arrays of its images."""
 
-_IMAGE_CLASSES: dict[str, type[RelativeImage]] = {kind.__name__: kind for kind in (ImageFile, ImageMember, ImageAtUrl)}
-"""The image references that can be cached: a path, and fields that are equal for many images."""
-
-
-class _Strings(Sequence[str]):
-    """Strings as UTF-8 ``data`` (uint8) and ``lengths`` (int32) in bytes."""
-
-    def __init__(self, data: np.ndarray, lengths: np.ndarray) -> None:
-        self.data = data
-        self.ends = _ends(lengths)
-        self._view = np.ascontiguousarray(data).data  # slicing it is faster than slicing an array
-
-    @classmethod
-    def of(cls, strings: Iterable[str]) -> _Strings:
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.fromiter(map(len, encoded), np.int32, len(encoded)))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def bytes(self, index: int) -> bytes:
-        return bytes(self._view[self.ends.item(index) : self.ends.item(index + 1)])
-
-    def __getitem__(self, index: Any) -> Any:
-        return _decoded(self.bytes(index))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.ends).astype(np.int32)
-
-
-def _ends(lengths: np.ndarray) -> np.ndarray:
-    """The offsets [N + 1] of consecutive items with ``lengths`` [N]."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
 
 class SampleTable(Sequence[Sample]):
     """Samples in a fixed order, with id, turns, ``where`` and boxes; captions and ``extra`` are not kept.
@@ -87,16 +52,16 @@ class SampleTable(Sequence[Sample]):
     def __init__(self, arrays: Arrays, images: Sequence[ImageRef] | None = None) -> None:
         """A table of arrays that ``SampleTableBuilder.table`` or ``SampleTable.arrays`` made."""
         self._columns = dict(arrays)
-        self._ids = _Strings(arrays["ids"], arrays["id_lengths"])
-        self._wheres = _Strings(arrays["wheres"], arrays["where_lengths"])
-        self._bodies = _Strings(arrays["bodies"], arrays["body_lengths"])
+        self._ids = PackedStrings(arrays["ids"], arrays["id_lengths"])
+        self._wheres = PackedStrings(arrays["wheres"], arrays["where_lengths"])
+        self._bodies = PackedStrings(arrays["bodies"], arrays["body_lengths"])
         self._parts: np.ndarray = arrays["parts"]
-        self._part_ends = _ends(arrays["part_counts"])
+        self._part_ends = ends(arrays["part_counts"])
         self.image_indices: np.ndarray = arrays["image_indices"]
-        self.image_ends = _ends(arrays["image_counts"])
+        self.image_ends = ends(arrays["image_counts"])
         self._cuts: np.ndarray = arrays["image_cuts"]
         self._boxes: dict[str, list[Any]] = json.loads(arrays["boxes"].tobytes() or b"{}")
-        self.images = list(_decoded_images(arrays)) if images is None else images
+        self.images = list(decoded_images(arrays)) if images is None else images
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> SampleTable:
@@ -122,7 +87,7 @@ class SampleTable(Sequence[Sample]):
             rows += len(table)
         empty = SampleTableBuilder().table()._columns if not tables else {}
         joined = {name: np.concatenate(arrays) if arrays else empty[name] for name, arrays in columns.items()}
-        return cls({**joined, "boxes": _json_array(boxes), **_image_arrays(list(images))}, list(images))
+        return cls({**joined, "boxes": _json_array(boxes), **image_arrays(list(images))}, list(images))
 
     def part(self, start: int, stop: int) -> SampleTable:
         """The samples from row ``start`` to before ``stop`` or the end; arrays are views."""
@@ -168,7 +133,7 @@ class SampleTable(Sequence[Sample]):
         for part in self._parts[self._part_ends.item(row) : self._part_ends.item(row + 1)].tolist():
             if part >= 0:
                 end = position + 1 + part
-                content.append(body[position + 1 : end] if ascii_only else _decoded(body[position + 1 : end]))
+                content.append(body[position + 1 : end] if ascii_only else decoded(body[position + 1 : end]))
                 position = end
             elif part == _IMAGE:
                 content.append(self.images[next(images)])
@@ -226,7 +191,7 @@ class SampleTable(Sequence[Sample]):
 
     @property
     def arrays(self) -> Arrays | None:
-        """The table as arrays to cache; None if it has images that can't be read back from arrays."""
+        """The table as arrays to cache; None if it has images that can't be stored (``image_arrays``)."""
         return self._columns if "image_paths" in self._columns else None
 
 
@@ -280,7 +245,7 @@ class SampleTableBuilder:
 
     def table(self) -> SampleTable:
         """The table of all samples."""
-        ids, wheres = _Strings.of(self._ids), _Strings.of(self._wheres)
+        ids, wheres = PackedStrings.of(self._ids), PackedStrings.of(self._wheres)
         images = list(self._images)
         arrays = {
             "ids": ids.data,
@@ -288,24 +253,16 @@ class SampleTableBuilder:
             "wheres": wheres.data,
             "where_lengths": wheres.lengths,
             "bodies": np.frombuffer(self._bodies, np.uint8),
-            "body_lengths": _int32(self._body_lengths),
-            "parts": _int32(self._parts),
-            "part_counts": _int32(self._part_counts),
-            "image_indices": _int32(self._image_indices),
-            "image_counts": _int32(self._image_counts),
-            "image_cuts": _int32(self._cuts),
+            "body_lengths": int32(self._body_lengths),
+            "parts": int32(self._parts),
+            "part_counts": int32(self._part_counts),
+            "image_indices": int32(self._image_indices),
+            "image_counts": int32(self._image_counts),
+            "image_cuts": int32(self._cuts),
             "boxes": _json_array(self._boxes),
-            **_image_arrays(images),
+            **image_arrays(images),
         }
         return SampleTable(arrays, images)
-
-
-def _decoded(text: bytes) -> str:
-    return text.decode("utf-8", "surrogatepass")
-
-
-def _int32(values: array[int]) -> np.ndarray:
-    return np.array(values, np.int32)
 
 
 def _json_array(value: Any) -> np.ndarray:
@@ -322,33 +279,3 @@ def _parts_in_bytes(turns: Sequence[Turn]) -> Iterator[int]:
     for turn in turns:
         yield _TURN[turn.role]
         yield from (_bytes(part) if isinstance(part, str) else _IMAGE for part in turn.content)
-
-
-def _image_arrays(images: Sequence[ImageRef]) -> dict[str, np.ndarray]:
-    """``images`` as arrays; {} if some are of other classes than ``_IMAGE_CLASSES``."""
-    groups: dict[str, int] = {}
-    group_of_image, paths = array("i"), []
-    for image in images:
-        if not isinstance(image, RelativeImage) or _IMAGE_CLASSES.get(type(image).__name__) is not type(image):
-            return {}
-        follow_links: list[bool] = [image.follow_links] if isinstance(image, ImageFile) else []
-        group = json.dumps([type(image).__name__, image.root, *follow_links])
-        group_of_image.append(groups.setdefault(group, len(groups)))
-        paths.append(image.path)
-    strings = _Strings.of(paths)
-    return {
-        "image_groups": np.frombuffer(json.dumps([json.loads(group) for group in groups]).encode(), np.uint8),
-        "image_group": _int32(group_of_image),
-        "image_paths": strings.data,
-        "image_path_lengths": strings.lengths,
-    }
-
-
-def _decoded_images(arrays: Arrays) -> Iterator[ImageRef]:
-    groups = [
-        (_IMAGE_CLASSES[name], root, extra) for name, root, *extra in json.loads(arrays["image_groups"].tobytes())
-    ]
-    paths = _Strings(arrays["image_paths"], arrays["image_path_lengths"])
-    for group, path in zip(arrays["image_group"].tolist(), paths, strict=True):
-        kind, root, extra = groups[group]
-        yield kind(root, path, *extra)

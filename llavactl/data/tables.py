@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import StageNumber
 
+log = logging.getLogger(__name__)
+
 _KIND = "samples"
-_FORMAT = 1
+_FORMAT = 2
 """The version of a table's layout; part of the cache key."""
 
 CHUNK = 2_000
@@ -38,7 +41,7 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
 
     While records are read, ``on_chunk`` is called with each ``CHUNK`` samples; it isn't if the table is cached.
 
-    A source is cached if it is ``Identifiable`` and refers to images by path. Processes that start
+    A source is cached if it is ``Identifiable`` and its images can be stored (``image_arrays``). Processes that start
     together read its records once: the first one reads, the others wait for the cached table.
 
     Raises:
@@ -75,13 +78,15 @@ def stage_images(recipe: VisionRecipe, stage: StageNumber) -> list[ImageRef]:
 
 def _cached(key: str) -> SampleTable | None:
     arrays = array_cache.load(_KIND, key)
-    return None if arrays is None else SampleTable(arrays)
+    try:
+        return None if arrays is None else SampleTable(arrays)
+    except ValueError as error:  # a plugin's class of images has changed
+        log.debug("the samples are read again: %s", error)
+        return None
 
 
 def _is_small(source: Source) -> bool:
-    if not isinstance(source, RecordSource):
-        return False
-    return not source.path.is_file() or source.path.stat().st_size < MIN_BYTES
+    return isinstance(source, RecordSource) and source.path.is_file() and source.path.stat().st_size < MIN_BYTES
 
 
 def _key(spec: SourceSpec, source: Identifiable) -> str:

@@ -8,7 +8,7 @@ import inspect
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError
-from llavactl.core.hook_rules import MARK, location
+from llavactl.core.hook_rules import MARK
+from llavactl.core.plugin_code import location, packages_of
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
 from llavactl.core.protocols import KINDS
 from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry, target_fault
@@ -79,14 +80,17 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
     if module is None:
         return
     yield _result(_PLUGIN, name, "hooks", list(_unregistered(module, plugins.manager())))
-    yield _outcome(_PLUGIN, name, "options", lambda: _plugin_options_problems(name))
+    packages = packages_of(name)
+    yield _outcome(_PLUGIN, name, "options", lambda: _plugin_options_problems(name), packages)
     entries = [entry for entry in registry() if entry.plugin == name]
     with tempfile.TemporaryDirectory() as folder, stdout_to_stderr():
         examples: dict[str, dict[str, dict[str, Any]]] = {}
-        yield _outcome(_PLUGIN, name, "examples", lambda: _add_examples(examples, name, entries, Path(folder)))
+        yield _outcome(
+            _PLUGIN, name, "examples", lambda: _add_examples(examples, name, entries, Path(folder)), packages
+        )
         for entry in entries:
             given = {**examples.get(entry.kind, {}).get(entry.name, {}), **options.get(entry.name, {})}
-            yield from _entry_checks(entry, given)
+            yield from _entry_checks(entry, given, packages)
 
 
 def _result(kind: str, name: str, check: str, problems: Sequence[str]) -> Check:
@@ -94,14 +98,16 @@ def _result(kind: str, name: str, check: str, problems: Sequence[str]) -> Check:
     return Check(kind, name, check, not problems, "; ".join(lines))
 
 
-def _outcome(kind: str, name: str, check: str, problems: Callable[[], Sequence[str]]) -> Check:
-    """The result of the function ``problems``; an exception is a problem too."""
+def _outcome(
+    kind: str, name: str, check: str, problems: Callable[[], Sequence[str]], packages: Collection[str]
+) -> Check:
+    """The result of the function ``problems``; an exception is a problem too, located in ``packages``."""
     try:
         found = problems()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - plugins may raise anything
-        found = [describe_exception(error)]
+        found = [describe_exception(error, packages)]
     return _result(kind, name, check, found)
 
 
@@ -146,11 +152,11 @@ def _add_examples(
     return problems
 
 
-def _entry_checks(entry: Registration, given: Mapping[str, Any]) -> Iterator[Check]:
-    """The checks of one registration with the options ``given``."""
+def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Collection[str]) -> Iterator[Check]:
+    """The checks of one registration with the options ``given``; ``packages`` are those of the plugin."""
 
     def outcome(check: str, problems: Callable[[], Sequence[str]]) -> Check:
-        return _outcome(entry.kind, entry.name, check, problems)
+        return _outcome(entry.kind, entry.name, check, problems, packages)
 
     yield outcome("name", lambda: _name_problems(entry))
     if entry.kind == "recipes":
@@ -176,7 +182,7 @@ def _entry_checks(entry: Registration, given: Mapping[str, Any]) -> Iterator[Che
     conformance = outcome("conformance", lambda: _component_problems(entry, given))
     yield conformance
     if conformance.ok and (files := _files(entry.parse(given))):
-        yield outcome("missing file", lambda: _missing_file_problems(entry, given, files))
+        yield outcome("missing file", lambda: _missing_file_problems(entry, given, files, packages))
 
 
 def _import_problems(entry: Registration) -> list[str]:
@@ -241,7 +247,9 @@ _USES: Mapping[str, Callable[[Any], object]] = {
 }
 
 
-def _missing_file_problems(entry: Registration, given: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _missing_file_problems(
+    entry: Registration, given: Mapping[str, Any], names: Sequence[str], packages: Collection[str]
+) -> list[str]:
     """Options of files that don't exist must raise one of llavactl's errors, or OSError, which names the file."""
     if entry.kind not in _USES:
         return []
@@ -253,9 +261,8 @@ def _missing_file_problems(entry: Registration, given: Mapping[str, Any], names:
         except (LlavactlError, OSError):
             continue
         except Exception as error:  # noqa: BLE001 - plugins may raise anything
-            problems.append(
-                f"`{name}` that doesn't exist raises {describe_exception(error)}; raise DataError or ModelError"
-            )
+            raised = describe_exception(error, packages)
+            problems.append(f"`{name}` that doesn't exist raises {raised}; raise DataError or ModelError")
         else:
             problems.append(f"`{name}` that doesn't exist is not reported")
     return problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 
 from llavactl import __version__
 from llavactl.core import plugins
 from llavactl.core.errors import RecipeError
+from llavactl.core.plugin_code import package_files, packages_of
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, Import, import_in_process
-from llavactl.core.registry import registry
 from llavactl.testing.plugin_check import Check, plugin_checks
 
 _LIBRARIES = ("torch", "transformers", "pydantic", "pluggy", "numpy")
@@ -108,21 +106,13 @@ def check(name: str, overrides: Sequence[str] = (), timeout_s: float = IMPORT_TI
         llavactl=__version__,
         python=platform.python_version(),
         versions={library: metadata.version(library) for library in _LIBRARIES},
-        files={} if hangs else {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in _files(name)},
+        files={} if hangs else _hashes(name),
         checks=checks,
         ok=all(each.ok is not False for each in checks),
     )
 
 
-def _files(name: str) -> Iterator[tuple[str, Path]]:
-    """The files of the packages of the plugin ``name``, with their names relative to the folder of the packages."""
-    packages = {plugins.root_package(point.value) for point in plugins.entry_points() if point.name == name}
-    packages |= {plugins.root_package(entry.target) for entry in registry() if entry.plugin == name}
-    for package in sorted(packages):
-        spec = importlib.util.find_spec(package)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-        for folder in folders:
-            files = (file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts)
-            yield from ((file.relative_to(folder.parent).as_posix(), file) for file in files)
-        if spec and spec.origin and not folders:
-            yield Path(spec.origin).name, Path(spec.origin)
+def _hashes(name: str) -> dict[str, str]:
+    """The sha256 of each file of the packages of the plugin ``name``."""
+    files = (each for package in packages_of(name) for each in package_files(package))
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files}

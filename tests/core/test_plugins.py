@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -83,3 +85,31 @@ def test_any_exception_during_import_is_logged_in_one_line(
     monkeypatch.setattr(metadata.EntryPoint, "load", load)
     plugins._load(pluggy.PluginManager("llavactl"), metadata.EntryPoint("base", "no.such", "llavactl"))
     assert caplog.messages == [f"plugin base can't be loaded: {error.__name__}: two lines"]
+
+
+@pytest.mark.parametrize(
+    ("line", "versions", "warning"),
+    [
+        ("", 2, ""),
+        ('RESULTS_VERSION = "1"', 1, ""),
+        ("RESULTS_VERSION = 1", 2, "RESULTS_VERSION is 1, expected a string"),
+    ],
+)
+def test_a_results_version_stays_when_the_plugin_changes(
+    line: str, versions: int, warning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The version is part of the identity of finished steps and features; without one, it is that of the package."""
+    file = tmp_path / "own.py"
+    monkeypatch.setenv("LLAVACTL_PLUGIN_FILES", str(file))
+    found = set()
+    for comment in ("# first", "# second"):
+        file.write_text(f"{comment}\n{line}\n")
+        sys.modules.pop("own", None)
+        plugins.reload()
+        found.add(plugins.version_of("own"))
+        assert bool(warning) == bool(caplog.messages)
+        assert all(warning in message for message in caplog.messages)
+    monkeypatch.undo()
+    sys.modules.pop("own")
+    plugins.reload()
+    assert len(found) == versions

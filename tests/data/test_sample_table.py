@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import sys
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,10 +26,31 @@ from llavactl.images.image_file import ImageFile
 from llavactl.images.references import ImageAtUrl, ImageMember, image_in
 from llavactl.recipe.specs import SourceSpec
 
+
+@dataclass(frozen=True)
+class Member:
+    """A reference to an image as a plugin defines it."""
+
+    shard: str
+    name: str
+    offset: int
+    checked: bool | None = None
+
+    def read(self) -> bytes:
+        return b""
+
+    def stamp(self) -> str | None:
+        return None
+
+
+PLUGIN: Any = ModuleType("a_plugin_with_shards")
+PLUGIN.Member, Member.__module__ = Member, PLUGIN.__name__
+sys.modules[PLUGIN.__name__] = PLUGIN
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(["", "\0", "user\0", "é\0\n"])
 IMAGES = st.sampled_from(
     [ImageFile("/a", "x.jpg"), ImageFile("/a", "x.jpg", True), ImageFile("/b", "é.jpg"), ImageMember("/a.zip", "x.jpg"),
-     ImageAtUrl("s3://b", "x.jpg")]
+     ImageAtUrl("s3://b", "x.jpg"), Member("/a.tar", "x.jpg", 1), Member("/a.tar", "é", 2, True)]
 )  # fmt: skip
 TURNS = st.builds(
     Turn, st.sampled_from(["system", "user", "assistant"]), st.lists(TEXT | IMAGES, max_size=4).map(tuple)
@@ -85,11 +109,28 @@ def test_only_equal_samples_have_equal_digests(one: Sample, other: Sample) -> No
         assert (one_content == other_content) == (one.turns == other.turns)
 
 
-def test_images_without_a_path_are_not_cached() -> None:
-    inline = image_in("/photos", "data:image/png;base64,iVBORw0KGgo=")
-    table = SampleTable.of([Sample("a", (Turn("user", (inline,)),))])
+@pytest.mark.parametrize(
+    "image",
+    [image_in("/photos", "data:image/png;base64,iVBORw0KGgo="), Member("/a.tar", "x", object())],  # type: ignore[arg-type]
+)
+def test_images_whose_fields_are_not_json_are_not_cached(image: Any) -> None:
+    table = SampleTable.of([Sample("a", (Turn("user", (image,)),))])
     assert table.arrays is None
-    assert table[0].images == (inline,)
+    assert table[0].images == (image,)
+
+
+@pytest.mark.parametrize("change", ["removed", "other fields", "not an image"])
+def test_images_of_a_class_that_has_changed_are_read_again(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upgrade of a plugin may change the class: the table is then none, not one with other images."""
+    arrays = SampleTable.of([Sample("a", (Turn("user", (Member("/a.tar", "x", 1),)),))]).arrays
+    if change == "removed":
+        monkeypatch.delattr(PLUGIN, "Member")
+    else:
+        fields = [("file", str), ("name", str), ("offset", int), ("checked", bool)]
+        methods = {"read": lambda _: b"", "stamp": lambda _: None} if change == "other fields" else {}
+        monkeypatch.setattr(PLUGIN, "Member", make_dataclass("Member", fields, namespace=methods, frozen=True))
+    with pytest.raises(ValueError):  # noqa: PT011
+        SampleTable(arrays or {})
 
 
 @pytest.fixture

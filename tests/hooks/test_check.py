@@ -110,6 +110,9 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     ("undescribed", ('Field(True, description="add a bias")', "True"), "options", ["bias", "description"]),
     ("ignores_keys", ("class MeanOptions(Options):", "class MeanOptions(Options, extra='ignore'):"), "options",
      ["unknown keys"]),
+    ("validator_raises", ("class MeanOptions(Options):", "class MeanOptions(Options):\n"
+     "    @__import__('pydantic').field_validator('bias')\n    @classmethod\n    def check(cls, value):\n"
+     "        raise KeyError(value)\n"), "conformance", ["check() failed", "validator_raises.py:37"]),
     ("unstable_options", ("bias: bool = Field(True", "time: float = Field(default_factory=__import__('time').time, "
      "description='now', exclude=True)\n    bias: bool = Field(True"), "conformance", ["loaded again"]),
     ("bad_plugin_options", ('return "{name}:PluginOptions"', 'return "{name}:Gone"'), "options", ["Gone"]),
@@ -138,6 +141,8 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     # Examples.
     ("example_raises", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n    1 / 0\n\n\n"
      "@hookimpl\ndef train_logged"), "examples", ["ZeroDivisionError"]),
+    ("example_raises_in_a_library", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
+     "    open(folder / 'gone.txt')\n\n\n@hookimpl\ndef train_logged"), "examples", ["_in_a_library.py:26"]),
     ("example_unknown", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
      "    return {'connectors': {'man': {}}}\n\n\n@hookimpl\ndef train_logged"), "examples", ["'man'"]),
     ("example_option", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"

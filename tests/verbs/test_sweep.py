@@ -25,7 +25,8 @@ from llavactl.core.registry import registry
 from llavactl.recipe.load import load_recipe
 from llavactl.testing import Result, run_cli
 from llavactl.verbs import run as run_verb
-from llavactl.verbs.sweep_report import Comparison, Spread, SweepReport, SweepRun, SweepVariant
+from llavactl.verbs.sweep.report import Comparison, Spread, SweepReport, SweepVariant
+from llavactl.verbs.sweep.results import SweepRun
 
 SHORT = """
 eval: {tasks: [{name: scenes, scenes: 4}], max_new_tokens: 2, blind_baseline: false}

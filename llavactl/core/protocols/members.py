@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
 
-from llavactl.core.locations import shown_path
+from llavactl.core.plugin_code import location
 
 _SPECIAL = frozenset({"__call__", "__iter__"})
 
@@ -47,17 +44,11 @@ def call_fault(instance: object, name: str, protocol: type) -> str:
         signature.bind(*(each for each in parameters if each.name not in keywords), **keywords)
     except TypeError as error:
         expected = _without_annotations(inspect.signature(declared).replace(parameters=parameters))
-        got = f"{name}{_without_annotations(signature)}{_location(method)}"
-        return f"{got}: {error}; {protocol.__name__} declares {name}{expected}"
+        where = f" ({place})" if (place := location(method)) else ""
+        return f"{name}{_without_annotations(signature)}{where}: {error}; {protocol.__name__} declares {name}{expected}"
     except ValueError:  # built-in functions have no signature
         return ""
     return ""
-
-
-def _location(method: Callable[..., Any]) -> str:
-    """`` (file.py:12)``, the definition of ``method``; "" if it isn't written in Python."""
-    code = getattr(inspect.unwrap(method), "__code__", None)
-    return f" ({shown_path(Path(code.co_filename))}:{code.co_firstlineno})" if code else ""
 
 
 def _without_annotations(signature: inspect.Signature) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Concatenate, ParamSpec, TypeVar
 
 from llavactl.core import protocols
 from llavactl.core.errors import LlavactlError
-from llavactl.core.hook_rules import fault_location
 from llavactl.core.identity import examined_identity
+from llavactl.core.plugin_code import located_fault, places, plugin_packages, root_package
 from llavactl.core.protocols import Checkable, Identifiable
 from llavactl.core.protocols.members import call_fault, members
 from llavactl.core.registry import component_fault
@@ -45,7 +43,7 @@ def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
                 why = examined_identity(component)[1] if isinstance(component, Identifiable) else ""
                 problems = [why] if why else check(component, *args, **options)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
-                problems = [describe_exception(error)]
+                problems = [describe_exception(error, component_packages(component))]
             return [" ".join(problem.split()) for problem in problems]
 
         return checked
@@ -77,21 +75,22 @@ def protocol_problems(component: object, protocol: type) -> Iterator[str]:
             yield why
 
 
-def describe_exception(error: BaseException) -> str:
-    """``error`` in one line; one that isn't llavactl's, with the called function of the component and its line."""
+def describe_exception(error: BaseException, packages: Collection[str]) -> str:
+    """``error`` in one line; one that isn't llavactl's, with the function of ``packages`` that was called and its line.
+
+    The line is the innermost one in ``packages``, those of the plugin: it may be called by llavactl or by a library.
+    """
     if isinstance(error, LlavactlError):
         return error.with_hint()
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    called = next((frame for frame in frames if not _module(frame).startswith(_OWN)), None)
-    what = f"{type(error).__name__}: {error}"
-    if called is None:
-        return what
-    where = fault_location(error, [_module(called).partition(".")[0]])
-    return f"{called.f_code.co_name}() failed ({where}): {what}"
+    found = [place for place in places(error, packages) if not place.module.startswith(_OWN)]
+    if not found or found[0].function.startswith("<"):  # "<module>": an import failed
+        return located_fault(error, packages)
+    return f"{found[0].function}() failed ({found[-1].where}): {type(error).__name__}: {error}"
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))
+def component_packages(component: object) -> set[str]:
+    """The top-level packages with the code of ``component``: its own, and those of all plugins."""
+    return {root_package(type(component).__module__), *plugin_packages()}
 
 
 def wrong_type(what: str, value: object, expected: str) -> str:

@@ -15,7 +15,7 @@ from llavactl.core.model_description import DESCRIPTION, read_description
 from llavactl.core.paths import write_json
 from llavactl.core.protocols import CheckableFormat
 from llavactl.core.registry import registry
-from llavactl.testing.conformance.boundary import conformance_check, describe_exception
+from llavactl.testing.conformance.boundary import conformance_check
 from llavactl.testing.toys import TOY_METHODS, toy_model
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _read_problems(model: Path, back: Path) -> Iterator[str]:
     try:
         expected, actual = _logits(model), _logits(back)
     except ModelError as error:
-        yield f"the model that read() writes can't be loaded: {describe_exception(error)}"
+        yield f"the model that read() writes can't be loaded: {error.with_hint()}"
         return
     rows = expected.shape[-1]
     difference = (actual[..., :rows] - expected).abs().max().item()

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from llavactl.core.protocols import AnswerMatcher, BudgetedTeacher, Judged, Scores, TeacherScored
 from llavactl.core.protocols import Task as TaskProtocol
 from llavactl.core.schema import Answer, Question
-from llavactl.testing.conformance.boundary import conformance_check, describe_exception, json_problem, wrong_type
+from llavactl.testing.conformance.boundary import (
+    component_packages,
+    conformance_check,
+    describe_exception,
+    json_problem,
+    wrong_type,
+)
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Task
@@ -52,7 +58,7 @@ def _scoring_problems(task: Task | Judged, questions: Sequence[Question], protoc
         if not isinstance(reviews, Sequence) or not all(isinstance(run, Mapping) for run in reviews):
             yield wrong_type("reviews()", reviews, "a sequence of mappings")
         elif reviews:
-            yield from _score_problems("judge()", lambda: task.judge(reviews, protocol), ids)
+            yield from _score_problems("judge()", lambda: task.judge(reviews, protocol), ids, task)
     if isinstance(task, TaskProtocol):
         for subset in (questions, questions[: len(questions) // 2 + 1]):
             answers = {question.id: Answer(question.id, question.reference) for question in subset}
@@ -61,14 +67,14 @@ def _scoring_problems(task: Task | Judged, questions: Sequence[Question], protoc
             def scored(answers: Mapping[str, Answer] = answers) -> Scores:
                 return task.score(answers, protocol)
 
-            yield from _score_problems(what, scored, ids)
+            yield from _score_problems(what, scored, ids, task)
 
 
-def _score_problems(what: str, scored: Callable[[], Any], ids: set[str]) -> Iterator[str]:
+def _score_problems(what: str, scored: Callable[[], Any], ids: set[str], task: object) -> Iterator[str]:
     try:
         scores = scored()
     except Exception as error:  # noqa: BLE001 - a plugin may raise anything
-        yield f"{what}: {describe_exception(error)}"
+        yield f"{what}: {describe_exception(error, component_packages(task))}"
         return
     if not isinstance(scores, Scores):
         yield wrong_type(what, scores, "Scores")

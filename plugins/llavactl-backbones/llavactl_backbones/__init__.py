@@ -11,6 +11,9 @@ from typing import Any
 
 from llavactl import Register, hookimpl
 
+RESULTS_VERSION = "1"
+"""Incremented when the results of a component change: finished steps and features are then not used again."""
+
 _BACKBONES = (
     ("siglip", "sized:Siglip", "sized:SiglipOptions", "SigLIP of transformers, at the image size of its checkpoint"),
     (

@@ -11,6 +11,9 @@ from typing import Any
 
 from llavactl import Register, hookimpl
 
+RESULTS_VERSION = "1"
+"""Incremented when the results of a component change: finished steps and features are then not used again."""
+
 _CONNECTORS = {
     "average-pooling": ("AveragePooling", "mean of each block of patches, then an MLP (DeCo)"),
     "pixel-shuffle": ("PixelShuffle", "neighboring patches concatenated, normalized, then an MLP (InternVL)"),

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from llavactl import Register, hookimpl
 
+RESULTS_VERSION = "1"
+"""Incremented when the results of a component change: finished steps and features are then not used again."""
+
 
 @hookimpl
 def register_vision(register: Register) -> None:

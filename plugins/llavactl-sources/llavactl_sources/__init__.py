@@ -11,6 +11,9 @@ from typing import Any
 
 from llavactl import Register, hookimpl
 
+RESULTS_VERSION = "1"
+"""Incremented when the results of a component change: finished steps and features are then not used again."""
+
 _SOURCES = {
     "messages": ("messages:Messages", "records of ShareGPT, ms-swift, LLaMA-Factory or TRL, in JSON or JSONL"),
     "parquet": ("parquet:Parquet", "rows of parquet files with images as bytes or paths (needs pyarrow)"),

@@ -27,15 +27,8 @@ from llavactl.training.digest import stage_inputs
 from llavactl.training.memory import release_memory
 from llavactl.verbs import preflight
 from llavactl.verbs.run import run
-from llavactl.verbs.sweep_report import (
-    EXTRACTIONS,
-    FinishedRun,
-    Outcome,
-    SweepReport,
-    TaskGrades,
-    finished_run,
-    sweep_report,
-)
+from llavactl.verbs.sweep.report import SweepReport, sweep_report
+from llavactl.verbs.sweep.results import EXTRACTIONS, FinishedRun, Outcome, TaskGrades, finished_run
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -1,0 +1,110 @@
+"""The code of plugins: their packages and files, and where in it an exception was raised."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llavactl.core.errors import LlavactlError
+from llavactl.core.locations import shown_path
+
+
+def root_package(target: str) -> str:
+    """The top-level package of ``target``, a module or ``module:attr``."""
+    return target.partition(":")[0].partition(".")[0]
+
+
+def plugin_packages() -> dict[str, str]:
+    """The plugins by top-level package: of their modules, and of what they register; without llavactl's own."""
+    from llavactl.core import plugins
+    from llavactl.core.registry import registry
+
+    packages = {root_package(point.value): point.name for point in plugins.entry_points()}
+    for entry in registry():
+        if entry.plugin != plugins.BUILTIN:
+            packages.setdefault(root_package(entry.target), entry.plugin)
+    packages.pop(root_package(__name__), None)
+    return packages
+
+
+def packages_of(plugin: str) -> list[str]:
+    """The top-level packages of the code of ``plugin``, sorted."""
+    owners = {root_package(__name__): root_package(__name__), **plugin_packages()}
+    return sorted(package for package, owner in owners.items() if owner == plugin)
+
+
+def package_files(package: str, pattern: str = "*") -> Iterator[tuple[str, Path]]:
+    """The files of ``package`` with their names relative to the folder that contains it; nothing is imported.
+
+    ``pattern`` selects files of a folder by name; a module that is a single file is that file.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    for folder in folders:
+        files = (file for file in sorted(folder.rglob(pattern)) if "__pycache__" not in file.parts and file.is_file())
+        yield from ((file.relative_to(folder.parent).as_posix(), file) for file in files)
+    if spec and spec.origin and not folders:
+        yield Path(spec.origin).name, Path(spec.origin)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of code: its ``module``, its ``function``, and ``where`` it is, ``file:line``."""
+
+    module: str
+    function: str
+    where: str
+
+    @property
+    def package(self) -> str:
+        return root_package(self.module)
+
+
+def places(error: BaseException, packages: Collection[str]) -> list[Place]:
+    """The frames of ``error`` in one of ``packages``, innermost last; frames of its causes are within its own.
+
+    A syntax error is in the last place.
+    """
+    # A generator that raises StopIteration isn't in the traceback of the RuntimeError that replaces it.
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    found = [place for each in chain for place in _frames(each.__traceback__) if place.package in packages]
+    for each in chain:
+        if isinstance(each, SyntaxError) and each.filename and Path(each.filename).is_file():
+            where = f"{shown_path(Path(each.filename))}:{each.lineno}"
+            found.append(Place(found[-1].module if found else "", "<module>", where))
+    return found
+
+
+def _frames(frames: TracebackType | None) -> Iterator[Place]:
+    for frame, line in traceback.walk_tb(frames):
+        where = f"{shown_path(Path(frame.f_code.co_filename))}:{line}"
+        yield Place(str(frame.f_globals.get("__name__")), frame.f_code.co_name, where)
+
+
+def raised_at(error: BaseException, packages: Collection[str]) -> Place | None:
+    """The innermost place of ``error`` in one of ``packages``; None if it wasn't raised by their code."""
+    return next(reversed(places(error, packages)), None)
+
+
+def located_fault(error: BaseException, packages: Collection[str]) -> str:
+    """``file:line: Type: message`` of ``error``; without the location if no frame is in ``packages``.
+
+    llavactl's own errors are their message, without the type.
+    """
+    what = error.with_hint() if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+    place = raised_at(error, packages)
+    return f"{place.where}: {what}" if place else what
+
+
+def location(function: Any) -> str:
+    """``file:line`` of the definition of ``function``; "" if it isn't written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{shown_path(Path(code.co_filename))}:{code.co_firstlineno}" if code else ""
