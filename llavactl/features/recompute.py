@@ -12,7 +12,7 @@ from llavactl.core import progress
 from llavactl.core.errors import StoreError
 from llavactl.core.paths import json_text, write_json
 from llavactl.features.checked_encoder import load_encoder
-from llavactl.features.comparison import RecomputedImages, ImageDifference, choose, compare
+from llavactl.features.comparison import ImageDifference, RecomputedImages, choose, compare
 from llavactl.features.device import default_device
 from llavactl.features.fingerprint import Fingerprint
 from llavactl.features.keys import ContentKeys
