@@ -13,6 +13,9 @@ from llavactl.features.manifest import RECOMPUTED, store_dir
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
 
+APPLIES = "see its source; its license also applies to this model"
+"""The entry of a model whose license is not known here."""
+
 _MAX_IMAGES = 8
 """The number of recomputed images that a card lists."""
 
@@ -65,7 +68,7 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
         _section("Training", _training(recipe, description, run)),
         *([_section("Recomputed features", recomputed)] if (recomputed := _recomputed(description, recipe)) else []),
         _section("Scores", _scores(run)),
-        _section("Licenses", [_license(base) for base in bases if base]),
+        _section("Licenses", [license_of(base, APPLIES) for base in bases if base]),
         _section("Limitations", _limitations(description)),
         _section("Versions", _versions(description)),
     ]
@@ -169,14 +172,17 @@ def _scores(run: Path) -> list[str]:
     return rows or ["Not evaluated."]
 
 
-def _license(base: str) -> str:
-    """The license in the model card of ``base``, if ``base`` is a folder with one."""
+def license_of(base: str, otherwise: str) -> str:
+    """The license in the model card of ``base``, if ``base`` is a folder with one, as a list item in Markdown.
+
+    ``otherwise`` is the text without one.
+    """
     _, _, rest = _text(Path(base) / "README.md").partition("---\n")
     for line in rest.partition("\n---")[0].splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("license", "license_name") and value.strip():
             return f"- `{_short(base)}`: {value.strip()}"
-    return f"- `{_short(base)}`: see its source; its license also applies to this model"
+    return f"- `{_short(base)}`: {otherwise}"
 
 
 def _limitations(description: Mapping[str, Any]) -> list[str]:

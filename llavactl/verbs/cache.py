@@ -1,4 +1,4 @@
-"""``llavactl cache``: lists, verifies and prunes the feature stores."""
+"""``llavactl cache``: lists, verifies and prunes the feature stores; writes and reads feature packs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.data.tables import stage_images
+from llavactl.features import pack_export, pack_import
 from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
+from llavactl.features.pack_export import PackReport
+from llavactl.features.pack_import import ImportReport
+from llavactl.features.pack_selection import select_of_recipe, select_stores
 from llavactl.features.reader import recipe_fingerprints
 from llavactl.features.recompute import Recomputed, recompute_store
+from llavactl.report.card import license_of
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import VisionRecipe
@@ -144,6 +149,49 @@ def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
             if unused_files(folder):
                 remove_unused_files(folder)
     return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, unused)), size, dry_run)
+
+
+def export_pack(
+    folder: Path,
+    recipe: VisionRecipe | None = None,
+    *,
+    base: Path | None = None,
+    license_note: str = "",
+    dry_run: bool = False,
+) -> PackReport:
+    """Writes all stores, or the features that the stages of ``recipe`` need, to ``folder`` as a feature pack.
+
+    Locations of images are recorded relative to ``base``, the folder of the recipe (default: the working directory).
+    An interrupted export continues. Nothing is locked meanwhile: training can read the stores.
+
+    Raises:
+        StoreError: images have no features yet, another process is writing to a store, a shard is damaged, or
+            ``folder`` is not a pack, can't be written or is too small.
+        DataError: a record of the recipe is invalid.
+    """
+    if recipe is None:
+        selections, names = select_stores(store_dirs(), stage_images)
+    else:
+        selections, names = select_of_recipe(recipe, stage_images)
+    otherwise = "see its source; its license also applies to these features"
+    licenses = pack_export.license_items(license_note, selections, lambda name: license_of(name, otherwise))
+    return pack_export.export_pack(folder, selections, names, base or Path.cwd(), licenses, dry_run=dry_run)
+
+
+def import_pack(
+    folder: Path, recipe: VisionRecipe | None = None, *, base: Path | None = None, dry_run: bool = False
+) -> ImportReport:
+    """Adds the features of the pack in ``folder``, or those that ``recipe`` needs, to the stores of this machine.
+
+    From then on, images that can't be read are identified by the pack. Relative locations of images are relative to
+    ``base``, the folder of the recipe (default: the working directory).
+
+    Raises:
+        StoreError: the pack is incomplete, damaged, of another version or has no features for ``recipe``; the disk is
+            too small; another process is writing to a store.
+    """
+    needed = None if recipe is None else recipe_fingerprints(recipe)
+    return pack_import.import_pack(folder, base or Path.cwd(), needed, dry_run=dry_run)
 
 
 def _folders(recipe: VisionRecipe | None) -> list[Path]:
