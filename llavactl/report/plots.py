@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,17 @@ def plot_loss(metrics: Path, png: Path) -> None:
 def draw_loss(metrics: Path, palette: Palette) -> bytes:
     """The PNG of ``plot_loss`` in the colors of ``palette``."""
     lines = read_objects(metrics)
-    steps, losses = _series(lines, "loss")
-    validation_steps, validation = _series(lines, "val_loss")
+    return _draw_loss(*_series(lines, "loss"), *_series(lines, "val_loss"), palette)
+
+
+@lru_cache(maxsize=8)  # report.html is written after every step of a run, mostly with the same curves
+def _draw_loss(
+    steps: Sequence[float],
+    losses: Sequence[float],
+    validation_steps: Sequence[float],
+    validation: Sequence[float],
+    palette: Palette,
+) -> bytes:
     figure, axes = _figure(8, 3.4, palette)
     axes.set_xlabel("step", color=palette.text)
     axes.set_ylabel("loss per target token", color=palette.text)
@@ -201,10 +210,10 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [float(mean) for mean in (sums[last] - sums[first]) / (last - first)]
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(steps, values) of the lines with a finite number for ``key``."""
     kept = [line for line in lines if _finite(line.get("step")) and _finite(line.get(key))]
-    return [line["step"] for line in kept], [line[key] for line in kept]
+    return tuple(line["step"] for line in kept), tuple(line[key] for line in kept)
 
 
 def _finite(value: Any) -> bool:
@@ -245,5 +254,5 @@ def _log_scale_if_steep(axes: Any, values: Sequence[float]) -> None:
 
 def _png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    figure.canvas.print_png(out)  # figure.savefig would draw it twice
     return out.getvalue()

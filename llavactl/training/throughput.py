@@ -24,7 +24,7 @@ import math
 import re
 import time
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +205,10 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(_measured(device, dtype, rows), f"{name}: measured with {kind} matrices of {rows:,} × {rows:,}")
 
 
+_first_peak = cache(peak)
+"""``peak``, measured once per process for all its stages and runs."""
+
+
 def _measured(device: torch.device, dtype: torch.dtype, rows: int) -> float:
     """FLOP/s of the fastest of several matrix products. Doesn't use the random state."""
     matrix = torch.full((rows, rows), 0.5, device=device, dtype=dtype)
@@ -236,8 +240,8 @@ class Throughput:
     @classmethod
     def of(cls, model: LlavaModel, precision: str, accelerator: Accelerator) -> Throughput:
         """The throughput of ``model``, which computes in ``precision``; measures the peak of an unknown device."""
-        measured_peak = partial(peak, accelerator.device, getattr(torch, precision))
-        return cls(training_flops(model), measured_peak(), accelerator.num_processes, measured_peak)
+        where = accelerator.device, getattr(torch, precision)
+        return cls(training_flops(model), _first_peak(*where), accelerator.num_processes, partial(peak, *where))
 
     def fields(self, work: Work, seconds: float) -> dict[str, Any]:
         """The fields of metrics.jsonl for a step that did ``work``, of all processes, in ``seconds``.

@@ -40,6 +40,9 @@ OTHER_PROGRAMS = {
     "uv",
     "vllm",
 }
+EXAMPLES = "docs/how-to/plugin-examples.md"
+"""Its commands need the page's plugins: tests/docs/test_plugin_tutorials.py runs them."""
+
 FILE = re.compile(r"# \S+\.yaml\n")
 """The first line of a recipe that needs the page's plugin: tests/docs/test_plugin_tutorials.py writes and checks it."""
 
@@ -66,6 +69,8 @@ def shell_lines() -> list[Any]:
     lines = []
     for param in blocks("sh", "console"):
         where, text = param.values[0]
+        if where.startswith(EXAMPLES):
+            continue
         for line in text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words:

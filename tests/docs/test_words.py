@@ -39,6 +39,7 @@ QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture")
 """Names in LLaVA, transformers and HTML."""
 
 DATA = {
+    "docs/how-to/plugin-examples.md": "picture",  # records of llavactl.testing
     "docs/reference/evaluation.md": "pictures?",  # scienceqa's option `pictures`
     "docs/reference/export.md": "quantised",  # a key in llavactl.json
     "docs/generate.py": "colour",  # an example conversation, which docs/reference/templates.md shows

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llavactl.core.errors import LlavactlError
+from llavactl.report import plots
 from llavactl.report.plots import DARK, LIGHT, draw_loss, plot_loss, smooth
 
 
@@ -70,6 +71,7 @@ def test_without_matplotlib_the_error_names_the_extra(
     metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plots._draw_loss.cache_clear()
     with pytest.raises(LlavactlError) as caught:
         plot_loss(metrics, tmp_path / "loss.png")
     assert "pip install 'llavactl[plots]'" in caught.value.hint

@@ -9,6 +9,8 @@ import pytest
 
 from llavactl.training.memory import gc_frozen
 
+pytestmark = pytest.mark.usefixtures("thawed")
+
 
 def test_objects_are_unfrozen_after_an_exception() -> None:
     count = gc.get_freeze_count()
