@@ -381,6 +381,26 @@ def checks() -> Iterator[str]:
         yield f"| `{kind}` | `{check.__name__}` | {text} |"
 
 
+def testing() -> Iterator[str]:
+    """The other functions and classes of ``llavactl.testing``, with their parameters."""
+    from llavactl import testing
+
+    yield "| name | |\n|---|---|"
+    for name in testing.__all__:
+        member = getattr(testing, name)
+        if member not in testing.CHECKS.values() and callable(member):
+            arguments = "" if inspect.isclass(member) else _arguments(member)
+            text = " ".join((inspect.getdoc(member) or "").split("\n\n")[0].split()).replace("``", "`")
+            yield f"| `{name}{arguments}` | {text} |"
+
+
+def _arguments(function: Callable[..., Any]) -> str:
+    """The parameters of ``function`` with their defaults, without types."""
+    signature = inspect.signature(function)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
 def sample_classes() -> Iterator[str]:
     """The data classes of samples and the Protocol of images."""
     classes = (llavactl.Sample, llavactl.Question, llavactl.Turn, llavactl.Box)
@@ -450,6 +470,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         model_description,
         saved_model,
         checks,
+        testing,
         sample_classes,
         reports,
         templates,

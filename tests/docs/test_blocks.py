@@ -202,6 +202,19 @@ def test_the_plugin_of_the_readme_works() -> None:
     assert check_source(names["birds"](None)) == []
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("plugins/*/README.md")), ids=lambda page: page.parent.name)
+def test_the_readme_of_a_plugin_begins_with_its_installation(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    first, *_, last = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert (first, last) == ("Install and run", "License")
+    command = FENCE.search(text)
+    assert command is not None
+    words = shlex.split(command[2].splitlines()[0])
+    assert words[:4] == ["pip", "install", "-e", "."]
+    folder, *_ = words[5].split("[")  # without extras
+    assert (ROOT / folder).resolve() == page.parent
+
+
 CHECKS = """
 test_connector()
 from llavactl.testing import check_plugin

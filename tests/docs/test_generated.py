@@ -99,3 +99,10 @@ def test_an_outdated_page_is_regenerated() -> None:
     )
     assert "old" not in once
     assert twice == once
+
+
+def test_every_public_name_of_testing_is_in_the_reference() -> None:
+    from llavactl import testing
+
+    for name in testing.__all__:
+        assert name == "CHECKS" or re.search(rf"\| `{name}[`(]", PLUGINS), name

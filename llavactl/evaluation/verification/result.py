@@ -92,7 +92,7 @@ ROUNDED: Mapping[str, tuple[float, float]] = {
 docs/notes/export.md has the measurements.
 """
 
-RESAMPLED = 0.95, 0.15
+RESAMPLED = 0.96, 0.2
 """The same for a program that computes something else in a known way, such as the resampling of images."""
 
 
