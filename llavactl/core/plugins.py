@@ -24,7 +24,7 @@ import pluggy
 from llavactl.core import builtin_plugin, hookspecs, plugin_points
 from llavactl.core.errors import PluginError
 from llavactl.core.hook_rules import accepted, hook_problems
-from llavactl.core.plugin_code import Place, fault_text, located_fault, raised_at, root_package
+from llavactl.core.plugin_code import Place, fault_text, raised_at, root_package
 from llavactl.core.plugin_points import package_of, version_conflict
 from llavactl.core.streams import stdout_to_stderr
 
@@ -167,7 +167,7 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
             )
         try:
             with _stalled_import_logged(point.name):
-                module = point.load()
+                module = plugin_points.loaded(point)
                 _import_s[point.value] = time.perf_counter() - started
             _register(plugin_manager, module, point.name)
         except KeyboardInterrupt:
@@ -184,11 +184,9 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
 
 def load_error(point: metadata.EntryPoint, error: BaseException) -> PluginError:
     """``error``, raised while a plugin was loaded, with its line and what to do about it."""
-    packages = [root_package(point.value)]
-    what = error.message if isinstance(error, PluginError) else located_fault(error, packages)
+    what, remedy = plugin_points.load_fault(point, error)
     reason = "; ".join(filter(None, (what, version_conflict(point))))
-    fix = plugin_points.remedy(point, error, raised_at(error, packages))
-    return PluginError(f"plugin {point.name} can't be loaded: {reason}", hint=f"{fix}, or {without(point.name)}")
+    return PluginError(f"plugin {point.name} can't be loaded: {reason}", hint=f"{remedy}, or {without(point.name)}")
 
 
 def without(plugin: str) -> str:
