@@ -113,7 +113,7 @@ def test_what_is_not_a_plugin_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("")
     whys = {
         name: plugin_points.not_available(name, [point("birds")])
-        for name in (str(tmp_path), str(tmp_path / "data.txt"), "numpy", "brids", "", "a/b")
+        for name in (str(tmp_path), str(tmp_path / "data.txt"), "numpy", "brids", "a/b")
     }
     assert len({why.message.replace(name, "") for name, why in whys.items()}) == 4
     assert all(why.hint for why in whys.values())
