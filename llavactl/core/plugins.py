@@ -8,6 +8,7 @@ all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -24,9 +25,9 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, hook_problems
+from llavactl.core.hook_rules import accepted, hook_problems, result_fault
 from llavactl.core.locations import shown_path
-from llavactl.core.plugin_code import fault_text, located_fault, raised_at, root_package
+from llavactl.core.plugin_code import fault_text, located_fault, location, raised_at, root_package
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -214,23 +215,29 @@ def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> N
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name.
 
-    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares.
+    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares. It
+    raises PluginError if the function returns another type than the hook.
     """
     for implementation in getattr(manager().hook, hook).get_hookimpls():
-        yield implementation.plugin_name, _by_keyword(implementation)
+        yield implementation.plugin_name, _by_keyword(implementation, hook)
 
 
-def _by_keyword(implementation: Any) -> Callable[..., Any]:
-    function = implementation.function
+def _by_keyword(implementation: Any, hook: str) -> Callable[..., Any]:
+    function, plugin = implementation.function, implementation.plugin_name
 
+    @functools.wraps(function)
     def call(**arguments: Any) -> Any:
         available = [*arguments, "options"] if "recipe" in arguments else list(arguments)
         values = {name: arguments[name] for name in accepted(function, available) if name in arguments}
         if "options" in accepted(function, available) and "options" not in values:
             sections = (arguments["recipe"] or {}).get("plugins", {})
-            plugin = implementation.plugin_name
+            if plugin not in sections and missing_section(plugin):
+                return None  # reported when the recipe was loaded
             values["options"] = parse_options(plugin, sections.get(plugin, {}))
-        return function(**values)
+        result = function(**values)
+        if why := result_fault(hook, result):
+            raise PluginError(f"plugin {plugin}: {hook} ({location(function)}): {why}")
+        return result
 
     return call
 
@@ -269,15 +276,25 @@ def options_model(plugin: str) -> type[BaseModel] | None:
     from llavactl.core.registry import Options, import_target
 
     for name, implementation in implementations("plugin_options"):
-        if name == plugin:
-            with raised_as_plugin_error(plugin, "plugin_options"):
-                target = implementation()
-                model = None if target is None else import_target(target)
-            if model is None:
-                continue
-            if not (isinstance(model, type) and issubclass(model, Options)):
-                raise PluginError(f"plugin {plugin}: plugin_options: {target} is not a subclass of llavactl.Options")
-            return model
+        if name != plugin:
+            continue
+        with raised_as_plugin_error(plugin, "plugin_options"):
+            target = implementation()
+        if target is None:
+            continue
+        where = f"plugin {plugin}: plugin_options ({location(implementation)})"
+        if ":" not in target:
+            raise PluginError(f"{where}: returned {target!r}, expected module:Options")
+        try:
+            model = import_target(target)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may call sys.exit at import
+            why = located_fault(error, [root_package(target)])
+            raise PluginError(f"{where}: {target!r} can't be imported: {why}") from error
+        if not (isinstance(model, type) and issubclass(model, Options)):
+            raise PluginError(f"{where}: {target} is not a subclass of llavactl.Options")
+        return model
     return None
 
 
@@ -290,6 +307,29 @@ def raised_as_plugin_error(plugin: str, hook: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise PluginError(_fault(plugin, hook, error)) from error
+
+
+def missing_section(plugin: str) -> str:
+    """Why a recipe without a section for ``plugin`` has no options for it; "" if its defaults are valid.
+
+    Raises:
+        PluginError: the options model can't be imported.
+    """
+    from pydantic import ValidationError
+
+    from llavactl.core.validation import explain
+
+    try:
+        parse_options(plugin, {})
+    except ValidationError as error:
+        model = options_model(plugin)
+        assert model is not None
+        reasons = [(".".join(map(str, path)), why) for path, why in explain(error, model, {})]
+        section = ", ".join(f"{key.partition('.')[0]}: …" for key, _ in reasons if key) or "…"
+        problems = "; ".join(f"{key}: {why}" if key else why for key, why in reasons)
+        missing = f"`plugins: {{{plugin}: {{{section}}}}}`"
+        return f"{problems}; without {missing} in the recipe, its hooks that take options aren't called"
+    return ""
 
 
 def parse_options(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:
