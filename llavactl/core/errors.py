@@ -6,7 +6,8 @@
     ├── StoreError      the user: the feature store (extract again, free disk space, another fingerprint)
     ├── ModelError      the user: weights or a tokenizer (wrong folder, missing file, non-finite values)
     │   ├── ConversationError   the template can't render a conversation; its record is skipped
-    │   └── PredictionError     the memory of a stage can't be predicted; it may be trained without a prediction
+    │   ├── PredictionError     the memory of a stage can't be predicted; it may be trained without a prediction
+    │   └── ProgramMissingError the program to verify an export with isn't installed; the export is kept
     ├── TeacherError    the operator of the teacher: busy, connection lost, wrong key, request too long
     └── PluginError     the author of the plugin named in the message
 
@@ -82,6 +83,10 @@ class ConversationError(ModelError):
 
 class PredictionError(ModelError):
     """A model whose training step can't be predicted without its weights; training may work."""
+
+
+class ProgramMissingError(ModelError):
+    """An export that can't be verified because its program isn't installed; the message states how to install it."""
 
 
 class TeacherError(LlavactlError):
