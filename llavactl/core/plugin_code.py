@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import opcode
 import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -96,6 +97,16 @@ def _frames(frames: TracebackType | None) -> Iterator[Place]:
 def raised_at(error: BaseException, packages: Collection[str]) -> Place | None:
     """The innermost place of ``error`` in one of ``packages``; None if it wasn't raised by their code."""
     return next(reversed(places(error, packages)), None)
+
+
+def raised_by_statement(error: BaseException, packages: Collection[str]) -> bool:
+    """Whether a ``raise`` in the code of ``packages`` raised ``error``: a KeyboardInterrupt then isn't from Ctrl-C."""
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None or root_package(str(innermost.tb_frame.f_globals.get("__name__"))) not in packages:
+        return False
+    return innermost.tb_frame.f_code.co_code[innermost.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
 
 
 def located_fault(error: BaseException, packages: Collection[str]) -> str:

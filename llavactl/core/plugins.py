@@ -27,7 +27,7 @@ from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.hook_rules import accepted, hook_problems, result_fault
 from llavactl.core.locations import shown_path
-from llavactl.core.plugin_code import fault_text, located_fault, location, raised_at, root_package
+from llavactl.core.plugin_code import fault_text, located_fault, location, raised_at, raised_by_statement, root_package
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -80,7 +80,7 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[Non
     try:
         yield
     except BaseException as error:
-        if plugin == BUILTIN or isinstance(error, KeyboardInterrupt | GeneratorExit):
+        if plugin == BUILTIN or isinstance(error, GeneratorExit) or _is_interrupt(error, plugin):
             raise
         message = str(error) if isinstance(error, PluginError) else _fault(plugin, hook, error)
         line = " ".join(message.split())
@@ -93,9 +93,19 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[Non
         log.warning("%s", line, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
 
 
+def _is_interrupt(error: BaseException, plugin: str) -> bool:
+    """Whether ``error`` is from Ctrl-C or SIGTERM, not raised by the code of ``plugin`` itself."""
+    return isinstance(error, KeyboardInterrupt) and not raised_by_statement(error, _packages(plugin))
+
+
+def _packages(plugin: str) -> list[str]:
+    """The packages of the modules of ``plugin``, a name or a module."""
+    return [root_package(point.value) for point in entry_points() if plugin in (point.name, point.value)]
+
+
 def _fault(plugin: str, hook: str, error: BaseException) -> str:
     """The exception in one line: plugin, hook, file and line in the plugin's code."""
-    place = raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
+    place = raised_at(error, _packages(plugin))
     where = f"{hook} ({place.where})" if hook and place else hook or (place.where if place else "")
     return ": ".join(filter(None, (f"plugin {plugin}", where, fault_text(error))))
 
