@@ -19,7 +19,9 @@ from llavactl.data.table_view import TableView
 if TYPE_CHECKING:
     from llavactl.core.protocols import Source
     from llavactl.core.schema import ImageRef
+    from llavactl.recipe.frame import VisionRecipe
     from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,11 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
 def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
     """The distinct images of all samples, in order of first use. Raises the same errors as ``sample_table``."""
     return list(TableView.of([sample_table(spec) for spec in specs]).images)
+
+
+def stage_images(recipe: VisionRecipe, stage: StageNumber) -> list[ImageRef]:
+    """The ``distinct_images`` of ``stage`` of ``recipe``."""
+    return distinct_images(recipe.stage(stage).sources)
 
 
 def _cached(key: str) -> SampleTable | None:
