@@ -270,19 +270,10 @@ def test_an_exception_in_a_worker_process_keeps_its_line(folder: Path, monkeypat
     )
 
 
-@pytest.mark.parametrize(("name", "statement"), [("exits", "sys.exit(3)"), ("interrupts", "raise KeyboardInterrupt")])
-def test_a_registration_that_ends_the_program_is_one_line(tmp_path: Path, name: str, statement: str) -> None:
-    code = f"import sys\nfrom llavactl import hookimpl\n@hookimpl\ndef register_tasks(register):\n    {statement}\n"
-    (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
-    result = run_cli("--plugin", f"{name}.py", "components", "schedules", cwd=tmp_path)
+def test_a_registration_that_exits_is_one_line(tmp_path: Path) -> None:
+    code = "import sys\nfrom llavactl import hookimpl\n@hookimpl\ndef register_tasks(register):\n    sys.exit(3)\n"
+    (tmp_path / "exits.py").write_text(code, encoding="utf-8")
+    result = run_cli("--plugin", "exits.py", "components", "schedules", cwd=tmp_path)
     assert result.exit_code == 0
     (line,) = result.stderr.splitlines()
-    assert f"plugin {name}: register_tasks ({name}.py:5): " in line
-
-
-def test_an_interrupt_during_a_registration_ends_the_command(tmp_path: Path) -> None:
-    code = "import os, signal\nfrom llavactl import hookimpl\n@hookimpl\ndef register_tasks(register):\n"
-    code += "    os.kill(os.getpid(), signal.SIGINT)\n    for _ in range(10**6):\n        pass\n"
-    (tmp_path / "interrupted.py").write_text(code, encoding="utf-8")
-    result = run_cli("--plugin", "interrupted.py", "components", "schedules", cwd=tmp_path)
-    assert result.exit_code == 130
+    assert "plugin exits: register_tasks (exits.py:5): SystemExit: 3" in line
