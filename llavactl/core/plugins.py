@@ -23,8 +23,8 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_points
 from llavactl.core.errors import PluginError
-from llavactl.core.hook_rules import accepted, hook_problems
-from llavactl.core.plugin_code import Place, fault_text, raised_at, root_package
+from llavactl.core.hook_rules import accepted, hook_problems, result_fault
+from llavactl.core.plugin_code import Place, fault_text, location, raised_at, root_package
 from llavactl.core.plugin_points import package_of, version_conflict
 from llavactl.core.streams import stdout_to_stderr
 
@@ -224,16 +224,17 @@ def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> N
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name.
 
-    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares.
+    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares. It
+    raises PluginError if the function returns another type than the hook.
     """
     for implementation in getattr(manager().hook, hook).get_hookimpls():
-        yield implementation.plugin_name, _by_keyword(implementation)
+        yield implementation.plugin_name, _by_keyword(implementation, hook)
 
 
-def _by_keyword(implementation: Any) -> Callable[..., Any]:
+def _by_keyword(implementation: Any, hook: str) -> Callable[..., Any]:
     from llavactl.core import plugin_options
 
-    function = implementation.function
+    function, plugin = implementation.function, implementation.plugin_name
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
@@ -241,9 +242,13 @@ def _by_keyword(implementation: Any) -> Callable[..., Any]:
         values = {name: arguments[name] for name in accepted(function, available) if name in arguments}
         if "options" in accepted(function, available) and "options" not in values:
             sections = (arguments["recipe"] or {}).get("plugins", {})
-            plugin = implementation.plugin_name
+            if plugin not in sections and plugin_options.missing_section(plugin):
+                return None  # reported when the recipe was loaded
             values["options"] = plugin_options.parsed(plugin, sections.get(plugin, {}))
-        return function(**values)
+        result = function(**values)
+        if why := result_fault(hook, result):
+            raise PluginError(f"plugin {plugin}: {hook} ({location(function)}): {why}")
+        return result
 
     return call
 
