@@ -32,7 +32,7 @@ class Register(Protocol):
     """The function ``register(name, "module:attr", options="module:Options", summary="…")`` that hooks are given."""
 
     def __call__(self, name: str, target: str, *, options: str | None = None, summary: str = "") -> None:
-        """Registers ``target`` as ``name``.
+        """Registers ``target`` as ``name``: lower-case letters, digits, ``.``, ``_`` and ``-``.
 
         ``options`` is a subclass of ``llavactl.Options``. None: the class ``Options`` nested in the target, which is
         imported when the options are needed, not before; a target without one takes no options.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.hashes import hash_json
-from llavactl.core.protocols import Checkable, Identifiable, RecordSource
+from llavactl.core.protocols import Identifiable, RecordSource, check_component
 from llavactl.core.registry import registry
 from llavactl.data import array_cache
 from llavactl.data.records import samples
@@ -51,8 +51,7 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
     source = registry().create("sources", spec.spec())
     if not isinstance(source, Identifiable) or _is_small(source):
         return _read(spec, on_chunk)
-    if isinstance(source, Checkable):
-        source.check()  # as the source itself would before its first record
+    check_component(source)  # as the source itself would before its first record
     key = _key(spec, source)
     if (table := _cached(key)) is not None:
         return table

@@ -84,7 +84,8 @@ def test_any_exception_during_import_is_logged_in_one_line(
 
     monkeypatch.setattr(metadata.EntryPoint, "load", load)
     plugins._load(pluggy.PluginManager("llavactl"), metadata.EntryPoint("base", "no.such", "llavactl"))
-    assert caplog.messages == [f"plugin base can't be loaded: {error.__name__}: two lines"]
+    (line,) = caplog.messages
+    assert line.startswith(f"plugin base can't be loaded: {error.__name__}: two lines; ")
 
 
 @pytest.mark.parametrize(

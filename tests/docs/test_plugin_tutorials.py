@@ -8,6 +8,7 @@ that file, shell blocks run, and every line of a ``text`` block is in the output
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Literal, NamedTuple
 
 import pytest
 
+from llavactl.core import hookspecs
 from llavactl.testing import run_cli
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -111,6 +113,14 @@ def pattern(line: str) -> re.Pattern[str]:
     """A pattern for ``line`` with any number of spaces, as widths of columns may differ."""
     words = (".*".join(map(re.escape, word.split("…"))) for word in line.split())
     return re.compile(r"\s*" + r"\s+".join(words) + r"\s*")
+
+
+@pytest.mark.parametrize("hook", [name for name, each in vars(hookspecs).items() if hasattr(each, "llavactl_spec")])
+def test_every_hook_is_in_a_page_that_is_followed(hook: str) -> None:
+    """Of the observers, which return nothing, one is enough."""
+    observer = inspect.signature(getattr(hookspecs, hook)).return_annotation == "None" and "register" not in hook
+    used = f"def {'train_logged' if observer else hook}("
+    assert any(used in page.read_text(encoding="utf-8") for page in [*PAGES, EXAMPLES])
 
 
 def test_pages_are_followed_in_order(tmp_path: Path) -> None:

@@ -94,25 +94,33 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     ("hook_raises", ("(register):\n    register(\"mean\"", "(register):\n    1 / 0\n    register(\"mean\""),
      "registration", ["register_connectors", "hook_raises.py:11"]),
     # Registration.
-    ("taken_name", ('register("mean"', 'register("linear"'), "registration", ["'linear'", "plugin llavactl"]),
+    ("taken_name", ('register("mean"', 'register("linear"'), "registration",
+     ["taken_name.py:11", "'linear'", "plugin llavactl"]),
     ("taken_command", ('register("hello"', 'register("train"'), "registration", ["'train'", "plugin llavactl"]),
     ("no_colon", ('"{name}:Mean"', '"{name}.Mean"'), "registration", ["'mean'", "module:attr"]),
     ("object_target", ('"{name}:Mean", options', "object, options"), "registration", ["module:attr"]),
     ("number_as_name", ('register("mean"', "register(3"), "registration", ["name", "3"]),
+    ("spaces", ('register("mean"', 'register("My Mean"'), "registration", ["spaces.py:11", "'My Mean'"]),
     ("bad_options_target", ('options="{name}:MeanOptions"', "options=dict"), "registration", ["options"]),
     ("wrong_keyword", ("summary=\"average of all patches\"", "help='mean'"), "registration", ["help"]),
-    ("upper_case", ('register("mean"', 'register("Mean_Pool"'), "name", ["lower-case"]),
+    ("upper_case", ('register("mean"', 'register("mean_pool"'), "name", ["upper_case.py:11", "lower-case"]),
     ("no_summary", (', summary="average of all patches"', ""), "name", ["summary"]),
     # Targets and options.
     ("no_target", ('"{name}:Mean"', '"{name}:Gone"'), "import", ["'mean'", "Gone"]),
     ("no_options_model", ('options="{name}:MeanOptions"', 'options="{name}:Gone"'), "options", ["Gone"]),
     ("not_options", ('options="{name}:MeanOptions"', 'options="{name}:Mean"'), "options", ["llavactl.Options"]),
-    ("undescribed", ('Field(True, description="add a bias")', "True"), "options", ["bias", "description"]),
+    ("undescribed", ('Field(True, description="add a bias")', "True"), "options",
+     ["bias", "undescribed.py:34", "description"]),
+    ("default", ("Field(True, description", "Field('maybe', description"), "options",
+     ["bias (", "default.py:34", "true or false"]),
+    ("default_of_plugin", ("Field(1, description", "Field('x', description"), "options", ["every (", "plugin.py:30"]),
+    ("no_schema", ("bias: bool = Field(True", "bias: __import__('typing').Callable = Field(print"), "options",
+     ["bias (", "no_schema.py:34"]),
     ("ignores_keys", ("class MeanOptions(Options):", "class MeanOptions(Options, extra='ignore'):"), "options",
      ["unknown keys"]),
     ("validator_raises", ("class MeanOptions(Options):", "class MeanOptions(Options):\n"
      "    @__import__('pydantic').field_validator('bias')\n    @classmethod\n    def check(cls, value):\n"
-     "        raise KeyError(value)\n"), "conformance", ["check() failed", "validator_raises.py:37"]),
+     "        raise KeyError(value)\n"), "options", ["check() failed", "validator_raises.py:37"]),
     ("unstable_options", ("bias: bool = Field(True", "time: float = Field(default_factory=__import__('time').time, "
      "description='now', exclude=True)\n    bias: bool = Field(True"), "conformance", ["loaded again"]),
     ("bad_plugin_options", ('return "{name}:PluginOptions"', 'return "{name}:Gone"'), "options", ["Gone"]),
@@ -143,6 +151,10 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
      "@hookimpl\ndef train_logged"), "examples", ["ZeroDivisionError"]),
     ("example_raises_in_a_library", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
      "    open(folder / 'gone.txt')\n\n\n@hookimpl\ndef train_logged"), "examples", ["_in_a_library.py:26"]),
+    ("example_list", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
+     "    return [1]\n\n\n@hookimpl\ndef train_logged"), "examples", ["[1]"]),
+    ("message_raises", ("self.options = options", "raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})"),
+     "conformance", ["message_raises.py:39", "E: ", "ZeroDivisionError"]),
     ("example_unknown", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
      "    return {'connectors': {'man': {}}}\n\n\n@hookimpl\ndef train_logged"), "examples", ["'man'"]),
     ("example_option", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"

@@ -54,7 +54,8 @@ class TestAFailingObserver:
 def test_a_command_shows_the_traceback_of_a_hook_with_verbose(site: Any) -> None:
     site.install("loud", HEAD + "def register_vision(register):\n    raise ValueError('broken')\n")
     (line,) = lines(site.run("components").stderr)
-    assert line == "llavactl: plugin loud: register_vision (loud_plugin/__init__.py:6): ValueError: broken"
+    assert line.startswith("llavactl: plugin loud: register_vision (loud_plugin/__init__.py:6): ValueError: broken; ")
+    assert line.endswith("LLAVACTL_PLUGINS=")
     shown = site.run("components", "--verbose").stderr
     assert shown.count("Traceback") == 1
     assert "raise ValueError('broken')" in shown
