@@ -46,20 +46,18 @@ def kill_after(
     """Trains in another process and kills it once metrics.jsonl has ``step``, after calling ``before``."""
     metrics = toy / f"runs/toy/stage{stage}/metrics.jsonl"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "llavactl", *command(toy, stage, *options)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
-    while process.poll() is None:
-        if any(line["step"] >= step for line in read(metrics)):
-            before()
-            process.send_signal(signal_number)
-            process.wait()
-            return
-        time.sleep(0.005)
-    raise AssertionError(
-        f"the run ended before step {step}: {process.stderr.read().decode() if process.stderr else ''}"
-    )
+    ) as process:  # fmt: skip
+        while process.poll() is None:
+            if any(line["step"] >= step for line in read(metrics)):
+                before()
+                process.send_signal(signal_number)
+                return
+            time.sleep(0.005)
+        assert process.stderr
+        raise AssertionError(f"the run ended before step {step}: {process.stderr.read().decode()}")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -247,7 +247,7 @@ def test_several_captions_per_image_are_counted_as_data_check_counts_them(projec
     assert "# 10 samples" in report["text"]
     generate = next(line for line in report["text"].splitlines() if line.startswith("#   source:"))
     assert "every_caption" not in generate, "a teacher receives all captions of an image at once"
-    one_each = run_cli("init", "--data", "photos", "-t", "every_caption=false", "--dry-run", "--json").json()
+    one_each = init("--data", "photos", "-t", "every_caption=false", "--force")
     assert one_each["data"][0]["samples"] == 6
 
 
