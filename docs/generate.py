@@ -149,14 +149,20 @@ def _source(protocol: type) -> str:
     return inspect.getsource(protocol).removeprefix("@runtime_checkable\n").rstrip()
 
 
-def _data_class(data_class: type) -> str:
-    """A class definition with the docstring of ``data_class`` and its fields, including inherited ones."""
+def _data_class(data_class: type, members: Sequence[str] = ()) -> str:
+    """A class definition with the docstring of ``data_class``, its fields, including inherited ones, and ``members``.
+
+    By default the members are its public properties.
+    """
     doc = textwrap.indent(f'"""{inspect.getdoc(data_class)}', "    ")
     fields = "".join(
         f"    {field.name}: {field.type}{_field_default(field)}\n" for field in dataclasses.fields(data_class)
     )
     end = '\n    """\n' if "\n" in doc else '"""\n'
-    return f"class {data_class.__name__}:\n{doc}{end}\n{fields}".rstrip()
+    attributes = vars(data_class)
+    public = [name for name, each in attributes.items() if isinstance(each, property) and not name.startswith("_")]
+    stubs = (f"\n{textwrap.indent(_stub(name, attributes[name]), '    ')}\n" for name in members or public)
+    return f"class {data_class.__name__}:\n{doc}{end}\n{fields}{''.join(stubs)}".rstrip()
 
 
 def _field_default(field: dataclasses.Field[Any]) -> str:
@@ -346,10 +352,9 @@ def templates() -> Iterator[str]:
 
 def saved_model() -> Iterator[str]:
     """The functions that read and write a model folder, and the members of the object that reading returns."""
-    members = [_stub(name, member) for name, member in vars(llavactl.SavedModel).items() if not name.startswith("_")]
     parts = [
         _stub("open_model", llavactl.open_model),
-        "\n\n".join([_data_class(llavactl.SavedModel), *(textwrap.indent(each, "    ") for each in members)]),
+        _data_class(llavactl.SavedModel, [name for name in vars(llavactl.SavedModel) if not name.startswith("_")]),
         _stub("save_model", llavactl.save_model),
     ]
     yield "```python\n" + "\n\n\n".join(parts) + "\n```"
@@ -374,6 +379,26 @@ def checks() -> Iterator[str]:
     for kind, check in CHECKS.items():
         text = " ".join((inspect.getdoc(check) or "").split()).replace("``", "`")
         yield f"| `{kind}` | `{check.__name__}` | {text} |"
+
+
+def testing() -> Iterator[str]:
+    """The other functions and classes of ``llavactl.testing``, with their parameters."""
+    from llavactl import testing
+
+    yield "| name | |\n|---|---|"
+    for name in testing.__all__:
+        member = getattr(testing, name)
+        if member not in testing.CHECKS.values() and callable(member):
+            arguments = "" if inspect.isclass(member) else _arguments(member)
+            text = " ".join((inspect.getdoc(member) or "").split("\n\n")[0].split()).replace("``", "`")
+            yield f"| `{name}{arguments}` | {text} |"
+
+
+def _arguments(function: Callable[..., Any]) -> str:
+    """The parameters of ``function`` with their defaults, without types."""
+    signature = inspect.signature(function)
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
 def sample_classes() -> Iterator[str]:
@@ -445,6 +470,7 @@ BLOCKS: dict[str, Callable[[], Iterator[str]]] = {
         model_description,
         saved_model,
         checks,
+        testing,
         sample_classes,
         reports,
         templates,

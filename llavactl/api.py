@@ -141,13 +141,16 @@ def export(
     *,
     model: str | Path | None = None,
     verify: bool | None = None,
+    allow_different: bool = False,
     progress: OnProgress | None = None,
 ) -> ExportReport:
     """Exports ``model`` (default: the recipe's last finished stage) to the folder ``to`` and verifies the export.
 
-    ``options`` are the format's options. ``verify=False`` skips verification.
+    ``options`` are the format's options. ``verify=False`` skips verification. An export that differs from
+    the model is an error, unless ``allow_different`` is set.
 
     Raises:
+        ProgramMissingError: ``verify=True``, and the program that loads the export isn't installed.
         ModelError: the format can't represent the model, or the export differs from it.
     """
     from llavactl.verbs.export import export as work
@@ -156,7 +159,14 @@ def export(
         _require_recipe(recipe)
     spec = {"name": format, **(options or {})}
     with reporting_to(progress):
-        return work(recipe, spec, Path(to), model=None if model is None else str(model), check=verify)
+        return work(
+            recipe,
+            spec,
+            Path(to),
+            model=None if model is None else str(model),
+            check=verify,
+            allow_different=allow_different,
+        )
 
 
 def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:

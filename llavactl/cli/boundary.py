@@ -17,7 +17,7 @@ from llavactl.core import progress
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.library_errors import out_of_memory, reason
 from llavactl.core.network import hub_error, proxy_error
-from llavactl.core.plugin_code import plugin_packages, raised_at
+from llavactl.core.plugin_code import fault_text
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +30,27 @@ def report(error: BaseException) -> None:
     if known is not None:
         _lines(known)
         return
-    plugin = _plugin(error)
-    where = f"plugin {plugin}, please report this traceback to its authors" if plugin else ""
-    message("bug", f"in {where or 'llavactl, please report this traceback'}", "bold red")
+    message("bug", "in llavactl, please report this traceback", "bold red")
 
 
 def explained(error: BaseException) -> LlavactlError | None:
-    """``error`` as an error that the user can act on; None if it is a bug.
+    """``error`` in one line for somebody who can act on it; None if it is a bug in llavactl.
 
-    Typed errors are returned unchanged. Other exceptions are converted if the machine or a file caused them: the
-    operating system, missing packages, memory, devices, the model hub, files that a library can't read.
+    Typed errors are returned unchanged. Other exceptions are converted if the machine or a file caused them, or if
+    they were raised in the code of a plugin, whose component and line they then name.
     """
     if isinstance(error, LlavactlError):
         return error
+    from llavactl.core.plugin_faults import plugin_fault  # not needed for --help
+
+    known, fault = _machine_error(error), plugin_fault(error)
+    if fault is None:
+        return known
+    return fault.error(known.message, known.hint) if known else fault.error(fault_text(error))
+
+
+def _machine_error(error: BaseException) -> LlavactlError | None:
+    """The error of the operating system, a package, memory, a device, the model hub or an unreadable file, or None."""
     if out_of_memory(error):
         return LlavactlError(f"out of memory: {reason(error)}", hint="reduce `micro_batch_size`")
     if isinstance(error, ImportError):
@@ -116,13 +124,6 @@ def _device(error: BaseException) -> bool:
 def _from(error: BaseException, package: str) -> bool:
     """Whether ``package`` defines the class of ``error``."""
     return any(cls.__module__.partition(".")[0] in (package, f"{package}_rust") for cls in type(error).__mro__)
-
-
-def _plugin(error: BaseException) -> str | None:
-    """The plugin whose code raised ``error``; None without plugin code."""
-    plugins = plugin_packages()
-    place = raised_at(error, plugins)
-    return plugins.get(place.package) if place else None
 
 
 def raised_in(error: BaseException, package: str) -> bool:

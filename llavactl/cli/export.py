@@ -48,6 +48,7 @@ from llavactl.cli.options import (
     help="Reload the export without llavactl and compare token ids, pixels, logits and answers.  "
     "[default: on for formats that can be reloaded]",
 )  # fmt: skip
+@click.option("--allow-different", is_flag=True, help="Keep an export that differs from the model, without an error.")
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
     help="Verify with this image (repeatable).  [default: images of the recipe]",
@@ -61,6 +62,7 @@ def command(
     to: Path,
     model: str | None,
     verify: bool | None,
+    allow_different: bool,
     images: tuple[Path, ...],
     options: tuple[str, ...],
     as_json: bool,
@@ -73,4 +75,5 @@ def command(
     from llavactl.verbs.export import export
 
     spec = {"name": form, **key_values(options)}
-    output.report(export(recipe, spec, to, model=model, check=verify, images=images), as_json)
+    report = export(recipe, spec, to, model=model, check=verify, allow_different=allow_different, images=images)
+    output.report(report, as_json)

@@ -71,6 +71,7 @@ def _from_plugin(name: str) -> click.Command:
     from llavactl.core.registry import registry
 
     entry = registry().get("commands", name)
+    registry().used.add((entry.kind, entry.name))
     command = entry.load()
     if not isinstance(command, click.Command):
         raise PluginError(f"command {name!r} of plugin {entry.plugin}: {entry.target} is not a click command")

@@ -70,7 +70,7 @@ def _steps(report: RunReport) -> list[Row]:
         rows += _scores(task)
     for exported in report.export:
         verified = exported.verified
-        difference = "" if verified is None else f", verified: largest difference of logits {verified.logits:.2g}"
+        difference = "" if verified is None else f", verified: {verified.verdict}"
         rows.append(("export", f"{exported.format} in {exported.to}{difference}"))
     return [*rows, ("report", report.report)]
 

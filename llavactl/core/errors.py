@@ -6,14 +6,16 @@
     ├── StoreError      the user: the feature store (extract again, free disk space, another fingerprint)
     ├── ModelError      the user: weights or a tokenizer (wrong folder, missing file, non-finite values)
     │   ├── ConversationError   the template can't render a conversation; its record is skipped
-    │   └── PredictionError     the memory of a stage can't be predicted; it may be trained without a prediction
+    │   ├── PredictionError     the memory of a stage can't be predicted; it may be trained without a prediction
+    │   └── ProgramMissingError the program to verify an export with isn't installed; the export is kept
     ├── TeacherError    the operator of the teacher: busy, connection lost, wrong key, request too long
     └── PluginError     the author of the plugin named in the message
 
 ``message`` states what is wrong and where, ``hint`` what to do next. The command line prints both, one line each, and
 exits with status 1. Exceptions of libraries and of the operating system about files, packages, memory, devices or the
 network are converted where they are raised (``core.library_errors``), with the name of the file, or else in
-``cli.boundary``. Any other exception is a bug in llavactl or in a plugin and keeps its traceback.
+``cli.boundary``. Any other exception that a plugin's code raised or passed on becomes a PluginError with its component
+and line (``core.plugin_faults``); what remains is a bug in llavactl and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ class ConversationError(ModelError):
 
 class PredictionError(ModelError):
     """A model whose training step can't be predicted without its weights; training may work."""
+
+
+class ProgramMissingError(ModelError):
+    """An export that can't be verified because its program isn't installed; the message states how to install it."""
 
 
 class TeacherError(LlavactlError):

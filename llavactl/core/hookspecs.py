@@ -118,8 +118,8 @@ def plugin_options() -> str | None:
     """Return the options model of the plugin, ``module:Options``, for the recipe's section ``plugins``.
 
     A recipe sets the options with ``plugins: {NAME: {…}}``, where NAME is the plugin's name. The model is an
-    ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``;
-    ``load_recipe(…).plugins`` has them with defaults.
+    ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``,
+    with all defaults if the recipe has no section for the plugin.
     """
 
 
@@ -136,8 +136,8 @@ def check_examples(folder: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]
 def check_recipe(recipe: Mapping[str, Any]) -> Sequence[Problem] | None:
     """Check a resolved recipe beyond the types of its keys; return all problems at once.
 
-    Called whenever a recipe is loaded. Leave ``Problem.where`` empty: llavactl fills in the file and line of
-    ``Problem.key``.
+    Called whenever a recipe is loaded; in one without them, ``vision``, ``connector`` and ``language`` are None. Leave
+    ``Problem.where`` empty: llavactl fills in the file and line of ``Problem.key``.
     """
 
 

@@ -6,13 +6,16 @@ import importlib.util
 import inspect
 import traceback
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.locations import shown_path
+
+LONGEST_FAULT = 500
+"""The maximum length of an exception in messages: those of pydantic and torch may list every field or weight."""
 
 
 def root_package(target: str) -> str:
@@ -55,11 +58,12 @@ def package_files(package: str, pattern: str = "*") -> Iterator[tuple[str, Path]
 
 @dataclass(frozen=True)
 class Place:
-    """A line of code: its ``module``, its ``function``, and ``where`` it is, ``file:line``."""
+    """A line of code: its ``module``, its ``function``, and ``where`` it is, ``file:line``; ``frame`` if it runs."""
 
     module: str
     function: str
     where: str
+    frame: FrameType | None = field(default=None, repr=False, compare=False)
 
     @property
     def package(self) -> str:
@@ -86,7 +90,7 @@ def places(error: BaseException, packages: Collection[str]) -> list[Place]:
 def _frames(frames: TracebackType | None) -> Iterator[Place]:
     for frame, line in traceback.walk_tb(frames):
         where = f"{shown_path(Path(frame.f_code.co_filename))}:{line}"
-        yield Place(str(frame.f_globals.get("__name__")), frame.f_code.co_name, where)
+        yield Place(str(frame.f_globals.get("__name__")), frame.f_code.co_name, where, frame)
 
 
 def raised_at(error: BaseException, packages: Collection[str]) -> Place | None:
@@ -95,13 +99,17 @@ def raised_at(error: BaseException, packages: Collection[str]) -> Place | None:
 
 
 def located_fault(error: BaseException, packages: Collection[str]) -> str:
-    """``file:line: Type: message`` of ``error``; without the location if no frame is in ``packages``.
-
-    llavactl's own errors are their message, without the type.
-    """
-    what = error.with_hint() if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
+    """``file:line: Type: message`` of ``error``; without the location if no frame is in ``packages``."""
     place = raised_at(error, packages)
-    return f"{place.where}: {what}" if place else what
+    return f"{place.where}: {fault_text(error)}" if place else fault_text(error)
+
+
+def fault_text(error: BaseException) -> str:
+    """``Type: message`` of ``error``, shortened; llavactl's own errors are their message and hint."""
+    if isinstance(error, LlavactlError):
+        return error.with_hint()
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return text if len(text) <= LONGEST_FAULT else f"{text[:LONGEST_FAULT]}…"
 
 
 def location(function: Any) -> str:

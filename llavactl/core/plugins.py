@@ -26,7 +26,7 @@ from llavactl.core import builtin_plugin, hookspecs, plugin_files
 from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.hook_rules import accepted, hook_problems
 from llavactl.core.locations import shown_path
-from llavactl.core.plugin_code import located_fault, raised_at, root_package
+from llavactl.core.plugin_code import fault_text, located_fault, raised_at, root_package
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 
@@ -96,7 +96,7 @@ def _fault(plugin: str, hook: str, error: BaseException) -> str:
     """The exception in one line: plugin, hook, file and line in the plugin's code."""
     place = raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
     where = f"{hook} ({place.where})" if hook and place else hook or (place.where if place else "")
-    return ": ".join(filter(None, (f"plugin {plugin}", where, f"{type(error).__name__}: {error}")))
+    return ": ".join(filter(None, (f"plugin {plugin}", where, fault_text(error))))
 
 
 def log_failures() -> None:
@@ -255,7 +255,7 @@ def check_loaded(plugin: str) -> None:
     if manager().get_plugin(plugin) is None:
         names = {point.name for point in entry_points()}
         if plugin in names:
-            raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `llavactl plugins check {plugin}`")
+            raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `{check_command(plugin)}`")
         why = "is not selected by LLAVACTL_PLUGINS" if "LLAVACTL_PLUGINS" in os.environ else "is not installed"
         raise PluginError(f"plugin {plugin} {why}", hint=suggest(plugin, names))
 
@@ -339,6 +339,13 @@ def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
     if file := plugin_files.file_of(point):
         return shown_path(file), plugin_files.version(file)
     return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
+
+
+def check_command(plugin: str) -> str:
+    """The command that tests the plugin of this name: a file is given by its path."""
+    files = (plugin_files.file_of(point) for point in entry_points() if point.name == plugin)
+    file = next(filter(None, files), None)
+    return f"llavactl plugins check {shown_path(file) if file else plugin}"
 
 
 def version_conflict(point: metadata.EntryPoint) -> str:

@@ -105,9 +105,13 @@ class Registration:
 
 @dataclass
 class Registry:
-    """Registrations by kind and name; the first registration of a name is kept."""
+    """Registrations by kind and name; the first registration of a name is kept.
+
+    ``used``: the kinds and names of the components and commands that this process has created.
+    """
 
     entries: dict[str, dict[str, Registration]] = field(default_factory=dict)
+    used: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, entry: Registration) -> None:
         names = self.entries.setdefault(entry.kind, {})
@@ -166,6 +170,7 @@ class Registry:
         """
         options = self.options(kind, spec, flag)
         entry = self.get(kind, component_name(spec))
+        self.used.add((kind, entry.name))
         target = entry.load()
         component: object = None
         if not (why := target_fault(target)):
@@ -175,7 +180,7 @@ class Registry:
         if why:
             raise PluginError(
                 f"{kind_label(kind)} {entry.name!r} of plugin {entry.plugin}: {entry.target} {why}",
-                hint=f"`llavactl plugins check {entry.plugin}` shows details",
+                hint=f"`{plugins.check_command(entry.plugin)}` shows details",
             )
         return component
 
@@ -304,7 +309,7 @@ def _import(target: str, entry: Registration) -> Any:
         what = f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}"
         raise PluginError(
             f"{what}: {located_fault(error, [root_package(target)])}",
-            hint=f"`llavactl plugins check {entry.plugin}` shows details",
+            hint=f"`{plugins.check_command(entry.plugin)}` shows details",
         ) from error
 
 

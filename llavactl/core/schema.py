@@ -97,6 +97,7 @@ class Turn:
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
+        """The images, in order."""
         return tuple(part for part in self.content if not isinstance(part, str))
 
 
@@ -131,6 +132,7 @@ class Sample(Typed):
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
+        """The images of all turns, in order."""
         return tuple(image for turn in self.turns for image in turn.images)
 
 

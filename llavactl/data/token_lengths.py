@@ -29,6 +29,7 @@ from llavactl.components.languages.image_token import image_token
 from llavactl.core import progress
 from llavactl.core.errors import ConversationError, LlavactlError
 from llavactl.core.hashes import hash_json
+from llavactl.core.plugin_faults import plugin_error
 from llavactl.core.schema import Sample, Text, Turn
 from llavactl.data import array_cache
 from llavactl.data.image_order import ImageOrder, arrangements
@@ -305,7 +306,12 @@ def _inherit(job: _Job) -> None:
 
 def _run_inherited(chunk: SampleTable) -> TokenLengths:
     assert _inherited is not None
-    return _inherited(chunk)
+    try:
+        return _inherited(chunk)
+    except (Exception, SystemExit) as error:  # its traceback stays in this process
+        if fault := plugin_error(error):
+            raise fault from error
+        raise
 
 
 def _computed(table: SampleTable, encoding: Encoding, order: ImageOrder, counting: Counting | None) -> TokenLengths:

@@ -52,6 +52,7 @@ class ImageFile(RelativeImage):
 
     @property
     def file(self) -> Path:
+        """Its path."""
         return Path(self.root, self.path)
 
     def locate(self) -> tuple[str, os.stat_result]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.library_errors import out_of_memory, reason
+from llavactl.core.plugin_code import fault_text
+from llavactl.core.plugin_faults import plugin_fault
 from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.model.build import build_fault, connector_error, embeddings_fault, grid_fault
@@ -48,7 +50,8 @@ def connector_fault(
     except Exception as error:
         if isinstance(error, LlavactlError) or out_of_memory(error):
             raise
-        return f"it fails: {reason(error)}"
+        fault = plugin_fault(error)
+        return f"{fault.place}: {fault_text(error)}" if fault else f"it fails: {reason(error)}"
 
 
 class _BrokenRuleError(Exception):

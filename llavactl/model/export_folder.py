@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
 from llavactl.core.paths import read_json, write_json
+from llavactl.core.plugin_faults import plugin_fault
 from llavactl.model.folder import replace_folder
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ class ExportFolder:
     def is_current(self, origin: Mapping[str, Any]) -> bool:
         """Whether the folder is an export with this ``origin`` whose files are unchanged, except its model card.
 
-        An export that failed verification isn't current, nor one that contains absolute paths and was moved.
+        An export that contains absolute paths and was moved isn't current.
         """
         record = self._record()
         if record.get("location", str(self.path)) != str(self.path):
             return False
-        if {key: record.get(key) for key in origin} != origin or (record.get("verified") or {}).get("faults"):
+        if {key: record.get(key) for key in origin} != origin:
             return False
         current, written = file_hashes(self.path), record.get("files", {})
         return {**current, CARD: None} == {**written, CARD: None}
@@ -74,12 +75,18 @@ class ExportFolder:
             write_json(temporary / RECORD, record)
             replace_folder(temporary, self.path)
         except (OSError, SafetensorError) as error:
+            if plugin_fault(error):
+                raise
             raise ModelError(
                 f"{self.path}: can't be written: {' '.join(str(error).split())}",
                 hint="free disk space, or check its permissions",
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def differs(self) -> bool:
+        """Whether the last verification found that the export differs from its model."""
+        return bool((self._record().get("verified") or {}).get("faults"))
 
     def verification(self) -> Any:
         """The stored verification result; None if there is none or a file has changed since."""

@@ -160,7 +160,8 @@ class Export(Component):
         description="reload the export without llavactl and compare the outputs; formats that can't be reloaded are "
         "exported without verification, with a log line",
     )
+    allow_different: Boolean = Field(False, description="keep an export that differs from the model")
 
     @classmethod
     def frame_keys(cls) -> set[str]:
-        return {"to", "verify"}
+        return {"to", "verify", "allow_different"}

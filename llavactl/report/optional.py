@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llavactl.core.errors import LlavactlError
+from llavactl.core.plugin_faults import described
 
 log = logging.getLogger(__name__)
 
@@ -24,5 +24,4 @@ def optional_output(file: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may call sys.exit
-        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
-        log.warning("%s could not be written (%s); the result is saved", file, reason)
+        log.warning("%s could not be written (%s); the result is saved", file, described(error))

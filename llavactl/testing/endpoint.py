@@ -80,7 +80,10 @@ def good_reply(body: Mapping[str, Any]) -> str:
 
 @contextmanager
 def toy_endpoint(behave: Behaviour | None = None) -> Iterator[ToyEndpoint]:
-    """Runs the endpoint within the context; ``behave`` determines the responses."""
+    """A local endpoint with OpenAI's ``/chat/completions`` at ``url`` of the context's ``ToyEndpoint``.
+
+    ``behave`` is called with the index and body of a request and returns its response, or None for a completion.
+    """
     state = ToyEndpoint()
     if behave is not None:
         state.behave = behave

@@ -16,7 +16,7 @@ from llavactl.core import plugin_files, plugins
 
 @dataclass(frozen=True)
 class Result:
-    """The exit status and output of a command."""
+    """The ``exit_code`` of a command, ``stdout`` and ``stderr``; ``json()`` is the document on stdout."""
 
     exit_code: int
     stdout: str

@@ -14,6 +14,7 @@ from torch import distributed
 
 from llavactl.core.errors import LlavactlError
 from llavactl.core.library_errors import reason
+from llavactl.core.plugin_faults import plugin_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,6 +75,8 @@ def picklable(error: BaseException | None) -> Exception | None:
     """
     if error is None or isinstance(error, LlavactlError):
         return error
+    if fault := plugin_error(error):
+        return fault
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
         return error
     return RuntimeError(f"{error!r} in another process")

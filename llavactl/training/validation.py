@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llavactl.core.errors import LlavactlError
+from llavactl.core.plugin_faults import described
 from llavactl.core.schema import IGNORE
 from llavactl.model.cpu.rms_norm import fused_rms_norms
 from llavactl.model.cuda.liger import liger_layers
@@ -87,9 +87,8 @@ def _failure_logged(run: Run, step: int, what: str = "evaluation") -> Iterator[N
     try:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001 - plugins may raise anything
-        reason = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
         if run.accelerator.is_main_process:
-            log.warning("%s: the %s after step %d failed (%s)", run.folder.name, what, step, reason)
+            log.warning("%s: the %s after step %d failed (%s)", run.folder.name, what, step, described(error))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavactl.core.errors import ModelError
+from llavactl.core.errors import ModelError, ProgramMissingError
 from llavactl.core.identity import component_identity
+from llavactl.core.program import command_line
 from llavactl.core.registry import registry
-from llavactl.evaluation.verification.compare import VerificationResult
 from llavactl.evaluation.verification.images import default_images, image_files
+from llavactl.evaluation.verification.result import VerificationResult
 from llavactl.evaluation.verification.verify import verify
 from llavactl.model.export_folder import ExportFolder
 from llavactl.model.folder import identity, latest_model
@@ -21,7 +23,6 @@ from llavactl.model.imported import resolve
 from llavactl.report.card import card
 
 if TYPE_CHECKING:
-    from llavactl.core.protocols import Format
     from llavactl.images.image_file import ImageFile
     from llavactl.recipe.frame import Outline
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """An export in the folder ``to``; ``verified`` is None if it wasn't verified."""
+    """An export in the folder ``to``; ``verified`` is None if it wasn't verified, ``not_verified`` the reason."""
 
     format: str
     to: str
@@ -38,6 +39,7 @@ class ExportReport:
     files: tuple[str, ...]
     bytes: int
     verified: VerificationResult | None
+    not_verified: str | None = None
     finished_before: bool = False
 
 
@@ -48,6 +50,7 @@ def export(
     *,
     model: str | None = None,
     check: bool | None = None,
+    allow_different: bool = False,
     images: Sequence[Path] = (),
 ) -> ExportReport:
     """Exports ``model`` (of any format; default: the recipe's last finished stage) to ``to`` in the format ``spec``:
@@ -55,27 +58,46 @@ def export(
 
     The export is verified with ``images`` (default: the first images of the recipe's data, else synthetic ones): it is
     loaded in a process that can't import llavactl and compared with ``model``. ``check=False`` skips this,
-    ``check=True`` refuses a format that can't be verified. A verified export that hasn't changed is not verified again.
+    ``check=True`` refuses an export that can't be verified, because of its format or because the program that loads it
+    isn't installed. A verified export that hasn't changed is not verified again. With ``allow_different``, an export
+    that differs from the model is kept.
 
     Raises:
         RecipeError: the format doesn't have an option of ``spec``.
+        ProgramMissingError: ``check=True``, and the program that loads the export isn't installed.
         ModelError: the format can't represent the model, ``to`` contains other files, or the export differs from the
             model.
         DataError: a file in ``images`` is not an image.
     """
     export_format = registry().create("formats", spec, flag="-t ")
-    script = _verification_script(export_format, spec["name"], check)
+    script = export_format.reload
+    if script is None and check:
+        raise ModelError(f"exports in format {spec['name']} can't be verified", hint="omit --verify")
     given_images = image_files(images)
     source = _source_model(recipe, model)
     folder = ExportFolder(to.absolute())
     origin = _origin(spec, source)
-    finished_before = folder.is_current(origin)
+    finished_before = folder.is_current(origin) and (allow_different or not folder.differs())
     if not finished_before:
         folder.write(export_format, source, origin, partial(card, source, origin["format"]))
-    result = None
-    if script is not None:
+    result, reason = None, None
+    if check is False:
+        reason = "verification was skipped"
+    elif script is None:
+        reason = "its format has no verification script"
+        log.warning("exports in format %s can't be verified: skipping verification", spec["name"])
+    else:
         result = None if given_images else VerificationResult.from_json(folder.verification())
-        result = result or _verify(folder, source, script, given_images or default_images(recipe))
+        try:
+            result = result or _verify(folder, source, script, given_images or default_images(recipe))
+        except ProgramMissingError as error:
+            if check:
+                raise
+            reason = error.message
+            later = _command(model or str(source), spec, folder.path)
+            log.warning("%s: not verified: %s; `%s` verifies it later", folder.path, reason, later)
+    if result is not None:
+        _refuse_different(folder, result, allow_different)
     files = folder.files()
     return ExportReport(
         format=str(spec["name"]),
@@ -84,23 +106,9 @@ def export(
         files=tuple(str(file.relative_to(folder.path)) for file in files),
         bytes=sum(file.stat().st_size for file in files),
         verified=result,
+        not_verified=reason,
         finished_before=finished_before,
     )
-
-
-def _verification_script(export_format: Format, name: str, check: bool | None) -> Path | None:
-    """The script to verify the export with; None if it is not verified.
-
-    Raises:
-        ModelError: the format can't be verified, but ``check`` requires it.
-    """
-    if check is False:
-        return None
-    if export_format.reload is None:
-        if check:
-            raise ModelError(f"exports in format {name} can't be verified", hint="omit --verify")
-        log.warning("exports in format %s can't be verified: skipping verification", name)
-    return export_format.reload
 
 
 def _source_model(recipe: Outline | None, model: str | None) -> Path:
@@ -122,20 +130,33 @@ def _origin(spec: Mapping[str, Any], source: Path) -> dict[str, Any]:
     }
 
 
+def _command(model: str, spec: Mapping[str, Any], to: Path) -> str:
+    """The command that verifies the export of ``model`` in the folder ``to``."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in spec.items()}
+    options = [part for key, value in texts.items() if key != "name" for part in ("-t", f"{key}={value}")]
+    return command_line("export", "--model", model, "--format", texts["name"], "--to", str(to), *options, "--verify")
+
+
 def _verify(folder: ExportFolder, source: Path, script: Path, images: Sequence[ImageFile]) -> VerificationResult:
     """Compares the export with ``source`` and stores the result.
 
     Raises:
-        ModelError: the export differs from ``source``, or can't be loaded.
+        ModelError: the export can't be loaded.
     """
     log.info("verifying %s in a separate process, in float32 on the CPU (--no-verify skips this)", folder.path)
     content = folder.content()
     folder.remove_verification()
     result = verify(source, folder.path, script, images)
     folder.store_verification(asdict(result), content)
-    if not result.sound:
-        raise ModelError(
-            f"{folder.path}: the export differs from the model: {'; '.join(result.faults)}",
-            hint="don't use this export; it is kept for inspection, and the next export to this folder replaces it",
-        )
     return result
+
+
+def _refuse_different(folder: ExportFolder, result: VerificationResult, allow_different: bool) -> None:
+    """Raises ModelError if the export differs from its model, unless this is allowed."""
+    if result.verdict != "different":
+        return
+    message = f"{folder.path}: the export differs from the model: {'; '.join(result.faults)}"
+    if not allow_different:
+        hint = "don't use this export; it is kept for inspection, and the next export to this folder replaces it"
+        raise ModelError(message, hint=hint)
+    log.warning("%s", message)

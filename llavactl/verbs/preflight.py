@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import is_local
+from llavactl.core.plugin_code import fault_text
+from llavactl.core.plugin_faults import plugin_error
 from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
@@ -145,4 +147,5 @@ def _collected(found: list[Fault], key: str, spec: Mapping[str, Any] | None = No
         kind = {"vision": "vision", "connector": "connectors", "language": "languages"}[key]
         plugin = registry().get(kind, spec["name"]).plugin
         component = f"{kind_label(kind)} {spec['name']!r} of plugin {plugin}"
-        found.append((key, f"{component} fails: {type(error).__name__}: {error}"))
+        fault = plugin_error(error)
+        found.append((key, fault.message if fault else f"{component} fails: {fault_text(error)}"))

@@ -14,9 +14,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavactl.core.errors import LlavactlError
 from llavactl.core.locations import shown_path
 from llavactl.core.paths import json_text, write_atomic
+from llavactl.core.plugin_faults import described
 from llavactl.core.program import command_line
 from llavactl.core.registry import registry
 from llavactl.core.schema import Question, Turn
@@ -153,8 +153,7 @@ def preview(
     try:
         together(prepare)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - in all processes; plugins may raise anything
-        cause = error.message if isinstance(error, LlavactlError) else f"{type(error).__name__}: {error}"
-        log.warning("stage%d: no previews: %s", stage.number, cause)
+        log.warning("stage%d: no previews: %s", stage.number, described(error))
     return next(iter(previews), None)
 
 

@@ -158,7 +158,7 @@ def _evaluate(recipe: Recipe, task: TaskSpec, shared_with: Sequence[Path]) -> Ev
 
 def _export(recipe: Recipe, settings: Export) -> ExportReport:
     check = None if settings.verify else False
-    step = partial(export, recipe, settings.spec(), settings.to, check=check)
+    step = partial(export, recipe, settings.spec(), settings.to, check=check, allow_different=settings.allow_different)
     return _on_main(lambda: _timed(recipe, f"export {settings.format}", step))
 
 

@@ -40,6 +40,9 @@ OTHER_PROGRAMS = {
     "uv",
     "vllm",
 }
+EXAMPLES = "docs/how-to/plugin-examples.md"
+"""Its commands need the page's plugins: tests/docs/test_plugin_tutorials.py runs them."""
+
 FILE = re.compile(r"# \S+\.yaml\n")
 """The first line of a recipe that needs the page's plugin: tests/docs/test_plugin_tutorials.py writes and checks it."""
 
@@ -66,6 +69,8 @@ def shell_lines() -> list[Any]:
     lines = []
     for param in blocks("sh", "console"):
         where, text = param.values[0]
+        if where.startswith(EXAMPLES):
+            continue
         for line in text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words:
@@ -195,6 +200,19 @@ def test_the_plugin_of_the_readme_works() -> None:
     names["register_sources"](lambda name, target, summary: registered.append((name, target)))
     assert registered == [("birds", "llavactl_birds:birds")]
     assert check_source(names["birds"](None)) == []
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("plugins/*/README.md")), ids=lambda page: page.parent.name)
+def test_the_readme_of_a_plugin_begins_with_its_installation(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    first, *_, last = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert (first, last) == ("Install and run", "License")
+    command = FENCE.search(text)
+    assert command is not None
+    words = shlex.split(command[2].splitlines()[0])
+    assert words[:4] == ["pip", "install", "-e", "."]
+    folder, *_ = words[5].split("[")  # without extras
+    assert (ROOT / folder).resolve() == page.parent
 
 
 CHECKS = """

@@ -36,6 +36,7 @@ NEEDS = {
 
 ELSEWHERE = {
     "how-to/plugin.md": "test_plugin_page.py",
+    "how-to/plugin-examples.md": "test_plugin_tutorials.py",
     "how-to/publish-plugin.md": "test_plugin_tutorials.py",
     "tutorials/own-data.md": "test_own_data.py",
     **{f"tutorials/{page.name}": "test_plugin_tutorials.py" for page in DOCS.glob("tutorials/plugin-*.md")},

@@ -72,11 +72,14 @@ DATA_CLASSES = [name for name in llavactl.__all__ if dataclasses.is_dataclass(ge
 
 
 @pytest.mark.parametrize("name", DATA_CLASSES)
-def test_every_data_class_is_in_the_reference_with_its_fields(name: str) -> None:
-    (entry,) = re.findall(rf"^class {name}\b.*?(?=^```|^class |^ *@|^ *def )", PLUGINS, re.MULTILINE | re.DOTALL)
-    assert re.findall(r"^    (\w+): ", entry, re.MULTILINE) == [
-        field.name for field in dataclasses.fields(getattr(llavactl, name))
-    ]
+def test_every_data_class_is_in_the_reference_with_its_fields_and_properties(name: str) -> None:
+    data_class = getattr(llavactl, name)
+    (entry,) = re.findall(rf"^class {name}\b.*?(?=^```|^class |^def )", PLUGINS, re.MULTILINE | re.DOTALL)
+    fields, _, members = entry.partition("    @")
+    assert re.findall(r"^    (\w+): ", fields, re.MULTILINE) == [field.name for field in dataclasses.fields(data_class)]
+    properties = [name for name, each in vars(data_class).items() if isinstance(each, property)]
+    public = {name for name in properties if not name.startswith("_")}
+    assert public <= set(re.findall(r"def (\w+)\(self", members))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -96,3 +99,10 @@ def test_an_outdated_page_is_regenerated() -> None:
     )
     assert "old" not in once
     assert twice == once
+
+
+def test_every_public_name_of_testing_is_in_the_reference() -> None:
+    from llavactl import testing
+
+    for name in testing.__all__:
+        assert name == "CHECKS" or re.search(rf"\| `{name}[`(]", PLUGINS), name

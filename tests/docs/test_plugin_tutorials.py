@@ -1,4 +1,4 @@
-"""The tutorials about plugins, followed word for word in an environment of their own.
+"""The tutorials about plugins, followed word for word in an environment of their own, and the examples, in ours.
 
 Blocks run in the order of the page in an empty folder: a block whose first line is a comment with a path is written to
 that file, shell blocks run, and every line of a ``text`` block is in the output of the shell block above it, with
@@ -7,8 +7,11 @@ that file, shell blocks run, and every line of a ``text`` block is in the output
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,8 +22,11 @@ from typing import Literal, NamedTuple
 
 import pytest
 
+from llavactl.testing import run_cli
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted([*DOCS.glob("tutorials/plugin-*.md"), DOCS / "how-to" / "publish-plugin.md"])
+EXAMPLES = DOCS / "how-to" / "plugin-examples.md"
 PROGRAMS = ("llavactl", "pip")
 TIMEOUT_S = 600
 BLOCK = re.compile(r"(\*Needs: [^\n]+\*\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -79,8 +85,7 @@ def follow(page: str, folder: Path, variables: dict[str, str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
         elif block.action == "compare":
-            for line in map(pattern, block.text.splitlines()):
-                assert any(map(line.fullmatch, output)), f"line {block.line}: {line.pattern} in\n" + "\n".join(output)
+            compare(block, output)
         else:
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", block.text],
@@ -94,6 +99,12 @@ def follow(page: str, folder: Path, variables: dict[str, str]) -> None:
             printed = done.stdout + done.stderr
             assert done.returncode == 0, f"line {block.line}: {block.text}\n{printed[-5000:]}"
             output = printed.splitlines()
+
+
+def compare(block: Block, output: list[str]) -> None:
+    """Every line of ``block`` must be in ``output``."""
+    for line in map(pattern, block.text.splitlines()):
+        assert any(map(line.fullmatch, output)), f"line {block.line}: {line.pattern} in\n" + "\n".join(output)
 
 
 def pattern(line: str) -> re.Pattern[str]:
@@ -127,3 +138,46 @@ def test_a_page_runs_its_tests_and_the_check(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_works_as_written(page: Path, tmp_path: Path) -> None:
     follow(page.read_text(encoding="utf-8"), tmp_path, environment(tmp_path.parent / f"{tmp_path.name}-environment"))
+
+
+SETUP, *SECTIONS = re.findall(
+    r"^(## [^\n]+\n.*?)(?=^## |\Z)", EXAMPLES.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+"""The sections of the examples: how to try one, and one for each plugin."""
+
+
+def run(command: str, folder: Path) -> tuple[int, list[str]]:
+    """Exit status and output of ``command`` in ``folder``; llavactl and Python code run in this process."""
+    match shlex.split(command):
+        case ["llavactl", *arguments]:
+            done = run_cli(*arguments, cwd=folder)
+            return done.exit_code, (done.stdout + done.stderr).splitlines()
+        case ["python", "-c", code]:
+            output = io.StringIO()
+            with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+                exec(code, {})
+            return 0, output.getvalue().splitlines()
+    shell = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    return shell.returncode, (shell.stdout + shell.stderr).splitlines()
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0].removeprefix("## "))
+def test_an_example_works_as_printed(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command fails if the output below it has a line ``error: …``, as the page says."""
+    monkeypatch.setenv("LLAVACTL_STRICT_PLUGINS", "1")
+    found = [*blocks(SETUP), *blocks(section)]
+    (plugin,) = (block for block in found if block.path.endswith(".py"))
+    output: list[str] = []
+    for index, block in enumerate(found):
+        if block.action == "write":
+            (tmp_path / block.path).write_text(block.text, encoding="utf-8")
+        elif block.action == "compare":
+            compare(block, output)
+        else:
+            shown = found[index + 1].text if found[index + 1 :] and found[index + 1].action == "compare" else ""
+            *before, last = [run(line, tmp_path) for line in block.text.splitlines()]
+            output = [line for _, lines in (*before, last) for line in lines]
+            statuses = [status for status, _ in (*before, last)]
+            assert statuses == [*(0 for _ in before), int("error: " in shown)], "\n".join([block.text, *output])
+    checked = run_cli("plugins", "check", plugin.path, cwd=tmp_path)
+    assert checked.exit_code == 0, checked.stdout

@@ -9,6 +9,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TERMS = {
     r"pictures?": "image",
@@ -28,20 +30,28 @@ TERMS = {
     r"goes? on (with|from|behind|where)": "resume, continue",
     r"(an|per an) (image|second|token|hour) (takes|costs)": "per image, per second",
     r"colour(s|ed)?": "color (American spelling)",
-    r"(un)?quantis(e|ed|es|ing|ation)": "quantize (American spelling)",
-    r"tokenis(e|ed|es|ing|ation)": "tokenize (American spelling)",
+    r"(un)?(character|final|general|initial|local|material|maxim|memor|minim|normal|optim|organ|quant|random|recogn|regular|"
+    r"serial|special|standard|summar|synchron|token|util|visual)is(e|ed|er|es|ing|ation)": "-ize (American spelling)",
+    r"behaviours?|cent(re|red)|favou?rite|grey|labell(ed|ing)|licences?|modell(ed|ing)|neighbours?|travell(ed|ing)": (
+        "behavior, center, … (American spelling)"
+    ),
 }
 PATTERN = re.compile("|".join(f"\\b(?:{term})\\b" for term in TERMS), re.IGNORECASE)
 
-QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture")
-"""Names in LLaVA, transformers and HTML."""
+QUOTED = re.compile(r"mm_vision_tower|vision_tower|image_tower|</?picture|\brecognise\(")
+"""Names in LLaVA, transformers, HTML and the Protocol of formats."""
+
+CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+SIZE = re.compile(r"\b[\dn]+ ?x ?[\dn]+\b")
 
 DATA = {
+    "docs/how-to/plugin-examples.md": "picture",  # records of llavactl.testing
     "docs/reference/evaluation.md": "pictures?",  # scienceqa's option `pictures`
     "docs/reference/export.md": "quantised",  # a key in llavactl.json
     "docs/generate.py": "colour",  # an example conversation, which docs/reference/templates.md shows
     "docs/reference/recipes.md": "pictures?",  # scienceqa's option `pictures`
     "docs/reference/templates.md": "colour",
+    "llavactl/components/sources/image_folder/captions.py": "licence",  # file names that are no captions
     "llavactl/components/sources/image_folder/tables.py": "picture",  # a column name of tables
     "llavactl/components/sources/llava_record.py": "picture",  # keys and placeholders of other programs
     "llavactl/components/sources/scenes/__init__.py": "picture",  # generated conversations
@@ -49,15 +59,17 @@ DATA = {
     "llavactl/components/tasks/coco_synonyms.py": "tower",
     "llavactl/components/tasks/judging.py": "picture",  # a prompt: stored verdicts are found by it
     "llavactl/components/tasks/scienceqa.py": "pictures?",
-    "llavactl/components/teachers/rules.py": "picture",
+    "llavactl/components/teachers/rules.py": "picture|grey",
     "llavactl/curation/captions.py": "picture",
     "llavactl/evaluation/identity.py": "blind twin",  # part of stored digests
     "llavactl/evaluation/verification/prompts.py": "picture",
     "llavactl/files/eval_result.py": "blind twin",  # results of earlier versions
+    "llavactl/model/imported.py": "recognise",  # a method of formats
     "llavactl/teaching/cleanup.py": "picture",
     "llavactl/teaching/prompts/conversation.yaml": ".*",
     "llavactl/teaching/prompts/detail.yaml": ".*",
     "llavactl/teaching/prompts/reasoning.yaml": ".*",
+    "llavactl/testing/conformance/formats.py": "recognised",
     "llavactl/testing/endpoint.py": "tower",
     "llavactl/testing/toys.py": "colour|picture",
     "llavactl/training/saving.py": "quantised",  # a key in llavactl.json
@@ -108,3 +120,11 @@ def test_terms() -> None:
     ]
     assert not found, "\n".join(found)
     assert len(files) > 500
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in sources() if page.suffix == ".md"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_sizes_have_a_multiplication_sign(page: Path) -> None:
+    """24×24 outside of code, as in the papers."""
+    assert SIZE.findall(CODE.sub("", page.read_text(encoding="utf-8"))) == []

@@ -47,7 +47,7 @@ class Fault(Options):
 
     def raise_at(self, where: str) -> None:
         if self.at == where:
-            raise RAISED[self.number]
+            raise RAISED[self.number].with_traceback(None)  # without the frames of earlier tests
 
 
 CALLS = itertools.count()
@@ -144,6 +144,7 @@ class Measured(Vision):
 @pytest.fixture(autouse=True)
 def registered(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", str(toy / "images"))
+    monkeypatch.setattr(registry(), "used", set())  # as in a new process
     for kind, name in (("sources", "Source"), ("vision", "Vision"), ("vision", "Measured")):
         entry = Registration(kind, name.lower(), f"{HERE}:{name}", f"{HERE}:Fault", "", "otherplugin")
         monkeypatch.setitem(registry().entries[kind], name.lower(), entry)
@@ -278,7 +279,11 @@ def test_non_samples_are_refused_with_the_plugins_name(toy: Path, number: int) -
 
 @pytest.mark.parametrize("at", [{"source": "iteration"}, {"vision": "encode"}])
 @pytest.mark.parametrize("number", [0, 3, 4], ids=name_of)
-def test_other_errors_are_reported_as_bugs_of_the_plugin(toy: Path, at: dict[str, str], number: int) -> None:
+def test_other_errors_are_reported_with_their_line(toy: Path, at: dict[str, str], number: int) -> None:
     done = run(toy, "extract", number=number, **at)  # type: ignore[arg-type]
     assert done.exit_code == 1
-    assert "bug in plugin otherplugin" in done.stderr
+    error, _hint = done.stderr.splitlines()[-2:]
+    kind = "source source" if "source" in at else "vision backbone vision"
+    assert error.startswith(f"error: {kind} of plugin otherplugin: raise_at (")
+    assert f"{Path(__file__).name}:" in error
+    assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -341,6 +342,8 @@ def test_an_unexpected_error_is_a_row_with_its_traceback(
     result = sweep(prepare(toy), *RATES, code=1)
     failed, finished = runs(result.json())
     assert (failed["state"], finished["state"]) == ("failed", "finished")
+    assert type(error).__name__ in failed["error"]
+    assert re.search(r"\w+\.py:\d+: ", failed["error"])
     traceback = Path(failed["run_dir"]) / "error.txt"
     assert type(error).__name__ in traceback.read_text()
     monkeypatch.undo()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CellWordsOptions(Options):
     """``cell: 4, words: 2`` replaces 4x4 patches by two tokens."""
 
-    cell: Annotated[int, Field(ge=1, description="n: a cell has n x n patches")] = 4
+    cell: Annotated[int, Field(ge=1, description="n: a cell has n×n patches")] = 4
     words: Annotated[int, Field(ge=1, le=16, description="tokens per cell")] = 2
     hidden: Annotated[int, Field(ge=1, description="width of the hidden layer")] = 768
 

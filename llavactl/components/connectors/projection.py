@@ -22,7 +22,7 @@ class ProjectionOptions(Options):
     scale than the language model's embeddings; it has no weights.
     """
 
-    pixel_shuffle: Annotated[int, Field(ge=1, description="n: merge n x n patches into one token")] = 1
+    pixel_shuffle: Annotated[int, Field(ge=1, description="n: merge n×n patches into one token")] = 1
     norm: Annotated[
         bool, Field(strict=True, description="first normalize each patch to mean 0 and variance 1, without weights")
     ] = False

@@ -8,10 +8,13 @@ input and output.
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,21 +23,20 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """The model in float32 and its processor; an adapter is loaded on its base."""
-    adapter = (folder / "adapter_config.json").is_file()
-    base = folder / "base" if adapter else folder
+def load(folder: Path, base: Path) -> tuple[Any, Any, str]:
+    """The model in float32, its processor, and the program; an adapter is loaded on its ``base``."""
     model: Any = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        from peft import PeftModel
+    program = f"transformers {transformers.__version__}"
+    if base != folder:
+        import peft
 
-        model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), AutoProcessor.from_pretrained(base, backend="pil")  # torchvision gives other pixels
+        model = peft.PeftModel.from_pretrained(model, folder)
+        program = f"peft {peft.__version__} with {program}"
+    return model.eval(), AutoProcessor.from_pretrained(base, backend="pil"), program  # torchvision gives other pixels
 
 
-def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
+def stated(base: Path, model: Any, processor: Any) -> dict[str, Any]:
     """Settings in the export's files: end tokens, padding side, dtype to load in, dtypes of saved language weights."""
-    base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
     config, saved = json.loads((base / "config.json").read_text(encoding="utf-8")), set()
     for file in base.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -49,9 +51,24 @@ def stated(folder: Path, model: Any, processor: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def language_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
+    """In this context, the embeddings [B, T, D] that the language model receives are added to the list."""
+    received: list[torch.Tensor] = []
+    (language,) = (module for name, module in model.named_modules() if name.endswith("model.language_model"))
+    hook = language.register_forward_pre_hook(
+        lambda _module, _args, kwargs: received.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        yield received
+    finally:
+        hook.remove()
+
+
 def main(folder: Path, prompts: Path, out: Path) -> None:
-    """Writes ids, pixels, logits and greedy answers of all prompts, and answers of two of them in a padded batch."""
-    model, processor = load(folder)
+    """Writes the outputs of all prompts, and the answers of the longest and the shortest one in a padded batch."""
+    base = folder / "base" if (folder / "adapter_config.json").is_file() else folder
+    model, processor, program = load(folder, base)
     document = json.loads(prompts.read_text(encoding="utf-8"))
     generation = {"max_new_tokens": document["max_new_tokens"], "do_sample": False}
     outputs: dict[str, torch.Tensor] = {}
@@ -62,13 +79,16 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
             text = processor.apply_chat_template(prompt["messages"], add_generation_prompt=True)
         images = [Image.open(name).convert("RGB") for name in prompt["images"]]
         inputs = processor(text=text, images=images or None, return_tensors="pt")
-        with torch.no_grad():
+        with torch.no_grad(), language_inputs(model) as embeddings:
             logits = model(**inputs).logits[0]
+        with torch.no_grad():
             generated = model.generate(**inputs, **generation)
         outputs[f"{index}.ids"] = inputs["input_ids"][0]
         outputs[f"{index}.logits"] = logits.contiguous()
         outputs[f"{index}.said"] = generated[0, inputs["input_ids"].shape[1] :].contiguous()
         if images:
+            at_images = embeddings[0][inputs["input_ids"] == model.config.image_token_id]
+            outputs[f"{index}.embeddings"] = at_images.unflatten(0, (len(images), -1))
             outputs[f"{index}.pixels"] = inputs["pixel_values"].contiguous()
         texts.append(text)
         images_by_prompt.append(images)
@@ -79,7 +99,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     with torch.no_grad():
         generated = model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
     outputs |= {f"{index}.together": row.clone() for index, row in zip(pair, generated, strict=True)}
-    save_file(outputs, out, metadata={"stated": json.dumps(stated(folder, model, processor))})
+    save_file(outputs, out, metadata={"stated": json.dumps({**stated(base, model, processor), "program": program})})
 
 
 if __name__ == "__main__":

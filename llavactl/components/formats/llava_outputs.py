@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -107,7 +108,7 @@ def pixels(image: Image.Image, processor: Any, aspect: str) -> torch.Tensor:
 
 
 def main(folder: Path, prompts: Path, out: Path) -> None:
-    """Writes ids (-200 at image positions), pixels, logits and greedy answers of all prompts."""
+    """Writes ids (-200 at image positions), pixels, image embeddings, logits and greedy answers of all prompts."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     language_model, encode = language(folder, config).eval(), encoder(folder)
     embed = language_model.get_input_embeddings()
@@ -120,13 +121,14 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
         images = [Image.open(name).convert("RGB") for name in prompt["images"]]
         stack = [pixels(image, processor, config["image_aspect_ratio"]) for image in images]
         with torch.no_grad():
-            ids, embeddings = [], []
+            ids, embeddings, image_embeddings = [], [], []
             for at, piece in enumerate(prompt["text"].split("<image>")):
                 if at:
                     states = vision_encoder(stack[at - 1], output_hidden_states=True).hidden_states
                     features = states[config["mm_vision_select_layer"]]
                     features = features[:, 1:] if config["mm_vision_select_feature"] == "patch" else features
                     embeddings.append(connector(features)[0])
+                    image_embeddings.append(embeddings[-1])
                     ids.append(torch.full((len(embeddings[-1]),), -200))
                 ids.append(torch.tensor(encode(piece, at == 0), dtype=torch.long))
                 embeddings.append(embed(ids[-1]))
@@ -143,7 +145,10 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
         outputs[f"{index}.said"] = generated[0].contiguous()
         if stack:
             outputs[f"{index}.pixels"] = torch.cat(stack).contiguous()
-    save_file(outputs, out, metadata={"stated": json.dumps(stated(folder, config, language_model))})
+            outputs[f"{index}.embeddings"] = torch.stack(image_embeddings)
+    program = f"transformers {transformers.__version__} by LLaVA's rules"
+    statement = {**stated(folder, config, language_model), "program": program}
+    save_file(outputs, out, metadata={"stated": json.dumps(statement)})
 
 
 if __name__ == "__main__":

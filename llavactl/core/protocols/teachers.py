@@ -15,7 +15,10 @@ from llavactl.core.typed import Typed
 
 @dataclass(frozen=True)
 class Request(Typed):
-    """A request to a teacher: chat ``messages`` ({"role", "content"}) and the ``sample`` they are about."""
+    """A request to a teacher: chat ``messages`` ({"role", "content"}) and the ``sample`` they are about.
+
+    ``kind`` is ``conversation``, ``detail`` or ``reasoning`` for instruction data, otherwise that of the task.
+    """
 
     id: str
     kind: str
@@ -64,8 +67,11 @@ class Teacher(Protocol):
     def reply(self, request: Request) -> str | Reply:
         """The reply to ``request``. A LanguageTeacher is called from several threads.
 
+        For ``detail`` it is a description; for ``conversation`` and ``reasoning`` blocks that begin with ``Question:``
+        and ``Answer:`` in turn, separated by lines of ``===``. For other kinds the messages state the form.
+
         Raises:
-            DataError: this teacher can't answer the request.
+            DataError: this teacher can't answer the request; the request is refused, and others follow.
         """
 
 

@@ -1,145 +1,86 @@
-"""Compares the outputs of a verification script with those of the model: ids, pixels, logits, answers, settings."""
+"""Compares the outputs of a verification script with those of the model: figures over all prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.assistant import Assistant
 from llavactl.chat.detokenizer import Detokenizer
-from llavactl.core.schema import IMAGE_TOKEN, Turn
+from llavactl.core.schema import IMAGE_TOKEN, Encoded, Turn
 from llavactl.data.batches import collate
-from llavactl.evaluation.verification.script import MAX_NEW_TOKENS, ScriptOutputs
+from llavactl.evaluation.verification.outputs import PromptOutputs, ScriptOutputs, Stated
+from llavactl.evaluation.verification.result import TITLES, Figure
+from llavactl.evaluation.verification.script import MAX_NEW_TOKENS
 from llavactl.model.generate import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-LOGIT_TOLERANCE = 1e-4
-"""Relative to the largest logit; two float32 implementations differ by less."""
-
-PIXEL_TOLERANCE = 1e-3
-"""For normalized pixels: a tenth of one gray level."""
-
-MAX_ROUNDING = 0.2
-"""Relative to the largest logit; rounding merged weights changes logits by less, a wrong merge by more."""
+MAX_DETAILS = 3
+"""Details per figure: one mistake gives as many as there are prompts."""
 
 
-@dataclass(frozen=True)
-class VerificationResult:
-    """How far an export's outputs differ from those of its model, over ``prompts`` prompts about ``photos`` images.
+def figures(
+    assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], outputs: ScriptOutputs, precision: str
+) -> dict[str, Figure]:
+    """The differences between ``outputs`` and the model of ``assistant``, by the keys of ``TITLES``.
 
-    ``ids_equal`` and ``text_equal`` count prompts with equal token ids and equal greedy answers. ``pixels`` and
-    ``logits`` are the largest absolute differences; ``tolerance`` is relative to ``largest_logit``. An adapter that was
-    merged into weights of lower precision than float32 was rounded with them: the export is then compared with the
-    model rounded in the same way, and ``rounding`` is the largest difference of its logits from the unmerged adapter's.
+    The features of ``assistant`` are not rounded; ``precision`` is the dtype that the model was trained in.
     """
-
-    prompts: int
-    photos: int
-    ids_equal: int
-    text_equal: int
-    pixels: float
-    logits: float
-    largest_logit: float
-    rounding: float
-    tolerance: float
-    faults: tuple[str, ...]
-
-    @property
-    def sound(self) -> bool:
-        return not self.faults
-
-    @classmethod
-    def from_json(cls, document: Any) -> VerificationResult | None:
-        """The result stored as ``document``; None if it failed, or has the fields of another version of llavactl."""
-        if not isinstance(document, dict) or document.keys() != {field.name for field in fields(cls)}:
-            return None
-        return None if document["faults"] else cls(**{**document, "faults": ()})
-
-
-def compare(
-    assistant: Assistant,
-    conversations: Sequence[tuple[Turn, ...]],
-    outputs: ScriptOutputs,
-    *,
-    images: int,
-    rounding: float,
-    precision: str,
-) -> VerificationResult:
-    """The differences between ``outputs`` and the model of ``assistant``, whose features are not rounded.
-
-    ``precision`` is the dtype that the model was trained in, ``rounding`` the effect of merging its adapter.
-    """
-    comparisons = [
-        _compare_prompt(assistant, turns, _PromptOutputs(index, outputs.tensors))
-        for index, turns in enumerate(conversations)
+    compared = [
+        _prompt_figures(assistant, turns, exported)
+        for turns, exported in zip(conversations, outputs.prompts, strict=True)
     ]
-    largest_logit = max([0.0, *(comparison.largest_logit for comparison in comparisons)])
-    faults = _stated_faults(outputs.stated, assistant, precision)
-    faults += [
-        f"prompt {index + 1}: {fault}" for index, comparison in enumerate(comparisons) for fault in comparison.faults
+    found = {name: [figure.get(name) for figure in compared] for name in TITLES}
+    combined = {name: _combined(name, each) for name, each in found.items() if any(each)}
+    settings = _settings(outputs.stated, assistant, precision)
+    return {**combined, **({"settings": settings} if settings.total else {})}
+
+
+def _combined(name: str, each: Sequence[Figure | None]) -> Figure:
+    """The figure ``name`` over all prompts: the sum of counts, else the worst value; details with their prompt."""
+    present = [figure for figure in each if figure is not None]
+    values = [figure.value for figure in present if figure.value is not None]
+    details = [
+        f"prompt {number}: {detail}"
+        for number, figure in enumerate(each, 1)
+        for detail in (figure.details if figure is not None else ())
     ]
-    if rounding > MAX_ROUNDING * largest_logit:
-        faults.append(
-            f"merging the adapter changed logits by up to {rounding:.3g} (largest logit: {largest_logit:.3g})"
-        )
-    return VerificationResult(
-        prompts=len(conversations),
-        photos=images,
-        ids_equal=sum(comparison.ids_equal for comparison in comparisons),
-        text_equal=sum(comparison.text_equal for comparison in comparisons),
-        pixels=max([0.0, *(comparison.pixels for comparison in comparisons)]),
-        logits=max([0.0, *(comparison.logits for comparison in comparisons)]),
-        largest_logit=largest_logit,
-        rounding=rounding,
-        tolerance=LOGIT_TOLERANCE,
-        faults=tuple(faults),
-    )
+    total = sum(figure.total for figure in present if figure.total is not None)
+    if total:
+        value: float | None = sum(values)
+    elif len(values) < len(present):
+        value = None
+    else:
+        value = min(values) if name == "embedding_cosine" else max(values)
+    return Figure(value, total or None, tuple(details[:MAX_DETAILS]))
 
 
-@dataclass(frozen=True)
-class _PromptComparison:
-    """The fields of ``VerificationResult`` for one prompt."""
-
-    ids_equal: bool = False
-    text_equal: bool = False
-    pixels: float = 0.0
-    logits: float = 0.0
-    largest_logit: float = 0.0
-    faults: tuple[str, ...] = ()
-
-
-def _compare_prompt(assistant: Assistant, turns: Sequence[Turn], exported: _PromptOutputs) -> _PromptComparison:
+def _prompt_figures(assistant: Assistant, turns: Sequence[Turn], exported: PromptOutputs) -> dict[str, Figure]:
+    """The figures of one prompt; only ``ids`` if they differ, because nothing else can be equal then."""
     encoded = assistant.encode(turns)
-    if difference := _ids_difference(exported.ids, encoded.ids):
-        return _PromptComparison(faults=(difference,))
-    faults: list[str] = []
-    pixels = 0.0
+    difference = _ids_difference(exported.ids, encoded.ids)
+    compared = {"ids": _count(bool(difference), *filter(None, [difference]))}
+    if difference:
+        return compared
     if encoded.images:
         features: Any = assistant.features
-        expected_pixels = [features.pixels(image) for image in encoded.images]
-        pixels, pixel_faults = _pixel_difference(exported.pixels, expected_pixels)
-        faults += pixel_faults
-    expected_logits = prompt_logits(assistant, turns)
-    logits, logit_faults = _logit_difference(exported.logits, expected_logits)
-    faults += logit_faults
+        compared |= _pixels(exported.pixels, [features.pixels(image) for image in encoded.images])
+        compared |= _embeddings(exported.embeddings, _image_embeddings(assistant, encoded))
+    compared |= _logits(exported.logits, prompt_logits(assistant, turns))
     (expected_answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
-    answer = _answer_text(assistant, exported.answer)
-    if answer != expected_answer:
-        faults.append("greedy answer differs")
-    if exported.batched_answer is not None and _answer_text(assistant, exported.batched_answer) != answer:
-        faults.append("greedy answer in a padded batch differs from the unpadded one")
-    return _PromptComparison(
-        ids_equal=True,
-        text_equal=answer == expected_answer,
-        pixels=pixels,
-        logits=logits,
-        largest_logit=expected_logits.abs().max().item(),
-        faults=tuple(faults),
-    )
+    answer = _answer_text(assistant, exported.said)
+    compared["answers"] = _count(answer != expected_answer)
+    if exported.together is not None:
+        compared["batched_answers"] = _count(_answer_text(assistant, exported.together) != answer)
+    return compared
+
+
+def _count(differs: bool, *details: str) -> Figure:
+    """One prompt in a count of prompts that differ."""
+    return Figure(int(differs), 1, details)
 
 
 def prompt_logits(assistant: Assistant, turns: Sequence[Turn]) -> torch.Tensor:
@@ -150,85 +91,84 @@ def prompt_logits(assistant: Assistant, turns: Sequence[Turn]) -> torch.Tensor:
         return assistant.model.logits(collate([assistant.encode(turns)], assistant.features))[0]
 
 
-@dataclass(frozen=True)
-class _PromptOutputs:
-    """The tensors of prompt ``index`` under their names in a script's output file."""
-
-    index: int
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def ids(self) -> list[int]:
-        return self._ids("ids")
-
-    @property
-    def pixels(self) -> torch.Tensor:
-        return self.tensors[f"{self.index}.pixels"]
-
-    @property
-    def logits(self) -> torch.Tensor:
-        return self.tensors[f"{self.index}.logits"]
-
-    @property
-    def answer(self) -> list[int]:
-        return self._ids("said")
-
-    @property
-    def batched_answer(self) -> list[int] | None:
-        return self._ids("together") if f"{self.index}.together" in self.tensors else None
-
-    def _ids(self, key: str) -> list[int]:
-        ids: list[int] = self.tensors[f"{self.index}.{key}"].tolist()
-        return ids
-
-
-def _stated_faults(stated: Mapping[str, Any], assistant: Assistant, precision: str) -> list[str]:
-    """The settings of the export's files that differ from the model's."""
-    faults = []
-    expected = sorted(assistant.stops.ids)
-    if "eos" in stated and sorted(stated["eos"]) != expected:
-        faults.append(f"end tokens are {sorted(stated['eos'])}, expected {expected}")
-    if (side := stated.get("padding", "left")) != "left":
-        faults.append(f"padding side of the tokenizer is {side}, expected left for batched generation")
-    faults += [
-        f"{name} is {dtype}, expected {precision}, which the model was trained in"
-        for name, key in (("dtype in config.json", "dtype"), ("dtype of saved weights", "saved"))
-        for dtype in stated.get(key, ())
-        if dtype != precision
-    ]
-    return faults
-
-
-def _pixel_difference(exported: torch.Tensor, expected: Sequence[np.ndarray]) -> tuple[float, list[str]]:
-    """The largest difference of pixels [I, 3, H, W], and the faults."""
+def _image_embeddings(assistant: Assistant, encoded: Encoded) -> torch.Tensor:
+    """Embeddings [I, Q, D] of the images as the language model receives them."""
     import torch
 
+    batch = collate([encoded], assistant.features)
+    with torch.inference_mode():
+        embedded = assistant.model.embed(batch.ids, batch.features)
+    return embedded[batch.ids == IMAGE_TOKEN].unflatten(0, (len(encoded.images), -1))
+
+
+def _pixels(exported: torch.Tensor | None, expected: Sequence[np.ndarray]) -> dict[str, Figure]:
+    """The largest difference of pixels [I, 3, H, W]."""
+    import torch
+
+    if exported is None:
+        return {}
     pixels = torch.stack([torch.from_numpy(image) for image in expected])
-    if exported.shape != pixels.shape:
-        return 0.0, [f"pixels have shape {list(exported.shape)}, expected {list(pixels.shape)}"]
-    difference = (exported - pixels).abs().max().item()
-    if difference <= PIXEL_TOLERANCE:
-        return difference, []
-    return difference, [f"pixels differ by up to {difference:.3g} (tolerance {PIXEL_TOLERANCE:g})"]
+    if problem := _shape_problem("pixels", exported, pixels):
+        return {"pixels": Figure(None, details=(problem,))}
+    return {"pixels": Figure((exported - pixels).abs().max().item())}
 
 
-def _logit_difference(exported: torch.Tensor, expected: torch.Tensor) -> tuple[float, list[str]]:
-    """The largest difference of logits [T, V], and the faults.
+def _embeddings(exported: torch.Tensor | None, expected: torch.Tensor) -> dict[str, Figure]:
+    """The smallest cosine of a token of embeddings [I, Q, D]; their largest difference, relative to the largest."""
+    from torch.nn.functional import normalize
 
-    ``exported`` may have more tokens than ``expected`` if none of them is ever the most likely one.
+    if exported is None:
+        return {}
+    if problem := _shape_problem("embeddings", exported, expected):
+        return {name: Figure(None, details=(problem,)) for name in ("embedding_cosine", "embedding_error")}
+    # cos = 1 - |a - b|²/2 for unit vectors: exact near 1, and 1 for two zero vectors.
+    chords = (normalize(exported.double(), dim=-1) - normalize(expected.double(), dim=-1)).square().sum(-1)
+    return {
+        "embedding_cosine": Figure(1 - chords.max().item() / 2),
+        "embedding_error": Figure(_relative_difference(exported, expected)),
+    }
+
+
+def _logits(exported: torch.Tensor, expected: torch.Tensor) -> dict[str, Figure]:
+    """The largest difference of logits [T, V] relative to the largest one, and positions with another next token.
+
+    ``exported`` may have only the last position, and more tokens than ``expected`` if none is ever the most likely one.
     """
     tokens = expected.shape[-1]
+    expected = expected[-len(exported) :]
     if len(exported) != len(expected) or exported.shape[-1] < tokens:
-        return 0.0, [f"logits have shape {list(exported.shape)}, expected {list(expected.shape)}"]
-    difference = (exported[:, :tokens] - expected).abs().max().item()
-    tolerance = LOGIT_TOLERANCE * expected.abs().max().item()
-    faults = []
-    # Not `difference > tolerance`, which is false for NaN.
-    if not difference <= tolerance:
-        faults.append(f"logits differ by up to {difference:.3g} (tolerance {tolerance:.3g})")
+        problem = f"logits have shape {list(exported.shape)}, expected {list(expected.shape)}"
+        return {"logits": Figure(None, details=(problem,))}
+    next_token = Figure(int((exported.argmax(-1) != expected.argmax(-1)).sum()), len(expected))
     if int(exported.argmax(-1).max()) >= tokens:
-        faults.append("the most likely token is one that only the export has")
-    return difference, faults
+        problem = "the most likely token is one that only the export has"
+        return {"logits": Figure(None, details=(problem,)), "next_token": next_token}
+    return {"logits": Figure(_relative_difference(exported[:, :tokens], expected)), "next_token": next_token}
+
+
+def _relative_difference(exported: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    largest = expected.abs().max().item()
+    return (exported - expected).abs().max().item() / (largest or 1.0)
+
+
+def _shape_problem(name: str, exported: torch.Tensor, expected: torch.Tensor) -> str:
+    if exported.shape == expected.shape:
+        return ""
+    return f"{name} have shape {list(exported.shape)}, expected {list(expected.shape)}"
+
+
+def _settings(stated: Stated, assistant: Assistant, precision: str) -> Figure:
+    """The settings of the export's files that differ from the model's."""
+    compared: list[tuple[str, Any, Any]] = []
+    if stated.eos is not None:
+        compared.append(("end tokens", sorted(stated.eos), sorted(assistant.stops.ids)))
+    if stated.padding is not None:
+        compared.append(("padding side of the tokenizer", stated.padding, "left"))
+    compared += [("dtype in config.json", dtype, precision) for dtype in stated.dtype]
+    compared += [("dtype of saved weights", dtype, precision) for dtype in stated.saved]
+    details = [f"{name}: {value}, expected {expected}" for name, value, expected in compared if value != expected]
+    return Figure(len(details), len(compared), tuple(details))
 
 
 def _ids_difference(exported: Sequence[int], expected: Sequence[int]) -> str:

@@ -10,20 +10,8 @@ The script loads the export in float32 on the CPU and runs every prompt. ``PROMP
   text            the rendered conversation, for programs that split it at ``<image>`` and tokenize the pieces
   processor_text  the rendered conversation, for processors that tokenize it with image tokens
 
-``OUT.safetensors`` has these tensors for prompt ``i`` (I images, T tokens, V vocabulary, N generated tokens):
-
-  {i}.ids       [T]           token ids of the prompt; at image positions, one id that no text token has
-  {i}.pixels    [I, 3, H, W]  preprocessed images; omitted without images
-  {i}.logits    [T, V]        logits at every position of the prompt
-  {i}.said      [N]           token ids of the greedy answer
-  {i}.together  [N]           token ids of the greedy answer in a padded batch with another prompt; optional
-
-Its metadata key ``stated`` is a JSON object of settings in the export's files, all of them optional:
-
-  eos      end token ids in generation_config.json
-  padding  padding side of the tokenizer
-  dtype    list: the dtype in config.json
-  saved    list: the dtypes of the language model's saved weights
+``outputs`` documents ``OUT.safetensors``. The script exits with status 69 (EX_UNAVAILABLE of sysexits.h) if the program
+that loads the export isn't installed; the last line of its stderr then states how to install it.
 """
 
 from __future__ import annotations
@@ -32,16 +20,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llavactl.core.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
+from llavactl.core.errors import ModelError, ProgramMissingError
+from llavactl.evaluation.verification.outputs import ScriptOutputs, read_outputs
 
 MAX_NEW_TOKENS = 32
+
+PROGRAM_MISSING = 69
+"""Exit status of a script whose program isn't installed; os.EX_UNAVAILABLE, which Windows lacks."""
 
 BLOCK_LLAVACTL = """\
 import runpy, sys
@@ -52,14 +40,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a script with ``import llavactl`` blocked, however llavactl is installed: an export must not depend on it."""
 
 ScriptRunner = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@dataclass(frozen=True)
-class ScriptOutputs:
-    """The tensors that a verification script wrote, and the settings that it read from the export's files."""
-
-    tensors: Mapping[str, torch.Tensor]
-    stated: Mapping[str, Any]
 
 
 def run_isolated(script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -76,17 +56,17 @@ def run_script(
     """The outputs of ``script`` for ``prompts``; ``folder`` holds its input and output files.
 
     Raises:
-        ModelError: the script failed; the message has the last line of its stderr.
+        ProgramMissingError: the program that loads the export isn't installed.
+        ModelError: the script failed, with the last line of its stderr, or its outputs aren't those of a verification
+            script.
     """
-    from safetensors import safe_open
-
     prompts_file, out = folder / "prompts.json", folder / "out.safetensors"
     document = {"prompts": prompts, "max_new_tokens": MAX_NEW_TOKENS}
     prompts_file.write_text(json.dumps(document), encoding="utf-8")
     process = run(script, export, prompts_file, out)
-    if process.returncode or not out.is_file():
-        last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    last_line = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+    if process.returncode == PROGRAM_MISSING:
+        raise ProgramMissingError(last_line)
+    if process.returncode:
         raise ModelError(f"{export}: a process without llavactl can't load it: {last_line}")
-    with safe_open(out, "pt") as opened:
-        stated = json.loads((opened.metadata() or {}).get("stated", "{}"))
-        return ScriptOutputs({name: opened.get_tensor(name) for name in opened.keys()}, stated)  # noqa: SIM118
+    return read_outputs(script.name, out, [len(prompt["images"]) for prompt in prompts])

@@ -19,8 +19,9 @@ from llavactl.core.model_description import feature_shape, read_description
 from llavactl.core.registry import registry
 from llavactl.core.schema import Turn
 from llavactl.data.encode import Encoding
-from llavactl.evaluation.verification.compare import VerificationResult, compare, prompt_logits
+from llavactl.evaluation.verification.compare import figures, prompt_logits
 from llavactl.evaluation.verification.prompts import save_images, script_prompt, verification_conversations
+from llavactl.evaluation.verification.result import Figure, VerificationResult, judge
 from llavactl.evaluation.verification.script import ScriptRunner, run_isolated, run_script
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.images.decode import decode
@@ -44,7 +45,8 @@ def verify(
     at the same time.
 
     Raises:
-        ModelError: the script can't load the export.
+        ProgramMissingError: the program that loads the export isn't installed.
+        ModelError: the script can't load the export, or its outputs are not those of a verification script.
     """
     description = read_description(model)
     encoding = _encoding(model, description)
@@ -57,17 +59,11 @@ def verify(
         prompts = [script_prompt(turns, encoding, processor_tokenizer, image_paths) for turns in conversations]
         outputs = run_script(run, script, export, prompts, folder)
     assistant = _float32_assistant(model, description, encoding)
-    rounding = 0.0
+    merging: dict[str, Figure] = {}
     if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
-        rounding = _merge_adapter(assistant, conversations, description["precision"])
-    return compare(
-        assistant,
-        conversations,
-        outputs,
-        images=len(images),
-        rounding=rounding,
-        precision=description["precision"],
-    )
+        merging["merging"] = Figure(_merge_adapter(assistant, conversations, description["precision"]))
+    compared = figures(assistant, conversations, outputs, description["precision"])
+    return judge(compared | merging, outputs.stated, prompts=len(conversations), photos=len(images))
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def _float32_assistant(model: Path, description: Mapping[str, Any], encoding: En
 def _merge_adapter(assistant: Assistant, conversations: Sequence[tuple[Turn, ...]], precision: str) -> float:
     """Merges the adapter and rounds all weights to ``precision``, as the export did.
 
-    Returns the largest difference of logits before and after.
+    Returns the largest difference of logits before and after, relative to the largest one before.
     """
     import torch
 
@@ -116,4 +112,5 @@ def _merge_adapter(assistant: Assistant, conversations: Sequence[tuple[Turn, ...
         for weight in assistant.model.language.parameters():
             weight.copy_(weight.to(getattr(torch, precision)).float())
     after = [prompt_logits(assistant, turns) for turns in conversations]
-    return max((one - other).abs().max().item() for one, other in zip(before, after, strict=True))
+    difference = max((one - other).abs().max().item() for one, other in zip(before, after, strict=True))
+    return difference / max(logits.abs().max().item() for logits in before)

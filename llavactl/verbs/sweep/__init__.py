@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import LlavactlError, RecipeError
 from llavactl.core.hashes import hash_json
-from llavactl.core.library_errors import reason
 from llavactl.core.paths import exclusive_lock, write_atomic, write_json
+from llavactl.core.plugin_code import located_fault
+from llavactl.core.plugin_faults import plugin_error
 from llavactl.core.processes import join_process_group
 from llavactl.recipe.load import dump
 from llavactl.recipe.sections import Data, Eval
@@ -130,7 +131,8 @@ def _explained(error: BaseException) -> str:
     elif isinstance(error, LlavactlError):
         text = error.with_hint()
     else:
-        text = f"{reason(error)} (traceback in {ERROR})"
+        fault = plugin_error(error)
+        text = f"{fault.message if fault else located_fault(error, ['llavactl'])} (traceback in {ERROR})"
     return " ".join(text.split())
 
 

@@ -87,7 +87,7 @@ def test_export(saved: Callable[[str], Path], vision: str, tmp_path: Path, monke
     finished = run_cli("run", "-r", str(recipe), *short, "--json", cwd=tmp_path)
     assert finished.exit_code == 0, finished.stderr
     (exported,) = finished.json()["export"]
-    assert exported["verified"]["pixels"] == 0
+    assert exported["verified"]["compared"]["pixels"]["value"] == 0
     assert exported["verified"]["faults"] == []
 
 

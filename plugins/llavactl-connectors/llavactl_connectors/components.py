@@ -18,7 +18,7 @@ from llavactl import FeatureShape, Options, RecipeError, RecipePath
 if TYPE_CHECKING:
     from torch import nn
 
-Factor = Annotated[int, Field(ge=1, le=64, description="n: merge n x n patches into one token")]
+Factor = Annotated[int, Field(ge=1, le=64, description="n: merge n×n patches into one token")]
 Norm = Annotated[
     bool, Field(strict=True, description="first normalize each patch to mean 0 and variance 1, without weights")
 ]

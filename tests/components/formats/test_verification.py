@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llavactl.components.formats.hf import HfLlava
-from llavactl.evaluation.verification.compare import VerificationResult
+from llavactl.evaluation.verification.outputs import Stated
+from llavactl.evaluation.verification.result import VerificationResult, judge
 from llavactl.evaluation.verification.script import run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
 
 from .conftest import Make
 from .test_export import written
+
+EXACT_RESULT = judge({}, Stated(), prompts=7, photos=3)
 
 
 def test_the_script_cannot_import_llavactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +61,7 @@ def test_settings_in_the_files_are_compared(native: Make, tmp_path: Path) -> Non
     update_record(out)
     result = export(model, out)
     assert result.exit_code == 1
-    for fault in ("end tokens", "float16", "padding side", "pixels differ"):
+    for fault in ("end tokens", "float16", "padding side", "pixels"):
         assert fault in result.stderr
 
 
@@ -76,7 +82,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     faults: list[tuple[str, ...]] = []
 
     def verify(*_: Any) -> VerificationResult:
-        return VerificationResult(7, 3, 7, 7, 0.0, 0.0, 1.0, 0.0, 1e-4, faults.pop(0))
+        return replace(EXACT_RESULT, verdict="different" if faults[0] else "exact", faults=faults.pop(0))
 
     monkeypatch.setattr("llavactl.verbs.export.verify", verify)
     return faults
@@ -117,6 +123,59 @@ def test_a_format_without_a_verification_script(
     assert result.exit_code == 0
     assert result.json()["verified"] is None
     assert "verif" in result.stderr
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The verification script of format ``hf``, empty."""
+    file = tmp_path / "script.py"
+    file.touch()
+    monkeypatch.setattr(HfLlava, "reload", file)
+    return file
+
+
+def test_a_missing_program(native: Make, tmp_path: Path, script: Path) -> None:
+    """The export is kept, and the message has the command that verifies it later; with --verify it is an error."""
+    script.write_text("import sys\nprint('noise\\nuses p: pip install p', file=sys.stderr)\nsys.exit(69)\n")
+    model, out = native("ours"), tmp_path / "out"
+    result = export(model, out)
+    assert result.exit_code == 0
+    report = result.json()
+    assert (report["verified"], report["not_verified"]) == (None, "uses p: pip install p")
+    assert (out / "model.safetensors").is_file()
+    assert "uses p: pip install p" in result.stderr
+    (arguments,) = re.findall(r"`[^`]*llavactl (export [^`]*)`", result.stderr)
+    again = run_cli(*shlex.split(arguments))
+    assert again.exit_code == 1
+    assert "pip install p" in again.stderr
+    assert export(model, out).json()["finished_before"]
+    script.write_text("import sys\nsys.exit('wrong tensor')\n")
+    failed = export(model, out)
+    assert failed.exit_code == 1
+    assert "wrong tensor" in failed.stderr
+
+
+def test_a_script_that_writes_nothing(native: Make, tmp_path: Path, script: Path) -> None:
+    result = export(native("ours"), tmp_path / "out")
+    assert result.exit_code == 1
+    assert script.name in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_export_that_may_differ(native: Make, tmp_path: Path, verdicts: list[tuple[str, ...]]) -> None:
+    """It is kept with its faults and not verified again, until a difference is an error again."""
+    model, out = native("ours"), tmp_path / "out"
+    verdicts += [("answer differs",)]
+    result = export(model, out, "--allow-different")
+    assert result.exit_code == 0
+    assert "answer differs" in result.stderr
+    assert result.json()["verified"]["verdict"] == "different"
+    again = export(model, out, "--allow-different").json()
+    assert again["finished_before"]
+    assert again["verified"]["faults"] == ["answer differs"]
+    verdicts += [("answer differs",)]
+    assert export(model, out).exit_code == 1
+    assert not verdicts
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
