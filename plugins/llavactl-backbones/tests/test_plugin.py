@@ -67,7 +67,6 @@ def test_extract_and_train(saved: Callable[[str], Path], family: str, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timm
 @pytest.mark.parametrize(
     "vision",
     [
