@@ -97,6 +97,7 @@ _MODULES = {
     "Weight": "llavactl.core.protocols",
     "cache_dir": "llavactl.core.paths",
     "check": "llavactl.api",
+    "check_component": "llavactl.core.protocols",
     "check_image_root": "llavactl.images.references",
     "component_identity": "llavactl.core.identity",
     "evaluate": "llavactl.api",

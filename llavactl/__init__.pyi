@@ -81,6 +81,7 @@ from llavactl.core.protocols import Template as Template
 from llavactl.core.protocols import UpdateRule as UpdateRule
 from llavactl.core.protocols import Vision as Vision
 from llavactl.core.protocols import Weight as Weight
+from llavactl.core.protocols import check_component as check_component
 from llavactl.core.protocols.teachers import Ask as Ask
 from llavactl.core.registry import Options as Options
 from llavactl.core.registry import registry as registry

@@ -110,13 +110,17 @@ def check(plugin: str, options: Sequence[str], timeout_s: float, as_json: bool) 
     if plugin.endswith(".py"):
         file = Path(plugin).absolute()
         if not file.is_file():
-            raise click.BadParameter(f"{plugin} not found", param_hint="PLUGIN|FILE")
+            what = "is a folder; pass a file" if file.is_dir() else "not found; pass an existing file"
+            raise click.BadParameter(f"{plugin} {what}", param_hint="PLUGIN|FILE")
         plugin_files.add([file])
         plugins.reload()
         plugin = file.stem
     certificate = certify(plugin, options, timeout_s)
     if as_json:
         output.document(certificate)
+    elif not certificate.ok and len(certificate.checks) == 1:
+        subject = "" if certificate.package == "?" else f"plugin {certificate.plugin}: "
+        raise PluginError(f"{subject}{certificate.checks[0].problem}")
     else:
         results = {True: "ok", False: "failed", None: "skipped"}
         rows = [

@@ -23,7 +23,7 @@ COMMAND_GROUPS = {
     },
     "Features and training": {
         "extract": "Extract vision features into the feature store.",
-        "cache": "Inspect, verify and prune the feature stores.",
+        "cache": "Inspect, verify, prune and share the feature stores.",
         "train": "Train one stage of a recipe.",
         "sweep": "Run and compare variants of a recipe.",
     },

@@ -32,7 +32,7 @@ class Register(Protocol):
     """The function ``register(name, "module:attr", options="module:Options", summary="…")`` that hooks are given."""
 
     def __call__(self, name: str, target: str, *, options: str | None = None, summary: str = "") -> None:
-        """Registers ``target`` as ``name``.
+        """Registers ``target`` as ``name``: lower-case letters, digits, ``.``, ``_`` and ``-``.
 
         ``options`` is a subclass of ``llavactl.Options``. None: the class ``Options`` nested in the target, which is
         imported when the options are needed, not before; a target without one takes no options.
@@ -119,7 +119,8 @@ def plugin_options() -> str | None:
 
     A recipe sets the options with ``plugins: {NAME: {…}}``, where NAME is the plugin's name. The model is an
     ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``,
-    with all defaults if the recipe has no section for the plugin.
+    with all defaults if the recipe has no section for the plugin. If a field has no default then, one line names the
+    section to write, and these observers aren't called.
     """
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
 import inspect
+import sys
+import textwrap
 import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -108,11 +112,41 @@ def fault_text(error: BaseException) -> str:
     """``Type: message`` of ``error``, shortened; llavactl's own errors are their message and hint."""
     if isinstance(error, LlavactlError):
         return error.with_hint()
-    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    try:
+        message = str(error)
+    except Exception as other:  # noqa: BLE001 - a plugin's exception may raise another one
+        message = f"(its message raises {type(other).__name__})"
+    text = f"{type(error).__name__}: {message}".removesuffix(": ")
     return text if len(text) <= LONGEST_FAULT else f"{text[:LONGEST_FAULT]}…"
 
 
+def caller_location() -> str:
+    """``file:line`` of the call of the function that calls this one."""
+    frame = sys._getframe(2)
+    return f"{shown_path(Path(frame.f_code.co_filename))}:{frame.f_lineno}"
+
+
+def attribute_location(cls: type, name: str) -> str:
+    """``file:line`` where the body of ``cls``, or of a class it inherits from, annotates ``name``; "" if unknown."""
+    for each in cls.__mro__:
+        if name not in vars(each).get("__annotations__", {}):
+            continue
+        try:
+            file, (lines, first) = inspect.getfile(each), inspect.getsourcelines(each)
+            (body,) = ast.parse(textwrap.dedent("".join(lines))).body
+        except (OSError, TypeError, ValueError, SyntaxError):  # made by a function, or without source
+            return ""
+        for node in body.body if isinstance(body, ast.ClassDef) else ():
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
+                return f"{shown_path(Path(file))}:{first + node.lineno - 1}"
+    return ""
+
+
 def location(function: Any) -> str:
-    """``file:line`` of the definition of ``function``; "" if it isn't written in Python."""
+    """``file:line`` of the definition of ``function``, which may be a class; "" if it isn't written in Python."""
+    if inspect.isclass(function):
+        with contextlib.suppress(OSError, TypeError):
+            return f"{shown_path(Path(inspect.getfile(function)))}:{inspect.getsourcelines(function)[1]}"
+        return ""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{shown_path(Path(code.co_filename))}:{code.co_firstlineno}" if code else ""

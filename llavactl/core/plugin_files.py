@@ -44,14 +44,14 @@ def entry_point(file: Path, group: str) -> metadata.EntryPoint:
     """
     name = file.stem
     if file.suffix != ".py" or not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-        raise PluginError(f"plugin file {file}: expected a name such as my_plugin.py")
+        raise PluginError(f"plugin file {file}: the name can't be imported", hint="rename it as in my_plugin.py")
     if not file.is_file():
-        raise PluginError(f"plugin file {file} not found")
+        raise PluginError(f"plugin file {file} not found", hint=f"leave out --plugin, or correct {VARIABLE}")
     if _modules.get(name) != file:
         spec = _spec_of_other(name)
         origin = spec.origin if spec is not None else None
         if spec is not None and not (origin and Path(origin).absolute() == file):
-            raise PluginError(f"plugin file {file}: module {name} exists already ({origin}); rename the file")
+            raise PluginError(f"plugin file {file}: module {name} exists already ({origin})", hint="rename the file")
         if _FileFinder not in sys.meta_path:
             sys.meta_path.append(_FileFinder)
         _modules[name] = file
@@ -87,5 +87,8 @@ def is_file(point: metadata.EntryPoint) -> bool:
 
 
 def version(file: Path) -> str:
-    """A hash of the contents: results of a changed file are computed again."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    """A hash of the contents, so that results of a changed file are computed again; ``?`` if it can't be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "?"

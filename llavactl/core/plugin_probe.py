@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from llavactl.core import plugins
-from llavactl.core.plugin_code import located_fault, root_package
+from llavactl.core import plugin_points, plugins
+from llavactl.core.plugin_points import package_of
 from llavactl.core.quantities import duration
 from llavactl.core.streams import result_stream, stdout_to_stderr
 
-IMPORT_TIMEOUT_S = 30.0
+IMPORT_TIMEOUT_S = 10.0
 
 HEAVY = (
     *("accelerate", "datasets", "h5py", "jax", "matplotlib", "numpy", "pandas", "peft", "PIL", "scipy", "sklearn"),
@@ -31,12 +31,14 @@ _PROGRAM = "import sys; from llavactl.core.plugin_probe import print_import; pri
 class Import:
     """The import of a plugin's module: its time in seconds, the ``HEAVY`` packages that it imported, and what failed.
 
-    ``seconds`` is None if the import didn't end (``hangs``), or if it ended the process.
+    ``seconds`` is None if the import didn't end (``hangs``), or if it ended the process; ``remedy``: what to do about
+    ``error``.
     """
 
     seconds: float | None
     heavy: tuple[str, ...] = ()
     error: str = ""
+    remedy: str = ""
     hangs: bool = False
 
 
@@ -54,24 +56,30 @@ def import_in_process(point: metadata.EntryPoint, timeout_s: float = IMPORT_TIME
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
-        return Import(None, error=f"the import doesn't end within {duration(timeout_s)}", hangs=True)
+        error, remedy = f"the import doesn't end within {duration(timeout_s)}", "wait longer with --timeout SECONDS"
+        return Import(None, error=error, remedy=remedy, hangs=True)
     try:
         result: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        return Import(None, error=f"the import ends the process with status {done.returncode}")
-    return Import(result["seconds"], tuple(result["heavy"]), result["error"])
+        error = f"the import ends the process with status {done.returncode}"
+        return Import(None, error=error, remedy=f"report this to the authors of {package_of(point)[0]}")
+    return Import(result["seconds"], tuple(result["heavy"]), result["error"], result["remedy"])
 
 
 def print_import(name: str, value: str) -> None:
     """Imports the plugin ``name`` from ``value`` and prints the result as JSON: the program of the new process."""
     point = next(each for each in plugins.entry_points() if (each.name, each.value) == (name, value))
-    before, started, error = set(sys.modules), time.perf_counter(), ""
+    before, started, error, remedy = set(sys.modules), time.perf_counter(), "", ""
     with stdout_to_stderr():
         try:
-            point.load()
+            plugin_points.loaded(point)
         except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
-            error = located_fault(raised, [root_package(value)])
+            error, remedy = plugin_points.load_fault(point, raised)
         seconds = time.perf_counter() - started
     heavy = [package for package in HEAVY if package in set(sys.modules) - before]
-    print(json.dumps({"seconds": seconds, "heavy": heavy, "error": error}), file=result_stream(), flush=True)
+    print(
+        json.dumps({"seconds": seconds, "heavy": heavy, "error": error, "remedy": remedy}),
+        file=result_stream(),
+        flush=True,
+    )
     os._exit(0)  # threads of the plugin may never end

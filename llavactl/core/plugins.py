@@ -1,42 +1,36 @@
 """Loads plugins in isolation: a broken plugin is reported in one line on stderr and doesn't affect others.
 
-Plugins are installed packages with an entry point, and single files (``core.plugin_files``). Output of a plugin during
-import and registration goes to stderr. ``LLAVACTL_PLUGINS`` selects both by name (comma-separated; empty: none; unset:
-all). ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
+Plugins are installed packages with an entry point, and single files (``core.plugin_points``). Output of a plugin during
+import and registration goes to stderr. ``LLAVACTL_STRICT_PLUGINS=1`` turns warnings about plugins into errors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
-from llavactl.core import builtin_plugin, hookspecs, plugin_files
-from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.hook_rules import accepted, hook_problems
-from llavactl.core.locations import shown_path
-from llavactl.core.plugin_code import fault_text, located_fault, raised_at, root_package
+from llavactl.core import builtin_plugin, hookspecs, plugin_points
+from llavactl.core.errors import PluginError
+from llavactl.core.hook_rules import accepted, hook_problems, result_fault
+from llavactl.core.plugin_code import Place, fault_text, location, raised_at, root_package
+from llavactl.core.plugin_points import package_of, version_conflict
 from llavactl.core.streams import stdout_to_stderr
-from llavactl.core.suggest import suggest
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 log = logging.getLogger(__name__)
 
-GROUP = "llavactl"
-BUILTIN = "llavactl"
+BUILTIN = plugin_points.BUILTIN
 SLOW_S = 1.0
 STALLED_S = 3.0
 
@@ -69,22 +63,30 @@ _failures: Counter[tuple[str, str]] = Counter()
 
 
 @contextlib.contextmanager
-def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[None]:
+def isolated(plugin: str, hook: str = "", *, once: bool = False, hint: str = "") -> Iterator[None]:
     """Logs any exception of ``plugin`` in one line; in strict mode, raises it as a PluginError.
 
-    The line names the ``hook`` that was called and the plugin's line that failed; with ``--verbose``, the traceback
-    follows. With ``once``, only the first exception of a hook is logged (see ``log_failures``). Exceptions of the
+    The line names the ``hook`` that was called and the plugin's line that failed, and ends with ``hint`` or that of a
+    PluginError; with ``--verbose``, the traceback follows. With ``once``, only the first exception of a hook is logged
+    (see ``log_failures``). Interrupts propagate, and the hook that was interrupted is logged. Exceptions of the
     built-in plugin always propagate: they are bugs of llavactl.
     """
     try:
         yield
+    except GeneratorExit:
+        raise
+    except KeyboardInterrupt as interrupt:
+        if plugin != BUILTIN and hook and _raised_at(plugin, interrupt):
+            log.warning("%s", "; ".join(filter(None, (fault(plugin, hook, interrupt), hint))))
+        raise
     except BaseException as error:
-        if plugin == BUILTIN or isinstance(error, KeyboardInterrupt | GeneratorExit):
+        if plugin == BUILTIN:
             raise
-        message = str(error) if isinstance(error, PluginError) else _fault(plugin, hook, error)
-        line = " ".join(message.split())
+        known = error if isinstance(error, PluginError) else PluginError(fault(plugin, hook, error), hint=hint)
+        one_line = PluginError(" ".join(known.message.split()), hint=" ".join(known.hint.split()))
         if strict():
-            raise PluginError(line) from error
+            raise one_line from error
+        line = one_line.with_hint()
         _failures[plugin, hook] += once
         if once and _failures[plugin, hook] > 1:
             return
@@ -92,11 +94,15 @@ def isolated(plugin: str, hook: str = "", *, once: bool = False) -> Iterator[Non
         log.warning("%s", line, exc_info=error if log.isEnabledFor(logging.DEBUG) else None)
 
 
-def _fault(plugin: str, hook: str, error: BaseException) -> str:
+def fault(plugin: str, hook: str, error: BaseException) -> str:
     """The exception in one line: plugin, hook, file and line in the plugin's code."""
-    place = raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
+    place = _raised_at(plugin, error)
     where = f"{hook} ({place.where})" if hook and place else hook or (place.where if place else "")
     return ": ".join(filter(None, (f"plugin {plugin}", where, fault_text(error))))
+
+
+def _raised_at(plugin: str, error: BaseException) -> Place | None:
+    return raised_at(error, [root_package(point.value) for point in entry_points() if point.name == plugin])
 
 
 def log_failures() -> None:
@@ -116,26 +122,19 @@ def strict() -> bool:
     return os.environ.get("LLAVACTL_STRICT_PLUGINS", "") not in ("", "0")
 
 
-@cache
+@functools.cache
 def entry_points() -> tuple[metadata.EntryPoint, ...]:
-    """The plugins selected by ``LLAVACTL_PLUGINS``: installed packages sorted by name, then files."""
-    points = sorted(metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
-    for file in plugin_files.listed():
-        with isolated(str(file)):
-            points.append(plugin_files.entry_point(file, GROUP))
-    selection = os.environ.get("LLAVACTL_PLUGINS")
-    if selection is None:
-        return tuple(points)
-    names = {name.strip() for name in selection.split(",") if name.strip()}
-    for missing in sorted(names - {BUILTIN, *(point.name for point in points)}):
-        with isolated(missing):
-            raise PluginError(f"LLAVACTL_PLUGINS: plugin {missing!r} is not installed")
-    for left_out in (point for point in points if plugin_files.is_file(point) and point.name not in names):
-        log.warning("plugin %s is not loaded: LLAVACTL_PLUGINS doesn't select it", left_out.name)
-    return tuple(point for point in points if point.name in names)
+    """The selected plugins: installed packages sorted by name, then files; faults of the selection are logged."""
+    selection = plugin_points.selected()
+    for plugin, fault in selection.faults:
+        with isolated(plugin):
+            raise fault
+    for left_out in selection.left_out:
+        log.warning("%s", left_out)
+    return selection.points
 
 
-@cache
+@functools.cache
 def manager() -> pluggy.PluginManager:
     """The plugin manager, with the built-in plugin first, then all installed plugins that load."""
     plugin_manager = pluggy.PluginManager("llavactl")
@@ -163,19 +162,19 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
             owner = "llavactl" if point.name == BUILTIN else getattr(first, "__name__", "?")
             raise PluginError(
                 f"plugin name {point.name!r} is used by {owner} and again by {point.value} "
-                f"of package {package_of(point)[0]}; the first is kept"
+                f"of package {package_of(point)[0]}; the first is kept",
+                hint=plugin_points.removal(point),
             )
         try:
             with _stalled_import_logged(point.name):
-                module = point.load()
+                module = plugin_points.loaded(point)
                 _import_s[point.value] = time.perf_counter() - started
             _register(plugin_manager, module, point.name)
         except KeyboardInterrupt:
+            log.warning("the import of plugin %s was interrupted; to skip it, %s", point.name, without(point.name))
             raise
         except BaseException as error:  # a plugin may call sys.exit at import
-            fault = located_fault(error, [root_package(point.value)])
-            reason = "; ".join(filter(None, (fault, version_conflict(point))))
-            raise PluginError(f"plugin {point.name} can't be loaded: {reason}") from error
+            raise load_error(point, error) from error
     seconds = time.perf_counter() - started
     log.debug("plugin %s: imported %s in %.2f s", point.name, point.value, seconds)
     if seconds > SLOW_S:
@@ -183,12 +182,23 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
         log.warning("plugin %s took %.1f s to import; %s", point.name, seconds, advice)
 
 
+def load_error(point: metadata.EntryPoint, error: BaseException) -> PluginError:
+    """``error``, raised while a plugin was loaded, with its line and what to do about it."""
+    what, remedy = plugin_points.load_fault(point, error)
+    reason = "; ".join(filter(None, (what, version_conflict(point))))
+    return PluginError(f"plugin {point.name} can't be loaded: {reason}", hint=f"{remedy}, or {without(point.name)}")
+
+
+def without(plugin: str) -> str:
+    """How to run without ``plugin``: the option to leave out or the variable to set."""
+    return plugin_points.without(plugin, entry_points())
+
+
 @contextlib.contextmanager
 def _stalled_import_logged(plugin: str) -> Iterator[None]:
     """Logs one line if the import of ``plugin`` takes longer than ``STALLED_S``: it can't be stopped from here."""
-    others = ",".join(point.name for point in entry_points() if point.name != plugin)
-    text = "plugin %s is still being imported after %g s; to run without it, press Ctrl-C and set LLAVACTL_PLUGINS=%s"
-    timer = threading.Timer(STALLED_S, log.warning, (text, plugin, STALLED_S, others))
+    text = "plugin %s is still being imported after %g s; to run without it, press Ctrl-C and %s"
+    timer = threading.Timer(STALLED_S, log.warning, (text, plugin, STALLED_S, without(plugin)))
     timer.daemon = True
     timer.start()
     try:
@@ -203,7 +213,7 @@ def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> N
     if not isinstance(version := getattr(module, "RESULTS_VERSION", ""), str):
         problems = [*problems, f"RESULTS_VERSION is {version!r:.60}, expected a string"]
     if problems:
-        raise PluginError("; ".join(problems))
+        raise PluginError("; ".join(problems), hint="edit the plugin's module")
     with warnings.catch_warnings(record=True) as caught:  # of parameters that will be removed (``hookspecs``)
         warnings.simplefilter("always")
         plugin_manager.register(module, name)
@@ -214,23 +224,31 @@ def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> N
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name.
 
-    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares.
+    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares. It
+    raises PluginError if the function returns another type than the hook.
     """
     for implementation in getattr(manager().hook, hook).get_hookimpls():
-        yield implementation.plugin_name, _by_keyword(implementation)
+        yield implementation.plugin_name, _by_keyword(implementation, hook)
 
 
-def _by_keyword(implementation: Any) -> Callable[..., Any]:
-    function = implementation.function
+def _by_keyword(implementation: Any, hook: str) -> Callable[..., Any]:
+    from llavactl.core import plugin_options
 
+    function, plugin = implementation.function, implementation.plugin_name
+
+    @functools.wraps(function)
     def call(**arguments: Any) -> Any:
         available = [*arguments, "options"] if "recipe" in arguments else list(arguments)
         values = {name: arguments[name] for name in accepted(function, available) if name in arguments}
         if "options" in accepted(function, available) and "options" not in values:
             sections = (arguments["recipe"] or {}).get("plugins", {})
-            plugin = implementation.plugin_name
-            values["options"] = parse_options(plugin, sections.get(plugin, {}))
-        return function(**values)
+            if plugin not in sections and plugin_options.missing_section(plugin):
+                return None  # reported when the recipe was loaded
+            values["options"] = plugin_options.parsed(plugin, sections.get(plugin, {}))
+        result = function(**values)
+        if why := result_fault(hook, result):
+            raise PluginError(f"plugin {plugin}: {hook} ({location(function)}): {why}")
+        return result
 
     return call
 
@@ -256,51 +274,12 @@ def check_loaded(plugin: str) -> None:
         names = {point.name for point in entry_points()}
         if plugin in names:
             raise PluginError(f"plugin {plugin} can't be loaded", hint=f"run `{check_command(plugin)}`")
-        why = "is not selected by LLAVACTL_PLUGINS" if "LLAVACTL_PLUGINS" in os.environ else "is not installed"
-        raise PluginError(f"plugin {plugin} {why}", hint=suggest(plugin, names))
+        raise plugin_points.not_available(plugin, entry_points())
 
 
-def options_model(plugin: str) -> type[BaseModel] | None:
-    """The model of the options in a recipe's section ``plugins`` that ``plugin`` declares (hook ``plugin_options``).
-
-    Raises:
-        PluginError: it can't be imported or is not an options model.
-    """
-    from llavactl.core.registry import Options, import_target
-
-    for name, implementation in implementations("plugin_options"):
-        if name == plugin:
-            with raised_as_plugin_error(plugin, "plugin_options"):
-                target = implementation()
-                model = None if target is None else import_target(target)
-            if model is None:
-                continue
-            if not (isinstance(model, type) and issubclass(model, Options)):
-                raise PluginError(f"plugin {plugin}: plugin_options: {target} is not a subclass of llavactl.Options")
-            return model
-    return None
-
-
-@contextlib.contextmanager
-def raised_as_plugin_error(plugin: str, hook: str) -> Iterator[None]:
-    """Raises any exception of the plugin's ``hook`` as a PluginError with its location."""
-    try:
-        yield
-    except (LlavactlError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise PluginError(_fault(plugin, hook, error)) from error
-
-
-def parse_options(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:
-    """The validated options in ``section``, with defaults; None if ``plugin`` declares no options.
-
-    Raises:
-        ValidationError: an unknown key or an invalid value.
-        PluginError: the options model can't be imported.
-    """
-    model = options_model(plugin)
-    return None if model is None else model.model_validate(dict(section))
+def check_command(plugin: str) -> str:
+    """The command that tests the plugin of this name: a file is given by its path."""
+    return plugin_points.check_command(plugin, entry_points())
 
 
 def installed() -> list[Plugin]:
@@ -332,32 +311,3 @@ def version_of(plugin: str) -> str:
 def package_named(plugin: str) -> tuple[str, str]:
     """The package of the plugin of this name and its version, ``?`` if they are unknown."""
     return next((package_of(point) for point in entry_points() if point.name == plugin), ("?", "?"))
-
-
-def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
-    """The package of a plugin and its version; for a file, its path and a hash of its contents."""
-    if file := plugin_files.file_of(point):
-        return shown_path(file), plugin_files.version(file)
-    return (point.dist.name, point.dist.version) if point.dist else ("?", "?")
-
-
-def check_command(plugin: str) -> str:
-    """The command that tests the plugin of this name: a file is given by its path."""
-    files = (plugin_files.file_of(point) for point in entry_points() if point.name == plugin)
-    file = next(filter(None, files), None)
-    return f"llavactl plugins check {shown_path(file) if file else plugin}"
-
-
-def version_conflict(point: metadata.EntryPoint) -> str:
-    """The versions of llavactl that a plugin's package requires, if this one isn't among them; otherwise ""."""
-    from packaging.requirements import Requirement
-
-    from llavactl import __version__
-
-    package, version = package_of(point)
-    for text in (point.dist.requires if point.dist else None) or ():
-        requirement = Requirement(text)
-        required = requirement.name == "llavactl" and not (requirement.marker and not requirement.marker.evaluate())
-        if required and not requirement.specifier.contains(__version__, prereleases=True):
-            return f"{package} {version} requires {requirement}, installed is {__version__}"
-    return ""

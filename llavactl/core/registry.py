@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llavactl.core import plugins
+from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
-from llavactl.core.plugin_code import located_fault, plugin_packages, root_package
-from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
-from llavactl.core.protocols.members import call_fault, members, missing_members
+from llavactl.core.plugin_code import caller_location, located_fault, plugin_packages, root_package
+from llavactl.core.protocols import KINDS
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
 from llavactl.core.validation import KeyPath, explain
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""Names of components, commands and recipes: recipes and the command line need no quotes around them."""
+
+NAME_RULE = "lower-case letters, digits, `.`, `_` and `-`"
+
 Spec = str | Mapping[str, Any]
 """A component in a recipe: its name, or ``{"name": …, its options}``."""
 
@@ -52,7 +57,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Registration:
-    """A registered component, command or recipe and its plugin."""
+    """A registered component, command or recipe and its plugin; ``where``: the file and line that register it."""
 
     kind: str
     name: str
@@ -60,6 +65,21 @@ class Registration:
     options: str | None
     summary: str
     plugin: str
+    where: str = field(default="", compare=False)
+
+    @property
+    def subject(self) -> str:
+        """The component in messages: ``connector 'mean' of plugin birds (birds/__init__.py:8)``."""
+        return f"{kind_label(self.kind)} {self.name!r} of plugin {self.plugin}{self._place}"
+
+    @property
+    def registered(self) -> str:
+        """The registration in messages: ``plugin birds: connector 'mean' (birds/__init__.py:8)``."""
+        return f"plugin {self.plugin}: {kind_label(self.kind)} {self.name!r}{self._place}"
+
+    @property
+    def _place(self) -> str:
+        return f" ({self.where})" if self.where else ""
 
     @property
     def version(self) -> str:
@@ -99,7 +119,7 @@ class Registration:
                 if (file := root / inside).is_file():
                     return file
         raise PluginError(
-            f"{kind_label(self.kind)} {self.name!r} of plugin {self.plugin}: file {self.target} not found"
+            f"{self.subject}: file {self.target} not found", hint="correct the path in `register`, package:path"
         )
 
 
@@ -117,8 +137,8 @@ class Registry:
         names = self.entries.setdefault(entry.kind, {})
         if (first := names.get(entry.name)) is not None:
             raise PluginError(
-                f"{kind_label(entry.kind)} {entry.name!r} is registered by plugin {first.plugin} and again by plugin "
-                f"{entry.plugin}; the registration of {first.plugin} is kept"
+                f"{entry.registered}: the name is taken by plugin {first.plugin}, whose registration is kept",
+                hint="register another name",
             )
         names[entry.name] = entry
 
@@ -179,7 +199,7 @@ class Registry:
             why = f"returned {fault}" if fault else ""
         if why:
             raise PluginError(
-                f"{kind_label(kind)} {entry.name!r} of plugin {entry.plugin}: {entry.target} {why}",
+                f"{entry.subject}: {entry.target} {why}",
                 hint=f"`{plugins.check_command(entry.plugin)}` shows details",
             )
         return component
@@ -203,35 +223,6 @@ class Registry:
             problems = [Problem(where, f"{flag}{_dotted(path)}" if path else "", why) for path, why in reasons]
         hint = f"`llavactl components {kind}` lists the options of {name}"
         raise RecipeError.from_problems(problems, hint=hint)
-
-
-def target_fault(target: object) -> str:
-    """Why ``target`` can't be called with options as its only argument; "" if it can."""
-    if not callable(target):
-        return f"is not callable: {target!r:.60}"
-    try:
-        inspect.signature(target).bind(None)
-    except TypeError as error:
-        return f"doesn't accept the options as its only argument: {error}"
-    except ValueError:  # without a signature, such as a built-in function
-        return ""
-    return ""
-
-
-def component_fault(kind: str, component: object) -> str:
-    """What ``component`` is and lacks, if it isn't a component of ``kind``; "" if it is.
-
-    Methods that can't be called as the Protocols declare are faults, too.
-    """
-    expected = KINDS[kind]
-    alternative = ALTERNATIVES.get(expected, expected)
-    if isinstance(component, (expected, alternative)):
-        implemented = (each for each in (expected, alternative, *CAPABILITIES[kind]) if isinstance(component, each))
-        faults = (call_fault(component, name, each) for each in implemented for name in members(each))
-        return next((f"{type(component).__name__} with {fault}" for fault in faults if fault), "")
-    missing = min((missing_members(component, each) for each in (expected, alternative)), key=len)
-    lacks = f" (no {', '.join(missing)})" if missing and component is not None else ""
-    return f"{type(component).__name__}, expected a {expected.__name__}{lacks}"
 
 
 def component_name(spec: Spec) -> str:
@@ -259,10 +250,10 @@ def kind_label(kind: str) -> str:
 def _argument_fault(name: object, target: object, options: object, summary: object) -> str:
     """The first invalid argument of ``register``; "" if all are valid."""
     checks = (
-        ("name: expected a text", name, isinstance(name, str) and bool(name.strip())),
+        (f"name: expected {NAME_RULE}", name, isinstance(name, str) and bool(NAME.fullmatch(name))),
         ("target: expected module:attr", target, isinstance(target, str) and ":" in target),
         ("options: expected module:attr", options, options is None or (isinstance(options, str) and ":" in options)),
-        ("summary: expected a text", summary, isinstance(summary, str)),
+        ("summary: expected a string", summary, isinstance(summary, str)),
     )
     return next((f"{what}, got {value!r:.60}" for what, value, valid in checks if not valid), "")
 
@@ -273,6 +264,7 @@ def registry() -> Registry:
     filled = Registry()
     for kind in (*KINDS, "recipes", "commands"):
         for plugin, implementation in plugins.implementations(f"register_{kind}"):
+            hint = f"edit that line, or {plugins.without(plugin)}"
 
             def register(
                 name: str,
@@ -282,13 +274,15 @@ def registry() -> Registry:
                 summary: str = "",
                 kind: str = kind,
                 plugin: str = plugin,
+                hint: str = hint,
             ) -> None:
-                with plugins.isolated(plugin):
+                entry = Registration(kind, name, target, options, summary, plugin, caller_location())
+                with plugins.isolated(plugin, hint=hint):
                     if why := _argument_fault(name, target, options, summary):
-                        raise PluginError(f"plugin {plugin}: {kind_label(kind)} {name!r}: {why}")
-                    filled.add(Registration(kind, name, target, options, summary, plugin))
+                        raise PluginError(f"{entry.registered}: {why}", hint=hint)
+                    filled.add(entry)
 
-            with plugins.isolated(plugin, f"register_{kind}"), stdout_to_stderr():
+            with plugins.isolated(plugin, f"register_{kind}", hint=hint), stdout_to_stderr():
                 implementation(register=register)
     return filled
 
@@ -306,7 +300,7 @@ def _import(target: str, entry: Registration) -> Any:
     except (LlavactlError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        what = f"{kind_label(entry.kind)} {entry.name!r} of plugin {entry.plugin} can't be loaded from {target!r}"
+        what = f"{entry.subject} can't be loaded from {target!r}"
         raise PluginError(
             f"{what}: {located_fault(error, [root_package(target)])}",
             hint=f"`{plugins.check_command(entry.plugin)}` shows details",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llavactl.core import progress
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.hashes import hash_json
-from llavactl.core.protocols import Checkable, RecordSource, RepairingSource
+from llavactl.core.protocols import RecordSource, RepairingSource, check_component
 from llavactl.core.quantities import BYTE
 from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
@@ -106,8 +106,7 @@ def _source_input(spec: SourceSpec, stages: tuple[StageNumber, ...]) -> Input:
 def _record_input(name: str, source: RecordSource, stages: tuple[StageNumber, ...]) -> Input:
     if not source.path.is_dir():
         require_file(source.path)
-    if isinstance(source, Checkable):
-        source.check()
+    check_component(source)
     return Input(name, stages, lambda with_samples: scan_records(name, source, with_samples=with_samples), source)
 
 

@@ -13,7 +13,7 @@ from llavactl.components.sources.image_folder.listing import is_image, listing
 from llavactl.core.errors import DataError, LlavactlError, RecipeError
 from llavactl.core.locations import is_url
 from llavactl.core.paths import expand_user
-from llavactl.core.protocols import Checkable, RecordSource, Source
+from llavactl.core.protocols import RecordSource, Source, check_component
 from llavactl.core.registry import registry
 from llavactl.core.schema import Sample
 from llavactl.files.json_stream import read_stream
@@ -93,8 +93,7 @@ def recognize(data: str, images: str | None = None, options: Mapping[str, Any] |
 def _checked(data: str, spec: Mapping[str, Any]) -> tuple[list[Sample], int, int, bool]:
     """As ``_read``, of the source ``spec``, which reads at least one usable sample."""
     source = registry().create("sources", spec)
-    if isinstance(source, Checkable):
-        source.check()
+    check_component(source)
     first, unusable, count, exact = _read(source)
     if not first:
         raise DataError(f"{data}: no usable records", hint="`llavactl data check` lists the problems of each record")

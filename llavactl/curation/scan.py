@@ -17,6 +17,7 @@ from llavactl.features.keys import error_reason
 from llavactl.files.records import given_id
 from llavactl.images.archive_index import DuplicateMemberError
 from llavactl.images.decode import ImageError, inspect
+from llavactl.images.known import known_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,6 +69,8 @@ def _image_finding(image: ImageRef, *, whole: bool) -> Finding | None:
     try:
         inspect(image, whole=whole)
     except OSError as error:
+        if known_key(image) is not None:
+            return Finding("image-absent", image.name)
         return Finding("image-missing", f"{image.name}: {error_reason(error)}")
     except ImageError as error:
         return Finding("image-broken", f"{image.name}: {error.reason}")

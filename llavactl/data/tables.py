@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.core import progress
 from llavactl.core.hashes import hash_json
-from llavactl.core.protocols import Checkable, Identifiable, RecordSource
+from llavactl.core.protocols import Identifiable, RecordSource, check_component
 from llavactl.core.registry import registry
 from llavactl.data import array_cache
 from llavactl.data.records import samples
@@ -19,7 +19,9 @@ from llavactl.data.table_view import TableView
 if TYPE_CHECKING:
     from llavactl.core.protocols import Source
     from llavactl.core.schema import ImageRef
+    from llavactl.recipe.frame import VisionRecipe
     from llavactl.recipe.specs import SourceSpec
+    from llavactl.recipe.stages import StageNumber
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
     source = registry().create("sources", spec.spec())
     if not isinstance(source, Identifiable) or _is_small(source):
         return _read(spec, on_chunk)
-    if isinstance(source, Checkable):
-        source.check()  # as the source itself would before its first record
+    check_component(source)  # as the source itself would before its first record
     key = _key(spec, source)
     if (table := _cached(key)) is not None:
         return table
@@ -67,6 +68,11 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
 def distinct_images(specs: Sequence[SourceSpec]) -> list[ImageRef]:
     """The distinct images of all samples, in order of first use. Raises the same errors as ``sample_table``."""
     return list(TableView.of([sample_table(spec) for spec in specs]).images)
+
+
+def stage_images(recipe: VisionRecipe, stage: StageNumber) -> list[ImageRef]:
+    """The ``distinct_images`` of ``stage`` of ``recipe``."""
+    return distinct_images(recipe.stage(stage).sources)
 
 
 def _cached(key: str) -> SampleTable | None:

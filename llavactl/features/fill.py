@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,15 +20,18 @@ from llavactl.core import progress
 from llavactl.core.quantities import gigabytes
 from llavactl.features.backbone import OVERFLOW, Backbone, BatchFeatures
 from llavactl.features.checked_encoder import load_encoder
+from llavactl.features.conditions import conditions
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.plan import ExtractionPlan, missing_images
 from llavactl.features.prepare import Failure, map_ordered, prepare
+from llavactl.features.recorded import recorded
 from llavactl.features.shards import bytes_of
 from llavactl.features.store import FeatureStore
 from llavactl.features.writer import StoreWriter
 
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
+    from llavactl.recipe.frame import VisionRecipe
     from llavactl.recipe.sections import Features
 
 _MAX_PENDING_BATCHES = 4
@@ -39,12 +42,16 @@ Advance = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """A ``plan`` with the loaded ``backbone`` and the ``settings`` to carry it out in this process."""
+    """A ``plan`` with the loaded ``backbone`` and the ``settings`` to carry it out in this process.
+
+    ``recipe`` is recorded in the store, see ``features.recorded``.
+    """
 
     plan: ExtractionPlan
     backbone: Backbone
     settings: Features
     part: Part = WHOLE
+    recipe: Mapping[str, Any] | None = None
 
     @property
     def bytes(self) -> int:
@@ -53,17 +60,18 @@ class ExtractionJob:
         return bytes_of(shape, len(self.plan.missing), self.settings.shard_images, self.settings.dtype)
 
 
-def load_jobs(plans: Sequence[ExtractionPlan], settings: Features, device: str, part: Part) -> list[ExtractionJob]:
-    """A job for each of ``plans`` with missing images, its backbone loaded on ``device``.
+def load_jobs(plans: Sequence[ExtractionPlan], recipe: VisionRecipe, device: str, part: Part) -> list[ExtractionJob]:
+    """A job for each of the ``plans`` of ``recipe`` with missing images, its backbone loaded on ``device``.
 
     Raises:
         ModelError, PluginError: see ``load_encoder``.
     """
+    settings, record = recipe.features, recorded(recipe)
     jobs = []
     for plan in plans:
         if plan.missing:
             encoder = load_encoder(plan.target.vision, device, settings.compute)
-            jobs.append(ExtractionJob(plan, Backbone(encoder, device, settings.batch_size), settings, part))
+            jobs.append(ExtractionJob(plan, Backbone(encoder, device, settings.batch_size), settings, part, record))
     return jobs
 
 
@@ -149,7 +157,14 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
     count = 0
     failures: dict[str, str] = {}
     fingerprint, backbone, settings = job.plan.target.fingerprint, job.backbone, job.settings
-    with StoreWriter(fingerprint, backbone.encoder.shape, settings.shard_images, job.part) as writer:
+    with StoreWriter(
+        fingerprint,
+        backbone.encoder.shape,
+        settings.shard_images,
+        job.part,
+        conditions=conditions(backbone.device, settings.batch_size),
+        recipe=job.recipe,
+    ) as writer:
         # Another process, or recovery after an interrupted one, may have stored some images since the plan was made.
         missing = missing_images(job.plan.missing, FeatureStore.open(fingerprint))
         with (

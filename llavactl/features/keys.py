@@ -47,10 +47,11 @@ class ContentKeys:
         Raises:
             OSError: the image can't be read.
         """
-        if len(self._preloaded):
-            stamp = _stamp(image)
-            if isinstance(stamp, bytes) and (key := self._preloaded.find(stamp)):
-                return key
+        stamp = _stamp(image)
+        if isinstance(stamp, OSError):
+            raise stamp
+        if isinstance(stamp, bytes) and (key := self._preloaded.find(stamp)):
+            return key
         key_or_error = self.keys_of([image])[0]
         if isinstance(key_or_error, OSError):
             raise key_or_error

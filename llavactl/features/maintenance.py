@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from llavactl.core.errors import StoreError
@@ -53,8 +53,7 @@ def verify_store(folder: Path) -> list[ShardFault]:
                 if path.exists():
                     path.rename(path.with_name(f"{path.name}.damaged"))
             if damaged:
-                kept = tuple(entry for entry in manifest.shards if entry.file not in damaged)
-                replace(manifest, shards=kept).write(folder)
+                manifest.without(damaged).write(folder)
         except OSError as error:
             raise StoreError(
                 f"damaged shards of {folder} can't be set aside: {error.strerror or error}",

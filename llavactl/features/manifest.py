@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from llavactl.core.errors import StoreError
 from llavactl.core.paths import cache_dir, sync_folder, write_json
@@ -14,6 +15,9 @@ from llavactl.features.fingerprint import FORMAT, Fingerprint
 
 _MANIFEST = "manifest.json"
 _FINGERPRINT = "fingerprint.json"
+
+RECOMPUTED = "recomputed.json"
+"""The latest result of `llavactl cache verify --recompute`, which model cards quote."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,17 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The finished ``shards``; ``skipped`` maps the content keys of images without features to the reasons."""
+    """The finished ``shards``; ``skipped`` maps the content keys of images without features to the reasons.
+
+    ``conditions`` are those under which each shard was encoded (see ``features.conditions``), by file name, and
+    ``recipes`` those whose images were encoded (see ``features.recorded``). Both are empty in stores of llavactl 0.1.
+    """
 
     shape: FeatureShape
     shards: tuple[ShardEntry, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipes: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def images(self) -> int:
@@ -42,9 +52,20 @@ class Manifest:
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.shards)
 
-    def with_shard(self, entry: ShardEntry) -> Manifest:
-        """A copy with ``entry`` appended."""
-        return replace(self, shards=(*self.shards, entry))
+    def with_shard(self, entry: ShardEntry, conditions: Mapping[str, Any] | None = None) -> Manifest:
+        """A copy with ``entry`` appended, encoded under ``conditions``."""
+        known = {**self.conditions, entry.file: conditions} if conditions else self.conditions
+        return replace(self, shards=(*self.shards, entry), conditions=known)
+
+    def with_recipe(self, recipe: Mapping[str, Any]) -> Manifest:
+        """A copy with ``recipe`` as the latest one."""
+        return replace(self, recipes=(*(other for other in self.recipes if other != recipe), recipe))
+
+    def without(self, files: Container[str]) -> Manifest:
+        """A copy without the shards ``files``."""
+        shards = tuple(entry for entry in self.shards if entry.file not in files)
+        conditions = {file: known for file, known in self.conditions.items() if file not in files}
+        return replace(self, shards=shards, conditions=conditions)
 
     def write(self, folder: Path) -> None:
         """Replaces the manifest of ``folder`` atomically; raises OSError."""
@@ -89,6 +110,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
             tuple(ShardEntry(**entry) for entry in fields["shards"]),
             dict(fields["skipped"]),
+            dict(fields.get("conditions", {})),
+            tuple(fields.get("recipes", ())),
         )
     except FileNotFoundError:
         return None

@@ -105,6 +105,9 @@ def plan_extraction(
         StoreError: the store is damaged or has another fingerprint.
     """
     image_keys = keys.keys_of(target.images, advance)
+    store = FeatureStore.find(target.fingerprint)
+    if store is not None:
+        image_keys = store.known_keys(target.images, image_keys)
     if not part.whole:
         # Split by content, so that the same content under two names is encoded once; unreadable images by name.
         names = [
@@ -117,7 +120,6 @@ def plan_extraction(
     for image, key in zip(target.images, image_keys, strict=True):
         if isinstance(key, str):
             images_by_key.setdefault(key, image)
-    store = FeatureStore.find(target.fingerprint)
     if store is None:
         return ExtractionPlan(target, image_keys, images_by_key, {})
     undecodable = {

@@ -21,6 +21,7 @@ from llavactl.features.prepare import Failure, map_ordered, pixels_of, prepare
 from llavactl.features.quantize import as_stored
 from llavactl.features.store import FeatureStore
 from llavactl.images.decode import read
+from llavactl.images.known import known_key
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Encoder, Vision
@@ -93,10 +94,12 @@ class CachedFeatures:
         try:
             return self.keys.key(image)
         except OSError as error:
+            if (key := known_key(image)) is not None and key in self.store:
+                return key
             raise DataError(f"image {image.name} can't be read any more: {error_reason(error)}") from error
 
     def contents(self, images: Sequence[ImageRef]) -> ImageContents:
-        keys = dict(zip(images, self.keys.preload(images), strict=True))
+        keys = dict(zip(images, self.store.known_keys(images, self.keys.preload(images)), strict=True))
         reasons = {image: error_reason(key) for image, key in keys.items() if isinstance(key, OSError)}
         readable = {image: key for image, key in keys.items() if isinstance(key, str)}
         stored = self.store.holds(list(readable.values()))

@@ -32,7 +32,7 @@ KEY_BYTES = 64
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _HEADER_BYTES = 6144, 2048  # written by h5py before the features and before the scales, for any number of images
 _SMALL_BYTES = 64 << 10
-_COPY_BYTES = 8 << 20
+COPY_BYTES = 8 << 20
 _QUANTIZE_THREADS = min(8, os.cpu_count() or 1)
 """One image per thread. One thread quantizes 560 images/s of 576x1024, fewer than a large GPU encodes."""
 
@@ -96,13 +96,18 @@ class Shard:
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise damaged_error(path, str(error)) from error
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The datasets, except for the keys."""
+        return columns_of(self.shape, self.fingerprint.dtype)
+
     def map(self) -> tuple[np.ndarray, ...]:
         """The columns [N, …] as views of one read-only memory map, without locks and HDF5."""
         file_bytes = np.memmap(self.path, np.uint8, mode="r")
         # Plain arrays over the map: NumPy's memmap class adds microseconds to every index operation.
         return tuple(
             np.ndarray((len(self.keys), *column.shape), column.dtype, file_bytes, offset)
-            for column, offset in zip(columns_of(self.shape, self.fingerprint.dtype), self.offsets, strict=True)
+            for column, offset in zip(self.columns, self.offsets, strict=True)
         )
 
 
@@ -187,7 +192,11 @@ class PartialShard:
 
     def append(self, keys: Sequence[str], features: np.ndarray) -> None:
         """Appends ``features`` [n, P, Dv] float16; raises OSError."""
-        for column, offset, rows in zip(self._columns, self._offsets, self._column_rows(features), strict=True):
+        self.append_rows(keys, self._column_rows(features))
+
+    def append_rows(self, keys: Sequence[str], columns: Sequence[np.ndarray]) -> None:
+        """Appends the rows [n, …] of every column as they are stored; raises OSError."""
+        for column, offset, rows in zip(self._columns, self._offsets, columns, strict=True):
             data = np.ascontiguousarray(rows, column.dtype).view(np.uint8).reshape(-1).data
             _write(self._open_file, data, offset + len(self.keys) * column.bytes)
         self.keys += keys
@@ -243,9 +252,9 @@ class PartialShard:
 
 def _copy(source: FileIO, source_offset: int, target: FileIO, target_offset: int, size: int) -> None:
     """Copies ``size`` bytes from one file to another."""
-    for done in range(0, size, _COPY_BYTES):
+    for done in range(0, size, COPY_BYTES):
         source.seek(source_offset + done)
-        _write(target, memoryview(source.read(min(_COPY_BYTES, size - done))), target_offset + done)
+        _write(target, memoryview(source.read(min(COPY_BYTES, size - done))), target_offset + done)
 
 
 def _create_layout(path: Path, fingerprint: Fingerprint, shape: FeatureShape, images: int) -> tuple[list[int], int]:

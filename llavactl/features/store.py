@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,10 @@ from llavactl.features.manifest import (
 )
 from llavactl.features.quantize import dequantize
 from llavactl.features.shards import KEY_BYTES, Shard, damaged_error, open_error
+from llavactl.images.known import known_key
+
+if TYPE_CHECKING:
+    from llavactl.core.schema import ImageRef
 
 _KEY = np.dtype(f"S{KEY_BYTES}")
 _MAX_MAPS = 256
@@ -91,6 +95,24 @@ class FeatureStore:
             return np.zeros(len(queries), bool)
         positions = np.minimum(np.searchsorted(self.keys, queries), len(self.keys) - 1)
         return np.asarray(self.keys[positions] == queries)
+
+    def known_keys(self, images: Sequence[ImageRef], keys: Sequence[str | OSError]) -> list[str | OSError]:
+        """``keys``, with the known ones of images that can't be read, if the store can do without these images.
+
+        It can if it has their features, or a reason why they have none.
+        """
+        known = {
+            index: key
+            for index, error in enumerate(keys)
+            if isinstance(error, OSError) and (key := known_key(images[index])) is not None
+        }
+        stored = dict(zip(known, self.holds(list(known.values())), strict=True))
+        usable = {index: key for index, key in known.items() if stored[index] or key in self.skipped}
+        return [usable.get(index, key) for index, key in enumerate(keys)]
+
+    def shard_of(self, key: str) -> str:
+        """The name of the shard with the features of ``key``, which must be stored."""
+        return self._shards[self._shard_index.item(int(self.keys.searchsorted(key.encode())))].path.name
 
     def read(self, key: str) -> np.ndarray:
         """The features [P, Dv] float16 of the image with content ``key``, as a copy.

@@ -14,10 +14,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from llavactl.features.manifest import (
     write_fingerprint,
 )
 from llavactl.features.parts import WHOLE, Part
+from llavactl.features.shard_copy import copy_shard
 from llavactl.features.shards import DamagedShardError, PartialShard, Shard, checksum, damaged_error, open_error
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,22 @@ class StoreWriter:
 
     On exit, the shard being filled is finished with the images it has, even after an exception or Ctrl-C. If writing
     itself failed, that shard is discarded instead. Every method raises StoreError if the store can't be written;
-    shards finished before stay valid.
+    shards finished before stay valid. The manifest records the ``conditions`` and the ``recipe`` of the extraction.
     """
 
-    def __init__(self, fingerprint: Fingerprint, shape: FeatureShape, shard_images: int, part: Part = WHOLE) -> None:
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        shape: FeatureShape,
+        shard_images: int,
+        part: Part = WHOLE,
+        *,
+        conditions: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self.part = part
+        self.conditions = conditions
+        self.recipe = recipe
         self.folder = store_dir(fingerprint)
         self.fingerprint = fingerprint
         self.shard_images = shard_images
@@ -138,20 +151,45 @@ class StoreWriter:
 
     def _finish(self) -> None:
         """Finishes and lists the partial shard, if any, and writes the manifest."""
+        finished = None
         if (partial := self._partial) is not None:
             partial.finish()
             size, digest = partial.path.stat().st_size, checksum(partial.path)
+            finished = ShardEntry(partial.path.name, len(partial.keys), size, digest)
+        self._list(finished, self.conditions)
+
+    def add_shard(
+        self,
+        source: Path,
+        entry: ShardEntry,
+        rows: np.ndarray | None,
+        conditions: Mapping[str, Any] | None,
+        advance: Callable[[int], object],
+    ) -> None:
+        """Adds a copy of the shard ``source``, only of ``rows`` if given; see ``copy_shard``.
+
+        Raises:
+            DamagedShardError, StoreError: see ``copy_shard``.
+        """
+        with self._write_errors():
+            partial = self.folder / f"{self._next_shard_name()}.partial"
+            self._list(copy_shard(source, entry, partial, rows, advance), conditions)
+
+    def _list(self, partial: ShardEntry | None, conditions: Mapping[str, Any] | None) -> None:
+        """Renames and lists the finished ``partial``, if any, and writes the manifest."""
         with self._store_lock():
             if not self.part.whole:
                 self._manifest = read_manifest(self.folder) or self._manifest
             if partial is not None:
-                finished = partial.path.with_suffix("") if self.part.whole else self.folder / self._next_shard_name()
-                entry = ShardEntry(finished.name, len(partial.keys), size, digest)
-                partial.path.rename(finished)
+                path = self.folder / partial.file
+                finished = path.with_suffix("") if self.part.whole else self.folder / self._next_shard_name()
+                path.rename(finished)
                 self._partial = None
                 sync_folder(self.folder)
-                self._manifest = self._manifest.with_shard(entry)
-                self.bytes_written += entry.bytes
+                self._manifest = self._manifest.with_shard(replace(partial, file=finished.name), conditions)
+                self.bytes_written += partial.bytes
+                if self.recipe is not None:
+                    self._manifest = self._manifest.with_recipe(self.recipe)
             self._manifest = replace(self._manifest, skipped={**self._manifest.skipped, **self._skipped})
             self._manifest.write(self.folder)
 

@@ -21,6 +21,7 @@ from llavactl.core.typed import Typed, check_fields
 from llavactl.images.archives import check_archives, find_member, is_archive
 from llavactl.images.byte_ranges import stamp_of
 from llavactl.images.image_file import ImageFile, RelativeImage
+from llavactl.images.known import is_known_root
 from llavactl.images.lookup import spellings
 
 if TYPE_CHECKING:
@@ -296,8 +297,13 @@ def _reason(error: Exception) -> str:
 
 
 def check_image_root(root: str) -> None:
-    """Raises a DataError unless ``root`` can hold images; only URLs of archives are opened."""
+    """Raises a DataError unless ``root`` can hold images; only URLs of archives are opened.
+
+    It may be absent if a feature pack with the features of its images was imported.
+    """
     root = local_path(root)
+    if is_known_root(root) and not Path(root).exists():
+        return
     if is_archive(root):
         check_archives(root)
     elif is_url(root):
@@ -310,7 +316,8 @@ def check_image_root(root: str) -> None:
     elif not Path(root).is_dir():
         raise DataError(
             f"{root}: no such folder",
-            hint="`images` is the root of image paths: a folder, a .zip, a .tar, or a URL",
+            hint="`images` is the root of image paths: a folder, a .zip, a .tar, or a URL; to train without images, "
+            "import a feature pack (docs/how-to/train-elsewhere.md)",
         )
 
 

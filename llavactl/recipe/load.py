@@ -14,9 +14,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from llavactl.core import plugins
-from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core import plugin_options, plugins
+from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.options import Located
+from llavactl.core.plugin_code import location
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
@@ -65,6 +66,7 @@ def _valid_part(frame: type[F], source: RecipeSource, overrides: Sequence[Overri
     Raises:
         RecipeError: the recipe can't be read at all.
     """
+    registry()  # in strict mode a broken plugin is one error, not a problem of every component
     root, location, problems = document(source, overrides)
     log.debug("recipe %s, overrides: %s", location.file, " ".join(map(shown, overrides)) or "none")
     data = root.plain()
@@ -218,15 +220,21 @@ def _resolve_plugins(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
         path = ("plugins", name)
         try:
             plugins.check_loaded(name)
-            if (model := plugins.options_model(name)) is not None:
-                section.update(model.model_validate(dict(section)).model_dump(mode="json"))
+            if (options := plugin_options.parse(name, section)) is not None:
+                section.update(options.model_dump(mode="json"))
             elif section:
                 yield path, f"plugin {name} has no options"
         except LlavactlError as error:
             yield path, error.with_hint()
         except ValidationError as error:
+            model = plugin_options.options_model(name)
             assert model is not None
             yield from (((*path, *key), why) for key, why in explain(error, model, section))
+    for name, implementation in plugins.implementations("plugin_options"):
+        if name not in (sections or ()):
+            with plugins.isolated(name):
+                if why := plugin_options.missing_section(name):
+                    raise PluginError(f"plugin {name}: plugin_options ({location(implementation)}): {why}")
 
 
 def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llavactl.core import plugins
+from llavactl.core import plugin_options, plugins
 from llavactl.core.registry import Registration, registry
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.specs import Component, Export, Spec
@@ -50,7 +50,7 @@ def _plugin_sections(definitions: dict[str, Any]) -> Iterator[tuple[str, dict[st
     """The schema of every plugin's section in ``plugins``."""
     for name, _ in plugins.implementations("plugin_options"):
         with plugins.isolated(name, "plugin_options"):
-            if (model := plugins.options_model(name)) is not None:
+            if (model := plugin_options.options_model(name)) is not None:
                 yield name, _own_schema(model, f"plugins.{name}", definitions)
 
 

@@ -8,8 +8,16 @@ from typing import Any
 
 from llavactl.core.model_description import DESCRIPTION
 from llavactl.core.registry import format_spec
+from llavactl.features.fingerprint import Fingerprint
+from llavactl.features.manifest import RECOMPUTED, store_dir
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
+
+APPLIES = "see its source; its license also applies to this model"
+"""The entry of a model whose license is not known here."""
+
+_MAX_IMAGES = 8
+"""The number of recomputed images that a card lists."""
 
 USE = {
     "hf": """\
@@ -58,8 +66,9 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
         _section("Components", _components(description)),
         _section("Data", _data(recipe)),
         _section("Training", _training(recipe, description, run)),
+        *([_section("Recomputed features", recomputed)] if (recomputed := _recomputed(description, recipe)) else []),
         _section("Scores", _scores(run)),
-        _section("Licenses", [_license(base) for base in bases if base]),
+        _section("Licenses", [license_of(base, APPLIES) for base in bases if base]),
         _section("Limitations", _limitations(description)),
         _section("Versions", _versions(description)),
     ]
@@ -130,6 +139,26 @@ def _training(recipe: Mapping[str, Any], description: Mapping[str, Any], run: Pa
     return rows if rows or description.get("versions") else []
 
 
+def _recomputed(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """The latest result of ``cache verify --recompute`` for the store that the model was trained from, if any."""
+    fields = description.get("fingerprint")
+    if not fields or (recipe.get("features") or {}).get("mode") != "cached":
+        return []
+    report = read_document(store_dir(Fingerprint(fields)) / RECOMPUTED)
+    if not {"compared", "equal", "rounding", "different", "last_places", "dtype", "seed", "images"} <= report.keys():
+        return []
+    counts = f"{report['equal']} equal to the bit, {report['rounding']} equal up to rounding on another device or with "
+    listed = report["images"][:_MAX_IMAGES]
+    more = f" and {len(report['images']) - len(listed)} more" if len(report["images"]) > len(listed) else ""
+    return [
+        f"{report['compared']} of the training images were encoded again after the extraction and compared with the "
+        f"cached features ({report['dtype']}): {counts}other versions, {report['different']} different. "
+        f"Largest difference: {report['last_places']} units in the last place.",
+        "",
+        f"Images (chosen with seed {report['seed']}): {', '.join(f'`{name}`' for name in listed)}{more}.",
+    ]
+
+
 def _scores(run: Path) -> list[str]:
     rows = []
     for file in sorted((run / "eval").glob("*.json")):
@@ -143,14 +172,17 @@ def _scores(run: Path) -> list[str]:
     return rows or ["Not evaluated."]
 
 
-def _license(base: str) -> str:
-    """The license in the model card of ``base``, if ``base`` is a folder with one."""
+def license_of(base: str, otherwise: str) -> str:
+    """The license in the model card of ``base``, if ``base`` is a folder with one, as a list item in Markdown.
+
+    ``otherwise`` is the text without one.
+    """
     _, _, rest = _text(Path(base) / "README.md").partition("---\n")
     for line in rest.partition("\n---")[0].splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("license", "license_name") and value.strip():
             return f"- `{_short(base)}`: {value.strip()}"
-    return f"- `{_short(base)}`: see its source; its license also applies to this model"
+    return f"- `{_short(base)}`: {otherwise}"
 
 
 def _limitations(description: Mapping[str, Any]) -> list[str]:

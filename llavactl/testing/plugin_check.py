@@ -9,30 +9,39 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pluggy
 from pydantic import BaseModel, ValidationError
 
-from llavactl.core import plugins
+from llavactl.core import plugin_options, plugins
+from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError
 from llavactl.core.hook_rules import MARK
+from llavactl.core.locations import shown_path
 from llavactl.core.plugin_code import location, packages_of
+from llavactl.core.plugin_points import not_available, version_conflict
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, import_in_process
 from llavactl.core.protocols import KINDS
-from llavactl.core.registry import Options, Registration, component_fault, kind_label, registry, target_fault
+from llavactl.core.registry import Registration, kind_label, registry
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.validation import explain
 from llavactl.testing.conformance import CHECKS
 from llavactl.testing.conformance.boundary import describe_exception
+from llavactl.testing.options_check import model_problems
 
 OptionsByName = Mapping[str, Mapping[str, Any]]
 """Options of components by component name."""
 
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*")
 _PLUGIN = "plugin"
+_MOST = 5
+"""The number of problems that a check names."""
+
+_PLACE = re.compile(r"\.py:\d")
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,12 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
     """All checks of the plugin ``name``, as they are made; see ``check_plugin``. ``timeout_s`` limits its import."""
     points = [point for point in plugins.entry_points() if point.name == name]
     if not points and name != plugins.BUILTIN:
-        yield Check(_PLUGIN, name, "import", False, "not installed, or not selected by LLAVACTL_PLUGINS")
+        yield Check(_PLUGIN, name, "import", False, not_available(name, plugins.entry_points()).with_hint())
         return
     for point in points:
         imported = import_in_process(point, timeout_s)
-        conflict = list(filter(None, [plugins.version_conflict(point)]))
-        yield _result(_PLUGIN, name, "import", [imported.error, *conflict] if imported.error else [])
+        conflict = list(filter(None, [version_conflict(point)]))
+        yield _result(_PLUGIN, name, "import", [imported.error, *conflict, imported.remedy] if imported.error else [])
         if imported.error:
             return
         yield _result(_PLUGIN, name, "version of llavactl", conflict)
@@ -94,8 +103,9 @@ def plugin_checks(name: str, options: OptionsByName, timeout_s: float = IMPORT_T
 
 
 def _result(kind: str, name: str, check: str, problems: Sequence[str]) -> Check:
-    lines = (" ".join(problem.split()) for problem in problems)
-    return Check(kind, name, check, not problems, "; ".join(lines))
+    lines = [" ".join(problem.split()) for problem in problems]
+    more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return Check(kind, name, check, not problems, "; ".join([*lines[:_MOST], *more]))
 
 
 def _outcome(
@@ -115,7 +125,9 @@ def _unregistered(module: Any, manager: pluggy.PluginManager) -> Iterator[str]:
     """Functions of a plugin's module that look like hooks but aren't, or that there are none at all."""
     hooks = [name for name, caller in vars(manager.hook).items() if getattr(caller, "spec", None)]
     if not manager.get_hookcallers(module):
-        yield "implements no hook: decorate a function with @hookimpl"
+        where = module.__file__ if isinstance(module, ModuleType) else None
+        what = shown_path(Path(where)) if where else f"{module!r:.80}"
+        yield f"{what} implements no hook: decorate a function of the module with @hookimpl"
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if function.__module__ != getattr(module, "__name__", None) or hasattr(function, MARK):
             continue
@@ -126,11 +138,11 @@ def _unregistered(module: Any, manager: pluggy.PluginManager) -> Iterator[str]:
 
 def _plugin_options_problems(name: str) -> list[str]:
     """Problems of the options that a recipe sets in its section ``plugins``."""
-    model = plugins.options_model(name)
+    model = plugin_options.options_model(name)
     if model is None:
         return []
     required = [f"{key} has no default; recipes without a section for the plugin need one" for key in _required(model)]
-    return [*required, *_model_problems(model)]
+    return [*required, *model_problems(model)]
 
 
 def _required(model: type[BaseModel]) -> list[str]:
@@ -144,19 +156,37 @@ def _add_examples(
     known = {(entry.kind, entry.name) for entry in entries}
     problems = []
     for name, implementation in plugins.implementations("check_examples"):
-        for kind, by_name in ((implementation(folder=folder) or {}) if name == plugin else {}).items():
+        if name != plugin:
+            continue
+        returned: Any = implementation(folder=folder) or {}
+        if not _is_nested(returned):
+            hook = f"check_examples ({location(implementation)})"
+            problems.append(f"{hook} returned {returned!r:.80}, expected {{kind: {{component: options}}}}")
+            continue
+        for kind, by_name in returned.items():
             for component, options in by_name.items():
                 if (kind, component) not in known:
-                    problems.append(f"check_examples: the plugin registers no {kind} {component!r}")
+                    hook = f"check_examples ({location(implementation)})"
+                    problems.append(f"{hook}: the plugin registers no {kind_label(kind)} {component!r}")
                 examples.setdefault(kind, {})[component] = dict(options)
     return problems
+
+
+def _is_nested(value: Any, levels: int = 3) -> bool:
+    """Whether ``value`` is a mapping of mappings, ``levels`` deep."""
+    if levels == 0:
+        return True
+    return isinstance(value, Mapping) and all(_is_nested(each, levels - 1) for each in value.values())
 
 
 def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Collection[str]) -> Iterator[Check]:
     """The checks of one registration with the options ``given``; ``packages`` are those of the plugin."""
 
     def outcome(check: str, problems: Callable[[], Sequence[str]]) -> Check:
-        return _outcome(entry.kind, entry.name, check, problems, packages)
+        result = _outcome(entry.kind, entry.name, check, problems, packages)
+        if result.ok or _PLACE.search(result.problem):
+            return result
+        return replace(result, problem=f"{_definition(entry)}: {result.problem}")
 
     yield outcome("name", lambda: _name_problems(entry))
     if entry.kind == "recipes":
@@ -169,7 +199,7 @@ def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Colle
     if entry.kind == "commands":
         yield outcome("command", lambda: _command_problems(entry))
         return
-    options = outcome("options", lambda: _model_problems(entry.options_model()))
+    options = outcome("options", lambda: model_problems(entry.options_model()))
     yield options
     signature = outcome("signature", lambda: _signature_problems(entry))
     yield signature
@@ -183,6 +213,14 @@ def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Colle
     yield conformance
     if conformance.ok and (files := _files(entry.parse(given))):
         yield outcome("missing file", lambda: _missing_file_problems(entry, given, files, packages))
+
+
+def _definition(entry: Registration) -> str:
+    """``file:line`` of the class or function that is registered, else of the registration."""
+    try:
+        return location(entry.load()) or entry.where
+    except Exception:  # noqa: BLE001 - the check of the import reports it
+        return entry.where
 
 
 def _import_problems(entry: Registration) -> list[str]:
@@ -204,17 +242,9 @@ def _missing_options(entry: Registration, given: Mapping[str, Any]) -> str:
 
 def _name_problems(entry: Registration) -> list[str]:
     problems = [] if _NAME.fullmatch(entry.name) else ["expected lower-case words with hyphens"]
-    return problems if entry.summary.strip() else [*problems, "no summary: pass `summary` to register"]
-
-
-def _model_problems(model: Any) -> list[str]:
-    """Problems of an options model: its class, descriptions and defaults."""
-    if not (isinstance(model, type) and issubclass(model, Options)):
-        return [f"{model!r:.60} is not a subclass of llavactl.Options"]
-    problems = ["unknown keys are ignored (extra)"] if model.model_config.get("extra") == "ignore" else []
-    problems += [f"{name} has no description" for name, field in model.model_fields.items() if not field.description]
-    model.model_json_schema()
-    return problems
+    if not entry.summary.strip():
+        problems.append("no summary: pass `summary` to register")
+    return [f"{entry.where}: {problem}" for problem in problems]
 
 
 def _signature_problems(entry: Registration) -> list[str]:

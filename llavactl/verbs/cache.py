@@ -1,4 +1,4 @@
-"""``llavactl cache``: lists, verifies and prunes the feature stores."""
+"""``llavactl cache``: lists, verifies and prunes the feature stores; writes and reads feature packs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.data.tables import stage_images
+from llavactl.features import pack_export, pack_import
 from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
 from llavactl.features.manifest import Manifest, read_fingerprint, read_manifest, store_dir, store_dirs, stores_dir
+from llavactl.features.pack_export import PackReport
+from llavactl.features.pack_import import ImportReport
+from llavactl.features.pack_selection import select_of_recipe, select_stores
 from llavactl.features.reader import recipe_fingerprints
+from llavactl.features.recompute import Recomputed, recompute_store
+from llavactl.report.card import license_of
 
 if TYPE_CHECKING:
     from llavactl.recipe.frame import VisionRecipe
@@ -56,7 +63,7 @@ class VerifyReport:
     """``sound``: all shards are readable and match their checksums.
 
     ``damaged`` shards were set aside; the next extract recomputes their features. ``unchecked`` shards can't be read
-    (disk, network, permissions) and are unchanged.
+    (disk, network, permissions) and are unchanged. ``recomputed``: the stores whose images were encoded again.
     """
 
     sound: bool
@@ -66,6 +73,7 @@ class VerifyReport:
     bytes: int
     damaged: tuple[FaultyShard, ...]
     unchecked: tuple[FaultyShard, ...]
+    recomputed: tuple[Recomputed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,16 @@ def info(recipe: VisionRecipe | None = None) -> InfoReport:
     return InfoReport(str(stores_dir()), images, size, stores, missing if recipe else ())
 
 
-def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
+def verify(recipe: VisionRecipe | None = None, *, recompute: int = 0, seed: int = 0) -> VerifyReport:
     """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and sets damaged shards aside.
 
+    Then encodes ``recompute`` images of each store again, chosen by ``seed``, and compares the features to the bit.
+    Backbone and images are those of ``recipe``, or of the recipes that the store records.
+
     Raises:
-        StoreError: a manifest can't be read, or another process writes to a store.
+        StoreError: a manifest can't be read, another process writes to a store, or a store with images to encode
+            again records no recipe.
+        DataError, ModelError: a recipe's records or backbone can't be read.
     """
     folders = [folder for folder in _folders(recipe) if folder.is_dir()]
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
@@ -109,6 +122,9 @@ def verify(recipe: VisionRecipe | None = None) -> VerifyReport:
         bytes=sum(manifest.bytes for manifest in manifests),
         damaged=tuple(shard for shard, damaged in shards if damaged),
         unchecked=tuple(shard for shard, damaged in shards if not damaged),
+        recomputed=tuple(
+            recompute_store(folder, recipe, recompute, seed, stage_images) for folder in folders if recompute
+        ),
     )
 
 
@@ -133,6 +149,49 @@ def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:
             if unused_files(folder):
                 remove_unused_files(folder)
     return PruneReport(tuple(folder.name for folder in unneeded), tuple(map(str, unused)), size, dry_run)
+
+
+def export_pack(
+    folder: Path,
+    recipe: VisionRecipe | None = None,
+    *,
+    base: Path | None = None,
+    license_note: str = "",
+    dry_run: bool = False,
+) -> PackReport:
+    """Writes all stores, or the features that the stages of ``recipe`` need, to ``folder`` as a feature pack.
+
+    Locations of images are recorded relative to ``base``, the folder of the recipe (default: the working directory).
+    An interrupted export continues. Nothing is locked meanwhile: training can read the stores.
+
+    Raises:
+        StoreError: images have no features yet, another process is writing to a store, a shard is damaged, or
+            ``folder`` is not a pack, can't be written or is too small.
+        DataError: a record of the recipe is invalid.
+    """
+    if recipe is None:
+        selections, names = select_stores(store_dirs(), stage_images)
+    else:
+        selections, names = select_of_recipe(recipe, stage_images)
+    otherwise = "see its source; its license also applies to these features"
+    licenses = pack_export.license_items(license_note, selections, lambda name: license_of(name, otherwise))
+    return pack_export.export_pack(folder, selections, names, base or Path.cwd(), licenses, dry_run=dry_run)
+
+
+def import_pack(
+    folder: Path, recipe: VisionRecipe | None = None, *, base: Path | None = None, dry_run: bool = False
+) -> ImportReport:
+    """Adds the features of the pack in ``folder``, or those that ``recipe`` needs, to the stores of this machine.
+
+    From then on, images that can't be read are identified by the pack. Relative locations of images are relative to
+    ``base``, the folder of the recipe (default: the working directory).
+
+    Raises:
+        StoreError: the pack is incomplete, damaged, of another version or has no features for ``recipe``; the disk is
+            too small; another process is writing to a store.
+    """
+    needed = None if recipe is None else recipe_fingerprints(recipe)
+    return pack_import.import_pack(folder, base or Path.cwd(), needed, dry_run=dry_run)
 
 
 def _folders(recipe: VisionRecipe | None) -> list[Path]:

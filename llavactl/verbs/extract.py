@@ -95,7 +95,7 @@ def extract(
         images = {stage.number: distinct_images(stage.sources) for stage in recipe.stages()}
         plans = plan_extractions(recipe, images, part, remember=not dry_run)
         device = device_of(part, default_device())
-        jobs = load_jobs(plans, recipe.features, device, part)
+        jobs = load_jobs(plans, recipe, device, part)
     report = _planned_report(plans, jobs, device, part)
     for store in report.stores:
         counts = (store.unique, store.stored_before, store.to_encode)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 from llavactl import __version__
-from llavactl.core import plugins
+from llavactl.core import plugin_files, plugins
 from llavactl.core.errors import RecipeError
 from llavactl.core.plugin_code import package_files, packages_of
+from llavactl.core.plugin_points import SELECTION, package_of
 from llavactl.core.plugin_probe import IMPORT_TIMEOUT_S, Import, import_in_process
 from llavactl.testing.plugin_check import Check, plugin_checks
 
@@ -57,9 +58,10 @@ def _listed(
 ) -> plugins.Plugin:
     plugin = loaded.get((point.name, point.value))
     if plugin is None:
-        package, version = plugins.package_of(point)
+        package, version = package_of(point)
         plugin = plugins.Plugin(point.name, package, version, point.value)
-        error = f"plugin {point.name} can't be loaded: {imported.error}"
+        ways = f"{imported.remedy}, or {plugins.without(point.name)}"
+        error = f"plugin {point.name} can't be loaded: {imported.error}; {ways}"
         return replace(plugin, error=error, status="hangs" if imported.hangs else "broken")
     return replace(plugin, import_s=imported.seconds)
 
@@ -70,15 +72,17 @@ def _without(names: set[str]) -> Iterator[None]:
     if not names:
         yield
         return
-    before = os.environ.get("LLAVACTL_PLUGINS")
-    os.environ["LLAVACTL_PLUGINS"] = ",".join({point.name for point in plugins.entry_points()} - names)
+    others = [point for point in plugins.entry_points() if point.name not in names]
+    files = [str(file) for point in others if (file := plugin_files.file_of(point))]
+    before = dict(os.environ)
+    os.environ |= {SELECTION: ",".join(point.name for point in others), plugin_files.VARIABLE: os.pathsep.join(files)}
     plugins.reload()
     try:
         yield
     finally:
-        os.environ.pop("LLAVACTL_PLUGINS")
-        if before is not None:
-            os.environ["LLAVACTL_PLUGINS"] = before
+        for name in (SELECTION, plugin_files.VARIABLE):
+            os.environ.pop(name)
+            os.environ |= {name: before[name]} if name in before else {}
         plugins.reload()
 
 
@@ -95,7 +99,7 @@ def check(name: str, overrides: Sequence[str] = (), timeout_s: float = IMPORT_TI
     options, problems = overridden(overrides)
     if problems:
         raise RecipeError.from_problems(problems)
-    name = next((point.name for point in plugins.entry_points() if name in plugins.package_of(point)[:1]), name)
+    name = next((point.name for point in plugins.entry_points() if name in package_of(point)[:1]), name)
     checks = tuple(plugin_checks(name, options.plain(), timeout_s))
     hangs = checks[0].check == "import" and checks[0].ok is False
     package, version = ("llavactl", __version__) if name == plugins.BUILTIN else plugins.package_named(name)

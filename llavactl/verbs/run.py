@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llavactl.core.errors import TeacherError
 from llavactl.core.paths import write_json
 from llavactl.core.processes import check_launch, join_process_group
-from llavactl.core.protocols import Checkable
+from llavactl.core.protocols import check_component
 from llavactl.core.quantities import duration
 from llavactl.core.registry import registry
 from llavactl.evaluation.results import EvalReport
@@ -103,16 +103,10 @@ def _check(recipe: Recipe) -> None:
     for stage in stages:
         check_launch(stage.settings.precision)
     if stages:
-        _check_component("vision", recipe.vision.spec())
+        check_component(registry().create("vision", recipe.vision.spec()))
     if any(starts_from_recipe_language(recipe, stage.number) for stage in stages):
-        _check_component("languages", recipe.language.spec())
+        check_component(registry().create("languages", recipe.language.spec()))
         preflight.refuse(recipe)
-
-
-def _check_component(kind: str, spec: Mapping[str, Any]) -> None:
-    component = registry().create(kind, spec)
-    if isinstance(component, Checkable):
-        component.check()
 
 
 def _generate(recipe: Recipe) -> GenerateReport | None:

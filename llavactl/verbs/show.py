@@ -17,6 +17,7 @@ from llavactl.data.sample_set import arranged, refusal, untrainable
 from llavactl.data.token_info import TokenInfo, token_info
 from llavactl.features.keys import error_reason
 from llavactl.images.decode import ImageError, decode
+from llavactl.images.known import known_key
 from llavactl.report.thumbnails import thumbnail
 from llavactl.report.tokens import tokens_page
 
@@ -135,7 +136,8 @@ def _shown(index: int, sample: Sample, encoding: Encoding, settings: Stage, seed
     refused = refusal(sample, encoding, settings.image_order)
     pieces = [] if refused else token_info(encoding, arranged(sample, settings.image_order, *seed))
     images = tuple(ShownImage(image.name, _problem(image)) for image in sample.images)
-    unreadable = next((f"{image.name}: {image.problem}" for image in images if image.problem), "")
+    unusable = [shown for shown, image in zip(images, sample.images, strict=True) if known_key(image) is None]
+    unreadable = next((f"{image.name}: {image.problem}" for image in unusable if image.problem), "")
     kept = [piece for piece in pieces if not piece.truncated]
     truncated = [piece for piece in pieces if piece.truncated]
     return ShownSample(

@@ -196,6 +196,7 @@ class Verified(Report):
     sound: bool = True
     damaged: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

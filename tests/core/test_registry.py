@@ -11,10 +11,11 @@ import pytest
 
 import llavactl
 from llavactl.core import plugins
+from llavactl.core.component_faults import component_fault
 from llavactl.core.errors import PluginError, RecipeError
 from llavactl.core.protocols import CAPABILITIES, KINDS
 from llavactl.core.protocols.members import members
-from llavactl.core.registry import Options, Registration, Registry, component_fault, kind_label, registry
+from llavactl.core.registry import Options, Registration, Registry, kind_label, registry
 from llavactl.core.suggest import suggest
 
 
@@ -25,7 +26,7 @@ def entry(name: str = "x", plugin: str = "p", target: str = "json:loads", option
 def test_the_first_registration_of_a_name_is_kept() -> None:
     entries = Registry()
     entries.add(entry(plugin="one"))
-    with pytest.raises(PluginError, match=r"'x'.* plugin one .* plugin two"):
+    with pytest.raises(PluginError, match=r"plugin two: source 'x'.* plugin one"):
         entries.add(entry(plugin="two"))
     assert entries.get("sources", "x").plugin == "one"
 

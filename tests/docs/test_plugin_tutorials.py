@@ -8,6 +8,7 @@ that file, shell blocks run, and every line of a ``text`` block is in the output
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -22,6 +23,7 @@ from typing import Literal, NamedTuple
 
 import pytest
 
+from llavactl.core import hookspecs
 from llavactl.testing import run_cli
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -113,6 +115,14 @@ def pattern(line: str) -> re.Pattern[str]:
     return re.compile(r"\s*" + r"\s+".join(words) + r"\s*")
 
 
+@pytest.mark.parametrize("hook", [name for name, each in vars(hookspecs).items() if hasattr(each, "llavactl_spec")])
+def test_every_hook_is_in_a_page_that_is_followed(hook: str) -> None:
+    """Of the observers, which return nothing, one is enough."""
+    observer = inspect.signature(getattr(hookspecs, hook)).return_annotation == "None" and "register" not in hook
+    used = f"def {'train_logged' if observer else hook}("
+    assert any(used in page.read_text(encoding="utf-8") for page in [*PAGES, EXAMPLES])
+
+
 def test_pages_are_followed_in_order(tmp_path: Path) -> None:
     page = (
         "```python\n# a/b.py\nprint('a  b')\n```\n\n*Needs: a GPU.*\n\n```sh\nexit 1\n```\n\n"
@@ -161,12 +171,19 @@ def run(command: str, folder: Path) -> tuple[int, list[str]]:
     return shell.returncode, (shell.stdout + shell.stderr).splitlines()
 
 
+def plugin_of(section: str) -> Block:
+    """The file of the plugin in ``section``."""
+    (plugin,) = (block for block in blocks(section) if block.path.endswith(".py"))
+    return plugin
+
+
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0].removeprefix("## "))
 def test_an_example_works_as_printed(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command fails if the output below it has a line ``error: …``, as the page says."""
     monkeypatch.setenv("LLAVACTL_STRICT_PLUGINS", "1")
     found = [*blocks(SETUP), *blocks(section)]
-    (plugin,) = (block for block in found if block.path.endswith(".py"))
+    plugin = plugin_of(section)
+    monkeypatch.delitem(sys.modules, Path(plugin.path).stem, raising=False)
     output: list[str] = []
     for index, block in enumerate(found):
         if block.action == "write":
@@ -181,3 +198,30 @@ def test_an_example_works_as_printed(section: str, tmp_path: Path, monkeypatch: 
             assert statuses == [*(0 for _ in before), int("error: " in shown)], "\n".join([block.text, *output])
     checked = run_cli("plugins", "check", plugin.path, cwd=tmp_path)
     assert checked.exit_code == 0, checked.stdout
+
+
+MISTAKES = (
+    ("radam.py", '("exp_avg", "exp_avg_sq")', '("exp_avg",)'),
+    ("inverse_sqrt.py", "(1 + step / self.timescale) ** -0.5", "1 - step"),
+    ("alpaca.py", ", trained=True", ""),
+    ("counting.py", '"\\n===\\n".join(blocks)', "blocks"),
+    ("number.py", "Scores({", "dict({"),
+)
+"""What is replaced in an example, in the order of the page's table of mistakes."""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    list(zip(MISTAKES, re.findall(r"^\| an? .* \| `(.+)` \|$", SETUP, re.MULTILINE), strict=True)),
+)
+def test_a_mistake_is_found(
+    mistake: tuple[str, str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, old, new = mistake
+    (code,) = (plugin_of(section).text for section in SECTIONS if plugin_of(section).path == file)
+    assert code.count(old) == 1
+    (tmp_path / file).write_text(code.replace(old, new), encoding="utf-8")
+    monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
+    checked = run_cli("plugins", "check", file, cwd=tmp_path)
+    assert checked.exit_code == 1
+    assert pattern(f"… {message} …").fullmatch(" ".join(checked.stdout.split()) + " "), checked.stdout

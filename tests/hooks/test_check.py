@@ -94,25 +94,33 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     ("hook_raises", ("(register):\n    register(\"mean\"", "(register):\n    1 / 0\n    register(\"mean\""),
      "registration", ["register_connectors", "hook_raises.py:11"]),
     # Registration.
-    ("taken_name", ('register("mean"', 'register("linear"'), "registration", ["'linear'", "plugin llavactl"]),
+    ("taken_name", ('register("mean"', 'register("linear"'), "registration",
+     ["taken_name.py:11", "'linear'", "plugin llavactl"]),
     ("taken_command", ('register("hello"', 'register("train"'), "registration", ["'train'", "plugin llavactl"]),
     ("no_colon", ('"{name}:Mean"', '"{name}.Mean"'), "registration", ["'mean'", "module:attr"]),
     ("object_target", ('"{name}:Mean", options', "object, options"), "registration", ["module:attr"]),
     ("number_as_name", ('register("mean"', "register(3"), "registration", ["name", "3"]),
+    ("spaces", ('register("mean"', 'register("My Mean"'), "registration", ["spaces.py:11", "'My Mean'"]),
     ("bad_options_target", ('options="{name}:MeanOptions"', "options=dict"), "registration", ["options"]),
     ("wrong_keyword", ("summary=\"average of all patches\"", "help='mean'"), "registration", ["help"]),
-    ("upper_case", ('register("mean"', 'register("Mean_Pool"'), "name", ["lower-case"]),
+    ("upper_case", ('register("mean"', 'register("mean_pool"'), "name", ["upper_case.py:11", "lower-case"]),
     ("no_summary", (', summary="average of all patches"', ""), "name", ["summary"]),
     # Targets and options.
     ("no_target", ('"{name}:Mean"', '"{name}:Gone"'), "import", ["'mean'", "Gone"]),
     ("no_options_model", ('options="{name}:MeanOptions"', 'options="{name}:Gone"'), "options", ["Gone"]),
     ("not_options", ('options="{name}:MeanOptions"', 'options="{name}:Mean"'), "options", ["llavactl.Options"]),
-    ("undescribed", ('Field(True, description="add a bias")', "True"), "options", ["bias", "description"]),
+    ("undescribed", ('Field(True, description="add a bias")', "True"), "options",
+     ["bias", "undescribed.py:34", "description"]),
+    ("default", ("Field(True, description", "Field('maybe', description"), "options",
+     ["bias (", "default.py:34", "true or false"]),
+    ("default_of_plugin", ("Field(1, description", "Field('x', description"), "options", ["every (", "plugin.py:30"]),
+    ("no_schema", ("bias: bool = Field(True", "bias: __import__('typing').Callable = Field(print"), "options",
+     ["bias (", "no_schema.py:34"]),
     ("ignores_keys", ("class MeanOptions(Options):", "class MeanOptions(Options, extra='ignore'):"), "options",
      ["unknown keys"]),
     ("validator_raises", ("class MeanOptions(Options):", "class MeanOptions(Options):\n"
      "    @__import__('pydantic').field_validator('bias')\n    @classmethod\n    def check(cls, value):\n"
-     "        raise KeyError(value)\n"), "conformance", ["check() failed", "validator_raises.py:37"]),
+     "        raise KeyError(value)\n"), "options", ["check() failed", "validator_raises.py:37"]),
     ("unstable_options", ("bias: bool = Field(True", "time: float = Field(default_factory=__import__('time').time, "
      "description='now', exclude=True)\n    bias: bool = Field(True"), "conformance", ["loaded again"]),
     ("bad_plugin_options", ('return "{name}:PluginOptions"', 'return "{name}:Gone"'), "options", ["Gone"]),
@@ -143,6 +151,10 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
      "@hookimpl\ndef train_logged"), "examples", ["ZeroDivisionError"]),
     ("example_raises_in_a_library", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
      "    open(folder / 'gone.txt')\n\n\n@hookimpl\ndef train_logged"), "examples", ["_in_a_library.py:26"]),
+    ("example_list", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
+     "    return [1]\n\n\n@hookimpl\ndef train_logged"), "examples", ["[1]"]),
+    ("message_raises", ("self.options = options", "raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})"),
+     "conformance", ["message_raises.py:39", "E: ", "ZeroDivisionError"]),
     ("example_unknown", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
      "    return {'connectors': {'man': {}}}\n\n\n@hookimpl\ndef train_logged"), "examples", ["'man'"]),
     ("example_option", ("@hookimpl\ndef train_logged", "@hookimpl\ndef check_examples(folder):\n"
@@ -281,7 +293,86 @@ def test_a_broken_recipe_is_found(tmp_path: Path, site: Any) -> None:
     assert "gone.yaml" in found["gone"]["problem"]
 
 
-def test_an_unknown_plugin_and_an_unknown_file() -> None:
-    document, code = certificate("gone")
-    assert (document["ok"], document["package"], code) == (False, "?", 1)
-    assert run_cli("plugins", "check", "gone.py").exit_code == 2
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("gone", None, "not installed"),
+        ("numpy", None, "no entry point"),
+        ("", None, "not installed"),
+        ("folder", "", "is a folder"),
+        ("data.txt", "text", "not a Python file"),
+        ("broken_syntax.py", "def (:\n", "broken_syntax.py:1"),
+        ("binary_file.py", "x = '\0'\n", "binary_file"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(
+    name: str, content: str | None, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    if content:
+        (tmp_path / name).write_text(content)
+    document, code = certificate(name)
+    (check,) = document["checks"]
+    assert (document["ok"], code) == (False, 1)
+    assert part in check["problem"]
+    shown = run_cli("plugins", "check", name)
+    (line,) = shown.stderr.splitlines()
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert line.startswith("error: ")
+    assert line.endswith(check["problem"])
+
+
+def test_a_file_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    for name in ("gone.py", "folder.py"):
+        assert run_cli("plugins", "check", name, cwd=tmp_path).exit_code == 2
+
+
+def test_in_strict_mode_a_broken_plugin_is_one_error_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVACTL_STRICT_PLUGINS", "1")
+    (tmp_path / "strictly.py").write_text("1 / 0\n")
+    checked = run_cli("--plugin", "strictly.py", "recipes", "check", "llava-v1-7b", cwd=tmp_path)
+    assert (checked.exit_code, checked.stdout) == (1, "")
+    error, hint = checked.stderr.splitlines()
+    assert "strictly.py:1" in error
+    assert hint.endswith("--plugin strictly.py")
+
+
+STEP = """
+from llavactl import hookimpl
+
+
+class Optimizer:
+    scope = "all"
+    moments = ()
+
+    def __init__(self, options):
+        pass
+
+    def selects(self, weight):
+        return True
+
+    def build(self, groups):
+        import torch
+
+        class Own(torch.optim.SGD):
+            def step(self, closure=None):
+                raise ValueError("no step")
+
+        return Own(groups, lr=0.1)
+
+
+@hookimpl
+def register_optimizers(register):
+    register("own", "{name}:Optimizer", summary="fails")
+"""
+
+
+def test_code_that_llavactl_calls_through_a_library_is_named(tmp_path: Path) -> None:
+    document, _ = certificate(str(write(tmp_path, "fails_in_step", STEP)))
+    (problem,) = [each["problem"] for each in document["checks"] if each["ok"] is False]
+    assert "fails_in_step.py:20" in problem
+    assert "no step" in problem

@@ -54,7 +54,8 @@ class TestAFailingObserver:
 def test_a_command_shows_the_traceback_of_a_hook_with_verbose(site: Any) -> None:
     site.install("loud", HEAD + "def register_vision(register):\n    raise ValueError('broken')\n")
     (line,) = lines(site.run("components").stderr)
-    assert line == "llavactl: plugin loud: register_vision (loud_plugin/__init__.py:6): ValueError: broken"
+    assert line.startswith("llavactl: plugin loud: register_vision (loud_plugin/__init__.py:6): ValueError: broken; ")
+    assert line.endswith("LLAVACTL_PLUGINS=")
     shown = site.run("components", "--verbose").stderr
     assert shown.count("Traceback") == 1
     assert "raise ValueError('broken')" in shown
@@ -144,7 +145,7 @@ def test_an_old_parameter_still_works_and_warns(caplog: pytest.LogCaptureFixture
         assert hook_problems(manager, plugin) == []
         plugins._register(manager, plugin, name)
     for implementation in manager.hook.finished.get_hookimpls():
-        plugins._by_keyword(implementation)(result=1, report=2)
+        plugins._by_keyword(implementation, "train_finished")(result=1, report=2)
     assert sorted(received) == [1, 2]
     (warning,) = caplog.messages
     assert warning.startswith("plugin old: ")

@@ -63,6 +63,16 @@ def test_the_check_reports_a_hanging_import(plugins: Any) -> None:
     assert (check["check"], check["ok"]) == ("import", False)
 
 
+def test_a_file_whose_import_hangs_is_listed_once(plugins: Any) -> None:
+    (plugins.folder / "own.py").write_text("import time\ntime.sleep(600)\n")
+    arguments = ("--plugin", "own.py", "plugins", "list", "--json", "--timeout", "2")
+    done = plugins.run(*arguments, LLAVACTL_PLUGINS="fine,own")
+    listed = {each["name"]: each for each in json.loads(done.stdout)}
+    assert (listed["fine"]["status"], listed["own"]["status"]) == ("ok", "hangs")
+    assert listed["own"]["error"].endswith("--plugin own.py")
+    assert done.stderr == ""
+
+
 def test_import_times_are_measured_apart(site: Any) -> None:
     """The first plugin that imports a package would otherwise be the only slow one."""
     for name in ("aaa", "bbb"):

@@ -12,6 +12,7 @@ from llavactl.core.errors import DataError
 from llavactl.core.options import FollowLinks, RecipePlace
 from llavactl.core.registry import Options
 from llavactl.core.schema import Box, ImageRef, Sample, Turn
+from llavactl.images.known import known_key
 from llavactl.images.references import ImageRoot, check_image_root
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _exists(image: ImageRef) -> bool:
     try:
         image.stamp()
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return known_key(image) is not None
     except (OSError, DataError):
         return True  # the error is reported when the image is read
     return True

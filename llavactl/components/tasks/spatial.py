@@ -21,13 +21,14 @@ from pydantic import Field
 
 from llavactl.components.sources.scenes import scene_image
 from llavactl.components.sources.scenes.layout import Staged, stage
-from llavactl.components.sources.scenes.questions import MAX_QUESTIONS, PLURALS, article, ask
+from llavactl.components.sources.scenes.questions import MAX_QUESTIONS, PLURALS, ask
 from llavactl.components.sources.scenes.things import CANVAS, Split
 from llavactl.components.tasks.image_questions import user_turn
 from llavactl.components.tasks.scenes import parse_answer
 from llavactl.core.protocols import Json, Scores
 from llavactl.core.registry import Options
 from llavactl.core.schema import Answer, Question
+from llavactl.core.words import article
 
 Kind = Literal["relation", "binding", "count", "absence"]
 KINDS: tuple[Kind, ...] = ("relation", "binding", "count", "absence")

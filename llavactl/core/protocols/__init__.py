@@ -27,7 +27,7 @@ from llavactl.core.protocols.language import (
     SkeletonLanguage,
     Template,
 )
-from llavactl.core.protocols.optional import Checkable, Identifiable
+from llavactl.core.protocols.optional import Checkable, Identifiable, check_component
 from llavactl.core.protocols.tasks import AnswerChecker, AnswerMatcher, Judged, Scores, Task, TeacherScored
 from llavactl.core.protocols.teachers import (
     Ask,
@@ -92,6 +92,7 @@ __all__ = [
     "UpdateRule",
     "Vision",
     "Weight",
+    "check_component",
 ]
 
 Kind = Literal[

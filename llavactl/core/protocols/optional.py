@@ -25,6 +25,12 @@ class Checkable(Protocol):
         """
 
 
+def check_component(component: object) -> None:
+    """Calls ``check`` of a component that has one: it raises an error if the component can't be used."""
+    if isinstance(component, Checkable):
+        component.check()
+
+
 @runtime_checkable
 class Identifiable(Protocol):
     """A component of any kind whose results depend on more than its options and its plugin's version.

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Concatenate, ParamSpec, TypeVar
 
 from llavactl.core import protocols
-from llavactl.core.errors import LlavactlError
+from llavactl.core.component_faults import component_fault
+from llavactl.core.errors import LlavactlError, PluginError
 from llavactl.core.identity import examined_identity
-from llavactl.core.plugin_code import located_fault, places, plugin_packages, root_package
-from llavactl.core.protocols import Checkable, Identifiable
+from llavactl.core.plugin_code import fault_text, located_fault, places, plugin_packages, root_package
+from llavactl.core.protocols import Checkable, Identifiable, check_component
 from llavactl.core.protocols.members import call_fault, members
-from llavactl.core.registry import component_fault
 
 C = TypeVar("C")
 P = ParamSpec("P")
@@ -38,8 +38,8 @@ def conformance_check(kind: str) -> Callable[[Check[C, P]], Check[C, P]]:
             try:
                 if problems := member_problems(kind, component):
                     return problems
-                if Checkable in protocols.CAPABILITIES[kind] and isinstance(component, Checkable):
-                    component.check()
+                if Checkable in protocols.CAPABILITIES[kind]:
+                    check_component(component)
                 why = examined_identity(component)[1] if isinstance(component, Identifiable) else ""
                 problems = [why] if why else check(component, *args, **options)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
@@ -80,12 +80,12 @@ def describe_exception(error: BaseException, packages: Collection[str]) -> str:
 
     The line is the innermost one in ``packages``, those of the plugin: it may be called by llavactl or by a library.
     """
-    if isinstance(error, LlavactlError):
-        return error.with_hint()
+    if isinstance(error, LlavactlError):  # the hint of a PluginError is to check the plugin
+        return error.message if isinstance(error, PluginError) else error.with_hint()
     found = [place for place in places(error, packages) if not place.module.startswith(_OWN)]
     if not found or found[0].function.startswith("<"):  # "<module>": an import failed
         return located_fault(error, packages)
-    return f"{found[0].function}() failed ({found[-1].where}): {type(error).__name__}: {error}"
+    return f"{found[0].function}() failed ({found[-1].where}): {fault_text(error)}"
 
 
 def component_packages(component: object) -> set[str]:

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from llavactl import (
-    Checkable,
     FeatureShape,
     LlavactlError,
     ModelError,
     Options,
     ShapedVision,
+    check_component,
     component_identity,
     registry,
 )
@@ -77,8 +77,7 @@ class Fused:
 
     def check(self) -> None:
         for part in self._parts:
-            if isinstance(part, Checkable):
-                part.check()
+            check_component(part)
         self.shape()
 
     def identity(self) -> Mapping[str, Any]:

@@ -8,8 +8,9 @@ from itertools import combinations, pairwise
 from random import Random
 
 from llavactl.components.sources.scenes.layout import Staged
-from llavactl.components.sources.scenes.questions import PLURALS, WHERE, article
+from llavactl.components.sources.scenes.questions import PLURALS, WHERE
 from llavactl.components.sources.scenes.things import DrawnShape, clear_axes, side
+from llavactl.core.words import article
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 

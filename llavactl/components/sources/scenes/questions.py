@@ -25,6 +25,7 @@ from llavactl.components.sources.scenes.things import (
     held_out,
     side,
 )
+from llavactl.core.words import article
 
 Category = Literal["color", "shape", "count", "presence", "relation", "pair"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -91,11 +92,6 @@ def ask(staged: Staged, limit: int, about: Collection[str] = CATEGORIES) -> list
     # Any question may come first, as it would alone. Questions that name shapes come late, since their texts could
     # reveal answers of later questions.
     return questions[:1] + sorted(questions[1:], key=lambda question: REVEALED.get(question.category, 0))
-
-
-def article(name: str) -> str:
-    """``name`` with "a" or "an"."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _color(staged: Staged, rng: Random) -> Iterator[SceneQuestion]:

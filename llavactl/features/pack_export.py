@@ -1,0 +1,318 @@
+"""``llavactl cache export``: writes feature stores, or the part that one recipe needs, as a feature pack.
+
+Shards are copied in blocks, so memory doesn't depend on their size. Each finished file is listed in pack.json.partial
+with its checksum: after an interruption, the same export keeps these files and continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavactl.core import progress
+from llavactl.core.errors import StoreError
+from llavactl.core.locations import is_url
+from llavactl.core.paths import exclusive_lock, open_atomic, read_json, sync_folder, write_json
+from llavactl.core.quantities import BYTE, quantity
+from llavactl.features.disk import check_free_space, free_bytes
+from llavactl.features.fingerprint import Fingerprint
+from llavactl.features.manifest import (
+    Manifest,
+    ShardEntry,
+    store_dir,
+    write_fingerprint,
+)
+from llavactl.features.pack import FORMAT, IMAGES, PACK, README, UNFINISHED, ImagesRoot, PackedFile, is_pack_file
+from llavactl.features.pack_selection import ExportedShard, Names, StoreSelection
+from llavactl.features.shard_copy import copy_shard
+from llavactl.features.shards import checksum
+from llavactl.images.known import root_id
+
+if TYPE_CHECKING:
+    pass
+
+
+_WRITTEN = PACK, UNFINISHED, IMAGES, README, "manifest.json", "fingerprint.json"
+
+Plans = Sequence[tuple[StoreSelection, Sequence[ExportedShard]]]
+"""The shards to export of each store."""
+
+
+@dataclass(frozen=True)
+class ExportedStore:
+    """``images`` of a store, in ``shards`` shards of the pack with ``bytes`` bytes."""
+
+    fingerprint: str
+    images: int
+    shards: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """The pack in ``path``, or with ``dry_run`` what it would contain.
+
+    ``images``: names of images in the pack, without which their files would be needed to find their features.
+    ``unchanged``: shards that an earlier export had written.
+    """
+
+    path: str
+    images: int
+    bytes: int
+    free_bytes: int
+    stores: tuple[ExportedStore, ...]
+    unchanged: int = 0
+    dry_run: bool = False
+
+
+def export_pack(
+    folder: Path,
+    selections: Sequence[StoreSelection],
+    names: Names,
+    base: Path,
+    licenses: Sequence[str],
+    *,
+    dry_run: bool = False,
+) -> PackReport:
+    """Writes the ``selections`` and the ``names`` of their images to ``folder``; an earlier export of it is updated.
+
+    ``base`` is the folder of the recipe, ``licenses`` are the items of that section in README.md.
+
+    Raises:
+        StoreError: nothing to export; ``folder`` is something else, can't be written or is too small; a shard is
+            damaged; another process is exporting to the folder.
+    """
+    _check_destination(folder)
+    plans = [(selection, selection.shards()) for selection in selections]
+    stores = tuple(
+        ExportedStore(
+            selection.fingerprint.id,
+            sum(plan.images for plan in shards),
+            len(shards),
+            sum(plan.bytes for plan in shards),
+        )
+        for selection, shards in plans
+    )
+    if not any(store.images for store in stores):
+        raise StoreError("there are no features to export", hint="run `llavactl extract`")
+    report = PackReport(
+        str(folder), len(names), sum(store.bytes for store in stores), free_bytes(folder), stores, dry_run=dry_run
+    )
+    if dry_run:
+        return report
+    try:
+        with _locked(folder):
+            return replace(report, unchanged=_write(folder, plans, names, base, licenses, report))
+    except OSError as error:
+        raise StoreError(
+            f"{folder} can't be written: {error.strerror or error}",
+            hint="free disk space or check permissions, then run the same export again: finished files are kept",
+        ) from error
+
+
+def _check_destination(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file", hint="name a new folder with --to")
+    others = [path for path in folder.iterdir() if not _is_temporary(path)] if folder.is_dir() else []
+    if others and not ((folder / PACK).exists() or (folder / UNFINISHED).exists()):
+        raise StoreError(f"{folder} is not empty and not a feature pack", hint="name a new or empty folder with --to")
+    parent = store_dir(Fingerprint({})).parent
+    if folder.resolve().is_relative_to(parent.resolve()):
+        raise StoreError(f"{folder} is inside the feature stores", hint="name a folder elsewhere with --to")
+
+
+def _is_temporary(path: Path) -> bool:
+    """Whether an interrupted export left ``path``: a partial shard, or another file that was being written."""
+    return path.suffix == ".partial" or any(path.name.startswith(f".{name}.") for name in _WRITTEN)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder = folder.absolute()
+    file = folder.with_name(f".{folder.name}.lock")
+    busy = StoreError(f"another process is exporting to {folder}", hint="wait until it has finished")
+    with exclusive_lock(file, busy):
+        yield
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _write(
+    folder: Path,
+    plans: Plans,
+    names: Names,
+    base: Path,
+    licenses: Sequence[str],
+    report: PackReport,
+) -> int:
+    """Writes all files; returns the number of shards that an earlier export had written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    previous = _listed_files(folder)
+    if (folder / PACK).exists():
+        (folder / PACK).replace(folder / UNFINISHED)  # until it is complete again, nobody may import it
+    kept = {
+        name: previous[name]
+        for selection, shards in plans
+        for plan in shards
+        if (name := _name(selection, plan)) in previous and previous[name].source == plan.source
+    }
+    check_free_space(report.bytes - sum(file.bytes for file in kept.values()), report.free_bytes, folder)
+    files: dict[str, PackedFile] = {}
+    unchanged = 0
+    _list_files(folder, previous)
+    with progress.bar(report.bytes, "exporting", BYTE) as bar:
+        for selection, shards in plans:
+            entries = []
+            for plan in shards:
+                name = _name(selection, plan)
+                file = kept.get(name)
+                if file is not None and _is_intact(folder / name, file):
+                    bar.advance(plan.bytes)
+                    unchanged += 1
+                else:
+                    copied = _copy(selection.folder, plan, folder / name, bar.advance)
+                    file = PackedFile(copied.bytes, copied.sha256, plan.source)
+                files[name] = file
+                entries.append(ShardEntry(plan.entry.file, plan.images, file.bytes, file.sha256))
+                # Files of an earlier export that are still to come stay listed, for an interruption in between.
+                _list_files(folder, {**previous, **files})
+            files |= _describe(folder / selection.fingerprint.id, selection, entries)
+    roots = _roots(names, base)
+    with open_atomic(folder / IMAGES) as out:
+        for (root, path), key in names.items():
+            line = {"root": roots[root][0], "image": path, "key": key}
+            out.write(f"{json.dumps(line)}\n".encode())
+    with open_atomic(folder / README) as out:
+        out.write(_readme(folder.name, plans, report, licenses).encode())
+    files |= {name: _packed(folder / name) for name in (IMAGES, README)}
+    for name in previous.keys() - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for left in [*folder.glob(".*"), *folder.glob("*/.*"), *folder.glob("*/*.partial")]:
+        if _is_temporary(left):
+            left.unlink()
+    document = {
+        "format": FORMAT,
+        "stores": [asdict(store) for store in report.stores],
+        "licenses": list(licenses),
+        "images": len(names),
+        "roots": [asdict(root) for _, root in roots.values()],
+        "files": {name: asdict(file) for name, file in sorted(files.items())},
+    }
+    write_json(folder / PACK, document)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    sync_folder(folder)
+    return unchanged
+
+
+def _list_files(folder: Path, files: Mapping[str, PackedFile]) -> None:
+    """Lists the ``files`` that are finished so far."""
+    write_json(folder / UNFINISHED, {"files": {name: asdict(file) for name, file in files.items()}})
+
+
+def _listed_files(folder: Path) -> dict[str, PackedFile]:
+    """The files that an earlier export, perhaps an interrupted one, listed; {} if there was none."""
+    files: dict[str, PackedFile] = {}
+    for document in (PACK, UNFINISHED):
+        listed = read_json(folder / document).get("files", {})
+        with contextlib.suppress(TypeError, AttributeError):  # of another version: everything is written again
+            files |= {name: PackedFile(**file) for name, file in listed.items() if is_pack_file(name)}
+    return files
+
+
+def _name(selection: StoreSelection, plan: ExportedShard) -> str:
+    return f"{selection.fingerprint.id}/{plan.entry.file}"
+
+
+def _is_intact(path: Path, file: PackedFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes and checksum(path) == file.sha256
+
+
+def _copy(store: Path, plan: ExportedShard, target: Path, advance: Callable[[int], object]) -> ShardEntry:
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+    copied = copy_shard(store / plan.entry.file, plan.entry, partial, plan.rows, advance)
+    partial.replace(target)
+    sync_folder(target.parent)
+    return copied
+
+
+def _describe(folder: Path, selection: StoreSelection, entries: Sequence[ShardEntry]) -> dict[str, PackedFile]:
+    """Writes the manifest and the fingerprint of a store of the pack; the recipes, with local paths, are left out."""
+    names = {entry.file for entry in entries}
+    conditions = {file: known for file, known in selection.manifest.conditions.items() if file in names}
+    Manifest(selection.manifest.shape, tuple(entries), selection.skipped(), conditions).write(folder)
+    write_fingerprint(folder, selection.fingerprint)
+    return {f"{folder.name}/{name}": _packed(folder / name) for name in ("manifest.json", "fingerprint.json")}
+
+
+def _packed(path: Path) -> PackedFile:
+    return PackedFile(path.stat().st_size, checksum(path))
+
+
+def _roots(names: Names, base: Path) -> dict[str, tuple[int, ImagesRoot]]:
+    """The locations of images, each with its index in the pack."""
+    roots = dict.fromkeys(root for root, _ in names)
+    return {root: (index, ImagesRoot(root_id(root), _relative(root, base))) for index, root in enumerate(roots)}
+
+
+def _relative(root: str, base: Path) -> str | None:
+    if is_url(root):
+        return None
+    try:
+        return Path(os.path.relpath(root, base)).as_posix()
+    except ValueError:  # another drive of Windows
+        return None
+
+
+def _readme(
+    name: str,
+    plans: Plans,
+    report: PackReport,
+    licenses: Sequence[str],
+) -> str:
+    """README.md of a pack."""
+    rows = []
+    for (selection, _), store in zip(plans, report.stores, strict=True):
+        shape, fields = selection.manifest.shape, selection.fingerprint
+        grid = f"{shape.grid[0]}×{shape.grid[1]}" + (f" + {shape.prefix}" if shape.prefix else "")
+        size = quantity(store.bytes, BYTE)
+        backbone = Path(selection.backbone).name or "unknown"
+        rows.append(f"| {fields.id} | {backbone} | {grid} × {shape.width} {fields.dtype} | {store.images:,} | {size} |")
+    return "\n".join([
+        f"# {name}",
+        "",
+        "Features of a frozen vision encoder, computed by llavactl, to train where the images are not.",
+        "",
+        "| store | encoder | features of an image | images | size |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"`{IMAGES}` has the names of {report.images:,} images. `{PACK}` has the sha256 of every file.",
+        "",
+        "## Use",
+        "",
+        "In the folder of the recipe, with the same records and models:",
+        "",
+        "```sh",
+        f"llavactl cache import path/to/{name}",
+        "llavactl train --stage 1",
+        "```",
+        "",
+        "The shards are plain HDF5 files. Features can reveal what an image shows.",
+        "",
+        "## License",
+        "",
+        *(licenses or ["Unknown."]),
+        "",
+    ])  # fmt: skip
+
+
+def license_items(text: str, selections: Sequence[StoreSelection], license_of: Callable[[str], str]) -> list[str]:
+    """The license note ``text``, if any, and the license of each backbone by ``license_of``."""
+    backbones = dict.fromkeys(selection.backbone for selection in selections if selection.backbone)
+    return [*([text] if text else []), *map(license_of, backbones)]

@@ -1,0 +1,189 @@
+"""``cache verify --recompute``: stored features are compared to the bit with those of images encoded again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from llavactl import StoreError
+from llavactl.features import FeatureStore, comparison, stage_fingerprint
+from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, read_manifest
+from llavactl.features.shards import checksum
+from llavactl.recipe.frame import Recipe
+from llavactl.testing import run_cli
+from llavactl.verbs.cache import verify
+from llavactl.verbs.extract import extract
+
+Load = Callable[..., Recipe]
+
+
+def folder_of(recipe: Recipe) -> Path:
+    return FeatureStore.open(stage_fingerprint(recipe, 1)).folder
+
+
+def change_features(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Applies ``change`` to the features of the first image of the first shard; its checksum is valid afterwards."""
+    path = folder / "shard-00000.h5"
+    with h5py.File(path, "r+") as shard:
+        shard["features"][0] = change(shard["features"][0])
+    manifest = read_manifest(folder)
+    assert manifest
+    shards = [replace(entry, sha256=checksum(folder / entry.file)) for entry in manifest.shards]
+    replace(manifest, shards=tuple(shards)).write(folder)
+
+
+def edit_conditions(folder: Path, **changes: Any) -> None:
+    manifest = read_manifest(folder)
+    assert manifest
+    conditions = {file: {**known, **changes} for file, known in manifest.conditions.items()}
+    replace(manifest, conditions=conditions).write(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("given", [True, False])
+def test_recomputed_features_are_equal_to_the_bit(recipe: Load, dtype: str, given: bool) -> None:
+    loaded = recipe(f"features.dtype={dtype}", "features.compute=bfloat16")
+    extract(loaded)
+    (result,) = verify(loaded if given else None, recompute=100).recomputed
+    assert (result.verdict, result.selected, result.compared, result.equal) == ("equal", 12, 12, 12)
+    assert (result.dtype, result.compute, result.last_places, result.unavailable) == (dtype, "bfloat16", 0, {})
+    assert result.written_with == result.computed_with
+    assert {"device", "threads", "torch"} <= set(result.written_with[0])
+
+
+def test_the_choice_depends_on_the_seed_only(recipe: Load) -> None:
+    extract(recipe())
+    store = FeatureStore.open(stage_fingerprint(recipe(), 1))
+    chosen = [comparison.choose(store, 4, seed) for seed in range(20)]
+    assert chosen == [comparison.choose(store, 4, seed) for seed in range(20)]
+    assert {key for keys in chosen for key in keys} == set(comparison.choose(store, 12, 0))
+    assert {store.shard_of(key) for keys in chosen for key in keys} == {f"shard-{n:05}.h5" for n in range(3)}
+
+
+def test_recorded_batch_size_and_threads_are_used(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(recipe())
+    edit_conditions(folder_of(recipe()), threads=2, batch_size=3)
+    threads: list[int] = []
+    batch_sizes: list[int] = []
+    real = comparison.encode_images
+
+    def spy(images: Any, backbone: Any, workers: int) -> Any:
+        threads.append(torch.get_num_threads())
+        batch_sizes.append(backbone.batch_size)
+        return real(images, backbone, workers)
+
+    monkeypatch.setattr(comparison, "encode_images", spy)
+    before = torch.get_num_threads()
+    (result,) = verify(recompute=12).recomputed
+    assert (threads, batch_sizes, torch.get_num_threads()) == ([2], [3], before)
+    assert result.computed_with[0]["threads"] == 2
+
+
+@pytest.mark.parametrize("changes", [{"torch": "1.0"}, {"device": "cuda", "device_name": "X"}, None])
+def test_a_small_difference_is_rounding_only_if_the_conditions_differ(
+    recipe: Load, changes: dict[str, Any] | None
+) -> None:
+    extract(recipe())
+    folder = folder_of(recipe())
+    change_features(folder, lambda features: np.nextafter(features, np.float16(np.inf)))
+    if changes:
+        edit_conditions(folder, **changes)
+    report = verify(recompute=12)
+    (result,) = report.recomputed
+    assert report.sound
+    assert result.verdict == ("rounding" if changes else "different")
+    assert (result.equal, result.rounding + result.different, result.last_places) == (11, 1, 1)
+    assert result.differences[0].image.startswith("photo-")
+    assert result.differences[0].values == 4 * 32
+    assert run_cli("cache", "verify", "--recompute", "12").exit_code == (0 if changes else 1)
+
+
+def test_a_large_difference_is_never_rounding(recipe: Load) -> None:
+    extract(recipe())
+    folder = folder_of(recipe())
+    change_features(folder, lambda features: features * np.float16(1.5))
+    edit_conditions(folder, device="cuda")
+    result = run_cli("cache", "verify", "--recompute", "12", "--json")
+    assert result.exit_code == 1
+    (store,) = result.json()["recomputed"]
+    assert (store["verdict"], store["equal"], store["different"]) == ("different", 11, 1)
+    assert store["differences"][0]["relative"] == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_stores_of_earlier_versions_have_unknown_conditions(recipe: Load) -> None:
+    extract(recipe())
+    folder = folder_of(recipe())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["conditions"], manifest["recipes"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError) as caught:
+        verify(recompute=1)
+    assert "-r" in caught.value.hint
+    assert verify(recipe(), recompute=3).recomputed[0].verdict == "equal"
+    change_features(folder, lambda features: np.nextafter(features, np.float16(np.inf)))
+    (result,) = verify(recipe(), recompute=12).recomputed
+    assert (result.verdict, result.written_with) == ("rounding", ({},))
+
+
+def test_images_that_are_gone_or_changed_are_counted(recipe: Load, toy: Path) -> None:
+    extract(recipe())
+    first, second, *_ = sorted((toy / "images").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes() + b"x")
+    (result,) = verify(recompute=12).recomputed
+    assert (result.verdict, result.compared, len(result.unavailable)) == ("equal", 10, 2)
+    for path in (toy / "images").iterdir():
+        path.unlink()
+    gone = run_cli("cache", "verify", "--recompute", "5", "--json")
+    assert gone.exit_code == 1
+    assert gone.json()["recomputed"][0]["verdict"] == "none"
+
+
+def test_other_weights_are_refused(recipe: Load, toy: Path) -> None:
+    from llavactl.testing import toy_clip
+
+    extract(recipe())
+    toy_clip(toy / "clip", seed=1)
+    with pytest.raises(StoreError, match="fingerprint"):
+        verify(recompute=1)
+
+
+def test_two_stores_of_one_recipe_are_recomputed_with_their_own_preprocessing(recipe: Load) -> None:
+    extract(recipe("stage1.image=square"))
+    results = verify(recompute=12).recomputed
+    assert [result.verdict for result in results] == ["equal", "equal"]
+    assert len({result.store for result in results}) == 2
+
+
+def test_the_result_is_kept_for_the_model_card(recipe: Load) -> None:
+    extract(recipe())
+    folder = folder_of(recipe())
+    verify(recompute=3, seed=7)
+    kept = json.loads((folder / RECOMPUTED).read_text())
+    assert (kept["verdict"], kept["compared"], kept["seed"], len(kept["images"])) == ("equal", 3, 7, 3)
+    assert extract(recipe()).encoded == 0
+    assert (folder / RECOMPUTED).exists()
+
+
+def test_conditions_of_a_removed_shard_are_removed() -> None:
+    entries = [ShardEntry(f"shard-{n:05}.h5", 1, 1, "") for n in range(2)]
+    manifest = Manifest(shape=None)  # type: ignore[arg-type]
+    for entry in entries:
+        manifest = manifest.with_shard(entry, {"torch": entry.file})
+    kept = manifest.without({"shard-00000.h5"})
+    assert (kept.shards, kept.conditions) == ((entries[1],), {"shard-00001.h5": {"torch": "shard-00001.h5"}})
+
+
+def test_a_recorded_recipe_is_listed_once() -> None:
+    manifest = Manifest(shape=None)  # type: ignore[arg-type]
+    for name in ("a", "b", "a"):
+        manifest = manifest.with_recipe({"name": name})
+    assert [recipe["name"] for recipe in manifest.recipes] == ["b", "a"]
