@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
-from llavactl.core.protocols.members import call_fault, members, missing_members
+from llavactl.core.protocols.members import call_fault, members, missing_members, value_fault
 from llavactl.core.words import article
 
 
@@ -22,16 +22,20 @@ def target_fault(target: object) -> str:
     return ""
 
 
+_MEMBER_CHECKS = (call_fault, value_fault)
+
+
 def component_fault(kind: str, component: object) -> str:
     """What ``component`` is and lacks, if it isn't a component of ``kind``; "" if it is.
 
-    Methods that can't be called as the Protocols declare are faults, too.
+    Methods that can't be called as the Protocols declare, and attributes of other types, are faults, too.
     """
     expected = KINDS[kind]
     alternative = ALTERNATIVES.get(expected, expected)
     if isinstance(component, (expected, alternative)):
         implemented = (each for each in (expected, alternative, *CAPABILITIES[kind]) if isinstance(component, each))
-        faults = (call_fault(component, name, each) for each in implemented for name in members(each))
+        checks = ((check, name, each) for each in implemented for name in members(each) for check in _MEMBER_CHECKS)
+        faults = (check(component, name, each) for check, name, each in checks)
         return next((f"{type(component).__name__} with {fault}" for fault in faults if fault), "")
     missing = min((missing_members(component, each) for each in (expected, alternative)), key=len)
     lacks = f" (no {', '.join(missing)})" if missing and component is not None else ""

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llavactl.core.typed import Typed
+
 
 class LlavactlError(Exception):
     """An error that the user can fix: ``message`` states what is wrong and where, ``hint`` what to do next."""
@@ -39,7 +41,7 @@ class LlavactlError(Exception):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Typed):
     """One problem of a recipe: ``where`` is ``file:line`` or ``-o …``, ``key`` the dotted path, ``why`` the reason."""
 
     where: str

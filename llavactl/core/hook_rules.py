@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
+import types
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import pluggy
 
+from llavactl.core.errors import Problem
 from llavactl.core.plugin_code import location
 from llavactl.core.suggest import suggest
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 MARK = "llavactl_impl"
 """The attribute that ``hookimpl`` sets."""
@@ -35,6 +42,41 @@ def hook_problems(manager: pluggy.PluginManager, module: Any) -> list[str]:
         if why:
             problems.append(f"{hook} ({location(function)}): {why}")
     return problems
+
+
+def result_fault(hook: str, value: object) -> str:
+    """Why ``value`` can't be the result of ``hook``; "" if it can. Hooks that return nothing may return anything."""
+    from pydantic import ValidationError
+
+    hint, adapter = _result_type(hook)
+    try:
+        if hint is not types.NoneType:
+            adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return f"returned {value!r:.80}, expected {_type_text(hint)}"
+    return ""
+
+
+@cache
+def _result_type(hook: str) -> tuple[Any, TypeAdapter[Any]]:
+    """The return type of ``hook``, and what validates it."""
+    from pydantic import TypeAdapter
+
+    from llavactl.core import hookspecs
+    from llavactl.core.registry import Options
+
+    names = {"Problem": Problem, "Options": Options}
+    hint = get_type_hints(getattr(hookspecs, hook), localns=names)["return"]
+    return hint, TypeAdapter(hint)
+
+
+def _type_text(hint: Any) -> str:
+    """``hint`` as it is written in code."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join(map(_type_text, get_args(hint)))
+    if isinstance(hint, type) and not get_args(hint):
+        return "None" if hint is types.NoneType else hint.__name__
+    return re.sub(r"[\w.]+\.(?=\w)", "", str(hint))
 
 
 def implementations_in(module: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:

@@ -119,7 +119,8 @@ def plugin_options() -> str | None:
 
     A recipe sets the options with ``plugins: {NAME: {…}}``, where NAME is the plugin's name. The model is an
     ``Options`` subclass in which every field has a default. Observers receive the options as the argument ``options``,
-    with all defaults if the recipe has no section for the plugin.
+    with all defaults if the recipe has no section for the plugin. If a field has no default then, one line names the
+    section to write, and these observers aren't called.
     """
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from llavactl.core import plugins
 from llavactl.core.errors import LlavactlError, PluginError
-from llavactl.core.plugin_code import location
+from llavactl.core.plugin_code import located_fault, location, root_package
 from llavactl.core.registry import Options, import_target
+from llavactl.core.validation import explain
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,35 +26,38 @@ def options_model(plugin: str) -> type[BaseModel] | None:
         PluginError: it can't be imported or is not an options model.
     """
     for name, implementation in plugins.implementations("plugin_options"):
-        if name == plugin:
-            with _raised_as_plugin_error(plugin, "plugin_options"):
-                target = implementation()
-                if not (target is None or (isinstance(target, str) and ":" in target)):
-                    hook = f"plugin_options ({location(implementation)})"
-                    raise PluginError(f"plugin {plugin}: {hook} returned {target!r:.60}, expected module:attr")
-                model = None if target is None else import_target(target)
-            if model is None:
-                continue
-            if not (isinstance(model, type) and issubclass(model, Options)):
-                hook = f"plugin_options ({location(implementation)})"
-                raise PluginError(
-                    f"plugin {plugin}: {hook}: {target} is not a subclass of llavactl.Options",
-                    hint=f"`{plugins.check_command(plugin)}` shows details",
-                )
-            return model
+        if name == plugin and (target := _target(plugin, implementation)) is not None:
+            return _imported_model(plugin, target, f"plugin {plugin}: plugin_options ({location(implementation)})")
     return None
 
 
-@contextlib.contextmanager
-def _raised_as_plugin_error(plugin: str, hook: str) -> Iterator[None]:
-    """Raises any exception of the plugin's ``hook`` as a PluginError with its location."""
+def _target(plugin: str, implementation: Callable[[], str | None]) -> str | None:
     try:
-        yield
+        return implementation()
     except (LlavactlError, KeyboardInterrupt):
         raise
-    except BaseException as error:
-        hint = f"`{plugins.check_command(plugin)}` shows details"
-        raise PluginError(plugins.fault(plugin, hook, error), hint=hint) from error
+    except BaseException as error:  # a plugin may call sys.exit
+        raise PluginError(plugins.fault(plugin, "plugin_options", error), hint=_hint(plugin)) from error
+
+
+def _imported_model(plugin: str, target: str, hook: str) -> type[BaseModel]:
+    """The model ``target``; ``hook`` is where it was returned."""
+    if ":" not in target:
+        raise PluginError(f"{hook}: returned {target!r:.60}, expected module:attr", hint=_hint(plugin))
+    try:
+        model = import_target(target)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may call sys.exit at import
+        why = located_fault(error, [root_package(target)])
+        raise PluginError(f"{hook}: {target!r} can't be imported: {why}", hint=_hint(plugin)) from error
+    if not (isinstance(model, type) and issubclass(model, Options)):
+        raise PluginError(f"{hook}: {target} is not a subclass of llavactl.Options", hint=_hint(plugin))
+    return model
+
+
+def _hint(plugin: str) -> str:
+    return f"`{plugins.check_command(plugin)}` shows details"
 
 
 def parse(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:
@@ -64,6 +69,30 @@ def parse(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:
     """
     model = options_model(plugin)
     return None if model is None else model.model_validate(dict(section))
+
+
+def missing_section(plugin: str) -> str:
+    """Why a recipe without a section for ``plugin`` has no options for it; "" if its defaults are valid.
+
+    Raises:
+        PluginError: the options model can't be imported.
+    """
+    return _missing_section(plugins.manager(), plugin)
+
+
+@cache
+def _missing_section(_manager: object, plugin: str) -> str:
+    try:
+        parse(plugin, {})
+    except ValidationError as error:
+        model = options_model(plugin)
+        assert model is not None
+        reasons = [(".".join(map(str, path)), why) for path, why in explain(error, model, {})]
+        section = ", ".join(f"{key.partition('.')[0]}: …" for key, _ in reasons if key) or "…"
+        problems = "; ".join(f"{key}: {why}" if key else why for key, why in reasons)
+        missing = f"`plugins: {{{plugin}: {{{section}}}}}`"
+        return f"{problems}; without {missing} in the recipe, its hooks that take options aren't called"
+    return ""
 
 
 def parsed(plugin: str, section: Mapping[str, Any]) -> BaseModel | None:

@@ -6,22 +6,26 @@ empty: none; unset: all).
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from llavactl.core import plugin_files
 from llavactl.core.errors import PluginError
 from llavactl.core.locations import shown_path
-from llavactl.core.plugin_code import Place, root_package
+from llavactl.core.plugin_code import Place, located_fault, raised_at, root_package
 from llavactl.core.suggest import suggest
 
 GROUP = "llavactl"
 BUILTIN = "llavactl"
 SELECTION = "LLAVACTL_PLUGINS"
+_ENTRY_POINT = f"correct the entry point (group {GROUP}) in the package's pyproject.toml, and install it again"
 _PIP = f"{sys.executable} -m pip install"
 
 
@@ -56,7 +60,7 @@ def selected() -> SelectedPlugins:
         faults.append((missing, PluginError(f"{SELECTION}: plugin {missing!r} is not installed", hint=hint)))
     left_out = (
         f"plugin {point.name} is not loaded: {SELECTION} doesn't select it; "
-        f"set {SELECTION}={','.join(sorted({*names, point.name}))}, or unset it"
+        f"{_selecting(sorted({*names, point.name}))}, or unset it"
         for point in points
         if plugin_files.is_file(point) and point.name not in names
     )
@@ -72,17 +76,38 @@ def package_of(point: metadata.EntryPoint) -> tuple[str, str]:
 
 def version_conflict(point: metadata.EntryPoint) -> str:
     """The versions of llavactl that a plugin's package requires, if this one isn't among them; otherwise ""."""
-    from packaging.requirements import Requirement
+    from packaging.requirements import InvalidRequirement, Requirement
 
     from llavactl import __version__
 
     package, version = package_of(point)
     for text in (point.dist.requires if point.dist else None) or ():
-        requirement = Requirement(text)
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:  # pip refuses to install such a package
+            continue
         required = requirement.name == "llavactl" and not (requirement.marker and not requirement.marker.evaluate())
         if required and not requirement.specifier.contains(__version__, prereleases=True):
             return f"{package} {version} requires {requirement}, installed is {__version__}"
     return ""
+
+
+def loaded(point: metadata.EntryPoint) -> Any:
+    """The module, or the object in one, that ``point`` names.
+
+    Raises:
+        PluginError: it names none.
+    """
+    names = f"entry point {point.name} of {package_of(point)[0]}"
+    match = point.pattern.match(point.value)
+    if match is None:
+        raise PluginError(f"{names}: expected a module, got {point.value!r}", hint=_ENTRY_POINT)
+    target = importlib.import_module(match["module"])
+    for attribute in filter(None, (match["attr"] or "").split(".")):
+        if not hasattr(target, attribute):
+            raise PluginError(f"{names}: {point.value} has no {attribute!r}", hint=_ENTRY_POINT)
+        target = getattr(target, attribute)
+    return target
 
 
 def check_command(plugin: str, points: Iterable[metadata.EntryPoint]) -> str:
@@ -95,7 +120,13 @@ def without(plugin: str, points: Iterable[metadata.EntryPoint]) -> str:
     """How to run without a plugin, one of the selected ``points``: the option to leave out or the variable to set."""
     if file := _file(plugin, points):
         return f"leave out --plugin {shown_path(file)}"
-    return f"set {SELECTION}={','.join(dict.fromkeys(point.name for point in points if point.name != plugin))}"
+    return _selecting(point.name for point in points if point.name != plugin)
+
+
+def _selecting(names: Iterable[str]) -> str:
+    """How to select the plugins ``names`` in a shell."""
+    value = ",".join(dict.fromkeys(names))
+    return f"set {SELECTION}={shlex.quote(value) if value else ''}"
 
 
 def _file(plugin: str, points: Iterable[metadata.EntryPoint]) -> Path | None:
@@ -113,7 +144,7 @@ def not_available(plugin: str, points: Iterable[metadata.EntryPoint]) -> PluginE
     """The error for a ``plugin`` that isn't one of the selected ``points``."""
     names = {point.name for point in points}
     if plugin in metadata.entry_points(group=GROUP).names:
-        hint = f"set {SELECTION}={','.join(sorted({*names, plugin}))}"
+        hint = _selecting(sorted({*names, plugin}))
         return PluginError(f"plugin {plugin} is not selected by {SELECTION}", hint=hint)
     if plugin and Path(plugin).is_dir():
         hint = f"pass a file FILE.py, or run `{_PIP} -e {plugin}` and pass the name of the plugin"
@@ -124,7 +155,7 @@ def not_available(plugin: str, points: Iterable[metadata.EntryPoint]) -> PluginE
         hint = f"pass the name of a plugin, or a file FILE.py; {suggest(plugin, names)}".removesuffix("; ")
         return PluginError(f"package {plugin} has no plugin: no entry point of the group {GROUP}", hint=hint)
     hint = f"install its package, or pass a file FILE.py; {suggest(plugin, names)}".removesuffix("; ")
-    return PluginError(f"plugin {plugin} is not installed", hint=hint)
+    return PluginError(f"plugin {plugin or repr(plugin)} is not installed", hint=hint)
 
 
 def _is_installed(package: str) -> bool:
@@ -135,13 +166,19 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def remedy(point: metadata.EntryPoint, error: BaseException, place: Place | None) -> str:
-    """What to do about ``error``, raised while a plugin was loaded; ``place``: where in its code."""
+def load_fault(point: metadata.EntryPoint, error: BaseException) -> tuple[str, str]:
+    """``error``, raised while a plugin was loaded, in one line with its place, and what to do about it."""
+    packages = [root_package(point.value)]
+    what = error.message if isinstance(error, PluginError) else located_fault(error, packages)
+    return what, _remedy(point, error, raised_at(error, packages))
+
+
+def _remedy(point: metadata.EntryPoint, error: BaseException, place: Place | None) -> str:
     package = package_of(point)[0]
     if version_conflict(point):
         return f"run `{_PIP} --upgrade {package}`"
     missing = root_package(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
-    if missing == root_package(point.value) and place is None:
+    if missing and missing == root_package(point.value) and place is None:
         return f"run `{_PIP} --force-reinstall {package}`"
     if missing and missing not in (root_package(point.value), root_package(__name__)):
         return f"run `{_PIP} {missing}`"

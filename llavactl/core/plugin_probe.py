@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import Any
 
 from llavactl.core import plugin_points, plugins
-from llavactl.core.plugin_code import located_fault, raised_at, root_package
 from llavactl.core.plugin_points import package_of
 from llavactl.core.quantities import duration
 from llavactl.core.streams import result_stream, stdout_to_stderr
@@ -73,11 +72,9 @@ def print_import(name: str, value: str) -> None:
     before, started, error, remedy = set(sys.modules), time.perf_counter(), "", ""
     with stdout_to_stderr():
         try:
-            point.load()
+            plugin_points.loaded(point)
         except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
-            packages = [root_package(value)]
-            error = located_fault(raised, packages)
-            remedy = plugin_points.remedy(point, raised, raised_at(raised, packages))
+            error, remedy = plugin_points.load_fault(point, raised)
         seconds = time.perf_counter() - started
     heavy = [package for package in HEAVY if package in set(sys.modules) - before]
     print(

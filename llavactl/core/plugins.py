@@ -23,8 +23,8 @@ import pluggy
 
 from llavactl.core import builtin_plugin, hookspecs, plugin_points
 from llavactl.core.errors import PluginError
-from llavactl.core.hook_rules import accepted, hook_problems
-from llavactl.core.plugin_code import Place, fault_text, located_fault, raised_at, root_package
+from llavactl.core.hook_rules import accepted, hook_problems, result_fault
+from llavactl.core.plugin_code import Place, fault_text, location, raised_at, root_package
 from llavactl.core.plugin_points import package_of, version_conflict
 from llavactl.core.streams import stdout_to_stderr
 
@@ -167,7 +167,7 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
             )
         try:
             with _stalled_import_logged(point.name):
-                module = point.load()
+                module = plugin_points.loaded(point)
                 _import_s[point.value] = time.perf_counter() - started
             _register(plugin_manager, module, point.name)
         except KeyboardInterrupt:
@@ -184,11 +184,9 @@ def _load(plugin_manager: pluggy.PluginManager, point: metadata.EntryPoint) -> N
 
 def load_error(point: metadata.EntryPoint, error: BaseException) -> PluginError:
     """``error``, raised while a plugin was loaded, with its line and what to do about it."""
-    packages = [root_package(point.value)]
-    what = error.message if isinstance(error, PluginError) else located_fault(error, packages)
+    what, remedy = plugin_points.load_fault(point, error)
     reason = "; ".join(filter(None, (what, version_conflict(point))))
-    fix = plugin_points.remedy(point, error, raised_at(error, packages))
-    return PluginError(f"plugin {point.name} can't be loaded: {reason}", hint=f"{fix}, or {without(point.name)}")
+    return PluginError(f"plugin {point.name} can't be loaded: {reason}", hint=f"{remedy}, or {without(point.name)}")
 
 
 def without(plugin: str) -> str:
@@ -226,16 +224,17 @@ def _register(plugin_manager: pluggy.PluginManager, module: Any, name: str) -> N
 def implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The implementations of ``hook`` with their plugin names: built-in first, then sorted by name.
 
-    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares.
+    Each accepts all arguments of the hook as keywords and passes on those that the plugin's function declares. It
+    raises PluginError if the function returns another type than the hook.
     """
     for implementation in getattr(manager().hook, hook).get_hookimpls():
-        yield implementation.plugin_name, _by_keyword(implementation)
+        yield implementation.plugin_name, _by_keyword(implementation, hook)
 
 
-def _by_keyword(implementation: Any) -> Callable[..., Any]:
+def _by_keyword(implementation: Any, hook: str) -> Callable[..., Any]:
     from llavactl.core import plugin_options
 
-    function = implementation.function
+    function, plugin = implementation.function, implementation.plugin_name
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
@@ -243,9 +242,13 @@ def _by_keyword(implementation: Any) -> Callable[..., Any]:
         values = {name: arguments[name] for name in accepted(function, available) if name in arguments}
         if "options" in accepted(function, available) and "options" not in values:
             sections = (arguments["recipe"] or {}).get("plugins", {})
-            plugin = implementation.plugin_name
+            if plugin not in sections and plugin_options.missing_section(plugin):
+                return None  # reported when the recipe was loaded
             values["options"] = plugin_options.parsed(plugin, sections.get(plugin, {}))
-        return function(**values)
+        result = function(**values)
+        if why := result_fault(hook, result):
+            raise PluginError(f"plugin {plugin}: {hook} ({location(function)}): {why}")
+        return result
 
     return call
 

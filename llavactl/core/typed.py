@@ -25,18 +25,18 @@ class Typed:
 def check_fields(instance: Any) -> None:
     """Raises TypeError if a field of the dataclass ``instance`` doesn't have the annotated type."""
     kind: Any = type(instance)
-    for name, annotation, predicate in _field_predicates(kind):
-        if not predicate(value := getattr(instance, name)):
+    for name, annotation, matches in _field_predicates(kind):
+        if not matches(value := getattr(instance, name)):
             raise TypeError(f"{type(instance).__name__}.{name}: expected {annotation}, got {value!r:.80}")
 
 
 @cache
 def _field_predicates(kind: Any) -> tuple[tuple[str, str, Predicate], ...]:
     hints = get_type_hints(kind)
-    return tuple((field.name, str(field.type), _predicate(hints[field.name])) for field in fields(kind))
+    return tuple((field.name, str(field.type), predicate(hints[field.name])) for field in fields(kind))
 
 
-def _predicate(hint: Any) -> Predicate:
+def predicate(hint: Any) -> Predicate:
     """A check for values of the type ``hint``; items of mappings are not checked."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -44,7 +44,7 @@ def _predicate(hint: Any) -> Predicate:
     if origin is Literal:
         return lambda value: isinstance(value, str) and value in arguments
     if origin in (Union, types.UnionType):
-        options = [_predicate(argument) for argument in arguments]
+        options = [predicate(argument) for argument in arguments]
         return lambda value: any(option(value) for option in options)
     if origin is tuple:
         return _tuple_predicate(arguments)
@@ -62,9 +62,9 @@ def _predicate(hint: Any) -> Predicate:
 
 def _tuple_predicate(arguments: tuple[Any, ...]) -> Predicate:
     if arguments[-1] is Ellipsis:
-        item = _predicate(arguments[0])
+        item = predicate(arguments[0])
         return lambda value: isinstance(value, tuple) and all(map(item, value))
-    predicates = [_predicate(argument) for argument in arguments]
+    predicates = [predicate(argument) for argument in arguments]
     return lambda value: (
         isinstance(value, tuple)
         and len(value) == len(predicates)

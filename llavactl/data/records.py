@@ -20,20 +20,34 @@ def samples(specs: Sequence[SourceSpec]) -> Iterator[Sample]:
 
     Raises:
         DataError: a source's file or record can't be used.
-        PluginError: a source yields something other than samples.
+        PluginError: a source yields something other than samples, or turns that don't alternate.
     """
     for spec in specs:
         for sample in registry().create("sources", spec.spec()):
-            if not isinstance(sample, Sample):
+            if why := _fault(sample):
                 raise PluginError(
-                    f"source {spec.name!r} of plugin {registry().get('sources', spec.name).plugin} yielded "
-                    f"{type(sample).__name__}, expected Sample",
+                    f"source {spec.name} of plugin {registry().get('sources', spec.name).plugin}: {why}",
                     hint="`llavactl.testing.check_source` tests a source",
                 )
             if spec.split_turns:
                 yield from split_turns(sample)
             else:
                 yield sample
+
+
+def _fault(sample: object) -> str:
+    """Why ``sample`` isn't a sample whose turns alternate from the user's on, after a system turn; "" if it is.
+
+    A source of images or captions may yield samples without turns.
+    """
+    if not isinstance(sample, Sample):
+        return f"yielded {type(sample).__name__}, expected Sample"
+    roles = [turn.role for turn in sample.turns]
+    first = roles[:1] == ["system"]
+    if roles[first::2].count("user") + roles[first + 1 :: 2].count("assistant") == len(roles) - first:
+        return ""
+    where = f"{sample.where}: " if sample.where else ""
+    return f"{where}sample {sample.id!r}: expected turns user, assistant, …, got {', '.join(roles)}"
 
 
 def split_turns(sample: Sample) -> Iterator[Sample]:

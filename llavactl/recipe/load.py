@@ -15,8 +15,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from llavactl.core import plugin_options, plugins
-from llavactl.core.errors import LlavactlError, Problem, RecipeError
+from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.options import Located
+from llavactl.core.plugin_code import location
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.validation import KeyPath, KeyProblem, explain
 from llavactl.recipe.document import Node, is_override, origin_of, write
@@ -229,6 +230,11 @@ def _resolve_plugins(data: Mapping[str, Any]) -> Iterator[KeyProblem]:
             model = plugin_options.options_model(name)
             assert model is not None
             yield from (((*path, *key), why) for key, why in explain(error, model, section))
+    for name, implementation in plugins.implementations("plugin_options"):
+        if name not in (sections or ()):
+            with plugins.isolated(name):
+                if why := plugin_options.missing_section(name):
+                    raise PluginError(f"plugin {name}: plugin_options ({location(implementation)}): {why}")
 
 
 def _plugin_problems(recipe: Outline, root: Node) -> Iterator[Problem]:

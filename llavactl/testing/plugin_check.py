@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -124,8 +125,9 @@ def _unregistered(module: Any, manager: pluggy.PluginManager) -> Iterator[str]:
     """Functions of a plugin's module that look like hooks but aren't, or that there are none at all."""
     hooks = [name for name, caller in vars(manager.hook).items() if getattr(caller, "spec", None)]
     if not manager.get_hookcallers(module):
-        file = shown_path(Path(str(module.__file__)))
-        yield f"{file} implements no hook: decorate a function of the module with @hookimpl"
+        where = module.__file__ if isinstance(module, ModuleType) else None
+        what = shown_path(Path(where)) if where else f"{module!r:.80}"
+        yield f"{what} implements no hook: decorate a function of the module with @hookimpl"
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if function.__module__ != getattr(module, "__name__", None) or hasattr(function, MARK):
             continue

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from llavactl.core import plugins
-from llavactl.core.errors import PluginError
 from llavactl.core.hookspecs import TrainingRequest
 from llavactl.training.collective import on_main
 
@@ -41,7 +40,8 @@ class Control:
     def _call_plugins(self) -> None:
         for plugin, implementation in plugins.implementations(HOOK):
             with plugins.isolated(plugin, HOOK, once=True):
-                for request in _requests(plugin, implementation(**self.arguments, lines=tuple(self.lines))):
+                requests: Any = implementation(**self.arguments, lines=tuple(self.lines)) or ()
+                for request in requests if isinstance(requests, list | tuple) else [requests]:
                     self.requested.setdefault(request, []).append(plugin)
 
     def requests(self) -> Mapping[TrainingRequest, Sequence[str]]:
@@ -50,16 +50,3 @@ class Control:
             return {}
         requested, self.requested = self.requested, {}
         return on_main(lambda: requested)
-
-
-def _requests(plugin: str, value: Any) -> Sequence[TrainingRequest]:
-    """The requests that the hook of ``plugin`` returned.
-
-    Raises:
-        PluginError: it returned something else.
-    """
-    values = (value,) if isinstance(value, str) else tuple(value or ())
-    if unknown := [each for each in values if each not in get_args(TrainingRequest)]:
-        allowed = ", ".join(get_args(TrainingRequest))
-        raise PluginError(f"plugin {plugin}: {HOOK} returns {unknown[0]!r}, expected one or several of {allowed}")
-    return values

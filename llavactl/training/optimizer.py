@@ -60,6 +60,7 @@ class Optimizer:
             for name, p in self.parameters.items()
         }
         self.betas = (0.9, beta2)
+        self.assignments = assignments
         self.rule_of = {name: each.rule for each in assignments for name in each.names}
         self.algorithms: list[torch.optim.Optimizer] = []
         self.algorithm_of: dict[str, torch.optim.Optimizer] = {}
@@ -183,8 +184,17 @@ class Optimizer:
         return flat
 
     def _check_all_state(self, initial_settings: Sequence[Mapping[str, str]]) -> None:
-        """Raises PluginError if checkpoints wouldn't contain the complete state; called after the first step."""
+        """Raises PluginError if checkpoints wouldn't contain the complete state, or if state was declared that isn't
+        kept; called after the first step.
+        """
         self.state()
+        for rule, names in ((each.rule, each.names) for each in self.assignments):
+            kept = {key for name in names for key in self.algorithm_of[name].state.get(self.masters[name], {})}
+            if names and (missing := [key for key in rule.moments if key not in kept]):
+                raise PluginError(
+                    f"plugin {plugin_of(rule)}: {type(rule).__name__} declares {missing[0]!r} in `moments`, but keeps "
+                    f"no such state for any weight after the first step; it keeps {', '.join(sorted(kept)) or 'none'}"
+                )
         for algorithm, before in zip(self.algorithms, initial_settings, strict=True):
             after = _settings(algorithm)
             if changed := [key for key in after if after[key] != before.get(key)]:

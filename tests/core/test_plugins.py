@@ -12,7 +12,7 @@ import pluggy
 import pytest
 
 from llavactl import __version__
-from llavactl.core import plugin_commands, plugins
+from llavactl.core import plugin_commands, plugin_points, plugins
 from llavactl.core.errors import PluginError
 
 
@@ -32,6 +32,19 @@ def test_the_message_of_a_plugin_error_is_logged_unchanged(caplog: pytest.LogCap
 def test_interrupts_propagate(error: type[BaseException]) -> None:
     with pytest.raises(error), plugins.isolated("p"):
         raise error
+
+
+def test_the_hook_that_is_interrupted_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plugin may raise KeyboardInterrupt; and a user who stops a slow hook sees which one it was."""
+    point = metadata.EntryPoint("p", __name__.partition(".")[0], "llavactl")
+    monkeypatch.setattr(plugins, "entry_points", lambda: (point,))
+    with pytest.raises(KeyboardInterrupt), plugins.isolated("p", "register_vision", hint="edit that line"):
+        raise KeyboardInterrupt
+    (line,) = caplog.messages
+    assert line.startswith("plugin p: register_vision (")
+    assert line.endswith("KeyboardInterrupt; edit that line")
 
 
 def test_exceptions_of_the_builtin_plugin_propagate() -> None:
@@ -82,7 +95,7 @@ def test_any_exception_during_import_is_logged_in_one_line(
     def load(_: metadata.EntryPoint) -> None:
         raise error("two\nlines")
 
-    monkeypatch.setattr(metadata.EntryPoint, "load", load)
+    monkeypatch.setattr(plugin_points, "loaded", load)
     plugins._load(pluggy.PluginManager("llavactl"), metadata.EntryPoint("base", "no.such", "llavactl"))
     (line,) = caplog.messages
     assert line.startswith(f"plugin base can't be loaded: {error.__name__}: two lines; ")

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from llavactl.core.errors import PluginError
+from llavactl.core.registry import Options, Registration, registry
 from llavactl.core.schema import Sample, Turn
 from llavactl.data.records import samples, split_turns
 from llavactl.images.image_file import ImageFile
@@ -29,6 +35,39 @@ def test_split_turns_keeps_earlier_images_and_drops_earlier_answers() -> None:
         (one, "\n", "And this? ", two),
         (one, "\n", two, "\n", "Which is larger?"),
     ]
+
+
+class Turns:
+    """A source of one sample; its option is the roles of the turns by their first letters."""
+
+    class Options(Options):
+        roles: str
+
+    def __init__(self, options: Any) -> None:
+        roles = {"s": "system", "u": "user", "a": "assistant"}
+        self.turns: Any = tuple(Turn(roles[letter], ("text",)) for letter in options.roles)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield Sample("one", self.turns, "file.csv:3")
+
+
+@pytest.mark.parametrize(
+    ("roles", "valid"),
+    [
+        *((roles, True) for roles in ("", "s", "ua", "sua", "uaua", "uau")),
+        *((roles, False) for roles in ("a", "sa", "au", "uu", "uaa", "uas", "ssua")),
+    ],
+)
+def test_turns_that_do_not_alternate_are_refused(monkeypatch: pytest.MonkeyPatch, roles: str, valid: bool) -> None:
+    entry = Registration("sources", "turns", f"{__name__}:Turns", None, "", "strange")
+    monkeypatch.setitem(registry().entries["sources"], "turns", entry)
+    spec = SourceSpec.model_validate({"name": "turns", "roles": roles})
+    if valid:
+        assert len(list(samples([spec]))) == 1
+        return
+    with pytest.raises(PluginError) as caught:
+        list(samples([spec]))
+    assert all(part in str(caught.value) for part in ("turns", "strange", "file.csv:3", "'one'", "assistant"))
 
 
 def test_split_turns_is_an_option_of_a_source(tmp_path: Path) -> None:

@@ -293,7 +293,86 @@ def test_a_broken_recipe_is_found(tmp_path: Path, site: Any) -> None:
     assert "gone.yaml" in found["gone"]["problem"]
 
 
-def test_an_unknown_plugin_and_an_unknown_file() -> None:
-    document, code = certificate("gone")
-    assert (document["ok"], document["package"], code) == (False, "?", 1)
-    assert run_cli("plugins", "check", "gone.py").exit_code == 2
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("gone", None, "not installed"),
+        ("numpy", None, "no entry point"),
+        ("", None, "not installed"),
+        ("folder", "", "is a folder"),
+        ("data.txt", "text", "not a Python file"),
+        ("broken_syntax.py", "def (:\n", "broken_syntax.py:1"),
+        ("binary_file.py", "x = '\0'\n", "binary_file"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_line(
+    name: str, content: str | None, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    if content:
+        (tmp_path / name).write_text(content)
+    document, code = certificate(name)
+    (check,) = document["checks"]
+    assert (document["ok"], code) == (False, 1)
+    assert part in check["problem"]
+    shown = run_cli("plugins", "check", name)
+    (line,) = shown.stderr.splitlines()
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert line.startswith("error: ")
+    assert line.endswith(check["problem"])
+
+
+def test_a_file_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    for name in ("gone.py", "folder.py"):
+        assert run_cli("plugins", "check", name, cwd=tmp_path).exit_code == 2
+
+
+def test_in_strict_mode_a_broken_plugin_is_one_error_of_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAVACTL_STRICT_PLUGINS", "1")
+    (tmp_path / "strictly.py").write_text("1 / 0\n")
+    checked = run_cli("--plugin", "strictly.py", "recipes", "check", "llava-v1-7b", cwd=tmp_path)
+    assert (checked.exit_code, checked.stdout) == (1, "")
+    error, hint = checked.stderr.splitlines()
+    assert "strictly.py:1" in error
+    assert hint.endswith("--plugin strictly.py")
+
+
+STEP = """
+from llavactl import hookimpl
+
+
+class Optimizer:
+    scope = "all"
+    moments = ()
+
+    def __init__(self, options):
+        pass
+
+    def selects(self, weight):
+        return True
+
+    def build(self, groups):
+        import torch
+
+        class Own(torch.optim.SGD):
+            def step(self, closure=None):
+                raise ValueError("no step")
+
+        return Own(groups, lr=0.1)
+
+
+@hookimpl
+def register_optimizers(register):
+    register("own", "{name}:Optimizer", summary="fails")
+"""
+
+
+def test_code_that_llavactl_calls_through_a_library_is_named(tmp_path: Path) -> None:
+    document, _ = certificate(str(write(tmp_path, "fails_in_step", STEP)))
+    (problem,) = [each["problem"] for each in document["checks"] if each["ok"] is False]
+    assert "fails_in_step.py:20" in problem
+    assert "no step" in problem

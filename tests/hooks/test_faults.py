@@ -145,7 +145,7 @@ def test_an_old_parameter_still_works_and_warns(caplog: pytest.LogCaptureFixture
         assert hook_problems(manager, plugin) == []
         plugins._register(manager, plugin, name)
     for implementation in manager.hook.finished.get_hookimpls():
-        plugins._by_keyword(implementation)(result=1, report=2)
+        plugins._by_keyword(implementation, "train_finished")(result=1, report=2)
     assert sorted(received) == [1, 2]
     (warning,) = caplog.messages
     assert warning.startswith("plugin old: ")

@@ -268,3 +268,12 @@ def test_an_exception_in_a_worker_process_keeps_its_line(folder: Path, monkeypat
         f"template broken of plugin faulty_worker: render ({file.name}:{line_of(file)}): AttributeError"
         in error.message
     )
+
+
+def test_a_registration_that_exits_is_one_line(tmp_path: Path) -> None:
+    code = "import sys\nfrom llavactl import hookimpl\n@hookimpl\ndef register_tasks(register):\n    sys.exit(3)\n"
+    (tmp_path / "exits.py").write_text(code, encoding="utf-8")
+    result = run_cli("--plugin", "exits.py", "components", "schedules", cwd=tmp_path)
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert "plugin exits: register_tasks (exits.py:5): SystemExit: 3" in line

@@ -355,7 +355,9 @@ class TestPlugins:
         assert problem.startswith("-o connector.name=broken: connector.name: connector 'broken' of plugin stranger")
 
     def check_with(self, monkeypatch: pytest.MonkeyPatch, implementation: Any) -> list[str]:
-        monkeypatch.setattr(plugins, "implementations", lambda hook: [("stranger", implementation)])
+        monkeypatch.setattr(
+            plugins, "implementations", lambda hook: [("stranger", implementation)] if hook == "check_recipe" else []
+        )
         small()
         return problems()
 

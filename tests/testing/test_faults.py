@@ -255,7 +255,7 @@ FAULTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("formats", ReloadsNothing(), ("reload", "script.py")),
     ("formats", RecognisesAll(), ("recognise()", "an empty folder")),
     ("formats", ChangesModel(), ("changes the model's folder",)),
-    ("optimizers", RuleOf(scope="row"), ("scope is 'row'",)),
+    ("optimizers", RuleOf(scope="row"), ("scope = 'row'",)),
     ("optimizers", RuleOf(moments=("exp_avg",)), ("exp_avg_sq", "moments")),
     ("optimizers", RuleOf(selects=lambda weight: False), ("every kind",)),
     ("optimizers", RuleOf(build=lambda groups: None), ("NoneType", "Optimizer")),

@@ -274,11 +274,17 @@ class KeptUndeclared(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("kind", [KeptElsewhere, KeptUndeclared])
-def test_state_that_checkpoints_would_lose_is_refused_after_the_first_step(model: LlavaModel, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "declared"), [(KeptElsewhere, ()), (KeptUndeclared, ()), (torch.optim.SGD, ("momentum_buffer",))]
+)
+def test_state_is_what_the_rule_declares_after_the_first_step(
+    model: LlavaModel, kind: Any, declared: tuple[str, ...]
+) -> None:
+    """Checkpoints would lose other state, and memory would be predicted for state that isn't kept."""
+
     class Rule:
         scope = "element"
-        moments = ()
+        moments = declared
 
         def selects(self, weight: Any) -> bool:
             return True

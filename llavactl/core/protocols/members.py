@@ -1,11 +1,13 @@
-"""What a Protocol declares, what an object lacks of it, and which of its methods can't be called as declared."""
+"""What a Protocol declares, what an object lacks of it, and which of its members differ from the declaration."""
 
 from __future__ import annotations
 
 import inspect
 from functools import cache
+from typing import get_type_hints
 
 from llavactl.core.plugin_code import location
+from llavactl.core.typed import Predicate, predicate
 
 _SPECIAL = frozenset({"__call__", "__iter__"})
 
@@ -36,7 +38,7 @@ def call_fault(instance: object, name: str, protocol: type) -> str:
         return ""
     method = getattr(instance, name)
     if not callable(method):
-        return ""
+        return f"{name} = {method!r:.60}; {protocol.__name__} declares a method"
     parameters = list(inspect.signature(declared).parameters.values())[1:]
     keywords = {each.name: each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
     try:
@@ -49,6 +51,26 @@ def call_fault(instance: object, name: str, protocol: type) -> str:
     except ValueError:  # built-in functions have no signature
         return ""
     return ""
+
+
+def value_fault(instance: object, name: str, protocol: type) -> str:
+    """Why the attribute ``name`` of ``instance`` isn't of the type that ``protocol`` declares; "" if it is.
+
+    Methods aren't attributes. A property of ``instance`` isn't evaluated.
+    """
+    annotation, matches = _attributes(protocol).get(name, ("", None))
+    static = inspect.getattr_static(instance, name)
+    if matches is None or (hasattr(static, "__get__") and not inspect.isfunction(static)):
+        return ""
+    value = getattr(instance, name)
+    return "" if matches(value) else f"{name} = {value!r:.60}; {protocol.__name__} declares {annotation}"
+
+
+@cache
+def _attributes(protocol: type) -> dict[str, tuple[str, Predicate]]:
+    """The types of the attributes that ``protocol`` declares, as text and as a check."""
+    texts = {name: text for each in protocol.__mro__ for name, text in vars(each).get("__annotations__", {}).items()}
+    return {name: (str(texts[name]), predicate(hint)) for name, hint in get_type_hints(protocol).items()}
 
 
 def _without_annotations(signature: inspect.Signature) -> str:
