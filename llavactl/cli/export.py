@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from llavactl.cli import completion, output
+from llavactl.cli import completion, output, verified
 from llavactl.cli.help import Command
 from llavactl.cli.options import (
     component_options,
@@ -16,6 +16,7 @@ from llavactl.cli.options import (
     load_outline_if_given,
     recipe_options,
 )
+from llavactl.core.quantities import BYTE, quantity
 
 
 @click.command(
@@ -76,4 +77,11 @@ def command(
 
     spec = {"name": form, **key_values(options)}
     report = export(recipe, spec, to, model=model, check=verify, allow_different=allow_different, images=images)
-    output.report(report, as_json)
+    if as_json:
+        output.document(report)
+        return
+    size = f"{quantity(len(report.files), 'file')}, {quantity(report.bytes, BYTE)}"
+    finished = ", finished before" if report.finished_before else ""
+    output.line(f"{report.format} in {report.to}: {size}{finished}")
+    output.labeled([("model", report.model), ("verdict", verified.verdict(report))])
+    verified.tables([report])

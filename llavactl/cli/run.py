@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llavactl.cli import output
+from llavactl.cli import output, verified
 from llavactl.cli.help import Command
 from llavactl.cli.options import json_option, load, recipe_options
 from llavactl.core.program import command_line
@@ -45,6 +45,7 @@ def command(source: str | None, overrides: tuple[str, ...], as_json: bool) -> No
         return
     output.line(f"{report.name} in {report.run_dir}")
     output.labeled(_steps(report))
+    verified.tables(report.export)
     if report.example is not None and report.model is not None:
         output.line()
         output.labeled(_answer(report.example))
@@ -69,9 +70,7 @@ def _steps(report: RunReport) -> list[Row]:
     for task in report.eval:
         rows += _scores(task)
     for exported in report.export:
-        verified = exported.verified
-        difference = "" if verified is None else f", verified: {verified.verdict}"
-        rows.append(("export", f"{exported.format} in {exported.to}{difference}"))
+        rows.append(("export", f"{exported.format} in {exported.to}; {verified.verdict(exported)}"))
     return [*rows, ("report", report.report)]
 
 

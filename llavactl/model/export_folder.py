@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from llavactl.core.errors import ModelError
 from llavactl.core.hashes import hash_file, hash_json
-from llavactl.core.paths import read_json, write_json
+from llavactl.core.paths import read_json, write_atomic, write_json
 from llavactl.core.plugin_faults import plugin_fault
 from llavactl.model.folder import replace_folder
 
@@ -53,11 +53,12 @@ class ExportFolder:
         export_format: Format,
         model: Path,
         origin: Mapping[str, Any],
-        model_card: Callable[[Sequence[str]], str],
+        model_card: Callable[[Sequence[str], Sequence[str]], str],
     ) -> None:
         """Writes ``model`` in ``export_format``; an existing export is kept until the new one is complete.
 
-        ``model_card`` returns the text of the model card for the stop strings that other programs must be given.
+        ``model_card`` returns the text of the model card for the stop strings that other programs must be given, and
+        the limitations of the export.
 
         Raises:
             ModelError: the folder has other files, can't be written, or the format can't represent the model.
@@ -68,8 +69,9 @@ class ExportFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             export_format.write(model, temporary)
-            stop_strings = [read_json(file).get("stop_strings", []) for file in sorted(temporary.rglob(RECORD))]
-            (temporary / CARD).write_text(model_card([*chain(*stop_strings)]), encoding="utf-8")
+            records = [read_json(file) for file in sorted(temporary.rglob(RECORD))]
+            listed = ([*chain(*(record.get(key, []) for record in records))] for key in ("stop_strings", "limitations"))
+            (temporary / CARD).write_text(model_card(*listed), encoding="utf-8")
             location = {"location": str(self.path)} if _replace_paths(temporary, self.path) else {}
             record = {**read_json(temporary / RECORD), **origin, **location, "files": file_hashes(temporary)}
             write_json(temporary / RECORD, record)
@@ -102,9 +104,20 @@ class ExportFolder:
         """Stores the verification ``result`` of the files with hash ``content``."""
         write_json(self.path / RECORD, {**self._record(), "verified": result, "verified_content": content})
 
+    def update_card(self, change: Callable[[str], str]) -> None:
+        """Replaces the text of the model card, if there is one, by ``change`` of it."""
+        file = self.path / CARD
+        if not file.is_file():
+            return
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        if (changed := change(text)) != text:
+            write_atomic(file, changed)
+            record = self._record()
+            write_json(self.path / RECORD, {**record, "files": {**record.get("files", {}), CARD: hash_file(file)}})
+
     def content(self) -> str:
-        """A hash of the names and contents of all files but the record."""
-        return hash_json(file_hashes(self.path))
+        """A hash of the names and contents of all files but the record and the model card."""
+        return hash_json({name: value for name, value in file_hashes(self.path).items() if name != CARD})
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.path.rglob("*") if file.is_file())

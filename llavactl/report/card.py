@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,28 @@ processor = AutoProcessor.from_pretrained("base")
 }
 
 
-def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
+VERIFICATION_BEGIN, VERIFICATION_END = "<!-- verification -->", "<!-- end of verification -->"
+"""Marks in the card around the result of the verification, which is written after the export."""
+
+
+def with_verification(text: str, verification: str) -> str:
+    """The model card ``text`` with another text about the verification; unchanged if its marks were removed."""
+    before, begin, rest = text.partition(VERIFICATION_BEGIN)
+    _, end, after = rest.partition(VERIFICATION_END)
+    return f"{before}{begin}\n{verification}\n{end}{after}" if end else text
+
+
+def card(
+    model: Path,
+    form: str,
+    exported: str,
+    options: Sequence[str],
+    stop_strings: Sequence[str] = (),
+    limitations: Sequence[str] = (),
+) -> str:
     """The model card (Markdown) of the model folder ``model`` exported in the format ``form``.
 
+    ``exported`` is the model as it was given to the command, ``options`` are the format's (``-t KEY=VALUE``).
     ``stop_strings`` must be passed to the program that loads the model. Sections without information, such as the
     training of a model from elsewhere, read "Unknown."
     """
@@ -63,13 +83,15 @@ def card(model: Path, form: str, stop_strings: Sequence[str] = ()) -> str:
         "\n".join(head),
         "A LLaVA-type vision-language model (frozen vision encoder, connector, language model), trained with llavactl.",
         _section("Usage", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
+        _section("Origin", _origin(model, form, exported, options, run_name=str(recipe.get("name", "")))),
+        _section("Verification", [VERIFICATION_BEGIN, "Not verified.", VERIFICATION_END]),
         _section("Components", _components(description)),
         _section("Data", _data(recipe)),
         _section("Training", _training(recipe, description, run)),
         *([_section("Recomputed features", recomputed)] if (recomputed := _recomputed(description, recipe)) else []),
         _section("Scores", _scores(run)),
         _section("Licenses", [license_of(base, APPLIES) for base in bases if base]),
-        _section("Limitations", _limitations(description)),
+        _section("Limitations", [*_limitations(description), *(f"- {sentence}" for sentence in limitations)]),
         _section("Versions", _versions(description)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -93,6 +115,20 @@ def _library(form: str) -> list[str]:
 
 def _base(spec: Any) -> str:
     return str(spec.get("model") or spec.get("name")) if isinstance(spec, Mapping) else ""
+
+
+def _origin(model: Path, form: str, exported: str, options: Sequence[str], run_name: str) -> list[str]:
+    """The model that the export was made from, and the command that makes it again.
+
+    A model folder of a run is shown with the last folders of its path, ``runs/NAME/stage2/model``.
+    """
+    shown = "/".join(model.parts[-4:]) if run_name else _short(exported)
+    stage = f" (run `{run_name}`, {model.parent.name})" if run_name else ""
+    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *options]
+    return [
+        f"- exported from `{shown}`{stage}; the key `model` in `llavactl_export.json` is a hash of its contents",
+        f"- to export it again: `llavactl {shlex.join(arguments)}`",
+    ]
 
 
 def _components(description: Mapping[str, Any]) -> list[str]:

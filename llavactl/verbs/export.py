@@ -16,11 +16,12 @@ from llavactl.core.program import command_line
 from llavactl.core.registry import registry
 from llavactl.evaluation.verification.images import default_images, image_files
 from llavactl.evaluation.verification.result import VerificationResult
+from llavactl.evaluation.verification.table import markdown
 from llavactl.evaluation.verification.verify import verify
 from llavactl.model.export_folder import ExportFolder
 from llavactl.model.folder import identity, latest_model
 from llavactl.model.imported import resolve
-from llavactl.report.card import card
+from llavactl.report.card import card, with_verification
 
 if TYPE_CHECKING:
     from llavactl.images.image_file import ImageFile
@@ -79,7 +80,8 @@ def export(
     origin = _origin(spec, source)
     finished_before = folder.is_current(origin) and (allow_different or not folder.differs())
     if not finished_before:
-        folder.write(export_format, source, origin, partial(card, source, origin["format"]))
+        model_card = partial(card, source, origin["format"], model or str(source), _options(spec))
+        folder.write(export_format, source, origin, model_card)
     result, reason = None, None
     if check is False:
         reason = "verification was skipped"
@@ -89,7 +91,7 @@ def export(
     else:
         result = None if given_images else VerificationResult.from_json(folder.verification())
         try:
-            result = result or _verify(folder, source, script, given_images or default_images(recipe))
+            result = result or _verify(folder, source, script, origin, given_images or default_images(recipe))
         except ProgramMissingError as error:
             if check:
                 raise
@@ -132,13 +134,20 @@ def _origin(spec: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def _command(model: str, spec: Mapping[str, Any], to: Path) -> str:
     """The command that verifies the export of ``model`` in the folder ``to``."""
+    arguments = ("--model", model, "--format", spec["name"], "--to", str(to))
+    return command_line("export", *arguments, *_options(spec), "--verify")
+
+
+def _options(spec: Mapping[str, Any]) -> list[str]:
+    """The options of the format ``spec`` as arguments of the command."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in spec.items()}
-    options = [part for key, value in texts.items() if key != "name" for part in ("-t", f"{key}={value}")]
-    return command_line("export", "--model", model, "--format", texts["name"], "--to", str(to), *options, "--verify")
+    return [part for key, value in texts.items() if key != "name" for part in ("-t", f"{key}={value}")]
 
 
-def _verify(folder: ExportFolder, source: Path, script: Path, images: Sequence[ImageFile]) -> VerificationResult:
-    """Compares the export with ``source`` and stores the result.
+def _verify(
+    folder: ExportFolder, source: Path, script: Path, origin: Mapping[str, Any], images: Sequence[ImageFile]
+) -> VerificationResult:
+    """Compares the export with ``source`` and stores the result, also in its model card.
 
     Raises:
         ModelError: the export can't be loaded.
@@ -146,7 +155,9 @@ def _verify(folder: ExportFolder, source: Path, script: Path, images: Sequence[I
     log.info("verifying %s in a separate process, in float32 on the CPU (--no-verify skips this)", folder.path)
     content = folder.content()
     folder.remove_verification()
+    folder.update_card(partial(with_verification, verification="Not verified."))
     result = verify(source, folder.path, script, images)
+    folder.update_card(partial(with_verification, verification=markdown(origin["format"], result)))
     folder.store_verification(asdict(result), content)
     return result
 

@@ -15,7 +15,8 @@ def test_export_is_the_last_step_of_a_run(toy: Path, monkeypatch: pytest.MonkeyP
     recipe.write_text(recipe.read_text() + "export: [{format: hf, to: out/hf}]\n")
     ran = run_cli("run", "-r", str(recipe))
     assert ran.exit_code == 0, ran.stderr
-    assert "verified" in ran.stdout
+    assert "exact" in ran.stdout
+    assert "greedy answers" in ran.stdout
     record = json.loads((toy / "out/hf/llavactl_export.json").read_text())
     assert record["verified"]["photos"] == 3
     assert not record["verified"]["faults"]
@@ -27,6 +28,10 @@ def test_export_is_the_last_step_of_a_run(toy: Path, monkeypatch: pytest.MonkeyP
     assert card.startswith("---\npipeline_tag: image-text-to-text\n")
     for entry in ("# toy", "6 steps", "`llava-json`", "vicuna-v1", "transformers", "records.json"):
         assert entry in card
+    origin = "runs/toy/stage2/model"
+    assert f"llavactl export --model {origin} --format hf" in card
+    assert "exact in transformers" in card
+    assert card.count("| image embeddings |") == 2
     assert str(toy) not in card
 
 

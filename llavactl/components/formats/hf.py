@@ -21,6 +21,7 @@ from llavactl.components.formats.hf_support import (
 from llavactl.components.formats.native import SavedModel, exportable_vision, open_model, save_model
 from llavactl.components.formats.processor_text import add_image_token, separator
 from llavactl.components.formats.supported_keys import BASE_KEYS, ignored_keys
+from llavactl.components.formats.vllm import vllm_limits
 from llavactl.components.languages.image_token import EXPORT_RECORD
 from llavactl.core.errors import ModelError
 from llavactl.core.library_errors import reason
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 STOP_STRINGS = "stop_strings"
 """Key of ``llavactl_export.json``: stop strings that other programs must be given."""
+
+LIMITATIONS = "limitations"
+"""Key of ``llavactl_export.json``: sentences for the section on limitations in the model card."""
 
 EMBEDDING_MULTIPLE = 64
 """Embeddings are padded to a multiple of this number of rows, as in published checkpoints, for speed on a GPU."""
@@ -113,7 +117,17 @@ def save_checkpoint(saved: SavedModel, language: PreTrainedModel, to: Path) -> N
     _save_processor(saved, tokenizer, backbone, strategy, prefix_tokens, to)
     text = llava.config.text_config
     base_keys = ignored_keys(text.to_dict(), text.model_type)
-    write_json(to / EXPORT_RECORD, {**saved.settings(), STOP_STRINGS: list(stop_strings), BASE_KEYS: base_keys})
+    card = {STOP_STRINGS: list(stop_strings), LIMITATIONS: _limitations(read_json(to / "config.json"))}
+    write_json(to / EXPORT_RECORD, {**saved.settings(), **card, BASE_KEYS: base_keys})
+
+
+def _limitations(config: Mapping[str, Any]) -> list[str]:
+    """Sentences for the model card about programs that can't load the export; they are logged."""
+    limits = vllm_limits(config)
+    sentences = [f"vLLM can't serve this model: {'; '.join(limits)}."] if limits else []
+    for sentence in sentences:
+        log.warning("%s", sentence.removesuffix("."))
+    return sentences
 
 
 def _llava_model(

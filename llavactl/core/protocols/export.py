@@ -37,15 +37,15 @@ class Format(Protocol):
         ``save_model`` writes it: small weights are copied, large ones are referenced.
 
         Raises:
-            ModelError: the checkpoint is incomplete, or not one that llavactl supports.
+            ModelError: the checkpoint is incomplete, or not one that llavactl supports; or the format only writes.
         """
 
     def write(self, model: Path, to: Path) -> None:
         """Exports llavactl's model folder ``model`` to the empty folder ``to``.
 
         ``open_model`` reads it. ``to`` is renamed when the export is complete; paths into it in its ``config.json`` are
-        adjusted. The file ``llavactl_export.json``, to which llavactl adds the origin of the export, may have a list
-        ``stop_strings`` for the model card, and the model's ``SavedModel.settings``.
+        adjusted. The file ``llavactl_export.json``, to which llavactl adds the origin of the export, may have lists
+        ``stop_strings`` and ``limitations`` (sentences) for the model card, and the model's ``SavedModel.settings``.
 
         Raises:
             ModelError: the format can't represent the model.

@@ -60,14 +60,12 @@ def served(folder: Path, log: Path) -> Iterator[str]:
 def test_served_by_transformers(native: Make, toys: Path, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     folder, image = tmp_path / "out", toys / "images" / "photo-002.jpg"
-    export = run_cli(
-        *("export", "--model", str(native("ours", template="tokenizer")), "--format", "hf", "--to", str(folder)),
-        "--no-verify",
-    )
+    model = native("ours", template="tokenizer")
+    export = run_cli("export", "--model", str(model), "--format", "hf", "--to", str(folder), "--no-verify")
     assert export.exit_code == 0, export.stderr
     (client,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     options = ("--image", str(image), "--prompt", "What color is the image?", "--max-new-tokens", "12", "--json")
-    ours = run_cli("chat", "--model", str(folder), *options).json()["answer"]
+    ours = run_cli("chat", "--model", str(model), *options).json()["answer"]
     with served(folder, tmp_path / "server.log") as url:
         for written, here in {"http://localhost:8000/v1": url, "out/hf": str(folder), "photo.jpg": str(image)}.items():
             assert written in client

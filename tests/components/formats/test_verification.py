@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llavactl.components.formats.hf import HfLlava
 from llavactl.evaluation.verification.outputs import Stated
@@ -175,6 +176,30 @@ def test_an_export_that_may_differ(native: Make, tmp_path: Path, verdicts: list[
     assert again["verified"]["faults"] == ["answer differs"]
     verdicts += [("answer differs",)]
     assert export(model, out).exit_code == 1
+    assert not verdicts
+
+
+def test_the_card_has_the_last_verdict(native: Make, tmp_path: Path, verdicts: list[tuple[str, ...]]) -> None:
+    """Only between its marks; the text around them may be edited, and an edit doesn't repeat the verification."""
+    model, out = native("ours"), tmp_path / "out"
+    file = out / "README.md"
+    export(model, out, "--no-verify")
+    assert "Not verified." in file.read_text()
+    file.write_text(file.read_text() + "More.\n")
+    verdicts += [("answer differs",)]
+    assert export(model, out, "--allow-different").exit_code == 0
+    assert "answer differs" in file.read_text()
+    assert "Not verified." not in file.read_text()
+    assert file.read_text().endswith("More.\n")
+    file.write_text(file.read_text() + "And more.\n")
+    assert export(model, out, "--allow-different").json()["finished_before"]
+    file.write_text("Edited.")
+    verdicts += [()]
+    assert export(model, out, "--image", str(model.parent / "none.jpg")).exit_code == 1
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    assert export(model, out, "--allow-different", "--image", str(picture)).exit_code == 0
+    assert file.read_text() == "Edited."
     assert not verdicts
 
 

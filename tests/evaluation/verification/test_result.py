@@ -14,13 +14,12 @@ from llavactl.evaluation.verification.result import (
     EXACT,
     RESAMPLED,
     ROUNDED,
-    TABLE_COLUMNS,
     TITLES,
     Figure,
     VerificationResult,
     judge,
-    table,
 )
+from llavactl.evaluation.verification.table import COLUMNS, markdown, summary, table
 
 COUNTS = ("ids", "next_token", "answers", "batched_answers", "settings")
 EQUAL = {name: Figure(0, 7) if name in COUNTS else Figure(float(name == "embedding_cosine")) for name in TITLES}
@@ -96,7 +95,19 @@ def test_faults_name_the_figure_and_its_details() -> None:
 def test_a_row_for_every_figure() -> None:
     rows = table(judge(EQUAL | {"logits": Figure(None)}, Stated(), prompts=7, photos=3))
     assert [row[:2] for row in rows] == list(TITLES.values())
-    assert all(len(row) == len(TABLE_COLUMNS) and all(row) for row in rows)
+    assert all(len(row) == len(COLUMNS) and all(row) for row in rows)
+
+
+def test_the_card_has_the_verdict_the_table_and_what_differs() -> None:
+    stated = Stated(program="p 1.2", rounding="f16", differs=RESAMPLING)
+    result = judge(EQUAL | {"ids": Figure(1, 7)}, stated, prompts=7, photos=1)
+    text = markdown("gguf", result)
+    assert summary(result) in text
+    for part in ("different", "p 1.2", "f16", "gguf", RESAMPLING[0], result.faults[0]):
+        assert part in text
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        f"| {' | '.join(row)} |" for row in table(result)
+    ]
 
 
 @pytest.mark.parametrize("changed", [{}, {"logits": Figure(None)}, {"logits": Figure(1.5)}])
