@@ -25,7 +25,7 @@ def limitations(saved: SavedModel, builds: Builds) -> list[str]:
     pad = saved.description["vision"]["image"] == "pad"
     found = [
         "llama.cpp computes GELU approximately, in float16.",
-        "Images that aren't square are resized before they are padded, with another color for SigLIP."
+        "Images that aren't square are resized before they are padded: pad photos before sending them."
         if pad
         else "llama.cpp pads images that aren't square; in training they were cropped or stretched.",
     ]

@@ -170,15 +170,15 @@ def metadata(file: Path) -> dict[str, Any]:
 
 
 def as_square(image: Image.Image, settings: dict[str, Any]) -> Image.Image:
-    """``image`` as the square that the vision encoder was trained with, which llama.cpp leaves as it is."""
+    """``image`` as the square that the vision encoder was trained with; llama.cpp resizes it as in training."""
     size, how = settings["clip.vision.image_size"], settings["llavactl.vision.image"]
     width, height = image.size
     if how == "pad":
         side, color = max(image.size), tuple(int(255 * mean) for mean in settings["clip.vision.image_mean"])
         padded = Image.new("RGB", (side, side), color)
         padded.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = padded
-    elif how == "crop":
+        return padded
+    if how == "crop":
         shortest = min(image.size)
         width, height = size * width // shortest, size * height // shortest
         left, top = (width - size) // 2, (height - size) // 2
