@@ -124,7 +124,8 @@ def _origin(model: Path, form: str, exported: str, options: Sequence[str], run_n
     """
     shown = "/".join(model.parts[-4:]) if run_name else _short(exported)
     stage = f" (run `{run_name}`, {model.parent.name})" if run_name else ""
-    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *options]
+    portable = ["=".join((key, *map(_short, value))) for key, *value in (option.split("=", 1) for option in options)]
+    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *portable]
     return [
         f"- exported from `{shown}`{stage}; the key `model` in `llavactl_export.json` is a hash of its contents",
         f"- to export it again: `llavactl {shlex.join(arguments)}`",
