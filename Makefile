@@ -46,11 +46,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 WITH_TIMM := PYTHONPATH="$(CURDIR)/$(VENV)/timm:$$PYTHONPATH"
 test: $(DEV_READY) ## run the fast tests
 	$(PYTEST)
-	$(WITH_TIMM) $(PYTEST) $(BACKBONES)
+	$(WITH_TIMM) $(PYTEST) -m "timm and not slow and not gpu" $(BACKBONES)
 
 test-all: $(DEV_READY) ## run all tests but those for a GPU
 	$(PYTEST) -m "not gpu"
-	$(WITH_TIMM) $(PYTEST) -m "not gpu" $(BACKBONES)
+	$(WITH_TIMM) $(PYTEST) -m "timm and not gpu" $(BACKBONES)
 
 # Nothing is installed: CONTRIBUTING.md lists the packages that GPU_PYTHON needs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

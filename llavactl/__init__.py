@@ -78,6 +78,8 @@ _MODULES = {
     "Scores": "llavactl.core.protocols",
     "Segment": "llavactl.core.schema",
     "ShapedVision": "llavactl.core.protocols",
+    "SentencePiece": "llavactl.components.languages.sentencepiece_model",
+    "SentencePieceVocabulary": "llavactl.components.languages.sentencepiece_model",
     "SkeletonLanguage": "llavactl.core.protocols",
     "Source": "llavactl.core.protocols",
     "StoreError": "llavactl.core.errors",
@@ -116,6 +118,7 @@ _MODULES = {
     "registry": "llavactl.core.registry",
     "run": "llavactl.api",
     "save_model": "llavactl.components.formats.native",
+    "sentencepiece_vocabulary": "llavactl.components.languages.sentencepiece_model",
     "train": "llavactl.api",
 }
 

@@ -16,6 +16,9 @@ from llavactl.components.formats.native import open_model as open_model
 from llavactl.components.formats.native import save_model as save_model
 from llavactl.components.languages.causal_lm import TransformersLanguage as TransformersLanguage
 from llavactl.components.languages.causal_lm import TransformersLanguageOptions as TransformersLanguageOptions
+from llavactl.components.languages.sentencepiece_model import SentencePiece as SentencePiece
+from llavactl.components.languages.sentencepiece_model import SentencePieceVocabulary as SentencePieceVocabulary
+from llavactl.components.languages.sentencepiece_model import sentencepiece_vocabulary as sentencepiece_vocabulary
 from llavactl.components.sources.llava_checks import llava_findings as llava_findings
 from llavactl.components.sources.llava_json import llava_sample as llava_sample
 from llavactl.components.vision.encoder import pad_to_square as pad_to_square

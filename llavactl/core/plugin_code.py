@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -92,14 +93,24 @@ def places(error: BaseException, packages: Collection[str]) -> list[Place]:
 
 
 def _frames(frames: TracebackType | None) -> Iterator[Place]:
-    for frame, line in traceback.walk_tb(frames):
-        where = f"{shown_path(Path(frame.f_code.co_filename))}:{line}"
-        yield Place(str(frame.f_globals.get("__name__")), frame.f_code.co_name, where, frame)
+    return (_place(frame, line) for frame, line in traceback.walk_tb(frames))
+
+
+def _place(frame: FrameType, line: int) -> Place:
+    where = f"{shown_path(Path(frame.f_code.co_filename))}:{line}"
+    return Place(str(frame.f_globals.get("__name__")), frame.f_code.co_name, where, frame)
 
 
 def raised_at(error: BaseException, packages: Collection[str]) -> Place | None:
     """The innermost place of ``error`` in one of ``packages``; None if it wasn't raised by their code."""
     return next(reversed(places(error, packages)), None)
+
+
+def running_at(packages: Collection[str]) -> Place | None:
+    """The innermost place of the main thread in one of ``packages``; None if it isn't in their code."""
+    stack = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    found = (_place(frame, line) for frame, line in stack)
+    return next((place for place in found if place.package in packages), None)
 
 
 def located_fault(error: BaseException, packages: Collection[str]) -> str:

@@ -35,7 +35,8 @@ class Manifest:
     """The finished ``shards``; ``skipped`` maps the content keys of images without features to the reasons.
 
     ``conditions`` are those under which each shard was encoded (see ``features.conditions``), by file name, and
-    ``recipes`` those whose images were encoded (see ``features.recorded``). Both are empty in stores of llavactl 0.1.
+    ``recipes`` those whose images were encoded (see ``features.recorded``). In stores of earlier versions both are
+    empty.
     """
 
     shape: FeatureShape

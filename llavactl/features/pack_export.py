@@ -315,4 +315,4 @@ def _readme(
 def license_items(text: str, selections: Sequence[StoreSelection], license_of: Callable[[str], str]) -> list[str]:
     """The license note ``text``, if any, and the license of each backbone by ``license_of``."""
     backbones = dict.fromkeys(selection.backbone for selection in selections if selection.backbone)
-    return [*([text] if text else []), *map(license_of, backbones)]
+    return [*([f"- features: {text}"] if text else []), *map(license_of, backbones)]

@@ -98,7 +98,7 @@ def recompute_store(
         encoder = load_encoder(stage_vision(used, stage), device, used.features.compute)
         found = compare(store, images, encoder, device, used.features, manifest.conditions, bar.advance)
     written = {store.shard_of(key): None for key in selected}
-    missing = {key: "not among the images of the recipe" for key in selected if key not in images}
+    missing = {key: "no readable image of the recipe has this content" for key in selected if key not in images}
     report = _comparison(folder, fingerprint, found, seed, len(selected))
     report = replace(
         report,

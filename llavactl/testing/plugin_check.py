@@ -159,10 +159,6 @@ def _add_examples(
         if name != plugin:
             continue
         returned: Any = implementation(folder=folder) or {}
-        if not _is_nested(returned):
-            hook = f"check_examples ({location(implementation)})"
-            problems.append(f"{hook} returned {returned!r:.80}, expected {{kind: {{component: options}}}}")
-            continue
         for kind, by_name in returned.items():
             for component, options in by_name.items():
                 if (kind, component) not in known:
@@ -170,13 +166,6 @@ def _add_examples(
                     problems.append(f"{hook}: the plugin registers no {kind_label(kind)} {component!r}")
                 examples.setdefault(kind, {})[component] = dict(options)
     return problems
-
-
-def _is_nested(value: Any, levels: int = 3) -> bool:
-    """Whether ``value`` is a mapping of mappings, ``levels`` deep."""
-    if levels == 0:
-        return True
-    return isinstance(value, Mapping) and all(_is_nested(each, levels - 1) for each in value.values())
 
 
 def _entry_checks(entry: Registration, given: Mapping[str, Any], packages: Collection[str]) -> Iterator[Check]:

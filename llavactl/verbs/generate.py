@@ -72,7 +72,7 @@ def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptio
     Raises:
         RecipeError: the recipe has no ``generate``, or its prompts or prices are invalid.
         DataError: the source is unreadable or has no images, or another process is writing ``out``.
-        TeacherError: the teacher can't answer; earlier replies are kept.
+        TeacherError: the teacher can't answer, or no reply can be used; earlier replies are kept.
     """
     settings = recipe.generate
     if settings is None:
@@ -125,8 +125,20 @@ def generate(recipe: Outline, *, dry_run: bool = False, options: GenerationOptio
             requests=stats,
             seconds=round(time.perf_counter() - began, 3),
         )
+        if report.refused and not report.samples and not (stats and stats.unanswered):
+            _sibling(settings.out, "report.json").unlink(missing_ok=True)
+            raise _nothing_usable(report, retry=session is not None)
         _save_report(settings.out, report)
     return report
+
+
+def _nothing_usable(report: GenerateReport, *, retry: bool) -> TeacherError:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in report.reasons.items())
+    again = ", then pass --retry-refused" if retry else ""
+    return TeacherError(
+        f"no reply of the teacher could be used ({reasons}); {report.refused_file} lists them",
+        hint=f"check the teacher and its prompts{again}",
+    )
 
 
 def _run(session: TeacherSession, options: GenerationOptions, seed: int) -> tuple[GenerationSummary, GenerationStats]:

@@ -10,7 +10,7 @@ from llavactl.core.errors import LlavactlError, Problem, RecipeError
 from llavactl.core.identity import is_local
 from llavactl.core.plugin_code import fault_text
 from llavactl.core.plugin_faults import plugin_error
-from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage
+from llavactl.core.protocols import CheckableFormat, ShapedVision, SkeletonLanguage, check_component
 from llavactl.core.registry import kind_label, registry
 from llavactl.core.schema import Turn
 from llavactl.model.connector_check import validate_connector
@@ -85,6 +85,7 @@ def _feature_shape(spec: Mapping[str, Any], found: list[Fault]) -> FeatureShape 
     if is_local(spec):
         with _collected(found, "vision", spec):
             vision = registry().create("vision", spec)
+            check_component(vision)
             return vision.shape() if isinstance(vision, ShapedVision) else None
     return None
 
@@ -96,6 +97,7 @@ def _language(recipe: Recipe, found: list[Fault]) -> tuple[Any, Any]:
     skeleton = tokenizer = None
     if is_local(spec):
         with _collected(found, "language", spec):
+            check_component(language)
             skeleton = language.skeleton() if isinstance(language, SkeletonLanguage) else None
         with _collected(found, "language", spec):
             tokenizer = language.tokenizer()

@@ -218,12 +218,12 @@ def test_output_is_utf_8_in_any_locale(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_silent() -> None:
-    process = program("recipes", "schema")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() != 0
+    with program("recipes", "schema") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode != 0
 
 
 SLEEPER = """

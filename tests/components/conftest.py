@@ -166,6 +166,7 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[bool]
 
     yield vocabulary
     stdin.close()
+    stdout.close()
     process.wait()
 
 

@@ -45,9 +45,10 @@ def _calls_without_encoding(code: str) -> Iterator[str]:
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
-def test_text_files_are_opened_with_an_encoding(file: Path) -> None:
-    assert list(_calls_without_encoding(file.read_text(encoding="utf-8"))) == []
+def test_text_files_are_opened_with_an_encoding() -> None:
+    calls = {file: list(_calls_without_encoding(file.read_text(encoding="utf-8"))) for file in CODE}
+    assert {str(file): found for file, found in calls.items() if found} == {}
+    assert len(calls) > 400
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,14 @@ def test_a_lock_is_exclusive_and_released_when_its_owner_dies(tmp_path: Path) ->
     code = "import sys, pathlib\nfrom llavactl.core.paths import exclusive_lock\n"
     code += "with exclusive_lock(pathlib.Path(sys.argv[1]), ValueError('taken')):\n"
     code += "    print('locked', flush=True); sys.stdin.read()"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match="taken"), paths.exclusive_lock(lock, ValueError("taken")):
-        pytest.fail("two owners")
-    process.kill()
-    process.wait()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="taken"), paths.exclusive_lock(lock, ValueError("taken")):
+            pytest.fail("two owners")
+        process.kill()
     with paths.exclusive_lock(lock, ValueError("taken")):
         pass
 

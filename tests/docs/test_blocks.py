@@ -29,6 +29,7 @@ OTHER_PROGRAMS = {
     "export",
     "git",
     "hf",
+    "llama-server",
     "pip",
     "python",
     "python3",

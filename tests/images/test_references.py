@@ -416,6 +416,7 @@ def test_features_equal_those_of_the_folder(toy: Path, kind: str) -> None:
     assert (found.images, found.encoded, found.stored_before, found.skipped) == (len(images), 0, len(images), 0)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_duplicate_name_in_one_archive_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for content in (b"1", b"2"):

@@ -273,6 +273,19 @@ def test_malicious_replies_are_refused(recipe: Folder) -> None:
         assert generate(folder, "--retry-refused")["requests"]["sent"] == 0
 
 
+def test_data_without_a_usable_reply_is_an_error_until_there_is_one(recipe: Folder) -> None:
+    with toy_endpoint(lambda number, body: Answers(body=completion("a\0b"))) as endpoint:
+        folder = recipe(endpoint.url, 2, "conversation: 1")
+        for _ in range(2):
+            result = run_cli("data", "generate", cwd=folder)
+            assert result.exit_code == 1
+            assert "malformed: 2" in result.stderr
+            assert "instruct.refused.jsonl" in result.stderr
+        assert len(endpoint.bodies) == 2
+        endpoint.behave = lambda number, body: None
+        assert generate(folder, "--retry-refused")["samples"] == 2
+
+
 def test_a_dry_run_estimates_and_writes_nothing(recipe: Folder) -> None:
     with toy_endpoint() as endpoint:
         folder = recipe(endpoint.url, 10)

@@ -86,5 +86,5 @@ def test_problems_of_a_connector() -> None:
 def test_an_unknown_plugin_is_reported() -> None:
     result = run_cli("plugins", "check", "gone")
     assert result.exit_code == 1
-    assert "gone" in result.stdout
+    assert "gone" in result.stderr
     assert run_cli("plugins", "check", "llavactl").exit_code == 0

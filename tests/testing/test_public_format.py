@@ -47,6 +47,27 @@ def test_a_format_that_only_writes_recognizes_no_export() -> None:
     assert any("only writes" in problem for problem in check_format(TwoFiles(), reads=False))
 
 
+class Unrecognised(TwoFiles):
+    """Recognizes no folder."""
+
+    def recognise(self, folder: Path) -> bool:
+        return False
+
+
+class OnlyWrites(Unrecognised):
+    def read(self, folder: Path, model: Path) -> None:
+        raise llavactl.ModelError("two-files only writes")
+
+
+def test_a_format_that_only_writes_conforms() -> None:
+    assert check_format(OnlyWrites()) == check_format(OnlyWrites(), reads=False) == []
+
+
+def test_a_format_that_reads_must_recognize_its_exports() -> None:
+    assert all("recognise()" in problem for problem in check_format(Unrecognised()))
+    assert check_format(Unrecognised())
+
+
 class Doubled(TwoFiles):
     """Reads twice the weights of the connector."""
 

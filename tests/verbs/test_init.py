@@ -21,6 +21,9 @@ from llavactl.recipe.stages import STAGES
 from llavactl.testing import run_cli, toy_photos
 from llavactl.training.prediction.published import fastest_fit, stored_verdict
 from llavactl.training.prediction.target import Target
+from llavactl.verbs.init.memory import StageMemory
+from llavactl.verbs.init.settings import MemorySettings
+from llavactl.verbs.init.text import RecipeFacts
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 COCO = '{"images": [], "annotations": []}'
@@ -85,14 +88,18 @@ def without_chat_template(project: Path, name: str) -> str:
 
 
 def init(*arguments: str, models: bool = True) -> dict[str, Any]:
-    """The report of ``init`` with the toy models; the recipe checks."""
+    """The report of ``init`` with the toy models."""
     named = ("--vision", "clip", "--language", "language") if models else ()
     result = run_cli("init", *named, *arguments, "--json")
     assert result.exit_code == 0, result.stderr
     report: dict[str, Any] = result.json()
+    return report
+
+
+def check(report: dict[str, Any]) -> None:
+    """Checks the recipe, which ``init`` has done as well before it wrote the recipe."""
     checked = run_cli("recipes", "check", report["recipe"])
     assert checked.exit_code == 0, checked.stdout
-    return report
 
 
 Case = Callable[[Path], tuple[str, ...]]
@@ -143,6 +150,7 @@ def nested(project: Path) -> Path:
 def test_data_is_recognized(name: str, project: Path) -> None:
     arguments, content = DATA[name]
     report = init("--data", *arguments(project))
+    check(report)
     assert tuple(each["content"] for each in report["data"]) == content
     assert report["fits"]
     recipe = load_recipe(report["recipe"])
@@ -247,13 +255,14 @@ def test_several_captions_per_image_are_counted_as_data_check_counts_them(projec
     assert "# 10 samples" in report["text"]
     generate = next(line for line in report["text"].splitlines() if line.startswith("#   source:"))
     assert "every_caption" not in generate, "a teacher receives all captions of an image at once"
-    one_each = run_cli("init", "--data", "photos", "-t", "every_caption=false", "--dry-run", "--json").json()
+    one_each = init("--data", "photos", "-t", "every_caption=false", "--force")
     assert one_each["data"][0]["samples"] == 6
 
 
 def test_models_are_recognized(project: Path) -> None:
     siglip(project / "siglip")
     report = init("--data", "records.json", "--vision", "./siglip", "--language", "language", models=False)
+    check(report)
     assert report["template"] == "tokenizer"
     for name, template in (("base", "vicuna-v1"), ("my-vicuna", "vicuna-v1")):
         language = without_chat_template(project, name)
@@ -275,6 +284,7 @@ def test_models_are_recognized(project: Path) -> None:
 def test_models_of_the_hub(language: str, memory: str, method: str, fits: bool | None, project: Path) -> None:
     arguments = ("--vision", "openai/clip-vit-large-patch14-336", "--language", language, "--device-memory", memory)
     report = init("--data", str(captioned(project / "photos")), *arguments, models=False)
+    check(report)
     assert (report["method"], report["fits"]) == (method, fits)
     assert report["device"]["kind"] == "cuda"
     stage = load_recipe(report["recipe"]).stage2
@@ -282,6 +292,20 @@ def test_models_of_the_hub(language: str, memory: str, method: str, fits: bool |
     assert stage.micro_batch_tokens == stage.gradient_checkpointing == "auto"
 
 
+@pytest.mark.parametrize(("fitting", "method"), [("full", "full"), ("lora", "lora"), (None, "qlora")])
+def test_the_first_method_that_fits_is_chosen(
+    fitting: str | None, method: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(facts: RecipeFacts, stage: int, _target: Target, *, slow: bool) -> StageMemory:
+        return StageMemory(stage == 1 or facts.method == fitting, 10**9, MemorySettings())
+
+    monkeypatch.setattr("llavactl.verbs.init.memory._predicted", predicted)
+    report = init("--data", "records.json", "--device-memory", "1GB")
+    assert (report["method"], report["fits"]) == (method, fitting is not None)
+    assert load_recipe(report["recipe"]).stage2.method == method
+
+
+@pytest.mark.slow  # traces every choice of settings
 def test_a_prediction_chooses_the_method(project: Path) -> None:
     """The toy model needs 20 MB; without room for the optimizer state of all weights, adapters are trained."""
     sizes = {memory: init("--data", "records.json", "--force", "--device-memory", memory) for memory in ("1GB", "1MB")}

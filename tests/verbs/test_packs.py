@@ -42,11 +42,24 @@ def recipe(toy: Path) -> Load:
     return lambda *overrides: load_recipe(toy / "recipe.yaml", overrides)
 
 
+@pytest.fixture(scope="module")
+def exported(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pack of the toy recipe and the home with its store; don't write into it."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(toys, folder / "toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLAVACTL_HOME", str(folder / "home"))
+        loaded = load_recipe(folder / "toy/recipe.yaml")
+        extract(loaded)
+        export_pack(folder / "pack", loaded, base=folder / "toy")
+    return folder
+
+
 @pytest.fixture
-def pack(recipe: Load, toy: Path, tmp_path: Path) -> Path:
-    """A pack of the toy recipe."""
-    extract(recipe())
-    export_pack(tmp_path / "pack", recipe(), base=toy)
+def pack(exported: Path, home: Path, tmp_path: Path) -> Path:
+    """A copy of the pack; the store is in this test's home."""
+    shutil.copytree(exported / "home", home)
+    shutil.copytree(exported / "pack", tmp_path / "pack")
     return tmp_path / "pack"
 
 
@@ -173,9 +186,9 @@ def test_without_a_recipe_all_stores_are_exported_with_the_names_that_they_recor
     assert extract(recipe("stage1.image=square")).to_encode == 0
 
 
-def test_the_pack_names_no_local_folder(pack: Path, toy: Path) -> None:
-    for name, data in content(pack).items():
-        assert name.endswith(".h5") or str(toy).encode() not in data, name
+def test_the_pack_names_no_local_folder(exported: Path) -> None:
+    for name, data in content(exported / "pack").items():
+        assert name.endswith(".h5") or str(exported).encode() not in data, name
 
 
 def test_readme_and_licenses(recipe: Load, toy: Path, tmp_path: Path) -> None:
@@ -218,6 +231,7 @@ def test_importing_twice_changes_nothing(pack: Path, elsewhere: Path, tmp_path: 
 
 
 def test_exporting_twice_gives_the_same_files(recipe: Load, toy: Path, pack: Path) -> None:
+    assert export_pack(pack, recipe(), base=toy).unchanged == 3
     before = content(pack)
     again = export_pack(pack, recipe(), base=toy)
     assert again.unchanged == again.stores[0].shards == 3

@@ -106,6 +106,19 @@ def test_components_that_do_not_fit_together(toy: Path, override: str, key: str,
     assert not (toy / "runs").exists(), "before any work"
 
 
+@pytest.mark.parametrize("kind", ["vision", "languages"])
+def test_what_the_check_of_a_component_finds_is_a_problem(
+    kind: str, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(_self: Any) -> None:
+        raise llavactl.ModelError("the weights are in another folder")
+
+    name = "clip" if kind == "vision" else "hf"
+    monkeypatch.setattr(registry().get(kind, name).load(), "check", check, raising=False)
+    (found,) = problems(toy)
+    assert (found["key"], found["why"]) == (kind.removesuffix("s"), "the weights are in another folder")
+
+
 def test_run_lists_each_problem_on_its_own_line(toy: Path) -> None:
     overrides = ("connector.pixel_shuffle=3", "stage2.trainable_modules=[self_atn]")
     keys = [each["key"] for each in problems(toy, *overrides)]

@@ -8,13 +8,13 @@ transformers 5 reads both with the same result.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavactl.components.formats.llava_support import HINT
+from llavactl.components.languages.sentencepiece_model import is_sentencepiece, merge_pairs, pieces
 from llavactl.core.errors import ModelError
 from llavactl.core.paths import read_json, write_atomic, write_json
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SPACE = "▁"
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _OLD_TYPES: Mapping[str, frozenset[str]] = {
     "model": frozenset({"BPE", "Unigram", "WordLevel", "WordPiece"}),
     "normalizer": frozenset({
@@ -89,7 +88,7 @@ def older_files(tokenizer: PreTrainedTokenizerBase, *, fast: bool) -> OlderFiles
     backend["post_processor"] = _post_processor_without_eos(tokenizer, backend["post_processor"])
     # transformers 4.37 enables this by default, which removes spaces before punctuation in answers.
     common = {"clean_up_tokenization_spaces": bool(tokenizer.clean_up_tokenization_spaces)}
-    if _is_sentencepiece(backend):
+    if is_sentencepiece(backend):
         scheme = backend["pre_tokenizer"]["prepend_scheme"]
         if scheme == "never":
             raise _unsupported("it doesn't prepend a space to text")
@@ -140,49 +139,23 @@ def _post_processor_without_eos(tokenizer: PreTrainedTokenizerBase, current: Any
     return {"type": "TemplateProcessing", "single": first + text[:1], "pair": first + text, "special_tokens": special}
 
 
-def _is_sentencepiece(backend: Mapping[str, Any]) -> bool:
-    """Whether it encodes like Llama's SentencePiece model: BPE without splitting into words, with ``▁`` for spaces."""
-    pre_tokenizer = backend["pre_tokenizer"] or {}
-    metaspace = pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer.get("split", True)
-    return metaspace and backend["model"]["type"] == "BPE" and backend["model"]["byte_fallback"]
-
-
 def sentencepiece_model(backend: Mapping[str, Any]) -> bytes:
     """A SentencePiece model with the vocabulary and merges of ``backend``, a ``tokenizer.json``.
-
-    SentencePiece merges the adjacent pieces whose result has the highest score, so the score of a piece is the negative
-    rank of its first merge.
 
     Raises:
         ModelError: SentencePiece can't represent the vocabulary.
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = backend["model"]
-    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    if [model["vocab"][piece] for piece in pieces] != list(range(len(pieces))):
-        raise _unsupported("its token ids have gaps")
-    if sum(map(bool, map(_BYTE.fullmatch, pieces))) != 256:
-        raise _unsupported("it lacks tokens for single bytes")
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_merge_pairs(model["merges"])):
-        ranks.setdefault(left + right, rank)
-    special = {token["content"]: token["special"] for token in backend["added_tokens"]}
+    try:
+        vocabulary = pieces(backend)
+    except ModelError as error:
+        raise _unsupported(error.message) from error
     proto: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009 - generated, unknown to mypy
-    kinds = proto.SentencePiece
-    for token, piece in enumerate(pieces):
-        kind = kinds.NORMAL
-        if piece == model["unk_token"] or (model["unk_token"] is None and token == 0):
-            kind = kinds.UNKNOWN
-        elif _BYTE.fullmatch(piece):
-            kind = kinds.BYTE
-        elif piece in special and piece not in ranks:
-            # A piece that results from a merge stays a normal piece: it also occurs inside words.
-            kind = kinds.CONTROL if special[piece] else kinds.USER_DEFINED
-        score = 0.0 if kind != kinds.NORMAL else -float(ranks.get(piece, len(ranks)))
-        proto.pieces.add(piece=piece, score=score, type=kind)
+    for text, score, kind in vocabulary:
+        proto.pieces.add(piece=text, score=score, type=getattr(proto.SentencePiece, kind.replace("-", "_").upper()))
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
-    proto.trainer_spec.vocab_size = len(pieces)
+    proto.trainer_spec.vocab_size = len(vocabulary)
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = True
@@ -205,16 +178,10 @@ def _older_tokenizer_json(backend: Mapping[str, Any]) -> bytes:
     if backend["model"].get("ignore_merges"):
         raise _unsupported("ignore_merges in tokenizer.json is newer than tokenizers 0.15")
     if "merges" in model:
-        if any(" " in part for pair in _merge_pairs(model["merges"]) for part in pair):
+        if any(" " in part for pair in merge_pairs(model["merges"]) for part in pair):
             raise _unsupported("its tokens contain spaces")
-        model["merges"] = [" ".join(pair) for pair in _merge_pairs(model["merges"])]
+        model["merges"] = [" ".join(pair) for pair in merge_pairs(model["merges"])]
     return json.dumps({**_older_metaspace(backend), "model": model}, ensure_ascii=False).encode()
-
-
-def _merge_pairs(merges: Any) -> Iterator[tuple[str, str]]:
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
 
 
 def _part_types(value: Any) -> Iterator[str]:

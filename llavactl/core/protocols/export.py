@@ -37,7 +37,7 @@ class Format(Protocol):
         ``save_model`` writes it: small weights are copied, large ones are referenced.
 
         Raises:
-            ModelError: the checkpoint is incomplete, or not one that llavactl supports.
+            ModelError: the checkpoint is incomplete, or not one that llavactl supports; or the format only writes.
         """
 
     def write(self, model: Path, to: Path) -> None:

@@ -30,7 +30,7 @@ def figures(
     The features of ``assistant`` are not rounded; ``precision`` is the dtype that the model was trained in.
     """
     compared = [
-        _prompt_figures(assistant, turns, exported)
+        _prompt_figures(assistant, turns, exported, outputs.stated.tokens)
         for turns, exported in zip(conversations, outputs.prompts, strict=True)
     ]
     found = {name: [figure.get(name) for figure in compared] for name in TITLES}
@@ -58,7 +58,9 @@ def _combined(name: str, each: Sequence[Figure | None]) -> Figure:
     return Figure(value, total or None, tuple(details[:MAX_DETAILS]))
 
 
-def _prompt_figures(assistant: Assistant, turns: Sequence[Turn], exported: PromptOutputs) -> dict[str, Figure]:
+def _prompt_figures(
+    assistant: Assistant, turns: Sequence[Turn], exported: PromptOutputs, image_tokens: Sequence[int | None] | None
+) -> dict[str, Figure]:
     """The figures of one prompt; only ``ids`` if they differ, because nothing else can be equal then."""
     encoded = assistant.encode(turns)
     difference = _ids_difference(exported.ids, encoded.ids)
@@ -68,8 +70,10 @@ def _prompt_figures(assistant: Assistant, turns: Sequence[Turn], exported: Promp
     if encoded.images:
         features: Any = assistant.features
         compared |= _pixels(exported.pixels, [features.pixels(image) for image in encoded.images])
-        compared |= _embeddings(exported.embeddings, _image_embeddings(assistant, encoded))
-    compared |= _logits(exported.logits, prompt_logits(assistant, turns))
+        compared |= _embeddings(exported.embeddings, _image_embeddings(assistant, encoded), image_tokens)
+    # At images, logits follow from the token at the position, which may be another one.
+    compare_at = [at for at, token in enumerate(encoded.ids) if token != IMAGE_TOKEN] if image_tokens else None
+    compared |= _logits(exported.logits, prompt_logits(assistant, turns), compare_at)
     (expected_answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
     answer = _answer_text(assistant, exported.said)
     compared["answers"] = _count(answer != expected_answer)
@@ -113,13 +117,29 @@ def _pixels(exported: torch.Tensor | None, expected: Sequence[np.ndarray]) -> di
     return {"pixels": Figure((exported - pixels).abs().max().item())}
 
 
-def _embeddings(exported: torch.Tensor | None, expected: torch.Tensor) -> dict[str, Figure]:
-    """The smallest cosine of a token of embeddings [I, Q, D]; their largest difference, relative to the largest."""
+def _embeddings(
+    exported: torch.Tensor | None, expected: torch.Tensor, tokens: Sequence[int | None] | None = None
+) -> dict[str, Figure]:
+    """The smallest cosine of a token of embeddings [I, Q, D]; their largest difference, relative to the largest.
+
+    ``tokens`` has, for each of ``exported``, the index of the token that it is compared with, None for one that isn't.
+    """
     from torch.nn.functional import normalize
 
     if exported is None:
         return {}
-    if problem := _shape_problem("embeddings", exported, expected):
+    problem = _shape_problem("embeddings", exported, expected)
+    if tokens is not None and not problem:
+        compared = {at: token for at, token in enumerate(tokens) if token is not None}
+        if (
+            compared
+            and len(tokens) == expected.shape[1]
+            and 0 <= min(compared.values()) <= max(compared.values()) < len(tokens)
+        ):
+            exported, expected = exported[:, [*compared]], expected[:, [*compared.values()]]
+        else:
+            problem = f"`stated.tokens` aren't indexes of {expected.shape[1]} tokens"
+    if problem:
         return {name: Figure(None, details=(problem,)) for name in ("embedding_cosine", "embedding_error")}
     # cos = 1 - |a - b|²/2 for unit vectors: exact near 1, and 1 for two zero vectors.
     chords = (normalize(exported.double(), dim=-1) - normalize(expected.double(), dim=-1)).square().sum(-1)
@@ -129,9 +149,12 @@ def _embeddings(exported: torch.Tensor | None, expected: torch.Tensor) -> dict[s
     }
 
 
-def _logits(exported: torch.Tensor, expected: torch.Tensor) -> dict[str, Figure]:
+def _logits(
+    exported: torch.Tensor, expected: torch.Tensor, positions: Sequence[int] | None = None
+) -> dict[str, Figure]:
     """The largest difference of logits [T, V] relative to the largest one, and positions with another next token.
 
+    ``positions`` are the positions of the prompt that are compared; None: all.
     ``exported`` may have only the last position, and more tokens than ``expected`` if none is ever the most likely one.
     """
     tokens = expected.shape[-1]
@@ -139,6 +162,8 @@ def _logits(exported: torch.Tensor, expected: torch.Tensor) -> dict[str, Figure]
     if len(exported) != len(expected) or exported.shape[-1] < tokens:
         problem = f"logits have shape {list(exported.shape)}, expected {list(expected.shape)}"
         return {"logits": Figure(None, details=(problem,))}
+    if positions is not None and len(exported) > 1:
+        exported, expected = exported[[*positions]], expected[[*positions]]
     next_token = Figure(int((exported.argmax(-1) != expected.argmax(-1)).sum()), len(expected))
     if int(exported.argmax(-1).max()) >= tokens:
         problem = "the most likely token is one that only the export has"

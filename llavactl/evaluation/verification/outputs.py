@@ -57,6 +57,9 @@ class Stated(BaseModel):
     """The type that the export's weights were rounded to, such as ``f16`` or ``q8_0``."""
     differs: list[str] = []
     """What is known to differ in the program, as sentences."""
+    tokens: list[int | None] | None = None
+    """For each embedding of an image, the index of the model's token that it is, null for one that the model doesn't
+    have; absent: all of them, in order. If it is given, logits are compared at text only."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def check_format(export_format: Format, *, reads: bool = True) -> list[str]:
     """Checks exports of toy models: fully trained, with an adapter, and with a trained connector only.
 
     At least one must be written. The format must recognize it and no export in another format, and read it as a model
-    with the same logits; ``reads=False`` for a format that only writes. It must not change the model's folder.
+    with the same logits. A format that only writes recognizes no folder, and its ``read`` raises ModelError;
+    ``reads=False`` requires this. The format must not change the model's folder.
     """
     reload: Any = export_format.reload
     if reload is not None and not (isinstance(reload, Path) and reload.is_file()):
@@ -82,12 +83,14 @@ def _export_problems(export_format: Format, model: Path, to: Path, *, reads: boo
     if not any(to.iterdir()):
         yield "write() writes no files"
         return
+    recognised: Any = export_format.recognise(to)
     if not reads:
-        if export_format.recognise(to):
+        if recognised:
             yield "recognise() returns True, but the format only writes"
         return
-    if (recognised := export_format.recognise(to)) is not True:
-        yield f"recognise() returns {recognised!r} for its own export; pass reads=False for a format that only writes"
+    if recognised is not True:
+        if recognised is not False or not _refuses_to_read(export_format, to):
+            yield f"recognise() returns {recognised!r} for its own export, expected True; False if read() refuses it"
         return
     own = type(export_format)
     for name in registry().names("formats"):
@@ -99,6 +102,16 @@ def _export_problems(export_format: Format, model: Path, to: Path, *, reads: boo
     back.mkdir()
     export_format.read(to, back)
     yield from _read_problems(model, back)
+
+
+def _refuses_to_read(export_format: Format, to: Path) -> bool:
+    """Whether ``read`` raises ModelError, as that of a format that only writes does."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            export_format.read(to, Path(name))
+        except ModelError:
+            return True
+    return False
 
 
 def _read_problems(model: Path, back: Path) -> Iterator[str]:

@@ -33,6 +33,7 @@ def test_the_entry_point_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.timm
 def test_every_component_conforms() -> None:
     """With the models of ``check_examples``, which `llavactl plugins check` uses as well."""
     assert check_plugin("backbones") == []

@@ -22,6 +22,8 @@ if importlib.util.find_spec("timm") is None:
 import timm
 from timm.data import create_transform, resolve_model_data_config
 
+pytestmark = pytest.mark.timm
+
 Build = Callable[[str], tuple[Any, Path]]
 
 MODELS: dict[str, dict[str, Any]] = {

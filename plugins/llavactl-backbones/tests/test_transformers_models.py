@@ -114,6 +114,7 @@ def library_pixels(family: str, image: Image.Image, side: int) -> np.ndarray:
     return pixels
 
 
+@pytest.mark.timm
 @pytest.mark.parametrize("family", [family for family in OPTIONS if family != "dinov3"])
 def test_pixels_equal_those_of_the_image_processor(saved: Saved, images: list[Image.Image], family: str) -> None:
     preprocess = create(saved, family, image="square").load("cpu", "float32").preprocess
@@ -126,6 +127,7 @@ def test_pixels_equal_those_of_the_image_processor(saved: Saved, images: list[Im
         assert np.array_equal(pixels, library_pixels(family, image, side).astype(np.float32)), image.size
 
 
+@pytest.mark.timm
 def test_naflex_stretches_or_pads_to_a_square(saved: Saved) -> None:
     """A wide white image: stretched, it fills the square; padded, the rest has the mean color, which becomes 0."""
     wide = Image.new("RGB", (120, 60), "white")
@@ -139,12 +141,14 @@ def test_naflex_stretches_or_pads_to_a_square(saved: Saved) -> None:
     assert np.abs(padded[:, -8:]).max() < 0.01
 
 
+@pytest.mark.timm
 def test_naflex_enlarges_tiny_images(saved: Saved) -> None:
     """transformers' processor enlarges by a factor of at most 100, so a single pixel would get a smaller grid."""
     preprocess = create(saved, "siglip2-naflex", max_num_patches=400).load("cpu", "float32").preprocess
     assert preprocess(Image.new("RGB", (1, 1), "white")).shape == (3, 160, 160)
 
 
+@pytest.mark.timm
 def test_dinov3_pixels_are_resized_as_floats(saved: Saved, images: list[Image.Image]) -> None:
     """Compared with Pillow's resampling of floats, with a tolerance of 1e-4 (values have a range of about 4.5)."""
     preprocess = create(saved, "dinov3", image="square").load("cpu", "float32").preprocess
@@ -156,6 +160,7 @@ def test_dinov3_pixels_are_resized_as_floats(saved: Saved, images: list[Image.Im
         np.testing.assert_allclose(preprocess(image), (resized - mean) / std, atol=1e-4)
 
 
+@pytest.mark.timm
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed: make test")
 def test_dinov3_pixels_equal_those_of_the_image_processor(saved: Saved, images: list[Image.Image]) -> None:
     preprocess = create(saved, "dinov3", image="square").load("cpu", "float32").preprocess
@@ -187,6 +192,7 @@ def test_half_precision(saved: Saved, images: list[Image.Image], family: str, dt
     assert 0 < (features.float() - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.timm
 @ALL
 def test_conforms(saved: Saved, family: str) -> None:
     """Constant identity, declared shape, finite features that don't depend on the batch."""

@@ -1,0 +1,31 @@
+"""Figures of outputs that correspond to other positions than the model's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llavactl.evaluation.verification.compare import _embeddings, _logits
+
+EXPECTED = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+DISPLACED = torch.cat([EXPECTED[:, 1:], -EXPECTED[:, :1]], dim=1)
+
+
+def test_embeddings_are_compared_with_the_stated_tokens() -> None:
+    assert _embeddings(DISPLACED, EXPECTED, [1, 2, 3, None])["embedding_cosine"].value == 1
+    assert (_embeddings(DISPLACED, EXPECTED)["embedding_cosine"].value or 0) < 0.9
+    assert (_embeddings(DISPLACED, EXPECTED, [1, 2, 3, 0])["embedding_cosine"].value or 0) < 0.9
+
+
+@pytest.mark.parametrize("tokens", [[], [0, 1, 2], [1, 2, 3, 4], [-1, 0, 1, 2], [None] * 4])
+def test_other_indexes_are_not_comparable(tokens: list[int | None]) -> None:
+    assert all(figure.value is None for figure in _embeddings(DISPLACED, EXPECTED, tokens).values())
+
+
+def test_logits_at_some_positions() -> None:
+    expected = EXPECTED[0]
+    exported = expected.clone()
+    exported[1] = -10
+    assert _logits(exported, expected, [0, 2, 3])["logits"].value == 0
+    assert (_logits(exported, expected)["logits"].value or 0) > 1
+    assert _logits(exported[-1:], expected, [0, 2, 3])["logits"].value == 0
