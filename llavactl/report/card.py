@@ -58,11 +58,13 @@ def card(
     options: Sequence[str] = (),
     stop_strings: Sequence[str] = (),
     limitations: Sequence[str] = (),
+    usage: Sequence[str] = (),
 ) -> str:
     """The model card (Markdown) of the model folder ``model`` exported in the format ``form``.
 
     ``exported`` is the model as it was given to the command, ``options`` are the format's (``-t KEY=VALUE``).
-    ``stop_strings`` must be passed to the program that loads the model. Sections without information, such as the
+    ``stop_strings`` must be passed to the program that loads the model. ``usage`` are lines of Markdown, which a format
+    that llavactl doesn't know writes itself. Sections without information, such as the
     training of a model from elsewhere, read "Unknown."
     """
     description = read_document(model / DESCRIPTION)
@@ -82,7 +84,7 @@ def card(
     parts = [
         "\n".join(head),
         "A LLaVA-type vision-language model (frozen vision encoder, connector, language model), trained with llavactl.",
-        _section("Usage", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
+        _section("Usage", usage or [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
         _section("Origin", _origin(model, form, exported, options, run_name=str(recipe.get("name", "")))),
         _section("Verification", [VERIFICATION_BEGIN, "Not verified.", VERIFICATION_END]),
         _section("Components", _components(description)),
