@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,9 @@ RECORD = "llavactl_export.json"
 """In every export: its origin, the hashes of its files and its verification. Other folders are never overwritten."""
 
 CARD = "README.md"
+
+CARD_KEYS = ("stop_strings", "limitations", "usage")
+"""Lists in the record for the model card: texts that end answers, sentences, and lines of Markdown."""
 
 _VERIFICATION_KEYS = ("verified", "verified_content")
 """Keys of the record: the verification result, and the hash of the contents that were verified."""
@@ -53,12 +56,11 @@ class ExportFolder:
         export_format: Format,
         model: Path,
         origin: Mapping[str, Any],
-        model_card: Callable[[Sequence[str], Sequence[str]], str],
+        model_card: Callable[..., str],
     ) -> None:
         """Writes ``model`` in ``export_format``; an existing export is kept until the new one is complete.
 
-        ``model_card`` returns the text of the model card for the stop strings that other programs must be given, and
-        the limitations of the export.
+        ``model_card`` returns the text of the model card, given the lists of ``CARD_KEYS`` that the format wrote.
 
         Raises:
             ModelError: the folder has other files, can't be written, or the format can't represent the model.
@@ -70,8 +72,8 @@ class ExportFolder:
             temporary.mkdir(parents=True)
             export_format.write(model, temporary)
             records = [read_json(file) for file in sorted(temporary.rglob(RECORD))]
-            listed = ([*chain(*(record.get(key, []) for record in records))] for key in ("stop_strings", "limitations"))
-            (temporary / CARD).write_text(model_card(*listed), encoding="utf-8")
+            listed = {key: [*chain(*(record.get(key, []) for record in records))] for key in CARD_KEYS}
+            (temporary / CARD).write_text(model_card(**listed), encoding="utf-8")
             location = {"location": str(self.path)} if _replace_paths(temporary, self.path) else {}
             record = {**read_json(temporary / RECORD), **origin, **location, "files": file_hashes(temporary)}
             write_json(temporary / RECORD, record)

@@ -54,15 +54,17 @@ def with_verification(text: str, verification: str) -> str:
 def card(
     model: Path,
     form: str,
-    exported: str,
-    options: Sequence[str],
+    exported: str = "",
+    options: Sequence[str] = (),
     stop_strings: Sequence[str] = (),
     limitations: Sequence[str] = (),
+    usage: Sequence[str] = (),
 ) -> str:
     """The model card (Markdown) of the model folder ``model`` exported in the format ``form``.
 
     ``exported`` is the model as it was given to the command, ``options`` are the format's (``-t KEY=VALUE``).
-    ``stop_strings`` must be passed to the program that loads the model. Sections without information, such as the
+    ``stop_strings`` must be passed to the program that loads the model. ``usage`` are lines of Markdown, which a format
+    that llavactl doesn't know writes itself. Sections without information, such as the
     training of a model from elsewhere, read "Unknown."
     """
     description = read_document(model / DESCRIPTION)
@@ -82,7 +84,7 @@ def card(
     parts = [
         "\n".join(head),
         "A LLaVA-type vision-language model (frozen vision encoder, connector, language model), trained with llavactl.",
-        _section("Usage", [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
+        _section("Usage", usage or [USE.get(form, f"Format `{form}`."), *_stopping(stop_strings)]),
         _section("Origin", _origin(model, form, exported, options, run_name=str(recipe.get("name", "")))),
         _section("Verification", [VERIFICATION_BEGIN, "Not verified.", VERIFICATION_END]),
         _section("Components", _components(description)),
@@ -122,9 +124,10 @@ def _origin(model: Path, form: str, exported: str, options: Sequence[str], run_n
 
     A model folder of a run is shown with the last folders of its path, ``runs/NAME/stage2/model``.
     """
-    shown = "/".join(model.parts[-4:]) if run_name else _short(exported)
+    shown = "/".join(model.parts[-4:]) if run_name else _short(exported or model)
     stage = f" (run `{run_name}`, {model.parent.name})" if run_name else ""
-    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *options]
+    portable = ["=".join((key, *map(_short, value))) for key, *value in (option.split("=", 1) for option in options)]
+    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *portable]
     return [
         f"- exported from `{shown}`{stage}; the key `model` in `llavactl_export.json` is a hash of its contents",
         f"- to export it again: `llavactl {shlex.join(arguments)}`",

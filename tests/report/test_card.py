@@ -37,9 +37,9 @@ def write_result(fields: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def test_the_card_has_the_result_of_the_store_of_the_model(model: Path) -> None:
-    assert "Recomputed" not in card(model, "hf")
+    assert "Recomputed" not in card(model, "hf", str(model), [])
     write_result(FIELDS, RESULT)
-    section = card(model, "hf").partition("## Recomputed features")[2].partition("##")[0]
+    section = card(model, "hf", str(model), []).partition("## Recomputed features")[2].partition("##")[0]
     for value in ("10", "8 equal", "1 equal up to rounding", "1 different", "3 units", "seed 5", "`a.jpg`", "2 more"):
         assert value in section
 
@@ -57,4 +57,10 @@ def test_results_of_other_features_are_left_out(
 ) -> None:
     write_result(fields, result)
     (model.parent.parent / "recipe.yaml").write_text(f"name: x\n{recipe}\n")
-    assert "Recomputed" not in card(model, "hf")
+    assert "Recomputed" not in card(model, "hf", str(model), [])
+
+
+def test_a_format_writes_its_own_usage(model: Path) -> None:
+    given = card(model, "other", str(model), [], stop_strings=["###"], usage=["```sh", "run-it model", "```"])
+    section = given.partition("## Usage\n")[2].partition("\n## ")[0]
+    assert section.strip() == "```sh\nrun-it model\n```"

@@ -45,7 +45,8 @@ class Format(Protocol):
 
         ``open_model`` reads it. ``to`` is renamed when the export is complete; paths into it in its ``config.json`` are
         adjusted. The file ``llavactl_export.json``, to which llavactl adds the origin of the export, may have lists
-        ``stop_strings`` and ``limitations`` (sentences) for the model card, and the model's ``SavedModel.settings``.
+        ``stop_strings``, ``limitations`` (sentences) and ``usage`` (lines of Markdown) for the model card, and the
+        model's ``SavedModel.settings``.
 
         Raises:
             ModelError: the format can't represent the model.

@@ -72,6 +72,7 @@ class Gguf:
         Raises:
             ModelError: llama.cpp can't represent the model; nothing is written then.
         """
+        from llavactl_gguf.card import limitations, usage
         from llavactl_gguf.chat import chat_template
         from llavactl_gguf.file import write_file
         from llavactl_gguf.language import architecture_of, language_keys, language_tensors
@@ -91,9 +92,15 @@ class Gguf:
         if template := chat_template(saved, tokenizer):
             keys.append(("tokenizer.chat_template", template))
         tensors = [*language_tensors(language, kind)]
-        write_file(to / f"model-{kind}.gguf", architecture_of(language).name, keys, tensors)
+        model_file, mmproj_file = to / f"model-{kind}.gguf", to / f"mmproj-{mmproj_kind}.gguf"
+        write_file(model_file, architecture_of(language).name, keys, tensors)
         del language, tensors
         vision = [*vision_tensors(saved, mmproj_kind, builds)]
-        write_file(to / f"mmproj-{mmproj_kind}.gguf", "clip", vision_keys(saved, mmproj_kind, builds), vision)
-        record = {**saved.settings(), "stop_strings": list(stop_strings)}
+        write_file(mmproj_file, "clip", vision_keys(saved, mmproj_kind, builds), vision)
+        record = {
+            **saved.settings(),
+            "stop_strings": list(stop_strings),
+            "usage": usage(model_file.name, mmproj_file.name, stop_strings),
+            "limitations": limitations(saved, builds),
+        }
         (to / "llavactl_export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

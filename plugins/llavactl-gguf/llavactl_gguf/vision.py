@@ -77,7 +77,7 @@ def refuse_vision(vision: Mapping[str, Any]) -> None:
     kind = config["model_type"]
     if kind not in ENCODERS:
         raise ModelError(f"format gguf can't represent a vision backbone of type {kind}", hint="use CLIP or SigLIP")
-    if vision["select"] == "cls-patch" and _has_class_token(config):
+    if vision["select"] == "cls-patch" and has_class_token(config):
         raise ModelError("format gguf can't represent vision.select: cls-patch", hint="train with vision.select: patch")
     if config["hidden_act"] not in ACTIVATIONS:
         message = f"format gguf can't represent a vision backbone with hidden_act {config['hidden_act']}"
@@ -125,7 +125,7 @@ def vision_keys(saved: SavedModel, kind: TensorType, builds: Builds) -> Iterator
     stretches = "crop" if processor.get("do_center_crop") else "stretch"
     yield "llavactl.vision.image", "pad" if vision["image"] == "pad" else stretches
     yield "llavactl.vision.resample", int(processor["resample"])
-    if _has_class_token(config):
+    if has_class_token(config):
         yield "llavactl.vision.class_token", builds.removeprefix("cls-")
 
 
@@ -138,7 +138,7 @@ def vision_tensors(saved: SavedModel, kind: TensorType, builds: Builds) -> Itera
         if stored is None:
             continue
         values = weight
-        if stored == "v.position_embd.weight" and _has_class_token(backbone.config) and builds == "cls-last":
+        if stored == "v.position_embd.weight" and has_class_token(backbone.config) and builds == "cls-last":
             values = weight.roll(-1, 0)
         yield StoredTensor(stored, values, "f32" if stored in _FLOAT32 else kind)
     yield from _connector_tensors(saved.connector_weights(), layers, kind)
@@ -184,7 +184,8 @@ def _layers(vision: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
     return [layer % (config["num_hidden_layers"] + 1) for layer in layers]
 
 
-def _has_class_token(config: Mapping[str, Any]) -> bool:
+def has_class_token(config: Mapping[str, Any]) -> bool:
+    """Whether the encoder has a token before its patches."""
     return bool(config["model_type"] == "clip_vision_model")
 
 

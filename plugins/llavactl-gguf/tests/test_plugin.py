@@ -55,6 +55,11 @@ def test_the_command_writes_both_files(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out/llavactl_export.json").read_text())
     assert record["options"]["type"] == "q8_0"
     assert record["template"] == "vicuna-v1"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "llama-server -m model-q8_0.gguf --mmproj mmproj-f16.gguf" in card
+    assert all(f"- {sentence}" in card for sentence in record["limitations"])
+    assert len(record["limitations"]) == 3
+    assert "llavactl export" in card
     refused = run_cli(*arguments, "-t", "type=q3")
     assert refused.exit_code == 1
     assert "type" in refused.stderr
