@@ -33,7 +33,10 @@ CHUNK = 2_000
 """Samples that are read, and counted by another process, at a time."""
 
 MIN_BYTES = 8 << 20
-"""The size of a file of records that is cached; a smaller one is read in a second."""
+"""The size of a file of records that is cached; a smaller one is read in a second, and its warnings appear again."""
+
+MIN_SAMPLES = 2_000
+"""The number of samples in a folder that are cached, for the same reason."""
 
 
 def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = lambda _chunk: None) -> SampleTable:
@@ -59,7 +62,8 @@ def sample_table(spec: SourceSpec, on_chunk: Callable[[SampleTable], object] = l
         if (table := _cached(key)) is not None:
             return table
         table = _read(spec, on_chunk)
-        if table.arrays is None or _key(spec, source) != key:  # a file that was changed while it was read
+        changed = _key(spec, source) != key  # a file, while it was read
+        if table.arrays is None or changed or (_is_folder(source) and len(table) < MIN_SAMPLES):
             return table
         array_cache.save(_KIND, key, table.arrays)
         return _cached(key) or table  # the mapped table needs no memory of this process
@@ -82,6 +86,10 @@ def _cached(key: str) -> SampleTable | None:
     except ValueError as error:  # a plugin's class of images has changed
         log.debug("the samples are read again: %s", error)
         return None
+
+
+def _is_folder(source: Source) -> bool:
+    return isinstance(source, RecordSource) and source.path.is_dir()
 
 
 def _is_small(source: Source) -> bool:

@@ -54,8 +54,8 @@ def with_verification(text: str, verification: str) -> str:
 def card(
     model: Path,
     form: str,
-    exported: str,
-    options: Sequence[str],
+    exported: str = "",
+    options: Sequence[str] = (),
     stop_strings: Sequence[str] = (),
     limitations: Sequence[str] = (),
     usage: Sequence[str] = (),
@@ -124,9 +124,10 @@ def _origin(model: Path, form: str, exported: str, options: Sequence[str], run_n
 
     A model folder of a run is shown with the last folders of its path, ``runs/NAME/stage2/model``.
     """
-    shown = "/".join(model.parts[-4:]) if run_name else _short(exported)
+    shown = "/".join(model.parts[-4:]) if run_name else _short(exported or model)
     stage = f" (run `{run_name}`, {model.parent.name})" if run_name else ""
-    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *options]
+    portable = ["=".join((key, *map(_short, value))) for key, *value in (option.split("=", 1) for option in options)]
+    arguments = [*("export", "--model", shown, "--format", form, "--to", "DIR"), *portable]
     return [
         f"- exported from `{shown}`{stage}; the key `model` in `llavactl_export.json` is a hash of its contents",
         f"- to export it again: `llavactl {shlex.join(arguments)}`",

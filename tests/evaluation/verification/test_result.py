@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,11 @@ def test_a_stored_result_is_read_back(changed: dict[str, Figure]) -> None:
 def test_a_result_of_another_version_is_not_read(change: Any) -> None:
     stored = json.loads(json_text(asdict(judge(EQUAL, Stated(), prompts=7, photos=3))))
     assert VerificationResult.from_json(change(stored)) is None
+
+
+def test_the_reference_states_the_figures_and_bounds() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "export.md").read_text(encoding="utf-8")
+    assert [name for name in TITLES if f"| `{name}` |" not in page] == []
+    rows = {f"weights rounded to `{name}`": limits for name, limits in ROUNDED.items()}
+    for stated, (cosine, logits) in {**rows, "a difference of the program": RESAMPLED}.items():
+        assert f"| {stated} | {cosine:g} | {logits:g} |" in page
