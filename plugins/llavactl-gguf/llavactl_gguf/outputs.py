@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,9 +201,12 @@ def libraries() -> tuple[Any, Any, Any, str]:
     try:
         return ffi, bindings.get_lib(), bindings.get_mtmd_lib(), _program("llama-cpp-py-sync")
     except RuntimeError:
-        if (spec := find_spec("xllamacpp.xllamacpp")) is None:
-            _exit_missing(f"{INSTALL}; the library in llama-cpp-py-sync can't be loaded here, that in xllamacpp may be")
-    library = ffi.dlopen(spec.origin)
+        pass  # it needs a newer glibc
+    try:
+        from xllamacpp import xllamacpp
+    except ImportError:
+        _exit_missing(f"{INSTALL}; the library in llama-cpp-py-sync can't be loaded here, that in xllamacpp may be")
+    library = ffi.dlopen(xllamacpp.__file__)
     defaults = library.llama_context_default_params()
     if (defaults.n_batch, defaults.type_k, defaults.no_perf) != (2048, 1, True):
         _exit_missing("llama-cpp-py-sync and xllamacpp have different C interfaces: install builds of the same weeks")
