@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from llavactl.cli import completion, output
 from llavactl.cli.help import Group
@@ -76,6 +77,8 @@ def verify(source: str | None, overrides: tuple[str, ...], recompute: int | None
     Set damaged shards aside. Exit with 1 if shards are damaged or can't be read, or if recomputed features are
     different. Differences of rounding between devices or versions are reported, but not an error.
     """
+    if recompute is None and click.get_current_context().get_parameter_source("seed") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--seed needs --recompute")
     from llavactl.verbs.cache import verify
 
     report = verify(load_vision_if_given(source, overrides), recompute=recompute or 0, seed=seed)
@@ -92,9 +95,9 @@ def _recompute_error(report: VerifyReport) -> StoreError | None:
             hint="the report has the conditions of both encodings; if they are the same, the features are wrong: "
             "remove the store's folder and run `llavactl extract`",
         )
-    if none := [store for store in report.recomputed if store.verdict == "none" and store.selected]:
+    if none := [store for store in report.recomputed if store.verdict == "none" and store.reason]:
         return StoreError(
-            f"store {none[0].store}: none of {none[0].selected} images was found, so nothing was compared",
+            f"store {none[0].store}: nothing was compared: {none[0].reason}",
             hint="pass the recipe of these images with -r",
         )
     return None
@@ -192,8 +195,8 @@ def export(
 def import_(pack: Path, source: str | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Add the features of a pack to the feature stores.
 
-    Every file is verified, and nothing is stored twice. Run it in the folder of the recipe, or with -r: locations of
-    images are relative to it. With -r only the features of this recipe are added.
+    Every shard with new features is verified, and nothing is stored twice. Run it in the folder of the recipe, or
+    with -r: locations of images are relative to it. With -r only the features of this recipe are added.
     """
     recipe = load_vision_if_given(source, overrides)
     from llavactl.verbs.cache import import_pack

@@ -29,8 +29,9 @@ Verdict = Literal["equal", "rounding", "different"]
 ROUNDING = {"float32": 1e-2, "bfloat16": 5e-2, "float16": 5e-2}
 """Largest difference that is rounding, relative to the norm of an image's features, by the dtype of the encoder.
 
-One unit in the last place of every float16 value is 1e-3, TF32 about as much; the largest differences of half precision
-are those accepted between batches of different size (``checked_encoder.BATCH_TOLERANCE``).
+The bounds were chosen, not measured. One unit in the last place of every float16 value is 1e-3, TF32 about as much;
+the largest differences of half precision are those accepted between batches of different size
+(``checked_encoder.BATCH_TOLERANCE``).
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavactl.core.errors import StoreError
-from llavactl.core.paths import cache_dir, sync_folder, write_json
+from llavactl.core.paths import cache_dir, read_json, sync_folder, write_json
 from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import FORMAT, Fingerprint
 
@@ -111,18 +111,44 @@ def read_manifest(folder: Path) -> Manifest | None:
             FeatureShape((shape["grid"][0], shape["grid"][1]), shape["width"], shape["prefix"]),
             tuple(ShardEntry(**entry) for entry in fields["shards"]),
             dict(fields["skipped"]),
-            dict(fields.get("conditions", {})),
+            {file: _checked_conditions(file, known) for file, known in fields.get("conditions", {}).items()},
             tuple(fields.get("recipes", ())),
         )
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _read_error(folder / _MANIFEST, error) from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise StoreError(
             f"{folder / _MANIFEST} is damaged: {error}",
             hint="remove this file: `llavactl extract` then lists the existing shards again",
         ) from error
+
+
+def _checked_conditions(file: str, known: Any) -> dict[str, Any]:
+    """The conditions ``known`` of the shard ``file``; they may be those of an imported pack."""
+    if not isinstance(known, dict):
+        raise ValueError(f"conditions of {file}: expected a mapping, got {known!r:.80}")
+    for key, value in known.items():
+        if key in ("threads", "batch_size") and (type(value) is not int or value < 1):
+            raise ValueError(f"conditions of {file}: {key}: expected a positive integer, got {value!r:.80}")
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"conditions of {file}: {key}: expected a string or a number, got {value!r:.80}")
+    return known
+
+
+def read_recomputed(folder: Path) -> dict[str, Any]:
+    """The latest result of `llavactl cache verify --recompute`; {} if there is none, or a compared shard has changed.
+
+    Raises:
+        StoreError: the manifest can't be read or parsed.
+    """
+    result = read_json(folder / RECOMPUTED)
+    compared, manifest = result.get("shards"), read_manifest(folder)
+    if not isinstance(compared, dict) or manifest is None:
+        return {}
+    current = {entry.file: entry.sha256 for entry in manifest.shards}
+    return result if all(current.get(file) == checksum for file, checksum in compared.items()) else {}
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:

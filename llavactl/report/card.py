@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llavactl.core.errors import StoreError
 from llavactl.core.model_description import DESCRIPTION
 from llavactl.core.registry import format_spec
 from llavactl.features.fingerprint import Fingerprint
-from llavactl.features.manifest import RECOMPUTED, store_dir
+from llavactl.features.manifest import read_recomputed, store_dir
 from llavactl.recipe.stages import STAGES
 from llavactl.report.inputs import read_document, read_recipe
 
 APPLIES = "see its source; its license also applies to this model"
 """The entry of a model whose license is not known here."""
-
-_MAX_IMAGES = 8
-"""The number of recomputed images that a card lists."""
 
 USE = {
     "hf": """\
@@ -183,18 +181,17 @@ def _recomputed(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> li
     fields = description.get("fingerprint")
     if not fields or (recipe.get("features") or {}).get("mode") != "cached":
         return []
-    report = read_document(store_dir(Fingerprint(fields)) / RECOMPUTED)
-    if not {"compared", "equal", "rounding", "different", "last_places", "dtype", "seed", "images"} <= report.keys():
+    try:
+        report = read_recomputed(store_dir(Fingerprint(fields)))
+    except StoreError:  # a damaged store doesn't prevent an export
+        return []
+    if not {"compared", "equal", "rounding", "different", "last_places", "dtype", "seed"} <= report.keys():
         return []
     counts = f"{report['equal']} equal to the bit, {report['rounding']} equal up to rounding on another device or with "
-    listed = report["images"][:_MAX_IMAGES]
-    more = f" and {len(report['images']) - len(listed)} more" if len(report["images"]) > len(listed) else ""
     return [
-        f"{report['compared']} of the training images were encoded again after the extraction and compared with the "
-        f"cached features ({report['dtype']}): {counts}other versions, {report['different']} different. "
+        f"{report['compared']} images of the feature store, chosen with seed {report['seed']}, were encoded again and "
+        f"compared with its features ({report['dtype']}): {counts}other versions, {report['different']} different. "
         f"Largest difference: {report['last_places']} units in the last place.",
-        "",
-        f"Images (chosen with seed {report['seed']}): {', '.join(f'`{name}`' for name in listed)}{more}.",
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavactl.core.errors import LlavactlError
 from llavactl.data.tables import stage_images
 from llavactl.features import pack_export, pack_import
 from llavactl.features.maintenance import remove_store, remove_unused_files, unused_files, verify_store
@@ -14,7 +15,7 @@ from llavactl.features.pack_export import PackReport
 from llavactl.features.pack_import import ImportReport
 from llavactl.features.pack_selection import select_of_recipe, select_stores
 from llavactl.features.reader import recipe_fingerprints
-from llavactl.features.recompute import Recomputed, recompute_store
+from llavactl.features.recompute import Recomputed, not_recomputed, recompute_store
 from llavactl.report.card import license_of
 
 if TYPE_CHECKING:
@@ -103,12 +104,11 @@ def verify(recipe: VisionRecipe | None = None, *, recompute: int = 0, seed: int 
     """Verifies the checksums of all stores, or of the stores that ``recipe`` needs, and sets damaged shards aside.
 
     Then encodes ``recompute`` images of each store again, chosen by ``seed``, and compares the features to the bit.
-    Backbone and images are those of ``recipe``, or of the recipes that the store records.
+    Backbone and images are those of ``recipe``, or of the recipes that the store records. Errors of a store's recipes,
+    records or backbone are the ``reason`` of its result, whose verdict is then ``none``.
 
     Raises:
-        StoreError: a manifest can't be read, another process writes to a store, or a store with images to encode
-            again records no recipe.
-        DataError, ModelError: a recipe's records or backbone can't be read.
+        StoreError: a manifest can't be read, or another process writes to a store.
     """
     folders = [folder for folder in _folders(recipe) if folder.is_dir()]
     manifests = [manifest for folder in folders if (manifest := read_manifest(folder)) is not None]
@@ -123,9 +123,18 @@ def verify(recipe: VisionRecipe | None = None, *, recompute: int = 0, seed: int 
         damaged=tuple(shard for shard, damaged in shards if damaged),
         unchecked=tuple(shard for shard, damaged in shards if not damaged),
         recomputed=tuple(
-            recompute_store(folder, recipe, recompute, seed, stage_images) for folder in folders if recompute
+            _recomputed(folder, recipe, recompute, seed)
+            for folder in folders
+            if recompute and read_manifest(folder) is not None
         ),
     )
+
+
+def _recomputed(folder: Path, recipe: VisionRecipe | None, count: int, seed: int) -> Recomputed:
+    try:
+        return recompute_store(folder, recipe, count, seed, stage_images)
+    except LlavactlError as error:  # shards may have been set aside: the report must not be lost
+        return not_recomputed(folder, error.message, seed)
 
 
 def prune(*recipes: VisionRecipe, dry_run: bool = False) -> PruneReport:

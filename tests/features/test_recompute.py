@@ -15,7 +15,7 @@ import torch
 
 from llavactl import StoreError
 from llavactl.features import FeatureStore, comparison, stage_fingerprint
-from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, read_manifest
+from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, read_manifest, read_recomputed
 from llavactl.features.shards import checksum
 from llavactl.recipe.frame import Recipe
 from llavactl.testing import run_cli
@@ -124,9 +124,9 @@ def test_stores_of_earlier_versions_have_unknown_conditions(recipe: Load) -> Non
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["conditions"], manifest["recipes"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StoreError) as caught:
-        verify(recompute=1)
-    assert "-r" in caught.value.hint
+    (unknown,) = verify(recompute=1).recomputed
+    assert (unknown.verdict, unknown.compared) == ("none", 0)
+    assert "-r" in unknown.reason
     assert verify(recipe(), recompute=3).recomputed[0].verdict == "equal"
     change_features(folder, lambda features: np.nextafter(features, np.float16(np.inf)))
     (result,) = verify(recipe(), recompute=12).recomputed
@@ -152,8 +152,62 @@ def test_other_weights_are_refused(recipe: Load, toy: Path) -> None:
 
     extract(recipe())
     toy_clip(toy / "clip", seed=1)
-    with pytest.raises(StoreError, match="fingerprint"):
-        verify(recompute=1)
+    (result,) = verify(recompute=1).recomputed
+    assert result.verdict == "none"
+    assert "fingerprint" in result.reason
+
+
+def test_a_store_that_cannot_be_recomputed_hides_no_other_result(recipe: Load) -> None:
+    extract(recipe())
+    extract(recipe("vision.layer=-3"))
+    old, other = (folder_of(recipe(*words)) for words in ((), ("vision.layer=-3",)))
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["recipes"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    (old.parent / "no-manifest").mkdir()
+    shard = other / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    result = run_cli("cache", "verify", "--recompute", "12", "--json")
+    assert result.exit_code == 1
+    report = result.json()
+    assert [fault["store"] for fault in report["damaged"]] == [other.name]
+    assert {store["store"]: store["verdict"] for store in report["recomputed"]} == {
+        old.name: "none",
+        other.name: "equal",
+    }
+    assert all(bool(store["reason"]) == (store["verdict"] == "none") for store in report["recomputed"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_unreadable_recorded_recipe_does_not_hide_another(recipe: Load, first: bool) -> None:
+    extract(recipe())
+    manifest = read_manifest(folder_of(recipe()))
+    assert manifest
+    (record,) = manifest.recipes
+    sources = [{"name": "llava-json", "path": "/x", "images": "/x"}]
+    gone = {**record, "data": {**record["data"], "stage1": sources, "stage2": sources}}
+    others = ({"name": 1}, gone)
+    recipes = (*others, record) if first else (record, *others)
+    replace(manifest, recipes=recipes).write(folder_of(recipe()))
+    (result,) = verify(recompute=12).recomputed
+    assert (result.verdict, result.compared) == ("equal", 12)
+    replace(manifest, recipes=others).write(folder_of(recipe()))
+    (result,) = verify(recompute=12).recomputed
+    assert (result.verdict, bool(result.reason)) == ("none", True)
+
+
+@pytest.mark.parametrize("changes", [{"threads": 0}, {"batch_size": "x"}, {"batch_size": True}, {"torch": ["2"]}])
+def test_invalid_conditions_are_refused(recipe: Load, changes: dict[str, Any]) -> None:
+    extract(recipe())
+    folder = folder_of(recipe())
+    edit_conditions(folder, **changes)
+    with pytest.raises(StoreError, match=r"manifest\.json") as caught:
+        read_manifest(folder)
+    assert next(iter(changes)) in caught.value.message
+
+
+def test_a_seed_without_recompute_is_a_usage_error() -> None:
+    assert run_cli("cache", "verify", "--seed", "1").exit_code == 2
 
 
 def test_two_stores_of_one_recipe_are_recomputed_with_their_own_preprocessing(recipe: Load) -> None:
@@ -167,10 +221,16 @@ def test_the_result_is_kept_for_the_model_card(recipe: Load) -> None:
     extract(recipe())
     folder = folder_of(recipe())
     verify(recompute=3, seed=7)
-    kept = json.loads((folder / RECOMPUTED).read_text())
-    assert (kept["verdict"], kept["compared"], kept["seed"], len(kept["images"])) == ("equal", 3, 7, 3)
+    text = (folder / RECOMPUTED).read_text()
+    kept = json.loads(text)
+    assert (kept["verdict"], kept["compared"], kept["seed"]) == ("equal", 3, 7)
+    assert "photo-" not in text
+    assert read_recomputed(folder) == kept
     assert extract(recipe()).encoded == 0
     assert (folder / RECOMPUTED).exists()
+    verify(recompute=12)
+    change_features(folder, lambda features: -features)
+    assert read_recomputed(folder) == {}
 
 
 def test_conditions_of_a_removed_shard_are_removed() -> None:

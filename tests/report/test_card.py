@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from llavactl.core.model_description import DESCRIPTION
+from llavactl.core.schema import FeatureShape
 from llavactl.features.fingerprint import Fingerprint
-from llavactl.features.manifest import RECOMPUTED, store_dir
+from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, store_dir
 from llavactl.report.card import card
 
 FIELDS = {"weights": "abc"}
 RESULT = {
     "compared": 10, "equal": 8, "rounding": 1, "different": 1, "last_places": 3, "dtype": "float16", "seed": 5,
-    "images": [f"{name}.jpg" for name in "abcdefghij"],
+    "shards": {"shard-00000.h5": "abc"},
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def model(tmp_path: Path) -> Path:
 def write_result(fields: dict[str, Any], result: dict[str, Any]) -> None:
     folder = store_dir(Fingerprint(fields))
     folder.mkdir(parents=True)
+    Manifest(FeatureShape((2, 2), 4), (ShardEntry("shard-00000.h5", 10, 1, "abc"),)).write(folder)
     (folder / RECOMPUTED).write_text(json.dumps(result))
 
 
@@ -40,7 +42,7 @@ def test_the_card_has_the_result_of_the_store_of_the_model(model: Path) -> None:
     assert "Recomputed" not in card(model, "hf", str(model), [])
     write_result(FIELDS, RESULT)
     section = card(model, "hf", str(model), []).partition("## Recomputed features")[2].partition("##")[0]
-    for value in ("10", "8 equal", "1 equal up to rounding", "1 different", "3 units", "seed 5", "`a.jpg`", "2 more"):
+    for value in ("10", "8 equal", "1 equal up to rounding", "1 different", "3 units", "seed 5"):
         assert value in section
 
 
@@ -50,6 +52,7 @@ def test_the_card_has_the_result_of_the_store_of_the_model(model: Path) -> None:
         ({"weights": "other"}, RESULT, "features: {mode: cached}"),
         (FIELDS, {"compared": 1}, "features: {mode: cached}"),
         (FIELDS, RESULT, "features: {mode: live}"),
+        (FIELDS, {**RESULT, "shards": {"shard-00000.h5": "other"}}, "features: {mode: cached}"),
     ],
 )
 def test_results_of_other_features_are_left_out(
