@@ -175,6 +175,9 @@ def export(
     from llavactl.verbs.cache import export_pack
 
     report = export_pack(to, recipe, base=_base(source), license_note=license_note, dry_run=dry_run)
+    if report.unreadable:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in report.unreadable.items())
+        log.warning("%d images can't be read and are not in the pack: %s", sum(report.unreadable.values()), reasons)
     if not report.images:
         log.warning("the pack names no images, so that they are needed where it is used; -r names those of a recipe")
     output.report(report, as_json)

@@ -50,7 +50,7 @@ class PackedFile:
 class ImagesRoot:
     """A location of images: the ``id`` of the absolute location (see ``images.known.root_id``).
 
-    ``relative``: the location relative to the folder of the recipe, None for a URL.
+    ``relative``: the location relative to the folder of the recipe; None for a URL, or outside of this folder.
     """
 
     id: str
@@ -90,7 +90,7 @@ class Pack:
                     fields = json.loads(line)
                     root, image, key = fields["root"], fields["image"], fields["key"]
                     image.encode("utf-8", "surrogateescape")
-                    valid = _KEY.fullmatch(key) and 0 <= root < len(self.roots)
+                    valid = type(root) is int and 0 <= root < len(self.roots) and _KEY.fullmatch(key)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     valid = False
                 if not valid:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llavactl.core import progress
 from llavactl.core.errors import StoreError
@@ -28,15 +29,14 @@ from llavactl.features.manifest import (
     write_fingerprint,
 )
 from llavactl.features.pack import FORMAT, IMAGES, PACK, README, UNFINISHED, ImagesRoot, PackedFile, is_pack_file
-from llavactl.features.pack_selection import ExportedShard, Names, StoreSelection
+from llavactl.features.pack_selection import ExportedShard, Names, Selected, StoreSelection
 from llavactl.features.shard_copy import copy_shard
 from llavactl.features.shards import checksum
 from llavactl.images.known import root_id
 
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger(__name__)
 
-
+_LOCK = ".lock"
 _WRITTEN = PACK, UNFINISHED, IMAGES, README, "manifest.json", "fingerprint.json"
 
 Plans = Sequence[tuple[StoreSelection, Sequence[ExportedShard]]]
@@ -58,6 +58,7 @@ class PackReport:
     """The pack in ``path``, or with ``dry_run`` what it would contain.
 
     ``images``: names of images in the pack, without which their files would be needed to find their features.
+    ``unreadable``: the number of images that can't be read and are therefore not in the pack, by reason.
     ``unchanged``: shards that an earlier export had written.
     """
 
@@ -66,20 +67,20 @@ class PackReport:
     bytes: int
     free_bytes: int
     stores: tuple[ExportedStore, ...]
+    unreadable: Mapping[str, int] = field(default_factory=dict)
     unchanged: int = 0
     dry_run: bool = False
 
 
 def export_pack(
     folder: Path,
-    selections: Sequence[StoreSelection],
-    names: Names,
+    selected: Selected,
     base: Path,
     licenses: Sequence[str],
     *,
     dry_run: bool = False,
 ) -> PackReport:
-    """Writes the ``selections`` and the ``names`` of their images to ``folder``; an earlier export of it is updated.
+    """Writes what is ``selected`` to ``folder``; an earlier export of it is updated.
 
     ``base`` is the folder of the recipe, ``licenses`` are the items of that section in README.md.
 
@@ -88,7 +89,8 @@ def export_pack(
             damaged; another process is exporting to the folder.
     """
     _check_destination(folder)
-    plans = [(selection, selection.shards()) for selection in selections]
+    names = selected.names
+    plans = [(selection, selection.shards()) for selection in selected.stores]
     stores = tuple(
         ExportedStore(
             selection.fingerprint.id,
@@ -101,7 +103,13 @@ def export_pack(
     if not any(store.images for store in stores):
         raise StoreError("there are no features to export", hint="run `llavactl extract`")
     report = PackReport(
-        str(folder), len(names), sum(store.bytes for store in stores), free_bytes(folder), stores, dry_run=dry_run
+        path=str(folder),
+        images=len(names),
+        bytes=sum(store.bytes for store in stores),
+        free_bytes=free_bytes(folder),
+        stores=stores,
+        unreadable=dict(Counter(selected.unreadable.values())),
+        dry_run=dry_run,
     )
     if dry_run:
         return report
@@ -128,13 +136,16 @@ def _check_destination(folder: Path) -> None:
 
 def _is_temporary(path: Path) -> bool:
     """Whether an interrupted export left ``path``: a partial shard, or another file that was being written."""
-    return path.suffix == ".partial" or any(path.name.startswith(f".{name}.") for name in _WRITTEN)
+    return path.suffix == ".partial" or _is_lock(path) or any(path.name.startswith(f".{name}.") for name in _WRITTEN)
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name.startswith(_LOCK)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder = folder.absolute()
-    file = folder.with_name(f".{folder.name}.lock")
+    file = folder / _LOCK  # the parent folder may belong to somebody else
     busy = StoreError(f"another process is exporting to {folder}", hint="wait until it has finished")
     with exclusive_lock(file, busy):
         yield
@@ -183,17 +194,22 @@ def _write(
                 _list_files(folder, {**previous, **files})
             files |= _describe(folder / selection.fingerprint.id, selection, entries)
     roots = _roots(names, base)
+    if outside := sum(root.relative is None and not is_url(name) for name, (_, root) in roots.items()):
+        log.warning(
+            "%d locations of images are outside the recipe's folder: keep their absolute paths where the pack is used",
+            outside,
+        )
     with open_atomic(folder / IMAGES) as out:
         for (root, path), key in names.items():
             line = {"root": roots[root][0], "image": path, "key": key}
             out.write(f"{json.dumps(line)}\n".encode())
     with open_atomic(folder / README) as out:
-        out.write(_readme(folder.name, plans, report, licenses).encode())
+        out.write(_readme(folder.resolve().name, plans, report, licenses).encode())
     files |= {name: _packed(folder / name) for name in (IMAGES, README)}
     for name in previous.keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
     for left in [*folder.glob(".*"), *folder.glob("*/.*"), *folder.glob("*/*.partial")]:
-        if _is_temporary(left):
+        if _is_temporary(left) and not _is_lock(left):
             left.unlink()
     document = {
         "format": FORMAT,
@@ -261,12 +277,14 @@ def _roots(names: Names, base: Path) -> dict[str, tuple[int, ImagesRoot]]:
 
 
 def _relative(root: str, base: Path) -> str | None:
+    """``root`` relative to ``base``; None outside it, since its path would disclose the names of local folders."""
     if is_url(root):
         return None
     try:
-        return Path(os.path.relpath(root, base)).as_posix()
+        relative = Path(os.path.relpath(root, base))
     except ValueError:  # another drive of Windows
         return None
+    return None if ".." in relative.parts else relative.as_posix()
 
 
 def _readme(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llavactl.core import progress
-from llavactl.core.errors import DataError, StoreError
+from llavactl.core.errors import LlavactlError, StoreError
 from llavactl.features.fingerprint import Fingerprint
-from llavactl.features.keys import ContentKeys
+from llavactl.features.keys import ContentKeys, error_reason
 from llavactl.features.manifest import Manifest, ShardEntry, read_fingerprint, read_manifest
 from llavactl.features.plan import extraction_targets
 from llavactl.features.recompute import StageImages
@@ -29,10 +30,24 @@ from llavactl.recipe.frame import VisionRecipe
 if TYPE_CHECKING:
     from llavactl.core.schema import ImageRef
 
+log = logging.getLogger(__name__)
+
 _MAX_LISTED = 3
 
 Names = dict[tuple[str, str], str]
 """The content keys of images, by root and path."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What is exported: parts of ``stores``, and the ``names`` of their images.
+
+    ``unreadable``: the reasons why images of the recipe can't be read; they are left out.
+    """
+
+    stores: Sequence[StoreSelection]
+    names: Names
+    unreadable: Mapping[ImageRef, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class StoreSelection:
         }
 
 
-def select_of_recipe(recipe: VisionRecipe, stage_images: StageImages) -> tuple[list[StoreSelection], Names]:
+def select_of_recipe(recipe: VisionRecipe, stage_images: StageImages) -> Selected:
     """The features that the stages of ``recipe`` need, and the names of their images.
 
     Raises:
@@ -94,9 +109,11 @@ def select_of_recipe(recipe: VisionRecipe, stage_images: StageImages) -> tuple[l
     """
     images = {stage.number: stage_images(recipe, stage.number) for stage in recipe.stages()}
     selections, names = [], Names()
+    unreadable: dict[ImageRef, str] = {}
     for target in extraction_targets(recipe, images):
         store = FeatureStore.open(target.fingerprint)
-        known = _known_keys(store, target.images)
+        known, errors = _known_keys(store, target.images)
+        unreadable |= errors
         usable = _usable(store, known)
         missing = [image.name for image in known if image not in usable]
         if missing:
@@ -107,11 +124,13 @@ def select_of_recipe(recipe: VisionRecipe, stage_images: StageImages) -> tuple[l
         manifest = _settled_manifest(store.folder)
         selections.append(StoreSelection(store.folder, store.fingerprint, manifest, wanted, _model(backbone)))
         names |= _names(known)
-    return selections, names
+    return Selected(selections, names, unreadable)
 
 
-def select_stores(folders: Sequence[Path], stage_images: StageImages) -> tuple[list[StoreSelection], Names]:
+def select_stores(folders: Sequence[Path], stage_images: StageImages) -> Selected:
     """All features of the stores in ``folders``, and the names of images that the recipes they record still name.
+
+    A recorded recipe that can't be used any more is a warning.
 
     Raises:
         StoreError: a store can't be read, or is being written to.
@@ -125,21 +144,31 @@ def select_stores(folders: Sequence[Path], stage_images: StageImages) -> tuple[l
         store = FeatureStore(folder, fingerprint, manifest)
         backbone = ""
         for record in manifest.recipes:
-            recipe = recorded_recipe(record)
-            backbone = _model(recipe.vision.spec())
-            for stage in recipe.stages_with_data():
-                # Records or images may have been moved since; their features are exported all the same.
-                with contextlib.suppress(DataError):
-                    names |= _names(_usable(store, _known_keys(store, stage_images(recipe, stage))))
+            # Records, images or plugins may be gone since; the features are exported all the same.
+            try:
+                recipe = recorded_recipe(record)
+                backbone = _model(recipe.vision.spec())
+                for stage in recipe.stages_with_data():
+                    known, _ = _known_keys(store, stage_images(recipe, stage))
+                    names |= _names(_usable(store, known))
+            except LlavactlError as error:
+                log.warning(
+                    "store %s: images of the recorded recipe %s have no names in the pack: %s",
+                    folder.name,
+                    record.get("name", "without a name"),
+                    error.message,
+                )
         selections.append(StoreSelection(folder, fingerprint, manifest, None, backbone))
-    return selections, names
+    return Selected(selections, names)
 
 
-def _known_keys(store: FeatureStore, images: Sequence[ImageRef]) -> dict[ImageRef, str]:
-    """The content keys of the ``images`` that can be read or are known."""
+def _known_keys(store: FeatureStore, images: Sequence[ImageRef]) -> tuple[dict[ImageRef, str], dict[ImageRef, str]]:
+    """The content keys of the ``images`` that can be read or are known, and why the others can't be read."""
     with progress.bar(len(images), "hashing", "image") as bar:
         keys = store.known_keys(images, ContentKeys().keys_of(images, bar.advance))
-    return {image: key for image, key in zip(images, keys, strict=True) if isinstance(key, str)}
+    known = {image: key for image, key in zip(images, keys, strict=True) if isinstance(key, str)}
+    errors = {image: error_reason(key) for image, key in zip(images, keys, strict=True) if isinstance(key, OSError)}
+    return known, errors
 
 
 def _usable(store: FeatureStore, keys: Mapping[ImageRef, str]) -> dict[ImageRef, str]:

@@ -178,13 +178,10 @@ def export_pack(
             ``folder`` is not a pack, can't be written or is too small.
         DataError: a record of the recipe is invalid.
     """
-    if recipe is None:
-        selections, names = select_stores(store_dirs(), stage_images)
-    else:
-        selections, names = select_of_recipe(recipe, stage_images)
+    selected = select_stores(store_dirs(), stage_images) if recipe is None else select_of_recipe(recipe, stage_images)
     otherwise = "see its source; its license also applies to these features"
-    licenses = pack_export.license_items(license_note, selections, lambda name: license_of(name, otherwise))
-    return pack_export.export_pack(folder, selections, names, base or Path.cwd(), licenses, dry_run=dry_run)
+    licenses = pack_export.license_items(license_note, selected.stores, lambda name: license_of(name, otherwise))
+    return pack_export.export_pack(folder, selected, base or Path.cwd(), licenses, dry_run=dry_run)
 
 
 def import_pack(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from llavactl import StoreError
 from llavactl.features import FeatureStore, StoreWriter, pack_import, shard_copy, stage_fingerprint
+from llavactl.features.manifest import read_manifest
 from llavactl.features.pack import IMAGES, PACK, README, UNFINISHED, read_pack
 from llavactl.recipe.frame import Recipe
 from llavactl.recipe.load import load_recipe
@@ -26,6 +28,8 @@ from llavactl.verbs.cache import export_pack, import_pack, verify
 from llavactl.verbs.extract import extract
 
 Load = Callable[..., Recipe]
+
+_KEY = 64 * "0"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,9 +190,59 @@ def test_without_a_recipe_all_stores_are_exported_with_the_names_that_they_recor
     assert extract(recipe("stage1.image=square")).to_encode == 0
 
 
-def test_the_pack_names_no_local_folder(exported: Path) -> None:
+def test_the_pack_names_no_local_folder(exported: Path, recipe: Load, toy: Path, tmp_path: Path) -> None:
     for name, data in content(exported / "pack").items():
         assert name.endswith(".h5") or str(exported).encode() not in data, name
+    outside = tmp_path / "private-project"
+    shutil.move(toy / "images", outside)
+    sources = [f"data.stage{n}=[{{name: llava-json, path: {toy}/records.json, images: {outside}}}]" for n in (1, 2)]
+    extract(recipe(*sources))
+    for base in (toy, tmp_path / "a/b/c"):
+        export_pack(tmp_path / "pack", recipe(*sources), base=base)
+        for name, data in content(tmp_path / "pack").items():
+            assert name.endswith(".h5") or outside.name.encode() not in data, name
+        assert [root.relative for root in read_pack(tmp_path / "pack").roots] == [None]
+
+
+def test_images_that_cannot_be_read_are_counted(recipe: Load, toy: Path, tmp_path: Path) -> None:
+    extract(recipe())
+    for name in ("photo-000.jpg", "photo-001.jpg"):
+        (toy / "images" / name).unlink()
+    report = export_pack(tmp_path / "pack", recipe(), base=toy)
+    assert (report.images, sum(report.unreadable.values())) == (10, 2)
+    result = run_cli("cache", "export", "-r", "recipe.yaml", "--to", str(tmp_path / "pack"), "--json", cwd=toy)
+    assert sum(result.json()["unreadable"].values()) == 2
+    assert "2 images" in result.stderr
+
+
+def test_old_recorded_recipes_do_not_stop_an_export(
+    recipe: Load, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(recipe())
+    folder = FeatureStore.open(stage_fingerprint(recipe(), 1)).folder
+    manifest = read_manifest(folder)
+    assert manifest
+    (record,) = manifest.recipes
+    old = [{"name": 1}, {**record, "data": {"stage1": [{"name": "no-such-source"}]}}]
+    replace(manifest, recipes=(*old, record)).write(folder)
+    assert export_pack(tmp_path / "pack", base=toy).images == 12
+    assert len([each for each in caplog.records if each.levelname == "WARNING"]) == len(old)
+
+
+def test_an_export_writes_nothing_beside_its_folder(
+    recipe: Load, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(recipe())
+    pack = tmp_path / "mount/pack"
+    pack.mkdir(parents=True)
+    monkeypatch.chdir(pack)
+    pack.parent.chmod(0o555)
+    before = pack.parent.stat().st_mtime_ns
+    export_pack(Path(), recipe(), base=toy)
+    assert pack.parent.stat().st_mtime_ns == before
+    pack.parent.chmod(0o755)
+    assert (pack / README).read_text().startswith("# pack\n")
+    assert not [path for path in pack.iterdir() if "lock" in path.name]
 
 
 def test_readme_and_licenses(recipe: Load, toy: Path, tmp_path: Path) -> None:
@@ -373,7 +427,13 @@ class TestRefusedImport:
         edit(pack, roots=value)
         assert PACK in self.refused(pack, elsewhere)
 
-    @pytest.mark.parametrize("line", ["", "{", "[]", '{"root": 7, "image": "a", "key": "00"}', '{"root": 0}'])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            *("", "{", "[]", '{"root": 7, "image": "a", "key": "00"}', '{"root": 0}'),
+            *(f'{{"root": {root}, "image": "a", "key": "{_KEY}"}}' for root in ("0.0", "true", "-1", "1")),
+        ],
+    )
     def test_malformed_names(self, pack: Path, elsewhere: Path, line: str) -> None:
         from llavactl.features.shards import checksum
 
