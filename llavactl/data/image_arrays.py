@@ -21,7 +21,6 @@ from llavactl.core.typed import has_methods
 from llavactl.data.packed_strings import PackedStrings, int32
 from llavactl.images.image_file import RelativeImage
 
-
 _SCALARS = (str, int, float, bool, type(None))
 
 
