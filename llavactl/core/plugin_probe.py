@@ -90,6 +90,7 @@ def print_import(name: str, value: str, timeout_s: str) -> None:
         except BaseException as raised:  # noqa: BLE001 - a plugin may call sys.exit at import
             error, remedy = plugin_points.load_fault(point, raised)
         seconds = time.perf_counter() - started
+    timer.cancel()
     heavy = [package for package in HEAVY if package in set(sys.modules) - before]
     _print_and_exit({"seconds": seconds, "heavy": heavy, "error": error, "remedy": remedy})
 

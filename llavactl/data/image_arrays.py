@@ -21,6 +21,8 @@ from llavactl.core.typed import has_methods
 from llavactl.data.packed_strings import PackedStrings, int32
 from llavactl.images.image_file import RelativeImage
 
+_SCALARS = (str, int, float, bool, type(None))
+
 
 class _Layout(NamedTuple):
     """How images of a class are stored: ``target`` is its ``module:name``, ``own`` are the fields stored per image."""
@@ -32,7 +34,11 @@ class _Layout(NamedTuple):
 
     def item(self, image: ImageRef) -> str:
         values = [getattr(image, name) for name in self.own]
-        return values[0] if self.own == ("path",) else json.dumps(values)
+        if self.own == ("path",):
+            return values[0]
+        if not all(type(value) in _SCALARS for value in values):  # JSON would read a tuple back as a list
+            raise TypeError("a field is not a string, number, boolean or None")
+        return json.dumps(values)
 
     def reader(self, shared: Sequence[Any]) -> Callable[[str], Any]:
         """A function from an item to its image, with the values ``shared``."""

@@ -67,7 +67,7 @@ def test_a_property_is_not_evaluated(kind_of_property: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "protocol", {each for kind, protocol in KINDS.items() for each in (protocol, *CAPABILITIES[kind])}
+    "protocol", dict.fromkeys(each for kind, protocol in KINDS.items() for each in (protocol, *CAPABILITIES[kind]))
 )
 def test_every_declared_attribute_has_a_check(protocol: Any) -> None:
     names = [name for each in protocol.__mro__ for name in vars(each).get("__annotations__", {})]

@@ -111,12 +111,17 @@ def test_only_equal_samples_have_equal_digests(one: Sample, other: Sample) -> No
 
 @pytest.mark.parametrize(
     "image",
-    [image_in("/photos", "data:image/png;base64,iVBORw0KGgo="), Member("/a.tar", "x", object())],  # type: ignore[arg-type]
+    [
+        image_in("/photos", "data:image/png;base64,iVBORw0KGgo="),
+        Member("/a.tar", "x", object()),  # type: ignore[arg-type]
+        Member("/a.tar", "x", (1, 2)),  # type: ignore[arg-type]
+    ],
 )
-def test_images_whose_fields_are_not_json_are_not_cached(image: Any) -> None:
-    table = SampleTable.of([Sample("a", (Turn("user", (image,)),))])
+def test_images_whose_fields_are_not_plain_are_not_cached(image: Any) -> None:
+    images = (Member("/a.tar", "first", 1), image)
+    table = SampleTable.of([Sample("a", (Turn("user", images),))])
     assert table.arrays is None
-    assert table[0].images == (image,)
+    assert table[0].images == images
 
 
 @pytest.mark.parametrize("change", ["removed", "other fields", "not an image"])
