@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,13 @@ from llavactl.core.registry import registry
 from llavactl.curation.lengths import Lengths, stage_lengths
 from llavactl.curation.scan import ScannedRecord, scan_records, scan_samples
 from llavactl.data.records import samples
+from llavactl.features.reader import stage_fingerprint
+from llavactl.features.store import FeatureStore
 from llavactl.files.text import require_file
-from llavactl.recipe.frame import Recipe
+from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
 from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
-    from llavactl.recipe.frame import Outline
     from llavactl.recipe.specs import SourceSpec
     from llavactl.recipe.stages import StageNumber
 
@@ -119,6 +121,27 @@ def token_lengths(recipe: Outline | None, stage: StageNumber) -> tuple[Lengths |
     except LlavactlError as error:
         return None, f"not counted for stage {stage}: {error.message}"
     return lengths, f"stage {stage}, max_length {lengths.max_length}, {lengths.encoding.image_tokens} tokens per image"
+
+
+def stored_features(recipe: Outline | None, stages: Sequence[StageNumber]) -> Callable[[str], bool]:
+    """Whether the stores of ``stages`` have an image by its content key, or the reason why it has no features.
+
+    A store that can't be read has none. The stores are opened on the first call.
+    """
+
+    @cache
+    def stores() -> list[FeatureStore | None]:
+        if not isinstance(recipe, VisionRecipe):
+            return []
+        try:
+            return [FeatureStore.find(stage_fingerprint(recipe, stage)) for stage in stages]
+        except LlavactlError:
+            return []
+
+    def has_features(key: str) -> bool:
+        return bool(stores()) and all(store and (key in store or key in store.skipped) for store in stores())
+
+    return has_features
 
 
 def with_progress(records: Iterator[ScannedRecord], source: RecordSource | None, verb: str) -> Iterator[ScannedRecord]:

@@ -52,7 +52,9 @@ KINDS: Mapping[str, ProblemKind] = {
     "untrained": ProblemKind("lost", "no target token within max_length"),
     "empty-answer": ProblemKind("harms", "an empty answer: the model learns to give empty answers"),
     "truncated": ProblemKind("noted", "longer than max_length: its end is truncated"),
-    "image-absent": ProblemKind("noted", "an image that is not on this machine; an imported feature pack names it"),
+    "image-absent": ProblemKind(
+        "noted", "an image that is not on this machine; the store has its features, from a pack"
+    ),
     "image-cut": ProblemKind("noted", "longer than max_length: an image is truncated with the end"),
     "duplicate-id": ProblemKind("noted", "an id that an earlier record has"),
     "duplicate-caption": ProblemKind("noted", "a caption that the image has twice: used once"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,10 +49,14 @@ class ScannedRecord:
 
 @dataclass
 class ImageChecks:
-    """Checks each distinct image once; stores a hash of each, and the problems of unusable ones."""
+    """Checks each distinct image once; stores a hash of each, and the problems of unusable ones.
+
+    ``has_features``: whether the stores of the current source's stages can do without the image of a content key.
+    """
 
     decode: Decode
     workers: int = 2
+    has_features: Callable[[str], bool] = lambda _key: False
     hashes: set[int] = field(default_factory=set)
     findings: dict[ImageRef, Finding] = field(default_factory=dict)
 
@@ -61,15 +65,16 @@ class ImageChecks:
         new = [image for image in dict.fromkeys(images) if hash(image) not in self.hashes]
         self.hashes.update(map(hash, new))
         if self.decode != "no":
-            checked = zip(new, pool.map(partial(_image_finding, whole=self.decode == "full"), new), strict=True)
+            find = partial(_image_finding, whole=self.decode == "full", has_features=self.has_features)
+            checked = zip(new, pool.map(find, new), strict=True)
             self.findings.update({image: finding for image, finding in checked if finding is not None})
 
 
-def _image_finding(image: ImageRef, *, whole: bool) -> Finding | None:
+def _image_finding(image: ImageRef, *, whole: bool, has_features: Callable[[str], bool]) -> Finding | None:
     try:
         inspect(image, whole=whole)
     except OSError as error:
-        if known_key(image) is not None:
+        if (key := known_key(image)) is not None and has_features(key):
             return Finding("image-absent", image.name)
         return Finding("image-missing", f"{image.name}: {error_reason(error)}")
     except ImageError as error:

@@ -55,6 +55,11 @@ def load_encoder(vision: Vision, device: str, dtype: str) -> Encoder:
     return CheckedEncoder(encoder, label, shape, CheckedPreprocess(encoder.preprocess, _pixel_shape(encoder)))
 
 
+def unchecked(encoder: Encoder) -> Encoder:
+    """The encoder of the plugin, of which ``load_encoder`` made ``encoder``."""
+    return encoder.encoder if isinstance(encoder, CheckedEncoder) else encoder
+
+
 def _pixel_shape(encoder: Encoder) -> tuple[int, ...]:
     """The shape of a blank image's pixels; () if preprocessing fails for a blank image."""
     from PIL import Image

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llavactl.features.backbone import OVERFLOW, Backbone
+from llavactl.features.checked_encoder import unchecked
 from llavactl.features.conditions import conditions, threads_of
 from llavactl.features.fill import encode_images
 from llavactl.features.quantize import dequantize, quantize
@@ -106,7 +107,7 @@ def compare(
         recorded = conditions_of[group]
         batch_size = recorded.get("batch_size", settings.batch_size)
         with threads_of(recorded if device == "cpu" else {}):
-            used.append(now := conditions(device, batch_size))
+            used.append(now := conditions(device, batch_size, unchecked(encoder)))
             same = recorded == now
             for batch in encode_images(members, Backbone(encoder, device, batch_size), settings.workers):
                 for key, features in zip(batch.keys, batch.features, strict=True):

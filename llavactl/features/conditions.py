@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import TYPE_CHECKING
+
+from llavactl.core.plugin_code import root_package
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Json
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
 _LIBRARIES = "torch", "transformers", "pillow", "numpy"
 
 
-def conditions(device: str, batch_size: int) -> dict[str, Json]:
+def conditions(device: str, batch_size: int, backbone: object) -> dict[str, Json]:
     """The conditions of an encoding in this process on ``device`` with ``features.batch_size``.
 
-    The device and its name, the number of threads (CPU only), and the versions of the libraries.
+    The device and its name, the number of threads (CPU only), and the versions of the libraries and of the package
+    that defines the encoder ``backbone``, if it is a plugin's.
     """
     import torch
 
@@ -27,8 +30,17 @@ def conditions(device: str, batch_size: int) -> dict[str, Json]:
     else:
         name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
     threads = {"threads": torch.get_num_threads()} if kind == "cpu" else {}
-    versions = {library: version(library) for library in _LIBRARIES}
+    package = root_package(type(backbone).__module__)
+    plugin = packages_distributions().get(package, []) if package != root_package(__name__) else []
+    versions = {library: known for library in (*_LIBRARIES, *sorted(set(plugin))) if (known := _version(library))}
     return {"device": kind, "device_name": name, **threads, "batch_size": batch_size, **versions}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # replaced by a fork under another name, such as pillow-simd
+        return None
 
 
 @contextmanager

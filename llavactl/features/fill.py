@@ -19,7 +19,7 @@ import numpy as np
 from llavactl.core import progress
 from llavactl.core.quantities import gigabytes
 from llavactl.features.backbone import OVERFLOW, Backbone, BatchFeatures
-from llavactl.features.checked_encoder import load_encoder
+from llavactl.features.checked_encoder import load_encoder, unchecked
 from llavactl.features.conditions import conditions
 from llavactl.features.parts import WHOLE, Part
 from llavactl.features.plan import ExtractionPlan, missing_images
@@ -162,7 +162,7 @@ def fill_store(job: ExtractionJob, advance: Advance = lambda _images, _bytes: No
         backbone.encoder.shape,
         settings.shard_images,
         job.part,
-        conditions=conditions(backbone.device, settings.batch_size),
+        conditions=conditions(backbone.device, settings.batch_size, unchecked(backbone.encoder)),
         recipe=job.recipe,
     ) as writer:
         # Another process, or recovery after an interrupted one, may have stored some images since the plan was made.

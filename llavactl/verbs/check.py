@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.protocols import Finding, RepairableFile, RepairingSource
-from llavactl.curation.inputs import Input, inputs, repairing_source, token_lengths, with_progress
+from llavactl.curation.inputs import Input, inputs, repairing_source, stored_features, token_lengths, with_progress
 from llavactl.curation.problems import KINDS, OF_COMPLETE_SOURCES, Tally
 from llavactl.curation.repair import RepairWriter
 from llavactl.curation.scan import Decode, ImageChecks, scan
@@ -105,6 +105,7 @@ def check(
             counted = [token_lengths(recipe, number) for number in source.stages]
             token_counting += [how for _, how in counted]
             lengths = [of_stage for of_stage, _ in counted if of_stage is not None]
+            checks.has_features = stored_features(recipe, source.stages)
             before, repairable_before = records + tally.counts.total(), tally.repairable
             for record in with_progress(scan(source.scan(bool(lengths)), checks, lengths), source.records, "check"):
                 effects = {KINDS[finding.kind].effect for finding in record.findings}

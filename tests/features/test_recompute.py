@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from llavactl import StoreError
 from llavactl.features import FeatureStore, comparison, stage_fingerprint
+from llavactl.features import conditions as conditions_module
 from llavactl.features.manifest import RECOMPUTED, Manifest, ShardEntry, read_manifest, read_recomputed
 from llavactl.features.shards import checksum
 from llavactl.recipe.frame import Recipe
@@ -247,3 +249,19 @@ def test_a_recorded_recipe_is_listed_once() -> None:
     for name in ("a", "b", "a"):
         manifest = manifest.with_recipe({"name": name})
     assert [recipe["name"] for recipe in manifest.recipes] == ["b", "a"]
+
+
+def test_conditions_have_the_version_of_a_plugin_and_tolerate_missing_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditions_module, "packages_distributions", lambda: {"their_plugin": ["their-plugin"]})
+
+    def version(name: str) -> str:
+        if name == "pillow":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(conditions_module, "version", version)
+    encoder = type("TheirEncoder", (), {"__module__": "their_plugin.encoder"})()
+    known = conditions_module.conditions("cpu", 4, encoder)
+    assert (known["their-plugin"], known["torch"]) == ("1.2", "1.2")
+    assert "pillow" not in known
+    assert "their-plugin" not in conditions_module.conditions("cpu", 4, FeatureStore.__new__(FeatureStore))

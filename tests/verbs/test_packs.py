@@ -132,6 +132,18 @@ def test_training_where_the_images_are_not_gives_the_same_weights(
     assert [len(lines) for lines in left_out] == [2, 2]
 
 
+def test_an_absent_image_without_features_for_the_recipe_is_missing(elsewhere: Path, pack: Path) -> None:
+    ok("cache", "import", str(pack), cwd=elsewhere)
+
+    def counts(*words: str) -> dict[str, int]:
+        problems = run_cli("data", "check", *words, "--json", cwd=elsewhere).json()["problems"]
+        return {each["problem"]: each["count"] for each in problems if each["problem"].startswith("image-")}
+
+    assert counts("-r", "recipe.yaml") == {"image-absent": 12}
+    assert counts("-r", "recipe.yaml", "-o", "vision.layer=-3") == {"image-missing": 12}
+    assert counts("records.json", "--images", "images") == {"image-missing": 12}
+
+
 def test_what_needs_images_says_so(elsewhere: Path, pack: Path) -> None:
     ok("cache", "import", str(pack), cwd=elsewhere)
     live = run_cli("train", "--stage", "1", "-o", "features.mode=live", cwd=elsewhere)
