@@ -54,6 +54,8 @@ def entry_point(file: Path, group: str) -> metadata.EntryPoint:
             raise PluginError(f"plugin file {file}: module {name} exists already ({origin})", hint="rename the file")
         if _FileFinder not in sys.meta_path:
             sys.meta_path.append(_FileFinder)
+        if name in _modules:  # of another file with this name, in an earlier command of this process
+            sys.modules.pop(name, None)
         _modules[name] = file
     return metadata.EntryPoint(name, name, group)
 

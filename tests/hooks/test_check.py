@@ -175,6 +175,14 @@ def certificate(*arguments: str) -> tuple[Any, int]:
     return result.json(), result.exit_code
 
 
+def test_two_files_of_one_name_are_two_plugins(tmp_path: Path) -> None:
+    """In one process, as a notebook calls the commands."""
+    for folder, code, ok in (("first", GOOD, True), ("second", GOOD.replace("class Mean:", "class Other:"), False)):
+        (tmp_path / folder).mkdir()
+        document, _ = certificate(str(write(tmp_path / folder, "same_name", code)))
+        assert document["ok"] is ok
+
+
 def test_a_correct_plugin_has_a_certificate(tmp_path: Path) -> None:
     file = write(tmp_path, "correct", GOOD)
     document, code = certificate(str(file))
