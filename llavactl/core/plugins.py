@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -257,11 +258,11 @@ def notify(hook: str, **arguments: Any) -> None:
     """Calls an observer hook of all plugins; exceptions are logged, once per plugin and hook.
 
     ``arguments`` may include the resolved ``recipe``; an implementation that declares ``options`` gets its plugin's
-    options from it.
+    options from it. Each gets copies: what it changes in them affects nothing else.
     """
     for plugin, implementation in implementations(hook):
         with isolated(plugin, hook, once=True):
-            implementation(**arguments)
+            implementation(**deepcopy(arguments))
 
 
 def check_loaded(plugin: str) -> None:

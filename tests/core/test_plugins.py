@@ -127,3 +127,17 @@ def test_a_results_version_stays_when_the_plugin_changes(
     sys.modules.pop("own")
     plugins.reload()
     assert len(found) == versions
+
+
+def test_what_an_observer_changes_affects_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def change(line: dict[str, Any], recipe: dict[str, Any]) -> None:
+        seen.append(line["loss"])
+        line["loss"] = "oops"
+        recipe["stage1"]["epochs"] = 0
+
+    monkeypatch.setattr(plugins, "implementations", lambda _hook: [("one", change), ("two", change)])
+    line, recipe = {"loss": 0.5}, {"stage1": {"epochs": 1}}
+    plugins.notify("train_logged", line=line, recipe=recipe)
+    assert (seen, line, recipe) == ([0.5, 0.5], {"loss": 0.5}, {"stage1": {"epochs": 1}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def _combined(name: str, each: Sequence[Figure | None]) -> Figure:
     total = sum(figure.total for figure in present if figure.total is not None)
     if total:
         value: float | None = sum(values)
-    elif len(values) < len(present):
+    elif len(values) < len(present) or not all(map(math.isfinite, values)):  # min and max may ignore NaN
         value = None
     else:
         value = min(values) if name == "embedding_cosine" else max(values)

@@ -54,7 +54,7 @@ class Stated(BaseModel):
     program: str = ""
     """Name and version of the program that ran the export, such as ``transformers 5.17.0``."""
     rounding: str | None = None
-    """The type that the export's weights were rounded to, such as ``f16`` or ``q8_0``."""
+    """The least precise type that weights or intermediate values were rounded to, such as ``f16`` or ``q8_0``."""
     differs: list[str] = []
     """What is known to differ in the program, as sentences."""
     tokens: list[int | None] | None = None

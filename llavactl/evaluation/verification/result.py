@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ ROUNDED: Mapping[str, tuple[float, float]] = {
     "bf16": (0.999, 0.02),
     "q8_0": (0.999, 0.2),
 }
-"""Smallest cosine of an image embedding, and largest difference of logits, by the type that weights were rounded to.
+"""Smallest cosine of an image embedding, and largest difference of logits, by the type that values were rounded to.
 
 docs/notes/export.md has the measurements.
 """
@@ -96,20 +96,30 @@ RESAMPLED = 0.96, 0.2
 """The same for a program that computes something else in a known way, such as the resampling of images."""
 
 
-def close_bounds(rounding: str | None, differs: Sequence[str]) -> dict[str, Bound] | None:
-    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known."""
-    limits = [RESAMPLED] if differs else []
-    if rounding is not None:
-        if rounding not in ROUNDED:
+def close_bounds(stated: Stated) -> dict[str, Bound] | None:
+    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known.
+
+    Other image tokens (``tokens``) change the logits, but not the embeddings that are compared token by token.
+    """
+    cosines, logits = [], []
+    if stated.differs:
+        logits.append(RESAMPLED[1])
+        if stated.tokens is None:
+            cosines.append(RESAMPLED[0])
+    if stated.rounding is not None:
+        if stated.rounding not in ROUNDED:
             return None
-        limits.append(ROUNDED[rounding])
-    if not limits:
+        cosine, difference = ROUNDED[stated.rounding]
+        cosines.append(cosine)
+        logits.append(difference)
+    if not logits:
         return None
     bounds = {name: bound for name, bound in EXACT.items() if name not in ("embedding_error", "answers")}
-    if differs:
+    if stated.differs:
         del bounds["pixels"]
-    bounds["embedding_cosine"] = Bound(at_least=min(cosine for cosine, _ in limits))
-    bounds["logits"] = Bound(at_most=max(difference for _, difference in limits))
+    if cosines:
+        bounds["embedding_cosine"] = Bound(at_least=min(cosines))
+    bounds["logits"] = Bound(at_most=max(logits))
     return bounds
 
 
@@ -146,13 +156,13 @@ def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, photos
     """The verdict on ``figures``, by the keys of ``TITLES``: exact, close if ``stated`` permits it, else different."""
     verdict: Verdict = "exact"
     faults = _faults(figures, bounds := EXACT)
-    if faults and (close := close_bounds(stated.rounding, stated.differs)) is not None:
+    if faults and (close := close_bounds(stated)) is not None:
         verdict = "close"
         faults = _faults(figures, bounds := close)
         if photos and "embedding_cosine" not in figures:
             faults.append("image embeddings are missing, without which only an exact export can be verified")
     elif faults and stated.rounding is not None:
-        faults.append(f"no bounds are known for weights rounded to {stated.rounding}")
+        faults.append(f"no bounds are known for rounding to {stated.rounding}")
     return VerificationResult(
         verdict="different" if faults else verdict,
         program=stated.program,

@@ -16,7 +16,7 @@ def table(result: VerificationResult) -> list[tuple[str, str, str, str]]:
 def summary(result: VerificationResult) -> str:
     """The verdict and what it is based on, in one line."""
     program = f" in {result.program}" if result.program else ""
-    rounding = f", weights rounded to {result.rounding}" if result.rounding else ""
+    rounding = f", rounded to {result.rounding}" if result.rounding else ""
     prompts, images = quantity(result.prompts, "prompt"), quantity(result.photos, "image")
     return f"{result.verdict}{program}: {prompts}, {images}{rounding}"
 

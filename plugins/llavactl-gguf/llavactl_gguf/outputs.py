@@ -23,6 +23,11 @@ PROGRAM_MISSING = 69
 """The exit status if llama.cpp isn't installed; EX_UNAVAILABLE of sysexits.h."""
 
 INSTALL = "verification needs llama.cpp: pip install 'llavactl-gguf[verify]'"
+SAME_INTERFACE = ("0.11739", "2026.10.11549")
+"""Versions of llama-cpp-py-sync, whose declarations are used, and of xllamacpp with the same structures in its library.
+
+With others, the library would read wrong memory."""
+
 PRECISION = ("q8_0", "bf16", "f16", "f32")
 """Types of matrices, from the least precise."""
 
@@ -206,10 +211,9 @@ def libraries() -> tuple[Any, Any, Any, str]:
         from xllamacpp import xllamacpp
     except ImportError:
         _exit_missing(f"{INSTALL}; the library in llama-cpp-py-sync can't be loaded here, that in xllamacpp may be")
+    if (version("llama-cpp-py-sync"), version("xllamacpp")) != SAME_INTERFACE:
+        _exit_missing(f"{INSTALL}; other versions of llama-cpp-py-sync and xllamacpp may differ in their C interfaces")
     library = ffi.dlopen(xllamacpp.__file__)
-    defaults = library.llama_context_default_params()
-    if (defaults.n_batch, defaults.type_k, defaults.no_perf) != (2048, 1, True):
-        _exit_missing("llama-cpp-py-sync and xllamacpp have different C interfaces: install builds of the same weeks")
     return ffi, library, library, _program("xllamacpp")
 
 

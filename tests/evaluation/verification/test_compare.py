@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from llavactl.evaluation.verification.compare import _embeddings, _logits
+from llavactl.evaluation.verification.compare import _combined, _embeddings, _logits
+from llavactl.evaluation.verification.result import Figure
 
 EXPECTED = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
 DISPLACED = torch.cat([EXPECTED[:, 1:], -EXPECTED[:, :1]], dim=1)
@@ -29,3 +32,9 @@ def test_logits_at_some_positions() -> None:
     assert _logits(exported, expected, [0, 2, 3])["logits"].value == 0
     assert (_logits(exported, expected)["logits"].value or 0) > 1
     assert _logits(exported[-1:], expected, [0, 2, 3])["logits"].value == 0
+
+
+@pytest.mark.parametrize("values", [[0.0, math.nan], [math.nan, 0.0], [0.0, math.inf]])
+@pytest.mark.parametrize("name", ["logits", "embedding_cosine"])
+def test_a_figure_that_is_not_finite_is_not_comparable(name: str, values: list[float]) -> None:
+    assert _combined(name, [Figure(value) for value in values]).value is None
