@@ -23,7 +23,7 @@ from llavactl.features.maintenance import verify_store
 from llavactl.features.manifest import Manifest, read_manifest, store_dir
 from llavactl.features.pack_export import export_pack
 from llavactl.features.pack_import import import_pack
-from llavactl.features.pack_selection import StoreSelection
+from llavactl.features.pack_selection import Selected, StoreSelection
 
 FINGERPRINT = Fingerprint({"backbone": "toy", "dtype": "float16", "format": 1})
 SHAPE = FeatureShape((2, 3), 40)
@@ -53,7 +53,7 @@ def export(folder: Path) -> None:
     wanted = frozenset(key.encode() for key in keys()[1:])
     names = {("/data/images", f"{index}.jpg"): key for index, key in enumerate(keys())}
     selection = StoreSelection(source, FINGERPRINT, manifest, wanted, "toy")
-    export_pack(folder, [selection], names, Path("/data"), ["CC0"])
+    export_pack(folder, Selected([selection], names), Path("/data"), ["CC0"])
 
 
 def content(folder: Path) -> dict[str, bytes]:
