@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from llavactl.model.folder import replace_folder
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Format
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the storage, whichever format was writing: not faults of its plugin."""
 
 RECORD = "llavactl_export.json"
 """In every export: its origin, the hashes of its files and its verification. Other folders are never overwritten."""
@@ -79,7 +83,7 @@ class ExportFolder:
             write_json(temporary / RECORD, record)
             replace_folder(temporary, self.path)
         except (OSError, SafetensorError) as error:
-            if plugin_fault(error):
+            if getattr(error, "errno", None) not in _STORAGE and plugin_fault(error):
                 raise
             raise ModelError(
                 f"{self.path}: can't be written: {' '.join(str(error).split())}",

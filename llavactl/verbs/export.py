@@ -154,9 +154,14 @@ def _verify(
     """
     log.info("verifying %s in a separate process, in float32 on the CPU (--no-verify skips this)", folder.path)
     content = folder.content()
-    folder.remove_verification()
-    folder.update_card(partial(with_verification, verification="Not verified."))
-    result = verify(source, folder.path, script, images)
+    try:
+        result = verify(source, folder.path, script, images)
+    except ProgramMissingError:
+        raise  # an earlier result is still that of these files, as after an interrupt
+    except ModelError:
+        folder.remove_verification()
+        folder.update_card(partial(with_verification, verification="Not verified."))
+        raise
     folder.update_card(partial(with_verification, verification=markdown(origin["format"], result)))
     folder.store_verification(asdict(result), content)
     return result

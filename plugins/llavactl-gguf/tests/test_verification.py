@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from llavactl_gguf import language
 from llavactl_gguf.format import Gguf
 
@@ -41,6 +42,14 @@ def test_clip(toys: Toys, tmp_path: Path) -> None:
     verified = exported.json()["verified"]
     assert (verified["verdict"], len(verified["differs"])) == ("close", 1)
     assert verified["compared"]["embedding_cosine"]["value"] > 1 - 2e-6
+
+
+def test_positions_of_another_build_are_found(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each patch then has the position of its neighbor; the stated class token must not excuse that."""
+    monkeypatch.setattr(torch.Tensor, "roll", lambda tensor, *_, **__: tensor)
+    exported = export(toys.model(vision=toy_clip(tmp_path / "clip", size=28)), "-t", "type=f32")
+    assert exported.exit_code == 1
+    assert "image embeddings" in exported.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from llavactl.testing import check_plugin, run_cli
 
 
 def test_the_plugin_passes_the_conformance_kit() -> None:
-    assert not [result for result in check_plugin("harnesses") if not result.ok]
+    assert check_plugin("harnesses") == []
 
 
 def test_importing_the_plugin_is_light() -> None:

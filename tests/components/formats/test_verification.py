@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -14,11 +15,13 @@ import pytest
 from PIL import Image
 
 from llavactl.components.formats.hf import HfLlava
+from llavactl.core.errors import ModelError, ProgramMissingError
 from llavactl.evaluation.verification.outputs import Stated
 from llavactl.evaluation.verification.result import VerificationResult, judge
 from llavactl.evaluation.verification.script import run_isolated
 from llavactl.testing import run_cli
 from llavactl.testing.runner import Result
+from llavactl.verbs.export import export as export_model
 
 from .conftest import Make
 from .test_export import written
@@ -154,6 +157,40 @@ def test_a_missing_program(native: Make, tmp_path: Path, script: Path) -> None:
     failed = export(model, out)
     assert failed.exit_code == 1
     assert "wrong tensor" in failed.stderr
+
+
+def test_a_result_is_kept_if_its_repetition_cannot_run(
+    native: Make, tmp_path: Path, verdicts: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are the same; only a program that can't load them shows that the result doesn't hold."""
+    model, out = native("ours"), tmp_path / "out"
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    verdicts += [()]
+    assert export(model, out).exit_code == 0
+    record, card = (out / "llavactl_export.json").read_bytes(), (out / "README.md").read_bytes()
+    for error, kept in ((ProgramMissingError("uses p"), True), (ModelError("can't be loaded"), False)):
+
+        def fail(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("llavactl.verbs.export.verify", fail)
+        assert export(model, out, "--image", str(picture)).exit_code == (0 if kept else 1)
+        assert ((out / "llavactl_export.json").read_bytes() == record) is kept
+        assert ((out / "README.md").read_bytes() == card) is kept
+
+
+def test_a_full_disk_is_not_a_fault_of_the_formats_plugin(
+    native: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HfLlava, "write", write)
+    monkeypatch.setattr("llavactl.model.export_folder.plugin_fault", lambda _error: "a frame of a plugin")
+    with pytest.raises(ModelError, match="No space left"):
+        export_model(None, {"name": "hf"}, tmp_path / "out", model=str(native("ours")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_script_that_writes_nothing(native: Make, tmp_path: Path, script: Path) -> None:
