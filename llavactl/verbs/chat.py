@@ -50,13 +50,11 @@ def open_chat(recipe: Outline | None, model: str | None = None, template: str | 
 
 
 def answer_prompt(
-    conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling
+    conversation: Conversation, prompt: str, images: Sequence[ImageRef], sampling: Sampling
 ) -> ChatReport:
     """Asks one question and returns the complete answer."""
-    pieces = conversation.ask(*user_content(prompt, images), sampling=sampling)
-    answer = "".join(pieces).strip()
-    names = tuple(image if isinstance(image, str) else image.name for image in images)
-    return ChatReport(answer, prompt, names, conversation.assistant.name)
+    answer = "".join(conversation.ask(*user_content(prompt, images), sampling=sampling)).strip()
+    return ChatReport(answer, prompt, tuple(image.name for image in images), conversation.assistant.name)
 
 
 def answer_batch(assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling) -> list[dict[str, Any]]:
