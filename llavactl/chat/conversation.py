@@ -155,7 +155,7 @@ class Conversation:
     def _pieces(self, question: Turn, former_answer: Turn | None, sampling: Sampling) -> Generator[str]:
         self.turns.append(question)
         output = Detokenizer(self.assistant.encoding.tokenizer, self.assistant.stops)
-        finished = False
+        finished = failed = False
         try:
             for token in self._tokens(sampling):
                 if piece := output.add(token):
@@ -166,11 +166,11 @@ class Conversation:
                 yield piece
             finished = True
         except Exception:
-            output.text = ""
+            failed = True
             raise
         finally:
             text = output.text.strip()
-            if finished or text:
+            if finished or (text and not failed):
                 self.turns.append(Turn("assistant", (text,)))
             elif former_answer is not None:
                 self.turns.append(former_answer)
