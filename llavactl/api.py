@@ -308,7 +308,7 @@ class Chat:
     def _open(self, image: Image) -> ImageRef:
         from llavactl.images.references import image_in_memory
 
-        return self._conversation.open(image if isinstance(image, str | Path) else image_in_memory(image))
+        return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
 
     def _sampling(self, options: SamplingOptions) -> Sampling:
         from llavactl.chat.sampling import changed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.chat.common_prefix import common_prefix_length, split_prompt, token_keys
 from llavactl.chat.context import after_system, context_length, fit
 from llavactl.chat.detokenizer import Detokenizer
-from llavactl.chat.inputs import open_image
+from llavactl.chat.inputs import open_image as read_image
 from llavactl.core.errors import LlavactlError
 from llavactl.core.schema import Content, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
@@ -73,13 +73,13 @@ class Conversation:
         self._cache: Any = None
         self._cached_keys: list[Any] = []
 
-    def open(self, image: str | Path | ImageRef) -> ImageRef:
+    def open_image(self, image: str | Path | ImageRef) -> ImageRef:
         """``image`` for ``ask``: a file, a URL or base64, or a reference; it is read, decoded and encoded once.
 
         Raises:
             DataError: it can't be read.
         """
-        opened = open_image(str(image)) if isinstance(image, str | Path) else image
+        opened = read_image(str(image)) if isinstance(image, str | Path) else image
         self.arrays(opened)
         return opened
 
