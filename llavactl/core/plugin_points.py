@@ -98,6 +98,8 @@ def loaded(point: metadata.EntryPoint) -> Any:
     Raises:
         PluginError: it names none.
     """
+    if plugin_files.is_file(point):  # its name need not be an identifier
+        return importlib.import_module(point.value)
     names = f"entry point {point.name} of {package_of(point)[0]}"
     match = point.pattern.match(point.value)
     if match is None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llavactl.core import plugins
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
+from llavactl.core.hook_rules import target_of
 from llavactl.core.plugin_code import caller_location, located_fault, plugin_packages, root_package
 from llavactl.core.protocols import KINDS
 from llavactl.core.streams import stdout_to_stderr
@@ -44,6 +45,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 """Names of components, commands and recipes: recipes and the command line need no quotes around them."""
 
 NAME_RULE = "lower-case letters, digits, `.`, `_` and `-`"
+
+OF_PLUGIN = "if a plugin registers it, pass --plugin FILE, or install its package"
 
 Spec = str | Mapping[str, Any]
 """A component in a recipe: its name, or ``{"name": …, its options}``."""
@@ -156,7 +159,8 @@ class Registry:
         """
         names = self.entries.get(kind, {})
         if name not in names:
-            raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=suggest(name, names))
+            of_plugin = f"; {OF_PLUGIN}" if kind in KINDS else ""
+            raise RecipeError(f"unknown {kind_label(kind)} {name!r}", hint=f"{suggest(name, names)}{of_plugin}")
         return names[name]
 
     @overload
@@ -247,12 +251,18 @@ def kind_label(kind: str) -> str:
     return {"vision": "vision backbone", "languages": "language model"}.get(kind, kind.removesuffix("s"))
 
 
+def _as_string(target: object) -> str:
+    """The string that names ``target``, if it is a class or function instead of one."""
+    return f"module:attr, the string {target_of(target)!r}" if hasattr(target, "__qualname__") else "module:attr"
+
+
 def _argument_fault(name: object, target: object, options: object, summary: object) -> str:
     """The first invalid argument of ``register``; "" if all are valid."""
+    valid = options is None or (isinstance(options, str) and ":" in options)
     checks = (
         (f"name: expected {NAME_RULE}", name, isinstance(name, str) and bool(NAME.fullmatch(name))),
-        ("target: expected module:attr", target, isinstance(target, str) and ":" in target),
-        ("options: expected module:attr", options, options is None or (isinstance(options, str) and ":" in options)),
+        (f"target: expected {_as_string(target)}", target, isinstance(target, str) and ":" in target),
+        (f"options: expected {_as_string(options)}", options, valid),
         ("summary: expected a string", summary, isinstance(summary, str)),
     )
     return next((f"{what}, got {value!r:.60}" for what, value, valid in checks if not valid), "")
