@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llavactl.core import plugins
+from llavactl.core import component_calls, plugins
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.hook_rules import target_of
@@ -69,6 +69,11 @@ class Registration:
     summary: str
     plugin: str
     where: str = field(default="", compare=False)
+
+    @property
+    def label(self) -> str:
+        """The component in messages about what it does: ``connector mean of plugin birds``."""
+        return f"{kind_label(self.kind)} {self.name} of plugin {self.plugin}"
 
     @property
     def subject(self) -> str:
@@ -198,7 +203,7 @@ class Registry:
         target = entry.load()
         component: object = None
         if not (why := target_fault(target)):
-            component = target(options)
+            component = component_calls.created(target, options, entry)
             fault = component_fault(kind, component)
             why = f"returned {fault}" if fault else ""
         if why:
@@ -206,6 +211,8 @@ class Registry:
                 f"{entry.subject}: {entry.target} {why}",
                 hint=f"`{plugins.check_command(entry.plugin)}` shows details",
             )
+        if entry.plugin != plugins.BUILTIN:
+            component_calls.check_calls(component, entry)
         return component
 
     def options(self, kind: str, spec: Spec, flag: str = "") -> BaseModel:
@@ -295,13 +302,6 @@ def registry() -> Registry:
             with plugins.isolated(plugin, f"register_{kind}", hint=hint), stdout_to_stderr():
                 implementation(register=register)
     return filled
-
-
-def plugin_of(component: Any) -> str:
-    """The plugin whose package defines the class of ``component``, or else the module of the class."""
-    module = type(component).__module__
-    package = root_package(module)
-    return plugins.BUILTIN if package == root_package(__name__) else plugin_packages().get(package, module)
 
 
 def _import(target: str, entry: Registration) -> Any:
