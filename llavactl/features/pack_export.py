@@ -139,9 +139,11 @@ def _locked(folder: Path) -> Iterator[None]:
     file = folder / _LOCK  # the parent folder may belong to somebody else
     busy = StoreError(f"another process is exporting to {folder}", hint="wait until it has finished")
     with exclusive_lock(file, busy):
-        yield
-        with contextlib.suppress(OSError):
-            file.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _write(

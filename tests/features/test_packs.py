@@ -439,7 +439,13 @@ class TestRefusedImport:
         edit(pack, files=value)
         assert PACK in self.refused(pack, elsewhere)
 
-    @pytest.mark.parametrize("value", [None, [{}], [{"id": "../x", "relative": ""}], [{"id": "0" * 32, "relative": 1}]])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            *(None, [{}], [{"id": "../x", "relative": ""}]),
+            *([{"id": "0" * 32, "relative": relative}] for relative in (1, "../x", "a/../../x", "/etc", "C:\\x")),
+        ],
+    )
     def test_malformed_roots(self, pack: Path, elsewhere: Path, value: Any) -> None:
         edit(pack, roots=value)
         assert PACK in self.refused(pack, elsewhere)
@@ -449,16 +455,46 @@ class TestRefusedImport:
         [
             *("", "{", "[]", '{"root": 7, "image": "a", "key": "00"}', '{"root": 0}'),
             *(f'{{"root": {root}, "image": "a", "key": "{_KEY}"}}' for root in ("0.0", "true", "-1", "1")),
+            "[" * 100_000,
+            "\n".join(f'{{"root": 0, "image": "a", "key": "{64 * digit}"}}' for digit in "12"),
+            "\udcff",  # not UTF-8
         ],
     )
-    def test_malformed_names(self, pack: Path, elsewhere: Path, line: str) -> None:
+    def test_malformed_names(self, pack: Path, elsewhere: Path, tmp_path: Path, line: str) -> None:
         from llavactl.features.shards import checksum
 
-        (pack / IMAGES).write_text(f"{line}\n")
+        (pack / IMAGES).write_bytes(f"{line}\n".encode("utf-8", "surrogateescape"))
         files = json.loads((pack / PACK).read_text())["files"]
-        files[IMAGES] = {"bytes": len(line) + 1, "sha256": checksum(pack / IMAGES)}
+        files[IMAGES] = {"bytes": (pack / IMAGES).stat().st_size, "sha256": checksum(pack / IMAGES)}
         edit(pack, files=files)
         assert IMAGES in self.refused(pack, elsewhere)
+        assert files_below(tmp_path / "other-home") == []
+
+    @pytest.mark.parametrize("value", ["12", 1.0, float("inf"), None, True])
+    def test_malformed_numbers(self, pack: Path, elsewhere: Path, value: Any) -> None:
+        edit(pack, images=value)
+        assert PACK in self.refused(pack, elsewhere)
+        files = json.loads((pack / PACK).read_text())["files"]
+        edit(pack, images=12, files={**files, IMAGES: {**files[IMAGES], "bytes": value}})
+        assert PACK in self.refused(pack, elsewhere)
+
+    @pytest.mark.parametrize("name", ["manifest.json", "fingerprint.json"])
+    @pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000])
+    def test_malformed_description_of_a_store(self, pack: Path, elsewhere: Path, name: str, text: str) -> None:
+        from llavactl.features.shards import checksum
+
+        path = self.shard(pack).with_name(name)
+        path.write_text(text)
+        files = json.loads((pack / PACK).read_text())["files"]
+        files[f"{path.parent.name}/{name}"] = {"bytes": len(text), "sha256": checksum(path)}
+        edit(pack, files=files)
+        message = self.refused(pack, elsewhere)
+        assert name in message
+        assert "llavactl extract" not in message  # the hint for a store on this machine
+
+    def test_deeply_nested_pack(self, pack: Path, elsewhere: Path) -> None:
+        (pack / PACK).write_text("[" * 100_000)
+        assert PACK in self.refused(pack, elsewhere)
 
     def test_shard_of_another_store(self, recipe: Load, pack: Path, elsewhere: Path) -> None:
         from llavactl.features.shards import checksum
