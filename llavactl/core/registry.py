@@ -18,7 +18,7 @@ from llavactl.core import component_calls, plugins
 from llavactl.core.component_faults import component_fault, target_fault
 from llavactl.core.errors import LlavactlError, PluginError, Problem, RecipeError
 from llavactl.core.hook_rules import target_of
-from llavactl.core.plugin_code import caller_location, located_fault, plugin_packages, root_package
+from llavactl.core.plugin_code import caller_location, located_fault, root_package
 from llavactl.core.protocols import KINDS
 from llavactl.core.streams import stdout_to_stderr
 from llavactl.core.suggest import suggest
