@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
     from llavactl.chat.assistant import Assistant
     from llavactl.chat.conversation import AnswerStream
+    from llavactl.chat.loading import Dtype
     from llavactl.chat.sampling import SamplingOptions
     from llavactl.core.errors import Problem
     from llavactl.core.schema import ImageRef, Turn
     from llavactl.evaluation.results import EvalReport
     from llavactl.model.generate import Sampling
+    from llavactl.model.quantized import Bits
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
     from llavactl.training.report import TrainReport
     from llavactl.verbs.export import ExportReport
@@ -187,28 +189,39 @@ def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
 
 
 def load_model(
-    model: Recipe | str | Path, *, template: str | None = None, device: str | None = None, recipe: Recipe | None = None
+    model: Recipe | str | Path,
+    *,
+    template: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
+    recipe: Recipe | None = None,
 ) -> Assistant:
     """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
     Its methods ``answer`` and ``log_likelihoods`` process several conversations in one batch.
 
-    ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
-    provides components that a checkpoint lacks (see docs/reference/export.md#import).
+    ``template`` replaces the model's conversation template. ``device`` defaults to the best available one, ``dtype``
+    (``float32``, ``bfloat16`` or ``float16``) to that of training. ``quantize``: 4 or 8 bits for the linear layers of
+    the language model, with bitsandbytes. ``recipe`` provides components that a checkpoint lacks (see
+    docs/reference/export.md#import).
 
     Raises:
         ModelError: the model can't be read.
+        RecipeError: the language model can't be quantized, or an argument has an invalid value.
     """
-    from llavactl.chat.loading import load_assistant
+    from llavactl.chat.loading import DTYPES, load_assistant
     from llavactl.model.folder import latest_model
     from llavactl.model.imported import resolve
 
+    _require_choice("dtype", dtype, (None, *DTYPES))
+    _require_choice("quantize", quantize, (None, 4, 8))
     if isinstance(model, str | Path):
         folder = resolve(str(model), recipe)
     else:
         _require_recipe(model)
         folder = latest_model(model.run_dir)
-    return load_assistant(folder, device, template=template)
+    return load_assistant(folder, device, template=template, dtype=dtype, quantize=quantize)
 
 
 class Chat:
@@ -295,7 +308,7 @@ class Chat:
     def _open(self, image: Image) -> ImageRef:
         from llavactl.images.references import image_in_memory
 
-        return self._conversation.open(image if isinstance(image, str | Path) else image_in_memory(image))
+        return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
 
     def _sampling(self, options: SamplingOptions) -> Sampling:
         from llavactl.chat.sampling import changed

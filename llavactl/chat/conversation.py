@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llavactl.chat.common_prefix import common_prefix_length, split_prompt, token_keys
 from llavactl.chat.context import after_system, context_length, fit
 from llavactl.chat.detokenizer import Detokenizer
-from llavactl.chat.inputs import open_image
+from llavactl.chat.inputs import open_image as read_image
 from llavactl.core.errors import LlavactlError
 from llavactl.core.schema import Content, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
@@ -73,13 +73,13 @@ class Conversation:
         self._cache: Any = None
         self._cached_keys: list[Any] = []
 
-    def open(self, image: str | Path | ImageRef) -> ImageRef:
+    def open_image(self, image: str | Path | ImageRef) -> ImageRef:
         """``image`` for ``ask``: a file, a URL or base64, or a reference; it is read, decoded and encoded once.
 
         Raises:
             DataError: it can't be read.
         """
-        opened = open_image(str(image)) if isinstance(image, str | Path) else image
+        opened = read_image(str(image)) if isinstance(image, str | Path) else image
         self.arrays(opened)
         return opened
 
@@ -155,7 +155,7 @@ class Conversation:
     def _pieces(self, question: Turn, former_answer: Turn | None, sampling: Sampling) -> Generator[str]:
         self.turns.append(question)
         output = Detokenizer(self.assistant.encoding.tokenizer, self.assistant.stops)
-        finished = False
+        finished = failed = False
         try:
             for token in self._tokens(sampling):
                 if piece := output.add(token):
@@ -166,11 +166,11 @@ class Conversation:
                 yield piece
             finished = True
         except Exception:
-            output.text = ""
+            failed = True
             raise
         finally:
             text = output.text.strip()
-            if finished or text:
+            if finished or (text and not failed):
                 self.turns.append(Turn("assistant", (text,)))
             elif former_answer is not None:
                 self.turns.append(former_answer)

@@ -19,7 +19,7 @@ from llavactl.core.paths import write_json
 from llavactl.core.schema import Content, ImageRef, Turn
 from llavactl.images.decode import read
 
-_HINT = "/save writes such files; docs/how-to/chat.md describes them"
+_HINT = "`/save FILE` of chat writes such files"
 
 
 def save_turns(file: Path, turns: Sequence[Turn], model: str = "") -> None:
