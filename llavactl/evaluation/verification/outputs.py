@@ -10,7 +10,7 @@ tokens, Q tokens per image, D width of the language model):
                                  optional
   {i}.logits      [N, V]         logits at every position of the prompt, at those of text, or at the last one
   {i}.said        [N]            token ids of the greedy answer
-  {i}.together    [N]            token ids of the greedy answer in a padded batch with another prompt; optional
+  {i}.batched_answer  [N]        token ids of the greedy answer in a padded batch with another prompt; optional
 
 Ids are integers; the other tensors are floating-point numbers without NaN and infinities. The metadata key ``stated``
 is a JSON object, see ``Stated``.
@@ -33,7 +33,7 @@ from llavactl.core.validation import explain
 if TYPE_CHECKING:
     import torch
 
-ALL_IDS = ("ids", "said", "together")
+ALL_IDS = ("ids", "said", "batched_answer")
 REQUIRED = ("ids", "said", "logits")
 NAMES = (*ALL_IDS, "logits", "pixels", "embeddings", "unprepared")
 
@@ -58,7 +58,7 @@ class Stated(BaseModel):
     rounding: str | None = None
     """The least precise type that weights or intermediate values were rounded to, such as ``f16`` or ``q8_0``;
     ``f16-gelu`` if only values of GELU were rounded."""
-    differs: list[str] = []
+    known_differences: list[str] = []
     """What is known to differ in the program, as sentences; no bound depends on them."""
     resampled: bool = False
     """Whether the program resamples the images of the prompts in its own way."""
@@ -73,7 +73,7 @@ class PromptOutputs:
 
     ids: list[int]
     said: list[int]
-    together: list[int] | None
+    batched_answer: list[int] | None
     logits: torch.Tensor
     pixels: torch.Tensor | None
     embeddings: torch.Tensor | None

@@ -178,7 +178,7 @@ def stated(folder: Path, model: Path, mmproj: Path) -> dict[str, Any]:
     record = json.loads((folder / "llavactl_export.json").read_text(encoding="utf-8"))
     settings = metadata(mmproj)
     rounded = {GELU, _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
-    statement = {"differs": record["limitations"], "rounding": min(rounded, key=PRECISION.index)}
+    statement = {"known_differences": record["limitations"], "rounding": min(rounded, key=PRECISION.index)}
     if settings.get("llavactl.vision.class_token") == "last":
         tokens = (settings["clip.vision.image_size"] // settings["clip.vision.patch_size"]) ** 2
         statement["tokens"] = [*range(1, tokens), None]

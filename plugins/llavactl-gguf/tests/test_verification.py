@@ -36,7 +36,7 @@ def test_siglip(toys: Toys) -> None:
     assert verified["program"].startswith("llama.cpp b")
     assert (verified["prompts"], verified["rounding"]) == (8, "f16-gelu")
     assert (
-        verified["differs"]
+        verified["known_differences"]
         == json.loads((Path(exported.json()["to"]) / "llavactl_export.json").read_text())["limitations"]
     )
     figures = {name: row["value"] for name, row in verified["compared"].items()}
@@ -108,7 +108,7 @@ def test_images_become_squares_as_in_training(
     verified = exported.json()["verified"]
     assert verified["compared"]["embedding_cosine"]["value"] > 1 - 2e-6
     assert verified["compared"]["unprepared_cosine"]["value"] < 1 - 1e-5
-    assert any("bilinear" in sentence for sentence in verified["differs"]) == (resample == 2)
+    assert any("bilinear" in sentence for sentence in verified["known_differences"]) == (resample == 2)
 
 
 def test_cropped_images_are_different(toys: Toys, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ RESAMPLING = ["Images are resampled differently."]
 
 
 def verdict(stated: Stated = Stated(), **changed: Figure) -> str:  # noqa: B008 - frozen
-    return judge(EQUAL | changed, stated, prompts=7, photos=3).verdict
+    return judge(EQUAL | changed, stated, prompts=7, images=3).verdict
 
 
 def test_equal_outputs_are_exact() -> None:
@@ -79,8 +79,8 @@ def test_pixels_may_only_differ_in_a_program_that_resamples() -> None:
     "beyond", [{"logits": Figure(1e-3)}, {"embedding_cosine": Figure(0.999)}, {"pixels": Figure(1)}]
 )
 def test_sentences_loosen_no_bound(beyond: dict[str, Figure]) -> None:
-    assert verdict(Stated(differs=RESAMPLING), **beyond) == "different"
-    assert verdict(Stated(differs=RESAMPLING, tokens=[0]), embedding_cosine=Figure(0.999)) == "different"
+    assert verdict(Stated(known_differences=RESAMPLING), **beyond) == "different"
+    assert verdict(Stated(known_differences=RESAMPLING, tokens=[0]), embedding_cosine=Figure(0.999)) == "different"
 
 
 def test_unchanged_images_have_their_own_bound() -> None:
@@ -98,13 +98,13 @@ def test_close_needs_image_embeddings() -> None:
     figures = {name: figure for name, figure in EQUAL.items() if not name.startswith("embedding")}
     changed = figures | {"logits": Figure(0.01)}
     stated = Stated(rounding="f16")
-    assert judge(figures, stated, prompts=7, photos=3).verdict == "exact"
-    assert judge(changed, stated, prompts=7, photos=3).verdict == "different"
-    assert judge(changed, stated, prompts=1, photos=0).verdict == "close"
+    assert judge(figures, stated, prompts=7, images=3).verdict == "exact"
+    assert judge(changed, stated, prompts=7, images=3).verdict == "different"
+    assert judge(changed, stated, prompts=1, images=0).verdict == "close"
 
 
 def test_faults_name_the_figure_and_its_details() -> None:
-    result = judge(EQUAL | {"ids": Figure(2, 7, ("prompt 3: at 4",))}, Stated(), prompts=7, photos=3)
+    result = judge(EQUAL | {"ids": Figure(2, 7, ("prompt 3: at 4",))}, Stated(), prompts=7, images=3)
     (fault,) = result.faults
     assert "token ids" in fault
     assert "prompt 3: at 4" in fault
@@ -112,14 +112,14 @@ def test_faults_name_the_figure_and_its_details() -> None:
 
 
 def test_a_row_for_every_figure() -> None:
-    rows = table(judge(EQUAL | {"logits": Figure(None)}, Stated(), prompts=7, photos=3))
+    rows = table(judge(EQUAL | {"logits": Figure(None)}, Stated(), prompts=7, images=3))
     assert [row[:2] for row in rows] == list(TITLES.values())
     assert all(len(row) == len(COLUMNS) and all(row) for row in rows)
 
 
 def test_the_card_has_the_verdict_the_table_and_what_differs() -> None:
-    stated = Stated(program="p 1.2", rounding="f16", differs=RESAMPLING)
-    result = judge(EQUAL | {"ids": Figure(1, 7)}, stated, prompts=7, photos=1)
+    stated = Stated(program="p 1.2", rounding="f16", known_differences=RESAMPLING)
+    result = judge(EQUAL | {"ids": Figure(1, 7)}, stated, prompts=7, images=1)
     text = markdown("gguf", result)
     assert summary(result) in text
     for part in ("different", "p 1.2", "f16", "gguf", RESAMPLING[0], result.faults[0]):
@@ -131,7 +131,7 @@ def test_the_card_has_the_verdict_the_table_and_what_differs() -> None:
 
 @pytest.mark.parametrize("changed", [{}, {"logits": Figure(None)}, {"logits": Figure(1.5)}])
 def test_a_stored_result_is_read_back(changed: dict[str, Figure]) -> None:
-    result = judge(EQUAL | changed, Stated(rounding="f16", differs=RESAMPLING), prompts=7, photos=3)
+    result = judge(EQUAL | changed, Stated(rounding="f16", known_differences=RESAMPLING), prompts=7, images=3)
     assert VerificationResult.from_json(json.loads(json_text(asdict(result)))) == result
 
 
@@ -144,11 +144,11 @@ def test_a_stored_result_is_read_back(changed: dict[str, Figure]) -> None:
         lambda stored: stored | {"tolerance": 1e-4},
         lambda stored: stored | {"verdict": "good"},
         lambda stored: stored | {"compared": {"logits": {"value": 0}}},
-        lambda stored: {"prompts": 7, "photos": 3, "ids_equal": 7, "logits": 0.0, "faults": []},
+        lambda stored: {"prompts": 7, "images": 3, "ids_equal": 7, "logits": 0.0, "faults": []},
     ],
 )
 def test_a_result_of_another_version_is_not_read(change: Any) -> None:
-    stored = json.loads(json_text(asdict(judge(EQUAL, Stated(), prompts=7, photos=3))))
+    stored = json.loads(json_text(asdict(judge(EQUAL, Stated(), prompts=7, images=3))))
     assert VerificationResult.from_json(change(stored)) is None
 
 
