@@ -8,6 +8,7 @@ from typing import TypeVar
 import click
 
 from llavactl.cli import boundary
+from llavactl.core.control_characters import visible
 from llavactl.core.errors import LlavactlError
 
 Value = TypeVar("Value")
@@ -21,7 +22,7 @@ def ask(label: str, convert: Callable[[str], Value], default: str | None = None)
     """
     while True:
         try:
-            text = click.prompt(label, default=default, show_default=bool(default), value_proc=str.strip, err=True)
+            text = click.prompt(visible(label), default=default, show_default=bool(default), value_proc=str.strip, err=True)
         except click.Abort:
             click.echo(err=True)  # ends the line of the question
             raise
