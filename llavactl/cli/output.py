@@ -95,7 +95,7 @@ def table(
     Titles (``columns``) are printed on terminals, and with ``titles_in_pipes`` elsewhere as well. ``styles`` (rich
     styles of cells by their text) are used on terminals only.
     """
-    rows = [[visible(cell) for cell in row] for row in rows]
+    rows, columns = [[visible(cell) for cell in row] for row in rows], [visible(title) for title in columns]
     numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
     console = terminal.console(result_stream()) if _is_main_process() else None
     if console is not None:

@@ -20,9 +20,10 @@ def ask(label: str, convert: Callable[[str], Value], default: str | None = None)
     Raises:
         click.Abort: Ctrl-C, or the input has ended.
     """
+    label = visible(label)
     while True:
         try:
-            text = click.prompt(visible(label), default=default, show_default=bool(default), value_proc=str.strip, err=True)
+            text = click.prompt(label, default=default, show_default=bool(default), value_proc=str.strip, err=True)
         except click.Abort:
             click.echo(err=True)  # ends the line of the question
             raise

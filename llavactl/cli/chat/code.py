@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 TAB = "    "
 """Of no other width on any terminal, whatever precedes it."""
 
-_CONTEXT = 20_000
+_CONTEXT = 2_000
 """Characters before a line that its highlighting depends on, so that the time per line is limited."""
 
 

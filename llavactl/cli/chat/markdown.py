@@ -24,7 +24,6 @@ _LONGEST_SPAN = 400
 """Characters of bold text or inline code; an opening marker without a closing one within them is text."""
 
 
-
 _CJK = "\u3000-\u9fff\uac00-\ud7a3\uff00-\uff60"
 _WORD = re.compile(rf"\s*(?:[{_CJK}]|[^\s{_CJK}]+)")
 """A word with the space before it; lines of Chinese, Japanese and Korean text may be broken at any character."""
@@ -206,21 +205,13 @@ def _parts(text: str, style: str) -> Iterator[tuple[str, str]]:
 def _final_length(text: str) -> int:
     """The length of the start of ``text``, part of a line, that is printed in the same way whatever follows."""
     words = list(_WORD.finditer(text))
-    if words and not re.fullmatch(rf"[{_CJK}]", words[-1][0][-1]) and len(words[-1][0]) <= _LONGEST_SPAN:
+    if words and not re.search(rf"[\s{_CJK}]\Z", text) and len(words[-1][0]) <= _LONGEST_SPAN:
         words.pop()
-    length = words[-1].end() if words else 0
-    end = 0
-    for span in [*_SPAN.finditer(text), None]:
-        begin = span.start() if span else len(text)
-        opening = _OPENING.search(text, end)
-        if opening and opening.start() < begin and len(text) - opening.start() <= _LONGEST_SPAN + 8:
-            length = min(length, opening.start())
-            break
-        if span and span.start() < length < span.end():
-            length = span.start()
-            break
-        end = span.end() if span else end
-    return max((word.end() for word in words if word.end() <= length), default=0)
+    spans = [(span.start(), span.end()) for span in _SPAN.finditer(text)]
+    openings = (match.start() for match in _OPENING.finditer(text) if len(text) - match.start() <= _LONGEST_SPAN + 8)
+    limit = next((at for at in openings if not any(start <= at < end for start, end in spans)), len(text))
+    ends = (word.end() for word in words if word.end() <= limit)
+    return max((at for at in ends if not any(start < at < end for start, end in spans)), default=0)
 
 
 def _cells(text: str) -> int:

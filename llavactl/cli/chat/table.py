@@ -31,18 +31,24 @@ def table_lines(rows: Sequence[str], inline: Callable[[str], Text], width: int) 
     if len(rows) < 2 or not is_delimiter(rows[1]):
         return None
     titles, delimiter, *others = ([*map(str.strip, _cells(row))] for row in rows)
-    columns = list(zip_longest(*([inline(cell) for cell in row] for row in (titles, *others)), fillvalue=Text()))
-    widths = [max(cell.cell_len for cell in column) for column in columns]
+    columns = [*zip_longest(*([inline(cell) for cell in row] for row in (titles, *others)))]
+    widths = [max(cell.cell_len for cell in column if cell is not None) for column in columns]
     if sum(widths) + len(_GAP) * (len(widths) - 1) > width:
         return None
     marks = [*delimiter, *[""] * len(columns)]
-    for column, cells, mark in zip(columns, widths, marks, strict=False):
-        for cell in {id(cell): cell for cell in column if cell}.values():
-            cell.align("center" if mark[:1] == mark[-1:] == ":" else "right" if mark[-1:] == ":" else "left", cells)
-    padded = [[cell if cell else Text(" " * cells) for cell in column] for column, cells in zip(columns, widths, strict=True)]
-    first, *rest = (Text(_GAP).join(row) for row in zip(*padded, strict=True))
+    aligned = [
+        [_aligned(cell or Text(), mark, cells) for cell in column]
+        for column, mark, cells in zip(columns, marks, widths, strict=False)
+    ]
+    first, *rest = (Text(_GAP).join(row) for row in zip(*aligned, strict=True))
     first.stylize("bold")
     return [first, Text("─┼─".join("─" * cells for cells in widths), "dim"), *rest]
+
+
+def _aligned(cell: Text, mark: str, width: int) -> Text:
+    """``cell`` as wide as its column, whose ``mark`` is that of the row below the titles."""
+    cell.align("left" if not mark.endswith(":") else "center" if mark.startswith(":") else "right", width)
+    return cell
 
 
 def _cells(row: str) -> list[str]:

@@ -73,7 +73,8 @@ def command(
     elif html is not None:
         output.lines([f"page: {report.html}"])
     else:
-        output.lines([line for each in report.shown for line in (*_head(report, each), *_body(each, ids), "")][:-1], styled=True)
+        lines = [line for each in report.shown for line in (*_head(report, each), *_body(each, ids), "")]
+        output.lines(lines[:-1], styled=True)
 
 
 def _head(report: ShowReport, sample: ShownSample) -> Iterator[str]:
