@@ -131,6 +131,7 @@ def _key_bindings() -> Any:
         else:
             buffer.validate_and_handle()
 
+    @bindings.add("escape", "c-j")  # typed before the prompt was shown
     @bindings.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llavactl.cli.chat.code import TAB, CodePrinter
+from llavactl.cli.chat.code_highlighting import TAB, CodePrinter
 from llavactl.cli.chat.table import is_delimiter, is_row, table_lines
 from llavactl.core.control_characters import visible
 
