@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,7 +375,7 @@ class TestChat:
         def web(**options: Any) -> None:
             called.append(options)
 
-        monkeypatch.setattr(sys.modules["llavactl.cli.root"], "_from_plugin", lambda _name: web)
+        monkeypatch.setattr(importlib.import_module("llavactl.cli.root"), "_from_plugin", lambda _name: web)
         monkeypatch.setattr(plugin_commands, "commands", dict)
         result = run_cli("chat", "--web", cwd=here)
         assert (result.exit_code, result.stdout) == (1, "")

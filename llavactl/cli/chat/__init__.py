@@ -246,6 +246,6 @@ def _chat_in_browser(context: click.Context) -> None:
         if option.name in _OF_WEB:
             value = context.params[option.name]
             for each in value if isinstance(value, tuple) else [value] * (value is not None):
-                arguments += [option.opts[-1], each]
+                arguments += [option.opts[0], each]
     with web.make_context(_WEB, arguments, parent=root) as inner:
         web.invoke(inner)
