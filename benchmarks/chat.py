@@ -7,7 +7,7 @@ The language model is the demo's (135M parameters); the connector has random wei
 - First token of turn 2 and later: everything from the question's text to the first token, beside one bare forward pass
   of the same new tokens with the keys and values of the earlier turns.
 - Tokens per second of an answer in turn 2, beside ``generate`` of transformers that continues the same cache.
-- Load time: ``llavactl.load_model`` in a new process, beside ``from_pretrained`` of the same encoder and language model.
+- Load time: ``llavactl.load_model`` in a new process, beside ``from_pretrained`` of the same weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from llavactl.data.encode import Encoding
 from llavactl.images.image_file import ImageFile
 from llavactl.model import folder as model_folder
 from llavactl.model.build import build
-from llavactl.model.exactness import truncate
 from llavactl.model.generate import Sampling
 from llavactl.model.llava import positions
 
@@ -63,7 +62,7 @@ LOADERS = {
 
 
 class RandomFeatures:
-    def arrays(self, image: Any) -> tuple[np.ndarray, ...]:
+    def arrays(self, _image: Any) -> tuple[np.ndarray, ...]:
         return (np.random.default_rng(0).standard_normal((SHAPE.patches, SHAPE.width), dtype=np.float32),)
 
 
@@ -76,10 +75,20 @@ def assistant() -> Assistant:
     return loaded
 
 
-def timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> float:
     start = time.perf_counter()
-    work()
+    work(*arguments, **options)
     return time.perf_counter() - start
+
+
+def answer(conversation: Conversation, question: str, tokens: int) -> None:
+    for _ in conversation.ask(question, sampling=Sampling(tokens)):
+        pass
+
+
+def greedy_token(language: Any, **inputs: Any) -> int:
+    token: int = language(use_cache=True, logits_to_keep=1, **inputs).logits[0, -1].argmax().item()
+    return token
 
 
 @torch.inference_mode()
@@ -89,21 +98,15 @@ def first_tokens(conversation: Conversation, times: dict[str, list[float]]) -> N
     for question in LATER:
         cached = len(conversation._cached_keys)
         cache = copy.deepcopy(conversation._cache)
-        ours = timed(lambda: conversation.ask(question, sampling=Sampling(1)).text)
+        ours = timed(answer, conversation, question, 1)
         new = len(conversation.assistant.prompt(conversation.turns[:-1])) - cached
-        ids = torch.arange(100, 100 + new)[None]
-        embeds = model.embed(ids, None)
-        mask = torch.ones(1, cached + new, dtype=torch.bool)
-
-        def bare() -> None:
-            arguments = {"attention_mask": mask.long(), "position_ids": positions(mask)[:, -new:]}
-            model.language(
-                inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
-            ).logits[0, -1].argmax().item()
-
-        times["bare_forward_ms"].append(1000 * timed(bare))
+        embeds = model.embed(torch.arange(100, 100 + new)[None], None)
+        mask = torch.ones(1, cached + new, dtype=torch.long)
+        inputs = {"attention_mask": mask, "position_ids": positions(mask.bool())[:, -new:], "past_key_values": cache}
+        bare = timed(greedy_token, model.language, inputs_embeds=embeds, **inputs)
+        times["bare_forward_ms"].append(1000 * bare)
         times["first_token_ms"].append(1000 * ours)
-        times["first_token_ratio"].append(ours / times["bare_forward_ms"][-1] * 1000)
+        times["first_token_ratio"].append(ours / bare)
         times["new_tokens"].append(new)
 
 
@@ -112,20 +115,14 @@ def decoding(conversation: Conversation, tokens: int, times: dict[str, list[floa
     """Tokens per second of one answer, and of ``generate`` of transformers after the same turns."""
     language = conversation.assistant.model.language
     cache, cached = copy.deepcopy(conversation._cache), len(conversation._cached_keys)
-    ours = timed(lambda: conversation.ask(LATER[0], sampling=Sampling(tokens)).text)
-    prompt = conversation.assistant.prompt(conversation.turns[:-1])
-    new = torch.tensor([prompt.ids[cached:]])
-    truncate(cache, cached)
+    ours = timed(answer, conversation, LATER[0], tokens)
+    new = conversation.assistant.prompt(conversation.turns[:-1]).ids[cached:]
     # ``generate`` skips as many tokens as the cache has; their ids have no effect.
-    ids = torch.cat([torch.ones(1, cached, dtype=torch.long), new], dim=1)
-
-    def theirs() -> None:
-        language.generate(
-            ids, past_key_values=cache, use_cache=True, do_sample=False, attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0,
-        )  # fmt: skip
-
-    peer = timed(theirs)
+    ids = torch.tensor([[1] * cached + list(new)])
+    peer = timed(
+        language.generate, ids, past_key_values=cache, use_cache=True, do_sample=False, pad_token_id=0,
+        attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
+    )  # fmt: skip
     times["tokens_per_s"].append(tokens / ours)
     times["transformers_tokens_per_s"].append(tokens / peer)
     times["tokens_per_s_ratio"].append(peer / ours)
@@ -148,7 +145,7 @@ def load_times(model: Path, times: dict[str, list[float]]) -> None:
     names = {"model": str(model), "language": SPECS["language"]["model"], "vision": SPECS["vision"]["model"]}
     for loader, code in LOADERS.items():
         command = [sys.executable, "-c", code.format(**names)]
-        times[f"load_{loader}_s"].append(timed(lambda: subprocess.run(command, check=True, capture_output=True)))
+        times[f"load_{loader}_s"].append(timed(subprocess.run, command, check=True, capture_output=True))
     times["load_ratio"].append(times["load_llavactl_s"][-1] / times["load_transformers_s"][-1])
 
 
@@ -180,8 +177,8 @@ def as_text(document: Document) -> str:
     return "\n".join(
         [
             f"{document['machine']}; medians of {document['rounds']} rounds",
-            f"first token, turn 2 and later: {median['first_token_ms']:.0f} ms for {median['new_tokens']:.0f} new tokens, "
-            f"{median['first_token_ratio']:.2f} x a bare forward pass ({median['bare_forward_ms']:.0f} ms)",
+            f"first token, turn 2 and later: {median['first_token_ms']:.0f} ms for {median['new_tokens']:.0f} new "
+            f"tokens, {median['first_token_ratio']:.2f} x a bare forward pass ({median['bare_forward_ms']:.0f} ms)",
             f"answer of {document['tokens']} tokens: {median['tokens_per_s']:.1f} tokens/s, "
             f"{median['tokens_per_s_ratio']:.2f} x transformers ({median['transformers_tokens_per_s']:.1f})",
             f"load: {median['load_llavactl_s']:.1f} s, {median['load_ratio']:.2f} x transformers "
