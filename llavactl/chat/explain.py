@@ -13,13 +13,17 @@ from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.errors import DataError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
+from llavactl.features.prepare import Failure, prepare
 from llavactl.model.attribution import attention, occlusion
 from llavactl.model.inputs import to_device
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llavactl.chat.assistant import Assistant
     from llavactl.core.schema import FeatureShape
     from llavactl.data.batches import FeatureLookup
+    from llavactl.features import LiveFeatures
 
 MAX_BLOCKS = 7
 """Occlusion hides one of at most 7 x 7 blocks of patches at a time; each costs a forward pass of the conversation."""
@@ -166,3 +170,26 @@ def _masks(shape: FeatureShape) -> list[torch.Tensor]:
 
 def _rounded(values: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
+
+
+def most_visual(explanation: Explanation, count: int) -> list[Word]:
+    """The ``count`` words that depend most on a block of an image, in the order of the answer."""
+    by_peak = sorted(explanation.words, key=lambda word: -max(each.max() for each in word.occlusion))
+    chosen = {id(word) for word in by_peak[:count]}
+    return [word for word in explanation.words if id(word) in chosen]
+
+
+def as_seen(features: LiveFeatures, image: ImageRef) -> Image.Image:
+    """``image`` as the vision encoder sees it: padded or cropped, in its resolution. The maps cover exactly this.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    from PIL import Image
+
+    pixels = prepare(features.encoder, image)
+    if isinstance(pixels, Failure):
+        raise DataError(f"image {image.name} can't be read: {pixels.reason}")
+    low, high = float(pixels.min()), float(pixels.max())
+    scaled = (pixels - low) / max(high - low, 1e-12)  # undoes the normalization, up to contrast
+    return Image.fromarray((255 * scaled.transpose(1, 2, 0)).astype(np.uint8))

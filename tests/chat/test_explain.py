@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from PIL import Image
 import llavactl
 from llavactl.chat.assistant import Assistant
 from llavactl.chat.conversation import Conversation
-from llavactl.chat.explain import explain
+from llavactl.chat.explain import as_seen, explain, most_visual
 from llavactl.core.errors import DataError
 from llavactl.core.schema import Turn
 from llavactl.data.batches import collate
 from llavactl.images.references import image_in_memory
 from llavactl.model.attribution import attention, occlusion
 from llavactl.model.generate import Sampling
+from llavactl.report.overlay import overlay
 from llavactl.testing import toy_model
 
 PHOTO, OTHER = (image_in_memory(Image.new("RGB", (30, 20), color)) for color in ("red", "blue"))
@@ -90,3 +93,29 @@ def test_the_conversation_is_unchanged(assistant: Assistant) -> None:
 def test_without_an_image_or_an_answer(assistant: Assistant, turns: tuple[Turn, ...]) -> None:
     with pytest.raises(DataError):
         explain(assistant, turns)
+
+
+def test_the_overlay_shows_the_image_as_the_encoder_sees_it(assistant: Assistant) -> None:
+    """The toys pad images to a square: a wide image has bars above and below."""
+    wide = image_in_memory(Image.new("RGB", (40, 20), "red"))
+    features: Any = assistant.features
+    seen = as_seen(features, wide)
+    assert seen.size == (28, 28)
+    assert seen.getpixel((14, 14)) != seen.getpixel((14, 1))
+    drawn = Image.open(io.BytesIO(base64.b64decode(overlay(seen, np.array([[0.0, 2.0], [-1.0, 0.1]])).split(",")[1])))
+    difference = np.abs(np.asarray(drawn, dtype=float) - np.asarray(seen, dtype=float)).sum(-1)
+    quarters = [difference[rows, columns].mean() for rows in HALVES for columns in HALVES]
+    assert quarters.index(max(quarters)) == 1
+    assert quarters[2] < quarters[1] / 5  # JPEG
+
+
+HALVES = slice(0, 14), slice(14, 28)
+
+
+def test_the_words_that_depend_most_on_the_image(assistant: Assistant) -> None:
+    explanation = explain(assistant, TURNS)
+    peaks = {word.text: word.occlusion[0].max() for word in explanation.words}
+    chosen = [word.text for word in most_visual(explanation, 2)]
+    assert set(chosen) == set(sorted(peaks, key=lambda word: -peaks[word])[:2])
+    assert chosen == [word for word in peaks if word in chosen]
+    assert len(most_visual(explanation, 99)) == len(peaks)
