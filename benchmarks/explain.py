@@ -4,7 +4,8 @@
 
 Drawn scenes with questions about the color or shape of one object ("What color is the circle?"), whose box is known. A
 map hits if the center of its largest cell is inside the box, enlarged by half a cell (the pointing game of arXiv
-1608.00507 allows 15 pixels). Only words of right answers count. Baselines: a random cell, and the box of another object of the same scene.
+1608.00507 allows 15 pixels). Only words of right answers count. Baselines: a random cell, and the box of another object
+of the same scene.
 """
 
 from __future__ import annotations
