@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core.errors import ModelError
-from llavactl.core.model_description import feature_shape, read_description
+from llavactl.core.model_description import feature_shape, read_description, require_component
 from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
@@ -62,6 +62,8 @@ def load_assistant(
     bundle = loaded.bundle
     (bundle.model if quantize is None else bundle.model.connector).to(device)
     shape, connector = feature_shape(description), registry().create("connectors", description["connector"])
+    if template is None:
+        require_component(folder, description, "template")
     template_component = registry().create("templates", template or description["template"])
     return Assistant(
         bundle.model,
