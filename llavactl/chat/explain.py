@@ -13,6 +13,7 @@ from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.errors import DataError
 from llavactl.core.schema import IGNORE, IMAGE_TOKEN, Encoded, ImageRef, Turn
 from llavactl.data.batches import collate
+from llavactl.features import LiveFeatures
 from llavactl.features.prepare import Failure, prepare
 from llavactl.model.attribution import attention, occlusion
 from llavactl.model.inputs import to_device
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
     from llavactl.core.schema import FeatureShape
     from llavactl.data.batches import FeatureLookup
-    from llavactl.features import LiveFeatures
 
 MAX_BLOCKS = 7
 """Occlusion hides one of at most 7 x 7 blocks of patches at a time; each costs a forward pass of the conversation."""
@@ -179,7 +179,7 @@ def most_visual(explanation: Explanation, count: int) -> list[Word]:
     return [word for word in explanation.words if id(word) in chosen]
 
 
-def as_seen(features: LiveFeatures, image: ImageRef) -> Image.Image:
+def as_seen(assistant: Assistant, image: ImageRef) -> Image.Image:
     """``image`` as the vision encoder sees it: padded or cropped, in its resolution. The maps cover exactly this.
 
     Raises:
@@ -187,7 +187,8 @@ def as_seen(features: LiveFeatures, image: ImageRef) -> Image.Image:
     """
     from PIL import Image
 
-    pixels = prepare(features.encoder, image)
+    assert isinstance(assistant.features, LiveFeatures)
+    pixels = prepare(assistant.features.encoder, image)
     if isinstance(pixels, Failure):
         raise DataError(f"image {image.name} can't be read: {pixels.reason}")
     low, high = float(pixels.min()), float(pixels.max())

@@ -98,8 +98,7 @@ def test_without_an_image_or_an_answer(assistant: Assistant, turns: tuple[Turn, 
 def test_the_overlay_shows_the_image_as_the_encoder_sees_it(assistant: Assistant) -> None:
     """The toys pad images to a square: a wide image has bars above and below."""
     wide = image_in_memory(Image.new("RGB", (40, 20), "red"))
-    features: Any = assistant.features
-    seen = as_seen(features, wide)
+    seen = as_seen(assistant, wide)
     assert seen.size == (28, 28)
     assert seen.getpixel((14, 14)) != seen.getpixel((14, 1))
     drawn = Image.open(io.BytesIO(base64.b64decode(overlay(seen, np.array([[0.0, 2.0], [-1.0, 0.1]])).split(",")[1])))
