@@ -20,7 +20,7 @@ _ESCAPE = "" if os.name == "nt" else "\\"  # Windows separates folders with it
 
 
 @dataclass
-class Word:
+class Argument:
     """An argument: its position in the line, its text without quotes, and the quote that isn't closed, or "".
 
     ``ended``: space follows.
@@ -32,15 +32,15 @@ class Word:
     ended: bool = False
 
 
-def words(line: str) -> list[Word]:
+def words(line: str) -> list[Argument]:
     """The arguments in ``line``; quotes and backslashes as in a shell."""
-    found: list[Word] = []
+    found: list[Argument] = []
     escaped = False
     for at, character in enumerate(line):
         if not found or found[-1].ended:
             if character.isspace():
                 continue
-            found.append(Word(at))
+            found.append(Argument(at))
         word = found[-1]
         if escaped:
             word.text += character
@@ -129,7 +129,7 @@ def _exists(name: str) -> bool:
 def completions(text: str) -> Iterator[tuple[int, str, str]]:
     """How the last argument in ``text`` may continue: its start, its replacement, and the name to show."""
     found = words(text)
-    word = found[-1] if found and not found[-1].ended else Word(len(text))
+    word = found[-1] if found and not found[-1].ended else Argument(len(text))
     folder, slash, begin = word.text.rpartition("/")
     try:
         entries = sorted(os.scandir(_local(folder + slash) or "."), key=lambda entry: entry.name)
