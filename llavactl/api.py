@@ -203,6 +203,31 @@ def load_model(
     return load_assistant(folder, device, template=template)
 
 
+def load_chat_model(
+    source: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    model: str | Path | None = None,
+    template: str | None = None,
+) -> Assistant:
+    """Loads the model of ``llavactl chat`` with the same options ``-r``, ``-o``, ``--model`` and ``--template``.
+
+    Without ``model``, this is the newest one of the recipe ``source`` (default: ``./recipe.yaml``): that of a stage in
+    training, if it has previews, or else that of the last finished stage.
+
+    Raises:
+        RecipeError: lists all problems of the recipe (``problems``).
+        ModelError: the model can't be read.
+    """
+    from llavactl.recipe.frame import Outline
+    from llavactl.recipe.load import load_frame
+    from llavactl.verbs.chat import open_chat
+
+    given = model is None or source is not None or bool(overrides)
+    recipe = load_frame(Outline, _source(source), _overrides(overrides)) if given else None
+    return open_chat(recipe, None if model is None else str(model), template).assistant
+
+
 class Chat:
     """A conversation with a model about images; the key/value cache of earlier turns is reused."""
 
