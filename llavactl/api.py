@@ -230,23 +230,29 @@ def load_chat_model(
     *,
     model: str | Path | None = None,
     template: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
 ) -> Assistant:
-    """Loads the model of ``llavactl chat`` with the same options ``-r``, ``-o``, ``--model`` and ``--template``.
+    """Loads the model that ``llavactl chat`` loads with the same ``-r``, ``-o`` and ``--model``.
 
     Without ``model``, this is the newest one of the recipe ``source`` (default: ``./recipe.yaml``): that of a stage in
-    training, if it has previews, or else that of the last finished stage.
+    training, if it has previews, or else that of the last finished stage. The other arguments are as in ``load_model``.
 
     Raises:
-        RecipeError: lists all problems of the recipe (``problems``).
+        RecipeError: lists all problems of the recipe (``problems``), or as in ``load_model``.
         ModelError: the model can't be read.
     """
+    from llavactl.chat.loading import DTYPES
     from llavactl.recipe.frame import Outline
     from llavactl.recipe.load import load_frame
     from llavactl.verbs.chat import open_chat
 
+    _require_choice("dtype", dtype, (None, *DTYPES))
+    _require_choice("quantize", quantize, (None, 4, 8))
     given = model is None or source is not None or bool(overrides)
     recipe = load_frame(Outline, _source(source), _overrides(overrides)) if given else None
-    return open_chat(recipe, None if model is None else str(model), template).assistant
+    name = None if model is None else str(model)
+    return open_chat(recipe, name, template, dtype=dtype, quantize=quantize).assistant
 
 
 class Chat:

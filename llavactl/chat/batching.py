@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llavactl.chat.context import context_length
 from llavactl.chat.decoders import Decoder, JoinedDecoder, SingleDecoder
 from llavactl.chat.detokenizer import Detokenizer, Stops
 from llavactl.core.errors import ModelError
@@ -46,6 +47,7 @@ class Generation:
     sampling: Sampling
     output: Detokenizer
     emit: Callable[[Event], object]
+    tokens: int = 0
     ended: bool = False
 
     def cancel(self) -> None:
@@ -62,15 +64,16 @@ class Generation:
         """Adds the next token to the answer; None: a stop token."""
         if self.ended:
             return
+        self.tokens += token is not None
         text = self.output.add(token)
         stopped = self.output.done
-        if full := not stopped and len(self.output.ids) >= self.sampling.max_new_tokens:
+        if full := not stopped and self.tokens >= self.sampling.max_new_tokens:
             text += self.output.add(None)
         if text:
             self.emit(text)
         if stopped or full:
             self.ended = True
-            self.emit(Finish("length" if full else "stop", len(self.output.ids)))
+            self.emit(Finish("length" if full else "stop", self.tokens))
 
 
 class Batcher:
@@ -102,9 +105,7 @@ class Batcher:
     @property
     def context_length(self) -> int | None:
         """The most tokens of a prompt with its answer; None if the model has no limit."""
-        config = self.assistant.model.language.config.get_text_config()
-        names = ("max_position_embeddings", "max_seq_len")
-        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+        return context_length(self.assistant.model.language)
 
     def submit(
         self, prompt: Encoded, sampling: Sampling, emit: Callable[[Event], object], *, until: Sequence[str] = ()

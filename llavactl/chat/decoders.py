@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 
-from llavactl.core.errors import ModelError
 from llavactl.model.generate import Sampling, generate, next_tokens
 from llavactl.model.inputs import image_features
 from llavactl.model.rows import Prefilled, Rows
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 
-Token = int | None | ModelError
+Token = int | Exception | None
 """The next token of an answer; None: it ends here. An error concerns this answer only."""
 
 
@@ -75,7 +74,7 @@ class JoinedDecoder(Generic[Key]):
     def _choose(self, answer: _Answer[Key], logits: torch.Tensor) -> Token:
         try:
             answer.token = int(next_tokens(logits, answer.sampling, answer.generator))
-        except ModelError as error:
+        except Exception as error:  # noqa: BLE001 - concerns this answer only
             return error
         return None if answer.token in self.stop_ids else answer.token
 
