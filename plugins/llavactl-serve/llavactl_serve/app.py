@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import time
 from typing import Any
 
@@ -54,6 +55,8 @@ def application(service: Service) -> Starlette:
         )
     if settings.token is not None:
         middleware.append(Middleware(BearerToken, token=settings.token))
+    elif settings.local:
+        middleware.append(Middleware(LocalHost))
     app = Starlette(
         routes=routes,
         middleware=middleware,
@@ -98,6 +101,29 @@ class BearerToken:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await error.response()(scope, receive, send)
+
+
+class LocalHost:
+    """Refuses requests for a host name other than localhost; addresses are allowed.
+
+    A web page may otherwise reach this machine by a name of its own that it resolves to 127.0.0.1 (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
+        if _LOCAL_HOST.fullmatch(host):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError(
+            403, f"host {host[:200]!r} is not this machine: use 127.0.0.1, or start with --token", code="unknown_host"
+        )
+        await error.response()(scope, receive, send)
+
+
+_LOCAL_HOST = re.compile(r"((|localhost|[^/]+\.localhost|[0-9.]+|\[[0-9a-f:.]+\])(:\d+)?)")
 
 
 class AccessLog:

@@ -153,13 +153,14 @@ def command(
         assistant = load_chat_model(source, overrides, model=model, template=template)
         settings = Settings(
             name or model or _relative(assistant.name),
-            token or new_token,
-            cors,
-            max_queue,
-            max_body << 20,
-            max_new_tokens,
-            timeout,
-            allow_urls,
+            token=token or new_token,
+            cors=cors,
+            max_queue=max_queue,
+            max_body_bytes=max_body << 20,
+            max_new_tokens=max_new_tokens,
+            timeout_s=timeout,
+            allow_urls=allow_urls,
+            local=is_loopback(sock),
         )
         batcher = Batcher(assistant, max_batch)
         try:

@@ -24,7 +24,10 @@ MIN_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of the command ``llavactl serve``; ``model`` is the model's name in requests."""
+    """Options of the command ``llavactl serve``.
+
+    ``model`` is the model's name in requests; ``local``: only programs on this machine can connect.
+    """
 
     model: str
     token: str | None = None
@@ -34,6 +37,7 @@ class Settings:
     max_new_tokens: int = 512
     timeout_s: float = 600.0
     allow_urls: bool = False
+    local: bool = False
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,17 @@ def test_a_token_is_required_everywhere(client: Client) -> None:
         assert endpoint.post(URL, json=body(), headers={"Authorization": f"{scheme} secret"}).status_code == 200
 
 
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_without_a_token_names_of_other_hosts_are_refused(client: Client, token: str | None) -> None:
+    endpoint = client(local=True, token=token)
+    bearer = {"Authorization": "Bearer secret"}
+    for host in ("127.0.0.1", "127.0.0.1:8000", "localhost:80", "LOCALHOST", "[::1]:8000", "192.0.2.1"):
+        assert endpoint.get("/health", headers={"Host": host, **bearer}).status_code == 200
+    for host in ("page.example", "page.example:8000", "127.0.0.1.page.example", "localhost.page.example"):
+        response = endpoint.get("/health", headers={"Host": host, **bearer})
+        assert response.status_code == (403 if token is None else 200)
+
+
 def test_web_pages_of_given_origins_are_allowed(client: Client) -> None:
     page, other = {"Origin": "http://page.example"}, {"Origin": "http://other.example"}
     preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}

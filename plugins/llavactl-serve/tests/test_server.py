@@ -69,7 +69,7 @@ class Server:
         connection.settimeout(60)
         connection.connect(("127.0.0.1", self.port))
         data = json.dumps(request).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         return connection
 
@@ -277,7 +277,7 @@ def test_a_request_that_takes_too_long_is_cancelled(start: Start) -> None:
     events = [json.loads(line[6:]) for line in received.split(b"\r\n") if line.startswith(b'data: {"error')]
     assert [event["error"]["code"] for event in events] == ["timeout"]
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert connection.recv(100).startswith(b"HTTP/1.1 408")
     assert server.post(body())["usage"]["completion_tokens"] == 6
 
