@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
 from urllib.parse import urljoin, urlsplit
 
 MAX_BYTES = 20 << 20
@@ -14,7 +17,6 @@ TIMEOUT_S = 10.0
 MAX_REDIRECTS = 3
 
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK = 1 << 16
 
 
 class FetchError(Exception):
@@ -50,32 +52,50 @@ def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
     connection = http.client.HTTPConnection(parts.hostname, port)
     connection.sock = _connected(parts.hostname, port, deadline)
     try:
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
-        path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        host = parts.netloc.rpartition("@")[2]
-        connection.request("GET", path, headers={"Host": host, "User-Agent": "llavactl", "Connection": "close"})
-        sock = connection.sock
-        response = connection.getresponse()
-        if response.status in _REDIRECTS and (target := response.getheader("Location")):
-            return b"", target
-        if response.status != http.client.OK:
-            raise FetchError(f"HTTP {response.status}")
-        return _content(response, sock, deadline), None
+        with _ended_at(deadline, connection.sock):
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
+            path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+            host = parts.netloc.rpartition("@")[2]
+            connection.request("GET", path, headers={"Host": host, "User-Agent": "llavactl", "Connection": "close"})
+            response = connection.getresponse()
+            if response.status in _REDIRECTS and (target := response.getheader("Location")):
+                return b"", target
+            if response.status != http.client.OK:
+                raise FetchError(f"HTTP {response.status}")
+            content = response.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise FetchError(f"larger than {MAX_BYTES >> 20} MiB")
+            return content, None
     finally:
         connection.close()
 
 
-def _content(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
-    content = bytearray()
-    while True:
-        sock.settimeout(_remaining(deadline))
-        piece = response.read1(_CHUNK)
-        if not piece:
-            return bytes(content)
-        content += piece
-        if len(content) > MAX_BYTES:
-            raise FetchError(f"larger than {MAX_BYTES >> 20} MiB")
+@contextlib.contextmanager
+def _ended_at(deadline: float, sock: socket.socket) -> Iterator[None]:
+    """Shuts ``sock`` down at ``deadline``: the timeout of a socket begins again with each byte.
+
+    Raises:
+        TimeoutError: the deadline has passed.
+    """
+    descriptor = sock.dup()  # TLS takes over the original
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            descriptor.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_remaining(deadline), end)
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        _remaining(deadline)
+        raise
+    finally:
+        timer.cancel()
+        descriptor.close()
+    _remaining(deadline)
 
 
 def _connected(host: str, port: int, deadline: float) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import socket
 import threading
@@ -95,6 +96,12 @@ class Web(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/slow":
             time.sleep(2)
+        if self.path == "/slow-head":
+            with contextlib.suppress(OSError):
+                for byte in b"HTTP/1.0 200 OK\r\nX-Header: " + b"x" * 200:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+            return
         redirects = {
             "/moved": "/image.jpg",
             "/loop": "/loop",
@@ -151,7 +158,9 @@ def test_an_image_is_downloaded_if_that_is_allowed(client: Client, web: str, pat
 
 
 @pytest.mark.usefixtures("local_is_public")
-@pytest.mark.parametrize("path", ["/missing", "/loop", "/inside", "/file", "/endless", "/slow", "/trickle"])
+@pytest.mark.parametrize(
+    "path", ["/missing", "/loop", "/inside", "/file", "/endless", "/slow", "/slow-head", "/trickle"]
+)
 def test_a_download_that_fails_or_exceeds_a_limit_is_a_400(client: Client, web: str, path: str) -> None:
     start = time.monotonic()
     response = client(allow_urls=True).post(URL, json=body(user(image_part(web + path))))
