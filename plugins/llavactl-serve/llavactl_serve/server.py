@@ -21,6 +21,7 @@ STALL_TIMEOUT_S = 30.0
 """A client that accepts no data, or doesn't finish the head of its first request, for so long is disconnected."""
 
 _SHUTDOWN_TIMEOUT_S = 5
+_SEND_BUFFER_BYTES = 1 << 16
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -38,6 +39,8 @@ def bound(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of each connection: otherwise the kernel keeps megabytes for a client that stopped reading.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         sock.bind(address)
     except OSError as error:
         sock.close()
