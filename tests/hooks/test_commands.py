@@ -12,6 +12,8 @@ import llavactl
 from llavactl.cli.root import FIRST_PARTY_COMMANDS
 from llavactl.testing import run_cli
 
+from .conftest import Site
+
 CODE = """
 import json, logging, sys
 import click
@@ -90,12 +92,8 @@ def test_a_recipe_has_the_types_of_the_reference(file: str, toy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FIRST_PARTY_COMMANDS)
-def test_a_command_of_a_missing_first_party_plugin_names_its_package(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LLAVACTL_PLUGINS", "")
-    result = run_cli(name, "--port", "0")
-    assert result.exit_code == 1
+def test_a_command_of_a_missing_first_party_plugin_names_its_package(site: Site, name: str) -> None:
+    result = site.run(name, "--port", "0", code=1, LLAVACTL_PLUGINS="")
     assert result.stdout == ""
     error, hint = result.stderr.splitlines()
     assert f"llavactl {name}" in error

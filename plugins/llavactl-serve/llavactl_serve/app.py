@@ -133,7 +133,7 @@ class AccessLog:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, status = time.monotonic(), 0
+        start, status, end = time.monotonic(), 0, ""
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -144,21 +144,22 @@ class AccessLog:
         try:
             await self.app(scope, receive, observed)
         except ClientDisconnect:
-            pass
+            end = ", disconnected"
         except Exception as error:
             log.exception("bug while answering a request", exc_info=error)
             if not status:
                 failure = ApiError(500, "internal error", code="internal_error", kind=SERVER)
                 await failure.response()(scope, receive, observed)
         finally:
-            usage = scope["state"].get("usage")
+            if usage := scope["state"].get("usage"):
+                end = f", {usage[0]} + {usage[1]} tokens"
             log.log(
                 logging.DEBUG if scope["path"] == "/health" else logging.INFO,
                 "%s %s %s %s in %.2f s%s",
                 (scope["client"] or ("-",))[0],
                 scope["method"],
                 scope["raw_path"].decode("ascii", "replace")[:200],
-                status or "disconnected",
+                status or "-",
                 time.monotonic() - start,
-                f", {usage[0]} + {usage[1]} tokens" if usage else "",
+                end,
             )

@@ -61,8 +61,8 @@ class Server:
         ) as response:
             return json.load(response)
 
-    def raw(self, request: Any, *, receive_buffer: int = 0) -> socket.socket:
-        """A connection on which ``request`` was sent."""
+    def raw(self, request: Any, *, receive_buffer: int = 0, times: int = 1) -> socket.socket:
+        """A connection on which ``request`` was sent, several ``times`` without waiting for answers."""
         connection = socket.socket()
         if receive_buffer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -70,7 +70,7 @@ class Server:
         connection.connect(("127.0.0.1", self.port))
         data = json.dumps(request).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
+        connection.sendall((head.encode() + data) * times)
         return connection
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 60) -> None:
@@ -245,22 +245,25 @@ def test_a_client_that_stops_reading_or_sending_is_disconnected(folder: Path) ->
         "from llavactl.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "serve", "--model", str(folder), "--name", "toy", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         server = Server.__new__(Server)
         server.url = process.stdout.readline().strip()
         server.port = int(server.url.split(":")[2].partition("/")[0])
         try:
-            reader = server.raw(body(LONG, max_tokens=1900, stream=True), receive_buffer=2048)
+            request, times = body(max_tokens=100, stream=True), 100  # more than all buffers hold
+            reader = server.raw(request, receive_buffer=2048, times=times)
             silent = socket.create_connection(("127.0.0.1", server.port))
             silent.sendall(b"POST /v1/chat")
             time.sleep(2)
             assert remainder(silent) == b""
+            while "disconnected" not in process.stderr.readline():
+                pass
             server.wait_for(idle)
-            time.sleep(3)
             received = remainder(reader)
             assert received.startswith(b"HTTP/1.1 200")
-            assert b"[DONE]" not in received
+            assert received.count(b"[DONE]") < times
             assert server.post(body())["usage"]["completion_tokens"] == 6
         finally:
             process.kill()
