@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core.errors import ModelError
-from llavactl.core.model_description import read_description
+from llavactl.core.model_description import feature_shape, read_description, require_component
+from llavactl.core.protocols import GridConnector
 from llavactl.core.registry import registry
 from llavactl.data.encode import Encoding
 from llavactl.features import Fingerprint, LiveFeatures, fingerprint
@@ -60,6 +61,9 @@ def load_assistant(
     loaded = model_folder.load(folder, dtype=dtype, quantize_on=quantize_on, bits=quantize or 4)
     bundle = loaded.bundle
     (bundle.model if quantize is None else bundle.model.connector).to(device)
+    shape, connector = feature_shape(description), registry().create("connectors", description["connector"])
+    if template is None:
+        require_component(folder, description, "template")
     template_component = registry().create("templates", template or description["template"])
     return Assistant(
         bundle.model,
@@ -67,4 +71,6 @@ def load_assistant(
         LiveFeatures(load_encoder(vision, device, features.compute), current, device),
         description["image_order"],
         str(folder),
+        shape,
+        connector.grid(shape) if isinstance(connector, GridConnector) else None,
     )

@@ -40,7 +40,7 @@ def run_command(arguments: Sequence[str]) -> int:
     _configure_libraries()
     _use_utf8()
     _log_to_stderr()
-    with stopping.sigterm_as_interrupt():
+    with stopping.signals_as_interrupts():
         return _invoke(arguments)
 
 

@@ -46,7 +46,10 @@ def explained(error: BaseException) -> LlavactlError | None:
     known, fault = _machine_error(error), plugin_fault(error)
     if fault is None:
         return known
-    return fault.error(known.message, known.hint) if known else fault.error(fault_text(error))
+    if known is None:
+        return fault.error(fault_text(error))
+    name = type(error).__name__
+    return fault.error(known.message if name in known.message else f"{name}: {known.message}", known.hint)
 
 
 def _machine_error(error: BaseException) -> LlavactlError | None:

@@ -77,14 +77,16 @@ def _builtin(name: str) -> click.Command:
 
 
 def _from_plugin(name: str) -> click.Command:
-    from llavactl.core.errors import PluginError
+    from llavactl.core.component_calls import component_error
+    from llavactl.core.plugin_code import location
     from llavactl.core.registry import registry
 
     entry = registry().get("commands", name)
     registry().used.add((entry.kind, entry.name))
     command = entry.load()
     if not isinstance(command, click.Command):
-        raise PluginError(f"command {name!r} of plugin {entry.plugin}: {entry.target} is not a click command")
+        what = f"is {command!r:.60}, expected a click command"
+        raise component_error(entry, f"{entry.target} ({location(command) or entry.where}): {what}")
     return command
 
 

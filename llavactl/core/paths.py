@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; {} if the file is missing, invalid or not an object."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last one: nested too deeply
         return {}
     return document if isinstance(document, dict) else {}
 

@@ -6,9 +6,11 @@ import base64
 import binascii
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     import PIL.Image
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _PLAIN = re.compile(r"(?!\./)(?!~)[^/\\:\s](?:[^/\\:]|/(?![/.]))*")
 """An ordinary relative path, as in nearly all records, which needs no further checks."""
@@ -307,6 +311,11 @@ def _reason(error: Exception) -> str:
     return shortened(" ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__)
 
 
+@cache
+def _log_absent(root: str) -> None:
+    log.info("images: %s is not on this machine; its images are known from a feature pack", root)
+
+
 def check_image_root(root: str) -> None:
     """Raises a DataError unless ``root`` can hold images; only URLs of archives are opened.
 
@@ -314,6 +323,7 @@ def check_image_root(root: str) -> None:
     """
     root = local_path(root)
     if is_known_root(root) and not Path(root).exists():
+        _log_absent(root)
         return
     if is_archive(root):
         check_archives(root)
