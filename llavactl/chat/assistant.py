@@ -20,6 +20,7 @@ from llavactl.model.likelihood import Likelihood, likelihoods
 
 if TYPE_CHECKING:
     from llavactl.core.schema import Batch, FeatureShape
+    from llavactl.model.compiled import CompiledDecoder
     from llavactl.model.llava import LlavaModel
 
 MIN_COMMON_PREFIX = 16
@@ -39,6 +40,8 @@ class Assistant:
     """The shape of ``features``; None if it is unknown."""
     token_grid: tuple[int, int] | None = None
     """The cells (h, w) of the connector's tokens, see ``GridConnector``; None if tokens belong to no cell."""
+    decoder: CompiledDecoder | None = None
+    """Decodes conversations, one at a time; None: without compilation."""
 
     def prompt(self, turns: Sequence[Turn]) -> Encoded:
         """The encoded prompt, never empty if the tokenizer has a BOS or EOS token, which then replaces an empty prompt.

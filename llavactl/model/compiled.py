@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llavactl.model.generate import Sampling, last_logits, mask_and_state, next_tokens
+from llavactl.model.inputs import image_features
 from llavactl.model.packed import packing_blocker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llavactl.core.schema import Batch
+    from llavactl.model.llava import LlavaModel
 
 MIN_SIZE = 1024
 """Tokens; a cache that is too small is replaced by one of twice the size, for which the step is compiled again."""
@@ -74,3 +79,34 @@ class CompiledDecoder:
         for layer, dynamic in zip(static.layers, cache.layers, strict=True):
             layer.lazy_initialization(dynamic.keys[:, :, :1], dynamic.values[:, :, :1])
         return static
+
+
+@torch.inference_mode()
+def generate_compiled(
+    decoder: CompiledDecoder,
+    model: LlavaModel,
+    batch: Batch,
+    sampling: Sampling,
+    stop: Collection[int],
+    cache: Any,
+) -> Iterator[list[int | None]]:
+    """As ``generate`` for a single conversation; only the prompt is processed without ``decoder``.
+
+    ``cache`` has its final state when the iterator ends or is closed.
+    """
+    mask, state = mask_and_state(batch, cache)
+    generator = torch.Generator(device=batch.ids.device).manual_seed(sampling.seed)
+    logits = last_logits(model.language, model.embed(batch.ids, image_features(batch)), mask, state)
+    length = cache.get_seq_length()
+    decoder.load(cache, sampling.max_new_tokens)
+    try:
+        for remaining in reversed(range(sampling.max_new_tokens)):
+            chosen = next_tokens(logits, sampling, generator)
+            token = int(chosen)
+            yield [None if token in stop else token]
+            if token in stop or not remaining:
+                return
+            logits = decoder.logits(model.embed(chosen[:, None], None))
+            length += 1
+    finally:
+        decoder.store(cache, length)

@@ -22,12 +22,12 @@ from llavactl.evaluation.results import EvalReport, stored_result, write_result
 from llavactl.evaluation.runner import answer_questions, copy_answers
 from llavactl.evaluation.scoring import Benchmark, choose_protocol, task_spec
 from llavactl.recipe.sections import Eval
+from llavactl.report.answer_maps import add_maps
 from llavactl.report.cases import write_cases
 from llavactl.report.examples import example
 from llavactl.report.optional import optional_output
 from llavactl.report.page import report_page, write_report
 from llavactl.teaching.budgeted import ask_function, teacher_name
-from llavactl.verbs.explained import add_maps
 
 if TYPE_CHECKING:
     from llavactl.core.protocols import Ask, Scores
