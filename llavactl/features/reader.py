@@ -143,9 +143,9 @@ class LiveFeatures:
         if isinstance(features, Failure):
             if features.reason == OVERFLOW:
                 what = f"returned features of image {image.name} that are not finite in float16"
-                error = call_error(unchecked(self.encoder), "encode", what)
+                fault = call_error(unchecked(self.encoder), "encode", what)
                 hint = "`features.mode: cached` skips such images; if all are, the encoder is broken"
-                raise PluginError(error.message, hint=error.hint or hint)
+                raise PluginError(fault.message, hint=fault.hint or hint)
             raise DataError(f"image {image.name} can't be read: {features.reason}")
         return features.copy()
 
