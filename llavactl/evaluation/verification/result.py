@@ -58,6 +58,7 @@ TITLES: Mapping[str, tuple[str, str]] = {
     "pixels": ("pixels", "largest difference"),
     "embedding_cosine": ("image embeddings", "smallest cosine of a token"),
     "embedding_error": ("image embeddings", "largest relative difference"),
+    "unprepared_cosine": ("embeddings of unchanged images", "smallest mean cosine of an image"),
     "logits": ("logits", "largest relative difference"),
     "next_token": ("logits", "positions with another token"),
     "answers": ("greedy answers", "prompts that differ"),
@@ -74,6 +75,7 @@ EXACT: Mapping[str, Bound] = {
     "pixels": Bound(at_most=1e-3),  # normalized pixels: a tenth of one gray level
     "embedding_cosine": Bound(at_least=1 - 1e-6),
     "embedding_error": Bound(at_most=1e-4),
+    "unprepared_cosine": Bound(at_least=1 - 1e-6),
     "logits": Bound(at_most=1e-4),  # two float32 implementations differ by less
     "answers": NONE,
     "batched_answers": NONE,
@@ -83,6 +85,7 @@ EXACT: Mapping[str, Bound] = {
 """Bounds of the verdict ``exact``."""
 
 ROUNDED: Mapping[str, tuple[float, float]] = {
+    "f16-gelu": (0.99999, 0.01),
     "f16": (0.999, 0.01),
     "bf16": (0.999, 0.02),
     "q8_0": (0.999, 0.2),
@@ -93,19 +96,23 @@ docs/notes/export.md has the measurements.
 """
 
 RESAMPLED = 0.96, 0.2
-"""The same for a program that computes something else in a known way, such as the resampling of images."""
+"""The same for a program that resamples images in its own way."""
+
+OTHER_TOKENS = 0.2
+"""Largest difference of logits for a program with other image tokens (``tokens``); embeddings are compared by token."""
+
+UNPREPARED = 0.93
+"""Smallest mean cosine of an image that a program resizes and pads in its own way."""
 
 
 def close_bounds(stated: Stated) -> dict[str, Bound] | None:
-    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known.
-
-    Other image tokens (``tokens``) change the logits, but not the embeddings that are compared token by token.
-    """
+    """Bounds of the verdict ``close``, given what an export's program states; None if it states nothing known."""
     cosines, logits = [], []
-    if stated.differs:
+    if stated.resampled:
+        cosines.append(RESAMPLED[0])
         logits.append(RESAMPLED[1])
-        if stated.tokens is None:
-            cosines.append(RESAMPLED[0])
+    if stated.tokens is not None:
+        logits.append(OTHER_TOKENS)
     if stated.rounding is not None:
         if stated.rounding not in ROUNDED:
             return None
@@ -115,8 +122,9 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
     if not logits:
         return None
     bounds = {name: bound for name, bound in EXACT.items() if name not in ("embedding_error", "answers")}
-    if stated.differs:
+    if stated.resampled:
         del bounds["pixels"]
+    bounds["unprepared_cosine"] = Bound(at_least=UNPREPARED)
     if cosines:
         bounds["embedding_cosine"] = Bound(at_least=min(cosines))
     bounds["logits"] = Bound(at_most=max(logits))
@@ -125,20 +133,20 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """How far an export's outputs differ from those of its model, over ``prompts`` prompts about ``photos`` images.
+    """How far an export's outputs differ from those of its model, over ``prompts`` prompts about ``images`` images.
 
     ``program`` is the name and version of the program that ran the export, "" if it is unknown. ``rounding`` and
-    ``differs`` are what its script states (``Stated``). ``compared`` has the rows of the table by the keys of
+    ``known_differences`` are what its script states (``Stated``). ``compared`` has the rows of the table by the keys of
     ``TITLES``. ``faults`` are the reasons for the verdict ``different``.
     """
 
     verdict: Verdict
     program: str
     prompts: int
-    photos: int
+    images: int
     compared: Mapping[str, ComparisonRow]
     rounding: str | None
-    differs: tuple[str, ...]
+    known_differences: tuple[str, ...]
     faults: tuple[str, ...]
 
     @classmethod
@@ -152,14 +160,14 @@ class VerificationResult:
             return None
 
 
-def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, photos: int) -> VerificationResult:
+def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, images: int) -> VerificationResult:
     """The verdict on ``figures``, by the keys of ``TITLES``: exact, close if ``stated`` permits it, else different."""
     verdict: Verdict = "exact"
     faults = _faults(figures, bounds := EXACT)
     if faults and (close := close_bounds(stated)) is not None:
         verdict = "close"
         faults = _faults(figures, bounds := close)
-        if photos and "embedding_cosine" not in figures:
+        if images and "embedding_cosine" not in figures:
             faults.append("image embeddings are missing, without which only an exact export can be verified")
     elif faults and stated.rounding is not None:
         faults.append(f"no bounds are known for rounding to {stated.rounding}")
@@ -167,10 +175,10 @@ def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, photos
         verdict="different" if faults else verdict,
         program=stated.program,
         prompts=prompts,
-        photos=photos,
+        images=images,
         compared={name: _comparison(figures[name], bounds.get(name)) for name in TITLES if name in figures},
         rounding=stated.rounding,
-        differs=tuple(stated.differs),
+        known_differences=tuple(stated.known_differences),
         faults=tuple(faults),
     )
 
@@ -200,7 +208,7 @@ def figure_text(figure: Figure | ComparisonRow) -> str:
 
 
 def bound_text(bound: Bound | ComparisonRow) -> str:
-    """The tolerance ``bound``."""
+    """``bound`` as text."""
     if bound.at_least is not None:
         return f"at least {bound.at_least:g}"
     return "not required" if bound.at_most is None else f"at most {bound.at_most:g}"
