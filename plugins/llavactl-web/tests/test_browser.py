@@ -1,32 +1,17 @@
 """The page in a real Chromium, with a toy model whose answers are scripted."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from llavactl_web.guard import Access
-from PIL import Image, ImageDraw
-
-from .browser import Tab, browser
 
 pytestmark = pytest.mark.slow
 
 Script = dict[str, str]
-
-
-@pytest.fixture
-def chromium(tmp_path: Path) -> Iterator[Any]:
-    with browser(tmp_path / "profile") as context:
-        yield context
 
 
 @pytest.fixture
@@ -47,10 +32,10 @@ def trap() -> Iterator[tuple[str, list[str]]]:
         listening.shutdown(socket.SHUT_RDWR)
 
 
-def test_conversation(chromium: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path]) -> None:
+def test_conversation(open_tab: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path]) -> None:
     url, _ = serve(setup())
     script |= {"What is this?": "A **photo**.", "Again?": "Yes."}
-    tab = Tab(chromium, url)
+    tab = open_tab(url)
     tab.ask("What is this?", [photos[0], photos[1]])
     assert tab.answers() == ["A photo."]
     assert tab.page.locator("#history0 .question img").count() == 2
@@ -100,13 +85,13 @@ graph TD; A[<img src=x onerror=alert(17)>]; click A href "javascript:alert(18)"
 
 
 def test_hostile_text_is_text(
-    chromium: Any, serve: Any, setup: Any, script: Script, trap: tuple[str, list[str]], tmp_path: Path
+    open_tab: Any, serve: Any, setup: Any, script: Script, trap: tuple[str, list[str]], tmp_path: Path
 ) -> None:
     origin, peers = trap
     hostile = HOSTILE.replace("TRAP", origin)
     url, _ = serve(setup())
     script |= {"?": hostile, "other host": HOSTILE.replace("TRAP", "http://evil.example")}
-    tab = Tab(chromium, url)
+    tab = open_tab(url)
     for question in ("?", "other host", hostile):  # the last one as a question and an answer
         tab.ask(question)
     tab.page.fill("#title textarea, #title input", "<img src=x onerror=alert(22)>")
@@ -126,7 +111,7 @@ def test_hostile_text_is_text(
     attributes = content.locator("*").evaluate_all("all => all.flatMap(one => one.getAttributeNames())")
     assert set(attributes) <= {"class", "href", "target", "rel"}
     assert (peers, tab.left, tab.errors) == ([], [], [])
-    chromium.close()
+    tab.page.context.close()
     assert "evil.example" not in (tmp_path / "net.json").read_text()
 
 
@@ -143,12 +128,12 @@ DOCUMENT = """\
 
 
 def test_html_is_previewed_in_a_sandbox(
-    chromium: Any, serve: Any, setup: Any, script: Script, trap: tuple[str, list[str]]
+    open_tab: Any, serve: Any, setup: Any, script: Script, trap: tuple[str, list[str]]
 ) -> None:
     origin, peers = trap
     url, _ = serve(setup())
     script["Page?"] = f"Here:\n\n```html\n{DOCUMENT.replace('TRAP', origin)}```\n"
-    tab = Tab(chromium, url)
+    tab = open_tab(url)
     tab.ask("Page?")
     bottom = "one.getBoundingClientRect().left + 20, one.getBoundingClientRect().bottom - 5"
     last = tab.page.locator("#history0 .answer").last
@@ -166,15 +151,15 @@ def test_html_is_previewed_in_a_sandbox(
         inside.locator(selector).click(no_wait_after=True, force=True)
         tab.page.wait_for_timeout(300)
     assert tab.page.url.startswith(url)
-    assert (tab.page.title(), len(chromium.pages)) == (title, 2)
+    assert (tab.page.title(), len(tab.page.context.pages)) == (title, 2)
     assert (peers, tab.left, [line for line in tab.errors if "dialog" in line]) == ([], [], [])
 
 
-def test_tabs_do_not_mix(chromium: Any, serve: Any, setup: Any, script: Script) -> None:
+def test_tabs_do_not_mix(open_tab: Any, serve: Any, setup: Any, script: Script) -> None:
     """Two tabs ask at once: one answers after the other, each in its own conversation."""
     url, _ = serve(setup())
     script |= {"slow one": "first " * 20, "two": "second"}
-    one, two = Tab(chromium, url), Tab(chromium, url)
+    one, two = open_tab(url), open_tab(url)
     one.ask("slow one", wait=False)
     one.wait("document.querySelector('#live0').innerText.includes('first')")
     two.ask("two", wait=False)
@@ -187,10 +172,10 @@ def test_tabs_do_not_mix(chromium: Any, serve: Any, setup: Any, script: Script) 
     assert one.page.url != two.page.url
 
 
-def test_stop_and_a_closed_tab_end_the_answer(chromium: Any, serve: Any, setup: Any, script: Script) -> None:
+def test_stop_and_a_closed_tab_end_the_answer(open_tab: Any, serve: Any, setup: Any, script: Script) -> None:
     url, _ = serve(setup())
     script |= {"slow": "word " * 2000, "fast": "done"}
-    tab = Tab(chromium, url)
+    tab = open_tab(url)
     tab.ask("slow", wait=False)
     tab.wait("document.querySelector('#live0').innerText.includes('word')")
     tab.press("Stop")
@@ -201,22 +186,22 @@ def test_stop_and_a_closed_tab_end_the_answer(chromium: Any, serve: Any, setup: 
     tab.ask("slow", wait=False)
     tab.wait("document.querySelector('#live0').innerText.includes('word')")
     tab.page.close()
-    other = Tab(chromium, url)
+    other = open_tab(url)
     other.ask("fast")  # 2000 words take 100 seconds and more
     assert other.answers() == ["done"]
 
 
 def test_conversations_are_stored_listed_renamed_exported_loaded_and_deleted(
-    chromium: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path], tmp_path: Path
+    open_tab: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path], tmp_path: Path
 ) -> None:
     script |= {"First?": "One.", "Second?": "Two."}
-    tab = Tab(chromium, serve(setup())[0])
+    tab = open_tab(serve(setup())[0])
     tab.ask("First?", [photos[0]])
     tab.press("New conversation")
     tab.wait_answers(0)
     tab.ask("Second?")
     tab.page.close()
-    tab = Tab(chromium, serve(setup())[0])  # another server: a restart
+    tab = open_tab(serve(setup())[0])  # another server: a restart
     listed = tab.page.locator("#conversations label")
     assert listed.all_inner_texts() == ["Second?", "First?"]
     listed.nth(1).click()
@@ -241,9 +226,9 @@ def test_conversations_are_stored_listed_renamed_exported_loaded_and_deleted(
     assert tab.errors == []
 
 
-def test_comparison_is_blind_until_the_vote(chromium: Any, serve: Any, setup: Any, script: Script) -> None:
+def test_comparison_is_blind_until_the_vote(open_tab: Any, serve: Any, setup: Any, script: Script) -> None:
     made = setup("alpha", "beta", blind=True)
-    tab = Tab(chromium, serve(made)[0])
+    tab = open_tab(serve(made)[0])
     tab.ask("Question?")
     assert "alpha" not in tab.page.content()
     assert "beta" not in tab.page.content()
@@ -262,9 +247,9 @@ def test_comparison_is_blind_until_the_vote(chromium: Any, serve: Any, setup: An
 
 
 def test_images_by_paste_drop_and_camera(
-    chromium: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path]
+    open_tab: Any, serve: Any, setup: Any, script: Script, photos: Sequence[Path]
 ) -> None:
-    tab = Tab(chromium, serve(setup())[0])
+    tab = open_tab(serve(setup())[0])
     encoded = list(photos[0].read_bytes())
     transfer = f"""
         const data = new DataTransfer();
@@ -284,51 +269,3 @@ def test_images_by_paste_drop_and_camera(
     tab.ask("Three?")
     assert tab.page.locator("#history0 .question img").count() == 3
     assert (tab.left, tab.errors) == ([], [])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_the_server(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    pytest.importorskip("gradio")
-    arguments = ["web", "--model", str(folder), "--port", "0", "--token", "token-token"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "llavactl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as process:
-        assert process.stdout is not None
-        url = urlsplit(process.stdout.readline().decode().strip())
-        assert url.query == "token=token-token"
-        with socket.create_connection((url.hostname, url.port or 0)) as connection:
-            cookie = Access((), "token-token").cookie
-            request = f"GET /gradio_api/heartbeat/tab HTTP/1.1\r\nHost: {url.netloc}\r\n"
-            connection.sendall(f"{request}Cookie: llavactl-web-{url.port}={cookie}\r\n\r\n".encode())
-            assert b"200 OK" in connection.recv(100)
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert b"Traceback" not in errors
-    assert list(tmp_path.glob("llavactl-web-*")) == []
-
-
-SCREENSHOTS = os.environ.get("LLAVACTL_SCREENSHOTS")
-
-
-@pytest.mark.skipif(not SCREENSHOTS, reason="LLAVACTL_SCREENSHOTS: the folder for browser.png")
-def test_screenshot(chromium: Any, serve: Any, setup: Any, script: Script, tmp_path: Path) -> None:
-    scene = Image.new("RGB", (336, 336), "white")
-    draw = ImageDraw.Draw(scene)
-    draw.rectangle((40, 120, 160, 300), fill="#c62828")
-    draw.ellipse((190, 60, 300, 170), fill="#1565c0")
-    scene.save(tmp_path / "scene.png")
-    page = "<h1 style='color: #1565c0'>Shapes</h1><ul><li>red rectangle<li>blue circle</ul>"
-    script |= {
-        "What is in this image?": "A red rectangle on the left and a blue circle **above it** on the right.",
-        "List them as a web page.": f"```html\n{page}\n```",
-    }
-    tab = Tab(chromium, serve(setup("my-run"))[0])
-    tab.page.set_viewport_size({"width": 1180, "height": 960})
-    tab.ask("What is in this image?", [tmp_path / "scene.png"])
-    tab.ask("List them as a web page.")
-    tab.page.wait_for_timeout(500)
-    tab.page.screenshot(path=tmp_path / "page.png")
-    with Image.open(tmp_path / "page.png") as image:
-        image.quantize(64).save(Path(str(SCREENSHOTS)) / "browser.png", optimize=True)

@@ -55,6 +55,7 @@ def test_a_preview_has_no_address(text: str) -> None:
         "<style></style ><link rel=preconnect href=http://a.example>",
         "<title><link href=http://a.example rel=preconnect></title>",
         "<a/href=http://a.example>x",
+        "<b style='background: url(&quot;http://a.example&quot;)'>x",
         "<A HREF='http://a.example'>x",
         "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=http://a.example&gt;'>",
     ],
@@ -62,6 +63,7 @@ def test_a_preview_has_no_address(text: str) -> None:
 def test_addresses_are_removed_whatever_the_syntax(document: str) -> None:
     written = without_addresses(document)
     assert '="http' not in written
+    assert "url(" not in written
     assert not {"link", "a"} & {tag for tag, attributes in Elements(written).found if attributes}
 
 
