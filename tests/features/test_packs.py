@@ -699,6 +699,30 @@ def test_shown_samples_whose_features_are_gone_are_left_out(pack: Path, elsewher
     assert left_out()
 
 
+def test_captioned_images_that_are_known_but_have_no_features_are_left_out(pack: Path, elsewhere: Path) -> None:
+    """The source keeps them, as it can't ask a store; training lists them with a reason."""
+    records = json.loads((elsewhere / "records.json").read_text())
+    captioned = [{"id": each["id"], "image": each["image"], "captions": ["A photo."]} for each in records]
+    (elsewhere / "captions.json").write_text(json.dumps(captioned))
+    sources = "data.stage1=[{name: caps-boxes, path: captions.json, images: images}]"
+    ok("cache", "import", str(pack), cwd=elsewhere)
+    (store,) = (Path(entry["path"]) for entry in ok("cache", "info", cwd=elsewhere)["stores"])
+    manifest = read_manifest(store)
+    assert manifest
+    gone = manifest.shards[1]
+    with h5py.File(store / gone.file) as shard:
+        lost = {key.decode() for key in shard["keys"]}
+    manifest.without({gone.file}).write(store)
+    (store / gone.file).unlink()
+    names = {each["image"]: each["key"] for each in map(json.loads, (pack / IMAGES).read_text().splitlines())}
+    trained = ok("train", "--stage", "1", "-o", sources, cwd=elsewhere)
+    left_out = [json.loads(line) for line in (elsewhere / "runs/toy/stage1/left_out.jsonl").read_text().splitlines()]
+    assert {record["id"] for record in records if names[record["image"]] in lost} == {each["id"] for each in left_out}
+    assert all(each["reason"] for each in left_out)
+    assert (trained["samples"], trained["skipped_samples"]) == (12 - len(lost), len(lost))
+    assert len(lost) == 5
+
+
 def test_a_folder_that_is_not_on_this_machine_is_logged(
     pack: Path, elsewhere: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
