@@ -19,6 +19,9 @@ from llavactl.core.streams import stdout_to_stderr
 _WIDTH = max(map(len, COMMANDS))
 """Of the names of commands, so that the columns of all groups are aligned."""
 
+FIRST_PARTY_COMMANDS = {"lm-eval": "llavactl-harnesses[lm-eval]", "serve": "llavactl-serve"}
+"""The commands of first-party plugins and their packages, to name the package if it is missing."""
+
 
 class LazyGroup(Group):
     """The built-in commands, then the commands of plugins; ``--help`` imports none of them."""
@@ -37,7 +40,14 @@ class LazyGroup(Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
+            from llavactl.core.errors import PluginError
             from llavactl.core.suggest import suggest
+
+            if package := FIRST_PARTY_COMMANDS.get(args[0]):
+                raise PluginError(
+                    f"`llavactl {args[0]}` is a command of a plugin that is not installed, or not in LLAVACTL_PLUGINS",
+                    hint=f"in a checkout of llavactl: pip install -e 'plugins/{package}'",
+                ) from error
 
             raise click.UsageError(
                 f"{error.message.removesuffix('.')}; {suggest(args[0], self.list_commands(ctx))}", ctx

@@ -104,3 +104,29 @@ def _handling(numbers: tuple[int, ...], handler: Callable[[int, object], None]) 
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+class Interrupts:
+    """Ctrl-C raises KeyboardInterrupt once after each ``arm``, and is ignored otherwise.
+
+    For a program that continues after Ctrl-C: pressed several times, it interrupts neither cleaning up after the first
+    one nor what follows.
+    """
+
+    def __init__(self) -> None:
+        self._armed = False
+
+    def arm(self) -> None:
+        """The next Ctrl-C raises KeyboardInterrupt."""
+        self._armed = True
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handles Ctrl-C within the context."""
+        with _handling((signal.SIGINT,), self._handle):
+            yield
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt

@@ -22,6 +22,7 @@ from llavactl.core.schema import ImageRef
 from llavactl.core.typed import Typed, check_fields
 from llavactl.images.archives import check_archives, find_member, is_archive
 from llavactl.images.byte_ranges import stamp_of
+from llavactl.images.decode import decode
 from llavactl.images.image_file import ImageFile, RelativeImage
 from llavactl.images.known import is_known_root
 from llavactl.images.lookup import spellings
@@ -130,6 +131,16 @@ def image_in_memory(image: PIL.Image.Image) -> ImageBytes:
     file = io.BytesIO()
     (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, "PNG")
     return _in_memory("PIL", file.getvalue())
+
+
+def image_from_bytes(data: bytes, name: str) -> ImageBytes:
+    """A reference to the image in ``data``, the content of an image file; it is decoded to check it.
+
+    Raises:
+        DataError: ``data`` can't be decoded, or the image is too large.
+    """
+    decode(data)
+    return ImageBytes(name, hashlib.sha256(data).hexdigest(), data)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, get_args, get_origin
+from types import SimpleNamespace
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llavactl.core.protocols import ALTERNATIVES, CAPABILITIES, KINDS
 from llavactl.core.protocols.members import members, missing_members
@@ -83,7 +84,10 @@ def _declared(kind: str, method: str) -> tuple[str, Any]:
     function: Any = inspect.getattr_static(methods(kind)[method], method)
     text = function.__annotations__["return"]
     names = {name: _library_type(name) for name in _LIBRARY_TYPES if re.search(rf"\b{name}\b", text)}
-    return text, eval(text, {**vars(sys.modules[function.__module__]), **names})  # noqa: S307 - our own annotation
+    # Of the return type only: arguments may have types that nobody has imported.
+    only_return: Any = SimpleNamespace(__annotations__={"return": text})
+    hint = get_type_hints(only_return, {**vars(sys.modules[function.__module__]), **names})["return"]
+    return text, None if hint is type(None) else hint
 
 
 def _library_type(name: str) -> Any:
