@@ -127,6 +127,13 @@ RETURNED = [
     Returned("connectors", "build", "None", ("None", "nn.Module"), CONNECT),
     Returned("connectors", "tokens", "0", ("0", "1 or more"), CONNECT),
     Returned("optimizers", "build", "None", ("None", "Optimizer"), f"{TRAIN} -o stage1.optimizer=broken"),
+    Returned(
+        "optimizers",
+        "build",
+        "torch.optim.SGD([group['params'][0] for group in groups], lr=0.1)",
+        ("other parameter groups",),
+        f"{TRAIN} -o stage1.optimizer=broken",
+    ),
     Returned("optimizers", "selects", "1", ("1", "bool"), f"{TRAIN} -o stage1.optimizer=broken"),
     Returned(
         "sources", "__iter__", "iter(['text'])", ("'text'", "Sample"), "data check -o 'data.stage1=[{name: broken}]'"
