@@ -170,7 +170,7 @@ def hostile(folder: Path, number: int, case: Returned) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "case"), enumerate(RETURNED), ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
+    ("number", "case"), [*enumerate(RETURNED)], ids=[f"{each.kind}-{each.method}-{each.body:.20}" for each in RETURNED]
 )
 def test_a_wrong_value_is_one_line(toy: Path, number: int, case: Returned) -> None:
     (toy / "answers.jsonl").write_text('{"question_id": "q", "text": "a"}\n', encoding="utf-8")
