@@ -4,7 +4,8 @@
     llavactl.extract(recipe)
     llavactl.train(recipe, stage=1)
     chat = llavactl.Chat(llavactl.load_model(recipe))
-    print(chat.ask("What is this?", images=["cat.jpg"]))
+    for piece in chat.ask("What is this?", "cat.jpg"):
+        print(piece, end="")
 
 Functions return the reports that the commands print with ``--json`` and raise ``LlavactlError``, with ``message``
 and ``hint``. ``progress`` is called with a ``Progress`` while the function runs.
@@ -13,9 +14,11 @@ and ``hint``. ``progress`` is called with a ``Progress`` while the function runs
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from typing_extensions import Unpack
 
 from llavactl.core.errors import RecipeError
 from llavactl.core.progress import Progress, reporting_to
@@ -24,15 +27,22 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from llavactl.chat.assistant import Assistant
+    from llavactl.chat.conversation import AnswerStream
+    from llavactl.chat.loading import Dtype
+    from llavactl.chat.sampling import SamplingOptions
     from llavactl.core.errors import Problem
-    from llavactl.core.schema import Turn
+    from llavactl.core.schema import ImageRef, Turn
     from llavactl.evaluation.results import EvalReport
+    from llavactl.model.generate import Sampling
+    from llavactl.model.quantized import Bits
     from llavactl.recipe.frame import Outline, Recipe, VisionRecipe
     from llavactl.training.report import TrainReport
     from llavactl.verbs.export import ExportReport
     from llavactl.verbs.extract import ExtractReport
     from llavactl.verbs.generate import GenerateReport
     from llavactl.verbs.run import RunReport
+
+    Image: TypeAlias = "str | Path | PIL.Image.Image"
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """Recipe keys to override: ``{"stage1.epochs": 2}``, or ``["stage1.epochs=2"]`` as with ``-o``."""
@@ -179,87 +189,135 @@ def run(recipe: Recipe, *, progress: OnProgress | None = None) -> RunReport:
 
 
 def load_model(
-    model: Recipe | str | Path, *, template: str | None = None, device: str | None = None, recipe: Recipe | None = None
+    model: Recipe | str | Path,
+    *,
+    template: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
+    recipe: Recipe | None = None,
 ) -> Assistant:
     """Loads a model for ``Chat``: the last finished stage of a recipe, a folder in any format, or a hub id.
 
     Its methods ``answer`` and ``log_likelihoods`` process several conversations in one batch.
 
-    ``template`` replaces the model's conversation template. ``device`` defaults to the best available one. ``recipe``
-    provides components that a checkpoint lacks (see docs/reference/export.md#import).
+    ``template`` replaces the model's conversation template. ``device`` defaults to the best available one, ``dtype``
+    (``float32``, ``bfloat16`` or ``float16``) to that of training. ``quantize``: 4 or 8 bits for the linear layers of
+    the language model, with bitsandbytes. ``recipe`` provides components that a checkpoint lacks (see
+    docs/reference/export.md#import).
 
     Raises:
         ModelError: the model can't be read.
+        RecipeError: the language model can't be quantized, or an argument has an invalid value.
     """
-    from llavactl.chat.loading import load_assistant
+    from llavactl.chat.loading import DTYPES, load_assistant
     from llavactl.model.folder import latest_model
     from llavactl.model.imported import resolve
 
+    _require_choice("dtype", dtype, (None, *DTYPES))
+    _require_choice("quantize", quantize, (None, 4, 8))
     if isinstance(model, str | Path):
         folder = resolve(str(model), recipe)
     else:
         _require_recipe(model)
         folder = latest_model(model.run_dir)
-    return load_assistant(folder, device, template=template)
+    return load_assistant(folder, device, template=template, dtype=dtype, quantize=quantize)
 
 
 class Chat:
-    """A conversation with a model about images; the key/value cache of earlier turns is reused."""
+    """A conversation with a model about images; the key/value cache of earlier turns is reused.
 
-    def __init__(self, model: Assistant, *, system: str | None = None) -> None:
-        """``model`` is returned by ``load_model``; ``system`` replaces the template's system prompt."""
+    A ``Chat`` is not thread-safe. Several may share a model, each in its own thread.
+    """
+
+    def __init__(self, model: Assistant, *, system: str | None = None, turns: Sequence[Turn] = ()) -> None:
+        """``model`` is returned by ``load_model``; ``system`` replaces the template's system prompt.
+
+        ``turns`` continues an earlier conversation (``Chat.turns``).
+        """
         from llavactl.chat.assistant import Assistant
         from llavactl.chat.conversation import Conversation
 
         if not isinstance(model, Assistant):
             raise _unexpected("model", "the return value of load_model", model)
-        self._conversation = Conversation(model, system)
+        self._conversation = Conversation(model, system, turns)
 
     @property
     def turns(self) -> Sequence[Turn]:
-        """The turns so far."""
+        """The turns so far, including the system prompt."""
         return tuple(self._conversation.turns)
 
-    def ask(self, prompt: str, images: Sequence[str | Path | PIL.Image.Image] = (), **sampling: Any) -> str:
-        """The answer to ``prompt``; see ``stream``."""
-        return "".join(self.stream(prompt, images, **sampling)).strip()
-
-    def stream(
+    def ask(
         self,
         prompt: str,
-        images: Sequence[str | Path | PIL.Image.Image] = (),
+        image: Image | Sequence[Image] = (),
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[str]:
-        """Streams the answer to ``prompt``.
+        images: Image | Sequence[Image] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> AnswerStream:
+        """The answer to ``prompt``, an iterator of pieces of text; ``str()`` or ``.text`` is the complete answer.
 
-        ``images`` are files, URLs, base64 strings or PIL images and precede the prompt. ``temperature`` 0 means greedy
-        decoding. If generation fails, the turn is removed.
+        It is generated while it is iterated over. ``image`` or ``images`` are a file, a URL, a base64 string or a PIL
+        image, or several of them, and precede the prompt unless it contains ``<image>`` tags. ``sampling`` is any of
+        ``max_new_tokens``, ``temperature``, ``top_p`` and ``seed``; ``temperature`` 0 means greedy decoding. The
+        defaults are those of the model's generation config.
+
+        If generation fails, the turn is removed. If the iterator is closed, the partial answer is kept.
 
         Raises:
             DataError: an image can't be read.
             RecipeError: an argument has an invalid type or value.
         """
         from llavactl.chat.inputs import user_content
-        from llavactl.images.references import image_in_memory
-        from llavactl.model.generate import Sampling
 
         if not isinstance(prompt, str):
             raise _unexpected("prompt", "a string", prompt)
-        if not isinstance(images, Sequence) or isinstance(images, str):
-            raise _unexpected("images", "a list of images", images)
-        if max_new_tokens < 1:
-            raise _unexpected("max_new_tokens", "an integer ≥ 1", max_new_tokens)
-        if temperature < 0:
-            raise _unexpected("temperature", "a number ≥ 0", temperature)
-        if not 0 < top_p <= 1:
-            raise _unexpected("top_p", "a number > 0 and ≤ 1", top_p)
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        inputs = [str(image) if isinstance(image, str | Path) else image_in_memory(image) for image in images]
-        yield from self._conversation.ask(*user_content(prompt, inputs), sampling=sampling)
+        options = self._sampling(sampling)
+        opened = [self._open(each) for given in (image, images) for each in _each_image(given)]
+        return self._conversation.ask(*user_content(prompt, opened), sampling=options)
+
+    def retry(self, **sampling: Unpack[SamplingOptions]) -> AnswerStream:
+        """Answers the last question again, as ``ask`` does; greedy decoding gives the same answer.
+
+        Raises:
+            LlavactlError: there is no question.
+        """
+        return self._conversation.retry(self._sampling(sampling))
+
+    def undo(self) -> bool:
+        """Removes the last question and its answer; False if there was none."""
+        return bool(self._conversation.undo())
+
+    def save(self, file: str | Path) -> None:
+        """Writes the turns to ``file`` as JSON, for ``Chat.load`` and the commands' ``/load``."""
+        from llavactl.chat.transcript import save_turns
+
+        save_turns(Path(file), self.turns, self._conversation.assistant.name)
+
+    @classmethod
+    def load(cls, model: Assistant, file: str | Path) -> Chat:
+        """The conversation in ``file``, continued with ``model``.
+
+        Raises:
+            DataError: ``file`` isn't a conversation, or one of its images can't be read.
+        """
+        from llavactl.chat.transcript import load_turns
+
+        return cls(model, turns=load_turns(Path(file)))
+
+    def _open(self, image: Image) -> ImageRef:
+        from llavactl.images.references import image_in_memory
+
+        return self._conversation.open_image(image if isinstance(image, str | Path) else image_in_memory(image))
+
+    def _sampling(self, options: SamplingOptions) -> Sampling:
+        from llavactl.chat.sampling import changed
+
+        return changed(self._conversation.assistant.sampling, options)
+
+
+def _each_image(images: Any) -> Sequence[Any]:
+    return images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
 
 
 def _source(source: str | Path | None) -> str | Path | None:

@@ -47,7 +47,7 @@ def test_output_of_the_documented_code(trained: Path) -> None:
 def test_answers_match_the_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     chat = llavactl.Chat(llavactl.load_model(trained / "runs/toy/stage2/model"))
-    answer = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12)
+    answer = chat.ask("What colour is it?", images=["images/photo-000.jpg"], max_new_tokens=12).text
     arguments = ("chat", "--model", "runs/toy/stage2/model", "--max-new-tokens", "12")
     image = ("--image", "images/photo-000.jpg")
     assert (
@@ -140,7 +140,6 @@ def test_invalid_arguments_are_recipe_errors(toy: Path, argument: str) -> None:
     ("arguments", "invalid"),
     [
         ({"prompt": 3}, "prompt"),
-        ({"images": "images/photo-000.jpg"}, "images"),
         ({"images": [3]}, "images"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1}, "temperature"),

@@ -101,7 +101,8 @@ def test_a_pipeline_touches_declared_members_only(toy: Path, guard: tuple[list[s
     assert verified["verified"]["faults"] == []
     assert unverified["format"] == "llava"
     chat = llavactl.Chat(llavactl.load_model(toy / "out/hf"))
-    assert isinstance(chat.ask("What is this?", [toy / "images/photo-000.jpg"], max_new_tokens=2), str)
+    pieces = list(chat.ask("What is this?", toy / "images/photo-000.jpg", max_new_tokens=2))
+    assert "".join(pieces).strip() == chat.turns[-1].text
     for command in ("check", "stats"):
         assert run_cli("data", command, "-r", "all.yaml", cwd=toy).exit_code == 0
     assert undeclared == []

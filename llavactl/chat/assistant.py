@@ -66,6 +66,11 @@ class Assistant:
     def stops(self) -> Stops:
         return Stops.of(self.encoding, _eos_ids(self.model))
 
+    @cached_property
+    def sampling(self) -> Sampling:
+        """The sampling of the language model's generation config; greedy decoding unless it says ``do_sample``."""
+        return default_sampling(self.model.language)
+
     def answer(
         self, conversations: Sequence[Sequence[Turn]], sampling: Sampling = GREEDY, *, until: Sequence[str] = ()
     ) -> list[str]:
@@ -143,6 +148,15 @@ class Assistant:
         cache = prefill(self.model, to_device(collate([halves[0][0]], self.features), device))
         cache.batch_repeat_interleave(len(items))
         return to_device(collate([rest for _, rest in halves], self.features, side="left"), device), cache
+
+
+def default_sampling(language: Any) -> Sampling:
+    """Temperature and ``top_p`` of the generation config of ``language``; greedy decoding without ``do_sample``."""
+    config = getattr(language, "generation_config", None)
+    if not getattr(config, "do_sample", False):
+        return GREEDY
+    temperature, top_p = getattr(config, "temperature", None), getattr(config, "top_p", None)
+    return Sampling(temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p)
 
 
 def _eos_ids(model: LlavaModel) -> frozenset[int]:

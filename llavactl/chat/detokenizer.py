@@ -11,6 +11,9 @@ from llavactl.components.templates.stop_criteria import stop_criteria
 if TYPE_CHECKING:
     from llavactl.data.encode import Encoding
 
+MAX_PENDING = 16
+"""Tokens; a longer run without a complete character isn't one, since a character in UTF-8 has at most 4 bytes."""
+
 
 @dataclass(frozen=True)
 class Stops:
@@ -28,7 +31,7 @@ class Stops:
 
 @dataclass
 class Detokenizer:
-    """Converts tokens to text one at a time; returned text is final.
+    """Converts tokens to text one at a time, in constant time per token; returned text is final.
 
     Only the last few tokens are decoded at a time: a run of byte tokens (SentencePiece's byte fallback) that ends in
     the middle of a character decodes to no characters at all, so that complete ones would be lost.
@@ -36,12 +39,18 @@ class Detokenizer:
 
     tokenizer: Any
     stops: Stops
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
     done: bool = False
-    _decoded: str = ""
-    _start: int = 0
-    _end: int = 0
+    _ids: list[int] = field(default_factory=list)
+    """The last tokens: those that are context for decoding, then those whose text is incomplete."""
+    _context: int = 0
+    _held: str = ""
+    """Decoded text that may be the beginning of a stop string."""
+    _pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All text returned so far."""
+        return "".join(self._pieces)
 
     def add(self, token: int | None) -> str:
         """Adds the next token (None: end of the answer, or token limit reached) and returns the new text."""
@@ -50,31 +59,34 @@ class Detokenizer:
         if token is None:
             self.done = True
         else:
-            self.ids.append(token)
-        self._decode()
-        text = self._decoded
+            self._ids.append(token)
+        text = self._held + self._decode()
         stop_positions = [at for stop in self.stops.texts if (at := text.find(stop)) >= 0]
         if stop_positions:
-            text, self.done = text[: min(stop_positions)], True
-        elif not self.done:
-            text = text[: len(text) - self._partial_stop_length(text)]
-        added, self.text = text[len(self.text) :], text
-        return added
+            piece, self._held, self.done = text[: min(stop_positions)], "", True
+        else:
+            end = len(text) - (0 if self.done else self._partial_stop_length(text))
+            piece, self._held = text[:end], text[end:]
+        if piece:
+            self._pieces.append(piece)
+        return piece
 
-    def _decode(self) -> None:
-        """Adds the text of the tokens from ``_end``, decoded with the preceding tokens (from ``_start``) as context.
+    def _decode(self) -> str:
+        """The text of the last tokens, decoded with the preceding ones as context.
 
         An incomplete UTF-8 character (decoded as U+FFFD) is held back until it is complete, or dropped at the end.
         """
         before, now = (
-            self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self.ids[self._start : self._end], self.ids[self._start :])
+            self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._ids[: self._context], self._ids)
         )
         if self.done:
             now = now.rstrip("\ufffd")
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            self._decoded += now[len(before) :]
-            self._start, self._end = self._end, len(self.ids)
+        incomplete = len(now) <= len(before) or now.endswith("\ufffd")
+        if incomplete and len(self._ids) - self._context < MAX_PENDING:
+            return ""
+        self._ids = self._ids[self._context :]
+        self._context = len(self._ids)
+        return str(now[len(before) :])
 
     def _partial_stop_length(self, text: str) -> int:
         """The length of the longest suffix of ``text`` that is a prefix of a stop string."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from llavactl.core.schema import Content, ImageRef
 from llavactl.features.keys import error_reason
 from llavactl.files.json_stream import JsonEntry, read_stream
 from llavactl.files.records import image_names
-from llavactl.images.decode import ImageError, decode
+from llavactl.images.decode import ImageError, decode, inspect, read
+from llavactl.images.image_file import ImageFile
 from llavactl.images.references import named_image
 
 _IMAGE_HINT = "expected an image file (PNG, JPEG, WebP, …), its URL, or base64"
@@ -23,23 +27,65 @@ BatchRecord = tuple[dict[str, Any], tuple[Content, ...]]
 """A record of a batch file, and the content of its user turn."""
 
 
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image that was read once: a later change of its file has no effect. Equal if the bytes are.
+
+    ``file`` is its absolute path, "" if it isn't a file.
+    """
+
+    name: str = field(compare=False)
+    digest: str
+    file: str = field(compare=False)
+    data: bytes = field(compare=False, repr=False)
+
+    def read(self) -> bytes:
+        return self.data
+
+    def stamp(self) -> str:
+        return self.digest
+
+
+def open_image(name: str, base: Path | None = None) -> OpenedImage:
+    """The image named by the user: a file relative to ``base`` (default: the working directory), a URL or base64.
+
+    Its header and its end are checked, so that most broken files are found before a model is loaded.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    with _named(name):
+        image = named_image(name, base)
+        inspect(image, whole=False)
+        data = read(image)
+    file = str(image.file.absolute()) if isinstance(image, ImageFile) else ""
+    return OpenedImage(image.name, hashlib.sha256(data).hexdigest(), file, data)
+
+
 def open_images(names: Sequence[str], base: Path | None = None) -> list[ImageRef]:
-    """The images named by the user: files relative to ``base`` (default: the working directory), URLs or base64.
+    """The images named by the user as in ``open_image``, decoded once; their bytes are read again when needed.
 
     Raises:
         DataError: an image can't be read; raised before a model is loaded.
     """
     images = []
     for name in names:
-        try:
+        with _named(name):
             image = named_image(name, base)
             decode(image.read())
-        except OSError as error:
-            raise DataError(f"image {shortened(name)}: {error_reason(error)}", hint=_IMAGE_HINT) from error
-        except ImageError as error:
-            raise DataError(f"image {shortened(name)}: {error.reason}", hint=_IMAGE_HINT) from error
         images.append(image)
     return images
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Names the image in errors."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"image {shortened(name)}: {error_reason(error)}", hint=_IMAGE_HINT) from error
+    except ImageError as error:
+        raise DataError(f"image {shortened(name)}: {error.reason}", hint=_IMAGE_HINT) from error
 
 
 def user_content(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal, get_args
 
 from llavactl.chat.assistant import Assistant
 from llavactl.core.errors import ModelError
@@ -14,18 +15,31 @@ from llavactl.features import Fingerprint, LiveFeatures, fingerprint
 from llavactl.features.checked_encoder import load_encoder
 from llavactl.features.device import default_device
 from llavactl.model import folder as model_folder
+from llavactl.model.quantized import Bits
 from llavactl.recipe.sections import Features
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 
 log = logging.getLogger(__name__)
 
 
-def load_assistant(folder: Path, device: str | None = None, *, template: str | None = None) -> Assistant:
+def load_assistant(
+    folder: Path,
+    device: str | None = None,
+    *,
+    template: str | None = None,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
+) -> Assistant:
     """Loads the model in ``folder`` and its vision backbone on ``device`` (default: the best available).
 
-    ``template`` replaces the model's conversation template.
+    ``template`` replaces the model's conversation template. ``dtype`` is that of the weights (default: that of
+    training). With ``quantize``, the linear layers of the language model have so many bits.
 
     Raises:
         ModelError: the model can't be read, or the backbone is not the one it was trained with.
+        RecipeError: the language model can't be quantized.
     """
     device = device or default_device()
     description = read_description(folder)
@@ -42,12 +56,14 @@ def load_assistant(folder: Path, device: str | None = None, *, template: str | N
             hint="check the backbone that `vision` in llavactl.json names",
         )
     log.debug("loading model %s on %s", folder, device)
-    loaded = model_folder.load(folder)
-    loaded.bundle.model.to(device)
+    quantize_on = None if quantize is None else device
+    loaded = model_folder.load(folder, dtype=dtype, quantize_on=quantize_on, bits=quantize or 4)
+    bundle = loaded.bundle
+    (bundle.model if quantize is None else bundle.model.connector).to(device)
     template_component = registry().create("templates", template or description["template"])
     return Assistant(
-        loaded.bundle.model,
-        Encoding(template_component, loaded.bundle.tokenizer, loaded.bundle.image_tokens),
+        bundle.model,
+        Encoding(template_component, bundle.tokenizer, bundle.image_tokens),
         LiveFeatures(load_encoder(vision, device, features.compute), current, device),
         description["image_order"],
         str(folder),

@@ -108,12 +108,12 @@ def command(
     if as_json and batch is None and prompt is None:
         raise click.UsageError("--json requires --prompt or --batch")
     recipe = load_outline_if_given(source, overrides) if model is not None else load_outline(source, overrides)
-    from llavactl.chat.inputs import open_images, read_batch
+    from llavactl.chat.inputs import open_image, read_batch
     from llavactl.model.generate import Sampling
     from llavactl.verbs import chat
 
     # Report unreadable files before loading the model.
-    opened = open_images(images)
+    opened = [open_image(name) for name in images]
     records = [] if batch is None else read_batch(batch)
     conversation = chat.open_chat(recipe, model, template)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)

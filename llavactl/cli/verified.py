@@ -23,7 +23,7 @@ def tables(reports: Sequence[ExportReport]) -> None:
     from llavactl.evaluation.verification.table import COLUMNS, table
 
     verified = [(report.format, report.verified) for report in reports if report.verified is not None]
-    notes = [(form, sentence) for form, result in verified for sentence in (*result.differs, *result.faults)]
+    notes = [(form, sentence) for form, result in verified for sentence in (*result.known_differences, *result.faults)]
     if notes:
         output.line()
         output.labeled(notes)

@@ -16,7 +16,7 @@ from llavactl.core.registry import registry
 from llavactl.core.tokenizer_check import TOKENIZER_HINT, tokenizer_fault
 from llavactl.model.exactness import is_causal
 from llavactl.model.llava import LlavaModel
-from llavactl.model.quantized import load_quantized
+from llavactl.model.quantized import Bits, load_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +41,11 @@ def build(
     dtype: str,
     seed: int = 0,
     quantize_on: str | None = None,
+    bits: Bits = 4,
 ) -> ModelBundle:
     """A new connector (initialized with ``seed``) and the pretrained language model, on the CPU in ``dtype``.
 
-    With ``quantize_on``, the language model is loaded in 4 bits on this device; it computes in ``dtype``.
+    With ``quantize_on``, the language model is loaded in ``bits`` on this device; it computes in ``dtype``.
 
     Raises:
         ModelError: the language model or its tokenizer can't be used, or they don't match.
@@ -52,7 +53,10 @@ def build(
     """
     component = registry().create("languages", language)
     tokenizer = component.tokenizer()
-    language_model = component.load(dtype) if quantize_on is None else load_quantized(component, dtype, quantize_on)
+    if quantize_on is None:
+        language_model = component.load(dtype)
+    else:
+        language_model = load_quantized(component, dtype, quantize_on, bits)
     embeddings = language_model.get_input_embeddings().weight
     if fault := tokenizer_fault(tokenizer, len(embeddings)):
         raise ModelError(fault, hint=TOKENIZER_HINT)

@@ -77,6 +77,13 @@ def is_resumable(cache: Any) -> bool:
     return {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer"}
 
 
+def truncate(cache: Any, length: int) -> None:
+    """Keeps ``length`` tokens of the resumable ``cache``, even if an interrupted step left its layers uneven."""
+    for layer in cache.layers:
+        if layer.get_seq_length() > length:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
 def _may_have_window(language: PreTrainedModel) -> bool:
     """Whether an integer in its configuration may limit how far back a token attends.
 

@@ -31,6 +31,7 @@ from llavactl.core.model_description import (
 from llavactl.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files
 from llavactl.core.paths import apply_umask, sync_folder, write_json
 from llavactl.model.build import ModelBundle, build
+from llavactl.model.quantized import Bits
 from llavactl.recipe.stages import STAGES
 
 if TYPE_CHECKING:
@@ -172,10 +173,10 @@ def latest_model(run_dir: Path) -> Path:
     raise ModelError(f"{run_dir}: no stage has been trained", hint="train with `llavactl run`, or pass `--model DIR`")
 
 
-def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = None) -> LoadedModel:
+def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = None, bits: Bits = 4) -> LoadedModel:
     """The model in ``folder`` on the CPU, in ``dtype`` (default: that of its training), in evaluation mode.
 
-    With ``quantize_on``, its language model is loaded in 4 bits on this device; see ``build``.
+    With ``quantize_on``, its language model is loaded in ``bits`` on this device; see ``build``.
 
     Raises:
         ModelError: a file is missing or broken, or a weight has the wrong shape or is not finite.
@@ -185,7 +186,7 @@ def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = No
     language = language_spec(folder, description)
     shape = feature_shape(description)
     dtype = dtype or description["precision"]
-    bundle = build(description["connector"], language, shape, dtype=dtype, quantize_on=quantize_on)
+    bundle = build(description["connector"], language, shape, dtype=dtype, quantize_on=quantize_on, bits=bits)
     load_connector(bundle.model.connector, folder)
     if description["method"] == "lora":
         from peft import PeftModel
@@ -195,7 +196,8 @@ def load(folder: Path, *, dtype: str | None = None, quantize_on: str | None = No
         # Not ``adapted.to``, which would also round the frequencies of rotary position embeddings.
         weight_dtype = bundle.model.language.get_input_embeddings().weight.dtype
         for weight in adapted.parameters():
-            weight.data = weight.data.to(weight_dtype)
+            if weight.is_floating_point():  # quantized weights are integers
+                weight.data = weight.data.to(weight_dtype)
         bundle.model.language = adapted
     bundle.model.eval().requires_grad_(False)
     return LoadedModel(bundle, description)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.inputs import BatchRecord, user_content
-from llavactl.chat.loading import load_assistant
+from llavactl.chat.loading import Dtype, load_assistant
 from llavactl.core.schema import ImageRef, Turn
 from llavactl.model.folder import latest_model, newest_preview
 from llavactl.model.generate import Sampling
@@ -17,6 +17,7 @@ from llavactl.model.imported import resolve
 
 if TYPE_CHECKING:
     from llavactl.chat.assistant import Assistant
+    from llavactl.model.quantized import Bits
     from llavactl.recipe.frame import Outline
 
 log = logging.getLogger(__name__)
@@ -35,28 +36,36 @@ class ChatReport:
     model: str
 
 
-def open_chat(recipe: Outline | None, model: str | None = None, template: str | None = None) -> Conversation:
+def open_chat(
+    recipe: Outline | None,
+    model: str | None = None,
+    template: str | None = None,
+    *,
+    dtype: Dtype | None = None,
+    quantize: Bits | None = None,
+) -> Conversation:
     """A conversation with ``model`` (in any supported format), by default the newest of the recipe's run.
 
-    This is the newest preview of a stage in training, otherwise the model of the last finished stage.
+    This is the newest preview of a stage in training, otherwise the model of the last finished stage. The other
+    arguments are those of ``load_assistant``.
     """
     if model is None:
         assert recipe is not None
         preview = newest_preview(recipe.run_dir)
         if preview is not None:
             log.info("%s: weights of a stage that is in training or was interrupted", preview)
-        return Conversation(load_assistant(preview or latest_model(recipe.run_dir), template=template))
-    return Conversation(load_assistant(resolve(model, recipe), template=template))
+        folder = preview or latest_model(recipe.run_dir)
+    else:
+        folder = resolve(model, recipe)
+    return Conversation(load_assistant(folder, template=template, dtype=dtype, quantize=quantize))
 
 
 def answer_prompt(
-    conversation: Conversation, prompt: str, images: Sequence[str | ImageRef], sampling: Sampling
+    conversation: Conversation, prompt: str, images: Sequence[ImageRef], sampling: Sampling
 ) -> ChatReport:
     """Asks one question and returns the complete answer."""
-    pieces = conversation.ask(*user_content(prompt, images), sampling=sampling)
-    answer = "".join(pieces).strip()
-    names = tuple(image if isinstance(image, str) else image.name for image in images)
-    return ChatReport(answer, prompt, names, conversation.assistant.name)
+    answer = "".join(conversation.ask(*user_content(prompt, images), sampling=sampling)).strip()
+    return ChatReport(answer, prompt, tuple(image.name for image in images), conversation.assistant.name)
 
 
 def answer_batch(assistant: Assistant, records: Sequence[BatchRecord], sampling: Sampling) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from llavactl.chat.assistant import Assistant
+from llavactl.chat.assistant import Assistant, default_sampling
 from llavactl.chat.common_prefix import common_prefix_length
+from llavactl.chat.context import without_oldest
 from llavactl.chat.conversation import Conversation
 from llavactl.chat.detokenizer import Detokenizer, Stops
-from llavactl.core.errors import DataError
+from llavactl.core.errors import DataError, LlavactlError
 from llavactl.core.registry import registry
 from llavactl.core.schema import FeatureShape, Turn
 from llavactl.data.encode import Encoding
@@ -176,16 +180,190 @@ def test_a_failed_turn_is_removed(assistant: Assistant) -> None:
     assert [answer] == assistant.answer([conversation.turns[:-1]], SHORT)
 
 
-def test_the_partial_answer_is_kept_after_an_interrupt(assistant: Assistant) -> None:
+class InterruptedForward:
+    """Raises ``error`` in the second layer of the language model, in its forward pass number ``at``."""
+
+    def __init__(self, assistant: Assistant, error: BaseException, at: int) -> None:
+        self.error, self.remaining = error, at
+        self.hook = assistant.model.language.model.layers[1].register_forward_pre_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        self.remaining -= 1
+        if not self.remaining:
+            self.hook.remove()
+            raise self.error
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_an_interrupted_answer_is_kept_and_the_cache_stays_valid(assistant: Assistant, at: int) -> None:
     conversation = Conversation(assistant)
-    pieces = conversation.ask("Hello?", sampling=SHORT)
-    first_piece = next(pieces)
+    list(conversation.ask(PHOTO, "\nHello?", sampling=SHORT))
+    InterruptedForward(assistant, KeyboardInterrupt(), at)
+    received: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        pieces.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
-    assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
-    assert conversation.turns[-1].text == first_piece.strip()
+        received.extend(conversation.ask("And you?", sampling=SHORT))
+    partial = conversation.turns[-1].text
+    assert partial.startswith("".join(received).strip())
+    assert len(conversation.turns) == (2 if at == 1 else 4)
     answer = "".join(conversation.ask("Why?", sampling=SHORT)).strip()
     assert [answer] == assistant.answer([conversation.turns[:-1]], SHORT)
+
+
+def test_a_failed_answer_removes_its_question(assistant: Assistant) -> None:
+    conversation = Conversation(assistant)
+    list(conversation.ask("Hello?", sampling=SHORT))
+    before = list(conversation.turns)
+    for ask in (lambda: conversation.ask("And you?", sampling=SHORT), lambda: conversation.retry(SHORT)):
+        InterruptedForward(assistant, ValueError("broken"), 3)
+        with pytest.raises(ValueError, match="broken"):
+            list(ask())
+        assert conversation.turns == before
+    answer = "".join(conversation.ask("Why?", sampling=SHORT)).strip()
+    assert [answer] == assistant.answer([conversation.turns[:-1]], SHORT)
+
+
+class Processed:
+    """Counts the tokens that the language model processes."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self.tokens = 0
+        assistant.model.language.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, _: object, arguments: object, named: dict[str, Any]) -> None:
+        self.tokens += named["inputs_embeds"].shape[1]
+
+    def during(self, answer: Iterator[str]) -> int:
+        before = self.tokens
+        for _ in answer:
+            pass
+        return self.tokens - before
+
+
+ONE = Sampling(max_new_tokens=1)
+
+
+def test_earlier_tokens_are_not_processed_again(assistant: Assistant) -> None:
+    processed = Processed(assistant)
+    conversation = Conversation(assistant)
+    first = processed.during(conversation.ask(PHOTO, "\nWhat is it?", sampling=ONE))
+    prompt = len(assistant.prompt(conversation.turns[:-1]))
+    assert first == prompt
+    second = processed.during(conversation.ask("Why?", sampling=ONE))
+    # The last token of the first answer was never processed; a few tokens at the border may be tokenized differently.
+    assert second <= len(assistant.prompt(conversation.turns[:-1])) - prompt + 2
+    assert processed.during(conversation.retry(ONE)) == 1
+    conversation.undo()
+    assert processed.during(conversation.ask("Who?", sampling=ONE)) <= second
+    assert assistant.features.loaded == ["a.jpg"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", ["retry", "undo", "system", "edit"])
+def test_answers_after_a_change_equal_those_of_a_new_conversation(assistant: Assistant, change: str) -> None:
+    conversation = Conversation(assistant)
+    for content in ((PHOTO, "\nWhat is it?"), (OTHER, "\nAnd this?"), ("Why?",)):
+        list(conversation.ask(*content, sampling=SHORT))
+    if change == "retry":
+        answer = conversation.retry(SHORT).text
+    elif change == "system":
+        conversation.system = "Answer in rhymes."
+        assert conversation.system == "Answer in rhymes."
+        answer = conversation.ask("Who?", sampling=SHORT).text
+    else:
+        assert conversation.undo() == ("Why?",)
+        if change == "edit":
+            conversation.undo()
+        answer = conversation.ask(PHOTO, "\nWhere?", sampling=SHORT).text
+    assert [answer] == assistant.answer([conversation.turns[:-1]], SHORT)
+
+
+def test_undo_and_retry_without_a_question(assistant: Assistant) -> None:
+    conversation = Conversation(assistant, "Answer in rhymes.")
+    assert conversation.undo() == ()
+    with pytest.raises(LlavactlError):
+        conversation.retry()
+    assert conversation.system == "Answer in rhymes."
+
+
+def test_a_second_question_ends_the_first_answer(assistant: Assistant) -> None:
+    conversation = Conversation(assistant)
+    first = conversation.ask("Hello?", sampling=SHORT)
+    piece = next(first)
+    answer = conversation.ask("Why?", sampling=SHORT).text
+    assert [turn.text for turn in conversation.turns] == ["Hello?", piece.strip(), "Why?", answer]
+    assert list(first) == []
+
+
+def test_two_threads_share_a_model_but_not_a_conversation(assistant: Assistant) -> None:
+    questions = [(PHOTO, "\nWhat is it?"), (OTHER, "\nWhy?"), ("Hello?",), ("Who?",)]
+    alone = [Conversation(assistant).ask(*content, sampling=SHORT).text for content in questions]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda content: Conversation(assistant).ask(*content, sampling=SHORT).text, questions)
+        assert list(together) == alone
+    conversation = Conversation(assistant)
+    started, release = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        started.set()
+        release.wait(60)
+
+    hook = assistant.model.language.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: conversation.ask("Hello?", sampling=SHORT).text)
+        assert started.wait(60)
+        with pytest.raises(LlavactlError, match="another thread"):
+            conversation.ask("Why?")
+        release.set()
+        assert running.result() == alone[2]
+    hook.remove()
+
+
+def test_the_oldest_turns_are_left_out_and_their_images_kept(
+    assistant: Assistant, caplog: pytest.LogCaptureFixture
+) -> None:
+    assistant.model.language.config.max_position_embeddings = 400
+    processed = Processed(assistant)
+    conversation = Conversation(assistant, "Be brief.")
+    counts = []
+    for number in range(12):
+        content = (PHOTO, "\nWhat is it?") if not number else (f"What about number {number}, and what else is there?",)
+        before = processed.tokens
+        answer = conversation.ask(*content, sampling=SHORT).text
+        counts.append(processed.tokens - before)
+        prompt = assistant.prompt(without_oldest(conversation.turns[:-1], conversation.left_out))
+        assert len(prompt) + 10 <= 400
+        assert prompt.images == (PHOTO,)
+        shown = without_oldest(conversation.turns[:-1], conversation.left_out)
+        assert shown[0].text == "Be brief."
+        assert [answer] == assistant.answer([shown], SHORT)
+    assert len(conversation.turns) == 25
+    warnings = [record for record in caplog.records if "context" in record.message]
+    assert 1 <= len(warnings) <= 6
+    # Between the turns at which others are left out, only new tokens are processed.
+    assert sum(count < 120 for count in counts) >= len(counts) - len(warnings) - 1
+    while conversation.undo():
+        assert conversation.left_out <= len(conversation.turns)
+    assert conversation.ask("Hello?", sampling=SHORT).text
+
+
+def test_a_question_beyond_the_context_is_refused(assistant: Assistant) -> None:
+    assistant.model.language.config.max_position_embeddings = 200
+    conversation = Conversation(assistant)
+    with pytest.raises(DataError, match="context"):
+        list(conversation.ask("What? " * 200, sampling=SHORT))
+    assert conversation.turns == []
+    processed = Processed(assistant)
+    processed.during(conversation.ask("Hello?", sampling=Sampling(max_new_tokens=500)))
+    assert 100 < processed.tokens < 200
+
+
+def test_sampling_of_the_generation_config(assistant: Assistant) -> None:
+    config = assistant.model.language.generation_config
+    config.temperature, config.top_p = 0.4, 0.8
+    assert default_sampling(assistant.model.language) == Sampling()
+    config.do_sample = True
+    assert default_sampling(assistant.model.language) == Sampling(temperature=0.4, top_p=0.8)
+    config.temperature = config.top_p = None
+    assert default_sampling(assistant.model.language) == Sampling(temperature=1.0)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["eos", "none"])

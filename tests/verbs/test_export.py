@@ -18,7 +18,7 @@ def test_export_is_the_last_step_of_a_run(toy: Path, monkeypatch: pytest.MonkeyP
     assert "exact" in ran.stdout
     assert "greedy answers" in ran.stdout
     record = json.loads((toy / "out/hf/llavactl_export.json").read_text())
-    assert record["verified"]["photos"] == 3
+    assert record["verified"]["images"] == 3
     assert not record["verified"]["faults"]
     monkeypatch.setattr("llavactl.verbs.export.verify", None)  # a verified export is not verified again
     again = run_cli("run", "-r", str(recipe), "--json").json()["export"][0]

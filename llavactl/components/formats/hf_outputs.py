@@ -98,7 +98,7 @@ def main(folder: Path, prompts: Path, out: Path) -> None:
     inputs = processor(text=[texts[i] for i in pair], images=images or None, padding=True, return_tensors="pt")
     with torch.no_grad():
         generated = model.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :]
-    outputs |= {f"{index}.together": row.clone() for index, row in zip(pair, generated, strict=True)}
+    outputs |= {f"{index}.batched_answer": row.clone() for index, row in zip(pair, generated, strict=True)}
     save_file(outputs, out, metadata={"stated": json.dumps({**stated(base, model, processor), "program": program})})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from llavactl.components.languages import four_bits
+from llavactl.components.languages import quantized
 from llavactl.components.languages.linear_head import logits_fault
 from llavactl.components.languages.llava_checkpoint import in_hf_llava, load_arguments
 from llavactl.core.errors import ModelError
@@ -85,11 +85,11 @@ class TransformersLanguage:
         """Raises ModelError if weights are missing or not finite."""
         return self._load(dtype, {})
 
-    def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
+    def load_quantized(self, dtype: str, device: str, bits: Literal[4, 8] = 4) -> PreTrainedModel:
         """Raises like ``load``."""
         import torch
 
-        return self._load(dtype, four_bits.loading_arguments(getattr(torch, dtype), device))
+        return self._load(dtype, quantized.loading_arguments(getattr(torch, dtype), device, bits))
 
     def _load(self, dtype: str, arguments: dict[str, Any]) -> PreTrainedModel:
         """The model, loaded with further ``arguments`` of ``from_pretrained``."""
@@ -109,11 +109,11 @@ class TransformersLanguage:
             )
         # Otherwise transformers would save the weights under the names of the LLaVA checkpoint.
         model.__dict__.pop("_weight_conversions", None)
-        four_bits.keep_training_layout(model)
+        quantized.keep_training_layout(model)
         if missing := sorted(info["missing_keys"]):
             raise self._error(f"{len(missing)} weights are missing, such as {missing[0]}")
         for name, weight in model.named_parameters():
-            if four_bits.not_finite(weight):
+            if quantized.not_finite(weight):
                 raise self._error(f"weight {name} is not finite in {dtype}", "use bfloat16 or float32")
         if in_hf_llava(self.options.model) and (reason := logits_fault(model)):
             raise self._error(

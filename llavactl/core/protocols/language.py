@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ class Language(Protocol):
     """A causal language model and its tokenizer.
 
     Implement ``SkeletonLanguage`` as well if it can be inspected without weights, ``QuantizableLanguage`` for
-    ``method: qlora``, and ``Checkable`` if it can be checked without weights.
+    ``method: qlora`` and quantized chat, and ``Checkable`` if it can be checked without weights.
     """
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -30,12 +30,13 @@ class Language(Protocol):
 
 @runtime_checkable
 class QuantizableLanguage(Protocol):
-    """A language model that ``stage2.method: qlora`` can train."""
+    """A language model that ``stage2.method: qlora`` can train, and that chat can load in 4 or 8 bits."""
 
-    def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
-        """Loads the model on ``device`` with its linear layers, except the head, in 4 bits (nf4 of bitsandbytes).
+    def load_quantized(self, dtype: str, device: str, bits: Literal[4, 8] = 4) -> PreTrainedModel:
+        """Loads the model on ``device`` with its linear layers, except the head, quantized by bitsandbytes.
 
-        They compute in ``dtype``, which is also the dtype of all other weights.
+        ``bits`` is 4 (nf4, computing in ``dtype``) or 8 (LLM.int8(), arXiv 2208.07339); it is passed only if it is 8,
+        and a component without it is used in 4 bits only. ``dtype`` is the dtype of all other weights.
         """
 
 

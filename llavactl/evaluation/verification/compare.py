@@ -78,8 +78,8 @@ def _prompt_figures(
     (expected_answer,) = assistant.answer([turns], Sampling(max_new_tokens=MAX_NEW_TOKENS))
     answer = _answer_text(assistant, exported.said)
     compared["answers"] = _count(answer != expected_answer)
-    if exported.together is not None:
-        compared["batched_answers"] = _count(_answer_text(assistant, exported.together) != answer)
+    if exported.batched_answer is not None:
+        compared["batched_answers"] = _count(_answer_text(assistant, exported.batched_answer) != answer)
     return compared
 
 

@@ -8,7 +8,7 @@ tokens, Q tokens per image, D width of the language model):
   {i}.embeddings  [I, Q, D]      image embeddings as the language model receives them; optional
   {i}.logits      [T, V], [1, V] logits at every position of the prompt, or at the last one
   {i}.said        [N]            token ids of the greedy answer
-  {i}.together    [N]            token ids of the greedy answer in a padded batch with another prompt; optional
+  {i}.batched_answer  [N]        token ids of the greedy answer in a padded batch with another prompt; optional
 
 Ids are integers; the other tensors are floating-point numbers without NaN and infinities. The metadata key ``stated``
 is a JSON object, see ``Stated``.
@@ -31,7 +31,7 @@ from llavactl.core.validation import explain
 if TYPE_CHECKING:
     import torch
 
-ALL_IDS = ("ids", "said", "together")
+ALL_IDS = ("ids", "said", "batched_answer")
 REQUIRED = ("ids", "said", "logits")
 NAMES = (*ALL_IDS, "logits", "pixels", "embeddings")
 
@@ -55,7 +55,7 @@ class Stated(BaseModel):
     """Name and version of the program that ran the export, such as ``transformers 5.17.0``."""
     rounding: str | None = None
     """The least precise type that weights or intermediate values were rounded to, such as ``f16`` or ``q8_0``."""
-    differs: list[str] = []
+    known_differences: list[str] = []
     """What is known to differ in the program, as sentences."""
     tokens: list[int | None] | None = None
     """For each embedding of an image, the index of the model's token that it is, null for one that the model doesn't
@@ -68,7 +68,7 @@ class PromptOutputs:
 
     ids: list[int]
     said: list[int]
-    together: list[int] | None
+    batched_answer: list[int] | None
     logits: torch.Tensor
     pixels: torch.Tensor | None
     embeddings: torch.Tensor | None

@@ -102,7 +102,7 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
     Other image tokens (``tokens``) change the logits, but not the embeddings that are compared token by token.
     """
     cosines, logits = [], []
-    if stated.differs:
+    if stated.known_differences:
         logits.append(RESAMPLED[1])
         if stated.tokens is None:
             cosines.append(RESAMPLED[0])
@@ -115,7 +115,7 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
     if not logits:
         return None
     bounds = {name: bound for name, bound in EXACT.items() if name not in ("embedding_error", "answers")}
-    if stated.differs:
+    if stated.known_differences:
         del bounds["pixels"]
     if cosines:
         bounds["embedding_cosine"] = Bound(at_least=min(cosines))
@@ -125,20 +125,20 @@ def close_bounds(stated: Stated) -> dict[str, Bound] | None:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """How far an export's outputs differ from those of its model, over ``prompts`` prompts about ``photos`` images.
+    """How far an export's outputs differ from those of its model, over ``prompts`` prompts about ``images`` images.
 
     ``program`` is the name and version of the program that ran the export, "" if it is unknown. ``rounding`` and
-    ``differs`` are what its script states (``Stated``). ``compared`` has the rows of the table by the keys of
+    ``known_differences`` are what its script states (``Stated``). ``compared`` has the rows of the table by the keys of
     ``TITLES``. ``faults`` are the reasons for the verdict ``different``.
     """
 
     verdict: Verdict
     program: str
     prompts: int
-    photos: int
+    images: int
     compared: Mapping[str, ComparisonRow]
     rounding: str | None
-    differs: tuple[str, ...]
+    known_differences: tuple[str, ...]
     faults: tuple[str, ...]
 
     @classmethod
@@ -152,14 +152,14 @@ class VerificationResult:
             return None
 
 
-def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, photos: int) -> VerificationResult:
+def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, images: int) -> VerificationResult:
     """The verdict on ``figures``, by the keys of ``TITLES``: exact, close if ``stated`` permits it, else different."""
     verdict: Verdict = "exact"
     faults = _faults(figures, bounds := EXACT)
     if faults and (close := close_bounds(stated)) is not None:
         verdict = "close"
         faults = _faults(figures, bounds := close)
-        if photos and "embedding_cosine" not in figures:
+        if images and "embedding_cosine" not in figures:
             faults.append("image embeddings are missing, without which only an exact export can be verified")
     elif faults and stated.rounding is not None:
         faults.append(f"no bounds are known for rounding to {stated.rounding}")
@@ -167,10 +167,10 @@ def judge(figures: Mapping[str, Figure], stated: Stated, *, prompts: int, photos
         verdict="different" if faults else verdict,
         program=stated.program,
         prompts=prompts,
-        photos=photos,
+        images=images,
         compared={name: _comparison(figures[name], bounds.get(name)) for name in TITLES if name in figures},
         rounding=stated.rounding,
-        differs=tuple(stated.differs),
+        known_differences=tuple(stated.known_differences),
         faults=tuple(faults),
     )
 
@@ -200,7 +200,7 @@ def figure_text(figure: Figure | ComparisonRow) -> str:
 
 
 def bound_text(bound: Bound | ComparisonRow) -> str:
-    """The tolerance ``bound``."""
+    """``bound`` as text."""
     if bound.at_least is not None:
         return f"at least {bound.at_least:g}"
     return "not required" if bound.at_most is None else f"at most {bound.at_most:g}"

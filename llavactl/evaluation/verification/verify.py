@@ -1,7 +1,7 @@
 """Verifies an export: a process without llavactl and the model run the same prompts, and their outputs are compared.
 
 Both compute in float32 on the CPU, one after the other, with unrounded features: rounding them to float16, as a
-feature store does, would exceed the tolerance.
+feature store does, would exceed the bounds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def verify(
     if description["method"] == "lora" and not (export / "adapter_config.json").is_file():
         merging["merging"] = Figure(_merge_adapter(assistant, conversations, description["precision"]))
     compared = figures(assistant, conversations, outputs, description["precision"])
-    return judge(compared | merging, outputs.stated, prompts=len(conversations), photos=len(images))
+    return judge(compared | merging, outputs.stated, prompts=len(conversations), images=len(images))
 
 
 @dataclass(frozen=True)

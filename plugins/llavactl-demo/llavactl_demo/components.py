@@ -112,8 +112,8 @@ class Smollm2Demo:
     def skeleton(self) -> PreTrainedModel:
         return self._language.skeleton()
 
-    def load_quantized(self, dtype: str, device: str) -> PreTrainedModel:
-        return self._language.load_quantized(dtype, device)
+    def load_quantized(self, dtype: str, device: str, bits: Literal[4, 8] = 4) -> PreTrainedModel:
+        return self._language.load_quantized(dtype, device, bits)
 
     def reference(self) -> str:
         """The converted folder."""

@@ -159,10 +159,12 @@ def stated(folder: Path, model: Path, mmproj: Path) -> dict[str, Any]:
     settings = metadata(mmproj)
     # llama.cpp computes GELU in float16, also with weights in float32.
     rounded = {"f16", _matrix_type(mmproj)} - {"f32"} | {_matrix_type(model)} - {*EXACT[record["precision"]]}
-    statement: dict[str, Any] = {"differs": [], "rounding": min(rounded, key=PRECISION.index)}
+    statement: dict[str, Any] = {"known_differences": [], "rounding": min(rounded, key=PRECISION.index)}
     if settings.get("llavactl.vision.class_token") == "last":
         tokens = (settings["clip.vision.image_size"] // settings["clip.vision.patch_size"]) ** 2
-        statement["differs"] = ["The first patch of an image is left out, and the class token is its last token."]
+        statement["known_differences"] = [
+            "The first patch of an image is left out, and the class token is its last token."
+        ]
         statement["tokens"] = [*range(1, tokens), None]
     ends = [metadata(model).get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return {**statement, "eos": [token for token in ends if token is not None]}

@@ -27,7 +27,7 @@ class Float32(SimpleNamespace):
 
 
 def main(folder: str, prompts: str, out: str, base: str | None = None) -> None:
-    """Writes ids (-200 at image positions), pixels, logits and greedy answers of all prompts."""
+    """Writes ids (-200 at image positions), pixels, image embeddings, logits and greedy answers of all prompts."""
     warnings.simplefilter("ignore")
     builder.torch = Float32()
     name = get_model_name_from_path(folder)
@@ -51,8 +51,11 @@ def main(folder: str, prompts: str, out: str, base: str | None = None) -> None:
             )
         text_tokens = int((ids >= 0).sum())
         image_tokens = (logits.shape[1] - text_tokens) // max(len(images), 1)
-        expanded = [token.repeat(image_tokens) if token < 0 else token for token in ids[0][:, None]]
-        outputs |= {f"{index}.ids": torch.cat(expanded), f"{index}.logits": logits[0].contiguous()}
+        expanded = torch.cat([token.repeat(image_tokens) if token < 0 else token for token in ids[0][:, None]])
+        if images:
+            embeddings = inputs[4][0][expanded < 0]
+            outputs[f"{index}.embeddings"] = embeddings.unflatten(0, (len(images), -1)).float().contiguous()
+        outputs |= {f"{index}.ids": expanded, f"{index}.logits": logits[0].contiguous()}
         outputs[f"{index}.said"] = generated[0].contiguous()
     save_file(outputs, out)
 

@@ -60,7 +60,7 @@ def _save_language(kind: str, folder: Path, **config: Any) -> None:
 
 
 def _assert_same_outputs(model: Path, toys: Path, to: Path, language: Path) -> None:
-    """Token ids, pixels, logits and greedy answers of LLaVA's code equal those of the model."""
+    """Token ids, pixels, image embeddings, logits and greedy answers of LLaVA's code equal those of the model."""
     written(model, "llava", to)
     base = [language] if (to / "mm_projector.bin").is_file() else []
 
@@ -71,3 +71,4 @@ def _assert_same_outputs(model: Path, toys: Path, to: Path, language: Path) -> N
     images = [ImageFile(str(file.parent), file.name) for file in sorted((toys / "images").iterdir())[:3]]
     verified = verify(model, to, Path(__file__).with_name("original_llava_outputs.py"), images, run=run)
     assert (verified.verdict, verified.faults) == ("exact", ())
+    assert "embedding_cosine" in verified.compared

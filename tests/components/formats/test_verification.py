@@ -26,7 +26,7 @@ from llavactl.verbs.export import export as export_model
 from .conftest import Make
 from .test_export import written
 
-EXACT_RESULT = judge({}, Stated(), prompts=7, photos=3)
+EXACT_RESULT = judge({}, Stated(), prompts=7, images=3)
 
 
 def test_the_script_cannot_import_llavactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ T, V = 5, 7
 def tensors() -> Tensors:
     """Outputs for a prompt with two images and one without."""
     one = {"ids": torch.arange(T), "said": torch.arange(2), "logits": torch.zeros(T, V)}
-    images = {"pixels": torch.zeros(2, 3, 4, 4), "embeddings": torch.zeros(2, 3, 8), "together": torch.arange(2)}
+    images = {"pixels": torch.zeros(2, 3, 4, 4), "embeddings": torch.zeros(2, 3, 8), "batched_answer": torch.arange(2)}
     outputs = {f"0.{name}": tensor for name, tensor in (one | images).items()}
     return outputs | {f"1.{name}": tensor.clone() for name, tensor in one.items()}
 
@@ -34,12 +34,18 @@ def read(folder: Path, outputs: Tensors, stated: str = "{}") -> ScriptOutputs:
 
 
 def test_complete_outputs(tmp_path: Path) -> None:
-    stated = {"eos": [2], "rounding": "f16", "differs": ["Images are resampled."], "program": "p 1", "later": 1}
+    stated = {
+        "eos": [2],
+        "rounding": "f16",
+        "known_differences": ["Images are resampled."],
+        "program": "p 1",
+        "later": 1,
+    }
     outputs = read(tmp_path, tensors(), json.dumps(stated))
     first, second = outputs.prompts
     assert first.ids == [0, 1, 2, 3, 4]
     assert first.embeddings is not None
-    assert (second.pixels, second.embeddings, second.together) == (None, None, None)
+    assert (second.pixels, second.embeddings, second.batched_answer) == (None, None, None)
     assert (outputs.stated.rounding, outputs.stated.eos, outputs.stated.padding) == ("f16", [2], None)
 
 
@@ -74,7 +80,7 @@ def test_optional_tensors(tmp_path: Path) -> None:
         ("0.pixels", torch.zeros(2, 4, 4, 3)),
         ("0.pixels", torch.zeros(2, 3, 4, 4, dtype=torch.uint8)),
         ("1.pixels", torch.zeros(1, 3, 4, 4)),
-        ("0.together", torch.zeros(2)),
+        ("0.batched_answer", torch.zeros(2)),
     ],
 )
 def test_an_odd_tensor_is_named(tmp_path: Path, name: str, tensor: torch.Tensor | None) -> None:
@@ -94,7 +100,7 @@ def test_an_odd_tensor_is_named(tmp_path: Path, name: str, tensor: torch.Tensor 
         ('{"eos": 2}', "stated.eos"),
         ('{"eos": ["2"]}', "stated.eos"),
         ('{"rounding": 16}', "stated.rounding"),
-        ('{"differs": "Images are resampled."}', "stated.differs"),
+        ('{"known_differences": "Images are resampled."}', "stated.known_differences"),
         ('{"dtype": [1]}', "stated.dtype"),
     ],
 )

@@ -28,11 +28,11 @@ RESAMPLING = ["Images are resampled differently."]
 
 
 def verdict(stated: Stated = Stated(), **changed: Figure) -> str:  # noqa: B008 - frozen
-    return judge(EQUAL | changed, stated, prompts=7, photos=3).verdict
+    return judge(EQUAL | changed, stated, prompts=7, images=3).verdict
 
 
 def test_equal_outputs_are_exact() -> None:
-    for stated in (Stated(), Stated(rounding="f16"), Stated(rounding="q2_k"), Stated(differs=RESAMPLING)):
+    for stated in (Stated(), Stated(rounding="f16"), Stated(rounding="q2_k"), Stated(known_differences=RESAMPLING)):
         assert verdict(stated) == "exact"
 
 
@@ -48,9 +48,9 @@ def test_every_bound_has_a_title_and_counts() -> None:
     ("stated", "cosine", "logits"),
     [
         *((Stated(rounding=name), *limits) for name, limits in ROUNDED.items()),
-        (Stated(differs=RESAMPLING), *RESAMPLED),
-        (Stated(rounding="f16", differs=RESAMPLING), *RESAMPLED),
-        (Stated(rounding="f16", differs=RESAMPLING, tokens=[1, None]), ROUNDED["f16"][0], RESAMPLED[1]),
+        (Stated(known_differences=RESAMPLING), *RESAMPLED),
+        (Stated(rounding="f16", known_differences=RESAMPLING), *RESAMPLED),
+        (Stated(rounding="f16", known_differences=RESAMPLING, tokens=[1, None]), ROUNDED["f16"][0], RESAMPLED[1]),
     ],
 )
 def test_close_within_the_bounds_of_what_is_stated(stated: Stated, cosine: float, logits: float) -> None:
@@ -70,24 +70,24 @@ def test_close_within_the_bounds_of_what_is_stated(stated: Stated, cosine: float
 
 def test_pixels_may_only_differ_with_a_stated_difference() -> None:
     assert verdict(Stated(rounding="f16"), pixels=Figure(0.1)) == "different"
-    assert verdict(Stated(differs=RESAMPLING), pixels=Figure(0.1)) == "close"
+    assert verdict(Stated(known_differences=RESAMPLING), pixels=Figure(0.1)) == "close"
 
 
 def test_weights_rounded_to_a_type_without_bounds_are_not_close() -> None:
-    assert verdict(Stated(rounding="q2_k", differs=RESAMPLING), logits=Figure(0.01)) == "different"
+    assert verdict(Stated(rounding="q2_k", known_differences=RESAMPLING), logits=Figure(0.01)) == "different"
 
 
 def test_close_needs_image_embeddings() -> None:
     figures = {name: figure for name, figure in EQUAL.items() if not name.startswith("embedding")}
     changed = figures | {"logits": Figure(0.01)}
     stated = Stated(rounding="f16")
-    assert judge(figures, stated, prompts=7, photos=3).verdict == "exact"
-    assert judge(changed, stated, prompts=7, photos=3).verdict == "different"
-    assert judge(changed, stated, prompts=1, photos=0).verdict == "close"
+    assert judge(figures, stated, prompts=7, images=3).verdict == "exact"
+    assert judge(changed, stated, prompts=7, images=3).verdict == "different"
+    assert judge(changed, stated, prompts=1, images=0).verdict == "close"
 
 
 def test_faults_name_the_figure_and_its_details() -> None:
-    result = judge(EQUAL | {"ids": Figure(2, 7, ("prompt 3: at 4",))}, Stated(), prompts=7, photos=3)
+    result = judge(EQUAL | {"ids": Figure(2, 7, ("prompt 3: at 4",))}, Stated(), prompts=7, images=3)
     (fault,) = result.faults
     assert "token ids" in fault
     assert "prompt 3: at 4" in fault
@@ -95,14 +95,14 @@ def test_faults_name_the_figure_and_its_details() -> None:
 
 
 def test_a_row_for_every_figure() -> None:
-    rows = table(judge(EQUAL | {"logits": Figure(None)}, Stated(), prompts=7, photos=3))
+    rows = table(judge(EQUAL | {"logits": Figure(None)}, Stated(), prompts=7, images=3))
     assert [row[:2] for row in rows] == list(TITLES.values())
     assert all(len(row) == len(COLUMNS) and all(row) for row in rows)
 
 
 def test_the_card_has_the_verdict_the_table_and_what_differs() -> None:
-    stated = Stated(program="p 1.2", rounding="f16", differs=RESAMPLING)
-    result = judge(EQUAL | {"ids": Figure(1, 7)}, stated, prompts=7, photos=1)
+    stated = Stated(program="p 1.2", rounding="f16", known_differences=RESAMPLING)
+    result = judge(EQUAL | {"ids": Figure(1, 7)}, stated, prompts=7, images=1)
     text = markdown("gguf", result)
     assert summary(result) in text
     for part in ("different", "p 1.2", "f16", "gguf", RESAMPLING[0], result.faults[0]):
@@ -114,7 +114,7 @@ def test_the_card_has_the_verdict_the_table_and_what_differs() -> None:
 
 @pytest.mark.parametrize("changed", [{}, {"logits": Figure(None)}, {"logits": Figure(1.5)}])
 def test_a_stored_result_is_read_back(changed: dict[str, Figure]) -> None:
-    result = judge(EQUAL | changed, Stated(rounding="f16", differs=RESAMPLING), prompts=7, photos=3)
+    result = judge(EQUAL | changed, Stated(rounding="f16", known_differences=RESAMPLING), prompts=7, images=3)
     assert VerificationResult.from_json(json.loads(json_text(asdict(result)))) == result
 
 
@@ -127,11 +127,11 @@ def test_a_stored_result_is_read_back(changed: dict[str, Figure]) -> None:
         lambda stored: stored | {"tolerance": 1e-4},
         lambda stored: stored | {"verdict": "good"},
         lambda stored: stored | {"compared": {"logits": {"value": 0}}},
-        lambda stored: {"prompts": 7, "photos": 3, "ids_equal": 7, "logits": 0.0, "faults": []},
+        lambda stored: {"prompts": 7, "images": 3, "ids_equal": 7, "logits": 0.0, "faults": []},
     ],
 )
 def test_a_result_of_another_version_is_not_read(change: Any) -> None:
-    stored = json.loads(json_text(asdict(judge(EQUAL, Stated(), prompts=7, photos=3))))
+    stored = json.loads(json_text(asdict(judge(EQUAL, Stated(), prompts=7, images=3))))
     assert VerificationResult.from_json(change(stored)) is None
 
 

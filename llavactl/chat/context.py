@@ -1,0 +1,67 @@
+"""Fits a conversation into the model's context: the oldest turns are left out, their images are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llavactl.core.errors import DataError
+from llavactl.core.schema import Content, Turn
+
+if TYPE_CHECKING:
+    from llavactl.chat.assistant import Assistant
+    from llavactl.core.schema import Encoded
+
+FREE_SHARE = 4
+"""After turns were left out, at least one in ``FREE_SHARE`` tokens of the context is free.
+
+Otherwise every following question would leave out one more turn, and its whole prompt would be processed again.
+"""
+
+
+def context_length(language: Any) -> int | None:
+    """The most tokens of prompt and answer together for ``language``; None if its configuration has no limit."""
+    limit = getattr(language.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def fit(assistant: Assistant, turns: Sequence[Turn], left_out: int, max_new_tokens: int) -> tuple[Encoded, int]:
+    """The prompt of ``turns`` that fits into the context, and how many of its oldest turns are left out.
+
+    ``left_out`` is their number before. The system prompt and the last question are always kept; only whole exchanges
+    (a question and its answer) are left out.
+
+    Raises:
+        DataError: the last question and the images alone don't fit.
+    """
+    limit = context_length(assistant.model.language)
+    prompt = assistant.prompt(without_oldest(turns, left_out))
+    if limit is None or len(prompt) + min(max_new_tokens, limit // FREE_SHARE) <= limit:
+        return prompt, left_out
+    starts = [index for index, turn in enumerate(after_system(turns)) if turn.role == "user"]
+    for start in starts:
+        if start > left_out:
+            prompt, left_out = assistant.prompt(without_oldest(turns, start)), start
+            if len(prompt) <= limit - limit // FREE_SHARE:
+                break
+    if len(prompt) >= limit:
+        raise DataError(
+            f"the question has {len(prompt):,} tokens with its images, the model's context {limit:,}",
+            hint="ask a shorter question, or about fewer images, in a new conversation",
+        )
+    return prompt, left_out
+
+
+def without_oldest(turns: Sequence[Turn], count: int) -> tuple[Turn, ...]:
+    """``turns`` without the first ``count`` after the system prompt; their images move to the next question."""
+    rest = after_system(turns)
+    system, dropped, kept = turns[: len(turns) - len(rest)], rest[:count], rest[count:]
+    images: tuple[Content, ...] = tuple(part for turn in dropped for image in turn.images for part in (image, "\n"))
+    if images:
+        kept = [Turn("user", (*images, *kept[0].content)), *kept[1:]]
+    return (*system, *kept)
+
+
+def after_system(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """``turns`` without the system prompt, if they begin with one."""
+    return turns[1:] if turns and turns[0].role == "system" else turns
